@@ -1,0 +1,292 @@
+"""The run file: YAML -> frozen, strict values.
+
+Everything a run depends on stands in one `RunConfig`, which is saved with the run and never passed into a layer.
+Strict means: an unknown key, a wrong type or an impossible number is an error that names the file, the line and the
+field, and the nearest name that exists. All problems are reported at once.
+
+Rejected: dataclasses with hand-written checks (the messages were the larger half), and a separate class for the
+adapter's options here and in `adapter/` (two definitions of one thing): `AdapterSpec` is defined here, at the bottom
+of the import order, and `adapter/spec.py` gives it its meaning on a model.
+"""
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from deltaw.errors import InputError, listed
+
+Metric = Literal["exact_match", "phoneme_error_rate"]
+Dtype = Literal["auto", "bfloat16", "float32"]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+TARGET_GROUPS = ("all-linear", "attention", "mlp")
+
+
+class Strict(BaseModel):
+    """Frozen; unknown keys refused; no silent conversion ("4" is not 4, true is not 1)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class AdapterSpec(Strict):
+    """What to adapt and how large. Scale is alpha / rank (LoRA §4.1) or alpha / sqrt(rank) (rsLoRA)."""
+
+    rank: int = Field(16, ge=1, le=65536)
+    alpha: PositiveFloat = 32.0
+    targets: str | tuple[str, ...] = "all-linear"
+    scaling: Literal["lora", "rslora"] = "lora"
+    dropout: float = Field(0.0, ge=0, lt=1)
+    rank_overrides: dict[str, Annotated[int, Field(ge=1, le=65536)]] = {}
+    alpha_overrides: dict[str, PositiveFloat] = {}
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _targets(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        if not names or any(isinstance(name, str) and not name.strip() for name in names):
+            raise ValueError("is empty: name at least one module, or all-linear, attention, mlp")
+        return tuple(value) if isinstance(value, list) else value
+
+    def rank_of(self, path: str) -> int:
+        """The rank of the module at `path`: the first override that names it, else `rank`."""
+        return next((r for name, r in self.rank_overrides.items() if names_module(name, path)), self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        """The alpha of the module at `path`: the first override that names it, else `alpha`."""
+        return next((a for name, a in self.alpha_overrides.items() if names_module(name, path)), self.alpha)
+
+    def scale(self, path: str) -> float:
+        """The factor in front of B A for the module at `path`."""
+        rank = self.rank_of(path)
+        return self.alpha_of(path) / (math.sqrt(rank) if self.scaling == "rslora" else rank)
+
+
+def names_module(name: str, path: str) -> bool:
+    """True where `name` is the module's path or its dotted end: `q_proj` names `model.layers.0.self_attn.q_proj`.
+
+    Literal, never a regular expression: a pattern out of a stranger's adapter can't take exponential time.
+    """
+    return path == name or path.endswith("." + name)
+
+
+class DataConfig(Strict):
+    """Where the rows are and how they become tokens and masks."""
+
+    train: str
+    eval: int | str | None = Field(None, description="rows held out of train, or a file of its own")
+    form: Literal["auto", "text", "chat", "completion", "alpaca", "sharegpt"] = "auto"
+    train_on: Literal["auto", "assistant", "completion", "all"] = "auto"
+    template: str | None = Field(None, description="chatml, or a .jinja file, for a base that has no chat template")
+    max_length: int = Field(2048, ge=2)
+    too_long: Literal["drop", "truncate"] = "drop"
+    bad_rows: float = Field(0.01, ge=0, le=1, description="share of unusable rows that is tolerated")
+    limit: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0, description="which rows are held out")
+
+    @field_validator("eval")
+    @classmethod
+    def _eval(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1 row; leave it out to hold nothing out")
+        return value
+
+
+class TrainConfig(Strict):
+    """How long, how fast, how much at a time."""
+
+    epochs: PositiveFloat = 1.0
+    steps: int | None = Field(None, ge=1, description="stop after this many steps, whatever epochs says")
+    lr: PositiveFloat = Field(5e-4, le=1.0)
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = Field(10, ge=0)
+    lr_ratio_b: PositiveFloat = Field(1.0, description="LoRA+: learning rate of B over that of A")
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    clip: PositiveFloat = 1.0
+    tokens_per_step: int = Field(4096, ge=1)
+    tokens_per_batch: int = Field(2048, ge=1, description="tokens in one forward and backward; bounds the memory")
+    seed: int = Field(0, ge=0)
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    eval_every: int | None = Field(None, ge=1)
+    sample_every: int | None = Field(None, ge=1)
+    save_every: int = Field(100, ge=1)
+    keep: int = Field(2, ge=1, description="checkpoints kept besides the best")
+
+
+class EvaluateConfig(Strict):
+    """What is measured on the held-out rows besides the loss."""
+
+    metrics: tuple[Metric, ...] = ()
+    max_new_tokens: int = Field(64, ge=1, le=65536)
+    samples: int = Field(3, ge=0, le=100)
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _metrics(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class RunConfig(Strict):
+    """A whole run: `base`, `adapter`, `data`, `train`, `evaluate`, `output`."""
+
+    base: str = Field(min_length=1)
+    adapter: AdapterSpec = AdapterSpec()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    output: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _metrics_need_rows(self) -> "RunConfig":
+        if self.evaluate.metrics and self.data.eval is None:
+            raise ValueError("evaluate.metrics needs held-out rows: set data.eval")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved run file, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run file and apply `key.sub=value` overrides. Raises InputError that lists every problem."""
+    path = Path(path)
+    text = read_text(path)
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        raw = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or (error if isinstance(error, ValueError) else "nested too deeply")
+        raise InputError(f"{where}: not valid YAML: {problem}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a run file is a mapping with base, data and output; this is {_kind(raw)}")
+    for item in overrides:
+        _override(raw, item)
+    return parse_config(raw, source=str(path), node=node)
+
+
+def parse_config(raw: Mapping[str, Any], *, source: str = "config", node: yaml.Node | None = None) -> RunConfig:
+    """Validate a plain mapping. `node` (the YAML tree) lends the line numbers."""
+    try:
+        # JSON mode: a list is a tuple, an int is a float, and nothing else converts.
+        return RunConfig.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        lines = [_problem(problem, source, node) for problem in error.errors()]
+    except (TypeError, ValueError) as problem:
+        lines = [f"{source}: {problem}"]
+    raise InputError("\n".join([f"{source} has {len(lines)} problem{'s' * (len(lines) > 1)}:", listed(lines)]))
+
+
+def read_text(path: Path) -> str:
+    """A small text file the user wrote. Raises InputError when it is missing, a folder, huge or not UTF-8."""
+    try:
+        if path.stat().st_size > 10_000_000:
+            raise InputError(f"{path}: {path.stat().st_size:,} bytes is too large for a run file")
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file", fix=_similar_file(path)) from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder, not a file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text", fix="save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats (`1e-3` is a number) and no duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+        raise InputError(f"{item!r} is not an override", fix="write key=value, for example train.lr=1e-3")
+    *parents, last = key.split(".")
+    for name in parents:
+        raw = raw.setdefault(name, {})
+        if not isinstance(raw, dict):
+            raise InputError(f"{item!r}: {name} is a single value, it has no fields")
+    try:
+        raw[last] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise InputError(f"{item!r}: the value is not valid YAML") from None
+
+
+def _problem(problem: Any, source: str, node: yaml.Node | None) -> str:
+    location = [part for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
+    # A union's branch name (`str`, `int`) is no field of the file.
+    location = [part for part in location if part not in ("str", "int", "float")]
+    field = ".".join(str(part) for part in location)
+    line = _line_of(node, location)
+    where = f"{source}:{line}" if line else source
+    if problem["type"] == "extra_forbidden":
+        known = fields_at(RunConfig, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        return f"{where}: unknown key {field!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"{where}: {field!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem.get("input")
+    got = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) else ""
+    return f"{where}: {field + ': ' if field else ''}{message}{got}"
+
+
+def fields_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
+    """The field names of the section at `location`, for near-miss hints."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        kinds = [field.annotation, *get_args(field.annotation)] if field else []
+        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), Strict)
+    return list(model.model_fields)
+
+
+def _line_of(node: yaml.Node | None, location: Iterable[Any]) -> int | None:
+    line = None
+    for part in location:
+        child = next(_children(node, part), None)
+        if child is None:
+            break
+        line, node = child
+    return line
+
+
+def _children(node: yaml.Node | None, part: Any) -> Iterator[tuple[int, yaml.Node]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.value == str(part):
+                yield key.start_mark.line + 1, value
+    elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        yield node.value[part].start_mark.line + 1, node.value[part]
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a text", type(None): "empty"}.get(type(value), f"a {type(value).__name__}")
+
+
+def _similar_file(path: Path) -> str | None:
+    folder = path.parent if path.parent.is_dir() else Path(".")
+    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1)
+    return f"did you mean {folder / near[0]}?" if near else None

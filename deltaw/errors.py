@@ -1,0 +1,39 @@
+"""What can go wrong that the user can mend.
+
+One root, two kinds: `InputError` (exit code 2: what was asked for is wrong) and `RunError` (exit code 1: it went
+wrong while running). Each says what is wrong, then what to do next; the CLI prints that in at most five lines and
+keeps the traceback for `--debug`. Anything else that escapes is a defect of deltaw.
+"""
+
+from collections.abc import Sequence
+
+MAX_LISTED = 3  # problems shown in full, so that the message keeps within five lines
+
+
+class DeltawError(Exception):
+    """Root of every error that a user can mend. `what` states the problem, `fix` the next action."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, fix: str | None = None) -> None:
+        self.what, self.fix = what, fix
+        super().__init__(f"{what}\n{fix}" if fix else what)
+
+
+class InputError(DeltawError):
+    """The input is wrong: a run file, a data file, an adapter, a name. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunError(DeltawError):
+    """It failed while running: NaN in the loss, a full disk, out of memory. Exit code 1."""
+
+
+def listed(problems: Sequence[str], limit: int = MAX_LISTED) -> str:
+    """One problem a line, indented, the first `limit` of them and a count of the rest."""
+    more = len(problems) - limit
+    shown = [f"  {problem}" for problem in problems[: limit if more > 0 else None]]
+    if more > 0:
+        shown[-1] += f"  (and {more} more)"
+    return "\n".join(shown)
