@@ -1,0 +1,200 @@
+"""An adapter as a value and as a folder in PEFT's layout.
+
+    adapter_model.safetensors    base_model.model.<module path>.lora_A.weight [R, N] and .lora_B.weight [M, R], float32
+    adapter_config.json          PEFT's classic fields (peft_config.py)
+    deltaw.json                  which base it was trained on: name, revision, fingerprint, chat template
+    README.md                    how to use it, for people
+
+PEFT, vLLM and the rest read the first two. deltaw.json is beside them because PEFT's config has no place for a
+fingerprint, and without one an adapter on the wrong base of the right shapes answers nonsense without an error.
+
+Loading refuses what it can't represent or can't match, naming it; a silent no-op load is the commonest complaint about
+other tools. Shapes are checked against the config, and every number against NaN, before a model is touched.
+
+Letters: R rank, N inputs, M outputs.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaw.adapter.peft_config import from_spec, to_spec
+from deltaw.base.weights import load_safetensors, read_json, save_safetensors, write_text_atomic
+from deltaw.config import AdapterSpec
+from deltaw.errors import InputError, RunError, listed
+from deltaw.factors import LowRank
+from deltaw.version import VERSION
+
+WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "deltaw.json"
+PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+# What PEFT may write that is no plain LoRA on a linear layer, and how to say so.
+FOREIGN = {
+    ".lora_magnitude_vector": "DoRA's magnitude",
+    ".lora_embedding_A": "LoRA on an embedding",
+    ".lora_embedding_B": "LoRA on an embedding",
+    ".base_layer.weight": "a full copy of a base layer",
+    ".trainable_tokens_delta": "trained token embeddings",
+    ".lora_B.bias": "a bias on B",
+}
+
+
+@dataclass(frozen=True)
+class BaseId:
+    """Which base an adapter belongs to. Empty fields are unknown (an adapter made by another tool)."""
+
+    name: str = ""
+    revision: str | None = None
+    fingerprint: str = ""
+    template: str = ""
+
+    def mismatch(self, other: "BaseId") -> str | None:
+        """Why an adapter of this base may not go on `other`, or None. Weights count, names don't."""
+        if self.fingerprint and other.fingerprint and self.fingerprint != other.fingerprint:
+            return (
+                f"it was trained on {self.name or 'another base'} ({self.fingerprint[:19]}), "
+                f"this base is {other.name or 'unnamed'} ({other.fingerprint[:19]})"
+            )
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A trained update for every adapted module: `factors` by module path, each agreeing with `spec`."""
+
+    spec: AdapterSpec
+    factors: Mapping[str, LowRank]
+    base: BaseId = field(default_factory=BaseId)
+    fan_in_fan_out: bool = False  # PEFT's word for a base that stores its weights transposed (GPT-2's Conv1D)
+
+    @property
+    def parameters(self) -> int:
+        return sum(update.parameters for update in self.factors.values())
+
+    def save(self, directory: str | Path) -> Path:
+        """Write PEFT's layout into `directory`, each file whole or not at all. Raises RunError on NaN or a full disk."""
+        directory = Path(directory)
+        for path, update in self.factors.items():
+            if update.rank != self.spec.rank_of(path) or update.scale != self.spec.scale(path):
+                raise ValueError(
+                    f"{path}: rank {update.rank}, scale {update.scale} are not what the spec says"
+                )
+        tensors = {}
+        for path, update in self.factors.items():
+            tensors[PREFIX + path + A] = update.a_RN.detach().float().cpu().contiguous()
+            tensors[PREFIX + path + B] = update.b_MR.detach().float().cpu().contiguous()
+        bad = _not_finite(tensors)
+        if bad:
+            raise RunError(f"the adapter holds NaN or infinity, it was not saved:\n{listed(bad)}")
+        directory.mkdir(parents=True, exist_ok=True)
+        config = from_spec(self.spec, self.base.name, self.base.revision, self.fan_in_fan_out)
+        record = {"deltaw": VERSION, "base": asdict(self.base), "spec": self.spec.model_dump(mode="json")}
+        save_safetensors(tensors, directory / WEIGHTS, {"format": "pt"})
+        write_text_atomic(directory / CONFIG, json.dumps(config, indent=2) + "\n")
+        write_text_atomic(directory / RECORD, json.dumps(record, indent=2) + "\n")
+        write_text_atomic(directory / "README.md", self._card())
+        return directory
+
+    @staticmethod
+    def load(directory: str | Path) -> "Adapter":
+        """Read a folder in PEFT's layout, deltaw's own or another tool's. Raises InputError that lists what is wrong."""
+        directory = Path(directory)
+        _check_folder(directory)
+        tensors = load_safetensors(directory / WEIGHTS)
+        pairs = _pair(tensors, str(directory / WEIGHTS))
+        config = read_json(directory / CONFIG, max_bytes=1_000_000, allow_nan=True)
+        spec = to_spec(config, pairs, str(directory / CONFIG))
+        _check_shapes(pairs, spec, str(directory / WEIGHTS))
+        bad = _not_finite(tensors)
+        if bad:
+            raise InputError(f"{directory / WEIGHTS} holds NaN or infinity:\n{listed(bad)}")
+        factors = {path: LowRank(a.float(), b.float(), spec.scale(path)) for path, (a, b) in pairs.items()}
+        return Adapter(spec, factors, _base_of(directory, config), bool(config.get("fan_in_fan_out")))
+
+    def _card(self) -> str:
+        base = self.base.name or "unknown"
+        return (
+            f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, deltaw]\n---\n\n"
+            f"# LoRA adapter for {base}\n\n"
+            f"Rank {self.spec.rank}, alpha {self.spec.alpha:g}, {len(self.factors)} modules, "
+            f"{self.parameters:,} parameters. Made by deltaw {VERSION}.\n\n"
+            f"```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, this_folder)\n```\n"
+        )
+
+
+def _check_folder(directory: Path) -> None:
+    if (directory / WEIGHTS).is_file() and (directory / CONFIG).is_file():
+        return
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such adapter folder")
+    pickles = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    if pickles and not (directory / WEIGHTS).is_file():
+        raise InputError(
+            f"{directory / pickles[0]} is a pickle, which runs code when it is opened",
+            fix="convert it to safetensors in a sandbox, or ask its author to",
+        )
+    gone = [name for name in (WEIGHTS, CONFIG) if not (directory / name).is_file()]
+    raise InputError(f"{directory} is no adapter: {' and '.join(gone)} missing")
+
+
+def _pair(tensors: Mapping[str, Tensor], source: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, B) by module path. Raises InputError for every key that is no half of such a pair."""
+    found: dict[str, dict[str, Tensor]] = {}
+    problems = []
+    for key, tensor in tensors.items():
+        suffix = next((s for s in (A, B) if key.endswith(s)), None)
+        foreign = next((said for s, said in FOREIGN.items() if key.endswith(s)), None)
+        if foreign:
+            problems.append(f"{key!r:.120}: {foreign} isn't supported")
+        elif suffix is None:
+            problems.append(f"{key!r:.120} is no lora_A or lora_B; fully trained modules aren't supported")
+        elif not key.startswith(PREFIX):
+            problems.append(f"{key!r:.120} doesn't begin with {PREFIX!r}")
+        elif tensor.ndim != 2 or not tensor.is_floating_point():
+            problems.append(
+                f"{key!r:.120} is {tensor.dtype} of shape {tuple(tensor.shape)}, not a floating matrix"
+            )
+        else:
+            found.setdefault(key.removeprefix(PREFIX).removesuffix(suffix), {})[suffix] = tensor
+    problems += [
+        f"{path!r:.120} has {' '.join(k.split('.')[1] for k in halves)} but not its other half"
+        for path, halves in found.items()
+        if len(halves) == 1
+    ]
+    if problems or not found:
+        raise InputError(
+            f"{source}: {len(problems)} of {len(tensors)} tensors don't fit:\n{listed(problems)}"
+        )
+    return {path: (halves[A], halves[B]) for path, halves in found.items()}
+
+
+def _check_shapes(pairs: Mapping[str, tuple[Tensor, Tensor]], spec: AdapterSpec, source: str) -> None:
+    problems = []
+    for path, (a, b) in pairs.items():
+        rank = spec.rank_of(path)
+        if (a.shape[0], b.shape[1]) != (rank, rank):
+            problems.append(
+                f"{path}: A is {tuple(a.shape)}, B is {tuple(b.shape)}, the config says rank {rank}"
+            )
+    if problems:
+        raise InputError(f"{source}: shapes and config disagree:\n{listed(problems)}")
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+
+
+def _base_of(directory: Path, config: dict[str, Any]) -> BaseId:
+    """The recorded base: deltaw.json where there is one, else what PEFT's config names."""
+    if (directory / RECORD).is_file():
+        raw = read_json(directory / RECORD, max_bytes=1_000_000).get("base")
+        known = {name: raw.get(name) for name in BaseId.__dataclass_fields__} if isinstance(raw, dict) else {}
+        if not known or not all(isinstance(value, str | None) for value in known.values()):
+            raise InputError(f"{directory / RECORD}: its base is not name, revision, fingerprint, template")
+        return BaseId(**{name: value for name, value in known.items() if value is not None})
+    name = config.get("base_model_name_or_path")
+    return BaseId(name=name if isinstance(name, str) else "")

@@ -1,0 +1,133 @@
+"""attach and detach: an adapter onto a model and off it again.
+
+attach puts a `LoRALinear` in the place of each targeted layer, on this instance alone; detach puts the very same
+layers back and returns what was learnt as an `Adapter`. The base's weights are the same objects throughout, so the
+model afterwards is the model before, bit for bit.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from deltaw.adapter.file import Adapter, BaseId
+from deltaw.adapter.init import fresh_factors
+from deltaw.adapter.layer import LoRALinear
+from deltaw.adapter.spec import explicit_targets, find_targets
+from deltaw.base.frozen import FrozenLinear
+from deltaw.config import AdapterSpec
+from deltaw.errors import InputError, listed
+from deltaw.factors import LowRank
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A model with an adapter in it. `spec.targets` names the adapted modules exactly, whatever group asked for them.
+
+    `unmatched` are weights that stay as they are although they are no embedding, head or norm.
+    """
+
+    model: nn.Module
+    spec: AdapterSpec
+    layers: dict[str, LoRALinear]
+    unmatched: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that trains: A and B of each layer, float32."""
+        return [p for layer in self.layers.values() for p in (layer.lora_a, layer.lora_b)]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(self.layers)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The plain base for the length of a `with` block."""
+        before = [layer.enabled for layer in self.layers.values()]
+        self._enable([False] * len(before))
+        try:
+            yield
+        finally:
+            self._enable(before)
+
+    def _enable(self, states: list[bool]) -> None:
+        for layer, enabled in zip(self.layers.values(), states, strict=True):
+            layer.enabled = enabled
+
+    def adapter(self, base: BaseId) -> Adapter:
+        """What has been learnt so far, as a value on the CPU; the model keeps its adapter."""
+        factors = {path: _on_cpu(layer) for path, layer in self.layers.items()}
+        transposed = any(isinstance(layer.base.module, Conv1D) for layer in self.layers.values())
+        return Adapter(self.spec, factors, base, transposed)
+
+
+def attach(
+    model: nn.Module, what: AdapterSpec | Adapter, *, generator: torch.Generator | None = None
+) -> Attached:
+    """Put a fresh adapter (from a spec, drawn from `generator`) or a trained one on `model`, in place.
+
+    Raises InputError when a target matches nothing, a rank is too high, an adapter's shapes are not this model's, or
+    the model already carries an adapter.
+    """
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise InputError("this model already carries an adapter", fix="detach(model) first")
+    spec = what if isinstance(what, AdapterSpec) else what.spec
+    targets = find_targets(model, spec)
+    if isinstance(what, Adapter):
+        _check_fits(model, what, targets.paths)
+    generator = generator or torch.Generator().manual_seed(0)
+    spec = spec.model_copy(update={"targets": explicit_targets(model, targets.paths)})
+    layers: dict[str, LoRALinear] = {}
+    for path in targets.paths:
+        base = FrozenLinear(model.get_submodule(path))
+        layer = LoRALinear(base, spec.rank_of(path), spec.scale(path), spec.dropout)
+        if isinstance(what, Adapter):
+            layer.set_factors(what.factors[path])
+        else:
+            a_RN, b_MR = fresh_factors(spec.rank_of(path), base.out_features, base.in_features, generator)
+            layer.lora_a.data.copy_(a_RN)
+            layer.lora_b.data.copy_(b_MR)
+        layers[path] = layer
+    for path, layer in layers.items():
+        layer.train(model.training)
+        model.set_submodule(path, layer)
+    return Attached(model, spec, layers, targets.unmatched)
+
+
+def detach(attached: Attached, base: BaseId | None = None) -> Adapter:
+    """Take the adapter off its model, putting the original layers back, and return it as a value on the CPU."""
+    adapter = attached.adapter(base or BaseId())
+    for path, layer in attached.layers.items():
+        attached.model.set_submodule(path, layer.base.module)
+    return adapter
+
+
+def _on_cpu(layer: LoRALinear) -> LowRank:
+    update = layer.factors()
+    return LowRank(update.a_RN.cpu(), update.b_MR.cpu(), update.scale)
+
+
+def _check_fits(model: nn.Module, adapter: Adapter, targeted: tuple[str, ...]) -> None:
+    """Every update must have its module and every targeted module its update, in shapes that fit."""
+    problems = [
+        f"{path}: targeted, but the adapter has no factors for it"
+        for path in targeted
+        if path not in adapter.factors
+    ]
+    for path, update in adapter.factors.items():
+        if path not in targeted:
+            problems.append(f"{path}: no such linear layer in this model")
+            continue
+        layer = FrozenLinear(model.get_submodule(path))
+        if update.shape != (layer.out_features, layer.in_features):
+            problems.append(
+                f"{path}: update is {update.shape}, the layer {(layer.out_features, layer.in_features)}"
+            )
+    if problems:
+        raise InputError(
+            f"the adapter does not fit this model, {len(problems)} mismatches:\n{listed(problems)}"
+        )

@@ -1,0 +1,72 @@
+"""LoRALinear: a frozen linear layer with an update beside it.
+
+The base stays the object it was and is never written to; the factors are float32 masters whatever the base's dtype
+(an update smaller than bfloat16's rounding would otherwise be lost). `factors()` hands the update out as a value and
+`fuse()` returns a new plain layer with the sum rounded once, so both ways back are new objects.
+
+Dropout acts on the update's input alone (LoRA §4, as in PEFT); while it is on, autograd takes over from the
+hand-written backward, since the update no longer sees the input that the base sees.
+
+Letters: N inputs, M outputs, R rank.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from deltaw.base.frozen import FrozenLinear
+from deltaw.factors import LowRank
+from deltaw.kernels.lora import lora_linear
+
+
+class LoRALinear(nn.Module):
+    """x Wᵀ + bias + scale · (x Aᵀ) Bᵀ. Only `lora_a` [R, N] and `lora_b` [M, R] train, both float32."""
+
+    def __init__(self, base: FrozenLinear, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        device = base.weight_MN.device
+        self.base = base
+        self.scale = scale
+        self.dropout = dropout
+        self.enabled = True
+        self.lora_a = nn.Parameter(torch.zeros(rank, base.in_features, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., N] -> [..., M] in x's dtype."""
+        if not self.enabled:
+            return self.base(x)  # type: ignore[no-any-return]
+        if self.dropout and self.training:
+            low = F.linear(F.dropout(x, self.dropout), self.lora_a.to(x.dtype))
+            y: Tensor = self.base(x) + self.scale * F.linear(low, self.lora_b.to(x.dtype))
+            return y
+        return lora_linear(x, self.base.weight_MN, self.base.bias_M, self.lora_a, self.lora_b, self.scale)
+
+    def factors(self) -> LowRank:
+        """The update as a value: copies of the factors, detached."""
+        return LowRank(self.lora_a.detach().clone(), self.lora_b.detach().clone(), self.scale)
+
+    @torch.no_grad()
+    def set_factors(self, update: LowRank) -> None:
+        """Take an update's factors and scale. Raises ValueError when its shape or rank is another."""
+        if update.a_RN.shape != self.lora_a.shape or update.b_MR.shape != self.lora_b.shape:
+            raise ValueError(
+                f"update is {update.shape} of rank {update.rank}, layer takes {self.extra_repr()}"
+            )
+        self.lora_a.copy_(update.a_RN)
+        self.lora_b.copy_(update.b_MR)
+        self.scale = update.scale
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """A new layer of the base's own kind whose weight is W + ΔW, summed in float32 and rounded once."""
+        fused = copy.deepcopy(self.base.module)
+        total_MN = self.base.weight_MN.float() + self.factors().dense()
+        fused.weight.copy_(total_MN.T if isinstance(fused, Conv1D) else total_MN)  # type: ignore[operator, union-attr]
+        return fused
+
+    def extra_repr(self) -> str:
+        return f"rank={self.lora_a.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"

@@ -1,0 +1,94 @@
+"""`LowRank`: the value ΔW = scale · B A that everything here is about.
+
+It is an immutable value, not a layer: training makes it, a file stores it, and truncate, add and negate are exact
+functions of the two thin factors. The dense M x N matrix exists only where `dense()` is written.
+
+Letters: M output features, N input features, R rank. A is [R, N], B is [M, R], as in the LoRA paper (Hu et al.
+2021, §4.1) and PEFT; `docs/math.md` maps other notations to this one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaw.linalg.svd import product_svd
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """ΔW = scale · B A with A [R, N] and B [M, R]; raises ValueError when the shapes do not fit."""
+
+    a_RN: Tensor
+    b_MR: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        a, b = self.a_RN, self.b_MR
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise ValueError(
+                f"factors do not fit: A is {tuple(a.shape)} (R, N), B is {tuple(b.shape)} (M, R)"
+            )
+
+    @property
+    def rank(self) -> int:
+        """R, the number of directions available (not how many are used)."""
+        return self.a_RN.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, N): the shape of the weight this updates."""
+        return self.b_MR.shape[0], self.a_RN.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """R (M + N), the count of numbers that are stored and trained."""
+        return self.a_RN.numel() + self.b_MR.numel()
+
+    def apply(self, x_TN: Tensor) -> Tensor:
+        """x ΔWᵀ, [..., M], in O(R (M + N)) a row."""
+        return self.scale * ((x_TN @ self.a_RN.T) @ self.b_MR.T)
+
+    def dense(self) -> Tensor:
+        """The [M, N] matrix itself. Costs M N numbers: named so that nobody forms it by accident."""
+        return self.scale * (self.b_MR @ self.a_RN)
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U [M, K], S [K], Vᵀ [K, N] of ΔW, K = min(M, N, R), from the factors alone."""
+        u, s, vt = product_svd(self.b_MR, self.a_RN)
+        sign = -1.0 if self.scale < 0 else 1.0
+        return sign * u, abs(self.scale) * s, vt
+
+    def truncate(self, rank: int | None = None, energy: float | None = None) -> "LowRank":
+        """The best approximation of a lower rank (Eckart-Young-Mirsky); √S is shared by both factors, scale 1.
+
+        Give exactly one: `rank`, or `energy` in (0, 1], the share of ‖ΔW‖²_F to keep.
+        """
+        if (rank is None) == (energy is None):
+            raise ValueError("give rank or energy, one of the two")
+        u, s, vt = self.svd()
+        if energy is not None:
+            if not 0 < energy <= 1:
+                raise ValueError(f"energy is a share in (0, 1], got {energy}")
+            kept = torch.cumsum(s.double() ** 2, 0)
+            rank = int((kept < energy * kept[-1] * (1 - 1e-12)).sum()) + 1
+        assert rank is not None
+        if not 1 <= rank <= len(s):
+            raise ValueError(f"rank must lie in 1..{len(s)}, got {rank}")
+        root = s[:rank].sqrt()
+        return LowRank(root[:, None] * vt[:rank], u[:, :rank] * root)
+
+    def __add__(self, other: "LowRank") -> "LowRank":
+        """Exact, by stacking: [s₁B₁ s₂B₂] [A₁; A₂]; the ranks add up."""
+        if self.shape != other.shape:
+            raise ValueError(f"updates of different shapes: {self.shape} and {other.shape}")
+        return LowRank(
+            torch.cat([self.a_RN, other.a_RN]),
+            torch.cat([self.scale * self.b_MR, other.scale * other.b_MR], dim=1),
+        )
+
+    def __neg__(self) -> "LowRank":
+        return LowRank(self.a_RN, self.b_MR, -self.scale)
+
+    def __sub__(self, other: "LowRank") -> "LowRank":
+        return self + (-other)

@@ -1,0 +1,112 @@
+"""Linear head + cross-entropy without holding the logits.
+
+A batch's logits [T, V] are by far its largest tensor (2048 x 49152 in float32: 403 MB, and autograd keeps several
+like it). Two facts make them unnecessary: only rows with a label matter, and since the head is frozen the gradient
+with respect to the hidden rows can be formed while a chunk of logits is at hand:
+
+    L = Σ_t  logsumexp(z_t) − z_t[label_t],     z_t = cap(scale · (W h_t + bias)),     cap(z) = c · tanh(z / c)
+    ∂L/∂z_t = softmax(z_t) − onehot(label_t)        ∂L/∂h_t = scale · cap'(z) ∂L/∂z_t W
+
+So the forward makes both, in chunks of rows, and the backward is one multiplication by the incoming scalar
+(the idea of Liger's and Apple's fused losses). Sums and counts are returned, never a mean: who knows all the
+batches of a step divides once, which is what makes gradient accumulation exact to the token.
+
+Letters: T rows, D hidden size, V vocabulary, C rows of one chunk, K rows with a label.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100  # the label of a row that is not trained, PyTorch's convention
+CHUNK_BYTES = 64 << 20  # float32 logits held at a time
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    labels_T: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, int]:
+    """(sum of the losses in nats as a float32 scalar, count of rows with a label). The head gets no gradient."""
+    rows_K = (labels_T != IGNORE).nonzero().squeeze(1)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_TD, head_VD, bias_V, labels_T, rows_K, scale, softcap)
+    return loss, len(rows_K)
+
+
+def linear_cross_entropy_plain(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    labels_T: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, int]:
+    """The twin: all logits at once, PyTorch's own cross-entropy."""
+    logits_TV = _cap(scale * F.linear(hidden_TD, head_VD, bias_V).float(), softcap)
+    loss = F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE, reduction="sum")
+    return loss, int((labels_T != IGNORE).sum())
+
+
+def _cap(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        head_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_T: Tensor,
+        rows_K: Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        wants_grad = ctx.needs_input_grad[0]
+        # float64 inputs stay float64, so that gradcheck sees the real derivative.
+        wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=hidden_TD.device)
+        grad_KD = hidden_TD.new_empty(len(rows_K), hidden_TD.shape[1]) if wants_grad else None
+        chunk = max(1, CHUNK_BYTES // (4 * head_VD.shape[0]))
+        for start in range(0, len(rows_K), chunk):
+            rows_C = rows_K[start : start + chunk]
+            labels_C1 = labels_T[rows_C].unsqueeze(1)
+            z_CV = F.linear(hidden_TD[rows_C], head_VD, bias_V).to(wide)
+            if scale != 1.0:
+                z_CV.mul_(scale)
+            if softcap is not None:
+                z_CV.div_(softcap).tanh_().mul_(softcap)
+            lse_C1 = z_CV.logsumexp(1, keepdim=True)
+            loss += (lse_C1 - z_CV.gather(1, labels_C1)).sum()
+            if grad_KD is None:
+                continue
+            # cap'(z) = 1 − tanh² = 1 − (z / c)² of the capped value, taken before z is overwritten
+            slope_CV = None if softcap is None else 1 - (z_CV / softcap) ** 2
+            d_CV = z_CV.sub_(lse_C1).exp_()
+            d_CV.scatter_add_(1, labels_C1, torch.full_like(lse_C1, -1.0))
+            if slope_CV is not None:
+                d_CV.mul_(slope_CV)
+            if scale != 1.0:
+                d_CV.mul_(scale)
+            torch.mm(d_CV.to(head_VD.dtype), head_VD, out=grad_KD[start : start + chunk])
+        if grad_KD is not None:
+            ctx.save_for_backward(grad_KD, rows_K)
+            ctx.rows = len(hidden_TD)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_KD, rows_K = ctx.saved_tensors
+        grad_TD = grad_KD.new_zeros(ctx.rows, grad_KD.shape[1])
+        grad_TD[rows_K] = grad_KD * grad.to(grad_KD.dtype)
+        return grad_TD, None, None, None, None, None, None
