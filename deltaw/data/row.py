@@ -1,0 +1,44 @@
+"""A row, and what is said of one that can't be used.
+
+Every stage (reading, recognising, rendering) meets rows that it must refuse. It never crashes on one and
+never drops one silently: it says which row and why, and `dataset.prepare` decides how many of those are too
+many.
+
+`origin` is what a person needs to find the row again: `train.jsonl:118`, the file's name and the line (for
+CSV, Parquet and JSON arrays the row, counted from 1).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+REASON_LENGTH = 120  # a reason quotes data; this keeps an error message to one line a row
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One object as it stood in the file, before anything is known about its form."""
+
+    value: dict[str, Any]
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A row that can't be used, and why."""
+
+    origin: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {one_line(self.reason)}"
+
+
+class Rejected(Exception):
+    """This row can't be used. The only way a stage refuses a row; it becomes a `Problem`, never a crash."""
+
+
+def one_line(text: str, limit: int = REASON_LENGTH) -> str:
+    """`text` on one line of at most `limit` characters, safe to print whatever the data held."""
+    text = " ".join(text.encode("utf-8", "replace").decode().split())
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
