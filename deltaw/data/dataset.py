@@ -23,9 +23,10 @@ from itertools import islice
 import numpy as np
 
 from deltaw.config import DataConfig
-from deltaw.data.forms import Form, detect_form
+from deltaw.data.example import Example
+from deltaw.data.forms import Chat, Form, detect_form
 from deltaw.data.read import read_rows
-from deltaw.data.render import Example, Renderer
+from deltaw.data.render import Renderer
 from deltaw.data.row import Problem, Rejected, Row, one_line
 from deltaw.errors import InputError, listed
 
@@ -67,6 +68,7 @@ class Dataset:
     train: list[Example]
     eval: list[Example]
     report: DataReport
+    chat: bool = False  # the rows went through the chat template
 
     @cached_property
     def fingerprint(self) -> str:
@@ -127,8 +129,9 @@ def prepare(config: DataConfig, renderer: Renderer, *, progress: Progress | None
         held_out = list(_examples(other, renderer, config, progress))
         _check(other, config, found=bool(held_out))
         sources.append(other)
+    chat = isinstance(source.form.normalise(source.rows[train[0][0]]), Chat)
     parts = [[example for _, example in sorted(part, key=lambda item: item[0])] for part in (train, held_out)]
-    return Dataset(parts[0], parts[1], _report(sources, parts[0], parts[1], renderer))
+    return Dataset(parts[0], parts[1], _report(sources, parts[0], parts[1], renderer), chat)
 
 
 def _open(name: str, config: DataConfig) -> _Source:

@@ -20,8 +20,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from deltaw.data.example import Example
 from deltaw.data.pack import Batch, pack
-from deltaw.data.render import Example
 
 Step = list[list[int]]  # batches of example numbers
 

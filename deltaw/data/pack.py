@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltaw.data.render import Example
+from deltaw.data.example import Example
 
 IGNORED = -100  # the label of a position that isn't trained, as everywhere in PyTorch
 

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from deltaw.data.dataset import DataReport, Dataset
-from deltaw.data.render import Example
+from deltaw.data.example import Example
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, Group, RenderResult

@@ -39,22 +39,13 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from deltaw.data.encode import Encoder
+from deltaw.data.example import Example
 from deltaw.data.forms import Chat, Completion, Document, Message, Text
 from deltaw.data.row import Rejected, one_line
 from deltaw.data.template import CHATML, MAX_TEMPLATE, Template
 from deltaw.errors import InputError
 
 NO_TEMPLATE = "set data.template: chatml, or data.template: a .jinja file"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Example:
-    """tokens: int32 (T,); loss_mask: bool (T,), True = trained, never at 0; untrained_turns: answers not provable."""
-
-    tokens: np.ndarray
-    loss_mask: np.ndarray
-    origin: str
-    untrained_turns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +153,8 @@ class Renderer:
     def end_of_turn_problems(self, examples: Sequence[Example]) -> list[str]:
         """Why the trained model may not stop, in words for the user; nothing when all is well."""
         problems = []
-        stops = np.array(sorted(self.stop_ids))
-        endless = sum(not np.isin(example.tokens[example.loss_mask], stops).any() for example in examples)
+        stops = self.stop_ids
+        endless = sum(stops.isdisjoint(example.tokens[example.loss_mask].tolist()) for example in examples)
         if endless:
             problems.append(
                 f"{endless} of {len(examples)} rows train no end-of-turn token: the model doesn't learn to stop there"

@@ -1,0 +1,220 @@
+"""From a run file's data section to examples: splits, counts, and errors instead of empty or wasted runs."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import toy
+
+from deltaw.config import DataConfig
+from deltaw.data import dataset
+from deltaw.data.dataset import prepare
+from deltaw.data.render import Renderer
+from deltaw.errors import InputError
+
+RENDERER = Renderer(toy("chatml"))
+
+
+def write(tmp_path, values, name="train.jsonl") -> str:
+    path = tmp_path / name
+    path.write_text("".join((v if isinstance(v, str) else json.dumps(v)) + "\n" for v in values))
+    return str(path)
+
+
+def pairs(count, start=0) -> list[dict]:
+    return [{"prompt": f"{number} ->", "completion": f" {number * 7}"} for number in range(start, start + count)]
+
+
+def texts(examples) -> list[str]:
+    return [RENDERER.decode(example.tokens) for example in examples]
+
+
+def test_everything_is_used_in_file_order(tmp_path):
+    prepared = prepare(DataConfig(train=write(tmp_path, pairs(1100))), RENDERER)
+    assert texts(prepared.train) == [pair["prompt"] + pair["completion"] for pair in pairs(1100)]
+    assert prepared.eval == []
+    report = prepared.report
+    assert (report.rows_read, report.train_rows, report.eval_rows, report.unusable) == (1100, 1100, 0, 0)
+    assert report.tokens == sum(len(example.tokens) for example in prepared.train)
+    assert report.supervised_tokens == sum(example.loss_mask.sum() for example in prepared.train)
+    assert report.share == report.supervised_tokens / report.tokens
+    assert report.warnings == []
+    json.dumps(dataclasses.asdict(report))
+
+
+def test_one_row_is_enough(tmp_path):
+    assert len(prepare(DataConfig(train=write(tmp_path, pairs(1))), RENDERER).train) == 1
+
+
+@pytest.mark.parametrize("content", [[], ["", "  "]])
+def test_an_empty_set_is_an_error(tmp_path, content):
+    with pytest.raises(InputError, match="no rows"):
+        prepare(DataConfig(train=write(tmp_path, content)), RENDERER)
+
+
+def test_held_out_rows_are_random_and_independent_of_the_order(tmp_path):
+    config = DataConfig(train=write(tmp_path, pairs(100)), eval=20)
+    prepared = prepare(config, RENDERER)
+    assert (len(prepared.train), len(prepared.eval)) == (80, 20)
+    assert sorted(texts(prepared.train) + texts(prepared.eval)) == sorted(
+        texts(prepare(DataConfig(train=config.train), RENDERER).train)
+    )
+    turned = DataConfig(train=write(tmp_path, pairs(100)[::-1], "turned.jsonl"), eval=20)
+    assert texts(prepare(turned, RENDERER).eval) == texts(prepared.eval)[::-1]
+    other = prepare(config.model_copy(update={"seed": 1}), RENDERER)
+    assert texts(other.eval) != texts(prepared.eval)
+    assert prepare(config, RENDERER).fingerprint == prepared.fingerprint != other.fingerprint
+
+
+def test_limit_takes_rows_at_random_and_renders_no_others(tmp_path):
+    rendered = []
+
+    class Counting(Renderer):
+        def render_all(self, documents, origins):
+            rendered.extend(origins)
+            return super().render_all(documents, origins)
+
+    config = DataConfig(train=write(tmp_path, pairs(3000)), eval=10, limit=50)
+    prepared = prepare(config, Counting(toy("chatml")))
+    assert (len(prepared.train), len(prepared.eval)) == (50, 10)
+    numbers = [int(example.origin.split(":")[1]) for example in prepared.train]
+    assert numbers == sorted(numbers)
+    assert numbers[-1] - numbers[0] > 1500
+    assert len(rendered) <= dataset.CHUNK
+    smaller = prepare(config.model_copy(update={"limit": 20}), RENDERER)
+    assert texts(smaller.eval) == texts(prepared.eval)
+    assert set(texts(smaller.train)) < set(texts(prepared.train))
+
+
+def test_an_eval_file_of_its_own_and_the_overlap(tmp_path):
+    other = write(tmp_path, pairs(10, start=5), "eval.jsonl")
+    config = DataConfig(train=write(tmp_path, [*pairs(10), *pairs(3)]), eval=other)
+    prepared = prepare(config, RENDERER)
+    assert (len(prepared.train), len(prepared.eval)) == (13, 10)
+    assert (prepared.report.duplicates, prepared.report.overlap) == (3, 5)
+    assert prepared.report.warnings == [
+        "3 training rows are copies of another",
+        "5 held-out rows are also trained on",
+    ]
+
+
+@pytest.mark.parametrize("eval_rows", [5, 6, 500])
+def test_too_few_rows_to_hold_out_so_many(tmp_path, eval_rows):
+    with pytest.raises(InputError, match=r"5 usable rows, and data\.eval takes"):
+        prepare(DataConfig(train=write(tmp_path, pairs(5)), eval=eval_rows), RENDERER)
+
+
+def test_unusable_rows_are_counted_and_tolerated_up_to_a_share(tmp_path):
+    bad = ["{", {"prompt": "p", "completion": ""}, {"text": "t"}, {"prompt": "\ud800", "completion": "c"}]
+    config = DataConfig(train=write(tmp_path, [*pairs(96), *bad]), bad_rows=0.05)
+    prepared = prepare(config, RENDERER)
+    assert prepared.report.unusable == 4
+    assert sorted(problem.split(": ")[0] for problem in prepared.report.problems) == [
+        "train.jsonl:100",
+        "train.jsonl:97",
+        "train.jsonl:98",
+        "train.jsonl:99",
+    ]
+    assert len(prepared.train) == 96
+    assert prepared.report.warnings[0].startswith("4 rows can't be used; the first: train.jsonl:97: not JSON")
+    with pytest.raises(InputError) as raised:
+        prepare(config.model_copy(update={"bad_rows": 0.03}), RENDERER)
+    assert "4 of 100 rows can't be used" in str(raised.value)
+    assert "data.bad_rows" in str(raised.value)
+    assert len(str(raised.value).splitlines()) <= 5
+
+
+@pytest.mark.parametrize("values", [["{", "{"], [{"text": ""}], [{"messages": [{"role": "user", "content": "q"}]}]])
+def test_no_usable_row_is_an_error_whatever_is_tolerated(tmp_path, values):
+    with pytest.raises(InputError, match=r"train.jsonl:1"):
+        prepare(DataConfig(train=write(tmp_path, values), bad_rows=1.0), RENDERER)
+
+
+def test_what_the_rows_hold_cannot_break_the_message(tmp_path):
+    evil = {"messages": [{"role": "\x1b[2J" + "a\n" * 500 + "\ud800", "content": "q"}]}
+    with pytest.raises(InputError) as raised:
+        prepare(DataConfig(train=write(tmp_path, [evil] * 9)), RENDERER)
+    message = str(raised.value)
+    message.encode()
+    assert "\x1b" not in message
+    assert len(message.splitlines()) <= 5
+    assert max(map(len, message.splitlines())) < 300
+
+
+def test_rows_nested_deeper_than_python_can_follow(tmp_path):
+    deep = '{"messages": [{"role": "user", "content": "q", "x": ' + "[" * 600 + "]" * 600 + "},"
+    deep += '{"role": "assistant", "content": "a"}]}'
+    good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    prepared = prepare(DataConfig(train=write(tmp_path, [good, deep]), bad_rows=0.5), RENDERER)
+    assert len(prepared.train) == 1
+    assert "nested too deeply" in prepared.report.problems[0]
+
+
+def test_too_long_rows_are_dropped_or_truncated_and_counted(tmp_path):
+    long_answer = {"prompt": "p", "completion": "x y " * 50}
+    long_prompt = {"prompt": "x y " * 50, "completion": "c"}
+    config = DataConfig(train=write(tmp_path, [*pairs(3), long_answer, long_prompt]), max_length=20)
+    dropped = prepare(config, RENDERER)
+    assert len(dropped.train) == 3
+    assert (dropped.report.too_long_dropped, dropped.report.truncated, dropped.report.untrained) == (2, 0, 0)
+    assert sorted(dropped.report.too_long) == ["train.jsonl:4", "train.jsonl:5"]
+    cut = prepare(config.model_copy(update={"too_long": "truncate"}), RENDERER)
+    assert (cut.report.too_long_dropped, cut.report.truncated, cut.report.untrained) == (0, 1, 1)
+    assert len(cut.train) == 4
+    assert len(cut.train[-1].tokens) == 20
+    assert all(example.loss_mask.any() for example in cut.train)
+    assert "1 of 4 rows train no end-of-turn token" in cut.report.warnings[0]
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+def test_only_rows_that_are_too_long_is_an_error(tmp_path, too_long):
+    config = DataConfig(
+        train=write(tmp_path, [{"prompt": "x y " * 50, "completion": "c"}]), max_length=5, too_long=too_long
+    )
+    with pytest.raises(InputError, match=r"longer than data\.max_length 5"):
+        prepare(config, RENDERER)
+
+
+@given(length=st.integers(2, 60), on=st.sampled_from(["auto", "all"]))
+@settings(max_examples=30, deadline=None)
+def test_no_example_trains_nothing_or_its_first_token(tmp_path_factory, length, on):
+    path = write(tmp_path_factory.mktemp("rows"), [*pairs(5), {"prompt": "a b " * 9, "completion": " c d" * 9}])
+    config = DataConfig(train=path, max_length=length, too_long="truncate", train_on=on)
+    try:
+        prepared = prepare(config, Renderer(toy("bos"), train_on=on))
+    except InputError:
+        assert length < 8
+        return
+    for example in prepared.train:
+        assert len(example.tokens) <= length
+        assert example.loss_mask.any()
+        assert not example.loss_mask[0]
+
+
+def test_untrained_turns_are_reported(tmp_path):
+    turns = [("user", "q"), ("assistant", "<think>x</think>a"), ("user", "q"), ("assistant", "b")]
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    report = prepare(DataConfig(train=write(tmp_path, [chat])), Renderer(toy("thinking"))).report
+    assert report.untrained_turns == 1
+    assert report.warnings == ["1 answers aren't trained: the template rewrites earlier turns"]
+
+
+def test_progress_ends_at_the_total(tmp_path):
+    calls = []
+    prepare(DataConfig(train=write(tmp_path, pairs(600))), RENDERER, progress=lambda *call: calls.append(call))
+    assert calls == [(512, 600), (600, 600)]
+
+
+def test_the_fingerprint_sees_tokens_masks_and_borders(tmp_path):
+    def fingerprint(values, renderer=RENDERER, **options):
+        return prepare(DataConfig(train=write(tmp_path, values), **options), renderer).fingerprint
+
+    base = fingerprint([{"prompt": "a", "completion": "b"}])
+    assert base == fingerprint([{"prompt": "a", "completion": "b", "id": 7}])
+    assert base != fingerprint([{"prompt": "a", "completion": "c"}])
+    wide = [{"prompt": "a b c", "completion": "d"}]
+    assert fingerprint(wide) != fingerprint(wide, Renderer(toy("chatml"), train_on="all"))
+    assert fingerprint(pairs(4)) != fingerprint(pairs(4)[::-1])
+    assert fingerprint(pairs(4)) != fingerprint(pairs(4), eval=1)

@@ -1,0 +1,112 @@
+"""Forms: what is recognised, what it becomes, and that a malformed row is refused with its reason."""
+
+import pytest
+
+from deltaw.data.forms import Chat, Completion, Text, detect_form
+from deltaw.data.row import Rejected, Row
+from deltaw.errors import InputError
+
+USER = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+def rows(*values) -> list[Row]:
+    return [Row(value, f"t.jsonl:{number}") for number, value in enumerate(values, 1)]
+
+
+def normalise(value, wanted="auto"):
+    (row,) = rows(value)
+    return detect_form([row], wanted).normalise(row)
+
+
+@pytest.mark.parametrize(
+    ("value", "document"),
+    [
+        ({"text": "t"}, Text("t")),
+        ({"content": "t", "id": 3}, Text("t")),
+        ({"prompt": "p", "completion": "c"}, Completion("p", "c")),
+        ({"question": "p", "answer": "c", "text": None}, Completion("p", "c")),
+        ({"instruction": "p", "response": "c"}, Completion("p", "c")),
+        ({"messages": [USER, ANSWER], "tools": None}, Chat((USER, ANSWER))),
+        ({"messages": [USER, ANSWER], "tools": [{"name": "t"}]}, Chat((USER, ANSWER), ({"name": "t"},))),
+        ({"messages": [USER, ANSWER], "tools": '[{"name": "t"}]'}, Chat((USER, ANSWER), ({"name": "t"},))),
+        ({"messages": [{**USER, "name": None}, ANSWER]}, Chat((USER, ANSWER))),
+        ({"instruction": "q", "input": "", "output": "a"}, Chat((USER, ANSWER))),
+        ({"instruction": "q", "output": "a"}, Chat((USER, ANSWER))),
+        ({"instruction": "q", "input": "i", "output": "a"}, Chat(({**USER, "content": "q\n\ni"}, ANSWER))),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, Chat((USER, ANSWER))),
+        ({"input": [USER], "ideal": "a"}, Chat(({**USER, "weight": 0}, ANSWER))),
+        ({"input": [USER], "ideal": ["a", "b"]}, Chat(({**USER, "weight": 0}, ANSWER))),
+        ({"prompt": [USER], "completion": [ANSWER]}, Chat(({**USER, "weight": 0}, ANSWER))),
+        ({"prompt": [USER], "completion": "a"}, Chat(({**USER, "weight": 0}, ANSWER))),
+    ],
+)
+def test_every_form_in_use(value, document):
+    assert normalise(value) == document
+
+
+def test_a_tool_call_may_have_no_content():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    assert normalise({"messages": [USER, call]}).messages[1]["content"] == ""
+
+
+def test_the_mapping_is_said():
+    assert detect_form(rows({"question": "q", "answer": "a"})).description == (
+        "completion: question -> prompt, answer -> completion"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"messages": [{"content": "q"}, ANSWER]}, "message 1 has no role"),
+        ({"messages": [{"role": "owner", "content": "q"}, ANSWER]}, "unknown role 'owner'"),
+        ({"messages": [{"role": ["user"], "content": "q"}, ANSWER]}, "unknown role"),
+        ({"messages": [{"role": "user", "content": 3}, ANSWER]}, "message 1 has a int as content"),
+        ({"messages": [{"role": "user", "content": [{"text": "q"}]}, ANSWER]}, "has a list as content"),
+        ({"messages": [{"role": "user"}, ANSWER]}, "message 1 has no content"),
+        ({"messages": []}, "messages is empty"),
+        ({"messages": "q"}, "messages is a str"),
+        ({"messages": [USER, "a"]}, "item 2 is a str"),
+        ({"messages": [USER]}, "no assistant message"),
+        ({"messages": [USER, {**ANSWER, "content": " "}]}, "empty answer"),
+        ({"messages": [USER, ANSWER], "tools": "{"}, "not JSON"),
+        ({"conversations": [{"from": "alien", "value": "q"}]}, "unknown speaker 'alien'"),
+        ({"text": 3}, "text is a int"),
+        ({"text": "  "}, "text is empty"),
+        ({"prompt": "p", "completion": ""}, "completion is empty"),
+        ({"prompt": ["p"], "completion": "c"}, "item 1 is a str"),
+        ({"input": "q", "ideal": "a"}, "input is a str"),
+    ],
+)
+def test_a_malformed_row_is_refused_with_the_reason(value, reason):
+    with pytest.raises(Rejected, match=reason):
+        normalise(value)
+
+
+def test_mixed_schemas_take_the_commoner_and_refuse_the_other():
+    mixed = rows({"text": "t"}, {"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": "d"})
+    form = detect_form(mixed)
+    assert form.name == "completion"
+    with pytest.raises(Rejected, match="no prompt and no completion"):
+        form.normalise(mixed[0])
+
+
+def test_a_wanted_form_overrules():
+    both = {"text": "t", "prompt": "p", "completion": "c"}
+    assert normalise(both) == Completion("p", "c")
+    assert normalise(both, "text") == Text("t")
+    shared = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    assert normalise(shared, "chat") == normalise(shared, "sharegpt") == Chat((USER, ANSWER))
+    with pytest.raises(InputError, match="no chat form in the columns text"):
+        normalise({"text": "t"}, "chat")
+
+
+def test_unknown_columns_are_named():
+    with pytest.raises(InputError, match=r"t.jsonl:1: no known form in the columns label, score"):
+        detect_form(rows({"label": 1, "score": 2}))
+
+
+def test_preference_data_is_refused_by_name():
+    with pytest.raises(InputError, match="preference data"):
+        detect_form(rows({"prompt": "p", "chosen": "a", "rejected": "b"}))
