@@ -1,0 +1,233 @@
+"""open_base: a name -> a frozen transformers model, checked. The only file that builds transformers models.
+
+What can go silently wrong with `from_pretrained` is made loud here:
+
+    weights missing from the files (random values in their place), or left over: an error, not a log line
+    an encoder-decoder, a classifier, an unknown architecture: refused, by name
+    NaN or Inf in the weights: refused, by tensor
+    code in the model folder: never run (trust_remote_code is False, and no option turns it on)
+
+dtype "auto" means the faster of bfloat16 and float32 on this machine, found by a race of some milliseconds
+and not by a table of CPUs: bfloat16 without hardware support was measured up to 499 times slower. The winner
+is part of what a run records, since it decides the last digits.
+
+The fingerprint says which base an adapter was trained on. It must not depend on how the weights were stored
+or loaded, so it hashes bfloat16 samples of every parameter, and no names (transformers renames modules
+between versions). Rejected: the hash of the files (a GGUF, shards and a single file would differ), and of all
+the weights (14 GB to read).
+"""
+
+import contextlib
+import functools
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from deltaw.base.source import Progress, Source, find_base
+from deltaw.config import Dtype
+from deltaw.errors import InputError, RunError, listed
+
+SAMPLES = 1024  # elements of each parameter in the fingerprint
+ADVANTAGE = 1.2  # bfloat16 costs digits, so it must win clearly
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen model in eval mode and where it came from. `fingerprint`: "sha256:" + 64 hex digits."""
+
+    model: nn.Module
+    source: Source
+    dtype: torch.dtype
+    device: torch.device
+    fingerprint: str
+
+
+def open_base(
+    name: str | Source, *, dtype: Dtype = "auto", device: str = "auto", progress: Progress | None = None
+) -> Base:
+    """Load a base, frozen, in eval mode, checked. Raises InputError, or RunError when memory runs out."""
+    source = name if isinstance(name, Source) else find_base(name, progress=progress)
+    place = pick_device(device)
+    number = fast_dtype(place.type) if dtype == "auto" else getattr(torch, dtype)
+    config = _config(source)
+    try:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.directory,
+                config=config,
+                dtype=number,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        check_loading(source.directory, info)
+        model = model.to(place)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise RunError(
+            f"{source.name}: not enough memory on {place} for its weights in {number}",
+            fix="use a smaller base, or train.dtype: bfloat16",
+        ) from None
+    except InputError:
+        raise
+    except Exception as error:  # whatever a foreign reader makes of a stranger's files
+        raise _unreadable(source, error) from None
+    model.requires_grad_(False)
+    model.eval()
+    check_finite(model, source.directory)
+    return Base(model, source, number, place, fingerprint(model))
+
+
+def open_skeleton(source: Source) -> nn.Module:
+    """The base's modules without its weights (on the meta device): enough to see which layers an adapter would find,
+    before gigabytes are read."""
+    config = _config(source)
+    try:
+        with quiet(), torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # as in open_base
+        raise _unreadable(source, error) from None
+    return model
+
+
+def pick_device(name: str) -> torch.device:
+    """A torch device by name; "auto" is the GPU, else the CPU. Raises InputError when it isn't there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.zeros(1, device=name)
+        place.cpu()  # the meta device fails here
+        return place.device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = next(iter(str(error).splitlines()), "")[:200]
+        raise InputError(f"device {name!r} can't be used here: {reason}", fix="use device: auto or cpu") from None
+
+
+@functools.cache
+def fast_dtype(device: str = "cpu") -> torch.dtype:
+    """bfloat16 where it is clearly faster than float32, else float32. About 0.12 s, once a process."""
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device != "cpu":
+        return torch.float32
+    # A tiny product first: where bfloat16 is emulated, the real one would take seconds.
+    slow = _race(rows=8, seconds=0.01)
+    if slow[torch.bfloat16] > 8 * slow[torch.float32]:
+        return torch.float32
+    times = _race(rows=512, seconds=0.1)
+    return torch.bfloat16 if times[torch.bfloat16] * ADVANTAGE < times[torch.float32] else torch.float32
+
+
+def fingerprint(model: nn.Module) -> str:
+    """ "sha256:…" over shape and up to 1024 evenly strided elements of every parameter, as bfloat16.
+
+    Equal for one model in bfloat16 and float32, in one file, shards or GGUF cache. Tied weights count once.
+    Compute it on the plain model: an adapter's parameters would count, too.
+    """
+    digests = []
+    for weight in model.parameters():
+        count = weight.numel()
+        stride = max(1, -(-count // SAMPLES))
+        sample = weight.detach().reshape(-1)[::stride].to("cpu", torch.bfloat16).contiguous()
+        digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
+        digest.update(sample.view(torch.int16).numpy().astype("<i2").tobytes())
+        digests.append(digest.digest())
+    return "sha256:" + hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def check_finite(model: nn.Module, where: Path) -> None:
+    """Raise InputError naming every parameter that holds NaN or Inf. One pass, no copies."""
+    broken = [name for name, weight in model.named_parameters() if not _finite(weight.detach())]
+    if broken:
+        raise InputError(
+            f"{where}: {len(broken)} tensors hold NaN or Inf:\n{listed(broken, 2)}", fix="get the model again"
+        )
+
+
+def check_loading(where: Path, info: Mapping[str, Any]) -> None:
+    """Raise InputError unless the files held exactly the model's weights (transformers' loading info)."""
+    problems = [f"{name}: not in the files" for name in sorted(info["missing_keys"])]
+    problems += [f"{name}: no place for it in the model" for name in sorted(info["unexpected_keys"])]
+    problems += [f"{_first(item)}: wrong shape" for item in info.get("mismatched_keys", ())]
+    problems += [str(message).splitlines()[0] for message in info.get("error_msgs", ())]
+    if problems:
+        raise InputError(
+            f"{where}: the weights don't fit config.json:\n{listed(problems, 2)}",
+            fix="get the whole model again",
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without progress bars and log lines below an error; afterwards as it was."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _config(source: Source) -> Any:
+    """The transformers config of a decoder-only model, or InputError."""
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise _unreadable(source, error) from None
+    if getattr(config, "is_encoder_decoder", False) or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise InputError(
+            f"{source.name}: {config.model_type!r} is no causal language model that transformers knows",
+            fix="use a decoder-only model: Llama, Qwen, Gemma, Mistral, SmolLM, GPT-2, …",
+        )
+    named = config.architectures
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if named and not (isinstance(named, list) and named[0] in known):
+        raise InputError(
+            f"{source.name}: config.json's architectures, {str(named)[:80]}, is no causal language model",
+            fix="use the checkpoint with a language-model head (…ForCausalLM)",
+        )
+    return config
+
+
+def _unreadable(source: Source, error: Exception) -> InputError:
+    reason = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
+    return InputError(
+        f"{source.directory}: transformers can't load it ({type(error).__name__}: {reason})",
+        fix="check that the folder is whole and that its model_type is a standard one",
+    )
+
+
+def _first(item: Any) -> str:
+    return str(item[0] if isinstance(item, tuple) else item)
+
+
+def _finite(weight: Tensor) -> bool:
+    # aminmax hands NaN on and reads each element once: 0.02 s for 135M weights; isfinite().all() takes 0.2 s.
+    return weight.numel() == 0 or all(torch.isfinite(extreme) for extreme in torch.aminmax(weight))
+
+
+def _race(rows: int, seconds: float) -> dict[torch.dtype, float]:
+    """The best time, in seconds, of a linear layer of SmolLM2's shape in each dtype. Runs about `seconds`."""
+    best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
+    pairs = {dtype: (torch.ones(rows, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)) for dtype in best}
+    stop = time.perf_counter() + seconds
+    while True:  # in turns, so that another process's load falls on both; the first round warms up
+        for dtype, (x_TN, w_MN) in pairs.items():
+            start = time.perf_counter()
+            nn.functional.linear(x_TN, w_MN)
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+        if time.perf_counter() > stop:
+            return best
