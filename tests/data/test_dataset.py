@@ -63,6 +63,9 @@ def test_held_out_rows_are_random_and_independent_of_the_order(tmp_path):
     )
     turned = DataConfig(train=write(tmp_path, pairs(100)[::-1], "turned.jsonl"), eval=20)
     assert texts(prepare(turned, RENDERER).eval) == texts(prepared.eval)[::-1]
+    swapped = [dict(reversed(pair.items())) for pair in pairs(100)]
+    keys = DataConfig(train=write(tmp_path, swapped, "swapped.jsonl"), eval=20)
+    assert texts(prepare(keys, RENDERER).eval) == texts(prepared.eval)
     other = prepare(config.model_copy(update={"seed": 1}), RENDERER)
     assert texts(other.eval) != texts(prepared.eval)
     assert prepare(config, RENDERER).fingerprint == prepared.fingerprint != other.fingerprint
@@ -218,3 +221,7 @@ def test_the_fingerprint_sees_tokens_masks_and_borders(tmp_path):
     assert fingerprint(wide) != fingerprint(wide, Renderer(toy("chatml"), train_on="all"))
     assert fingerprint(pairs(4)) != fingerprint(pairs(4)[::-1])
     assert fingerprint(pairs(4)) != fingerprint(pairs(4), eval=1)
+    one, two, three = pairs(3)
+    assert fingerprint([one], eval=write(tmp_path, [two, three], "a.jsonl")) != fingerprint(
+        [one, two], eval=write(tmp_path, [three], "b.jsonl")
+    )
