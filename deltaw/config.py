@@ -82,9 +82,7 @@ class DataConfig(Strict):
     eval: int | str | None = Field(None, description="rows held out of train, or a file of its own")
     form: Literal["auto", "text", "chat", "completion", "alpaca", "sharegpt"] = "auto"
     train_on: Literal["auto", "assistant", "completion", "all"] = "auto"
-    template: str | None = Field(
-        None, description="chatml, or a .jinja file, for a base that has no chat template"
-    )
+    template: str | None = Field(None, description="chatml, or a .jinja file, for a base that has no chat template")
     max_length: int = Field(2048, ge=2)
     too_long: Literal["drop", "truncate"] = "drop"
     bad_rows: float = Field(0.01, ge=0, le=1, description="share of unusable rows that is tolerated")
@@ -111,9 +109,7 @@ class TrainConfig(Strict):
     weight_decay: float = Field(0.0, ge=0, le=1)
     clip: PositiveFloat = 1.0
     tokens_per_step: int = Field(4096, ge=1)
-    tokens_per_batch: int = Field(
-        2048, ge=1, description="tokens in one forward and backward; bounds the memory"
-    )
+    tokens_per_batch: int = Field(2048, ge=1, description="tokens in one forward and backward; bounds the memory")
     seed: int = Field(0, ge=0)
     dtype: Dtype = "auto"
     device: str = "auto"
@@ -167,9 +163,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or (
-            error if isinstance(error, ValueError) else "nested too deeply"
-        )
+        problem = getattr(error, "problem", None) or (error if isinstance(error, ValueError) else "nested too deeply")
         raise InputError(f"{where}: not valid YAML: {problem}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a run file is a mapping with base, data and output; this is {_kind(raw)}")
@@ -178,9 +172,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     return parse_config(raw, source=str(path), node=node)
 
 
-def parse_config(
-    raw: Mapping[str, Any], *, source: str = "config", node: yaml.Node | None = None
-) -> RunConfig:
+def parse_config(raw: Mapping[str, Any], *, source: str = "config", node: yaml.Node | None = None) -> RunConfig:
     """Validate a plain mapping. `node` (the YAML tree) lends the line numbers."""
     try:
         # JSON mode: a list is a tuple, an int is a float, and nothing else converts.
@@ -189,9 +181,7 @@ def parse_config(
         lines = [_problem(problem, source, node) for problem in error.errors()]
     except (TypeError, ValueError) as problem:
         lines = [f"{source}: {problem}"]
-    raise InputError(
-        "\n".join([f"{source} has {len(lines)} problem{'s' * (len(lines) > 1)}:", listed(lines)])
-    )
+    raise InputError("\n".join([f"{source} has {len(lines)} problem{'s' * (len(lines) > 1)}:", listed(lines)]))
 
 
 def read_text(path: Path) -> str:
@@ -217,9 +207,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is set twice", key.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

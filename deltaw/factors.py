@@ -26,9 +26,7 @@ class LowRank:
     def __post_init__(self) -> None:
         a, b = self.a_RN, self.b_MR
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise ValueError(
-                f"factors do not fit: A is {tuple(a.shape)} (R, N), B is {tuple(b.shape)} (M, R)"
-            )
+            raise ValueError(f"factors do not fit: A is {tuple(a.shape)} (R, N), B is {tuple(b.shape)} (M, R)")
 
     @property
     def rank(self) -> int:

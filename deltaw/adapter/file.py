@@ -76,13 +76,11 @@ class Adapter:
         return sum(update.parameters for update in self.factors.values())
 
     def save(self, directory: str | Path) -> Path:
-        """Write PEFT's layout into `directory`, each file whole or not at all. Raises RunError on NaN or a full disk."""
+        """Write PEFT's layout into `directory`, each file whole or not at all. RunError on NaN or a full disk."""
         directory = Path(directory)
         for path, update in self.factors.items():
             if update.rank != self.spec.rank_of(path) or update.scale != self.spec.scale(path):
-                raise ValueError(
-                    f"{path}: rank {update.rank}, scale {update.scale} are not what the spec says"
-                )
+                raise ValueError(f"{path}: rank {update.rank}, scale {update.scale} are not what the spec says")
         tensors = {}
         for path, update in self.factors.items():
             tensors[PREFIX + path + A] = update.a_RN.detach().float().cpu().contiguous()
@@ -101,7 +99,7 @@ class Adapter:
 
     @staticmethod
     def load(directory: str | Path) -> "Adapter":
-        """Read a folder in PEFT's layout, deltaw's own or another tool's. Raises InputError that lists what is wrong."""
+        """Read PEFT's layout, deltaw's own or another tool's. Raises InputError that lists what is wrong."""
         directory = Path(directory)
         _check_folder(directory)
         tensors = load_safetensors(directory / WEIGHTS)
@@ -122,7 +120,7 @@ class Adapter:
             f"# LoRA adapter for {base}\n\n"
             f"Rank {self.spec.rank}, alpha {self.spec.alpha:g}, {len(self.factors)} modules, "
             f"{self.parameters:,} parameters. Made by deltaw {VERSION}.\n\n"
-            f"```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, this_folder)\n```\n"
+            "```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, this_folder)\n```\n"
         )
 
 
@@ -155,9 +153,7 @@ def _pair(tensors: Mapping[str, Tensor], source: str) -> dict[str, tuple[Tensor,
         elif not key.startswith(PREFIX):
             problems.append(f"{key!r:.120} doesn't begin with {PREFIX!r}")
         elif tensor.ndim != 2 or not tensor.is_floating_point():
-            problems.append(
-                f"{key!r:.120} is {tensor.dtype} of shape {tuple(tensor.shape)}, not a floating matrix"
-            )
+            problems.append(f"{key!r:.120} is {tensor.dtype} of shape {tuple(tensor.shape)}, not a floating matrix")
         else:
             found.setdefault(key.removeprefix(PREFIX).removesuffix(suffix), {})[suffix] = tensor
     problems += [
@@ -166,9 +162,7 @@ def _pair(tensors: Mapping[str, Tensor], source: str) -> dict[str, tuple[Tensor,
         if len(halves) == 1
     ]
     if problems or not found:
-        raise InputError(
-            f"{source}: {len(problems)} of {len(tensors)} tensors don't fit:\n{listed(problems)}"
-        )
+        raise InputError(f"{source}: {len(problems)} of {len(tensors)} tensors don't fit:\n{listed(problems)}")
     return {path: (halves[A], halves[B]) for path, halves in found.items()}
 
 
@@ -177,9 +171,7 @@ def _check_shapes(pairs: Mapping[str, tuple[Tensor, Tensor]], spec: AdapterSpec,
     for path, (a, b) in pairs.items():
         rank = spec.rank_of(path)
         if (a.shape[0], b.shape[1]) != (rank, rank):
-            problems.append(
-                f"{path}: A is {tuple(a.shape)}, B is {tuple(b.shape)}, the config says rank {rank}"
-            )
+            problems.append(f"{path}: A is {tuple(a.shape)}, B is {tuple(b.shape)}, the config says rank {rank}")
     if problems:
         raise InputError(f"{source}: shapes and config disagree:\n{listed(problems)}")
 

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 
-def fresh_factors(
-    rank: int, out_features: int, in_features: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def fresh_factors(rank: int, out_features: int, in_features: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(A [R, N] uniform in ±1/√N, B [M, R] zero), float32."""
     bound = in_features**-0.5
     a_RN = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)

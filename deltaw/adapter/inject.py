@@ -65,9 +65,7 @@ class Attached:
         return Adapter(self.spec, factors, base, transposed)
 
 
-def attach(
-    model: nn.Module, what: AdapterSpec | Adapter, *, generator: torch.Generator | None = None
-) -> Attached:
+def attach(model: nn.Module, what: AdapterSpec | Adapter, *, generator: torch.Generator | None = None) -> Attached:
     """Put a fresh adapter (from a spec, drawn from `generator`) or a trained one on `model`, in place.
 
     Raises InputError when a target matches nothing, a rank is too high, an adapter's shapes are not this model's, or
@@ -114,9 +112,7 @@ def _on_cpu(layer: LoRALinear) -> LowRank:
 def _check_fits(model: nn.Module, adapter: Adapter, targeted: tuple[str, ...]) -> None:
     """Every update must have its module and every targeted module its update, in shapes that fit."""
     problems = [
-        f"{path}: targeted, but the adapter has no factors for it"
-        for path in targeted
-        if path not in adapter.factors
+        f"{path}: targeted, but the adapter has no factors for it" for path in targeted if path not in adapter.factors
     ]
     for path, update in adapter.factors.items():
         if path not in targeted:
@@ -124,10 +120,6 @@ def _check_fits(model: nn.Module, adapter: Adapter, targeted: tuple[str, ...]) -
             continue
         layer = FrozenLinear(model.get_submodule(path))
         if update.shape != (layer.out_features, layer.in_features):
-            problems.append(
-                f"{path}: update is {update.shape}, the layer {(layer.out_features, layer.in_features)}"
-            )
+            problems.append(f"{path}: update is {update.shape}, the layer {(layer.out_features, layer.in_features)}")
     if problems:
-        raise InputError(
-            f"the adapter does not fit this model, {len(problems)} mismatches:\n{listed(problems)}"
-        )
+        raise InputError(f"the adapter does not fit this model, {len(problems)} mismatches:\n{listed(problems)}")

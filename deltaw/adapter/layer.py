@@ -38,7 +38,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., N] -> [..., M] in x's dtype."""
         if not self.enabled:
-            return self.base(x)  # type: ignore[no-any-return]
+            return self.base(x)
         if self.dropout and self.training:
             low = F.linear(F.dropout(x, self.dropout), self.lora_a.to(x.dtype))
             y: Tensor = self.base(x) + self.scale * F.linear(low, self.lora_b.to(x.dtype))
@@ -53,9 +53,7 @@ class LoRALinear(nn.Module):
     def set_factors(self, update: LowRank) -> None:
         """Take an update's factors and scale. Raises ValueError when its shape or rank is another."""
         if update.a_RN.shape != self.lora_a.shape or update.b_MR.shape != self.lora_b.shape:
-            raise ValueError(
-                f"update is {update.shape} of rank {update.rank}, layer takes {self.extra_repr()}"
-            )
+            raise ValueError(f"update is {update.shape} of rank {update.rank}, layer takes {self.extra_repr()}")
         self.lora_a.copy_(update.a_RN)
         self.lora_b.copy_(update.b_MR)
         self.scale = update.scale
@@ -65,7 +63,7 @@ class LoRALinear(nn.Module):
         """A new layer of the base's own kind whose weight is W + ΔW, summed in float32 and rounded once."""
         fused = copy.deepcopy(self.base.module)
         total_MN = self.base.weight_MN.float() + self.factors().dense()
-        fused.weight.copy_(total_MN.T if isinstance(fused, Conv1D) else total_MN)  # type: ignore[operator, union-attr]
+        fused.weight.copy_(total_MN.T if isinstance(fused, Conv1D) else total_MN)  # type: ignore[operator]
         return fused
 
     def extra_repr(self) -> str:

@@ -74,9 +74,7 @@ def to_spec(config: dict[str, Any], paths: Iterable[str], source: str) -> Adapte
         fields["rank_overrides"] = {_literal(key): value for key, value in pattern.items()}
         fields["alpha_overrides"] = {_literal(k): v for k, v in (config.get("alpha_pattern") or {}).items()}
         fields["alpha"] = float(fields["alpha"]) if type(fields["alpha"]) is int else fields["alpha"]
-        fields["alpha_overrides"] = {
-            k: float(v) if type(v) is int else v for k, v in fields["alpha_overrides"].items()
-        }
+        fields["alpha_overrides"] = {k: float(v) if type(v) is int else v for k, v in fields["alpha_overrides"].items()}
         return AdapterSpec.model_validate(fields)
     except ValidationError as error:
         lines = [f"{_field(e['loc'])}: {e['msg']} (got {e.get('input')!r:.60})" for e in error.errors()]
@@ -85,9 +83,7 @@ def to_spec(config: dict[str, Any], paths: Iterable[str], source: str) -> Adapte
         raise InputError(f"{source}: {error}") from None
 
 
-def from_spec(
-    spec: AdapterSpec, base_name: str, revision: str | None, fan_in_fan_out: bool
-) -> dict[str, Any]:
+def from_spec(spec: AdapterSpec, base_name: str, revision: str | None, fan_in_fan_out: bool) -> dict[str, Any]:
     """PEFT's classic fields, and no others: servers differ in what newer ones they know."""
     from deltaw.version import PEFT_VERSION
 
@@ -117,11 +113,7 @@ def _problems(config: dict[str, Any]) -> Iterable[str]:
     if config.get("peft_type") != "LORA":
         yield f"peft_type is {config.get('peft_type')!r}; only LORA is supported"
     names = config.get("target_modules")
-    if (
-        not isinstance(names, str | list)
-        or not names
-        or not all(isinstance(name, str) and name for name in names)
-    ):
+    if not isinstance(names, str | list) or not names or not all(isinstance(name, str) and name for name in names):
         yield f"target_modules: a list of names is needed, got {names!r:.60}"
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(field) or {}, dict):
@@ -145,9 +137,7 @@ def _problems(config: dict[str, Any]) -> Iterable[str]:
 def _literal(pattern: str) -> str:
     name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
     if re.search(r"[\\*+?()\[\]{}|^$]", name):
-        raise ValueError(
-            f"the pattern {pattern!r:.80} needs a regular expression; only module names are supported"
-        )
+        raise ValueError(f"the pattern {pattern!r:.80} needs a regular expression; only module names are supported")
     return name
 
 

@@ -52,9 +52,7 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> Targets:
         raise InputError(f"adapter.targets: {head} is the output head, which can't be adapted yet")
     missing = [name for name in names if not any(_matches(name, path) for path in linear)]
     if missing:
-        raise InputError(
-            f"adapter.targets: {_unknown(missing, linear)}", fix=f"could match: {_choices(linear)}"
-        )
+        raise InputError(f"adapter.targets: {_unknown(missing, linear)}", fix=f"could match: {_choices(linear)}")
     paths = tuple(path for path in linear if any(_matches(name, path) for name in names))
     overrides = [*spec.rank_overrides, *spec.alpha_overrides]
     idle = [name for name in overrides if not any(names_module(name, path) for path in paths)]
@@ -69,18 +67,14 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> Targets:
                 f"{path} is {layer.out_features} x {layer.in_features}: rank {spec.rank_of(path)} > {limit}"
             )
     if too_high:
-        raise InputError(
-            f"adapter.rank is too high:\n{listed(too_high)}", fix="lower rank, or set rank_overrides"
-        )
+        raise InputError(f"adapter.rank is too high:\n{listed(too_high)}", fix="lower rank, or set rank_overrides")
     return Targets(paths, _unmatched(model, set(paths)))
 
 
 def linear_paths(model: nn.Module) -> tuple[str, ...]:
     """Every module that can be adapted, in the model's order: linear layers but the output head."""
     head = _head(model)
-    return tuple(
-        path for path, module in model.named_modules() if module is not head and FrozenLinear.can_wrap(module)
-    )
+    return tuple(path for path, module in model.named_modules() if module is not head and FrozenLinear.can_wrap(module))
 
 
 def explicit_targets(model: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:

@@ -54,7 +54,9 @@ def _attention(
         documents = Documents([i * length for i in range(rows + 1)], query.device)
     if documents is not None and plain:
         out = packed_attention(
-            *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
+            query.transpose(1, 2).flatten(0, 1),
+            key.transpose(1, 2).flatten(0, 1),
+            value.transpose(1, 2).flatten(0, 1),
             documents,
             scale=scaling,
             window=sliding_window,
@@ -136,9 +138,7 @@ class Forward:
         head = "fused head and loss" if self.head else "the model's own head"
         return f"{batches}, {head}"
 
-    def loss(
-        self, tokens_T: Tensor, labels_T: Tensor, positions_T: Tensor, starts_S: Tensor
-    ) -> tuple[Tensor, int]:
+    def loss(self, tokens_T: Tensor, labels_T: Tensor, positions_T: Tensor, starts_S: Tensor) -> tuple[Tensor, int]:
         """(sum over labelled tokens of the cross-entropy in nats, their count). Labels are already shifted."""
         if not (labels_T != IGNORE).any():
             return tokens_T.new_zeros((), dtype=torch.float32), 0
@@ -158,14 +158,10 @@ class Forward:
         """A row a token: hidden [T, D] where the head is known, else logits [T, V]."""
         if self.packed:
             documents = Documents(starts_S.tolist(), tokens_T.device)
-            return self._run(
-                input_ids=tokens_T[None], position_ids=positions_T[None], documents=documents
-            ).squeeze(0)
+            return self._run(input_ids=tokens_T[None], position_ids=positions_T[None], documents=documents).squeeze(0)
         starts = starts_S.tolist()
         length_B = starts_S.diff()
-        real_BL = torch.arange(int(length_B.max()), device=tokens_T.device) < length_B[:, None].to(
-            tokens_T.device
-        )
+        real_BL = torch.arange(int(length_B.max()), device=tokens_T.device) < length_B[:, None].to(tokens_T.device)
         ids_BL = tokens_T.new_zeros(real_BL.shape)
         ids_BL[real_BL] = tokens_T
         if len(starts) == 2:  # nothing is padded
@@ -176,7 +172,7 @@ class Forward:
         if self.head is None:
             out: Tensor = self.model(**inputs, use_cache=False).logits
         else:
-            out = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            out = self.model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
         return out
 
 
@@ -187,11 +183,9 @@ def plan_forward(model: nn.Module) -> Forward:
     On success the model is left on the `deltaw` attention, otherwise on the one it came with.
     """
     probe = _Probe.on(model)
-    padded = next(
-        f for f in (Forward(model, _find_head(model), False), Forward(model, None, False)) if probe.fits(f)
-    )
+    padded = next(f for f in (Forward(model, _find_head(model), False), Forward(model, None, False)) if probe.fits(f))
     packed = dataclasses.replace(padded, packed=True)
-    own = model.config._attn_implementation
+    own = model.config._attn_implementation  # type: ignore[union-attr]
     try:
         model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
         if probe.fits(packed) and probe.isolated(packed):
@@ -217,9 +211,7 @@ class _Probe:
         lengths, device = (5, 7), next(model.parameters()).device
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         tokens_T = (torch.arange(sum(lengths), device=device) * 7919 + 13) % vocabulary
-        truth = [
-            model(input_ids=part[None], use_cache=False).logits[0].float() for part in tokens_T.split(lengths)
-        ]
+        truth = [model(input_ids=part[None], use_cache=False).logits[0].float() for part in tokens_T.split(lengths)]
         truth_TV = torch.cat(truth)
         positions_T = torch.cat([torch.arange(n, device=device) for n in lengths])
         starts_S = torch.tensor([0, lengths[0], sum(lengths)])

@@ -151,7 +151,10 @@ class _State:
 
     def forward(self) -> Tensor:
         """Logits [R, V] of the next token of every row."""
-        optional = {"position_ids": self.positions, "logits_to_keep": 1}
+        # An index, not the number 1: that makes a strided slice, for which torch copies the head once for each row
+        # (64 rows on SmolLM2-135M: 3.6 GB, and 5.3 s of a first step that takes 0.6 s).
+        last = torch.tensor([self.ids.shape[1] - 1], device=self.ids.device)
+        optional = {"position_ids": self.positions, "logits_to_keep": last}
         out = self.model(
             input_ids=self.ids,
             attention_mask=self.mask,

@@ -22,6 +22,7 @@ group, L its length, C queries of a chunk, S documents of the batch + 1.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Documents:
     """
 
     def __init__(self, starts: list[int], device: torch.device | str = "cpu") -> None:
-        lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+        lengths = [end - start for start, end in pairwise(starts)]
         if not lengths or min(lengths) < 1:
             raise ValueError("documents must have at least one token each")
         self.total, self.longest, self.device = starts[-1], max(lengths), device

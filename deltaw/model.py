@@ -1,0 +1,146 @@
+"""An opened model: base, tokenizer and adapter together, ready to train, measure or talk to.
+
+`open_model` is where the pieces meet, so it is where mismatches are caught: an adapter of another base is refused by
+fingerprint, and one trained under another chat template is named.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltaw.adapter.file import CONFIG, Adapter, BaseId
+from deltaw.adapter.inject import Attached, attach
+from deltaw.base.forward import Forward, plan_forward
+from deltaw.base.generate import Sampling, generate, stream
+from deltaw.base.load import Base, open_base
+from deltaw.base.source import BUILTINS, Source, find_base
+from deltaw.config import Dtype, RunConfig, load_config
+from deltaw.data.dataset import Dataset, prepare
+from deltaw.data.render import Renderer, open_tokenizer
+from deltaw.errors import InputError
+from deltaw.progress import Display
+
+PLAIN = "plain"  # in place of a template's fingerprint: trained on prompts as they are
+Prompt = str | Sequence[dict[str, Any]]  # text as it is, or a chat's messages
+
+
+@dataclass(frozen=True)
+class Model:
+    """A base with its tokenizer, and an adapter or none."""
+
+    base: Base
+    renderer: Renderer
+    forward: Forward
+    attached: Attached | None = None
+    trained_plain: bool = False  # the adapter was trained on prompts without the chat template
+
+    @property
+    def plain_prompts(self) -> bool:
+        """Whether a prompt is to be written as it is rather than as a chat."""
+        return self.trained_plain or self.renderer.template_fingerprint == "none"
+
+    @property
+    def id(self) -> BaseId:
+        """What an adapter trained here records of its base."""
+        source = self.base.source
+        return BaseId(source.public_name, source.revision, self.base.fingerprint, self.renderer.template_fingerprint)
+
+    def generate(self, prompt: Prompt, *, adapter: bool = True, **sampling: Any) -> str:
+        """The model's answer as text. `adapter=False`: the base's. `sampling`: the fields of `Sampling`."""
+        with self._switch(adapter):
+            (ids,) = generate(self.base.model, [self.renderer.prompt_ids(prompt)], Sampling(**sampling), self._stop)
+        return self.renderer.decode(ids)
+
+    def stream(self, prompt: Prompt, *, adapter: bool = True, **sampling: Any) -> Iterator[str]:
+        """The same answer in pieces, as they come."""
+        with self._switch(adapter):
+            ids: list[int] = []
+            shown = ""
+            for token in stream(self.base.model, self.renderer.prompt_ids(prompt), Sampling(**sampling), self._stop):
+                ids.append(token)
+                text = self.renderer.decode(ids)
+                # Half a character (bytes of an emoji, say) decodes to U+FFFD until its other half has come.
+                if not text.endswith("�"):
+                    yield text[len(shown) :]
+                    shown = text
+
+    def generate_all(self, prompts: Sequence[Sequence[int]], sampling: Sampling, progress: Any = None) -> list[str]:
+        """Answers to many tokenised prompts, batched."""
+        rows = generate(self.base.model, prompts, sampling, self._stop, progress=progress)
+        return [self.renderer.decode(row) for row in rows]
+
+    @property
+    def _stop(self) -> set[int]:
+        return self.renderer.stop_ids
+
+    def _switch(self, adapter: bool) -> AbstractContextManager[None]:
+        return nullcontext() if adapter or self.attached is None else self.attached.disabled()
+
+
+def open_model(
+    name: str | Path,
+    *,
+    base: str | None = None,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    display: Display | None = None,
+) -> Model:
+    """Open a run folder, an adapter folder, or a base (any name `open_base` takes).
+
+    `base` overrides the base that the run or the adapter names. Raises InputError where they don't belong together.
+    """
+    display = display or Display(quiet=True)
+    path, config, adapter = Path(name), None, None
+    if is_run(path):
+        config = load_config(path / "config.yaml")
+        if not (path / "adapter" / CONFIG).is_file():
+            raise InputError(f"{path} has no finished adapter yet", fix=f"finish it: deltaw train {path}")
+        adapter = Adapter.load(path / "adapter")
+        base = base or config.base
+    elif (path / CONFIG).is_file():
+        adapter = Adapter.load(path)
+        base = base or _known_name(adapter, path)
+    source = find_base(base or str(name), progress=display.say)
+    opened = open_base(source, dtype=dtype, device=device, progress=display.say)
+    renderer = open_renderer(source, config)
+    model = Model(opened, renderer, plan_forward(opened.model))
+    if adapter is None:
+        return model
+    wrong = adapter.base.mismatch(model.id)
+    if wrong:
+        raise InputError(f"{name} does not belong to this base: {wrong}", fix="name its own base with --base")
+    if adapter.base.template not in ("", PLAIN, renderer.template_fingerprint):
+        display.say(f"{name} was trained under another chat template than this tokenizer's: answers may suffer")
+    attached = attach(opened.model, adapter)
+    return Model(opened, renderer, model.forward, attached, trained_plain=adapter.base.template == PLAIN)
+
+
+def open_renderer(source: Source, config: RunConfig | None = None) -> Renderer:
+    """The tokenizer and the rules of the run's `data` section, or the defaults."""
+    tokenizer = open_tokenizer(source.directory)
+    if config is None:
+        return Renderer(tokenizer)
+    return Renderer(tokenizer, train_on=config.data.train_on, template=config.data.template)
+
+
+def open_dataset(config: RunConfig, display: Display) -> tuple[Source, Renderer, Dataset]:
+    """A run's data as it will be trained on. No weights are read: only the tokenizer is needed."""
+    source = find_base(config.base, progress=display.say)
+    renderer = open_renderer(source, config)
+    with display.task("reading data", 100) as update:
+        dataset = prepare(config.data, renderer, progress=lambda done, total: update(100 * done // max(1, total)))
+    return source, renderer, dataset
+
+
+def is_run(path: Path) -> bool:
+    """A folder that `deltaw train` made."""
+    return (path / "config.yaml").is_file()
+
+
+def _known_name(adapter: Adapter, path: Path) -> str:
+    """A name that `find_base` may know: the builtin for its upstream id, else what the adapter says."""
+    if not adapter.base.name:
+        raise InputError(f"{path} does not say which base it belongs to", fix="name it with --base")
+    return next((name for name, b in BUILTINS.items() if b.upstream == adapter.base.name), adapter.base.name)

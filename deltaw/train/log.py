@@ -1,0 +1,42 @@
+"""Where a run's figures go besides the screen: metrics.jsonl, and TensorBoard when it is installed."""
+
+import resource
+import sys
+from typing import Any
+
+import torch
+
+from deltaw.train.run import Run
+
+
+class EventLog:
+    """`write` appends one record to metrics.jsonl and its numbers to TensorBoard."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._board = SummaryWriter(str(run.folder / "tensorboard"))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """`record` has `step` and numbers by name."""
+        self.run.append_metrics(record)
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: the process's on a CPU, the tensors' on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,43 @@
+"""The optimiser and its learning rate.
+
+AdamW (Loshchilov & Hutter 2019) on the float32 factors. The learning rate is a pure function of the step, so a resumed
+run has no scheduler state to restore or to lose. LoRA+ (Hayou et al. 2024) is one group more: B learns `lr_ratio_b`
+times as fast as A.
+"""
+
+import math
+
+import torch
+
+from deltaw.adapter.inject import Attached
+from deltaw.config import TrainConfig
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The rate of update `step` (0-based) out of `total`: linear warm-up, then constant, linear or cosine to 0.
+
+    The warm-up is at most a tenth of the run, so that a short run still reaches its rate.
+    """
+    warmup = min(config.warmup_steps, total // 10)
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return config.lr
+    left = 1 - (step - warmup) / max(1, total - warmup)
+    return config.lr * (left if config.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
+
+
+def make_optimizer(attached: Attached, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over A and B, B's group scaled by `lr_ratio_b`. `set_rate` gives it a rate each step."""
+    layers = attached.layers.values()
+    groups = [
+        {"params": [layer.lora_a for layer in layers], "ratio": 1.0},
+        {"params": [layer.lora_b for layer in layers], "ratio": config.lr_ratio_b},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def set_rate(optimizer: torch.optim.AdamW, rate: float) -> None:
+    """Set the step's learning rate in every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["ratio"]

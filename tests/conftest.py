@@ -1,0 +1,16 @@
+"""For all tests: no network, one thread each."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+# Threads of two tests side by side wait for each other longer than tiny products take.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

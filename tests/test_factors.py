@@ -1,0 +1,69 @@
+"""LowRank: the algebra of updates, against the dense matrices."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltaw.factors import LowRank
+
+
+def update(m: int = 7, n: int = 5, r: int = 3, scale: float = 0.7, seed: int = 0) -> LowRank:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((r, n), (m, r)))
+    return LowRank(a, b, scale)
+
+
+@settings(deadline=None, max_examples=40)
+@given(m=st.integers(1, 9), n=st.integers(1, 9), r=st.integers(1, 9), s=st.floats(-3, 3), seed=st.integers(0, 9))
+def test_algebra_is_the_dense_algebra(m: int, n: int, r: int, s: float, seed: int) -> None:
+    x, y = update(m, n, r, s, seed), update(m, n, 2, 1.5, seed + 1)
+    rows = torch.randn(4, n, dtype=torch.float64)
+    torch.testing.assert_close((x + y).dense(), x.dense() + y.dense())
+    torch.testing.assert_close((x - y).dense(), x.dense() - y.dense())
+    torch.testing.assert_close((-x).dense(), -x.dense())
+    torch.testing.assert_close(x.apply(rows), rows @ x.dense().T)
+    u, sigma, vt = x.svd()
+    torch.testing.assert_close(u @ torch.diag(sigma) @ vt, x.dense())
+    assert (x + y).rank == r + 2
+
+
+def test_truncation_is_optimal() -> None:
+    """Eckart-Young: the error is the next singular value in 2-norm, the root of the rest's squares in Frobenius."""
+    full = update(r=5)
+    sigma = torch.linalg.svdvals(full.dense())
+    for rank in range(1, 5):
+        error = full.dense() - full.truncate(rank).dense()
+        torch.testing.assert_close(torch.linalg.matrix_norm(error, 2), sigma[rank])
+        torch.testing.assert_close(error.norm(), sigma[rank:].norm())
+
+
+def test_energy_keeps_the_smallest_rank_that_suffices() -> None:
+    full = update(r=5)
+    energy = torch.linalg.svdvals(full.dense())[:5] ** 2
+    share = energy.cumsum(0) / energy.sum()
+    assert full.truncate(energy=float(share[1]) - 1e-6).rank == 2
+    assert full.truncate(energy=float(share[1]) + 1e-6).rank == 3
+    assert full.truncate(energy=1.0).rank == 5
+
+
+def test_figures_of_a_4096_layer_at_rank_8() -> None:
+    """0.39 % of the numbers: 65,536 instead of 16,777,216."""
+    layer = LowRank(torch.empty(8, 4096, device="meta"), torch.empty(4096, 8, device="meta"))
+    assert layer.parameters == 65_536
+    assert round(100 * layer.parameters / 4096**2, 2) == 0.39
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rank": 0}, {"rank": 9}, {"energy": 0.0}, {"energy": 1.1}, {}, {"rank": 1, "energy": 0.5}]
+)
+def test_impossible_truncations_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError):
+        update().truncate(**wrong)
+
+
+def test_factors_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        LowRank(torch.zeros(2, 3), torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="different shapes"):
+        update() + update(m=6)
