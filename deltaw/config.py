@@ -49,7 +49,9 @@ class AdapterSpec(Strict):
     @classmethod
     def _targets(cls, value: Any) -> Any:
         names = [value] if isinstance(value, str) else value
-        if not names or any(isinstance(name, str) and not name.strip() for name in names):
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError("must be a name or a list of names")
+        if not names or not all(name.strip() for name in names):
             raise ValueError("is empty: name at least one module, or all-linear, attention, mlp")
         return tuple(value) if isinstance(value, list) else value
 
@@ -161,10 +163,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         node = yaml.compose(text, Loader=_Loader)
         raw = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or (error if isinstance(error, ValueError) else "nested too deeply")
-        raise InputError(f"{where}: not valid YAML: {problem}") from None
+        raise InputError(_not_yaml(error, str(path), text)) from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a run file is a mapping with base, data and output; this is {_kind(raw)}")
     for item in overrides:
@@ -178,7 +177,7 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config", node: yaml.N
         # JSON mode: a list is a tuple, an int is a float, and nothing else converts.
         return RunConfig.model_validate_json(json.dumps(raw))
     except ValidationError as error:
-        lines = [_problem(problem, source, node) for problem in error.errors()]
+        lines = _problems(error, source, node)
     except (TypeError, ValueError) as problem:
         lines = [f"{source}: {problem}"]
     raise InputError("\n".join([f"{source} has {len(lines)} problem{'s' * (len(lines) > 1)}:", listed(lines)]))
@@ -201,11 +200,25 @@ def read_text(path: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats (`1e-3` is a number) and no duplicate keys."""
+    """YAML 1.2's scalars (`1e-3` is a number, `2024-01-01` a text), no duplicate keys and no aliases: ten lines of
+    those can stand for gigabytes."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) aren't supported", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a single value", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice", key.start_mark)
             seen.add(key.value)
@@ -225,33 +238,59 @@ def _override(raw: dict[str, Any], item: str) -> None:
         raise InputError(f"{item!r} is not an override", fix="write key=value, for example train.lr=1e-3")
     *parents, last = key.split(".")
     for name in parents:
-        raw = raw.setdefault(name, {})
+        if raw.get(name) is None:  # absent, or a section whose lines are all commented out
+            raw[name] = {}
+        raw = raw[name]
         if not isinstance(raw, dict):
             raise InputError(f"{item!r}: {name} is a single value, it has no fields")
     try:
         raw[last] = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
-        raise InputError(f"{item!r}: the value is not valid YAML") from None
+    except (yaml.YAMLError, RecursionError, ValueError):
+        raise InputError(f"{item!r:.200}: the value is not valid YAML") from None
 
 
-def _problem(problem: Any, source: str, node: yaml.Node | None) -> str:
-    location = [part for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
-    # A union's branch name (`str`, `int`) is no field of the file.
-    location = [part for part in location if part not in ("str", "int", "float")]
-    field = ".".join(str(part) for part in location)
+def _not_yaml(error: Exception, source: str, text: str) -> str:
+    """The parser's complaint in one line, with the line it is about."""
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return f"{source}:{line}: not valid YAML: the character {chr(error.character)!r} is not allowed"
+    mark = getattr(error, "problem_mark", None)
+    where = f"{source}:{mark.line + 1}" if mark else source
+    problem = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error
+    return f"{where}: not valid YAML: {problem}"
+
+
+def _problems(error: ValidationError, source: str, node: yaml.Node | None) -> list[str]:
+    """One line a field, names before values: a misspelt key explains the missing one, and only the first few show."""
+    by_field: dict[tuple[Any, ...], Any] = {}
+    for problem in error.errors():
+        # A union's branch name (`str`, `int`) is no field of the file; its branches' problems are one problem.
+        field = tuple(part for part in problem["loc"] if part not in ("str", "int") and "[" not in str(part))
+        said = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        said = said.replace("an object", "a mapping")
+        if field in by_field:
+            said = by_field[field]["msg"] + " or " + said.removeprefix("must be ")
+        by_field[field] = {**problem, "loc": field, "msg": said}
+    order = ("extra_forbidden", "missing")
+    ranked = sorted(by_field.values(), key=lambda p: order.index(p["type"]) if p["type"] in order else len(order))
+    return [_problem(problem, source, node) for problem in ranked]
+
+
+def _problem(problem: Mapping[str, Any], source: str, node: yaml.Node | None) -> str:
+    location = problem["loc"]
+    field = ".".join(part if str(part).isprintable() else ascii(part) for part in map(str, location))
     line = _line_of(node, location)
     where = f"{source}:{line}" if line else source
     if problem["type"] == "extra_forbidden":
         known = fields_at(RunConfig, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        return f"{where}: unknown key {field!r}; {hint}"
+        return f"{where}: unknown key {field!r:.80}; {hint}"
     if problem["type"] == "missing":
         return f"{where}: {field!r} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
     value = problem.get("input")
-    got = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) else ""
-    return f"{where}: {field + ': ' if field else ''}{message}{got}"
+    got = f" (got {json.dumps(value, ensure_ascii=False):.60})" if not isinstance(value, dict | list) else ""
+    return f"{where}: {field + ': ' if field else ''}{problem['msg']}{got}"
 
 
 def fields_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:

@@ -31,6 +31,8 @@ MLP_PARTS = {
     "fc1",
     "fc2",
 }
+# Weights that a state-space mixer's scan reads itself: the layer is never called, so an update there would do nothing.
+SCAN_PARTS, SCANNED = {"mixer", "mamba"}, {"dt_proj", "out_proj"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,11 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> Targets:
 def linear_paths(model: nn.Module) -> tuple[str, ...]:
     """Every module that can be adapted, in the model's order: linear layers but the output head."""
     head = _head(model)
-    return tuple(path for path, module in model.named_modules() if module is not head and FrozenLinear.can_wrap(module))
+    return tuple(
+        path
+        for path, module in model.named_modules()
+        if module is not head and FrozenLinear.can_wrap(module) and not _is_scanned(path)
+    )
 
 
 def explicit_targets(model: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:
@@ -102,13 +108,18 @@ def _matches(name: str, path: str) -> bool:
     return name == "all-linear" or (bool(parts & MLP_PARTS) and not is_attention)
 
 
+def _is_scanned(path: str) -> bool:
+    *parents, last = path.split(".")
+    return last in SCANNED and bool(SCAN_PARTS.intersection(parents[-1:]))
+
+
 def _unmatched(model: nn.Module, adapted: set[str]) -> tuple[str, ...]:
     """Weights of two or more dimensions that stay as they are: embeddings and the head aside, the ones a user of
     `all-linear` would want to know of (an MoE's experts are 3-D parameters, not linear layers)."""
-    aside = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())}  # type: ignore[operator]
+    head = _head(model)
     found = []
     for path, module in model.named_modules():
-        if path in adapted or id(module) in aside or isinstance(module, nn.Embedding):
+        if path in adapted or module is head or isinstance(module, nn.Embedding):
             continue
         names = [name for name, value in module.named_parameters(recurse=False) if value.ndim >= 2]
         found += [path] if names == ["weight"] else [f"{path}.{name}" for name in names]
@@ -120,7 +131,9 @@ def _unknown(names: list[str], paths: tuple[str, ...]) -> str:
     said = []
     for name in names:
         near = difflib.get_close_matches(name, ends, n=1)
-        said.append(f"{name!r} matches no linear layer" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        said.append(
+            f"{name!r} matches no layer that can be adapted" + (f" (did you mean {near[0]!r}?)" if near else "")
+        )
     return "; ".join(said)
 
 
