@@ -1,0 +1,63 @@
+"""deltaw: LoRA fine-tuning that is fast, cannot fail silently, and shows why it works.
+
+The public names. They are imported when they are first used, so that `import deltaw` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deltaw.adapter.file import Adapter, BaseId
+    from deltaw.adapter.inject import Attached, attach, detach
+    from deltaw.adapter.layer import LoRALinear
+    from deltaw.base.forward import Forward, plan_forward
+    from deltaw.base.load import Base, open_base
+    from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
+    from deltaw.errors import DeltawError, InputError, RunError
+    from deltaw.factors import LowRank
+    from deltaw.kernels.attention import packed_attention
+    from deltaw.kernels.lora import lora_linear
+    from deltaw.kernels.loss import linear_cross_entropy
+    from deltaw.model import Model, open_model
+    from deltaw.train.loop import resume, train
+    from deltaw.version import VERSION as __version__
+
+_HOME = {
+    "Adapter": "adapter.file",
+    "AdapterSpec": "config",
+    "Attached": "adapter.inject",
+    "Base": "base.load",
+    "BaseId": "adapter.file",
+    "DeltawError": "errors",
+    "Forward": "base.forward",
+    "InputError": "errors",
+    "LoRALinear": "adapter.layer",
+    "LowRank": "factors",
+    "Model": "model",
+    "RunConfig": "config",
+    "RunError": "errors",
+    "attach": "adapter.inject",
+    "detach": "adapter.inject",
+    "linear_cross_entropy": "kernels.loss",
+    "load_config": "config",
+    "lora_linear": "kernels.lora",
+    "open_base": "base.load",
+    "open_model": "model",
+    "packed_attention": "kernels.attention",
+    "parse_config": "config",
+    "plan_forward": "base.forward",
+    "resume": "train.loop",
+    "train": "train.loop",
+}
+__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("deltaw.version").VERSION
+    if name not in _HOME:
+        raise AttributeError(f"module 'deltaw' has no attribute {name!r}")
+    # A package of the same name (deltaw.train) hides behind its function once that has been asked for.
+    value = getattr(importlib.import_module(f"deltaw.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -11,7 +11,6 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from deltaw.errors import DeltawError
@@ -92,7 +91,7 @@ def preview(
     else:
         from rich.console import Console
 
-        Console().print(draw(dataset, renderer, rows))
+        Console().print(draw(dataset, renderer.tokenizer, rows))
 
 
 @app.command("eval", epilog="Examples: deltaw eval runs/demo    deltaw eval runs/demo data.jsonl --no-adapter --json")
@@ -183,14 +182,14 @@ def main() -> None:
         sys.exit(app(args=arguments, standalone_mode=False) or 0)
     except DeltawError as error:
         _fail(f"error: {error}", error.exit_code, debug)
-    except click.ClickException as error:
-        _fail(f"error: {error.format_message()}", 2, debug)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _fail("stopped", 130, debug)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
     except Exception as error:
+        if hasattr(error, "format_message"):  # click's own, which typer carries under varying names
+            _fail(f"error: {error.format_message()}\nsee deltaw --help", 2, debug)
         if hasattr(error, "exit_code"):  # a run that was asked to stop and has saved
             _fail(str(error), error.exit_code, debug)
         said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -62,20 +62,3 @@ def pack(examples: Sequence[Example]) -> Batch:
     arrays = (tokens_T, labels_T, positions_T, starts_S)
     tokens, labels, positions, starts = (torch.from_numpy(array) for array in arrays)
     return Batch(tokens, labels, positions, starts, origins)
-
-
-def padded(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """(input_ids_BL, attention_mask_BL, labels_BL), padded on the right, for models that can't take packed documents.
-
-    The labels are already shifted: don't hand them to a model that shifts by itself. Padding is id 0, attention 0 and
-    label -100; which id pads says nothing, so a tokenizer whose pad is its eos loses no eos.
-    """
-    lengths = batch.starts_S.diff().tolist()
-    input_ids_BL = batch.tokens_T.new_zeros(len(lengths), max(lengths))
-    attention_mask_BL = torch.zeros_like(input_ids_BL)
-    labels_BL = torch.full_like(input_ids_BL, IGNORED)
-    for row, (start, length) in enumerate(zip(batch.starts_S.tolist(), lengths, strict=False)):
-        input_ids_BL[row, :length] = batch.tokens_T[start : start + length]
-        attention_mask_BL[row, :length] = 1
-        labels_BL[row, :length] = batch.labels_T[start : start + length]
-    return input_ids_BL, attention_mask_BL, labels_BL

@@ -85,7 +85,7 @@ class Renderer:
                 "the tokenizer has no end-of-sequence token, so a model could not learn to stop",
                 fix="set eos_token in tokenizer_config.json",
             )
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._train_on = train_on
         self._encoder = Encoder(tokenizer)
         self._eos: int = tokenizer.eos_token_id
@@ -147,7 +147,7 @@ class Renderer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`."""
         return str(
-            self._tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+            self.tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         )
 
     def end_of_turn_problems(self, examples: Sequence[Example]) -> list[str]:
@@ -160,7 +160,7 @@ class Renderer:
                 f"{endless} of {len(examples)} rows train no end-of-turn token: the model doesn't learn to stop there"
             )
         if self.end_of_turn is not None and self.end_of_turn not in self.model_stop_ids:
-            token = self._tokenizer.convert_ids_to_tokens(self.end_of_turn)
+            token = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
             problems.append(
                 f"turns end with {token!r}, which is not among the model's stop tokens: name it to the server"
             )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaw.data.example import Example
-from deltaw.data.pack import IGNORED, pack, padded
+from deltaw.data.pack import IGNORED, pack
 
 
 @st.composite
@@ -42,18 +42,6 @@ def test_packing_loses_nothing_and_labels_stay_in_their_document(examples):
     assert batch.supervised == sum(int(example.loss_mask[1:].sum()) for example in examples)
     assert {t.dtype for t in (batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)} == {torch.int64}
     assert all((example.loss_mask == mask).all() for example, mask in zip(examples, before, strict=True))
-
-
-@given(example_lists())
-def test_padding_holds_the_same_documents(examples):
-    batch = pack(examples)
-    input_ids_BL, attention_mask_BL, labels_BL = padded(batch)
-    assert input_ids_BL.shape == (len(examples), max(len(example.tokens) for example in examples))
-    real = attention_mask_BL.bool()
-    assert input_ids_BL[real].tolist() == batch.tokens_T.tolist()
-    assert labels_BL[real].tolist() == batch.labels_T.tolist()
-    assert (labels_BL[~real] == IGNORED).all()
-    assert (attention_mask_BL.diff(dim=1) <= 0).all()
 
 
 def test_a_batch_moves_as_a_whole():

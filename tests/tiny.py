@@ -1,0 +1,58 @@
+"""A whole tiny base on disk: a random Llama with a byte-level tokenizer and a ChatML template."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.data.toys import toy
+
+
+def tiny_base(folder: Path, seed: int = 0) -> Path:
+    """Write config, weights and tokenizer into `folder` and return it."""
+    tokenizer = toy("chatml")
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def words(path: Path, count: int = 60) -> Path:
+    """A JSONL file of prompt/completion rows of different lengths."""
+    rows = [{"prompt": f"say {i} ", "completion": "ab" * (1 + i % 7)} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run_file(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A run of six small steps in float32, as a mapping; `changes` replace whole sections."""
+    return {
+        "base": str(folder / "base"),
+        "adapter": {"rank": 4, "alpha": 8},
+        "data": {"train": str(folder / "train.jsonl"), "eval": 8},
+        "train": {
+            "steps": 6,
+            "lr": 1e-2,
+            "tokens_per_step": 128,
+            "tokens_per_batch": 64,
+            "dtype": "float32",
+            "device": "cpu",
+            "save_every": 2,
+            "eval_every": 3,
+        },
+        "evaluate": {"metrics": ["exact_match"], "max_new_tokens": 4},
+        "output": str(folder / "run"),
+        **changes,
+    }

@@ -1,0 +1,22 @@
+"""The learning rate: a pure function of the step."""
+
+import pytest
+
+from deltaw.config import TrainConfig
+from deltaw.train.optim import learning_rate
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_warms_up_then_follows_its_schedule(schedule: str) -> None:
+    config = TrainConfig(lr=1.0, warmup_steps=10, schedule=schedule)
+    rates = [learning_rate(step, 200, config) for step in range(200)]
+    assert rates[:10] == sorted(rates[:10]) and 0 < rates[0] < 0.1
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == 1.0 if schedule == "constant" else 0 < rates[-1] < 0.01
+
+
+def test_warm_up_is_at_most_a_tenth_of_a_short_run() -> None:
+    config = TrainConfig(lr=1.0, warmup_steps=10, schedule="constant")
+    assert learning_rate(0, 5, config) == 1.0
+    assert learning_rate(2, 20, config) == 1.0
