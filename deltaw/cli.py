@@ -142,8 +142,8 @@ def generate(
     """Continue one prompt, streaming."""
     text = sys.stdin.read() if prompt == "-" else prompt
     asked: Any = [{"role": "user", "content": text}] if as_chat else text
+    sampling = _sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     opened = _open(model, base, as_json)
-    sampling = _sampling(max_tokens, temperature, top_p, top_k, seed)
     answer = ""
     for piece in opened.stream(asked, adapter=not no_adapter, **sampling):
         answer += piece
@@ -170,7 +170,7 @@ def chat(
     """Talk to a model, streaming. /base asks the plain base, /adapter the adapter, /new forgets, Ctrl-D leaves."""
     from deltaw.chat import talk
 
-    sampling = _sampling(max_tokens, temperature, top_p, top_k, seed)
+    sampling = _sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     talk(_open(model, base, False), system=system, use_adapter=not no_adapter, sampling=sampling)
 
 
@@ -217,14 +217,11 @@ def _open(name: str, base: str | None, quiet: bool) -> "Model":
     return open_model(name, base=base, display=_display(quiet))
 
 
-def _sampling(max_tokens: int, temperature: float, top_p: float, top_k: int, seed: int | None) -> dict[str, Any]:
-    return {
-        "max_new_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "seed": seed,
-    }
+def _sampling(**fields: Any) -> dict[str, Any]:
+    """The options as given, once they are known to be right."""
+    from deltaw.base.generate import Sampling
+
+    return Sampling.checked(**fields).model_dump()
 
 
 def _display(quiet: bool) -> Any:

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -32,6 +32,15 @@ class Strict(BaseModel):
     """Frozen; unknown keys refused; no silent conversion ("4" is not 4, true is not 1)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @classmethod
+    def checked(cls, **fields: Any) -> Self:
+        """The value, or an InputError that names every wrong field."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            lines = [f"{e['loc'][0]}: {e['msg']} (got {e['input']!r:.60})" for e in error.errors()]
+            raise InputError("; ".join(lines)) from None
 
 
 class AdapterSpec(Strict):

@@ -50,7 +50,9 @@ class Model:
     def generate(self, prompt: Prompt, *, adapter: bool = True, **sampling: Any) -> str:
         """The model's answer as text. `adapter=False`: the base's. `sampling`: the fields of `Sampling`."""
         with self._switch(adapter):
-            (ids,) = generate(self.base.model, [self.renderer.prompt_ids(prompt)], Sampling(**sampling), self._stop)
+            (ids,) = generate(
+                self.base.model, [self.renderer.prompt_ids(prompt)], Sampling.checked(**sampling), self._stop
+            )
         return self.renderer.decode(ids)
 
     def stream(self, prompt: Prompt, *, adapter: bool = True, **sampling: Any) -> Iterator[str]:
@@ -58,13 +60,18 @@ class Model:
         with self._switch(adapter):
             ids: list[int] = []
             shown = ""
-            for token in stream(self.base.model, self.renderer.prompt_ids(prompt), Sampling(**sampling), self._stop):
+            for token in stream(
+                self.base.model, self.renderer.prompt_ids(prompt), Sampling.checked(**sampling), self._stop
+            ):
                 ids.append(token)
                 text = self.renderer.decode(ids)
                 # Half a character (bytes of an emoji, say) decodes to U+FFFD until its other half has come.
                 if not text.endswith("�"):
                     yield text[len(shown) :]
                     shown = text
+            rest = self.renderer.decode(ids)[len(shown) :]
+            if rest:
+                yield rest
 
     def generate_all(self, prompts: Sequence[Sequence[int]], sampling: Sampling, progress: Any = None) -> list[str]:
         """Answers to many tokenised prompts, batched."""
@@ -83,13 +90,13 @@ def open_model(
     name: str | Path,
     *,
     base: str | None = None,
-    dtype: Dtype = "auto",
+    dtype: Dtype | None = None,
     device: str = "auto",
     display: Display | None = None,
 ) -> Model:
     """Open a run folder, an adapter folder, or a base (any name `open_base` takes).
 
-    `base` overrides the base that the run or the adapter names. Raises InputError where they don't belong together.
+    `base` overrides the base that the run or the adapter names; `dtype` is the run's own unless given. Raises InputError where they don't belong together.
     """
     display = display or Display(quiet=True)
     path, config, adapter = Path(name), None, None
@@ -98,12 +105,12 @@ def open_model(
         if not (path / "adapter" / CONFIG).is_file():
             raise InputError(f"{path} has no finished adapter yet", fix=f"finish it: deltaw train {path}")
         adapter = Adapter.load(path / "adapter")
-        base = base or config.base
+        base, dtype = base or config.base, dtype or config.train.dtype
     elif (path / CONFIG).is_file():
         adapter = Adapter.load(path)
         base = base or _known_name(adapter, path)
     source = find_base(base or str(name), progress=display.say)
-    opened = open_base(source, dtype=dtype, device=device, progress=display.say)
+    opened = open_base(source, dtype=dtype or "auto", device=device, progress=display.say)
     renderer = open_renderer(source, config)
     model = Model(opened, renderer, plan_forward(opened.model))
     if adapter is None:

