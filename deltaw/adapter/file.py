@@ -25,7 +25,7 @@ from torch import Tensor
 
 from deltaw.adapter.peft_config import from_spec, to_spec
 from deltaw.base.weights import load_safetensors, read_json, save_safetensors, write_text_atomic
-from deltaw.config import AdapterSpec
+from deltaw.config import TARGET_GROUPS, AdapterSpec
 from deltaw.errors import InputError, RunError, listed
 from deltaw.factors import LowRank
 from deltaw.version import VERSION
@@ -89,7 +89,10 @@ class Adapter:
         if bad:
             raise RunError(f"the adapter holds NaN or infinity, it was not saved:\n{listed(bad)}")
         directory.mkdir(parents=True, exist_ok=True)
-        config = from_spec(self.spec, self.base.name, self.base.revision, self.fan_in_fan_out)
+        names = {self.spec.targets} if isinstance(self.spec.targets, str) else set(self.spec.targets)
+        # A group is a word of deltaw's own: to other tools it is spelt out.
+        spec = self.spec.model_copy(update={"targets": tuple(self.factors)} if names & set(TARGET_GROUPS) else {})
+        config = from_spec(spec, self.base.name, self.base.revision, self.fan_in_fan_out)
         record = {"deltaw": VERSION, "base": asdict(self.base), "spec": self.spec.model_dump(mode="json")}
         save_safetensors(tensors, directory / WEIGHTS, {"format": "pt"})
         write_text_atomic(directory / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -107,7 +110,8 @@ class Adapter:
         config = read_json(directory / CONFIG, max_bytes=1_000_000, allow_nan=True)
         spec = to_spec(config, pairs, str(directory / CONFIG))
         _check_shapes(pairs, spec, str(directory / WEIGHTS))
-        bad = _not_finite(tensors)
+        # float32 first: not every narrow type can be asked whether it is finite, and a wide one may not fit.
+        bad = _not_finite({key: tensor.float() for key, tensor in tensors.items()})
         if bad:
             raise InputError(f"{directory / WEIGHTS} holds NaN or infinity:\n{listed(bad)}")
         factors = {path: LowRank(a.float(), b.float(), spec.scale(path)) for path, (a, b) in pairs.items()}
@@ -161,7 +165,9 @@ def _pair(tensors: Mapping[str, Tensor], source: str) -> dict[str, tuple[Tensor,
         for path, halves in found.items()
         if len(halves) == 1
     ]
-    if problems or not found:
+    if not tensors:
+        raise InputError(f"{source}: holds no tensors")
+    if problems:
         raise InputError(f"{source}: {len(problems)} of {len(tensors)} tensors don't fit:\n{listed(problems)}")
     return {path: (halves[A], halves[B]) for path, halves in found.items()}
 
@@ -171,7 +177,7 @@ def _check_shapes(pairs: Mapping[str, tuple[Tensor, Tensor]], spec: AdapterSpec,
     for path, (a, b) in pairs.items():
         rank = spec.rank_of(path)
         if (a.shape[0], b.shape[1]) != (rank, rank):
-            problems.append(f"{path}: A is {tuple(a.shape)}, B is {tuple(b.shape)}, the config says rank {rank}")
+            problems.append(f"{path:.120}: A is {tuple(a.shape)}, B is {tuple(b.shape)}, the config says rank {rank}")
     if problems:
         raise InputError(f"{source}: shapes and config disagree:\n{listed(problems)}")
 
@@ -188,5 +194,5 @@ def _base_of(directory: Path, config: dict[str, Any]) -> BaseId:
         if not known or not all(isinstance(value, str | None) for value in known.values()):
             raise InputError(f"{directory / RECORD}: its base is not name, revision, fingerprint, template")
         return BaseId(**{name: value for name, value in known.items() if value is not None})
-    name = config.get("base_model_name_or_path")
-    return BaseId(name=name if isinstance(name, str) else "")
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    return BaseId(name if isinstance(name, str) else "", revision if isinstance(revision, str) else None)

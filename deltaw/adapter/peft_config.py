@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from deltaw.config import AdapterSpec
+from deltaw.config import AdapterSpec, names_module
 from deltaw.errors import InputError, listed
 
 # Fields with a meaning deltaw lacks: refused unless they hold this neutral value (or are absent, null, empty, false).
@@ -63,18 +63,18 @@ def to_spec(config: dict[str, Any], paths: Iterable[str], source: str) -> Adapte
     # A string is a regular expression to PEFT, and these fields cut the list down: then the tensors are the truth.
     if isinstance(names, str) or any(config.get(field) not in (None, []) for field in NARROWS):
         names = paths
+    elif strays := [f"{path!r:.120}" for path in paths if not any(names_module(name, path) for name in names or ())]:
+        raise InputError(f"{source}: target_modules doesn't name what the weights are for:\n{listed(strays)}")
     fields: dict[str, Any] = {
         "rank": config.get("r", 8),
         "alpha": config.get("lora_alpha", 8),
         "targets": tuple(names or ()),
         "scaling": "rslora" if config.get("use_rslora") else "lora",
-        "dropout": config.get("lora_dropout") or 0.0,
+        "dropout": 0.0 if config.get("lora_dropout") is None else config["lora_dropout"],
     }
     try:
         fields["rank_overrides"] = {_literal(key): value for key, value in pattern.items()}
         fields["alpha_overrides"] = {_literal(k): v for k, v in (config.get("alpha_pattern") or {}).items()}
-        fields["alpha"] = float(fields["alpha"]) if type(fields["alpha"]) is int else fields["alpha"]
-        fields["alpha_overrides"] = {k: float(v) if type(v) is int else v for k, v in fields["alpha_overrides"].items()}
         return AdapterSpec.model_validate(fields)
     except ValidationError as error:
         lines = [f"{_field(e['loc'])}: {e['msg']} (got {e.get('input')!r:.60})" for e in error.errors()]
@@ -111,21 +111,21 @@ def from_spec(spec: AdapterSpec, base_name: str, revision: str | None, fan_in_fa
 
 def _problems(config: dict[str, Any]) -> Iterable[str]:
     if config.get("peft_type") != "LORA":
-        yield f"peft_type is {config.get('peft_type')!r}; only LORA is supported"
+        yield f"peft_type is {config.get('peft_type')!r:.60}; only LORA is supported"
     names = config.get("target_modules")
     if not isinstance(names, str | list) or not names or not all(isinstance(name, str) and name for name in names):
         yield f"target_modules: a list of names is needed, got {names!r:.60}"
     for field in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(field) or {}, dict):
+        if not isinstance(config.get(field), dict | None):
             yield f"{field}: a mapping is needed, got {config[field]!r:.60}"
     for field in ("use_rslora", "fan_in_fan_out"):
         if not isinstance(config.get(field, False), bool):
             yield f"{field}: true or false is needed, got {config[field]!r:.60}"
     if config.get("bias", "none") not in ("none", None):
-        yield f"bias={config['bias']!r}: trained biases aren't supported"
+        yield f"bias={config['bias']!r:.60}: trained biases aren't supported"
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(MOVES_BASE):
-        yield f"init_lora_weights={init!r} changes the base; save it with PEFT's conversion to plain LoRA"
+        yield f"init_lora_weights={init!r:.60} changes the base; save it with PEFT's conversion to plain LoRA"
     for field, meaning in UNSUPPORTED.items():
         if config.get(field):
             yield f"{field}: {meaning} isn't supported"
