@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from deltaw.kernels.lora import lora_linear
     from deltaw.kernels.loss import linear_cross_entropy
     from deltaw.model import Model, open_model
-    from deltaw.train.loop import resume, train
+    from deltaw.training.loop import resume, train
     from deltaw.version import VERSION as __version__
 
 _HOME = {
@@ -46,8 +46,8 @@ _HOME = {
     "packed_attention": "kernels.attention",
     "parse_config": "config",
     "plan_forward": "base.forward",
-    "resume": "train.loop",
-    "train": "train.loop",
+    "resume": "training.loop",
+    "train": "training.loop",
 }
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604
 

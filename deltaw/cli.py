@@ -197,9 +197,9 @@ def main() -> None:
 
 
 def _train(what: Any, *, replace: bool = False, as_json: bool, quiet: bool = False) -> None:
-    from deltaw.train.loop import resume, train
-    from deltaw.train.result import summary
-    from deltaw.train.run import Run
+    from deltaw.training.loop import resume, train
+    from deltaw.training.result import summary
+    from deltaw.training.run import Run
 
     display = _display(quiet)
     if isinstance(what, Path):

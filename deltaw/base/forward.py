@@ -77,7 +77,9 @@ def _capped_attention(
     scores = query @ key.repeat_interleave(shared, 1).transpose(2, 3)
     scores = softcap * torch.tanh(scores * (scaling or query.shape[-1] ** -0.5) / softcap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        # Not −∞: a padding token that sees nothing must not become NaN, which its value rows would hand on.
+        hidden = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value.repeat_interleave(shared, 1)).transpose(1, 2)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from deltaw.config import TrainConfig
-from deltaw.train.optim import learning_rate
+from deltaw.training.optim import learning_rate
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from deltaw.train.run import Run
+from deltaw.training.run import Run
 
 
 class EventLog:

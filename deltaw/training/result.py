@@ -11,9 +11,9 @@ from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
 from deltaw.evaluate.held_out import Evaluation
 from deltaw.model import Model
-from deltaw.train.checkpoint import TrainState
-from deltaw.train.log import peak_memory_bytes
-from deltaw.train.run import Run
+from deltaw.training.checkpoint import TrainState
+from deltaw.training.log import peak_memory_bytes
+from deltaw.training.run import Run
 from deltaw.version import VERSION
 
 SHOWN = 20  # answers kept in result.json

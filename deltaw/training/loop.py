@@ -31,12 +31,12 @@ from deltaw.errors import InputError, RunError
 from deltaw.evaluate.held_out import Evaluation, answer, evaluate, held_out_loss, perplexity
 from deltaw.model import PLAIN, Model, open_dataset
 from deltaw.progress import Display
-from deltaw.train.checkpoint import Saved, TrainState, latest_checkpoint, put_back, save_checkpoint
-from deltaw.train.log import EventLog
-from deltaw.train.optim import learning_rate, make_optimizer, set_rate
-from deltaw.train.result import write_result
-from deltaw.train.run import Run
-from deltaw.train.stop import Stopped, StopRequest
+from deltaw.training.checkpoint import Saved, TrainState, latest_checkpoint, put_back, save_checkpoint
+from deltaw.training.log import EventLog
+from deltaw.training.optim import learning_rate, make_optimizer, set_rate
+from deltaw.training.result import write_result
+from deltaw.training.run import Run
+from deltaw.training.stop import Stopped, StopRequest
 
 
 def train(config: RunConfig, *, replace: bool = False, resume: bool = False, display: Display | None = None) -> Adapter:

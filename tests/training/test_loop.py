@@ -14,9 +14,9 @@ from deltaw.adapter.file import Adapter
 from deltaw.config import parse_config
 from deltaw.errors import InputError, RunError
 from deltaw.progress import Display
-from deltaw.train import loop
-from deltaw.train.loop import resume, train
-from deltaw.train.stop import Stopped
+from deltaw.training import loop
+from deltaw.training.loop import resume, train
+from deltaw.training.stop import Stopped
 from tests.tiny import run_file, tiny_base, words
 
 QUIET = Display(quiet=True)

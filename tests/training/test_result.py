@@ -1,6 +1,6 @@
 """The text at a run's end."""
 
-from deltaw.train.result import plot
+from deltaw.training.result import plot
 
 
 def test_a_falling_loss_is_a_falling_curve() -> None:
