@@ -80,7 +80,7 @@ def _capped_attention(
         # Not −∞: a padding token that sees nothing must not become NaN, which its value rows would hand on.
         hidden = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     return (weights @ value.repeat_interleave(shared, 1)).transpose(1, 2)
 
 
