@@ -1,0 +1,161 @@
+"""The house rules of the design, read off the source: who may import whom, where each library lives, what never stands
+in it."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "deltaw"
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+
+# Imports go down only, and not between rooms of one level.
+LEVELS = [
+    {"errors", "version"},
+    {"linalg", "config", "progress"},
+    {"factors", "kernels"},
+    {"base", "data"},
+    {"adapter"},
+    {"model"},
+    {"training", "evaluate", "analysis", "export", "serve"},
+    {"studies"},
+    {"cli", "chat", "demo"},
+]
+SIDEWAYS = {("training", "evaluate"), ("cli", "chat"), ("cli", "demo")}
+
+# Each heavy library has its home.
+HOMES = {
+    "jinja2": {"data/template.py"},
+    "rich": {"progress.py", "data/preview.py", "cli.py"},
+    "typer": {"cli.py"},
+    "yaml": {"config.py"},
+    "gguf": {"base/gguf.py"},
+    "huggingface_hub": {"base/source.py"},
+    "safetensors": {"base/weights.py"},
+    "datasets": {"data/read.py"},
+    "pyarrow": {"data/read.py"},
+    "torch.utils.tensorboard": {"training/log.py"},
+}
+NOWHERE = ["peft", "trl", "triton", "matplotlib", "starlette", "fastapi", "uvicorn", "accelerate", "tokenizers"]
+MODELS, TOKENIZERS = {"base/load.py", "base/gguf.py"}, {"data/render.py", "base/gguf.py"}
+TRANSFORMERS = {
+    "AutoModel*": MODELS,
+    "AutoConfig": MODELS,
+    "*ForCausalLM*": MODELS,
+    "PreTrainedModel": MODELS,
+    "AutoTokenizer": TOKENIZERS,
+    "PreTrainedTokenizer*": TOKENIZERS,
+}
+
+
+def tree(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+
+
+def imports(file: str) -> Iterator[tuple[str, str]]:
+    """(module, imported name or "") of every import, also those inside functions."""
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: relative import"
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def room(file: str) -> str:
+    return file.split("/")[0].removesuffix(".py")
+
+
+def level(name: str) -> int:
+    found = [number for number, names in enumerate(LEVELS) if name in names]
+    assert found, f"deltaw/{name} stands on no level: give it one here"
+    return found[0]
+
+
+def within(module: str, library: str) -> bool:
+    return module == library or module.startswith(library + ".")
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
+def test_imports_go_down_only(file: str) -> None:
+    here = room(file)
+    for module, name in imports(file):
+        if not within(module, "deltaw"):
+            continue
+        there = module.split(".")[1] if "." in module else name  # `from deltaw import name` names a room too
+        allowed = there == here or level(there) < level(here) or (here, there) in SIDEWAYS
+        assert allowed, f"{file} imports {module}: {here} may not know {there}"
+
+
+def meets(file: str, library: str) -> bool:
+    return any(within(module, library) or within(f"{module}.{name}", library) for module, name in imports(file))
+
+
+@pytest.mark.parametrize("library", [*HOMES, *NOWHERE])
+def test_each_library_is_met_at_home_and_only_there(library: str) -> None:
+    assert {file for file in FILES if meets(file, library)} == HOMES.get(library, set())
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_transformers_models_and_tokenizers_are_met_only_at_home(file: str) -> None:
+    for module, name in imports(file):
+        assert (module, name) != ("transformers", ""), f"{file}: import names from transformers, so that they are seen"
+        if within(module, "transformers"):
+            strange = [
+                pattern for pattern, homes in TRANSFORMERS.items() if fnmatch(name, pattern) and file not in homes
+            ]
+            assert not strange, f"{file} imports {name} from transformers"
+
+
+def runs_code(node: ast.AST) -> str | None:
+    """What in `node` could run code that a stranger wrote."""
+    if isinstance(node, ast.Call):
+        called = ast.unparse(node.func)
+        if called in ("eval", "exec", "compile", "__import__", "torch.load", "os.system"):
+            return called
+        for keyword in node.keywords:
+            if keyword.arg in ("trust_remote_code", "allow_pickle", "shell") and ast.unparse(keyword.value) != "False":
+                return f"{keyword.arg}={ast.unparse(keyword.value)}"
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+        return next((name for name in names if name.split(".")[0] in ("pickle", "dill", "joblib", "marshal")), None)
+    return None
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_runs_a_strangers_code(file: str) -> None:
+    found = [f"{file}:{node.lineno}: {said}" for node in ast.walk(tree(file)) if (said := runs_code(node))]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "eval('1')",
+        "import pickle",
+        "from pickle import load",
+        "torch.load(p)",
+        "f(trust_remote_code=True)",
+        "f(shell=x)",
+    ],
+)
+def test_the_check_for_strangers_code_sees_it(source: str) -> None:
+    assert any(map(runs_code, ast.walk(ast.parse(source))))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_and_functions_stay_short(file: str) -> None:
+    assert len((ROOT / file).read_text(encoding="utf-8").splitlines()) <= 400
+    functions = [node for node in ast.walk(tree(file)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert not [node.name for node in functions if node.end_lineno - node.lineno >= 60]
+
+
+@pytest.mark.parametrize("module", ["deltaw", "deltaw.cli", "deltaw.config", "deltaw.base.weights"])
+def test_what_answers_at_once_imports_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert out.stdout.strip() == "[]"
