@@ -15,7 +15,12 @@ def test_every_public_name_resolves() -> None:
 
 def test_the_type_checkers_list_is_the_same() -> None:
     tree = ast.parse(Path(deltaw.__file__).read_text(encoding="utf-8"))
-    names = {alias.asname or alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    names = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     assert names - {"TYPE_CHECKING", "Any"} == set(deltaw.__all__)
 
 
