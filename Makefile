@@ -1,4 +1,4 @@
-# make demo   install, then teach a 135M model to pronounce words (about six minutes on two cores)
+# make demo   install, then teach a 135M model to pronounce words (five to six minutes on two cores)
 # make test   install what tests need, run them          make test-all   the slow ones, too
 # make check  formatter, linter, type checker
 PYTHON ?= python3

@@ -96,7 +96,8 @@ def open_model(
 ) -> Model:
     """Open a run folder, an adapter folder, or a base (any name `open_base` takes).
 
-    `base` overrides the base that the run or the adapter names; `dtype` is the run's own unless given. Raises InputError where they don't belong together.
+    `base` overrides the base that the run or the adapter names; `dtype` is the run's own unless given. Raises
+    InputError where they don't belong together.
     """
     display = display or Display(quiet=True)
     path, config, adapter = Path(name), None, None

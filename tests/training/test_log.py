@@ -1,0 +1,36 @@
+"""metrics.jsonl and TensorBoard."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from deltaw.training.log import EventLog
+from deltaw.training.run import Run
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_records_go_to_the_file_and_to_tensorboard_when_it_is_there(
+    tmp_path: Path, monkeypatch, installed: bool
+) -> None:
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            assert folder == str(tmp_path / "tensorboard")
+
+        def add_scalar(self, *point: object) -> None:
+            written.append(point)
+
+        def close(self) -> None:
+            written.append("closed")
+
+    fake = types.SimpleNamespace(SummaryWriter=SummaryWriter) if installed else None
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    log = EventLog(Run(tmp_path))
+    log.write({"step": 3, "loss": 1.5})
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "loss": 1.5}
+    assert written == ([("loss", 1.5, 3), "closed"] if installed else [])
