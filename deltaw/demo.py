@@ -10,8 +10,8 @@ from typing import Any
 DEMO: dict[str, Any] = {
     "base": "builtin:smollm2-135m",
     "adapter": {"rank": 16, "alpha": 32, "targets": "all-linear"},
-    "data": {"train": "builtin:cmudict", "eval": 500, "limit": 5000},
+    "data": {"train": "builtin:cmudict", "eval": 500, "limit": 5500},
     "train": {"lr": 2e-3, "tokens_per_step": 768, "tokens_per_batch": 768, "sample_every": 40},
-    "evaluate": {"metrics": ["phoneme_error_rate", "exact_match"], "max_new_tokens": 24},
+    "evaluate": {"metrics": ["phoneme_error_rate", "exact_match"], "max_new_tokens": 20},
     "output": "runs/demo",
 }

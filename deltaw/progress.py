@@ -69,11 +69,11 @@ class Display:
             nonlocal last, first, began
             now = time.monotonic()
             if first is None:
-                first, began = done, now if done else began
+                first, began = done, now
             elif now - last < EVERY and done < total:
                 return
             last = now
-            fresh = done - (first if first and first < done else 0)
+            fresh = done - first
             left = f", {clock((now - began) * (total - done) / fresh)} left" if fresh > 0 and done < total else ""
             self.say(f"{name}: {done}/{total}{', ' + note if note else ''}{left}")
 

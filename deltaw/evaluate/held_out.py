@@ -8,7 +8,7 @@ text of that span: training and evaluation can't differ in how a prompt is writt
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from deltaw.model import Model
 from deltaw.progress import Display
 
 TOKENS_AT_ONCE = 4096
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def evaluate(
     """Loss on all rows; answers to all of them if a task metric is asked for, else to the first `samples`."""
     with display.task(f"{name}: loss", len(examples)) as update:
         loss, count = held_out_loss(model.forward, examples, progress=update)
-    asked = list(examples) if config.metrics else list(examples[: config.samples])
+    asked = list(examples) if config.metrics else spread(examples, config.samples)
     with display.task(f"{name}: answers", len(asked)) as update:
         answers = answer(model, asked, config.max_new_tokens, progress=update)
     given, truth = [a.given for a in answers], [a.truth for a in answers]
@@ -103,6 +104,11 @@ def answer(
         Answer(decode(prompt), text, decode(truth), example.origin)
         for (example, prompt, truth), text in zip(split, given, strict=True)
     ]
+
+
+def spread(rows: Sequence[Row], count: int) -> list[Row]:
+    """`count` rows from all over the file: its first ones may be all alike (a dictionary's begin with a)."""
+    return list(rows[:: max(1, len(rows) // max(1, count))][:count])
 
 
 def perplexity(loss: float) -> float:

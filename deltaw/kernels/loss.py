@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE = -100  # the label of a row that is not trained, PyTorch's convention
-CHUNK_BYTES = 64 << 20  # float32 logits held at a time
+CHUNK_BYTES = 32 << 20  # float32 logits held at a time; 8 to 128 MiB measured on a CPU, 32 is fastest
 
 
 def linear_cross_entropy(
@@ -85,14 +85,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 z_CV.mul_(scale)
             if softcap is not None:
                 z_CV.div_(softcap).tanh_().mul_(softcap)
-            lse_C1 = z_CV.logsumexp(1, keepdim=True)
-            loss += (lse_C1 - z_CV.gather(1, labels_C1)).sum()
+            # cap'(z) = 1 − tanh² = 1 − (z / c)² of the capped value, taken before z is overwritten
+            slope_CV = None if softcap is None or grad_KD is None else 1 - (z_CV / softcap) ** 2
+            label_C1, top_C1 = z_CV.gather(1, labels_C1), z_CV.amax(1, keepdim=True)
+            # In place, since z is the one large tensor: logsumexp() would pass over copies of it
+            e_CV = z_CV.sub_(top_C1).exp_()
+            sum_C1 = e_CV.sum(1, keepdim=True)
+            loss += (sum_C1.log() + top_C1 - label_C1).sum()
             if grad_KD is None:
                 continue
-            # cap'(z) = 1 − tanh² = 1 − (z / c)² of the capped value, taken before z is overwritten
-            slope_CV = None if softcap is None else 1 - (z_CV / softcap) ** 2
-            d_CV = z_CV.sub_(lse_C1).exp_()
-            d_CV.scatter_add_(1, labels_C1, torch.full_like(lse_C1, -1.0))
+            d_CV = e_CV.div_(sum_C1)
+            d_CV.scatter_add_(1, labels_C1, torch.full_like(sum_C1, -1.0))
             if slope_CV is not None:
                 d_CV.mul_(slope_CV)
             if scale != 1.0:

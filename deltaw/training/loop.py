@@ -28,7 +28,7 @@ from deltaw.data.dataset import Dataset
 from deltaw.data.loader import Loader, LoaderState
 from deltaw.data.pack import Batch
 from deltaw.errors import InputError, RunError
-from deltaw.evaluate.held_out import Evaluation, answer, evaluate, held_out_loss, perplexity
+from deltaw.evaluate.held_out import Evaluation, answer, evaluate, held_out_loss, perplexity, spread
 from deltaw.model import PLAIN, Model, open_dataset
 from deltaw.progress import Display
 from deltaw.training.checkpoint import Saved, TrainState, latest_checkpoint, put_back, save_checkpoint
@@ -225,7 +225,7 @@ class Trainer:
 
     def _sample(self) -> None:
         """Answers to the first rows, held out if there are any, as the adapter stands."""
-        rows = (self.dataset.eval or self.dataset.train)[: self.config.evaluate.samples]
+        rows = spread(self.dataset.eval or self.dataset.train, self.config.evaluate.samples)
         for got in answer(self.model, rows, self.config.evaluate.max_new_tokens):
             prompt, given, truth = (one_line(text) for text in (got.prompt, got.given, got.truth))
             self.display.say(f"  {prompt} {given}   [truth: {truth}]")

@@ -9,14 +9,14 @@ import torch
 
 from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
-from deltaw.evaluate.held_out import Evaluation
+from deltaw.evaluate.held_out import Evaluation, spread
 from deltaw.model import Model
 from deltaw.training.checkpoint import TrainState
 from deltaw.training.log import peak_memory_bytes
 from deltaw.training.run import Run
 from deltaw.version import VERSION
 
-SHOWN = 20  # answers kept in result.json
+SHOWN = 10  # answers kept in result.json
 
 
 def write_result(
@@ -31,7 +31,7 @@ def write_result(
 ) -> dict[str, Any]:
     """Write result.json, which marks the run as finished. Times in seconds, memory in bytes, losses in nats."""
     assert model.attached is not None
-    answers = zip(before.answers, after.answers, strict=True) if before and after else ()
+    answers = list(zip(before.answers, after.answers, strict=True)) if before and after else []
     report = dataset.report
     result = {
         "base": config.base,
@@ -70,7 +70,7 @@ def summary(run: Run) -> str:
     result = run.read_json(run.result)
     parts = []
     if result["answers"]:
-        parts.append(_answers(result["answers"][:10]))
+        parts.append(_answers(result["answers"]))
     losses = [line["loss"] for line in run.read_metrics() if "loss" in line]
     if len(losses) > 1:
         parts.append("training loss\n" + plot(losses))
