@@ -9,7 +9,7 @@ import torch
 
 from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
-from deltaw.evaluate.held_out import Evaluation, spread
+from deltaw.evaluate.held_out import Evaluation
 from deltaw.model import Model
 from deltaw.training.checkpoint import TrainState
 from deltaw.training.log import peak_memory_bytes
