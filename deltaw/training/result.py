@@ -2,6 +2,7 @@
 
 import math
 import platform
+import shlex
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
-from deltaw.evaluate.held_out import Evaluation
+from deltaw.evaluate.held_out import Evaluation, spread
 from deltaw.model import Model
 from deltaw.training.checkpoint import TrainState
 from deltaw.training.log import peak_memory_bytes
@@ -57,8 +58,9 @@ def write_result(
         "dtype": str(model.base.dtype).removeprefix("torch."),
         "machine": {"device": str(model.base.device), "threads": torch.get_num_threads(), "cpu": platform.machine()},
         "versions": {"deltaw": VERSION, "torch": torch.__version__},
-        "answers": [{"prompt": b.prompt, "before": b.given, "after": a.given, "truth": b.truth} for b, a in answers][
-            :SHOWN
+        "answers": [
+            {"prompt": b.prompt, "before": b.given, "after": a.given, "truth": b.truth}
+            for b, a in spread(answers, SHOWN)
         ],
     }
     run.write_json(run.result, result)
@@ -75,12 +77,15 @@ def summary(run: Run) -> str:
     if len(losses) > 1:
         parts.append("training loss\n" + plot(losses))
     parts.append(_figures(result))
-    folder = run.folder
-    parts.append(
-        f"adapter: {run.adapter}\n"
-        f"next:    deltaw chat {folder}        deltaw eval {folder}        deltaw generate {folder} 'a prompt'"
-    )
+    parts.append(f"adapter: {run.adapter}\nnext:    " + "\n         ".join(_next(run, result)))
     return "\n\n".join(parts)
+
+
+def _next(run: Run, result: dict[str, Any]) -> list[str]:
+    """Commands worth trying, with a prompt that this run knows."""
+    prompts = [row["prompt"] for row in result["answers"] if len(row["prompt"]) < 40 and "\n" not in row["prompt"]]
+    prompt = shlex.quote(prompts[0] if prompts else "a prompt")
+    return [f"deltaw chat {run.folder}", f"deltaw eval {run.folder}", f"deltaw generate {run.folder} {prompt}"]
 
 
 def plot(values: list[float], width: int = 64, height: int = 8) -> str:
