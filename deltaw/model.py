@@ -139,6 +139,7 @@ def open_dataset(config: RunConfig, display: Display) -> tuple[Source, Renderer,
     renderer = open_renderer(source, config)
     with display.task("reading data", 100) as update:
         dataset = prepare(config.data, renderer, progress=lambda done, total: update(100 * done // max(1, total)))
+        update(100)  # rows beyond data.limit are never looked at
     return source, renderer, dataset
 
 

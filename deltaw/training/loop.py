@@ -228,7 +228,7 @@ class Trainer:
         rows = spread(self.dataset.eval or self.dataset.train, self.config.evaluate.samples)
         for got in answer(self.model, rows, self.config.evaluate.max_new_tokens):
             prompt, given, truth = (one_line(text) for text in (got.prompt, got.given, got.truth))
-            self.display.say(f"  {prompt} {given}   [truth: {truth}]")
+            self.display.say(f"step {self.state.step}: {prompt} {given}   [truth: {truth}]")
 
     def _evaluate(self, name: str) -> Evaluation:
         return evaluate(self.model, self.dataset.eval, self.config.evaluate, display=self.display, name=name)
