@@ -51,6 +51,8 @@ def train(config: RunConfig, *, replace: bool = False, resume: bool = False, dis
     trainer = Trainer(config, run, model, dataset, display)
     saved = latest_checkpoint(run.checkpoints, display) if resume else None
     if saved is None:
+        if resume:
+            display.say(f"{run.folder} has no checkpoint yet: it starts from its beginning")
         # What `auto` came to is part of the run: a resumed one must not race again and choose otherwise.
         dtype = str(model.base.dtype).removeprefix("torch.")
         run.create(config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})}))
