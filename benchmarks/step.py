@@ -1,0 +1,73 @@
+"""Training steps of the demo on this machine: tokens/s, idle and with one core taken by another program.
+
+    python benchmarks/step.py [--busy]         GOMP_SPINCOUNT=20000 python benchmarks/step.py --busy
+
+The command line sets GOMP_SPINCOUNT itself; this script does not, so that the difference can be seen.
+"""
+
+import multiprocessing
+import statistics
+import sys
+import time
+
+import torch
+
+from deltaw.adapter.inject import attach
+from deltaw.base.forward import plan_forward
+from deltaw.base.load import open_base
+from deltaw.config import parse_config
+from deltaw.data.loader import Loader
+from deltaw.demo import DEMO
+from deltaw.model import open_dataset
+from deltaw.progress import Display
+from deltaw.training.optim import make_optimizer
+
+STEPS, WARM = 15, 3
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+def gemm_gigaflops(rows: int) -> float:
+    """The bf16 rate of a product of the model's shape, the bound of everything else here."""
+    x_TN, w_MN = torch.randn(rows, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
+    torch.nn.functional.linear(x_TN, w_MN)
+    began = time.perf_counter()
+    for _ in range(200):
+        torch.nn.functional.linear(x_TN, w_MN)
+    return 200 * 2 * rows * 576 * 1536 / (time.perf_counter() - began) / 1e9
+
+
+def main() -> None:
+    config = parse_config({**DEMO, "data": {**DEMO["data"], "limit": 2000, "eval": None}, "evaluate": {}})
+    _, _, dataset = open_dataset(config, Display(quiet=True))
+    base = open_base(config.base)
+    forward = plan_forward(base.model)
+    attached = attach(base.model, config.adapter)
+    optimizer = make_optimizer(attached, config.train)
+    other = multiprocessing.Process(target=spin, daemon=True)
+    if "--busy" in sys.argv:
+        other.start()
+    sizes = config.train
+    rates = []
+    for number, (batches, _) in enumerate(Loader(dataset.train, sizes.tokens_per_step, sizes.tokens_per_batch, 0)):
+        if number == WARM + STEPS:
+            break
+        began = time.perf_counter()
+        for batch in batches:
+            loss, count = forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
+            (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number >= WARM:
+            rates.append(sum(len(batch.tokens_T) for batch in batches) / (time.perf_counter() - began))
+    low, middle, high = statistics.quantiles(rates, n=4)
+    rate = gemm_gigaflops(sizes.tokens_per_step)
+    print(f"{middle:.0f} tokens/s (quartiles {low:.0f}, {high:.0f}) over {STEPS} steps; {forward.describe()}")
+    print(f"bf16 products alone: {rate:.0f} GFLOP/s")
+
+
+if __name__ == "__main__":
+    main()
