@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from deltaw.adapter.peft_config import from_spec, to_spec
+from deltaw.base.source import PICKLES
 from deltaw.base.weights import load_safetensors, read_json, save_safetensors, write_text_atomic
 from deltaw.config import TARGET_GROUPS, AdapterSpec
 from deltaw.errors import InputError, RunError, listed
@@ -133,7 +134,7 @@ def _check_folder(directory: Path) -> None:
         return
     if not directory.is_dir():
         raise InputError(f"{directory}: no such adapter folder")
-    pickles = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    pickles = [p.name for p in directory.iterdir() if any(p.match(pattern) for pattern in PICKLES)]
     if pickles and not (directory / WEIGHTS).is_file():
         raise InputError(
             f"{directory / pickles[0]} is a pickle, which runs code when it is opened",

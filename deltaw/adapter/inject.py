@@ -72,7 +72,7 @@ def attach(model: nn.Module, what: AdapterSpec | Adapter, *, generator: torch.Ge
     the model already carries an adapter.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise InputError("this model already carries an adapter", fix="detach(model) first")
+        raise InputError("this model already carries an adapter", fix="detach it first")
     spec = what if isinstance(what, AdapterSpec) else what.spec
     targets = find_targets(model, spec)
     if isinstance(what, Adapter):

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from deltaw.data.example import Example
-
-IGNORED = -100  # the label of a position that isn't trained, as everywhere in PyTorch
+from deltaw.kernels.loss import IGNORE
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +38,7 @@ class Batch:
     @property
     def supervised(self) -> int:
         """How many labels count. Sums over batches divide by the sum of these, once."""
-        return int((self.labels_T != IGNORED).sum())
+        return int((self.labels_T != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -56,7 +55,7 @@ def pack(examples: Sequence[Example]) -> Batch:
     lengths = np.array([len(example.tokens) for example in examples], np.int64)
     starts_S = np.concatenate([[0], np.cumsum(lengths)])
     trained_T[starts_S[:-1]] = False  # the first token of a document has nothing before it that could predict it
-    labels_T = np.append(np.where(trained_T, tokens_T, IGNORED)[1:], IGNORED)
+    labels_T = np.append(np.where(trained_T, tokens_T, IGNORE)[1:], IGNORE)
     positions_T = np.arange(len(tokens_T)) - np.repeat(starts_S[:-1], lengths)
     origins = tuple(example.origin for example in examples)
     arrays = (tokens_T, labels_T, positions_T, starts_S)

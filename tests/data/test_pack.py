@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaw.data.example import Example
-from deltaw.data.pack import IGNORED, pack
+from deltaw.data.pack import pack
+from deltaw.kernels.loss import IGNORE
 
 
 @st.composite
@@ -35,10 +36,10 @@ def test_packing_loses_nothing_and_labels_stay_in_their_document(examples):
         assert batch.tokens_T[start:end].tolist() == example.tokens.tolist()
         assert batch.positions_T[start:end].tolist() == list(range(end - start))
         expected = [
-            int(token) if trained else IGNORED
+            int(token) if trained else IGNORE
             for token, trained in zip(example.tokens[1:], example.loss_mask[1:], strict=True)
         ]
-        assert batch.labels_T[start:end].tolist() == [*expected, IGNORED]
+        assert batch.labels_T[start:end].tolist() == [*expected, IGNORE]
     assert batch.supervised == sum(int(example.loss_mask[1:].sum()) for example in examples)
     assert {t.dtype for t in (batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)} == {torch.int64}
     assert all((example.loss_mask == mask).all() for example, mask in zip(examples, before, strict=True))
