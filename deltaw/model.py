@@ -41,6 +41,11 @@ class Model:
         """Whether a prompt is to be written as it is rather than as a chat."""
         return self.trained_plain or self.renderer.template_fingerprint == "none"
 
+    def describe(self) -> str:
+        """One line for logs and results: which path a pass takes."""
+        path = self.forward.describe()
+        return path if self.attached is None else f"{path}, {self.attached.describe()}"
+
     @property
     def id(self) -> BaseId:
         """What an adapter trained here records of its base."""

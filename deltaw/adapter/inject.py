@@ -1,18 +1,21 @@
 """attach and detach: an adapter onto a model and off it again.
 
-attach puts a `LoRALinear` in the place of each targeted layer, on this instance alone; detach puts the very same
-layers back and returns what was learnt as an `Adapter`. The base's weights are the same objects throughout, so the
-model afterwards is the model before, bit for bit.
+attach puts a `LoRALinear` in the place of each targeted layer, on this instance alone, and the kernels' stand-ins in
+the place of norms, attention blocks and MLPs (fused.py); detach puts the very same modules back and returns what was
+learnt as an `Adapter`. The base's weights are the same objects throughout, so the model afterwards is the model before,
+bit for bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from deltaw.adapter import fused
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.init import fresh_factors
 from deltaw.adapter.layer import LoRALinear
@@ -34,6 +37,11 @@ class Attached:
     spec: AdapterSpec
     layers: dict[str, LoRALinear]
     unmatched: tuple[str, ...] = ()
+    stand_ins: dict[str, fused.StandIn] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """One line for logs: which of the model's own modules the kernels stand in for."""
+        return fused.describe(self.stand_ins)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -46,17 +54,16 @@ class Attached:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The plain base for the length of a `with` block."""
-        before = [layer.enabled for layer in self.layers.values()]
-        self._enable([False] * len(before))
+        """The plain base, run by its own code, for the length of a `with` block."""
+        switches: list[Any] = [*self.layers.values(), *self.stand_ins.values()]
+        before = [module.enabled for module in switches]
+        for module in switches:
+            module.enabled = False
         try:
             yield
         finally:
-            self._enable(before)
-
-    def _enable(self, states: list[bool]) -> None:
-        for layer, enabled in zip(self.layers.values(), states, strict=True):
-            layer.enabled = enabled
+            for module, enabled in zip(switches, before, strict=True):
+                module.enabled = enabled
 
     def adapter(self, base: BaseId) -> Adapter:
         """What has been learnt so far, as a value on the CPU; the model keeps its adapter."""
@@ -65,8 +72,16 @@ class Attached:
         return Adapter(self.spec, factors, base, transposed)
 
 
-def attach(model: nn.Module, what: AdapterSpec | Adapter, *, generator: torch.Generator | None = None) -> Attached:
+def attach(
+    model: nn.Module,
+    what: AdapterSpec | Adapter,
+    *,
+    generator: torch.Generator | None = None,
+    fuse: Sequence[str] = fused.KINDS,
+) -> Attached:
     """Put a fresh adapter (from a spec, drawn from `generator`) or a trained one on `model`, in place.
+
+    `fuse`: which of "norm", "attention", "mlp" the kernels may stand in for; less than all is for measuring.
 
     Raises InputError when a target matches nothing, a rank is too high, an adapter's shapes are not this model's, or
     the model already carries an adapter.
@@ -93,12 +108,13 @@ def attach(model: nn.Module, what: AdapterSpec | Adapter, *, generator: torch.Ge
     for path, layer in layers.items():
         layer.train(model.training)
         model.set_submodule(path, layer)
-    return Attached(model, spec, layers, targets.unmatched)
+    return Attached(model, spec, layers, targets.unmatched, fused.install(model, fuse))
 
 
 def detach(attached: Attached, base: BaseId | None = None) -> Adapter:
     """Take the adapter off its model, putting the original layers back, and return it as a value on the CPU."""
     adapter = attached.adapter(base or BaseId())
+    fused.remove(attached.model, attached.stand_ins)
     for path, layer in attached.layers.items():
         attached.model.set_submodule(path, layer.base.module)
     return adapter

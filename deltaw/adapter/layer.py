@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaw.base.frozen import FrozenLinear
 from deltaw.factors import LowRank
-from deltaw.kernels.lora import lora_linear
+from deltaw.kernels.lora import Projection, lora_linears
 
 
 class LoRALinear(nn.Module):
@@ -41,9 +41,16 @@ class LoRALinear(nn.Module):
             return self.base(x)
         if self.dropout and self.training:
             low = F.linear(F.dropout(x, self.dropout), self.lora_a.to(x.dtype))
-            y: Tensor = self.base(x) + self.scale * F.linear(low, self.lora_b.to(x.dtype))
+            y = self.base(x) + self.scale * F.linear(low, self.lora_b.to(x.dtype))
             return y
-        return lora_linear(x, self.base.weight_MN, self.base.bias_M, self.lora_a, self.lora_b, self.scale)
+        (y,) = lora_linears(x, [self.projection()])
+        return y
+
+    def projection(self) -> Projection:
+        """The layer as the kernels take it; without its update where that is switched off. Dropout is not in it."""
+        if not self.enabled:
+            return Projection(self.base.weight_MN, self.base.bias_M)
+        return Projection(self.base.weight_MN, self.base.bias_M, self.lora_a, self.lora_b, self.scale)
 
     def factors(self) -> LowRank:
         """The update as a value: copies of the factors, detached."""

@@ -14,6 +14,7 @@ Letters: T tokens of a batch, S documents + 1, B documents of a padded batch, L 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,16 @@ from deltaw.kernels.attention import Documents, packed_attention
 from deltaw.kernels.loss import IGNORE, linear_cross_entropy
 
 ATTENTION = "deltaw"
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a module asks of attention beside its queries, keys and values. Window in tokens, itself included."""
+
+    head_size: int
+    scale: float | None
+    window: int | None
+    softcap: float | None
 
 
 def _attention(
@@ -43,11 +54,17 @@ def _attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    calls: dict[nn.Module, AttentionCall] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: query [B, H, L, E], key and value [B, K, L', E] -> [B, L, H, E]."""
+    """transformers' attention signature: query [B, H, L, E], key and value [B, K, L', E] -> [B, L, H, E].
+
+    `calls`, if given, is told who called and how (`watched_pass`).
+    """
     if s_aux is not None or position_bias is not None:
         raise NotImplementedError("attention with sinks or a position bias")
+    if calls is not None:
+        calls[module] = AttentionCall(query.shape[3], scaling, sliding_window, softcap)
     plain = attention_mask is None and query.shape[2] == key.shape[2]
     if documents is None and plain:
         rows, length = query.shape[0], query.shape[2]
@@ -200,6 +217,57 @@ def plan_forward(model: nn.Module) -> Forward:
     return padded
 
 
+Seen = tuple[tuple[Any, ...], dict[str, Any], Any]  # a module's arguments and its output
+
+
+@torch.no_grad()
+def watched_pass(
+    model: nn.Module, modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, Seen], dict[Any, AttentionCall]]:
+    """One pass over two short documents: (what each of `modules` was first given and gave, who called attention how).
+
+    A model that `plan_forward` left on packed attention runs packed here, too; the calls are empty for any other.
+    """
+    tokens_T, positions_T, starts_S = _two_documents(model)
+    inputs: dict[str, Any] = {"input_ids": tokens_T[None], "position_ids": positions_T[None]}
+    calls: dict[Any, AttentionCall] = {}
+    if model.config._attn_implementation == ATTENTION:  # type: ignore[union-attr]
+        inputs |= {"documents": Documents(starts_S.tolist(), tokens_T.device), "calls": calls}
+    else:
+        inputs = {"input_ids": tokens_T[None]}
+    seen: dict[str, Seen] = {}
+
+    def watch(path: str) -> Any:
+        def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            seen.setdefault(path, (_cloned(args), {k: _cloned(v) for k, v in kwargs.items()}, _cloned(output)))
+
+        return note
+
+    hooks = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in modules.items()]
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen, calls
+
+
+def _cloned(value: Any) -> Any:
+    """Tensors copied (a model may go on to write into them), tuples gone through, the rest as it is."""
+    if isinstance(value, tuple):
+        return tuple(_cloned(item) for item in value)
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _two_documents(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens_T, positions_T, starts_S) of two documents of 5 and 7 tokens."""
+    lengths, device = (5, 7), next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    tokens_T = (torch.arange(sum(lengths), device=device) * 7919 + 13) % vocabulary
+    positions_T = torch.cat([torch.arange(n, device=device) for n in lengths])
+    return tokens_T, positions_T, torch.tensor([0, lengths[0], sum(lengths)])
+
+
 @dataclass(frozen=True)
 class _Probe:
     """Two short documents and the model's own logits for each, run apart with its own attention."""
@@ -212,15 +280,15 @@ class _Probe:
 
     @staticmethod
     def on(model: nn.Module) -> "_Probe":
-        lengths, device = (5, 7), next(model.parameters()).device
-        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        tokens_T = (torch.arange(sum(lengths), device=device) * 7919 + 13) % vocabulary
+        tokens_T, positions_T, starts_S = _two_documents(model)
+        lengths = starts_S.diff().tolist()
+        dtype = next(model.parameters()).dtype
         truth = [model(input_ids=part[None], use_cache=False).logits[0].float() for part in tokens_T.split(lengths)]
         truth_TV = torch.cat(truth)
-        positions_T = torch.cat([torch.arange(n, device=device) for n in lengths])
-        starts_S = torch.tensor([0, lengths[0], sum(lengths)])
-        # Two roundings of the same sum: some 40 units in the last place of a typical logit, whatever its size.
-        tolerance = 40 * torch.finfo(next(model.parameters()).dtype).eps * float(truth_TV.std())
+        # Two roundings of the same sum: the storage's, some 40 units in the last place of a typical logit, and the
+        # accumulators', which long sums and many layers multiply (4e-5 measured in float32 after 30 layers).
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        tolerance = (40 * torch.finfo(dtype).eps + 1000 * torch.finfo(wide).eps) * float(truth_TV.std())
         return _Probe(tokens_T, positions_T, starts_S, truth_TV, max(tolerance, 1e-6))
 
     def fits(self, forward: Forward) -> bool:

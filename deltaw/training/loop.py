@@ -86,10 +86,11 @@ def _prepare(config: RunConfig, display: Display) -> tuple[Model, Dataset]:
     base = open_base(source, dtype=config.train.dtype, device=config.train.device, progress=display.say)
     forward = plan_forward(base.model)
     attached = attach(base.model, config.adapter, generator=torch.Generator().manual_seed(config.train.seed))
-    display.say(f"{source.name} in {str(base.dtype)[6:]} on {base.device}: {forward.describe()}")
+    model = Model(base, renderer, forward, attached)
+    display.say(f"{source.name} in {str(base.dtype)[6:]} on {base.device}: {model.describe()}")
     for layer in attached.unmatched[:3]:
         display.say(f"not adapted: {layer}" + (" …" if len(attached.unmatched) > 3 else ""))
-    return Model(base, renderer, forward, attached), dataset
+    return model, dataset
 
 
 class Trainer:

@@ -54,7 +54,7 @@ def write_result(
         "dropped": report.unusable + report.too_long_dropped + report.untrained,
         "truncated": report.truncated,
         "train_rows": report.train_rows,
-        "forward": model.forward.describe(),
+        "forward": model.describe(),
         "dtype": str(model.base.dtype).removeprefix("torch."),
         "machine": {"device": str(model.base.device), "threads": torch.get_num_threads(), "cpu": platform.machine()},
         "versions": {"deltaw": VERSION, "torch": torch.__version__},

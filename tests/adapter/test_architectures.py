@@ -93,8 +93,11 @@ def test_trained_saved_and_loaded_it_answers_the_same_here_and_in_peft(name: str
     tokens, labels = batch()
     model = tiny(name)
     plain = logits(model)
+    attached = attach(model, SPEC, fuse=())
+    assert torch.equal(logits(model), plain)  # to the bit with the model's own modules,
+    detach(attached)
     attached = attach(model, SPEC)
-    assert torch.equal(logits(model), plain)
+    assert close(logits(model), plain)  # to rounding with the kernels' stand-ins
     forward = plan_forward(model)
     optimizer = torch.optim.AdamW(attached.parameters, lr=0.05)
     losses = []

@@ -1,10 +1,19 @@
-"""lora_linear: the hand-written backward against autograd, truth and arithmetic."""
+"""LoRA projections: the hand-written backwards against autograd, truth and arithmetic."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from deltaw.kernels.lora import lora_linear, lora_linear_plain
+from deltaw.kernels.lora import (
+    ACTIVATIONS,
+    Projection,
+    lora_gated_mlp,
+    lora_gated_mlp_plain,
+    lora_linear,
+    lora_linear_plain,
+    lora_linears,
+    lora_linears_plain,
+)
 
 T, N, M, R = 7, 12, 9, 3
 
@@ -71,3 +80,117 @@ def test_zero_b_gives_the_base_to_the_bit() -> None:
     x, w, c, a, b = inputs(torch.bfloat16, bias=True, wide=True)
     y = lora_linear(x, w, c, a, torch.zeros_like(b), 2.0)
     assert torch.equal(y, torch.nn.functional.linear(x, w, c))
+
+
+class Block:
+    """Three projections (their ranks differ; some may have no update) and the ops on them, fast and plain."""
+
+    def __init__(self, op: str, adapted: str, dtype: torch.dtype = torch.float64) -> None:
+        shapes = {"linears": [(M, N), (4, N), (5, N)], "mlp": [(M, N), (M, N), (N, M)]}[op]
+        self.op, self.dtype, self.scales = op, dtype, [0.7, 1.3, 0.5]
+        self.weights = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+        self.bias = torch.randn(shapes[0][0], dtype=torch.float64).to(dtype)
+        self.x = torch.randn(T, N, dtype=torch.float64).to(dtype)
+        self.factors: list[Tensor | None] = []
+        for i, (out, into) in enumerate(shapes):
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            on = adapted[i] == "+"
+            pair = (torch.randn(R + i, into), torch.randn(out, R + i)) if on else (None, None)
+            self.factors += [None if f is None else f.to(wide) for f in pair]
+
+    def double(self) -> "Block":
+        twin = object.__new__(Block)
+        twin.op, twin.dtype, twin.scales = self.op, torch.float64, self.scales
+        twin.weights, twin.bias, twin.x = [w.double() for w in self.weights], self.bias.double(), self.x.double()
+        twin.factors = [None if f is None else f.double() for f in self.factors]
+        return twin
+
+    def call(self, fast: bool, x: Tensor, factors: list[Tensor | None]) -> tuple[Tensor, ...]:
+        biases = [self.bias, None, None]
+        made = [
+            Projection(w, c, factors[2 * i], factors[2 * i + 1], self.scales[i])
+            for i, (w, c) in enumerate(zip(self.weights, biases, strict=True))
+        ]
+        if self.op == "linears":
+            return (lora_linears if fast else lora_linears_plain)(x, made)
+        return ((lora_gated_mlp if fast else lora_gated_mlp_plain)(x, *made, "silu"),)
+
+    def run(self, fast: bool, seed: int = 0) -> list[Tensor]:
+        leaves = [None if f is None else f.detach().requires_grad_() for f in self.factors]
+        x = self.x.detach().requires_grad_()
+        ys = self.call(fast, x, leaves)
+        generator = torch.Generator().manual_seed(seed)
+        grads = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in ys]
+        wanted = [x, *(leaf for leaf in leaves if leaf is not None)]
+        return [*(y.detach() for y in ys), *torch.autograd.grad(ys, wanted, grads)]
+
+
+BLOCKS = pytest.mark.parametrize("op", ["linears", "mlp"])
+ADAPTED = pytest.mark.parametrize("adapted", ["+++", "+-+", "-+-", "--+", "---"])
+
+
+@BLOCKS
+@ADAPTED
+def test_blocks_gradcheck(op: str, adapted: str) -> None:
+    block = Block(op, adapted)
+    here = [i for i, f in enumerate(block.factors) if f is not None]
+
+    def call(x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        factors: list[Tensor | None] = [None] * 6
+        for i, factor in zip(here, given, strict=True):
+            factors[i] = factor
+        return block.call(True, x, factors)
+
+    leaves = [block.x, *(block.factors[i] for i in here)]
+    assert torch.autograd.gradcheck(call, [leaf.requires_grad_() for leaf in leaves])
+
+
+@BLOCKS
+@ADAPTED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_error_is_within_the_plain_twins(op: str, adapted: str, dtype: torch.dtype) -> None:
+    block = Block(op, adapted, dtype)
+    truth = block.double().run(fast=False)
+    for f, p, t in zip(block.run(fast=True), block.run(fast=False), truth, strict=True):
+        assert (f - t).abs().max() <= (p - t).abs().max() + 2 * torch.finfo(dtype).eps * t.abs().max()
+
+
+@BLOCKS
+@ADAPTED
+def test_blocks_whose_input_needs_no_gradient(op: str, adapted: str) -> None:
+    block = Block(op, adapted)
+    leaves = [None if f is None else f.requires_grad_() for f in block.factors]
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    ys = block.call(True, block.x, leaves)
+    if not wanted:
+        assert not any(y.requires_grad for y in ys)
+        return
+    # One output may depend on nothing that trains; autograd then leaves its gradient out.
+    got = torch.autograd.grad(sum(y.square().sum() for y in ys), wanted)
+    truth = torch.autograd.grad(sum(y.square().sum() for y in block.call(False, block.x, leaves)), wanted)
+    assert all(torch.allclose(g, t) for g, t in zip(got, truth, strict=True))
+
+
+def test_an_output_that_nobody_uses_is_no_gradient() -> None:
+    block = Block("linears", "+++")
+    leaves = [f.requires_grad_() for f in block.factors if f is not None]
+    block.call(True, block.x, leaves)[1].sum().backward()
+    assert not leaves[0].grad.any() and leaves[2].grad.any()
+
+
+def test_writing_to_a_factor_before_the_backward_is_noticed() -> None:
+    x, w, _, a, b = inputs(torch.float32, bias=False)
+    y = lora_linear(x, w, None, a, b, 1.0)
+    with torch.no_grad():
+        a.add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activations_have_their_own_derivative(name: str) -> None:
+    act = ACTIVATIONS[name]
+    g = torch.linspace(-5, 5, 41, dtype=torch.float64).requires_grad_()
+    d = torch.randn(41, dtype=torch.float64)
+    (truth,) = torch.autograd.grad(act.forward(g), g, d)
+    assert torch.allclose(act.backward(d, g.detach()), truth)

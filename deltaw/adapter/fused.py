@@ -1,0 +1,264 @@
+"""Stand-ins: a model's own norms, attention blocks and gated MLPs, run by the hand-written kernels.
+
+A stand-in takes the place of one submodule on this instance. It has the very children and parameters of the module it
+stands for (the same dictionaries), so paths, state dict and adapters are as before; only `forward` is another.
+
+Nothing is taken on trust and nothing is known by a model's name. A module is a candidate by the parts it has (a weight
+and an epsilon; q_proj, k_proj, v_proj, o_proj; gate_proj, up_proj, down_proj). The model then runs once on two short
+documents while every candidate's inputs and outputs are watched, and a stand-in is put in only where it gives the
+module's own output for the module's own inputs. What a layer does beyond its parts (a norm of queries and keys, a
+window, a soft cap, a scale) shows in the call it makes to attention, and is taken from there. A layer that does
+something else keeps its own code and is merely slower: `Attached.describe()` counts what stands in.
+
+Whole decoder layers were rejected as the unit: they differ between architectures in residuals, extra norms and scales,
+which cost next to nothing, while these three parts are all but the same everywhere.
+
+Letters: T tokens, D hidden size, H query heads, K key/value heads, E head size.
+"""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.adapter.layer import LoRALinear
+from deltaw.base.forward import AttentionCall, watched_pass
+from deltaw.base.frozen import FrozenLinear
+from deltaw.kernels.attention import packed_attention
+from deltaw.kernels.lora import ACTIVATIONS, Projection, lora_gated_mlp, lora_linears
+from deltaw.kernels.norm import rms_norm
+from deltaw.kernels.rotary import rotary
+
+KINDS = ("norm", "attention", "mlp")
+
+
+class StandIn(nn.Module):
+    """The contents of `original` with another forward. `original` is kept aside, not as a child."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self._modules, self._parameters, self._buffers = original._modules, original._parameters, original._buffers
+        self._kept = (original,)  # in a tuple, or it would become a child
+        self.training = original.training
+        self.enabled = True
+
+    @property
+    def original(self) -> nn.Module:
+        """The module this one stands for."""
+        return self._kept[0]
+
+    def train(self, mode: bool = True) -> "StandIn":
+        """Both are in the same mode, since the original may be asked to run."""
+        super().train(mode)
+        self.original.training = mode
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model's own code reads off the module (`attention_type`, `layer_idx`) is the original's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "_kept":
+                raise
+            return getattr(self._kept[0], name)
+
+
+class FusedNorm(StandIn):
+    """An RMSNorm."""
+
+    def __init__(self, original: nn.Module, offset: float) -> None:
+        super().__init__(original)
+        self.offset, self.eps = offset, _epsilon(original)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        if not self.enabled:
+            return self.original(hidden_states)
+        return rms_norm(hidden_states, self.weight, self.eps, self.offset)
+
+
+class FusedMLP(StandIn):
+    """down(act(gate(x)) ∘ up(x))."""
+
+    def __init__(self, original: nn.Module, activation: str) -> None:
+        super().__init__(original)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        if not self.enabled:
+            return self.original(x)
+        gate, up, down = (_projection(self._modules[name]) for name in ("gate_proj", "up_proj", "down_proj"))
+        return lora_gated_mlp(x, gate, up, down, self.activation)
+
+
+class FusedAttention(StandIn):
+    """q, k, v from one input, their norms where there are any, rotation, packed attention, output."""
+
+    def __init__(self, original: nn.Module, call: AttentionCall) -> None:
+        super().__init__(original)
+        self.call = call
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the original's; whatever is no full pass over packed documents is the original's to do."""
+        documents, angles = kwargs.get("documents"), kwargs.get("position_embeddings")
+        more = args or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None
+        if not self.enabled or documents is None or angles is None or more:
+            return self.original(hidden_states, *args, **kwargs)
+        x_TD = hidden_states.flatten(0, 1)
+        names = ("q_proj", "k_proj", "v_proj")
+        q, k, v = lora_linears(x_TD, [_projection(self._modules[name]) for name in names])
+        head = self.call.head_size
+        q_THE, k_TKE = (self._norm(name, x, head) for name, x in (("q_norm", q), ("k_norm", k)))
+        cos_TR, sin_TR = (angle.flatten(0, 1) for angle in angles)
+        out_THE = packed_attention(
+            rotary(q_THE, cos_TR, sin_TR),
+            rotary(k_TKE, cos_TR, sin_TR),
+            v.unflatten(-1, (-1, head)),
+            documents,
+            scale=self.call.scale,
+            window=self.call.window,
+            softcap=self.call.softcap,
+        )
+        (y_TD,) = lora_linears(out_THE.flatten(1), [_projection(self._modules["o_proj"])])
+        return y_TD.view(*hidden_states.shape[:-1], -1), None
+
+    def _norm(self, name: str, x_TM: Tensor, head: int) -> Tensor:
+        """[T, heads, E]; a norm is over each head or, where its weight is that long, over all of them."""
+        norm = self._modules.get(name)
+        whole = norm is not None and getattr(norm, "weight", x_TM.new_empty(0)).shape[-1] == x_TM.shape[1] != head
+        if norm is not None and whole:
+            x_TM = norm(x_TM)
+        x_THE = x_TM.unflatten(-1, (-1, head))
+        return x_THE if norm is None or whole else norm(x_THE)
+
+
+def install(model: nn.Module, kinds: Sequence[str] = KINDS) -> dict[str, StandIn]:
+    """Put a stand-in wherever one gives the module's own output, in place. Returns them by path, outer ones last."""
+    candidates = {path: module for path, module in model.named_modules() if _kind(module) in kinds}
+    if not candidates:
+        return {}
+    watched, calls = watched_pass(model, candidates)
+    stand_ins: dict[str, StandIn] = {}
+    # Norms first: an attention's stand-in, which reads its children when it runs, then has the norms' stand-ins.
+    for kind in KINDS:
+        for path, module in candidates.items():
+            if _kind(module) != kind or path not in watched:
+                continue
+            stand_in = _build(kind, module, calls.get(module))
+            seen = watched[path]
+            if stand_in is not None and _same(stand_in, *seen):
+                model.set_submodule(path, stand_in)
+                stand_ins[path] = stand_in
+    return stand_ins
+
+
+def remove(model: nn.Module, stand_ins: dict[str, StandIn]) -> None:
+    """Put the originals back."""
+    for path, stand_in in reversed(stand_ins.items()):
+        model.set_submodule(path, stand_in.original)
+
+
+def describe(stand_ins: dict[str, StandIn]) -> str:
+    """How many of each kind stand in, for logs."""
+    names = {FusedNorm: "norms", FusedAttention: "attention blocks", FusedMLP: "MLPs"}
+    counts = [(sum(isinstance(s, kind) for s in stand_ins.values()), name) for kind, name in names.items()]
+    return "fused " + ", ".join(f"{n} {name}" for n, name in counts if n) if any(n for n, _ in counts) else "not fused"
+
+
+def _kind(module: nn.Module) -> str:
+    """What a module could be, by its parts; "" for nothing that is known here."""
+    parts = set(module._modules)
+    if parts >= {"q_proj", "k_proj", "v_proj", "o_proj"}:
+        return "attention"
+    if parts >= {"gate_proj", "up_proj", "down_proj"} and hasattr(module, "act_fn"):
+        return "mlp"
+    weight = getattr(module, "weight", None)
+    alone = not parts and set(module._parameters) == {"weight"} and isinstance(weight, Tensor) and weight.ndim == 1
+    return "norm" if alone and "RMSNorm" in type(module).__name__ else ""
+
+
+def _build(kind: str, module: nn.Module, call: AttentionCall | None) -> StandIn | None:
+    """The stand-in that this module would have, or None."""
+    if isinstance(module, StandIn):
+        return None
+    if kind == "norm":
+        offset = _offset(module)
+        return None if offset is None else FusedNorm(module, offset)
+    names = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+    if not all(_can_project(module._modules[name]) for name in names[kind]):
+        return None
+    if kind == "mlp":
+        activation = _activation(module.act_fn)
+        return None if activation is None or not _takes_one(module) else FusedMLP(module, activation)
+    return None if call is None else FusedAttention(module, call)
+
+
+def _can_project(module: nn.Module | None) -> bool:
+    """A plain linear layer, with an update or not; dropout on the update needs the layer's own forward."""
+    if isinstance(module, LoRALinear):
+        return not module.dropout
+    return type(module) is nn.Linear and FrozenLinear.can_wrap(module)
+
+
+def _projection(module: nn.Module | None) -> Projection:
+    if isinstance(module, LoRALinear):
+        return module.projection()
+    assert isinstance(module, nn.Linear)
+    return Projection(module.weight, module.bias)
+
+
+def _epsilon(norm: nn.Module) -> float:
+    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) or 0.0)
+
+
+@torch.no_grad()
+def _offset(norm: nn.Module) -> float | None:
+    """0 for x̂ ∘ w, 1 for x̂ ∘ (1 + w), None for neither; in float64, where nothing hides in rounding."""
+    if not _takes_one(norm):
+        return None
+    wide: Any = copy.deepcopy(norm).double()
+    w_D, sizes_T1 = wide.weight, torch.tensor([[1.0], [0.1], [0.01]], dtype=torch.float64)
+    x_TD = torch.linspace(-1, 2, 3 * len(w_D), dtype=torch.float64).view(3, -1) * sizes_T1
+    x_TD = x_TD.to(w_D.device)
+    own = wide(x_TD)
+    for offset in (0.0, 1.0):
+        # The module may compute in float32 whatever it is given.
+        if torch.allclose(rms_norm(x_TD, w_D, _epsilon(norm), offset), own, rtol=1e-5, atol=1e-6):
+            return offset
+    return None
+
+
+def _activation(act: Any) -> str | None:
+    """Which of the kernels' activations a module is; by value, for the library has several classes of one formula."""
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64)
+    try:
+        own = act(x)
+    except (TypeError, RuntimeError):
+        return None
+    for name, activation in ACTIVATIONS.items():
+        if torch.allclose(activation.forward(x), own, rtol=1e-12, atol=1e-12):
+            return name
+    return None
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Whether its forward takes one argument: a gate or a residual beside the input is another formula."""
+    return len(inspect.signature(module.forward).parameters) == 1
+
+
+@torch.no_grad()
+def _same(stand_in: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+    """Whether the stand-in gives the output that was watched, up to the roundings of two orders of the same sums."""
+    try:
+        mine = stand_in(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, KeyError):
+        return False
+    mine, own = (out[0] if isinstance(out, tuple) else out for out in (mine, output))
+    if mine.shape != own.shape or mine.dtype != own.dtype:
+        return False
+    error, size = (mine.float() - own.float()).abs().max(), own.float().abs().max()
+    return bool(error <= 32 * max(torch.finfo(own.dtype).eps, 1e-6) * size)

@@ -1,0 +1,186 @@
+"""Stand-ins: every one gives what the module it stands for gives, and only such a module gets one."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deltaw.adapter.fused import KINDS, FusedAttention, FusedMLP, FusedNorm, StandIn
+from deltaw.adapter.inject import Attached, attach, detach
+from deltaw.base.forward import plan_forward
+from deltaw.config import AdapterSpec
+from tests.architectures import PADDED, tiny
+
+STARTS = torch.tensor([0, 6, 7, 18])
+POSITIONS = torch.cat([torch.arange(n) for n in STARTS.diff().tolist()])
+TOKENS = (torch.arange(18) * 31 + 5) % 97
+LABELS = TOKENS.roll(-1)
+SPEC = AdapterSpec(rank=4, alpha=8)
+# norms, attention blocks, MLPs of two layers (and the last norm)
+EXPECTED = {
+    "llama": (5, 2, 2),
+    "mistral": (5, 2, 2),
+    "qwen2": (5, 2, 2),
+    "qwen3": (9, 2, 2),
+    "gemma2": (9, 2, 2),
+    "gemma3_text": (13, 2, 2),
+    "phi3": (5, 0, 0),  # q, k, v are one layer, and so are gate and up
+    "gpt2": (0, 0, 0),
+    "gpt_neox": (0, 0, 0),
+    "olmo2": (9, 2, 2),
+    "qwen3_moe": (9, 2, 0),  # experts are no linear layers
+}
+
+
+def adapted(name: str, fuse: tuple[str, ...], dtype: torch.dtype = torch.float32, spec: AdapterSpec = SPEC) -> Attached:
+    """A tiny model with an update that matters, on the path that `plan_forward` finds."""
+    model = tiny(name, dtype)
+    plan_forward(model)
+    attached = attach(model, spec, fuse=fuse)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in attached.parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return attached
+
+
+def loss_and_gradients(attached: Attached) -> list[Tensor]:
+    loss, _ = plan_forward(attached.model).loss(TOKENS, LABELS, POSITIONS, STARTS)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in attached.parameters)]
+
+
+def counts(attached: Attached) -> tuple[int, ...]:
+    kinds = (FusedNorm, FusedAttention, FusedMLP)
+    return tuple(sum(isinstance(s, kind) for s in attached.stand_ins.values()) for kind in kinds)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", EXPECTED)
+def test_what_stands_in(name: str, dtype: torch.dtype) -> None:
+    attached = adapted(name, KINDS, dtype)
+    assert counts(attached) == EXPECTED[name]
+    words = attached.describe()
+    assert words == "not fused" if not any(EXPECTED[name]) else str(EXPECTED[name][0]) in words
+
+
+@pytest.mark.parametrize("fuse", [("norm",), ("attention",), ("mlp",), KINDS], ids=lambda f: "+".join(f))
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2"])
+def test_loss_and_gradients_are_the_models_own(name: str, fuse: tuple[str, ...]) -> None:
+    """|fused − truth| ≤ 2 |own − truth| + rounding, truth being the model's own code in float64."""
+    own, mine = loss_and_gradients(adapted(name, ())), loss_and_gradients(adapted(name, fuse))
+    truth = loss_and_gradients(adapted(name, (), torch.float64))
+    for o, m, t in zip(own, mine, truth, strict=True):
+        error, bound = (m - t).abs().max(), (o - t).abs().max()
+        # Rounding errors of two orders of summation are alike in size, not equal: hence the 2, and a few roundings.
+        assert error <= 2 * bound + 16 * torch.finfo(torch.float32).eps * t.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"), [("qwen2", ("q_proj", "v_proj", "down_proj")), ("qwen3_moe", ("q_proj", "o_proj"))]
+)
+def test_adapted_in_part(name: str, targets: tuple[str, ...]) -> None:
+    """Projections with and without an update in one block. (Experts have no float64 to compare with.)"""
+    spec = SPEC.model_copy(update={"targets": targets})
+    own, mine = (loss_and_gradients(adapted(name, fuse, spec=spec)) for fuse in ((), KINDS))
+    assert counts(adapted(name, KINDS, spec=spec)) == EXPECTED[name]
+    assert all(
+        torch.allclose(m, o, rtol=1e-3, atol=1e-5 * float(o.abs().max())) for m, o in zip(mine, own, strict=True)
+    )
+
+
+def test_dropout_keeps_the_layers_own_forward() -> None:
+    assert counts(adapted("llama", KINDS, spec=SPEC.model_copy(update={"dropout": 0.1}))) == (5, 0, 0)
+
+
+def test_padded_models_keep_their_attention() -> None:
+    for name in PADDED:
+        assert counts(adapted(name, KINDS))[1] == 0
+
+
+class _Doubled(nn.Module):
+    """A gated MLP that does one thing more: its parts are those of any other."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
+            mlp.gate_proj,
+            mlp.up_proj,
+            mlp.down_proj,
+            mlp.act_fn,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.5 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_a_module_that_does_something_else_is_left_alone() -> None:
+    model = tiny("llama")
+    layer = model.model.layers[0]
+    layer.mlp = _Doubled(layer.mlp)
+    plan_forward(model)
+    attached = attach(model, SPEC)
+    assert counts(attached) == (5, 2, 1)
+    assert isinstance(layer.mlp, _Doubled)
+
+
+def test_what_a_layer_asks_of_attention_is_taken_from_its_call() -> None:
+    model = tiny("llama")
+    model.model.layers[1].self_attn.scaling = 0.125
+    plan_forward(model)
+    attached = attach(model, SPEC)
+    first, second = (s for s in attached.stand_ins.values() if isinstance(s, FusedAttention))
+    assert (first.call.scale, second.call.scale) == (8**-0.5, 0.125)
+    windows = [s.call.window for s in adapted("gemma2", KINDS).stand_ins.values() if isinstance(s, FusedAttention)]
+    assert windows == [4, None]
+
+
+def test_paths_and_state_are_as_before() -> None:
+    model = tiny("llama")
+    names, modules = list(model.state_dict()), dict(model.named_modules())
+    attached = adapted("llama", KINDS)
+    plain = adapted("llama", ())
+    assert list(attached.model.state_dict()) == list(plain.model.state_dict())
+    plan_forward(model)
+    attached = attach(model, SPEC)
+    stand_in = model.model.layers[0].mlp
+    assert isinstance(stand_in, StandIn) and stand_in.original is modules["model.layers.0.mlp"]
+    detach(attached)
+    assert list(model.state_dict()) == names
+    assert all(module is modules[path] for path, module in model.named_modules())
+
+
+def test_training_mode_reaches_the_original() -> None:
+    attached = adapted("llama", KINDS)
+    stand_in = next(iter(attached.stand_ins.values()))
+    attached.model.train()
+    assert stand_in.training and stand_in.original.training
+    attached.model.eval()
+    assert not stand_in.training and not stand_in.original.training
+
+
+def test_disabled_is_the_base_to_the_bit() -> None:
+    attached, plain = adapted("qwen3", KINDS), tiny("qwen3")
+    plan_forward(plain)
+    with attached.disabled(), torch.no_grad():
+        mine = attached.model(input_ids=TOKENS[None]).logits
+    assert torch.equal(mine, plain(input_ids=TOKENS[None]).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_generation_with_a_cache(name: str) -> None:
+    given = {"input_ids": TOKENS[None, :6], "max_new_tokens": 8, "do_sample": False}
+    fused, plain = (adapted(name, fuse).model.generate(**given) for fuse in (KINDS, ()))
+    assert torch.equal(fused, plain)
+
+
+def test_a_copy_of_the_model_stands_on_its_own() -> None:
+    attached = adapted("llama", KINDS)
+    twin = copy.deepcopy(attached.model)
+    with torch.no_grad():
+        before = twin(input_ids=TOKENS[None]).logits
+        for parameter in attached.parameters:
+            parameter.zero_()
+        assert torch.equal(twin(input_ids=TOKENS[None]).logits, before)

@@ -1,0 +1,71 @@
+"""rms_norm and rotary: hand-written backwards against autograd and truth."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltaw.kernels.norm import rms_norm, rms_norm_plain
+from deltaw.kernels.rotary import rotary, rotary_plain
+
+T, D, H, E = 7, 24, 3, 8
+
+
+def run(call: Callable[..., Tensor], x: Tensor, grad: Tensor, *rest: object) -> list[Tensor]:
+    leaf = x.detach().requires_grad_()
+    y = call(leaf, *rest)
+    return [y.detach(), *torch.autograd.grad(y, leaf, grad.to(y.dtype))]
+
+
+def within_budget(fast: list[Tensor], plain: list[Tensor], truth: list[Tensor]) -> None:
+    """|fast − truth| ≤ |plain − truth| + two roundings (the sums' and the result's)."""
+    for f, p, t in zip(fast, plain, truth, strict=True):
+        rounding = 2 * torch.finfo(f.dtype).eps * t.abs().max()
+        assert (f - t).abs().max() <= (p - t).abs().max() + rounding
+
+
+def angles(turned: int) -> tuple[Tensor, Tensor]:
+    half = torch.rand(T, turned // 2, dtype=torch.float64) * 6
+    both = torch.cat([half, half], 1)
+    return both.cos(), both.sin()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norm_gradcheck(offset: float) -> None:
+    x, w = torch.randn(T, D, dtype=torch.float64).requires_grad_(), torch.randn(D, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: rms_norm(x, w, 1e-3, offset), (x,))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_error_is_within_the_plain_twins(dtype: torch.dtype, offset: float, scale: float) -> None:
+    x, w, grad = (scale * torch.randn(T, D)).to(dtype), torch.randn(D).to(dtype), torch.randn(T, D).to(dtype)
+    truth = run(rms_norm_plain, x.double(), grad, w.double(), 1e-6, offset)
+    within_budget(run(rms_norm, x, grad, w, 1e-6, offset), run(rms_norm_plain, x, grad, w, 1e-6, offset), truth)
+
+
+def test_a_row_of_zeros_is_no_nan() -> None:
+    for got in run(rms_norm, torch.zeros(2, D), torch.ones(2, D), torch.ones(D), 1e-6):
+        assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("turned", [E, E // 2])
+def test_rotary_gradcheck(turned: int) -> None:
+    x, (cos, sin) = torch.randn(T, H, E, dtype=torch.float64).requires_grad_(), angles(turned)
+    assert torch.autograd.gradcheck(lambda x: rotary(x, cos, sin), (x,))
+
+
+@pytest.mark.parametrize("turned", [E, E // 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_error_is_within_the_plain_twins(dtype: torch.dtype, turned: int) -> None:
+    x, grad, (cos, sin) = torch.randn(T, H, E).to(dtype), torch.randn(T, H, E).to(dtype), angles(turned)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    truth = run(rotary_plain, x.double(), grad, cos.double(), sin.double())
+    within_budget(run(rotary, x, grad, cos, sin), run(rotary_plain, x, grad, cos, sin), truth)
+
+
+def test_rotation_keeps_lengths() -> None:
+    x, (cos, sin) = torch.randn(T, H, E, dtype=torch.float64), angles(E)
+    assert torch.allclose(rotary(x, cos, sin).norm(dim=-1), x.norm(dim=-1))
