@@ -1,0 +1,36 @@
+"""keep_freed_memory: a block that was freed is there again without the system's help."""
+
+import subprocess
+import sys
+
+import pytest
+
+from deltaw.kernels.memory import keep_freed_memory
+
+FAULTS = """
+import resource, torch
+from deltaw.kernels.memory import keep_freed_memory
+{call}
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(25_000_000)
+before = faults()
+for _ in range(5):
+    torch.ones(25_000_000)  # 100 MB
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(not keep_freed_memory(), reason="not glibc")
+def test_a_freed_block_costs_no_page_faults() -> None:
+    def count(call: str) -> int:
+        done = subprocess.run([sys.executable, "-c", FAULTS.format(call=call)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    assert count("keep_freed_memory()") < count("") / 10
+
+
+def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert keep_freed_memory() is False
