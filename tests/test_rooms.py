@@ -38,9 +38,10 @@ HOMES = {
     "safetensors": {"base/weights.py"},
     "datasets": {"data/read.py"},
     "pyarrow": {"data/read.py"},
+    "triton": {"kernels/triton.py"},
     "torch.utils.tensorboard": {"training/log.py"},
 }
-NOWHERE = ["peft", "trl", "triton", "matplotlib", "starlette", "fastapi", "uvicorn", "accelerate", "tokenizers"]
+NOWHERE = ["peft", "trl", "matplotlib", "starlette", "fastapi", "uvicorn", "accelerate", "tokenizers"]
 MODELS, TOKENIZERS = {"base/load.py", "base/gguf.py"}, {"data/render.py", "base/gguf.py"}
 TRANSFORMERS = {
     "AutoModel*": MODELS,

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deltaw.kernels.device import on_gpu
+
 
 def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """[..., D] in x's dtype. Only x can get a gradient."""
@@ -38,19 +40,28 @@ def _gain(w_D: Tensor, offset: float, wide: torch.dtype) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_D: Tensor, eps: float, offset: float) -> Tensor:
+        ctx.offset, ctx.gpu = offset, on_gpu(x, x.shape[-1])
+        if ctx.gpu:
+            from deltaw.kernels.triton import rms_norm_forward
+
+            y, r_T1 = rms_norm_forward(x, w_D, eps, offset)
+            ctx.save_for_backward(x, w_D, r_T1)
+            return y
         wide = torch.promote_types(x.dtype, torch.float32)
         # Norm first: one pass over x, no copy of its squares.
         norm_T1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         r_T1 = torch.rsqrt(norm_T1.square_().div_(x.shape[-1]).add_(eps))
         ctx.save_for_backward(x, w_D, r_T1)
-        ctx.offset = offset
-        y: Tensor = (x * r_T1).mul_(_gain(w_D, offset, wide)).to(x.dtype)
-        return y
+        return (x * r_T1).mul_(_gain(w_D, offset, wide)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w_D, r_T1 = ctx.saved_tensors
+        if ctx.gpu:
+            from deltaw.kernels.triton import rms_norm_backward
+
+            return rms_norm_backward(grad, x, w_D, r_T1, ctx.offset), None, None, None
         h = grad * _gain(w_D, ctx.offset, r_T1.dtype)
         x = x.to(r_T1.dtype)
         mean_T1 = torch.linalg.vecdot(h, x).unsqueeze(-1).div_(x.shape[-1])

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deltaw.kernels.device import on_gpu
+
 
 def rotary(x_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """[T, H, E] turned by the angles of each token; both halves of cos and sin are the same numbers."""
@@ -32,6 +34,10 @@ def rotary_plain(x_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 
 
 def _turn(x_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor, sign: int) -> Tensor:
+    if on_gpu(x_THE):
+        from deltaw.kernels.triton import rotary_turn
+
+        return rotary_turn(x_THE, cos_TR, sin_TR, sign)
     half = cos_TR.shape[1] // 2
     cos, sin = cos_TR[:, None, :half].to(x_THE.dtype), sin_TR[:, None, :half].to(x_THE.dtype)
     one, two, rest = x_THE.split([half, half, x_THE.shape[2] - 2 * half], 2)

@@ -1,0 +1,23 @@
+"""Which tensors the GPU kernels of triton.py take.
+
+Float64 stays with PyTorch's own operations (truth in tests, and those kernels sum in float32), and so does a GPU
+without triton (Windows builds of PyTorch come without it). Asked once a call, so the answer about triton is kept.
+"""
+
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+WIDEST = 16384  # features of a row that those kernels can hold
+
+
+def on_gpu(x: Tensor, width: int = 1) -> bool:
+    """Whether `deltaw.kernels.triton` is to be used for x, in rows of `width`."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32) and width <= WIDEST and _installed()
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
