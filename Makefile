@@ -1,12 +1,14 @@
 # make demo   install, then teach a 135M model to pronounce words (five to six minutes on two cores)
 # make test   install what tests need, run them          make test-all   the slow ones, too
+# make bench  measure it against PEFT and TRL on this machine (at most 15 minutes; leave the machine alone)
+# make bench-curves  hold 200 steps to the band of PEFT's seeds (some ten minutes)
 # make check  formatter, linter, type checker
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all bench bench-curves check clean
 demo: $(VENV)/.demo
 	$(BIN)/deltaw demo
 
@@ -15,6 +17,12 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.bench
+
+bench-curves: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.curves
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -31,6 +39,11 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps evals
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.demo
+	$(PIP) --editable '.[bench]'
 	$(PIP) --no-deps evals
 	touch $@
 

@@ -1,8 +1,8 @@
 """Training steps of the demo on this machine: tokens/s, idle and with one core taken by another program.
 
-    python benchmarks/step.py [--busy]         GOMP_SPINCOUNT=20000 python benchmarks/step.py --busy
+    python benchmarks/step.py [--busy]         OMP_WAIT_POLICY=passive python benchmarks/step.py --busy
 
-The command line sets GOMP_SPINCOUNT itself; this script does not, so that the difference can be seen.
+For settings of the machine (docs/log.md); the comparison with other trainers is `make bench`.
 """
 
 import multiprocessing

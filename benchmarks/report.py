@@ -1,0 +1,186 @@
+"""benchmarks/results.csv -> docs/performance.md and docs/performance.svg.
+
+    python -m benchmarks.report [--out FOLDER]      (make bench calls it; nothing is measured here)
+
+Every number on the page is worked out from the rows; a target whose arms were not measured stays empty.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.results import PACKAGES, Figure, Key, Row, Target, figures, read_rows, targets
+
+ROOT = Path(__file__).parents[1]
+WORKLOADS = {
+    "dense": "4 x 512 tokens a step, all supervised",
+    "words": "45 words a step, about 768 tokens, half supervised",
+    "chats": "16 chats of 42-78 tokens a step, two tokens of each supervised",
+    "long": "texts of 512-2048 tokens, about 4096 a step, all supervised",
+}
+NAMES = {
+    "peft": "PEFT, bare loop, eager",
+    "peft-compile": "PEFT, bare loop, torch.compile",
+    "peft-trainer": "PEFT + Trainer, as documented",
+    "trl": "TRL SFTTrainer + PEFT",
+    "trl-free": "TRL SFTTrainer + PEFT, padding-free",
+    "deltaw": "deltaw",
+}
+METHOD = """
+SmolLM2-135M, rank 16 on all linear layers, AdamW, clip 1. Every arm starts from the same base bytes and the same
+factors and sees the same rows in the same steps; rows of like length share a step, which spares the padding arms most
+of their padding. A row of a table pools the timed steps of its processes; arms take turns, a fresh process each. Tokens
+are real ones, never padding. Each process's first step is not in its rate; "first step" is the time from the start of
+the process to that step's end, with imports, loading and, where there is any, compiling. Peak memory is the process's
+high-water mark. "Limit" is the rate at which this machine, in the same run, does the matrix products of a step and
+nothing else: 4 (N_blocks + f N_head) FLOPs a token, f the supervised share. Before anything was timed, deltaw's first
+loss and gradients were held to PEFT's in float32 (`benchmarks/gates.py`); `make bench-curves` holds 200 steps to the
+band of PEFT's seeds.
+"""
+
+
+def shown(target: Target) -> list[str]:
+    """A target as the cells of a table: name, target, measured, met, shortfall."""
+
+    def number(value: float) -> str:
+        return f"{value:.0%}" if target.unit == "%" else f"{value:.2f} x" if target.unit == "x" else f"{value:.1f} s"
+
+    met = {True: "yes", False: "NO", None: "not measured"}[target.met]
+    measured = "" if target.measured is None else number(target.measured)
+    return [target.name, f"{'≤' if target.at_most else '≥'} {number(target.bound)}", measured, met, target.shortfall]
+
+
+def page(rows: Sequence[Row]) -> str:
+    """docs/performance.md."""
+    found, dtype = figures(rows), chosen(rows)
+    first = next((row for row in rows if not row["error"]), rows[0])
+    versions = ", ".join(f"{name} {first[name]}" for name in PACKAGES if first[name])
+    parts = [
+        "# Performance",
+        "Made by `make bench` (`benchmarks/report.py`) from `benchmarks/results.csv`; don't edit it by hand.",
+        f"{first['date']}, {first['machine']}, {first['threads']} threads, {versions}. Main dtype: {dtype}.",
+        "![Tokens per second by arm and workload, with the limit of the matrix products](performance.svg)",
+        "## Targets",
+        table(["figure", "target", "measured", "met", "short by"], map(shown, targets(found, dtype))),
+        "## Arms",
+    ]
+    for name, said in WORKLOADS.items():
+        for number in (dtype, *({"bfloat16", "float32"} - {dtype})):
+            lines = [_arm(key, figure, found) for key, figure in found.items() if _belongs(key, name, number)]
+            if lines:
+                parts.append(f"**{name}**, {number}: {said}.{_limit(found, name, number)}")
+                heads = ["arm", "tokens/s (quartiles)", "supervised/s", "of the limit", "slowest steps (p95)"]
+                parts.append(table([*heads, "peak memory", "first step", "first loss", "runs"], lines))
+    if ablations := _ablations(found):
+        parts += ["## What each technique brings", "deltaw with one technique taken out, its plain twin in its place."]
+        parts.append(table(["workload", "without", "tokens/s", "of deltaw's", "peak memory"], ablations))
+    if errors := [
+        f"- {row['arm']} on {row['workload']}, {row['dtype']}: {row['error']}" for row in rows if row["error"]
+    ]:
+        parts += ["## Not measured", "\n".join(errors)]
+    paths = {row["arm"]: row["path"] for row in rows if row["path"] and not row["without"] and row["dtype"] == dtype}
+    ways = [f"- {NAMES[arm]}: {path}" for arm, path in paths.items() if arm in NAMES]
+    parts += ["## How", METHOD.strip(), "Which path ran:", "\n".join(ways)]
+    return "\n\n".join(parts) + "\n"
+
+
+def chosen(rows: Sequence[Row]) -> str:
+    """The dtype that the run was about: that of its first row."""
+    return rows[0]["dtype"]
+
+
+def table(heads: Sequence[str], lines: object) -> str:
+    """Markdown."""
+    body = [f"| {' | '.join(cells)} |" for cells in lines]  # type: ignore[attr-defined]
+    return "\n".join([f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *body])
+
+
+def _belongs(key: Key, workload: str, dtype: str) -> bool:
+    return key.arm in NAMES and (key.workload, key.dtype, key.without) == (workload, dtype, "")
+
+
+def _arm(key: Key, figure: Figure, found: Mapping[Key, Figure]) -> list[str]:
+    limit = found.get(Key("gemm", key.workload, key.dtype))
+    compiling = f" ({figure.compile:.0f} s of it compiling)" if figure.compile else ""
+    return [
+        NAMES[key.arm],
+        f"{figure.middle:.0f} ({figure.low:.0f}-{figure.high:.0f})",
+        f"{figure.supervised:.0f}",
+        f"{figure.middle / limit.middle:.0%}" if limit else "",
+        f"{figure.p95:.2f} s",
+        f"{figure.peak / 1e9:.2f} GB",
+        f"{figure.first_step:.1f} s{compiling}",
+        f"{figure.loss:.4f}",
+        str(figure.processes),
+    ]
+
+
+def _limit(found: Mapping[Key, Figure], workload: str, dtype: str) -> str:
+    limit = found.get(Key("gemm", workload, dtype))
+    return f" Limit: {limit.middle:.0f} tokens/s at {limit.gflops:.0f} GFLOP/s." if limit else ""
+
+
+def _ablations(found: Mapping[Key, Figure]) -> list[list[str]]:
+    lines = []
+    for key, figure in found.items():
+        whole = found.get(Key("deltaw", key.workload, key.dtype))
+        if key.without and whole and whole.middle:
+            rate, share = f"{figure.middle:.0f}", f"{figure.middle / whole.middle:.0%}"
+            lines.append([key.workload, key.without, rate, share, f"{figure.peak / 1e9:.2f} GB"])
+    return lines
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Bars of tokens/s, a group a workload, with the limit as a line over each group."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "deltaw"
+    from matplotlib import pyplot
+
+    found, dtype = figures(rows), chosen(rows)
+    groups = [name for name in WORKLOADS if any(_belongs(key, name, dtype) for key in found)]
+    arms = [arm for arm in NAMES if any(Key(arm, name, dtype) in found for name in groups)]
+    width = 0.8 / max(1, len(arms))
+    figure, axes = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
+    for place, arm in enumerate(arms):
+        have = [(number, found[key]) for number, name in enumerate(groups) if (key := Key(arm, name, dtype)) in found]
+        bars = axes.bar(
+            [number - 0.4 + (place + 0.5) * width for number, _ in have],
+            [one.middle for _, one in have],
+            width,
+            yerr=[[one.middle - one.low for _, one in have], [one.high - one.middle for _, one in have]],
+            color="#c2410c" if arm == "deltaw" else pyplot.get_cmap("Blues")(0.35 + 0.12 * place),
+            ecolor="#555555",
+            label=NAMES[arm],
+        )
+        axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
+    limits = [(number, found[key]) for number, name in enumerate(groups) if (key := Key("gemm", name, dtype)) in found]
+    for place, (number, limit) in enumerate(limits):
+        label = "matrix products alone" if place == 0 else "_"
+        axes.hlines(limit.middle, number - 0.42, number + 0.42, colors="#111111", linestyles="dashed", label=label)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylabel("tokens per second, padding not counted")
+    axes.set_title(f"{rows[0]['machine']}, {rows[0]['threads']} threads, {dtype}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def write(rows: Sequence[Row], root: Path = ROOT) -> None:
+    """Page and picture under `root`/docs."""
+    (root / "docs").mkdir(parents=True, exist_ok=True)
+    (root / "docs" / "performance.md").write_text(page(rows), encoding="utf-8")
+    draw(rows, root / "docs" / "performance.svg")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="The page from the rows.")
+    parser.add_argument("--out", type=Path, default=ROOT, help="a folder with benchmarks/results.csv; docs/ goes there")
+    out = parser.parse_args().out
+    write(read_rows(out / "benchmarks" / "results.csv"), out)
+
+
+if __name__ == "__main__":
+    main()
