@@ -1,7 +1,6 @@
 """Stand-ins: a model's own norms, attention blocks and gated MLPs, run by the hand-written kernels.
 
-A stand-in takes the place of one submodule on this instance. It has the very children and parameters of the module it
-stands for (the same dictionaries), so paths, state dict and adapters are as before; only `forward` is another.
+A stand-in (base/stand_in.py) takes the place of one submodule on this instance: the same contents, another `forward`.
 
 Nothing is taken on trust and nothing is known by a model's name. A module is a candidate by the parts it has (a weight
 and an epsilon; q_proj, k_proj, v_proj, o_proj; gate_proj, up_proj, down_proj). The model then runs once on two short
@@ -27,43 +26,13 @@ from torch import Tensor, nn
 from deltaw.adapter.layer import LoRALinear
 from deltaw.base.forward import AttentionCall, watched_pass
 from deltaw.base.frozen import FrozenLinear
+from deltaw.base.stand_in import StandIn
 from deltaw.kernels.attention import packed_attention
 from deltaw.kernels.lora import ACTIVATIONS, Projection, lora_gated_mlp, lora_linears
 from deltaw.kernels.norm import rms_norm
 from deltaw.kernels.rotary import rotary
 
 KINDS = ("norm", "attention", "mlp")
-
-
-class StandIn(nn.Module):
-    """The contents of `original` with another forward. `original` is kept aside, not as a child."""
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self._modules, self._parameters, self._buffers = original._modules, original._parameters, original._buffers
-        self._kept = (original,)  # in a tuple, or it would become a child
-        self.training = original.training
-        self.enabled = True
-
-    @property
-    def original(self) -> nn.Module:
-        """The module this one stands for."""
-        return self._kept[0]
-
-    def train(self, mode: bool = True) -> "StandIn":
-        """Both are in the same mode, since the original may be asked to run."""
-        super().train(mode)
-        self.original.training = mode
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        """What the model's own code reads off the module (`attention_type`, `layer_idx`) is the original's."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "_kept":
-                raise
-            return getattr(self._kept[0], name)
 
 
 class FusedNorm(StandIn):

@@ -21,6 +21,7 @@ from deltaw.adapter.init import fresh_factors
 from deltaw.adapter.layer import LoRALinear
 from deltaw.adapter.spec import explicit_targets, find_targets
 from deltaw.base.frozen import FrozenLinear
+from deltaw.base.stand_in import StandIn
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, listed
 from deltaw.factors import LowRank
@@ -37,7 +38,7 @@ class Attached:
     spec: AdapterSpec
     layers: dict[str, LoRALinear]
     unmatched: tuple[str, ...] = ()
-    stand_ins: dict[str, fused.StandIn] = field(default_factory=dict)
+    stand_ins: dict[str, StandIn] = field(default_factory=dict)
 
     def describe(self) -> str:
         """One line for logs: which of the model's own modules the kernels stand in for."""

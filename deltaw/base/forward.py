@@ -14,7 +14,8 @@ Letters: T tokens of a batch, S documents + 1, B documents of a padded batch, L 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from deltaw.base.prefix import Prefix, Tokens
 from deltaw.kernels.attention import Documents, packed_attention
 from deltaw.kernels.loss import IGNORE, linear_cross_entropy
 
@@ -150,12 +152,14 @@ class Forward:
     model: nn.Module
     head: Head | None
     packed: bool
+    prefix: Prefix | None = None  # frozen layers that are not computed again
 
     def describe(self) -> str:
         """One line for logs: which path runs."""
         batches = "packed documents" if self.packed else "padded batches (this model mixes packed documents)"
         head = "fused head and loss" if self.head else "the model's own head"
-        return f"{batches}, {head}"
+        below = f", {self.prefix.first} frozen layers computed once" if self.prefix else ""
+        return f"{batches}, {head}{below}"
 
     def loss(self, tokens_T: Tensor, labels_T: Tensor, positions_T: Tensor, starts_S: Tensor) -> tuple[Tensor, int]:
         """(sum over labelled tokens of the cross-entropy in nats, their count). Labels are already shifted."""
@@ -173,11 +177,26 @@ class Forward:
         hidden_TX = self._rows(tokens_T, positions_T, starts_S)
         return hidden_TX.float() if self.head is None else self.head.logits(hidden_TX)
 
+    def above(self, layers: str, first: int, batches: Iterable[Tokens], progress: Callable[[int], None]) -> "Forward":
+        """This forward for passes over the documents of `batches`, begun at layer `first` of the module list `layers`.
+
+        Right as long as nothing below changes. Itself where that can't be done.
+        """
+        if not self.packed or not first:
+            return self
+        prefix = Prefix(self.model, layers, first)
+        if prefix.fill(dataclasses.replace(self, prefix=prefix)._rows, batches, progress):
+            return dataclasses.replace(self, prefix=prefix)
+        prefix.remove()
+        return self
+
     def _rows(self, tokens_T: Tensor, positions_T: Tensor, starts_S: Tensor) -> Tensor:
         """A row a token: hidden [T, D] where the head is known, else logits [T, V]."""
         if self.packed:
             documents = Documents(starts_S.tolist(), tokens_T.device)
-            return self._run(input_ids=tokens_T[None], position_ids=positions_T[None], documents=documents).squeeze(0)
+            with self.prefix.replayed(tokens_T, starts_S) if self.prefix else nullcontext():
+                rows = self._run(input_ids=tokens_T[None], position_ids=positions_T[None], documents=documents)
+            return rows.squeeze(0)
         starts = starts_S.tolist()
         length_B = starts_S.diff()
         real_BL = torch.arange(int(length_B.max()), device=tokens_T.device) < length_B[:, None].to(tokens_T.device)

@@ -39,8 +39,8 @@ def plan(lengths: Sequence[int], *, tokens_per_step: int, tokens_per_batch: int,
     if not len(lengths):
         raise ValueError("an epoch needs at least one example")
     order = _shuffled(len(lengths), seed, epoch)
-    steps = _fill(order, lengths, tokens_per_step)
-    return [_fill(step, lengths, tokens_per_batch) for step in steps]
+    steps = fill(order, lengths, tokens_per_step)
+    return [fill(step, lengths, tokens_per_batch) for step in steps]
 
 
 def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
@@ -49,7 +49,7 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
     return np.random.RandomState(words).permutation(count).tolist()
 
 
-def _fill(numbers: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def fill(numbers: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Consecutive groups whose lengths sum to at most `capacity`, or that hold one number."""
     groups: list[list[int]] = []
     room = 0

@@ -1,4 +1,4 @@
-"""Freed memory is kept for the next tensor.
+"""Memory: what is free, and keeping what was freed for the next tensor.
 
 glibc hands every large block (above 32 MiB at most, often far less) back to the system when it is freed and asks for a
 new one at the next tensor, which the system then maps page by page, zeroing each. A training step frees and takes the
@@ -8,7 +8,10 @@ peak is what it was, only its ebb is gone.
 """
 
 import ctypes
+import os
 import sys
+
+import torch
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST = 1 << 30  # bytes; a larger block is still the system's
@@ -23,3 +26,13 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     return bool(mallopt(MMAP_THRESHOLD, LARGEST)) and bool(mallopt(TRIM_THRESHOLD, 2 * LARGEST - 1))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a tensor on `device` could take now; a tebibyte where the system doesn't tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 40

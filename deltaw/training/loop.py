@@ -33,6 +33,7 @@ from deltaw.kernels.memory import keep_freed_memory
 from deltaw.model import PLAIN, Model, open_dataset
 from deltaw.progress import Display
 from deltaw.training.checkpoint import Saved, TrainState, latest_checkpoint, put_back, save_checkpoint
+from deltaw.training.frozen import above_the_frozen
 from deltaw.training.log import EventLog
 from deltaw.training.optim import learning_rate, make_optimizer, set_rate
 from deltaw.training.result import write_result
@@ -106,6 +107,7 @@ class Trainer:
         self.id = model.id if dataset.chat else dataclasses.replace(model.id, template=PLAIN)
         prints = {"base": self.id.fingerprint, "data": dataset.fingerprint, "template": self.id.template}
         self.state = TrainState(fingerprints=prints)
+        self.forward = model.forward  # of training steps
         self.total = config.train.steps or self._loader().total_steps(config.train.epochs)
 
     def restore(self, saved: Saved) -> None:
@@ -135,6 +137,8 @@ class Trainer:
     def take_steps(self, stop: StopRequest) -> None:
         """All steps that are left. Raises Stopped when a signal came, after saving."""
         every, log = self.config.train, EventLog(self.run)
+        if self.total > self._loader().steps_in_epoch(0):
+            self.forward = above_the_frozen(self.model, self.dataset, every.tokens_per_batch, self.display)
         with self.display.task("training", self.total) as update:
             update(self.state.step)
             for batches, position in self._loader():
@@ -177,7 +181,7 @@ class Trainer:
         self._dropout(True)
         for number, batch in enumerate(batches, 1):
             batch = batch.to(self.model.base.device)
-            loss, _ = self.model.forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
+            loss, _ = self.forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
             value = float(loss.detach())
             if not math.isfinite(value):
                 self._not_finite(f"the loss of batch {number} of {len(batches)}", [batch])

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltaw.adapter.fused import KINDS, FusedAttention, FusedMLP, FusedNorm, StandIn
+from deltaw.adapter.fused import KINDS, FusedAttention, FusedMLP, FusedNorm
 from deltaw.adapter.inject import Attached, attach, detach
 from deltaw.base.forward import plan_forward
+from deltaw.base.stand_in import StandIn
 from deltaw.config import AdapterSpec
 from tests.architectures import PADDED, tiny
 

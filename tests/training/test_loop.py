@@ -78,6 +78,24 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(folder: Path, monkeypatch, s
     assert untimed[0] == untimed[1]
 
 
+def test_frozen_layers_are_computed_once_and_a_resumed_run_has_the_same_bits(folder: Path, monkeypatch) -> None:
+    """Over two epochs, an adapter on the upper layer alone."""
+    adapter = {"rank": 4, "alpha": 8, "targets": ["model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"]}
+    said: list[str] = []
+    monkeypatch.setattr(Display, "say", lambda self, text="": said.append(text))
+    run(folder, adapter=adapter, **changed(folder, steps=24))
+    assert any("1 frozen layers computed once" in line for line in said)
+    said.clear()
+    run(folder, output=str(folder / "short"), adapter=adapter, **changed(folder, steps=4))
+    assert not any("computed once" in line for line in said)  # less than an epoch: nothing to gain
+    stop_at(monkeypatch, 15, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        run(folder, output=str(folder / "cut"), adapter=adapter, **changed(folder, steps=24))
+    monkeypatch.undo()
+    resume(folder / "cut", display=QUIET)
+    assert digest(folder / "cut") == digest(folder / "run")
+
+
 def test_a_crash_between_checkpoints_loses_only_the_steps_since(folder: Path, monkeypatch) -> None:
     run(folder)
     crash_at(monkeypatch, 4)
