@@ -12,6 +12,8 @@ Only Q, K and V are kept, and P where documents are so short that it is no large
 again in the backward, from the same numbers and so to the same bits (the recomputation is FlashAttention's, Dao et al.
 2022 §3.1).
 
+On a GPU PyTorch's own attention over packed documents does most calls (varlen.py).
+
 Why not `scaled_dot_product_attention`: its CPU kernel is made for long sequences. Measured on 2 cores, bf16, 9 heads
 of 64, forward + backward (benchmarks/attention.py): 80 documents of 25 tokens 34 ms against 9 ms, 4 of 512 63 ms
 against 41 ms. FlexAttention has no backward on a CPU, and a dense block mask computes all T² scores.
@@ -29,6 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from deltaw.kernels import varlen
 
 CHUNK = 128  # queries at a time
 FILL = 1.25  # a document joins a group whose length is at most this times its own
@@ -60,6 +64,7 @@ class Documents:
         if not lengths or min(lengths) < 1:
             raise ValueError("documents must have at least one token each")
         self.total, self.longest, self.device = starts[-1], max(lengths), device
+        self.starts_S = torch.tensor(starts, dtype=torch.int32, device=device)
         self.groups: list[Group] = []
         rows: list[Tensor] = []  # the token in each gathered place, group after group
         real: list[Tensor] = []
@@ -113,6 +118,9 @@ def packed_attention(
     """[T, H, E] in q's dtype. `window` w: a token sees itself and the w − 1 before it; `softcap` c: c · tanh(s / c)."""
     scale = 1 / math.sqrt(q_THE.shape[-1]) if scale is None else scale
     window = None if window is None or window >= documents.longest else window
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    if varlen.applies(q_THE, k_TKE, len(documents.starts_S) - 1, documents.longest, **options):
+        return varlen.varlen_attention(q_THE, k_TKE, v_TKE, documents.starts_S, documents.longest, **options)
     out: Tensor = _PackedAttention.apply(q_THE, k_TKE, v_TKE, documents, _Scores(scale, window, softcap))
     return out
 

@@ -32,6 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deltaw.kernels.device import on_gpu
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -75,7 +77,7 @@ def lora_linears(x_TN: Tensor, projections: Sequence[Projection]) -> tuple[Tenso
 def lora_gated_mlp(x_TN: Tensor, gate: Projection, up: Projection, down: Projection, activation: str) -> Tensor:
     """down(act(gate(x)) ∘ up(x)) -> [..., M] in x's dtype. `activation` is a key of `ACTIVATIONS`."""
     three = (gate, up, down)
-    out: Tensor = _LoRAGatedMLP.apply(x_TN, three, ACTIVATIONS[activation], *_factors(three))
+    out: Tensor = _LoRAGatedMLP.apply(x_TN, three, activation, *_factors(three))
     return out
 
 
@@ -98,6 +100,27 @@ def lora_gated_mlp_plain(x_TN: Tensor, gate: Projection, up: Projection, down: P
     """The twin of `lora_gated_mlp`."""
     g, u = lora_linears_plain(x_TN, [gate, up])
     return lora_linears_plain(ACTIVATIONS[activation].forward(g) * u, [down])[0]
+
+
+def _gated(g_TI: Tensor, u_TI: Tensor, activation: str) -> Tensor:
+    """act(g) ∘ u."""
+    if on_gpu(g_TI):
+        from deltaw.kernels.triton import gated_forward
+
+        return gated_forward(g_TI, u_TI, activation)
+    return ACTIVATIONS[activation].forward(g_TI).mul_(u_TI)
+
+
+def _gated_back(d_TI: Tensor, g_TI: Tensor, u_TI: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """(∂L/∂g, ∂L/∂u) of D = ∂L/∂(act(g) ∘ u), which is overwritten."""
+    if on_gpu(g_TI):
+        from deltaw.kernels.triton import gated_backward
+
+        _, dg, du = gated_backward(d_TI, g_TI, u_TI, activation)
+        return dg, du
+    act = ACTIVATIONS[activation]
+    du = act.forward(g_TI).mul_(d_TI)
+    return act.backward(d_TI.mul_(u_TI), g_TI), du
 
 
 def _project(x_TN: Tensor, projections: Sequence[Projection]) -> tuple[list[Tensor], Tensor | None]:
@@ -193,12 +216,10 @@ class _LoRALinears(torch.autograd.Function):
 
 class _LoRAGatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, three: Sequence[Projection], activation: Activation, *factors: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, three: Sequence[Projection], activation: str, *factors: Tensor | None) -> Tensor:
         x_TN = x.reshape(-1, x.shape[-1])
         (g, u), h_TK = _project(x_TN, three[:2])
-        (y_TM,), down_TR = _project(activation.forward(g).mul_(u), three[2:])
+        (y_TM,), down_TR = _project(_gated(g, u, activation), three[2:])
         ctx.save_for_backward(x_TN if h_TK is not None else None, h_TK, g, u, down_TR, *factors)
         ctx.three, ctx.activation, ctx.shape = three, activation, x.shape
         return y_TM.view(*x.shape[:-1], y_TM.shape[1])
@@ -210,13 +231,11 @@ class _LoRAGatedMLP(torch.autograd.Function):
         gate, up, down = ctx.three
         wants_dx = ctx.needs_input_grad[0]
         rows = grad.reshape(-1, grad.shape[-1])
-        act_g = ctx.activation.forward(g)
-        inner = act_g * u if down_TR is not None else None
-        wants_inner = wants_dx or h_TK is not None
-        d, down_grads = _project_back(inner, down_TR, [rows], [down], wants_inner)
+        inner = None if down_TR is None else _gated(g, u, ctx.activation)
+        wants_d = wants_dx or h_TK is not None
+        d, down_grads = _project_back(inner, down_TR, [rows], [down], wants_d)
         if d is None:
             return (None, None, None, None, None, None, None, *down_grads)
-        du = act_g.mul_(d)
-        dg = ctx.activation.backward(d.mul_(u), g)
+        dg, du = _gated_back(d, g, u, ctx.activation)
         dx, pair_grads = _project_back(x_TN, h_TK, [dg, du], [gate, up], wants_dx)
         return (None if dx is None else dx.view(ctx.shape), None, None, *pair_grads, *down_grads)

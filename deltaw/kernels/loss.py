@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deltaw.kernels.device import on_gpu
+
 IGNORE = -100  # the label of a row that is not trained, PyTorch's convention
 CHUNK_BYTES = 32 << 20  # float32 logits held at a time; 8 to 128 MiB measured on a CPU, 32 is fastest
 
@@ -59,6 +61,29 @@ def _cap(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def _cross_entropy_(z_CV: Tensor, labels_C1: Tensor, scale: float, softcap: float | None, wants_grad: bool) -> Tensor:
+    """The sum of the losses; ∂loss/∂logits takes the place of the logits."""
+    if scale != 1.0:
+        z_CV.mul_(scale)
+    if softcap is not None:
+        z_CV.div_(softcap).tanh_().mul_(softcap)
+    # cap'(z) = 1 − tanh² = 1 − (z / c)² of the capped value, taken before z is overwritten
+    slope_CV = None if softcap is None or not wants_grad else 1 - (z_CV / softcap) ** 2
+    label_C1, top_C1 = z_CV.gather(1, labels_C1), z_CV.amax(1, keepdim=True)
+    # In place, since z is the one large tensor: logsumexp() would pass over copies of it
+    e_CV = z_CV.sub_(top_C1).exp_()
+    sum_C1 = e_CV.sum(1, keepdim=True)
+    loss = (sum_C1.log() + top_C1 - label_C1).sum()
+    if wants_grad:
+        e_CV.div_(sum_C1)
+        e_CV.scatter_add_(1, labels_C1, torch.full_like(sum_C1, -1.0))
+        if slope_CV is not None:
+            e_CV.mul_(slope_CV)
+        if scale != 1.0:
+            e_CV.mul_(scale)
+    return loss
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -80,27 +105,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(rows_K), chunk):
             rows_C = rows_K[start : start + chunk]
             labels_C1 = labels_T[rows_C].unsqueeze(1)
-            z_CV = F.linear(hidden_TD[rows_C], head_VD, bias_V).to(wide)
-            if scale != 1.0:
-                z_CV.mul_(scale)
-            if softcap is not None:
-                z_CV.div_(softcap).tanh_().mul_(softcap)
-            # cap'(z) = 1 − tanh² = 1 − (z / c)² of the capped value, taken before z is overwritten
-            slope_CV = None if softcap is None or grad_KD is None else 1 - (z_CV / softcap) ** 2
-            label_C1, top_C1 = z_CV.gather(1, labels_C1), z_CV.amax(1, keepdim=True)
-            # In place, since z is the one large tensor: logsumexp() would pass over copies of it
-            e_CV = z_CV.sub_(top_C1).exp_()
-            sum_C1 = e_CV.sum(1, keepdim=True)
-            loss += (sum_C1.log() + top_C1 - label_C1).sum()
+            z_CV = F.linear(hidden_TD[rows_C], head_VD, bias_V)
+            if on_gpu(z_CV):
+                from deltaw.kernels.triton import cross_entropy_
+
+                loss += cross_entropy_(z_CV, labels_C1.squeeze(1), scale, softcap).sum()
+            else:
+                z_CV = z_CV.to(wide)
+                loss += _cross_entropy_(z_CV, labels_C1, scale, softcap, wants_grad)
             if grad_KD is None:
                 continue
-            d_CV = e_CV.div_(sum_C1)
-            d_CV.scatter_add_(1, labels_C1, torch.full_like(sum_C1, -1.0))
-            if slope_CV is not None:
-                d_CV.mul_(slope_CV)
-            if scale != 1.0:
-                d_CV.mul_(scale)
-            torch.mm(d_CV.to(head_VD.dtype), head_VD, out=grad_KD[start : start + chunk])
+            torch.mm(z_CV.to(head_VD.dtype), head_VD, out=grad_KD[start : start + chunk])
         if grad_KD is not None:
             ctx.save_for_backward(grad_KD, rows_K)
             ctx.rows = len(hidden_TD)

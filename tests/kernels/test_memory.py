@@ -10,7 +10,7 @@ from deltaw.kernels.memory import keep_freed_memory
 FAULTS = """
 import resource, torch
 from deltaw.kernels.memory import keep_freed_memory
-{call}
+keep_freed_memory()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def step():
@@ -26,12 +26,11 @@ print(faults() - before)
 
 @pytest.mark.skipif(not keep_freed_memory(), reason="not glibc")
 def test_freed_blocks_cost_no_page_faults() -> None:
-    def count(call: str) -> int:
-        done = subprocess.run([sys.executable, "-c", FAULTS.format(call=call)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return int(done.stdout)
-
-    assert count("keep_freed_memory()") < count("") / 10
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # 36 million floats a step are 35,000 pages. Without the call they may fault at every step, or never: it depends on
+    # what happens to lie above them in the heap.
+    assert int(done.stdout) < 3 * 35_000 / 10
 
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
