@@ -108,9 +108,12 @@ class FusedAttention(StandIn):
 def install(model: nn.Module, kinds: Sequence[str] = KINDS) -> dict[str, StandIn]:
     """Put a stand-in wherever one gives the module's own output, in place. Returns them by path, outer ones last."""
     candidates = {path: module for path, module in model.named_modules() if _kind(module) in kinds}
-    if not candidates:
-        return {}
-    watched, calls = watched_pass(model, candidates)
+    if not candidates or not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        return {}  # a module of somebody's own, of which nobody knows how to run it
+    try:
+        watched, calls = watched_pass(model, candidates)
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+        return {}  # a model that isn't run by tokens alone
     stand_ins: dict[str, StandIn] = {}
     # Norms first: an attention's stand-in, which reads its children when it runs, then has the norms' stand-ins.
     for kind in KINDS:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from deltaw.adapter.fused import KINDS, FusedAttention, FusedMLP, FusedNorm
 from deltaw.adapter.inject import Attached, attach, detach
@@ -125,6 +126,18 @@ def test_a_module_that_does_something_else_is_left_alone() -> None:
     attached = attach(model, SPEC)
     assert counts(attached) == (5, 2, 1)
     assert isinstance(layer.mlp, _Doubled)
+
+
+def test_a_module_of_ones_own_is_adapted_without() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), LlamaRMSNorm(8), nn.Linear(8, 8)).requires_grad_(False)
+    attached = attach(model, SPEC)
+    assert len(attached.layers) == 2 and not attached.stand_ins
+
+
+def test_a_model_that_tokens_alone_do_not_run_is_adapted_without() -> None:
+    model = tiny("llama")
+    model.forward = None  # type: ignore[assignment]
+    assert not attach(model, SPEC).stand_ins
 
 
 def test_what_a_layer_asks_of_attention_is_taken_from_its_call() -> None:
