@@ -1,0 +1,204 @@
+"""benchmarks/gpu.py on a CPU with a tiny model: its logic, not its figures."""
+
+import csv
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.gpu import SHAPES, TOY, Arm, Batch, Row
+
+SCRIPT = Path(gpu.__file__)
+
+
+def here(arguments: list[str], seconds: float) -> tuple[list[Row], str]:
+    """What a process of the script would print, without the process."""
+    rows = list(gpu.child(gpu.parse(arguments)))
+    return json.loads(json.dumps(rows)), ""
+
+
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, spawn: Any = here) -> list[Row]:
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    assert gpu.main(["--device", "cpu", "--toy", *arguments], spawn) == 0
+    with (tmp_path / "out" / "gpu.csv").open(newline="", encoding="utf-8") as file:
+        table = csv.DictReader(file)
+        assert tuple(table.fieldnames or ()) == gpu.COLUMNS
+        return list(table)
+
+
+def test_deltaw_and_peft_pass_the_gate_and_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    rows = run(tmp_path, monkeypatch, "--arms", "deltaw,peft,peft-bf16")
+    assert all(row["torch"] == torch.__version__ and row["date"] and row["gpu"] for row in rows)
+    assert "TFLOP/s" in rows[0]["note"] and rows[0]["arm"] == "gemm"
+    for arm in ("deltaw", "peft", "peft-bf16"):
+        gate, *timed = [row for row in rows if row["arm"] == arm]
+        assert gate["note"].startswith("gate passed") and not gate["tokens_per_s"]
+        assert [int(row["tokens"]) for row in timed] == list(TOY.sizes)
+        assert all(float(row["tokens_per_s"]) > 0 and float(row["share_of_gemm"]) > 0 for row in timed)
+        assert not any("DIFFERS" in row["note"] for row in timed)
+
+
+def test_what_cannot_run_has_a_row_that_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu.NEEDS, "unsloth", "a_package_that_nobody_has")
+    rows = run(tmp_path, monkeypatch, "--arms", "unsloth,deltaw-graph")
+    notes = {row["arm"]: row["note"] for row in rows}
+    assert notes["unsloth"] == "skip: a_package_that_nobody_has is not installed"
+    assert notes["deltaw-graph"].startswith("error: RuntimeError: ")  # no graphs without CUDA
+
+
+def test_an_arm_that_computes_something_else_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu.deltaw_arm
+
+    def wrong(*arguments: str) -> Arm:
+        arm = right(*arguments)
+        loss = arm.loss
+        arm.loss = lambda batch: loss(batch) * 1.001
+        return arm
+
+    monkeypatch.setitem(gpu.ARMS, "deltaw", (wrong, ""))
+    rows = [row for row in run(tmp_path, monkeypatch, "--arms", "deltaw") if row["arm"] == "deltaw"]
+    assert len(rows) == 1 and rows[0]["note"].startswith("gate FAILED")
+
+
+def test_an_error_at_one_size_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu.deltaw_arm
+
+    def small(*arguments: str) -> Arm:
+        arm = right(*arguments)
+        loss = arm.loss
+
+        def limited(batch: Batch) -> torch.Tensor:
+            if len(batch.tokens_T) == TOY.sizes[0]:
+                raise torch.OutOfMemoryError("tried to allocate\nmuch")
+            return loss(batch)
+
+        arm.loss = limited
+        return arm
+
+    monkeypatch.setitem(gpu.ARMS, "deltaw", (small, ""))
+    first, second = gpu.run_arm("deltaw", "toy", TOY, "cpu", None)
+    assert first["note"] == "out of memory: tried to allocate" and "tokens_per_s" not in first
+    assert second["tokens_per_s"] > 0
+
+
+def of_arms(answers: dict[str, tuple[list[Row], str]], asked: list[list[str]]) -> Any:
+    """A stand-in for the processes: an answer an arm; timed rows a thousand tokens a second."""
+
+    def spawn(arguments: list[str], seconds: float) -> tuple[list[Row], str]:
+        asked.append(arguments)
+        options = gpu.parse(arguments)
+        if options.arm == "gemm":
+            return [{"model": "8192^3", "tokens": 8192, "rate": 1e15}], ""
+        if options.arm == "truth":
+            return [{"passed": True}], ""
+        gate = [{"arm": options.arm, "note": "gate passed", "passed": True}] if options.truth else []
+        row = {"arm": options.arm, "model": options.models[0], "tokens_per_s": 1000.0, "first_loss": 10.0, "note": ""}
+        timed = [{**row, "tokens": size} for size in options.sizes]
+        return answers.get(options.arm, (gate + timed, ""))
+
+    return spawn
+
+
+def test_order_gates_and_shares() -> None:
+    asked: list[list[str]] = []
+    rows: list[Row] = []
+    options = gpu.parse(["--models", "1b", "--arms", "deltaw,peft,deltaw-graph", "--sizes", "2048"])
+    failed = {"peft": ([{"arm": "peft", "note": "gate FAILED", "passed": False}], "")}
+    gpu.run_all(options, rows.append, of_arms(failed, asked))
+    runs = [(gpu.parse(arguments).arm, gpu.parse(arguments).models, gpu.parse(arguments).sizes) for arguments in asked]
+    assert runs == [
+        ("gemm", ("1b",), (2048,)),
+        ("truth", ("135m",), (2048,)),
+        ("deltaw", ("135m",), ()),  # its gate alone: that model was not asked for
+        ("deltaw", ("1b",), (2048,)),
+        ("peft", ("135m",), ()),
+        ("deltaw-graph", ("135m",), ()),  # for small models only
+    ]
+    (timed,) = [row for row in rows if row.get("tokens_per_s")]
+    assert timed["share"] == pytest.approx(1000 * gpu.flops_per_token("1b") / 1e15)
+    assert {"arm": "peft", "model": "1b", "note": "skip: its gate was not passed"} in rows
+
+
+def test_a_first_loss_unlike_the_first_arms_is_marked() -> None:
+    rows: list[Row] = []
+    other = [{"note": "gate passed", "passed": True}]
+    other += [{"arm": "peft", "model": "135m", "tokens": 64, "tokens_per_s": 1.0, "first_loss": 10.01, "note": "so"}]
+    options = gpu.parse(["--models", "135m", "--arms", "deltaw,peft", "--sizes", "64"])
+    gpu.run_all(options, rows.append, of_arms({"peft": (other, "")}, []))
+    assert rows[-1]["note"] == "LOSS DIFFERS from deltaw's 10.00000: so"
+
+
+def test_what_there_is_no_time_for_is_said() -> None:
+    rows: list[Row] = []
+    asked: list[list[str]] = []
+    options = gpu.parse(["--arms", "deltaw", "--models", "135m"])
+    options.budget = 30
+
+    def slow(arguments: list[str], seconds: float) -> tuple[list[Row], str]:
+        quick = gpu.parse(arguments).arm in ("gemm", "truth")
+        return of_arms({}, asked)(arguments, seconds) if quick else ([], f"stopped after {seconds:.0f} s")
+
+    gpu.run_all(options, rows.append, slow)
+    assert rows[-1]["note"] == "stopped after 30 s"
+    options.budget = -1
+    gpu.run_all(options, rows.append, slow)
+    assert rows[-1]["note"] == "skip: out of time"
+
+
+@pytest.mark.parametrize(("shape", "size"), [("toy", 64), ("135m", 2048), ("1b", 16384)])
+def test_batches_have_the_tokens_asked_for_and_little_padding(shape: str, size: int) -> None:
+    for batch in gpu.batches(shape, size, 4, "cpu"):
+        starts = batch.starts_S.tolist()
+        assert len(batch.tokens_T) == size == starts[-1] and batch.ids_BL.numel() < 1.6 * size
+        assert len(starts) > 2 and int(batch.tokens_T.max()) < SHAPES[shape]["vocabulary"]
+        assert int((batch.labels_T != gpu.IGNORE).sum()) == batch.count == size - len(starts) + 1
+        for row, (start, end) in enumerate(itertools.pairwise(starts)):
+            document = batch.tokens_T[start:end]
+            assert torch.equal(batch.labels_T[start : end - 1], document[1:])
+            assert torch.equal(batch.positions_T[start:end], torch.arange(end - start))
+            assert torch.equal(batch.ids_BL[row, : end - start], document)
+            assert torch.equal(batch.padded_BL[row, : end - start], document)
+            assert bool((batch.padded_BL[row, end - start :] == gpu.IGNORE).all())
+
+
+@pytest.mark.parametrize(("shape", "millions"), [("135m", 134.5), ("1b", 1235.7), ("8b", 7504.7)])
+def test_the_arithmetic_counts_these_models_weights(shape: str, millions: float) -> None:
+    assert gpu.flops_per_token(shape) / 4e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_every_process_makes_the_same_model() -> None:
+    one, two = gpu.build_model("toy", "cpu"), gpu.build_model("toy", "cpu")
+    for (name, a), (_, b) in zip(one.named_parameters(), two.named_parameters(), strict=True):
+        assert torch.equal(a, b) and a.dtype == torch.bfloat16 and not a.requires_grad, name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_a_line_and_exits_2() -> None:
+    command = ["sh", str(SCRIPT.with_suffix(".sh"))]
+    done = subprocess.run(
+        command, env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("no GPU here")
+
+
+def test_a_process_prints_rows_and_its_end_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print('noise'); print('ROW {\"a\": 1}'); sys.exit('it broke')")
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    assert gpu.spawn([], 60) == ([{"a": 1}], "error: it broke")
+    script.write_text("import time; print('ROW {\"a\": 1}', flush=True); time.sleep(60)")
+    assert gpu.spawn([], 2) == ([{"a": 1}], "stopped after 2 s")
+
+
+def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.parse(["--arms", "deltaw,nobody", "--models", "9b"])
+    assert "unknown: nobody, 9b" in capsys.readouterr().err
