@@ -143,6 +143,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--steps must be at least 1, --warm at least 0")
     if asked.arm in TRAINERS and asked.workload == "long":
         parser.error("a trainer takes steps of one number of rows; long has steps of several")
+    if asked.arm == "peft-compile" and asked.workload != "dense":
+        parser.error("torch.compile compiles again for every new shape, minutes each; only dense has a single one")
     return asked
 
 

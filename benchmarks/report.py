@@ -26,6 +26,7 @@ NAMES = {
     "trl-free": "TRL SFTTrainer + PEFT, padding-free",
     "deltaw": "deltaw",
 }
+BAR = 0.18  # the width of a bar; a group is 1 wide
 METHOD = """
 SmolLM2-135M, rank 16 on all linear layers, AdamW, clip 1. Every arm starts from the same base bytes and the same
 factors and sees the same rows in the same steps; rows of like length share a step, which spares the padding arms most
@@ -140,17 +141,19 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     found, dtype = figures(rows), chosen(rows)
     groups = [name for name in WORKLOADS if any(_belongs(key, name, dtype) for key in found)]
-    arms = [arm for arm in NAMES if any(Key(arm, name, dtype) in found for name in groups)]
-    width = 0.8 / max(1, len(arms))
-    figure, axes = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
-    for place, arm in enumerate(arms):
-        have = [(number, found[key]) for number, name in enumerate(groups) if (key := Key(arm, name, dtype)) in found]
+    there = [[arm for arm in NAMES if Key(arm, name, dtype) in found] for name in groups]
+    figure, axes = pyplot.subplots(figsize=(9, 4.6), layout="constrained")
+    for shade, arm in enumerate(NAMES):
+        have = [number for number, arms in enumerate(there) if arm in arms]
+        if not have:
+            continue
+        rates = [found[Key(arm, groups[number], dtype)] for number in have]
         bars = axes.bar(
-            [number - 0.4 + (place + 0.5) * width for number, _ in have],
-            [one.middle for _, one in have],
-            width,
-            yerr=[[one.middle - one.low for _, one in have], [one.high - one.middle for _, one in have]],
-            color="#c2410c" if arm == "deltaw" else pyplot.get_cmap("Blues")(0.35 + 0.12 * place),
+            [number + BAR * (there[number].index(arm) - (len(there[number]) - 1) / 2) for number in have],
+            [rate.middle for rate in rates],
+            BAR,
+            yerr=[[rate.middle - rate.low for rate in rates], [rate.high - rate.middle for rate in rates]],
+            color="#c2410c" if arm == "deltaw" else pyplot.get_cmap("Blues")(0.35 + 0.12 * shade),
             ecolor="#555555",
             label=NAMES[arm],
         )
@@ -163,7 +166,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("tokens per second, padding not counted")
     axes.set_title(f"{rows[0]['machine']}, {rows[0]['threads']} threads, {dtype}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 

@@ -19,6 +19,7 @@ ALL = ("dense", "words", "chats", "long")
         (["peft", "dense", "--without", "loss"], "the arm must be deltaw"),
         (["deltaw", "dense", "--without", "luck"], "invalid choice"),
         (["trl", "long"], "steps of one number of rows"),
+        (["peft-compile", "words"], "only dense"),
         (["deltaw", "dense", "--steps", "0"], "at least 1"),
         (["unsloth", "dense"], "invalid choice"),
         (["deltaw", "sparse"], "invalid choice"),
