@@ -2,7 +2,7 @@
 
     python benchmarks/merged.py
 
-One gate projection of SmolLM2-135M (1536 x 576), rank 16, a first update of 1e-5 .. 1e-3 of the weight's size: the share
+One gate projection of SmolLM2-135M (1536 x 576), rank 16, a first update of 1e-5 .. 1e-3 of the weight: the share
 of the update's effect that is lost, against float64, and the time of forward + ∂L/∂x, merging included.
 """
 
