@@ -305,8 +305,8 @@ class _Probe:
         truth = [model(input_ids=part[None], use_cache=False).logits[0].float() for part in tokens_T.split(lengths)]
         truth_TV = torch.cat(truth)
         # The root mean square of two roundings of the same sums, in units of a typical logit: the storage's (9 units in
-        # the last place measured in bfloat16 after 30 layers, 12 from float32's answer for the model's own code) and the
-        # accumulators', which long sums multiply (float32 after 30 layers: 100 at the most). A wrong path is off by 1.
+        # the last place measured in bfloat16 after 30 layers; the model's own code is 12 from float32's answer) and
+        # the accumulators', which long sums multiply (float32 after 30 layers: at most 100). A wrong path is off by 1.
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         tolerance = (25 * torch.finfo(dtype).eps + 300 * torch.finfo(wide).eps) * float(truth_TV.std())
         return _Probe(tokens_T, positions_T, starts_S, truth_TV, max(tolerance, 1e-6))

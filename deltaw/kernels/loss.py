@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 from deltaw.kernels.device import on_gpu
 
 IGNORE = -100  # the label of a row that is not trained, PyTorch's convention
-# Logits held at a time. On a CPU 8 to 128 MiB were measured, and 32 is fastest; a GPU reads the head once a chunk, which
-# a few dozen rows are not worth (not measured yet).
+# Logits held at a time. On a CPU 8 to 128 MiB were measured, and 32 is fastest; a GPU reads the head once a chunk,
+# which a few dozen rows are not worth (not measured yet).
 CHUNK_BYTES, GPU_CHUNK_BYTES = 32 << 20, 512 << 20
 
 
