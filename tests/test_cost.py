@@ -109,7 +109,7 @@ def test_products_of_a_step_are_what_the_arithmetic_says(supervised: float) -> N
 
 def test_attention_computes_only_what_is_seen() -> None:
     """Seven products (two forward, one again, four backward, P kept: six) over each document's own scores."""
-    for length, products, share in ((64, 6, 1.0), (256, 7, 0.75)):
+    for length, products, share in ((64, 6, 1.0), (256, 7, 0.625)):
         forward, _ = prepared()
         scores = T * length * share * 9 * 64
         assert flops(forward, *batch(length=length)).batched == 2 * products * scores * LAYERS
@@ -123,6 +123,12 @@ def test_nothing_is_computed_below_the_lowest_adapter() -> None:
     below = sum(2 * i * o for i, o in mlp[:2]) + 2 * RANK * sum(i for i, _ in mlp[:2])
     blocks = 2 * LAYERS * N_BLOCK + sum(2 * i * o for i, o in mlp)
     assert flops(top, *batch()).flops == pytest.approx(T * (blocks + 4 * N_HEAD + low_rank - below), rel=1e-3)
+
+
+def test_down_proj_alone_in_the_lowest_layer_costs_no_gradient_of_its_input() -> None:
+    forward, _ = prepared(targets=("model.layers.2.mlp.down_proj",))
+    wanted = T * (2 * LAYERS * N_BLOCK + 4 * N_HEAD + 2 * RANK * (2 * 1536 + 2 * 576) + 2 * RANK * 576)
+    assert flops(forward, *batch()).flops == pytest.approx(wanted, rel=1e-3)
 
 
 @pytest.mark.parametrize("length", [64, 256])

@@ -39,7 +39,7 @@ from torch.autograd.function import once_differentiable
 
 from deltaw.kernels import varlen
 
-CHUNK = 128  # queries at a time
+CHUNK = 64  # queries at a time
 FILL = 1.25  # a document joins a group whose length is at most this times its own
 
 
@@ -174,8 +174,7 @@ class _Scores:
 
     def keeps(self, length: int, heads: int, kv_heads: int, size: int) -> bool:
         """Whether a group's P is kept: where it is no larger than Q, K and V, which are kept anyway."""
-        small = length <= CHUNK and length * heads <= (heads + 2 * kv_heads) * size
-        return small and self.softcap is None
+        return length * heads <= (heads + 2 * kv_heads) * size and self.softcap is None
 
     def probabilities(self, q_BCE: Tensor, k_BJE: Tensor, shared: int) -> tuple[Tensor, Tensor | None]:
         """(P [B, shared · C, J], the soft cap's slope at each score or None)."""
@@ -220,8 +219,8 @@ class _PackedAttention(torch.autograd.Function):
             for rows, keys in scores.chunks(group.length):
                 p, _ = scores.probabilities(q4[:, :, rows].flatten(1, 2), k3[:, keys], H // K)
                 o4[:, :, rows] = torch.bmm(p, v3[:, keys]).view_as(o4[:, :, rows])
-            if scores.keeps(group.length, H, K, E):
-                kept.append(p)
+                if scores.keeps(group.length, H, K, E):
+                    kept.append(p)
             o4.add_(mean_B1E.unsqueeze(1))
         ctx.save_for_backward(q, k, v, *kept)
         ctx.documents, ctx.scores, ctx.heads = documents, scores, (H, K)

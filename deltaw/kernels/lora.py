@@ -111,16 +111,16 @@ def _gated(g_TI: Tensor, u_TI: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation].forward(g_TI).mul_(u_TI)
 
 
-def _gated_back(d_TI: Tensor, g_TI: Tensor, u_TI: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """(∂L/∂g, ∂L/∂u) of D = ∂L/∂(act(g) ∘ u), which is overwritten."""
+def _gated_back(d_TI: Tensor, g_TI: Tensor, u_TI: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(act(g) ∘ u once more, ∂L/∂g, ∂L/∂u) of D = ∂L/∂(act(g) ∘ u), which may be overwritten."""
     if on_gpu(g_TI):
         from deltaw.kernels.triton import gated_backward
 
-        _, dg, du = gated_backward(d_TI, g_TI, u_TI, activation)
-        return dg, du
+        return gated_backward(d_TI, g_TI, u_TI, activation)
     act = ACTIVATIONS[activation]
-    du = act.forward(g_TI).mul_(d_TI)
-    return act.backward(d_TI.mul_(u_TI), g_TI), du
+    act_g = act.forward(g_TI)
+    inner, du = act_g * u_TI, act_g.mul_(d_TI)
+    return inner, act.backward(d_TI.mul_(u_TI), g_TI), du
 
 
 def _project(x_TN: Tensor, projections: Sequence[Projection]) -> tuple[list[Tensor], Tensor | None]:
@@ -138,48 +138,47 @@ def _project(x_TN: Tensor, projections: Sequence[Projection]) -> tuple[list[Tens
     return ys, h_TK
 
 
-def _project_back(
+def _back_to_input(p_TK: Tensor | None, grads: Sequence[Tensor], projections: Sequence[Projection]) -> Tensor:
+    """∂L/∂x [T, N] = Σ G W + P A."""
+    dx_TN = grads[0] @ projections[0].w_MN
+    for g_TM, p in zip(grads[1:], projections[1:], strict=True):
+        dx_TN.addmm_(g_TM, p.w_MN)
+    a_KN = _stacked_a(projections, dx_TN.dtype)
+    return dx_TN if p_TK is None or a_KN is None else dx_TN.addmm_(p_TK, a_KN)
+
+
+def _rank_space(grads: Sequence[Tensor], projections: Sequence[Projection]) -> Tensor | None:
+    """P [T, K] = s · G B of each projection with an update, side by side; None where there is none."""
+    parts = [
+        (g_TM @ p.b_MR.to(g_TM.dtype)).mul_(p.scale)
+        for g_TM, p in zip(grads, projections, strict=True)
+        if p.b_MR is not None
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1) if parts else None
+
+
+def _back_to_factors(
     x_TN: Tensor | None,
     h_TK: Tensor | None,
+    p_TK: Tensor | None,
     grads: Sequence[Tensor],
     projections: Sequence[Projection],
-    wants_dx: bool,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """(∂L/∂x [T, N] or None, ∂L/∂A and ∂L/∂B of each projection in turn; None where it has no update)."""
-    dx_TN: Tensor | None = None
-    if wants_dx:
-        dx_TN = grads[0] @ projections[0].w_MN
-        for g_TM, p in zip(grads[1:], projections[1:], strict=True):
-            dx_TN.addmm_(g_TM, p.w_MN)
-    if x_TN is None or h_TK is None:
-        return dx_TN, [None, None] * len(projections)
-    p_parts: list[Tensor] = []
-    db: list[Tensor | None] = []
-    at = 0
-    for g_TM, p in zip(grads, projections, strict=True):
-        if p.b_MR is None:
-            db.append(None)
-            continue
-        rank = p.b_MR.shape[1]
-        p_parts.append((g_TM @ p.b_MR.to(g_TM.dtype)).mul_(p.scale))
-        # R x M, then transposed: the long side of G is read in the order it lies in memory.
-        db.append((h_TK[:, at : at + rank].T @ g_TM).T.to(p.b_MR.dtype).mul_(p.scale))
-        at += rank
-    p_TK = p_parts[0] if len(p_parts) == 1 else torch.cat(p_parts, 1)
-    da_KN = p_TK.T @ x_TN
-    if dx_TN is not None:
-        a_KN = _stacked_a(projections, x_TN.dtype)
-        assert a_KN is not None
-        dx_TN.addmm_(p_TK, a_KN)
+) -> list[Tensor | None]:
+    """∂L/∂A and ∂L/∂B of each projection in turn; None where it has no update."""
+    if x_TN is None or h_TK is None or p_TK is None:
+        return [None, None] * len(projections)
+    da_KN, at = p_TK.T @ x_TN, 0
     factor_grads: list[Tensor | None] = []
-    at = 0
-    for p, db_MR in zip(projections, db, strict=True):
-        da_RN = None
-        if p.a_RN is not None:
-            da_RN = da_KN[at : at + len(p.a_RN)].to(p.a_RN.dtype)
-            at += len(p.a_RN)
-        factor_grads += [da_RN, db_MR]
-    return dx_TN, factor_grads
+    for g_TM, p in zip(grads, projections, strict=True):
+        if p.a_RN is None or p.b_MR is None:
+            factor_grads += [None, None]
+            continue
+        rows = slice(at, at + len(p.a_RN))
+        # R x M, then transposed: the long side of G is read in the order it lies in memory.
+        db_MR = (h_TK[:, rows].T @ g_TM).T.to(p.b_MR.dtype).mul_(p.scale)
+        factor_grads += [da_KN[rows].to(p.a_RN.dtype), db_MR]
+        at = rows.stop
+    return factor_grads
 
 
 def _stacked_a(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
@@ -210,7 +209,9 @@ class _LoRALinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TN, h_TK, *_ = ctx.saved_tensors
         rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        dx, factor_grads = _project_back(x_TN, h_TK, rows, ctx.projections, ctx.needs_input_grad[0])
+        p_TK = _rank_space(rows, ctx.projections)
+        dx = _back_to_input(p_TK, rows, ctx.projections) if ctx.needs_input_grad[0] else None
+        factor_grads = _back_to_factors(x_TN, h_TK, p_TK, rows, ctx.projections)
         return (None if dx is None else dx.view(ctx.shape), None, *factor_grads)
 
 
@@ -228,14 +229,14 @@ class _LoRAGatedMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_TN, h_TK, g, u, down_TR, *_ = ctx.saved_tensors
-        gate, up, down = ctx.three
-        wants_dx = ctx.needs_input_grad[0]
-        rows = grad.reshape(-1, grad.shape[-1])
-        inner = None if down_TR is None else _gated(g, u, ctx.activation)
-        wants_d = wants_dx or h_TK is not None
-        d, down_grads = _project_back(inner, down_TR, [rows], [down], wants_d)
-        if d is None:
-            return (None, None, None, None, None, None, None, *down_grads)
-        dg, du = _gated_back(d, g, u, ctx.activation)
-        dx, pair_grads = _project_back(x_TN, h_TK, [dg, du], [gate, up], wants_dx)
-        return (None if dx is None else dx.view(ctx.shape), None, None, *pair_grads, *down_grads)
+        pair, down = ctx.three[:2], ctx.three[2:]
+        rows = [grad.reshape(-1, grad.shape[-1])]
+        down_p = _rank_space(rows, down)
+        if h_TK is None and not ctx.needs_input_grad[0]:  # nothing below down_proj trains
+            inner = _gated(g, u, ctx.activation)
+            return None, None, None, *[None] * 4, *_back_to_factors(inner, down_TR, down_p, rows, down)
+        inner, dg, du = _gated_back(_back_to_input(down_p, rows, down), g, u, ctx.activation)
+        down_grads = _back_to_factors(inner, down_TR, down_p, rows, down)
+        pair_p = _rank_space([dg, du], pair)
+        dx = _back_to_input(pair_p, [dg, du], pair).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return dx, None, None, *_back_to_factors(x_TN, h_TK, pair_p, [dg, du], pair), *down_grads
