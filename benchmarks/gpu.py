@@ -5,9 +5,10 @@
     python benchmarks/gpu.py --device cpu --toy                   the same code on a tiny model
 
 Models have the shapes of SmolLM2-135M, Llama 3.2 1B and Llama 3.1 8B and random weights, the same for every arm;
-nothing is fetched, and this one file is all there is beside deltaw: it is carried to machines. Text is the language reference that ships with Python, a token a word or sign and its id by
+nothing is fetched. Text is the language reference that ships with Python, a token a word or sign and its id by
 frequency, in documents at their real lengths up to 2048 (a longer one in pieces of random lengths), those of like
-length together, as transformers' `group_by_length` does.
+length together, as transformers' `group_by_length` does. Beside deltaw this is one file, however long, so that it can
+be carried to a machine.
 Batches have exactly so many real tokens; padding is never counted. Rank 16 on all linear layers, float32 factors, no
 checkpointing, clip at 1, AdamW (fused).
 

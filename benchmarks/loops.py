@@ -35,7 +35,6 @@ from deltaw.config import AdapterSpec, TrainConfig
 from deltaw.data.pack import pack
 from deltaw.factors import LowRank
 from deltaw.kernels.loss import IGNORE
-from deltaw.kernels.memory import keep_freed_memory
 from deltaw.training.optim import make_optimizer, set_rate
 
 SPEC = AdapterSpec(rank=16, alpha=32.0, targets="all-linear")
@@ -150,7 +149,6 @@ def deltaw_loop(factors: Path, dtype: torch.dtype, *, without: str | None = None
     """deltaw as `deltaw train` runs it, or without one of TECHNIQUES. Raises ValueError on another."""
     if without is not None and without not in TECHNIQUES:
         raise ValueError(f"no technique {without!r}; known: {', '.join(TECHNIQUES)}")
-    keep_freed_memory()
     base = open_base(BASE, dtype=str(dtype).removeprefix("torch."), device="cpu")  # type: ignore[arg-type]
     forward = plan_forward(base.model)
     attached = attach(base.model, Adapter.load(factors), fuse=[kind for kind in KINDS if kind != without])

@@ -1,5 +1,7 @@
 """Frozen layers below the lowest adapter: computed once a run, where a run passes its documents more than once."""
 
+import os
+
 import torch
 
 from deltaw.base.forward import Forward
@@ -7,7 +9,6 @@ from deltaw.base.prefix import lowest_layer
 from deltaw.data.dataset import Dataset
 from deltaw.data.loader import fill
 from deltaw.data.pack import pack
-from deltaw.kernels.memory import free_memory
 from deltaw.model import Model
 from deltaw.progress import Display
 
@@ -31,3 +32,13 @@ def above_the_frozen(model: Model, dataset: Dataset, tokens_per_batch: int, disp
         update(len(groups))
     display.say(f"training steps: {forward.describe()}")
     return forward
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a tensor on `device` could take now; a tebibyte where the system doesn't tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 40

@@ -29,7 +29,6 @@ from deltaw.data.loader import Loader, LoaderState
 from deltaw.data.pack import Batch
 from deltaw.errors import InputError, RunError
 from deltaw.evaluate.held_out import Evaluation, answer, evaluate, held_out_loss, perplexity, spread
-from deltaw.kernels.memory import keep_freed_memory
 from deltaw.model import PLAIN, Model, open_dataset
 from deltaw.progress import Display
 from deltaw.training.checkpoint import Saved, TrainState, latest_checkpoint, put_back, save_checkpoint
@@ -48,7 +47,6 @@ def train(config: RunConfig, *, replace: bool = False, resume: bool = False, dis
     before the weights are loaded where that is possible, RunError when it fails later, `Stopped` on a signal.
     """
     began, display = time.monotonic(), display or Display()
-    keep_freed_memory()
     run = Run(Path(config.output)) if resume else Run.check(config, replace=replace)
     model, dataset = _prepare(config, display)
     trainer = Trainer(config, run, model, dataset, display)

@@ -104,7 +104,20 @@ def test_a_curve_is_held_to_the_band() -> None:
     assert inside.tolerance == pytest.approx(0.4) and inside.outside == 0
     assert inside.distance == pytest.approx(0.3)
     outside = curves.judge(peft, [[0.9] * 60, [1.2] * 60, [1.9] * 60])
-    assert outside.outside == 41  # every smoothed step of one curve
+    assert outside.outside == 41 and outside.points == 3 * 41  # every smoothed step of one curve
+
+
+def test_deltaw_may_leave_the_band_as_often_as_peft_does() -> None:
+    peft = [[1.0] * 60, [1.0] * 60, [1.4] * 60]  # two bands of width 0.4, one of no width that the third curve leaves
+    verdict = curves.judge(peft, [[1.9] * 60, [1.0] * 60, [1.0] * 60])
+    assert (verdict.outside, verdict.own, verdict.inside) == (41, 41, True)
+    assert not curves.judge(peft, [[1.9] * 60, [1.9] * 60, [1.0] * 60]).inside
+
+
+def test_curves_come_back_from_their_file(tmp_path: Path) -> None:
+    made = {(arm, seed): [1.0, 0.5 + seed] for seed in curves.SEEDS for arm in ("peft", "deltaw")}
+    curves.write(tmp_path / "curves.csv", made)
+    assert curves.read(tmp_path / "curves.csv") == made
 
 
 def test_smoothing_is_a_running_mean() -> None:
