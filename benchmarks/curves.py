@@ -10,8 +10,8 @@ the same three; losses are smoothed by a running mean over 20 steps. At every st
 
 that is, deltaw may differ from PEFT by as much as PEFT differs from itself. Three curves make a poor band: a fourth
 seed of PEFT's would leave it, too. So the points outside are held to how often PEFT's own curves are outside, each
-against the band of the other two, made in the same way. The distance to PEFT's curve of the same seed is printed, too: the
-sharper figure, since data and factors are the same and only rounding differs.
+against the band of the other two, made in the same way. The distance to PEFT's curve of the same seed is printed, too:
+the sharper figure, since data and factors are the same and only rounding differs.
 All losses go to benchmarks/curves.csv.
 """
 

@@ -45,7 +45,7 @@ def test_every_recipe_trains_for_two_steps(recipe: str, here: Path) -> None:
     assert adapter.parameters == 4_884_480
     result = json.loads((Path(config.output) / "result.json").read_text())
     assert result["steps"] == 2 and result["eval"]["after"]["loss"] > 0
-    assert result["forward"] == "packed documents, fused head and loss"
+    assert result["forward"] == "packed documents, fused head and loss, fused 61 norms, 30 attention blocks, 30 MLPs"
 
 
 def test_it_learns_and_peft_gives_the_same_logits(here: Path) -> None:
