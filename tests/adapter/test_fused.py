@@ -102,11 +102,12 @@ def test_padded_models_keep_their_attention() -> None:
         assert counts(adapted(name, KINDS))[1] == 0
 
 
-class _Doubled(nn.Module):
+class _Scaled(nn.Module):
     """A gated MLP that does one thing more: its parts are those of any other."""
 
-    def __init__(self, mlp: Any) -> None:
+    def __init__(self, mlp: Any, factor: float) -> None:
         super().__init__()
+        self.factor = factor
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
             mlp.gate_proj,
             mlp.up_proj,
@@ -115,17 +116,19 @@ class _Doubled(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return 1.5 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return self.factor * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-def test_a_module_that_does_something_else_is_left_alone() -> None:
-    model = tiny("llama")
+@pytest.mark.parametrize("factor", [1.5, 1.01])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_module_that_does_something_else_is_left_alone(dtype: torch.dtype, factor: float) -> None:
+    model = tiny("llama", dtype)
     layer = model.model.layers[0]
-    layer.mlp = _Doubled(layer.mlp)
+    layer.mlp = _Scaled(layer.mlp, factor)
     plan_forward(model)
     attached = attach(model, SPEC)
     assert counts(attached) == (5, 2, 1)
-    assert isinstance(layer.mlp, _Doubled)
+    assert isinstance(layer.mlp, _Scaled)
 
 
 def test_a_module_of_ones_own_is_adapted_without() -> None:
