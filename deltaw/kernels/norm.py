@@ -5,7 +5,7 @@
 
 w is frozen. Only x and r (one number a row) are kept; x is the residual stream, which is there anyway. All sums are in
 float32 and y is rounded once; the module that this stands in for rounds twice or makes five float32 copies (a forward
-and backward of 2048 x 576 float32 in transformers' Llama: 8.1 ms on two cores, here 2.2 ms).
+and backward of 2048 x 576 float32 in transformers' Llama: 3.7 ms on two cores, here 1.5 ms).
 
 Letters: T rows, D features.
 """
