@@ -18,7 +18,8 @@ other, so that x is read once for all H and once for all ∂L/∂A, and ∂L/∂
 and made again in the backward. With D = ∂L/∂(act(g) ∘ u):  ∂L/∂u = D ∘ act(g),  ∂L/∂g = D ∘ u ∘ act′(g).
 
 The factors may be wider than x (float32 masters, bfloat16 activations): they are rounded to x's dtype for the products,
-and their gradients come back in their own dtype. Rounding them at each use costs milliseconds of a step of seconds, so no copy is kept.
+and their gradients come back in their own dtype. Rounding them at each use costs milliseconds of a step of seconds, so
+no copy is kept.
 
 Letters: T rows (tokens), N inputs, M outputs, R rank, K the sum of the ranks of projections of one input.
 """
