@@ -11,6 +11,10 @@ A fresh process each, because memory is the process's high-water mark (VmHWM) an
 user waits for: `first_step_s` counts from the start of the process, imports included, to the end of its first step.
 Tokens are real ones; padding counts as none. Compiling is in `first_step_s` and, beside it, in `compile_s` (what the
 first step took beyond a later one); the warm steps are left out of the rates alone.
+
+With `--without`, the whole deltaw takes every step, too, in turns in the same process (`beside_s`): what a technique
+brings is a few percent, less than what one process of a shared machine differs from the next. The peak is then that of
+the first step, before the second model is opened.
 """
 
 import argparse
@@ -22,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +85,8 @@ def measure(arm: str, name: str, dtype: str, steps: int, warm: int, without: str
             figures |= _train(arm, Path(folder), number, chosen, without, seed)
         timed = zip(figures["tokens"][warm:], figures["seconds"][warm:], strict=True)
         figures["tokens_per_s"] = [count / seconds for count, seconds in timed]
+        pairs = zip(figures["beside_s"][warm:], figures["seconds"][warm:], strict=False)
+        figures["of_whole"] = [whole / seconds for whole, seconds in pairs]
     figures |= {"threads": torch.get_num_threads(), "python": platform.python_version()}
     return figures | {package: importlib.metadata.version(package) for package in PACKAGES}
 
@@ -91,6 +97,8 @@ def _train(arm: str, folder: Path, dtype: Any, steps: list[Any], without: str | 
     gauge, factors = Gauge(), loops.save_factors(folder, seed)
     seconds: list[float] = []
     losses: list[float] = []
+    beside: list[float] = []
+    peak = 0
     if arm in TRAINERS:
         from benchmarks import trainers
 
@@ -106,16 +114,19 @@ def _train(arm: str, folder: Path, dtype: Any, steps: list[Any], without: str | 
         )
         gauge.before()
         for step in steps:
-            began = time.perf_counter()
-            losses.append(loop.step(step))
-            seconds.append(time.perf_counter() - began)
+            losses.append(_timed(loop.step, step, seconds))
             if len(seconds) == 1:
                 gauge.after()
+                if without:
+                    peak, whole = memory("VmHWM"), loops.deltaw_loop(factors, dtype)
+            if without:
+                _timed(whole.step, step, beside)
         path = loop.path
     compile_s = seconds[0] - statistics.median(seconds[1:]) if arm == "peft-compile" and len(seconds) > 1 else 0.0
-    peak = memory("VmHWM")
+    peak = peak or memory("VmHWM")
     return {
         "seconds": seconds,
+        "beside_s": beside,
         "losses": losses,
         "first_step_s": gauge.first_step_s,
         "compile_s": compile_s,
@@ -123,6 +134,14 @@ def _train(arm: str, folder: Path, dtype: Any, steps: list[Any], without: str | 
         "grown_bytes": peak - gauge.rss_before,
         "path": path,
     }
+
+
+def _timed(call: Callable[[Any], float], step: Any, seconds: list[float]) -> float:
+    """What the call gives; how long it took is added to `seconds`."""
+    began = time.perf_counter()
+    given = call(step)
+    seconds.append(time.perf_counter() - began)
+    return given
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -60,6 +60,7 @@ class Job:
     def guess(self) -> float:
         """Seconds that it may take."""
         steps = sum(STEPS[self.workload]) * TOKENS[self.workload] / RATES.get(self.arm, 2000)
+        steps *= 4 if self.without else 1  # more of them, and the whole beside it
         return START + steps * (1.5 if self.dtype == "float32" else 1) + COMPILE * (self.arm == "peft-compile")
 
 
@@ -98,7 +99,8 @@ def run(jobs: Sequence[Job], seconds: float, *, quick: bool) -> tuple[list[Row],
     machine, flags = cpu(), settings()
 
     def expected(job: Job) -> float:
-        like = [t for other, t in taken.items() if (other.arm, other.workload) == (job.arm, job.workload)]
+        kind = (job.arm, job.workload, bool(job.without))
+        like = [t for other, t in taken.items() if (other.arm, other.workload, bool(other.without)) == kind]
         return max(like) if like else job.guess()
 
     for number, job in enumerate(jobs):
@@ -120,6 +122,7 @@ def run(jobs: Sequence[Job], seconds: float, *, quick: bool) -> tuple[list[Row],
 def arm(job: Job, quick: bool) -> dict[str, object]:
     """Run one process of arms.py; {"error": …} where it failed."""
     warm, steps = (0, 1) if quick else STEPS[job.workload]
+    steps *= 2 if job.without else 1  # a smaller difference
     command = [sys.executable, "-m", "benchmarks.arms", job.arm, job.workload, "--dtype", job.dtype, "--json"]
     command += ["--warm", str(warm), "--steps", str(steps), *(["--without", job.without] if job.without else [])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

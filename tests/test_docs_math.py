@@ -147,7 +147,7 @@ def test_scale_rules_keep_the_first_step_flat_in_the_rank() -> None:
 class CountProducts(TorchDispatchMode):
     """Adds up 2 · (what a matrix product multiplies), forward and backward, hand-written or autograd's."""
 
-    PRODUCTS: ClassVar = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "baddbmm": 1}  # where the first factor stands
+    PRODUCTS: ClassVar = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "baddbmm": 1, "baddbmm_": 1}  # the first factor
 
     def __init__(self) -> None:
         super().__init__()

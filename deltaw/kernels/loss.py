@@ -11,7 +11,7 @@ So the forward makes both, in chunks of rows, and the backward is one multiplica
 (the idea of Liger's and Apple's fused losses). Sums and counts are returned, never a mean: who knows all the
 batches of a step divides once, which is what makes gradient accumulation exact to the token.
 
-Letters: T rows, D hidden size, V vocabulary, C rows of one chunk, K rows with a label.
+Letters: T rows, D hidden size, V vocabulary, C rows of one chunk, B rows of one block, K rows with a label.
 """
 
 from typing import Any
@@ -24,9 +24,10 @@ from torch.autograd.function import once_differentiable
 from deltaw.kernels.device import on_gpu
 
 IGNORE = -100  # the label of a row that is not trained, PyTorch's convention
-# Logits held at a time. On a CPU 8 to 128 MiB were measured, and 32 is fastest; a GPU reads the head once a chunk,
-# which a few dozen rows are not worth (not measured yet).
+# Logits held at a time: the head is read once a chunk, so a chunk of few rows is slow (measured on a CPU: half the rate
+# at 64 rows of bfloat16, all of it from 512 on), and a long one is memory. A GPU's was not measured yet.
 CHUNK_BYTES, GPU_CHUNK_BYTES = 32 << 20, 512 << 20
+BLOCK_BYTES = 4 << 20  # logits made wide at a time: what stays in a CPU's cache between one operation and the next
 
 
 def linear_cross_entropy(
@@ -63,26 +64,22 @@ def _cap(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _cross_entropy_(z_CV: Tensor, labels_C1: Tensor, scale: float, softcap: float | None, wants_grad: bool) -> Tensor:
-    """The sum of the losses; ∂loss/∂logits takes the place of the logits."""
-    if scale != 1.0:
-        z_CV.mul_(scale)
-    if softcap is not None:
-        z_CV.div_(softcap).tanh_().mul_(softcap)
-    # cap'(z) = 1 − tanh² = 1 − (z / c)² of the capped value, taken before z is overwritten
-    slope_CV = None if softcap is None or not wants_grad else 1 - (z_CV / softcap) ** 2
-    label_C1, top_C1 = z_CV.gather(1, labels_C1), z_CV.amax(1, keepdim=True)
-    # In place, since z is the one large tensor: logsumexp() would pass over copies of it
-    e_CV = z_CV.sub_(top_C1).exp_()
-    sum_C1 = e_CV.sum(1, keepdim=True)
-    loss = (sum_C1.log() + top_C1 - label_C1).sum()
-    if wants_grad:
-        e_CV.div_(sum_C1)
-        e_CV.scatter_add_(1, labels_C1, torch.full_like(sum_C1, -1.0))
-        if slope_CV is not None:
-            e_CV.mul_(slope_CV)
-        if scale != 1.0:
-            e_CV.mul_(scale)
+def _cross_entropy_(z_CV: Tensor, labels_C: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """The sum of the losses; ∂loss/∂logits takes the place of the logits. In float32 or wider, a few rows at a time."""
+    wide = torch.promote_types(z_CV.dtype, torch.float32)
+    loss = torch.zeros((), dtype=wide, device=z_CV.device)
+    rows = max(1, BLOCK_BYTES // (wide.itemsize * z_CV.shape[1]))
+    for z_BV, labels_B in zip(z_CV.split(rows), labels_C.split(rows), strict=True):
+        wide_BV, labels_B1 = z_BV.to(wide), labels_B.unsqueeze(1)
+        wide_BV = _cap(wide_BV * scale if scale != 1.0 else wide_BV, softcap)
+        p_BV = torch.softmax(wide_BV, 1)
+        # −ln p of the label, from the largest p: a small one may underflow
+        top = wide_BV.amax(1, keepdim=True) - p_BV.amax(1, keepdim=True).log_()
+        loss += (top - wide_BV.gather(1, labels_B1)).sum()
+        p_BV.scatter_add_(1, labels_B1, p_BV.new_full(labels_B1.shape, -1.0))
+        if softcap is not None:
+            p_BV.mul_(1 - (wide_BV / softcap).square_())  # cap'(z) = 1 − tanh², of the capped value
+        z_BV.copy_(p_BV.mul_(scale) if scale != 1.0 else p_BV)
     return loss
 
 
@@ -104,21 +101,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden_TD.device)
         grad_KD = hidden_TD.new_empty(len(rows_K), hidden_TD.shape[1]) if wants_grad else None
         held = GPU_CHUNK_BYTES if hidden_TD.is_cuda else CHUNK_BYTES
-        chunk = max(1, held // (4 * head_VD.shape[0]))
-        for start in range(0, len(rows_K), chunk):
+        chunk = min(len(rows_K), max(1, held // (head_VD.itemsize * head_VD.shape[0])))
+        held_CV = hidden_TD.new_empty(chunk, head_VD.shape[0])  # one block for all chunks
+        for start in range(0, len(rows_K), chunk or 1):
             rows_C = rows_K[start : start + chunk]
-            labels_C1 = labels_T[rows_C].unsqueeze(1)
-            z_CV = F.linear(hidden_TD[rows_C], head_VD, bias_V)
+            z_CV = torch.mm(hidden_TD[rows_C], head_VD.T, out=held_CV[: len(rows_C)])
+            if bias_V is not None:
+                z_CV.add_(bias_V)
             if on_gpu(z_CV):
                 from deltaw.kernels.triton import cross_entropy_
 
-                loss += cross_entropy_(z_CV, labels_C1.squeeze(1), scale, softcap).sum()
+                loss += cross_entropy_(z_CV, labels_T[rows_C], scale, softcap).sum()
             else:
-                z_CV = z_CV.to(wide)
-                loss += _cross_entropy_(z_CV, labels_C1, scale, softcap, wants_grad)
-            if grad_KD is None:
-                continue
-            torch.mm(z_CV.to(head_VD.dtype), head_VD, out=grad_KD[start : start + chunk])
+                loss += _cross_entropy_(z_CV, labels_T[rows_C], scale, softcap)
+            if grad_KD is not None:
+                torch.mm(z_CV, head_VD, out=grad_KD[start : start + chunk])
         if grad_KD is not None:
             ctx.save_for_backward(grad_KD, rows_K)
             ctx.rows = len(hidden_TD)

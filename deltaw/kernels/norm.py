@@ -48,11 +48,12 @@ class _RMSNorm(torch.autograd.Function):
             ctx.save_for_backward(x, w_D, r_T1)
             return y
         wide = torch.promote_types(x.dtype, torch.float32)
+        wide_x = x.to(wide)  # at once: operations on two dtypes are slow on a CPU
         # Norm first: one pass over x, no copy of its squares.
-        norm_T1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        norm_T1 = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
         r_T1 = torch.rsqrt(norm_T1.square_().div_(x.shape[-1]).add_(eps))
         ctx.save_for_backward(x, w_D, r_T1)
-        return (x * r_T1).mul_(_gain(w_D, offset, wide)).to(x.dtype)
+        return (wide_x * r_T1).mul_(_gain(w_D, offset, wide)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -62,7 +63,7 @@ class _RMSNorm(torch.autograd.Function):
             from deltaw.kernels.triton import rms_norm_backward
 
             return rms_norm_backward(grad, x, w_D, r_T1, ctx.offset), None, None, None
-        h = grad * _gain(w_D, ctx.offset, r_T1.dtype)
+        h = grad.to(r_T1.dtype) * _gain(w_D, ctx.offset, r_T1.dtype)
         x = x.to(r_T1.dtype)
         mean_T1 = torch.linalg.vecdot(h, x).unsqueeze(-1).div_(x.shape[-1])
         dx = h.mul_(r_T1).addcmul_(x, mean_T1.mul_(r_T1.pow(3)), value=-1)

@@ -67,13 +67,13 @@ def test_error_in_bfloat16_is_within_the_plain_twins() -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30))
-def test_every_token_has_one_place(lengths: list[int]) -> None:
-    documents = Documents(starts_of(lengths))
-    gather, scatter = documents.layout(3)
+@given(lengths=st.lists(st.integers(1, 150), min_size=1, max_size=30), in_chunks=st.booleans())
+def test_every_token_has_one_place(lengths: list[int], in_chunks: bool) -> None:
+    layout = Documents(starts_of(lengths)).layout(3, in_chunks=in_chunks)
     rows = torch.arange(sum(lengths) * 3)
-    assert torch.equal(rows[gather][scatter], rows)
-    assert len(gather) <= 3 * kernel.FILL * sum(lengths) + 3 * len(lengths)
+    assert torch.equal(rows[layout.gather][layout.scatter], rows)
+    assert sorted([*layout.scatter.tolist(), *layout.filler.tolist()]) == list(range(len(layout.gather)))
+    assert len(layout.gather) <= 3 * kernel.FILL * sum(lengths) + 3 * len(lengths)
 
 
 def test_empty_document_is_refused() -> None:

@@ -30,9 +30,10 @@ def test_gradcheck_in_float64(variant: dict) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
-def test_equals_the_plain_twin_whatever_the_chunk(variant: dict, chunk_rows: int, monkeypatch) -> None:
-    monkeypatch.setattr(kernel, "CHUNK_BYTES", 4 * V * chunk_rows)
+@pytest.mark.parametrize(("chunk_rows", "block_rows"), [(1, 1), (4, 3), (9, 1), (1000, 4), (1000, 1000)])
+def test_equals_the_plain_twin_whatever_the_chunk(variant: dict, chunk_rows: int, block_rows: int, monkeypatch) -> None:
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 8 * V * chunk_rows)
+    monkeypatch.setattr(kernel, "BLOCK_BYTES", 8 * V * block_rows)
     hidden, head, labels = case(torch.float64)
     chosen = options(variant, torch.float64)
     fast, count = linear_cross_entropy(hidden, head, labels, **chosen)
@@ -78,3 +79,13 @@ def test_accumulation_over_unequal_masks_equals_the_whole() -> None:
     total = sum(n for _, n in parts)
     (got,) = torch.autograd.grad(sum(loss / total for loss, _ in parts), hidden)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 300.0])
+def test_a_label_that_the_model_rules_out(softcap: float | None) -> None:
+    """Its probability is zero in float32; its loss is the difference of the logits all the same."""
+    hidden, head = torch.eye(2, requires_grad=True), torch.tensor([[200.0, 0.0], [0.0, 0.0], [-20.0, 0.0]])
+    fast, _ = linear_cross_entropy(hidden, head, torch.tensor([2, IGNORE]), softcap=softcap)
+    plain, _ = linear_cross_entropy_plain(hidden, head, torch.tensor([2, IGNORE]), softcap=softcap)
+    torch.testing.assert_close(fast, plain)
+    assert float(fast.detach()) > 180
