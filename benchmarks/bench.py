@@ -125,7 +125,9 @@ def arm(job: Job, quick: bool) -> dict[str, object]:
     steps *= 2 if job.without else 1  # a smaller difference
     command = [sys.executable, "-m", "benchmarks.arms", job.arm, job.workload, "--dtype", job.dtype, "--json"]
     command += ["--warm", str(warm), "--steps", str(steps), *(["--without", job.without] if job.without else [])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as cache:  # nothing that an earlier run has compiled
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]}
     figures: dict[str, object] = json.loads(done.stdout.splitlines()[-1])

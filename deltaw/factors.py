@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltaw.linalg.rank import energy_rank
 from deltaw.linalg.svd import product_svd
 
 
@@ -66,10 +67,7 @@ class LowRank:
             raise ValueError("give rank or energy, one of the two")
         u, s, vt = self.svd()
         if energy is not None:
-            if not 0 < energy <= 1:
-                raise ValueError(f"energy is a share in (0, 1], got {energy}")
-            kept = torch.cumsum(s.double() ** 2, 0)
-            rank = int((kept < energy * kept[-1] * (1 - 1e-12)).sum()) + 1
+            rank = max(1, int(energy_rank(s, energy)))
         assert rank is not None
         if not 1 <= rank <= len(s):
             raise ValueError(f"rank must lie in 1..{len(s)}, got {rank}")
