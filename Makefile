@@ -1,4 +1,4 @@
-# make demo   install, then teach a 135M model to pronounce words (five to six minutes on two cores)
+# make demo   install, then teach a 135M model to pronounce words (five minutes on two cores)
 # make test   install what tests need, run them          make test-all   the slow ones, too
 # make bench  measure it against PEFT and TRL on this machine (15 minutes; MINUTES=30 has every row)
 # make bench-curves  hold 200 steps to the band of PEFT's seeds (some ten minutes)
