@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -191,6 +191,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filt
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 
 
+@example(names=("1e3", "0E0", "2024-01-01"), targets="0E0", ranks={}, alphas={"1.e-3": 1.0}, lr=1.0, held_out=None)
 @given(
     names=st.tuples(NAMES, NAMES, NAMES),
     targets=NAMES | st.lists(NAMES, min_size=1),
