@@ -21,8 +21,8 @@ model, whose keys and values share much.
 On a GPU PyTorch's own attention over packed documents does most calls (varlen.py).
 
 Why not `scaled_dot_product_attention`: its CPU kernel is made for long sequences. Measured on 2 cores, bf16, 9 heads
-of 64, forward + backward (benchmarks/attention.py): 80 documents of 25 tokens 34 ms against 9 ms, 4 of 512 63 ms
-against 41 ms. FlexAttention has no backward on a CPU, and a dense block mask computes all T² scores.
+of 64, forward + backward (benchmarks/attention.py): 80 documents of 25 tokens 27 ms against 7 ms, 4 of 512 55 ms
+against 31 ms. FlexAttention has no backward on a CPU, and a dense block mask computes all T² scores.
 
 Letters: T tokens, H query heads, K key/value heads, G = H / K heads that share one, E head size, D documents of a
 group, L its length, C queries of a chunk, S documents of the batch + 1.
