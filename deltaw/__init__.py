@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from deltaw.base.load import Base, open_base
     from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
     from deltaw.errors import DeltawError, InputError, RunError
-    from deltaw.factors import LowRank
+    from deltaw.factors import Dense, LowRank
     from deltaw.kernels.attention import packed_attention
     from deltaw.kernels.lora import lora_linear
     from deltaw.kernels.loss import linear_cross_entropy
@@ -28,6 +28,7 @@ _HOME = {
     "Attached": "adapter.inject",
     "Base": "base.load",
     "BaseId": "adapter.file",
+    "Dense": "factors",
     "DeltawError": "errors",
     "Forward": "base.forward",
     "InputError": "errors",

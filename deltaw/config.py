@@ -26,6 +26,7 @@ Metric = Literal["exact_match", "phoneme_error_rate"]
 Dtype = Literal["auto", "bfloat16", "float32"]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TARGET_GROUPS = ("all-linear", "attention", "mlp")
+FACTOR_FIELDS = ("rank", "alpha", "scaling", "dropout", "rank_overrides", "alpha_overrides")  # of AdapterSpec
 
 
 class Strict(BaseModel):
@@ -44,8 +45,13 @@ class Strict(BaseModel):
 
 
 class AdapterSpec(Strict):
-    """What to adapt and how large. Scale is alpha / rank (LoRA §4.1) or alpha / sqrt(rank) (rsLoRA)."""
+    """What to adapt and how large. Scale is alpha / rank (LoRA §4.1) or alpha / sqrt(rank) (rsLoRA).
 
+    `full`: ΔW itself is trained, a matrix of the weight's size, and the fields about factors say nothing. In a run
+    file `adapter: full` is short for it.
+    """
+
+    full: bool = False
     rank: int = Field(16, ge=1, le=65536)
     alpha: PositiveFloat = 32.0
     targets: str | tuple[str, ...] = "all-linear"
@@ -64,6 +70,14 @@ class AdapterSpec(Strict):
             raise ValueError("is empty: name at least one module, or all-linear, attention, mlp")
         return tuple(value) if isinstance(value, list) else value
 
+    @model_validator(mode="after")
+    def _full_has_no_factors(self) -> "AdapterSpec":
+        if self.full:
+            given = [name for name in FACTOR_FIELDS if getattr(self, name) != AdapterSpec.model_fields[name].default]
+            if given:
+                raise ValueError(f"full fine-tuning has no {', '.join(given)}: leave out full, or these")
+        return self
+
     def rank_of(self, path: str) -> int:
         """The rank of the module at `path`: the first override that names it, else `rank`."""
         return next((r for name, r in self.rank_overrides.items() if names_module(name, path)), self.rank)
@@ -74,6 +88,8 @@ class AdapterSpec(Strict):
 
     def scale(self, path: str) -> float:
         """The factor in front of B A for the module at `path`."""
+        if self.full:
+            return 1.0
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.scaling == "rslora" else rank)
 
@@ -152,6 +168,11 @@ class RunConfig(Strict):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     output: str = Field(min_length=1)
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _full(cls, value: Any) -> Any:
+        return {"full": True} if value == "full" else value
 
     @model_validator(mode="after")
     def _metrics_need_rows(self) -> "RunConfig":

@@ -1,7 +1,8 @@
-"""`LowRank`: the value ΔW = scale · B A that everything here is about.
+"""`LowRank`: the value ΔW = scale · B A that everything here is about; `Dense`: the ΔW of full fine-tuning beside it.
 
 It is an immutable value, not a layer: training makes it, a file stores it, and truncate, add and negate are exact
-functions of the two thin factors. The dense M x N matrix exists only where `dense()` is written.
+functions of the two thin factors. The dense M x N matrix exists only where `dense()` is written, and in `Dense`, which
+is what LoRA is compared with. Both have the same face, so whatever looks at an update can look at either.
 
 Letters: M output features, N input features, R rank. A is [R, N], B is [M, R], as in the LoRA paper (Hu et al.
 2021, §4.1) and PEFT; `docs/math.md` maps other notations to this one.
@@ -63,16 +64,11 @@ class LowRank:
 
         Give exactly one: `rank`, or `energy` in (0, 1], the share of ‖ΔW‖²_F to keep.
         """
-        if (rank is None) == (energy is None):
-            raise ValueError("give rank or energy, one of the two")
-        u, s, vt = self.svd()
-        if energy is not None:
-            rank = max(1, int(energy_rank(s, energy)))
-        assert rank is not None
-        if not 1 <= rank <= len(s):
-            raise ValueError(f"rank must lie in 1..{len(s)}, got {rank}")
-        root = s[:rank].sqrt()
-        return LowRank(root[:, None] * vt[:rank], u[:, :rank] * root)
+        return _truncated(self.svd(), rank, energy)
+
+    def cpu(self) -> "LowRank":
+        """The same update on the CPU."""
+        return LowRank(self.a_RN.cpu(), self.b_MR.cpu(), self.scale)
 
     def __add__(self, other: "LowRank") -> "LowRank":
         """Exact, by stacking: [s₁B₁ s₂B₂] [A₁; A₂]; the ranks add up."""
@@ -88,3 +84,67 @@ class LowRank:
 
     def __sub__(self, other: "LowRank") -> "LowRank":
         return self + (-other)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """ΔW as the matrix itself, [M, N]: what full fine-tuning learns. Raises ValueError when it is no matrix."""
+
+    delta_MN: Tensor
+    scale: float = 1.0  # always; so that an update can be asked
+
+    def __post_init__(self) -> None:
+        if self.delta_MN.ndim != 2:
+            raise ValueError(f"not a matrix: shape {tuple(self.delta_MN.shape)}")
+
+    @property
+    def rank(self) -> int:
+        """min(M, N): nothing limits it."""
+        return min(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, N)."""
+        return self.delta_MN.shape[0], self.delta_MN.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """M N."""
+        return self.delta_MN.numel()
+
+    def apply(self, x_TN: Tensor) -> Tensor:
+        """x ΔWᵀ, [..., M]."""
+        return x_TN @ self.delta_MN.T
+
+    def dense(self) -> Tensor:
+        """The matrix itself, no copy."""
+        return self.delta_MN
+
+    def cpu(self) -> "Dense":
+        """The same update on the CPU."""
+        return Dense(self.delta_MN.cpu())
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U [M, K], S [K], Vᵀ [K, N], K = min(M, N): a full decomposition, O(M N K)."""
+        u, s, vt = torch.linalg.svd(self.delta_MN, full_matrices=False)
+        return u, s, vt
+
+    def truncate(self, rank: int | None = None, energy: float | None = None) -> LowRank:
+        """The best LoRA of a rank, or of the least rank that keeps `energy` of ‖ΔW‖²_F; √S in both factors, scale 1."""
+        return _truncated(self.svd(), rank, energy)
+
+
+Update = LowRank | Dense
+
+
+def _truncated(usv: tuple[Tensor, Tensor, Tensor], rank: int | None, energy: float | None) -> LowRank:
+    if (rank is None) == (energy is None):
+        raise ValueError("give rank or energy, one of the two")
+    u, s, vt = usv
+    if energy is not None:
+        rank = max(1, int(energy_rank(s, energy)))
+    assert rank is not None
+    if not 1 <= rank <= len(s):
+        raise ValueError(f"rank must lie in 1..{len(s)}, got {rank}")
+    root = s[:rank].sqrt()
+    return LowRank(root[:, None] * vt[:rank], u[:, :rank] * root)

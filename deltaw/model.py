@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaw.adapter.file import CONFIG, Adapter, BaseId
+from deltaw.adapter.file import Adapter, BaseId, is_adapter
 from deltaw.adapter.inject import Attached, attach
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.generate import Sampling, generate, stream
@@ -108,11 +108,11 @@ def open_model(
     path, config, adapter = Path(name), None, None
     if is_run(path):
         config = load_config(path / "config.yaml")
-        if not (path / "adapter" / CONFIG).is_file():
+        if not is_adapter(path / "adapter"):
             raise InputError(f"{path} has no finished adapter yet", fix=f"finish it: deltaw train {path}")
         adapter = Adapter.load(path / "adapter")
         base, dtype = base or config.base, dtype or config.train.dtype
-    elif (path / CONFIG).is_file():
+    elif is_adapter(path):
         adapter = Adapter.load(path)
         base = base or _known_name(adapter, path)
     source = find_base(base or str(name), progress=display.say)

@@ -2,6 +2,7 @@
 
     adapter_model.safetensors    base_model.model.<module path>.lora_A.weight [R, N] and .lora_B.weight [M, R], float32
     adapter_config.json          PEFT's classic fields (peft_config.py)
+    delta.safetensors            instead of both for full fine-tuning (full.py), which PEFT has no form for
     deltaw.json                  which base it was trained on: name, revision, fingerprint, chat template
     README.md                    how to use it, for people
 
@@ -21,14 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from deltaw.adapter.full import DELTAS, load_deltas
 from deltaw.adapter.peft_config import from_spec, to_spec
 from deltaw.base.source import PICKLES
 from deltaw.base.weights import load_safetensors, read_json, save_safetensors, write_text_atomic
 from deltaw.config import TARGET_GROUPS, AdapterSpec
 from deltaw.errors import InputError, RunError, listed
-from deltaw.factors import LowRank
+from deltaw.factors import Dense, LowRank, Update
 from deltaw.version import VERSION
 
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "deltaw.json"
@@ -68,7 +71,7 @@ class Adapter:
     """A trained update for every adapted module: `factors` by module path, each agreeing with `spec`."""
 
     spec: AdapterSpec
-    factors: Mapping[str, LowRank]
+    factors: Mapping[str, Update]
     base: BaseId = field(default_factory=BaseId)
     fan_in_fan_out: bool = False  # PEFT's word for a base that stores its weights transposed (GPT-2's Conv1D)
 
@@ -80,31 +83,46 @@ class Adapter:
         """Write PEFT's layout into `directory`, each file whole or not at all. RunError on NaN or a full disk."""
         directory = Path(directory)
         for path, update in self.factors.items():
-            if update.rank != self.spec.rank_of(path) or update.scale != self.spec.scale(path):
+            fits = update.rank == self.spec.rank_of(path) and update.scale == self.spec.scale(path)
+            if isinstance(update, Dense) != self.spec.full or not (fits or self.spec.full):
                 raise ValueError(f"{path}: rank {update.rank}, scale {update.scale} are not what the spec says")
-        tensors = {}
-        for path, update in self.factors.items():
-            tensors[PREFIX + path + A] = update.a_RN.detach().float().cpu().contiguous()
-            tensors[PREFIX + path + B] = update.b_MR.detach().float().cpu().contiguous()
+        tensors = self._tensors()
         bad = _not_finite(tensors)
         if bad:
             raise RunError(f"the adapter holds NaN or infinity, it was not saved:\n{listed(bad)}")
         directory.mkdir(parents=True, exist_ok=True)
-        names = {self.spec.targets} if isinstance(self.spec.targets, str) else set(self.spec.targets)
-        # A group is a word of deltaw's own: to other tools it is spelt out.
-        spec = self.spec.model_copy(update={"targets": tuple(self.factors)} if names & set(TARGET_GROUPS) else {})
-        config = from_spec(spec, self.base.name, self.base.revision, self.fan_in_fan_out)
+        if self.spec.full:
+            save_safetensors(tensors, directory / DELTAS)
+        else:
+            save_safetensors(tensors, directory / WEIGHTS, {"format": "pt"})
+            write_text_atomic(directory / CONFIG, json.dumps(self._peft_config(), indent=2) + "\n")
         record = {"deltaw": VERSION, "base": asdict(self.base), "spec": self.spec.model_dump(mode="json")}
-        save_safetensors(tensors, directory / WEIGHTS, {"format": "pt"})
-        write_text_atomic(directory / CONFIG, json.dumps(config, indent=2) + "\n")
         write_text_atomic(directory / RECORD, json.dumps(record, indent=2) + "\n")
         write_text_atomic(directory / "README.md", self._card())
         return directory
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What the weights' file holds."""
+        tensors = {}
+        for path, update in self.factors.items():
+            if isinstance(update, Dense):
+                tensors[path] = update.delta_MN
+            else:
+                tensors |= {PREFIX + path + A: update.a_RN, PREFIX + path + B: update.b_MR}
+        return {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def _peft_config(self) -> dict[str, Any]:
+        names = {self.spec.targets} if isinstance(self.spec.targets, str) else set(self.spec.targets)
+        # A group is a word of deltaw's own: to other tools it is spelt out.
+        spec = self.spec.model_copy(update={"targets": tuple(self.factors)} if names & set(TARGET_GROUPS) else {})
+        return from_spec(spec, self.base.name, self.base.revision, self.fan_in_fan_out)
 
     @staticmethod
     def load(directory: str | Path) -> "Adapter":
         """Read PEFT's layout, deltaw's own or another tool's. Raises InputError that lists what is wrong."""
         directory = Path(directory)
+        if (directory / DELTAS).is_file():
+            return _load_full(directory)
         _check_folder(directory)
         tensors = load_safetensors(directory / WEIGHTS)
         pairs = _pair(tensors, str(directory / WEIGHTS))
@@ -120,6 +138,11 @@ class Adapter:
 
     def _card(self) -> str:
         base = self.base.name or "unknown"
+        if self.spec.full:
+            return (
+                f"# Full fine-tuning of {base}\n\nWhat {len(self.factors)} weights changed by, {self.parameters:,} "
+                f"numbers in {DELTAS}. Made by deltaw {VERSION}; `deltaw extract` makes a LoRA of it.\n"
+            )
         return (
             f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, deltaw]\n---\n\n"
             f"# LoRA adapter for {base}\n\n"
@@ -127,6 +150,23 @@ class Adapter:
             f"{self.parameters:,} parameters. Made by deltaw {VERSION}.\n\n"
             "```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, this_folder)\n```\n"
         )
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a folder looks like an adapter: PEFT's layout, or full fine-tuning's."""
+    return (directory / CONFIG).is_file() or (directory / DELTAS).is_file()
+
+
+def _load_full(directory: Path) -> Adapter:
+    factors = load_deltas(directory)
+    record = read_json(directory / RECORD, max_bytes=1_000_000)
+    try:
+        spec = AdapterSpec.model_validate_json(json.dumps(record.get("spec")))
+    except ValidationError as error:
+        raise InputError(f"{directory / RECORD}: its spec is none: {error.errors()[0]['msg']}") from None
+    if not spec.full:
+        raise InputError(f"{directory / RECORD} describes no full fine-tuning, but {DELTAS} lies beside it")
+    return Adapter(spec, factors, _base_of(directory, {}))
 
 
 def _check_folder(directory: Path) -> None:

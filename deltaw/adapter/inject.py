@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaw.adapter import fused
 from deltaw.adapter.file import Adapter, BaseId
+from deltaw.adapter.full import FullLinear
 from deltaw.adapter.init import fresh_factors
-from deltaw.adapter.layer import LoRALinear
+from deltaw.adapter.layer import AdaptedLinear, LoRALinear
 from deltaw.adapter.spec import explicit_targets, find_targets
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.stand_in import StandIn
@@ -36,7 +37,7 @@ class Attached:
 
     model: nn.Module
     spec: AdapterSpec
-    layers: dict[str, LoRALinear]
+    layers: dict[str, AdaptedLinear]
     unmatched: tuple[str, ...] = ()
     stand_ins: dict[str, StandIn] = field(default_factory=dict)
 
@@ -46,8 +47,8 @@ class Attached:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that trains: A and B of each layer, float32."""
-        return [p for layer in self.layers.values() for p in (layer.lora_a, layer.lora_b)]
+        """Everything that trains (A and B of each layer), float32."""
+        return [parameter for layer in self.layers.values() for parameter in layer.trained().values()]
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -68,7 +69,7 @@ class Attached:
 
     def adapter(self, base: BaseId) -> Adapter:
         """What has been learnt so far, as a value on the CPU; the model keeps its adapter."""
-        factors = {path: _on_cpu(layer) for path, layer in self.layers.items()}
+        factors = {path: layer.factors().cpu() for path, layer in self.layers.items()}
         transposed = any(isinstance(layer.base.module, Conv1D) for layer in self.layers.values())
         return Adapter(self.spec, factors, base, transposed)
 
@@ -87,7 +88,7 @@ def attach(
     Raises InputError when a target matches nothing, a rank is too high, an adapter's shapes are not this model's, or
     the model already carries an adapter.
     """
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
+    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
         raise InputError("this model already carries an adapter", fix="detach it first")
     spec = what if isinstance(what, AdapterSpec) else what.spec
     targets = find_targets(model, spec)
@@ -95,17 +96,11 @@ def attach(
         _check_fits(model, what, targets.paths)
     generator = generator or torch.Generator().manual_seed(0)
     spec = spec.model_copy(update={"targets": explicit_targets(model, targets.paths)})
-    layers: dict[str, LoRALinear] = {}
+    layers: dict[str, AdaptedLinear] = {}
     for path in targets.paths:
-        base = FrozenLinear(model.get_submodule(path))
-        layer = LoRALinear(base, spec.rank_of(path), spec.scale(path), spec.dropout)
+        layers[path] = _layer(FrozenLinear(model.get_submodule(path)), path, spec, generator)
         if isinstance(what, Adapter):
-            layer.set_factors(what.factors[path])
-        else:
-            a_RN, b_MR = fresh_factors(spec.rank_of(path), base.out_features, base.in_features, generator)
-            layer.lora_a.data.copy_(a_RN)
-            layer.lora_b.data.copy_(b_MR)
-        layers[path] = layer
+            layers[path].set_factors(what.factors[path])
     for path, layer in layers.items():
         layer.train(model.training)
         model.set_submodule(path, layer)
@@ -121,9 +116,14 @@ def detach(attached: Attached, base: BaseId | None = None) -> Adapter:
     return adapter
 
 
-def _on_cpu(layer: LoRALinear) -> LowRank:
-    update = layer.factors()
-    return LowRank(update.a_RN.cpu(), update.b_MR.cpu(), update.scale)
+def _layer(base: FrozenLinear, path: str, spec: AdapterSpec, generator: torch.Generator) -> AdaptedLinear:
+    """A fresh layer of the kind that the spec asks for: ΔW = 0."""
+    if spec.full:
+        return FullLinear(base)
+    layer = LoRALinear(base, spec.rank_of(path), spec.scale(path), spec.dropout)
+    a_RN, b_MR = fresh_factors(spec.rank_of(path), base.out_features, base.in_features, generator)
+    layer.set_factors(LowRank(a_RN, b_MR, spec.scale(path)))
+    return layer
 
 
 def _check_fits(model: nn.Module, adapter: Adapter, targeted: tuple[str, ...]) -> None:

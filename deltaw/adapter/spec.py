@@ -61,7 +61,7 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> Targets:
     if idle:
         raise InputError(f"adapter overrides: {_unknown(idle, paths)}", fix=f"could match: {_choices(paths)}")
     too_high = []
-    for path in paths:
+    for path in () if spec.full else paths:
         layer = FrozenLinear(model.get_submodule(path))
         limit = min(layer.in_features, layer.out_features)
         if spec.rank_of(path) > limit:

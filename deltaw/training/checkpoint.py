@@ -1,7 +1,7 @@
 """Checkpoints: everything that changes, in safetensors and JSON, never a pickle.
 
     checkpoints/step-000100/state.json             step, data position, sums, fingerprints, SHA-256 of the others
-                            factors.safetensors    <path>.a and <path>.b, float32
+                            factors.safetensors    <path>.a and <path>.b (full fine-tuning: <path>.delta), float32
                             moments.safetensors    AdamW's first and second moment of each
 
 A checkpoint is written under a temporary name, each file fsynced, and the folder renamed last, so a folder named
@@ -116,8 +116,8 @@ def put_back(attached: Attached, optimizer: torch.optim.Optimizer, saved: Saved)
 
 
 def _parameters(attached: Attached) -> dict[str, torch.nn.Parameter]:
-    halves = [(path, layer) for path, layer in attached.layers.items()]
-    return {f"{path}.a": layer.lora_a for path, layer in halves} | {f"{p}.b": layer.lora_b for p, layer in halves}
+    layers = attached.layers.items()
+    return {f"{path}.{name}": value for path, layer in layers for name, value in layer.trained().items()}
 
 
 def _factors(attached: Attached) -> dict[str, Tensor]:

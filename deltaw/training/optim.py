@@ -28,11 +28,12 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(attached: Attached, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over A and B, B's group scaled by `lr_ratio_b`. `set_rate` gives it a rate each step."""
-    layers = attached.layers.values()
+    """AdamW over all that trains, B's group scaled by `lr_ratio_b`. `set_rate` gives it a rate each step."""
+    trained = [item for layer in attached.layers.values() for item in layer.trained().items()]
+    ratios = {"b": config.lr_ratio_b}
     groups = [
-        {"params": [layer.lora_a for layer in layers], "ratio": 1.0},
-        {"params": [layer.lora_b for layer in layers], "ratio": config.lr_ratio_b},
+        {"params": [parameter for name, parameter in trained if ratios.get(name, 1.0) == ratio], "ratio": ratio}
+        for ratio in dict.fromkeys([1.0, config.lr_ratio_b])
     ]
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 

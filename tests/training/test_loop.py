@@ -60,6 +60,21 @@ def test_two_runs_of_one_seed_are_the_same_to_the_bit(folder: Path) -> None:
     assert digest(folder / "run") != digest(folder / "other")
 
 
+def test_full_fine_tuning_learns_and_resumes_to_the_bit(folder: Path, monkeypatch) -> None:
+    whole = run(folder, adapter="full")
+    assert whole.spec.full and set(whole.spec.targets) >= {"q_proj", "down_proj"}
+    result = json.loads((folder / "run/result.json").read_text())
+    assert result["trained_parameters"] == whole.parameters == 2 * 32 * (32 + 16 + 16 + 32 + 3 * 48)
+    assert result["eval"]["after"]["loss"] < result["eval"]["before"]["loss"]
+    interrupted = run_file(folder, adapter="full", output=str(folder / "stopped"))
+    stop_at(monkeypatch, 3, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        train(parse_config(interrupted), display=QUIET)
+    monkeypatch.undo()
+    resumed = resume(folder / "stopped", display=QUIET)
+    assert all(torch.equal(resumed.factors[p].delta_MN, u.delta_MN) for p, u in whole.factors.items())
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("stop_after", [1, 3, 5])
 def test_stopped_and_resumed_is_the_same_to_the_bit(folder: Path, monkeypatch, stop_after: int, dropout: float) -> None:
