@@ -35,6 +35,7 @@ from deltaw.factors import Dense, DoRA, LowRank, Plain
 from deltaw.linalg.rank import tolerance
 from deltaw.linalg.subspace import principal_angles, random_similarity, similarity
 from deltaw.linalg.svd import product_singular_values
+from deltaw.linalg.threads import one_thread
 
 DIRECTIONS = 64  # compared, at most
 PAIRS = (1, 4)  # φ(i, i) picked out of the grid, besides the last
@@ -170,10 +171,11 @@ def compare(first: Adapter, second: Adapter, *, progress: Callable[[int], None] 
             fix="the adapters belong to different bases",
         )
     modules = {}
-    for path in common:
-        modules[path] = compare_updates(_plain(path, first), _plain(path, second))
-        if progress:
-            progress(len(modules))
+    with one_thread():
+        for path in common:
+            modules[path] = compare_updates(_plain(path, first), _plain(path, second))
+            if progress:
+                progress(len(modules))
     return Comparison(modules, (only[0], only[1]))
 
 

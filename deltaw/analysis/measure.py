@@ -57,6 +57,7 @@ from deltaw.errors import InputError
 from deltaw.factors import DoRA, Plain, Update, as_plain
 from deltaw.linalg.rank import effective_rank, energy_rank, stable_rank, tolerance
 from deltaw.linalg.svd import randomised_svd
+from deltaw.linalg.threads import one_thread
 
 SPECTRUM = 256  # singular values kept
 ENERGY = 0.9
@@ -163,16 +164,12 @@ def measure_adapter(
         return measure(update, w_MN)
 
     paths, measures = in_order(adapter.factors), {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(min(threads, WORKERS)) as pool:
-            for path, measured in zip(paths, pool.map(of, paths), strict=True):
-                measures[path] = measured
-                if progress:
-                    progress(len(measures))
-    finally:
-        torch.set_num_threads(threads)
+    workers = min(torch.get_num_threads(), WORKERS)
+    with one_thread(), ThreadPoolExecutor(workers) as pool:
+        for path, measured in zip(paths, pool.map(of, paths), strict=True):
+            measures[path] = measured
+            if progress:
+                progress(len(measures))
     return measures
 
 

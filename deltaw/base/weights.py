@@ -133,6 +133,12 @@ def read_tensors(folder: Path) -> "Iterator[tuple[str, Tensor]]":
                 yield name, file.get_tensor(name)
 
 
+def read_tensor(path: Path, name: str) -> "Tensor":
+    """One tensor, copied into memory, of a file that `read_header` or `shards` checked. Raises InputError."""
+    with _reading(path) as file:
+        return file.get_tensor(name).clone()
+
+
 def save_safetensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write all tensors to `path` at once or not at all. Raises RunError when the disk refuses."""
     from safetensors.torch import save_file

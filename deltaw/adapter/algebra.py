@@ -1,0 +1,280 @@
+"""Adapters as values: smaller, padded, scaled; and the spec that describes whatever factors come out.
+
+Everything works on the two thin factors. The SVD of each ΔW comes from them in float64 (linalg/svd.py), and with
+singular values σ₁ ≥ σ₂ ≥ … the best update of rank k keeps the first k terms, at the relative error
+
+    ‖ΔW − ΔW_k‖_F / ‖ΔW‖_F = √(Σ_{i>k} σᵢ²) / √(Σ σᵢ²)              (Eckart & Young 1936)
+
+which every function here states for every module, so that nothing is lost unsaid. A module that keeps its rank keeps
+its factors bit for bit.
+
+How small is small enough? `resize` asks each module alone: for a rank, or for a share of its own ‖ΔW‖²_F.
+`resize_global` asks once: the largest σ² of *all* modules are kept until they hold the share of the whole model's
+Σ ‖ΔW‖²_F. That is the least rank in total for that error, since one module's σ counts as much as another's; it leaves
+many directions to the modules that learnt much. A module keeps one direction at least: PEFT can't store rank 0.
+
+The spec. PEFT derives a module's scale from alpha and rank (α/r, or α/√r for rsLoRA) and keeps ranks that differ in
+`rank_pattern`, alphas in `alpha_pattern`. `adapter_of` inverts that: the commonest rank and alpha are the defaults, the
+others are overrides by full path, and each alpha is chosen such that the division gives the scale again. Not every
+float is a quotient by r; where none is, the scale moves by one unit in the last place of float64, 2⁻⁵³ of it. Signs and
+zeros go into B, exactly, because an alpha is positive.
+
+vLLM drops both patterns without a word. `uniform` pads with rows of zeros instead: the same update, one rank, one
+alpha. Cut factors keep their module's scale, which costs nothing here and makes that exact in the usual case of one
+scale for all modules.
+
+Rejected: scale 1 and √S in both factors after a cut, as LowRank.truncate has it (mixes scales, so that `uniform` would
+have to round B), and a ratio of ranks ("half") as the budget: it says nothing of what is lost.
+
+Letters: M outputs, N inputs, R rank, K singular values of a module or of all.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from deltaw.adapter.file import Adapter
+from deltaw.config import AdapterSpec
+from deltaw.errors import InputError
+from deltaw.factors import LowRank, Update
+from deltaw.linalg.rank import energy_rank
+
+Svd = tuple[Tensor, Tensor, Tensor]  # U [M, K], S [K], Vᵀ [K, N], float64
+Value = TypeVar("Value", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a module's update lost: its rank before and after, and ‖ΔW − ΔW'‖_F / ‖ΔW‖_F (0 where ΔW = 0)."""
+
+    module: str
+    old_rank: int
+    new_rank: int
+    relative_error: float
+
+
+def resize(
+    adapter: Adapter, *, rank: int | None = None, energy: float | None = None, uniform: bool = False
+) -> tuple[Adapter, list[Loss]]:
+    """Every module at `rank`, or at the least rank that keeps the share `energy` of its own ‖ΔW‖²_F.
+
+    A module of lower rank stays as it is. `uniform`: padded to one rank afterwards. Raises InputError unless exactly
+    one of both is given and possible: 1 ≤ rank ≤ the adapter's own largest, 0 < energy ≤ 1.
+    """
+    updates = low_rank_updates(adapter, "resized")
+    check_size(rank, energy)
+    largest = max(update.rank for update in updates.values())
+    if rank is not None and rank > largest:
+        raise InputError(f"rank {rank} is above the adapter's own {largest}: nothing would be gained by it")
+    svds = {path: thin_svd(update) for path, update in updates.items()}
+    ranks = {path: wanted_rank(s, rank, energy) for path, (_, s, _) in svds.items()}
+    smaller, losses = _cut_all(adapter, updates, svds, ranks)
+    return (pad_all(smaller) if uniform else smaller), losses
+
+
+def resize_global(adapter: Adapter, energy: float) -> tuple[Adapter, list[Loss]]:
+    """The least total rank that keeps the share `energy` of Σ ‖ΔW‖²_F over all modules, each at rank 1 or more.
+
+    Raises InputError unless 0 < energy ≤ 1.
+    """
+    updates = low_rank_updates(adapter, "resized")
+    check_size(None, energy)
+    svds = {path: thin_svd(update) for path, update in updates.items()}
+    sigma_K, order_K = torch.cat([s for _, s, _ in svds.values()]).sort(descending=True, stable=True)
+    module_K = torch.repeat_interleave(torch.tensor([len(s) for _, s, _ in svds.values()]))
+    kept = module_K[order_K[: int(energy_rank(sigma_K, energy))]].bincount(minlength=len(svds))
+    ranks = {path: max(1, count) for path, count in zip(svds, kept.tolist(), strict=True)}
+    return _cut_all(adapter, updates, svds, ranks)
+
+
+def energy_shares(adapter: Adapter) -> Tensor:
+    """[K], float64: the share of Σ ‖ΔW‖²_F that the largest 1, 2, …, K singular values of all modules hold."""
+    updates = low_rank_updates(adapter, "resized")
+    sigma_K = torch.cat([thin_svd(update)[1] for update in updates.values()]).sort(descending=True).values
+    kept_K = (sigma_K / (float(sigma_K[0]) or 1)).square().cumsum(0)
+    return kept_K / (float(kept_K[-1]) or 1)
+
+
+def scaled(adapter: Adapter, factor: float) -> Adapter:
+    """factor · ΔW in every module: alpha times |factor|, and B turned round for a negative one, zero for 0.
+
+    Exact but for the scale's rounding to float64. Raises InputError for NaN, infinity, or an alpha that leaves float64.
+    """
+    updates = low_rank_updates(adapter, "scaled")
+    if not math.isfinite(factor):
+        raise InputError(f"an adapter can't be scaled by {factor}", fix="give a finite number; 1 is as trained")
+    return adapter_of({path: LowRank(u.a_RN, u.b_MR, factor * u.scale) for path, u in updates.items()}, adapter)
+
+
+def pad_all(adapter: Adapter) -> Adapter:
+    """The same update with one rank (the largest there is) and one alpha for all modules, by rows of zeros.
+
+    Exact where all modules have one scale; where they differ, the ratio goes into B, which rounds it. Raises
+    InputError where a module is too narrow for the largest rank.
+    """
+    updates = low_rank_updates(adapter, "padded")
+    rank = max(update.rank for update in updates.values())
+    narrow = next((path for path, update in updates.items() if min(update.shape) < rank), None)
+    if narrow:
+        limit = min(updates[narrow].shape)
+        raise InputError(f"{narrow} has no room for rank {rank}, at most {limit}", fix=f"resize to rank {limit} first")
+    scale = _commonest({path: update.scale for path, update in updates.items()})
+    padded = {path: pad(_rescaled(update, scale), rank) for path, update in updates.items()}
+    plain = adapter.spec.model_copy(update={"rank_overrides": {}, "alpha_overrides": {}})
+    return adapter_of(padded, replace(adapter, spec=plain))
+
+
+def pad(update: LowRank, rank: int) -> LowRank:
+    """The same update in factors of a rank no lower, the rest of them zeros."""
+    more = rank - update.rank
+    a_RN = torch.nn.functional.pad(update.a_RN, (0, 0, 0, more))
+    return LowRank(a_RN, torch.nn.functional.pad(update.b_MR, (0, more)), update.scale)
+
+
+def mixed(adapter: Adapter) -> str | None:
+    """A warning if a reader of nothing but r and lora_alpha would get a module's rank or scale wrong, else None."""
+    spec = adapter.spec
+    plain = spec.model_copy(update={"rank_overrides": {}, "alpha_overrides": {}})
+    if spec.full or all(_describes(plain, path, update) for path, update in adapter.factors.items()):
+        return None
+    ranks = sorted({update.rank for update in adapter.factors.values()})
+    said = f"ranks from {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else "alphas of their own"
+    return f"the modules have {said}; vLLM ignores that and would answer wrongly: make them uniform for it"
+
+
+def adapter_of(factors: Mapping[str, LowRank], like: Adapter) -> Adapter:
+    """An adapter of `factors` whose spec describes them exactly; base and layout are those of `like`, dropout is 0.
+
+    The spec of `like` stays if it still fits, its targets if the modules are the same, else they are the paths. Raises
+    InputError where a scale needs an alpha beyond float64.
+    """
+    spec = like.spec
+    if factors.keys() == like.factors.keys() and all(_describes(spec, path, u) for path, u in factors.items()):
+        return replace(like, spec=spec.model_copy(update={"dropout": 0.0}), factors=dict(factors))
+    known = {} if spec.full else {(spec.scale(p), spec.rank_of(p)): spec.alpha_of(p) for p in like.factors}
+    divisors = {path: math.sqrt(u.rank) if spec.scaling == "rslora" else u.rank for path, u in factors.items()}
+    signed = {path: _positive(update) for path, update in factors.items()}
+    alphas = {p: known.get((u.scale, u.rank)) or _alpha(u.scale, divisors[p]) for p, u in signed.items()}
+    ranks = {path: update.rank for path, update in signed.items()}
+    rank, alpha = _commonest(ranks), _commonest(alphas)
+    described = AdapterSpec.checked(
+        rank=rank,
+        alpha=alpha,
+        targets=spec.targets if factors.keys() == like.factors.keys() else tuple(factors),
+        scaling=spec.scaling,
+        rank_overrides=_overrides(ranks, rank),
+        alpha_overrides=_overrides(alphas, alpha),
+    )
+    exact = {path: replace(update, scale=alphas[path] / divisors[path]) for path, update in signed.items()}
+    return Adapter(described, exact, like.base, like.fan_in_fan_out)
+
+
+def low_rank_updates(adapter: Adapter, verb: str) -> dict[str, LowRank]:
+    """The adapter's factors. Raises InputError for full fine-tuning, DoRA, and an adapter of nothing."""
+    updates = {path: update for path, update in adapter.factors.items() if isinstance(update, LowRank)}
+    if adapter.spec.full:
+        raise InputError(f"full fine-tuning has no factors, it can't be {verb}", fix="extract a LoRA of it first")
+    if len(updates) < len(adapter.factors):
+        fix = "merge it into its base and extract a LoRA of the result"
+        raise InputError(f"DoRA's update depends on the weight and has full rank, it can't be {verb}", fix=fix)
+    if not updates:
+        raise InputError(f"the adapter has no modules, it can't be {verb}")
+    return updates
+
+
+def check_size(rank: int | None, energy: float | None) -> None:
+    """Raise InputError unless exactly one of a rank of 1 or more and an energy in (0, 1] is given."""
+    if (rank is None) == (energy is None):
+        raise InputError("give a rank or an energy, one of the two")
+    if rank is not None and rank < 1:
+        raise InputError(f"rank must be at least 1, not {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise InputError(f"energy is the share of ‖ΔW‖² to keep, above 0 and at most 1, not {energy}")
+
+
+def wanted_rank(s_K: Tensor, rank: int | None, energy: float | None) -> int:
+    """`rank` if it is given and there are as many singular values, else the least that keeps `energy`; at least 1."""
+    wanted = rank if energy is None else int(energy_rank(s_K, energy))
+    return max(1, min(wanted or 1, len(s_K)))
+
+
+def thin_svd(update: LowRank) -> Svd:
+    """The SVD of ΔW in float64."""
+    return LowRank(update.a_RN.double(), update.b_MR.double(), update.scale).svd()
+
+
+def cut(update: LowRank, svd: Svd, rank: int) -> LowRank:
+    """The first `rank` terms of `svd` as factors of the update's own scale and dtype; the update itself if it has
+    no more than that."""
+    if rank >= update.rank:
+        return update
+    u_MK, s_K, vt_KN = svd
+    scale = abs(update.scale) or 1.0
+    root_R = (s_K[:rank] / scale).sqrt()
+    a_RN, b_MR = root_R[:, None] * vt_KN[:rank], u_MK[:, :rank] * root_R
+    return LowRank(a_RN.to(update.a_RN.dtype), b_MR.to(update.b_MR.dtype), scale)
+
+
+def relative_error(s_K: Tensor, rank: int) -> float:
+    """√(Σ_{i>rank} σᵢ² / Σ σᵢ²), 0 for zeros."""
+    shares_K = (s_K / (float(s_K[0]) or 1)).square()
+    return math.sqrt(float(shares_K[rank:].sum()) / (float(shares_K.sum()) or 1))
+
+
+def _cut_all(
+    adapter: Adapter, updates: Mapping[str, LowRank], svds: Mapping[str, Svd], ranks: Mapping[str, int]
+) -> tuple[Adapter, list[Loss]]:
+    factors = {path: cut(update, svds[path], ranks[path]) for path, update in updates.items()}
+    losses = [
+        Loss(path, updates[path].rank, new.rank, relative_error(svds[path][1], new.rank))
+        for path, new in factors.items()
+    ]
+    return adapter_of(factors, adapter), losses
+
+
+def _describes(spec: AdapterSpec, path: str, update: Update) -> bool:
+    return not spec.full and (update.rank, update.scale) == (spec.rank_of(path), spec.scale(path))
+
+
+def _positive(update: LowRank) -> LowRank:
+    """The same update with a positive scale."""
+    if update.scale > 0:
+        return update
+    if update.scale == 0:
+        return LowRank(update.a_RN, torch.zeros_like(update.b_MR))
+    return LowRank(update.a_RN, -update.b_MR, -update.scale)
+
+
+def _rescaled(update: LowRank, scale: float) -> LowRank:
+    if update.scale == scale:
+        return update
+    return LowRank(update.a_RN, update.b_MR * (update.scale / scale), scale)
+
+
+def _alpha(scale: float, divisor: float) -> float:
+    """The alpha whose division by `divisor` gives `scale`, or the nearest to it."""
+    alpha = scale * divisor
+    near = (alpha, math.nextafter(alpha, 0), math.nextafter(alpha, math.inf))
+    return next((candidate for candidate in near if candidate / divisor == scale), alpha)
+
+
+def _commonest(values: Mapping[str, Value]) -> Value:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _overrides(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
+    """The values that differ from the default, by full path. A path also names every longer one that ends in it
+    (and the first match wins), so longer paths come first, and theirs are written even where they are the default."""
+    differ = {path for path, value in values.items() if value != default}
+    named = [path for path in values if path in differ or any(tail in differ for tail in _tails(path))]
+    return {path: values[path] for path in sorted(named, key=len, reverse=True)}
+
+
+def _tails(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in range(1, len(parts))]
