@@ -26,7 +26,9 @@ Metric = Literal["exact_match", "phoneme_error_rate"]
 Dtype = Literal["auto", "bfloat16", "float32"]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TARGET_GROUPS = ("all-linear", "attention", "mlp")
-FACTOR_FIELDS = ("rank", "alpha", "scaling", "dropout", "rank_overrides", "alpha_overrides")  # of AdapterSpec
+FACTOR_FIELDS = (  # of AdapterSpec
+    "rank", "alpha", "scaling", "init", "magnitude", "dropout", "rank_overrides", "alpha_overrides",
+)  # fmt: skip
 
 
 class Strict(BaseModel):
@@ -56,6 +58,8 @@ class AdapterSpec(Strict):
     alpha: PositiveFloat = 32.0
     targets: str | tuple[str, ...] = "all-linear"
     scaling: Literal["lora", "rslora"] = "lora"
+    init: Literal["lora", "pissa", "olora", "eva", "lora-ga"] = "lora"
+    magnitude: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
     rank_overrides: dict[str, Annotated[int, Field(ge=1, le=65536)]] = {}
     alpha_overrides: dict[str, PositiveFloat] = {}
@@ -77,6 +81,22 @@ class AdapterSpec(Strict):
             if given:
                 raise ValueError(f"full fine-tuning has no {', '.join(given)}: leave out full, or these")
         return self
+
+    @model_validator(mode="after")
+    def _magnitude_starts_at_the_base(self) -> "AdapterSpec":
+        if self.magnitude and self.moves_base:
+            raise ValueError(f"magnitude (DoRA) starts at B = 0, init {self.init} doesn't: use init lora or eva")
+        return self
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether training starts at B A ≠ 0, which is taken off again: the trained update has twice the rank."""
+        return self.init in ("pissa", "olora", "lora-ga")
+
+    @property
+    def from_data(self) -> bool:
+        """Whether the start is made of the first batches."""
+        return self.init in ("eva", "lora-ga")
 
     def rank_of(self, path: str) -> int:
         """The rank of the module at `path`: the first override that names it, else `rank`."""
@@ -150,8 +170,10 @@ class EvaluateConfig(Strict):
     """What is measured on the held-out rows besides the loss."""
 
     metrics: tuple[Metric, ...] = ()
+    general: str | None = Field("builtin:general", description="text on which forgetting is measured; null: it isn't")
     max_new_tokens: int = Field(64, ge=1, le=65536)
     samples: int = Field(3, ge=0, le=100)
+    report: bool = Field(True, description="write report.html at the end")
 
     @field_validator("metrics", mode="before")
     @classmethod

@@ -1,8 +1,22 @@
-"""`LowRank`: the value ΔW = scale · B A that everything here is about; `Dense`: the ΔW of full fine-tuning beside it.
+"""`LowRank`: the value ΔW = scale · B A that everything here is about; `Dense` and `DoRA`: the other two kinds.
 
 It is an immutable value, not a layer: training makes it, a file stores it, and truncate, add and negate are exact
-functions of the two thin factors. The dense M x N matrix exists only where `dense()` is written, and in `Dense`, which
-is what LoRA is compared with. Both have the same face, so whatever looks at an update can look at either.
+functions of the two thin factors. The dense M x N matrix exists only where `dense()` is written, and in `Dense`, the ΔW
+of full fine-tuning, which is what LoRA is compared with. Both have the same face, so whatever looks at an update can
+look at either.
+
+`DoRA` (Liu et al. 2024, §4) replaces the weight's rows by rows of a learnt length m in a learnt direction:
+
+    W' = m ∘ V / ‖V‖,   V = W + scale · B A,   ‖·‖ the 2-norm of each row
+
+so ΔW = W' − W depends on W and has full rank in general: it has no `dense()`, no SVD and no sum, only `relative_to(W)`,
+and `as_plain` for whoever takes any update. The norms need no dense sum (`row_norms`):
+
+    ‖vᵢ‖² = ‖wᵢ‖² + s bᵢ·(2 cᵢ + s K bᵢ),   C = W Aᵀ [M, R],   K = A Aᵀ [R, R],   s = scale
+
+in O(M N R) given ‖wᵢ‖². It is a difference where ΔW takes a row nearly away: the relative error of ‖vᵢ‖ is a few
+roundings times (‖wᵢ‖² + ‖s bᵢA‖²) / ‖vᵢ‖². With factors in float32 that matters below ‖vᵢ‖ ≈ ‖wᵢ‖ / 1000, where no
+training goes; with factors in bfloat16 it would matter everywhere, so they are float32 or float64.
 
 Letters: M output features, N input features, R rank. A is [R, N], B is [M, R], as in the LoRA paper (Hu et al.
 2021, §4.1) and PEFT; `docs/math.md` maps other notations to this one.
@@ -134,7 +148,74 @@ class Dense:
         return _truncated(self.svd(), rank, energy)
 
 
-Update = LowRank | Dense
+@dataclass(frozen=True, eq=False)
+class DoRA:
+    """m ∘ V / ‖V‖ with V = W + ΔV, ΔV = `low`, m [M] in its dtype. Raises ValueError when m is no vector of M."""
+
+    low: LowRank
+    magnitude_M: Tensor
+
+    def __post_init__(self) -> None:
+        if self.magnitude_M.shape != self.low.shape[:1]:
+            raise ValueError(f"magnitudes {tuple(self.magnitude_M.shape)} are not those of {self.low.shape[0]} rows")
+
+    @property
+    def rank(self) -> int:
+        """R of the low-rank part; ΔW's own is not limited by it."""
+        return self.low.rank
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, N)."""
+        return self.low.shape
+
+    @property
+    def scale(self) -> float:
+        return self.low.scale
+
+    @property
+    def parameters(self) -> int:
+        """R (M + N) + M."""
+        return self.low.parameters + self.magnitude_M.numel()
+
+    def cpu(self) -> "DoRA":
+        """The same update on the CPU."""
+        return DoRA(self.low.cpu(), self.magnitude_M.cpu())
+
+    def relative_to(self, w_MN: Tensor) -> Dense:
+        """ΔW [M, N] on the weight W [M, N], in the factors' dtype: exactly 0 for fresh factors. Costs M N numbers."""
+        if tuple(w_MN.shape) != self.shape:
+            raise ValueError(f"an update of {self.shape} on a weight of {tuple(w_MN.shape)}")
+        w_MN = w_MN.to(self.low.a_RN.dtype)
+        gain_M = over_norms(self.magnitude_M, row_norms(w_MN, squared_norms(w_MN), self.low))
+        return Dense(gain_M[:, None] * (w_MN + self.low.dense()) - w_MN)
+
+
+Plain = LowRank | Dense  # ΔW is a matrix whatever W is
+Update = Plain | DoRA
+
+
+def as_plain(update: Update, w_MN: Tensor) -> Plain:
+    """The update of W [M, N] as one that knows nothing of W: itself, or DoRA's ΔW as `Dense`."""
+    return update.relative_to(w_MN) if isinstance(update, DoRA) else update
+
+
+def squared_norms(w_MN: Tensor) -> Tensor:
+    """‖wᵢ‖² [M], in W's dtype."""
+    return w_MN.square().sum(1)
+
+
+def row_norms(w_MN: Tensor, squares_M: Tensor, low: LowRank) -> Tensor:
+    """‖wᵢ + scale bᵢA‖ [M] in the factors' dtype, of W, its ‖wᵢ‖² and the factors. W Aᵀ is a product in W's dtype."""
+    a_RN, b_MR = low.a_RN, low.b_MR
+    c_MR = (w_MN @ a_RN.to(w_MN.dtype).T).to(a_RN.dtype)
+    change_M = (b_MR * (2 * c_MR + low.scale * (b_MR @ (a_RN @ a_RN.T)))).sum(1)
+    return (squares_M + low.scale * change_M).clamp(min=0).sqrt()
+
+
+def over_norms(magnitude_M: Tensor, norms_M: Tensor) -> Tensor:
+    """m / ‖V‖ [M]: what each row is multiplied by. A row of zeros has no direction and stays as it is."""
+    return magnitude_M / torch.where(norms_M > 0, norms_M, 1)
 
 
 def _truncated(usv: tuple[Tensor, Tensor, Tensor], rank: int | None, energy: float | None) -> LowRank:

@@ -47,6 +47,8 @@ WRONG_VALUES = {
     "adapter: {alpha: 0}": "adapter.alpha: must be greater than 0 (got 0)",
     "adapter: {alpha: .nan}": "adapter.alpha: must be a finite number (got NaN)",
     "adapter: {dropout: 1}": "adapter.dropout: must be less than 1 (got 1)",
+    "adapter: {init: svd}": "adapter.init: must be 'lora', 'pissa', 'olora', 'eva' or 'lora-ga' (got \"svd\")",
+    "adapter: {magnitude: 1}": "adapter.magnitude: must be a valid boolean (got 1)",
     "adapter: {rank: 0}": "adapter.rank: must be greater than or equal to 1 (got 0)",
     "adapter: {rank: 2024-01-01}": 'adapter.rank: must be a valid integer (got "2024-01-01")',
     "adapter: {targets: 3}": "adapter.targets: must be a name or a list of names (got 3)",
@@ -208,6 +210,20 @@ def test_to_yaml_round_trips(tmp_path_factory, names, targets, ranks, alphas, lr
     again = load(tmp_path_factory.getbasetemp(), config.to_yaml())
     assert again == config
     assert list(again.adapter.rank_overrides) == list(ranks)  # the first that matches counts
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "lora-ga"])
+def test_dora_starts_at_the_base(init: str, tmp_path: Path) -> None:
+    said = refusal(tmp_path, MINIMAL + f"adapter: {{init: {init}, magnitude: true}}")
+    assert f"run.yaml:5: adapter: magnitude (DoRA) starts at B = 0, init {init} doesn't: use init lora or eva" in said
+    assert load(tmp_path, MINIMAL + f"adapter: {{init: {init}}}").adapter.moves_base
+    assert not load(tmp_path, MINIMAL + "adapter: {init: eva, magnitude: true}").adapter.moves_base
+
+
+@pytest.mark.parametrize("field", ["init: pissa", "magnitude: true"])
+def test_full_fine_tuning_has_no_start_and_no_magnitude(field: str, tmp_path: Path) -> None:
+    name = field.partition(":")[0]
+    assert f"full fine-tuning has no {name}" in refusal(tmp_path, MINIMAL + f"adapter: {{full: true, {field}}}")
 
 
 RANKS = st.integers(1, 64)

@@ -1,6 +1,7 @@
 """An adapter as a value and as a folder in PEFT's layout.
 
-    adapter_model.safetensors    base_model.model.<module path>.lora_A.weight [R, N] and .lora_B.weight [M, R], float32
+    adapter_model.safetensors    base_model.model.<module path>.lora_A.weight [R, N] and .lora_B.weight [M, R], float32;
+                                 for DoRA .lora_magnitude_vector [M], too
     adapter_config.json          PEFT's classic fields (peft_config.py)
     delta.safetensors            instead of both for full fine-tuning (full.py), which PEFT has no form for
     deltaw.json                  which base it was trained on: name, revision, fingerprint, chat template
@@ -31,14 +32,13 @@ from deltaw.base.source import PICKLES
 from deltaw.base.weights import load_safetensors, read_json, save_safetensors, write_text_atomic
 from deltaw.config import TARGET_GROUPS, AdapterSpec
 from deltaw.errors import InputError, RunError, listed
-from deltaw.factors import Dense, LowRank, Update
+from deltaw.factors import Dense, DoRA, LowRank, Update
 from deltaw.version import VERSION
 
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "deltaw.json"
-PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+PREFIX, A, B, MAGNITUDE = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 # What PEFT may write that is no plain LoRA on a linear layer, and how to say so.
 FOREIGN = {
-    ".lora_magnitude_vector": "DoRA's magnitude",
     ".lora_embedding_A": "LoRA on an embedding",
     ".lora_embedding_B": "LoRA on an embedding",
     ".base_layer.weight": "a full copy of a base layer",
@@ -82,9 +82,10 @@ class Adapter:
     def save(self, directory: str | Path) -> Path:
         """Write PEFT's layout into `directory`, each file whole or not at all. RunError on NaN or a full disk."""
         directory = Path(directory)
+        kind = Dense if self.spec.full else DoRA if self.spec.magnitude else LowRank
         for path, update in self.factors.items():
             fits = update.rank == self.spec.rank_of(path) and update.scale == self.spec.scale(path)
-            if isinstance(update, Dense) != self.spec.full or not (fits or self.spec.full):
+            if not isinstance(update, kind) or not (fits or self.spec.full):
                 raise ValueError(f"{path}: rank {update.rank}, scale {update.scale} are not what the spec says")
         tensors = self._tensors()
         bad = _not_finite(tensors)
@@ -96,7 +97,8 @@ class Adapter:
         else:
             save_safetensors(tensors, directory / WEIGHTS, {"format": "pt"})
             write_text_atomic(directory / CONFIG, json.dumps(self._peft_config(), indent=2) + "\n")
-        record = {"deltaw": VERSION, "base": asdict(self.base), "spec": self.spec.model_dump(mode="json")}
+        record: dict[str, Any] = {"deltaw": VERSION, "base": asdict(self.base)}
+        record |= {"spec": self.spec.model_dump(mode="json"), "fan_in_fan_out": self.fan_in_fan_out}
         write_text_atomic(directory / RECORD, json.dumps(record, indent=2) + "\n")
         write_text_atomic(directory / "README.md", self._card())
         return directory
@@ -107,8 +109,11 @@ class Adapter:
         for path, update in self.factors.items():
             if isinstance(update, Dense):
                 tensors[path] = update.delta_MN
-            else:
-                tensors |= {PREFIX + path + A: update.a_RN, PREFIX + path + B: update.b_MR}
+                continue
+            low = update.low if isinstance(update, DoRA) else update
+            tensors |= {PREFIX + path + A: low.a_RN, PREFIX + path + B: low.b_MR}
+            if isinstance(update, DoRA):
+                tensors[PREFIX + path + MAGNITUDE] = update.magnitude_M
         return {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
 
     def _peft_config(self) -> dict[str, Any]:
@@ -125,15 +130,20 @@ class Adapter:
             return _load_full(directory)
         _check_folder(directory)
         tensors = load_safetensors(directory / WEIGHTS)
-        pairs = _pair(tensors, str(directory / WEIGHTS))
+        magnitudes = {key: tensor for key, tensor in tensors.items() if key.endswith(MAGNITUDE)}
+        pairs = _pair({k: tensor for k, tensor in tensors.items() if k not in magnitudes}, str(directory / WEIGHTS))
         config = read_json(directory / CONFIG, max_bytes=1_000_000, allow_nan=True)
         spec = to_spec(config, pairs, str(directory / CONFIG))
         _check_shapes(pairs, spec, str(directory / WEIGHTS))
+        _check_magnitudes(magnitudes, pairs, spec, directory)
         # float32 first: not every narrow type can be asked whether it is finite, and a wide one may not fit.
         bad = _not_finite({key: tensor.float() for key, tensor in tensors.items()})
         if bad:
             raise InputError(f"{directory / WEIGHTS} holds NaN or infinity:\n{listed(bad)}")
-        factors = {path: LowRank(a.float(), b.float(), spec.scale(path)) for path, (a, b) in pairs.items()}
+        factors: dict[str, Update] = {}
+        for path, (a, b) in pairs.items():
+            low = LowRank(a.float(), b.float(), spec.scale(path))
+            factors[path] = DoRA(low, magnitudes[PREFIX + path + MAGNITUDE].float()) if spec.magnitude else low
         return Adapter(spec, factors, _base_of(directory, config), bool(config.get("fan_in_fan_out")))
 
     def _card(self) -> str:
@@ -145,7 +155,7 @@ class Adapter:
             )
         return (
             f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, deltaw]\n---\n\n"
-            f"# LoRA adapter for {base}\n\n"
+            f"# {'DoRA' if self.spec.magnitude else 'LoRA'} adapter for {base}\n\n"
             f"Rank {self.spec.rank}, alpha {self.spec.alpha:g}, {len(self.factors)} modules, "
             f"{self.parameters:,} parameters. Made by deltaw {VERSION}.\n\n"
             "```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, this_folder)\n```\n"
@@ -166,7 +176,7 @@ def _load_full(directory: Path) -> Adapter:
         raise InputError(f"{directory / RECORD}: its spec is none: {error.errors()[0]['msg']}") from None
     if not spec.full:
         raise InputError(f"{directory / RECORD} describes no full fine-tuning, but {DELTAS} lies beside it")
-    return Adapter(spec, factors, _base_of(directory, {}))
+    return Adapter(spec, factors, _base_of(directory, {}), bool(record.get("fan_in_fan_out")))
 
 
 def _check_folder(directory: Path) -> None:
@@ -221,6 +231,26 @@ def _check_shapes(pairs: Mapping[str, tuple[Tensor, Tensor]], spec: AdapterSpec,
             problems.append(f"{path:.120}: A is {tuple(a.shape)}, B is {tuple(b.shape)}, the config says rank {rank}")
     if problems:
         raise InputError(f"{source}: shapes and config disagree:\n{listed(problems)}")
+
+
+def _check_magnitudes(
+    magnitudes: Mapping[str, Tensor], pairs: Mapping[str, tuple[Tensor, Tensor]], spec: AdapterSpec, directory: Path
+) -> None:
+    """DoRA's vectors: one for every module where the config says so, else none."""
+    wanted = {PREFIX + path + MAGNITUDE: len(b) for path, (_, b) in pairs.items()} if spec.magnitude else {}
+    if magnitudes and not wanted:
+        raise InputError(f"{directory / WEIGHTS} holds DoRA's magnitudes, but {CONFIG} doesn't say use_dora")
+    problems = [f"{key!r:.120} is missing" for key in wanted.keys() - magnitudes]
+    for key, tensor in magnitudes.items():
+        if tuple(tensor.shape) != (wanted.get(key),) or not tensor.is_floating_point():
+            problems.append(
+                f"{key!r:.120} is {tensor.dtype} of shape {tuple(tensor.shape)}, of {wanted.get(key, 0)} rows"
+            )
+    if problems:
+        raise InputError(
+            f"{directory / CONFIG} says use_dora, but {WEIGHTS} doesn't hold a magnitude for each row:\n"
+            f"{listed(sorted(problems))}"
+        )
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

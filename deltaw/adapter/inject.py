@@ -1,31 +1,37 @@
 """attach and detach: an adapter onto a model and off it again.
 
-attach puts a `LoRALinear` in the place of each targeted layer, on this instance alone, and the kernels' stand-ins in
-the place of norms, attention blocks and MLPs (fused.py); detach puts the very same modules back and returns what was
-learnt as an `Adapter`. The base's weights are the same objects throughout, so the model afterwards is the model before,
-bit for bit.
+attach puts an adapted layer (layer.py, dora.py, full.py) in the place of each targeted one, on this instance alone, and
+the kernels' stand-ins in the place of norms, attention blocks and MLPs (fused.py); detach puts the very same modules
+back and returns what was learnt as an `Adapter`. The base's weights are the same objects throughout, so the model
+afterwards is the model before, bit for bit.
+
+What comes off is what any tool can load: where training began at B A ≠ 0 the update is a LoRA of rank 2R (layer.py),
+and its spec says so, with alpha such that the scale stays. It is exact, so it isn't cut back to R here; `deltaw resize`
+does that and says what it costs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaw.adapter import fused
+from deltaw.adapter.dora import DoRALinear
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.full import FullLinear
-from deltaw.adapter.init import fresh_factors
+from deltaw.adapter.init import fresh_factors, olora_factors, pissa_factors
 from deltaw.adapter.layer import AdaptedLinear, LoRALinear
 from deltaw.adapter.spec import explicit_targets, find_targets
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.stand_in import StandIn
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, listed
-from deltaw.factors import LowRank
+from deltaw.factors import Update
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Attached:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that trains (A and B of each layer), float32."""
+        """Everything that trains (A and B of each layer, say), float32."""
         return [parameter for layer in self.layers.values() for parameter in layer.trained().values()]
 
     @property
@@ -68,10 +74,13 @@ class Attached:
                 module.enabled = enabled
 
     def adapter(self, base: BaseId) -> Adapter:
-        """What has been learnt so far, as a value on the CPU; the model keeps its adapter."""
-        factors = {path: layer.factors().cpu() for path, layer in self.layers.items()}
+        """What has been learnt so far, as a value on the CPU, its spec's init "lora"; the model keeps its adapter."""
+        spec = _as_learnt(self.spec)
+        factors: dict[str, Update] = {path: layer.factors().cpu() for path, layer in self.layers.items()}
+        if self.spec.moves_base:  # √2 · alpha / √(2 rank) may be the next float of alpha / √rank
+            factors = {path: replace(update, scale=spec.scale(path)) for path, update in factors.items()}  # type: ignore[arg-type]
         transposed = any(isinstance(layer.base.module, Conv1D) for layer in self.layers.values())
-        return Adapter(self.spec, factors, base, transposed)
+        return Adapter(spec, factors, base, transposed)
 
 
 def attach(
@@ -80,17 +89,21 @@ def attach(
     *,
     generator: torch.Generator | None = None,
     fuse: Sequence[str] = fused.KINDS,
+    start_later: bool = False,
 ) -> Attached:
     """Put a fresh adapter (from a spec, drawn from `generator`) or a trained one on `model`, in place.
 
     `fuse`: which of "norm", "attention", "mlp" the kernels may stand in for; less than all is for measuring.
+    `start_later`: leave the start open, for `initialise_from_data` (init_data.py) or a checkpoint's numbers.
 
     Raises InputError when a target matches nothing, a rank is too high, an adapter's shapes are not this model's, or
-    the model already carries an adapter.
+    the model already carries an adapter; ValueError for a start that needs data and isn't left open.
     """
     if any(isinstance(module, AdaptedLinear) for module in model.modules()):
         raise InputError("this model already carries an adapter", fix="detach it first")
     spec = what if isinstance(what, AdapterSpec) else what.spec
+    if spec.from_data and not start_later:
+        raise ValueError(f"init {spec.init} starts from data: attach with start_later, then initialise_from_data")
     targets = find_targets(model, spec)
     if isinstance(what, Adapter):
         _check_fits(model, what, targets.paths)
@@ -98,9 +111,11 @@ def attach(
     spec = spec.model_copy(update={"targets": explicit_targets(model, targets.paths)})
     layers: dict[str, AdaptedLinear] = {}
     for path in targets.paths:
-        layers[path] = _layer(FrozenLinear(model.get_submodule(path)), path, spec, generator)
+        layer = layers[path] = _layer(FrozenLinear(model.get_submodule(path)), path, spec)
         if isinstance(what, Adapter):
-            layers[path].set_factors(what.factors[path])
+            layer.set_factors(what.factors[path])
+        elif isinstance(layer, LoRALinear | DoRALinear) and not start_later:
+            layer.start(*_start(layer, spec, generator))
     for path, layer in layers.items():
         layer.train(model.training)
         model.set_submodule(path, layer)
@@ -116,14 +131,37 @@ def detach(attached: Attached, base: BaseId | None = None) -> Adapter:
     return adapter
 
 
-def _layer(base: FrozenLinear, path: str, spec: AdapterSpec, generator: torch.Generator) -> AdaptedLinear:
-    """A fresh layer of the kind that the spec asks for: ΔW = 0."""
+def _layer(base: FrozenLinear, path: str, spec: AdapterSpec) -> AdaptedLinear:
+    """A layer of the kind that the spec asks for, all zeros: ΔW = 0."""
     if spec.full:
         return FullLinear(base)
-    layer = LoRALinear(base, spec.rank_of(path), spec.scale(path), spec.dropout)
-    a_RN, b_MR = fresh_factors(spec.rank_of(path), base.out_features, base.in_features, generator)
-    layer.set_factors(LowRank(a_RN, b_MR, spec.scale(path)))
-    return layer
+    if spec.magnitude:
+        return DoRALinear(base, spec.rank_of(path), spec.scale(path), spec.dropout)
+    return LoRALinear(base, spec.rank_of(path), spec.scale(path), spec.dropout, moves=spec.moves_base)
+
+
+def _start(layer: LoRALinear | DoRALinear, spec: AdapterSpec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A and B to begin at, as far as they need no data."""
+    rank, w_MN = layer.lora_a.shape[0], layer.base.weight_MN
+    if spec.init == "pissa":
+        return pissa_factors(w_MN, rank, layer.scale)
+    if spec.init == "olora":
+        return olora_factors(w_MN, rank)
+    return fresh_factors(rank, len(w_MN), w_MN.shape[1], generator)
+
+
+def _as_learnt(spec: AdapterSpec) -> AdapterSpec:
+    """The spec of what training under `spec` leaves: init "lora", at twice the rank where B A ≠ 0 at first."""
+    wider, stronger = (2, math.sqrt(2) if spec.scaling == "rslora" else 2) if spec.moves_base else (1, 1)
+    return spec.model_copy(
+        update={
+            "init": "lora",
+            "rank": wider * spec.rank,
+            "alpha": stronger * spec.alpha,
+            "rank_overrides": {name: wider * rank for name, rank in spec.rank_overrides.items()},
+            "alpha_overrides": {name: stronger * alpha for name, alpha in spec.alpha_overrides.items()},
+        }
+    )
 
 
 def _check_fits(model: nn.Module, adapter: Adapter, targeted: tuple[str, ...]) -> None:

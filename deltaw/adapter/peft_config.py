@@ -1,7 +1,7 @@
 """adapter_config.json <-> AdapterSpec: PEFT's description of a LoRA.
 
-Reading is strict where PEFT is lenient. A field that would change the mathematics and that deltaw does not have (DoRA,
-a bias, trained tokens, saved modules ...) is refused by name; a field that this file has never heard of is refused
+Reading is strict where PEFT is lenient. A field that would change the mathematics and that deltaw does not have (a
+bias, trained tokens, saved modules ...) is refused by name; a field that this file has never heard of is refused
 unless it is empty, since what it means is unknown and dropping it silently would load another adapter than was
 trained. Fields that name code or only steer PEFT's own targeting are ignored and never imported.
 
@@ -22,7 +22,6 @@ from deltaw.errors import InputError, listed
 
 # Fields with a meaning deltaw lacks: refused unless they hold this neutral value (or are absent, null, empty, false).
 UNSUPPORTED = {
-    "use_dora": "DoRA's magnitudes",
     "lora_bias": "a bias on B",
     "modules_to_save": "fully trained modules",
     "trainable_token_indices": "trained token embeddings",
@@ -46,8 +45,8 @@ IGNORED = {
 }  # fmt: skip
 NARROWS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 READ = {
-    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern",
-    "fan_in_fan_out", "bias", "init_lora_weights",
+    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "rank_pattern",
+    "alpha_pattern", "fan_in_fan_out", "bias", "init_lora_weights",
 }  # fmt: skip
 # Initialisers that move the base, so that the saved factors are relative to weights nobody else has (peft#2270).
 MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -70,6 +69,7 @@ def to_spec(config: dict[str, Any], paths: Iterable[str], source: str) -> Adapte
         "alpha": config.get("lora_alpha", 8),
         "targets": tuple(names or ()),
         "scaling": "rslora" if config.get("use_rslora") else "lora",
+        "magnitude": config.get("use_dora", False),
         "dropout": 0.0 if config.get("lora_dropout") is None else config["lora_dropout"],
     }
     try:
@@ -101,7 +101,7 @@ def from_spec(spec: AdapterSpec, base_name: str, revision: str | None, fan_in_fa
         "rank_pattern": dict(spec.rank_overrides),
         "alpha_pattern": {name: _plain(alpha) for name, alpha in spec.alpha_overrides.items()},
         "use_rslora": spec.scaling == "rslora",
-        "use_dora": False,
+        "use_dora": spec.magnitude,
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -118,7 +118,7 @@ def _problems(config: dict[str, Any]) -> Iterable[str]:
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(field), dict | None):
             yield f"{field}: a mapping is needed, got {config[field]!r:.60}"
-    for field in ("use_rslora", "fan_in_fan_out"):
+    for field in ("use_rslora", "use_dora", "fan_in_fan_out"):
         if not isinstance(config.get(field, False), bool):
             yield f"{field}: true or false is needed, got {config[field]!r:.60}"
     if config.get("bias", "none") not in ("none", None):

@@ -60,17 +60,24 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> Targets:
     idle = [name for name in overrides if not any(names_module(name, path) for path in paths)]
     if idle:
         raise InputError(f"adapter overrides: {_unknown(idle, paths)}", fix=f"could match: {_choices(paths)}")
-    too_high = []
-    for path in () if spec.full else paths:
-        layer = FrozenLinear(model.get_submodule(path))
-        limit = min(layer.in_features, layer.out_features)
-        if spec.rank_of(path) > limit:
-            too_high.append(
-                f"{path} is {layer.out_features} x {layer.in_features}: rank {spec.rank_of(path)} > {limit}"
-            )
-    if too_high:
-        raise InputError(f"adapter.rank is too high:\n{listed(too_high)}", fix="lower rank, or set rank_overrides")
+    if not spec.full:
+        _check_ranks(model, spec, paths)
     return Targets(paths, _unmatched(model, set(paths)))
+
+
+def _check_ranks(model: nn.Module, spec: AdapterSpec, paths: tuple[str, ...]) -> None:
+    """Raise InputError unless the trained update's rank, twice the spec's where the start is taken off, fits."""
+    times, said = (2, f" for init {spec.init}, whose update has twice the rank") if spec.moves_base else (1, "")
+    too_high = []
+    for path in paths:
+        layer, rank = FrozenLinear(model.get_submodule(path)), times * spec.rank_of(path)
+        limit = min(layer.in_features, layer.out_features)
+        if rank > limit:
+            too_high.append(f"{path} is {layer.out_features} x {layer.in_features}: rank {rank} > {limit}")
+    if too_high:
+        raise InputError(
+            f"adapter.rank is too high{said}:\n{listed(too_high)}", fix="lower rank, or set rank_overrides"
+        )
 
 
 def linear_paths(model: nn.Module) -> tuple[str, ...]:

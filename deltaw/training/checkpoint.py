@@ -1,8 +1,10 @@
 """Checkpoints: everything that changes, in safetensors and JSON, never a pickle.
 
     checkpoints/step-000100/state.json             step, data position, sums, fingerprints, SHA-256 of the others
-                            factors.safetensors    <path>.a and <path>.b (full fine-tuning: <path>.delta), float32
-                            moments.safetensors    AdamW's first and second moment of each
+                            factors.safetensors    <path>.a and <path>.b (DoRA: <path>.magnitude, too; full fine-tuning:
+                                                   <path>.delta), float32; <path>.initial_a and <path>.initial_b where
+                                                   an initialiser began at others than B = 0 (adapter/layer.py)
+                            moments.safetensors    AdamW's first and second moment of each that trains
 
 A checkpoint is written under a temporary name, each file fsynced, and the folder renamed last, so a folder named
 step-… is complete. Reading checks the hashes all the same; a broken one is reported and the one before it is taken.
@@ -105,6 +107,8 @@ def put_back(attached: Attached, optimizer: torch.optim.Optimizer, saved: Saved)
     if {n: t.shape for n, t in saved.factors.items()} != {n: t.shape for n, t in wanted.items()}:
         raise InputError("the checkpoint's factors are not this adapter's: its rank or targets were changed")
     with torch.no_grad():
+        for name, constant in _constants(attached).items():
+            constant.copy_(saved.factors[name])
         for name, parameter in _parameters(attached).items():
             parameter.copy_(saved.factors[name])
             optimizer.state[parameter] = {
@@ -120,8 +124,13 @@ def _parameters(attached: Attached) -> dict[str, torch.nn.Parameter]:
     return {f"{path}.{name}": value for path, layer in layers for name, value in layer.trained().items()}
 
 
+def _constants(attached: Attached) -> dict[str, Tensor]:
+    layers = attached.layers.items()
+    return {f"{path}.{name}": value for path, layer in layers for name, value in layer.constants().items()}
+
+
 def _factors(attached: Attached) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in _parameters(attached).items()}
+    return {name: parameter.detach() for name, parameter in _parameters(attached).items()} | _constants(attached)
 
 
 def _moments(attached: Attached, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from deltaw.adapter.inject import attach
 from deltaw.adapter.spec import linear_paths
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, RunError
-from deltaw.factors import LowRank
+from deltaw.factors import DoRA, LowRank
 from tests.architectures import tiny
 
 BASE = BaseId("someone/tiny", "abc123", "sha256:" + "0" * 64, "sha256:" + "1" * 64)
@@ -71,18 +71,25 @@ SPECS = {
     "mlp": AdapterSpec(rank=3, targets="mlp"),
     "paths": AdapterSpec(rank=3, targets=("model.layers.1.self_attn.k_proj", "model.layers.0.mlp.gate_proj")),
 }
+DORA = {
+    "dora": AdapterSpec(rank=3, magnitude=True),
+    "dora of ranks": AdapterSpec(rank=3, magnitude=True, scaling="rslora", rank_overrides={"q_proj": 2}),
+}
 
 
-@pytest.mark.parametrize("which", SPECS)
+@pytest.mark.parametrize("which", [*SPECS, *DORA])
 def test_what_is_saved_is_what_is_loaded_here_and_in_peft(which: str, tmp_path: Path) -> None:
-    adapter = made(SPECS[which])
+    adapter = made({**SPECS, **DORA}[which])
     again = Adapter.load(adapter.save(tmp_path / "new" / "folder"))
     assert again.spec == adapter.spec and again.base == BASE
     assert list(again.factors) == sorted(adapter.factors)  # safetensors sorts
     for path, update in adapter.factors.items():
         other = again.factors[path]
+        assert type(update) is type(other) and update.scale == other.scale == adapter.spec.scale(path)
+        if isinstance(update, DoRA):
+            assert torch.equal(update.magnitude_M, other.magnitude_M)
+            update, other = update.low, other.low
         assert torch.equal(update.a_RN, other.a_RN) and torch.equal(update.b_MR, other.b_MR)
-        assert update.scale == other.scale == adapter.spec.scale(path)
     peft = PeftModel.from_pretrained(tiny("llama"), tmp_path / "new" / "folder")
     here = attach(tiny("llama"), again).model
     assert same(logits(peft), logits(here))
@@ -162,6 +169,9 @@ PEFT_MADE: dict[str, tuple[str, dict[str, Any]]] = {
     "some layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     "exclusions": ("llama", {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "dora": ("llama", {"target_modules": ["q_proj", "up_proj"], "use_dora": True}),
+    "dora on gpt2": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True}),
+    "eva": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "eva"}),
     "bfloat16": ("llama", {"target_modules": ["q_proj"]}),
 }
 
@@ -272,6 +282,24 @@ def test_broken_weights_are_refused_by_name(fault: str, tmp_path: Path) -> None:
     assert said.replace("WEIGHTS", WEIGHTS) in message
 
 
+MAGNITUDE_KEY = f"{KEY}.lora_magnitude_vector"
+MAGNITUDES: dict[str, tuple[dict[str, Tensor], str]] = {
+    "none": (tensors(), f"'{MAGNITUDE_KEY}' is missing"),
+    "too short": (beside(lora_magnitude_vector=torch.ones(31)), "(31,), of 32 rows"),
+    "a matrix": (beside(lora_magnitude_vector=torch.ones(32, 1)), "(32, 1), of 32 rows"),
+    "integers": (beside(lora_magnitude_vector=torch.ones(32).int()), "int32"),
+    "another module's": ({**tensors(), MAGNITUDE_KEY.replace("q_", "k_"): torch.ones(32)}, "k_proj.lora_magnitude"),
+    "NaN": (beside(lora_magnitude_vector=torch.full((32,), torch.nan)), "NaN"),
+}
+
+
+@pytest.mark.parametrize("fault", MAGNITUDES)
+def test_doras_magnitudes_are_one_for_each_row_of_each_module(fault: str, tmp_path: Path) -> None:
+    weights, said = MAGNITUDES[fault]
+    broken(tmp_path, config={**GOOD, "use_dora": True}, weights=weights)
+    assert said in refusal(tmp_path)
+
+
 CONFIG_FAULTS: dict[str, tuple[Any, str]] = {
     "DoRA": ({**GOOD, "use_dora": True}, "use_dora"),
     "modules_to_save": ({**GOOD, "modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -317,6 +345,7 @@ TYPED = {
     "lora_alpha": [*WRONG, None],
     "lora_dropout": [*WRONG, False, ""],
     "use_rslora": ["4", [4], None, {}],
+    "use_dora": ["4", [4], None, {}],
     "fan_in_fan_out": ["4", [4], None],
     "rank_pattern": ["4", [4], True, 0, ""],
     "alpha_pattern": ["4", [4], True, 0, ""],
@@ -334,7 +363,7 @@ def test_a_field_of_the_wrong_type_is_named(field: str, value: Any, tmp_path: Pa
 
 
 def test_all_of_the_configs_problems_at_once(tmp_path: Path) -> None:
-    broken(tmp_path, config={**GOOD, "use_dora": True, "lora_bias": True, "bias": "all", "magic": 1})
+    broken(tmp_path, config={**GOOD, "use_qalora": True, "lora_bias": True, "bias": "all", "magic": 1})
     assert refusal(tmp_path).count("\n") == 3 and "(and 1 more)" in refusal(tmp_path)
 
 

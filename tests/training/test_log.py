@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from deltaw.run import Run
 from deltaw.training.log import EventLog
-from deltaw.training.run import Run
 
 
 @pytest.mark.parametrize("installed", [False, True])
