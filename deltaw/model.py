@@ -107,14 +107,11 @@ def open_model(
     display = display or Display(quiet=True)
     path, config, adapter = Path(name), None, None
     if is_run(path):
-        config = load_config(path / "config.yaml")
-        if not is_adapter(path / "adapter"):
-            raise InputError(f"{path} has no finished adapter yet", fix=f"finish it: deltaw train {path}")
-        adapter = Adapter.load(path / "adapter")
+        config, adapter = load_config(path / "config.yaml"), load_adapter(path)
         base, dtype = base or config.base, dtype or config.train.dtype
     elif is_adapter(path):
-        adapter = Adapter.load(path)
-        base = base or _known_name(adapter, path)
+        adapter = load_adapter(path)
+        base = base or base_name(adapter, path)
     source = find_base(base or str(name), progress=display.say)
     opened = open_base(source, dtype=dtype or "auto", device=device, progress=display.say)
     renderer = open_renderer(source, config)
@@ -148,12 +145,21 @@ def open_dataset(config: RunConfig, display: Display) -> tuple[Source, Renderer,
     return source, renderer, dataset
 
 
+def load_adapter(path: Path) -> Adapter:
+    """The adapter of a run or an adapter folder. Raises InputError where there is none."""
+    if not is_run(path):
+        return Adapter.load(path)
+    if not is_adapter(path / "adapter"):
+        raise InputError(f"{path} has no finished adapter yet", fix=f"finish it: deltaw train {path}")
+    return Adapter.load(path / "adapter")
+
+
 def is_run(path: Path) -> bool:
     """A folder that `deltaw train` made."""
     return (path / "config.yaml").is_file()
 
 
-def _known_name(adapter: Adapter, path: Path) -> str:
+def base_name(adapter: Adapter, path: Path) -> str:
     """A name that `find_base` may know: the builtin for its upstream id, else what the adapter says."""
     if not adapter.base.name:
         raise InputError(f"{path} does not say which base it belongs to", fix="name it with --base")

@@ -3,9 +3,10 @@
     config.yaml      the resolved run file            checkpoints/    step-000100/ …  (checkpoint.py)
     before.json      the base on the held-out rows    best/           the best adapter so far, PEFT layout
     metrics.jsonl    a line a step, a line an eval    adapter/        the result, PEFT layout
-    result.json      the figures, written last
+    result.json      the figures                  report.html     what the run did, for people
 
-result.json is written last, so a folder that has it is finished. A folder that is not a run is never touched.
+result.json is written when everything else is safe (the report only shows what lies there), so a folder that has it is
+finished. A folder that is not a run is never touched.
 """
 
 import json
@@ -41,6 +42,10 @@ class Run:
     @property
     def result(self) -> Path:
         return self.folder / "result.json"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
 
     @property
     def checkpoints(self) -> Path:

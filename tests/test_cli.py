@@ -141,7 +141,7 @@ def test_a_defect_says_so_and_debug_shows_where(monkeypatch) -> None:
     def broken(*args: object, **options: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(cli, "_train", broken)
+    monkeypatch.setattr(cli.run, "_train", broken)
     code, _, err = call("demo")
     assert code == 1 and "defect" in err and "Traceback" not in err
     code, _, err = call("--debug", "demo")

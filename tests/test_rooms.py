@@ -20,28 +20,29 @@ LEVELS = [
     {"factors", "kernels"},
     {"base", "data"},
     {"adapter"},
-    {"model"},
+    {"model", "run"},
     {"training", "evaluate", "analysis", "export", "serve"},
     {"studies"},
     {"cli", "chat", "demo"},
 ]
-SIDEWAYS = {("training", "evaluate"), ("cli", "chat"), ("cli", "demo")}
+SIDEWAYS = {("training", "evaluate"), ("training", "analysis"), ("cli", "chat"), ("cli", "demo")}
 
 # Each heavy library has its home.
 HOMES = {
     "jinja2": {"data/template.py"},
-    "rich": {"progress.py", "data/preview.py", "cli.py"},
-    "typer": {"cli.py"},
+    "rich": {"progress.py", "data/preview.py", "cli/run.py"},
+    "typer": {"cli/__init__.py", "cli/app.py", "cli/run.py", "cli/update.py", "cli/why.py"},
     "yaml": {"config.py"},
     "gguf": {"base/gguf.py"},
     "huggingface_hub": {"base/source.py"},
     "safetensors": {"base/weights.py"},
     "datasets": {"data/read.py"},
     "pyarrow": {"data/read.py"},
+    "matplotlib": {"analysis/plots.py"},
     "triton": {"kernels/triton.py"},
     "torch.utils.tensorboard": {"training/log.py"},
 }
-NOWHERE = ["peft", "trl", "matplotlib", "starlette", "fastapi", "uvicorn", "accelerate", "tokenizers"]
+NOWHERE = ["peft", "trl", "starlette", "fastapi", "uvicorn", "accelerate", "tokenizers"]
 MODELS, TOKENIZERS = {"base/load.py", "base/gguf.py"}, {"data/render.py", "base/gguf.py"}
 TRANSFORMERS = {
     "AutoModel*": MODELS,

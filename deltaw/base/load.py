@@ -21,7 +21,7 @@ import contextlib
 import functools
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from deltaw.base.source import Progress, Source, find_base
+from deltaw.base.weights import read_tensors
 from deltaw.config import Dtype
 from deltaw.errors import InputError, RunError, listed
 
@@ -133,8 +134,18 @@ def fingerprint(model: nn.Module) -> str:
     Equal for one model in bfloat16 and float32, in one file, shards or GGUF cache. Tied weights count once.
     Compute it on the plain model: an adapter's parameters would count, too.
     """
+    return fingerprint_of(model.parameters())
+
+
+def fingerprint_of_files(source: Source) -> str:
+    """The same of a folder's tensors, one in memory at a time: equal where the files hold the parameters alone."""
+    return fingerprint_of(tensor for _, tensor in read_tensors(source.directory))
+
+
+def fingerprint_of(weights: Iterable[Tensor]) -> str:
+    """The fingerprint of a set of parameters."""
     digests = []
-    for weight in model.parameters():
+    for weight in weights:
         count = weight.numel()
         stride = max(1, -(-count // SAMPLES))
         sample = weight.detach().reshape(-1)[::stride].to("cpu", torch.bfloat16).contiguous()

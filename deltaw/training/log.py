@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from deltaw.training.run import Run
+from deltaw.run import Run
 
 
 class EventLog:

@@ -2,7 +2,7 @@
 
     check everything that can be checked before the model is loaded
     open base, data, adapter, optimiser; or put a checkpoint back
-    measure the base, take the steps, measure the adapter, save it
+    measure the base, take the steps, measure the adapter, save it, write its report
 
 A step's loss is the sum over its batches divided once by the step's supervised tokens, so gradient accumulation is
 exact to the token. A step is applied only if its loss and its gradient are finite. What a step does depends on the
@@ -28,15 +28,17 @@ from deltaw.data.dataset import Dataset
 from deltaw.data.loader import Loader, LoaderState
 from deltaw.data.pack import Batch
 from deltaw.errors import InputError, RunError
+from deltaw.evaluate.forgetting import forgetting, general_text
 from deltaw.evaluate.held_out import Evaluation, answer, evaluate, held_out_loss, perplexity, spread
 from deltaw.model import PLAIN, Model, open_dataset
 from deltaw.progress import Display
+from deltaw.run import Run
 from deltaw.training.checkpoint import Saved, TrainState, latest_checkpoint, put_back, save_checkpoint
 from deltaw.training.frozen import above_the_frozen
 from deltaw.training.log import EventLog
 from deltaw.training.optim import learning_rate, make_optimizer, set_rate
-from deltaw.training.result import write_result
-from deltaw.training.run import Run
+from deltaw.training.result import Found, write_report, write_result
+from deltaw.training.start import start_from_data
 from deltaw.training.stop import Stopped, StopRequest
 
 
@@ -49,6 +51,7 @@ def train(config: RunConfig, *, replace: bool = False, resume: bool = False, dis
     began, display = time.monotonic(), display or Display()
     run = Run(Path(config.output)) if resume else Run.check(config, replace=replace)
     model, dataset = _prepare(config, display)
+    general = general_text(config.evaluate.general, model.renderer) if config.evaluate.general else []
     trainer = Trainer(config, run, model, dataset, display)
     saved = latest_checkpoint(run.checkpoints, display) if resume else None
     if saved is None:
@@ -57,13 +60,19 @@ def train(config: RunConfig, *, replace: bool = False, resume: bool = False, dis
         # What `auto` came to is part of the run: a resumed one must not race again and choose otherwise.
         dtype = str(model.base.dtype).removeprefix("torch.")
         run.create(config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})}))
+        if config.adapter.from_data:
+            start_from_data(trainer.attached, model, trainer._loader(), display)
     else:
         trainer.restore(saved)
     with StopRequest() as stop:
         before = trainer.measure_base()
         trainer.take_steps(stop)
     adapter, after = trainer.finish()
-    write_result(run, config, trainer.state, model, dataset, before, after, time.monotonic() - began)
+    lost = forgetting(model, str(config.evaluate.general), general, display) if general else None
+    found = Found(before, after, lost)
+    write_result(run, config, trainer.state, model, dataset, found, time.monotonic() - began)
+    if config.evaluate.report:
+        write_report(run, display)
     return adapter
 
 
@@ -86,7 +95,8 @@ def _prepare(config: RunConfig, display: Display) -> tuple[Model, Dataset]:
         display.say(f"warning: {warning}")
     base = open_base(source, dtype=config.train.dtype, device=config.train.device, progress=display.say)
     forward = plan_forward(base.model)
-    attached = attach(base.model, config.adapter, generator=torch.Generator().manual_seed(config.train.seed))
+    generator = torch.Generator().manual_seed(config.train.seed)
+    attached = attach(base.model, config.adapter, generator=generator, start_later=config.adapter.from_data)
     model = Model(base, renderer, forward, attached)
     display.say(f"{source.name} in {str(base.dtype)[6:]} on {base.device}: {model.describe()}")
     for layer in attached.unmatched[:3]:

@@ -3,6 +3,7 @@
 import math
 import platform
 import shlex
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -10,14 +11,26 @@ import torch
 
 from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
+from deltaw.errors import DeltawError
+from deltaw.evaluate.forgetting import Forgetting
 from deltaw.evaluate.held_out import Evaluation, spread
 from deltaw.model import Model
+from deltaw.progress import Display
+from deltaw.run import Run
 from deltaw.training.checkpoint import TrainState
 from deltaw.training.log import peak_memory_bytes
-from deltaw.training.run import Run
 from deltaw.version import VERSION
 
 SHOWN = 10  # answers kept in result.json
+
+
+@dataclass(frozen=True)
+class Found:
+    """The base and the adapter on the held-out rows, and what was forgotten; None where it wasn't asked."""
+
+    before: Evaluation | None
+    after: Evaluation | None
+    forgetting: Forgetting | None
 
 
 def write_result(
@@ -26,12 +39,12 @@ def write_result(
     state: TrainState,
     model: Model,
     dataset: Dataset,
-    before: Evaluation | None,
-    after: Evaluation | None,
+    found: Found,
     total_seconds: float,
 ) -> dict[str, Any]:
     """Write result.json, which marks the run as finished. Times in seconds, memory in bytes, losses in nats."""
     assert model.attached is not None
+    before, after = found.before, found.after
     answers = list(zip(before.answers, after.answers, strict=True)) if before and after else []
     report = dataset.report
     result = {
@@ -51,6 +64,8 @@ def write_result(
             "before": before.summary() if before else None,
             "after": after.summary() if after else None,
         },
+        "forgetting": asdict(found.forgetting) if found.forgetting else None,
+        "form": report.form,
         "dropped": report.unusable + report.too_long_dropped + report.untrained,
         "truncated": report.truncated,
         "train_rows": report.train_rows,
@@ -65,6 +80,22 @@ def write_result(
     }
     run.write_json(run.result, result)
     return result
+
+
+def write_report(run: Run, display: Display) -> None:
+    """report.html, and what the checks found. The run is saved already: a report that fails takes nothing with it."""
+    from deltaw.analysis.report import inspect  # matplotlib takes a second
+
+    try:
+        report = inspect(run.folder, display=display)
+        path = report.write(run.report)
+    except DeltawError as error:
+        display.say(f"no report: {error.what}")
+        return
+    for finding in report.findings:
+        if finding.level in ("warning", "problem"):
+            display.say(f"{finding.level}: {finding.words}")
+    display.say(f"report: {path}")
 
 
 def summary(run: Run) -> str:
@@ -127,4 +158,9 @@ def _figures(result: dict[str, Any]) -> str:
     if before and after:
         lines += [f"{name.replace('_', ' '):20} {before[name]:9.4f} → {after[name]:.4f}" for name in after]
         lines.append(f"{'':20} measured on {result['eval']['rows']} held-out rows")
+    if lost := result.get("forgetting"):
+        lines.append(
+            f"{'general text, loss':20} {lost['loss_before']:9.4f} → {lost['loss_after']:.4f}, "
+            f"KL from the base {lost['kl']:.4f} nats a token"
+        )
     return "\n".join(lines)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.linalg.svd import product_singular_values, product_svd, randomised_svd, truncated_svd
+from deltaw.linalg.svd import product_singular_values, product_svd, randomised_svd, truncated_svd, two_norm
 
 sizes = st.integers(1, 12)
 
@@ -67,10 +67,39 @@ def test_an_approximation_knows_its_error(call, scale: float, m: int, n: int, k:
     assert 0.9 * two - 1e-13 <= float(got.error_two / scale) <= two + 1e-13
 
 
-def test_randomised_is_as_good_on_a_flat_spectrum_within_a_percent_or_two() -> None:
-    x = torch.randn(200, 150, generator=torch.Generator().manual_seed(0))
-    best, got = truncated_svd(x, 20), randomised_svd(x, 20, generator=torch.Generator().manual_seed(0))
-    assert float(best.error_frobenius) <= float(got.error_frobenius) <= 1.02 * float(best.error_frobenius)
+def slow(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An n x n matrix with σᵢ = i^-½, and σ."""
+    u, v = (torch.linalg.qr(torch.randn(n, n)).Q for _ in range(2))
+    sigma = torch.arange(1.0, n + 1) ** -0.5
+    return (u * sigma) @ v.T, sigma
+
+
+def test_randomised_misses_by_no_more_than_a_percent_in_both_norms() -> None:
+    x, sigma = slow(400)
+    got = randomised_svd(x, 20)
+    assert float(torch.linalg.matrix_norm(x - got.dense(), 2)) <= 1.01 * float(sigma[20])
+    assert float(got.error_frobenius) <= 1.002 * float(sigma[20:].norm())
+    assert float((got.s_K / sigma[:20] - 1).abs().max()) < 1e-3
+
+
+def test_on_a_flat_spectrum_too_but_for_the_two_norm() -> None:
+    x = torch.randn(200, 150)
+    best, got = truncated_svd(x, 20), randomised_svd(x, 20)
+    assert float(best.error_frobenius) <= float(got.error_frobenius) <= 1.01 * float(best.error_frobenius)
+    assert float(best.error_two) <= float(torch.linalg.matrix_norm(x - got.dense(), 2)) <= 1.1 * float(best.error_two)
+
+
+@pytest.mark.parametrize("x", [torch.randn(300, 200, generator=torch.Generator().manual_seed(1)), slow(200)[0]])
+def test_the_two_norm_is_approached_from_below(x: torch.Tensor) -> None:
+    true = float(torch.linalg.matrix_norm(x, 2))
+    assert 0.99 * true <= float(two_norm(x)) <= 1.00001 * true
+    assert float(two_norm(x[:1])) == pytest.approx(float(x[0].norm()))
+
+
+def test_the_error_of_a_large_float32_matrix_is_summed_without_loss() -> None:
+    x = torch.randn(2000, 2000)
+    got = randomised_svd(x, 1, power=0)
+    assert float(got.error_frobenius) == pytest.approx(float((x - got.dense()).double().norm()), rel=1e-6)
 
 
 def test_batches_and_the_zero_matrix() -> None:

@@ -1,0 +1,309 @@
+"""What a matrix is made of: its rank, counted in every way that is of use, its spectrum, and three factorisations.
+
+    full rank        X = P Qᵀ, lossless, R columns each. P is columns of X (linalg/rank.py), for a small matrix of
+                     integers also in fractions, without rounding (linalg/exact.py). Picking R columns is R steps of
+                     O(M N): where that takes minutes, P and Q come from the SVD, cut at the numerical rank
+    truncated SVD    its first k terms. No matrix of rank k is nearer; what is missed is σ_{k+1} in the 2-norm and
+                     √(σ²_{k+1} + …) in the Frobenius norm (Eckart & Young 1936, Mirsky 1960)
+    randomised SVD   nearly that, from products with a thin random matrix (linalg/svd.py)
+
+Every error is measured on what is left, X − P Qᵀ, and relative to the norm of X; for a large matrix the 2-norm of what
+is left is an estimate from below (`two_norm`).
+
+Letters: M rows, N columns, K = min(M, N), R a rank, k the rank of an approximation.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from typing import Any, TypeVar
+
+import numpy
+import torch
+from torch import Tensor
+
+from deltaw.analysis.matrix import read_matrix
+from deltaw.errors import InputError
+from deltaw.linalg import rank as ranks
+from deltaw.linalg.exact import exact_factorisation
+from deltaw.linalg.svd import randomised_svd, two_norm
+from deltaw.progress import Display
+
+DEFAULT_RANK = 8
+EXACT_SIDE, EXACT_VALUE = 64, 2.0**53  # fractions take seconds at most, and the integers are those that were written
+PIVOT_WORK = 2e9  # R M N of picking columns, some ten seconds
+LONG_WORK = 1e8  # operations that take a second; before more of them a line says so
+DENSE_SIDE = 512  # the 2-norm of an error of at most as many rows or columns is no estimate
+SHOWN_SIDE = 6  # factors of a matrix of at most 6 x 6 are shown
+
+Say = Callable[[str], None]
+Cells = tuple[tuple[str, ...], ...]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Factorisation:
+    """Two thin matrices in place of X: what they cost and by how much they miss, relative to the norms of X."""
+
+    rank: int
+    numbers: int  # R (M + N)
+    share: float  # of M N
+    error_frobenius: float
+    error_two: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """`column_rank` and `row_rank`, by picking them, are None where that would take minutes."""
+
+    rows: int
+    columns: int
+    dtype: str
+    rank: int  # how many σ are above the tolerance
+    tolerance: float
+    column_rank: int | None
+    row_rank: int | None
+    stable_rank: float
+    effective_rank: float
+    rank_at_90: int  # percent of ‖X‖²_F
+    rank_at_99: int
+    condition: float  # σ₁ / σ_K, infinite unless the rank is full
+    singular_values: tuple[float, ...]
+    full_rank: Factorisation
+    exact: bool  # the full-rank factorisation is in fractions
+    factors: tuple[Cells, Cells] | None  # P and Qᵀ of a matrix that is at most 6 x 6
+    truncated: Factorisation
+    randomised: Factorisation
+    best_frobenius: float  # what no matrix of rank k gets below, relative
+    best_two: float
+
+    @property
+    def entries(self) -> int:
+        """M N."""
+        return self.rows * self.columns
+
+    @property
+    def saves_below(self) -> float:
+        """R (M + N) < M N for every R below it."""
+        return self.entries / (self.rows + self.columns)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; an infinite condition number is null."""
+        condition = self.condition if math.isfinite(self.condition) else None
+        return {**asdict(self), "condition": condition, "entries": self.entries, "saves_below": self.saves_below}
+
+
+def run(name: str, rank: int | None, display: Display) -> tuple[Decomposition, str]:
+    """`decompose` for a matrix's name (matrix.py), and a description of the matrix."""
+    x_MN, source = read_matrix(name, progress=display.say)
+    return decompose(x_MN, rank=rank, say=display.say), source
+
+
+def decompose(x_MN: Tensor, *, rank: int | None = None, say: Say = lambda line: None) -> Decomposition:
+    """All of it for one float32 or float64 matrix; `rank` is k, else 8 or the matrix's rank if that is less.
+
+    `say` gets a line before what takes long. Raises InputError unless 1 ≤ `rank` ≤ K, ValueError for what is no matrix
+    of finite numbers.
+    """
+    (m, n), dtype = ranks.checked(x_MN).shape, str(x_MN.dtype).removeprefix("torch.")
+    if rank is not None and not 1 <= rank <= min(m, n):
+        raise InputError(f"rank {rank}: a {m} x {n} matrix has approximations of rank 1 to {min(m, n)}")
+    if m * n * min(m, n) > LONG_WORK:
+        say(f"full SVD of {m:,} x {n:,}, O(M N min(M, N)): this takes a while")
+    (u_MK, sigma_K, vt_KN), svd_seconds = _timed(lambda: torch.linalg.svd(x_MN, full_matrices=False))
+    top = float(sigma_K[0]) or 1.0
+    if not math.isfinite(top):
+        raise InputError(f"the largest singular value is beyond {dtype}", fix="scale the matrix down")
+    tolerance = float(ranks.tolerance(sigma_K, m, n))
+    found = int((sigma_K > tolerance).sum())
+    k = rank or max(1, min(DEFAULT_RANK, found))
+    relative_K = sigma_K.double() / top  # so that no square overflows
+    norm = float(relative_K.norm()) or 1.0
+
+    def measured(r: int, left_MN: Tensor, seconds: float) -> Factorisation:
+        left_MN = left_MN / top
+        errors = float(left_MN.norm()) / norm, _two_norm(left_MN)
+        return Factorisation(r, r * (m + n), r * (m + n) / (m * n), *errors, seconds)
+
+    full = _lossless(x_MN, (u_MK[:, :found] * sigma_K[:found], vt_KN[:found]), svd_seconds, say)
+    near, seconds = _timed(lambda: randomised_svd(x_MN, k, generator=torch.Generator().manual_seed(0)))
+    return Decomposition(
+        rows=m,
+        columns=n,
+        dtype=dtype,
+        rank=found,
+        tolerance=tolerance,
+        column_rank=full.picked[0],
+        row_rank=full.picked[1],
+        stable_rank=float(ranks.stable_rank(sigma_K)),
+        effective_rank=float(ranks.effective_rank(sigma_K)),
+        rank_at_90=int(ranks.energy_rank(sigma_K, 0.9)),
+        rank_at_99=int(ranks.energy_rank(sigma_K, 0.99)),
+        condition=float(1 / relative_K[-1]) if found == min(m, n) else math.inf,
+        singular_values=tuple(sigma_K.tolist()),
+        full_rank=measured(len(full.qt), full.left_MN, full.seconds),
+        exact=full.exact,
+        factors=(_cells(full.p), _cells(full.qt)) if max(m, n) <= SHOWN_SIDE else None,
+        truncated=measured(k, _left(x_MN, u_MK[:, :k] * sigma_K[:k], vt_KN[:k]), svd_seconds),
+        randomised=measured(k, _left(x_MN, near.u_MK * near.s_K, near.vt_KN), seconds),
+        best_frobenius=float(relative_K[k:].norm()) / norm,
+        best_two=float(relative_K[k]) if k < min(m, n) else 0.0,
+    )
+
+
+def describe(d: Decomposition, source: str) -> str:
+    """For people; `source` is what the matrix is."""
+    parts = [f"{source}: {d.rows:,} x {d.columns:,} = {d.entries:,} entries, {d.dtype}", _ranks(d)]
+    if d.rank:
+        several = f"σ₁ … σ{_sub(d.rank)}" if d.rank > 1 else "σ₁"
+        others = f"; the other {noise} are rounding" if (noise := len(d.singular_values) - d.rank) else ""
+        parts.append(f"singular values {several}, log scale{others}\n{spectrum(d.singular_values[: d.rank])}")
+    parts += [_table(d), _remarks(d)]
+    if d.factors and d.rank:
+        parts.append(f"P Qᵀ{', exactly' if d.exact else ', to four digits'}\n{_beside(*d.factors)}")
+    return "\n\n".join(parts)
+
+
+def spectrum(sigma: Sequence[float], width: int = 64, height: int = 8) -> str:
+    """Positive values in descending order as bars on a log scale; of more than `width`, evenly chosen ones."""
+    count = min(width, len(sigma))
+    shown = [sigma[round(i * (len(sigma) - 1) / max(1, count - 1))] for i in range(count)]
+    each = min(4, width // count)  # columns a bar
+    low, high = math.log(shown[-1]), math.log(shown[0])
+    heights = [1 + (8 * height - 1) * ((math.log(value) - low) / (high - low) if high > low else 1) for value in shown]
+    labels = {height - 1: f"{shown[0]:.2e}", 0: f"{shown[-1]:.2e}"}
+    lines = []
+    for row in range(height - 1, -1, -1):
+        blocks = "".join(" ▁▂▃▄▅▆▇█"[min(8, max(0, round(bar) - 8 * row))] * each for bar in heights)
+        lines.append(f"{labels.get(row, ''):>9} │{blocks.rstrip()}")
+    last = f"{len(sigma):>{max(0, count * each - 1)}}" if len(sigma) > 1 else ""
+    return "\n".join([*lines, f"{'':9} └{'─' * count * each}", f"{'':11}1{last}"])
+
+
+def _ranks(d: Decomposition) -> str:
+    picked = f"column rank {d.column_rank}, row rank {d.row_rank}, picked down to ε max(M, N) times the longest"
+    if d.column_rank is None:
+        picked = "columns and rows were not picked one by one: that would take minutes"
+    condition = f"{d.condition:.3g}" if math.isfinite(d.condition) else "infinite"
+    lines = [
+        ("rank", f"{d.rank}", f"σ above {d.tolerance:.2e} = ε max(M, N) σ₁, ε of {d.dtype}"),
+        ("", "", picked),
+        ("stable rank", f"{d.stable_rank:.4g}", "‖X‖²_F / ‖X‖²₂"),
+        ("effective rank", f"{d.effective_rank:.4g}", "exp of the entropy of σ / Σσ"),
+        ("rank at 90 %", f"{d.rank_at_90}", "of the energy ‖X‖²_F"),
+        ("rank at 99 %", f"{d.rank_at_99}", ""),
+        ("condition", condition, f"σ₁ / σ{_sub(min(d.rows, d.columns))}"),
+    ]
+    width = max(len(value) for _, value, _ in lines)
+    return "\n".join(f"{name:16}{value:<{width}}  {said}".rstrip() for name, value, said in lines)
+
+
+def _table(d: Decomposition) -> str:
+    lines: list[Sequence[str]] = [("", "rank", "numbers", "of M N", "error (F)", "error (2)", "seconds")]
+    for name, one in (
+        ("full rank, P Qᵀ", d.full_rank),
+        ("truncated SVD", d.truncated),
+        ("randomised SVD", d.randomised),
+    ):
+        errors = [f"{error:.3g}" for error in (one.error_frobenius, one.error_two)]
+        if d.exact and one is d.full_rank:
+            errors = ["exactly 0"] * 2
+        lines.append(
+            [name, f"{one.rank}", f"{one.numbers:,}", f"{100 * one.share:.3g} %", *errors, f"{one.seconds:.3f}"]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = [f"{line[0]:{widths[0]}}" + _right(line[1:], widths[1:]) for line in lines]
+    return "\n".join([*rows, "errors: the Frobenius and the 2-norm of X − P Qᵀ, measured, relative to those of X"])
+
+
+def _remarks(d: Decomposition) -> str:
+    k, noise = d.truncated.rank, torch.finfo(getattr(torch, d.dtype)).eps * max(d.rows, d.columns)
+    saves = "stores fewer" if d.full_rank.share < 1 else "saves none"
+    lines = [f"R (M + N) numbers are fewer than M N for R below M N / (M + N) = {d.saves_below:.4g}: P Qᵀ {saves} here"]
+    if d.best_frobenius <= noise:
+        lines.append(f"rank {k} leaves nothing but rounding")
+    else:
+        best = f"{d.best_frobenius:.4g} (F), and {d.best_two:.4g} = σ{_sub(k + 1)} / σ₁ (2)"
+        lines.append(f"no matrix of rank {k} has errors below {best} (Eckart-Young-Mirsky)")
+        ratio = d.randomised.error_frobenius / d.best_frobenius, d.randomised.error_two / d.best_two
+        fast = f"{d.randomised.seconds:.3f} s against {d.truncated.seconds:.3f} s"
+        lines.append(f"the randomised SVD has {ratio[0]:.4f} (F) and {ratio[1]:.4f} (2) times those, in {fast}")
+    return "\n".join(lines)
+
+
+def _beside(p: Cells, qt: Cells) -> str:
+    """Two small matrices side by side."""
+
+    def drawn(cells: Cells) -> list[str]:
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return [f"│{_right(row, widths)}  │" for row in cells]
+
+    left, right = drawn(p), drawn(qt)
+    return "\n".join(f"{a:{len(left[0])}}   {b}".rstrip() for a, b in zip_longest(left, right, fillvalue=""))
+
+
+def _right(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+
+def _sub(number: int) -> str:
+    return str(number).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
+
+
+@dataclass(frozen=True, eq=False)
+class _Lossless:
+    p: Any  # [M, R], a tensor or rows of fractions
+    qt: Any  # [R, N]
+    left_MN: Tensor  # X − P Qᵀ
+    exact: bool
+    picked: tuple[int | None, int | None]
+    seconds: float
+
+
+def _lossless(x_MN: Tensor, of_svd: tuple[Tensor, Tensor], svd_seconds: float, say: Say) -> _Lossless:
+    """The full-rank factorisation in the best way that the matrix allows."""
+    rank = of_svd[1].shape[0]
+    if (work := rank * x_MN.numel()) > PIVOT_WORK:
+        return _Lossless(*of_svd, _left(x_MN, *of_svd), False, (None, None), svd_seconds)
+    if work > LONG_WORK:
+        say(f"picking {rank} independent columns, then rows")
+    (p_MR, q_NR), seconds = _timed(lambda: ranks.full_rank_factorisation(x_MN))
+    picked = p_MR.shape[1], ranks.row_rank(x_MN)
+    integers = bool((x_MN == x_MN.round()).all()) and float(x_MN.abs().max()) < EXACT_VALUE
+    if not integers or max(x_MN.shape) > EXACT_SIDE:
+        return _Lossless(p_MR, q_NR.T, _left(x_MN, p_MR, q_NR.T), False, picked, seconds)
+    rows = [[int(value) for value in row] for row in x_MN.tolist()]
+    (p, qt), seconds = _timed(lambda: exact_factorisation(rows))
+    # Python's own integers and fractions, so that the product isn't rounded either.
+    factors = (
+        numpy.array(p, dtype=object).reshape(len(rows), len(qt)),
+        numpy.array(qt, dtype=object).reshape(len(qt), x_MN.shape[1]),
+    )
+    left = (numpy.array(rows, dtype=object) - factors[0] @ factors[1]).astype(float)
+    return _Lossless(p, qt, torch.from_numpy(left), True, picked, seconds)
+
+
+def _left(x_MN: Tensor, p_MR: Tensor, qt_RN: Tensor) -> Tensor:
+    """In float64, so that what is measured is the factors' error and not the product's."""
+    return x_MN.double() - p_MR.double() @ qt_RN.double()
+
+
+def _two_norm(left_MN: Tensor) -> float:
+    if min(left_MN.shape) > DENSE_SIDE:
+        return float(two_norm(left_MN, torch.Generator().manual_seed(0)))
+    return float(torch.linalg.svdvals(left_MN)[0])
+
+
+def _timed(call: Callable[[], T]) -> tuple[T, float]:
+    began = time.perf_counter()
+    return call(), time.perf_counter() - began
+
+
+def _cells(rows: Any) -> Cells:
+    rows = rows.tolist() if isinstance(rows, Tensor) else rows
+    return tuple(
+        tuple(f"{value + 0.0:.4g}" if isinstance(value, float) else str(value) for value in row) for row in rows
+    )

@@ -1,0 +1,153 @@
+"""`deltaw inspect`: an adapter, or a whole run, as one page and as JSON.
+
+    inspect(folder) -> Report       reads the folder, finds the base's weights, measures, checks
+    report.write()                  report.html: self-contained, for people          (pages.py lays it out)
+    report.to_json()                the same numbers, for machines
+    report.gist()                   a dozen lines for a terminal
+
+A run folder adds what the training did: the loss curve, held-out figures before and after, answers, forgetting. An
+adapter of any tool is measured as it is. Without the base's weights (an adapter that doesn't say which base it has, or
+one that isn't here) what can be told from the update alone is told, and the page says what is missing.
+
+The base is held to the adapter's fingerprint before anything is measured: amplification against the wrong weights would
+look like a result.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltaw.adapter.file import Adapter
+from deltaw.analysis.checks import check_adapter, check_run
+from deltaw.analysis.measure import Measures, measure_adapter, summarise
+from deltaw.analysis.page import Finding
+from deltaw.analysis.sentences import gist, sentence
+from deltaw.base.linear_weights import LinearWeights
+from deltaw.base.load import fingerprint_of_files, open_base
+from deltaw.base.source import Source, find_base
+from deltaw.config import RunConfig, load_config
+from deltaw.errors import InputError, RunError
+from deltaw.model import base_name, is_run, load_adapter
+from deltaw.progress import Display
+from deltaw.run import Run
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run folder holds beside its adapter."""
+
+    config: RunConfig
+    result: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """An adapter measured. `base` names the weights it was measured against, or says why there were none."""
+
+    folder: Path
+    adapter: Adapter
+    base: str
+    measures: Mapping[str, Measures]
+    summary: Mapping[str, Any]
+    findings: list[Finding] = field(default_factory=list)
+    training: Training | None = None
+
+    @property
+    def sentences(self) -> list[str]:
+        """One a module."""
+        return [sentence(path, m) for path, m in self.measures.items()]
+
+    def gist(self) -> str:
+        """What a terminal shows."""
+        signs = {"ok": "✓", "note": "·", "warning": "!", "problem": "✗"}
+        found = [f"{signs[level]} {words}" for level, words in self.findings]
+        return "\n".join([*gist(self.measures, self.summary), "", *found])
+
+    def to_json(self) -> dict[str, Any]:
+        """All measures, the summary, the findings; plain JSON."""
+        return {
+            "folder": str(self.folder),
+            "base": self.base,
+            "spec": self.adapter.spec.model_dump(mode="json"),
+            "summary": dict(self.summary),
+            "findings": [{"level": level, "text": words} for level, words in self.findings],
+            "modules": {
+                path: {"sentence": said, **m.to_json()}
+                for (path, m), said in zip(self.measures.items(), self.sentences, strict=True)
+            },
+            "training": self.training.result if self.training else None,
+        }
+
+    def write(self, path: str | Path | None = None) -> Path:
+        """The page, into the folder unless a path is given. Raises RunError when the disk refuses."""
+        from deltaw.analysis.layers import page_of
+        from deltaw.analysis.page import write
+
+        target = Path(path) if path else self.folder / PAGE
+        if not target.parent.is_dir():
+            raise RunError(f"{target}: no folder {target.parent}", fix="choose another --output")
+        write(page_of(self), target)
+        return target
+
+
+def inspect(name: str | Path, *, base: str | None = None, display: Display) -> Report:
+    """Measure a run's adapter, or any adapter's. Raises InputError: no adapter, NaN in it, another base's weights."""
+    folder = Path(name)
+    adapter, training = load_adapter(folder), _training(folder)
+    source, why = _source(adapter, folder, training, base, display)
+    if source is not None:
+        _check_base(adapter, source, display)
+    weights = LinearWeights(source.directory, adapter.fan_in_fan_out) if source else None
+    with display.task("measuring", len(adapter.factors)) as update:
+        measures = measure_adapter(adapter, weights, progress=update)
+    findings = check_adapter(measures)
+    if training:
+        findings = [*check_run(training.config, training.result, training.metrics), *findings]
+    if source is None:
+        findings.append(Finding("note", f"measured without the base's weights: {why}"))
+    said = source.name if source else why
+    order = ("problem", "warning", "note", "ok")
+    findings.sort(key=lambda finding: order.index(finding.level))
+    return Report(folder, adapter, said, measures, summarise(measures), findings, training)
+
+
+def _training(folder: Path) -> Training | None:
+    """The run's figures; None for an adapter folder, or a run that has no result yet."""
+    run = Run(folder)
+    if not is_run(folder) or not run.result.is_file():
+        return None
+    return Training(load_config(run.config), run.read_json(run.result), run.read_metrics())
+
+
+def _source(
+    adapter: Adapter, folder: Path, training: Training | None, base: str | None, display: Display
+) -> tuple[Source | None, str]:
+    """(the base's files, ""), or (None, why there are none). A base that was asked for by name must be there."""
+    if base is not None:
+        return find_base(base, progress=display.say), ""
+    try:
+        name = training.config.base if training else base_name(adapter, folder)
+        return find_base(name, progress=display.say), ""
+    except InputError as error:
+        return None, error.what
+
+
+def _check_base(adapter: Adapter, source: Source, display: Display) -> None:
+    """Raise InputError unless the files are those of the base that the adapter was trained on, if it tells."""
+    known = adapter.base.fingerprint
+    if not known:
+        return
+    display.say(f"looking whether {source.name} is the base that the adapter was trained on")
+    found = fingerprint_of_files(source)
+    if found != known:
+        found = open_base(source, dtype="bfloat16", device="cpu").fingerprint
+    if found != known:
+        raise InputError(
+            f"the adapter was trained on {adapter.base.name or 'another base'} ({known[:19]}), "
+            f"{source.name} is another ({found[:19]})",
+            fix="name its own base with --base",
+        )

@@ -1,0 +1,49 @@
+"""The command line: verbs -> functions, no logic.
+
+    app.py        the application and the options that verbs share
+    run.py        demo · train · preview · eval · generate · chat
+    update.py     inspect · compare · resize · extract · combine · scale
+    why.py        decompose · study
+
+Heavy imports stand inside the verbs, so that `--help` answers at once. Prose and progress go to stderr, results to
+stdout; `--json` makes stdout one JSON object. Exit codes: 0 done, 1 failed while running, 2 the user's input,
+130 / 143 stopped by a signal.
+"""
+
+import sys
+import traceback
+
+import typer
+
+from deltaw.cli import run, update, why  # noqa: F401  (each registers its verbs)
+from deltaw.cli.app import app
+from deltaw.errors import DeltawError
+
+
+def main() -> None:
+    """The entry point: runs a verb and turns what it raises into a message and an exit code."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        sys.exit(app(args=arguments, standalone_mode=False) or 0)
+    except DeltawError as error:
+        _fail(f"error: {error}", error.exit_code, debug)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("stopped", 130, debug)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's own, which typer carries under varying names
+            _fail(f"error: {error.format_message()}\nsee deltaw --help", 2, debug)
+        if hasattr(error, "exit_code"):  # a run that was asked to stop and has saved
+            _fail(str(error), error.exit_code, debug)
+        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        _fail(f"error: {said:.300}\nthis is a defect of deltaw: --debug shows where", 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(message, file=sys.stderr)
+    sys.exit(code)

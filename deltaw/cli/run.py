@@ -1,0 +1,189 @@
+"""Verbs that train a model, and that ask one."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deltaw.cli.app import BaseName, Json, Quiet, app, display, print_json
+
+if TYPE_CHECKING:
+    from deltaw.model import Model
+
+NoAdapter = Annotated[bool, typer.Option("--no-adapter", help="The plain base.")]
+MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that make up this share.")]
+TopK = Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+
+@app.command(epilog="Example: deltaw demo")
+def demo(output: Annotated[str, typer.Option(help="The run folder.")] = "runs/demo", as_json: Json = False) -> None:
+    """Teach a 135M model to pronounce English words, with real data, in minutes on a CPU."""
+    from deltaw.config import parse_config
+    from deltaw.demo import DEMO
+
+    _train(parse_config({**DEMO, "output": output}), replace=True, as_json=as_json)
+
+
+@app.command(epilog="Examples: deltaw train run.yaml train.lr=1e-3    deltaw train runs/first  (resumes)")
+def train(
+    run: Annotated[Path, typer.Argument(help="A run file, or a run folder to resume.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, over the run file.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Discard an earlier run in the output folder.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train an adapter, or go on with an interrupted run."""
+    from deltaw.config import load_config
+
+    if run.is_dir():
+        _refuse_overrides(overrides, run)
+        _train(run, as_json=as_json, quiet=quiet)
+    else:
+        _train(load_config(run, overrides or ()), replace=replace, as_json=as_json, quiet=quiet)
+
+
+@app.command(epilog="Example: deltaw preview run.yaml -n 5")
+def preview(
+    run: Annotated[Path, typer.Argument(help="A run file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, over the run file.")] = None,
+    rows: Annotated[int, typer.Option("-n", help="How many examples.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show what would be trained: examples with the trained tokens marked, counts, warnings. Loads no model."""
+    from dataclasses import asdict
+
+    from deltaw.config import load_config
+    from deltaw.data.preview import preview as draw
+    from deltaw.model import open_dataset
+
+    config = load_config(run, overrides or ())
+    _, renderer, dataset = open_dataset(config, display(as_json))
+    if as_json:
+        print_json(asdict(dataset.report))
+    else:
+        from rich.console import Console
+
+        Console().print(draw(dataset, renderer.tokenizer, rows))
+
+
+@app.command("eval", epilog="Examples: deltaw eval runs/demo    deltaw eval runs/demo data.jsonl --no-adapter --json")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run, an adapter folder or a base.")],
+    data: Annotated[str | None, typer.Argument(help="A data file; a run's own held-out rows without one.")] = None,
+    base: BaseName = None,
+    no_adapter: NoAdapter = False,
+    metrics: Annotated[list[str] | None, typer.Option(help="exact_match, phoneme_error_rate.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Only this many rows, chosen at random.")] = None,
+    max_tokens: MaxTokens = 64,
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity and task metrics on held-out rows or on a file."""
+    from deltaw.evaluate.command import evaluate_on
+
+    result = evaluate_on(
+        model,
+        data,
+        base=base,
+        use_adapter=not no_adapter,
+        metrics=metrics,
+        rows=rows,
+        max_tokens=max_tokens,
+        display=display(as_json),
+    )
+    if as_json:
+        print_json(result)
+    else:
+        for name, value in result.items():
+            print(f"{name.replace('_', ' '):20} {value}")
+
+
+@app.command(epilog="Example: deltaw generate runs/demo 'h e l l o ->'    (- reads the prompt from stdin)")
+def generate(
+    model: Annotated[str, typer.Argument(help="A run, an adapter folder or a base.")],
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; - is stdin.")],
+    base: BaseName = None,
+    no_adapter: NoAdapter = False,
+    as_chat: Annotated[bool, typer.Option("--chat", help="Send it as a user's message, in the chat template.")] = False,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Continue one prompt, streaming."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    asked: Any = [{"role": "user", "content": text}] if as_chat else text
+    sampling = _sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    opened = _open(model, base, as_json)
+    answer = ""
+    for piece in opened.stream(asked, adapter=not no_adapter, **sampling):
+        answer += piece
+        if not as_json:
+            print(piece, end="", flush=True)
+    if as_json:
+        print_json({"prompt": text, "text": answer, "adapter": opened.attached is not None and not no_adapter})
+    else:
+        print()
+
+
+@app.command(epilog="Example: deltaw chat runs/demo")
+def chat(
+    model: Annotated[str, typer.Argument(help="A run, an adapter folder or a base.")],
+    base: BaseName = None,
+    no_adapter: NoAdapter = False,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+) -> None:
+    """Talk to a model, streaming. /base asks the plain base, /adapter the adapter, /new forgets, Ctrl-D leaves."""
+    from deltaw.chat import talk
+
+    sampling = _sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    talk(_open(model, base, False), system=system, use_adapter=not no_adapter, sampling=sampling)
+
+
+def _train(what: Any, *, replace: bool = False, as_json: bool, quiet: bool = False) -> None:
+    from deltaw.run import Run
+    from deltaw.training.loop import resume, train
+    from deltaw.training.result import summary
+
+    shown = display(quiet)
+    if isinstance(what, Path):
+        resume(what, display=shown)
+        run = Run(what)
+    else:
+        train(what, replace=replace, display=shown)
+        run = Run(Path(what.output))
+    print(json.dumps(run.read_json(run.result)) if as_json else summary(run))
+
+
+def _open(name: str, base: str | None, quiet: bool) -> "Model":
+    from deltaw.model import open_model
+
+    return open_model(name, base=base, display=display(quiet))
+
+
+def _sampling(**fields: Any) -> dict[str, Any]:
+    """The options as given, once they are known to be right."""
+    from deltaw.base.generate import Sampling
+
+    return Sampling.checked(**fields).model_dump()
+
+
+def _refuse_overrides(overrides: list[str] | None, run: Path) -> None:
+    from deltaw.errors import InputError
+
+    if overrides:
+        raise InputError(
+            f"{run} is a run to resume, its settings are fixed: {' '.join(overrides)}",
+            fix=f"for a new run: deltaw train {run / 'config.yaml'} {' '.join(overrides)} output=runs/other",
+        )
