@@ -7,14 +7,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deltaw.adapter.algebra import resize
+    from deltaw.adapter.combine import combine
     from deltaw.adapter.file import Adapter, BaseId
     from deltaw.adapter.inject import Attached, attach, detach
     from deltaw.adapter.layer import LoRALinear
+    from deltaw.analysis.report import inspect
     from deltaw.base.forward import Forward, plan_forward
     from deltaw.base.load import Base, open_base
     from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
     from deltaw.errors import DeltawError, InputError, RunError
-    from deltaw.factors import Dense, LowRank
+    from deltaw.factors import Dense, DoRA, LowRank
     from deltaw.kernels.attention import packed_attention
     from deltaw.kernels.lora import lora_linear
     from deltaw.kernels.loss import linear_cross_entropy
@@ -29,6 +32,7 @@ _HOME = {
     "Base": "base.load",
     "BaseId": "adapter.file",
     "Dense": "factors",
+    "DoRA": "factors",
     "DeltawError": "errors",
     "Forward": "base.forward",
     "InputError": "errors",
@@ -38,7 +42,9 @@ _HOME = {
     "RunConfig": "config",
     "RunError": "errors",
     "attach": "adapter.inject",
+    "combine": "adapter.combine",
     "detach": "adapter.inject",
+    "inspect": "analysis.report",
     "linear_cross_entropy": "kernels.loss",
     "load_config": "config",
     "lora_linear": "kernels.lora",
@@ -47,6 +53,7 @@ _HOME = {
     "packed_attention": "kernels.attention",
     "parse_config": "config",
     "plan_forward": "base.forward",
+    "resize": "adapter.algebra",
     "resume": "training.loop",
     "train": "training.loop",
 }

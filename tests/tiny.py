@@ -52,7 +52,7 @@ def run_file(folder: Path, **changes: Any) -> dict[str, Any]:
             "save_every": 2,
             "eval_every": 3,
         },
-        "evaluate": {"metrics": ["exact_match"], "max_new_tokens": 4},
+        "evaluate": {"metrics": ["exact_match"], "max_new_tokens": 4, "general": None, "report": False},
         "output": str(folder / "run"),
         **changes,
     }

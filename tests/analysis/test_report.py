@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     tiny_base(folder / "base")
     words(folder / "train.jsonl")
-    train(parse_config(run_file(folder)), display=QUIET)
+    train(parse_config(run_file(folder, evaluate={"max_new_tokens": 4})), display=QUIET)
     return folder
 
 
