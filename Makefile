@@ -1,6 +1,7 @@
 # make demo   install, then teach a 135M model to pronounce words (five minutes on two cores)
 # make test   install what tests need, run them          make test-all   the slow ones, too
 # make bench  measure it against PEFT and TRL on this machine (15 minutes; MINUTES=30 has every row)
+# make bench-algebra  spectra of an adapter of 8B shape, randomised SVD (some four minutes)
 # make bench-curves  hold 200 steps to the band of PEFT's seeds (some ten minutes)
 # make check  formatter, linter, type checker
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all bench bench-curves check clean
+.PHONY: demo test test-all bench bench-algebra bench-curves check clean
 demo: $(VENV)/.demo
 	$(BIN)/deltaw demo
 
@@ -21,6 +22,9 @@ test-all: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.bench --minutes $(MINUTES)
+
+bench-algebra: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.algebra && $(BIN)/python -m benchmarks.report
 
 bench-curves: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.curves

@@ -1,4 +1,4 @@
-"""benchmarks/results.csv -> docs/performance.md and docs/performance.svg.
+"""benchmarks/results.csv and algebra.csv -> docs/performance.md and docs/performance.svg.
 
     python -m benchmarks.report [--out FOLDER]      (make bench calls it; nothing is measured here)
 
@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks import algebra
 from benchmarks.results import PACKAGES, Figure, Key, Row, Target, figures, read_rows, targets
 
 ROOT = Path(__file__).parents[1]
@@ -183,7 +184,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def write(rows: Sequence[Row], root: Path = ROOT) -> None:
     """Page and picture under `root`/docs."""
     (root / "docs").mkdir(parents=True, exist_ok=True)
-    (root / "docs" / "performance.md").write_text(page(rows), encoding="utf-8")
+    more = algebra.section(algebra.read(root))
+    (root / "docs" / "performance.md").write_text(page(rows) + (f"\n{more}" if more else ""), encoding="utf-8")
     draw(rows, root / "docs" / "performance.svg")
 
 

@@ -34,7 +34,7 @@ from deltaw.progress import Display
 DEFAULT_RANK = 8
 EXACT_SIDE, EXACT_VALUE = 64, 2.0**53  # fractions take seconds at most, and the integers are those that were written
 PIVOT_WORK = 2e9  # R M N of picking columns, some ten seconds
-LONG_WORK = 1e8  # operations that take a second; before more of them a line says so
+LONG_WORK = 1e8  # R M N that takes a second; an SVD does ten times as much in that time
 DENSE_SIDE = 512  # the 2-norm of an error of at most as many rows or columns is no estimate
 SHOWN_SIDE = 6  # factors of a matrix of at most 6 x 6 are shown
 
@@ -111,8 +111,8 @@ def decompose(x_MN: Tensor, *, rank: int | None = None, say: Say = lambda line: 
     (m, n), dtype = ranks.checked(x_MN).shape, str(x_MN.dtype).removeprefix("torch.")
     if rank is not None and not 1 <= rank <= min(m, n):
         raise InputError(f"rank {rank}: a {m} x {n} matrix has approximations of rank 1 to {min(m, n)}")
-    if m * n * min(m, n) > LONG_WORK:
-        say(f"full SVD of {m:,} x {n:,}, O(M N min(M, N)): this takes a while")
+    if m * n * min(m, n) > 10 * LONG_WORK:
+        say(f"full SVD of {m:,} x {n:,}, which takes O(M N min(M, N))")
     (u_MK, sigma_K, vt_KN), svd_seconds = _timed(lambda: torch.linalg.svd(x_MN, full_matrices=False))
     top = float(sigma_K[0]) or 1.0
     if not math.isfinite(top):
