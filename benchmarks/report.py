@@ -9,7 +9,6 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import algebra
 from benchmarks.results import PACKAGES, Figure, Key, Row, Target, figures, read_rows, targets
 
 ROOT = Path(__file__).parents[1]
@@ -184,6 +183,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def write(rows: Sequence[Row], root: Path = ROOT) -> None:
     """Page and picture under `root`/docs."""
     (root / "docs").mkdir(parents=True, exist_ok=True)
+    from benchmarks import algebra  # which imports this module
+
     more = algebra.section(algebra.read(root))
     (root / "docs" / "performance.md").write_text(page(rows) + (f"\n{more}" if more else ""), encoding="utf-8")
     draw(rows, root / "docs" / "performance.svg")

@@ -163,7 +163,7 @@ def test_sources_that_cannot_be_read(tmp_path):
         ("squad", "no such file"),
         ("a\0b", "not the name"),
         ("", "not the name"),
-        ("builtin:nothing", "known: cmudict, sarcasm"),
+        ("builtin:nothing", "known: cmudict, general, sarcasm"),
     ]:
         with pytest.raises(InputError, match=reason):
             read_rows(source)
