@@ -1,4 +1,4 @@
-"""The studies' results -> docs/studies and the table in docs/why-lora-works.md.
+"""The studies' results -> benchmarks/studies, docs/studies and the table in docs/why-lora-works.md.
 
     python -m benchmarks.why [--studies runs/studies/small]      (after `deltaw study all`; nothing is run here)
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE, PICTURES = ROOT / "docs" / "why-lora-works.md", ROOT / "docs" / "studies"
+FIGURES = ROOT / "benchmarks" / "studies"
 BEGIN, END = "<!-- verdicts -->", "<!-- end of verdicts -->"
 ORDER = ("rank", "lr10", "where", "phi", "amp", "fullrank", "pretrain", "forget", "intruder", "compress", "bf16")
 
@@ -41,11 +42,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.why", description="Studies -> docs.")
     parser.add_argument("--studies", type=Path, default=ROOT / "runs" / "studies" / "small")
     folder = parser.parse_args().studies
-    shutil.rmtree(PICTURES, ignore_errors=True)
-    PICTURES.mkdir(parents=True)
+    for made in (PICTURES, FIGURES):
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir(parents=True)
     records = {}
     for name in ORDER:
-        shutil.copy(folder / f"{name}.json", PICTURES)
+        shutil.copy(folder / f"{name}.json", FIGURES)
         records[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         (PICTURES / f"{name}.svg").write_text(picture((folder / f"{name}.html").read_text(encoding="utf-8")), "utf-8")
     text = PAGE.read_text(encoding="utf-8")

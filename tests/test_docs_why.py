@@ -9,13 +9,14 @@ import pytest
 
 from deltaw.studies.study import NAMES, find_study
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS, FIGURES = ROOT / "docs", ROOT / "benchmarks" / "studies"
 PAGE = (DOCS / "why-lora-works.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_verdict_on_the_page_is_the_records(name: str) -> None:
-    record = json.loads((DOCS / "studies" / f"{name}.json").read_text(encoding="utf-8"))
+    record = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
     (row,) = re.findall(rf"^\| `{name}` \|.*$", PAGE, re.M)
     assert f"| **{record['verdict']}** |" in row and record["because"] in row
     assert record["claim"] == asdict(find_study(name).CLAIM), "the rule changed after the run: run the study again"
