@@ -24,6 +24,7 @@ from deltaw.model import is_run, load_adapter
 from deltaw.progress import Display
 
 WORST = 5  # modules shown
+BAR = 24  # characters
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 Shown = tuple[dict[str, Any], str]  # for machines, for people
 
@@ -190,6 +191,13 @@ def _trials(trials: Sequence[Trial]) -> list[str]:
 
 
 def _points(points: Sequence[Point]) -> str:
-    rows = [f"{'factor':>7} {'task loss':>10} {'general loss':>13}"]
-    rows += [f"{p.factor:7g} {p.task_loss:10.4f} {p.general_loss:13.4f}" for p in points]
+    """Both losses at each factor, a bar beside each, longest for the largest of its column."""
+    most = max(p.task_loss for p in points), max(p.general_loss for p in points)
+    rows = [f"{'factor':>7}  {'task loss':{BAR + 10}}general text, loss"]
+    for p in points:
+        task, general = (
+            f"{loss:8.4f} {'█' * max(1, round(BAR * loss / top)):{BAR}} "
+            for loss, top in zip((p.task_loss, p.general_loss), most, strict=True)
+        )
+        rows.append(f"{p.factor:7g} {task}{general}".rstrip())
     return "\n".join(rows)
