@@ -159,8 +159,8 @@ def _forgetting(lost: Mapping[str, Any] | None) -> Iterator[Finding]:
     if not lost:
         return
     rise, kl = lost["loss_after"] - lost["loss_before"], lost["kl"]
-    said = f"general text: loss {lost['loss_before']:.3f} → {lost['loss_after']:.3f}, KL from the base {kl:.3f} "
-    "nats a token"
+    losses = f"general text: loss {lost['loss_before']:.3f} → {lost['loss_after']:.3f}"
+    said = f"{losses}, KL from the base {kl:.3f} nats a token"
     if rise > FORGOT or kl > MOVED:
         yield Finding(
             "warning", f"{said}: it forgot a good deal; a lower train.lr, or deltaw scale, trades task for memory"

@@ -65,6 +65,7 @@ def test_a_good_run_has_nothing_to_object_to() -> None:
 )
 def test_what_a_run_shows(result: dict[str, Any], level: str, words: str) -> None:
     assert words in said(found(result), level)
+    assert " :" not in said(found(result), level)
     assert words not in said(found(), level)
 
 
