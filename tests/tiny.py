@@ -10,20 +10,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.data.toys import toy
 
 
-def tiny_base(folder: Path, seed: int = 0) -> Path:
-    """Write config, weights and tokenizer into `folder` and return it."""
+def tiny_base(folder: Path, seed: int = 0, **changes: int) -> Path:
+    """Write config, weights and tokenizer into `folder` and return it; `changes` are of the config."""
     tokenizer = toy("chatml")
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **{**shape, **changes})
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

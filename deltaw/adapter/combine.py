@@ -32,7 +32,6 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -43,8 +42,7 @@ from deltaw.adapter.file import Adapter
 from deltaw.errors import InputError, listed
 from deltaw.factors import LowRank
 
-Method = Literal["linear", "ties", "dare"]
-METHODS: tuple[Method, ...] = ("linear", "ties", "dare")
+METHODS = ("linear", "ties", "dare")
 DENSITY = 0.5  # of entries kept; TIES's authors take 0.2, for full fine-tuning
 Part = tuple[float, LowRank]  # a weight and one adapter's update of the module at hand
 
@@ -53,7 +51,7 @@ def combine(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     *,
-    method: Method = "linear",
+    method: str = "linear",
     rank: int | None = None,
     energy: float | None = None,
     density: float | None = None,

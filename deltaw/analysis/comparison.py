@@ -7,9 +7,11 @@ tenth by chance alone, which looks like something.
 from pathlib import Path
 from typing import Any
 
+from deltaw.analysis import plots
 from deltaw.analysis.compare import Comparison, compare
+from deltaw.analysis.maps import layer_map
 from deltaw.analysis.page import Block, Cell, Fact, Facts, Page, Picture, Section, Table, Text, number, write
-from deltaw.analysis.sentences import kinds_of, place, short, title
+from deltaw.analysis.sentences import kinds_of, short, title
 from deltaw.model import load_adapter
 from deltaw.progress import Display
 
@@ -26,7 +28,6 @@ def compare_named(one: str, other: str, output: str, *, display: Display) -> tup
     first, second = (load_adapter(Path(name)) for name in (one, other))
     with display.task("comparing", len(first.factors.keys() & second.factors.keys())) as update:
         found = compare(first, second, progress=update)
-    from deltaw.analysis import plots
 
     def grid(values: list[list[float]], label: str, caption: str) -> Picture:
         rows, columns = (list(map(str, range(1, n + 1))) for n in (len(values), len(values[0])))
@@ -38,10 +39,16 @@ def compare_named(one: str, other: str, output: str, *, display: Display) -> tup
         grid(side["right"].excess_IJ.tolist(), f"{short(kind)}: φ above chance", f"Input directions of `{kind}`, mean.")
         for kind, side in sorted(found.kinds.items(), key=lambda item: kinds_of(found.modules).index(item[0]))
     ]
+    cosines = layer_map(
+        {path: m.cosine for path, m in found.modules.items()},
+        "cosine of the updates",
+        "Do the two updates say the same?",
+        diverging=True,
+    )
     sections = [
         Section("In short", [Facts(_facts(found)), Text("\n\n".join(said(found, one, other)))]),
         Section("Shared directions", grids or [Text("No module has directions to compare.")]),
-        Section("Module by module", [cosines(found), _table(found)]),
+        Section("Module by module", [cosines, _table(found)]),
         Section("How to read this", [Text(ABOUT)]),
     ]
     write(Page(f"{Path(one).name} and {Path(other).name}", "Two adapters on one base", sections), Path(output))
@@ -71,24 +78,6 @@ def said(found: Comparison, one: str, other: str) -> list[str]:
         if paths:
             lines.append(f"{len(paths)} modules are in {name} alone, {title(paths[0])} for example.")
     return lines
-
-
-def cosines(found: Comparison) -> Picture:
-    """The map of the updates' cosines."""
-    from deltaw.analysis import plots
-
-    kinds = kinds_of(found.modules)
-    names = {path: path if place(path)[0] is None else str(place(path)[0]) for path in found.modules}
-    layers = list(dict.fromkeys(names.values()))
-    cells = {(names[path], place(path)[1]): m.cosine for path, m in found.modules.items()}
-    values = [[cells.get((layer, kind)) for kind in kinds] for layer in layers]
-    heads = list(map(short, kinds))
-    label = "cosine of the updates"
-    svg = plots.heatmap(values, row_labels=layers, column_labels=heads, value_label=label, diverging=True)
-    rows: list[list[Cell]] = [[layer, *row] for layer, row in zip(layers, values, strict=True)]
-    return Picture(
-        svg, "Do the two updates say the same?", f"{label}, layers down", Table(["layer", *heads], rows, label)
-    )
 
 
 def _facts(found: Comparison) -> list[Fact]:

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from deltaw.analysis import plots
+from deltaw.analysis.maps import layer_map
 from deltaw.analysis.measure import BaseMeasures, Measures
 from deltaw.analysis.page import (
     Block,
@@ -27,7 +28,7 @@ from deltaw.analysis.page import (
     number,
 )
 from deltaw.analysis.report import Report, Training
-from deltaw.analysis.sentences import gist, kinds_of, place, short
+from deltaw.analysis.sentences import gist, kinds_of, place
 
 Of = Callable[[Measures], float | None]
 
@@ -197,16 +198,8 @@ def _directions(measures: Mapping[str, Measures]) -> list[Block]:
 
 
 def _map(measures: Mapping[str, Measures], of: Of, label: str, caption: str, *, diverging: bool = False) -> Picture:
-    places = {path: place(path) for path in measures}
-    kinds = kinds_of(measures)
-    heads = list(map(short, kinds))
-    names = {path: path if layer is None else str(layer) for path, (layer, _) in places.items()}
-    layers = list(dict.fromkeys(names.values()))
-    cells = {(names[path], places[path][1]): of(m) for path, m in measures.items() if m.numerical_rank}
-    values = [[cells.get((layer, kind)) for kind in kinds] for layer in layers]
-    svg = plots.heatmap(values, row_labels=layers, column_labels=heads, value_label=label, diverging=diverging)
-    rows: list[list[Cell]] = [[layer, *row] for layer, row in zip(layers, values, strict=True)]
-    return Picture(svg, caption, f"{label}: layers down, kinds of module across", Table(["layer", *heads], rows, label))
+    values = {path: of(m) if m.numerical_rank else None for path, m in measures.items()}
+    return layer_map(values, label, caption, diverging=diverging)
 
 
 def _spectra(measures: Mapping[str, Measures]) -> Picture:

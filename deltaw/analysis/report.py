@@ -94,12 +94,15 @@ class Report:
         return target
 
 
-def inspect(name: str | Path, *, base: str | None = None, display: Display) -> Report:
-    """Measure a run's adapter, or any adapter's. Raises InputError: no adapter, NaN in it, another base's weights."""
+def inspect(name: str | Path, *, base: str | None = None, base_is_known: bool = False, display: Display) -> Report:
+    """Measure a run's adapter, or any adapter's. Raises InputError: no adapter, NaN in it, another base's weights.
+
+    `base_is_known`: spares looking whether it is the right base, which reads all of it (a run has just trained on it).
+    """
     folder = Path(name)
     adapter, training = load_adapter(folder), _training(folder)
     source, why = _source(adapter, folder, training, base, display)
-    if source is not None:
+    if source is not None and not base_is_known:
         _check_base(adapter, source, display)
     weights = LinearWeights(source.directory, adapter.fan_in_fan_out) if source else None
     with display.task("measuring", len(adapter.factors)) as update:

@@ -1,7 +1,6 @@
 """The application that the verbs register with, the options and the ways of printing that they share."""
 
 import json
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -43,8 +42,3 @@ def give(value: Any, text: str, as_json: bool) -> None:
         print_json(value)
     else:
         print(text)
-
-
-def note(text: str) -> None:
-    """A line on stderr."""
-    print(text, file=sys.stderr)

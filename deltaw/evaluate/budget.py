@@ -63,7 +63,7 @@ def resize_to_loss(
     with carrying(model, adapter) as attached, display.task("resizing", STEPS + 1) as update:
 
         def measured(smaller: Adapter, energy: float) -> float:
-            _wear(attached, smaller)
+            wear(attached, smaller)
             loss, _ = held_out_loss(model.forward, examples)
             ranks = [factors.rank for factors in smaller.factors.values()]
             trials.append(Trial(energy, smaller.parameters, sum(ranks) / len(ranks), loss))
@@ -127,7 +127,7 @@ def check_rows(examples: Sequence[Example]) -> None:
         raise InputError("no rows to measure the loss on", fix="name a data file with at least one usable row")
 
 
-def _wear(attached: Attached, smaller: Adapter) -> None:
+def wear(attached: Attached, smaller: Adapter) -> None:
     """Give the layers a smaller adapter's factors, padded to their ranks."""
     for path, update in low_rank_updates(smaller, "resized").items():
         attached.layers[path].set_factors(pad(update, attached.layers[path].factors().rank))

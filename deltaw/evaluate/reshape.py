@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.adapter.algebra import Loss, mixed, pad_all, resize, scaled
-from deltaw.adapter.combine import METHODS, combine
+from deltaw.adapter.combine import combine
 from deltaw.adapter.extract import extract_adapter, extract_folders
 from deltaw.adapter.file import Adapter
 from deltaw.config import load_config
@@ -80,8 +80,6 @@ def combine_named(
     """The weighted sum of several adapters of one base; without weights each counts once."""
     folder = new_folder(output)
     adapters = [load_adapter(Path(name)) for name in names]
-    if method not in METHODS:
-        raise InputError(f"no method {method!r} of combining", fix=f"known: {', '.join(METHODS)}")
     with display.task("combining", len({path for adapter in adapters for path in adapter.factors})) as update:
         made = combine(
             adapters,

@@ -8,9 +8,10 @@ factors padded with zeros: the update is the same and the base is opened once.
 import statistics
 from collections.abc import Mapping
 
-from deltaw.adapter.algebra import low_rank_updates, pad, resize
+from deltaw.adapter.algebra import resize
 from deltaw.analysis import plots
 from deltaw.analysis.page import Cell, Picture, Table
+from deltaw.evaluate.budget import wear
 from deltaw.evaluate.command import rows_of
 from deltaw.evaluate.held_out import held_out_loss
 from deltaw.studies.lab import RANKS, Lab, Trial, best
@@ -36,7 +37,7 @@ def run(lab: Lab) -> Outcome:
     losses = {rank: statistics.mean(trial.loss for trial in trials) for rank, trials in trained.items()}
     each = [cut_losses(trial, lab) for trial in trained[HIGH]]
     cut = {rank: statistics.mean(found[rank] for found in each) for rank in LOW}
-    tie = 2 * 2**0.5 * lab.noise / len(lab.seeds) ** 0.5
+    tie = lab.margin(len(lab.seeds))
     because = (
         f"Rank {HIGH} ends at {losses[HIGH]:.3f} nats. "
         + "; ".join(f"cut to {rank} {cut[rank]:.3f}, trained at {rank} {losses[rank]:.3f}" for rank in LOW)
@@ -82,8 +83,7 @@ def cut_losses(trial: Trial, lab: Lab) -> dict[int, float]:
     with lab.display.task("cutting", len(LOW)) as update:
         for rank in LOW:
             smaller, _ = resize(adapter, rank=rank)
-            for path, factors in low_rank_updates(smaller, "resized").items():
-                model.attached.layers[path].set_factors(pad(factors, HIGH))
+            wear(model.attached, smaller)
             losses[rank], _ = held_out_loss(model.forward, examples)
             update(len(losses), f"rank {rank}, loss {losses[rank]:.3f}")
     return losses

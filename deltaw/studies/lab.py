@@ -106,6 +106,11 @@ class Lab:
             rate: self.train(f"{said}, lr {rate:g}, seed {seed}", seed=seed, adapter=adapter, lr=rate) for rate in rates
         }
 
+    def sweeps(self) -> dict[str, dict[float, Trial]]:
+        """`sweep` of every rank ("rank 4") and of "full"."""
+        ranks = {f"rank {rank}": self.sweep({"rank": rank, "alpha": 32}) for rank in RANKS}
+        return ranks | {"full": self.sweep("full")}
+
     @cached_property
     def noise(self) -> float:
         """How far held-out losses of one setting lie apart by the seed alone: the standard deviation at rank 16."""
@@ -114,7 +119,11 @@ class Lab:
 
     def tie(self, one: float, other: float) -> bool:
         """Whether two held-out losses differ by no more than seeds do: within twice the noise of a difference."""
-        return abs(one - other) <= 2 * 2**0.5 * self.noise
+        return abs(one - other) <= self.margin()
+
+    def margin(self, seeds: int = 1) -> float:
+        """What seeds do to a difference of two held-out losses, each a mean over `seeds`: twice its deviation."""
+        return 2 * 2**0.5 * self.noise / seeds**0.5
 
     @cached_property
     def weights(self) -> LinearWeights:

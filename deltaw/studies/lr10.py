@@ -4,7 +4,7 @@ import math
 
 from deltaw.analysis import plots
 from deltaw.analysis.page import Picture, Table
-from deltaw.studies.lab import RANKS, Lab, Trial, best
+from deltaw.studies.lab import Lab, Trial, best
 from deltaw.studies.study import Claim, Outcome
 
 LOW, HIGH = 3.0, 40.0  # of the ratio; the claim's is 10 to 15, the grid's step a factor of 3
@@ -27,7 +27,7 @@ CLAIM = Claim(
 
 
 def run(lab: Lab) -> Outcome:
-    sweeps = {f"rank {rank}": lab.sweep({"rank": rank, "alpha": 32}) for rank in RANKS} | {"full": lab.sweep("full")}
+    sweeps = lab.sweeps()
     rates = {name: best_rate(trials) for name, trials in sweeps.items()}
     ends = [name for name, trials in sweeps.items() if best(trials)[0] in (min(trials), max(trials))]
     lora = sorted(rate for name, rate in rates.items() if name != "full")

@@ -22,7 +22,7 @@ CLAIM = Claim(
 
 
 def run(lab: Lab) -> Outcome:
-    sweeps = {f"rank {rank}": lab.sweep({"rank": rank, "alpha": 32}) for rank in RANKS} | {"full": lab.sweep("full")}
+    sweeps = lab.sweeps()
     tops = {name: best(trials) for name, trials in sweeps.items()}
     losses = {name: trial.loss for name, (_, trial) in tops.items()}
     least = min(loss for name, loss in losses.items() if name != "full")

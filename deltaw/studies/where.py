@@ -51,7 +51,7 @@ def run(lab: Lab) -> Outcome:
         group: statistics.mean(_train(lab, group, ranks[group], rate, seed).loss for seed in lab.seeds)
         for group, rate in tops.items()
     }
-    tie = 2 * 2**0.5 * lab.noise / len(lab.seeds) ** 0.5
+    tie = lab.margin(len(lab.seeds))
     parameters = {group: int(trials[group][rate].result["trained_parameters"]) for group, rate in tops.items()}
     names = [f"{group}, rank {ranks[group]}" for group in ranks]
     because = (

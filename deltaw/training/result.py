@@ -87,7 +87,7 @@ def write_report(run: Run, display: Display) -> None:
     from deltaw.analysis.report import inspect  # matplotlib takes a second
 
     try:
-        report = inspect(run.folder, display=display)
+        report = inspect(run.folder, base_is_known=True, display=display)
         path = report.write(run.report)
     except DeltawError as error:
         display.say(f"no report: {error.what}")

@@ -4,30 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltaw.progress import Display
 from deltaw.studies.lab import Lab
-from tests.data.toys import toy
-from tests.tiny import words
+from tests.tiny import tiny_base, words
 
 
 def wide_base(folder: Path) -> Path:
     """A random Llama in which rank 64 has room everywhere, with its tokenizer."""
-    tokenizer = toy("chatml")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return tiny_base(folder, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_key_value_heads=4)
 
 
 def task(folder: Path) -> dict[str, Any]:
