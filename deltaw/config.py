@@ -164,6 +164,10 @@ class TrainConfig(Strict):
     sample_every: int | None = Field(None, ge=1)
     save_every: int = Field(100, ge=1)
     keep: int = Field(2, ge=1, description="checkpoints kept besides the best")
+    skip_nonfinite: int = Field(0, ge=0, description="steps with a NaN that may be left out before the run stops")
+    skip_spikes: float | None = Field(
+        None, gt=1, allow_inf_nan=False, description="leave out steps whose loss is so many times the recent median"
+    )
 
 
 class EvaluateConfig(Strict):

@@ -1,24 +1,31 @@
 """A run folder: what lies where, and what may be written there.
 
-    config.yaml      the resolved run file            checkpoints/    step-000100/ …  (checkpoint.py)
-    before.json      the base on the held-out rows    best/           the best adapter so far, PEFT layout
-    metrics.jsonl    a line a step, a line an eval    adapter/        the result, PEFT layout
-    result.json      the figures                  report.html     what the run did, for people
+    config.yaml      the resolved run file            checkpoints/    step-000100/ …  (training/checkpoint.py)
+    before.json      the base on the held-out rows    adapter/        the result, PEFT layout
+    metrics.jsonl    a line a step, a line an eval    report.html     what the run did, for people
+    result.json      the figures                      .lock           who writes here (lock.py)
 
-result.json is written when everything else is safe (the report only shows what lies there), so a folder that has it is
-finished. A folder that is not a run is never touched.
+Everything in it is named relative to the folder, so it can be moved. result.json is written when everything else is
+safe (the report only shows what lies there), so a folder that has it is finished. A folder that is not a run is never
+touched.
 """
 
 import json
 import os
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaw.base.weights import read_json, write_text_atomic
+from deltaw.base.weights import fsync, read_json, write_text_atomic
 from deltaw.config import RunConfig
-from deltaw.errors import InputError
+from deltaw.errors import InputError, RunError
+from deltaw.lock import locked
+
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -52,53 +59,119 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
-    def best(self) -> Path:
-        return self.folder / "best"
-
-    @property
     def adapter(self) -> Path:
         return self.folder / "adapter"
 
     @staticmethod
     def check(config: RunConfig, *, replace: bool = False) -> "Run":
-        """See that `output` can hold a new run, before any work is done. Raises InputError."""
+        """See that `output` can hold a new run, before any work is done or library loaded. Raises InputError."""
         run = Run(Path(config.output))
-        existing = next(path for path in [run.folder.absolute(), *run.folder.absolute().parents] if path.exists())
+        with run.claimed(new=True, replace=replace):
+            return run
+
+    def check_resumable(self) -> None:
+        """See that an unfinished run lies here, and that no other process is at it. Raises InputError."""
+        if not self.config.is_file():
+            fix = "start one: deltaw train run.yaml"
+            raise InputError(f"{self.folder} is no run: it has no config.yaml", fix=fix)
+        with self.claimed(new=False):
+            if self.result.is_file():
+                fix = "to train anew use another output"
+                raise InputError(f"{self.folder} is finished: its adapter is {self.adapter}", fix=fix)
+
+    @contextmanager
+    def claimed(self, *, new: bool, replace: bool = False) -> Iterator[None]:
+        """The folder is this process's alone inside the block. `new`: it must not hold a run yet, unless it may be
+        replaced. Raises InputError. A folder that was made for the block and stays empty goes again."""
+        if new:
+            self._check_new(replace)
+        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"output {self.folder}: can't be made: {error.strerror}", fix="choose another output"
+            ) from None
+        try:
+            with locked(self.folder / LOCK, f"output {self.folder}"):
+                if new:  # what another process may have begun in between
+                    self._check_new(replace)
+                yield
+        finally:
+            if made and not self._holds_anything():
+                shutil.rmtree(made[0], ignore_errors=True)
+                for path in made[1:]:
+                    if not any(path.iterdir()):
+                        path.rmdir()
+
+    def _check_new(self, replace: bool) -> None:
+        existing = next(path for path in [self.folder.absolute(), *self.folder.absolute().parents] if path.exists())
         if not existing.is_dir():
-            raise InputError(f"output {run.folder}: {existing} is not a folder")
+            raise InputError(f"output {self.folder}: {existing} is not a folder")
         if not os.access(existing, os.W_OK | os.X_OK):
-            raise InputError(f"output {run.folder}: no permission to write in {existing}")
-        if run.folder.exists() and any(run.folder.iterdir()):
-            if not run.config.is_file():
-                raise InputError(f"output {run.folder} exists and is not a run", fix="choose another output")
-            if not replace:
-                raise InputError(
-                    f"output {run.folder} already holds a run",
-                    fix=f"resume it: deltaw train {run.folder}   start over: --replace   or choose another output",
-                )
-        return run
+            raise InputError(f"output {self.folder}: no permission to write in {existing}")
+        if not self._holds_anything():
+            return
+        if not self.config.is_file():
+            raise InputError(f"output {self.folder} exists and is not a run", fix="choose another output")
+        if not replace:
+            raise InputError(
+                f"output {self.folder} already holds a run",
+                fix=f"resume it: deltaw train {self.folder}   start over: --replace   or choose another output",
+            )
+
+    def _holds_anything(self) -> bool:
+        """The lock and what a killed process was still writing don't count."""
+        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        return any(name != LOCK and not (name.startswith(".") and name.endswith(".tmp")) for name in names)
 
     def create(self, config: RunConfig) -> None:
-        """Make the folder with the resolved config in it; what an earlier run left there goes."""
-        if self.config.is_file():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Put the resolved config into the folder, which is claimed; what an earlier run left there goes."""
+        old = self.folder / f".{secrets.token_hex(4)}.tmp"
+        # The old config goes last: until then the folder is a run that can be replaced.
+        earlier = sorted(self.folder.iterdir(), key=lambda path: path == self.config)
+        try:
+            old.mkdir()
+            for path in earlier:
+                if path.name != LOCK:
+                    path.rename(old / path.name)
+        except OSError as error:
+            raise RunError(f"{self.folder}: the earlier run can't be removed: {error}") from None
+        shutil.rmtree(old, ignore_errors=True)
+        self.write_config(config)
+        fsync(self.folder.parent)
+
+    def write_config(self, config: RunConfig) -> None:
+        """config.yaml, whole or not at all."""
         write_text_atomic(self.config, config.to_yaml())
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """One line of metrics.jsonl."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """One line of metrics.jsonl. Raises RunError when the disk refuses."""
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise RunError(f"{self.metrics}: {error}", fix="nothing was lost; free space, then resume") from None
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop the lines after `step`: a resumed run writes them again."""
-        kept = [line for line in self.read_metrics() if line["step"] <= step]
+    def sync_metrics(self) -> None:
+        """Make the lines so far outlive a power cut. Raises RunError when the disk refuses."""
+        try:
+            if self.metrics.is_file():
+                fsync(self.metrics)
+                fsync(self.folder)
+        except OSError as error:
+            raise RunError(f"{self.metrics}: {error}", fix="nothing was lost; free space, then resume") from None
+
+    def cut_metrics(self, lines: int) -> int:
+        """Keep the first `lines` lines: a resumed run writes the others again. How many of them are missing."""
+        kept = self.read_metrics()[:lines]
         write_text_atomic(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        return lines - len(kept)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete lines of metrics.jsonl; a last line cut short by a crash is left out."""
         records = []
-        text = self.metrics.read_text(encoding="utf-8") if self.metrics.is_file() else ""
+        text = self.metrics.read_text(encoding="utf-8", errors="replace") if self.metrics.is_file() else ""
         for line in text.splitlines():
             try:
                 records.append(json.loads(line))

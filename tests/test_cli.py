@@ -119,6 +119,7 @@ def test_users_mistakes_exit_with_2_and_few_lines(trained: Path, tmp_path: Path)
         ("train", tmp_path / "bad.yaml"),
         ("train", trained / "run"),
         ("train", trained / "run", "train.lr=1"),
+        ("verify-resume", tmp_path / "bad.yaml"),
         ("train", trained / "run.yaml", "train.lr"),
         ("train", tmp_path),
         ("trian",),

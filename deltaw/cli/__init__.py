@@ -1,7 +1,8 @@
 """The command line: verbs -> functions, no logic.
 
     app.py        the application and the options that verbs share
-    run.py        demo · train · preview · eval · generate · chat
+    run.py        demo · train · verify-resume · preview · eval · generate · chat
+    plan.py       plan
     update.py     inspect · compare · resize · extract · combine · scale
     why.py        decompose · study
 
@@ -18,6 +19,7 @@ import typer
 from deltaw.cli import run, update, why  # noqa: F401  (each registers its verbs)
 from deltaw.cli.app import app
 from deltaw.errors import DeltawError
+from deltaw.training.stop import Stopped
 
 
 def main() -> None:
@@ -28,6 +30,8 @@ def main() -> None:
         sys.exit(app(args=arguments, standalone_mode=False) or 0)
     except DeltawError as error:
         _fail(f"error: {error}", error.exit_code, debug)
+    except Stopped as stopped:
+        _fail(str(stopped), stopped.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped", 130, debug)
     except BrokenPipeError:
@@ -36,8 +40,6 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own, which typer carries under varying names
             _fail(f"error: {error.format_message()}\nsee deltaw --help", 2, debug)
-        if hasattr(error, "exit_code"):  # a run that was asked to stop and has saved
-            _fail(str(error), error.exit_code, debug)
         said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         _fail(f"error: {said:.300}\nthis is a defect of deltaw: --debug shows where", 1, debug)
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deltaw.cli.app import BaseName, Json, Quiet, app, display, print_json
+from deltaw.cli.app import BaseName, Json, Quiet, app, display, give, print_json
 
 if TYPE_CHECKING:
+    from deltaw.config import RunConfig
     from deltaw.model import Model
 
 NoAdapter = Annotated[bool, typer.Option("--no-adapter", help="The plain base.")]
@@ -34,17 +35,41 @@ def train(
     run: Annotated[Path, typer.Argument(help="A run file, or a run folder to resume.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, over the run file.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Discard an earlier run in the output folder.")] = False,
+    allow: Annotated[bool, typer.Option("--allow", help="Resume although settings were changed.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Train an adapter, or go on with an interrupted run."""
     from deltaw.config import load_config
+    from deltaw.run import Run
 
-    if run.is_dir():
-        _refuse_overrides(overrides, run)
-        _train(run, as_json=as_json, quiet=quiet)
-    else:
+    if not run.is_dir():
         _train(load_config(run, overrides or ()), replace=replace, as_json=as_json, quiet=quiet)
+        return
+    Run(run).check_resumable()
+    from deltaw.training.loop import resume
+
+    resume(run, overrides or (), allow=allow, display=display(quiet))
+    _print_summary(run, as_json)
+
+
+@app.command("verify-resume", epilog="Example: deltaw verify-resume run.yaml")
+def verify_resume(
+    run: Annotated[Path, typer.Argument(help="A run file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, over the run file.")] = None,
+    steps: Annotated[int, typer.Option(min=2, help="How many steps to take, and to stop after each of.")] = 4,
+    as_json: Json = False,
+) -> None:
+    """Prove on this run file and this machine that a stopped run ends with the same bits."""
+    from deltaw.config import load_config
+
+    config = load_config(run, overrides or ())
+    from deltaw.training.verify import verify_resume as verify
+
+    found = verify(config, steps, display(as_json))
+    give(found.to_json(), found.text(), as_json)
+    if not found.exact:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: deltaw preview run.yaml -n 5")
@@ -151,18 +176,21 @@ def chat(
     talk(_open(model, base, False), system=system, use_adapter=not no_adapter, sampling=sampling)
 
 
-def _train(what: Any, *, replace: bool = False, as_json: bool, quiet: bool = False) -> None:
+def _train(config: "RunConfig", *, replace: bool = False, as_json: bool, quiet: bool = False) -> None:
     from deltaw.run import Run
-    from deltaw.training.loop import resume, train
+
+    Run.check(config, replace=replace)  # before torch is loaded, which takes seconds
+    from deltaw.training.loop import train
+
+    train(config, replace=replace, display=display(quiet))
+    _print_summary(Path(config.output), as_json)
+
+
+def _print_summary(folder: Path, as_json: bool) -> None:
+    from deltaw.run import Run
     from deltaw.training.result import summary
 
-    shown = display(quiet)
-    if isinstance(what, Path):
-        resume(what, display=shown)
-        run = Run(what)
-    else:
-        train(what, replace=replace, display=shown)
-        run = Run(Path(what.output))
+    run = Run(folder)
     print(json.dumps(run.read_json(run.result)) if as_json else summary(run))
 
 
@@ -177,13 +205,3 @@ def _sampling(**fields: Any) -> dict[str, Any]:
     from deltaw.base.generate import Sampling
 
     return Sampling.checked(**fields).model_dump()
-
-
-def _refuse_overrides(overrides: list[str] | None, run: Path) -> None:
-    from deltaw.errors import InputError
-
-    if overrides:
-        raise InputError(
-            f"{run} is a run to resume, its settings are fixed: {' '.join(overrides)}",
-            fix=f"for a new run: deltaw train {run / 'config.yaml'} {' '.join(overrides)} output=runs/other",
-        )

@@ -1,34 +1,46 @@
 """Checkpoints: everything that changes, in safetensors and JSON, never a pickle.
 
-    checkpoints/step-000100/state.json             step, data position, sums, fingerprints, SHA-256 of the others
+    checkpoints/step-000100/state.json             step, data position, sums, the run's config, fingerprints of base,
+                                                   data and template
                             factors.safetensors    <path>.a and <path>.b (DoRA: <path>.magnitude, too; full fine-tuning:
                                                    <path>.delta), float32; <path>.initial_a and <path>.initial_b where
                                                    an initialiser began at others than B = 0 (adapter/layer.py)
                             moments.safetensors    AdamW's first and second moment of each that trains
+                            manifest.sha256        SHA-256 of the three, as `sha256sum -c` reads it
 
-A checkpoint is written under a temporary name, each file fsynced, and the folder renamed last, so a folder named
-step-… is complete. Reading checks the hashes all the same; a broken one is reported and the one before it is taken.
+Writing. A folder under a temporary name, each file fsynced, the manifest last; then the folder is renamed and the one
+above it fsynced. So what is named step-… is complete, after a kill as after a power cut, and when `save_checkpoint` has
+returned it stays. Removing goes the other way: first the name, then the files.
+
+Reading. The manifest is worked out again from the files and must be the same to the byte: whichever bit of whichever
+file flipped, it shows, and nothing of a damaged file is ever parsed. A broken one is reported and the one before it is
+taken.
+
+Rotation is by step, not by the clock. What stays: the newest `keep`, and the best one of each of them.
 
 What is not here needs no saving: the learning rate and dropout's randomness are pure functions of the step, and the
-order of the data is one of (seed, epoch).
+order of the data is one of (seed, epoch). There is no other randomness in a run.
 """
 
+import contextlib
 import hashlib
 import json
+import secrets
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deltaw.adapter.inject import Attached
 from deltaw.base.weights import fsync, load_safetensors, read_json, save_safetensors, write_text_atomic
-from deltaw.errors import DeltawError, InputError, RunError
+from deltaw.errors import DeltawError, InputError, RunError, listed
 from deltaw.progress import Display
 
-FACTORS, MOMENTS, STATE = "factors.safetensors", "moments.safetensors", "state.json"
+FACTORS, MOMENTS, STATE, MANIFEST = "factors.safetensors", "moments.safetensors", "state.json", "manifest.sha256"
+FIRST, SECOND = ".first", ".second"  # moments of AdamW
 
 
 @dataclass
@@ -41,9 +53,16 @@ class TrainState:
     tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
+    evaluated: int = 0  # the step of the last evaluation
     best_step: int = 0
     best_loss: float | None = None
+    skipped: int = 0  # steps that were no update
+    not_finite: int = 0  # of those, for a loss or a gradient that was no number
+    in_a_row: int = 0  # skipped steps since the last update
+    recent: list[float] = field(default_factory=list)  # losses of the last updates, where spikes are looked for
+    metrics_lines: int = 0  # of metrics.jsonl
     fingerprints: dict[str, str] = field(default_factory=dict)  # of base, data and template
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 class Saved(NamedTuple):
@@ -57,31 +76,45 @@ class Saved(NamedTuple):
 def save_checkpoint(
     folder: Path, state: TrainState, attached: Attached, optimizer: torch.optim.Optimizer, keep: int
 ) -> Path:
-    """Write step-NNNNNN and remove all but the newest `keep`. Raises RunError when the disk refuses."""
-    final = folder / f"step-{state.step:06}"
-    temporary = folder / f".{final.name}.tmp"
-    for stale in folder.glob(".step-*.tmp"):
-        shutil.rmtree(stale)
+    """Write step-NNNNNN, then rotate. When this has returned, the checkpoint outlives a power cut.
+
+    Raises RunError when the disk refuses; then everything that was there is as it was.
+    """
+    factors, moments = _factors(attached), _moments(attached, optimizer)
+    final = checkpoint_at(folder, state.step)
+    temporary = _aside(final)
     try:
-        temporary.mkdir(parents=True)
-        save_safetensors(_factors(attached), temporary / FACTORS)
-        save_safetensors(_moments(attached, optimizer), temporary / MOMENTS)
-        hashes = {name: _sha256(temporary / name) for name in (FACTORS, MOMENTS)}
-        write_text_atomic(temporary / STATE, json.dumps({"state": asdict(state), "sha256": hashes}, indent=2))
-        if final.exists():  # a rerun of the same step after resuming from before it
-            shutil.rmtree(final)
+        folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        _check_room(folder, [*factors.values(), *moments.values()])
+        temporary.mkdir()
+        save_safetensors(factors, temporary / FACTORS)
+        save_safetensors(moments, temporary / MOMENTS)
+        write_text_atomic(temporary / STATE, json.dumps(asdict(state), indent=2))
+        write_text_atomic(temporary / MANIFEST, _manifest(temporary))
+        if final.exists():  # a broken one, after which this run went on from the one before
+            final.rename(_aside(final))
         temporary.rename(final)
         fsync(folder)
-    except OSError as error:
-        raise RunError(f"{final}: could not be saved: {error}", fix="free space, then resume the run") from None
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)  # room is wanted, training is not to stop for it
+        fsync(folder.parent)
+    except (OSError, RunError) as error:
+        reason = error.what.replace(f"{temporary}/", "") if isinstance(error, RunError) else str(error)
+        raise RunError(f"{final}: {reason}", fix="nothing was lost; free space, then resume the run") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _rotate(folder, keep)
     return final
+
+
+def checkpoint_at(folder: Path, step: int) -> Path:
+    """The name of the checkpoint after `step` updates."""
+    return folder / f"step-{step:06}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first, by step and not by the clock."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def latest_checkpoint(folder: Path, display: Display) -> Saved | None:
@@ -92,31 +125,57 @@ def latest_checkpoint(folder: Path, display: Display) -> Saved | None:
     problems = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            return _read(path)
+            return read_checkpoint(path)
         except DeltawError as error:
             problems.append(error.what)
             display.say(f"checkpoint skipped: {error.what}")
     if problems:
-        raise InputError(f"{folder}: all {len(problems)} checkpoints are broken", fix="start over with --replace")
+        raise InputError(
+            f"{folder}: all {len(problems)} checkpoints are broken:\n{listed(problems)}",
+            fix="put a whole one back, or start over with --replace",
+        )
     return None
+
+
+def read_checkpoint(path: Path) -> Saved:
+    """A checkpoint, proven whole. Raises InputError that names what is missing or damaged."""
+    _check_manifest(path)
+    raw = read_json(path / STATE)
+    if raw.keys() != asdict(TrainState()).keys():
+        raise InputError(f"{path / STATE} is of another version of deltaw: {sorted(raw)}"[:300])
+    return Saved(TrainState(**raw), load_safetensors(path / FACTORS), load_safetensors(path / MOMENTS))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint lies there with every file as it was written."""
+    with contextlib.suppress(DeltawError):
+        _check_manifest(path)
+        return True
+    return False
 
 
 def put_back(attached: Attached, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
     """Put a checkpoint's numbers back. Raises InputError when they are not this adapter's."""
-    wanted = _factors(attached)
-    if {n: t.shape for n, t in saved.factors.items()} != {n: t.shape for n, t in wanted.items()}:
+    put_factors_back(attached, saved)
+    wanted = {name + moment for name in _parameters(attached) for moment in (FIRST, SECOND)}
+    if saved.moments.keys() != wanted:
+        raise InputError("the checkpoint's moments are not of this adapter's parameters")
+    for name, parameter in _parameters(attached).items():
+        optimizer.state[parameter] = {
+            # fused AdamW keeps its count on the parameter's device
+            "step": torch.tensor(float(saved.state.step - saved.state.skipped), device=parameter.device),
+            "exp_avg": saved.moments[name + FIRST].to(parameter.device),
+            "exp_avg_sq": saved.moments[name + SECOND].to(parameter.device),
+        }
+
+
+def put_factors_back(attached: Attached, saved: Saved) -> None:
+    """The factors alone: of the best step, when a run ends. Raises InputError when they are not this adapter's."""
+    if {n: t.shape for n, t in saved.factors.items()} != {n: t.shape for n, t in _factors(attached).items()}:
         raise InputError("the checkpoint's factors are not this adapter's: its rank or targets were changed")
     with torch.no_grad():
-        for name, constant in _constants(attached).items():
-            constant.copy_(saved.factors[name])
-        for name, parameter in _parameters(attached).items():
-            parameter.copy_(saved.factors[name])
-            optimizer.state[parameter] = {
-                # fused AdamW keeps its count on the parameter's device
-                "step": torch.tensor(float(saved.state.step), device=parameter.device),
-                "exp_avg": saved.moments[name + ".first"].to(parameter.device),
-                "exp_avg_sq": saved.moments[name + ".second"].to(parameter.device),
-            }
+        for name, value in [*_constants(attached).items(), *_parameters(attached).items()]:
+            value.copy_(saved.factors[name])
 
 
 def _parameters(attached: Attached) -> dict[str, torch.nn.Parameter]:
@@ -136,24 +195,63 @@ def _factors(attached: Attached) -> dict[str, Tensor]:
 def _moments(attached: Attached, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     moments = {}
     for name, parameter in _parameters(attached).items():
-        state = optimizer.state[parameter]
-        moments[name + ".first"], moments[name + ".second"] = state["exp_avg"], state["exp_avg_sq"]
+        state = optimizer.state[parameter]  # empty before the first update
+        moments[name + FIRST] = state["exp_avg"] if state else torch.zeros_like(parameter)
+        moments[name + SECOND] = state["exp_avg_sq"] if state else torch.zeros_like(parameter)
     return moments
 
 
-def _read(path: Path) -> Saved:
-    raw = read_json(path / STATE)
-    hashes, fields = raw.get("sha256"), raw.get("state")
-    if not isinstance(hashes, dict) or not isinstance(fields, dict) or fields.keys() != asdict(TrainState()).keys():
-        raise InputError(f"{path / STATE}: not a checkpoint's state")
-    for name in (FACTORS, MOMENTS):
-        if not (path / name).is_file():
-            raise InputError(f"{path / name} is missing")
-        if _sha256(path / name) != hashes.get(name):
-            raise InputError(f"{path / name} is damaged: its SHA-256 is not the one written beside it")
-    return Saved(TrainState(**fields), load_safetensors(path / FACTORS), load_safetensors(path / MOMENTS))
+def _manifest(folder: Path) -> str:
+    """What manifest.sha256 must say of the files that lie there now. Raises OSError where one can't be read."""
+    lines = []
+    for name in (STATE, FACTORS, MOMENTS):
+        with (folder / name).open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return "".join(lines)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _check_manifest(path: Path) -> None:
+    gone = [name for name in (STATE, FACTORS, MOMENTS, MANIFEST) if not (path / name).is_file()]
+    if gone:
+        raise InputError(f"{path}: {', '.join(gone)} missing")
+    try:
+        written, found = (path / MANIFEST).read_bytes(), _manifest(path).encode()
+    except OSError as error:
+        raise InputError(f"{path}: can't be read: {error}") from None
+    if written != found:
+        bad = [line[66:].decode() for line in found.splitlines() if line not in written.splitlines()]
+        raise InputError(f"{path}: {', '.join(bad) or MANIFEST} is damaged: its SHA-256 is not the manifest's")
+
+
+def _aside(final: Path) -> Path:
+    """A name for what is not, or no longer, a checkpoint."""
+    return final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed saves and failed deletions left. Room is wanted, training is not to stop for it."""
+    for stale in folder.glob(".step-*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _check_room(folder: Path, tensors: list[Tensor]) -> None:
+    """Raise RunError before a byte is written where the disk is too full anyway."""
+    needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunError(f"the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free")
+
+
+def _rotate(folder: Path, keep: int) -> None:
+    """Remove what is neither one of the newest `keep` nor the best of one of them."""
+    found = list_checkpoints(folder)
+    kept = found[-keep:]
+    try:
+        kept += [checkpoint_at(folder, read_json(path / STATE)["best_step"]) for path in kept]
+    except (InputError, KeyError):
+        return  # one of them is damaged: then none is too many
+    for old in found:
+        if old not in kept:
+            with contextlib.suppress(OSError):
+                aside = _aside(old)
+                old.rename(aside)
+                shutil.rmtree(aside, ignore_errors=True)

@@ -1,17 +1,18 @@
 """train(config): the whole run, top to bottom.
 
-    check everything that can be checked before the model is loaded
+    claim the run folder; check everything that can be checked before the model is loaded
     open base, data, adapter, optimiser; or put a checkpoint back
     measure the base, take the steps, measure the adapter, save it, write its report
 
 A step's loss is the sum over its batches divided once by the step's supervised tokens, so gradient accumulation is
-exact to the token. A step is applied only if its loss and its gradient are finite. What a step does depends on the
-state before it and on nothing else, so stopping anywhere and resuming gives the same bits (on a CPU).
+exact to the token. A step is applied only if its loss and its gradient are finite (watch.py). What a step does depends
+on the state before it and on nothing else, so stopping anywhere and resuming gives the same bits (on a CPU).
 """
 
 import dataclasses
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from deltaw.adapter.spec import find_targets
 from deltaw.base.forward import plan_forward
 from deltaw.base.load import open_base, open_skeleton
 from deltaw.base.source import find_base
-from deltaw.config import RunConfig, load_config
+from deltaw.config import RunConfig, load_config, parse_config
 from deltaw.data.dataset import Dataset
 from deltaw.data.loader import Loader, LoaderState
 from deltaw.data.pack import Batch
@@ -33,60 +34,87 @@ from deltaw.evaluate.held_out import Evaluation, answer, evaluate, held_out_loss
 from deltaw.model import PLAIN, Model, open_dataset
 from deltaw.progress import Display
 from deltaw.run import Run
-from deltaw.training.checkpoint import Saved, TrainState, latest_checkpoint, put_back, save_checkpoint
+from deltaw.training.changes import check_changes
+from deltaw.training.checkpoint import (
+    Saved,
+    TrainState,
+    checkpoint_at,
+    latest_checkpoint,
+    put_back,
+    put_factors_back,
+    read_checkpoint,
+    save_checkpoint,
+)
 from deltaw.training.frozen import above_the_frozen
 from deltaw.training.log import EventLog
 from deltaw.training.optim import learning_rate, make_optimizer, set_rate
 from deltaw.training.result import Found, write_report, write_result
 from deltaw.training.start import start_from_data
 from deltaw.training.stop import Stopped, StopRequest
+from deltaw.training.watch import Unfit, Watch, check_loss, note_skip, note_update
 
 
-def train(config: RunConfig, *, replace: bool = False, resume: bool = False, display: Display | None = None) -> Adapter:
+def train(config: RunConfig, *, replace: bool = False, display: Display | None = None) -> Adapter:
     """Run `config` and return the adapter, which is also in `<output>/adapter`.
 
-    `replace` discards an earlier run in the same folder, `resume` goes on from its newest checkpoint. Raises InputError
-    before the weights are loaded where that is possible, RunError when it fails later, `Stopped` on a signal.
+    `replace` discards an earlier run in the same folder. Raises InputError before the weights are loaded where that is
+    possible, RunError when it fails later, `Stopped` on a signal.
     """
-    began, display = time.monotonic(), display or Display()
-    run = Run(Path(config.output)) if resume else Run.check(config, replace=replace)
-    model, dataset = _prepare(config, display)
-    general = general_text(config.evaluate.general, model.renderer) if config.evaluate.general else []
-    trainer = Trainer(config, run, model, dataset, display)
-    saved = latest_checkpoint(run.checkpoints, display) if resume else None
-    if saved is None:
-        if resume:
-            display.say(f"{run.folder} has no checkpoint yet: it starts from its beginning")
-        # What `auto` came to is part of the run: a resumed one must not race again and choose otherwise.
-        dtype = str(model.base.dtype).removeprefix("torch.")
-        run.create(config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})}))
-        if config.adapter.from_data:
-            start_from_data(trainer.attached, model, trainer._loader(), display)
-    else:
-        trainer.restore(saved)
+    run = Run(Path(config.output))
+    with run.claimed(new=True, replace=replace):
+        return _run(config, run, None, display or Display())
+
+
+def resume(
+    folder: str | Path, overrides: Iterable[str] = (), *, allow: bool = False, display: Display | None = None
+) -> Adapter:
+    """Go on with an interrupted run from its newest whole checkpoint.
+
+    `overrides` (`train.lr=1e-4`) need `allow`. Raises InputError when it is no run, is finished, or can't go on so.
+    """
+    run, display = Run(Path(folder)), display or Display()
+    run.check_resumable()
+    with run.claimed(new=False):
+        config = load_config(run.config, overrides)
+        saved = latest_checkpoint(run.checkpoints, display)
+        # The checkpoint knows what it was made with, whatever was written into config.yaml since.
+        began = parse_config(saved.state.config, source="the checkpoint") if saved else load_config(run.config)
+        changes = check_changes(began, config, allow=allow, run=str(folder))
+        for line in changes:
+            display.say(f"changed: {line}")
+        config = config.model_copy(update={"output": str(folder)})  # it may have been moved since it was started
+        if saved is None:
+            display.say(f"{folder} has no checkpoint yet: it starts from its beginning")
+        elif changes:
+            run.write_config(config)
+        return _run(config, run, saved, display)
+
+
+def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display) -> Adapter:
+    """A run from its beginning or from a checkpoint to its end, in a folder that is claimed."""
+    began = time.monotonic()
     with StopRequest() as stop:
+        model, dataset = prepare_run(config, display)
+        general = general_text(config.evaluate.general, model.renderer) if config.evaluate.general else []
+        trainer = Trainer(_pinned(config, model), run, model, dataset, display, stop)
+        if saved is None:
+            trainer.begin()
+        else:
+            trainer.restore(saved)
+        stop.advice = f"go on with: deltaw train {run.folder}"
         before = trainer.measure_base()
-        trainer.take_steps(stop)
-    adapter, after = trainer.finish()
-    lost = forgetting(model, str(config.evaluate.general), general, display) if general else None
-    found = Found(before, after, lost)
-    write_result(run, config, trainer.state, model, dataset, found, time.monotonic() - began)
-    if config.evaluate.report:
-        write_report(run, display)
+        trainer.take_steps()
+        adapter, after = trainer.finish()
+        lost = forgetting(model, str(config.evaluate.general), general, display) if general else None
+        found = Found(before, after, lost)
+        write_result(run, config, trainer.state, model, dataset, found, time.monotonic() - began)
+        stop.advice = f"the run is finished, its report is not: deltaw inspect {run.folder}"
+        if config.evaluate.report:
+            write_report(run, display)
     return adapter
 
 
-def resume(folder: str | Path, *, display: Display | None = None) -> Adapter:
-    """Go on with an interrupted run. Raises InputError when it is finished already, or is no run."""
-    run = Run(Path(folder))
-    if run.result.is_file():
-        raise InputError(f"{folder} is finished: its adapter is {run.adapter}", fix="to train anew use another output")
-    config = load_config(run.config)
-    # A run folder may have been moved since it was started.
-    return train(config.model_copy(update={"output": str(folder)}), resume=True, display=display)
-
-
-def _prepare(config: RunConfig, display: Display) -> tuple[Model, Dataset]:
+def prepare_run(config: RunConfig, display: Display) -> tuple[Model, Dataset]:
     """Model and data up to the first step, cheapest checks first."""
     source = find_base(config.base, progress=display.say)
     find_targets(open_skeleton(source), config.adapter)
@@ -104,31 +132,58 @@ def _prepare(config: RunConfig, display: Display) -> tuple[Model, Dataset]:
     return model, dataset
 
 
+def _pinned(config: RunConfig, model: Model) -> RunConfig:
+    """The config with what `auto` and a hub's branch came to: a resumed run must not choose otherwise."""
+    source, dtype = model.base.source, str(model.base.dtype).removeprefix("torch.")
+    base = config.base if source.revision is None else f"{source.public_name}@{source.revision}"
+    return config.model_copy(update={"base": base, "train": config.train.model_copy(update={"dtype": dtype})})
+
+
 class Trainer:
     """One run in progress. Its `state`, the factors and the optimiser's moments are all that changes."""
 
-    def __init__(self, config: RunConfig, run: Run, model: Model, dataset: Dataset, display: Display) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Run,
+        model: Model,
+        dataset: Dataset,
+        display: Display,
+        stop: StopRequest | None = None,
+    ) -> None:
         assert model.attached is not None
         self.config, self.run, self.model, self.dataset, self.display = config, run, model, dataset, display
         self.attached: Attached = model.attached
+        self.stop = stop or StopRequest()
         self.optimizer = make_optimizer(self.attached, config.train)
         self.id = model.id if dataset.chat else dataclasses.replace(model.id, template=PLAIN)
         prints = {"base": self.id.fingerprint, "data": dataset.fingerprint, "template": self.id.template}
-        self.state = TrainState(fingerprints=prints)
+        self.state = TrainState(fingerprints=prints, config=config.model_dump(mode="json"))
         self.forward = model.forward  # of training steps
         self.total = config.train.steps or self._loader().total_steps(config.train.epochs)
+        self.watch = Watch(self.attached, config.train, self.total)
+        self._saved_step = 0
+
+    def begin(self) -> None:
+        """Make the folder a run's, and the start that an initialiser wants of the data."""
+        self.run.create(self.config)
+        if self.config.adapter.from_data:
+            start_from_data(self.attached, self.model, self._loader(), self.display)
 
     def restore(self, saved: Saved) -> None:
         """Take up a checkpoint. Raises InputError when it belongs to another base, data or template."""
-        changed = [n for n, value in self.state.fingerprints.items() if saved.state.fingerprints.get(n) != value]
+        now, then = self.state.fingerprints, saved.state.fingerprints
+        changed = [name for name, value in now.items() if then.get(name) != value]
         if changed:
             raise InputError(
                 f"{self.run.folder} can't go on: its {' and '.join(changed)} changed since it was stopped",
                 fix="put it back as it was, or start a new run",
             )
         put_back(self.attached, self.optimizer, saved)
-        self.state = saved.state
-        self.run.cut_metrics(self.state.step)
+        self.state = dataclasses.replace(saved.state, config=self.state.config)
+        self._saved_step = self.state.step
+        if missing := self.run.cut_metrics(self.state.metrics_lines):
+            self.display.say(f"{self.run.metrics} lacks {missing} of the {self.state.metrics_lines} lines it had")
         self.display.say(f"resumed after step {self.state.step} of {self.total}")
 
     def measure_base(self) -> Evaluation | None:
@@ -142,100 +197,146 @@ class Trainer:
         self.run.write_json(self.run.before, before.to_json())
         return before
 
-    def take_steps(self, stop: StopRequest) -> None:
+    def take_steps(self) -> None:
         """All steps that are left. Raises Stopped when a signal came, after saving."""
-        every, log = self.config.train, EventLog(self.run)
         if self.total > self._loader().steps_in_epoch(0):
-            self.forward = above_the_frozen(self.model, self.dataset, every.tokens_per_batch, self.display)
-        with self.display.task("training", self.total) as update:
-            update(self.state.step)
-            for batches, position in self._loader():
-                if self.state.step >= self.total:
-                    break
-                record = self._step(batches, position)
-                step = self.state.step
-                log.write(record)
-                update(step, f"loss {record['loss']:.3f}  {self.state.tokens / self.state.seconds:.0f} tokens/s")
-                if every.eval_every and self.dataset.eval and (step % every.eval_every == 0 or step == self.total):
-                    log.write(self._eval())
-                if every.sample_every and step % every.sample_every == 0:
-                    self._sample()
-                if step % every.save_every == 0 or step == self.total or stop.signal:
-                    save_checkpoint(self.run.checkpoints, self.state, self.attached, self.optimizer, every.keep)
-                if stop.signal and step < self.total:
-                    log.close()
-                    done = f"stopped after step {step} of {self.total} and saved"
-                    raise Stopped(stop.signal, f"{done}; go on with: deltaw train {self.run.folder}")
-        log.close()
+            self.forward = above_the_frozen(self.model, self.dataset, self.config.train.tokens_per_batch, self.display)
+        log = EventLog(self.run, self.state.step)
+        try:
+            with self.display.task("training", self.total) as update:
+                update(self.state.step)
+                self._when_due(log)  # the evaluation that a stop cut off
+                for batches, position in self._loader():
+                    if self.state.step >= self.total:
+                        break
+                    with self.stop.held():
+                        record = self._step(batches, position)
+                        self._log(log, record)
+                    said = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
+                    update(self.state.step, f"{said}  {self.state.tokens / self.state.seconds:.0f} tokens/s")
+                    self._when_due(log)
+        finally:
+            log.close()
 
     def finish(self) -> tuple[Adapter, Evaluation | None]:
         """Save the adapter, the best one where held-out rows were watched, and measure what was saved."""
         if self.state.best_step and self.state.best_step != self.state.step:
-            best = Adapter.load(self.run.best)
-            for path, layer in self.attached.layers.items():
-                layer.set_factors(best.factors[path])
-            self.display.say(f"best on the held-out rows: step {self.state.best_step}")
+            self._take_best()
         after = self._evaluate("after") if self.dataset.eval else None
         adapter = self.attached.adapter(self.id)
         adapter.save(self.run.adapter)
         return adapter, after
 
+    def _take_best(self) -> None:
+        best = self.state.best_step
+        try:
+            put_factors_back(self.attached, read_checkpoint(checkpoint_at(self.run.checkpoints, best)))
+            self.display.say(f"best on the held-out rows: step {best}")
+        except InputError as error:
+            self.display.say(f"warning: step {best} was the best, but {error.what}: the last step's adapter is saved")
+            self.state.best_step = self.state.step
+
+    def _when_due(self, log: EventLog) -> None:
+        """What comes after a step: an evaluation, samples, a checkpoint. A signal cuts the first two off and saves."""
+        every, step = self.config.train, self.state.step
+        if not step:
+            return
+        try:
+            self.stop.check()
+            due = every.eval_every and (step % every.eval_every == 0 or step == self.total)
+            if due and self.dataset.eval and self.state.evaluated < step:
+                self._log(log, self._eval())
+            if every.sample_every and step % every.sample_every == 0 and self._saved_step < step:
+                self._sample()
+        except Stopped:
+            self._save()
+            self.stop.check(f"stopped after step {step} of {self.total} and saved")
+        if step % every.save_every == 0 or step in (self.total, self.state.best_step):
+            self._save()
+            self.stop.check(f"stopped after step {step} of {self.total} and saved")
+
+    def _save(self) -> None:
+        """A checkpoint of this step, unless there is one: it was resumed from, then."""
+        if self._saved_step == self.state.step:
+            return
+        with self.stop.held():
+            self.run.sync_metrics()
+            save_checkpoint(self.run.checkpoints, self.state, self.attached, self.optimizer, self.config.train.keep)
+        self._saved_step = self.state.step
+
+    def _log(self, log: EventLog, record: dict[str, Any]) -> None:
+        log.write(record)
+        self.state.metrics_lines += 1
+
     def _step(self, batches: list[Batch], position: LoaderState) -> dict[str, Any]:
-        """One update. Raises RunError, with the state as it was, when the loss or the gradient is not finite."""
+        """One update, or none where the step is skipped; RunError, with the state as it was, where it may not be."""
         began, state, config = time.monotonic(), self.state, self.config.train
-        supervised, loss_sum = sum(batch.supervised for batch in batches), 0.0
-        if self.config.adapter.dropout:
-            torch.manual_seed(hash((config.seed, state.step)))
-        self._dropout(True)
-        for number, batch in enumerate(batches, 1):
-            batch = batch.to(self.model.base.device)
-            loss, _ = self.forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                self._not_finite(f"the loss of batch {number} of {len(batches)}", [batch])
-            (loss / supervised).backward()
-            loss_sum += value
-        self._dropout(False)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.attached.parameters, config.clip))
-        if not math.isfinite(norm):
-            self._not_finite("the gradient", batches)
-        rate = learning_rate(state.step, self.total, config)
-        set_rate(self.optimizer, rate)
-        self.optimizer.step()
+        supervised = sum(batch.supervised for batch in batches)
+        record: dict[str, Any] = {"step": state.step + 1}
+        try:
+            loss, norm = self._gradient(batches, supervised)
+            rate = learning_rate(state.step, self.total, config)
+            set_rate(self.optimizer, rate)
+            with self.watch.update(rate):
+                self.optimizer.step()
+            note_update(loss, state, config)
+            record |= {"loss": loss, "lr": rate, "grad_norm": norm}
+        except Unfit as unfit:
+            self._skip(unfit)
+            record |= {"skipped": unfit.what, "rows": unfit.rows}
         self.optimizer.zero_grad()
         state.step += 1
         state.epoch, state.step_in_epoch = position.epoch, position.step
         state.tokens += sum(len(batch.tokens_T) for batch in batches)
         state.supervised_tokens += supervised
         state.seconds += time.monotonic() - began
-        return {
-            "step": state.step,
-            "loss": loss_sum / supervised,
-            "lr": rate,
-            "grad_norm": norm,
-            "tokens": state.tokens,
-            "supervised_tokens": state.supervised_tokens,
-            "seconds": round(state.seconds, 3),
-        }
+        figures = {"tokens": state.tokens, "supervised_tokens": state.supervised_tokens}
+        return {**record, **figures, "seconds": round(state.seconds, 3)}
 
-    def _not_finite(self, what: str, batches: list[Batch]) -> None:
+    def _gradient(self, batches: list[Batch], supervised: int) -> tuple[float, float]:
+        """(mean loss in nats a token, norm before clipping), the gradient in place. Raises Unfit where it is none."""
+        loss_sum, rows = 0.0, [origin for batch in batches for origin in batch.origins]
+        if not supervised:
+            raise Unfit("not one token of it is trained", rows)
+        if self.config.adapter.dropout:
+            torch.manual_seed(hash((self.config.train.seed, self.state.step)))
+        self._dropout(True)
+        for number, batch in enumerate(batches, 1):
+            batch = batch.to(self.model.base.device)
+            loss, _ = self.forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                what = f"the loss of batch {number} of {len(batches)} is NaN or infinite"
+                raise Unfit(what, batch.origins, not_finite=True)
+            (loss / supervised).backward()
+            loss_sum += value
+        self._dropout(False)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.attached.parameters, self.config.train.clip))
+        if not math.isfinite(norm):
+            raise Unfit("the gradient is NaN or infinite", rows, not_finite=True)
+        check_loss(loss_sum / supervised, rows, self.state, self.config.train)
+        return loss_sum / supervised, norm
+
+    def _skip(self, unfit: Unfit) -> None:
         self.optimizer.zero_grad()
-        if self.state.step:
-            save_checkpoint(self.run.checkpoints, self.state, self.attached, self.optimizer, self.config.train.keep)
-        rows = [origin for batch in batches for origin in batch.origins]
-        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        raise RunError(
-            f"step {self.state.step + 1}: {what} is NaN or infinite; nothing was updated\nrows: {shown}",
-            fix="look at these rows, or lower train.lr",
-        )
+        self._dropout(False)
+        try:
+            note_skip(unfit, self.state, self.config.train)
+        except RunError:
+            if self.state.step:
+                self._save()
+            raise
+        self.display.say(f"skipped step {self.state.step + 1}: {unfit}")
 
     def _eval(self) -> dict[str, Any]:
-        """The held-out loss at this step; the adapter is kept when it is the best so far."""
+        """The held-out loss at this step; its checkpoint is kept while it is the best. Raises RunError on NaN."""
         loss, _ = held_out_loss(self.model.forward, self.dataset.eval)
         state = self.state
+        if math.isnan(loss):
+            raise RunError(f"step {state.step}: the held-out loss is NaN", fix="lower train.lr, or look at data.eval")
+        state.evaluated = state.step
         best = state.best_loss is None or loss < state.best_loss
         if best:
-            self.attached.adapter(self.id).save(self.run.best)
             state.best_step, state.best_loss = state.step, loss
         self.display.say(f"step {state.step}: held-out loss {loss:.4f}" + ("  (best so far)" if best else ""))
         return {"step": state.step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}

@@ -1,14 +1,36 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave. Twice: leave now; the checkpoints are whole either way."""
+"""Ctrl-C and SIGTERM: where something would be lost, finish the step and save; elsewhere leave at once. Twice: at once.
+
+with StopRequest() as stop:
+    …                       a signal raises Stopped here, wherever that is
+    with stop.held():
+        …                   here it waits; a second one raises Stopped
+    stop.check()            raises Stopped for the one that waited
+"""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 
-class StopRequest:
-    """Inside the `with` block, `signal` is the number of the first SIGINT or SIGTERM, or None."""
+class Stopped(BaseException):
+    """A run was asked to stop. `exit_code` is 130 for Ctrl-C, 143 for SIGTERM; the message says how to go on.
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    No Exception: like KeyboardInterrupt it must get through a library's `except Exception`.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into `Stopped` inside its block. `advice`: what to do next, for the message."""
+
+    def __init__(self, advice: str = "nothing was trained yet") -> None:
+        self.advice = advice
+        self.signal: int | None = None  # the last one that came
+        self._held = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -23,15 +45,21 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A first signal waits beyond the block, until `check`."""
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+
+    def check(self, done: str = "stopped") -> None:
+        """Raise Stopped where a signal came while it was held. `done`: what was."""
         if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
+            raise Stopped(self.signal, f"{done}; {self.advice}")
 
-
-class Stopped(Exception):
-    """A run was asked to stop and has saved. `exit_code` is 130 for Ctrl-C, 143 for SIGTERM."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again, self.signal = self.signal is not None, number
+        if again or not self._held:
+            self.check("stopped at once" if again else "stopped")

@@ -79,13 +79,15 @@ def test_the_best_step_comes_back_onto_the_layers(folder: Path, monkeypatch: Any
     losses = iter(range(1, 99))
     monkeypatch.setattr(loop, "held_out_loss", lambda *args: (float(next(losses)), 1))
     adapter = run(folder, kind, **changed(folder, steps=4, eval_every=1))
-    saved, best = (folder / f"run/{name}/adapter_model.safetensors" for name in ("adapter", "best"))
     assert json.loads((folder / "run/result.json").read_text())["best_step"] == 1
-    assert saved.read_bytes() == best.read_bytes()
+    best = load_safetensors(folder / "run/checkpoints/step-000001/factors.safetensors")
     last = load_safetensors(folder / "run/checkpoints/step-000004/factors.safetensors")
     for path, update in adapter.factors.items():
         low = update.low if isinstance(update, DoRA) else update
-        assert isinstance(low, LowRank) and not torch.equal(low.a_RN[:R], last[f"{path}.a"])
+        assert isinstance(low, LowRank)
+        a_RN = best[f"{path}.a"]
+        # Where the start is taken off again, the factors are put together anew, and only A's first rows are recognised.
+        assert torch.equal(low.a_RN[:R], a_RN) and not torch.equal(low.a_RN[:R], last[f"{path}.a"])
 
 
 def test_a_checkpoint_holds_the_start(folder: Path, monkeypatch: Any) -> None:
@@ -99,7 +101,7 @@ def test_a_checkpoint_holds_the_start(folder: Path, monkeypatch: Any) -> None:
     change = factors["model.layers.0.self_attn.q_proj.b"]
     assert 0 < change.norm() < start.norm()
     (folder / "run/config.yaml").write_text((folder / "run/config.yaml").read_text().replace("pissa", "lora"))
-    with pytest.raises(InputError, match="not this adapter's"):
+    with pytest.raises(InputError, match=r"adapter.init: pissa -> lora"):
         resume(folder / "run", display=QUIET)
 
 

@@ -46,7 +46,7 @@ def test_a_run_learns_and_leaves_everything_it_promises(folder: Path) -> None:
     assert {"tokens_per_second", "peak_memory_bytes", "eval", "dropped", "truncated"} <= result.keys()
     assert result["eval"]["after"].keys() == {"loss", "perplexity", "exact_match"}
     assert result["steps"] == 20 and result["tokens"] > result["supervised_tokens"] > 0
-    for name in ("config.yaml", "metrics.jsonl", "adapter/adapter_config.json", "best/adapter_config.json"):
+    for name in ("config.yaml", "metrics.jsonl", "adapter/adapter_config.json"):
         assert (folder / "run" / name).is_file()
     steps = [line["step"] for line in metrics(folder / "run") if "loss" in line]
     assert steps == list(range(1, 21))

@@ -1,0 +1,61 @@
+"""Going on with a run whose settings were changed: what may change, and what would make another run of it.
+
+    fixed            what decides which numbers there are, in which order the rows come, and how it is computed
+    with --allow     all the rest: the rate and its schedule, how long, how much at a time, what is measured and kept
+
+`base`, `data.train` and `data.eval` may have other names (files move); that they are the same is for the fingerprints
+of weights, rows and template to say, which are compared once these are read. `tokens_per_batch` changes how a step is
+divided, not which rows it trains on.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from deltaw.config import RunConfig
+from deltaw.errors import InputError, listed
+
+FIXED = ("adapter", "data", "train.seed", "train.tokens_per_step", "train.dtype")
+NAMES = ("data.train", "data.eval")  # of FIXED, what is only a name
+FREE = ("output",)  # the run folder was moved
+
+
+def differences(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """(before, after) by dotted field, in the order of the run file."""
+    old, new = (dict(_flat(config.model_dump(mode="json"))) for config in (before, after))
+    names = [*old, *(name for name in new if name not in old)]
+    return {n: (old.get(n), new.get(n)) for n in names if old.get(n) != new.get(n) and n not in FREE}
+
+
+def check_changes(before: RunConfig, after: RunConfig, *, allow: bool, run: str) -> list[str]:
+    """The changes in words. Raises InputError with them where they can't be made, or weren't allowed."""
+    changed = differences(before, after)
+    words = {name: f"{name}: {_word(old)} -> {_word(new)}" for name, (old, new) in changed.items()}
+    refused = [line for name, line in words.items() if _is_fixed(name, *changed[name])]
+    if refused:
+        raise InputError(
+            f"{run} can't go on with other settings than it began with:\n{listed(refused)}",
+            fix="put them back, or start a new run with another output",
+        )
+    if words and not allow:
+        raise InputError(
+            f"{run} was begun with other settings:\n{listed(list(words.values()))}",
+            fix="--allow goes on with the new ones; without them, put the old ones back",
+        )
+    return list(words.values())
+
+
+def _is_fixed(name: str, old: Any, new: Any) -> bool:
+    if name in NAMES and isinstance(old, str) and isinstance(new, str):
+        return False
+    return any(name == fixed or name.startswith(fixed + ".") for fixed in FIXED)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, item in value.items():
+        found += _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else [(prefix + name, item)]
+    return found
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else f"{value:.60}" if isinstance(value, str) else f"{value!s:.60}"

@@ -1,0 +1,127 @@
+"""verify-resume: that a run stopped anywhere ends with the same bits, shown on the user's own run file and machine.
+
+`steps` steps are taken straight through, with a checkpoint after each. Then, for every k, a fresh adapter and a fresh
+optimiser take up checkpoint k and go the rest of the way. Compared are the bytes of the last factors and moments, and
+every line of metrics.jsonl but for the times.
+
+To keep it to about a minute the base is loaded once, nothing is measured on held-out rows, and a step has at most two
+batches: enough to be accumulated. The schedule is that of a run of `steps` steps.
+"""
+
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaw.adapter.inject import attach, detach
+from deltaw.base.weights import load_safetensors
+from deltaw.config import RunConfig
+from deltaw.data.dataset import Dataset
+from deltaw.model import Model
+from deltaw.progress import Display
+from deltaw.run import Run
+from deltaw.training.checkpoint import FACTORS, MOMENTS, checkpoint_at, read_checkpoint
+from deltaw.training.loop import Trainer, prepare_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """How a run that was stopped after `stopped_after` steps ended, beside the one that wasn't."""
+
+    stopped_after: int
+    same_bits: bool
+    same_metrics: bool
+    largest_difference: float  # of a factor's number
+
+
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """What verify-resume found."""
+
+    steps: int
+    device: str
+    resumed: list[Resumed]
+
+    @property
+    def exact(self) -> bool:
+        return all(one.same_bits and one.same_metrics for one in self.resumed)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"exact": self.exact, **dataclasses.asdict(self)}
+
+    def text(self) -> str:
+        """A line a stop, and the verdict."""
+        lines = [
+            f"stopped after step {one.stopped_after} of {self.steps}: "
+            + ("the same bits" if one.same_bits else f"other bits, by up to {one.largest_difference:.2g}")
+            + (", the same metrics" if one.same_metrics else ", OTHER METRICS")
+            for one in self.resumed
+        ]
+        said = (
+            "exact" if self.exact else "NOT exact" + (" (some GPU sums have no fixed order)" * (self.device != "cpu"))
+        )
+        return "\n".join([*lines, f"resuming this run on {self.device} is {said}"])
+
+
+def verify_resume(config: RunConfig, steps: int, display: Display) -> Verified:
+    """Train `steps` steps straight and from each checkpoint. Leaves nothing behind. Raises InputError, RunError."""
+    train = {
+        "steps": steps,
+        "save_every": 1,
+        "keep": steps,
+        "eval_every": None,
+        "sample_every": None,
+        "tokens_per_step": min(config.train.tokens_per_step, 2 * config.train.tokens_per_batch),
+    }
+    config = config.model_copy(update={"train": config.train.model_copy(update=train)})
+    model, dataset = prepare_run(config, display)
+    with tempfile.TemporaryDirectory(prefix="verify-resume-") as place:
+        straight = Run(Path(place) / "straight")
+        straight.folder.mkdir()
+        trainer = _trainer(config, straight, model, dataset, display)
+        trainer.begin()
+        trainer.take_steps()
+        found = []
+        for k in range(1, steps):
+            model = _fresh_adapter(config, model)
+            found.append(_resume_from(k, config, straight, Path(place) / str(k), model, dataset, display))
+    return Verified(steps, model.base.device.type, found)
+
+
+def _resume_from(
+    k: int, config: RunConfig, straight: Run, folder: Path, model: Model, dataset: Dataset, display: Display
+) -> Resumed:
+    run = Run(folder)
+    saved = checkpoint_at(straight.checkpoints, k)
+    shutil.copytree(saved, checkpoint_at(run.checkpoints, k))
+    shutil.copy(straight.metrics, run.metrics)  # with the lines after step k, as a kill would leave it
+    trainer = _trainer(config, run, model, dataset, display)
+    trainer.restore(read_checkpoint(checkpoint_at(run.checkpoints, k)))
+    trainer.take_steps()
+    ends = [checkpoint_at(one.checkpoints, trainer.total) for one in (straight, run)]
+    same = all((ends[0] / name).read_bytes() == (ends[1] / name).read_bytes() for name in (FACTORS, MOMENTS))
+    factors = [load_safetensors(end / FACTORS) for end in ends]
+    largest = max(float((factors[0][name] - value).abs().max()) for name, value in factors[1].items())
+    found = Resumed(k, same, _untimed(straight) == _untimed(run), largest)
+    shutil.rmtree(folder)  # of a large adapter there need not be one for each k
+    return found
+
+
+def _trainer(config: RunConfig, run: Run, model: Model, dataset: Dataset, display: Display) -> Trainer:
+    return Trainer(config.model_copy(update={"output": str(run.folder)}), run, model, dataset, display)
+
+
+def _fresh_adapter(config: RunConfig, model: Model) -> Model:
+    assert model.attached is not None
+    detach(model.attached)
+    generator = torch.Generator().manual_seed(config.train.seed)
+    later = config.adapter.from_data
+    attached = attach(model.base.model, config.adapter, generator=generator, start_later=later)
+    return dataclasses.replace(model, attached=attached)
+
+
+def _untimed(run: Run) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics()]

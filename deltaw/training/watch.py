@@ -1,0 +1,148 @@
+"""What tells a run that learns from one that only looks like it, looked at in every run.
+
+A step that is no update; it is left out as often as the config allows, then the run stops:
+
+    not finite     a loss or a gradient that is NaN or infinite
+    spike          a loss many times the recent median (where `train.skip_spikes` asks for it)
+    nothing        not one token of the step is trained
+
+An update that is none, at which the run stops:
+
+    no gradient    a module whose gradient was zero at each of its first updates
+    still zero     a factor B that has not left zero after them
+    too small      below the rounding of nearly all of a parameter's numbers, at no less than half the full rate
+
+The median is over losses of steps that were applied: a spike that is let into its own window would hide the next one,
+and a NaN would hide them all (OLMo's trainer met that).
+
+The last is seldom B, which begins at zero, where any step is exact; A's numbers are some hundredths, of which float32
+keeps 3e-9.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from deltaw.adapter.inject import Attached
+from deltaw.config import TrainConfig
+from deltaw.errors import RunError, listed
+from deltaw.training.checkpoint import TrainState
+
+PATIENCE = 10  # updates until a module must have had a gradient
+EVERY = 100  # updates between two looks at rounding
+MOVED = 0.01  # share of a parameter's numbers that an update must change
+WINDOW, ENOUGH = 64, 16  # losses the median is over, and how many it needs
+IN_A_ROW = 10  # skipped steps for another reason than NaN
+
+
+class Unfit(Exception):
+    """This step can't be an update: `what` is the matter, `rows` it trained on."""
+
+    def __init__(self, what: str, rows: Sequence[str], not_finite: bool = False) -> None:
+        super().__init__(what)
+        self.what, self.rows, self.not_finite = what, list(rows), not_finite
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.rows[:8]) + (f" and {len(self.rows) - 8} more" if len(self.rows) > 8 else "")
+        return f"{self.what}; nothing was updated\nrows: {shown}"
+
+
+def check_loss(loss: float, rows: Sequence[str], state: TrainState, config: TrainConfig) -> None:
+    """Raise Unfit on a spike. `loss`: of the whole step, finite, in nats a token."""
+    if config.skip_spikes is None or len(state.recent) < ENOUGH:
+        return
+    usual = median(state.recent)
+    if loss > config.skip_spikes * usual:
+        raise Unfit(f"the loss, {loss:.3f}, is {loss / usual:.1f} times the recent {usual:.3f}", rows)
+
+
+def note_update(loss: float, state: TrainState, config: TrainConfig) -> None:
+    """A step was applied."""
+    state.in_a_row = 0
+    if config.skip_spikes is not None:
+        state.recent = [*state.recent, loss][-WINDOW:]
+
+
+def note_skip(unfit: Unfit, state: TrainState, config: TrainConfig) -> None:
+    """A step is left out. Raises RunError, before anything is counted, where that was once too often."""
+    step = f"step {state.step + 1}: {unfit}"
+    if unfit.not_finite and state.not_finite >= config.skip_nonfinite:
+        raise RunError(step, fix="look at these rows, or lower train.lr; train.skip_nonfinite: 3 leaves out three such")
+    if not unfit.not_finite and state.in_a_row >= IN_A_ROW:
+        raise RunError(step, fix=f"{IN_A_ROW} steps in a row were left out before it: look at the data, or train.lr")
+    state.skipped += 1
+    state.not_finite += unfit.not_finite
+    state.in_a_row += 1
+
+
+class Watch:
+    """Looks at the updates of one process. `with watch.update(rate): optimizer.step()`."""
+
+    def __init__(self, attached: Attached, config: TrainConfig, steps: int) -> None:
+        self._layers = {path: layer.trained() for path, layer in attached.layers.items()}
+        self._silent = set(self._layers)
+        self._config, self._patience = config, min(PATIENCE, steps)
+        self._updates = 0
+
+    @contextmanager
+    def update(self, rate: float) -> Iterator[None]:
+        """Around the optimiser's step, gradients at hand. Raises RunError when the update does nothing."""
+        self._updates += 1
+        early = self._updates <= self._patience
+        if early and self._silent:
+            self._silent -= self._with_gradient()
+        look = self._updates % EVERY == PATIENCE and 2 * rate >= self._config.lr
+        before = self._copy() if look else {}
+        yield
+        if self._updates == self._patience:
+            self._check_alive()
+        if look:
+            self._check_moved(before)
+
+    def _copy(self) -> dict[str, dict[str, Tensor]]:
+        return {path: {n: p.detach().clone() for n, p in trained.items()} for path, trained in self._layers.items()}
+
+    def _with_gradient(self) -> set[str]:
+        pairs = [
+            (path, parameter.grad)
+            for path in self._silent
+            for parameter in self._layers[path].values()
+            if parameter.grad is not None
+        ]
+        if not pairs:
+            return set()
+        largest = torch.stack(torch._foreach_norm([grad for _, grad in pairs], math.inf)).tolist()
+        return {path for (path, _), value in zip(pairs, largest, strict=True) if value}
+
+    def _check_alive(self) -> None:
+        if self._silent:
+            raise RunError(
+                f"{len(self._silent)} of {len(self._layers)} adapted modules got no gradient in {self._updates} "
+                f"updates: they learn nothing\n{listed(sorted(self._silent), 1)}",
+                fix="name other adapter.targets: these don't reach the loss",
+            )
+        still = [f"{path}.{n}" for path, t in self._layers.items() for n in ("b", "delta") if n in t and not t[n].any()]
+        if still:
+            raise RunError(
+                f"{len(still)} factors are still zero after {self._updates} updates\n{listed(still, 1)}",
+                fix="raise train.lr, or name other adapter.targets",
+            )
+
+    def _check_moved(self, before: dict[str, dict[str, Tensor]]) -> None:
+        stuck = [
+            f"{path}.{name}"
+            for path, trained in self._layers.items()
+            for name, parameter in trained.items()
+            if (parameter.detach() != before[path][name]).float().mean() < MOVED
+            and parameter.grad is not None
+            and (parameter.grad != 0).float().mean() > MOVED
+        ]
+        if stuck:
+            raise RunError(
+                f"the update is below the rounding of {len(stuck)} parameters: they don't move\n{listed(stuck, 1)}",
+                fix=f"raise train.lr, which is {self._config.lr:g}",
+            )

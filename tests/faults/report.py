@@ -1,0 +1,56 @@
+"""docs/reliability.md, from what a whole run of the list printed."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from tests.faults.fault import SEEN, Fault, Outcome
+
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+HEAD = """# What it survives
+
+`make torture` makes every one of these faults happen, the given number of times, and writes this page
+({minutes:.0f} minutes on {cores} cores of a {machine} machine). A try passes if deltaw does what the row says: nothing
+lost, the same adapter to the bit, or an error of at most five lines before work is wasted. `make test` runs a sample of
+the same checks. One try again: `python -m tests.faults --only 7 --try 12`. Faults of the server (55 and on) come with
+the server.
+
+The last column is what other tools did when the same happened to them in the same run ({versions}); empty where it
+wasn't tried, or where they have no counterpart.
+
+| | fault, and what is expected | passed / tries | other tools |
+|---|---|---|---|
+"""
+
+
+def write_page(
+    faults: Sequence[Fault], outcomes: Mapping[str, Outcome], said: Mapping[int, str], seconds: float
+) -> Path:
+    """Write the page; a row a check, the others' behaviour beside the first check of a fault."""
+    import os
+
+    head = HEAD.format(
+        minutes=seconds / 60, cores=os.cpu_count(), machine=platform.machine(), versions=", ".join(_versions())
+    )
+    rows = []
+    for number, checks in groupby(faults, key=lambda known: known.number):
+        others = [f"{seen.tool}: {said[n]}" for n, seen in enumerate(SEEN) if seen.number == number and n in said]
+        for first, known in enumerate(checks):
+            beside = "; ".join(others) if first == 0 else ""
+            figure = f"{outcomes[known.name].passed:,} / {known.tries:,}"
+            rows.append(f"| {number} | {known.title} | {figure} | {beside} |".replace("\n", " "))
+    PAGE.write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
+    return PAGE
+
+
+def _versions() -> list[str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for package in ("peft", "transformers", "safetensors"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return found

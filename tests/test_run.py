@@ -1,0 +1,77 @@
+"""A run folder: claimed before it is touched, whole or replaced, and nothing left where nothing was begun."""
+
+from pathlib import Path
+
+import pytest
+
+from deltaw.config import RunConfig, parse_config
+from deltaw.errors import InputError
+from deltaw.run import Run
+
+
+def config(output: Path) -> RunConfig:
+    return parse_config({"base": "b", "data": {"train": "t.jsonl"}, "output": str(output)})
+
+
+def test_a_check_leaves_nothing_behind(tmp_path: Path) -> None:
+    Run.check(config(tmp_path / "a/b/run"))
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "a").mkdir()
+    Run.check(config(tmp_path / "a/b/run"))
+    assert not any((tmp_path / "a").iterdir())
+
+
+def test_a_folder_that_is_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    Run.check(config(tmp_path / "run"))
+    assert (tmp_path / "run").is_dir()
+
+
+def test_what_a_killed_process_was_writing_is_no_run_and_no_stranger(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    (run.folder / ".0123456789abcdef.tmp").write_text("half a con")
+    (run.folder / ".lock").write_text("1 elsewhere")
+    with run.claimed(new=True):
+        run.create(config(run.folder))
+    assert {path.name for path in run.folder.iterdir()} == {"config.yaml", ".lock"}
+
+
+def test_replacing_takes_all_that_was_there(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with run.claimed(new=True):
+        run.create(config(run.folder))
+    for name in ("adapter", "checkpoints/step-000001"):
+        (run.folder / name).mkdir(parents=True)
+    run.result.write_text("{}")
+    with pytest.raises(InputError, match="already holds a run"):
+        Run.check(config(run.folder))
+    with run.claimed(new=True, replace=True):
+        run.create(config(run.folder))
+    assert {path.name for path in run.folder.iterdir()} == {"config.yaml", ".lock"}
+
+
+def test_only_what_can_go_on_is_resumable(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with pytest.raises(InputError, match="no run"):
+        run.check_resumable()
+    with run.claimed(new=True):
+        run.create(config(run.folder))
+        with pytest.raises(InputError, match="in use by process"):
+            run.check_resumable()
+    run.check_resumable()
+    run.result.write_text("{}")
+    with pytest.raises(InputError, match="finished"):
+        run.check_resumable()
+
+
+def test_metrics_are_cut_by_the_line(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for step in range(5):
+        run.append_metrics({"step": step})
+    with run.metrics.open("a") as file:
+        file.write('{"step": 5, "lo')
+    assert run.cut_metrics(3) == 0
+    assert [line["step"] for line in run.read_metrics()] == [0, 1, 2]
+    assert run.cut_metrics(7) == 4
+    assert [line["step"] for line in run.read_metrics()] == [0, 1, 2]
