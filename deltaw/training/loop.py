@@ -1,57 +1,33 @@
 """train(config): the whole run, top to bottom.
 
-    claim the run folder; check everything that can be checked before the model is loaded
-    open base, data, adapter, optimiser; or put a checkpoint back
-    measure the base, take the steps, measure the adapter, save it, write its report
-
-A step's loss is the sum over its batches divided once by the step's supervised tokens, so gradient accumulation is
-exact to the token. A step is applied only if its loss and its gradient are finite (watch.py). What a step does depends
-on the state before it and on nothing else, so stopping anywhere and resuming gives the same bits (on a CPU).
+claim the run folder; check everything that can be checked before the model is loaded
+open base, data, adapter, optimiser; or put a checkpoint back
+measure the base, take the steps, measure the adapter, save it (trainer.py), write its report
 """
 
-import dataclasses
-import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.inject import Attached, attach
+from deltaw.adapter.inject import attach
 from deltaw.adapter.spec import find_targets
 from deltaw.base.forward import plan_forward
 from deltaw.base.load import open_base, open_skeleton
 from deltaw.base.source import find_base
 from deltaw.config import RunConfig, load_config, parse_config
 from deltaw.data.dataset import Dataset
-from deltaw.data.loader import Loader, LoaderState
-from deltaw.data.pack import Batch
-from deltaw.errors import InputError, RunError
 from deltaw.evaluate.forgetting import forgetting, general_text
-from deltaw.evaluate.held_out import Evaluation, answer, evaluate, held_out_loss, perplexity, spread
-from deltaw.model import PLAIN, Model, open_dataset
+from deltaw.model import Model, open_dataset
 from deltaw.progress import Display
 from deltaw.run import Run
 from deltaw.training.changes import check_changes
-from deltaw.training.checkpoint import (
-    Saved,
-    TrainState,
-    checkpoint_at,
-    latest_checkpoint,
-    put_back,
-    put_factors_back,
-    read_checkpoint,
-    save_checkpoint,
-)
-from deltaw.training.frozen import above_the_frozen
-from deltaw.training.log import EventLog
-from deltaw.training.optim import learning_rate, make_optimizer, set_rate
+from deltaw.training.checkpoint import Saved, latest_checkpoint
 from deltaw.training.result import Found, write_report, write_result
-from deltaw.training.start import start_from_data
-from deltaw.training.stop import Stopped, StopRequest
-from deltaw.training.watch import Unfit, Watch, check_loss, note_skip, note_update
+from deltaw.training.stop import StopRequest
+from deltaw.training.trainer import Trainer
 
 
 def train(config: RunConfig, *, replace: bool = False, display: Display | None = None) -> Adapter:
@@ -137,236 +113,3 @@ def _pinned(config: RunConfig, model: Model) -> RunConfig:
     source, dtype = model.base.source, str(model.base.dtype).removeprefix("torch.")
     base = config.base if source.revision is None else f"{source.public_name}@{source.revision}"
     return config.model_copy(update={"base": base, "train": config.train.model_copy(update={"dtype": dtype})})
-
-
-class Trainer:
-    """One run in progress. Its `state`, the factors and the optimiser's moments are all that changes."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        run: Run,
-        model: Model,
-        dataset: Dataset,
-        display: Display,
-        stop: StopRequest | None = None,
-    ) -> None:
-        assert model.attached is not None
-        self.config, self.run, self.model, self.dataset, self.display = config, run, model, dataset, display
-        self.attached: Attached = model.attached
-        self.stop = stop or StopRequest()
-        self.optimizer = make_optimizer(self.attached, config.train)
-        self.id = model.id if dataset.chat else dataclasses.replace(model.id, template=PLAIN)
-        prints = {"base": self.id.fingerprint, "data": dataset.fingerprint, "template": self.id.template}
-        self.state = TrainState(fingerprints=prints, config=config.model_dump(mode="json"))
-        self.forward = model.forward  # of training steps
-        self.total = config.train.steps or self._loader().total_steps(config.train.epochs)
-        self.watch = Watch(self.attached, config.train, self.total)
-        self._saved_step = 0
-
-    def begin(self) -> None:
-        """Make the folder a run's, and the start that an initialiser wants of the data."""
-        self.run.create(self.config)
-        if self.config.adapter.from_data:
-            start_from_data(self.attached, self.model, self._loader(), self.display)
-
-    def restore(self, saved: Saved) -> None:
-        """Take up a checkpoint. Raises InputError when it belongs to another base, data or template."""
-        now, then = self.state.fingerprints, saved.state.fingerprints
-        changed = [name for name, value in now.items() if then.get(name) != value]
-        if changed:
-            raise InputError(
-                f"{self.run.folder} can't go on: its {' and '.join(changed)} changed since it was stopped",
-                fix="put it back as it was, or start a new run",
-            )
-        put_back(self.attached, self.optimizer, saved)
-        self.state = dataclasses.replace(saved.state, config=self.state.config)
-        self._saved_step = self.state.step
-        if missing := self.run.cut_metrics(self.state.metrics_lines):
-            self.display.say(f"{self.run.metrics} lacks {missing} of the {self.state.metrics_lines} lines it had")
-        self.display.say(f"resumed after step {self.state.step} of {self.total}")
-
-    def measure_base(self) -> Evaluation | None:
-        """The base on the held-out rows, once a run."""
-        if not self.dataset.eval:
-            return None
-        if self.run.before.is_file():
-            return Evaluation.from_json(self.run.read_json(self.run.before))
-        with self.attached.disabled():
-            before = self._evaluate("before")
-        self.run.write_json(self.run.before, before.to_json())
-        return before
-
-    def take_steps(self) -> None:
-        """All steps that are left. Raises Stopped when a signal came, after saving."""
-        if self.total > self._loader().steps_in_epoch(0):
-            self.forward = above_the_frozen(self.model, self.dataset, self.config.train.tokens_per_batch, self.display)
-        log = EventLog(self.run, self.state.step)
-        try:
-            with self.display.task("training", self.total) as update:
-                update(self.state.step)
-                self._when_due(log)  # the evaluation that a stop cut off
-                for batches, position in self._loader():
-                    if self.state.step >= self.total:
-                        break
-                    with self.stop.held():
-                        record = self._step(batches, position)
-                        self._log(log, record)
-                    said = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
-                    update(self.state.step, f"{said}  {self.state.tokens / self.state.seconds:.0f} tokens/s")
-                    self._when_due(log)
-        finally:
-            log.close()
-
-    def finish(self) -> tuple[Adapter, Evaluation | None]:
-        """Save the adapter, the best one where held-out rows were watched, and measure what was saved."""
-        if self.state.best_step and self.state.best_step != self.state.step:
-            self._take_best()
-        after = self._evaluate("after") if self.dataset.eval else None
-        adapter = self.attached.adapter(self.id)
-        adapter.save(self.run.adapter)
-        return adapter, after
-
-    def _take_best(self) -> None:
-        best = self.state.best_step
-        try:
-            put_factors_back(self.attached, read_checkpoint(checkpoint_at(self.run.checkpoints, best)))
-            self.display.say(f"best on the held-out rows: step {best}")
-        except InputError as error:
-            self.display.say(f"warning: step {best} was the best, but {error.what}: the last step's adapter is saved")
-            self.state.best_step = self.state.step
-
-    def _when_due(self, log: EventLog) -> None:
-        """What comes after a step: an evaluation, samples, a checkpoint. A signal cuts the first two off and saves."""
-        every, step = self.config.train, self.state.step
-        if not step:
-            return
-        try:
-            self.stop.check()
-            due = every.eval_every and (step % every.eval_every == 0 or step == self.total)
-            if due and self.dataset.eval and self.state.evaluated < step:
-                self._log(log, self._eval())
-            if every.sample_every and step % every.sample_every == 0 and self._saved_step < step:
-                self._sample()
-        except Stopped:
-            self._save()
-            self.stop.check(f"stopped after step {step} of {self.total} and saved")
-        if step % every.save_every == 0 or step in (self.total, self.state.best_step):
-            self._save()
-            self.stop.check(f"stopped after step {step} of {self.total} and saved")
-
-    def _save(self) -> None:
-        """A checkpoint of this step, unless there is one: it was resumed from, then."""
-        if self._saved_step == self.state.step:
-            return
-        with self.stop.held():
-            self.run.sync_metrics()
-            save_checkpoint(self.run.checkpoints, self.state, self.attached, self.optimizer, self.config.train.keep)
-        self._saved_step = self.state.step
-
-    def _log(self, log: EventLog, record: dict[str, Any]) -> None:
-        log.write(record)
-        self.state.metrics_lines += 1
-
-    def _step(self, batches: list[Batch], position: LoaderState) -> dict[str, Any]:
-        """One update, or none where the step is skipped; RunError, with the state as it was, where it may not be."""
-        began, state, config = time.monotonic(), self.state, self.config.train
-        supervised = sum(batch.supervised for batch in batches)
-        record: dict[str, Any] = {"step": state.step + 1}
-        try:
-            loss, norm = self._gradient(batches, supervised)
-            rate = learning_rate(state.step, self.total, config)
-            set_rate(self.optimizer, rate)
-            with self.watch.update(rate):
-                self.optimizer.step()
-            note_update(loss, state, config)
-            record |= {"loss": loss, "lr": rate, "grad_norm": norm}
-        except Unfit as unfit:
-            self._skip(unfit)
-            record |= {"skipped": unfit.what, "rows": unfit.rows}
-        self.optimizer.zero_grad()
-        state.step += 1
-        state.epoch, state.step_in_epoch = position.epoch, position.step
-        state.tokens += sum(len(batch.tokens_T) for batch in batches)
-        state.supervised_tokens += supervised
-        state.seconds += time.monotonic() - began
-        figures = {"tokens": state.tokens, "supervised_tokens": state.supervised_tokens}
-        return {**record, **figures, "seconds": round(state.seconds, 3)}
-
-    def _gradient(self, batches: list[Batch], supervised: int) -> tuple[float, float]:
-        """(mean loss in nats a token, norm before clipping), the gradient in place. Raises Unfit where it is none."""
-        loss_sum, rows = 0.0, [origin for batch in batches for origin in batch.origins]
-        if not supervised:
-            raise Unfit("not one token of it is trained", rows)
-        if self.config.adapter.dropout:
-            torch.manual_seed(hash((self.config.train.seed, self.state.step)))
-        self._dropout(True)
-        for number, batch in enumerate(batches, 1):
-            batch = batch.to(self.model.base.device)
-            loss, _ = self.forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                what = f"the loss of batch {number} of {len(batches)} is NaN or infinite"
-                raise Unfit(what, batch.origins, not_finite=True)
-            (loss / supervised).backward()
-            loss_sum += value
-        self._dropout(False)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.attached.parameters, self.config.train.clip))
-        if not math.isfinite(norm):
-            raise Unfit("the gradient is NaN or infinite", rows, not_finite=True)
-        check_loss(loss_sum / supervised, rows, self.state, self.config.train)
-        return loss_sum / supervised, norm
-
-    def _skip(self, unfit: Unfit) -> None:
-        self.optimizer.zero_grad()
-        self._dropout(False)
-        try:
-            note_skip(unfit, self.state, self.config.train)
-        except RunError:
-            if self.state.step:
-                self._save()
-            raise
-        self.display.say(f"skipped step {self.state.step + 1}: {unfit}")
-
-    def _eval(self) -> dict[str, Any]:
-        """The held-out loss at this step; its checkpoint is kept while it is the best. Raises RunError on NaN."""
-        loss, _ = held_out_loss(self.model.forward, self.dataset.eval)
-        state = self.state
-        if math.isnan(loss):
-            raise RunError(f"step {state.step}: the held-out loss is NaN", fix="lower train.lr, or look at data.eval")
-        state.evaluated = state.step
-        best = state.best_loss is None or loss < state.best_loss
-        if best:
-            state.best_step, state.best_loss = state.step, loss
-        self.display.say(f"step {state.step}: held-out loss {loss:.4f}" + ("  (best so far)" if best else ""))
-        return {"step": state.step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
-
-    def _sample(self) -> None:
-        """Answers to the first rows, held out if there are any, as the adapter stands."""
-        rows = spread(self.dataset.eval or self.dataset.train, self.config.evaluate.samples)
-        for got in answer(self.model, rows, self.config.evaluate.max_new_tokens):
-            prompt, given, truth = (one_line(text) for text in (got.prompt, got.given, got.truth))
-            self.display.say(f"step {self.state.step}: {prompt} {given}   [truth: {truth}]")
-
-    def _evaluate(self, name: str) -> Evaluation:
-        return evaluate(self.model, self.dataset.eval, self.config.evaluate, display=self.display, name=name)
-
-    def _dropout(self, on: bool) -> None:
-        for layer in self.attached.layers.values():
-            layer.train(on)
-
-    def _loader(self) -> Loader:
-        config, at = self.config.train, self.state
-        return Loader(
-            self.dataset.train,
-            config.tokens_per_step,
-            config.tokens_per_batch,
-            config.seed,
-            LoaderState(at.epoch, at.step_in_epoch),
-        )
-
-
-def one_line(text: str, limit: int = 80) -> str:
-    """Text on one line, its end kept when it is long (a prompt's end is what matters)."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= limit else "…" + flat[1 - limit :]

@@ -24,7 +24,8 @@ from deltaw.model import Model
 from deltaw.progress import Display
 from deltaw.run import Run
 from deltaw.training.checkpoint import FACTORS, MOMENTS, checkpoint_at, read_checkpoint
-from deltaw.training.loop import Trainer, prepare_run
+from deltaw.training.loop import prepare_run
+from deltaw.training.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from deltaw.base.weights import load_safetensors, save_safetensors
 from deltaw.config import AdapterSpec, TrainConfig, parse_config
 from deltaw.errors import DeltawError, RunError
 from deltaw.model import open_model
-from deltaw.training import loop
+from deltaw.training import loop, trainer
 from deltaw.training.checkpoint import FACTORS, TrainState, list_checkpoints
 from deltaw.training.loop import resume, train
 from deltaw.training.watch import Unfit, check_loss, note_skip, note_update
@@ -323,7 +323,7 @@ def watchdog(n: int, scratch: Path) -> None:
         with changed(loop, "plan_forward", lambda model: Dead(original(model))):
             clear_error(lambda: train(config(run), display=QUIET), "got no gradient in 6 updates", "learn nothing")
     elif n == 1:
-        with changed(loop, "set_rate", lambda optimizer, rate: [g.update(lr=0.0) for g in optimizer.param_groups]):
+        with changed(trainer, "set_rate", lambda optimizer, rate: [g.update(lr=0.0) for g in optimizer.param_groups]):
             clear_error(
                 lambda: train(config(run), replace=True, display=QUIET), "still zero after 6 updates", "train.lr"
             )
