@@ -3,6 +3,7 @@
 # make bench  measure it against PEFT and TRL on this machine (15 minutes; MINUTES=30 has every row)
 # make bench-algebra  spectra of an adapter of 8B shape, randomised SVD (some four minutes)
 # make bench-curves  hold 200 steps to the band of PEFT's seeds (some ten minutes)
+# make torture  kill it, fill its disk, flip its bits: every fault of the list, and docs/reliability.md (half an hour)
 # make check  formatter, linter, type checker
 PYTHON ?= python3
 MINUTES ?= 15
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all bench bench-algebra bench-curves check clean
+.PHONY: demo test test-all bench bench-algebra bench-curves torture check clean
 demo: $(VENV)/.demo
 	$(BIN)/deltaw demo
 
@@ -28,6 +29,9 @@ bench-algebra: $(VENV)/.bench
 
 bench-curves: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.curves
+
+torture: $(VENV)/.bench
+	$(BIN)/python -m tests.faults
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -63,6 +63,12 @@ class TrainState:
     metrics_lines: int = 0  # of metrics.jsonl
     fingerprints: dict[str, str] = field(default_factory=dict)  # of base, data and template
     config: dict[str, Any] = field(default_factory=dict)
+    conditions: dict[str, Any] = field(default_factory=dict)  # on which the last bits depend
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """What the last bits of a sum depend on besides its terms."""
+    return {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 class Saved(NamedTuple):

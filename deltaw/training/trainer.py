@@ -31,6 +31,7 @@ from deltaw.training.checkpoint import (
     Saved,
     TrainState,
     checkpoint_at,
+    conditions,
     put_back,
     put_factors_back,
     read_checkpoint,
@@ -63,7 +64,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.attached, config.train)
         self.id = model.id if dataset.chat else dataclasses.replace(model.id, template=PLAIN)
         prints = {"base": self.id.fingerprint, "data": dataset.fingerprint, "template": self.id.template}
-        self.state = TrainState(fingerprints=prints, config=config.model_dump(mode="json"))
+        now = conditions(model.base.device)
+        self.state = TrainState(fingerprints=prints, config=config.model_dump(mode="json"), conditions=now)
         self.forward = model.forward  # of training steps
         self.total = config.train.steps or self._loader().total_steps(config.train.epochs)
         self.watch = Watch(self.attached, config.train, self.total)
@@ -85,7 +87,11 @@ class Trainer:
                 fix="put it back as it was, or start a new run",
             )
         put_back(self.attached, self.optimizer, saved)
-        self.state = dataclasses.replace(saved.state, config=self.state.config)
+        now, then = self.state.conditions, saved.state.conditions
+        other = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
+        if other:
+            self.display.say(f"warning: it goes on with {', '.join(other)}: the last bits will differ")
+        self.state = dataclasses.replace(saved.state, config=self.state.config, conditions=now)
         self._saved_step = self.state.step
         if missing := self.run.cut_metrics(self.state.metrics_lines):
             self.display.say(f"{self.run.metrics} lacks {missing} of the {self.state.metrics_lines} lines it had")

@@ -48,7 +48,7 @@ def _versions() -> list[str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = []
-    for package in ("peft", "transformers", "safetensors"):
+    for package in ("peft", "transformers", "trl", "datasets"):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:

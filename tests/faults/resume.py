@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from deltaw.base.weights import load_safetensors
+from deltaw.base.weights import load_safetensors, save_safetensors
 from deltaw.data.loader import Loader
 from deltaw.model import open_dataset
-from deltaw.training.checkpoint import list_checkpoints
+from deltaw.training.checkpoint import MANIFEST, MOMENTS, _manifest, list_checkpoints
 from deltaw.training.loop import resume, train
 from tests.faults.common import (
     QUIET,
@@ -164,9 +164,6 @@ def missing_state(n: int, scratch: Path) -> None:
         (newest / STATE_FILES[n]).unlink()
         clear_error(lambda: resume(run, display=QUIET), "all 1 checkpoints are broken", STATE_FILES[n])
         return
-    from deltaw.base.weights import save_safetensors
-    from deltaw.training.checkpoint import MANIFEST, MOMENTS, _manifest
-
     moments = load_safetensors(newest / MOMENTS)
     moments.popitem()
     save_safetensors(moments, newest / MOMENTS)
@@ -311,3 +308,18 @@ def finished_or_none(n: int, scratch: Path) -> None:
         (scratch / "mine").mkdir()
         clear_error(lambda: resume(scratch / "mine", display=QUIET), "no run")
         expect(not any((scratch / "mine").iterdir()), "something was left there")
+
+
+@fault(17, "resumed with other threads, device or PyTorch than before: said, since the last bits will differ", tries=3)
+def other_conditions(n: int, scratch: Path) -> None:
+    run = copy(stopped_run(), scratch / "run")
+    newest = list_checkpoints(run / "checkpoints")[-1]
+    state = json.loads((newest / "state.json").read_text())
+    name = ("threads", "device", "torch")[n]
+    state["conditions"][name] = "other"
+    (newest / "state.json").write_text(json.dumps(state))
+    (newest / MANIFEST).write_text(_manifest(newest))
+    said: list[str] = []
+    with changed(QUIET, "say", said.append):
+        resume(run, display=QUIET)
+    expect(any(f"{name} other -> " in line and "last bits" in line for line in said), said)
