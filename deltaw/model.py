@@ -101,15 +101,15 @@ def open_model(
 ) -> Model:
     """Open a run folder, an adapter folder, or a base (any name `open_base` takes).
 
-    `base` overrides the base that the run or the adapter names; `dtype` is the run's own unless given. Raises
-    InputError where they don't belong together.
+    `base` is what the run or the adapter goes on, in place of the one it names; `dtype` is the run's own unless given.
+    Raises InputError where they don't belong together.
     """
     display = display or Display(quiet=True)
     path, config, adapter = Path(name), None, None
     if is_run(path):
         config, adapter = load_config(path / "config.yaml"), load_adapter(path)
         base, dtype = base or config.base, dtype or config.train.dtype
-    elif is_adapter(path):
+    elif is_adapter(path) or base is not None:  # else a broken adapter's folder would open as the plain base
         adapter = load_adapter(path)
         base = base or base_name(adapter, path)
     source = find_base(base or str(name), progress=display.say)

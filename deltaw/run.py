@@ -96,6 +96,7 @@ class Run:
             with locked(self.folder / LOCK, f"output {self.folder}"):
                 if new:  # what another process may have begun in between
                     self._check_new(replace)
+                self._sweep()
                 yield
         finally:
             if made and not self._holds_anything():
@@ -124,6 +125,15 @@ class Run:
         """The lock and what a killed process was still writing don't count."""
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         return any(name != LOCK and not (name.startswith(".") and name.endswith(".tmp")) for name in names)
+
+    def _sweep(self) -> None:
+        """Remove what a killed process was still writing."""
+        for folder in (self.folder, self.adapter, self.checkpoints):
+            for stale in folder.glob(".*.tmp"):
+                if stale.is_dir() and not stale.is_symlink():
+                    shutil.rmtree(stale, ignore_errors=True)
+                else:
+                    stale.unlink(missing_ok=True)
 
     def create(self, config: RunConfig) -> None:
         """Put the resolved config into the folder, which is claimed; what an earlier run left there goes."""

@@ -29,7 +29,7 @@ SIDEWAYS = {("training", "evaluate"), ("training", "analysis"), ("cli", "chat"),
 
 # Each heavy library has its home.
 HOMES = {
-    "jinja2": {"data/template.py"},
+    "jinja2": {"data/template_worker.py"},
     "rich": {"progress.py", "data/preview.py", "cli/run.py"},
     "typer": {"cli/__init__.py", "cli/app.py", "cli/run.py", "cli/update.py", "cli/why.py"},
     "yaml": {"config.py"},

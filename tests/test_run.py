@@ -32,7 +32,10 @@ def test_what_a_killed_process_was_writing_is_no_run_and_no_stranger(tmp_path: P
     run.folder.mkdir()
     (run.folder / ".0123456789abcdef.tmp").write_text("half a con")
     (run.folder / ".lock").write_text("1 elsewhere")
+    (run.folder / ".89abcdef.tmp").mkdir()
+    (run.folder / ".89abcdef.tmp/result.json").write_text("{}")
     with run.claimed(new=True):
+        assert {path.name for path in run.folder.iterdir()} == {".lock"}
         run.create(config(run.folder))
     assert {path.name for path in run.folder.iterdir()} == {"config.yaml", ".lock"}
 

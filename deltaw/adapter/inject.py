@@ -166,12 +166,12 @@ def _as_learnt(spec: AdapterSpec) -> AdapterSpec:
 
 def _check_fits(model: nn.Module, adapter: Adapter, targeted: tuple[str, ...]) -> None:
     """Every update must have its module and every targeted module its update, in shapes that fit."""
-    problems = [
+    problems = [f"{path:.120}: no such linear layer in this model" for path in adapter.factors if path not in targeted]
+    problems += [
         f"{path}: targeted, but the adapter has no factors for it" for path in targeted if path not in adapter.factors
     ]
     for path, update in adapter.factors.items():
         if path not in targeted:
-            problems.append(f"{path}: no such linear layer in this model")
             continue
         layer = FrozenLinear(model.get_submodule(path))
         if update.shape != (layer.out_features, layer.in_features):

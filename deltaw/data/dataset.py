@@ -138,8 +138,9 @@ def _open(name: str, config: DataConfig) -> _Source:
     rows, problems = read_rows(name)
     if not rows:
         if problems:
-            raise InputError(f"{name}: no line of it can be read\n{listed([str(p) for p in problems])}")
-        raise InputError(f"{name}: no rows in it")
+            what = f"{name}: no line of it can be read\n{listed([str(p) for p in problems])}"
+            raise InputError(what, fix="mend them, or name another file")
+        raise InputError(f"{name}: no rows in it", fix="put rows into it, or name another file")
     return _Source(name, rows, problems, detect_form(rows, config.form))
 
 
@@ -208,18 +209,26 @@ def _fit(result: Example | Rejected, source: _Source, origin: str, config: DataC
 
 
 def _check(source: _Source, config: DataConfig, *, found: bool) -> None:
-    """Raises InputError when too many rows are unusable, or none is usable."""
+    """Put what was left out in file order. Raises InputError when too many rows are unusable, or none is usable."""
+    source.problems.sort(key=lambda problem: _place(problem.origin))
+    source.too_long.sort(key=_place)
     table = listed([str(problem) for problem in source.problems])
     if source.problems and (source.bad_share > config.bad_rows or not found):
         what = f"{source.name}: {len(source.problems)} of {_read(source)} rows can't be used"
-        fix = "mend them, or set data.bad_rows to the share that may be left out" if found else None
-        raise InputError(f"{what} ({source.form.description})\n{table}", fix=fix)
+        fix = ", or set data.bad_rows to the share that may be left out" if found else ": no other row is left"
+        raise InputError(f"{what} ({source.form.description})\n{table}", fix=f"mend them{fix}")
     if not found:
         lost = source.too_long_dropped + source.untrained
         what = (
             f"{source.name}: nothing to train on: all {lost} rows are longer than data.max_length {config.max_length}"
         )
         raise InputError(what, fix="set data.max_length higher, or data.too_long: truncate")
+
+
+def _place(origin: str) -> tuple[str, int]:
+    """Sorts origins as people count: `a:9` before `a:10`."""
+    name, _, number = origin.rpartition(":")
+    return name, int(number)
 
 
 def _read(source: _Source) -> int:

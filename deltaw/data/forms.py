@@ -140,7 +140,8 @@ def _sharegpt(value: dict[str, Any]) -> Chat:
         speaker = turn.get("from", turn.get("role"))
         if not isinstance(speaker, str) or speaker.lower() not in SHAREGPT_ROLES:
             raise Rejected(f"turn {number}: unknown speaker {speaker!r}")
-        messages.append({"role": SHAREGPT_ROLES[speaker.lower()], "content": turn.get("value", turn.get("content"))})
+        content = turn.get("value", turn.get("content"))
+        messages.append({"role": SHAREGPT_ROLES[speaker.lower()], "content": content, "weight": turn.get("weight")})
     if isinstance(value.get("system"), str) and value["system"] and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": value["system"]})
     return _checked_chat(messages, value.get("tools"))
@@ -211,6 +212,8 @@ def _message(message: Message, number: int) -> Message:
         raise Rejected(f"{where} {what}")
     if role == "assistant" and not content.strip() and not calls:
         raise Rejected(f"{where} is an empty answer")
+    if message.get("weight") not in (None, 0, 1):
+        raise Rejected(f"{where} has the weight {message['weight']!r}; known: 0 (not trained), 1")
     return {**{key: value for key, value in message.items() if value is not None}, "content": content}
 
 

@@ -9,7 +9,7 @@ How each format becomes rows:
 - `.jsonl`, `.ndjson`: one object a line; empty lines are skipped but counted, so that line numbers stay an
   editor's.
 - `.json`: an array of objects (a file that turns out to hold one object a line is read as such).
-- `.csv`: the first record names the columns.
+- `.csv`: the first record names the columns; a quote that never closes is an error and not one long field.
 - `.txt`: documents are separated by blank lines, `{"text": …}` each; `.md`: the whole file is one document.
 - a folder: every such file in it, in name order; the origin has the path below the folder.
 
@@ -99,7 +99,8 @@ def _read_file(path: Path, name: str) -> Iterator[Item]:
     try:
         with path.open("rb") as file:
             head = file.read(4)
-            if head[:2] in (b"\xff\xfe", b"\xfe\xff") or (suffix != ".parquet" and b"\0" in head):
+            marked = head[:2] in (b"\xff\xfe", b"\xfe\xff")
+            if suffix != ".parquet" and (marked or b"\0\0" in (head[::2], head[1::2])):
                 raise InputError(f"{path}: not UTF-8 text (it looks like UTF-16)", fix="save it as UTF-8")
             file.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
             yield from READERS[suffix](file, name)
@@ -114,13 +115,13 @@ def _read_jsonl(file: BinaryIO, name: str) -> Iterator[Item]:
         origin = f"{name}:{number}"
         if len(line) > MAX_LINE:
             while line and not line.endswith(b"\n"):  # skip the rest without holding it
-                line = file.readline(MAX_LINE)
+                line = file.readline(2**20)
             yield Problem(origin, f"the line is longer than {MAX_LINE // 2**20} MiB")
         elif line.strip():
             try:
                 yield Row(_object(line), origin)
             except Rejected as rejected:
-                cut = "" if line.endswith(b"\n") else " (the file ends here without a newline: cut off?)"
+                cut = "" if line.endswith(b"\n") else " (the file ends here: cut off?)"
                 yield Problem(origin, f"{rejected}{cut}")
 
 
@@ -182,9 +183,9 @@ def _read_json(file: BinaryIO, name: str) -> Iterator[Item]:
 def _read_csv(file: BinaryIO, name: str) -> Iterator[Item]:
     # A byte that isn't UTF-8 becomes a lone surrogate, which is refused later, in its row, if its column is used.
     text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-    limit = csv.field_size_limit(MAX_LINE)
+    limit, number = csv.field_size_limit(MAX_LINE), 0
     try:
-        reader = csv.DictReader(text)
+        reader = csv.DictReader(text, strict=True)
         if not reader.fieldnames:
             return
         if len(set(reader.fieldnames)) < len(reader.fieldnames):
@@ -196,7 +197,8 @@ def _read_csv(file: BinaryIO, name: str) -> Iterator[Item]:
             else:
                 yield Row(dict(value), origin)
     except csv.Error as error:
-        raise InputError(f"{name}: not CSV: {error}") from None
+        fix = "mend the quotes there: a quote inside a quoted field is written twice"
+        raise InputError(f"{name}:{number + 1}: not CSV: {error}", fix=fix) from None
     finally:
         csv.field_size_limit(limit)
         text.detach()

@@ -42,7 +42,7 @@ from deltaw.data.encode import Encoder
 from deltaw.data.example import Example
 from deltaw.data.forms import Chat, Completion, Document, Message, Text
 from deltaw.data.row import Rejected, one_line
-from deltaw.data.template import CHATML, MAX_TEMPLATE, Template
+from deltaw.data.template import CHATML, MAX_TEMPLATE, Asked, Template, Unfinished
 from deltaw.errors import InputError
 
 NO_TEMPLATE = "set data.template: chatml, or data.template: a .jinja file"
@@ -111,14 +111,7 @@ class Renderer:
 
     def render_all(self, documents: Sequence[Document], origins: Sequence[str]) -> list[Example | Rejected]:
         """Many documents with one call of the tokenizer; in place of one that can't be used, the reason."""
-        layouts: list[_Layout | Rejected] = []
-        for document in documents:
-            try:
-                layouts.append(self._layout(document))
-            except Rejected as rejected:
-                layouts.append(rejected)
-            except RecursionError:
-                layouts.append(Rejected("nested too deeply"))
+        layouts = self._layouts(documents)
         good = [layout for layout in layouts if isinstance(layout, _Layout)]
         encoded = iter(self._encoder.encode([[piece.text for piece in layout.pieces] for layout in good]))
         results: list[Example | Rejected] = []
@@ -166,7 +159,25 @@ class Renderer:
             )
         return problems
 
-    def _layout(self, document: Document) -> _Layout:
+    def _layouts(self, documents: Sequence[Document]) -> list[_Layout | Rejected]:
+        """How every document is cut into pieces; the chats after the template has written them all."""
+        layouts: list[_Layout | Rejected | None] = []
+        chats: list[Asked] = []
+        for document in documents:
+            try:
+                if isinstance(document, Chat):
+                    chats.append(self._ask(document))
+                    layouts.append(None)
+                else:
+                    layouts.append(self._layout(document))
+            except Rejected as rejected:
+                layouts.append(rejected)
+            except RecursionError:
+                layouts.append(Rejected("nested too deeply"))
+        written = iter(self._opened_template().render_rows(chats) if chats else ())
+        return [self._chat_layout(next(written)) if layout is None else layout for layout in layouts]
+
+    def _layout(self, document: Text | Completion) -> _Layout:
         guard = self._encoder.guard
         match document:
             case Text(text):
@@ -176,27 +187,33 @@ class Renderer:
                 self._must_train_on("prompt / completion", "completion", "all")
                 given = None if self._train_on == "all" else 0
                 return _Layout([Piece(guard(prompt), given), Piece(guard(completion), None)], closed=True)
-            case Chat():
-                return self._chat_layout(document)
 
     def _must_train_on(self, form: str, *possible: str) -> None:
         if self._train_on not in ("auto", *possible):
             fix = f"set data.train_on: {' or '.join(('auto', *possible))}"
             raise InputError(f"data.train_on: {self._train_on} has no meaning for {form} rows", fix=fix)
 
-    def _chat_layout(self, chat: Chat) -> _Layout:
-        messages, tools = self._guarded(chat.messages), self._encoder.guard_all(chat.tools)
-        full = self._write(messages, tools, False)
+    def _ask(self, chat: Chat) -> Asked:
+        """What the template has to write of a chat: all of it, then p and q (see above) of every answer wanted."""
+        turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        wanted = {"all": [], "completion": turns[-1:]}.get(self._train_on, turns)
+        prefixes = [(len(chat.messages), False)]
+        for i in wanted:
+            if chat.messages[i].get("weight") != 0:
+                prefixes += [(i, True), (i + 1, False)]
+        return Asked(self._guarded(chat.messages), self._encoder.guard_all(chat.tools), prefixes)
+
+    def _chat_layout(self, texts: list[str | Rejected] | Rejected) -> _Layout | Rejected:
+        """The pieces of a chat, from what the template wrote."""
+        if isinstance(texts, Rejected):
+            return texts
+        full = str(texts[0])
         if self._train_on == "all":
             return _Layout([Piece(full, None)], closed=False)
-        turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        wanted = turns[-1:] if self._train_on == "completion" else turns
         borders: list[tuple[int, int | None]] = [(0, 0)]
         untrained = 0
-        for i in wanted:
-            if chat.messages[i].get("weight") == 0:
-                continue
-            answer = self._find_answer(messages, tools, i, full)
+        for prompt, upto in zip(texts[1::2], texts[2::2], strict=True):
+            answer = self._find_answer(prompt, upto, full)
             if answer is None or answer[0] < borders[-1][0]:
                 untrained += 1
                 continue
@@ -207,12 +224,9 @@ class Renderer:
         pieces = [Piece(full[begin:end], trained) for (begin, trained), end in zip(borders, ends, strict=True)]
         return _Layout(pieces, closed=False, untrained_turns=untrained)
 
-    def _find_answer(self, messages: list[Message], tools: list[Any], i: int, full: str) -> tuple[int, int, int] | None:
-        """(begin, end, control tokens inside) of message i's answer in `full`; None where that can't be proven."""
-        try:
-            prompt = self._write(messages[:i], tools, True)
-            upto = full if i == len(messages) - 1 else self._write(messages[: i + 1], tools, False)
-        except Rejected:
+    def _find_answer(self, prompt: str | Rejected, upto: str | Rejected, full: str) -> tuple[int, int, int] | None:
+        """(begin, end, control tokens inside) of the answer between p and q in f; None where that can't be proven."""
+        if isinstance(prompt, Rejected) or isinstance(upto, Rejected):
             return None  # the template refuses to begin with an answer, or to end there
         controls = self._encoder.controls(upto[len(prompt) :])
         end = len(prompt) + controls[-1].end() if controls else len(upto)
@@ -249,9 +263,12 @@ class Renderer:
         ]
 
     def _write(self, messages: list[Message], tools: list[Any], generation_prompt: bool) -> str:
+        return self._opened_template().render(messages, tools, generation_prompt=generation_prompt)
+
+    def _opened_template(self) -> Template:
         if self._template is None:
             raise InputError("this base has no chat template, and the rows are chat", fix=NO_TEMPLATE)
-        return self._template.render(messages, tools, generation_prompt=generation_prompt)
+        return self._template
 
     def _encode(self, text: str) -> list[int]:
         return self._encoder.encode([[text]])[0][0]
@@ -261,11 +278,17 @@ class Renderer:
         if self._template is None:
             return None
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        (texts,) = self._template.render_rows([Asked(messages, [], [(2, False), (1, True), (2, False)])])
+        if isinstance(texts, Unfinished):
+            raise InputError(f"already two short messages are too much: {texts}", fix=NO_TEMPLATE)
+        if isinstance(texts, Rejected):
+            return None
+        full, prompt, upto = texts
+        answer = self._find_answer(prompt, upto, str(full))
+        if answer is None or not answer[2]:
+            return None
         try:
-            answer = self._find_answer(messages, [], 1, self._write(messages, [], False))
-            if answer is None or not answer[2]:
-                return None
-            ids = self._encode(self._write(messages, [], False)[answer[0] : answer[1]])
+            ids = self._encode(str(full)[answer[0] : answer[1]])
         except Rejected:
             return None
         return next((id for id in reversed(ids) if id in self._encoder.control_ids), None)

@@ -226,7 +226,8 @@ def _check_manifest(path: Path) -> None:
         raise InputError(f"{path}: can't be read: {error}") from None
     if written != found:
         bad = [line[66:].decode() for line in found.splitlines() if line not in written.splitlines()]
-        raise InputError(f"{path}: {', '.join(bad) or MANIFEST} is damaged: its SHA-256 is not the manifest's")
+        said = f"{', '.join(bad)} without the SHA-256 that {MANIFEST} says" if bad else f"{MANIFEST} says too much"
+        raise InputError(f"{path} is damaged: {said}")
 
 
 def _aside(final: Path) -> Path:

@@ -35,6 +35,10 @@ def normalise(value, wanted="auto"):
         ({"instruction": "q", "output": "a"}, Chat((USER, ANSWER))),
         ({"instruction": "q", "input": "i", "output": "a"}, Chat(({**USER, "content": "q\n\ni"}, ANSWER))),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, Chat((USER, ANSWER))),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]},
+            Chat((USER, {**ANSWER, "weight": 0})),
+        ),
         ({"input": [USER], "ideal": "a"}, Chat(({**USER, "weight": 0}, ANSWER))),
         ({"input": [USER], "ideal": ["a", "b"]}, Chat(({**USER, "weight": 0}, ANSWER))),
         ({"prompt": [USER], "completion": [ANSWER]}, Chat(({**USER, "weight": 0}, ANSWER))),
@@ -70,6 +74,7 @@ def test_the_mapping_is_said():
         ({"messages": [USER, "a"]}, "item 2 is a str"),
         ({"messages": [USER]}, "no assistant message"),
         ({"messages": [USER, {**ANSWER, "content": " "}]}, "empty answer"),
+        ({"messages": [USER, {**ANSWER, "weight": "0"}]}, "message 2 has the weight '0'"),
         ({"messages": [USER, ANSWER], "tools": "{"}, "not JSON"),
         ({"conversations": [{"from": "alien", "value": "q"}]}, "unknown speaker 'alien'"),
         ({"text": 3}, "text is a int"),

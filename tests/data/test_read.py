@@ -81,6 +81,11 @@ def test_utf16_is_an_error_that_says_so(tmp_path, encoding):
         read_rows(write(tmp_path, GOOD.decode().encode(encoding)))
 
 
+def test_one_nul_is_a_bad_line_and_not_utf16(tmp_path):
+    rows, problems = read_rows(write(tmp_path, b"{\0" + GOOD + b"\n" + GOOD))
+    assert (origins(rows), [problem.origin for problem in problems]) == (["train.jsonl:2"], ["train.jsonl:1"])
+
+
 def test_limit_stops_reading(tmp_path):
     rows, problems = read_rows(write(tmp_path, GOOD + b"\n" + GOOD + b"\nbad"), limit=2)
     assert (len(rows), problems) == (2, [])
@@ -109,6 +114,12 @@ def test_csv(tmp_path):
     assert read_rows(write(tmp_path, b"", "empty.csv")) == ([], [])
     with pytest.raises(InputError, match="same name"):
         read_rows(write(tmp_path, b"a,a\n1,2\n", "twice.csv"))
+
+
+@pytest.mark.parametrize("data", [b'text\na\n"b\nc\n', b'text\na\n"b" c\nd\n'])
+def test_a_csv_with_a_stray_quote_is_an_error_with_its_row(tmp_path, data):
+    with pytest.raises(InputError, match=r"t\.csv:2: not CSV"):
+        read_rows(write(tmp_path, data, "t.csv"))
 
 
 def test_csv_takes_fields_longer_than_pythons_default(tmp_path):

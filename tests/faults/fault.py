@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOMS = ("crash", "storage", "resume", "numerics", "memory", "files", "fuzz", "templates", "data", "masks")
+ROOMS = ("crash", "storage", "damage", "resume", "numerics", "memory", "files", "fuzz", "templates", "data", "masks")
 PEERS = ("peers",)
 
 
