@@ -31,7 +31,7 @@ SIDEWAYS = {("training", "evaluate"), ("training", "analysis"), ("cli", "chat"),
 HOMES = {
     "jinja2": {"data/template_worker.py"},
     "rich": {"progress.py", "data/preview.py", "cli/run.py"},
-    "typer": {"cli/__init__.py", "cli/app.py", "cli/run.py", "cli/update.py", "cli/why.py"},
+    "typer": {"cli/__init__.py", "cli/app.py", "cli/plan.py", "cli/run.py", "cli/update.py", "cli/why.py"},
     "yaml": {"config.py"},
     "gguf": {"base/gguf.py"},
     "huggingface_hub": {"base/source.py"},

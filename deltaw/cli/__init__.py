@@ -16,7 +16,7 @@ import traceback
 
 import typer
 
-from deltaw.cli import run, update, why  # noqa: F401  (each registers its verbs)
+from deltaw.cli import plan, run, update, why  # noqa: F401  (each registers its verbs)
 from deltaw.cli.app import app
 from deltaw.errors import DeltawError
 from deltaw.training.stop import Stopped

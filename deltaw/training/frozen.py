@@ -1,7 +1,5 @@
 """Frozen layers below the lowest adapter: computed once a run, where a run passes its documents more than once."""
 
-import os
-
 import torch
 
 from deltaw.base.forward import Forward
@@ -11,6 +9,7 @@ from deltaw.data.loader import fill
 from deltaw.data.pack import pack
 from deltaw.model import Model
 from deltaw.progress import Display
+from deltaw.training.memory import free_memory
 
 SHARE = 0.25  # of the free memory that what the layers give may take
 
@@ -32,13 +31,3 @@ def above_the_frozen(model: Model, dataset: Dataset, tokens_per_batch: int, disp
         update(len(groups))
     display.say(f"training steps: {forward.describe()}")
     return forward
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a tensor on `device` could take now; a tebibyte where the system doesn't tell."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 1 << 40

@@ -25,6 +25,8 @@ from deltaw.progress import Display
 from deltaw.run import Run
 from deltaw.training.changes import check_changes
 from deltaw.training.checkpoint import Saved, latest_checkpoint
+from deltaw.training.memory import bound_caches, release
+from deltaw.training.preflight import explain, short_form
 from deltaw.training.result import Found, write_report, write_result
 from deltaw.training.stop import StopRequest
 from deltaw.training.trainer import Trainer
@@ -73,15 +75,20 @@ def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display) -> 
         model, dataset = prepare_run(config, display)
         general = general_text(config.evaluate.general, model.renderer) if config.evaluate.general else []
         trainer = Trainer(_pinned(config, model), run, model, dataset, display, stop)
-        if saved is None:
-            trainer.begin()
-        else:
-            trainer.restore(saved)
-        stop.advice = f"go on with: deltaw train {run.folder}"
-        before = trainer.measure_base()
-        trainer.take_steps()
-        adapter, after = trainer.finish()
-        lost = forgetting(model, str(config.evaluate.general), general, display) if general else None
+        try:
+            if saved is None:
+                trainer.begin()
+            else:
+                trainer.restore(saved)
+            stop.advice = f"go on with: deltaw train {run.folder}"
+            short_form(trainer, general)
+            before = trainer.measure_base()
+            trainer.take_steps()
+            adapter, after = trainer.finish()
+            release(model.base.device)
+            lost = forgetting(model, str(config.evaluate.general), general, display) if general else None
+        except Exception as error:
+            raise explain(error, trainer) or error from None
         found = Found(before, after, lost)
         write_result(run, config, trainer.state, model, dataset, found, time.monotonic() - began)
         stop.advice = f"the run is finished, its report is not: deltaw inspect {run.folder}"
@@ -92,6 +99,7 @@ def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display) -> 
 
 def prepare_run(config: RunConfig, display: Display) -> tuple[Model, Dataset]:
     """Model and data up to the first step, cheapest checks first."""
+    bound_caches()
     source = find_base(config.base, progress=display.say)
     find_targets(open_skeleton(source), config.adapter)
     _, renderer, dataset = open_dataset(config, display)

@@ -39,6 +39,7 @@ from deltaw.training.checkpoint import (
 )
 from deltaw.training.frozen import above_the_frozen
 from deltaw.training.log import EventLog
+from deltaw.training.memory import Heap, release
 from deltaw.training.optim import learning_rate, make_optimizer, set_rate
 from deltaw.training.start import start_from_data
 from deltaw.training.stop import Stopped, StopRequest
@@ -112,7 +113,7 @@ class Trainer:
         """All steps that are left. Raises Stopped when a signal came, after saving."""
         if self.total > self._loader().steps_in_epoch(0):
             self.forward = above_the_frozen(self.model, self.dataset, self.config.train.tokens_per_batch, self.display)
-        log = EventLog(self.run, self.state.step)
+        log, heap = EventLog(self.run, self.state.step), Heap(self.model.base.device)
         try:
             with self.display.task("training", self.total) as update:
                 update(self.state.step)
@@ -126,6 +127,7 @@ class Trainer:
                     said = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
                     update(self.state.step, f"{said}  {self.state.tokens / self.state.seconds:.0f} tokens/s")
                     self._when_due(log)
+                    heap.tidy()
         finally:
             log.close()
 
@@ -260,6 +262,7 @@ class Trainer:
             self.display.say(f"step {self.state.step}: {prompt} {given}   [truth: {truth}]")
 
     def _evaluate(self, name: str) -> Evaluation:
+        release(self.model.base.device)
         return evaluate(self.model, self.dataset.eval, self.config.evaluate, display=self.display, name=name)
 
     def _dropout(self, on: bool) -> None:

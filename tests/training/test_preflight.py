@@ -1,0 +1,225 @@
+"""The run's largest pieces are found without running it, tried before its first step, and leave no trace."""
+
+import dataclasses
+import math
+from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deltaw.base.forward import Forward
+from deltaw.config import parse_config
+from deltaw.data.loader import LoaderState
+from deltaw.errors import RunError
+from deltaw.evaluate.forgetting import general_text
+from deltaw.progress import Display
+from deltaw.run import Run
+from deltaw.training import preflight
+from deltaw.training.checkpoint import save_checkpoint
+from deltaw.training.loop import prepare_run
+from deltaw.training.memory import Fit
+from deltaw.training.preflight import check_disk, explain, settings_that_fit, short_form, work_left
+from deltaw.training.trainer import Trainer
+from tests.tiny import run_file
+
+GIB = 1 << 30
+
+
+def out_of_memory(*args: Any, **options: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def trainer(folder: Path, *, train: dict[str, Any] | None = None, **changes: Any) -> Trainer:
+    fields = run_file(folder, **changes)
+    config = parse_config({**fields, "train": {**fields["train"], **(train or {})}})
+    quiet = Display(quiet=True)
+    return Trainer(config, Run(folder / "run"), *prepare_run(config, quiet), quiet)
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """The sizes of the batches whose loss is computed in the block."""
+    seen, loss = list[int](), Forward.loss
+
+    def counting(self: Forward, tokens_T: torch.Tensor, *rest: Any) -> Any:
+        seen.append(len(tokens_T))
+        return loss(self, tokens_T, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Forward, "loss", counting)
+        yield seen
+
+
+@pytest.mark.parametrize("length", [{"steps": 6}, {"steps": None, "epochs": 2.5}, {"steps": 40}])
+@pytest.mark.parametrize("position", [LoaderState(0, 0), LoaderState(0, 3), LoaderState(1, 1)])
+def test_what_is_left_is_what_the_loader_will_give(folder: Path, length: dict, position: LoaderState) -> None:
+    run = trainer(folder, train={**length, "tokens_per_batch": 50})
+    done = position.step + position.epoch * run._loader().steps_in_epoch(0)
+    run.state = dataclasses.replace(run.state, step=done, epoch=position.epoch, step_in_epoch=position.step)
+    work = work_left(run)
+    steps = [step for step, _ in islice(run._loader(), max(0, run.total - done))]
+    batches = [batch for step in steps for batch in step]
+    assert work.steps == len(steps) == max(0, run.total - done)
+    assert work.tokens == sum(len(batch.tokens_T) for batch in batches)
+    assert work.supervised == sum(batch.supervised for batch in batches)
+    assert work.longest_tokens == max((len(batch.tokens_T) for batch in batches), default=0)
+    if steps:
+        sizes = [[(len(batch.tokens_T), batch.supervised) for batch in step] for step in steps]
+        largest = (work.longest_tokens, work.longest_supervised)
+        assert work.first == (largest in sizes[0])
+        assert work.batches == len(next(step for step in sizes if largest in step))
+
+
+def test_the_short_form_changes_nothing(folder: Path) -> None:
+    run = trainer(folder, adapter={"rank": 4, "alpha": 8, "dropout": 0.3}, train={"tokens_per_batch": 50})
+    general = general_text("builtin:general", run.model.renderer)[:2]
+    before = {name: value.clone() for name, value in run.model.base.model.state_dict().items()}
+    drawn, state = torch.get_rng_state(), dataclasses.asdict(run.state)
+    short_form(run, general)
+    assert torch.equal(torch.get_rng_state(), drawn) and dataclasses.asdict(run.state) == state
+    assert all(torch.equal(value, before[name]) for name, value in run.model.base.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in run.attached.parameters) and not run.optimizer.state
+    assert not run.run.folder.exists()
+
+
+def test_the_short_form_runs_the_largest_batch_unless_a_gpus_first_step_does(folder: Path) -> None:
+    run = trainer(folder, train={"tokens_per_batch": 50})
+    work = work_left(run)
+    assert not work.first
+    with watched() as sizes:
+        short_form(run)
+    assert sizes == [work.longest_tokens]
+    run.state = dataclasses.replace(run.state, step=1, step_in_epoch=next(n for n in range(9) if _first(run, n)))
+    with watched() as sizes:
+        short_form(run)
+    assert sizes == [work_left(run).longest_tokens], "on a CPU too little memory is an error in the short form only"
+    base = dataclasses.replace(run.model.base, device=torch.device("cuda"))
+    run.model = dataclasses.replace(run.model, base=base)
+    with watched() as sizes, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "release", lambda device: None)
+        patch.setattr("deltaw.training.memory.free_memory", lambda device: 0)
+        short_form(run)
+    assert sizes == []
+
+
+def _first(run: Trainer, step: int) -> bool:
+    run.state = dataclasses.replace(run.state, step_in_epoch=step)
+    return work_left(run).first
+
+
+def test_the_short_form_of_a_resumed_run_evaluates_the_longest_rows(folder: Path, monkeypatch) -> None:
+    run = trainer(folder)
+    run.run.folder.mkdir()
+    run.run.before.write_text("{}")
+    monkeypatch.setattr(preflight.held_out, "TOKENS_AT_ONCE", 50)
+    with watched() as sizes:
+        short_form(run)
+    longest = sorted((len(row.tokens) for row in run.dataset.eval), reverse=True)
+    assert sizes[-1] == sum(longest[: len(preflight.largest_evaluation(run.dataset.eval))]) <= 50
+    assert sizes[-1] + longest[-1] > 50 - max(longest)
+
+
+def test_a_disk_that_is_too_small_is_seen_before_the_first_step(folder: Path, monkeypatch) -> None:
+    run, usage = trainer(folder), namedtuple("Usage", "total used free")
+    needed = preflight.disk_needed(run)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(0, 0, needed))
+    check_disk(run)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
+    with pytest.raises(RunError, match=f"{needed:,} bytes, {needed - 1:,} are free"):
+        short_form(run)
+    save_checkpoint(run.run.checkpoints, run.state, run.attached, run.optimizer, 1)
+    check_disk(run)  # what lies there already needs no more room
+
+
+def test_a_checkpoint_takes_the_bytes_that_were_said(folder: Path) -> None:
+    for adapter in ({"rank": 16}, {"rank": 8, "init": "pissa"}, {"full": True}):
+        run = trainer(folder, adapter=adapter)
+        path = save_checkpoint(run.run.checkpoints, run.state, run.attached, run.optimizer, 1)
+        written = sum(file.stat().st_size for file in path.iterdir())
+        said = preflight.checkpoint_bytes(run)
+        assert 0 < written - said < 20_000, "headers and state.json, no tensor"
+        assert 3 * said < preflight.disk_needed(run) < 5 * said
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shapes"), RunError("out of memory")])
+def test_other_errors_are_not_explained(folder: Path, error: Exception) -> None:
+    assert explain(error, trainer(folder)) is None
+
+
+def test_an_explanation_has_the_estimate_three_settings_and_what_next(folder: Path) -> None:
+    run = trainer(folder)
+    said = str(explain(MemoryError(), run)).splitlines()
+    assert len(said) == 5 and "step 1 of 6" in said[0] and "a batch of 64 tokens takes about" in said[0]
+    assert all(line.endswith("iB") and "train.tokens_per_batch=" in line for line in said[1:4])
+    assert said[4].startswith("nothing was trained yet") and "--allow" in said[4]
+    save_checkpoint(run.run.checkpoints, dataclasses.replace(run.state, step=4), run.attached, run.optimizer, 1)
+    assert str(explain(MemoryError(), run)).splitlines()[4].startswith("step-000004 remains; go on with: deltaw train")
+
+
+def test_settings_fit_and_name_what_helps(folder: Path) -> None:
+    run = trainer(folder, train={"tokens_per_batch": 4096, "tokens_per_step": 4096})
+    work = dataclasses.replace(work_left(run), longest=run.dataset.train * 8)
+    tokens = work.longest_tokens
+    fit = Fit(1.0 * GIB, 3 * GIB / tokens, 0.0)
+    found = settings_that_fit(run, work, fit, 2.8 * GIB)
+    assert [setting.text for setting in found] == [
+        f"train.tokens_per_batch={int(0.54 * tokens) // 64 * 64}",
+        "train.dtype=bfloat16",
+        f"train.tokens_per_batch={int(0.27 * tokens) // 64 * 64}",
+    ]
+    assert [setting.bytes / GIB for setting in found] == pytest.approx([2.62, 2.5, 1.81], rel=0.02)
+    tighter = settings_that_fit(run, work, fit, 1.5 * GIB)
+    assert all(setting.bytes <= 1.45 * GIB for setting in tighter) and len(tighter) == 3
+    assert tighter[1].text == f"train.dtype=bfloat16 train.tokens_per_batch={tighter[1].tokens}"
+    shorter = settings_that_fit(run, work, fit, 1.01 * GIB)[0]
+    assert shorter.text == f"train.tokens_per_batch={shorter.tokens} data.max_length={shorter.tokens}"
+    assert settings_that_fit(run, work, fit, 0.9 * GIB) == []  # the weights alone are more
+    surely = settings_that_fit(run, work, fit, 9 * GIB)  # it failed although it should have fitted
+    assert [setting.tokens for setting in surely] == [tokens // part // 64 * 64 for part in (2, 4, 8)]
+
+
+def test_where_only_a_smaller_base_fits_it_says_so(folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(preflight, "measure", out_of_memory)
+    said = str(explain(MemoryError(), trainer(folder)))
+    assert "only a smaller base would fit" in said and "so do smaller ones" in said
+
+
+@pytest.mark.parametrize(
+    ("target", "doing", "setting"),
+    [
+        ("deltaw.evaluate.forgetting.pack", "measuring what was forgotten", "evaluate.general=null"),
+        ("deltaw.base.generate._padded", "answering rows", "evaluate.max_new_tokens=2"),
+        ("deltaw.evaluate.held_out.pack", "measuring the loss on held-out rows", "data.max_length="),
+    ],
+)
+def test_an_evaluation_that_is_too_large_is_told_apart(
+    folder: Path, monkeypatch, target: str, doing: str, setting: str
+) -> None:
+    run = trainer(folder)
+    run.run.folder.mkdir()
+    monkeypatch.setattr(target, out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run.measure_base()
+        preflight.general_forgetting.forgetting(run.model, "", run.dataset.train[:2], Display(quiet=True))
+    said = str(explain(caught.value, run))
+    assert doing in said.splitlines()[0] and setting in said and 4 <= len(said.splitlines()) <= 5
+
+
+def test_rounding_keeps_to_sizes_that_people_choose() -> None:
+    assert [preflight._rounded(n) for n in (0, 3.9, 4, 15, 63.9, 64, 127, 128, 1000)] == [
+        0,
+        0,
+        4,
+        8,
+        32,
+        64,
+        64,
+        128,
+        960,
+    ]
+    assert preflight._rounded(-math.pi) == 0
