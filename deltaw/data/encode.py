@@ -72,7 +72,7 @@ class Encoder:
         if isinstance(value, str):
             return self.guard(value)
         if isinstance(value, dict):
-            return {str(key): self.guard_all(item) for key, item in value.items()}
+            return {self.guard(str(key)): self.guard_all(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.guard_all(item) for item in value]
         if value is None or isinstance(value, bool | int | float):

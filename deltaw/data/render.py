@@ -230,8 +230,10 @@ class Renderer:
             return None  # the template refuses to begin with an answer, or to end there
         controls = self._encoder.controls(upto[len(prompt) :])
         end = len(prompt) + controls[-1].end() if controls else len(upto)
-        if not upto.startswith(prompt) or end == len(prompt) or not full.startswith(upto[:end]):
+        if not upto.startswith(prompt) or not full.startswith(upto[:end]):
             return None
+        if len(upto[len(prompt) : end].strip()) <= sum(len(control[0]) for control in controls):
+            return None  # the template leaves out what is said or called: training on it would teach silence
         return len(prompt), end, len(controls)
 
     def _assemble(self, layout: _Layout, ids: list[list[int]], origin: str) -> Example:

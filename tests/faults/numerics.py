@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,13 @@ class InfiniteGradient(torch.autograd.Function):
         return grad * math.inf
 
 
-def poisoned(call: int, harm: Callable[[Tensor], Tensor]) -> Any:
-    """Inside the block, a run's forward is Poisoned."""
+@contextmanager
+def poisoned(call: int, harm: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside the block, a run's forward is Poisoned. The short form before it is left out: it would count."""
     original = loop.plan_forward
-    return changed(loop, "plan_forward", lambda model: Poisoned(original(model), call, harm))
+    model = changed(loop, "plan_forward", lambda model: Poisoned(original(model), call, harm))
+    with model, changed(loop, "short_form", lambda *args: None):
+        yield
 
 
 def batches_before(step: int, tokens_per_batch: int, scratch: Path) -> int:
