@@ -45,7 +45,7 @@ from deltaw.training.memory import (
 if TYPE_CHECKING:
     from deltaw.training.trainer import Trainer
 
-HEADROOM = 0.9  # share of what is there beside the fixed part, that a setting may take to be called one that fits
+HEADROOM = 0.8  # share of what is there beside the fixed part, that a setting may take to be called one that fits
 PER_PARAMETER = 16  # bytes: float32 master, gradient and two moments
 FORGOTTEN, ANSWERS, LOSS = "measuring what was forgotten", "answering rows", "measuring the loss on held-out rows"
 MEASURED = {  # by a module that no training step passes through, the most telling first

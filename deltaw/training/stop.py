@@ -4,7 +4,9 @@ with StopRequest() as stop:
     …                       a signal raises Stopped here, wherever that is
     with stop.held():
         …                   here it waits; a second one raises Stopped
-    stop.check()            raises Stopped for the one that waited
+        stop.check()        raises Stopped for the one that waited
+        with stop.released():
+            …               nothing would be lost here: it raises Stopped, also the one that waited
 """
 
 import signal
@@ -50,6 +52,16 @@ class StopRequest:
         """A first signal waits beyond the block, until `check`."""
         before, self._held = self._held, True
         try:
+            yield
+        finally:
+            self._held = before
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Inside a held block, a stretch that can be cut off."""
+        before, self._held = self._held, False
+        try:
+            self.check()
             yield
         finally:
             self._held = before

@@ -32,6 +32,7 @@ from deltaw.training.checkpoint import (
     TrainState,
     checkpoint_at,
     conditions,
+    is_whole,
     put_back,
     put_factors_back,
     read_checkpoint,
@@ -94,6 +95,10 @@ class Trainer:
             self.display.say(f"warning: it goes on with {', '.join(other)}: the last bits will differ")
         self.state = dataclasses.replace(saved.state, config=self.state.config, conditions=now)
         self._saved_step = self.state.step
+        best = self.state.best_step
+        if best and not is_whole(checkpoint_at(self.run.checkpoints, best)):
+            self.display.say(f"warning: step {best} was the best, but its checkpoint is gone: what comes now decides")
+            self.state.best_step, self.state.best_loss = 0, None
         if missing := self.run.cut_metrics(self.state.metrics_lines):
             self.display.say(f"{self.run.metrics} lacks {missing} of the {self.state.metrics_lines} lines it had")
         self.display.say(f"resumed after step {self.state.step} of {self.total}")
@@ -115,15 +120,14 @@ class Trainer:
             self.forward = above_the_frozen(self.model, self.dataset, self.config.train.tokens_per_batch, self.display)
         log, heap = EventLog(self.run, self.state.step), Heap(self.model.base.device)
         try:
-            with self.display.task("training", self.total) as update:
+            with self.stop.held(), self.display.task("training", self.total) as update:
                 update(self.state.step)
                 self._when_due(log)  # the evaluation that a stop cut off
                 for batches, position in self._loader():
                     if self.state.step >= self.total:
                         break
-                    with self.stop.held():
-                        record = self._step(batches, position)
-                        self._log(log, record)
+                    record = self._step(batches, position)
+                    self._log(log, record)
                     said = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
                     update(self.state.step, f"{said}  {self.state.tokens / self.state.seconds:.0f} tokens/s")
                     self._when_due(log)
@@ -154,27 +158,30 @@ class Trainer:
         every, step = self.config.train, self.state.step
         if not step:
             return
+        done = f"stopped after step {step} of {self.total} and saved"
         try:
-            self.stop.check()
             due = every.eval_every and (step % every.eval_every == 0 or step == self.total)
             if due and self.dataset.eval and self.state.evaluated < step:
-                self._log(log, self._eval())
+                with self.stop.released():
+                    loss, _ = held_out_loss(self.model.forward, self.dataset.eval)
+                self._log(log, self._note_evaluation(loss))
             if every.sample_every and step % every.sample_every == 0 and self._saved_step < step:
-                self._sample()
+                with self.stop.released():
+                    self._sample()
+            self.stop.check()
         except Stopped:
             self._save()
-            self.stop.check(f"stopped after step {step} of {self.total} and saved")
+            self.stop.check(done)
         if step % every.save_every == 0 or step in (self.total, self.state.best_step):
             self._save()
-            self.stop.check(f"stopped after step {step} of {self.total} and saved")
+            self.stop.check(done)
 
     def _save(self) -> None:
         """A checkpoint of this step, unless there is one: it was resumed from, then."""
         if self._saved_step == self.state.step:
             return
-        with self.stop.held():
-            self.run.sync_metrics()
-            save_checkpoint(self.run.checkpoints, self.state, self.attached, self.optimizer, self.config.train.keep)
+        self.run.sync_metrics()
+        save_checkpoint(self.run.checkpoints, self.state, self.attached, self.optimizer, self.config.train.keep)
         self._saved_step = self.state.step
 
     def _log(self, log: EventLog, record: dict[str, Any]) -> None:
@@ -241,9 +248,8 @@ class Trainer:
             raise
         self.display.say(f"skipped step {self.state.step + 1}: {unfit}")
 
-    def _eval(self) -> dict[str, Any]:
+    def _note_evaluation(self, loss: float) -> dict[str, Any]:
         """The held-out loss at this step; its checkpoint is kept while it is the best. Raises RunError on NaN."""
-        loss, _ = held_out_loss(self.model.forward, self.dataset.eval)
         state = self.state
         if math.isnan(loss):
             raise RunError(f"step {state.step}: the held-out loss is NaN", fix="lower train.lr, or look at data.eval")
