@@ -1,8 +1,8 @@
 """Preflight: what would fail in hour three fails in minute one, and says what to do.
 
 Before its first step a run takes the largest batch that it will meet forward and backward, and the largest things that
-it will be measured on forward, and looks whether its checkpoints will fit on the disk. That costs about one batch; the
-first evaluation, and on a GPU the first step, are left to try themselves. Nothing that a step depends on is changed.
+it will be measured on forward, and looks whether its checkpoints will fit on the disk. That costs one batch at most; what
+the first step or evaluation shows anyway is left to them. Nothing that a step depends on is changed.
 
 Which batch is the largest is known without the model: what step k trains on is a function of the lengths of the rows
 (data/loader.py).
@@ -45,7 +45,9 @@ from deltaw.training.memory import (
 if TYPE_CHECKING:
     from deltaw.training.trainer import Trainer
 
-HEADROOM = 0.8  # share of what is there beside the fixed part, that a setting may take to be called one that fits
+ALIKE = 0.9  # of the largest batch: what shows as much
+TIGHT = 0.25  # share of the free memory below which nothing need be tried
+HEADROOM = 0.7  # share of what is there beside the fixed part, that a setting may take to be called one that fits
 PER_PARAMETER = 16  # bytes: float32 master, gradient and two moments
 FORGOTTEN, ANSWERS, LOSS = "measuring what was forgotten", "answering rows", "measuring the loss on held-out rows"
 MEASURED = {  # by a module that no training step passes through, the most telling first
@@ -65,7 +67,7 @@ class Work:
     supervised: int
     longest: list[Example]
     batches: int
-    first: bool  # the largest batch is in the next step
+    first: int  # tokens of the largest batch of the next step
 
     @property
     def longest_tokens(self) -> int:
@@ -82,13 +84,14 @@ def work_left(trainer: "Trainer") -> Work:
     lengths = [len(example.tokens) for example in examples]
     trained = [int(example.loss_mask.sum()) for example in examples]
     steps = tokens = supervised = 0
-    largest, longest, batches, first = (0, 0), list[int](), 0, False
+    largest, longest, batches, first = (0, 0), list[int](), 0, 0
     for step in _steps(trainer, lengths):
         for batch in step:
             size = sum(lengths[n] for n in batch), sum(trained[n] for n in batch)
             tokens, supervised = tokens + size[0], supervised + size[1]
             if size > largest:
-                largest, longest, batches, first = size, batch, len(step), not steps
+                largest, longest, batches = size, batch, len(step)
+            first = max(first, size[0]) if not steps else first
         steps += 1
     return Work(steps, tokens, supervised, [examples[n] for n in longest], batches, first)
 
@@ -106,19 +109,25 @@ def _steps(trainer: "Trainer", lengths: list[int]) -> Iterator[list[list[int]]]:
 def short_form(trainer: "Trainer", general: Sequence[Example] = ()) -> None:
     """Try what the run will come to, before its first step in this process. `general`: the text of forgetting.
 
-    Raises RunError where the disk is too small, and whatever PyTorch raises where memory is.
+    Left out is what the first step shows anyway, and the general text where its logits would take little of the memory
+    that is free. Raises RunError where the disk is too small, and whatever PyTorch raises where memory is.
     """
     check_disk(trainer)
     work, device = work_left(trainer), trainer.model.base.device
     with bounded(device):
-        # On a CPU also what the first step does: only in here is too little memory an error.
-        if work.longest and not (work.first and device.type == "cuda"):
+        if work.first < ALIKE * work.longest_tokens:
             one_pass(trainer, pack(work.longest), accumulating=work.batches > 1)
-        if general:
+        if general and _logits_bytes(trainer, largest_chunk(general)) > TIGHT * free_memory(device):
             general_forgetting.forgetting(trainer.model, "", largest_chunk(general), QUIET)
         if trainer.dataset.eval and trainer.run.before.is_file():  # else the base is measured on them all, right now
             held_out.held_out_loss(trainer.model.forward, largest_evaluation(trainer.dataset.eval))
     release(device)
+
+
+def _logits_bytes(trainer: "Trainer", examples: Sequence[Example]) -> int:
+    """What `forgetting` holds of a chunk: five times its logits in float32, as far as it is most at once."""
+    vocabulary = trainer.model.base.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    return 5 * 4 * vocabulary * sum(len(example.tokens) for example in examples)
 
 
 def largest_chunk(general: Sequence[Example]) -> list[Example]:

@@ -12,6 +12,7 @@ off is made up for when the run goes on: `state.evaluated` is behind.
 import dataclasses
 import math
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from deltaw.training.checkpoint import (
 )
 from deltaw.training.frozen import above_the_frozen
 from deltaw.training.log import EventLog
-from deltaw.training.memory import Heap, release
+from deltaw.training.memory import Heap, bounded, release
 from deltaw.training.optim import learning_rate, make_optimizer, set_rate
 from deltaw.training.start import start_from_data
 from deltaw.training.stop import Stopped, StopRequest
@@ -118,6 +119,7 @@ class Trainer:
         """All steps that are left. Raises Stopped when a signal came, after saving."""
         if self.total > self._loader().steps_in_epoch(0):
             self.forward = above_the_frozen(self.model, self.dataset, self.config.train.tokens_per_batch, self.display)
+        first = True  # the step of this process that shows whether there is memory enough
         log, heap = EventLog(self.run, self.state.step), Heap(self.model.base.device)
         try:
             with self.stop.held(), self.display.task("training", self.total) as update:
@@ -126,7 +128,9 @@ class Trainer:
                 for batches, position in self._loader():
                     if self.state.step >= self.total:
                         break
-                    record = self._step(batches, position)
+                    with bounded(self.model.base.device) if first else nullcontext():
+                        record = self._step(batches, position)
+                    first = False
                     self._log(log, record)
                     said = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
                     update(self.state.step, f"{said}  {self.state.tokens / self.state.seconds:.0f} tokens/s")
