@@ -1,7 +1,7 @@
 """Preflight: what would fail in hour three fails in minute one, and says what to do.
 
 Before its first step a run takes the largest batch that it will meet forward and backward, and the largest things that
-it will be measured on forward, and looks whether its checkpoints will fit on the disk. That costs one batch at most; what
+it will be measured on forward, and looks whether its checkpoints will fit on the disk. That costs a batch at most; what
 the first step or evaluation shows anyway is left to them. Nothing that a step depends on is changed.
 
 Which batch is the largest is known without the model: what step k trains on is a function of the lengths of the rows

@@ -156,4 +156,4 @@ def test_three_small_batches_foretell_a_large_one(folder: Path) -> None:
     *small, large, _ = measure(run, run.dataset.train * 20, [1000, 2000, 4000, 8000], accumulating=False)
     grown = large.peak - small[0].peak
     foretold = fit_memory(small).bytes_at(large.tokens, large.supervised)
-    assert grown > 20 * MIB and abs(foretold - large.peak) < 0.1 * grown
+    assert grown > 20 * MIB and abs(foretold - large.peak) < 0.2 * grown
