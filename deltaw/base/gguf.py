@@ -25,6 +25,7 @@ import copy
 import fcntl
 import hashlib
 import io
+import math
 import mmap
 import os
 import re
@@ -69,6 +70,21 @@ SIZES = (
     "attention.head_count_kv",
     "attention.key_length",
     "attention.value_length",
+    "attention.relative_buckets_count",
+    "rope.dimension_count",
+    "shortconv.l_cache",
+    "ssm.conv_kernel",
+    "ssm.inner_size",
+    "ssm.state_size",
+    "ssm.time_step_rank",
+)
+# Sizes whose product is that of weights in the file (or less), so that many large ones can't stand together.
+PRODUCTS = (
+    ("embedding_length", "vocab_size"),
+    ("block_count", "embedding_length", "feed_forward_length"),
+    ("block_count", "embedding_length", "attention.head_count", "attention.key_length"),
+    ("block_count", "embedding_length", "attention.head_count", "rope.dimension_count"),
+    ("block_count", "embedding_length", "ssm.inner_size"),
 )
 
 
@@ -227,11 +243,18 @@ def _check_sizes(cursor: _Cursor, metadata: dict[str, Any], shapes: dict[str, tu
         raise cursor.fail(f"it holds no model but {str(metadata['general.type'])[:40]!r}")
     limits = dict.fromkeys(SIZES, max(max(shape) for shape in shapes.values()))
     limits["block_count"] = len(shapes)
+    routers = [shape for name, shape in shapes.items() if name.endswith("ffn_gate_inp.weight")]
+    limits["expert_count"] = max((shape[-1] for shape in routers), default=0)
     for key, limit in limits.items():
         value = metadata.get(f"{architecture}.{key}", 0)
         for size in value if isinstance(value, tuple) else (value,):
             if not isinstance(size, int) or not 0 <= size <= limit:
                 raise cursor.fail(f"{architecture}.{key} = {size!r}, but its tensors are smaller")
+    total = sum(map(math.prod, shapes.values()))
+    for keys in PRODUCTS:
+        sizes = [metadata.get(f"{architecture}.{key}", 0) for key in keys]
+        if all(isinstance(size, int) for size in sizes) and math.prod(sizes) > total:
+            raise cursor.fail(f"{' x '.join(keys)} = {math.prod(sizes):,}, but it holds {total:,} numbers")
 
 
 def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None = None) -> Path:

@@ -80,9 +80,8 @@ def read_header(path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES, max_ten
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
-    # Counted in the bytes first: a million entries shouldn't cost their parsing. Besides each tensor, the whole and the
-    # metadata are an object; JSON has no other spelling for a brace.
-    if (count := data.count(b"{") - 2) > max_tensors:
+    # Counted in the bytes first, by a sign that JSON can't spell otherwise: a million entries shouldn't be parsed.
+    if (count := data.count(b"{") - 1 - (b'"__metadata__"' in data)) > max_tensors:
         _corrupt(path, f"it holds {count:,} tensors; at most {max_tensors:,} are accepted")
     raw = _parse_json(path, data, allow_nan=False)
     metadata = raw.pop("__metadata__", {})

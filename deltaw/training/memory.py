@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from deltaw.training.trainer import Trainer
 
 KERNELS = 256  # compiled by oneDNN and kept; a step of new shapes needs about 50
+KERNEL_BYTES = 1 << 19  # of one of them, about
 GROWTH = 1.1  # of what one step leaves behind, before the C library is asked for it
 UNLIMITED = 1 << 60
 GROUP_FILES = (  # of a control group: its limit, what it uses, and which line of memory.stat can be dropped

@@ -52,6 +52,7 @@ from deltaw.training.preflight import (
 )
 from deltaw.training.trainer import Trainer
 
+SHAPES, SETTLED = 5, 16  # kernels that a step of another shape adds; steps until the holes are as large as they get
 NEW, ROWS = 32, 128  # tokens generated for each of so many rows
 WHAT_IF = (0.5, 1, 2, 4)  # times train.tokens_per_batch
 
@@ -226,8 +227,10 @@ class Rehearsal:
         for point in memory.measure(self.trainer, self.work.longest, sizes, accumulating=self.work.batches > 1):
             self.points.append(point)
         peak = max(point.peak for point in self.points)
-        holes = (memory.GROWTH - 1) / 2 if self.device.type == "cpu" else 0.0  # as far as Heap lets them grow, halved
-        self.phases.append(Phase("training", round((1 + holes) * peak), self.seconds_a_token * self.work.tokens))
+        if self.device.type == "cpu":  # what steps of other shapes add: holes as far as Heap lets them, kernels
+            holes = (memory.GROWTH - 1) * min(1, self.work.steps / SETTLED)
+            peak += round(holes * peak) + min(memory.KERNELS, SHAPES * self.work.steps) * memory.KERNEL_BYTES
+        self.phases.append(Phase("training", peak, self.seconds_a_token * self.work.tokens))
 
     def _saving(self) -> None:
         trainer, every = self.trainer, self.trainer.config.train.save_every

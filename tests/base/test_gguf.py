@@ -143,6 +143,11 @@ HOSTILE = {
     "wider than its tensors": build(keys=[("llama.embedding_length", 4, u32(2**31))], tensors=[GOOD]),
     "negative width": build(keys=[("llama.embedding_length", 5, struct.pack("<i", -1))], tensors=[GOOD]),
     "width a text": build(keys=[("llama.embedding_length", 8, text("4"))], tensors=[GOOD]),
+    "turns more than its tensors": build(keys=[("llama.rope.dimension_count", 4, u32(2**31))], tensors=[GOOD]),
+    "experts without a router": build(keys=[("llama.expert_count", 4, u32(2))], tensors=[GOOD]),
+    "more words than its numbers": build(
+        keys=[("llama.embedding_length", 4, u32(4)), ("llama.vocab_size", 4, u32(4))], tensors=[GOOD]
+    ),
     "widths by layer": build(keys=[("llama.feed_forward_length", 9, array(4, 2, u32(4) + u32(9)))], tensors=[GOOD]),
 }
 

@@ -84,6 +84,7 @@ HOSTILE = {
     "negative shape": container({"a": tensor([-1], [0, 4])}, bytes(4)),
     "boolean shape": container({"a": tensor([True], [0, 4])}, bytes(4)),
     "overflowing shape": container({"a": tensor([2**62, 2**62], [0, 4])}, bytes(4)),
+    "a shape of many sides": container({"a": tensor([1] * 9, [0, 4])}, bytes(4)),
     "shape against size": container({"a": tensor([2], [0, 4])}, bytes(4)),
     "negative offset": container({"a": tensor([1], [-4, 0])}, bytes(4)),
     "overlap": container({"a": tensor([1], [0, 4]), "b": tensor([1], [2, 6])}, bytes(6)),
@@ -129,6 +130,19 @@ def test_caps_on_header_and_tensors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at most 1 are"):
         path.write_bytes(container({"a": entry, "b": entry}))
         load_safetensors(path, max_tensors=1)
+
+
+@pytest.mark.parametrize("spelt", ["data_offsets", "data\\u005foffsets"])
+def test_what_would_take_minutes_to_look_at_is_refused_at_once(tmp_path: Path, spelt: str) -> None:
+    path = tmp_path / "slow.safetensors"
+    entry = json.dumps(tensor([0], [0, 0]))
+    many = b"{" + b",".join(b'"%d":' % i + entry.encode() for i in range(150_000)) + b"}"
+    for header in (json.dumps({"a": tensor([2**62] * 400_000, [0, 0])}).encode(), many):
+        path.write_bytes(container(header.replace(b"data_offsets", spelt.encode())))
+        start = time.perf_counter()
+        with pytest.raises(InputError, match=r"slow\.safetensors"):
+            load_safetensors(path)
+        assert time.perf_counter() - start < 1
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:

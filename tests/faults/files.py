@@ -148,6 +148,7 @@ def _entry(shape: list[int], offsets: list[int], dtype: str = "F32") -> dict[str
 IMPOSSIBLE: list[tuple[bytes, int]] = [
     (json.dumps({"a": _entry([2**62, 4], [0, 16])}).encode(), 16),
     (json.dumps({"a": _entry([2**32, 2**32], [0, 0])}).encode(), 0),
+    (json.dumps({"a": _entry([2**62] * 400_000, [0, 0])}).encode(), 0),
     (json.dumps({"a": _entry([4], [-16, 0])}).encode(), 0),
     (json.dumps({"a": _entry([-4], [0, 16])}).encode(), 16),
     (json.dumps({"a": _entry([4], [16, 0])}).encode(), 16),
