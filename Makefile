@@ -3,7 +3,7 @@
 # make bench  measure it against PEFT and TRL on this machine (15 minutes; MINUTES=30 has every row)
 # make bench-algebra  spectra of an adapter of 8B shape, randomised SVD (some four minutes)
 # make bench-curves  hold 200 steps to the band of PEFT's seeds (some ten minutes)
-# make torture  kill it, fill its disk, flip its bits: every fault of the list, and docs/reliability.md (half an hour)
+# make torture  kill it, fill its disk, flip its bits: every fault of the list, and docs/reliability.md (ten minutes)
 # make check  formatter, linter, type checker
 PYTHON ?= python3
 MINUTES ?= 15

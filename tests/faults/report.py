@@ -16,7 +16,8 @@ lost, the same adapter to the bit, or an error of at most five lines before work
 the same checks. One try again: `python -m tests.faults --only 7 --try 12`. Faults of the server (55 and on) come with
 the server.
 
-The last column is what other tools did when the same happened to them in the same run ({versions}); empty where it
+The last column is what other tools did when the same happened to them in the same run
+({versions}); empty where it
 wasn't tried, or where they have no counterpart.
 
 | | fault, and what is expected | passed / tries | other tools |
