@@ -406,7 +406,9 @@ def archive(n: int, scratch: Path) -> None:
     expect(not Path("/tmp/escaped.jsonl").exists() and not (scratch / "escaped.jsonl").exists(), "it climbed out")
 
 
-@fault(44, "links out of a data folder, an index that names files elsewhere: not followed, refused", tries=2, sample=2)
+@fault(
+    44, "an index that places weights outside its folder, a record of the base that is none: refused", tries=2, sample=2
+)
 def path_outside(n: int, scratch: Path) -> None:
     if n == 0:
         folder = copy(place() / "base", scratch / "base")
