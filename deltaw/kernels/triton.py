@@ -326,7 +326,7 @@ def _cross_entropy(
         higher = tl.maximum(top, tl.max(z, 0))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
         top = higher
-    loss = tl.log(total) + top - at_label
+    loss = tl.log(total) + (top - at_label)  # large ones cancel before anything is rounded to their size
     tl.store(loss_at + row, tl.where(label == IGNORED, 0.0, tl.where(known, loss, float("nan"))))
     # Every warp must have read the label's logit before any overwrites it.
     tl.debug_barrier()

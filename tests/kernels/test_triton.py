@@ -113,10 +113,11 @@ def test_rotary_of_a_view() -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated(activation: str, dtype: torch.dtype) -> None:
     g, u, d = (randn(37, 61, dtype=dtype) * 3 for _ in range(3))
-    inner, dg, du = gpu.gated_backward(d, g, u, activation)
-    assert torch.equal(inner, gpu.gated_forward(g, u, activation))
     plain = with_gradients(lambda g, u: ACTIVATIONS[activation].forward(g) * u, 2)
+    inner, dg, du = gpu.gated_backward(d, g, u, activation)
     assert_within_budget([inner, dg, du], plain, g, u, d)
+    # Not compared with each other: a GPU's compiler may contract the same formula otherwise in two kernels.
+    assert_within_budget([gpu.gated_forward(g, u, activation), dg, du], plain, g, u, d)
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # the interpreter's exp; a GPU gives infinity without a word
