@@ -23,7 +23,8 @@ from deltaw.base.angles import stand_in_for_angles
 from deltaw.base.attention import ATTENTION
 from deltaw.base.head import Head, find_head
 from deltaw.base.prefix import Prefix, Tokens
-from deltaw.base.probe import REFUSALS, Probe, borders, masks_are_told
+from deltaw.base.probe import REFUSALS, Probe, borders, masks_are_told, uncrossed
+from deltaw.base.small import small_copy
 from deltaw.kernels.attention import Documents
 from deltaw.kernels.loss import IGNORE
 
@@ -128,7 +129,7 @@ def plan_forward(model: nn.Module) -> Forward:
         apart = dataclasses.replace(apart, head=None)  # the model's own way, which needs no proof
     packed = dataclasses.replace(apart, way=PACKED)
     own = model.config._attn_implementation  # type: ignore[union-attr]
-    why = _why_not_packed(model, probe, packed)
+    why = _why_not_packed(model, probe, packed) or _why_not_further(model)
     if not why:
         return packed
     model.set_attn_implementation(own)  # type: ignore[operator]
@@ -153,3 +154,13 @@ def _why_not_packed(model: nn.Module, probe: Probe, packed: Forward) -> str:
     except REFUSALS:
         return "this model can't be run packed"
     return "this model mixes packed documents"
+
+
+def _why_not_further(model: nn.Module) -> str:
+    """The same, beyond the borders that were too far for a pass of the model itself: tried on a small copy of it."""
+    small = small_copy(model) if uncrossed(model) else None
+    if small is None:
+        return ""
+    stand_in_for_angles(small, sorted(borders(small.config.to_dict())))  # type: ignore[union-attr, operator]
+    why = _why_not_packed(small, Probe.on(small), Forward(small, None, PACKED))
+    return f"{why} in a small copy of it" if why else ""

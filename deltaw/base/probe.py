@@ -28,6 +28,7 @@ SHORT = (5, 7)  # tokens of the two documents where the config has no number tha
 BUDGET = 4e9  # parameters x tokens of a pass: under half a second on two cores
 LONGEST = 512
 FURTHER = 9  # tokens beyond a border
+CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "n_ctx")  # names of a context's length
 
 Tokens = tuple[Tensor, Tensor, Tensor]  # tokens_T, positions_T, starts_S of a batch
 Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -57,14 +58,30 @@ def borders(config: Any) -> set[int]:
     return {config} if type(config) is int and 1 < config < 2**31 else set()
 
 
+def uncrossed(model: nn.Module) -> bool:
+    """Whether the config has a number that the probe's documents don't reach and that may be a length: one that is no
+    token's id and no size of a weight, nor the context itself (angles are all that can change there)."""
+    sizes = {size for parameter in model.parameters() for size in parameter.shape}
+    lengths = _lengths(model.config.to_dict()) - sizes - _contexts(model)  # type: ignore[union-attr, operator]
+    return max(lengths, default=0) >= _crossing(model)
+
+
+def _contexts(model: nn.Module) -> set[int]:
+    """What the config says of the longest sequence."""
+    named = (getattr(model.config, name, None) for name in CONTEXTS)
+    return {length for length in named if isinstance(length, int) and length > SHORT[0]}
+
+
+def _lengths(config: Any) -> set[int]:
+    """The numbers of a config that aren't token ids."""
+    return borders({name: value for name, value in config.items() if "_id" not in name})
+
+
 def _crossing(model: nn.Module) -> int:
     """The length that crosses all borders within reach: of the budget, and of a table of positions."""
-    config = model.config
-    context = getattr(config, "max_position_embeddings", None)
     size = sum(parameter.numel() for parameter in model.parameters())
-    context = context if isinstance(context, int) and context > SHORT[0] else LONGEST
-    reach = min(int(BUDGET / size), LONGEST, context - SHORT[0])
-    crossed = [border + FURTHER for border in borders(config.to_dict()) if border < reach]  # type: ignore[union-attr, operator]
+    reach = min(int(BUDGET / size), LONGEST, min(_contexts(model), default=LONGEST) - SHORT[0])
+    crossed = [border + FURTHER for border in borders(model.config.to_dict()) if border < reach]  # type: ignore[union-attr, operator]
     return min(max(crossed, default=0), reach)
 
 
