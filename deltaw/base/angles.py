@@ -25,21 +25,24 @@ ROUNDING = 1e-6  # of a cosine of few radians, in float32
 
 
 class Angles(StandIn):
-    """A rotary module [B, L] -> angles [..., L, E], a tensor or a tuple of them, that keeps no company in mind."""
+    """A rotary module [..., B, L] -> angles [..., B, L, E], a tensor or a tuple of them, that heeds no company."""
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the original's for each run of consecutive positions alone."""
-        if position_ids.ndim != 2:
+        planes = position_ids.shape[:-2]  # of positions in several dimensions, which are all the same in text
+        position_BL = position_ids.flatten(0, -3)[0] if planes else position_ids
+        if planes and (position_ids != position_BL).any():
             return self.original(x, position_ids, *args, **kwargs)
         angles: dict[tuple[int, int], Any] = {}  # by first position and length: equal runs are computed once
         rows = []
-        for row_L in position_ids:
+        for row_L in position_BL:
             runs = _runs(row_L.tolist())
             for first, length in runs:
                 if (first, length) not in angles:
-                    self.original(x, row_L.new_zeros(1, 1), *args, **kwargs)
-                    at_1L = torch.arange(first, first + length, device=row_L.device, dtype=row_L.dtype)[None]
-                    angles[first, length] = self.original(x, at_1L, *args, **kwargs)
+                    at_L = torch.arange(first, first + length, device=row_L.device, dtype=row_L.dtype)
+                    for part_L in (at_L.new_zeros(1), at_L):
+                        out = self.original(x, part_L.expand(*planes, 1, -1), *args, **kwargs)
+                    angles[first, length] = out
             rows.append(_joined([angles[run] for run in runs], -2))
         return _joined(rows, -3)
 
