@@ -28,7 +28,13 @@ SHORT = (5, 7)  # tokens of the two documents where the config has no number tha
 BUDGET = 4e9  # parameters x tokens of a pass: under half a second on two cores
 LONGEST = 512
 FURTHER = 9  # tokens beyond a border
-CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "n_ctx")  # names of a context's length
+CONTEXTS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "n_ctx",
+)  # names of a context's length
 
 Tokens = tuple[Tensor, Tensor, Tensor]  # tokens_T, positions_T, starts_S of a batch
 Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,22 +65,27 @@ def borders(config: Any) -> set[int]:
 
 
 def uncrossed(model: nn.Module) -> bool:
-    """Whether the config has a number that the probe's documents don't reach and that may be a length: one that is no
-    token's id and no size of a weight, nor the context itself (angles are all that can change there)."""
-    sizes = {size for parameter in model.parameters() for size in parameter.shape}
-    lengths = _lengths(model.config.to_dict()) - sizes - _contexts(model)  # type: ignore[union-attr, operator]
-    return max(lengths, default=0) >= _crossing(model)
+    """Whether the config has a number that the probe's documents don't reach and that may be a length."""
+    return max(_lengths(model.config.to_dict()), default=0) >= _crossing(model)  # type: ignore[union-attr, operator]
+
+
+def _lengths(config: Any) -> set[int]:
+    """The numbers of a config that aren't token ids, a base of frequencies or the context (where angles alone change).
+
+    Sizes of weights are among them: a name doesn't say which is which.
+    """
+    if isinstance(config, Mapping):
+        named = {str(name): value for name, value in config.items() if name not in CONTEXTS}
+        return {
+            n for name, value in named.items() if "_id" not in name and "theta" not in name for n in _lengths(value)
+        }
+    return borders(config)
 
 
 def _contexts(model: nn.Module) -> set[int]:
     """What the config says of the longest sequence."""
     named = (getattr(model.config, name, None) for name in CONTEXTS)
     return {length for length in named if isinstance(length, int) and length > SHORT[0]}
-
-
-def _lengths(config: Any) -> set[int]:
-    """The numbers of a config that aren't token ids."""
-    return borders({name: value for name, value in config.items() if "_id" not in name})
 
 
 def _crossing(model: nn.Module) -> int:
