@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.adapter.layer import LoRALinear
-from deltaw.base.forward import AttentionCall, watched_pass
+from deltaw.base.attention import AttentionCall
 from deltaw.base.frozen import FrozenLinear
+from deltaw.base.probe import watched_pass
 from deltaw.base.stand_in import StandIn
 from deltaw.kernels.attention import packed_attention
 from deltaw.kernels.lora import ACTIVATIONS, Projection, lora_gated_mlp, lora_linears

@@ -1,0 +1,217 @@
+"""Trying a model when it is opened: what nobody can know of an architecture by its name is found out here.
+
+Two documents are run through the model apart, by its own code, and whatever deltaw would do in its place must come to
+the same. They are short where a pass is dear, but a model may do something else from some length on (a window, a chunk,
+another scaling), and what it states of that stands in its config as a number. So every border is crossed:
+
+* the second document is longer than each number in the config that a pass of a second or so allows (all of them, in a
+  small model);
+* what the masks let through is asked of their functions at places on both sides of each number, however large
+  (attention.py), and must be what attention is told: `masks_are_told`;
+* rotary angles are asked for at such places, too (angles.py);
+* what is left is tried on a small copy of the model, its numbers made small (small.py).
+
+Letters: T tokens of the documents, S documents + 1, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.base.attention import ASKED, ATTENTION, AttentionCall, pairs
+from deltaw.kernels.attention import Documents
+
+SHORT = (5, 7)  # tokens of the two documents where the config has no number that is dear to cross
+BUDGET = 4e9  # parameters x tokens of a pass: under half a second on two cores
+LONGEST = 512
+FURTHER = 9  # tokens beyond a border
+CONTEXTS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "n_ctx",
+)  # names of a context's length
+
+Tokens = tuple[Tensor, Tensor, Tensor]  # tokens_T, positions_T, starts_S of a batch
+Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
+Seen = tuple[tuple[Any, ...], dict[str, Any], Any]  # a module's arguments and its output
+# What a model says that can't be run as it is asked to.
+REFUSALS = (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError)
+
+
+def probe_documents(model: nn.Module) -> Tokens:
+    """Two documents end to end, the second beyond as many borders of the config as a pass of this model allows."""
+    device = next(model.parameters()).device
+    lengths = (SHORT[0], max(SHORT[1], _crossing(model)))
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    tokens_T = (torch.arange(sum(lengths), device=device) * 7919 + 13) % vocabulary
+    positions_T = torch.cat([torch.arange(n, device=device) for n in lengths])
+    return tokens_T, positions_T, torch.tensor([0, lengths[0], sum(lengths)])
+
+
+def borders(config: Any) -> set[int]:
+    """Every whole number above 1 in a config, at any depth: what a model does from some length on is among them."""
+    if isinstance(config, Mapping):
+        return {n for value in config.values() for n in borders(value)}
+    if isinstance(config, list | tuple):
+        return {n for value in config for n in borders(value)}
+    if isinstance(config, float) and config.is_integer():
+        config = int(config)
+    return {config} if type(config) is int and 1 < config < 2**31 else set()
+
+
+def uncrossed(model: nn.Module) -> bool:
+    """Whether the config has a number that the probe's documents don't reach and that may be a length."""
+    return max(_lengths(model.config.to_dict()), default=0) >= _crossing(model)  # type: ignore[union-attr, operator]
+
+
+def _lengths(config: Any) -> set[int]:
+    """The numbers of a config that aren't token ids, a base of frequencies or the context (where angles alone change).
+
+    Sizes of weights are among them: a name doesn't say which is which.
+    """
+    if isinstance(config, Mapping):
+        named = {str(name): value for name, value in config.items() if name not in CONTEXTS}
+        return {
+            n for name, value in named.items() if "_id" not in name and "theta" not in name for n in _lengths(value)
+        }
+    return borders(config)
+
+
+def _contexts(model: nn.Module) -> set[int]:
+    """What the config says of the longest sequence."""
+    named = (getattr(model.config, name, None) for name in CONTEXTS)
+    return {length for length in named if isinstance(length, int) and length > SHORT[0]}
+
+
+def _crossing(model: nn.Module) -> int:
+    """The length that crosses all borders within reach: of the budget, and of a table of positions."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    reach = min(int(BUDGET / size), LONGEST, min(_contexts(model), default=LONGEST) - SHORT[0])
+    crossed = [border + FURTHER for border in borders(model.config.to_dict()) if border < reach]  # type: ignore[union-attr, operator]
+    return min(max(crossed, default=0), reach)
+
+
+@torch.no_grad()
+def masks_are_told(model: nn.Module) -> bool:
+    """Whether attention is told, in its arguments, all that the model's masks ask for, at any length.
+
+    Leaves the model on the attention that asks.
+    """
+    model.set_attn_implementation(ASKED)  # type: ignore[operator]
+    tokens_T, _, starts_S = probe_documents(model)
+    calls: dict[nn.Module, AttentionCall] = {}
+    model(input_ids=tokens_T[None, : int(starts_S[1])], calls=calls, use_cache=False)
+    places = pairs(borders(model.config.to_dict()), tokens_T.device)  # type: ignore[union-attr, operator]
+    kinds = {(call.sees, call.masked, call.window): call for call in calls.values()}  # a mask is for many layers
+    return all(call.honest(*places) for call in kinds.values())
+
+
+@torch.no_grad()
+def watched_pass(
+    model: nn.Module, modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, Seen], dict[Any, AttentionCall]]:
+    """One pass over two short documents: (what each of `modules` was first given and gave, who called attention how).
+
+    A model that `plan_forward` left on packed attention runs packed here, too; the calls are empty for any other.
+    """
+    tokens_T, positions_T, starts_S = probe_documents(model)
+    inputs: dict[str, Any] = {"input_ids": tokens_T[None], "position_ids": positions_T[None]}
+    calls: dict[Any, AttentionCall] = {}
+    if model.config._attn_implementation == ATTENTION:  # type: ignore[union-attr]
+        inputs |= {"documents": Documents(starts_S.tolist(), tokens_T.device), "calls": calls}
+    else:
+        inputs = {"input_ids": tokens_T[None]}
+    seen: dict[str, Seen] = {}
+
+    def watch(path: str) -> Any:
+        def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            seen.setdefault(path, (_cloned(args), {k: _cloned(v) for k, v in kwargs.items()}, _cloned(output)))
+
+        return note
+
+    hooks = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in modules.items()]
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen, calls
+
+
+def _cloned(value: Any) -> Any:
+    """Tensors copied (a model may go on to write into them), tuples gone through, the rest as it is."""
+    if isinstance(value, tuple):
+        return tuple(_cloned(item) for item in value)
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The probe's documents and the model's own logits for each, run apart with its own attention."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    starts_S: Tensor
+    truth_TV: Tensor
+    tolerance: float
+
+    @staticmethod
+    def on(model: nn.Module) -> "Probe":
+        tokens_T, positions_T, starts_S = probe_documents(model)
+        lengths = starts_S.diff().tolist()
+        dtype = next(model.parameters()).dtype
+        truth = [model(input_ids=part[None], use_cache=False).logits[0].float() for part in tokens_T.split(lengths)]
+        truth_TV = torch.cat(truth)
+        # The root mean square of two roundings of the same sums, in units of a typical logit: the storage's (9 units in
+        # the last place measured in bfloat16 after 30 layers; the model's own code is 12 from float32's answer) and
+        # the accumulators', which long sums multiply (float32 after 30 layers: at most 100). A wrong path is off by 1.
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        tolerance = (25 * torch.finfo(dtype).eps + 300 * torch.finfo(wide).eps) * float(truth_TV.std())
+        return Probe(tokens_T, positions_T, starts_S, truth_TV, max(tolerance, 1e-6))
+
+    def fits(self, logits: Logits) -> bool:
+        """Whether both documents, run together, get the logits that the model gives them apart."""
+        return self._is_truth(logits(self.tokens_T, self.positions_T, self.starts_S))
+
+    def fits_apart(self, logits: Logits) -> bool:
+        """Whether each document, run alone, gets them: then only the head can differ, and rounding between batches
+        (a state space's, or experts chosen by a hair) is no matter."""
+        lengths = self.starts_S.diff().tolist()
+        parts = zip(self.tokens_T.split(lengths), self.positions_T.split(lengths), lengths, strict=True)
+        try:
+            got = [logits(tokens, positions, torch.tensor([0, n])) for tokens, positions, n in parts]
+        except RuntimeError:
+            return False  # a head that can't even be multiplied (a dtype of its own, say)
+        return self._is_truth(torch.cat(got))
+
+    def _is_truth(self, logits_TV: Tensor) -> bool:
+        """The last tokens count by themselves, too: they may be all that lies beyond the farthest border."""
+        error_T = (logits_TV - self.truth_TV).square().mean(1)
+        return all(float(part.mean().sqrt()) <= self.tolerance for part in (error_T, error_T[-FURTHER:]))
+
+    @torch.enable_grad()
+    def isolated(self, model: nn.Module, logits: Logits) -> bool:
+        """Whether the second document's logits have exactly no gradient at the first one's embeddings.
+
+        Comparing logits instead would need a tolerance, and bfloat16's would hide a faint leak.
+        """
+        embedded: list[Tensor] = []
+
+        def watch(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            embedded.append(output.detach().requires_grad_())
+            return embedded[-1]
+
+        hook = model.get_input_embeddings().register_forward_hook(watch)  # type: ignore[operator]
+        try:
+            logits_TV = logits(self.tokens_T, self.positions_T, self.starts_S)
+        finally:
+            hook.remove()
+        cut = int(self.starts_S[1])
+        (grad,) = torch.autograd.grad(logits_TV[cut:].square().sum(), embedded)
+        grad_TD = grad.reshape(len(self.tokens_T), -1)
+        return not grad_TD[:cut].any() and bool(grad_TD[cut:].any())
