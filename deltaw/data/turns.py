@@ -104,7 +104,7 @@ def _in_front_of_header(shared: str, controls: Controls, stops: Collection[str])
     """Where an answer's end ends, in what follows it as much as a header does."""
     tokens = controls(shared)
     if not tokens:
-        return len(shared)
+        return shared.rfind("\n") + 1 or len(shared)  # a header in words stands in a line of its own
     opens = tokens[-1].end() == len(shared) and (len(tokens) > 1 or tokens[-1][0] not in stops)
     return tokens[-1].start() if opens else tokens[-1].end()
 
