@@ -19,7 +19,7 @@ from deltaw.data.encode import Encoder
 from deltaw.data.left_out import Survey
 from deltaw.data.row import Rejected
 from deltaw.data.template import Asked, Template, Unfinished
-from deltaw.data.turns import TRIAL, Frame, find_answer, find_frame
+from deltaw.data.turns import Frame, find_answer, find_frame, trial
 from deltaw.errors import InputError
 
 NO_TEMPLATE = "set data.template: chatml, or data.template: a .jinja file"
@@ -51,12 +51,13 @@ class ChatWriter:
     def __init__(self, template: Template, encoder: Encoder, stops: Collection[str]) -> None:
         self._template, self._encoder = template, encoder
         self._survey = Survey(template)
-        trials = [TRIAL, *map(_call, (ARGUMENTS, json.dumps(ARGUMENTS)))] if "arguments" in template.words else [TRIAL]
-        texts, *calls = template.render_rows(trials)
-        if isinstance(texts, Unfinished):
+        calls = list(map(_call, (ARGUMENTS, json.dumps(ARGUMENTS)))) if "arguments" in template.words else []
+        alone, instructed, *called = template.render_rows([trial(), trial(system=True), *calls])
+        texts = instructed if isinstance(alone, Rejected) else alone
+        if isinstance(alone, Unfinished):
             raise InputError(f"already two short messages are too much: {texts}", fix=NO_TEMPLATE)
         self._frame = Frame() if isinstance(texts, Rejected) else find_frame(texts, encoder.controls, stops)
-        self._calls_as_text = bool(calls) and not isinstance(calls[1], Rejected) and not _is_json(calls[0])
+        self._calls_as_text = bool(called) and not isinstance(called[1], Rejected) and not _is_json(called[0])
         self.end_of_turn = "" if isinstance(texts, Rejected) else self._find_end_of_turn(texts)
 
     @property

@@ -11,9 +11,9 @@ tried at once and split in halves where they make a difference.
     planted   the row with a marker in every leaf; two rows have the same shape where these are equal
 
 The answer depends on the row's shape, so it is found once for a shape. What keeps shapes few: texts that the template
-itself names stay as they are ("function"), and cut a content into stretches where they stand in it (`</think>`, before
-which some templates leave out everything); in `tools` and `arguments`, entries whose keys the template doesn't name
-count once if they are of one shape, and so do the items of a list in `tools`.
+itself names stay as they are inside tools and calls ("function"), and cut a text into stretches where they stand in it
+(`</think>`, before which some templates leave out everything); in `tools` and `arguments`, entries whose keys the
+template doesn't name count once if they are of one shape, and so do the items of a list in `tools`.
 
 A field counts as written where it is in the whole chat or at the end of its own turn: a template that drops the
 thoughts of earlier turns shows them to the model in time, and `render.py` leaves untrained what it then rewrites.
@@ -142,7 +142,7 @@ class _Planting:
         return value
 
     def _text(self, text: str, path: Path) -> str:
-        if text in self.words:
+        if text in self.words and (path[0] == "tools" or len(path) > 3):
             return text
         stretches = self.cut.split(text)
         for index in range(0, len(stretches), 2):

@@ -51,19 +51,15 @@ class Frame:
         return self.whole(text) + self.header if self.header else text
 
 
-TRIAL = Asked(
-    [
-        {"role": "user", "content": USER},
-        {"role": "assistant", "content": ANSWER},
-        {"role": "user", "content": NEXT},
-    ],
-    [],
-    [(2, False), (1, True), (1, False), (3, False)],
-)
+def trial(system: bool = False) -> Asked:
+    """The conversation of planted words, for templates that want one behind a system message."""
+    roles = zip(("user", "assistant", "user"), (USER, ANSWER, NEXT), strict=True)
+    messages = [{"role": role, "content": text} for role, text in [("system", "qz")] * system + list(roles)]
+    return Asked(messages, [], [(n + system, prompt) for n, prompt in ((2, False), (1, True), (1, False), (3, False))])
 
 
 def find_frame(texts: Sequence[str | Rejected], controls: Controls, stops: Collection[str]) -> Frame:
-    """The frame of a template, from what it writes of `TRIAL`. `stops` are the tokens that are known to end a turn."""
+    """The frame of a template, from what it writes of `trial()`. `stops` are the tokens known to end a turn."""
     answered, prompt, asked_nothing, longer = (text if isinstance(text, str) else "" for text in texts)
     if answered.count(ANSWER) != 1 or USER not in answered:
         return Frame()
