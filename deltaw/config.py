@@ -130,6 +130,9 @@ class DataConfig(Strict):
     form: Literal["auto", "text", "chat", "completion", "alpaca", "sharegpt"] = "auto"
     train_on: Literal["auto", "assistant", "completion", "all"] = "auto"
     template: str | None = Field(None, description="chatml, or a .jinja file, for a base that has no chat template")
+    rendered: bool = Field(
+        False, description="text, prompts and completions hold control tokens, bos and eos: taken as tokens"
+    )
     max_length: int = Field(2048, ge=2)
     too_long: Literal["drop", "truncate"] = "drop"
     bad_rows: float = Field(0.01, ge=0, le=1, description="share of unusable rows that is tolerated")

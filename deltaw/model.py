@@ -132,7 +132,8 @@ def open_renderer(source: Source, config: RunConfig | None = None) -> Renderer:
     tokenizer = open_tokenizer(source.directory)
     if config is None:
         return Renderer(tokenizer)
-    return Renderer(tokenizer, train_on=config.data.train_on, template=config.data.template)
+    data = config.data
+    return Renderer(tokenizer, train_on=data.train_on, template=data.template, rendered=data.rendered)
 
 
 def open_dataset(config: RunConfig, display: Display) -> tuple[Source, Renderer, Dataset]:

@@ -23,8 +23,9 @@ from itertools import islice
 import numpy as np
 
 from deltaw.config import DataConfig
+from deltaw.data.document import Chat
 from deltaw.data.example import Example
-from deltaw.data.forms import Chat, Form, detect_form
+from deltaw.data.forms import Form, detect_form
 from deltaw.data.read import read_rows
 from deltaw.data.render import Renderer
 from deltaw.data.row import Problem, Rejected, Row, one_line
@@ -37,7 +38,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of every row. Plain values: `dataclasses.asdict` is JSON. `share` is supervised over all tokens."""
+    """What became of every row. Plain values: `dataclasses.asdict` is JSON. `share` is supervised over all tokens.
+
+    `unused`, `left_out`: the columns and the fields of messages that no token comes of, with the share of rows in which
+    they say something. `named_…`: rows in whose text names of control tokens stand, how many, and the first such row.
+    """
 
     source: str
     form: str
@@ -58,6 +63,11 @@ class DataReport:
     overlap: int
     longest_row: int
     longest_origin: str
+    unused: dict[str, float]
+    left_out: dict[str, float]
+    named_rows: int
+    named_tokens: int
+    named_origin: str
     warnings: list[str]
 
 
@@ -131,7 +141,7 @@ def prepare(config: DataConfig, renderer: Renderer, *, progress: Progress | None
         sources.append(other)
     chat = isinstance(source.form.normalise(source.rows[train[0][0]]), Chat)
     parts = [[example for _, example in sorted(part, key=lambda item: item[0])] for part in (train, held_out)]
-    return Dataset(parts[0], parts[1], _report(sources, parts[0], parts[1], renderer), chat)
+    return Dataset(parts[0], parts[1], _report(sources, parts[0], parts[1], renderer, chat), chat)
 
 
 def _open(name: str, config: DataConfig) -> _Source:
@@ -166,7 +176,8 @@ def _random_order(rows: Sequence[Row], seed: int) -> list[int]:
 
     def digest(position: int) -> tuple[bytes, int]:
         try:
-            content = json.dumps(rows[position].value, sort_keys=True, default=str).encode()
+            filled = {name: value for name, value in rows[position].value.items() if value is not None}
+            content = json.dumps(filled, sort_keys=True, default=str).encode()
         except (RecursionError, TypeError):  # nested too deeply, or keys of several types: no JSON row is so
             content = rows[position].origin.encode()
         return hashlib.blake2b(content, digest_size=16, key=key).digest(), position
@@ -200,12 +211,11 @@ def _fit(result: Example | Rejected, source: _Source, origin: str, config: DataC
     if config.too_long == "drop":
         source.too_long_dropped += 1
         return None
-    mask = result.loss_mask[: config.max_length]
-    if not mask.any():
+    if not result.loss_mask[: config.max_length].any():
         source.untrained += 1
         return None
     source.truncated += 1
-    return Example(result.tokens[: config.max_length].copy(), mask.copy(), origin, result.untrained_turns)
+    return result.cut(config.max_length)
 
 
 def _check(source: _Source, config: DataConfig, *, found: bool) -> None:
@@ -235,11 +245,15 @@ def _read(source: _Source) -> int:
     return len(source.rows) + len(source.problems) - source.rejected
 
 
-def _report(sources: list[_Source], train: list[Example], held_out: list[Example], renderer: Renderer) -> DataReport:
+def _report(
+    sources: list[_Source], train: list[Example], held_out: list[Example], renderer: Renderer, chat: bool
+) -> DataReport:
     keys = Counter(_key(example) for example in train)
     tokens = sum(len(example.tokens) for example in train)
     supervised = sum(int(example.loss_mask.sum()) for example in train)
-    longest = max([*train, *held_out], key=lambda example: len(example.tokens))
+    examples = [*train, *held_out]
+    named = [example for example in examples if example.names]
+    longest = max(examples, key=lambda example: len(example.tokens))
     report = DataReport(
         source=sources[0].name,
         form=sources[0].form.description,
@@ -260,10 +274,23 @@ def _report(sources: list[_Source], train: list[Example], held_out: list[Example
         overlap=sum(_key(example) in keys for example in held_out),
         longest_row=len(longest.tokens),
         longest_origin=longest.origin,
-        warnings=renderer.end_of_turn_problems(train),
+        unused=_shares([example.unused for example in examples]),
+        left_out=_shares([example.left_out for example in examples]),
+        named_rows=len(named),
+        named_tokens=sum(len(example.names) for example in named),
+        named_origin=named[0].origin if named else "",
+        warnings=[*renderer.end_of_turn_problems(train), *(renderer.header_problems() if chat else ())],
     )
     report.warnings.extend(_warnings(report))
+    if named:
+        report.warnings.append(_named(report, sorted({name for example in named for name in example.names}), chat))
     return report
+
+
+def _shares(names: Sequence[Sequence[str]]) -> dict[str, float]:
+    """In what share of the rows each name stands, the commonest first."""
+    counts = Counter(name for some in names for name in dict.fromkeys(some))
+    return {name: count / len(names) for name, count in counts.most_common()}
 
 
 def _key(example: Example) -> bytes:
@@ -280,5 +307,26 @@ def _warnings(report: DataReport) -> list[str]:
         f"{report.untrained_turns} answers aren't trained: the template rewrites earlier turns": report.untrained_turns,
         f"{report.duplicates} training rows are copies of another": report.duplicates,
         f"{report.overlap} held-out rows are also trained on": report.overlap,
+        f"columns that aren't used: {_listed(report.unused)}": len(report.unused),
+        f"the chat template doesn't write: {_listed(report.left_out)}": len(report.left_out),
     }
     return [line for line, count in lines.items() if count]
+
+
+def _named(report: DataReport, names: Sequence[str], chat: bool) -> str:
+    where = f"{report.named_rows} rows name control tokens in their text, {report.named_tokens} in all"
+    which = f"{one_line(', '.join(names), 60)}; the first: {report.named_origin}"
+    how = "they are characters to the model, shown with a backslash in the preview"
+    return f"{where} ({which}): {how}" + (
+        "" if chat else "; are the rows rendered already? Then set data.rendered: true"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "under 1%"
+
+
+def _listed(shares: dict[str, float]) -> str:
+    """`context (40% of rows), id (100%)`."""
+    parts = [f"{one_line(name, 60)} ({_percent(share)})" for name, share in shares.items()]
+    return one_line(", ".join(parts).replace("%)", "% of rows)", 1), 1000)

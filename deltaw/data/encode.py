@@ -39,19 +39,21 @@ class Encoder:
         special |= {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
         special.pop("", None)
         self._name_start = re.compile(f"(?={_any_of(special)})(.)", re.DOTALL)
+        self._name = re.compile(_any_of(special))
         self._first_characters = {name[0] for name in special}
         self._single = {name for name in special if len(name) == 1}
         # Where unknown words become `unk`, that id comes out of plain text and says nothing.
         emitted = set(self._plain([UNASSIGNED])[0])
         control = {name: id for name, id in special.items() if id not in emitted}
         self._control = re.compile(_any_of(control))
+        self._ids = control
         self.control_ids = frozenset(control.values())
         newline = self._plain(["\n"])[0]
         joined = self._plain(["\na", "a"])
         self._anchor = [] if joined[0] == newline + joined[1] else newline
 
-    def guard(self, text: str) -> str:
-        """`text` with every control token's name broken by a mark. Raises Rejected on text no tokenizer can take."""
+    def checked(self, text: str) -> str:
+        """`text` itself. Raises Rejected on text no tokenizer can take."""
         if not text.isascii():
             if MARK in text:
                 raise Rejected("the text has the noncharacter U+FDD0")
@@ -61,6 +63,11 @@ class Encoder:
                 raise Rejected("the text has a lone surrogate (a broken character)") from None
         if "\0" in text:
             raise Rejected("the text has a NUL character")
+        return text
+
+    def guard(self, text: str) -> str:
+        """`text` with every control token's name broken by a mark. Raises Rejected on text no tokenizer can take."""
+        self.checked(text)
         if not any(character in text for character in self._first_characters):
             return text
         if any(name in text for name in self._single):
@@ -78,6 +85,19 @@ class Encoder:
         if value is None or isinstance(value, bool | int | float):
             return value
         raise Rejected(f"a {type(value).__name__} is no JSON value")
+
+    def names(self, text: str) -> list[str]:
+        """The names of control tokens that a user wrote, in guarded text: one at every mark."""
+        found = (self._name.match(text[mark.start() - 1 :].replace(MARK, "")) for mark in re.finditer(MARK, text))
+        return [name[0] for name in found if name]
+
+    def name_starts(self, text: str) -> list[int]:
+        """Where the names of control tokens begin in a text."""
+        return [name.start() for name in self._name_start.finditer(text)]
+
+    def id_of(self, name: str) -> int | None:
+        """The id of the control token of this name, if it is one."""
+        return self._ids.get(name)
 
     def controls(self, text: str) -> list[re.Match[str]]:
         """The control tokens a template wrote into `text`, in order."""

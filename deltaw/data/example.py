@@ -3,16 +3,28 @@
 In a file of its own so that packing and loading need no tokenizer: `render.py` makes examples, `pack.py` uses them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """tokens: int32 (T,); loss_mask: bool (T,), True = trained, never at 0; untrained_turns: answers not provable."""
+    """tokens: int32 (T,); loss_mask: bool (T,), True = trained, never at 0.
+
+    What isn't trained or isn't in them: `untrained_turns`, answers not provable; `unused`, columns of the row that went
+    nowhere; `left_out`, fields of its chat that the template doesn't write. `names` are those of control tokens that
+    stand in it as plain text.
+    """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     origin: str
     untrained_turns: int = 0
+    unused: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+    def cut(self, length: int) -> "Example":
+        """Its first `length` tokens."""
+        return replace(self, tokens=self.tokens[:length].copy(), loss_mask=self.loss_mask[:length].copy())

@@ -17,18 +17,22 @@ Decisions.
   sees it.
 - Message lists under prompt / completion are a chat of which only the completion is trained. OpenAI's
   `weight: 0` on a message says the same and is how it is stored here.
+- A column beside those is used as its form's users mean it: `system` goes in front (unless the messages begin
+  with one), alpaca's `history` is earlier turns (trained, as where it comes from), dolly's `context` follows the
+  instruction, a question's precedes it, each behind a blank line. Every other column that says something is
+  named in `unused`: what is taken is taken out of the row (`Fields`), so nothing can be left out unseen.
+- Fields of a message that aren't known here go to the template; `left_out.py` says which of them it writes.
 - Preference data is refused by name; treating `chosen` as a completion would silently be another method.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from deltaw.data.row import Rejected, Row
+from deltaw.data.document import ROLES, Chat, Completion, Document, Message, Text, checked_chat, list_of_objects, parsed
+from deltaw.data.row import Rejected, Row, says_something
 from deltaw.errors import InputError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     **dict(zip(ROLES, ROLES, strict=True)),
     "human": "user",
@@ -52,44 +56,47 @@ PAIR_NAMES = (
     ("input", "output"),
     ("source", "target"),
 )
+SYSTEM_NAMES = ("system", "system_prompt")
 SAMPLE = 1000  # rows looked at to recognise the form
-Message = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A text, all of it trained."""
+class Fields:
+    """A row's columns, to be taken one by one; `rest` names those that nobody took."""
 
-    text: str
+    def __init__(self, value: dict[str, Any]) -> None:
+        self._left = dict(value)
+        self._more: list[str] = []
 
+    def take(self, name: str) -> Any:
+        """The column's value, which is thereby used; None where there is none."""
+        return self._left.pop(name, None)
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What is given, and what must follow."""
+    def take_text(self, *names: str) -> str | None:
+        """The first of these columns that is a text, not blank; anything else stays where it is."""
+        for name in names:
+            value = self._left.get(name)
+            if isinstance(value, str) and value.strip():
+                return str(self.take(name))
+        return None
 
-    prompt: str
-    completion: str
+    def leave(self, name: str) -> None:
+        """A part of a column that was taken isn't used."""
+        self._more.append(name)
 
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """Messages with `role` and `content`; one with `weight: 0` is not trained. `tools` are JSON schemas."""
-
-    messages: tuple[Message, ...]
-    tools: tuple[dict[str, Any], ...] = ()
-
-
-Document = Text | Completion | Chat
+    def rest(self) -> tuple[str, ...]:
+        """What is left and says something."""
+        return (*(str(name) for name, value in self._left.items() if says_something(value)), *self._more)
 
 
 @dataclass(frozen=True)
 class Form:
-    """A recognised form. `columns` are those a row must have; `description` is the mapping, for people."""
+    """A recognised form. `columns` are those a row must have, `also` those it may; `description` is for people."""
 
     name: str
     description: str
     columns: tuple[str, ...]
-    convert: Callable[[dict[str, Any]], Document]
+    convert: Callable[[Fields], Document]
+    also: tuple[str, ...] = ()
 
     def matches(self, value: dict[str, Any]) -> bool:
         """Whether the row has the columns (null counts as absent: tables fill up with it)."""
@@ -100,7 +107,9 @@ class Form:
         if not self.matches(row.value):
             missing = [column for column in self.columns if row.value.get(column) is None]
             raise Rejected(f"no {' and no '.join(missing)} (the form of this source is {self.description})")
-        return self.convert(row.value)
+        fields = Fields(row.value)
+        document = self.convert(fields)
+        return replace(document, unused=fields.rest())
 
 
 def detect_form(rows: Sequence[Row], wanted: str = "auto") -> Form:
@@ -121,7 +130,9 @@ def detect_form(rows: Sequence[Row], wanted: str = "auto") -> Form:
         kind = "known form" if wanted == "auto" else f"{wanted} form"
         known = "; ".join(sorted({" + ".join(form.columns) for form in forms}))
         raise InputError(f"{rows[0].origin}: no {kind} in the columns {columns}", fix=f"name them {known}")
-    return forms[counts.index(max(counts))]
+    form = forms[counts.index(max(counts))]
+    also = [name for name in form.also if any(says_something(value.get(name)) for value in sample)]
+    return replace(form, description=f"{form.description} (with {', '.join(also)})") if also else form
 
 
 def _also(form: Form) -> str:
@@ -129,42 +140,74 @@ def _also(form: Form) -> str:
     return "chat" if form.name == "sharegpt" else form.name
 
 
-def _chat(value: dict[str, Any]) -> Chat:
-    return _checked_chat(value["messages"], value.get("tools"))
+def _chat(row: Fields) -> Chat:
+    messages = list_of_objects(row.take("messages"), "messages")
+    return checked_chat(_with_system(messages, row), row.take("tools"))
 
 
-def _sharegpt(value: dict[str, Any]) -> Chat:
-    turns = _list_of_objects(value["conversations"], "conversations")
+def _sharegpt(row: Fields) -> Chat:
     messages = []
-    for number, turn in enumerate(turns, 1):
-        speaker = turn.get("from", turn.get("role"))
+    for number, turn in enumerate(list_of_objects(row.take("conversations"), "conversations"), 1):
+        rest = {key: value for key, value in turn.items() if value is not None}
+        speaker, content = _either(rest, number, "from", "role"), _either(rest, number, "value", "content")
         if not isinstance(speaker, str) or speaker.lower() not in SHAREGPT_ROLES:
             raise Rejected(f"turn {number}: unknown speaker {speaker!r}")
-        content = turn.get("value", turn.get("content"))
-        messages.append({"role": SHAREGPT_ROLES[speaker.lower()], "content": content, "weight": turn.get("weight")})
-    if isinstance(value.get("system"), str) and value["system"] and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": value["system"]})
-    return _checked_chat(messages, value.get("tools"))
+        messages.append({**rest, "role": SHAREGPT_ROLES[speaker.lower()], "content": content})
+    return checked_chat(_with_system(messages, row), row.take("tools"))
 
 
-def _evals(value: dict[str, Any]) -> Chat:
-    ideal = value["ideal"][0] if isinstance(value["ideal"], list) and value["ideal"] else value["ideal"]
-    prompt = _list_of_objects(value["input"], "input")
-    return _checked_chat([*_untrained(prompt), {"role": "assistant", "content": ideal}], None)
+def _either(turn: Message, number: int, *names: str) -> Any:
+    """What a turn has under one of two names, taken out of it."""
+    values = [turn.pop(name) for name in names if name in turn]
+    if any(value != values[0] for value in values):
+        raise Rejected(f"turn {number} has two of them: {' and '.join(names)}")
+    return values[0] if values else None
 
 
-def _alpaca(value: dict[str, Any]) -> Chat:
-    instruction, output = _string(value, "instruction"), _string(value, "output")
-    extra = _string(value, "input") if value.get("input") else ""
-    messages = [{"role": "user", "content": f"{instruction}\n\n{extra}" if extra.strip() else instruction}]
-    if value.get("system"):
-        messages.insert(0, {"role": "system", "content": _string(value, "system")})
-    return _checked_chat([*messages, {"role": "assistant", "content": output}], None)
+def _evals(row: Fields) -> Chat:
+    prompt, ideal = list_of_objects(row.take("input"), "input"), row.take("ideal")
+    if isinstance(ideal, list) and ideal:
+        if len(ideal) > 1:
+            row.leave("ideal[1:]")  # other answers that would be right
+        ideal = ideal[0]
+    answer = {"role": "assistant", "content": ideal}
+    return checked_chat([*_untrained(_with_system(prompt, row)), answer], row.take("tools"))
 
 
-def _text(column: str) -> Callable[[dict[str, Any]], Document]:
-    def convert(value: dict[str, Any]) -> Text:
-        text = _string(value, column)
+def _alpaca(row: Fields) -> Chat:
+    instruction, output = _string(row, "instruction"), _string(row, "output")
+    extra = row.take("input")
+    if extra and not isinstance(extra, str):
+        raise Rejected(f"input is a {type(extra).__name__}, not a text")
+    user = f"{instruction}\n\n{extra}" if extra and extra.strip() else instruction
+    turns = [{"role": "user", "content": user}, {"role": "assistant", "content": output}]
+    return checked_chat(_with_system([*_history(row.take("history")), *turns], row), row.take("tools"))
+
+
+def _history(value: Any) -> list[Message]:
+    """Earlier turns: pairs of a question and its answer, or messages."""
+    turns: list[Message] = []
+    for item in parsed(value, "history") or ():
+        if isinstance(item, dict):
+            turns.append(item)
+        elif isinstance(item, list) and len(item) == 2:
+            turns += ({"role": role, "content": text} for role, text in zip(("user", "assistant"), item, strict=True))
+        else:
+            raise Rejected("history isn't a list of pairs [question, answer]")
+    return turns
+
+
+def _with_system(messages: list[Message], row: Fields) -> list[Message]:
+    """`messages` behind the row's system text. Where they begin with one it stays unused."""
+    if messages and messages[0].get("role") == "system":
+        return messages
+    system = row.take_text(*SYSTEM_NAMES)
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def _text(column: str) -> Callable[[Fields], Document]:
+    def convert(row: Fields) -> Text:
+        text = _string(row, column)
         if not text.strip():
             raise Rejected(f"{column} is empty")
         return Text(text)
@@ -172,100 +215,63 @@ def _text(column: str) -> Callable[[dict[str, Any]], Document]:
     return convert
 
 
-def _pair(given: str, wanted: str) -> Callable[[dict[str, Any]], Document]:
-    def convert(value: dict[str, Any]) -> Document:
-        if isinstance(value[given], list):
-            answer = value[wanted]
+def _pair(given: str, wanted: str, *contexts: str) -> Callable[[Fields], Document]:
+    def convert(row: Fields) -> Document:
+        prompt, answer = row.take(given), row.take(wanted)
+        if isinstance(prompt, list):
             if isinstance(answer, str):
                 answer = [{"role": "assistant", "content": answer}]
-            context = _untrained(_list_of_objects(value[given], given))
-            return _checked_chat([*context, *_list_of_objects(answer, wanted)], value.get("tools"))
-        prompt, completion = _string(value, given), _string(value, wanted)
+            before = _untrained(_with_system(list_of_objects(prompt, given), row))
+            return checked_chat([*before, *list_of_objects(answer, wanted)], row.take("tools"))
+        parts = [_checked_string(prompt, given), row.take_text(*contexts)]
+        if given in ("question", "query"):
+            parts.reverse()
+        completion = _checked_string(answer, wanted)
         if not completion.strip():
             raise Rejected(f"{wanted} is empty")
-        return Completion(prompt, completion)
+        parts.insert(0, row.take_text(*SYSTEM_NAMES))
+        return Completion("\n\n".join(part for part in parts if part), completion)
 
     return convert
-
-
-def _checked_chat(messages: Any, tools: Any) -> Chat:
-    checked = tuple(
-        _message(message, number) for number, message in enumerate(_list_of_objects(messages, "messages"), 1)
-    )
-    if not any(message["role"] == "assistant" for message in checked):
-        raise Rejected("no assistant message, so nothing to train on")
-    return Chat(checked, _tools(tools))
-
-
-def _message(message: Message, number: int) -> Message:
-    where = f"message {number}"
-    role, content = message.get("role"), message.get("content")
-    if role is None:
-        raise Rejected(f"{where} has no role")
-    if role not in ROLES:
-        raise Rejected(f"{where}: unknown role {role!r}; known: {', '.join(ROLES)}")
-    calls = bool(message.get("tool_calls"))
-    if content is None and calls:
-        content = ""
-    if not isinstance(content, str):
-        what = "has no content" if content is None else f"has a {type(content).__name__} as content, not a text"
-        raise Rejected(f"{where} {what}")
-    if role == "assistant" and not content.strip() and not calls:
-        raise Rejected(f"{where} is an empty answer")
-    if message.get("weight") not in (None, 0, 1):
-        raise Rejected(f"{where} has the weight {message['weight']!r}; known: 0 (not trained), 1")
-    return {**{key: value for key, value in message.items() if value is not None}, "content": content}
-
-
-def _tools(tools: Any) -> tuple[dict[str, Any], ...]:
-    if isinstance(tools, str):  # tables keep it as a JSON text
-        try:
-            tools = json.loads(tools or "[]")
-        except (ValueError, RecursionError):
-            raise Rejected("tools is a text, but not JSON") from None
-    if tools is None or tools == []:
-        return ()
-    return tuple(_list_of_objects(tools, "tools"))
 
 
 def _untrained(messages: Sequence[Message]) -> list[Message]:
     return [{**message, "weight": 0} for message in messages]
 
 
-def _list_of_objects(value: Any, name: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list):
-        raise Rejected(f"{name} is a {type(value).__name__}, not a list")
-    if not value:
-        raise Rejected(f"{name} is empty")
-    wrong = next((number for number, item in enumerate(value, 1) if not isinstance(item, dict)), None)
-    if wrong:
-        raise Rejected(f"{name}: item {wrong} is a {type(value[wrong - 1]).__name__}, not an object")
+def _string(row: Fields, column: str) -> str:
+    return _checked_string(row.take(column), column)
+
+
+def _checked_string(value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise Rejected(f"{column} is a {type(value).__name__}, not a text")
     return value
 
 
-def _string(value: dict[str, Any], column: str) -> str:
-    if not isinstance(value[column], str):
-        raise Rejected(f"{column} is a {type(value[column]).__name__}, not a text")
-    return value[column]
+def _contexts(given: str) -> tuple[str, ...]:
+    return ("context", "input") if given == "instruction" else ("context",)
 
 
 # In order of preference: a row that has the columns of two forms is the earlier one's.
 FORMS = (
-    Form("chat", "chat: messages[].role / content", ("messages",), _chat),
-    Form("sharegpt", "chat: conversations[].from / value", ("conversations",), _sharegpt),
-    Form("chat", "chat: input[] -> messages, ideal -> the answer", ("input", "ideal"), _evals),
+    Form("chat", "chat: messages[].role / content", ("messages",), _chat, SYSTEM_NAMES),
+    Form("sharegpt", "chat: conversations[].from / value", ("conversations",), _sharegpt, SYSTEM_NAMES),
+    Form("chat", "chat: input[] -> messages, ideal -> the answer", ("input", "ideal"), _evals, SYSTEM_NAMES),
     Form(
         "alpaca",
         "alpaca: instruction (+ input) -> user, output -> assistant",
         ("instruction", "output"),
         _alpaca,
+        ("history", *SYSTEM_NAMES),
     ),
     *(
         Form(
             "completion",
             f"completion: {given} -> prompt, {wanted} -> completion",
             (given, wanted),
-            _pair(given, wanted),
+            _pair(given, wanted, *_contexts(given)),
+            (*_contexts(given), *SYSTEM_NAMES),
         )
         for given, wanted in PAIR_NAMES
     ),

@@ -2,15 +2,17 @@
 
 Wrong masks and templates are seen in a second here, and else only after the run. Trained text is coloured;
 where colour is off (a pipe, `NO_COLOR`) it stands in ⟦brackets⟧, since without either the preview would
-show nothing.
+show nothing. The name of a control token that stands in a text, and is characters to the model, is shown with a
+backslash (`<\\|im_end|>`): a real one looks the same otherwise.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 from deltaw.data.dataset import DataReport, Dataset
+from deltaw.data.encode import Encoder
 from deltaw.data.example import Example
 
 if TYPE_CHECKING:
@@ -42,12 +44,31 @@ def summary(report: DataReport) -> list[str]:
 
 def spans(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     """The example's text in stretches of (text, trained)."""
-    stretches = []
-    for trained, group in groupby(zip(example.tokens, example.loss_mask, strict=True), key=lambda pair: pair[1]):
-        ids = [int(token) for token, _ in group]
-        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        stretches.append((_shortened(text), bool(trained)))
-    return stretches
+    encoder = Encoder(tokenizer) if example.names else None
+    stretches: list[tuple[str, bool]] = []
+    pairs = zip(example.tokens.tolist(), example.loss_mask.tolist(), strict=True)
+    for control, run in groupby(pairs, key=lambda pair: encoder is not None and pair[0] in encoder.control_ids):
+        parts = []
+        for trained, group in groupby(run, key=lambda pair: pair[1]):
+            ids = [token for token, _ in group]
+            text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            parts.append((text, trained))
+        stretches += _broken(parts, encoder) if encoder and not control else parts
+    return [
+        (_shortened("".join(text for text, _ in group)), trained)
+        for trained, group in groupby(stretches, key=lambda stretch: stretch[1])
+    ]
+
+
+def _broken(parts: list[tuple[str, bool]], encoder: Encoder) -> list[tuple[str, bool]]:
+    """Plain text with the names of control tokens in it broken by a backslash, also where mask borders cut them."""
+    broken, begin = [], 0
+    names = encoder.name_starts("".join(text for text, _ in parts))
+    for text, trained in parts:
+        cuts = [0, *(name + 1 - begin for name in names if 0 <= name + 1 - begin < len(text)), len(text)]
+        broken.append(("\\".join(text[a:b] for a, b in pairwise(cuts)), trained))
+        begin += len(text)
+    return broken
 
 
 @dataclass(frozen=True)

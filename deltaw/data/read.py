@@ -11,6 +11,10 @@ How each format becomes rows:
 - `.json`: an array of objects (a file that turns out to hold one object a line is read as such).
 - `.csv`: the first record names the columns; a quote that never closes is an error and not one long field.
 - `.txt`: documents are separated by blank lines, `{"text": …}` each; `.md`: the whole file is one document.
+- `.parquet` and hub sets: Arrow gives every object of a column the same fields and fills those that a row lacks
+  with null, so a null in an object is taken as lacking (a tool that has no `dock` isn't shown `"dock": null`). A
+  null that a row had on purpose can't be told from those and goes, too; JSON keeps it. Arrow also has one order of
+  fields for all rows, that in which it first met them.
 - a folder: every such file in it, in name order; the origin has the path below the folder.
 
 Lines are split at LF only, in bytes: Python's text mode would also take CR, and `str.splitlines` U+2028,
@@ -26,7 +30,7 @@ import difflib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -215,9 +219,23 @@ def _read_parquet(file: BinaryIO, name: str) -> Iterator[Item]:
         for batch in parquet.ParquetFile(file).iter_batches():
             for value in batch.to_pylist():
                 number += 1
-                yield Row(value, f"{name}:{number}")
+                yield Row(_columns(value), f"{name}:{number}")
     except arrow.ArrowException as error:
         raise InputError(f"{name}: not a Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _columns(value: Mapping[str, Any]) -> dict[str, Any]:
+    """An Arrow table's row; a column that is null stays, as in any table."""
+    return {column: _without_filling(item) for column, item in value.items()}
+
+
+def _without_filling(value: Any) -> Any:
+    """A value of an Arrow table without the nulls that fill up its objects. A map comes as pairs, and has none."""
+    if isinstance(value, dict):
+        return {key: _without_filling(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list) and value and all(isinstance(item, tuple) and len(item) == 2 for item in value):
+        return {key: _without_filling(item) for key, item in value}
+    return [_without_filling(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_text(file: BinaryIO, name: str) -> Iterator[Item]:
@@ -267,7 +285,7 @@ def _read_hub(name: str, split: str) -> Iterator[Item]:
     except Exception as error:  # the library raises a dozen kinds, all of them about the name or the network
         raise InputError(f"{name}:{split}: {str(error).strip().splitlines()[0]}") from None
     for number, value in enumerate(table, 1):
-        yield Row(dict(value), f"{name}:{split}:{number}")
+        yield Row(_columns(value), f"{name}:{split}:{number}")
 
 
 def _is_data_file(path: Path) -> bool:

@@ -12,57 +12,28 @@ prompt. At inference the prompt is encoded alone and the model goes on from ther
 border (" ->" + " A") the model would be trained on borders that it never meets. `prompt_ids` gives exactly
 the tokens in front of a mask.
 
-Which part of a chat is an answer is proven on prefixes, for each assistant turn i, from three texts the
-template writes:
+Which part of a chat is an answer is proven on what the template writes of its beginnings (`turns.py`): a wrong mask is
+not possible. What the template leaves out of a row is found, too (`left_out.py`), and the row refused or the loss said.
 
-    p = messages[:i] with the generation prompt     q = messages[:i+1]     f = all messages
-
-If q starts with p, the rest of q is what the model must write, and its last control token ends the turn; if
-f starts with q up to there, the mask holds in f. Where the proof fails (a template that drops the thinking
-from earlier turns) that turn is left untrained and counted; where it fails for every turn the row is
-rejected. A wrong mask is not possible. Rejected: searching the text for the answer (an answer may stand in
-the question), and `{% generation %}` (most templates have none, and where they do the end-of-turn token
-often falls outside: the model then never stops).
-
-The texts and not their ids are compared, because the parts are encoded apart: a border is then a border
-between tokens by construction, also where an answer begins with a newline that would melt into the prompt's
-last token.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer
 
+from deltaw.data.chat import NO_TEMPLATE, ChatWriter, Layout, Piece
+from deltaw.data.document import Chat, Completion, Document, Message, Text
 from deltaw.data.encode import Encoder
 from deltaw.data.example import Example
-from deltaw.data.forms import Chat, Completion, Document, Message, Text
 from deltaw.data.row import Rejected, one_line
-from deltaw.data.template import CHATML, MAX_TEMPLATE, Asked, Template, Unfinished
+from deltaw.data.template import CHATML, MAX_TEMPLATE, Asked, Template
 from deltaw.errors import InputError
 
-NO_TEMPLATE = "set data.template: chatml, or data.template: a .jinja file"
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of a document that is encoded by itself. `trained` of it: 0 nothing, None all, k through control k."""
-
-    text: str
-    trained: int | None = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """A document as pieces. `closed`: bos and eos go around it (a chat template writes its own)."""
-
-    pieces: list[Piece]
-    closed: bool
-    untrained_turns: int = 0
+RENDERED = "leave data.rendered out: the chat template writes the control tokens"
 
 
 def open_tokenizer(directory: Path) -> Any:
@@ -77,25 +48,33 @@ def open_tokenizer(directory: Path) -> Any:
 
 
 class Renderer:
-    """Renders documents with one tokenizer. `template`: None is the tokenizer's own, `chatml`, or a .jinja file."""
+    """Renders documents with one tokenizer. `template`: None is the tokenizer's own, `chatml`, or a .jinja file.
 
-    def __init__(self, tokenizer: Any, train_on: str = "auto", template: str | None = None) -> None:
+    `rendered`: texts, prompts and completions hold control tokens, bos and eos already, and they are taken as such.
+    """
+
+    def __init__(
+        self, tokenizer: Any, train_on: str = "auto", template: str | None = None, rendered: bool = False
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError(
                 "the tokenizer has no end-of-sequence token, so a model could not learn to stop",
                 fix="set eos_token in tokenizer_config.json",
             )
         self.tokenizer = tokenizer
-        self._train_on = train_on
+        self._train_on, self._rendered = train_on, rendered
         self._encoder = Encoder(tokenizer)
         self._eos: int = tokenizer.eos_token_id
         self._bos = _opening(tokenizer)
-        source = _template_source(tokenizer, template, self._encoder)
-        self._template = Template(source, tokenizer.special_tokens_map) if source else None
-        self.template_fingerprint = self._template.fingerprint if self._template else "none"
-        self.end_of_turn = self._find_end_of_turn()
         self.model_stop_ids = frozenset({self._eos, *_generation_stops(tokenizer)})
         """What servers stop at: eos and the generation config's."""
+        self.end_of_turn: int | None = None
+        self.template_fingerprint, self._chats = "none", None
+        if source := _template_source(tokenizer, template, self._encoder):
+            compiled = Template(source, tokenizer.special_tokens_map)
+            self.template_fingerprint = compiled.fingerprint
+            self._chats = ChatWriter(compiled, self._encoder, self._stop_names())
+            self.end_of_turn = self._encoder.id_of(self._chats.end_of_turn)
 
     @property
     def stop_ids(self) -> set[int]:
@@ -112,15 +91,15 @@ class Renderer:
     def render_all(self, documents: Sequence[Document], origins: Sequence[str]) -> list[Example | Rejected]:
         """Many documents with one call of the tokenizer; in place of one that can't be used, the reason."""
         layouts = self._layouts(documents)
-        good = [layout for layout in layouts if isinstance(layout, _Layout)]
+        good = [layout for layout in layouts if isinstance(layout, Layout)]
         encoded = iter(self._encoder.encode([[piece.text for piece in layout.pieces] for layout in good]))
         results: list[Example | Rejected] = []
-        for layout, origin in zip(layouts, origins, strict=True):
+        for layout, document, origin in zip(layouts, documents, origins, strict=True):
             if isinstance(layout, Rejected):
                 results.append(layout)
                 continue
             try:
-                results.append(self._assemble(layout, next(encoded), origin))
+                results.append(self._assemble(layout, next(encoded), document, origin))
             except Rejected as rejected:
                 results.append(rejected)
         return results
@@ -132,8 +111,8 @@ class Renderer:
         """
         try:
             if isinstance(prompt, str):
-                return [*self._bos, *self._encode(self._encoder.guard(prompt))]
-            return self._encode(self._write(self._guarded(prompt), self._encoder.guard_all(tools), True))
+                return [*self._opening(prompt), *self._encode(self._taken(prompt))]
+            return self._encode(self._writer().prompt(prompt, tools))
         except Rejected as rejected:
             raise InputError(f"this prompt can't be used: {one_line(str(rejected))}") from None
 
@@ -159,14 +138,20 @@ class Renderer:
             )
         return problems
 
-    def _layouts(self, documents: Sequence[Document]) -> list[_Layout | Rejected]:
+    def header_problems(self) -> list[str]:
+        """Whether servers that use the template ask the model for an answer as it is trained here."""
+        header = self._chats.header if self._chats else ""
+        said = f"the chat template never asks for an answer: it is trained behind {header!r}, which servers don't write"
+        return [said] if header else []
+
+    def _layouts(self, documents: Sequence[Document]) -> list[Layout | Rejected]:
         """How every document is cut into pieces; the chats after the template has written them all."""
-        layouts: list[_Layout | Rejected | None] = []
+        layouts: list[Layout | Rejected | None] = []
         chats: list[Asked] = []
         for document in documents:
             try:
                 if isinstance(document, Chat):
-                    chats.append(self._ask(document))
+                    chats.append(self._writer().ask(document, self._train_on))
                     layouts.append(None)
                 else:
                     layouts.append(self._layout(document))
@@ -174,70 +159,40 @@ class Renderer:
                 layouts.append(rejected)
             except RecursionError:
                 layouts.append(Rejected("nested too deeply"))
-        written = iter(self._opened_template().render_rows(chats) if chats else ())
-        return [self._chat_layout(next(written)) if layout is None else layout for layout in layouts]
+        written = iter(self._writer().layouts(chats, self._train_on) if chats else ())
+        return [next(written) if layout is None else layout for layout in layouts]
 
-    def _layout(self, document: Text | Completion) -> _Layout:
-        guard = self._encoder.guard
+    def _layout(self, document: Text | Completion) -> Layout:
         match document:
-            case Text(text):
+            case Text(text=text):
                 self._must_train_on("text", "all")
-                return _Layout([Piece(guard(text), None)], closed=True)
-            case Completion(prompt, completion):
+                pieces = [Piece(self._taken(text), None)]
+            case Completion(prompt=prompt, completion=completion):
                 self._must_train_on("prompt / completion", "completion", "all")
                 given = None if self._train_on == "all" else 0
-                return _Layout([Piece(guard(prompt), given), Piece(guard(completion), None)], closed=True)
+                pieces = [Piece(self._taken(prompt), given), Piece(self._taken(completion), None)]
+        ends = self._rendered and pieces[-1].text.rstrip().endswith(self._stop_names())
+        return Layout(pieces, self._opening(pieces[0].text), () if ends else (self._eos,))
+
+    def _taken(self, text: str) -> str:
+        """A row's text as it goes to the tokenizer."""
+        return self._encoder.checked(text) if self._rendered else self._encoder.guard(text)
+
+    def _opening(self, text: str) -> tuple[int, ...]:
+        """What goes in front of `text`: bos, if the tokenizer has one there and the text doesn't."""
+        there = self._rendered and text.startswith("".join(self.tokenizer.convert_ids_to_tokens(list(self._bos))))
+        return () if there else self._bos
+
+    def _stop_names(self) -> tuple[str, ...]:
+        return tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)))
 
     def _must_train_on(self, form: str, *possible: str) -> None:
         if self._train_on not in ("auto", *possible):
             fix = f"set data.train_on: {' or '.join(('auto', *possible))}"
             raise InputError(f"data.train_on: {self._train_on} has no meaning for {form} rows", fix=fix)
 
-    def _ask(self, chat: Chat) -> Asked:
-        """What the template has to write of a chat: all of it, then p and q (see above) of every answer wanted."""
-        turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        wanted = {"all": [], "completion": turns[-1:]}.get(self._train_on, turns)
-        prefixes = [(len(chat.messages), False)]
-        for i in wanted:
-            if chat.messages[i].get("weight") != 0:
-                prefixes += [(i, True), (i + 1, False)]
-        return Asked(self._guarded(chat.messages), self._encoder.guard_all(chat.tools), prefixes)
-
-    def _chat_layout(self, texts: list[str | Rejected] | Rejected) -> _Layout | Rejected:
-        """The pieces of a chat, from what the template wrote."""
-        if isinstance(texts, Rejected):
-            return texts
-        full = str(texts[0])
-        if self._train_on == "all":
-            return _Layout([Piece(full, None)], closed=False)
-        borders: list[tuple[int, int | None]] = [(0, 0)]
-        untrained = 0
-        for prompt, upto in zip(texts[1::2], texts[2::2], strict=True):
-            answer = self._find_answer(prompt, upto, full)
-            if answer is None or answer[0] < borders[-1][0]:
-                untrained += 1
-                continue
-            begin, end, controls = answer
-            # Cut in front of the answer only: behind it a token may swallow the whitespace that follows (rstrip).
-            borders += [(begin, controls)] if controls else [(begin, None), (end, 0)]
-        ends = [begin for begin, _ in borders[1:]] + [len(full)]
-        pieces = [Piece(full[begin:end], trained) for (begin, trained), end in zip(borders, ends, strict=True)]
-        return _Layout(pieces, closed=False, untrained_turns=untrained)
-
-    def _find_answer(self, prompt: str | Rejected, upto: str | Rejected, full: str) -> tuple[int, int, int] | None:
-        """(begin, end, control tokens inside) of the answer between p and q in f; None where that can't be proven."""
-        if isinstance(prompt, Rejected) or isinstance(upto, Rejected):
-            return None  # the template refuses to begin with an answer, or to end there
-        controls = self._encoder.controls(upto[len(prompt) :])
-        end = len(prompt) + controls[-1].end() if controls else len(upto)
-        if not upto.startswith(prompt) or not full.startswith(upto[:end]):
-            return None
-        if len(upto[len(prompt) : end].strip()) <= sum(len(control[0]) for control in controls):
-            return None  # the template leaves out what is said or called: training on it would teach silence
-        return len(prompt), end, len(controls)
-
-    def _assemble(self, layout: _Layout, ids: list[list[int]], origin: str) -> Example:
-        tokens: list[int] = list(self._bos) if layout.closed else []
+    def _assemble(self, layout: Layout, ids: list[list[int]], document: Document, origin: str) -> Example:
+        tokens: list[int] = list(layout.opening)
         mask = [self._train_on == "all"] * len(tokens)
         control_ids = self._encoder.control_ids
         for piece, piece_ids in zip(layout.pieces, ids, strict=True):
@@ -249,51 +204,34 @@ class Renderer:
                 trained = controls[piece.trained - 1] + 1
             tokens += piece_ids
             mask += [True] * trained + [False] * (len(piece_ids) - trained)
-        if layout.closed:
-            tokens.append(self._eos)
-            mask.append(True)
+        tokens += layout.closing
+        mask += [True] * len(layout.closing)
         if mask:
             mask[0] = False
         if not any(mask):
             raise Rejected(_nothing_trained(layout.untrained_turns))
-        return Example(np.array(tokens, np.int32), np.array(mask, bool), origin, layout.untrained_turns)
+        names = tuple(name for piece in layout.pieces for name in self._encoder.names(piece.text))
+        return Example(
+            np.array(tokens, np.int32),
+            np.array(mask, bool),
+            origin,
+            untrained_turns=layout.untrained_turns,
+            unused=document.unused,
+            left_out=layout.left_out,
+            names=names,
+        )
 
-    def _guarded(self, messages: Sequence[Message]) -> list[Message]:
-        return [
-            {key: self._encoder.guard_all(value) for key, value in message.items() if key != "weight"}
-            for message in messages
-        ]
-
-    def _write(self, messages: list[Message], tools: list[Any], generation_prompt: bool) -> str:
-        return self._opened_template().render(messages, tools, generation_prompt=generation_prompt)
-
-    def _opened_template(self) -> Template:
-        if self._template is None:
+    def _writer(self) -> ChatWriter:
+        if self._rendered:
+            raise InputError(
+                "data.rendered is for text and for prompt / completion, and the rows are chat", fix=RENDERED
+            )
+        if self._chats is None:
             raise InputError("this base has no chat template, and the rows are chat", fix=NO_TEMPLATE)
-        return self._template
+        return self._chats
 
     def _encode(self, text: str) -> list[int]:
         return self._encoder.encode([[text]])[0][0]
-
-    def _find_end_of_turn(self) -> int | None:
-        """The control token that ends an answer, found on a small conversation; None where there is none."""
-        if self._template is None:
-            return None
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        (texts,) = self._template.render_rows([Asked(messages, [], [(2, False), (1, True), (2, False)])])
-        if isinstance(texts, Unfinished):
-            raise InputError(f"already two short messages are too much: {texts}", fix=NO_TEMPLATE)
-        if isinstance(texts, Rejected):
-            return None
-        full, prompt, upto = texts
-        answer = self._find_answer(prompt, upto, str(full))
-        if answer is None or not answer[2]:
-            return None
-        try:
-            ids = self._encode(str(full)[answer[0] : answer[1]])
-        except Rejected:
-            return None
-        return next((id for id in reversed(ids) if id in self._encoder.control_ids), None)
 
 
 def _nothing_trained(untrained_turns: int) -> str:
@@ -302,12 +240,12 @@ def _nothing_trained(untrained_turns: int) -> str:
     return "nothing in it is trained"
 
 
-def _opening(tokenizer: Any) -> list[int]:
+def _opening(tokenizer: Any) -> tuple[int, ...]:
     """What the tokenizer puts in front of a text by itself: [bos] or nothing."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     dressed = tokenizer("a", add_special_tokens=True)["input_ids"]
     at = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
-    return list(dressed[:at])
+    return tuple(dressed[:at])
 
 
 def _template_source(tokenizer: Any, template: str | None, encoder: Encoder) -> str | None:

@@ -37,6 +37,17 @@ class Rejected(Exception):
     """This row can't be used. The only way a stage refuses a row; it becomes a `Problem`, never a crash."""
 
 
+def says_something(value: Any) -> bool:
+    """Whether a column of a row is more than a gap in its table: not null, not blank, not an empty list or object."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(item is not None for item in value)
+    return value is not None
+
+
 def one_line(text: str, limit: int = REASON_LENGTH) -> str:
     """`text` on one line of at most `limit` characters, safe to print whatever the data held."""
     text = " ".join(text.encode("utf-8", "replace").decode().split())

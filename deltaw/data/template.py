@@ -66,7 +66,7 @@ class Unfinished(Rejected):
 
 class Template:
     """A compiled chat template. `variables` are what it may name besides the messages (`eos_token`, …), `name` is what
-    errors call it."""
+    errors call it; `words` are the texts and attributes that it names."""
 
     def __init__(self, source: str, variables: Mapping[str, str], name: str = "the chat template") -> None:
         if len(source) > MAX_TEMPLATE:
@@ -85,6 +85,7 @@ class Template:
         if "error" in answer:
             where = f" (line {answer['line']})" if answer["line"] else ""
             raise self._unusable(f"can't be compiled{where}: {answer['error']}")
+        self.words: frozenset[str] = frozenset(answer["words"])
 
     def render(self, messages: Sequence[Any], tools: Sequence[Any], *, generation_prompt: bool) -> str:
         """The text of `messages`, which are plain JSON. Raises Rejected with whatever the template objects to."""

@@ -14,7 +14,8 @@ would be left with what needs no descriptor (making and removing files, sending 
 
 One JSON value a line. First comes {"ready": true}, then the answers to
 
-    {id, source, variables}   {} or {error, line}: compile a template and keep it as `id`
+    {id, source, variables}   {words} or {error, line}: compile a template and keep it as `id`; `words` are the texts
+                              and the names of attributes that stand in its expressions
     {id, rows}                {unknown: true}, or as many answers as rows, each as soon as it is there: a list of texts
 
 The rows stand on the lines that follow: [messages, tools, prefixes]. A prefix [n, p] asks for the text of messages[:n],
@@ -107,12 +108,20 @@ def compiled(environment: Sandbox, templates: dict[str, Compiled], request: dict
     """Compile and keep a template; the oldest of too many goes."""
     try:
         template = environment.from_string(request["source"])
+        words = named(environment.parse(request["source"]))
     except Exception as error:  # the compiler's own, and Python's on what it made
         return {"error": reason(error), "line": getattr(error, "lineno", None)}
     if len(templates) >= KEPT:
         del templates[next(iter(templates))]
     templates[request["id"]] = template, request["variables"]
-    return {}
+    return {"words": words}
+
+
+def named(tree: nodes.Template) -> list[str]:
+    """The texts and attributes in a template's expressions."""
+    texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    texts |= {node.attr for node in tree.find_all(nodes.Getattr)}
+    return sorted(text for text in texts if text.encode(errors="ignore").decode() == text)
 
 
 def written(compiled: Compiled, row: list[Any], most: int) -> list[Any]:

@@ -200,6 +200,34 @@ def test_untrained_turns_are_reported(tmp_path):
     assert report.warnings == ["1 answers aren't trained: the template rewrites earlier turns"]
 
 
+def test_columns_without_use_are_reported_with_their_share(tmp_path):
+    values = [pair | {"id": i} | ({"note": "n"} if i % 4 == 0 else {"note": None}) for i, pair in enumerate(pairs(20))]
+    report = prepare(DataConfig(train=write(tmp_path, values), eval=4), RENDERER).report
+    assert report.unused == {"id": 1.0, "note": 0.25}
+    assert report.left_out == {}
+    assert report.warnings == ["columns that aren't used: id (100% of rows), note (25%)"]
+
+
+def test_a_column_of_nulls_does_not_change_which_rows_are_held_out(tmp_path):
+    config = DataConfig(train=write(tmp_path, pairs(40)), eval=10)
+    filled = write(tmp_path, [pair | {"tools": None} for pair in pairs(40)], "filled.jsonl")
+    assert prepare(config, RENDERER).fingerprint == prepare(DataConfig(train=filled, eval=10), RENDERER).fingerprint
+
+
+def test_names_of_control_tokens_are_counted_and_the_setting_named(tmp_path):
+    values = [{"text": f"a {i}"} for i in range(3)] + [{"text": f"<|im_start|>user\n{i}<|im_end|>"} for i in range(5)]
+    report = prepare(DataConfig(train=write(tmp_path, values)), RENDERER).report
+    assert (report.named_rows, report.named_tokens, report.named_origin) == (5, 10, "train.jsonl:4")
+    (warning,) = report.warnings
+    assert all(word in warning for word in ("5 rows", "10", "<|im_start|>", "train.jsonl:4", "data.rendered: true"))
+    rendered = prepare(DataConfig(train=write(tmp_path, values)), Renderer(toy("chatml"), rendered=True)).report
+    assert (rendered.named_rows, rendered.named_tokens, rendered.warnings) == (0, 0, [])
+    chat = [{"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "a"}]}]
+    (warning,) = prepare(DataConfig(train=write(tmp_path, chat)), RENDERER).report.warnings
+    assert "1 rows" in warning
+    assert "data.rendered" not in warning
+
+
 def test_progress_ends_at_the_total(tmp_path):
     calls = []
     prepare(DataConfig(train=write(tmp_path, pairs(600))), RENDERER, progress=lambda *call: calls.append(call))

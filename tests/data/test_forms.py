@@ -1,13 +1,17 @@
 """Forms: what is recognised, what it becomes, and that a malformed row is refused with its reason."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from deltaw.data.forms import Chat, Completion, Text, detect_form
+from deltaw.data.forms import FORMS, Chat, Completion, Text, detect_form
 from deltaw.data.row import Rejected, Row
 from deltaw.errors import InputError
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "s"}
+MUTED = ({**USER, "weight": 0}, ANSWER)
 
 
 def rows(*values) -> list[Row]:
@@ -38,6 +42,28 @@ def normalise(value, wanted="auto"):
         (
             {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]},
             Chat((USER, {**ANSWER, "weight": 0})),
+        ),
+        (
+            {"instruction": "q", "output": "a", "history": [["q", "a"]], "system": "s"},
+            Chat((SYSTEM, USER, ANSWER, USER, ANSWER)),
+        ),
+        ({"instruction": "q", "output": "a", "history": '[["q", "a"]]'}, Chat((USER, ANSWER, USER, ANSWER))),
+        ({"instruction": "q", "output": "a", "history": [USER, ANSWER]}, Chat((USER, ANSWER, USER, ANSWER))),
+        ({"instruction": "q", "context": "c", "response": "a"}, Completion("q\n\nc", "a")),
+        ({"instruction": "q", "context": "", "response": "a"}, Completion("q", "a")),
+        ({"instruction": "q", "input": "c", "response": "a"}, Completion("q\n\nc", "a")),
+        ({"question": "q", "context": "c", "answer": "a"}, Completion("c\n\nq", "a")),
+        ({"prompt": "q", "completion": "a", "system": "s"}, Completion("s\n\nq", "a")),
+        ({"system_prompt": "s", "question": "q", "response": "a"}, Completion("s\n\nq", "a")),
+        ({"prompt": [USER], "completion": [ANSWER], "system": "s"}, Chat(({**SYSTEM, "weight": 0}, *MUTED))),
+        ({"messages": [USER, ANSWER], "system": "s"}, Chat((SYSTEM, USER, ANSWER))),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+            Chat((SYSTEM, USER, ANSWER)),
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q", "name": "n"}, {"from": "gpt", "value": "a"}]},
+            Chat(({**USER, "name": "n"}, ANSWER)),
         ),
         ({"input": [USER], "ideal": "a"}, Chat(({**USER, "weight": 0}, ANSWER))),
         ({"input": [USER], "ideal": ["a", "b"]}, Chat(({**USER, "weight": 0}, ANSWER))),
@@ -115,3 +141,70 @@ def test_unknown_columns_are_named():
 def test_preference_data_is_refused_by_name():
     with pytest.raises(InputError, match="preference data"):
         detect_form(rows({"prompt": "p", "chosen": "a", "rejected": "b"}))
+
+
+@pytest.mark.parametrize(
+    ("value", "unused"),
+    [
+        ({"text": "t"}, ()),
+        ({"text": "t", "id": 3, "url": None, "tags": [], "meta": {"a": None}, "note": " "}, ("id",)),
+        ({"instruction": "q", "context": "c", "response": "a", "category": "x"}, ("category",)),
+        ({"question": "q", "answer": "a", "context": {"title": "t"}}, ("context",)),
+        ({"question": "q", "answer": "a", "history": [["q", "a"]]}, ("history",)),
+        ({"prompt": "p", "completion": "c", "tools": [{"name": "t"}]}, ("tools",)),
+        ({"messages": [USER, ANSWER], "tools": [{"name": "t"}], "source": "s"}, ("source",)),
+        ({"messages": [SYSTEM, USER, ANSWER], "system": "another"}, ("system",)),
+        ({"messages": [USER, ANSWER], "system": "s", "system_prompt": "s2"}, ("system_prompt",)),
+        ({"instruction": "q", "output": "a", "label": 0, "flag": False}, ("label", "flag")),
+        ({"input": [USER], "ideal": ["a", "b"]}, ("ideal[1:]",)),
+    ],
+)
+def test_columns_that_go_nowhere_are_named(value, unused):
+    assert normalise(value).unused == unused
+
+
+columns = st.from_regex(r"[a-z]{8}", fullmatch=True) | st.sampled_from(["system", "system_prompt", "context", "title"])
+
+
+@given(form=st.sampled_from(FORMS), column=columns, text=st.from_regex(r"[0-9]{8}", fullmatch=True))
+def test_whatever_a_column_is_called_it_is_used_or_named(form, column, text):
+    given = {"messages": [USER, ANSWER], "conversations": [{"from": "gpt", "value": "a"}], "ideal": "a"}
+    value = {name: given.get(name, "q") for name in form.columns} | {column: text}
+    value |= {"input": [USER]} if "ideal" in form.columns else {}
+    document = form.normalise(Row(value, "t.jsonl:1"))
+    assert (column in document.unused) != (text in repr(document))
+
+
+@pytest.mark.parametrize("column", ["system", "context", "history", "input"])
+def test_what_else_is_used_is_said(column):
+    plain = {"instruction": "q", "output": "a"} if column == "history" else {"instruction": "q", "response": "a"}
+    other = {column: [["x", "y"]] if column == "history" else "x"}
+    assert column not in detect_form(rows(plain)).description.split("(with ")[-1].split(" -> ")[0]
+    assert column in detect_form(rows(plain, plain | other)).description.split("(with ")[1]
+
+
+def test_arguments_are_objects_also_where_they_come_as_text():
+    def calls(arguments):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        return normalise({"messages": [USER, {**ANSWER, "tool_calls": [call]}]}).messages[1]["tool_calls"]
+
+    assert calls('{"a": 1}') == calls({"a": 1}) == [{"function": {"name": "f", "arguments": {"a": 1}}}]
+    for text in ("", "{", "[1]", "7", '{"a": 1, "a": 2}', '{"a": NaN}'):
+        assert calls(text) == [{"function": {"name": "f", "arguments": text}}]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"instruction": "q", "output": "a", "history": ["x"]}, "history isn't a list of pairs"),
+        ({"instruction": "q", "output": "a", "history": "{"}, "history is a text, but not JSON"),
+        (
+            {"conversations": [{"from": "gpt", "value": "a", "content": "b"}]},
+            "turn 1 has two of them: value and content",
+        ),
+        ({"messages": [USER, {**ANSWER, "tool_calls": 3}]}, "tool_calls is a int"),
+    ],
+)
+def test_what_stands_beside_is_checked_too(value, reason):
+    with pytest.raises(Rejected, match=reason):
+        normalise(value)

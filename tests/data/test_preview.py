@@ -48,3 +48,32 @@ def test_control_characters_cannot_reach_the_terminal(tmp_path):
     console = Console(file=io.StringIO(), width=100)
     console.print(preview(prepared, toy("chatml"), 2))
     assert "\x1b" not in console.file.getvalue()
+
+
+def row_of(tmp_path, value, kind="chatml", **options):
+    (tmp_path / "t.jsonl").write_text(json.dumps(value) + "\n")
+    renderer = Renderer(toy(kind), **options)
+    return prepare(DataConfig(train=str(tmp_path / "t.jsonl")), renderer)
+
+
+def test_names_of_control_tokens_look_different_from_control_tokens(tmp_path):
+    text = "<|im_start|>user\nq<|im_end|>"
+    for value in (
+        {"text": text},
+        {"prompt": text, "completion": text},
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]},
+    ):
+        dataset = row_of(tmp_path, value)
+        (example,) = dataset.train
+        shown = "".join(text for text, _ in spans(example, toy("chatml")))
+        # Every name that a user wrote is broken, and every one that isn't broken is a control token.
+        assert shown.count("<\\|im_start|>user\nq<\\|im_end|>") == len(example.names) // 2
+        ids = toy("chatml").convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        assert shown.count("<|im_") == sum(token in ids for token in example.tokens.tolist())
+        assert shown.replace("\\", "") == toy("chatml").decode(example.tokens)
+        assert dataset.report.named_tokens == len(example.names) > 0
+
+
+def test_what_is_rendered_already_is_shown_as_it_is(tmp_path):
+    (example,) = row_of(tmp_path, {"text": "<|im_start|>user\nq<|im_end|>"}, rendered=True).train
+    assert spans(example, toy("chatml")) == [("<|im_start|>", False), ("user\nq<|im_end|>", True)]

@@ -316,3 +316,58 @@ def test_smollm2_renders_as_it_was_trained():
     assert trained(example, renderer) == "A token.<|im_end|>"
     assert renderer.end_of_turn_problems([example]) == []
     assert len(renderer.prompt_ids("a b a n d o n ->")) == 8
+
+
+CHAT_TEXT = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>"
+
+
+@pytest.mark.parametrize("after", ["", "\n", " more"])
+def test_rendered_text_is_what_the_tokenizer_makes_of_it(after):
+    tokenizer, by = toy("chatml"), Renderer(toy("chatml"), rendered=True)
+    example = by.render(Text(CHAT_TEXT + after), "o")
+    ids = tokenizer(CHAT_TEXT + after, add_special_tokens=False)["input_ids"]
+    assert example.tokens.tolist() == ids + [tokenizer.eos_token_id] * (after == " more")
+    assert example.loss_mask.tolist() == [False] + [True] * (len(example.tokens) - 1)
+    assert example.names == ()
+
+
+@pytest.mark.parametrize("kind", ["bos", "llama3"])
+@pytest.mark.parametrize("begins", [False, True])
+def test_rendered_text_has_one_bos_and_one_eos(kind, begins):
+    tokenizer, by = toy(kind), Renderer(toy(kind), rendered=True)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    for text in ("a b", f"a b{eos}", f"a b{eos}\n"):
+        tokens = by.render(Text(bos * begins + text), "o").tokens.tolist()
+        assert (tokens.count(tokenizer.bos_token_id), tokens.count(tokenizer.eos_token_id)) == (1, 1)
+        assert tokens[0] == tokenizer.bos_token_id
+    example = by.render(Completion(bos * begins + "a b", f" c{eos}"), "o")
+    assert trained(example, by) == f" c{eos}"
+    assert example.tokens.tolist().count(tokenizer.bos_token_id) == 1
+    assert by.prompt_ids(bos * begins + "a b") == example.tokens[: len(by.prompt_ids("a b"))].tolist()
+
+
+def test_a_rendered_text_that_ends_a_turn_gets_no_eos_behind_it():
+    by = Renderer(toy("llama3"), rendered=True)
+    assert trained(by.render(Completion("q", "a<|eot|>"), "o"), by) == "a<|eot|>"
+    assert trained(Renderer(toy("llama3")).render(Completion("q", "a<|eot|>"), "o"), by) == "a<|eot|><|eos|>"
+
+
+def test_rendered_is_no_setting_for_chats():
+    by = Renderer(toy("chatml"), rendered=True)
+    with pytest.raises(InputError, match=r"data\.rendered"):
+        by.render(chat_of("q", "a"), "o")
+    with pytest.raises(InputError, match="can't be used"):
+        by.prompt_ids("nul \0")
+
+
+@pytest.mark.parametrize("kind", TEMPLATED)
+@given(text=with_controls)
+@fast
+def test_names_of_control_tokens_are_found_in_order(kind, text):
+    names = KINDS[kind][3]
+    found = Renderer(toy(kind)).render(Text(f"x{text}"), "o").names
+    rest = text
+    for name in found:
+        assert name in names
+        rest = rest[rest.index(name) + 1 :]
+    assert not any(name in rest for name in names)

@@ -1,0 +1,142 @@
+"""The three kinds of document that a row becomes, and what must hold of a chat.
+
+    Text         one text, all of it trained
+    Completion   a prompt and what must follow it
+    Chat         messages, perhaps tools; `weight: 0` on a message says that it isn't trained
+
+Fields of a message that aren't known here are kept: the template may write them, and `left_out.py` says which of them
+it doesn't. The arguments of a tool call are an object, also where the row has them as JSON text (OpenAI's form):
+templates write them with `tojson`, and a text would be quoted once more.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from deltaw.data.row import Rejected
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """`unused`: the row's columns that say something and are no part of the document."""
+
+    unused: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Text(_Document):
+    """A text, all of it trained."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completion(_Document):
+    """What is given, and what must follow."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chat(_Document):
+    """Messages with `role` and `content`; one with `weight: 0` is not trained. `tools` are JSON schemas."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+Document = Text | Completion | Chat
+
+
+def checked_chat(messages: Any, tools: Any) -> Chat:
+    checked = tuple(
+        _message(message, number) for number, message in enumerate(list_of_objects(messages, "messages"), 1)
+    )
+    if not any(message["role"] == "assistant" for message in checked):
+        raise Rejected("no assistant message, so nothing to train on")
+    return Chat(checked, _tools(tools))
+
+
+def _message(message: Message, number: int) -> Message:
+    where = f"message {number}"
+    role, content = message.get("role"), message.get("content")
+    if role is None:
+        raise Rejected(f"{where} has no role")
+    if role not in ROLES:
+        raise Rejected(f"{where}: unknown role {role!r}; known: {', '.join(ROLES)}")
+    calls = _calls(message.get("tool_calls"), where)
+    if content is None and calls:
+        content = ""
+    if not isinstance(content, str):
+        what = "has no content" if content is None else f"has a {type(content).__name__} as content, not a text"
+        raise Rejected(f"{where} {what}")
+    if role == "assistant" and not content.strip() and not calls:
+        raise Rejected(f"{where} is an empty answer")
+    if message.get("weight") not in (None, 0, 1):
+        raise Rejected(f"{where} has the weight {message['weight']!r}; known: 0 (not trained), 1")
+    rest = {key: value for key, value in message.items() if value is not None and key != "tool_calls"}
+    return {**rest, "content": content, **({"tool_calls": calls} if calls else {})}
+
+
+def _calls(calls: Any, where: str) -> list[Any]:
+    """Tool calls with their arguments as objects."""
+    calls = parsed(calls, f"{where}: tool_calls") or []
+    if not isinstance(calls, list):
+        raise Rejected(f"{where}: tool_calls is a {type(calls).__name__}, not a list")
+    return [_with_object(call) for call in calls]
+
+
+def _with_object(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_object(call["function"])}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments, object_pairs_hook=_unique, parse_constant=_refused)
+    except (ValueError, RecursionError):
+        return call  # no JSON: a text is what was called
+    return {**call, "arguments": parsed} if isinstance(parsed, dict) else call
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key twice")
+    return value
+
+
+def _refused(name: str) -> None:
+    raise ValueError(name)
+
+
+def _tools(tools: Any) -> tuple[dict[str, Any], ...]:
+    tools = parsed(tools, "tools")
+    return tuple(list_of_objects(tools, "tools")) if tools not in (None, []) else ()
+
+
+def parsed(value: Any, name: str) -> Any:
+    """The value, which a table may hold as a JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value if value.strip() else "null")
+    except (ValueError, RecursionError):
+        raise Rejected(f"{name} is a text, but not JSON") from None
+
+
+def list_of_objects(value: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise Rejected(f"{name} is a {type(value).__name__}, not a list")
+    if not value:
+        raise Rejected(f"{name} is empty")
+    wrong = next((number for number, item in enumerate(value, 1) if not isinstance(item, dict)), None)
+    if wrong:
+        raise Rejected(f"{name}: item {wrong} is a {type(value[wrong - 1]).__name__}, not an object")
+    return value
