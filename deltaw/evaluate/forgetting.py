@@ -10,6 +10,7 @@ Sums over tokens, divided once. The rows are read as they come, cut to LENGTH to
 Letters: T tokens, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -40,6 +41,11 @@ class Forgetting:
     loss_before: float
     loss_after: float
     kl: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all three are numbers (a model that rules words out altogether has no divergence)."""
+        return all(math.isfinite(value) for value in (self.loss_before, self.loss_after, self.kl))
 
 
 def general_text(source: str, renderer: Renderer) -> list[Example]:

@@ -189,7 +189,7 @@ def explain(error: BaseException, trainer: "Trainer", fix: str | None = None) ->
     """
     if not is_out_of_memory(error):
         return None
-    device, measured = trainer.model.base.device, _evaluation_in(error)
+    device, measured = trainer.model.base.device, evaluation_in(error)
     traceback.clear_frames(error.__traceback__)  # they hold the tensors that were too many
     trainer.optimizer.zero_grad()
     release(device)
@@ -277,7 +277,7 @@ def _rounded(tokens: float) -> int:
     return int(tokens) // 64 * 64 if tokens >= 64 else 1 << int(tokens).bit_length() - 1 if tokens >= 4 else 0
 
 
-def _evaluation_in(error: BaseException) -> str | None:
+def evaluation_in(error: BaseException) -> str | None:
     """What was being measured when `error` was raised, from the functions it passed through; None in training."""
     modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
     return next((said for module, said in MEASURED.items() if module in modules), None)
