@@ -7,8 +7,7 @@
 
 Everything in it is named relative to the folder, so it can be moved. result.json is written when everything else is
 safe (the report only shows what lies there), so a folder that has it is finished; `failed` in it names what couldn't be
-measured. A folder that is not a run is never
-touched.
+measured. A folder that is not a run is never touched.
 """
 
 import json
@@ -196,4 +195,5 @@ class Run:
 
     def read_json(self, path: Path) -> dict[str, Any]:
         """Raises InputError when it is missing or broken."""
-        return read_json(path, max_bytes=1 << 30, allow_nan=True)  # before.json has an answer to each held-out row
+        size = path.stat().st_size if path.is_file() else 0  # before.json may have an answer to each of many rows
+        return read_json(path, max_bytes=size, allow_nan=True)
