@@ -83,7 +83,6 @@ class Trainer:
         self.state = TrainState(fingerprints=prints, config=config.model_dump(mode="json"), conditions=now)
         self.forward = model.forward  # of training steps
         self.total = config.train.steps or self._loader().total_steps(config.train.epochs)
-        self.watch = Watch(self.attached, config.train, self.total)
         self._saved_step = 0
 
     def begin(self) -> None:
@@ -154,6 +153,8 @@ class Trainer:
         """All steps that are left. Raises Stopped when a signal came, after saving."""
         if self.total > self._loader().steps_in_epoch(0):
             self.forward = above_the_frozen(self.model, self.dataset, self.config.train.tokens_per_batch, self.display)
+        taken = self.state.step - self.state.skipped
+        self.watch = Watch(self.attached, self.config.train, self.total, taken=taken, say=self.display.say)
         first = True  # the step of this process that shows whether there is memory enough
         log, heap = EventLog(self.run, self.state.step), Heap(self.model.base.device)
         try:
@@ -238,7 +239,7 @@ class Trainer:
             loss, norm = self._gradient(batches, supervised)
             rate = learning_rate(state.step, self.total, config)
             set_rate(self.optimizer, rate)
-            with self.watch.update(rate):
+            with self.watch.update(rate, loss, batches):
                 self.optimizer.step()
             note_update(loss, state, config)
             record |= {"loss": loss, "lr": rate, "grad_norm": norm}
