@@ -14,10 +14,11 @@ import numpy as np
 
 from deltaw.base.forward import Forward
 from deltaw.base.generate import Sampling, evaluating
+from deltaw.base.limits import Limits
 from deltaw.config import EvaluateConfig
 from deltaw.data.pack import pack
 from deltaw.data.render import Example
-from deltaw.errors import RunError
+from deltaw.errors import InputError, RunError
 from deltaw.evaluate.metrics import METRICS
 from deltaw.model import Model
 from deltaw.progress import Display
@@ -87,7 +88,7 @@ def add_answers(
     name: str,
 ) -> Evaluation:
     """Answers to all rows if a task metric is asked for, else to `samples` of them."""
-    asked = rows_asked(examples, config)
+    asked = rows_asked(model, examples, config)
     with display.task(f"{name}: answers", len(asked)) as update:
         answers = answer(model, asked, config.max_new_tokens, progress=update)
     given, truth = [a.given for a in answers], [a.truth for a in answers]
@@ -95,9 +96,21 @@ def add_answers(
     return replace(before, metrics=metrics, answers=answers, unanswered=None)
 
 
-def rows_asked(examples: Sequence[Example], config: EvaluateConfig) -> list[Example]:
-    """The rows that are answered: all of them for a task metric, else `samples` of them."""
-    return list(examples) if config.metrics else spread(examples, config.samples)
+def rows_asked(model: Model, examples: Sequence[Example], config: EvaluateConfig) -> list[Example]:
+    """The rows that are answered: all of them for a task metric, else `samples` of those with room for an answer.
+    Raises InputError where a metric asks for rows without."""
+    context = Limits.of(model.base.model).context
+    long = [row for row in examples if context is not None and len(_split(row)[0]) >= context]
+    if config.metrics and long:
+        raise InputError(
+            f"evaluate.metrics: {len(long)} held-out rows leave no room for an answer in the {context:,} tokens of the "
+            f"base, the first is {long[0].origin}",
+            fix="set data.max_length lower, or leave evaluate.metrics out",
+        )
+    if config.metrics or not long:
+        return list(examples) if config.metrics else spread(examples, config.samples)
+    left_out = {id(row) for row in long}
+    return spread([row for row in examples if id(row) not in left_out], config.samples)
 
 
 def held_out_loss(

@@ -21,7 +21,7 @@ from deltaw.adapter.file import Adapter
 from deltaw.data.example import Example
 from deltaw.errors import InputError, RunError
 from deltaw.evaluate.forgetting import Forgetting, forgetting
-from deltaw.evaluate.held_out import Evaluation, evaluate_loss, rows_asked
+from deltaw.evaluate.held_out import Evaluation, evaluate_loss
 from deltaw.training.attempt import Attempts
 from deltaw.training.result import Measured, measurements, write_report, write_result
 from deltaw.training.trainer import Trainer
@@ -71,7 +71,8 @@ def _measure(trainer: Trainer, known: Measured, general: Sequence[Example], atte
             lambda: evaluate_loss(model, rows, display=display, name="after"),
             what="no held-out loss of the adapter",
         )
-    if before and after and not answers and not before.unanswered and rows_asked(rows, trainer.config.evaluate):
+    asked = trainer.config.evaluate.metrics or trainer.config.evaluate.samples
+    if before and after and not answers and not before.unanswered and asked:
         pair = before, after
         before, after = attempts("answers", lambda: _answers(trainer, *pair), what="no answers of the adapter") or pair
     if general and not lost:

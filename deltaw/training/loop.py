@@ -15,10 +15,12 @@ from deltaw.adapter.file import Adapter
 from deltaw.adapter.inject import attach
 from deltaw.adapter.spec import find_targets
 from deltaw.base.forward import plan_forward
+from deltaw.base.limits import Limits
 from deltaw.base.load import open_base, open_skeleton
 from deltaw.base.source import find_base
 from deltaw.config import RunConfig, load_config, parse_config
 from deltaw.data.dataset import Dataset
+from deltaw.data.example import Example
 from deltaw.evaluate.forgetting import general_text
 from deltaw.model import Model, load_adapter, open_dataset, open_model
 from deltaw.progress import Display
@@ -76,7 +78,7 @@ def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, 
     began = time.monotonic()
     with StopRequest() as stop:
         model, dataset = prepare_run(config, display)
-        general = general_text(config.evaluate.general, model.renderer) if config.evaluate.general else []
+        general = general_rows(config, model)
         trainer = Trainer(_pinned(config, model), run, model, dataset, display, stop)
         try:
             if saved is None:
@@ -98,9 +100,9 @@ def _measure_again(config: RunConfig, run: Run, display: Display) -> Adapter:
     """What result.json says that failed, on the saved adapter."""
     with StopRequest("the run is finished, what it lacks is not measured yet") as stop:
         bound_caches()
-        _, renderer, dataset = open_dataset(config, display)
+        _, _, dataset = open_dataset(config, display)
         model = open_model(run.folder, device=config.train.device, display=display)
-        general = general_text(config.evaluate.general, renderer) if config.evaluate.general else []
+        general = general_rows(config, model)
         run.write_config(config)
         measure_again(Trainer(config, run, model, dataset, display, stop), general)
     return load_adapter(run.folder)
@@ -110,9 +112,12 @@ def prepare_run(config: RunConfig, display: Display) -> tuple[Model, Dataset]:
     """Model and data up to the first step, cheapest checks first."""
     bound_caches()
     source = find_base(config.base, progress=display.say)
-    find_targets(open_skeleton(source), config.adapter)
+    skeleton = open_skeleton(source)
+    find_targets(skeleton, config.adapter)
     _, renderer, dataset = open_dataset(config, display)
-    for warning in dataset.report.warnings:
+    limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
+    limits.check(rows)
+    for warning in [*dataset.report.warnings, *limits.warnings(rows)]:
         display.say(f"warning: {warning}")
     base = open_base(source, dtype=config.train.dtype, device=config.train.device, progress=display.say)
     forward = plan_forward(base.model)
@@ -123,6 +128,17 @@ def prepare_run(config: RunConfig, display: Display) -> tuple[Model, Dataset]:
     for layer in attached.unmatched[:3]:
         display.say(f"not adapted: {layer}" + (" …" if len(attached.unmatched) > 3 else ""))
     return model, dataset
+
+
+def general_rows(config: RunConfig, model: Model) -> list[Example]:
+    """The text on which forgetting is measured, cut to what the model can hold; none where it isn't asked."""
+    source = config.evaluate.general
+    if not source:
+        return []
+    limits = Limits.of(model.base.model)
+    rows = general_text(source, model.renderer, limits.longest)
+    limits.check(rows, name=f"evaluate.general: {source}")
+    return rows
 
 
 def _pinned(config: RunConfig, model: Model) -> RunConfig:

@@ -32,7 +32,7 @@ from deltaw.evaluate.held_out import (
     evaluate_loss,
     held_out_loss,
     perplexity,
-    spread,
+    rows_asked,
 )
 from deltaw.model import PLAIN, Model
 from deltaw.progress import Display
@@ -311,8 +311,9 @@ class Trainer:
 
     def _sample(self) -> None:
         """Answers to some held-out rows, as the adapter stands."""
-        rows = spread(self.dataset.eval, self.config.evaluate.samples)
-        for got in answer(self.model, rows, self.config.evaluate.max_new_tokens):
+        config = self.config.evaluate.model_copy(update={"metrics": ()})
+        rows = rows_asked(self.model, self.dataset.eval, config)
+        for got in answer(self.model, rows, config.max_new_tokens):
             prompt, given, truth = (one_line(text) for text in (got.prompt, got.given, got.truth))
             self.display.say(f"step {self.state.step}: {prompt} {given}   [truth: {truth}]")
 
