@@ -14,7 +14,8 @@ from deltaw.adapter.file import Adapter, BaseId, is_adapter
 from deltaw.adapter.inject import Attached, attach
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.generate import Sampling, generate, stream
-from deltaw.base.load import Base, open_base
+from deltaw.base.limits import Limits
+from deltaw.base.load import Base, open_base, open_skeleton
 from deltaw.base.source import BUILTINS, Source, find_base
 from deltaw.config import Dtype, RunConfig, load_config
 from deltaw.data.dataset import Dataset, prepare
@@ -144,6 +145,17 @@ def open_dataset(config: RunConfig, display: Display) -> tuple[Source, Renderer,
         dataset = prepare(config.data, renderer, progress=lambda done, total: update(100 * done // max(1, total)))
         update(100)  # rows beyond data.limit are never looked at
     return source, renderer, dataset
+
+
+def limits_of(source: Source, dataset: Dataset) -> list[str]:
+    """What a run would say of rows that the base can't be given, or wasn't made for. No weights are read."""
+    rows = [*dataset.train, *dataset.eval]
+    try:
+        limits = Limits.of(open_skeleton(source))
+        limits.check(rows)
+    except InputError as error:
+        return [error.what]
+    return limits.warnings(rows)
 
 
 def load_adapter(path: Path) -> Adapter:

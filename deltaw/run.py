@@ -6,8 +6,8 @@
     result.json      the figures                      .lock           who writes here (lock.py)
 
 Everything in it is named relative to the folder, so it can be moved. result.json is written when everything else is
-safe (the report only shows what lies there), so a folder that has it is finished. A folder that is not a run is never
-touched.
+safe (the report only shows what lies there), so a folder that has it is finished; `failed` in it names what couldn't be
+measured. A folder that is not a run is never touched.
 """
 
 import json
@@ -70,12 +70,12 @@ class Run:
             return run
 
     def check_resumable(self) -> None:
-        """See that an unfinished run lies here, and that no other process is at it. Raises InputError."""
+        """See that a run lies here that lacks something, and that no other process is at it. Raises InputError."""
         if not self.config.is_file():
             fix = "start one: deltaw train run.yaml"
             raise InputError(f"{self.folder} is no run: it has no config.yaml", fix=fix)
         with self.claimed(new=False):
-            if self.result.is_file():
+            if self.result.is_file() and not self.read_json(self.result).get("failed"):
                 fix = "to train anew use another output"
                 raise InputError(f"{self.folder} is finished: its adapter is {self.adapter}", fix=fix)
 
@@ -195,4 +195,5 @@ class Run:
 
     def read_json(self, path: Path) -> dict[str, Any]:
         """Raises InputError when it is missing or broken."""
-        return read_json(path, allow_nan=True)
+        size = path.stat().st_size if path.is_file() else 0  # before.json may have an answer to each of many rows
+        return read_json(path, max_bytes=size, allow_nan=True)

@@ -84,10 +84,11 @@ def preview(
 
     from deltaw.config import load_config
     from deltaw.data.preview import preview as draw
-    from deltaw.model import open_dataset
+    from deltaw.model import limits_of, open_dataset
 
     config = load_config(run, overrides or ())
-    _, renderer, dataset = open_dataset(config, display(as_json))
+    source, renderer, dataset = open_dataset(config, display(as_json))
+    dataset.report.warnings.extend(limits_of(source, dataset))
     if as_json:
         print_json(asdict(dataset.report))
     else:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deltaw.base.limits import Limits
 from deltaw.config import DataConfig, EvaluateConfig, RunConfig, load_config
 from deltaw.data.dataset import prepare
 from deltaw.data.example import Example
@@ -51,7 +52,12 @@ def rows_of(
     source = _data(config, name, data, rows)
     model = open_model(name, base=base, display=display)
     dataset = prepare(source, model.renderer)
-    return model, (dataset.eval if data is None else dataset.train)[:rows]
+    examples = (dataset.eval if data is None else dataset.train)[:rows]
+    limits = Limits.of(model.base.model)
+    limits.check(examples)
+    for warning in limits.warnings(examples):
+        display.say(f"warning: {warning}")
+    return model, examples
 
 
 def _what(config: RunConfig | None, metrics: list[str] | None, max_tokens: int) -> EvaluateConfig:

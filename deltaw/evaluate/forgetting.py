@@ -10,6 +10,7 @@ Sums over tokens, divided once. The rows are read as they come, cut to LENGTH to
 Letters: T tokens, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -41,10 +42,16 @@ class Forgetting:
     loss_after: float
     kl: float
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all three are numbers (a model that rules words out altogether has no divergence)."""
+        return all(math.isfinite(value) for value in (self.loss_before, self.loss_after, self.kl))
 
-def general_text(source: str, renderer: Renderer) -> list[Example]:
-    """The rows to measure on, in any form of data. Raises InputError where they can't be read."""
-    data = DataConfig(train=source, max_length=LENGTH, too_long="truncate", limit=ROWS)
+
+def general_text(source: str, renderer: Renderer, longest: int | None = None) -> list[Example]:
+    """The rows to measure on, in any form of data, cut to `LENGTH` or `longest`. Raises InputError where they can't be
+    read."""
+    data = DataConfig(train=source, max_length=min(LENGTH, longest or LENGTH), too_long="truncate", limit=ROWS)
     rows = prepare(data, Renderer(renderer.tokenizer)).train
     return [_without_end(row, renderer.stop_ids) for row in rows]
 

@@ -7,16 +7,18 @@ text of that span: training and evaluation can't differ in how a prompt is writt
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from deltaw.base.forward import Forward
 from deltaw.base.generate import Sampling, evaluating
+from deltaw.base.limits import Limits
 from deltaw.config import EvaluateConfig
 from deltaw.data.pack import pack
 from deltaw.data.render import Example
+from deltaw.errors import InputError, RunError
 from deltaw.evaluate.metrics import METRICS
 from deltaw.model import Model
 from deltaw.progress import Display
@@ -37,13 +39,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss in nats a supervised token, its exponential, and the task's metrics by name."""
+    """Loss in nats a supervised token, its exponential, and the task's metrics by name. `unanswered`: why this model
+    can't be asked these rows, where that is so."""
 
     loss: float
     perplexity: float
     supervised_tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
+    unanswered: str | None = None
 
     def summary(self) -> dict[str, Any]:
         """For result.json: the figures without the answers."""
@@ -60,15 +64,53 @@ class Evaluation:
 def evaluate(
     model: Model, examples: Sequence[Example], config: EvaluateConfig, *, display: Display, name: str = "evaluating"
 ) -> Evaluation:
-    """Loss on all rows; answers to all of them if a task metric is asked for, else to the first `samples`."""
+    """Loss on all rows, and the answers that the config asks for. Raises RunError where the loss isn't finite."""
+    loss = evaluate_loss(model, examples, display=display, name=name)
+    return add_answers(loss, model, examples, config, display=display, name=name)
+
+
+def evaluate_loss(model: Model, examples: Sequence[Example], *, display: Display, name: str) -> Evaluation:
+    """The loss on all rows, nothing asked yet. Raises RunError where it isn't finite: it would look like a result."""
     with display.task(f"{name}: loss", len(examples)) as update:
         loss, count = held_out_loss(model.forward, examples, progress=update)
-    asked = list(examples) if config.metrics else spread(examples, config.samples)
+    if not math.isfinite(loss):
+        raise RunError(f"the loss on the held-out rows is {loss}", fix="look at data.eval, or use dtype float32")
+    return Evaluation(loss, perplexity(loss), count)
+
+
+def add_answers(
+    before: Evaluation,
+    model: Model,
+    examples: Sequence[Example],
+    config: EvaluateConfig,
+    *,
+    display: Display,
+    name: str,
+) -> Evaluation:
+    """Answers to all rows if a task metric is asked for, else to `samples` of them."""
+    asked = rows_asked(model, examples, config)
     with display.task(f"{name}: answers", len(asked)) as update:
         answers = answer(model, asked, config.max_new_tokens, progress=update)
     given, truth = [a.given for a in answers], [a.truth for a in answers]
     metrics: dict[str, float] = {metric: METRICS[metric](given, truth) for metric in config.metrics}
-    return Evaluation(loss, perplexity(loss), count, metrics, answers)
+    return replace(before, metrics=metrics, answers=answers, unanswered=None)
+
+
+def rows_asked(model: Model, examples: Sequence[Example], config: EvaluateConfig) -> list[Example]:
+    """The rows that are answered: all of them for a task metric, else `samples` of those with room for an answer.
+    Raises InputError where a metric asks for rows without."""
+    context = Limits.of(model.base.model).context
+    long = [row for row in examples if context is not None and len(_split(row)[0]) >= context]
+    if config.metrics and long:
+        raise InputError(
+            f"evaluate.metrics: {len(long)} held-out rows leave no room for an answer in the {context:,} tokens of the "
+            f"base, the first is {long[0].origin}",
+            fix="set data.max_length lower, or leave evaluate.metrics out",
+        )
+    if config.metrics or not long:
+        return list(examples) if config.metrics else spread(examples, config.samples)
+    left_out = {id(row) for row in long}
+    return spread([row for row in examples if id(row) not in left_out], config.samples)
 
 
 def held_out_loss(

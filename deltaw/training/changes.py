@@ -1,7 +1,8 @@
 """Going on with a run whose settings were changed: what may change, and what would make another run of it.
 
     fixed            what decides which numbers there are, in which order the rows come, and how it is computed
-    with --allow     all the rest: the rate and its schedule, how long, how much at a time, what is measured and kept
+    with --allow     all the rest: the rate and its schedule, how long (no shorter than it is), how much at a time, what
+                     is measured and kept; of a finished run only what is measured
 
 `base`, `data.train` and `data.eval` may have other names (files move); that they are the same is for the fingerprints
 of weights, rows and template to say, which are compared once these are read. `tokens_per_batch` changes how a step is
@@ -17,6 +18,7 @@ from deltaw.errors import InputError, listed
 FIXED = ("adapter", "data", "train.seed", "train.tokens_per_step", "train.dtype")
 NAMES = ("data.train", "data.eval")  # of FIXED, what is only a name
 FREE = ("output",)  # the run folder was moved
+MEASURING = "evaluate."  # all that a finished run can still be asked
 
 
 def differences(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -26,11 +28,13 @@ def differences(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any, Any
     return {n: (old.get(n), new.get(n)) for n in names if old.get(n) != new.get(n) and n not in FREE}
 
 
-def check_changes(before: RunConfig, after: RunConfig, *, allow: bool, run: str) -> list[str]:
-    """The changes in words. Raises InputError with them where they can't be made, or weren't allowed."""
+def check_changes(before: RunConfig, after: RunConfig, *, allow: bool, run: str, finished: bool = False) -> list[str]:
+    """The changes in words. Raises InputError with them where they can't be made, or weren't allowed. `finished`: all
+    steps are taken."""
     changed = differences(before, after)
     words = {name: f"{name}: {_word(old)} -> {_word(new)}" for name, (old, new) in changed.items()}
-    refused = [line for name, line in words.items() if _is_fixed(name, *changed[name])]
+    late = [name for name in changed if finished and not name.startswith(MEASURING)]
+    refused = [line for name, line in words.items() if name in late or _is_fixed(name, *changed[name])]
     if refused:
         raise InputError(
             f"{run} can't go on with other settings than it began with:\n{listed(refused)}",
@@ -42,6 +46,15 @@ def check_changes(before: RunConfig, after: RunConfig, *, allow: bool, run: str)
             fix="--allow goes on with the new ones; without them, put the old ones back",
         )
     return list(words.values())
+
+
+def check_length(total: int, taken: int, *, run: str) -> None:
+    """Raise InputError where a run would be shorter than it is: then nothing could be said of its schedule."""
+    if total < taken:
+        raise InputError(
+            f"{run} has taken {taken} steps already, more than the {total} that are asked for",
+            fix=f"train.steps={taken} ends it as it is, more go on; for fewer start a new run",
+        )
 
 
 def _is_fixed(name: str, old: Any, new: Any) -> bool:

@@ -2,7 +2,7 @@
 
 claim the run folder; check everything that can be checked before the model is loaded
 open base, data, adapter, optimiser; or put a checkpoint back
-measure the base, take the steps, measure the adapter, save it (trainer.py), write its report
+measure the base, take the steps (trainer.py); save the adapter, measure it, write its report (finish.py)
 """
 
 import time
@@ -15,19 +15,21 @@ from deltaw.adapter.file import Adapter
 from deltaw.adapter.inject import attach
 from deltaw.adapter.spec import find_targets
 from deltaw.base.forward import plan_forward
+from deltaw.base.limits import Limits
 from deltaw.base.load import open_base, open_skeleton
 from deltaw.base.source import find_base
 from deltaw.config import RunConfig, load_config, parse_config
 from deltaw.data.dataset import Dataset
-from deltaw.evaluate.forgetting import forgetting, general_text
-from deltaw.model import Model, open_dataset
+from deltaw.data.example import Example
+from deltaw.evaluate.forgetting import general_text
+from deltaw.model import Model, load_adapter, open_dataset, open_model
 from deltaw.progress import Display
 from deltaw.run import Run
-from deltaw.training.changes import check_changes
+from deltaw.training.changes import check_changes, check_length
 from deltaw.training.checkpoint import Saved, latest_checkpoint
-from deltaw.training.memory import bound_caches, release
+from deltaw.training.finish import finish, measure_again
+from deltaw.training.memory import bound_caches
 from deltaw.training.preflight import explain, short_form
-from deltaw.training.result import Found, write_report, write_result
 from deltaw.training.stop import StopRequest
 from deltaw.training.trainer import Trainer
 
@@ -46,7 +48,7 @@ def train(config: RunConfig, *, replace: bool = False, display: Display | None =
 def resume(
     folder: str | Path, overrides: Iterable[str] = (), *, allow: bool = False, display: Display | None = None
 ) -> Adapter:
-    """Go on with an interrupted run from its newest whole checkpoint.
+    """Go on with an interrupted run from its newest whole checkpoint; or measure what a finished one lacks.
 
     `overrides` (`train.lr=1e-4`) need `allow`. Raises InputError when it is no run, is finished, or can't go on so.
     """
@@ -54,56 +56,68 @@ def resume(
     run.check_resumable()
     with run.claimed(new=False):
         config = load_config(run.config, overrides)
-        saved = latest_checkpoint(run.checkpoints, display)
+        finished = run.result.is_file()
+        saved = None if finished else latest_checkpoint(run.checkpoints, display)
         # The checkpoint knows what it was made with, whatever was written into config.yaml since.
         began = parse_config(saved.state.config, source="the checkpoint") if saved else load_config(run.config)
-        changes = check_changes(began, config, allow=allow, run=str(folder))
+        changes = check_changes(began, config, allow=allow, run=str(folder), finished=finished)
         for line in changes:
             display.say(f"changed: {line}")
         config = config.model_copy(update={"output": str(folder)})  # it may have been moved since it was started
+        if finished:
+            return _measure_again(config, run, display)
+        if saved is not None and config.train.steps:  # `restore` looks for itself, when much has been read
+            check_length(config.train.steps, saved.state.step, run=str(folder))
         if saved is None:
             display.say(f"{folder} has no checkpoint yet: it starts from its beginning")
-        elif changes:
-            run.write_config(config)
-        return _run(config, run, saved, display)
+        return _run(config, run, saved, display, changed=bool(changes))
 
 
-def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display) -> Adapter:
+def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, changed: bool = False) -> Adapter:
     """A run from its beginning or from a checkpoint to its end, in a folder that is claimed."""
     began = time.monotonic()
     with StopRequest() as stop:
         model, dataset = prepare_run(config, display)
-        general = general_text(config.evaluate.general, model.renderer) if config.evaluate.general else []
+        general = general_rows(config, model)
         trainer = Trainer(_pinned(config, model), run, model, dataset, display, stop)
         try:
             if saved is None:
                 trainer.begin()
             else:
                 trainer.restore(saved)
+                if changed:  # and it is known now that it can go on so
+                    run.write_config(config)
             stop.advice = f"go on with: deltaw train {run.folder}"
             short_form(trainer, general)
             before = trainer.measure_base()
             trainer.take_steps()
-            adapter, after = trainer.finish()
-            release(model.base.device)
-            lost = forgetting(model, str(config.evaluate.general), general, display) if general else None
+            return finish(trainer, before, general, began)
         except Exception as error:
             raise explain(error, trainer) or error from None
-        found = Found(before, after, lost)
-        write_result(run, config, trainer.state, model, dataset, found, time.monotonic() - began)
-        stop.advice = f"the run is finished, its report is not: deltaw inspect {run.folder}"
-        if config.evaluate.report:
-            write_report(run, display)
-    return adapter
+
+
+def _measure_again(config: RunConfig, run: Run, display: Display) -> Adapter:
+    """What result.json says that failed, on the saved adapter."""
+    with StopRequest("the run is finished, what it lacks is not measured yet") as stop:
+        bound_caches()
+        _, _, dataset = open_dataset(config, display)
+        model = open_model(run.folder, device=config.train.device, display=display)
+        general = general_rows(config, model)
+        run.write_config(config)
+        measure_again(Trainer(config, run, model, dataset, display, stop), general)
+    return load_adapter(run.folder)
 
 
 def prepare_run(config: RunConfig, display: Display) -> tuple[Model, Dataset]:
     """Model and data up to the first step, cheapest checks first."""
     bound_caches()
     source = find_base(config.base, progress=display.say)
-    find_targets(open_skeleton(source), config.adapter)
+    skeleton = open_skeleton(source)
+    find_targets(skeleton, config.adapter)
     _, renderer, dataset = open_dataset(config, display)
-    for warning in dataset.report.warnings:
+    limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
+    limits.check(rows)
+    for warning in [*dataset.report.warnings, *limits.warnings(rows)]:
         display.say(f"warning: {warning}")
     base = open_base(source, dtype=config.train.dtype, device=config.train.device, progress=display.say)
     forward = plan_forward(base.model)
@@ -114,6 +128,17 @@ def prepare_run(config: RunConfig, display: Display) -> tuple[Model, Dataset]:
     for layer in attached.unmatched[:3]:
         display.say(f"not adapted: {layer}" + (" …" if len(attached.unmatched) > 3 else ""))
     return model, dataset
+
+
+def general_rows(config: RunConfig, model: Model) -> list[Example]:
+    """The text on which forgetting is measured, cut to what the model can hold; none where it isn't asked."""
+    source = config.evaluate.general
+    if not source:
+        return []
+    limits = Limits.of(model.base.model)
+    rows = general_text(source, model.renderer, limits.longest)
+    limits.check(rows, name=f"evaluate.general: {source}")
+    return rows
 
 
 def _pinned(config: RunConfig, model: Model) -> RunConfig:

@@ -31,17 +31,18 @@ from deltaw.config import RunConfig
 from deltaw.data.dataset import DataReport
 from deltaw.data.example import Example
 from deltaw.errors import InputError
-from deltaw.evaluate.forgetting import forgetting, general_text
-from deltaw.evaluate.held_out import answer, held_out_loss, spread
+from deltaw.evaluate.forgetting import forgetting
+from deltaw.evaluate.held_out import answer, held_out_loss, rows_asked
 from deltaw.progress import Display, clock
 from deltaw.run import Run
 from deltaw.training import memory
 from deltaw.training.checkpoint import save_checkpoint
-from deltaw.training.loop import prepare_run
+from deltaw.training.loop import general_rows, prepare_run
 from deltaw.training.memory import Fit, Point, Window, window
 from deltaw.training.preflight import (
     QUIET,
     Work,
+    check_longest,
     disk_needed,
     existing,
     explain,
@@ -123,7 +124,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
     device = pick_device(config.train.device)
     with window(device) as opened:
         model, dataset = prepare_run(config, display)
-        general = general_text(config.evaluate.general, model.renderer) if config.evaluate.general else []
+        general = general_rows(config, model)
     there = memory.held_memory(device) + memory.free_memory(device)
     with _folder_beside(Path(config.output)) as folder:
         trainer = Trainer(config, Run(folder), model, dataset, display)
@@ -131,6 +132,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
         rehearsal = Rehearsal(trainer, work)
         try:
             with memory.bounded(device):
+                check_longest(trainer)
                 rehearsal.play(general)
         except Exception as error:
             raise explain(error, trainer, fix="plan with one of these, then train with it") or error from None
@@ -202,7 +204,7 @@ class Rehearsal:
 
     def _answers(self) -> None:
         config, held_out = self.trainer.config.evaluate, self.trainer.dataset.eval
-        asked = list(held_out) if config.metrics else spread(held_out, config.samples)
+        asked = rows_asked(self.trainer.model, held_out, config)
         by_prompt = sorted(asked, key=lambda row: int(row.loss_mask.sum()) - len(row.tokens))
         rows, new = by_prompt[:ROWS], min(NEW, config.max_new_tokens)
         if not rows:

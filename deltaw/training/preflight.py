@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deltaw.base.limits import Limits
 from deltaw.data.example import Example
 from deltaw.data.loader import fill, plan
 from deltaw.data.pack import pack
-from deltaw.errors import RunError
+from deltaw.errors import InputError, RunError
 from deltaw.evaluate import forgetting as general_forgetting
 from deltaw.evaluate import held_out
 from deltaw.progress import Display
@@ -115,6 +116,7 @@ def short_form(trainer: "Trainer", general: Sequence[Example] = ()) -> None:
     check_disk(trainer)
     work, device = work_left(trainer), trainer.model.base.device
     with bounded(device):
+        check_longest(trainer)
         if work.first < ALIKE * work.longest_tokens:
             one_pass(trainer, pack(work.longest), accumulating=work.batches > 1)
         if general and _logits_bytes(trainer, largest_chunk(general)) > TIGHT * free_memory(device):
@@ -122,6 +124,24 @@ def short_form(trainer: "Trainer", general: Sequence[Example] = ()) -> None:
         if trainer.dataset.eval and trainer.run.before.is_file():  # else the base is measured on them all, right now
             held_out.held_out_loss(trainer.model.forward, largest_evaluation(trainer.dataset.eval))
     release(device)
+
+
+def check_longest(trainer: "Trainer") -> None:
+    """Run the longest row forward where it is beyond what the base was made for. Raises InputError where it can't be:
+    not every border shows in the model's modules (base/limits.py)."""
+    context = Limits.of(trainer.model.base.model).context
+    row = max([*trainer.dataset.train, *trainer.dataset.eval], key=lambda row: len(row.tokens))
+    if context is None or len(row.tokens) <= context:
+        return
+    try:
+        held_out.held_out_loss(trainer.model.forward, [row])
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"{row.origin}: {len(row.tokens):,} tokens, more than {context:,} this base can't be given: {error!s:.80}",
+            fix=f"set data.max_length to {context}: data.too_long says whether such rows are left out or cut",
+        ) from None
 
 
 def _logits_bytes(trainer: "Trainer", examples: Sequence[Example]) -> int:
@@ -189,7 +209,7 @@ def explain(error: BaseException, trainer: "Trainer", fix: str | None = None) ->
     """
     if not is_out_of_memory(error):
         return None
-    device, measured = trainer.model.base.device, _evaluation_in(error)
+    device, measured = trainer.model.base.device, evaluation_in(error)
     traceback.clear_frames(error.__traceback__)  # they hold the tensors that were too many
     trainer.optimizer.zero_grad()
     release(device)
@@ -277,7 +297,7 @@ def _rounded(tokens: float) -> int:
     return int(tokens) // 64 * 64 if tokens >= 64 else 1 << int(tokens).bit_length() - 1 if tokens >= 4 else 0
 
 
-def _evaluation_in(error: BaseException) -> str | None:
+def evaluation_in(error: BaseException) -> str | None:
     """What was being measured when `error` was raised, from the functions it passed through; None in training."""
     modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
     return next((said for module, said in MEASURED.items() if module in modules), None)

@@ -3,54 +3,74 @@
 import math
 import platform
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deltaw.config import RunConfig
-from deltaw.data.dataset import Dataset
-from deltaw.errors import DeltawError
 from deltaw.evaluate.forgetting import Forgetting
 from deltaw.evaluate.held_out import Evaluation, spread
-from deltaw.model import Model
 from deltaw.progress import Display
 from deltaw.run import Run
-from deltaw.training.checkpoint import TrainState
 from deltaw.training.log import peak_memory_bytes
 from deltaw.version import VERSION
+
+if TYPE_CHECKING:
+    from deltaw.training.trainer import Trainer
 
 SHOWN = 10  # answers kept in result.json
 
 
 @dataclass(frozen=True)
-class Found:
-    """The base and the adapter on the held-out rows, and what was forgotten; None where it wasn't asked."""
+class Measured:
+    """What is known of the adapter: None (and no answers) where it wasn't asked, or where `failed` says why not."""
 
-    before: Evaluation | None
-    after: Evaluation | None
-    forgetting: Forgetting | None
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    forgetting: Forgetting | None = None
+    answers: list[dict[str, str]] = field(default_factory=list)  # of an earlier result.json
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(before: Evaluation | None, result: dict[str, Any]) -> "Measured":
+        """What a finished run's result.json knows, beside its base's figures."""
+        after, lost = result["eval"]["after"], result["forgetting"]
+        return Measured(
+            before,
+            Evaluation(after.pop("loss"), after.pop("perplexity"), 0, metrics=after) if after else None,
+            Forgetting(**lost) if lost else None,
+            result["answers"],
+        )
 
 
-def write_result(
-    run: Run,
-    config: RunConfig,
-    state: TrainState,
-    model: Model,
-    dataset: Dataset,
-    found: Found,
-    total_seconds: float,
-) -> dict[str, Any]:
+def measurements(measured: Measured, rows: int) -> dict[str, Any]:
+    """The part of result.json that is measured when the training is over."""
+    before, after = measured.before, measured.after
+    pairs = list(zip(before.answers, after.answers, strict=True)) if before and after and after.answers else []
+    return {
+        "eval": {
+            "rows": rows,
+            "before": before.summary() if before else None,
+            "after": after.summary() if after else None,
+            "unanswered": before.unanswered if before else None,
+        },
+        "forgetting": asdict(measured.forgetting) if measured.forgetting else None,
+        "answers": measured.answers
+        or [
+            {"prompt": b.prompt, "before": b.given, "after": a.given, "truth": b.truth} for b, a in spread(pairs, SHOWN)
+        ],
+        "failed": measured.failed,
+    }
+
+
+def write_result(trainer: "Trainer", measured: Measured, total_seconds: float) -> dict[str, Any]:
     """Write result.json, which marks the run as finished. Times in seconds, memory in bytes, losses in nats."""
-    assert model.attached is not None
-    before, after = found.before, found.after
-    answers = list(zip(before.answers, after.answers, strict=True)) if before and after else []
-    report = dataset.report
+    run, state, model, report = trainer.run, trainer.state, trainer.model, trainer.dataset.report
     result = {
-        "base": config.base,
+        "base": trainer.config.base,
         "adapter": str(run.adapter),
-        "trained_parameters": sum(p.numel() for p in model.attached.parameters),
+        "trained_parameters": sum(p.numel() for p in trainer.attached.parameters),
         "steps": state.step,
         "best_step": state.best_step or state.step,
         "tokens": state.tokens,
@@ -59,12 +79,7 @@ def write_result(
         "total_seconds": round(total_seconds, 2),
         "tokens_per_second": round(state.tokens / state.seconds, 1) if state.seconds else 0.0,
         "peak_memory_bytes": peak_memory_bytes(model.base.device),
-        "eval": {
-            "rows": len(dataset.eval),
-            "before": before.summary() if before else None,
-            "after": after.summary() if after else None,
-        },
-        "forgetting": asdict(found.forgetting) if found.forgetting else None,
+        **measurements(measured, len(trainer.dataset.eval)),
         "form": report.form,
         "dropped": report.unusable + report.too_long_dropped + report.untrained,
         "truncated": report.truncated,
@@ -73,25 +88,18 @@ def write_result(
         "dtype": str(model.base.dtype).removeprefix("torch."),
         "machine": {"device": str(model.base.device), "threads": torch.get_num_threads(), "cpu": platform.machine()},
         "versions": {"deltaw": VERSION, "torch": torch.__version__},
-        "answers": [
-            {"prompt": b.prompt, "before": b.given, "after": a.given, "truth": b.truth}
-            for b, a in spread(answers, SHOWN)
-        ],
+        "fingerprints": state.fingerprints,
     }
     run.write_json(run.result, result)
     return result
 
 
 def write_report(run: Run, display: Display) -> None:
-    """report.html, and what the checks found. The run is saved already: a report that fails takes nothing with it."""
+    """report.html, and what the checks found."""
     from deltaw.analysis.report import inspect  # matplotlib takes a second
 
-    try:
-        report = inspect(run.folder, base_is_known=True, display=display)
-        path = report.write(run.report)
-    except DeltawError as error:
-        display.say(f"no report: {error.what}")
-        return
+    report = inspect(run.folder, base_is_known=True, display=display)
+    path = report.write(run.report)
     for finding in report.findings:
         if finding.level in ("warning", "problem"):
             display.say(f"{finding.level}: {finding.words}")
@@ -163,4 +171,7 @@ def _figures(result: dict[str, Any]) -> str:
             f"{'general text, loss':20} {lost['loss_before']:9.4f} → {lost['loss_after']:.4f}, "
             f"KL from the base {lost['kl']:.4f} nats a token"
         )
+    lines += [f"no {name.replace('_', ' ')}: {why}" for name, why in result.get("failed", {}).items()]
+    if why := result["eval"].get("unanswered"):
+        lines.append(f"no answers to held-out rows: {why}")
     return "\n".join(lines)

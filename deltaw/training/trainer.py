@@ -11,6 +11,7 @@ off is made up for when the run goes on: `state.evaluated` is behind.
 
 import dataclasses
 import math
+import shlex
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -24,10 +25,20 @@ from deltaw.data.dataset import Dataset
 from deltaw.data.loader import Loader, LoaderState
 from deltaw.data.pack import Batch
 from deltaw.errors import InputError, RunError
-from deltaw.evaluate.held_out import Evaluation, answer, evaluate, held_out_loss, perplexity, spread
+from deltaw.evaluate.held_out import (
+    Evaluation,
+    add_answers,
+    answer,
+    evaluate_loss,
+    held_out_loss,
+    perplexity,
+    rows_asked,
+)
 from deltaw.model import PLAIN, Model
 from deltaw.progress import Display
 from deltaw.run import Run
+from deltaw.training.attempt import Attempts
+from deltaw.training.changes import check_length
 from deltaw.training.checkpoint import (
     Saved,
     TrainState,
@@ -64,6 +75,7 @@ class Trainer:
         self.config, self.run, self.model, self.dataset, self.display = config, run, model, dataset, display
         self.attached: Attached = model.attached
         self.stop = stop or StopRequest()
+        self.attempts = Attempts(self)  # of what is measured before the last step
         self.optimizer = make_optimizer(self.attached, config.train)
         self.id = model.id if dataset.chat else dataclasses.replace(model.id, template=PLAIN)
         prints = {"base": self.id.fingerprint, "data": dataset.fingerprint, "template": self.id.template}
@@ -71,7 +83,6 @@ class Trainer:
         self.state = TrainState(fingerprints=prints, config=config.model_dump(mode="json"), conditions=now)
         self.forward = model.forward  # of training steps
         self.total = config.train.steps or self._loader().total_steps(config.train.epochs)
-        self.watch = Watch(self.attached, config.train, self.total)
         self._saved_step = 0
 
     def begin(self) -> None:
@@ -89,6 +100,7 @@ class Trainer:
                 f"{self.run.folder} can't go on: its {' and '.join(changed)} changed since it was stopped",
                 fix="put it back as it was, or start a new run",
             )
+        check_length(self.total, saved.state.step, run=str(self.run.folder))
         put_back(self.attached, self.optimizer, saved)
         now, then = self.state.conditions, saved.state.conditions
         other = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
@@ -105,20 +117,44 @@ class Trainer:
         self.display.say(f"resumed after step {self.state.step} of {self.total}")
 
     def measure_base(self) -> Evaluation | None:
-        """The base on the held-out rows, once a run."""
+        """The base on the held-out rows, once a run. What fails here has cost nothing yet, so it is an error, unless it
+        is answers that no metric needs."""
         if not self.dataset.eval:
             return None
         if self.run.before.is_file():
             return Evaluation.from_json(self.run.read_json(self.run.before))
         with self.attached.disabled():
-            before = self._evaluate("before")
+            release(self.model.base.device)
+            before = evaluate_loss(self.model, self.dataset.eval, display=self.display, name="before")
+            before = self._base_answers(before)
         self.run.write_json(self.run.before, before.to_json())
         return before
+
+    def answers(self, evaluation: Evaluation, name: str) -> Evaluation:
+        """The same with the model's answers, as it stands."""
+        rows, config = self.dataset.eval, self.config.evaluate
+        return add_answers(evaluation, self.model, rows, config, display=self.display, name=name)
+
+    def _base_answers(self, before: Evaluation) -> Evaluation:
+        try:
+            return self.answers(before, "before")
+        except InputError as error:  # so it will be after training, too
+            if self.config.evaluate.metrics:
+                raise
+            self.display.say(f"no answers to held-out rows: {error.what}")
+            return dataclasses.replace(before, unanswered=error.what)
+        except Exception as error:
+            if self.config.evaluate.metrics:
+                raise
+            self.attempts.note("answers", error, what="no answers of the base")
+            return before
 
     def take_steps(self) -> None:
         """All steps that are left. Raises Stopped when a signal came, after saving."""
         if self.total > self._loader().steps_in_epoch(0):
             self.forward = above_the_frozen(self.model, self.dataset, self.config.train.tokens_per_batch, self.display)
+        taken = self.state.step - self.state.skipped
+        self.watch = Watch(self.attached, self.config.train, self.total, taken=taken, say=self.display.say)
         first = True  # the step of this process that shows whether there is memory enough
         log, heap = EventLog(self.run, self.state.step), Heap(self.model.base.device)
         try:
@@ -139,14 +175,13 @@ class Trainer:
         finally:
             log.close()
 
-    def finish(self) -> tuple[Adapter, Evaluation | None]:
-        """Save the adapter, the best one where held-out rows were watched, and measure what was saved."""
+    def save_adapter(self) -> Adapter:
+        """The adapter, in its folder: the best one where held-out rows were watched."""
         if self.state.best_step and self.state.best_step != self.state.step:
             self._take_best()
-        after = self._evaluate("after") if self.dataset.eval else None
         adapter = self.attached.adapter(self.id)
         adapter.save(self.run.adapter)
-        return adapter, after
+        return adapter
 
     def _take_best(self) -> None:
         best = self.state.best_step
@@ -171,11 +206,14 @@ class Trainer:
                 self._log(log, self._note_evaluation(loss))
             if every.sample_every and step % every.sample_every == 0 and self._saved_step < step:
                 with self.stop.released():
-                    self._sample()
+                    self.attempts("samples", self._sample, what=f"step {step}: no samples")
             self.stop.check()
         except Stopped:
             self._save()
             self.stop.check(done)
+        except Exception:  # of the held-out loss: what was learnt stays
+            self._save()
+            raise
         if step % every.save_every == 0 or step in (self.total, self.state.best_step):
             self._save()
             self.stop.check(done)
@@ -201,7 +239,7 @@ class Trainer:
             loss, norm = self._gradient(batches, supervised)
             rate = learning_rate(state.step, self.total, config)
             set_rate(self.optimizer, rate)
-            with self.watch.update(rate):
+            with self.watch.update(rate, loss, batches):
                 self.optimizer.step()
             note_update(loss, state, config)
             record |= {"loss": loss, "lr": rate, "grad_norm": norm}
@@ -253,10 +291,17 @@ class Trainer:
         self.display.say(f"skipped step {self.state.step + 1}: {unfit}")
 
     def _note_evaluation(self, loss: float) -> dict[str, Any]:
-        """The held-out loss at this step; its checkpoint is kept while it is the best. Raises RunError on NaN."""
+        """The held-out loss at this step; its checkpoint is kept while it is the best. Raises RunError where it isn't
+        finite, unless no step is left that could be wasted."""
         state = self.state
-        if math.isnan(loss):
-            raise RunError(f"step {state.step}: the held-out loss is NaN", fix="lower train.lr, or look at data.eval")
+        if not math.isfinite(loss):
+            what = f"step {state.step}: the held-out loss is {loss}"
+            if state.step < self.total:
+                without = f"deltaw train {shlex.quote(str(self.run.folder))} train.eval_every=null --allow"
+                raise RunError(what, fix=f"lower train.lr, or look at data.eval; to the adapter without it: {without}")
+            self.display.say(f"warning: {what}")
+            state.evaluated = state.step
+            return {"step": state.step, "eval_not_finite": str(loss)}
         state.evaluated = state.step
         best = state.best_loss is None or loss < state.best_loss
         if best:
@@ -265,15 +310,12 @@ class Trainer:
         return {"step": state.step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
 
     def _sample(self) -> None:
-        """Answers to the first rows, held out if there are any, as the adapter stands."""
-        rows = spread(self.dataset.eval or self.dataset.train, self.config.evaluate.samples)
-        for got in answer(self.model, rows, self.config.evaluate.max_new_tokens):
+        """Answers to some held-out rows, as the adapter stands."""
+        config = self.config.evaluate.model_copy(update={"metrics": ()})
+        rows = rows_asked(self.model, self.dataset.eval, config)
+        for got in answer(self.model, rows, config.max_new_tokens):
             prompt, given, truth = (one_line(text) for text in (got.prompt, got.given, got.truth))
             self.display.say(f"step {self.state.step}: {prompt} {given}   [truth: {truth}]")
-
-    def _evaluate(self, name: str) -> Evaluation:
-        release(self.model.base.device)
-        return evaluate(self.model, self.dataset.eval, self.config.evaluate, display=self.display, name=name)
 
     def _dropout(self, on: bool) -> None:
         for layer in self.attached.layers.values():

@@ -6,21 +6,29 @@ A step that is no update; it is left out as often as the config allows, then the
     spike          a loss many times the recent median (where `train.skip_spikes` asks for it)
     nothing        not one token of the step is trained
 
-An update that is none, at which the run stops:
+An update that is none, at which a run stops that never learnt:
 
-    no gradient    a module whose gradient was zero at each of its first updates
+    no gradient    a module whose gradient was zero at each of the run's first updates
     still zero     a factor B that has not left zero after them
     too small      below the rounding of nearly all of a parameter's numbers, at no less than half the full rate
 
-The median is over losses of steps that were applied: a spike that is let into its own window would hide the next one,
-and a NaN would hide them all (OLMo's trainer met that).
+A run that has learnt comes to the last as well, when nothing is left to learn: the gradient vanishes, and Adam's step
+with it. That costs at most the time, so it is said once and the run goes on. What tells the two apart is whether the
+parameter has moved since the process began (or the run was resumed: then an earlier process has seen it move).
 
-The last is seldom B, which begins at zero, where any step is exact; A's numbers are some hundredths, of which float32
+The median is over losses of steps that were applied: a spike that is let into its own window would hide the next one,
+and a NaN would hide them all (OLMo's trainer met that). Below `NOTHING` nats a token there is nothing to lose, so there
+no step is a spike: a memorised run's median is 0, and everything is many times 0.
+
+Too small is seldom B, which begins at zero, where any step is exact; A's numbers are some hundredths, of which float32
 keeps 3e-9.
+
+The queries and keys of attention have no gradient from a token that sees itself alone, the first of its row. Rows whose
+trained tokens are all their second teach them nothing: where that is why a module is silent, it is said.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
 
@@ -29,7 +37,9 @@ from torch import Tensor
 
 from deltaw.adapter.inject import Attached
 from deltaw.config import TrainConfig
+from deltaw.data.pack import Batch
 from deltaw.errors import RunError, listed
+from deltaw.kernels.loss import IGNORE
 from deltaw.training.checkpoint import TrainState
 
 PATIENCE = 10  # updates until a module must have had a gradient
@@ -37,6 +47,9 @@ EVERY = 100  # updates between two looks at rounding
 MOVED = 0.01  # share of a parameter's numbers that an update must change
 WINDOW, ENOUGH = 64, 16  # losses the median is over, and how many it needs
 IN_A_ROW = 10  # skipped steps for another reason than NaN
+NOTHING = 0.01  # nats a token: what a loss is held to at least, before it is called a spike
+KNOWN = 1e-6  # nats a token: rows that the model knows already
+SAMPLE = 1024  # of a parameter's numbers, kept from the process's beginning
 
 
 class Unfit(Exception):
@@ -55,7 +68,7 @@ def check_loss(loss: float, rows: Sequence[str], state: TrainState, config: Trai
     """Raise Unfit on a spike. `loss`: of the whole step, finite, in nats a token."""
     if config.skip_spikes is None or len(state.recent) < ENOUGH:
         return
-    usual = median(state.recent)
+    usual = max(NOTHING, median(state.recent))
     if loss > config.skip_spikes * usual:
         raise Unfit(f"the loss, {loss:.3f}, is {loss / usual:.1f} times the recent {usual:.3f}", rows)
 
@@ -80,20 +93,29 @@ def note_skip(unfit: Unfit, state: TrainState, config: TrainConfig) -> None:
 
 
 class Watch:
-    """Looks at the updates of one process. `with watch.update(rate): optimizer.step()`."""
+    """Looks at the updates of one process. `with watch.update(rate, loss, batches): optimizer.step()`.
 
-    def __init__(self, attached: Attached, config: TrainConfig, steps: int) -> None:
+    `steps`: of the whole run; `taken`: updates of it before this process; `say`: where a warning goes.
+    """
+
+    def __init__(
+        self, attached: Attached, config: TrainConfig, steps: int, *, taken: int = 0, say: Callable[[str], None] = print
+    ) -> None:
         self._layers = {path: layer.trained() for path, layer in attached.layers.items()}
         self._silent = set(self._layers)
-        self._config, self._patience = config, min(PATIENCE, steps)
-        self._updates = 0
+        self._config, self._patience, self._say = config, min(PATIENCE, steps), say
+        self._updates = self._taken = taken
+        self._alone = self._known = True  # all labels so far: the second of their row, of rows known already
+        self._warned = False
+        self._first = {path: {n: _sampled(p) for n, p in trained.items()} for path, trained in self._layers.items()}
 
     @contextmanager
-    def update(self, rate: float) -> Iterator[None]:
-        """Around the optimiser's step, gradients at hand. Raises RunError when the update does nothing."""
+    def update(self, rate: float, loss: float, batches: Sequence[Batch]) -> Iterator[None]:
+        """Around the optimiser's step, gradients at hand. Raises RunError where the run learns nothing."""
         self._updates += 1
-        early = self._updates <= self._patience
-        if early and self._silent:
+        if self._updates <= self._patience:
+            self._known &= loss < KNOWN
+            self._alone &= not any(((b.labels_T != IGNORE) & (b.positions_T > 0)).any() for b in batches)
             self._silent -= self._with_gradient()
         look = self._updates % EVERY == PATIENCE and 2 * rate >= self._config.lr
         before = self._copy() if look else {}
@@ -119,30 +141,58 @@ class Watch:
         return {path for (path, _), value in zip(pairs, largest, strict=True) if value}
 
     def _check_alive(self) -> None:
+        seen = self._updates - self._taken
         if self._silent:
             raise RunError(
-                f"{len(self._silent)} of {len(self._layers)} adapted modules got no gradient in {self._updates} "
-                f"updates: they learn nothing\n{listed(sorted(self._silent), 1)}",
-                fix="name other adapter.targets: these don't reach the loss",
+                f"{len(self._silent)} of {len(self._layers)} adapted modules got no gradient in {seen} updates: they "
+                f"learn nothing\n{listed(sorted(self._silent), 1)}",
+                fix=self._why_silent(),
             )
         still = [f"{path}.{n}" for path, t in self._layers.items() for n in ("b", "delta") if n in t and not t[n].any()]
         if still:
             raise RunError(
-                f"{len(still)} factors are still zero after {self._updates} updates\n{listed(still, 1)}",
+                f"{len(still)} factors are still zero after {seen} updates\n{listed(still, 1)}",
                 fix="raise train.lr, or name other adapter.targets",
             )
 
+    def _why_silent(self) -> str:
+        if self._known:
+            return "the loss was 0 in all of them: the base knows these rows, there is nothing to learn"
+        if self._alone:
+            return (
+                "only second tokens of rows are trained, which see one token, so attention has nothing to choose: "
+                "give the rows longer prompts, or set adapter.targets to mlp"
+            )
+        return "name other adapter.targets: these don't reach the loss"
+
     def _check_moved(self, before: dict[str, dict[str, Tensor]]) -> None:
         stuck = [
-            f"{path}.{name}"
+            (path, name)
             for path, trained in self._layers.items()
             for name, parameter in trained.items()
             if (parameter.detach() != before[path][name]).float().mean() < MOVED
             and parameter.grad is not None
             and (parameter.grad != 0).float().mean() > MOVED
         ]
-        if stuck:
+        never = [f"{path}.{name}" for path, name in stuck if not self._has_moved(path, name)]
+        if never:
             raise RunError(
-                f"the update is below the rounding of {len(stuck)} parameters: they don't move\n{listed(stuck, 1)}",
+                f"the update is below the rounding of {len(never)} parameters: they don't move\n{listed(never, 1)}",
                 fix=f"raise train.lr, which is {self._config.lr:g}",
             )
+        if stuck and not self._warned:
+            self._warned = True
+            self._say(
+                f"warning: since update {self._updates} at the latest, {len(stuck)} parameters that did move don't any "
+                "more: at this rate nothing is left to learn from these rows"
+            )
+
+    def _has_moved(self, path: str, name: str) -> bool:
+        now = _sampled(self._layers[path][name])
+        return bool(self._taken or (now != self._first[path][name]).float().mean() >= MOVED)
+
+
+def _sampled(parameter: Tensor) -> Tensor:
+    """A copy of some of its numbers, evenly spread."""
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // SAMPLE)].clone()

@@ -1,0 +1,104 @@
+"""What a model can be given at all: which token ids, and how many of them in a row. Known before the weights are read.
+
+    vocabulary    rows of the embedding table, or of the head where that has fewer; an id beyond it is an index error
+    table         positions of a table (learned, or computed once): a row beyond it is an index error
+    context       positions that the config says the model was made for: beyond them rotary models give something, badly
+
+Rows are looked at before the first step, all of them, since one of them alone may come in hour three. A table is found
+on the modules of the model (without weights, on the meta device) by being one: an embedding that isn't the tokens', or
+a buffer, named for positions. Some of its rows may be spoken for: OPT's first two (`offset`), RoBERTa's up to its
+padding. What shows neither in the modules nor in the config shows when the longest row beyond the context is tried
+(training/preflight.py).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from deltaw.errors import InputError, listed
+
+POSITIONS = ("pos", "wpe")  # in the last part of the name of a table
+STATED = ("max_position_embeddings", "max_seq_len")  # in a config
+
+
+class Row(Protocol):
+    """A row of data as token ids (numbers in an array), and where it came from."""
+
+    @property
+    def tokens(self) -> Any: ...
+    @property
+    def origin(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """None where there is none, or none is known."""
+
+    vocabulary: int | None = None
+    table: int | None = None
+    context: int | None = None
+
+    @staticmethod
+    def of(model: nn.Module) -> "Limits":
+        """Those of a causal language model, with or without its weights."""
+        tokens = model.get_input_embeddings()  # type: ignore[operator]
+        ends = [tokens, model.get_output_embeddings()]  # type: ignore[operator]
+        rows = [end.weight.shape[0] for end in ends if isinstance(getattr(end, "weight", None), nn.Parameter)]
+        config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        stated = [value for name in STATED if isinstance(value := getattr(config, name, None), int) and value > 0]
+        return Limits(min(rows, default=None), min(_tables(model, tokens), default=None), min(stated, default=None))
+
+    @property
+    def longest(self) -> int | None:
+        """The longest row that nothing speaks against."""
+        return min((limit for limit in (self.table, self.context) if limit is not None), default=None)
+
+    def check(self, rows: Sequence[Row], name: str = "data") -> None:
+        """Raise InputError where the model can't be given some of `rows`, and name them."""
+        beyond = [(row, int(row.tokens.max())) for row in rows if self.vocabulary and len(row.tokens)]
+        beyond = [(row, largest) for row, largest in beyond if largest >= (self.vocabulary or 0)]
+        if beyond:
+            raise InputError(
+                f"{name}: {_rows(len(beyond))} with a token that the base has no embedding for (it has "
+                f"{self.vocabulary:,})\n" + listed([f"{row.origin}: token id {largest}" for row, largest in beyond], 2),
+                fix="the tokenizer has more tokens than the weights: take this base's own, or leave these rows out",
+            )
+        long = [row for row in rows if self.table and len(row.tokens) > self.table]
+        if long:
+            raise InputError(
+                f"{name}: {_rows(len(long))} longer than the {self.table:,} positions that the base has a table of\n"
+                + listed([f"{row.origin}: {len(row.tokens):,} tokens" for row in long], 2),
+                fix=f"set data.max_length to {self.table}: data.too_long says whether they are left out or cut",
+            )
+
+    def warnings(self, rows: Sequence[Row]) -> list[str]:
+        """What can be given, but is more than the model was made for."""
+        long = [row for row in rows if self.context and len(row.tokens) > self.context]
+        if not long:
+            return []
+        longest = max(long, key=lambda row: len(row.tokens))
+        return [
+            f"{_rows(len(long))} ({len(long) / len(rows):.1%}) longer than the {self.context:,} tokens that the base "
+            f"was made for, the longest {len(longest.tokens):,} ({longest.origin}); data.max_length bounds them"
+        ]
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count > 1)}"
+
+
+def _tables(model: nn.Module, tokens: nn.Module | None) -> Iterator[int]:
+    """How many positions each of the model's tables has."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module is not tokens and _is_of_positions(path):
+            padding = -1 if module.padding_idx is None else module.padding_idx
+            yield module.num_embeddings - int(getattr(module, "offset", padding + 1))
+    for path, buffer in model.named_buffers():
+        if _is_of_positions(path) and buffer.dim():
+            yield buffer.shape[-1] if path.endswith("_ids") else buffer.shape[0]
+
+
+def _is_of_positions(path: str) -> bool:
+    return any(part in path.rpartition(".")[2] for part in POSITIONS)
