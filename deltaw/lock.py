@@ -1,20 +1,26 @@
-"""One process at a time in a run folder.
+"""One process at a time in a run folder, and in whatever else a command is going to write.
 
 `flock` on a file in it: the kernel lets go of the lock when its owner dies, however it dies, so no stale lock is left
 to be recovered by guessing, and a pid that was since given to another process means nothing. What the file says (pid,
 host) is for the message. Where the file system has no flock (some network mounts), what it says must do: a living
 process of this host, or any process of another host, is taken for the owner.
 
-Rejected: a pid file alone (a killed run's pid comes back, and then nothing starts), and removing the file at the end
-(between a second process's open and its flock the file may be another's).
+A target is claimed before the work and not checked before and written after: in between, another command may have
+finished there. A run's lock file stays in its folder; beside what is to be shared (an adapter, a page) it is removed by
+its owner while it is held. A process that opened it a moment earlier then holds a file without a name, sees that, and
+opens it anew.
+
+Rejected: a pid file alone (a killed run's pid comes back, and then nothing starts), and writing beside the target and
+renaming at the end (the work of the one that comes second is lost, though it could have been told at once).
 """
 
+import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deltaw.errors import InputError
@@ -22,20 +28,106 @@ from deltaw.errors import InputError
 NO_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
 
 
-@contextmanager
-def locked(file: Path, what: str) -> Iterator[None]:
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(file: Path, what: str, *, remove: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Hold `file` inside the block. Raises InputError that names the owner when another process holds it, and where the
-    file can't be made."""
-    try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise InputError(f"{what}: can't be written to: {error.strerror}", fix="choose another output") from None
+    file can't be made. `remove`, asked at the end: whether the file goes."""
+    descriptor = _opened(file, what)
     try:
         _take(descriptor, file, what)
-        yield
-        os.ftruncate(descriptor, 0)
+        while os.fstat(descriptor).st_nlink == 0:
+            os.close(descriptor)
+            descriptor = _opened(file, what)
+            _take(descriptor, file, what)
+        try:
+            yield
+            os.ftruncate(descriptor, 0)
+        finally:
+            if remove():
+                file.unlink(missing_ok=True)  # once, and by the holder: what is there afterwards is another's
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, check: Callable[[], None], *, keep_lock: bool = True) -> Iterator[None]:
+    """`folder` is this process's alone inside the block. `check` refuses it: at once, and again when it is locked, for
+    what another process may have begun in between. A folder that was made for the block and stays empty goes again."""
+    check()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output {folder}: can't be made: {error.strerror}", fix="choose another output") from None
+
+    def unused() -> bool:
+        return bool(made) and not holds_anything(folder)
+
+    try:
+        with locked(folder / LOCK, f"output {folder}", remove=lambda: not keep_lock or unused()):
+            try:
+                check()
+                yield
+            finally:
+                if unused():
+                    _clear(folder)
+    finally:
+        with contextlib.suppress(OSError):  # not empty: it is used, or another process's by now
+            for path in made:
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """A folder to write into, empty or not there yet, and this process's alone inside the block. What an error leaves
+    in it goes. Raises InputError."""
+    folder = Path(output)
+
+    def check() -> None:
+        if folder.exists() and (not folder.is_dir() or holds_anything(folder)):
+            raise InputError(f"output {output} exists already", fix="choose another folder")
+
+    with claimed(folder, check, keep_lock=False):
+        _clear(folder)  # of what a killed process was still writing
+        try:
+            yield folder
+        except BaseException:
+            _clear(folder)
+            raise
+
+
+@contextlib.contextmanager
+def claimed_file(path: Path) -> Iterator[None]:
+    """No other command writes this file inside the block. A folder that isn't there is for the writer to name."""
+    if not path.parent.is_dir():
+        yield
+        return
+    with locked(path.with_name(f".{path.name}{LOCK}"), f"output {path}", remove=lambda: True):
+        yield
+
+
+def holds_anything(folder: Path) -> bool:
+    """The lock and what a killed process was still writing don't count."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return any(name != LOCK and not (name.startswith(".") and name.endswith(".tmp")) for name in names)
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK:
+            path.unlink(missing_ok=True)
+
+
+def _opened(file: Path, what: str) -> int:
+    try:
+        return os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise InputError(f"{what}: can't be written to: {error.strerror}", fix="choose another output") from None
 
 
 def _take(descriptor: int, file: Path, what: str) -> None:

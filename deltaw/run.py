@@ -23,9 +23,7 @@ from typing import Any
 from deltaw.base.weights import fsync, read_json, write_text_atomic
 from deltaw.config import RunConfig
 from deltaw.errors import InputError, RunError
-from deltaw.lock import locked
-
-LOCK = ".lock"
+from deltaw.lock import LOCK, claimed, holds_anything
 
 
 @dataclass(frozen=True)
@@ -83,27 +81,9 @@ class Run:
     def claimed(self, *, new: bool, replace: bool = False) -> Iterator[None]:
         """The folder is this process's alone inside the block. `new`: it must not hold a run yet, unless it may be
         replaced. Raises InputError. A folder that was made for the block and stays empty goes again."""
-        if new:
-            self._check_new(replace)
-        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"output {self.folder}: can't be made: {error.strerror}", fix="choose another output"
-            ) from None
-        try:
-            with locked(self.folder / LOCK, f"output {self.folder}"):
-                if new:  # what another process may have begun in between
-                    self._check_new(replace)
-                self._sweep()
-                yield
-        finally:
-            if made and not self._holds_anything():
-                shutil.rmtree(made[0], ignore_errors=True)
-                for path in made[1:]:
-                    if not any(path.iterdir()):
-                        path.rmdir()
+        with claimed(self.folder, lambda: self._check_new(replace) if new else None):
+            self._sweep()
+            yield
 
     def _check_new(self, replace: bool) -> None:
         existing = next(path for path in [self.folder.absolute(), *self.folder.absolute().parents] if path.exists())
@@ -111,7 +91,7 @@ class Run:
             raise InputError(f"output {self.folder}: {existing} is not a folder")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise InputError(f"output {self.folder}: no permission to write in {existing}")
-        if not self._holds_anything():
+        if not holds_anything(self.folder):
             return
         if not self.config.is_file():
             raise InputError(f"output {self.folder} exists and is not a run", fix="choose another output")
@@ -120,11 +100,6 @@ class Run:
                 f"output {self.folder} already holds a run",
                 fix=f"resume it: deltaw train {self.folder}   start over: --replace   or choose another output",
             )
-
-    def _holds_anything(self) -> bool:
-        """The lock and what a killed process was still writing don't count."""
-        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-        return any(name != LOCK and not (name.startswith(".") and name.endswith(".tmp")) for name in names)
 
     def _sweep(self) -> None:
         """Remove what a killed process was still writing."""

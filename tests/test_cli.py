@@ -147,3 +147,42 @@ def test_a_defect_says_so_and_debug_shows_where(monkeypatch) -> None:
     assert code == 1 and "defect" in err and "Traceback" not in err
     code, _, err = call("--debug", "demo")
     assert code == 1 and "Traceback" in err
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
+def test_a_terminal_that_lacks_letters_gets_question_marks(trained: Path, encoding: str) -> None:
+    """Every verb of a run, on streams that can hold nothing else, ends as it would on any other."""
+    folder = trained
+    (folder / "odd").mkdir(exist_ok=True)
+    row = {"prompt": "größer als ΔW → \U0001f600 ", "completion": "ə ˈɹ \U0001f600"}
+    (folder / "odd/rows.jsonl").write_text((json.dumps(row, ensure_ascii=False) + "\n") * 9, encoding="utf-8")
+    file = folder / "odd/run.yaml"
+    output = folder / f"odd/ΔW {encoding}"
+    raw = run_file(folder, data={"train": str(folder / "odd/rows.jsonl"), "eval": 2}, output=str(output))
+    file.write_text(yaml.safe_dump({**raw, "train": {**raw["train"], "steps": 2}}), encoding="utf-8")
+
+    def encoded(*arguments: object) -> tuple[int, str, str]:
+        before = sys.argv, sys.stdout, sys.stderr
+        out, err = io.BytesIO(), io.BytesIO()
+        sys.argv = ["deltaw", *map(str, arguments)]
+        sys.stdout, sys.stderr = io.TextIOWrapper(out, encoding), io.TextIOWrapper(err, encoding)
+        try:
+            cli.main()
+        except SystemExit as done:
+            sys.stdout.flush(), sys.stderr.flush()
+            return int(done.code or 0), out.getvalue().decode(encoding), err.getvalue().decode(encoding)
+        finally:
+            sys.argv, sys.stdout, sys.stderr = before
+        raise AssertionError("main() must exit")
+
+    code, out, err = encoded("train", file)
+    assert code == 0 and (output / "result.json").is_file() and "deltaw eval" in out, err
+    for verb in (["preview", file], ["eval", output], ["inspect", output], ["plan", file, f"output={output}2"],
+                 ["generate", output, "ΔW"], ["resize", output, "--rank", 2, "-o", f"{output}-small"]):  # fmt: skip
+        code, out, err = encoded(*verb)
+        assert code == 0, err
+        assert "?" in out or verb[0] in ("plan", "eval", "generate")
+    code, out, _ = encoded("resize", output, "--rank", 2, "-o", f"{output}-other", "--json")
+    assert code == 0 and json.loads(out)["output"] == f"{output}-other"  # escaped, nothing lost
+    code, _, err = encoded("train", output)
+    assert code == 2 and "is finished" in err

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from deltaw.adapter.file import Adapter
+from deltaw.lock import new_folder
 from tests.test_cli import call
 from tests.tiny import run_file, tiny_base, words
 
@@ -51,6 +52,28 @@ def test_inspect(folder: Path) -> None:
 def test_compare(folder: Path) -> None:
     code, out, _ = call("compare", folder / "one", folder / "two", "-o", folder / "c.html", "--json")
     assert code == 0 and -1 <= json.loads(out)["cosine"] <= 1 and (folder / "c.html").is_file()
+
+
+@pytest.mark.parametrize(
+    "verb", [["resize", "one", "--rank", 2], ["combine", "one", "two"], ["extract", "full", "--rank", 2],
+             ["scale", "one", "--to", 0.5]]
+)  # fmt: skip
+def test_a_target_that_another_command_is_writing_is_refused(folder: Path, tmp_path: Path, verb: list) -> None:
+    command = [folder / part if part in ("one", "two", "full") else part for part in verb]
+    with new_folder(tmp_path / "out") as claimed:
+        code, _, err = call(*command, "-o", tmp_path / "out")
+        assert code == 2 and "in use by process" in err
+        (claimed / "mine").write_text("mine")
+    assert call(*command, "-o", tmp_path / "out")[0] == 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    assert call(*command, "-o", tmp_path / "other")[0] == 0
+    assert {path.name for path in (tmp_path / "other").glob(".*")} == set()
+
+
+def test_a_run_does_not_start_where_another_command_is_writing(folder: Path, tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out"):
+        code, _, err = call("train", folder / "run.yaml", f"output={tmp_path / 'out'}")
+    assert code == 2 and "in use by process" in err and not (tmp_path / "out").exists()
 
 
 def test_resize_to_a_rank_and_to_an_energy(folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.errors import InputError
-from deltaw.lock import locked
+from deltaw.lock import claimed_file, locked, new_folder
 
 ME = f"{os.getpid()} {socket.gethostname()}"
 
@@ -69,3 +69,68 @@ def test_without_flock_what_the_file_says_decides(tmp_path: Path, monkeypatch, o
     else:
         with pytest.raises(InputError, match="in use"), locked(tmp_path / "lock", "x"):
             pass
+
+
+CLAIM = """
+import os, random, signal, sys, time
+from pathlib import Path
+from deltaw.errors import InputError
+from deltaw.lock import new_folder
+target, mode = Path(sys.argv[1]), sys.argv[2]
+if mode == "kill":
+    with new_folder(target):
+        (target / ".ab12.tmp").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+entered = 0
+for turn in range(150):
+    try:
+        with new_folder(target) as folder:
+            (folder / "mine").open("x").close()  # FileExistsError where another is inside
+            entered += 1
+            raise KeyboardInterrupt
+    except (InputError, KeyboardInterrupt):
+        pass
+print(entered)
+"""
+
+
+def test_a_claimed_folder_is_refused_to_others_and_left_clean(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out"
+    with new_folder(target) as folder:
+        with pytest.raises(InputError, match="in use by process"), new_folder(target):
+            pass
+        (folder / "weights").write_text("w")
+    assert [path.name for path in target.iterdir()] == ["weights"]
+    with pytest.raises(InputError, match="exists already"), new_folder(target):
+        pass
+    assert (target / "weights").read_text() == "w"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_claim_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseException], there: bool) -> None:
+    target = tmp_path / "a" / "out"
+    if there:
+        target.mkdir(parents=True)
+    with pytest.raises(error), new_folder(target) as folder:
+        (folder / "half").mkdir()
+        (folder / "half" / "weights").write_text("w")
+        raise error
+    assert list(target.iterdir()) == [] if there else list(tmp_path.iterdir()) == []
+
+
+def test_claims_never_overlap_and_those_of_the_dead_are_taken_over(tmp_path: Path) -> None:
+    target = str(tmp_path / "out")
+    assert subprocess.run([sys.executable, "-c", CLAIM, target, "kill"]).returncode == -9
+    command = [sys.executable, "-c", CLAIM, target, "race"]
+    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    entered = [int(racer.communicate()[0]) for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0, 0] and all(entered)
+    assert set(tmp_path.rglob("*")) <= {Path(target)}  # who takes over an empty folder leaves it
+
+
+def test_a_page_has_one_writer(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    with claimed_file(page), pytest.raises(InputError, match="in use by process"), claimed_file(page):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -1,13 +1,14 @@
-"""Token ids -> token ids, on any causal language model of transformers with a key-value cache.
+"""Token ids -> token ids, on any causal language model of transformers that can go on from a cache.
 
-One decoding loop serves both faces: `generate` for many prompts, `stream` for one, token by token. Prompts
-are padded on the left, so that all rows decode at the same place, longest first, so that little is padded; a
-row that has ended is dropped from the cache when an eighth of the rows have, since on a CPU a step costs what
-its rows cost.
+One decoding loop serves both faces: `generate` for many prompts, `stream` for one, token by token. Each prompt gets
+what it gets alone: prompts of different lengths are padded on the left and decoded together only where the model has
+shown that this changes nothing (together.py), others with those of their own length. They go longest first, so that
+little is padded; a row that has ended is dropped from the cache when an eighth of the rows have, since on a CPU a step
+costs what its rows cost.
 
 transformers' own `model.generate` was the first choice, and measured: it took as long as a plain loop over `forward`
 (5.8 s against 5.5 s for 64 prompts of 32 new tokens on SmolLM2-135M, 2 cores), but it keeps finished rows until the
-last one ends, copies the head (see `_State.forward`), and mixes the checkpoint's generation_config (a temperature, a
+last one ends, copies the head (see `State`), and mixes the checkpoint's generation_config (a temperature, a
 repetition penalty) into what was asked for. 500 prompts of 15 tokens take about 35 s here when none stops before 32
 new tokens, 19 s when they stop after 6 on average; batches of 128 are 10 to 25 % faster than of 64.
 
@@ -18,20 +19,19 @@ such number. So batch size and company change nothing beyond rounding, no global
 
 Greedy decoding in another batch size may differ where two tokens nearly tie: the kernels round differently.
 
-Letters: R rows alive, L longest prompt, T tokens so far, V vocabulary.
+Letters: R rows alive, V vocabulary.
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import DynamicCache
 
+from deltaw.base.decode import State, context, in_eval_mode, padded, text_config
+from deltaw.base.together import Together, come_to_rest
 from deltaw.config import Strict
 from deltaw.errors import InputError, RunError
 
@@ -69,10 +69,10 @@ def generate(
     new: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     done = 0
+    together = _together(model, prompts, sampling)
     while done < len(order):
-        length = min(len(prompts[order[done]]) + sampling.max_new_tokens, _context(model))
-        batch = order[done : done + max(1, min(batch_size, TOKENS_AT_ONCE // length))]
-        for step in _decode(model, prompts, batch, sampling, stop_ids):
+        batch = _batch(model, prompts, order[done:], sampling, batch_size, together)
+        for step in _decode(model, prompts, batch, sampling, stop_ids, together):
             for index, token in step:
                 new[index].append(token)
         done += len(batch)
@@ -87,21 +87,38 @@ def stream(model: nn.Module, prompt: Sequence[int], sampling: Sampling, stop_ids
     Raises InputError as `generate` does, at the call and not at the first token.
     """
     _check(model, [prompt])
-    steps = _decode(model, [prompt], [0], sampling, stop_ids)
+    steps = _decode(model, [prompt], [0], sampling, stop_ids, _together(model, [prompt], sampling))
     return (token for step in steps for _, token in step)
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; every module's own mode restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with in_eval_mode(model), torch.inference_mode():
+        yield
+
+
+def _together(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Together:
+    """What the model has been found to allow for these prompts."""
+    most = max((len(prompt) for prompt in prompts), default=1) + sampling.max_new_tokens
+    with in_eval_mode(model):
+        return Together.on(model, most, alone=len(prompts) < 2)
+
+
+def _batch(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    order: list[int],
+    sampling: Sampling,
+    batch_size: int,
+    together: Together,
+) -> list[int]:
+    """The prompts that are decoded next, of those numbered `order`, which go from long to short."""
+    length = len(prompts[order[0]])
+    tokens = min(length + sampling.max_new_tokens, context(model))
+    rows = max(1, min(batch_size, TOKENS_AT_ONCE // tokens)) if together.company else 1
+    padding = together.padding and not together.crosses(tokens)
+    return [row for row in order[:rows] if padding or len(prompts[row]) == length]
 
 
 def _decode(
@@ -110,11 +127,32 @@ def _decode(
     rows: list[int],
     sampling: Sampling,
     stop_ids: AbstractSet[int],
+    together: Together,
 ) -> Iterator[list[tuple[int, int]]]:
     """Decode the prompts numbered `rows` together. Yields, a step at a time, (prompt number, new token)."""
+    room = {row: min(sampling.max_new_tokens, context(model) - len(prompts[row])) for row in rows}
+    if not together.crosses(max(len(prompts[row]) + room[row] for row in rows)):
+        yield from _steps(model, prompts, rows, room, sampling, stop_ids, together)
+        return
+    try:
+        come_to_rest(model)  # frequencies that an earlier pass has let grow
+        yield from _steps(model, prompts, rows, room, sampling, stop_ids, together)
+    finally:
+        come_to_rest(model)
+
+
+def _steps(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    rows: list[int],
+    room: dict[int, int],
+    sampling: Sampling,
+    stop_ids: AbstractSet[int],
+    together: Together,
+) -> Iterator[list[tuple[int, int]]]:
+    """`room`: how many tokens each row may become longer."""
     device = next(model.parameters()).device
-    state = _State(model, *_padded([prompts[row] for row in rows], device))
-    room = {row: min(sampling.max_new_tokens, _context(model) - len(prompts[row])) for row in rows}
+    state = State(model, *padded([prompts[row] for row in rows], device))
     noise = {row: _uniform(sampling, row, max(room.values())) for row in rows}
     ended: set[int] = set()
     for step in range(max(room.values())):
@@ -132,51 +170,9 @@ def _decode(
             return
         with torch.inference_mode():
             state.append(ids_R)
-            if (len(rows) - len(alive)) * DROP >= len(rows):
+            if together.leaving and (len(rows) - len(alive)) * DROP >= len(rows):
                 state.keep(torch.tensor(alive, device=device))
                 rows = [rows[i] for i in alive]
-
-
-class _State:
-    """What decoding carries from step to step: the next ids, their positions, the mask so far, the cache."""
-
-    def __init__(self, model: nn.Module, ids_RL: Tensor, mask_RL: Tensor) -> None:
-        self.model, self.ids, self.mask = model, ids_RL, mask_RL
-        # Padding gets position 0: it is masked out, and a negative position would index a table from its end.
-        self.positions = (mask_RL.cumsum(1) - 1).clamp_min(0)
-        self.cache = DynamicCache(config=_config(model))
-        accepted = inspect.signature(model.forward).parameters
-        if "past_key_values" not in accepted:
-            raise InputError(f"{type(model).__name__} has no key-value cache, so deltaw can't generate with it")
-        self.accepts = {name for name in ("position_ids", "logits_to_keep") if name in accepted}
-
-    def forward(self) -> Tensor:
-        """Logits [R, V] of the next token of every row."""
-        # An index, not the number 1: that makes a strided slice, for which torch copies the head once for each row
-        # (64 rows on SmolLM2-135M: 3.6 GB, and a first step of 5.3 s instead of 1.2 s).
-        last = torch.tensor([self.ids.shape[1] - 1], device=self.ids.device)
-        optional = {"position_ids": self.positions, "logits_to_keep": last}
-        out = self.model(
-            input_ids=self.ids,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **{name: optional[name] for name in self.accepts},
-        )
-        logits_RV: Tensor = out.logits[:, -1]
-        return logits_RV
-
-    def append(self, ids_R: Tensor) -> None:
-        """Make one new token a row the next step's input."""
-        self.ids = ids_R[:, None]
-        # A row that has filled the context may stay for a few steps after it ended.
-        self.positions = (self.positions[:, -1:] + 1).clamp_max(_context(self.model) - 1)
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids_R), 1)], dim=1)
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these."""
-        self.ids, self.positions, self.mask = self.ids[rows], self.positions[rows], self.mask[rows]
-        self.cache.batch_select_indices(rows)
 
 
 def choose(logits_RV: Tensor, sampling: Sampling, u_R: Tensor) -> Tensor:
@@ -220,33 +216,15 @@ def _uniform(sampling: Sampling, row: int, count: int) -> list[float]:
     return drawn
 
 
-def _padded(prompts: list[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both int64 [R, L], padded on the left with id 0."""
-    longest = max(map(len, prompts))
-    ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
 def _check(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
-    context, vocabulary = _context(model), _config(model).vocab_size
+    most, vocabulary = context(model), text_config(model).vocab_size
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise InputError(f"prompt {number} is empty", fix="begin with at least one token, such as bos")
-        if len(prompt) >= context:
+        if len(prompt) >= most:
             raise InputError(
-                f"prompt {number} has {len(prompt):,} tokens; the context, answer included, is {context:,}",
+                f"prompt {number} has {len(prompt):,} tokens; the context, answer included, is {most:,}",
                 fix="shorten it",
             )
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             raise InputError(f"prompt {number} holds ids outside the model's vocabulary of {vocabulary:,}")
-
-
-def _config(model: Any) -> Any:
-    """The language model's own config, also where it is part of a larger one."""
-    return model.config.get_text_config(decoder=True)
-
-
-def _context(model: nn.Module) -> int:
-    """The most tokens the model can hold; without a stated limit (ALiBi, state space), a large number."""
-    return getattr(_config(model), "max_position_embeddings", None) or 2**31

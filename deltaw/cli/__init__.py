@@ -11,6 +11,7 @@ stdout; `--json` makes stdout one JSON object. Exit codes: 0 done, 1 failed whil
 130 / 143 stopped by a signal.
 """
 
+import io
 import sys
 import traceback
 
@@ -24,6 +25,7 @@ from deltaw.training.stop import Stopped
 
 def main() -> None:
     """The entry point: runs a verb and turns what it raises into a message and an exit code."""
+    _print_whatever_comes()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
@@ -42,6 +44,14 @@ def main() -> None:
             _fail(f"error: {error.format_message()}\nsee deltaw --help", 2, debug)
         said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         _fail(f"error: {said:.300}\nthis is a defect of deltaw: --debug shows where", 1, debug)
+
+
+def _print_whatever_comes() -> None:
+    """Let what a terminal of another encoding can't show be a question mark: a finished run must not end in an error
+    because its summary has a Greek letter."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _fail(message: str, code: int, debug: bool) -> None:

@@ -1,6 +1,7 @@
 """The application that the verbs register with, the options and the ways of printing that they share."""
 
 import json
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -32,8 +33,13 @@ def display(quiet: bool = False) -> Any:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(value, ensure_ascii=False))
+    """One JSON object on stdout; escaped where its letters can't be printed, so that nothing is lost."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text)
 
 
 def give(value: Any, text: str, as_json: bool) -> None:

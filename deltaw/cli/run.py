@@ -1,6 +1,5 @@
 """Verbs that train a model, and that ask one."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -143,7 +142,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue one prompt, streaming."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _stdin() if prompt == "-" else prompt
     asked: Any = [{"role": "user", "content": text}] if as_chat else text
     sampling = _sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     opened = _open(model, base, as_json)
@@ -177,6 +176,15 @@ def chat(
     talk(_open(model, base, False), system=system, use_adapter=not no_adapter, sampling=sampling)
 
 
+def _stdin() -> str:
+    from deltaw.errors import InputError
+
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin is not {error.encoding} text", fix="send the prompt as UTF-8") from None
+
+
 def _train(config: "RunConfig", *, replace: bool = False, as_json: bool, quiet: bool = False) -> None:
     from deltaw.run import Run
 
@@ -192,7 +200,7 @@ def _print_summary(folder: Path, as_json: bool) -> None:
     from deltaw.training.result import summary
 
     run = Run(folder)
-    print(json.dumps(run.read_json(run.result)) if as_json else summary(run))
+    give(run.read_json(run.result), "" if as_json else summary(run), as_json)
 
 
 def _open(name: str, base: str | None, quiet: bool) -> "Model":

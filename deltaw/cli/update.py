@@ -1,5 +1,6 @@
 """Verbs that look at an adapter, or make another of it."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,10 +21,13 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """What a fine-tune did to the weights: writes a page with pictures, prints the gist."""
+    from deltaw.analysis.report import PAGE
     from deltaw.analysis.report import inspect as look
+    from deltaw.lock import claimed_file
 
-    report = look(adapter, base=base, display=display(as_json))
-    path = report.write(output)
+    with claimed_file(Path(output) if output else Path(adapter) / PAGE):
+        report = look(adapter, base=base, display=display(as_json))
+        path = report.write(output)
     give(report.to_json(), f"{report.gist()}\n\npage: {path}", as_json)
 
 
@@ -36,8 +40,10 @@ def compare(
 ) -> None:
     """Which directions two adapters share, against what chance would give."""
     from deltaw.analysis.comparison import compare_named
+    from deltaw.lock import claimed_file
 
-    result, text = compare_named(one, other, output, display=display(as_json))
+    with claimed_file(Path(output)):
+        result, text = compare_named(one, other, output, display=display(as_json))
     give(result, text, as_json)
 
 

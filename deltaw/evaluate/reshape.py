@@ -1,7 +1,7 @@
 """`deltaw resize`, `combine`, `extract` and `scale`: names in, a new adapter folder out, and what was lost on the way.
 
 The functions of adapter/algebra.py and its neighbours do the work on values; here names become values, the folder that
-is to be written is checked before anything is computed, and losses become a table.
+is to be written is claimed before anything is computed, and losses become a table.
 """
 
 import statistics
@@ -20,6 +20,7 @@ from deltaw.evaluate.budget import Trial, resize_to_loss
 from deltaw.evaluate.command import rows_of
 from deltaw.evaluate.forgetting import general_text
 from deltaw.evaluate.slider import Point, slide
+from deltaw.lock import new_folder
 from deltaw.model import is_run, load_adapter
 from deltaw.progress import Display
 
@@ -52,17 +53,19 @@ def resize_named(
     display: Display,
 ) -> Shown:
     """A smaller adapter: by rank, by energy, or the smallest whose held-out loss rises by at most a share."""
-    folder = new_folder(output)
     if sum(way is not None for way in (rank, energy, max_loss_increase)) != 1:
         raise InputError("give one of --rank, --energy and --max-loss-increase")
-    if max_loss_increase is None:
+    with new_folder(output) as folder:
+        if max_loss_increase is None:
+            adapter = load_adapter(Path(name))
+            return _save(Made(*resize(adapter, rank=rank, energy=energy, uniform=uniform)), folder, adapter)
+        model, examples = rows_of(name, data, base=base, display=display)
         adapter = load_adapter(Path(name))
-        return _save(Made(*resize(adapter, rank=rank, energy=energy, uniform=uniform)), folder, adapter)
-    model, examples = rows_of(name, data, base=base, display=display)
-    adapter = load_adapter(Path(name))
-    smaller, trials = resize_to_loss(model, adapter, examples, max_loss_increase, display=display)
-    made = Made(pad_all(smaller) if uniform else smaller, (), _trials(trials), {"trials": [asdict(t) for t in trials]})
-    return _save(made, folder, adapter)
+        smaller, trials = resize_to_loss(model, adapter, examples, max_loss_increase, display=display)
+        made = Made(
+            pad_all(smaller) if uniform else smaller, (), _trials(trials), {"trials": [asdict(t) for t in trials]}
+        )
+        return _save(made, folder, adapter)
 
 
 def combine_named(
@@ -78,28 +81,27 @@ def combine_named(
     display: Display,
 ) -> Shown:
     """The weighted sum of several adapters of one base; without weights each counts once."""
-    folder = new_folder(output)
-    adapters = [load_adapter(Path(name)) for name in names]
-    with display.task("combining", len({path for adapter in adapters for path in adapter.factors})) as update:
-        made = combine(
-            adapters,
-            weights or [1.0] * len(adapters),
-            method=method,
-            rank=rank,
-            energy=energy,
-            density=density,
-            seed=seed,
-            progress=lambda done, total: update(done),
-        )
-    return _save(Made(*made), folder, None)
+    with new_folder(output) as folder:
+        adapters = [load_adapter(Path(name)) for name in names]
+        with display.task("combining", len({path for adapter in adapters for path in adapter.factors})) as update:
+            made = combine(
+                adapters,
+                weights or [1.0] * len(adapters),
+                method=method,
+                rank=rank,
+                energy=energy,
+                density=density,
+                seed=seed,
+                progress=lambda done, total: update(done),
+            )
+        return _save(Made(*made), folder, None)
 
 
 def extract_named(
     tuned: str, base: str | None, output: str, *, rank: int | None, energy: float | None, display: Display
 ) -> Shown:
     """A LoRA out of a run with `adapter: full`, or out of a fine-tuned model's folder and its base."""
-    folder = new_folder(output)
-    with display.task("extracting", 100) as update:
+    with new_folder(output) as folder, display.task("extracting", 100) as update:
 
         def progress(done: int, total: int) -> None:
             update(100 * done // total)
@@ -112,9 +114,9 @@ def extract_named(
         if not Path(tuned).is_dir():
             raise InputError(f"{tuned}: no such folder", fix="name the fine-tuned model's folder")
         found, report = extract_folders(Path(tuned), base, rank=rank, energy=energy, progress=progress)
-    missing = report.warning()
-    more = {"not_in_adapter": [asdict(change) for change in report.unadapted], "settings": report.config}
-    return _save(Made(found, report.losses, [missing] if missing else [], more), folder, None)
+        missing = report.warning()
+        more = {"not_in_adapter": [asdict(change) for change in report.unadapted], "settings": report.config}
+        return _save(Made(found, report.losses, [missing] if missing else [], more), folder, None)
 
 
 def scale_named(
@@ -131,21 +133,14 @@ def scale_named(
     if to is not None:
         if output is None:
             raise InputError("where is the scaled adapter to go?", fix="add --output FOLDER")
-        adapter = load_adapter(Path(name))
-        return _save(Made(scaled(adapter, to)), new_folder(output), adapter)
+        with new_folder(output) as folder:
+            adapter = load_adapter(Path(name))
+            return _save(Made(scaled(adapter, to)), folder, adapter)
     model, examples = rows_of(name, data, base=base, display=display)
     config = load_config(Path(name) / "config.yaml") if is_run(Path(name)) else None
     general = general_text((config and config.evaluate.general) or "builtin:general", model.renderer)
     points = slide(model, factors or FACTORS, examples, general, display=display)
     return {"points": [asdict(point) for point in points], "rows": len(examples)}, _points(points)
-
-
-def new_folder(output: str) -> Path:
-    """Where an adapter may be written: a folder that is empty or not there. Raises InputError."""
-    folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"output {output} exists already", fix="choose another folder")
-    return folder
 
 
 def _save(made: Made, folder: Path, before: Adapter | None) -> Shown:

@@ -13,6 +13,7 @@ from typing import Any
 
 from deltaw.analysis.page import Page, Section, Table, Text, Verdict, write
 from deltaw.base.weights import write_text_atomic
+from deltaw.lock import claimed_file
 from deltaw.progress import Display, clock
 from deltaw.studies.lab import Lab
 from deltaw.studies.study import NAMES, Claim, Outcome, find_study
@@ -36,9 +37,10 @@ def run_studies(name: str, output: str, full: bool, display: Display) -> tuple[d
     for study in studies:
         claim, began = study.CLAIM, time.monotonic()
         display.say(f"study {claim.name}: {claim.claim}\nrule: {claim.rule}")
-        outcome = study.run(lab)
-        seconds = time.monotonic() - began
-        results[claim.name] = write_outcome(claim, outcome, lab, seconds)
+        with claimed_file(folder / f"{claim.name}.html"):
+            outcome = study.run(lab)
+            seconds = time.monotonic() - began
+            results[claim.name] = write_outcome(claim, outcome, lab, seconds)
         lines.append(f"{claim.name:9} {outcome.verdict}: {outcome.because}\n{'':9} {folder / claim.name}.html")
     return {"studies": results}, "\n".join(lines)
 
