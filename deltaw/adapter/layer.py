@@ -44,6 +44,12 @@ class AdaptedLinear(nn.Module, abc.ABC):
         self.base = base
         self.enabled = True
 
+    @property
+    def weight(self) -> Tensor:
+        """What a model may ask of a weight that it doesn't use, its dtype and shape: W as the base stores it, on the
+        meta device, so that using it past this layer, and its update, is an error."""
+        return torch.empty_like(self.base.module.weight, device="meta")  # type: ignore[arg-type]
+
     @abc.abstractmethod
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by the names that checkpoints use."""

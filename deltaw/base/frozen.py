@@ -8,9 +8,13 @@ fresh adapter is exactly the base, bit for bit, whatever kernel the base's own f
 Wrapping writes nothing, `requires_grad` included: the base was frozen once, in `open_base`. `.module` is the
 original object, so unwrapping is putting it back.
 
+Only what computes x Wᵀ + b from its own weight can be wrapped, since an adapted layer computes that itself: the two
+classes, and their subclasses that leave `forward` as it is. A router or a quantising layer that inherits from nn.Linear
+and does something else is refused, as is a forward put on the instance, which would no longer run, and quantised
+layers, whose weight is no plain matrix.
+
 Rejected: converting Conv1D to Linear (it would write to the base and change its state dict), and subclassing
-nn.Linear (its constructor allocates a weight of its own). Quantised layers are refused: their weight is no
-plain matrix.
+nn.Linear (its constructor allocates a weight of its own).
 
 Letters: N in, M out, T rows.
 """
@@ -33,11 +37,13 @@ class FrozenLinear(nn.Module):
 
     @staticmethod
     def can_wrap(module: nn.Module) -> bool:
-        """True for nn.Linear (and subclasses) and Conv1D whose weight is a plain 2-D floating Parameter."""
+        """True for nn.Linear and Conv1D by their own forward, whose weight is a plain 2-D floating Parameter."""
         weight = getattr(module, "weight", None)
+        computes = type(module).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(module)
         # The exact type: bitsandbytes and torchao subclass nn.Linear and swap the parameter's class.
         return (
             isinstance(module, nn.Linear | Conv1D)
+            and computes
             and type(weight) is nn.Parameter
             and weight.ndim == 2
             and weight.dtype in PLAIN
