@@ -70,7 +70,7 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unfit: Mapping[str, str] |
         kinds = sorted(
             {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and m is not _head(model)}
         )
-        more = f": {', '.join(kinds)} compute something else than x Wᵀ + b" if kinds else ""
+        more = f": its layers of {', '.join(kinds)} compute something else than x Wᵀ + b" if kinds else ""
         raise InputError(f"this model has no linear layer that LoRA could adapt{more}")
     names = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
     head = _path_of(model, _head(model))
