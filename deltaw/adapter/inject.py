@@ -147,8 +147,12 @@ def _placed(
     Raises InputError with the model as it was.
     """
     unfit = dict(observed.unfit) if observed else {}
+    idle = observed.idle if observed else {}
     while True:
-        targets = find_targets(model, spec, unfit) if isinstance(what, AdapterSpec) else targets_of(model, what, unfit)
+        if isinstance(what, Adapter):
+            targets = targets_of(model, what, unfit)
+        else:
+            targets = find_targets(model, spec, {**idle, **unfit})
         exact = spec.model_copy(update={"targets": explicit_targets(model, targets.paths)})
         layers = {path: _layer(FrozenLinear(model.get_submodule(path)), path, spec) for path in targets.paths}
         try:

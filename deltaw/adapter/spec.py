@@ -6,9 +6,10 @@ is what matches full fine-tuning; the head is the one linear whose update nobody
 the attention or the MLP is read off the path, the only place where all architectures say it.
 
 A name that matches nothing is an error that lists what could match, never a warning: a run that trains less than was
-asked for is a wasted run. A group asks for what can be done: it leaves out, with the reason, a layer narrower than the
-rank, one that has no form in the file (DoRA beside experts, peft_config.py), one whose weight the model reads itself
-(trial.py). The same layer asked for by its name, or by an override of its rank, is an error with the same reason.
+asked for is a wasted run. A group asks for what can be done. It leaves out, with the reason, a layer narrower than the
+rank, one that has no form in the file (DoRA beside experts, peft_config.py), one whose weight the model reads itself,
+and one that gets no gradient (trial.py). The same layer asked for by its name, or by an override of its rank, is an
+error with the same reason.
 
 A model with a tower for pictures or sound is trained on text, so the language model is what is meant, by groups and by
 names: `q_proj` is the language model's. Only a name that matches nothing in it is looked for in the rest, so that a
@@ -46,7 +47,6 @@ MLP_PARTS = {
 }
 # Weights that a state-space mixer's scan reads itself: the layer is never called, so an update there would do nothing.
 SCAN_PARTS, SCANNED = {"mixer", "mamba"}, {"dt_proj", "out_proj"}
-IDLE = "isn't part of the language model, and doesn't run on text"
 OUTSIDE = "lies outside the language model: name it by its path"
 
 
@@ -112,7 +112,7 @@ def targets_of(model: nn.Module, adapter: Adapter, unfit: Mapping[str, str] | No
     if not any(_matches(name, path) for name in names for path in linear):
         raise InputError(f"the adapter is another model's: {_unknown(list(names), linear)}")
     problems = [f"{path:.120}: no such linear layer in this model" for path in adapter.factors if path not in linear]
-    problems += [f"{path} {why}" for path, why in (unfit or {}).items() if path in adapter.factors and why != IDLE]
+    problems += [f"{path} {why}" for path, why in (unfit or {}).items() if path in adapter.factors]
     problems += [
         f"{path}: targeted, but the adapter has no factors for it"
         for path in language_paths(model, linear)

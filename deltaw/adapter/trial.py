@@ -2,11 +2,13 @@
 
 An adapted layer computes x Wᵀ + b itself. What it stands for may do more than its class says: a hook may change what it
 returns, and the model may read `.weight` beside it or instead of it. Neither shows in the modules, so the model runs on
-two short documents. First as it is (`observe`): a function mode sees every tensor function, and so each use of a weight
-while its own layer isn't running. Then with the fresh layers, which are ΔW = 0, in place (`differences`): the logits
-must be the base's to the bit, or, where something rounds otherwise (another shape of the same product), each layer's
-output its own base's. Last with the kernels' stand-ins and backward (`holds`): the logits up to the stand-ins'
-rounding, and a gradient that reaches the factors.
+two short documents.
+
+First as it is, forward and back (`observe`). A function mode sees every tensor function, and so each use of a weight
+while its own layer isn't running; and a layer whose output gets no gradient would never learn. Then with the fresh
+layers, which are ΔW = 0, in place (`differences`): the logits must be the base's to the bit, or, where something rounds
+otherwise (another shape of the same product), each layer's output its own base's. Last with the kernels' stand-ins, and
+back (`holds`): the logits up to the stand-ins' rounding, and a gradient that reaches the factors.
 
 A layer that doesn't run on the documents (an expert that no token chose) and a model that isn't run by token ids alone
 (somebody's own module) are tried layer by layer on a row of random numbers. On the meta device there is nothing to run.
@@ -24,12 +26,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from deltaw.adapter.layer import AdaptedLinear
-from deltaw.adapter.spec import IDLE, beside_paths
+from deltaw.adapter.spec import beside_paths
 from deltaw.base.forward import ATTENTION, _two_documents
 from deltaw.base.frozen import FrozenLinear
 from deltaw.errors import InputError
 from deltaw.kernels.attention import Documents
 
+BESIDE = "isn't part of the language model, and doesn't run on text"
+SILENT = "gets no gradient from the model's answers"
 READ = "has its weight read by the model itself, past the layer"
 CHANGED = "gives something else than its weight and bias make of its input"
 # What a model says that can't be run on token ids, or with another layer in this place.
@@ -38,29 +42,32 @@ REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, AttributeError, Index
 
 @dataclass(frozen=True)
 class Observed:
-    """One pass of the base: its logits, which linear layers ran, and which can't be adapted, as it showed."""
+    """One pass of the base and back: its logits, which linear layers ran, and why others can't be adapted (`unfit`), or
+    can but would never learn (`idle`)."""
 
     logits_TV: Tensor
     ran: frozenset[str]
     unfit: Mapping[str, str]
+    idle: Mapping[str, str]
 
 
-@torch.no_grad()
 def observe(model: nn.Module) -> Observed | None:
     """The base as it is; None where it isn't run by token ids alone."""
     linear = {path: module for path, module in model.named_modules() if FrozenLinear.can_wrap(module)}
-    reads = _Reads(linear)
-    hooks = [hook for path, module in linear.items() for hook in reads.watch(path, module)]
+    watch = _Watch(linear)
     try:
-        with _evaluating(model), reads:
+        hooks = [hook for path, module in linear.items() for hook in watch.on(path, module)]
+        hooks.append(model.get_input_embeddings().register_forward_hook(_as_leaf))  # type: ignore[operator]
+        with _evaluating(model), torch.enable_grad(), watch:
             logits_TV = _logits(model)
     except REFUSALS:
         return None
     finally:
         for hook in hooks:
             hook.remove()
-    idle = beside_paths(model, tuple(linear)) - reads.ran
-    return Observed(logits_TV, frozenset(reads.ran), dict.fromkeys(idle, IDLE) | dict.fromkeys(reads.read, READ))
+    idle = dict.fromkeys(beside_paths(model, tuple(linear)).difference(watch.outputs), BESIDE)
+    idle |= dict.fromkeys(watch.without_gradient(logits_TV), SILENT)
+    return Observed(logits_TV.detach(), frozenset(watch.outputs), dict.fromkeys(watch.read, READ), idle)
 
 
 @torch.no_grad()
@@ -112,28 +119,38 @@ def holds(model: nn.Module, layers: Mapping[str, AdaptedLinear], base: Observed 
     return _near(logits_TV.detach(), base.logits_TV, next(iter(layers.values())).base.weight_MN.dtype)
 
 
-class _Reads(TorchFunctionMode):
-    """Notes which layers ran, and uses of a layer's weight by anything but its own call."""
+class _Watch(TorchFunctionMode):
+    """Notes what each layer returned, and uses of its weight by anything but its own call."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.ran: set[str] = set()
+        self.outputs: dict[str, list[Tensor]] = {}
         self.read: set[str] = set()
         self._running: list[str] = []
         self._owners: dict[int, set[str]] = {}  # a tied weight has several
         for path, layer in layers.items():
             self._owners.setdefault(id(layer.weight), set()).add(path)
 
-    def watch(self, path: str, module: nn.Module) -> Iterator[Any]:
+    def on(self, path: str, module: nn.Module) -> Iterator[Any]:
         def begin(*_: Any) -> None:
-            self.ran.add(path)
             self._running.append(path)
 
-        def end(*_: Any) -> None:
+        def end(module: nn.Module, args: Any, output: Tensor | None) -> None:
             self._running.pop()
+            self.outputs.setdefault(path, []).extend([] if output is None else [output])
 
         yield module.register_forward_pre_hook(begin, prepend=True)
         yield module.register_forward_hook(end, always_call=True)
+
+    def without_gradient(self, logits_TV: Tensor) -> list[str]:
+        """The layers that ran, and of whose outputs the logits are no function that can be differentiated."""
+        made = [(path, output) for path, outputs in self.outputs.items() for output in outputs if output.requires_grad]
+        try:
+            gradients = torch.autograd.grad(logits_TV.square().sum(), [output for _, output in made], allow_unused=True)
+        except REFUSALS:  # what trains has to run backward, and is tried itself
+            return []
+        reached = {path for (path, _), grad in zip(made, gradients, strict=True) if grad is not None and grad.any()}
+        return [path for path in self.outputs if path not in reached] if reached else []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Its shape or dtype is read of any parameter, by walks over them all.
@@ -144,6 +161,10 @@ class _Reads(TorchFunctionMode):
                     if owners and not owners & set(self._running):
                         self.read |= owners
         return func(*args, **(kwargs or {}))
+
+
+def _as_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.detach().requires_grad_()
 
 
 def _logits(model: Any) -> Tensor:
