@@ -8,7 +8,7 @@ First as it is, forward and back (`observe`). A function mode sees every tensor 
 while its own layer isn't running; and a layer whose output gets no gradient would never learn. Then with the fresh
 layers, which are ΔW = 0, in place (`differences`): the logits must be the base's to the bit, or, where something rounds
 otherwise (another shape of the same product), each layer's output its own base's. Last with the kernels' stand-ins, and
-back (`holds`): the logits up to the stand-ins' rounding, and a gradient that reaches the factors.
+back where it is to be trained (`holds`): the logits up to the stand-ins' rounding, a gradient that reaches the factors.
 
 A layer that doesn't run on the documents (an expert that no token chose) and a model that isn't run by token ids alone
 (somebody's own module) are tried layer by layer on a row of random numbers. On the meta device there is nothing to run.
@@ -86,7 +86,7 @@ def differences(model: nn.Module, layers: Mapping[str, AdaptedLinear], base: Obs
             if torch.equal(logits_TV, base.logits_TV):
                 return {}
             wrong = _changed(model, layers)
-    except AttributeError as error:  # `.weight.dtype`, say, of which no tensor function tells
+    except AttributeError as error:  # what the model asks of its own layer, and this one doesn't have
         path = next((path for path, layer in layers.items() if layer is getattr(error, "obj", None)), None)
         if path is None:
             raise
@@ -97,22 +97,25 @@ def differences(model: nn.Module, layers: Mapping[str, AdaptedLinear], base: Obs
 
 
 def holds(model: nn.Module, layers: Mapping[str, AdaptedLinear], base: Observed | None, *, to_train: bool) -> bool:
-    """Whether the model as it will run gives the base's logits, up to rounding. Raises InputError unless a backward
-    runs and, where it is `to_train`, reaches the factors."""
+    """Whether the model as it will run gives the base's logits, up to rounding. Raises InputError unless it runs and,
+    where it is `to_train`, a backward reaches the factors."""
     parameters = [parameter for layer in layers.values() for parameter in layer.trained().values()]
     if base is None or any(parameter.is_meta for parameter in parameters):
         return True
+    reached: list[Tensor] = []
     try:
-        with _evaluating(model), torch.enable_grad():
+        with _evaluating(model), torch.set_grad_enabled(to_train):
             logits_TV = _logits(model)
-            gradients = torch.autograd.grad(logits_TV.square().mean(), parameters, allow_unused=True)
+            if logits_TV.requires_grad:
+                gradients = torch.autograd.grad(logits_TV.square().mean(), parameters, allow_unused=True)
+                reached = [gradient for gradient in gradients if gradient is not None]
     except REFUSALS as error:
         reason = next(iter(str(error).splitlines()), "")
         raise InputError(
-            f"this model can't be trained with an adapter in it ({type(error).__name__}: {reason:.200})",
-            fix="name fewer adapter.targets, or use another base",
+            f"this model can't {'be trained' if to_train else 'run'} with an adapter in it "
+            f"({type(error).__name__}: {reason:.200})",
+            fix="name fewer adapter.targets, or use another base" if to_train else "use another base",
         ) from None
-    reached = [gradient for gradient in gradients if gradient is not None]
     if to_train and not (reached and all(gradient.isfinite().all() for gradient in reached)):
         what = "no gradient reaches the adapter" if not reached else "the gradient isn't finite"
         raise InputError(f"{what} in a pass over text", fix="name other adapter.targets")
@@ -153,14 +156,15 @@ class _Watch(TorchFunctionMode):
         return [path for path in self.outputs if path not in reached] if reached else []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Its shape or dtype is read of any parameter, by walks over them all.
-        if getattr(func, "__name__", "") != "__get__":
+        made = func(*args, **(kwargs or {}))
+        first = made[0] if isinstance(made, list | tuple) and made else made
+        if isinstance(first, Tensor):  # its dtype or shape may be read of any parameter
             for value in (*args, *(kwargs or {}).values()):
                 for item in value if isinstance(value, list | tuple) else (value,):
                     owners = self._owners.get(id(item), ())
                     if owners and not owners & set(self._running):
                         self.read |= owners
-        return func(*args, **(kwargs or {}))
+        return made
 
 
 def _as_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
