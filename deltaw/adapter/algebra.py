@@ -171,7 +171,7 @@ def adapter_of(factors: Mapping[str, LowRank], like: Adapter) -> Adapter:
         alpha_overrides=_overrides(alphas, alpha),
     )
     exact = {path: replace(update, scale=alphas[path] / divisors[path]) for path, update in signed.items()}
-    return Adapter(described, exact, like.base, like.fan_in_fan_out)
+    return replace(like, spec=described, factors=exact)
 
 
 def low_rank_updates(adapter: Adapter, verb: str) -> dict[str, LowRank]:

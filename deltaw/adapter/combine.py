@@ -88,7 +88,9 @@ def combine(
         raise InputError("the combination is zero in every module: the weights cancel, or nothing was trained")
     like = next((adapter for adapter in adapters if adapter.factors.keys() == factors.keys()), adapters[0])
     base = next((adapter.base for adapter in adapters if adapter.base.fingerprint), adapters[0].base)
-    return adapter_of(factors, replace(like, base=replace(base, template=adapters[0].base.template))), losses
+    base = replace(base, template=adapters[0].base.template)
+    rewritten = frozenset[str]().union(*(adapter.rewritten for adapter in adapters))
+    return adapter_of(factors, replace(like, base=base, rewritten=rewritten)), losses
 
 
 def ties(weights: Sequence[float], deltas_DMN: Tensor, density: float) -> Tensor:

@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaw.adapter.algebra import Loss, adapter_of, check_size, relative_error, wanted_rank
 from deltaw.adapter.file import Adapter, BaseId
+from deltaw.adapter.peft_config import rewritten_names
 from deltaw.adapter.spec import explicit_targets, linear_paths
 from deltaw.base.linear_weights import HEADER_BYTES, TENSORS, LinearWeights
 from deltaw.base.load import open_base, open_skeleton
@@ -152,7 +153,7 @@ def extract_folders(
     if not factors:
         raise InputError(f"{tuned}: no linear layer differs from {source.name}, nothing to extract", report.warning())
     spec = AdapterSpec(targets=explicit_targets(skeleton, tuple(factors)))
-    return adapter_of(factors, Adapter(spec, factors, identity, transposed)), report
+    return adapter_of(factors, Adapter(spec, factors, identity, transposed, rewritten_names(skeleton))), report
 
 
 def nearest(delta_MN: Tensor, *, rank: int | None = None, energy: float | None = None) -> tuple[LowRank, float]:

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from deltaw.adapter.full import DELTAS, load_deltas
-from deltaw.adapter.peft_config import from_spec, to_spec
+from deltaw.adapter.peft_config import check_config, from_spec, to_spec, weight_names
 from deltaw.base.source import PICKLES
 from deltaw.base.weights import load_safetensors, read_json, save_safetensors, write_text_atomic
 from deltaw.config import TARGET_GROUPS, AdapterSpec
@@ -74,6 +74,7 @@ class Adapter:
     factors: Mapping[str, Update]
     base: BaseId = field(default_factory=BaseId)
     fan_in_fan_out: bool = False  # PEFT's word for a base that stores its weights transposed (GPT-2's Conv1D)
+    rewritten: frozenset[str] = frozenset()  # last names of layers that PEFT is told of by their weights (peft_config)
 
     @property
     def parameters(self) -> int:
@@ -120,7 +121,14 @@ class Adapter:
         names = {self.spec.targets} if isinstance(self.spec.targets, str) else set(self.spec.targets)
         # A group is a word of deltaw's own: to other tools it is spelt out.
         spec = self.spec.model_copy(update={"targets": tuple(self.factors)} if names & set(TARGET_GROUPS) else {})
-        return from_spec(spec, self.base.name, self.base.revision, self.fan_in_fan_out)
+        return from_spec(
+            spec,
+            self.factors,
+            self.rewritten,
+            base=self.base.name,
+            revision=self.base.revision,
+            fan_in_fan_out=self.fan_in_fan_out,
+        )
 
     @staticmethod
     def load(directory: str | Path) -> "Adapter":
@@ -129,10 +137,11 @@ class Adapter:
         if (directory / DELTAS).is_file():
             return _load_full(directory)
         _check_folder(directory)
+        config = read_json(directory / CONFIG, max_bytes=1_000_000, allow_nan=True)
+        check_config(config, str(directory / CONFIG))
         tensors = load_safetensors(directory / WEIGHTS)
         magnitudes = {key: tensor for key, tensor in tensors.items() if key.endswith(MAGNITUDE)}
         pairs = _pair({k: tensor for k, tensor in tensors.items() if k not in magnitudes}, str(directory / WEIGHTS))
-        config = read_json(directory / CONFIG, max_bytes=1_000_000, allow_nan=True)
         spec = to_spec(config, pairs, str(directory / CONFIG))
         _check_shapes(pairs, spec, str(directory / WEIGHTS))
         _check_magnitudes(magnitudes, pairs, spec, directory)
@@ -144,7 +153,8 @@ class Adapter:
         for path, (a, b) in pairs.items():
             low = LowRank(a.float(), b.float(), spec.scale(path))
             factors[path] = DoRA(low, magnitudes[PREFIX + path + MAGNITUDE].float()) if spec.magnitude else low
-        return Adapter(spec, factors, _base_of(directory, config), bool(config.get("fan_in_fan_out")))
+        transposed = bool(config.get("fan_in_fan_out"))
+        return Adapter(spec, factors, _base_of(directory, config), transposed, weight_names(config))
 
     def _card(self) -> str:
         base = self.base.name or "unknown"
@@ -153,11 +163,13 @@ class Adapter:
                 f"# Full fine-tuning of {base}\n\nWhat {len(self.factors)} weights changed by, {self.parameters:,} "
                 f"numbers in {DELTAS}. Made by deltaw {VERSION}; `deltaw extract` makes a LoRA of it.\n"
             )
+        by_weight = sum(path.rpartition(".")[2] in self.rewritten for path in self.factors)
+        newer = f"{by_weight} of them are named by their weights, which PEFT reads from 0.17 on.\n" if by_weight else ""
         return (
             f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, deltaw]\n---\n\n"
             f"# {'DoRA' if self.spec.magnitude else 'LoRA'} adapter for {base}\n\n"
             f"Rank {self.spec.rank}, alpha {self.spec.alpha:g}, {len(self.factors)} modules, "
-            f"{self.parameters:,} parameters. Made by deltaw {VERSION}.\n\n"
+            f"{self.parameters:,} parameters. Made by deltaw {VERSION}.\n{newer}\n"
             "```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, this_folder)\n```\n"
         )
 

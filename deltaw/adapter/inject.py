@@ -2,8 +2,9 @@
 
 attach puts an adapted layer (layer.py, dora.py, full.py) in the place of each targeted one, on this instance alone, and
 the kernels' stand-ins in the place of norms, attention blocks and MLPs (fused.py); detach puts the very same modules
-back and returns what was learnt as an `Adapter`. The base's weights are the same objects throughout, so the model
-afterwards is the model before, bit for bit.
+back and returns what was learnt as an `Adapter`. attach tries what it did (trial.py), and puts all back where a fresh
+adapter isn't the base. The base's weights are the same objects throughout, so the model afterwards is the model before,
+bit for bit.
 
 What comes off is what any tool can load: where training began at B A ≠ 0 the update is a LoRA of rank 2R (layer.py),
 and its spec says so, with alpha such that the scale stays. It is exact, so it isn't cut back to R here; `deltaw resize`
@@ -11,7 +12,7 @@ does that and says what it costs.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,11 +27,13 @@ from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.full import FullLinear
 from deltaw.adapter.init import fresh_factors, olora_factors, pissa_factors
 from deltaw.adapter.layer import AdaptedLinear, LoRALinear
-from deltaw.adapter.spec import explicit_targets, find_targets
+from deltaw.adapter.peft_config import rewritten_names
+from deltaw.adapter.spec import Targets, explicit_targets, find_targets, said, targets_of
+from deltaw.adapter.trial import Observed, differences, holds, observe
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.stand_in import StandIn
 from deltaw.config import AdapterSpec
-from deltaw.errors import InputError, listed
+from deltaw.errors import InputError
 from deltaw.factors import Update
 
 
@@ -38,18 +41,26 @@ from deltaw.factors import Update
 class Attached:
     """A model with an adapter in it. `spec.targets` names the adapted modules exactly, whatever group asked for them.
 
-    `unmatched` are weights that stay as they are although they are no embedding, head or norm.
+    `unmatched` are weights that stay as they are although they are no embedding, head or norm; `left_out` says why of
+    those among them that a group asked for.
     """
 
     model: nn.Module
     spec: AdapterSpec
     layers: dict[str, AdaptedLinear]
     unmatched: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
     stand_ins: dict[str, StandIn] = field(default_factory=dict)
 
     def describe(self) -> str:
         """One line for logs: which of the model's own modules the kernels stand in for."""
         return fused.describe(self.stand_ins)
+
+    def notes(self) -> list[str]:
+        """What isn't adapted, for logs: a line for each reason, then the first of the weights without one."""
+        rest = [path for path in self.unmatched if path not in self.left_out]
+        first = [path + (" …" if len(rest) > 3 else "") for path in rest[:3]]
+        return [f"not adapted: {line}" for line in said(self.left_out) + first]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -80,7 +91,7 @@ class Attached:
         if self.spec.moves_base:  # √2 · alpha / √(2 rank) may be the next float of alpha / √rank
             factors = {path: replace(update, scale=spec.scale(path)) for path, update in factors.items()}  # type: ignore[arg-type]
         transposed = any(isinstance(layer.base.module, Conv1D) for layer in self.layers.values())
-        return Adapter(spec, factors, base, transposed)
+        return Adapter(spec, factors, base, transposed, rewritten_names(self.model))
 
 
 def attach(
@@ -104,31 +115,88 @@ def attach(
     spec = what if isinstance(what, AdapterSpec) else what.spec
     if spec.from_data and not start_later:
         raise ValueError(f"init {spec.init} starts from data: attach with start_later, then initialise_from_data")
-    targets = find_targets(model, spec)
-    if isinstance(what, Adapter):
-        _check_fits(model, what, targets.paths)
+    observed = observe(model)
+    targets, spec, layers = _placed(model, what, spec, observed)
+    try:
+        stand_ins = _stood_in(model, fuse, layers, observed, to_train=isinstance(what, AdapterSpec))
+    except BaseException:
+        _take_off(model, layers)
+        raise
     generator = generator or torch.Generator().manual_seed(0)
-    spec = spec.model_copy(update={"targets": explicit_targets(model, targets.paths)})
-    layers: dict[str, AdaptedLinear] = {}
-    for path in targets.paths:
-        layer = layers[path] = _layer(FrozenLinear(model.get_submodule(path)), path, spec)
+    for path, layer in layers.items():
         if isinstance(what, Adapter):
             layer.set_factors(what.factors[path])
         elif isinstance(layer, LoRALinear | DoRALinear) and not start_later:
             layer.start(*_start(layer, spec, generator))
-    for path, layer in layers.items():
-        layer.train(model.training)
-        model.set_submodule(path, layer)
-    return Attached(model, spec, layers, targets.unmatched, fused.install(model, fuse))
+    return Attached(model, spec, layers, targets.unmatched, targets.left_out, stand_ins)
 
 
 def detach(attached: Attached, base: BaseId | None = None) -> Adapter:
     """Take the adapter off its model, putting the original layers back, and return it as a value on the CPU."""
     adapter = attached.adapter(base or BaseId())
     fused.remove(attached.model, attached.stand_ins)
-    for path, layer in attached.layers.items():
-        attached.model.set_submodule(path, layer.base.module)
+    _take_off(attached.model, attached.layers)
     return adapter
+
+
+def _placed(
+    model: nn.Module, what: AdapterSpec | Adapter, spec: AdapterSpec, observed: Observed | None
+) -> tuple[Targets, AdapterSpec, dict[str, AdaptedLinear]]:
+    """The layers to adapt, replaced by fresh ones that are what they stand for, and the spec with their names.
+
+    Raises InputError with the model as it was.
+    """
+    unfit = dict(observed.unfit) if observed else {}
+    idle = observed.idle if observed else {}
+    while True:
+        if isinstance(what, Adapter):
+            targets = targets_of(model, what, unfit)
+        else:
+            targets = find_targets(model, spec, {**idle, **unfit})
+        exact = spec.model_copy(update={"targets": explicit_targets(model, targets.paths)})
+        layers = {path: _layer(FrozenLinear(model.get_submodule(path)), path, spec) for path in targets.paths}
+        try:
+            for path, layer in layers.items():
+                layer.train(model.training)
+                model.set_submodule(path, layer)
+            different = differences(model, layers, observed)
+        except BaseException:
+            _take_off(model, layers)
+            raise
+        if not different:
+            return targets, exact, layers
+        _take_off(model, layers)
+        unfit |= different
+
+
+def _stood_in(
+    model: nn.Module,
+    kinds: Sequence[str],
+    layers: Mapping[str, AdaptedLinear],
+    observed: Observed | None,
+    *,
+    to_train: bool,
+) -> dict[str, StandIn]:
+    """The stand-ins, where the model runs with them: what they keep for the backward, it may write to. InputError, and
+    none in place, where it doesn't run without them either."""
+    stand_ins = fused.install(model, kinds)
+    try:
+        if holds(model, layers, observed, to_train=to_train):
+            return stand_ins
+    except InputError:
+        if not stand_ins:
+            raise
+    except BaseException:
+        fused.remove(model, stand_ins)
+        raise
+    fused.remove(model, stand_ins)
+    holds(model, layers, observed, to_train=to_train)
+    return {}
+
+
+def _take_off(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
+    for path, layer in layers.items():
+        model.set_submodule(path, layer.base.module)
 
 
 def _layer(base: FrozenLinear, path: str, spec: AdapterSpec) -> AdaptedLinear:
@@ -162,19 +230,3 @@ def _as_learnt(spec: AdapterSpec) -> AdapterSpec:
             "alpha_overrides": {name: stronger * alpha for name, alpha in spec.alpha_overrides.items()},
         }
     )
-
-
-def _check_fits(model: nn.Module, adapter: Adapter, targeted: tuple[str, ...]) -> None:
-    """Every update must have its module and every targeted module its update, in shapes that fit."""
-    problems = [f"{path:.120}: no such linear layer in this model" for path in adapter.factors if path not in targeted]
-    problems += [
-        f"{path}: targeted, but the adapter has no factors for it" for path in targeted if path not in adapter.factors
-    ]
-    for path, update in adapter.factors.items():
-        if path not in targeted:
-            continue
-        layer = FrozenLinear(model.get_submodule(path))
-        if update.shape != (layer.out_features, layer.in_features):
-            problems.append(f"{path}: update is {update.shape}, the layer {(layer.out_features, layer.in_features)}")
-    if problems:
-        raise InputError(f"the adapter does not fit this model, {len(problems)} mismatches:\n{listed(problems)}")

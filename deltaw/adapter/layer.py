@@ -24,6 +24,7 @@ Letters: N inputs, M outputs, R rank.
 
 import abc
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +37,16 @@ from deltaw.factors import LowRank, as_plain
 from deltaw.kernels.lora import Projection, lora_linears
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A weight's description. No tensor, so that using it past its layer, and the update, is an error (products with a
+    tensor on the meta device, for one, give whatever lies in memory)."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: torch.Size
+
+
 class AdaptedLinear(nn.Module, abc.ABC):
     """A frozen layer and its update; `enabled = False` is the layer alone."""
 
@@ -43,6 +54,13 @@ class AdaptedLinear(nn.Module, abc.ABC):
         super().__init__()
         self.base = base
         self.enabled = True
+
+    @property
+    def weight(self) -> "Stored":
+        """What a model may ask of a weight that it doesn't use: how the base stores it."""
+        w_MN = self.base.weight_MN
+        shape = w_MN.T.shape if isinstance(self.base.module, Conv1D) else w_MN.shape
+        return Stored(w_MN.dtype, w_MN.device, shape)
 
     @abc.abstractmethod
     def trained(self) -> dict[str, nn.Parameter]:

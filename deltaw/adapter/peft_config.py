@@ -1,22 +1,33 @@
 """adapter_config.json <-> AdapterSpec: PEFT's description of a LoRA.
 
-Reading is strict where PEFT is lenient. A field that would change the mathematics and that deltaw does not have (a
-bias, trained tokens, saved modules ...) is refused by name; a field that this file has never heard of is refused
-unless it is empty, since what it means is unknown and dropping it silently would load another adapter than was
-trained. Fields that name code or only steer PEFT's own targeting are ignored and never imported.
+Reading. What a trained adapter adapts is what it holds tensors for; the config gives each of them its scale. PEFT
+ignores names and patterns that nothing answers to (a list made for many architectures, the rank of a module that isn't
+targeted), and so does this. A field that would change the mathematics and that deltaw does not have (a bias, trained
+tokens, saved modules ...) is refused by name; a field that this file has never heard of is refused unless it is empty,
+since what it means is unknown and dropping it silently would load another adapter than was trained. Fields that name
+code or only steer PEFT's own targeting are ignored and never imported.
 
-`rank_pattern` and `alpha_pattern` are regular expressions to PEFT, run on load. Here they are compared literally, after
-undoing the two notations that PEFT users write (`^` for "the whole path" and `\\.` for a dot): a pattern that needs a
-regex engine is refused, because a stranger's pattern can take exponential time.
+`rank_pattern` and `alpha_pattern` are regular expressions, matched by PEFT's rule (patterns.py). A spec's overrides are
+names: PEFT's keys stay where, as names, they say the same of every module, and are full paths otherwise.
+
+Writing. PEFT (0.21, on transformers 5) takes gate_proj, up_proj, down_proj, gate (w1, w2, w3) in `target_modules` of
+certain models with experts for those of the experts, which are parameters there and no layers, even in a full path or a
+regular expression. The dense MLPs and the shared experts of the same names then stay as they are, with a warning. What
+PEFT doesn't touch is `target_parameters`: for "<path>.weight" of a linear layer it makes factors of the same names and
+shapes and the same sum W + s B A, and so these layers are named there (decision 9). DoRA and dropout PEFT doesn't know
+for parameters: the dropout of a trained adapter is written as 0, and DoRA leaves such layers out (spec.py).
 """
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
+from torch import nn
+from transformers import conversion_mapping
 
+from deltaw.adapter.patterns import first_matches
 from deltaw.config import AdapterSpec, names_module
 from deltaw.errors import InputError, listed
 
@@ -25,7 +36,6 @@ UNSUPPORTED = {
     "lora_bias": "a bias on B",
     "modules_to_save": "fully trained modules",
     "trainable_token_indices": "trained token embeddings",
-    "target_parameters": "LoRA on bare parameters",
     "layer_replication": "replicated layers",
     "loftq_config": "a base changed by LoftQ",
     "use_qalora": "QALoRA",
@@ -46,60 +56,102 @@ IGNORED = {
 NARROWS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "rank_pattern",
-    "alpha_pattern", "fan_in_fan_out", "bias", "init_lora_weights",
+    "alpha_pattern", "fan_in_fan_out", "bias", "init_lora_weights", "target_parameters",
 }  # fmt: skip
 # Initialisers that move the base, so that the saved factors are relative to weights nobody else has (peft#2270).
 MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
+# What PEFT takes for experts, by the family that transformers counts a model to.
+REWRITTEN = {
+    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
+    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
+}
+WEIGHT = ".weight"  # of a layer that PEFT is told of as a parameter
+
+
+def rewritten_names(model: nn.Module) -> frozenset[str]:
+    """The last names of layers that PEFT has to be told of by their weights on this model."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    # A table that PEFT reads, too; the families themselves are in it whatever its version.
+    families: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    return REWRITTEN.get(families.get(str(kind), str(kind)), frozenset())
+
+
+def weight_names(config: Mapping[str, Any]) -> frozenset[str]:
+    """The last names of the layers that a config names by their weights."""
+    entries = config.get("target_parameters") or ()
+    return frozenset(entry.removesuffix(WEIGHT).rpartition(".")[2] for entry in entries)
+
+
 def to_spec(config: dict[str, Any], paths: Iterable[str], source: str) -> AdapterSpec:
-    """The spec of a trained adapter whose tensors name `paths`. Raises InputError that lists every problem."""
-    problems = list(_problems(config))
-    if problems:
-        raise InputError(f"{source}: this adapter can't be loaded:\n{listed(problems)}")
+    """The spec of a trained adapter whose tensors name `paths`; `config` has passed `check_config`."""
     paths = tuple(paths)
-    names, pattern = config.get("target_modules"), config.get("rank_pattern") or {}
+    names = config.get("target_modules")
+    weights = config.get("target_parameters") or ()
+    by_weight = [path for path in paths if any(names_module(entry, path + WEIGHT) for entry in weights)]
     # A string is a regular expression to PEFT, and these fields cut the list down: then the tensors are the truth.
     if isinstance(names, str) or any(config.get(field) not in (None, []) for field in NARROWS):
         names = paths
-    elif strays := [f"{path!r:.120}" for path in paths if not any(names_module(name, path) for name in names or ())]:
+    else:
+        names = [name for name in names or () if any(names_module(name, path) for path in paths)] + by_weight
+    if strays := [f"{path!r:.120}" for path in paths if not any(names_module(name, path) for name in names)]:
         raise InputError(f"{source}: target_modules doesn't name what the weights are for:\n{listed(strays)}")
+    keys = {path: path + WEIGHT if path in by_weight else path for path in paths}
     fields: dict[str, Any] = {
         "rank": config.get("r", 8),
         "alpha": config.get("lora_alpha", 8),
-        "targets": tuple(names or ()),
+        "targets": tuple(names),
         "scaling": "rslora" if config.get("use_rslora") else "lora",
         "magnitude": config.get("use_dora", False),
         "dropout": 0.0 if config.get("lora_dropout") is None else config["lora_dropout"],
     }
     try:
-        fields["rank_overrides"] = {_literal(key): value for key, value in pattern.items()}
-        fields["alpha_overrides"] = {_literal(k): v for k, v in (config.get("alpha_pattern") or {}).items()}
+        fields["rank_overrides"] = _overrides(config.get("rank_pattern") or {}, fields["rank"], keys)
+        fields["alpha_overrides"] = _overrides(config.get("alpha_pattern") or {}, fields["alpha"], keys)
         return AdapterSpec.model_validate(fields)
     except ValidationError as error:
         lines = [f"{_field(e['loc'])}: {e['msg']} (got {e.get('input')!r:.60})" for e in error.errors()]
         raise InputError(f"{source}: wrong values:\n{listed(lines)}") from None
-    except ValueError as error:
-        raise InputError(f"{source}: {error}") from None
+    except InputError as error:
+        raise InputError(f"{source}: {error.what}") from None
 
 
-def from_spec(spec: AdapterSpec, base_name: str, revision: str | None, fan_in_fan_out: bool) -> dict[str, Any]:
-    """PEFT's classic fields, and no others: servers differ in what newer ones they know."""
+def from_spec(
+    spec: AdapterSpec,
+    paths: Iterable[str],
+    rewritten: Collection[str],
+    *,
+    base: str,
+    revision: str | None,
+    fan_in_fan_out: bool,
+) -> dict[str, Any]:
+    """PEFT's classic fields of an adapter of `paths`, and `target_parameters` where it has to be; no others: servers
+    differ in what newer ones they know."""
     from deltaw.version import PEFT_VERSION
 
-    return {
+    paths = tuple(paths)
+    by_weight = [path for path in paths if _last(path) in rewritten]
+    names = [spec.targets] if isinstance(spec.targets, str) else list(spec.targets)
+    keys = {path: path + WEIGHT if path in set(by_weight) else path for path in paths}
+    config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
+        "base_model_name_or_path": base,
         "revision": revision,
         "r": spec.rank,
         "lora_alpha": _plain(spec.alpha),
-        "lora_dropout": spec.dropout,
+        "lora_dropout": 0.0 if by_weight else spec.dropout,
         "bias": "none",
-        "target_modules": [spec.targets] if isinstance(spec.targets, str) else list(spec.targets),
+        "target_modules": [name for name in names if _last(name) not in rewritten],
         "modules_to_save": None,
-        "rank_pattern": dict(spec.rank_overrides),
-        "alpha_pattern": {name: _plain(alpha) for name, alpha in spec.alpha_overrides.items()},
+        "rank_pattern": _pattern(spec.rank_overrides, {path: spec.rank_of(path) for path in paths}, spec.rank, keys),
+        "alpha_pattern": {
+            key: _plain(alpha)
+            for key, alpha in _pattern(
+                spec.alpha_overrides, {path: spec.alpha_of(path) for path in paths}, spec.alpha, keys
+            ).items()
+        },
         "use_rslora": spec.scaling == "rslora",
         "use_dora": spec.magnitude,
         "fan_in_fan_out": fan_in_fan_out,
@@ -107,13 +159,59 @@ def from_spec(spec: AdapterSpec, base_name: str, revision: str | None, fan_in_fa
         "init_lora_weights": True,
         "peft_version": PEFT_VERSION,
     }
+    return config | ({"target_parameters": [path + WEIGHT for path in by_weight]} if by_weight else {})
 
 
-def _problems(config: dict[str, Any]) -> Iterable[str]:
-    if config.get("peft_type") != "LORA":
-        yield f"peft_type is {config.get('peft_type')!r:.60}; only LORA is supported"
+def check_config(config: Mapping[str, Any], source: str) -> None:
+    """Raise InputError that names every field with a meaning that can't be kept; another kind of adapter by its kind
+    alone, since its fields are its own."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise InputError(f"{source}: peft_type is {kind!r:.60}; only LORA is supported, with or without DoRA")
+    problems = list(_problems(config))
+    if problems:
+        raise InputError(f"{source}: this adapter can't be loaded:\n{listed(problems)}")
+
+
+def _overrides(pattern: Mapping[str, Any], default: Any, keys: Mapping[str, str]) -> dict[str, Any]:
+    """What a spec says for what PEFT's `pattern` says of the modules path -> what PEFT calls it."""
+    by_key = first_matches(list(pattern), keys.values())
+    taken = {path: by_key[key] for path, key in keys.items() if key in by_key}
+    names = [name for name in pattern if any(names_module(name, path) for path in keys)]
+    if all(next((n for n in names if names_module(n, path)), None) == taken.get(path) for path in keys):
+        return {name: pattern[name] for name in names}
+    # Full paths, the long ones first, and also those that end as another one that has an override.
+    values = {path: pattern[taken[path]] if path in taken else default for path in keys}
+    named = [p for p in keys if p in taken or any(p.split(".", n)[-1] in taken for n in range(1, p.count(".") + 1))]
+    return {path: values[path] for path in sorted(named, key=len, reverse=True)}
+
+
+def _pattern(
+    overrides: Mapping[str, Any], values: Mapping[str, Any], default: Any, keys: Mapping[str, str]
+) -> dict[str, Any]:
+    """A pattern from which PEFT reads `values`: the overrides' own names, or anchored paths where those won't do."""
+    by_weight = [path for path, key in keys.items() if key != path]
+    named: dict[str, Any] = {}
+    for name, value in overrides.items():
+        named[name] = value
+        if any(names_module(name, path) for path in by_weight):
+            named[name + WEIGHT] = value
+    if all(re.fullmatch(r"[\w.-]+", name) for name in named):
+        by_key = first_matches(list(named), keys.values())
+        if all(named.get(by_key.get(keys[path], ""), default) == value for path, value in values.items()):
+            return named
+    paths = [path for path, value in values.items() if value != default]
+    return {f"^{re.escape(key)}": values[path] for path in paths for key in dict.fromkeys((path, keys[path]))}
+
+
+def _problems(config: Mapping[str, Any]) -> Iterable[str]:
+    weights = config.get("target_parameters")
+    if not isinstance(weights, list | None) or not all(isinstance(entry, str) for entry in weights or ()):
+        yield f"target_parameters: a list of names is needed, got {weights!r:.60}"
+    elif bare := [entry for entry in weights or () if not entry.endswith(WEIGHT)]:
+        yield f"target_parameters: LoRA on bare parameters isn't supported ({', '.join(bare):.80})"
     names = config.get("target_modules")
-    if not isinstance(names, str | list) or not names or not all(isinstance(name, str) and name for name in names):
+    if not isinstance(names, str | list) or not (names or weights) or not all(isinstance(n, str) and n for n in names):
         yield f"target_modules: a list of names is needed, got {names!r:.60}"
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(field), dict | None):
@@ -134,11 +232,8 @@ def _problems(config: dict[str, Any]) -> Iterable[str]:
             yield f"{field!r:.60} is unknown, so what it does can't be kept"
 
 
-def _literal(pattern: str) -> str:
-    name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-    if re.search(r"[\\*+?()\[\]{}|^$]", name):
-        raise ValueError(f"the pattern {pattern!r:.80} needs a regular expression; only module names are supported")
-    return name
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _plain(number: float) -> int | float:

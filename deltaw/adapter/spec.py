@@ -6,15 +6,29 @@ is what matches full fine-tuning; the head is the one linear whose update nobody
 the attention or the MLP is read off the path, the only place where all architectures say it.
 
 A name that matches nothing is an error that lists what could match, never a warning: a run that trains less than was
-asked for is a wasted run.
+asked for is a wasted run. A group asks for what can be done. It leaves out, with the reason, a layer narrower than the
+rank, one that has no form in the file (DoRA beside experts, peft_config.py), one whose weight the model reads itself,
+and one that gets no gradient (trial.py). The same layer asked for by its name, or by an override of its rank, is an
+error with the same reason.
+
+A model with a tower for pictures or sound is trained on text, so the language model is what is meant, by groups and by
+names: `q_proj` is the language model's. Only a name that matches nothing in it is looked for in the rest, so that a
+path can name a layer there; one that doesn't run on text, which would never learn, is refused when the adapter is
+attached (trial.py). The language model is the part that is built from the text config.
+
+A trained adapter adapts what it holds factors for, whatever its spec's names would match (`targets_of`).
 """
 
 import difflib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
+from deltaw.adapter.file import Adapter
+from deltaw.adapter.peft_config import rewritten_names
 from deltaw.base.frozen import FrozenLinear
 from deltaw.config import TARGET_GROUPS, AdapterSpec, names_module
 from deltaw.errors import InputError, listed
@@ -33,21 +47,31 @@ MLP_PARTS = {
 }
 # Weights that a state-space mixer's scan reads itself: the layer is never called, so an update there would do nothing.
 SCAN_PARTS, SCANNED = {"mixer", "mamba"}, {"dt_proj", "out_proj"}
+OUTSIDE = "lies outside the language model: name it by its path"
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a spec comes to: the paths to adapt, and what holds weights but can't be or isn't adapted."""
+    """What a spec comes to: the paths to adapt, what holds weights but can't be or isn't adapted, and why a group left
+    a layer out."""
 
     paths: tuple[str, ...]
     unmatched: tuple[str, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_targets(model: nn.Module, spec: AdapterSpec) -> Targets:
-    """Resolve `spec` on `model`. Raises InputError: no match, an override of nothing, a rank beyond min(in, out)."""
+def find_targets(model: nn.Module, spec: AdapterSpec, unfit: Mapping[str, str] | None = None) -> Targets:
+    """Resolve `spec` on `model`; `unfit`: why layers can't be adapted, as far as the caller knows.
+
+    Raises InputError: no match, an override of nothing, a layer asked for by name that can't be adapted.
+    """
     linear = linear_paths(model)
     if not linear:
-        raise InputError("this model has no linear layer that LoRA could adapt")
+        kinds = sorted(
+            {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and m is not _head(model)}
+        )
+        more = f": its layers of {', '.join(kinds)} compute something else than x Wᵀ + b" if kinds else ""
+        raise InputError(f"this model has no linear layer that LoRA could adapt{more}")
     names = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
     head = _path_of(model, _head(model))
     if head and any(names_module(name, head) for name in names):
@@ -55,29 +79,101 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> Targets:
     missing = [name for name in names if not any(_matches(name, path) for path in linear)]
     if missing:
         raise InputError(f"adapter.targets: {_unknown(missing, linear)}", fix=f"could match: {_choices(linear)}")
-    paths = tuple(path for path in linear if any(_matches(name, path) for name in names))
+    asked = tuple(path for path in linear if any(_matches(name, path) for name in names))
     overrides = [*spec.rank_overrides, *spec.alpha_overrides]
-    idle = [name for name in overrides if not any(names_module(name, path) for path in paths)]
+    idle = [name for name in overrides if not any(names_module(name, path) for path in asked)]
     if idle:
-        raise InputError(f"adapter overrides: {_unknown(idle, paths)}", fix=f"could match: {_choices(paths)}")
-    if not spec.full:
-        _check_ranks(model, spec, paths)
+        raise InputError(f"adapter overrides: {_unknown(idle, asked)}", fix=f"could match: {_choices(asked)}")
+    language = language_paths(model, linear)
+    named = {path for name in names if name not in TARGET_GROUPS for path in _called(name, linear, language)}
+    named |= {path for name in spec.rank_overrides for path in _called(name, asked, language)}
+    reasons = dict.fromkeys(set(asked).difference(language, named), OUTSIDE)
+    reasons |= dict(unfit or {}) | _without_room(model, spec, asked)
+    paths = tuple(path for path in asked if path not in reasons)
+    left_out = {path: reasons[path] for path in asked if path in reasons and path not in named}
+    wrong = [f"{path} {reasons[path]}" for path in asked if path in named and path in reasons]
+    if wrong or not paths:
+        wrong = wrong or [f"{path} {reason}" for path, reason in left_out.items()]
+        raise InputError(
+            f"adapter.targets: these can't be adapted:\n{listed(wrong)}",
+            fix="lower rank, or set rank_overrides" if any("rank" in line for line in wrong) else "leave them out",
+        )
+    return Targets(paths, _unmatched(model, set(paths)), left_out)
+
+
+def targets_of(model: nn.Module, adapter: Adapter, unfit: Mapping[str, str] | None = None) -> Targets:
+    """What a trained adapter adapts on `model`. Raises InputError unless each update has its layer, of its shape, and
+    each layer of the language model that the spec names has its update."""
+    linear = linear_paths(model)
+    head = _path_of(model, _head(model))
+    if head in adapter.factors:
+        raise InputError(f"{head} is the output head, which can't be adapted yet")
+    names = (adapter.spec.targets,) if isinstance(adapter.spec.targets, str) else adapter.spec.targets
+    if not any(_matches(name, path) for name in names for path in linear):
+        raise InputError(f"the adapter is another model's: {_unknown(list(names), linear)}")
+    problems = [f"{path:.120}: no such linear layer in this model" for path in adapter.factors if path not in linear]
+    problems += [f"{path} {why}" for path, why in (unfit or {}).items() if path in adapter.factors]
+    problems += [
+        f"{path}: targeted, but the adapter has no factors for it"
+        for path in language_paths(model, linear)
+        if path not in adapter.factors and any(names_module(name, path) for name in names)
+    ]
+    for path in set(linear) & set(adapter.factors):
+        layer, shape = FrozenLinear(model.get_submodule(path)), adapter.factors[path].shape
+        if shape != (layer.out_features, layer.in_features):
+            problems.append(f"{path}: update is {shape}, the layer {(layer.out_features, layer.in_features)}")
+    if problems:
+        raise InputError(f"the adapter does not fit this model, {len(problems)} mismatches:\n{listed(problems)}")
+    paths = tuple(path for path in linear if path in adapter.factors)
     return Targets(paths, _unmatched(model, set(paths)))
 
 
-def _check_ranks(model: nn.Module, spec: AdapterSpec, paths: tuple[str, ...]) -> None:
-    """Raise InputError unless the trained update's rank, twice the spec's where the start is taken off, fits."""
-    times, said = (2, f" for init {spec.init}, whose update has twice the rank") if spec.moves_base else (1, "")
-    too_high = []
+def language_paths(model: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `paths` that lie in the language model: all of them, unless the config has a text config of its own."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return paths
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        return paths
+    own = {path: type(getattr(module, "config", None)) for path, module in model.named_modules() if path}
+    roots = tuple(f"{path}." for path, kind in own.items() if kind is type(text))
+    return tuple(path for path in paths if path.startswith(roots)) or paths
+
+
+def beside_paths(model: nn.Module, paths: tuple[str, ...]) -> set[str]:
+    """Those of `paths` that belong to something else than the language model: they lie outside it or, where it has no
+    place of its own, in a part that has a config of another kind."""
+    language = language_paths(model, paths)
+    if len(language) < len(paths) or not hasattr(model, "config"):
+        return set(paths).difference(language)
+    configs = {path: getattr(module, "config", None) for path, module in model.named_modules() if path}
+    others = tuple(f"{path}." for path, config in configs.items() if config and type(config) is not type(model.config))
+    return {path for path in paths if others and path.startswith(others)}
+
+
+def _called(name: str, paths: tuple[str, ...], language: tuple[str, ...]) -> list[str]:
+    """The layers that a module's name means: the language model's, and the rest's only where that has none."""
+    matched = [path for path in paths if names_module(name, path)]
+    return [path for path in matched if path in language] or matched
+
+
+def _without_room(model: nn.Module, spec: AdapterSpec, paths: tuple[str, ...]) -> dict[str, str]:
+    """Why layers can't have the update that the spec asks for: a rank (twice the spec's where the start is taken off)
+    beyond the layer's, a kind that can't be written."""
+    if spec.full:
+        return {}
+    times, said = (2, f" (init {spec.init} makes twice the rank)") if spec.moves_base else (1, "")
+    by_weight = rewritten_names(model) if spec.magnitude else ()
+    reasons = {}
     for path in paths:
         layer, rank = FrozenLinear(model.get_submodule(path)), times * spec.rank_of(path)
         limit = min(layer.in_features, layer.out_features)
         if rank > limit:
-            too_high.append(f"{path} is {layer.out_features} x {layer.in_features}: rank {rank} > {limit}")
-    if too_high:
-        raise InputError(
-            f"adapter.rank is too high{said}:\n{listed(too_high)}", fix="lower rank, or set rank_overrides"
-        )
+            reasons[path] = f"is {layer.out_features} x {layer.in_features}: rank {rank} > {limit}{said}"
+        elif path.rpartition(".")[2] in by_weight:
+            reasons[path] = "is taken for the experts' by PEFT, which can't read DoRA of it then"
+    return reasons
 
 
 def linear_paths(model: nn.Module) -> tuple[str, ...]:
@@ -88,6 +184,15 @@ def linear_paths(model: nn.Module) -> tuple[str, ...]:
         for path, module in model.named_modules()
         if module is not head and FrozenLinear.can_wrap(module) and not _is_scanned(path)
     )
+
+
+def said(left_out: Mapping[str, str]) -> list[str]:
+    """What a group left out, for logs: a line for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in left_out.items():
+        by_reason.setdefault(reason, []).append(path)
+    more = {reason: f" (and {len(paths) - 1} more)" for reason, paths in by_reason.items() if len(paths) > 1}
+    return [f"{paths[0]} {reason}{more.get(reason, '')}" for reason, paths in by_reason.items()]
 
 
 def explicit_targets(model: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:
@@ -121,12 +226,13 @@ def _is_scanned(path: str) -> bool:
 
 
 def _unmatched(model: nn.Module, adapted: set[str]) -> tuple[str, ...]:
-    """Weights of two or more dimensions that stay as they are: embeddings and the head aside, the ones a user of
-    `all-linear` would want to know of (an MoE's experts are 3-D parameters, not linear layers)."""
+    """Weights of two or more dimensions of the language model that stay as they are: embeddings and the head aside, the
+    ones a user of `all-linear` would want to know of (an MoE's experts are 3-D parameters, not linear layers)."""
     head = _head(model)
-    found = []
+    holders = tuple(path for path, module in model.named_modules() if any(module.named_parameters(recurse=False)))
+    language, found = set(language_paths(model, holders)), []
     for path, module in model.named_modules():
-        if path in adapted or module is head or isinstance(module, nn.Embedding):
+        if path in adapted or path not in language or module is head or isinstance(module, nn.Embedding):
             continue
         names = [name for name, value in module.named_parameters(recurse=False) if value.ndim >= 2]
         found += [path] if names == ["weight"] else [f"{path}.{name}" for name in names]

@@ -145,7 +145,7 @@ def packed_attention(
     if varlen.applies(q_THE, k_TKE, len(documents.starts_S) - 1, documents.longest, **options):
         return varlen.varlen_attention(q_THE, k_TKE, v_TKE, documents.starts_S, documents.longest, **options)
     out: Tensor = _PackedAttention.apply(q_THE, k_TKE, v_TKE, documents, _Scores(scale, window, softcap))
-    return out
+    return out.view(q_THE.shape)  # outside: a view made in a Function may not be written to
 
 
 def packed_attention_plain(
@@ -246,16 +246,16 @@ class _PackedAttention(torch.autograd.Function):
                     kept.append(p)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.documents, ctx.scores, ctx.heads = documents, scores, (H, K)
-        return o.index_select(0, queries.scatter).view(T, H, E)
+        return o.index_select(0, queries.scatter)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_PE: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         documents, scores, (H, K) = ctx.documents, ctx.scores, ctx.heads
         T, E = documents.total, q.shape[1]
         queries, keys_and_values = documents.layout(H, in_chunks=True), documents.layout(K)
-        do = grad_THE.reshape(T * H, E).index_select(0, queries.gather).index_fill_(0, queries.filler, 0)
+        do = grad_PE.index_select(0, queries.gather).index_fill_(0, queries.filler, 0)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for group in documents.groups:
             k_BLE, v_BLE, dk_BLE, dv_BLE = (group.whole(x, K) for x in (k, v, dk, dv))

@@ -21,6 +21,9 @@ The factors may be wider than x (float32 masters, bfloat16 activations): they ar
 and their gradients come back in their own dtype. Rounding them at each use costs milliseconds of a step of seconds, so
 no copy is kept.
 
+The Functions take and give matrices [T, ·], and leading dimensions are put back outside: a view made inside a Function
+may not be written to, and a model may write into what a linear layer returned (Falcon adds attention to the MLP's).
+
 Letters: T rows (tokens), N inputs, M outputs, R rank, K the sum of the ranks of projections of one input.
 """
 
@@ -71,15 +74,15 @@ def lora_linear(x_TN: Tensor, w_MN: Tensor, bias_M: Tensor | None, a_RN: Tensor,
 
 def lora_linears(x_TN: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
     """Each projection of one x, [..., M] in x's dtype. x is [..., N]; only x and the factors can get gradients."""
-    out: tuple[Tensor, ...] = _LoRALinears.apply(x_TN, projections, *_factors(projections))
-    return out
+    ys: tuple[Tensor, ...] = _LoRALinears.apply(x_TN.reshape(-1, x_TN.shape[-1]), projections, *_factors(projections))
+    return tuple(y_TM.view(*x_TN.shape[:-1], y_TM.shape[1]) for y_TM in ys)
 
 
 def lora_gated_mlp(x_TN: Tensor, gate: Projection, up: Projection, down: Projection, activation: str) -> Tensor:
     """down(act(gate(x)) ∘ up(x)) -> [..., M] in x's dtype. `activation` is a key of `ACTIVATIONS`."""
     three = (gate, up, down)
-    out: Tensor = _LoRAGatedMLP.apply(x_TN, three, activation, *_factors(three))
-    return out
+    y_TM: Tensor = _LoRAGatedMLP.apply(x_TN.reshape(-1, x_TN.shape[-1]), three, activation, *_factors(three))
+    return y_TM.view(*x_TN.shape[:-1], y_TM.shape[1])
 
 
 def lora_linear_plain(
@@ -197,41 +200,41 @@ def _factors(projections: Sequence[Projection]) -> list[Tensor | None]:
 
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, projections: Sequence[Projection], *factors: Tensor | None) -> tuple[Tensor, ...]:
-        x_TN = x.reshape(-1, x.shape[-1])
+    def forward(
+        ctx: Any, x_TN: Tensor, projections: Sequence[Projection], *factors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         ys, h_TK = _project(x_TN, projections)
         # The factors are kept so that autograd sees it when one is written to before the backward.
         ctx.save_for_backward(x_TN if h_TK is not None else None, h_TK, *factors)
-        ctx.projections, ctx.shape = projections, x.shape
-        return tuple(y_TM.view(*x.shape[:-1], y_TM.shape[1]) for y_TM in ys)
+        ctx.projections = projections
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TN, h_TK, *_ = ctx.saved_tensors
-        rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        p_TK = _rank_space(rows, ctx.projections)
-        dx = _back_to_input(p_TK, rows, ctx.projections) if ctx.needs_input_grad[0] else None
-        factor_grads = _back_to_factors(x_TN, h_TK, p_TK, rows, ctx.projections)
-        return (None if dx is None else dx.view(ctx.shape), None, *factor_grads)
+        p_TK = _rank_space(grads, ctx.projections)
+        dx_TN = _back_to_input(p_TK, grads, ctx.projections) if ctx.needs_input_grad[0] else None
+        return dx_TN, None, *_back_to_factors(x_TN, h_TK, p_TK, grads, ctx.projections)
 
 
 class _LoRAGatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, three: Sequence[Projection], activation: str, *factors: Tensor | None) -> Tensor:
-        x_TN = x.reshape(-1, x.shape[-1])
+    def forward(
+        ctx: Any, x_TN: Tensor, three: Sequence[Projection], activation: str, *factors: Tensor | None
+    ) -> Tensor:
         (g, u), h_TK = _project(x_TN, three[:2])
         (y_TM,), down_TR = _project(_gated(g, u, activation), three[2:])
         ctx.save_for_backward(x_TN if h_TK is not None else None, h_TK, g, u, down_TR, *factors)
-        ctx.three, ctx.activation, ctx.shape = three, activation, x.shape
-        return y_TM.view(*x.shape[:-1], y_TM.shape[1])
+        ctx.three, ctx.activation = three, activation
+        return y_TM
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
         x_TN, h_TK, g, u, down_TR, *_ = ctx.saved_tensors
         pair, down = ctx.three[:2], ctx.three[2:]
-        rows = [grad.reshape(-1, grad.shape[-1])]
+        rows = [grad_TM]
         down_p = _rank_space(rows, down)
         if h_TK is None and not ctx.needs_input_grad[0]:  # nothing below down_proj trains
             inner = _gated(g, u, ctx.activation)
@@ -239,5 +242,5 @@ class _LoRAGatedMLP(torch.autograd.Function):
         inner, dg, du = _gated_back(_back_to_input(down_p, rows, down), g, u, ctx.activation)
         down_grads = _back_to_factors(inner, down_TR, down_p, rows, down)
         pair_p = _rank_space([dg, du], pair)
-        dx = _back_to_input(pair_p, [dg, du], pair).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, *_back_to_factors(x_TN, h_TK, pair_p, [dg, du], pair), *down_grads
+        dx_TN = _back_to_input(pair_p, [dg, du], pair) if ctx.needs_input_grad[0] else None
+        return dx_TN, None, None, *_back_to_factors(x_TN, h_TK, pair_p, [dg, du], pair), *down_grads

@@ -125,8 +125,8 @@ def prepare_run(config: RunConfig, display: Display) -> tuple[Model, Dataset]:
     attached = attach(base.model, config.adapter, generator=generator, start_later=config.adapter.from_data)
     model = Model(base, renderer, forward, attached)
     display.say(f"{source.name} in {str(base.dtype)[6:]} on {base.device}: {model.describe()}")
-    for layer in attached.unmatched[:3]:
-        display.say(f"not adapted: {layer}" + (" …" if len(attached.unmatched) > 3 else ""))
+    for line in attached.notes():
+        display.say(line)
     return model, dataset
 
 

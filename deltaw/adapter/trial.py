@@ -1,0 +1,236 @@
+"""Whether a model with a fresh adapter in it is still the model, and can learn: tried before it is called attached.
+
+An adapted layer computes x Wᵀ + b itself. What it stands for may do more than its class says: a hook may change what it
+returns, and the model may read `.weight` beside it or instead of it. Neither shows in the modules, so the model runs on
+two short documents.
+
+First as it is, forward and back (`observe`). A function mode sees every tensor function, and so each use of a weight
+while its own layer isn't running; and a layer whose output gets no gradient would never learn. Then with the fresh
+layers, which are ΔW = 0, in place (`differences`): the logits must be the base's to the bit, or, where something rounds
+otherwise (another shape of the same product), each layer's output its own base's. Last with the kernels' stand-ins, and
+back where it is to be trained (`holds`): the logits up to the stand-ins' rounding, a gradient that reaches the factors.
+
+A layer that doesn't run on the documents (an expert that no token chose) and a model that isn't run by token ids alone
+(somebody's own module) are tried layer by layer on a row of random numbers. On the meta device there is nothing to run.
+
+Letters: T tokens, V vocabulary, N inputs.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from deltaw.adapter.layer import AdaptedLinear
+from deltaw.adapter.spec import beside_paths
+from deltaw.base.forward import ATTENTION, _two_documents
+from deltaw.base.frozen import FrozenLinear
+from deltaw.errors import InputError
+from deltaw.kernels.attention import Documents
+
+BESIDE = "isn't part of the language model, and doesn't run on text"
+SILENT = "gets no gradient from the model's answers"
+READ = "has its weight read by the model itself, past the layer"
+CHANGED = "gives something else than its weight and bias make of its input"
+# What a model says that can't be run on token ids, or with another layer in this place.
+REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One pass of the base and back: its logits, which linear layers ran, and why others can't be adapted (`unfit`), or
+    can but would never learn (`idle`)."""
+
+    logits_TV: Tensor
+    ran: frozenset[str]
+    unfit: Mapping[str, str]
+    idle: Mapping[str, str]
+
+
+def observe(model: nn.Module) -> Observed | None:
+    """The base as it is; None where it isn't run by token ids alone."""
+    linear = {path: module for path, module in model.named_modules() if FrozenLinear.can_wrap(module)}
+    watch = _Watch(linear)
+    try:
+        hooks = [hook for path, module in linear.items() for hook in watch.on(path, module)]
+        hooks.append(model.get_input_embeddings().register_forward_hook(_as_leaf))  # type: ignore[operator]
+        with _evaluating(model), torch.enable_grad(), watch:
+            logits_TV = _logits(model)
+    except REFUSALS:
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    idle = dict.fromkeys(beside_paths(model, tuple(linear)).difference(watch.outputs), BESIDE)
+    idle |= dict.fromkeys(watch.without_gradient(logits_TV), SILENT)
+    return Observed(logits_TV.detach(), frozenset(watch.outputs), dict.fromkeys(watch.read, READ), idle)
+
+
+@torch.no_grad()
+def differences(model: nn.Module, layers: Mapping[str, AdaptedLinear], base: Observed | None) -> dict[str, str]:
+    """Which of the fresh `layers`, in their places, aren't what they stand for, and why. Raises InputError where the
+    model differs and no layer does."""
+    if any(layer.base.weight_MN.is_meta for layer in layers.values()):
+        return {}
+    alone = {path: layer for path, layer in layers.items() if base is None or path not in base.ran}
+    wrong = {path: CHANGED for path, layer in alone.items() if not _same_on_a_row(layer)}
+    if base is None or wrong:
+        return wrong
+    try:
+        with _evaluating(model):
+            logits_TV = _logits(model)
+            if torch.equal(logits_TV, base.logits_TV):
+                return {}
+            wrong = _changed(model, layers)
+    except AttributeError as error:  # what the model asks of its own layer, and this one doesn't have
+        path = next((path for path, layer in layers.items() if layer is getattr(error, "obj", None)), None)
+        if path is None:
+            raise
+        return {path: READ}
+    if not wrong and not _near(logits_TV, base.logits_TV, next(iter(layers.values())).base.weight_MN.dtype):
+        raise InputError("with a fresh adapter in it the model gives other answers than without, so none is attached")
+    return wrong
+
+
+def holds(model: nn.Module, layers: Mapping[str, AdaptedLinear], base: Observed | None, *, to_train: bool) -> bool:
+    """Whether the model as it will run gives the base's logits, up to rounding. Raises InputError unless it runs and,
+    where it is `to_train`, a backward reaches the factors."""
+    parameters = [parameter for layer in layers.values() for parameter in layer.trained().values()]
+    if base is None or any(parameter.is_meta for parameter in parameters):
+        return True
+    reached: list[Tensor] = []
+    try:
+        with _evaluating(model), torch.set_grad_enabled(to_train):
+            logits_TV = _logits(model)
+            if logits_TV.requires_grad:
+                gradients = torch.autograd.grad(logits_TV.square().mean(), parameters, allow_unused=True)
+                reached = [gradient for gradient in gradients if gradient is not None]
+    except REFUSALS as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise InputError(
+            f"this model can't {'be trained' if to_train else 'run'} with an adapter in it "
+            f"({type(error).__name__}: {reason:.200})",
+            fix="name fewer adapter.targets, or use another base" if to_train else "use another base",
+        ) from None
+    if to_train and not (reached and all(gradient.isfinite().all() for gradient in reached)):
+        what = "no gradient reaches the adapter" if not reached else "the gradient isn't finite"
+        raise InputError(f"{what} in a pass over text", fix="name other adapter.targets")
+    return _near(logits_TV.detach(), base.logits_TV, next(iter(layers.values())).base.weight_MN.dtype)
+
+
+class _Watch(TorchFunctionMode):
+    """Notes what each layer returned, and uses of its weight by anything but its own call."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.outputs: dict[str, list[Tensor]] = {}
+        self.read: set[str] = set()
+        self._running: list[str] = []
+        self._owners: dict[int, set[str]] = {}  # a tied weight has several
+        for path, layer in layers.items():
+            self._owners.setdefault(id(layer.weight), set()).add(path)
+
+    def on(self, path: str, module: nn.Module) -> Iterator[Any]:
+        def begin(*_: Any) -> None:
+            self._running.append(path)
+
+        def end(module: nn.Module, args: Any, output: Tensor | None) -> None:
+            self._running.pop()
+            self.outputs.setdefault(path, []).extend([] if output is None else [output])
+
+        yield module.register_forward_pre_hook(begin, prepend=True)
+        yield module.register_forward_hook(end, always_call=True)
+
+    def without_gradient(self, logits_TV: Tensor) -> list[str]:
+        """The layers that ran, and of whose outputs the logits are no function that can be differentiated."""
+        made = [(path, output) for path, outputs in self.outputs.items() for output in outputs if output.requires_grad]
+        try:
+            gradients = torch.autograd.grad(logits_TV.square().sum(), [output for _, output in made], allow_unused=True)
+        except REFUSALS:  # what trains has to run backward, and is tried itself
+            return []
+        reached = {path for (path, _), grad in zip(made, gradients, strict=True) if grad is not None and grad.any()}
+        return [path for path in self.outputs if path not in reached] if reached else []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        first = made[0] if isinstance(made, list | tuple) and made else made
+        if isinstance(first, Tensor):  # its dtype or shape may be read of any parameter
+            for value in (*args, *(kwargs or {}).values()):
+                for item in value if isinstance(value, list | tuple) else (value,):
+                    owners = self._owners.get(id(item), ())
+                    if owners and not owners & set(self._running):
+                        self.read |= owners
+        return made
+
+
+def _as_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.detach().requires_grad_()
+
+
+def _logits(model: Any) -> Tensor:
+    """[T, V] in float32 of two short documents, packed where the model runs packed, else in a row."""
+    tokens_T, positions_T, starts_S = _two_documents(model)
+    inputs: dict[str, Any] = {"input_ids": tokens_T[None]}
+    if model.config._attn_implementation == ATTENTION:
+        documents = Documents(starts_S.tolist(), tokens_T.device)
+        inputs |= {"position_ids": positions_T[None], "documents": documents}
+    logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits[0].float()
+
+
+def _changed(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str, str]:
+    """The layers whose output in a pass isn't that of what they stand for."""
+    wrong: dict[str, str] = {}
+
+    def watch(path: str) -> Any:
+        def compare(module: AdaptedLinear, args: Any, output: Tensor) -> None:
+            if not _near(output, module.base(*args), module.base.weight_MN.dtype, sure=True):
+                wrong[path] = CHANGED
+
+        return compare
+
+    hooks = [layer.register_forward_hook(watch(path)) for path, layer in layers.items()]
+    try:
+        _logits(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return wrong
+
+
+def _same_on_a_row(layer: AdaptedLinear) -> bool:
+    w_MN = layer.base.weight_MN
+    row_N = torch.randn(1, w_MN.shape[1], generator=torch.Generator().manual_seed(0)).to(w_MN)
+    training = layer.training
+    try:
+        return _near(layer.eval()(row_N), layer.base(row_N), w_MN.dtype, sure=True)
+    finally:
+        layer.train(training)
+
+
+def _near(got: Tensor, wanted: Tensor, dtype: torch.dtype, *, sure: bool = False) -> bool:
+    """Whether two tensors differ by rounding: of a whole model as plan_forward has it, or (`sure`) of one product."""
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return False
+    got, wanted = got.float(), wanted.float()
+    unit, wide = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    size = wanted.square().mean().sqrt() if sure else wanted.std()
+    allowed = (4 * unit + 4 * wide if sure else 25 * unit + 300 * wide) * float(size)
+    return float((got - wanted).square().mean().sqrt()) <= max(allowed, 1e-30 if sure else 1e-6)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards each module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
