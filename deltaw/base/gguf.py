@@ -28,12 +28,13 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deltaw.base.gguf_header import Header, architecture, read_header
 from deltaw.base.gguf_meaning import Meaning, read_meaning
-from deltaw.base.gguf_tokens import set_pre_tokenizer
+from deltaw.base.gguf_tokens import SPLITTINGS, Splitting, read_splitting, write_tokenizer
 from deltaw.base.weights import fsync, write_text_atomic
 from deltaw.errors import InputError, RunError, listed
 
@@ -59,12 +60,14 @@ def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None
     except ImportError:
         raise InputError(f"{path}: reading GGUF needs a package", fix="pip install 'deltaw[gguf]'") from None
     header = read_header(path)
-    meaning = read_meaning(path, header)
+    meaning, splitting = read_meaning(path, header), read_splitting(path, header)
     with _locked(cache / f"{folder.name}.lock"):
         if not folder.is_dir():
             if progress is not None:
                 progress(f"converting {path.name} to safetensors, once (about 20 s for 135M parameters)")
-            _convert_into(folder, path, header, meaning)
+                if splitting == SPLITTINGS["default"]:
+                    progress(f"{path.name} doesn't say how its tokenizer splits text: as llama.cpp does without a word")
+            _write_into(folder, partial(_convert, path, header, meaning, splitting))
     return folder
 
 
@@ -93,13 +96,13 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _convert_into(folder: Path, path: Path, header: Header, meaning: Meaning) -> None:
-    """Convert beside `folder`, fsync, rename. Under the lock: a half-made folder there is a dead one's."""
+def _write_into(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write beside `folder`, fsync, rename. Under the lock: a half-made folder there is a dead one's."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        _convert(path, header, meaning, temporary)
+        write(temporary)
         mode = temporary.stat().st_mode & 0o666
         for file in temporary.iterdir():
             file.chmod(mode)  # safetensors leaves 0600
@@ -116,7 +119,7 @@ def _convert_into(folder: Path, path: Path, header: Header, meaning: Meaning) ->
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _convert(path: Path, header: Header, meaning: Meaning, folder: Path) -> None:
+def _convert(path: Path, header: Header, meaning: Meaning, splitting: Splitting | None, folder: Path) -> None:
     """Dequantise with transformers and save model, config and tokenizer into `folder`, all bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -126,7 +129,10 @@ def _convert(path: Path, header: Header, meaning: Meaning, folder: Path) -> None
     try:
         # The dequantiser's progress bar listens to nothing but stderr.
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+            begins = {"add_bos_token": True} if splitting is not None and splitting.bos else {}  # unless the file says
+            tokenizer = AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, trust_remote_code=False, **begins
+            )
             model, info = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
@@ -150,7 +156,7 @@ def _convert(path: Path, header: Header, meaning: Meaning, folder: Path) -> None
     with quiet():
         _plain(model, config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    set_pre_tokenizer(folder, header)
+    write_tokenizer(folder, header, splitting)
 
 
 def _config(path: Path, header: Header, meaning: Meaning, model_type: str) -> Any:
