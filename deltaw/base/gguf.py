@@ -164,8 +164,10 @@ def _config(path: Path, header: Header, meaning: Meaning, model_type: str) -> An
     from transformers import AutoConfig
 
     read = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).to_dict()
-    for name in ("model_type", "architectures", "layer_types", "rope_parameters", "head_dim", "transformers_version"):
+    for name in ("model_type", "architectures", "layer_types", "rope_parameters", "head_dim", "_model_name_or_path"):
         read.pop(name, None)  # ours, or made of the others
+    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    read |= {name: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in ids.items()}
     names = type(AutoConfig.for_model(model_type)).attribute_map
     config = AutoConfig.for_model(model_type, **read | {names.get(k, k): v for k, v in meaning.config.items()})
     for name, wanted in meaning.config.items():

@@ -83,6 +83,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tensor_data_layout": ("Meta AI original pth", "reference"),
     "use_parallel_residual": (False,),
 }
+SPACES = ("rope", "attention", "adapter", "clip")  # of keys that a reader would look at
 TOKENIZER = {  # read by transformers or by gguf_tokens.py, or ids for uses that training doesn't have
     "tokenizer.chat_template",
     "tokenizer.chat_templates",
@@ -128,7 +129,7 @@ def read_meaning(path: Path, header: Header) -> Meaning:
         raise InputError(f"{path}: doesn't say {architecture}.attention.head_count or .embedding_length")
     head_dim = keys.number("attention.key_length", width // heads)
     keys.expect("attention.value_length", head_dim)
-    if head_dim * heads != width or architecture in {"llama", "qwen3", "qwen3moe", *GEMMA}:
+    if head_dim * heads != width or architecture in {"llama", "qwen3", *GEMMA}:
         config["head_dim"] = head_dim
     if architecture == "llama" and "num_key_value_heads" not in config:  # its rows are permuted by that number
         raise InputError(f"{path}: doesn't say llama.attention.head_count_kv", fix="get a newer version of the file")
@@ -158,7 +159,7 @@ def _check_others(path: Path, metadata: dict[str, Any], architecture: str) -> No
             if key not in TOKENIZER and not key.endswith("_token_id") and not key.startswith("tokenizer.chat_template."):
                 problems.append(f"{key} = {str(value)[:60]}")
         elif space not in ("general", "split", architecture):
-            if space in MODEL_ARCH_NAMES.values() or rest in meaningful or rest.startswith(("rope.", "attention.")):
+            if space in {*MODEL_ARCH_NAMES.values(), *SPACES} or meaningful & {key, rest} or rest.startswith(SPACES):
                 problems.append(f"{key} = {str(value)[:60]}")
     if problems:
         raise InputError(
@@ -205,7 +206,9 @@ def _attention(keys: Keys, architecture: str, config: dict[str, Any], head_dim: 
     # As llama.cpp: the largest of each family divides by the width per head, which there isn't the size of a head.
     scalar = config["hidden_size"] // heads if layers == GEMMA[architecture] else head_dim
     scale = keys.number("attention.scale", 0.0)
-    fields: dict[str, Any] = {"query_pre_attn_scalar": round(scale**-2, 4) if scale > 0 else scalar}
+    if scale and (scale < 0 or abs(round(scale**-2) * scale**2 - 1) > 1e-5):
+        keys.refuse_key("attention.scale", scale)
+    fields: dict[str, Any] = {"query_pre_attn_scalar": round(scale**-2) if scale > 0 else scalar}
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         fields[cap] = config.get(cap) or None
     if architecture == "gemma2":  # llama.cpp's values where the file has none

@@ -103,7 +103,7 @@ def llama3(factors: tuple[float, ...], theta: float, dim: int, context: int) -> 
     if set(factors) == {1.0}:
         return {}
     if len(set(factors)) == 1:
-        return {"rope_type": "linear", "factor": factors[0]}
+        return {"rope_type": "linear", "factor": _round(factors[0])}
     lengths = [2 * math.pi * theta ** (2 * i / dim) for i in range(dim // 2)]
     for factor, original, low, high in _candidates(factors, lengths, context):
         if original >= 1 and 0 < low < high:
@@ -125,11 +125,17 @@ def _divisor(length: float, factor: float, original: int, low: float, high: floa
     return 1 / ((1 - share) / factor + share)
 
 
+def _round(factor: float) -> float:
+    """The number of few digits that this is in float32, if it is one."""
+    near = round(factor, 3)
+    return near if abs(near - factor) < 1e-6 * factor else factor
+
+
 def _candidates(
     factors: tuple[float, ...], lengths: list[float], context: int
 ) -> Iterator[tuple[float, int, float, float]]:
     """(F, L, low, high), the likeliest first."""
-    likely = factors[-1]
+    likely = _round(factors[-1])
     every = [likely] + [float(f) for f in (32, 8, 16, 4, 2, 64) if f > likely]  # the last may not be divided in full
     for factor in every:
         published = [*LLAMA3, *((context // n, 1.0, 4.0) for n in (1, 2, 4, 8, 16, 32, 64))]
@@ -157,6 +163,15 @@ def _borders(
             b = 1 / (ratio - 1)
             a = (share + b) * length
             yield a / b, a / (1 + b)
+        here = 1 / length
+        after = 1 / min((longer for longer in lengths if longer > length), default=2 * length)
+        before = 1 / max((shorter for shorter in lengths if shorter < length), default=length / 2)
+        for step in (0.25, 0.5, 0.75, 0.97):  # one border between two 1 / λ, the other where this share puts it
+            low = after + step * (here - after)
+            yield 1 / low, 1 / (low + (here - low) / share)
+            high = before + step * (here - before)
+            if here > share * high:
+                yield (1 - share) / (here - share * high), 1 / high
     else:  # a step: anywhere between the two lengths
         for (shorter, f), (longer, g) in pairwise(zip(lengths, factors, strict=True)):
             if f != g:
