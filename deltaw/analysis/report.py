@@ -23,8 +23,8 @@ from deltaw.analysis.checks import check_adapter, check_run
 from deltaw.analysis.measure import Measures, measure_adapter, summarise
 from deltaw.analysis.page import Finding
 from deltaw.analysis.sentences import gist, sentence
-from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.fingerprint import describe, same_base
+from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.load import fingerprint_of_files, open_base
 from deltaw.base.source import Source, find_base
 from deltaw.config import RunConfig, load_config

@@ -3,15 +3,16 @@
     sha256:<64 hex digits>                    of the weights alone: how adapters and runs were marked until decision 10
     sha256:<64 hex digits>+<16 hex digits>    the same, and the mathematics
 
-The first part must not depend on how weights were stored or loaded, so it hashes bfloat16 samples of every parameter and no
-names (transformers renames modules between versions). Rejected: the hash of the files (a GGUF, shards and a single file would
-differ), and of all the weights (14 GB to read).
+The first part must not depend on how weights were stored or loaded, so it hashes bfloat16 samples of every parameter
+and no names (transformers renames modules between versions). Rejected: the hash of the files (a GGUF, shards and a
+single file would differ), and of all the weights (14 GB to read).
 
-The second is of every field that the text config's class declares and that isn't known to carry no mathematics: a field that
-is invented tomorrow counts, a note that some tool left in config.json doesn't. So the same weights with another rope scaling, window, cap or epsilon are another base. It must not depend either on
-who wrote the config: a field that is off (None, false, 0, empty) is as good as absent, numbers are compared as float32 (a GGUF
-holds 1e-6 as 9.99999997e-07), and a window that no layer has is none. Two marks of the old kind and the new are compared by
-what both have.
+The second is of every field that the text config's class declares and that isn't known to carry no mathematics: a
+field that is invented tomorrow counts, a note that some tool left in config.json doesn't. So the same weights with
+another rope scaling, window, cap or epsilon are another base. It must not depend either on who wrote the config: a
+field that is off (None, false, 0, empty) is as good as absent, numbers are compared as float32 (a GGUF holds 1e-6 as
+9.99999997e-07), and a window that no layer has is none. Two marks of the old kind and the new are compared by what
+both have.
 
 This module imports no transformers: a config is handed in as it is.
 """
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 SAMPLES = 1024  # elements of each parameter in the fingerprint
-# Fields that change no output of the model in eval mode, or that show in the weights: names, versions, training, generation.
+# Fields that change no output in eval mode, or that show in the weights: names, versions, training, generation.
 NOTHING = {
     "_name_or_path",
     "architectures",

@@ -15,9 +15,9 @@ by (path, size, mtime), so that a second opening reads nothing. A conversion run
 hidden folder beside the final one, is fsynced and renamed: a folder that can be seen is complete, and whoever
 waited uses it.
 
-Rejected: the config that transformers' reader makes (it passes over what it doesn't know, such as the scaling of rotary
-positions), dequantising on every start (20 s), and training on the quantised weights (the base would be approximated
-twice).
+Rejected: the config that transformers' reader makes (it passes over what it doesn't know, such as the scaling of
+rotary positions), dequantising on every start (20 s), and training on the quantised weights (the base would be
+approximated twice).
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """The header of a `.gguf` file: metadata and tensors' shapes, read with a bounds check before every read.
 
-It believes no count: what a count promises must fit into the bytes that are left. So a hostile file costs milliseconds and
-no memory, and every lie is an InputError that names the file. What the metadata says about sizes is held against the
-tensors, so that nobody builds a model that is larger than its file.
+It believes no count: what a count promises must fit into the bytes that are left. So a hostile file costs
+milliseconds and no memory, and every lie is an InputError that names the file. What the metadata says about sizes is
+held against the tensors, so that nobody builds a model that is larger than its file.
 
 Rejected: gguf-py's reader on untrusted bytes (it trusts counts: a few bytes make it allocate gigabytes).
 """

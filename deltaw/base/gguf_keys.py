@@ -1,4 +1,4 @@
-"""The keys of one architecture in a GGUF's metadata, handed out once each, so that what nobody asked for is left over."""
+"""The keys of one architecture in a GGUF's metadata, handed out once each: what nobody asked for is left."""
 
 from pathlib import Path
 from typing import Any

@@ -1,18 +1,19 @@
 """What the keys and tensors of a GGUF mean, by architecture: each is mapped, known to carry no mathematics, or refused.
 
-transformers' reader looks up the keys it knows and passes over the rest, so a file may say "scale the rotary frequencies by
-8" or "cap the logits at 30" and the model that comes out does neither. Here it is the other way round: every key of the
-architecture is handed out once (gguf_keys.py) to whatever turns it into a field of the config, and what is left over is
-refused by name. So a key that is invented tomorrow is refused tomorrow.
+transformers' reader looks up the keys it knows and passes over the rest, so a file may say "scale the rotary
+frequencies by 8" or "cap the logits at 30" and the model that comes out does neither. Here it is the other way round:
+every key of the architecture is handed out once (gguf_keys.py) to whatever turns it into a field of the config, and
+what is left over is refused by name. So a key that is invented tomorrow is refused tomorrow.
 
-    config       a key sets a field, and what llama.cpp assumes where a key is absent (θ = 10,000, as many key-value heads as
-                 heads, Gemma's query scale) is set, too: the defaults of transformers' classes are those of one checkpoint
+    config       a key sets a field, and so does what llama.cpp assumes where a key is absent (θ = 10,000, as many
+                 key-value heads as heads): the defaults of transformers' classes are those of one checkpoint
     neutral      a key that may stand there as long as it says what would happen anyway (`logit_scale` 1)
     no numbers   `general.*`, sizes of quantisation, ids of tokens for other uses, and namespaces of other tools
     tensors      the factors of rotary scaling become fields; all others must become weights, number by number (gguf.py)
 
-An architecture without a table here is refused, also where transformers has a reader for it: nobody has held its keys to
-the mathematics. `llama` with a sliding window is Mistral's model: the same weights, and a config that has the window.
+An architecture without a table here is refused, also where transformers has a reader for it: nobody has held its keys
+to the mathematics. `llama` with a sliding window is Mistral's model: the same weights, and a config that has the
+window.
 """
 
 from pathlib import Path
@@ -104,8 +105,8 @@ TOKENIZER = {  # read by transformers or by gguf_tokens.py, or ids for uses that
 
 
 class Meaning(NamedTuple):
-    """`model_type`: the config's, if it isn't the one that transformers' reader takes. `config`: its fields, as they must be.
-    `tensors`: those that became fields."""
+    """`model_type`: the config's, if it isn't the one that transformers' reader takes. `config`: its fields, as they
+    must be. `tensors`: those that became fields."""
 
     model_type: str | None
     config: dict[str, Any]
@@ -149,21 +150,24 @@ def read_meaning(path: Path, header: Header) -> Meaning:
 
 def _check_others(path: Path, metadata: dict[str, Any], architecture: str) -> None:
     """Refuse keys outside the architecture's namespace that somebody might mean something by."""
-    from gguf.constants import MODEL_ARCH_NAMES
-
     meaningful = {*FIELDS, *NEUTRAL, *(key for own in OWN.values() for key in own)}
     problems = []
     for key, value in metadata.items():
         space, _, rest = key.partition(".")
         if space == "tokenizer":
-            if key not in TOKENIZER and not key.endswith("_token_id") and not key.startswith("tokenizer.chat_template."):
+            if (
+                key not in TOKENIZER
+                and not key.endswith("_token_id")
+                and not key.startswith("tokenizer.chat_template.")
+            ):
                 problems.append(f"{key} = {str(value)[:60]}")
-        elif space not in ("general", "split", architecture):
-            if space in {*MODEL_ARCH_NAMES.values(), *SPACES} or meaningful & {key, rest} or rest.startswith(SPACES):
-                problems.append(f"{key} = {str(value)[:60]}")
+        elif space not in ("general", "split", architecture) and (
+            space in SPACES or meaningful & {key, rest} or rest.startswith(SPACES)
+        ):
+            problems.append(f"{key} = {str(value)[:60]}")
     if problems:
         raise InputError(
-            f"{path}: {len(problems)} keys that a model of the architecture {architecture} doesn't have:\n{listed(problems)}",
+            f"{path}: {len(problems)} keys that a {architecture} doesn't have:\n{listed(problems)}",
             fix="use the safetensors version of the model",
         )
 
@@ -227,7 +231,7 @@ def _attention(keys: Keys, architecture: str, config: dict[str, Any], head_dim: 
 
 
 def _window(keys: Keys, architecture: str, config: dict[str, Any]) -> str | None:
-    """"mistral" for a llama with a window; refuses a window where the architecture has none."""
+    """ "mistral" for a llama with a window; refuses a window where the architecture has none."""
     if "sliding_window" in config:
         config["sliding_window"] = config["sliding_window"] or None
         return None

@@ -6,15 +6,17 @@
     llama3       ω_i / f_i with the f_i in a tensor, `rope_freqs.weight`; a config has four numbers in its place
     longrope     ω_i / f_i with one of two such tensors, by the longest position
 
-θ the base, d the rotated numbers of a head, F the factor. llama.cpp's m for YaRN is (1 + ln(F) / 10) · attn_factor, divided
-by 1 + c · ln(F) / 10 where the file has a log multiplier c; transformers' is the first factor unless it is told.
+θ the base, d the rotated numbers of a head, F the factor. llama.cpp's m for YaRN is (1 + ln(F) / 10) · attn_factor,
+divided by 1 + c · ln(F) / 10 where the file has a log multiplier c; transformers' is the first factor unless it is
+told.
 
-The four numbers of llama3 (F, low, high, L) give f_i = 1 where L / λ_i > high, F where L / λ_i < low, and between them
+The four numbers of llama3 (F, low, high, L) give f_i = 1 where L / λ_i > high, F where L / λ_i < low, and between
+them
 
     1 / f_i = (1 − s_i) / F + s_i     s_i = (L / λ_i − low) / (high − low)     λ_i = 2π / ω_i
 
-Only L / low and L / high show in the f_i, so the numbers that were published are tried first, then L / low and L / high are
-read off two of the f_i. Whatever comes out is believed only if it gives the tensor back, number by number.
+Only L / low and L / high show in the f_i, so the numbers that were published are tried first, then L / low and L /
+high are read off two of the f_i. Whatever comes out is believed only if it gives the tensor back, number by number.
 """
 
 import math

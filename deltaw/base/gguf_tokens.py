@@ -1,14 +1,14 @@
-"""How the tokenizer in a GGUF splits text before it merges: `tokenizer.ggml.pre` is a name, and the rule is in llama.cpp.
+"""How the tokenizer in a GGUF splits text before it merges: `tokenizer.ggml.pre` is a name, the rule is in llama.cpp.
 
-transformers knows some of the names and gives every other byte-level vocabulary GPT-2's rule. The ids then differ wherever the
-rules do ("12" in one piece or in two, a blank before a digit, a run of newlines), and the model is trained on tokens that no
-server will ever send it. Here each name stands for a list of patterns, applied one after the other to what the ones before
-left whole, and for two habits: words that are in the vocabulary are taken whole without merging, and a text begins with the
-beginning-of-text token where the file doesn't say. An unknown name is refused. Without a name it is llama.cpp's default,
-which fits no model in particular, and that is said.
+transformers knows some of the names and gives every other byte-level vocabulary GPT-2's rule. The ids then differ
+wherever the rules do ("12" in one piece or in two, a blank before a digit, a run of newlines), and the model is
+trained on tokens that no server will ever send it. Here each name stands for a list of patterns, applied one after
+the other to what the ones before left whole, and for two habits: words that are in the vocabulary are taken whole
+without merging, and a text begins with the beginning-of-text token where the file doesn't say. An unknown name is
+refused. Without a name it is llama.cpp's default, which fits no model in particular, and that is said.
 
-The rule is written into the saved tokenizer.json, not set on a live tokenizer: what later readers load is what was checked.
-The table was held to llama.cpp's own ids name by name (tests/base/test_gguf_tokens.py).
+The rule is written into the saved tokenizer.json, not set on a live tokenizer: what later readers load is what was
+checked. The table was held to llama.cpp's own ids name by name (tests/base/test_gguf_tokens.py).
 """
 
 import json
@@ -30,9 +30,7 @@ _SLASHED = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = rf"{_SUFFIXES}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|{_BLANKS}"
 QWEN2 = rf"{_SUFFIXES}|{_WORD}|\p{{N}}|{_SIGNS}|{_BLANKS}"
-QWEN35 = (
-    rf"{_SUFFIXES}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_BLANKS}"
-)
+QWEN35 = rf"{_SUFFIXES}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_BLANKS}"
 SEED = rf"{_SUFFIXES}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_BLANKS}"
 BAILING = rf"{_SUFFIXES}|{_WORD}|\p{{N}}|{_SIGNS}|\s*[\r\n]|\s+(?!\S)|\s+"
 TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_SLASHED}|{_BLANKS}"
@@ -68,7 +66,9 @@ _RULES: dict[Splitting, str] = {
     Splitting((BAILING,)): "bailingmoe bailingmoe2 llada-moe",
     Splitting((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3)): "deepseek-v3 hunyuan-dense",
     Splitting(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")): "deepseek-coder",
-    Splitting(("[\r\n]", DEEPSEEK, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+", r"\p{N}+")): "deepseek-llm",
+    Splitting(
+        ("[\r\n]", DEEPSEEK, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+", r"\p{N}+")
+    ): "deepseek-llm",
     Splitting((SIGNS, GPT2, "[0-9][0-9][0-9]")): "falcon",
     Splitting((BLOOM,)): "bloom poro-chat gpt3-finnish",
     Splitting((BLOOM, r"\p{N}")): "viking",

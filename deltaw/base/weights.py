@@ -116,8 +116,14 @@ def weights_file(folder: Path) -> Path | None:
     if (folder / "config.json").is_file():
         named = read_json(folder / "config.json", allow_nan=True).get(NAMED)
     if named is not None:
-        if not isinstance(named, str) or Path(named).name != named or not named.endswith((SUFFIX, f"{SUFFIX}.index.json")):
-            raise InputError(f"{folder / 'config.json'}: {NAMED} is {str(named)[:80]!r}, no file of weights in its folder")
+        if (
+            not isinstance(named, str)
+            or Path(named).name != named
+            or not named.endswith((SUFFIX, f"{SUFFIX}.index.json"))
+        ):
+            raise InputError(
+                f"{folder / 'config.json'}: {NAMED} is {str(named)[:80]!r}, no file of weights in its folder"
+            )
         return folder / named
     return next((folder / name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
 

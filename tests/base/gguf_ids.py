@@ -1,7 +1,7 @@
 """llama.cpp's own ids of many texts under every splitting rule: `python tests/base/gguf_ids.py` writes gguf_ids.json.
 
-Needs the packages xllamacpp (a build of llama.cpp) and gguf, which the tests don't. The vocabulary merges every pair of the
-signs in ALPHABET, so that wherever a rule cuts between two of them a merge is missing and the ids tell.
+Needs the packages xllamacpp (a build of llama.cpp) and gguf, which the tests don't. The vocabulary merges every pair
+of the signs in ALPHABET, so that wherever a rule cuts between two of them a merge is missing and the ids tell.
 """
 
 import itertools
@@ -14,10 +14,22 @@ import numpy as np
 from gguf import GGUFWriter
 
 FIXTURE = Path(__file__).with_name("gguf_ids.json")
-NAMES = (  # one of each rule
-    "gpt-2 smollm llama-bpe dbrx glm4 qwen2 qwen35 tekken gpt-4o seed-coder bailingmoe deepseek-v3 deepseek-llm "
-    "deepseek-coder falcon bloom viking default"
-).split()
+NAMES = [  # one of each rule
+    *(
+        "gpt-2",
+        "smollm",
+        "llama-bpe",
+        "dbrx",
+        "glm4",
+        "qwen2",
+        "qwen35",
+        "tekken",
+        "gpt-4o",
+        "seed-coder",
+        "bailingmoe",
+    ),
+    *("deepseek-v3", "deepseek-llm", "deepseek-coder", "falcon", "bloom", "viking", "default"),
+]
 ALPHABET = " \n\t\r12ab A.'s,-/é漢"  # byte-level: é is two signs, 漢 three
 REAL = (
     "hello  world",
@@ -49,7 +61,9 @@ def vocabulary() -> tuple[list[str], list[str]]:
     signs = byte_signs()
     letters = sorted({signs[byte] for byte in ALPHABET.encode()})
     pairs = [(a, b) for a in letters for b in letters]
-    whole = ["".join(signs[byte] for byte in word.encode()) for word in ("hello", "Case", "abab")]  # reached by no merge
+    whole = [
+        "".join(signs[byte] for byte in word.encode()) for word in ("hello", "Case", "abab")
+    ]  # reached by no merge
     return [*signs, *(a + b for a, b in pairs), *whole, "<s>", "</s>"], [f"{a} {b}" for a, b in pairs]
 
 

@@ -55,8 +55,10 @@ def model_of(model_type: str, **changes: Any) -> Any:
     return model
 
 
-def write_model(path: Path, model: Any, *, keys: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None) -> Path:
-    """`keys` (under the architecture, or whole where they begin with a dot; None takes one out) and `tensors` are added."""
+def write_model(
+    path: Path, model: Any, *, keys: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None
+) -> Path:
+    """`keys` (under the architecture, or whole after a dot; None takes one out) and `tensors` are added."""
     config = model.config
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)
     number = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)

@@ -1,4 +1,4 @@
-"""The fingerprint sees weights and mathematics, and nothing else; marks made before it saw the mathematics stay valid."""
+"""The fingerprint sees weights and mathematics, and nothing else; marks of weights alone stay valid."""
 
 from typing import Any
 
@@ -24,8 +24,25 @@ TINY = {
     "pad_token_id": 0,
     "sliding_window": 8,
 }
-MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "phi3", "starcoder2", "olmo2", "cohere")
-OTHER: dict[str, Any] = {"hidden_act": "gelu", "hidden_activation": "gelu", "rope_parameters": None, "layer_types": None}
+MODELS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "phi3",
+    "starcoder2",
+    "olmo2",
+    "cohere",
+)
+OTHER: dict[str, Any] = {
+    "hidden_act": "gelu",
+    "hidden_activation": "gelu",
+    "rope_parameters": None,
+    "layer_types": None,
+}
 
 
 def config_of(model_type: str, **changes: Any) -> Any:
@@ -51,7 +68,7 @@ def other(value: Any) -> Any:
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_whatever_changes_the_logits_changes_the_fingerprint(model_type: str) -> None:
-    """Each field of the config is changed by itself, whatever it is called, and the model with the same weights is run."""
+    """Each field of the config is changed by itself, whatever it is called, and the model is run again."""
     config = config_of(model_type)
     here, mark = run(config)
     tried, missed = 0, []

@@ -61,7 +61,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], Any]] = {
     "qwen3moe": ("qwen3_moe", {"norm_topk_prob": True}, {"feed_forward_length": 48}, None),
     "gemma2": (
         "gemma2",
-        {"sliding_window": 8, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0, "query_pre_attn_scalar": 8},
+        {
+            "sliding_window": 8,
+            "attn_logit_softcapping": 20.0,
+            "final_logit_softcapping": 10.0,
+            "query_pre_attn_scalar": 8,
+        },
         {},
         None,
     ),
@@ -83,7 +88,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], Any]] = {
         "phi3",
         rope("longrope", **FACTORS, partial_rotary_factor=1.0) | {"original_max_position_embeddings": 32},
         {"rope.scaling.attn_factor": 1.2, "rope.scaling.original_context_length": 32},
-        lambda _: {"rope_factors_short.weight": FACTORS["short_factor"], "rope_factors_long.weight": FACTORS["long_factor"]},
+        lambda _: {
+            "rope_factors_short.weight": FACTORS["short_factor"],
+            "rope_factors_long.weight": FACTORS["long_factor"],
+        },
     ),
     "starcoder2": ("starcoder2", {}, {}, None),
     "stablelm": ("stablelm", {"use_qkv_bias": True}, {}, None),
@@ -104,7 +112,9 @@ def test_the_model_that_comes_out_is_the_one_that_went_in(tmp_path: Path, name: 
     for length in (6, 100):  # within every window and past it
         ids = torch.arange(3, 3 + length)[None]
         with torch.no_grad():
-            torch.testing.assert_close(base.model(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                base.model(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+            )
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
@@ -160,7 +170,9 @@ def test_what_says_nothing_is_no_reason(tmp_path: Path) -> None:
         ".tokenizer.ggml.eot_token_id": 3,
     }
     path = write_model(tmp_path / "x.gguf", model_of("llama"), keys=keys)
-    assert open_base(str(to_folder(path, tmp_path / "cache")), dtype="float32").fingerprint == fingerprint(model_of("llama"))
+    assert open_base(str(to_folder(path, tmp_path / "cache")), dtype="float32").fingerprint == fingerprint(
+        model_of("llama")
+    )
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -182,7 +194,9 @@ def test_llama3_is_recovered_from_its_factors(
     plain = frequencies_of(dim, theta, {"rope_type": "default"})
     found = llama3(tuple((plain / frequencies).tolist()), theta, dim, 8192)
     assert found is not None
-    torch.testing.assert_close(frequencies_of(dim, theta, {"rope_type": "default", **found}), frequencies, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        frequencies_of(dim, theta, {"rope_type": "default", **found}), frequencies, rtol=1e-4, atol=0
+    )
 
 
 def frequencies_of(dim: int, theta: float, parameters: dict[str, Any]) -> torch.Tensor:
@@ -190,6 +204,9 @@ def frequencies_of(dim: int, theta: float, parameters: dict[str, Any]) -> torch.
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     config = LlamaConfig(
-        hidden_size=dim, num_attention_heads=1, max_position_embeddings=131072, rope_parameters={"rope_theta": theta, **parameters}
+        hidden_size=dim,
+        num_attention_heads=1,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_theta": theta, **parameters},
     )
     return LlamaRotaryEmbedding(config).inv_freq
