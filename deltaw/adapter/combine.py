@@ -39,6 +39,7 @@ from torch import Tensor
 from deltaw.adapter.algebra import Loss, adapter_of, check_size, cut, low_rank_updates, relative_error, wanted_rank
 from deltaw.adapter.extract import Progress, nearest
 from deltaw.adapter.file import Adapter
+from deltaw.base.fingerprint import describe
 from deltaw.errors import InputError, listed
 from deltaw.factors import LowRank
 
@@ -189,7 +190,7 @@ def _check_pair(one: int, a: Adapter, other: int, b: Adapter) -> None:
     """Raise InputError unless both belong to one base and fit each other where both have a module."""
     pair = f"adapters {one + 1} and {other + 1}"
     if a.base.mismatch(b.base):
-        named = [f"{x.base.name or 'unnamed'} ({x.base.fingerprint[:19]})" for x in (a, b)]
+        named = [f"{x.base.name or 'unnamed'} ({describe(x.base.fingerprint)})" for x in (a, b)]
         raise InputError(f"{pair} belong to different bases: {' and '.join(named)}")
     updates = low_rank_updates(a, "combined"), low_rank_updates(b, "combined")
     problems = [

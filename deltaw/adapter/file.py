@@ -28,6 +28,7 @@ from torch import Tensor
 
 from deltaw.adapter.full import DELTAS, load_deltas
 from deltaw.adapter.peft_config import check_config, from_spec, to_spec, weight_names
+from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.source import PICKLES
 from deltaw.base.weights import load_safetensors, read_json, save_safetensors, write_text_atomic
 from deltaw.config import TARGET_GROUPS, AdapterSpec
@@ -57,11 +58,11 @@ class BaseId:
     template: str = ""
 
     def mismatch(self, other: "BaseId") -> str | None:
-        """Why an adapter of this base may not go on `other`, or None. Weights count, names don't."""
-        if self.fingerprint and other.fingerprint and self.fingerprint != other.fingerprint:
+        """Why an adapter of this base may not go on `other`, or None. Weights and settings count, names don't."""
+        if self.fingerprint and other.fingerprint and not same_base(self.fingerprint, other.fingerprint):
             return (
-                f"it was trained on {self.name or 'another base'} ({self.fingerprint[:19]}), "
-                f"this base is {other.name or 'unnamed'} ({other.fingerprint[:19]})"
+                f"it was trained on {self.name or 'another base'} ({describe(self.fingerprint)}), "
+                f"this base is {other.name or 'unnamed'} ({describe(other.fingerprint)})"
             )
         return None
 

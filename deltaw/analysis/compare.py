@@ -30,6 +30,7 @@ from torch import Tensor
 
 from deltaw.adapter.file import Adapter
 from deltaw.analysis.measure import in_order
+from deltaw.base.fingerprint import describe
 from deltaw.errors import InputError, listed
 from deltaw.factors import Dense, DoRA, LowRank, Plain
 from deltaw.linalg.rank import tolerance
@@ -154,7 +155,7 @@ def compare(first: Adapter, second: Adapter, *, progress: Callable[[int], None] 
     Raises InputError: bases of different fingerprints, no module in common, updates of different shapes.
     """
     if first.base.mismatch(second.base):
-        names = [f"{base.name or 'unnamed'} ({base.fingerprint[:19]})" for base in (first.base, second.base)]
+        names = [f"{base.name or 'unnamed'} ({describe(base.fingerprint)})" for base in (first.base, second.base)]
         raise InputError(
             f"the two adapters have different bases: {names[0]} and {names[1]}",
             fix="only updates of the same weights can be compared",

@@ -23,6 +23,7 @@ from deltaw.analysis.checks import check_adapter, check_run
 from deltaw.analysis.measure import Measures, measure_adapter, summarise
 from deltaw.analysis.page import Finding
 from deltaw.analysis.sentences import gist, sentence
+from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.load import fingerprint_of_files, open_base
 from deltaw.base.source import Source, find_base
@@ -146,11 +147,11 @@ def _check_base(adapter: Adapter, source: Source, display: Display) -> None:
         return
     display.say(f"looking whether {source.name} is the base that the adapter was trained on")
     found = fingerprint_of_files(source)
-    if found != known:
+    if not same_base(found, known):
         found = open_base(source, dtype="bfloat16", device="cpu").fingerprint
-    if found != known:
+    if not same_base(found, known):
         raise InputError(
-            f"the adapter was trained on {adapter.base.name or 'another base'} ({known[:19]}), "
-            f"{source.name} is another ({found[:19]})",
+            f"the adapter was trained on {adapter.base.name or 'another base'} ({describe(known)}), "
+            f"{source.name} is another ({describe(found)})",
             fix="name its own base with --base",
         )

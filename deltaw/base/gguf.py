@@ -1,10 +1,10 @@
 """GGUF in: a `.gguf` file -> an ordinary model folder in the cache, once.
 
-Two steps, kept apart. `read_header` walks the file's header with a bounds check before every read and
-believes no count: what a count promises must fit into the bytes that are left. So a hostile file costs
-milliseconds and no memory. Only a file that passes is given to transformers, which dequantises it (about 20 s
-for 135M parameters, nearly all of it parsing metadata) and whose result is written to the cache as
-safetensors + config + tokenizer.
+Three steps, kept apart. The header is walked with every count checked (gguf_header.py), so that a hostile file costs
+milliseconds and no memory. What it says is turned into the fields of a config, all of it or none (gguf_meaning.py,
+gguf_tokens.py). Only a file that passes both is given to transformers, which dequantises it (about 20 s for 135M
+parameters, nearly all of it parsing metadata); every number in the file must have become one of the model's, and
+that is written to the cache as safetensors + config + tokenizer.
 
 The cache holds bfloat16, not float32: it is half as large, it is the dtype that training uses, and a 4-bit weight
 loses nothing that matters. Rounding moves a weight by at most 2^-8 of itself (measured on SmolLM2's Q4_1: 0.389 % at
@@ -15,246 +15,31 @@ by (path, size, mtime), so that a second opening reads nothing. A conversion run
 hidden folder beside the final one, is fsynced and renamed: a folder that can be seen is complete, and whoever
 waited uses it.
 
-Rejected: gguf-py's reader on untrusted bytes (it trusts counts: a few bytes make it allocate gigabytes),
-dequantising on every start (20 s), and training on the quantised weights (the base would be approximated
-twice).
+Rejected: the config that transformers' reader makes (it passes over what it doesn't know, such as the scaling of
+rotary positions), dequantising on every start (20 s), and training on the quantised weights (the base would be
+approximated twice).
 """
 
 import contextlib
-import copy
 import fcntl
 import hashlib
 import io
 import math
-import mmap
-import os
 import re
 import shutil
-import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from deltaw.base.gguf_header import Header, architecture, read_header
+from deltaw.base.gguf_meaning import Meaning, read_meaning
+from deltaw.base.gguf_tokens import SPLITTINGS, Splitting, read_splitting, write_tokenizer
 from deltaw.base.weights import fsync, write_text_atomic
-from deltaw.errors import InputError, RunError
+from deltaw.errors import InputError, RunError, listed
 
-FORMAT = "v1"  # of the converted folder; a change makes every file convert anew
-ALIGNMENT = "general.alignment"
-MAX_ENTRIES = 65_536  # metadata keys, and tensors: the largest published models have some 2,000
-MAX_NAME = 65_535
-MAX_STRINGS = 4_000_000  # in all arrays; the largest vocabularies with merges have 0.8 million
-MAX_KEPT = 4_096  # a longer array is checked and skipped
-
-STRING, ARRAY = 8, 9
-SCALARS = {
-    0: "<B",
-    1: "<b",
-    2: "<H",
-    3: "<h",
-    4: "<I",
-    5: "<i",
-    6: "<f",
-    7: "<?",
-    10: "<Q",
-    11: "<q",
-    12: "<d",
-}
-# Sizes in the metadata that would become allocations; none can be larger than the largest tensor's side.
-SIZES = (
-    "embedding_length",
-    "feed_forward_length",
-    "expert_feed_forward_length",
-    "expert_count",
-    "vocab_size",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.relative_buckets_count",
-    "rope.dimension_count",
-    "shortconv.l_cache",
-    "ssm.conv_kernel",
-    "ssm.inner_size",
-    "ssm.state_size",
-    "ssm.time_step_rank",
-)
-# Sizes whose product is that of weights in the file (or less), so that many large ones can't stand together.
-PRODUCTS = (
-    ("embedding_length", "vocab_size"),
-    ("block_count", "embedding_length", "feed_forward_length"),
-    ("block_count", "embedding_length", "attention.head_count", "attention.key_length"),
-    ("block_count", "embedding_length", "attention.head_count", "rope.dimension_count"),
-    ("block_count", "embedding_length", "ssm.inner_size"),
-)
-
-
-class Header(NamedTuple):
-    """Metadata (long arrays left out) and tensor shapes, in GGUF's order (fastest side first)."""
-
-    metadata: dict[str, Any]
-    shapes: dict[str, tuple[int, ...]]
-
-
-class _Cursor:
-    """Reads forward through bytes, and never past their end. Raises InputError."""
-
-    def __init__(self, path: Path, data: mmap.mmap | bytes) -> None:
-        self.path, self.data, self.at, self.end = path, data, 0, len(data)
-        self.strings = 0
-
-    def fail(self, reason: str) -> InputError:
-        return InputError(f"{self.path}: not a usable GGUF file: {reason}", fix="get the file again")
-
-    def take(self, size: int) -> int:
-        """Move over `size` bytes; returns where they start."""
-        if size > self.end - self.at:
-            raise self.fail(f"it ends at byte {self.end:,}, inside its header")
-        self.at += size
-        return self.at - size
-
-    def number(self, form: str) -> Any:
-        return struct.unpack_from(form, self.data, self.take(struct.calcsize(form)))[0]
-
-    def text(self) -> str:
-        length = self.number("<Q")
-        if length > self.end - self.at:
-            raise self.fail(f"a text of {length:,} bytes at byte {self.at:,}")
-        start = self.take(length)
-        # Tokens of byte-level vocabularies needn't be UTF-8; names are checked by their use.
-        return bytes(self.data[start : start + length]).decode("utf-8", errors="replace")
-
-    def name(self) -> str:
-        name = self.text()
-        if not 0 < len(name) <= MAX_NAME or not name.isprintable() or "\ufffd" in name:
-            raise self.fail(f"an impossible name: {name[:40]!r}")
-        return name
-
-    def value(self) -> Any:
-        kind = self.number("<I")
-        if kind == STRING:
-            return self.text()
-        if kind == ARRAY:
-            return self.array()
-        if kind not in SCALARS:
-            raise self.fail(f"metadata of unknown type {kind}")
-        return self.number(SCALARS[kind])
-
-    def array(self) -> tuple[Any, ...] | None:
-        """The values of a short array of numbers; None for any other, which is walked over."""
-        kind, count = self.number("<I"), self.number("<Q")
-        if kind == STRING:
-            self.strings += count
-            if count > (self.end - self.at) // 8 or self.strings > MAX_STRINGS:
-                raise self.fail(f"an array of {count:,} texts")
-            for _ in range(count):
-                self.take(self.number("<Q"))
-            return None
-        if kind not in SCALARS:
-            raise self.fail(f"an array of unknown type {kind}")
-        size = struct.calcsize(SCALARS[kind])
-        if count > (self.end - self.at) // size:
-            raise self.fail(f"an array of {count:,} numbers")
-        start = self.take(size * count)
-        if count > MAX_KEPT:
-            return None
-        return struct.unpack_from(f"<{count}{SCALARS[kind][1]}", self.data, start)
-
-
-def read_header(path: Path) -> Header:
-    """Metadata and tensor shapes of a GGUF file, every count and offset checked. Raises InputError."""
-    try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size < 24:
-                raise InputError(f"{path}: too short for a GGUF file", fix="get the file again")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _walk(_Cursor(path, data))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def _walk(cursor: _Cursor) -> Header:
-    if cursor.data[:4] != b"GGUF":
-        raise cursor.fail(f"it begins with {bytes(cursor.data[:4])!r}")
-    cursor.take(4)
-    version, tensors, keys = cursor.number("<I"), cursor.number("<Q"), cursor.number("<Q")
-    if version not in (2, 3):
-        raise cursor.fail(f"version {version}; 2 and 3 (little-endian) are known")
-    if tensors > MAX_ENTRIES or keys > MAX_ENTRIES:
-        raise cursor.fail(f"it promises {tensors:,} tensors and {keys:,} metadata keys")
-    metadata: dict[str, Any] = {}
-    for _ in range(keys):
-        name = cursor.name()
-        if name in metadata:
-            raise cursor.fail(f"metadata {name!r} stands twice")
-        metadata[name] = cursor.value()
-    places: dict[str, tuple[int, int]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for _ in range(tensors):
-        name = cursor.name()
-        if name in shapes:
-            raise cursor.fail(f"tensor {name!r} stands twice")
-        shapes[name], places[name] = _tensor(cursor, name)
-    _check_data(cursor, metadata.get(ALIGNMENT, 32), places)
-    _check_sizes(cursor, metadata, shapes)
-    return Header(metadata, shapes)
-
-
-def _tensor(cursor: _Cursor, name: str) -> tuple[tuple[int, ...], tuple[int, int]]:
-    """(shape, (offset, bytes)) of the next tensor."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    sides = cursor.number("<I")
-    if not 1 <= sides <= 4:
-        raise cursor.fail(f"tensor {name!r} has {sides} sides")
-    shape = tuple(cursor.number("<Q") for _ in range(sides))
-    kind, offset = cursor.number("<I"), cursor.number("<Q")
-    try:
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    except (ValueError, KeyError):
-        raise cursor.fail(f"tensor {name!r} is of unknown type {kind}") from None
-    count = 1
-    for side in shape:
-        count *= side
-    if count == 0 or count >= 2**63 or shape[0] % block:
-        raise cursor.fail(f"tensor {name!r} has the impossible shape {shape}")
-    return shape, (offset, count // block * size)
-
-
-def _check_data(cursor: _Cursor, alignment: Any, places: dict[str, tuple[int, int]]) -> None:
-    """Every tensor lies aligned inside the file, and no two overlap."""
-    if type(alignment) is not int or not 8 <= alignment <= 2**20 or alignment & (alignment - 1):
-        raise cursor.fail(f"alignment {alignment!r}")
-    start = -(-cursor.at // alignment) * alignment
-    taken = 0
-    for name, (offset, size) in sorted(places.items(), key=lambda item: item[1]):
-        if offset % alignment or offset < taken:
-            raise cursor.fail(f"tensor {name!r} is misaligned or overlaps another")
-        taken = offset + size
-        if start + taken > cursor.end:
-            raise cursor.fail(f"tensor {name!r} ends {start + taken - cursor.end:,} bytes behind the file")
-
-
-def _check_sizes(cursor: _Cursor, metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    """A model built after the metadata is no larger than the tensors in the file."""
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or not shapes:
-        raise cursor.fail("it holds no model (no architecture or no tensors)")
-    if metadata.get("general.type", "model") != "model":
-        raise cursor.fail(f"it holds no model but {str(metadata['general.type'])[:40]!r}")
-    limits = dict.fromkeys(SIZES, max(max(shape) for shape in shapes.values()))
-    limits["block_count"] = len(shapes)
-    routers = [shape for name, shape in shapes.items() if name.endswith("ffn_gate_inp.weight")]
-    limits["expert_count"] = max((shape[-1] for shape in routers), default=0)
-    for key, limit in limits.items():
-        value = metadata.get(f"{architecture}.{key}", 0)
-        for size in value if isinstance(value, tuple) else (value,):
-            if not isinstance(size, int) or not 0 <= size <= limit:
-                raise cursor.fail(f"{architecture}.{key} = {size!r}, but its tensors are smaller")
-    total = sum(map(math.prod, shapes.values()))
-    for keys in PRODUCTS:
-        sizes = [metadata.get(f"{architecture}.{key}", 0) for key in keys]
-        if all(isinstance(size, int) for size in sizes) and math.prod(sizes) > total:
-            raise cursor.fail(f"{' x '.join(keys)} = {math.prod(sizes):,}, but it holds {total:,} numbers")
+FORMAT = "v2"  # of the converted folder; a change makes every file convert anew
+MODEL_TYPES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}  # transformers' names, where they aren't llama.cpp's
 
 
 def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None = None) -> Path:
@@ -274,12 +59,15 @@ def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None
         import gguf  # noqa: F401
     except ImportError:
         raise InputError(f"{path}: reading GGUF needs a package", fix="pip install 'deltaw[gguf]'") from None
-    read_header(path)
+    header = read_header(path)
+    meaning, splitting = read_meaning(path, header), read_splitting(path, header)
     with _locked(cache / f"{folder.name}.lock"):
         if not folder.is_dir():
             if progress is not None:
                 progress(f"converting {path.name} to safetensors, once (about 20 s for 135M parameters)")
-            _convert_into(folder, path)
+                if splitting == SPLITTINGS["default"]:
+                    progress(f"{path.name} doesn't say how its tokenizer splits text: as llama.cpp does without a word")
+            _write_into(folder, partial(_convert, path, header, meaning, splitting))
     return folder
 
 
@@ -308,13 +96,13 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _convert_into(folder: Path, path: Path) -> None:
-    """Convert beside `folder`, fsync, rename. Under the lock: a half-made folder there is a dead one's."""
+def _write_into(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write beside `folder`, fsync, rename. Under the lock: a half-made folder there is a dead one's."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        _convert(path, temporary)
+        write(temporary)
         mode = temporary.stat().st_mode & 0o666
         for file in temporary.iterdir():
             file.chmod(mode)  # safetensors leaves 0600
@@ -331,7 +119,7 @@ def _convert_into(folder: Path, path: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _convert(path: Path, folder: Path) -> None:
+def _convert(path: Path, header: Header, meaning: Meaning, splitting: Splitting | None, folder: Path) -> None:
     """Dequantise with transformers and save model, config and tokenizer into `folder`, all bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -341,16 +129,20 @@ def _convert(path: Path, folder: Path) -> None:
     try:
         # The dequantiser's progress bar listens to nothing but stderr.
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+            begins = {"add_bos_token": True} if splitting is not None and splitting.bos else {}  # unless the file says
+            tokenizer = AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, trust_remote_code=False, **begins
+            )
             model, info = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
+                config=_config(path, header, meaning, MODEL_TYPES.get(architecture(header), architecture(header))),
                 dtype=torch.bfloat16,
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (MemoryError, KeyboardInterrupt):
+    except (MemoryError, KeyboardInterrupt, InputError):
         raise
     except Exception as error:  # whatever a foreign reader makes of a stranger's file
         reason = next(iter(str(error).splitlines()), "")[:200]
@@ -359,18 +151,66 @@ def _convert(path: Path, folder: Path) -> None:
             fix="use a safetensors version of the model",
         ) from None
     check_loading(path, info)
+    _check_all_used(path, header, meaning, model)
+    config = _config(path, header, meaning, meaning.model_type or model.config.model_type)
     with quiet():
-        _plain(model).save_pretrained(folder)
+        _plain(model, config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    write_tokenizer(folder, header, splitting)
 
 
-def _plain(model: Any) -> Any:
+def _config(path: Path, header: Header, meaning: Meaning, model_type: str) -> Any:
+    """transformers' reading of the metadata with the fields set that the file means, every one of them checked."""
+    from transformers import AutoConfig
+
+    read = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).to_dict()
+    for name in ("model_type", "architectures", "layer_types", "rope_parameters", "head_dim", "_model_name_or_path"):
+        read.pop(name, None)  # ours, or made of the others
+    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    read |= {name: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in ids.items()}
+    names = type(AutoConfig.for_model(model_type)).attribute_map
+    config = AutoConfig.for_model(model_type, **read | {names.get(k, k): v for k, v in meaning.config.items()})
+    for name, wanted in meaning.config.items():
+        arrived = getattr(config, name, None)
+        if not (arrived == wanted or (isinstance(wanted, dict) and _within(wanted, arrived))):
+            raise InputError(
+                f"{path}: {name} is {str(wanted)[:80]}, but {model_type} made {str(arrived)[:80]} of it",
+                fix="use the safetensors version of the model",
+            )
+    return config
+
+
+def _within(wanted: dict[str, Any], arrived: Any) -> bool:
+    return isinstance(arrived, dict) and all(
+        _within(value, arrived.get(name)) if isinstance(value, dict) else arrived.get(name) == value
+        for name, value in wanted.items()
+    )
+
+
+def _check_all_used(path: Path, header: Header, meaning: Meaning, model: Any) -> None:
+    """Raise InputError unless every number in the file became one of the model's.
+
+    All parameters were filled, so if their numbers are as many as the file's, nothing was left over. Counting needs no
+    knowledge of who renames what; the names are only for the message.
+    """
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    shapes = {name: shape for name, shape in header.shapes.items() if name not in meaning.tensors}
+    surplus = sum(map(math.prod, shapes.values())) - sum(weight.numel() for weight in model.parameters())
+    if surplus:
+        known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture(header), TensorProcessor)())
+        names = [name for name in shapes if name not in known] or ["by number, not by name"]
+        raise InputError(
+            f"{path}: {surplus:,} numbers in it have no place in a {model.config.model_type} model:\n{listed(names)}",
+            fix="use the safetensors version of the model",
+        )
+
+
+def _plain(model: Any, config: Any) -> Any:
     """The same weights in a model that doesn't think it is quantised (such a one refuses to be saved)."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(model.config)
-    del config.quantization_config
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     plain.load_state_dict(model.state_dict(), assign=True)

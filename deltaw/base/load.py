@@ -10,18 +10,12 @@ What can go silently wrong with `from_pretrained` is made loud here:
 dtype "auto" means the faster of bfloat16 and float32 on this machine, found by a race of some milliseconds
 and not by a table of CPUs: bfloat16 without hardware support was measured up to 499 times slower. The winner
 is part of what a run records, since it decides the last digits.
-
-The fingerprint says which base an adapter was trained on. It must not depend on how the weights were stored
-or loaded, so it hashes bfloat16 samples of every parameter, and no names (transformers renames modules
-between versions). Rejected: the hash of the files (a GGUF, shards and a single file would differ), and of all
-the weights (14 GB to read).
 """
 
 import contextlib
 import functools
-import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,18 +26,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from deltaw.base.fingerprint import fingerprint_of
 from deltaw.base.source import Progress, Source, find_base
 from deltaw.base.weights import read_tensors
 from deltaw.config import Dtype
 from deltaw.errors import InputError, RunError, listed
 
-SAMPLES = 1024  # elements of each parameter in the fingerprint
 ADVANTAGE = 1.2  # bfloat16 costs digits, so it must win clearly
 
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen model in eval mode and where it came from. `fingerprint`: "sha256:" + 64 hex digits."""
+    """A frozen model in eval mode and where it came from. `fingerprint`: as in fingerprint.py."""
 
     model: nn.Module
     source: Source
@@ -129,30 +123,17 @@ def fast_dtype(device: str = "cpu") -> torch.dtype:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """ "sha256:…" over shape and up to 1024 evenly strided elements of every parameter, as bfloat16.
+    """That of the model's parameters and its config, as in base/fingerprint.py.
 
     Equal for one model in bfloat16 and float32, in one file, shards or GGUF cache. Tied weights count once.
     Compute it on the plain model: an adapter's parameters would count, too.
     """
-    return fingerprint_of(model.parameters())
+    return fingerprint_of(model.parameters(), getattr(model, "config", None))
 
 
 def fingerprint_of_files(source: Source) -> str:
     """The same of a folder's tensors, one in memory at a time: equal where the files hold the parameters alone."""
-    return fingerprint_of(tensor for _, tensor in read_tensors(source.directory))
-
-
-def fingerprint_of(weights: Iterable[Tensor]) -> str:
-    """The fingerprint of a set of parameters."""
-    digests = []
-    for weight in weights:
-        count = weight.numel()
-        stride = max(1, -(-count // SAMPLES))
-        sample = weight.detach().reshape(-1)[::stride].to("cpu", torch.bfloat16).contiguous()
-        digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
-        digest.update(sample.view(torch.int16).numpy().astype("<i2").tobytes())
-        digests.append(digest.digest())
-    return "sha256:" + hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+    return fingerprint_of((tensor for _, tensor in read_tensors(source.directory)), _config(source))
 
 
 def check_finite(model: nn.Module, where: Path) -> None:

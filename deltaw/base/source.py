@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deltaw.base.weights import INDEX, SINGLE, read_json, shards
+from deltaw.base.weights import INDEX, SINGLE, read_json, shards, weights_file
 from deltaw.errors import InputError
 
 Progress = Callable[[str], None]
@@ -124,7 +124,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
             raise InputError(f"{folder / 'config.json'}: {key} names code, {value[:80]!r}", fix=f"remove {key}")
     if "quantization_config" in config:
         raise InputError(f"{folder}: holds quantised weights", fix="use the model it was made from, or its GGUF")
-    if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
+    if weights_file(folder) is None:
         if any(next(folder.glob(pattern), None) for pattern in PICKLES):
             raise InputError(
                 f"{folder}: its weights are pickles, which can run code when they are read",

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SUFFIX = ".safetensors"
+NAMED = "transformers_weights"  # in config.json: the name of another file
 MAX_HEADER_BYTES = 10_000_000  # an adapter of 1,000 modules needs 250 kB
 MAX_TENSORS = 100_000
 MAX_NAME = 1_000
@@ -107,23 +109,47 @@ def load_safetensors(
         return {name: file.get_tensor(name).clone() for name in header.shapes}
 
 
+def weights_file(folder: Path) -> Path | None:
+    """The file of a model folder that transformers would load: the one that config.json names, else the single file,
+    else the index of the shards; None for a folder without weights. Every reader here starts from it."""
+    named = None
+    if (folder / "config.json").is_file():
+        named = read_json(folder / "config.json", allow_nan=True).get(NAMED)
+    if named is not None:
+        if (
+            not isinstance(named, str)
+            or Path(named).name != named
+            or not named.endswith((SUFFIX, f"{SUFFIX}.index.json"))
+        ):
+            raise InputError(
+                f"{folder / 'config.json'}: {NAMED} is {str(named)[:80]!r}, no file of weights in its folder"
+            )
+        return folder / named
+    return next((folder / name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
+
+
 def shards(folder: Path) -> dict[Path, list[str]]:
-    """The safetensors files of a model folder with their tensors' names; checks headers, reads no data."""
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX, max_bytes=100_000_000)
-        names = _by_file(folder, index.get("weight_map"))
-    elif (folder / SINGLE).is_file():
-        names = {folder / SINGLE: list(_base_header(folder / SINGLE).shapes)}
-    else:
+    """The safetensors files of a model folder with their tensors' names; checks headers, reads no data.
+
+    As transformers reads them: a shard gives all its tensors, also those that the index doesn't name, and one that
+    stands in two shards is taken from the later.
+    """
+    chosen = weights_file(folder)
+    if chosen is None:
         raise InputError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
-    gone = [file.name for file in names if not file.is_file()]
+    promised: dict[Path, list[str]] = {chosen: []}
+    if chosen.name.endswith(".json"):
+        promised = _by_file(chosen, read_json(chosen, max_bytes=100_000_000).get("weight_map"))
+    gone = [file.name for file in promised if not file.is_file()]
     if gone:
-        raise InputError(f"{folder}: {len(gone)} of {len(names)} weight files are missing:\n{listed(gone, 2)}")
-    for file, wanted in names.items():
-        absent = sorted(set(wanted) - set(_base_header(file).shapes))
-        if absent:
-            raise InputError(f"{file}: lacks {len(absent)} tensors that {INDEX} places there: {absent[0]!r}")
-    return names
+        raise InputError(f"{folder}: {len(gone)} of {len(promised)} weight files are missing:\n{listed(gone, 2)}")
+    places: dict[str, Path] = {}
+    for file in sorted(promised):
+        shapes = _base_header(file).shapes
+        if absent := sorted(set(promised[file]) - set(shapes)):
+            raise InputError(f"{file}: lacks {len(absent)} tensors that {chosen.name} places there: {absent[0]!r}")
+        places |= dict.fromkeys(shapes, file)
+    return {file: [name for name, place in places.items() if place == file] for file in sorted(promised)}
 
 
 def read_tensors(folder: Path) -> "Iterator[tuple[str, Tensor]]":
@@ -253,15 +279,15 @@ def _base_header(path: Path) -> Header:
     return read_header(path, max_header_bytes=100_000_000, max_tensors=1_000_000)
 
 
-def _by_file(folder: Path, weight_map: Any) -> dict[Path, list[str]]:
+def _by_file(index: Path, weight_map: Any) -> dict[Path, list[str]]:
     """The index's `tensor -> file` turned round. A file outside the folder is refused."""
     if not isinstance(weight_map, dict) or not weight_map:
-        _corrupt(folder / INDEX, "it has no weight_map")
+        _corrupt(index, "it has no weight_map")
     names: dict[Path, list[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            _corrupt(folder / INDEX, f"{name!r} is placed in {file!r}, which is no safetensors file of this folder")
-        names.setdefault(folder / file, []).append(name)
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(SUFFIX):
+            _corrupt(index, f"{name!r} is placed in {file!r}, which is no safetensors file of this folder")
+        names.setdefault(index.parent / file, []).append(name)
     return names
 
 

@@ -20,6 +20,7 @@ import torch
 
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.inject import Attached
+from deltaw.base.fingerprint import same_base
 from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
 from deltaw.data.loader import Loader, LoaderState
@@ -94,7 +95,7 @@ class Trainer:
     def restore(self, saved: Saved) -> None:
         """Take up a checkpoint. Raises InputError when it belongs to another base, data or template."""
         now, then = self.state.fingerprints, saved.state.fingerprints
-        changed = [name for name, value in now.items() if then.get(name) != value]
+        changed = [name for name, value in now.items() if not same_base(then.get(name, ""), value)]
         if changed:
             raise InputError(
                 f"{self.run.folder} can't go on: its {' and '.join(changed)} changed since it was stopped",

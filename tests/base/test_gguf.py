@@ -14,7 +14,8 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
 from transformers import AutoTokenizer
 
-from deltaw.base.gguf import read_header, to_folder
+from deltaw.base.gguf import to_folder
+from deltaw.base.gguf_header import read_header
 from deltaw.base.load import Base, fingerprint, open_base
 from deltaw.base.source import BUILTINS, _builtin_file
 from deltaw.errors import InputError, RunError

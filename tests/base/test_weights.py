@@ -15,7 +15,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.weights import (
     INDEX,
     load_safetensors,
@@ -278,3 +280,35 @@ def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+
+
+def loaded_by_transformers(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).state_dict())
+
+
+def test_every_reader_takes_the_file_that_transformers_takes(folder: Path, sharded: Path) -> None:
+    """A new single file beside old shards, a shard with more than its index names, a file that config.json names."""
+    old = dict(read_tensors(sharded))
+    new = {name: weight + 1 for name, weight in old.items()}
+
+    def agree(where: Path, expected: dict[str, torch.Tensor]) -> None:
+        ours, theirs = dict(read_tensors(where)), loaded_by_transformers(where)
+        weights = LinearWeights(where)
+        for name, weight in expected.items():
+            assert torch.equal(ours[name], weight) and torch.equal(theirs[name], weight), name
+        path = "model.layers.0.self_attn.q_proj"
+        assert torch.equal(weights[path], expected[f"{path}.weight"])
+
+    file, twice = sorted(shards(sharded))[-1], "model.layers.0.self_attn.q_proj.weight"
+    save_safetensors(load_file(file) | {twice: new[twice]}, file)  # beside the one in an earlier shard
+    agree(sharded, old | {twice: new[twice]})
+    save_safetensors(new, sharded / "model.safetensors")
+    agree(sharded, new)
+    save_safetensors(old, sharded / "other.safetensors")
+    config = json.loads((sharded / "config.json").read_text())
+    (sharded / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+    agree(sharded, old)
+    for odd in ("../other.safetensors", "other.bin", 3):
+        (sharded / "config.json").write_text(json.dumps(config | {"transformers_weights": odd}))
+        with pytest.raises(InputError, match="transformers_weights"):
+            shards(sharded)

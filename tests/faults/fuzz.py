@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from deltaw.base.gguf import read_header as read_gguf
 from deltaw.base.gguf import to_folder
+from deltaw.base.gguf_header import read_header as read_gguf
 from deltaw.base.weights import load_safetensors
 from deltaw.errors import InputError
 from tests.base.test_gguf import HOSTILE as GGUF_CASES

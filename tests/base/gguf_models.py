@@ -1,0 +1,125 @@
+"""transformers models written as the GGUF that llama.cpp's converter makes of them, to be read back."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .gguf_ids import vocabulary
+
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+KEYS = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "n_inner": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "max_position_embeddings": "context_length",
+    "sliding_window": "attention.sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "use_parallel_residual": "use_parallel_residual",
+}
+
+
+def model_of(model_type: str, **changes: Any) -> Any:
+    """A random model whose weights are bfloat16's numbers in float32."""
+    known = AutoConfig.for_model(model_type)
+    sizes = {name: value for name, value in SIZES.items() if hasattr(known, name)} | changes
+    config = AutoConfig.for_model(model_type, vocab_size=len(vocabulary()[0]), pad_token_id=None, **sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape) * 0.3
+            weight.copy_((noise + 1 if weight.dim() == 1 else noise).bfloat16())
+    return model
+
+
+def write_model(
+    path: Path, model: Any, *, keys: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None
+) -> Path:
+    """`keys` (under the architecture, or whole after a dot; None takes one out) and `tensors` are added."""
+    config = model.config
+    architecture = ARCHITECTURES.get(config.model_type, config.model_type)
+    number = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    writer = GGUFWriter(path, architecture)
+    said: dict[str, Any] = {key: value for name, key in KEYS.items() if (value := getattr(config, name, None))}
+    for name in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon"):
+        if hasattr(config, name):
+            said[f"attention.layer_norm_{'rms_' * ('rms' in name)}epsilon"] = getattr(config, name)
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    if rope:
+        head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        said |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+        said["rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1))
+        said["rope.freq_base"] = float(rope["rope_theta"])
+    for key, value in (said | (keys or {})).items():
+        name = key[1:] if key.startswith(".") else f"{architecture}.{key}"
+        if isinstance(value, bool):
+            writer.add_bool(name, value)
+        elif isinstance(value, (int, float, str, list)):
+            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+            add[type(value)](name, value)
+    tokens, merges = vocabulary()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 2) + [3, 3])
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(len(tokens) - 1)
+    for name, weight in [*_weights(model, number), *(tensors or {}).items()]:
+        writer.add_tensor(name, np.ascontiguousarray(weight, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _weights(model: Any, architecture: MODEL_ARCH) -> list[tuple[str, Any]]:
+    config, made = model.config, []
+    names = get_tensor_name_map(architecture, config.num_hidden_layers)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    for name, weight in model.state_dict().items():
+        if name in tied:
+            continue
+        stem, kind = name.rsplit(".", 1) if name.endswith((".weight", ".bias")) else (name, "")
+        if stem.endswith("experts.gate_up_proj"):
+            block = stem.split(".")[2]
+            gate, up = weight.numpy().astype(np.float32).reshape(weight.shape[0], 2, -1, weight.shape[2]).swapaxes(0, 1)
+            made += [(f"blk.{block}.ffn_gate_exps.weight", gate), (f"blk.{block}.ffn_up_exps.weight", up)]
+            continue
+        if stem.endswith("experts.down_proj"):
+            made.append((f"blk.{stem.split('.')[2]}.ffn_down_exps.weight", weight.numpy()))
+            continue
+        values = weight.float().numpy()
+        if config.model_type in ("llama", "mistral") and stem.endswith(("q_proj", "k_proj")):
+            heads = config.num_attention_heads if stem.endswith("q_proj") else config.num_key_value_heads
+            values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+        if config.model_type.startswith("gemma") and "norm" in stem:
+            values = values + 1
+        if config.model_type == "gpt2" and values.ndim == 2 and ".h." in stem:
+            values = values.T
+        made.append((f"{names.get_name(stem)}.{kind}", values))
+    return made
