@@ -7,10 +7,12 @@
 
 Everything in it is named relative to the folder, so it can be moved. result.json is written when everything else is
 safe (the report only shows what lies there), so a folder that has it is finished; `failed` in it names what couldn't be
-measured. A folder that is not a run is never touched.
+measured. A folder that is not a run is never touched. Files rot on disks and are edited by hand: a line of
+metrics.jsonl that can't be read is left out and counted.
 """
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -18,12 +20,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from deltaw.base.weights import fsync, read_json, write_text_atomic
 from deltaw.config import RunConfig
 from deltaw.errors import InputError, RunError
 from deltaw.lock import LOCK, claimed, holds_anything
+
+WORDS = ("skipped", "rows")  # of a line of metrics.jsonl; everything else in it is a number
 
 
 @dataclass(frozen=True)
@@ -148,21 +152,25 @@ class Run:
             raise RunError(f"{self.metrics}: {error}", fix="nothing was lost; free space, then resume") from None
 
     def cut_metrics(self, lines: int) -> int:
-        """Keep the first `lines` lines: a resumed run writes the others again. How many of them are missing."""
-        kept = self.read_metrics()[:lines]
-        write_text_atomic(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        return lines - len(kept)
+        """Keep the first `lines` lines, as they are: a resumed run writes the others again. How many of them can't be
+        read, or are missing."""
+        kept = self._metrics_lines()[:lines]
+        write_text_atomic(self.metrics, "".join(line + "\n" for line in kept))
+        return lines - len(self.read_metrics())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All complete lines of metrics.jsonl; a last line cut short by a crash is left out."""
-        records = []
-        text = self.metrics.read_text(encoding="utf-8", errors="replace") if self.metrics.is_file() else ""
-        for line in text.splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return records
+        """The lines of metrics.jsonl that can be read."""
+        return self.scan_metrics()[0]
+
+    def scan_metrics(self) -> tuple[list[dict[str, Any]], int]:
+        """The lines of metrics.jsonl, without what in them is no figure, and how many were left out or lost a part."""
+        records = [_record(line) for line in self._metrics_lines()]
+        return [record for record, _ in records if record], sum(not whole for _, whole in records)
+
+    def _metrics_lines(self) -> list[str]:
+        """Only a line end ends a line: what a damaged one holds may look like one to Python."""
+        text = self.metrics.read_bytes().decode("utf-8", errors="replace") if self.metrics.is_file() else ""
+        return text.removesuffix("\n").split("\n") if text else []
 
     def write_json(self, path: Path, value: dict[str, Any]) -> None:
         """A whole JSON file or none."""
@@ -172,3 +180,20 @@ class Run:
         """Raises InputError when it is missing or broken."""
         size = path.stat().st_size if path.is_file() else 0  # before.json may have an answer to each of many rows
         return read_json(path, max_bytes=size, allow_nan=True)
+
+
+def _record(line: str) -> tuple[dict[str, Any] | None, bool]:
+    """A line's figures, and whether it is whole. None without a step, which says where it belongs."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None, False
+    if not isinstance(value, dict) or type(step := value.get("step")) is not int or not 0 <= step < 2**53:
+        return None, False
+    record = {name: figure for name, figure in value.items() if name in WORDS or is_number(figure)}
+    return record, len(record) == len(value)
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether what stood in a JSON file can be counted with; NaN and infinity can, an integer beyond any float not."""
+    return type(value) in (int, float) and not 1e300 < abs(value) < math.inf

@@ -27,8 +27,9 @@ from torch.overrides import TorchFunctionMode
 
 from deltaw.adapter.layer import AdaptedLinear
 from deltaw.adapter.spec import beside_paths
-from deltaw.base.forward import ATTENTION, _two_documents
+from deltaw.base.attention import ATTENTION
 from deltaw.base.frozen import FrozenLinear
+from deltaw.base.probe import REFUSALS, probe_documents, rounding
 from deltaw.errors import InputError
 from deltaw.kernels.attention import Documents
 
@@ -36,8 +37,6 @@ BESIDE = "isn't part of the language model, and doesn't run on text"
 SILENT = "gets no gradient from the model's answers"
 READ = "has its weight read by the model itself, past the layer"
 CHANGED = "gives something else than its weight and bias make of its input"
-# What a model says that can't be run on token ids, or with another layer in this place.
-REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def _as_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 def _logits(model: Any) -> Tensor:
     """[T, V] in float32 of two short documents, packed where the model runs packed, else in a row."""
-    tokens_T, positions_T, starts_S = _two_documents(model)
+    tokens_T, positions_T, starts_S = probe_documents(model)
     inputs: dict[str, Any] = {"input_ids": tokens_T[None]}
     if model.config._attn_implementation == ATTENTION:
         documents = Documents(starts_S.tolist(), tokens_T.device)
@@ -217,10 +216,12 @@ def _near(got: Tensor, wanted: Tensor, dtype: torch.dtype, *, sure: bool = False
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         return False
     got, wanted = got.float(), wanted.float()
-    unit, wide = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
-    size = wanted.square().mean().sqrt() if sure else wanted.std()
-    allowed = (4 * unit + 4 * wide if sure else 25 * unit + 300 * wide) * float(size)
-    return float((got - wanted).square().mean().sqrt()) <= max(allowed, 1e-30 if sure else 1e-6)
+    if sure:
+        units = 4 * (torch.finfo(dtype).eps + torch.finfo(torch.float32).eps)
+        allowed = max(units * float(wanted.square().mean().sqrt()), 1e-30)
+    else:
+        allowed = max(rounding(dtype) * float(wanted.std()), 1e-6)
+    return float((got - wanted).square().mean().sqrt()) <= allowed
 
 
 @contextmanager

@@ -11,7 +11,7 @@ Rejected: matplotlib's locators and formatters (offsets like "+1.2e3" in a corne
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeGuard
 
@@ -47,11 +47,16 @@ def rows_of(columns: Sequence[Sequence[Any]], log_x: bool, log_y: bool) -> list[
 def curve_of(points: tuple[Sequence[float], Values], log_x: bool, log_y: bool) -> tuple[list[float], list[float]]:
     """xs and ys of a line, NaN where it breaks; of a long one each bucket's least and greatest, so no spike is lost."""
     kept = [(x, y if drawable(y, log_y) else math.nan) for x, y in zip(*points, strict=True) if drawable(x, log_x)]
-    size = math.ceil(len(kept) / BUCKETS)
-    if size > 2:
-        buckets = [kept[i : i + size] for i in range(0, len(kept), size)]
-        kept = [point for bucket in buckets for point in _extremes(bucket)]
-    return [float(x) for x, _ in kept], [float(y) for _, y in kept]
+    shown = [kept[i] for i in thinned([y for _, y in kept], 2 * BUCKETS)]
+    return [float(x) for x, _ in shown], [float(y) for _, y in shown]
+
+
+def thinned(values: Values, most: int) -> list[int]:
+    """At most `most` places in a long row of numbers: of each of `most` / 2 stretches the least and the greatest."""
+    size = math.ceil(len(values) / (most // 2))
+    if size <= 2:
+        return list(range(len(values)))
+    return [place for i in range(0, len(values), size) for place in _extremes(values, i, min(len(values), i + size))]
 
 
 def scale(
@@ -92,11 +97,9 @@ def _power(value: float) -> str:
     return (f"{digits}e{int(power)}" if int(power) else digits).replace("-", "−")
 
 
-def _extremes(bucket: Sequence[tuple[float, float]]) -> Iterable[tuple[float, float]]:
-    known = [point for point in bucket if not math.isnan(point[1])]
-    if not known:
-        return bucket[:1]
-    return sorted({min(known, key=lambda point: point[1]), max(known, key=lambda point: point[1])})
+def _extremes(values: Values, begin: int, end: int) -> list[int]:
+    known = [(value, i) for i in range(begin, end) if drawable(value := values[i])]
+    return sorted({min(known)[1], max(known)[1]}) if known else [begin]
 
 
 def _linear_ticks(low: float, high: float, whole: bool) -> dict[float, str]:

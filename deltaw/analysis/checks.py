@@ -4,13 +4,19 @@ Each is a rule over figures that are there anyway, and says what was found, why 
 
     learnt nothing    modules whose ΔW is exactly 0: their gradient was 0 in every step
     got worse         held-out loss above the base's
+    gaps              figures of the run that can't be read, and are left out of everything else here
     capacity          nats of the first epoch's labels, in bits, against 2 bits a trained parameter: beyond that, LoRA
                       falls behind full fine-tuning ("LoRA Without Regret", Schulman et al. 2025)
     idle ranks        a few of the rank's directions hold 90 % of ΔW: a lower rank would have given the same
-    low rate          a learning rate below LoRA's usual range, where all ranks give the same
+    low rate          a learning rate below LoRA's usual range, where all ranks give the same. Adam moves every entry of
+                      B by about the rate, LoRA+'s by `lr_ratio_b` of it, so ΔW = s B A moves by rate · s · r: what is
+                      judged is the rate that would move ΔW as far at the default's s · r = 32. (Initialisers that move
+                      the base begin with factors of other sizes; there it is the rate alone)
     large batch       more than 64 documents a step, which LoRA tolerates worse than full fine-tuning
-    forgetting        general text got much worse, or the model's beliefs moved far from the base's
-    merging           the share of ΔW that a merge into bfloat16 weights loses
+    forgetting        general text got much worse, or the model's beliefs moved far from the base's; a warning where the
+                      whole interval says so, a note where the figure alone does
+    merging           what a merge into bfloat16 weights keeps along ΔW. The noise that rounding adds beside it is
+                      stated, not judged: it points everywhere, as the rounding of W itself does
 
 No check stops anything: what must stop a run is found while it runs.
 """
@@ -19,8 +25,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from deltaw.analysis.measure import Measures, summarise
+from deltaw.analysis.measure import Measures
 from deltaw.analysis.page import Finding, Level
+from deltaw.analysis.summary import noise_of, summarise
+from deltaw.analysis.training import Training
 from deltaw.config import RunConfig
 
 BITS_A_PARAMETER = 2.0
@@ -28,9 +36,8 @@ LOW_RATE, FULL_SHARE = 1e-4, 0.1  # LoRA's range begins there; full fine-tuning'
 DOCUMENTS = (64, 128)  # a step: worth a note, worth a warning
 FORGOT, MOVED = 0.25, 0.5  # nats a token: rise of general text's loss, KL from the base
 IDLE = 0.5  # share of the rank that holds 90 % of the energy
-LOST = 0.1  # of ‖ΔW‖ in a merge
-
-Metrics = Sequence[Mapping[str, Any]]
+KEPT = 0.9  # of ΔW, along itself, in a merge
+USUAL = 32.0  # s r of the default, rank 16 at alpha 32
 
 
 def check_adapter(measures: Mapping[str, Measures]) -> list[Finding]:
@@ -38,14 +45,15 @@ def check_adapter(measures: Mapping[str, Measures]) -> list[Finding]:
     return [*_zero(measures), *_idle(measures), *_merging(measures)]
 
 
-def check_run(config: RunConfig, result: Mapping[str, Any], metrics: Metrics) -> list[Finding]:
-    """What can be told from a run's figures."""
+def check_run(training: Training) -> list[Finding]:
+    """What can be told from a run's figures, as far as they are there."""
     return [
-        *_held_out(result, metrics),
-        *_capacity(config, result, metrics),
-        *_rate(config),
-        *_batch(config, result),
-        *_forgetting(result.get("forgetting")),
+        *(Finding("warning", f"read with gaps: {fault}") for fault in training.faults),
+        *_held_out(training.result),
+        *_capacity(training),
+        *_rate(training.config),
+        *_batch(training),
+        *_forgetting(training.result.get("forgetting")),
     ]
 
 
@@ -73,81 +81,85 @@ def _idle(measures: Mapping[str, Measures]) -> Iterator[Finding]:
     if nine_tenths <= IDLE * rank:
         yield Finding(
             "note",
-            f"in nine modules of ten, {nine_tenths} of {rank} directions hold 90 % of the update: a lower rank "
-            f"might do; "
-            f"`deltaw resize --rank {nine_tenths}` shows what it loses",
+            f"in nine modules of ten, {nine_tenths} of {rank} directions hold 90 % of the update's energy: a lower "
+            "rank might do. Energy doesn't say what the others do: `deltaw resize --max-loss-increase` measures it",
         )
 
 
 def _merging(measures: Mapping[str, Measures]) -> Iterator[Finding]:
     if not any(m.base for m in measures.values()):
         return
-    lost = summarise(measures)["merge_error"]
-    if lost > LOST:
-        yield Finding(
-            "warning",
-            f"merged into bfloat16 weights, {lost:.0%} of the update would be lost to rounding: serve it as an "
-            f"adapter, or "
-            "merge into float32",
-        )
+    summary = summarise(measures)
+    kept, noise = summary["merge_kept"], noise_of(summary["merge_kept"], summary["merge_error"])
+    said = (
+        f"merged into bfloat16 weights, {kept:.0%} of the update is kept along its own direction; rounding adds noise "
+        f"of {noise:.0%} of its size"
+    )
+    if kept < KEPT:
+        yield Finding("warning", f"{said}: serve it as an adapter, or merge into float32")
     else:
-        yield Finding("ok", f"merging into bfloat16 weights would lose {lost:.1%} of the update to rounding")
+        yield Finding("ok", said)
 
 
-def _held_out(result: Mapping[str, Any], metrics: Metrics) -> Iterator[Finding]:
-    before, after = (result["eval"].get(side) for side in ("before", "after"))
-    if not before or not after:
+def _held_out(result: Mapping[str, Any]) -> Iterator[Finding]:
+    sides = [result.get("eval", {}).get(side) for side in ("before", "after")]
+    if sides == [{}, {}]:
         yield Finding("note", "no held-out rows: whether it learnt what was meant can't be told; set data.eval")
+    if not all(side and "loss" in side for side in sides):
         return
-    change = after["loss"] - before["loss"]
-    if change >= 0:
+    before, after = (side["loss"] for side in sides)
+    if after >= before:
         yield Finding(
-            "problem",
-            f"held-out loss rose from {before['loss']:.3f} to {after['loss']:.3f}: lower train.lr, or check the data",
+            "problem", f"held-out loss rose from {before:.3f} to {after:.3f}: lower train.lr, or check the data"
         )
     else:
-        yield Finding("ok", f"held-out loss fell from {before['loss']:.3f} to {after['loss']:.3f} nats a token")
-    if result["best_step"] < result["steps"]:
-        yield Finding(
-            "note",
-            f"the held-out loss was best at step {result['best_step']} of {result['steps']}; that adapter was saved",
-        )
+        yield Finding("ok", f"held-out loss fell from {before:.3f} to {after:.3f} nats a token")
+    best, steps = result.get("best_step"), result.get("steps")
+    if best is not None and steps is not None and best < steps:
+        yield Finding("note", f"the held-out loss was best at step {best:g} of {steps:g}; that adapter was saved")
 
 
-def _capacity(config: RunConfig, result: Mapping[str, Any], metrics: Metrics) -> Iterator[Finding]:
-    lines = [line for line in metrics if "loss" in line]
-    if not lines:
+def _capacity(training: Training) -> Iterator[Finding]:
+    """The first epoch's labels; of a run that ended within it, those that it saw."""
+    parameters, epochs = training.result.get("trained_parameters"), training.epochs
+    lines = [line for line in training.metrics if math.isfinite(line.get("loss", math.nan))]
+    lines = [line for line in lines if "supervised_tokens" in line]
+    if not lines or parameters is None or epochs is None:
         return
-    epoch = math.ceil(len(lines) / max(1.0, config.train.epochs)) if config.train.steps is None else len(lines)
+    first = lines[: math.ceil(len(lines) / max(1.0, epochs))]
     counts = [0, *(line["supervised_tokens"] for line in lines)]
-    steps = zip(lines[:epoch], counts, counts[1:], strict=False)
-    nats = sum(line["loss"] * (after - before) for line, before, after in steps)
-    bits, room = nats / math.log(2), BITS_A_PARAMETER * result["trained_parameters"]
-    said = f"the data held {bits:,.0f} bits in its first epoch, the adapter has room for about {room:,.0f}"
+    nats = sum(line["loss"] * (after - before) for line, before, after in zip(first, counts, counts[1:], strict=False))
+    bits, room = nats / math.log(2), BITS_A_PARAMETER * parameters
+    seen = "in its first epoch" if epochs >= 1 else f"in the {epochs:.0%} of it that was seen"
+    said = f"the data held {bits:,.0f} bits {seen}, the adapter has room for about {room:,.0f}"
     if bits <= room:
         yield Finding("ok", said)
-    elif result.get("form") == "text":
+    elif training.result.get("form") == "text":
         yield Finding(
             "warning", f"{said}: this is continued pretraining, where LoRA falls behind; raise rank, or train full"
         )
-    else:
+    elif bits > room:
         yield Finding("warning", f"{said}: raise adapter.rank")
 
 
 def _rate(config: RunConfig) -> Iterator[Finding]:
-    low = LOW_RATE * (FULL_SHARE if config.adapter.full else 1.0)
-    if config.train.lr < low:
+    spec, lr = config.adapter, config.train.lr
+    low = LOW_RATE * (FULL_SHARE if spec.full else 1.0)
+    reach = 1.0 if spec.full or spec.moves_base else config.train.lr_ratio_b * spec.scale("") * spec.rank / USUAL
+    said = f"train.lr {lr:g}"
+    if not math.isclose(reach, 1):
+        said += f" moves the update as {lr * reach:.2g} would at s · r = {USUAL:g}, which"
+    if lr * reach < low:
         yield Finding(
             "note",
-            f"train.lr {config.train.lr:g} is below the usual range, which begins at {low:g}: so low, every rank "
-            f"learns the "
-            "same and little; try ten times as much",
+            f"{said} is below the usual range, which begins at {low:g}: so low, every rank learns the same and little; "
+            "try ten times as much",
         )
 
 
-def _batch(config: RunConfig, result: Mapping[str, Any]) -> Iterator[Finding]:
-    rows = result["train_rows"] * config.train.epochs if config.train.steps is None else None
-    documents = rows / result["steps"] if rows and result["steps"] else 0.0
+def _batch(training: Training) -> Iterator[Finding]:
+    rows, steps, epochs = training.result.get("train_rows"), training.result.get("steps"), training.epochs
+    documents = rows * epochs / steps if rows and steps and epochs else 0.0
     if documents > DOCUMENTS[0]:
         level: Level = "warning" if documents > DOCUMENTS[1] else "note"
         yield Finding(
@@ -156,14 +168,21 @@ def _batch(config: RunConfig, result: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _forgetting(lost: Mapping[str, Any] | None) -> Iterator[Finding]:
-    if not lost:
+    if not lost or not all(name in lost for name in ("loss_before", "loss_after", "kl")):
         return
     rise, kl = lost["loss_after"] - lost["loss_before"], lost["kl"]
-    losses = f"general text: loss {lost['loss_before']:.3f} → {lost['loss_after']:.3f}"
-    said = f"{losses}, KL from the base {kl:.3f} nats a token"
-    if rise > FORGOT or kl > MOVED:
+    rises, kls = lost.get("rise_interval") or (rise, rise), lost.get("kl_interval") or (kl, kl)
+    losses = f"loss {lost['loss_before']:.3f} → {lost['loss_after']:.3f}{_between(lost.get('rise_interval'))}"
+    said = f"general text: {losses}, KL from the base {kl:.3f}{_between(lost.get('kl_interval'))} nats a token"
+    if rises[0] > FORGOT or kls[0] > MOVED:
         yield Finding(
             "warning", f"{said}: it forgot a good deal; a lower train.lr, or deltaw scale, trades task for memory"
         )
+    elif rise > FORGOT or kl > MOVED:
+        yield Finding("note", f"{said}: it may have forgotten a good deal, on so few passages one can't tell")
     else:
         yield Finding("ok", said)
+
+
+def _between(interval: Sequence[float] | None) -> str:
+    return f" (95 %: {interval[0]:+.3f} to {interval[1]:+.3f})" if interval else ""

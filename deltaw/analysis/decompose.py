@@ -1,8 +1,10 @@
 """What a matrix is made of: its rank, counted in every way that is of use, its spectrum, and three factorisations.
 
     full rank        X = P Qᵀ, lossless, R columns each. P is columns of X (linalg/rank.py), for a small matrix of
-                     integers also in fractions, without rounding (linalg/exact.py). Picking R columns is R steps of
-                     O(M N): where that takes minutes, P and Q come from the SVD, cut at the numerical rank
+                     integers also in fractions, without rounding (linalg/exact.py); then the rank is exact, too,
+                     which no singular value can be. Picking R columns is R steps of O(M N): where that takes minutes, P
+                     and Q come from the SVD, cut at the numerical rank. Entries that were rounded to fewer digits than
+                     they are computed with have a rank of their own only above that rounding, and X = P Qᵀ but for it
     truncated SVD    its first k terms. No matrix of rank k is nearer; what is missed is σ_{k+1} in the 2-norm and
                      √(σ²_{k+1} + …) in the Frobenius norm (Eckart & Young 1936, Mirsky 1960)
     randomised SVD   nearly that, from products with a thin random matrix (linalg/svd.py)
@@ -24,7 +26,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from deltaw.analysis.matrix import read_matrix
+from deltaw.analysis.matrix import EXACT, EXACT_SIDE, INTEGERS, read_matrix
 from deltaw.errors import InputError
 from deltaw.linalg import rank as ranks
 from deltaw.linalg.exact import exact_factorisation
@@ -32,11 +34,12 @@ from deltaw.linalg.svd import randomised_svd, two_norm
 from deltaw.progress import Display
 
 DEFAULT_RANK = 8
-EXACT_SIDE, EXACT_VALUE = 64, 2.0**53  # fractions take seconds at most, and the integers are those that were written
 PIVOT_WORK = 2e9  # R M N of picking columns, some ten seconds
 LONG_WORK = 1e8  # R M N that takes a second; an SVD does ten times as much in that time
 DENSE_SIDE = 512  # the 2-norm of an error of at most as many rows or columns is no estimate
 SHOWN_SIDE = 6  # factors of a matrix of at most 6 x 6 are shown
+
+UNROUNDED = ranks.Rounding()
 
 Say = Callable[[str], None]
 Cells = tuple[tuple[str, ...], ...]
@@ -62,7 +65,9 @@ class Decomposition:
     rows: int
     columns: int
     dtype: str
-    rank: int  # how many σ are above the tolerance
+    stored: str  # what the entries were rounded to before they became that: bfloat16, 3 decimals
+    rank: int  # of integers the exact one, else the numerical one
+    numerical_rank: int  # how many σ are above the tolerance
     tolerance: float
     column_rank: int | None
     row_rank: int | None
@@ -70,7 +75,7 @@ class Decomposition:
     effective_rank: float
     rank_at_90: int  # percent of ‖X‖²_F
     rank_at_99: int
-    condition: float  # σ₁ / σ_K, infinite unless the rank is full
+    condition: float  # σ₁ / σ_K, infinite unless the numerical rank is full
     singular_values: tuple[float, ...]
     full_rank: Factorisation
     exact: bool  # the full-rank factorisation is in fractions
@@ -98,12 +103,21 @@ class Decomposition:
 
 def run(name: str, rank: int | None, display: Display) -> tuple[Decomposition, str]:
     """`decompose` for a matrix's name (matrix.py), and a description of the matrix."""
-    x_MN, source = read_matrix(name, progress=display.say)
-    return decompose(x_MN, rank=rank, say=display.say), source
+    x = read_matrix(name, progress=display.say)
+    found = decompose(x.x_MN, rank=rank, say=display.say, rounding=x.rounding, integers=x.integers)
+    return found, x.source
 
 
-def decompose(x_MN: Tensor, *, rank: int | None = None, say: Say = lambda line: None) -> Decomposition:
+def decompose(
+    x_MN: Tensor,
+    *,
+    rank: int | None = None,
+    say: Say = lambda line: None,
+    rounding: ranks.Rounding = UNROUNDED,
+    integers: list[list[int]] | None = None,
+) -> Decomposition:
     """All of it for one float32 or float64 matrix; `rank` is k, else 8 or the matrix's rank if that is less.
+    `rounding`: of the entries, before they were float32 or float64. `integers`: the entries, where float64 rounds them.
 
     `say` gets a line before what takes long. Raises InputError unless 1 ≤ `rank` ≤ K, ValueError for what is no matrix
     of finite numbers.
@@ -117,9 +131,11 @@ def decompose(x_MN: Tensor, *, rank: int | None = None, say: Say = lambda line: 
     top = float(sigma_K[0]) or 1.0
     if not math.isfinite(top):
         raise InputError(f"the largest singular value is beyond {dtype}", fix="scale the matrix down")
-    tolerance = float(ranks.tolerance(sigma_K, m, n))
-    found = int((sigma_K > tolerance).sum())
-    k = rank or max(1, min(DEFAULT_RANK, found))
+    tolerance = max(float(ranks.tolerance(sigma_K, m, n)), rounding.error(x_MN))
+    numerical = int((sigma_K > tolerance).sum())
+    of_svd = (u_MK[:, :numerical] * sigma_K[:numerical], vt_KN[:numerical])
+    full = _lossless(x_MN, of_svd, svd_seconds, say, integers, picks=numerical if rounding.name else None)
+    k = rank or max(1, min(DEFAULT_RANK, len(full.qt)))
     relative_K = sigma_K.double() / top  # so that no square overflows
     norm = float(relative_K.norm()) or 1.0
 
@@ -128,13 +144,14 @@ def decompose(x_MN: Tensor, *, rank: int | None = None, say: Say = lambda line: 
         errors = float(left_MN.norm()) / norm, _two_norm(left_MN)
         return Factorisation(r, r * (m + n), r * (m + n) / (m * n), *errors, seconds)
 
-    full = _lossless(x_MN, (u_MK[:, :found] * sigma_K[:found], vt_KN[:found]), svd_seconds, say)
     near, seconds = _timed(lambda: randomised_svd(x_MN, k, generator=torch.Generator().manual_seed(0)))
     return Decomposition(
         rows=m,
         columns=n,
         dtype=dtype,
-        rank=found,
+        stored=rounding.name or dtype,
+        rank=len(full.qt) if full.exact else numerical,
+        numerical_rank=numerical,
         tolerance=tolerance,
         column_rank=full.picked[0],
         row_rank=full.picked[1],
@@ -142,7 +159,7 @@ def decompose(x_MN: Tensor, *, rank: int | None = None, say: Say = lambda line: 
         effective_rank=float(ranks.effective_rank(sigma_K)),
         rank_at_90=int(ranks.energy_rank(sigma_K, 0.9)),
         rank_at_99=int(ranks.energy_rank(sigma_K, 0.99)),
-        condition=float(1 / relative_K[-1]) if found == min(m, n) else math.inf,
+        condition=float(1 / relative_K[-1]) if numerical == min(m, n) else math.inf,
         singular_values=tuple(sigma_K.tolist()),
         full_rank=measured(len(full.qt), full.left_MN, full.seconds),
         exact=full.exact,
@@ -156,11 +173,12 @@ def decompose(x_MN: Tensor, *, rank: int | None = None, say: Say = lambda line: 
 
 def describe(d: Decomposition, source: str) -> str:
     """For people; `source` is what the matrix is."""
-    parts = [f"{source}: {d.rows:,} x {d.columns:,} = {d.entries:,} entries, {d.dtype}", _ranks(d)]
-    if d.rank:
-        several = f"σ₁ … σ{_sub(d.rank)}" if d.rank > 1 else "σ₁"
-        others = f"; the other {noise} are rounding" if (noise := len(d.singular_values) - d.rank) else ""
-        parts.append(f"singular values {several}, log scale{others}\n{spectrum(d.singular_values[: d.rank])}")
+    stored = "" if d.stored == d.dtype else f", stored as {d.stored}"
+    parts = [f"{source}: {d.rows:,} x {d.columns:,} = {d.entries:,} entries, {d.dtype}{stored}", _ranks(d)]
+    if sure := d.numerical_rank:
+        several = f"σ₁ … σ{_sub(sure)}" if sure > 1 else "σ₁"
+        others = f"; the other {noise} are rounding" if (noise := len(d.singular_values) - sure) else ""
+        parts.append(f"singular values {several}, log scale{others}\n{spectrum(d.singular_values[:sure])}")
     parts += [_table(d), _remarks(d)]
     if d.factors and d.rank:
         parts.append(f"P Qᵀ{', exactly' if d.exact else ', to four digits'}\n{_beside(*d.factors)}")
@@ -187,9 +205,19 @@ def _ranks(d: Decomposition) -> str:
     picked = f"column rank {d.column_rank}, row rank {d.row_rank}, picked down to ε max(M, N) times the longest"
     if d.column_rank is None:
         picked = "columns and rows were not picked one by one: that would take minutes"
-    condition = f"{d.condition:.3g}" if math.isfinite(d.condition) else "infinite"
+    if d.exact:
+        picked = f"column rank {d.column_rank}, row rank {d.row_rank}"
+    elif d.stored not in (d.dtype, INTEGERS) and d.column_rank is not None:
+        picked = f"column rank {d.column_rank}, row rank {d.row_rank}, of which no more than the rank were picked"
+    unknown = "infinite" if d.rank < min(d.rows, d.columns) else "beyond rounding"
+    condition = f"{d.condition:.3g}" if math.isfinite(d.condition) else unknown
+    above = f"σ above {d.tolerance:.2e} = ε max(M, N) σ₁, ε of {d.dtype}"
+    if d.tolerance > torch.finfo(getattr(torch, d.dtype)).eps * max(d.rows, d.columns) * d.singular_values[0]:
+        above = f"σ above {d.tolerance:.2e}, the most that rounding to {d.stored} makes of zero"
+    if d.exact:
+        above = f"exactly, by elimination in fractions; {d.numerical_rank} {above}"
     lines = [
-        ("rank", f"{d.rank}", f"σ above {d.tolerance:.2e} = ε max(M, N) σ₁, ε of {d.dtype}"),
+        ("rank", f"{d.rank}", above),
         ("", "", picked),
         ("stable rank", f"{d.stable_rank:.4g}", "‖X‖²_F / ‖X‖²₂"),
         ("effective rank", f"{d.effective_rank:.4g}", "exp of the entropy of σ / Σσ"),
@@ -220,7 +248,7 @@ def _table(d: Decomposition) -> str:
 
 
 def _remarks(d: Decomposition) -> str:
-    k, noise = d.truncated.rank, torch.finfo(getattr(torch, d.dtype)).eps * max(d.rows, d.columns)
+    k, noise = d.truncated.rank, d.tolerance / (d.singular_values[0] or 1.0)
     saves = "stores fewer" if d.full_rank.share < 1 else "saves none"
     lines = [f"R (M + N) numbers are fewer than M N for R below M N / (M + N) = {d.saves_below:.4g}: P Qᵀ {saves} here"]
     if d.best_frobenius <= noise:
@@ -263,20 +291,27 @@ class _Lossless:
     seconds: float
 
 
-def _lossless(x_MN: Tensor, of_svd: tuple[Tensor, Tensor], svd_seconds: float, say: Say) -> _Lossless:
-    """The full-rank factorisation in the best way that the matrix allows."""
+def _lossless(
+    x_MN: Tensor,
+    of_svd: tuple[Tensor, Tensor],
+    svd_seconds: float,
+    say: Say,
+    integers: list[list[int]] | None,
+    picks: int | None,
+) -> _Lossless:
+    """The full-rank factorisation in the best way that the matrix allows, of at most `picks` columns."""
     rank = of_svd[1].shape[0]
     if (work := rank * x_MN.numel()) > PIVOT_WORK:
         return _Lossless(*of_svd, _left(x_MN, *of_svd), False, (None, None), svd_seconds)
     if work > LONG_WORK:
         say(f"picking {rank} independent columns, then rows")
-    (p_MR, q_NR), seconds = _timed(lambda: ranks.full_rank_factorisation(x_MN))
-    picked = p_MR.shape[1], ranks.row_rank(x_MN)
-    integers = bool((x_MN == x_MN.round()).all()) and float(x_MN.abs().max()) < EXACT_VALUE
-    if not integers or max(x_MN.shape) > EXACT_SIDE:
+    (p_MR, q_NR), seconds = _timed(lambda: ranks.full_rank_factorisation(x_MN, picks))
+    picked = p_MR.shape[1], ranks.row_rank(x_MN, picks)
+    rows = integers or _integers(x_MN, picks)
+    if rows is None:
         return _Lossless(p_MR, q_NR.T, _left(x_MN, p_MR, q_NR.T), False, picked, seconds)
-    rows = [[int(value) for value in row] for row in x_MN.tolist()]
     (p, qt), seconds = _timed(lambda: exact_factorisation(rows))
+    picked = len(qt), len(qt)
     # Python's own integers and fractions, so that the product isn't rounded either.
     factors = (
         numpy.array(p, dtype=object).reshape(len(rows), len(qt)),
@@ -284,6 +319,12 @@ def _lossless(x_MN: Tensor, of_svd: tuple[Tensor, Tensor], svd_seconds: float, s
     )
     left = (numpy.array(rows, dtype=object) - factors[0] @ factors[1]).astype(float)
     return _Lossless(p, qt, torch.from_numpy(left), True, picked, seconds)
+
+
+def _integers(x_MN: Tensor, picks: int | None) -> list[list[int]] | None:
+    """The entries of a small matrix of integers that are those that were written."""
+    small = picks is None and max(x_MN.shape) <= EXACT_SIDE and float(x_MN.abs().max()) < EXACT
+    return [[int(value) for value in row] for row in x_MN.tolist()] if small and (x_MN == x_MN.round()).all() else None
 
 
 def _left(x_MN: Tensor, p_MR: Tensor, qt_RN: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ With W, whose singular vectors are u_i, v_i, and W' = W + ΔW:
     amplification       ‖UᵀΔW V‖_F / ‖UᵀW V‖_F with the first k directions U, V of ΔW      (LoRA §7.3, table 7)
                         for k = numerical rank, where the numerator is ‖ΔW‖_F as in the paper, and for the k that
                         carry 90 % of the energy. Beside ‖UᵀW V‖_F stand its value for W's own first k directions,
-                        √(σ₁² + … + σ_k²) of W, and its root mean square for random ones, k ‖W‖_F / √(M N).
+                        √(σ₁² + … + σ_k²) of W, its median over random ones (chance), and the percentile: the share of
+                        the random ones in which W has less
     reads, writes       ‖ΔW V_p‖²_F / ‖ΔW‖²_F and ‖U_pᵀ ΔW‖²_F / ‖ΔW‖²_F with W's first p directions, p a tenth of
                         them and at most 64; random directions have p / N and p / M
     intruders           of the first 10 left vectors u'_j of W', those with max_i |u'_jᵀ u_i| < 0.5
@@ -20,7 +21,14 @@ With W, whose singular vectors are u_i, v_i, and W' = W + ΔW:
     magnitude_change    mean over rows (outputs) of | ‖w'_i‖ − ‖w_i‖ | / ‖w_i‖             (DoRA §3.2, but relative)
     direction_change    mean over rows of 1 − cos(w'_i, w_i)
     merge_changed       share of the entries with round(W + ΔW) ≠ round(W), rounded to bfloat16
-    merge_error         ‖round(W + ΔW) − round(W) − ΔW‖_F / ‖ΔW‖_F
+    merge_kept          ⟨round(W + ΔW) − round(W), ΔW⟩ / ‖ΔW‖²_F: what remains along ΔW
+    merge_error         ‖round(W + ΔW) − round(W) − ΔW‖_F / ‖ΔW‖_F: mostly noise, in all directions alike
+
+A large amplification by itself says that ΔW is strong, not that W is weak there: random directions give about the same.
+Only the percentile tells ΔW's directions from any others. Chance is not a root mean square, k ‖W‖_F / √(M N): for k = 1
+the median is 0.67 of that (of a normal variable; of a W with few strong directions, less). It is drawn `CHANCE` times
+(linalg/subspace.py). Of more than `CHANCE_RANK` directions it hardly scatters: there the root mean square is chance,
+and there is no percentile.
 
 Intruders need every u_i. Up to 2048 directions they are the eigenvectors of the smaller Gram matrix, W Wᵀ or WᵀW: four
 times as fast as the SVD. Squaring loses the directions below √ε σ₁, which float32 (ε = 1e-7) feels: they are no match,
@@ -46,8 +54,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -56,6 +64,7 @@ from deltaw.adapter.file import Adapter
 from deltaw.errors import InputError
 from deltaw.factors import DoRA, Plain, Update, as_plain
 from deltaw.linalg.rank import effective_rank, energy_rank, stable_rank, tolerance
+from deltaw.linalg.subspace import random_overlap
 from deltaw.linalg.svd import randomised_svd
 from deltaw.linalg.threads import one_thread
 
@@ -64,6 +73,7 @@ ENERGY = 0.9
 TOP = 64  # at most, of W's directions, a tenth of which are its top
 INTRUDER_K, INTRUDER_EPSILON = 10, 0.5  # Shuttleworth et al.'s
 EXACT, SKETCH = 2048, 256  # all directions up to the one, else the first of them
+CHANCE, CHANCE_RANK = 64, 64  # draws of random directions, of at most so many
 WORKERS = 4  # modules at once, each with some copies of its W in memory
 
 
@@ -75,8 +85,14 @@ class Amplification:
     update: float  # ‖UᵀΔW V‖_F
     on_update: float  # ‖UᵀW V‖_F, U and V of ΔW
     on_base: float  # … of W
-    on_random: float  # … random
+    on_random: float  # … random, the median
+    percentile: float | None  # share of the random ones in which W has less than in ΔW's
     factor: float | None  # update / on_update
+
+    @property
+    def chance(self) -> float | None:
+        """What `factor` would be in random directions."""
+        return self.update / self.on_random if self.on_random else None
 
 
 @dataclass(frozen=True)
@@ -99,6 +115,7 @@ class BaseMeasures:
     magnitude_change: float
     direction_change: float
     merge_changed: float
+    merge_kept: float
     merge_error: float
 
 
@@ -121,21 +138,6 @@ class Measures:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-OWN = ("frobenius", "two", "effective_rank", "stable_rank", "energy_rank", "used")
-CHANGES = ("magnitude_change", "direction_change", "merge_changed", "merge_error")
-BESIDE_BASE = ("relative", "reads", "writes", "intruders", *CHANGES)
-
-
-def quantities(measures: Measures) -> dict[str, float]:
-    """A module's single numbers by name: what a table or `summarise` shows of it. Without W, ΔW's alone."""
-    numbers = {name: getattr(measures, name) for name in OWN}
-    if base := measures.base:
-        numbers |= {name: getattr(base, name) for name in BESIDE_BASE}
-        factors = {"amplification": base.amplification.factor, "amplification_top": base.amplification_top.factor}
-        numbers |= {name: factor for name, factor in factors.items() if factor is not None}
-    return numbers
 
 
 def in_order(paths: Iterable[str]) -> list[str]:
@@ -161,7 +163,7 @@ def measure_adapter(
                 f"{path}: the update has shape {update.shape}, the base's weight {tuple(w_MN.shape)}",
                 fix="measure the adapter against the base that it was trained on",
             )
-        return measure(update, w_MN)
+        return measure(update, w_MN, crc32(path.encode()))
 
     paths, measures = in_order(adapter.factors), {}
     workers = min(torch.get_num_threads(), WORKERS)
@@ -173,8 +175,9 @@ def measure_adapter(
     return measures
 
 
-def measure(update: Update, w_MN: Tensor | None = None) -> Measures:
+def measure(update: Update, w_MN: Tensor | None = None, seed: int = 0) -> Measures:
     """All numbers of one module. `update` and W finite, float32 or float64; what needs W is computed in W's type.
+    `seed` draws the random directions: modules with a seed each have chances that don't err together.
 
     Raises ValueError when W hasn't the update's shape, and for DoRA without W, which has no ΔW.
     """
@@ -201,47 +204,8 @@ def measure(update: Update, w_MN: Tensor | None = None) -> Measures:
         stable_rank=float(stable_rank(sigma_K)),
         energy_rank=int(energy_rank(sigma_K, ENERGY)),
         used=effective / plain.rank,
-        base=None if w_MN is None else _against(plain, (u_MK, sigma_K, vt_KN), w_MN),
+        base=None if w_MN is None else _against(plain, (u_MK, sigma_K, vt_KN), w_MN, seed),
     )
-
-
-def summarise(measures: Mapping[str, Measures]) -> dict[str, Any]:
-    """Over the model: totals, then `median`, `largest` and `smallest` {module, value} of each of its `quantities`.
-
-    Norms add up as √Σ‖·‖²_F, shares by their entries, so the totals are those of one large block-diagonal matrix.
-    `zero` lists the modules whose update is nought. What needs W is absent without it. ValueError for no modules.
-    """
-    if not measures:
-        raise ValueError("no modules")
-    every = list(measures.values())
-    summary: dict[str, Any] = {
-        "modules": len(every),
-        "parameters": sum(m.parameters for m in every),
-        "frobenius": _root_sum(m.frobenius for m in every),
-        "zero": [path for path, m in measures.items() if m.numerical_rank == 0],
-    }
-    if bases := [m.base for m in every if m.base]:
-        entries = [m.shape[0] * m.shape[1] for m in every if m.base]
-        updates = [m.frobenius for m in every if m.base]
-        changed = sum(base.merge_changed * count for base, count in zip(bases, entries, strict=True))
-        lost = _root_sum(base.merge_error * size for base, size in zip(bases, updates, strict=True))
-        summary |= {
-            "relative": _ratio(_root_sum(updates), _root_sum(base.frobenius for base in bases)),
-            "intruders": sum(base.intruders for base in bases),
-            "intruders_of": sum(base.intruders_of for base in bases),
-            "intruders_exact": all(base.intruders_exact for base in bases),
-            "merge_changed": changed / sum(entries),
-            "merge_error": _ratio(lost, _root_sum(updates)),
-        }
-    summary |= {"median": {}, "largest": {}, "smallest": {}}
-    numbers = {path: quantities(m) for path, m in measures.items()}
-    for name in {name: None for of_module in numbers.values() for name in of_module}:
-        values = {path: of_module[name] for path, of_module in numbers.items() if name in of_module}
-        summary["median"][name] = median(values.values())
-        for which, pick in (("largest", max), ("smallest", min)):
-            path = pick(values, key=lambda path: values[path])
-            summary[which][name] = {"module": path, "value": values[path]}
-    return summary
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,7 +245,7 @@ def _directions(x_MN: Tensor, p: int, sketch: int) -> _Directions:
     return _Directions(x_MN, u_MP, energy_K.clamp(min=0).sqrt(), v_NP, vectors[:, :resolved], True)
 
 
-def _against(update: Plain, usv: tuple[Tensor, Tensor, Tensor], w_MN: Tensor) -> BaseMeasures:
+def _against(update: Plain, usv: tuple[Tensor, Tensor, Tensor], w_MN: Tensor, seed: int) -> BaseMeasures:
     m, n = w_MN.shape
     u_MK, sigma_K, vt_KN = (part.to(w_MN) for part in usv)
     used, most = int((sigma_K > 0).sum()), int(energy_rank(sigma_K, ENERGY))
@@ -292,13 +256,26 @@ def _against(update: Plain, usv: tuple[Tensor, Tensor, Tensor], w_MN: Tensor) ->
     cosines = _intruder_cosines(w, tuned_MN)
     size, base_size = float(sigma_K.norm()), _frobenius(w_MN)
     magnitude, direction = _row_changes(w_MN, delta_MN)
-    changed, error = _merge(w_MN, tuned_MN, delta_MN)
+    changed, along, error = _merge(w_MN, tuned_MN, delta_MN)
     across_KK = u_MK[:, :used].T @ w_MN @ vt_KN[:used].T
+    chance = random_overlap(w.sigma_K, (m, n), base_size, min(used, CHANCE_RANK), CHANCE, seed)
+
+    def amplification(k: int) -> Amplification:
+        """In the first k of ΔW's directions."""
+        size, on_update = float(sigma_K[:k].norm()), float(across_KK[:k, :k].norm())
+        on_random, percentile = k * base_size / (m * n) ** 0.5, None
+        if 0 < k <= CHANCE_RANK:
+            drawn = chance[:, k - 1]
+            on_random = float(drawn.median())
+            percentile = float((drawn < on_update).double().mean() + (drawn == on_update).double().mean() / 2)
+        factor = (size / on_update if on_update else None) if size else 0.0
+        return Amplification(k, size, on_update, float(w.sigma_K[:k].norm()), on_random, percentile, factor)
+
     return BaseMeasures(
         frobenius=base_size,
-        relative=_ratio(size, base_size),
-        amplification=_amplification(used, sigma_K, across_KK, w.sigma_K, base_size / (m * n) ** 0.5),
-        amplification_top=_amplification(most, sigma_K, across_KK, w.sigma_K, base_size / (m * n) ** 0.5),
+        relative=ratio(size, base_size),
+        amplification=amplification(used),
+        amplification_top=amplification(most),
         top_directions=p,
         reads=_share(sigma_K, vt_KN @ w.v_NP),
         reads_random=p / n,
@@ -311,21 +288,15 @@ def _against(update: Plain, usv: tuple[Tensor, Tensor, Tensor], w_MN: Tensor) ->
         magnitude_change=magnitude,
         direction_change=direction,
         merge_changed=changed,
+        merge_kept=along,
         merge_error=error,
     )
-
-
-def _amplification(k: int, sigma_K: Tensor, across_KK: Tensor, base_K: Tensor, entry: float) -> Amplification:
-    """`across_KK` is UᵀW V of ΔW's directions, `base_K` W's singular values, `entry` the root mean square of W's."""
-    update, on_update = float(sigma_K[:k].norm()), float(across_KK[:k, :k].norm())
-    factor = update / on_update if on_update else None
-    return Amplification(k, update, on_update, float(base_K[:k].norm()), k * entry, factor if update else 0.0)
 
 
 def _share(sigma_K: Tensor, across_KP: Tensor) -> float:
     """Of the energy Σσ² in W's directions, `across_KP` the products of ΔW's with them; at most 1 but for rounding."""
     part, whole = (across_KP * sigma_K[:, None]).norm(), sigma_K.norm()
-    return min(1.0, _ratio(float(part), float(whole)) ** 2)
+    return min(1.0, ratio(float(part), float(whole)) ** 2)
 
 
 def _intruder_cosines(w: _Directions, tuned_MN: Tensor) -> Tensor:
@@ -357,11 +328,13 @@ def _row_changes(w_MN: Tensor, delta_MN: Tensor) -> tuple[float, float]:
     return float((longer_M.abs() / norms_M).mean()), float(turned_M.mean())
 
 
-def _merge(w_MN: Tensor, tuned_MN: Tensor, delta_MN: Tensor) -> tuple[float, float]:
-    """(share of the entries that bfloat16 sees move, relative error of what it sees)."""
+def _merge(w_MN: Tensor, tuned_MN: Tensor, delta_MN: Tensor) -> tuple[float, float, float]:
+    """Of what bfloat16 sees: the share of the entries that move, the part of ΔW that is kept, the relative error."""
     before, after = w_MN.bfloat16(), tuned_MN.bfloat16()
-    error = _frobenius(after.to(w_MN) - before.to(w_MN) - delta_MN)
-    return float((before != after).double().mean()), _ratio(error, _frobenius(delta_MN))
+    seen_MN, size = after.to(w_MN) - before.to(w_MN), _frobenius(delta_MN)
+    along = float((seen_MN * delta_MN).sum(1).double().sum())
+    changed = float((before != after).double().mean())
+    return changed, ratio(along, size**2), ratio(_frobenius(seen_MN - delta_MN), size)
 
 
 def _frobenius(x_MN: Tensor) -> float:
@@ -369,9 +342,6 @@ def _frobenius(x_MN: Tensor) -> float:
     return float(x_MN.norm(dim=1).norm())
 
 
-def _ratio(part: float, whole: float) -> float:
+def ratio(part: float, whole: float) -> float:
+    """0 of nothing."""
     return part / whole if whole else 0.0
-
-
-def _root_sum(values: Iterable[float]) -> float:
-    return sum(value**2 for value in values) ** 0.5

@@ -35,12 +35,19 @@ _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164"
     "\ud800-\udfff\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\U000e0000-\U000e0fff]"
 )
-_MARKUP = re.compile(r"(`[^`\n]+`|\[[^\[\]\n]+\]\(#[a-z0-9-]+\))")
+_MARKUP = re.compile(r"(`[^`\n]+`|\[[^\[\]\n]+\]\(#[a-z0-9-]+\)|(?<!\S)\*[\w‖][^*`\[\]]*\w\*(?![\w*]))")
 
 
 def visible(words: str) -> str:
     """The text with what can't be seen, save tabs and line ends, by its number: ⟨U+202E⟩."""
     return _UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", words)
+
+
+def excerpt(words: str, most: int = 3000) -> str:
+    """The text, of a long one the beginning and the end."""
+    if len(words) <= most:
+        return words
+    return f"{words[: most // 2]}\n⟨{len(words) - most:,} characters left out⟩\n{words[len(words) - most // 2 :]}"
 
 
 def text(words: str) -> str:
@@ -82,7 +89,7 @@ class Block(Protocol):
 
 @dataclass(frozen=True)
 class Text:
-    """Paragraphs, separated by empty lines; `code` in backticks and [links](#section) are marked up, nothing else."""
+    """Paragraphs, separated by empty lines; `code`, *emphasis* and [links](#section) are marked up, nothing else."""
 
     words: str
 
@@ -280,11 +287,13 @@ _VERDICTS = {
 
 
 def _marked(words: str) -> str:
-    """Text with `code` and [links](#section)."""
+    """Text with `code`, *emphasis* and [links](#section)."""
     parts = _MARKUP.split(words)
     for i in range(1, len(parts), 2):
         if parts[i].startswith("`"):
             parts[i] = f"<code>{text(parts[i][1:-1])}</code>"
+        elif parts[i].startswith("*"):
+            parts[i] = f"<em>{text(parts[i][1:-1])}</em>"
         else:
             label, _, target = parts[i][1:-1].rpartition("](#")
             parts[i] = f'<a href="#{target}">{text(label)}</a>'

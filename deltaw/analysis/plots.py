@@ -238,7 +238,7 @@ def heatmap(
     _key(canvas, axes, known, diverging)
     canvas.boxes(axes, [box for box, *_ in full], [paint(value) for value in known], [title for _, title, _ in full])
     canvas.boxes(axes, [box for box, _ in empty], None, [title for _, title in empty])
-    for left, top, right, bottom in (box for box, _ in empty if grid.cell_h > SIZE):
+    for left, top, right, bottom in (box for box, _ in empty if grid.cell_h > SIZE and len(empty) <= 64):
         canvas.text((left + right) / 2, (top + bottom) / 2 + 4, "–", "center", alpha=0.8)
     if annotate is True or (annotate == "auto" and len(cells) <= 64 and grid.cell_w >= 40):
         for (left, top, right, bottom), _, value in full:

@@ -20,29 +20,20 @@ from typing import Any
 
 from deltaw.adapter.file import Adapter
 from deltaw.analysis.checks import check_adapter, check_run
-from deltaw.analysis.measure import Measures, measure_adapter, summarise
+from deltaw.analysis.measure import Measures, measure_adapter
 from deltaw.analysis.page import Finding
 from deltaw.analysis.sentences import gist, sentence
+from deltaw.analysis.summary import summarise
+from deltaw.analysis.training import Training, read_training
 from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.load import fingerprint_of_files, open_base
 from deltaw.base.source import Source, find_base
-from deltaw.config import RunConfig, load_config
 from deltaw.errors import InputError, RunError
-from deltaw.model import base_name, is_run, load_adapter
+from deltaw.model import base_name, load_adapter
 from deltaw.progress import Display
-from deltaw.run import Run
 
 PAGE = "report.html"
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a run folder holds beside its adapter."""
-
-    config: RunConfig
-    result: dict[str, Any]
-    metrics: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +71,7 @@ class Report:
                 path: {"sentence": said, **m.to_json()}
                 for (path, m), said in zip(self.measures.items(), self.sentences, strict=True)
             },
-            "training": self.training.result if self.training else None,
+            "training": self.training.to_json() if self.training else None,
         }
 
     def write(self, path: str | Path | None = None) -> Path:
@@ -101,7 +92,7 @@ def inspect(name: str | Path, *, base: str | None = None, base_is_known: bool = 
     `base_is_known`: spares looking whether it is the right base, which reads all of it (a run has just trained on it).
     """
     folder = Path(name)
-    adapter, training = load_adapter(folder), _training(folder)
+    adapter, training = load_adapter(folder), read_training(folder)
     source, why = _source(adapter, folder, training, base, display)
     if source is not None and not base_is_known:
         _check_base(adapter, source, display)
@@ -110,21 +101,13 @@ def inspect(name: str | Path, *, base: str | None = None, base_is_known: bool = 
         measures = measure_adapter(adapter, weights, progress=update)
     findings = check_adapter(measures)
     if training:
-        findings = [*check_run(training.config, training.result, training.metrics), *findings]
+        findings = [*check_run(training), *findings]
     if source is None:
         findings.append(Finding("note", f"measured without the base's weights: {why}"))
     said = source.name if source else why
     order = ("problem", "warning", "note", "ok")
     findings.sort(key=lambda finding: order.index(finding.level))
     return Report(folder, adapter, said, measures, summarise(measures), findings, training)
-
-
-def _training(folder: Path) -> Training | None:
-    """The run's figures; None for an adapter folder, or a run that has no result yet."""
-    run = Run(folder)
-    if not is_run(folder) or not run.result.is_file():
-        return None
-    return Training(load_config(run.config), run.read_json(run.result), run.read_metrics())
 
 
 def _source(

@@ -1,15 +1,19 @@
 """What was measured, in plain words: one sentence a module, a few for the model.
 
 A path is read for its layer (its first number) and its kind (its last part): `model.layers.12.mlp.down_proj` is layer
-12's down_proj. Directions "in use" are those that hold 90 % of ‖ΔW‖²_F.
+12's down_proj. Directions "in use" are those that hold 90 % of ‖ΔW‖²_F. That is energy, not function: what a model does
+with the rest only a trial tells. How strong an update is beside W in its directions means something only beside what it
+would be in random ones, so that stands next to it.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
 
 from deltaw.analysis.measure import Measures
 
+KINDS = 16  # columns of a map
 ORDER = (
     "q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "c_fc",
     "down_proj", "c_proj",
@@ -34,6 +38,17 @@ def kinds_of(paths: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda kind: ORDER.index(kind) if kind in ORDER else len(ORDER))
 
 
+def columns_of(paths: Iterable[str]) -> dict[str, str]:
+    """The kind of each path, in the order of the kinds; of very many the rarer ones are "other"."""
+    named = {path: place(path)[1] for path in paths}
+    counts, kinds = Counter(named.values()), kinds_of(named)
+    if len(kinds) > KINDS:
+        common = {kind for kind, _ in counts.most_common(KINDS - 1)}
+        named = {path: kind if kind in common else "other" for path, kind in named.items()}
+        kinds = [*(kind for kind in kinds if kind in common), "other"]
+    return {path: named[path] for path in sorted(named, key=lambda path: kinds.index(named[path]))}
+
+
 def title(path: str) -> str:
     """ "layer 12 down_proj", or the path."""
     layer, kind = place(path)
@@ -48,8 +63,9 @@ def sentence(path: str, m: Measures) -> str:
     if m.base is None:
         return said
     said += f", changes the weight by {m.base.relative:.1%}"
-    if m.base.amplification_top.factor is not None:
-        said += f" and has {m.base.amplification_top.factor:.3g} times what W has in its main directions"
+    top = m.base.amplification_top
+    if top.factor is not None and top.chance is not None:
+        said += f" and has {top.factor:.3g} times what W has in its main directions (by chance {top.chance:.3g})"
     if m.base.intruders:
         said += f"; {m.base.intruders} of W's first {m.base.intruders_of} directions are new"
     return said
@@ -63,9 +79,9 @@ def gist(measures: Mapping[str, Measures], summary: Mapping[str, Any]) -> list[s
     ranks = sorted({m.rank for m in used})
     available = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     said = [
-        f"{summary['modules']} modules, {summary['parameters']:,} parameters. Half of the modules hold 90 % of "
-        f"their update "
-        f"in {median(m.energy_rank for m in used):g} or fewer of {available} directions."
+        f"{summary['modules']} modules, {summary['parameters']:,} parameters. Half of the modules hold 90 % of the "
+        f"energy ‖ΔW‖² in {median(m.energy_rank for m in used):g} or fewer of {available} directions; what the others "
+        "do for the task, energy doesn't say."
     ]
     if "relative" in summary:
         largest = summary["largest"]["relative"]
@@ -73,7 +89,7 @@ def gist(measures: Mapping[str, Measures], summary: Mapping[str, Any]) -> list[s
             f"The weights changed by {summary['relative']:.2%} (‖ΔW‖ / ‖W‖), most in {title(largest['module'])} "
             f"({largest['value']:.1%})."
         )
-        said.append(_amplified(used))
+        said.append(_amplified(used, summary["percentile"]))
         said.append(
             f"{summary['intruders']} of {summary['intruders_of']} leading directions of the tuned weights are "
             "intruders, unlike any of the base's own."
@@ -81,14 +97,19 @@ def gist(measures: Mapping[str, Measures], summary: Mapping[str, Any]) -> list[s
     return said
 
 
-def _amplified(used: list[Measures]) -> str:
-    """LoRA §7.3 over the modules: what ΔW has in its directions against what W has there, and in W's own."""
+def _amplified(used: list[Measures], percentile: float | None) -> str:
+    """LoRA §7.3 over the modules: what ΔW has in its directions against what W has there, and in random ones."""
     tops = [m.base.amplification_top for m in used if m.base]
     factors = [top.factor for top in tops if top.factor is not None]
-    share = median(top.on_update / top.on_base for top in tops if top.on_base)
-    chance = median(top.on_random / top.on_base for top in tops if top.on_base)
+    chances = [top.chance for top in tops if top.chance is not None]
+    if not factors or not chances:
+        return "In the directions that carry 90 % of the update, W has nothing."
+    said = (
+        f"In the directions that carry 90 % of the update, the update is {median(factors):.3g} times what W has there; "
+        f"in random directions it would be {median(chances):.3g} times."
+    )
+    if percentile is None:
+        return said
     return (
-        f"In the directions that carry 90 % of the update, the update is {median(factors):.3g} times what W has "
-        f"there; W has "
-        f"{share:.1%} of its strongest directions' norm there, where chance would give {chance:.1%}."
+        f"{said} W has more there than in {percentile:.0%} of random directions (mean of the modules; chance is 50 %)."
     )

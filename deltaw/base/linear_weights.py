@@ -48,6 +48,10 @@ class LinearWeights(Mapping[str, Tensor]):
                     self._shapes[name.removesuffix(SUFFIX)] = shapes[name]
 
     def __getitem__(self, path: str) -> Tensor:
+        return self.read(path)[0]
+
+    def read(self, path: str) -> tuple[Tensor, torch.dtype]:
+        """The same, and the type in which it is stored."""
         stored, shape = self._stored(path), self.shape(path)
         weight = read_tensor(self._files[stored], stored + SUFFIX)
         if not weight.is_floating_point():
@@ -55,7 +59,7 @@ class LinearWeights(Mapping[str, Tensor]):
         weight_MN = (weight.T if self.transposed else weight).float().contiguous()
         if not torch.isfinite(weight_MN).all():
             raise InputError(f"{self.folder}: {stored}, shape {shape}, holds NaN or infinity", fix="get the base again")
-        return weight_MN
+        return weight_MN, weight.dtype
 
     def __iter__(self) -> Iterator[str]:
         return (path for path, shape in self._shapes.items() if len(shape) == 2)

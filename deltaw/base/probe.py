@@ -150,6 +150,17 @@ def _cloned(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """The root mean square, in units of a typical logit, that two roundings of the same pass may differ by.
+
+    The storage's (9 units in the last place measured in bfloat16 after 30 layers; a model's own code is 12 from float32's
+    answer) and the accumulators', which long sums multiply (float32 after 30 layers: at most 100). A wrong path is off
+    by 1.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return 25 * torch.finfo(dtype).eps + 300 * torch.finfo(wide).eps
+
+
 @dataclass(frozen=True)
 class Probe:
     """The probe's documents and the model's own logits for each, run apart with its own attention."""
@@ -167,12 +178,7 @@ class Probe:
         dtype = next(model.parameters()).dtype
         truth = [model(input_ids=part[None], use_cache=False).logits[0].float() for part in tokens_T.split(lengths)]
         truth_TV = torch.cat(truth)
-        # The root mean square of two roundings of the same sums, in units of a typical logit: the storage's (9 units in
-        # the last place measured in bfloat16 after 30 layers; the model's own code is 12 from float32's answer) and
-        # the accumulators', which long sums multiply (float32 after 30 layers: at most 100). A wrong path is off by 1.
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        tolerance = (25 * torch.finfo(dtype).eps + 300 * torch.finfo(wide).eps) * float(truth_TV.std())
-        return Probe(tokens_T, positions_T, starts_S, truth_TV, max(tolerance, 1e-6))
+        return Probe(tokens_T, positions_T, starts_S, truth_TV, max(rounding(dtype) * float(truth_TV.std()), 1e-6))
 
     def fits(self, logits: Logits) -> bool:
         """Whether both documents, run together, get the logits that the model gives them apart."""

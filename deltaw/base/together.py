@@ -23,10 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.base.decode import State, context, padded, text_config
+from deltaw.base.probe import REFUSALS, rounding
 
 SHORT, LONG = 4, 11  # tokens of the prompts that are tried
-# What a model says that can't do what is tried.
-REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -56,21 +55,18 @@ class _Trial:
         self.model, self.device = model, next(model.parameters()).device
         ids_T = (torch.arange(SHORT + 2 * LONG, device=self.device) * 7919 + 13) % text_config(model).vocab_size
         self.short, self.long, self.other = ids_T.split([SHORT, LONG, LONG])
-        dtype = next(model.parameters()).dtype
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        # As in plan_forward: two roundings of the same sums, in units of a typical logit.
-        self.units = max(25 * torch.finfo(dtype).eps + 300 * torch.finfo(wide).eps, 1e-6)
+        self.units = max(rounding(next(model.parameters()).dtype), 1e-6)
 
     def result(self, border: int | None) -> Together:
         try:
             short, long, other = (self.logits([ids])[:, 0] for ids in (self.short, self.long, self.other))
-            rounding = self.distance([self.long, self.other], [long, other])
-            company = rounding < 0.5 and self.isolated([self.long, self.other])
+            batched = self.distance([self.long, self.other], [long, other])
+            company = batched < 0.5 and self.isolated([self.long, self.other])
         except REFUSALS:
             company = False
         if not company:
             return Together(border=border)
-        near = max(self.units, 3 * rounding)
+        near = max(self.units, 3 * batched)
         return Together(
             company=True,
             padding=_holds(

@@ -3,10 +3,19 @@
 Column rank and row rank are one number (`docs/math.md` §1). In floating point a singular value below the rounding of
 the entries can't be told from zero, so what is counted is
 
-    numerical rank   #{ σᵢ > ε · max(M, N) · σ₁ },   ε of the type that the entries were rounded to
+    numerical rank   #{ σᵢ > ε · max(M, N) · σ₁ },   ε of the type that the entries have
 
-the rule of NumPy and PyTorch (Golub & Van Loan §5.4.1), *strictly* greater, or the zero matrix would have a rank. A
-trained matrix has full numerical rank almost always; three measures say how many directions matter:
+the rule of NumPy and PyTorch (Golub & Van Loan §5.4.1), *strictly* greater, or the zero matrix would have a rank. That
+is meant for entries rounded to the type that is computed in. Where they were rounded to a coarser one before, to
+bfloat16, say, or to three decimals, ε max(M, N) σ₁ would soon be more than σ₁ itself (ε of bfloat16 is 2⁻⁷), so
+`Rounding` bounds what was added: an E with |E_ij| ≤ u |X_ij| + h moves no singular value by more than ‖E‖₂ (Weyl), and
+
+    ‖E‖₂ ≤ u min(‖X‖_F, longest row + longest column) + h min(√(M N), √M + √N)
+
+The first of each pair holds for any E, the second for errors of independent signs, as rounding makes (it is about twice
+what it needs to be: Bandeira & van Handel 2016, with their root mean square for the largest).
+
+A trained matrix has full numerical rank almost always; three measures say how many directions matter:
 
     stable rank      ‖X‖²_F / ‖X‖²₂                                   (Rudelson & Vershynin 2007)
     effective rank   exp(−Σ pᵢ ln pᵢ),  pᵢ = σᵢ / Σσ                  (Roy & Vetterli 2007)
@@ -22,6 +31,8 @@ matrix of integers are in exact.py.
 
 Letters: M rows, N columns, K = min(M, N), R the rank; "..." any batch.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,20 +54,42 @@ def tolerance(sigma_K: Tensor, rows: int, columns: int) -> Tensor:
     return torch.finfo(sigma_K.dtype).eps * max(rows, columns) * sigma_K[..., 0]
 
 
+class Rounding(NamedTuple):
+    """What entries were rounded to before they were widened: by at most a share of each, and an amount."""
+
+    name: str = ""
+    relative: float = 0.0
+    absolute: float = 0.0
+
+    @staticmethod
+    def to(dtype: torch.dtype) -> "Rounding":
+        """Half a step of a floating type, and half of its smallest number."""
+        about = torch.finfo(dtype)
+        return Rounding(str(dtype).removeprefix("torch."), about.eps / 2, about.smallest_normal * about.eps / 2)
+
+    def error(self, x_MN: Tensor) -> float:
+        """The most by which it can have moved a singular value of one matrix."""
+        m, n = x_MN.shape
+        top = float(x_MN.abs().max()) or 1.0  # so that no square overflows
+        rows_M, columns_N = (torch.linalg.vector_norm(x_MN / top, dim=side) for side in (1, 0))
+        share = min(float(rows_M.norm()), float(rows_M.max() + columns_N.max()))
+        return self.relative * share * top + self.absolute * min((m * n) ** 0.5, m**0.5 + n**0.5)
+
+
 def numerical_rank(x_MN: Tensor) -> Tensor:
     """[...] int64 of [..., M, N]."""
     sigma_K = torch.linalg.svdvals(checked(x_MN))
     return (sigma_K > tolerance(sigma_K, *x_MN.shape[-2:])[..., None]).sum(-1)
 
 
-def column_rank(x_MN: Tensor) -> int:
-    """How many columns are independent, found by picking them: no singular values are computed."""
-    return len(independent_columns(x_MN))
+def column_rank(x_MN: Tensor, most: int | None = None) -> int:
+    """How many columns are independent, found by picking at most `most`: no singular values are computed."""
+    return len(independent_columns(x_MN, most))
 
 
-def row_rank(x_MN: Tensor) -> int:
+def row_rank(x_MN: Tensor, most: int | None = None) -> int:
     """How many rows are independent."""
-    return column_rank(x_MN.mT)
+    return column_rank(x_MN.mT, most)
 
 
 def stable_rank(sigma_K: Tensor) -> Tensor:
@@ -81,15 +114,15 @@ def energy_rank(sigma_K: Tensor, share: float) -> Tensor:
     return torch.where(kept_K[..., -1] > 0, (kept_K < wanted).sum(-1) + 1, 0)
 
 
-def independent_columns(x_MN: Tensor) -> list[int]:
-    """The numbers of R columns that span all of them, the largest first. One matrix, not a batch."""
+def independent_columns(x_MN: Tensor, most: int | None = None) -> list[int]:
+    """The numbers of R columns that span all of them, the largest first; of at most `most`. One matrix, not a batch."""
     if checked(x_MN).ndim != 2:
         raise ValueError(f"one matrix is wanted, not a batch: shape {tuple(x_MN.shape)}")
     rest_MN = x_MN.double() / (x_MN.abs().max().double() or 1)
     basis_MR = rest_MN.new_empty(len(rest_MN), 0)
     chosen: list[int] = []
     limit = 0.0
-    while len(chosen) < min(x_MN.shape):
+    while len(chosen) < min(*x_MN.shape, min(x_MN.shape) if most is None else most):
         norms_N = rest_MN.norm(dim=0)
         norms_N[chosen] = -1.0
         best = int(norms_N.argmax())
@@ -103,12 +136,12 @@ def independent_columns(x_MN: Tensor) -> list[int]:
     return chosen
 
 
-def full_rank_factorisation(x_MN: Tensor) -> tuple[Tensor, Tensor]:
-    """P [M, R] and Q [N, R] with X = P Qᵀ to rounding, R the column rank; P is columns of X.
+def full_rank_factorisation(x_MN: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """P [M, R] and Q [N, R] with X = P Qᵀ to rounding, R the column rank, at most `most`; P is columns of X.
 
     The zero matrix gives two matrices without columns.
     """
-    p_MR = x_MN[:, independent_columns(x_MN)]
+    p_MR = x_MN[:, independent_columns(x_MN, most)]
     if not p_MR.shape[1]:
         return p_MR, x_MN.new_zeros(x_MN.shape[1], 0)
     scale = p_MR.abs().max()

@@ -84,6 +84,7 @@ def write_result(trainer: "Trainer", measured: Measured, total_seconds: float) -
         "dropped": report.unusable + report.too_long_dropped + report.untrained,
         "truncated": report.truncated,
         "train_rows": report.train_rows,
+        "epoch_tokens": report.tokens,
         "forward": model.describe(),
         "dtype": str(model.base.dtype).removeprefix("torch."),
         "machine": {"device": str(model.base.device), "threads": torch.get_num_threads(), "cpu": platform.machine()},
@@ -171,6 +172,8 @@ def _figures(result: dict[str, Any]) -> str:
             f"{'general text, loss':20} {lost['loss_before']:9.4f} → {lost['loss_after']:.4f}, "
             f"KL from the base {lost['kl']:.4f} nats a token"
         )
+        if interval := lost.get("rise_interval"):
+            lines.append(f"{'':20} the rise lies in {interval[0]:+.4f} … {interval[1]:+.4f} (95 %, over passages)")
     lines += [f"no {name.replace('_', ' ')}: {why}" for name, why in result.get("failed", {}).items()]
     if why := result["eval"].get("unanswered"):
         lines.append(f"no answers to held-out rows: {why}")

@@ -8,6 +8,7 @@ import torch
 from deltaw.analysis.checks import check_adapter, check_run
 from deltaw.analysis.measure import Measures, measure
 from deltaw.analysis.page import Finding
+from deltaw.analysis.training import Training
 from deltaw.config import RunConfig, parse_config
 from deltaw.factors import LowRank
 
@@ -31,7 +32,7 @@ def metrics(loss: float = 0.1, tokens: int = 100) -> list[dict[str, Any]]:
 
 
 def found(result: dict[str, Any] | None = None, lines: Any = None, **train: Any) -> list[Finding]:
-    return check_run(config(**train), {**RESULT, **(result or {})}, metrics() if lines is None else lines)
+    return check_run(Training(config(**train), {**RESULT, **(result or {})}, metrics() if lines is None else lines))
 
 
 def said(findings: list[Finding], *levels: str) -> str:
@@ -53,7 +54,7 @@ def test_a_good_run_has_nothing_to_object_to() -> None:
     ("result", "level", "words"),
     [
         ({"eval": {"before": {"loss": 1.0}, "after": {"loss": 1.5}}}, "problem", "held-out loss rose"),
-        ({"eval": {"before": None, "after": None}}, "note", "no held-out rows"),
+        ({"eval": {"before": {}, "after": {}}}, "note", "no held-out rows"),
         ({"best_step": 4}, "note", "best at step 4 of 10"),
         ({"trained_parameters": 10}, "warning", "raise adapter.rank"),
         ({"trained_parameters": 10, "form": "text"}, "warning", "continued pretraining"),
@@ -77,10 +78,32 @@ def test_capacity_counts_the_first_epochs_nats_in_bits() -> None:
     assert "72 bits" in said(found({"trained_parameters": 10}, epochs=2.0), "warning")
 
 
+@pytest.mark.parametrize("told", [{"steps": 10}, {"epochs": 5.0}])
+def test_an_epoch_is_counted_in_tokens_however_the_length_was_set(told: dict[str, Any]) -> None:
+    """Five epochs of two steps: the first two are the data, 29 bits, and a step sees 50 documents of its 100."""
+    seen = {"tokens": 5000, "epoch_tokens": 1000}
+    assert "29 bits" in said(found({**seen, "trained_parameters": 10}, **told), "warning")
+    assert "documents" not in said(found(seen, **told), "note", "warning")
+    assert "500 documents a step" in said(found({**seen, "train_rows": 1000}, **told), "warning")
+    assert "documents a step" in said(found({"tokens": 500, "epoch_tokens": 1000, "train_rows": 2000}, **told), "note")
+
+
+def test_steps_without_a_count_of_tokens_tell_no_epoch() -> None:
+    """An older run's result: nothing is said of capacity or batches rather than something wrong."""
+    assert not [words for _, words in found({"trained_parameters": 10}, steps=10) if "bits" in words]
+
+
 def test_a_low_rate_is_noted_and_full_fine_tunings_is_a_tenth() -> None:
     assert "below the usual range" in said(found(lr=5e-5), "note")
+    # Adam moves ΔW by lr s r: what counts is that at the default's s r = 32
+    for adapter, low in (({"rank": 64, "alpha": 128.0}, 2e-5), ({"rank": 4, "alpha": 4.0}, 7e-4)):
+        adapter = {"adapter": adapter, "base": "b", "data": {"train": "t"}, "output": "o"}
+        for lr, words in ((low, True), (1.3 * low, False)):
+            noted = check_run(Training(parse_config({**adapter, "train": {"lr": lr}}), RESULT, metrics()))
+            assert ("below the usual range" in said(noted, "note")) == words
+    assert "below" not in said(found(lr=5e-5, lr_ratio_b=16.0), "note")
     full = parse_config({"base": "b", "adapter": "full", "data": {"train": "t"}, "train": {"lr": 5e-5}, "output": "o"})
-    assert "below" not in said(check_run(full, RESULT, metrics()), "note")
+    assert "below" not in said(check_run(Training(full, RESULT, metrics())), "note")
 
 
 def test_modules_that_learnt_nothing_are_a_problem() -> None:
@@ -96,6 +119,15 @@ def test_idle_ranks_are_noted() -> None:
     assert "directions" not in said(check_adapter({"a": update(16, 16)}), "note")
 
 
-def test_an_update_below_bfloat16s_rounding_is_a_warning() -> None:
-    assert "lost to rounding" in said(check_adapter({"a": update(4, 4, size=1e-3)}), "warning")
-    assert "lose" in said(check_adapter({"a": update(4, 4, size=10.0)}), "ok")
+def test_a_merge_is_judged_by_what_it_keeps_along_the_update() -> None:
+    assert "0% of the update is kept" in said(check_adapter({"a": update(4, 4, size=1e-7)}), "warning")
+    light = update(4, 4, size=0.05)  # 1 % of W: noisy, and whole
+    assert light.base is not None and light.base.merge_error > 0.1
+    assert "noise" in said(check_adapter({"a": light}), "ok")
+
+
+@pytest.mark.parametrize(("ends", "level"), [((0.26, 0.5), "warning"), ((0.1, 0.5), "note"), (None, "warning")])
+def test_forgetting_is_judged_by_its_interval(ends: tuple[float, float] | None, level: str) -> None:
+    lost = {**RESULT["forgetting"], "loss_after": 2.3, "rise_interval": ends}
+    assert "general text" in said(found({"forgetting": lost}), level)
+    assert ends is None or f"{ends[0]:+.3f} to {ends[1]:+.3f}" in said(found({"forgetting": lost}), level)

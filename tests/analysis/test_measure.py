@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from deltaw.adapter.file import Adapter
 from deltaw.analysis import measure as module
-from deltaw.analysis.measure import Measures, in_order, measure, measure_adapter, quantities, summarise
+from deltaw.analysis.measure import Measures, in_order, measure, measure_adapter
+from deltaw.analysis.summary import quantities, summarise
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
 from deltaw.factors import Dense, DoRA, LowRank
+from deltaw.linalg.subspace import random_overlap
 
 SHAPES = [(12, 20), (20, 12), (9, 9), (1, 7), (7, 1), (1, 1)]
 
@@ -72,9 +75,8 @@ def twin(delta: Tensor, w: Tensor) -> dict[str, Any]:
         part = u[:, :k].T @ delta @ vt[:k].T
         on = u[:, :k].T @ w @ vt[:k].T
         factor = float(part.norm() / on.norm())
-        norms = [float(x) for x in (part.norm(), on.norm(), base_s[:k].norm(), k * w.norm() / math.sqrt(m * n))]
-        names = ("directions", "update", "on_update", "on_base", "on_random", "factor")
-        return dict(zip(names, [k, *norms, factor], strict=True))
+        norms = [float(x) for x in (part.norm(), on.norm(), base_s[:k].norm())]
+        return dict(zip(("directions", "update", "on_update", "on_base", "factor"), [k, *norms, factor], strict=True))
 
     before, after = w.bfloat16(), tuned.bfloat16()
     cosines = (tuned_u.T @ base_u).abs().amax(1)
@@ -102,6 +104,7 @@ def twin(delta: Tensor, w: Tensor) -> dict[str, Any]:
             "magnitude_change": float(((tuned.norm(dim=1) - w.norm(dim=1)).abs() / w.norm(dim=1)).mean()),
             "direction_change": float((1 - torch.cosine_similarity(tuned, w, dim=1)).mean()),
             "merge_changed": float((before != after).double().mean()),
+            "merge_kept": float(((after.double() - before.double()) * delta).sum() / delta.norm() ** 2),
             "merge_error": float((after.double() - before.double() - delta).norm() / delta.norm()),
         },
     }
@@ -118,6 +121,9 @@ def twin(delta: Tensor, w: Tensor) -> dict[str, Any]:
 def test_equals_the_dense_twin(m: int, n: int, r: int, s: float, seed: int) -> None:
     change, w = update(m, n, r, s, seed), matrix(m, n, seed + 7)
     got = measure(change, w).to_json()
+    for name in ("amplification", "amplification_top"):
+        chance, share = (got["base"][name].pop(key) for key in ("on_random", "percentile"))
+        assert 0 <= share <= 1 and 0 < chance <= got["base"][name]["on_base"] * (1 + 1e-6)
     expected = twin(change.dense(), w)
     same({name: got[name] for name in expected}, expected)
     assert got["spectrum"] == pytest.approx(torch.linalg.svdvals(change.dense())[: min(m, n, r)].tolist(), abs=1e-9)
@@ -223,12 +229,17 @@ def test_a_zero_update_is_zeros(shape: tuple[int, int], dtype: torch.dtype) -> N
 
 
 def test_random_directions_have_the_baseline_on_average() -> None:
-    """k ‖W‖_F / √(MN) is the root mean square of ‖UᵀW V‖_F; p/N and p/M the mean of what is read and written."""
+    """Half of the random updates lie above chance, percentiles are spread evenly; p/N and p/M are means of what is read
+    and written."""
     w = matrix(40, 60) * torch.linspace(0.1, 3, 60, dtype=torch.float64)
-    drawn = [measure(update(40, 60, 3, seed=10 + 2 * seed), w).base for seed in range(150)]
+    drawn = [measure(update(40, 60, 3, seed=10 + 2 * seed), w, seed).base for seed in range(150)]
     there = [base for base in drawn if base]
-    on = torch.tensor([base.amplification.on_update for base in there]).square().mean().sqrt()
-    assert float(on) == pytest.approx(there[0].amplification.on_random, rel=0.06)
+    on = torch.tensor([base.amplification.on_update for base in there]).median()
+    chance = torch.tensor([base.amplification.on_random for base in there]).mean()
+    assert float(on) == pytest.approx(float(chance), rel=0.06)
+    shares = torch.tensor([base.amplification.percentile for base in there])
+    assert float(shares.mean()) == pytest.approx(0.5, abs=0.08)
+    assert float(shares.std()) == pytest.approx(12**-0.5, abs=0.05)
     assert sum(base.reads for base in there) / 150 == pytest.approx(4 / 60, rel=0.1)
     assert sum(base.writes for base in there) / 150 == pytest.approx(4 / 40, rel=0.1)
 
@@ -247,9 +258,46 @@ def test_rows_by_hand() -> None:
 
 def test_what_a_merge_keeps_by_hand() -> None:
     ones = torch.ones(4, 8)
-    for size, changed, error in ((1.0, 1.0, 0.0), (1e-4, 0.0, 1.0)):  # bfloat16 has 8 bits: 1.0001 is 1
+    for size, changed, kept in ((1.0, 1.0, 1.0), (1e-4, 0.0, 0.0)):  # bfloat16 has 8 bits: 1.0001 is 1
         base = measure(outer(size, torch.ones(4), torch.ones(8)), ones).base
-        assert base is not None and (base.merge_changed, base.merge_error) == (changed, pytest.approx(error))
+        assert base is not None and (base.merge_changed, base.merge_kept) == (changed, pytest.approx(kept))
+        assert base.merge_error == pytest.approx(1 - kept)
+
+
+@pytest.mark.parametrize(("share", "kept", "error"), [(0.01, 1.0, 0.17), (0.003, 0.93, 0.48), (1e-4, 0.07, 0.98)])
+def test_rounding_is_noise_before_it_is_loss(share: float, kept: float, error: float) -> None:
+    """A light update on a bfloat16 weight: much noise, and nearly all of it still there along ΔW."""
+    w = (0.02 * matrix(256, 256)).bfloat16().float()
+    change = LowRank(matrix(8, 256, 1).float(), matrix(256, 8, 2).float())
+    got = measure(LowRank(change.a_RN, change.b_MR, share * float(w.norm() / change.dense().norm())), w)
+    assert got.base is not None and got.base.merge_kept == pytest.approx(kept, abs=0.05)
+    assert got.base.merge_error == pytest.approx(error, rel=0.3)
+    assert summarise({"a": got})["merge_kept"] == pytest.approx(got.base.merge_kept)
+
+
+def test_directions_of_w_are_far_from_chance_and_its_faint_ones_below() -> None:
+    w, u, v = with_spectrum([2 * 0.9**i for i in range(48)], 64, 48)
+    strong, faint = (measure(LowRank(v[:, part].T, u[:, part]), w).base for part in (slice(0, 4), slice(44, 48)))
+    assert strong is not None and faint is not None
+    assert strong.amplification.percentile == 1.0 and faint.amplification.percentile < 0.2
+    assert strong.amplification.factor < strong.amplification.chance / 5
+    assert faint.amplification.factor > faint.amplification.chance
+
+
+@pytest.mark.parametrize("k", [1, 2, 8])
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
+def test_chance_is_what_random_directions_of_w_itself_have(shape: tuple[int, int], k: int) -> None:
+    """Through Σ alone or through all of W: the same quartiles. At k = 1 the median is well below the mean square."""
+    w, _, _ = with_spectrum([0.9**i for i in range(40)], *shape)
+    through = random_overlap(torch.linalg.svdvals(w), shape, float(w.norm()), k, 4000, 0)[:, -1]
+    u, v = (torch.linalg.qr(torch.randn(4000, side, k, dtype=w.dtype)).Q for side in shape)
+    direct = (u.mT @ w @ v).flatten(1).norm(dim=1)
+    for share in (0.25, 0.5, 0.75):
+        assert float(through.quantile(share)) == pytest.approx(float(direct.quantile(share)), rel=0.08)
+    expected = k * float(w.norm()) / math.prod(shape) ** 0.5
+    assert float(through.square().mean().sqrt()) == pytest.approx(expected, rel=0.06)
+    if k == 1:
+        assert 0.6 < float(through.median()) / expected < 0.72
 
 
 def test_beyond_the_exact_size_the_sketch_agrees(monkeypatch) -> None:
@@ -325,7 +373,7 @@ def test_an_adapter_layer_by_layer(two_threads) -> None:
     assert done == [1, 2, 3, 4, 5, 6] and weights.read == set(PATHS) and torch.get_num_threads() == 2
     torch.set_num_threads(1)  # as each module had: the numbers don't depend on the count
     for path, measured in got.items():
-        assert measured == measure(tuned.factors[path], weights[path])
+        assert measured == measure(tuned.factors[path], weights[path], crc32(path.encode()))
     assert {m.base for m in measure_adapter(tuned, None).values()} == {None}
 
 

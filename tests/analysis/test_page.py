@@ -262,3 +262,10 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(page)
     with pytest.raises(RunError):
         write(page, tmp_path / "nowhere" / "report.html")
+
+
+def test_emphasis_is_marked_up_and_a_strangers_stars_are_not() -> None:
+    page = Text("The *directions in\nuse* are `a*b*c`.").html()
+    assert "<em>directions in\nuse</em>" in page and "<code>a*b*c</code>" in page
+    for words in ("layers.*.q and layers.*.k", "* a * b", "2*3*4", "**kw and **other", "a *", "*<b>*"):
+        assert "<em>" not in Text(words).html() and "<b>" not in Text(words).html()

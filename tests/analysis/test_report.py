@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,13 @@ import torch
 
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.analysis.comparison import compare_named
-from deltaw.analysis.report import inspect
-from deltaw.config import parse_config
+from deltaw.analysis.layers import page_of
+from deltaw.analysis.measure import measure
+from deltaw.analysis.page import render
+from deltaw.analysis.report import Report, inspect
+from deltaw.analysis.summary import summarise
+from deltaw.analysis.training import Training
+from deltaw.config import AdapterSpec, parse_config
 from deltaw.errors import InputError, RunError
 from deltaw.factors import LowRank
 from deltaw.progress import Display
@@ -118,3 +124,35 @@ def test_comparing_with_nothing_is_said(folder: Path, tmp_path: Path) -> None:
     dataclasses.replace(adapter, factors=zero).save(tmp_path / "zero")
     _, text = compare_named(str(folder / "run"), str(tmp_path / "zero"), str(tmp_path / "c.html"), display=QUIET)
     assert "nothing to compare" in text
+
+
+KINDS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize(
+    ("paths", "steps"),
+    [
+        ([f"model.layers.{i}.{kind}" for i in range(2) for kind in KINDS], 1_000_000),
+        ([f"model.layers.{i}.{kind}" for i in range(143) for kind in KINDS], 1_000),
+        ([f"m{i}" for i in range(1_000)], 100),
+        ([f"layers.{i}.k{i}" for i in range(1_000)], 100),
+        ([f"layers.{i}.experts.{e}.{x}_proj" for i in range(12) for e in range(64) for x in ("up", "down")], 100),
+    ],
+    ids=["steps", "modules", "without layers", "a kind each", "experts"],
+)
+def test_a_page_does_not_grow_with_the_run(paths: list[str], steps: int) -> None:
+    """Neither with its steps nor with its modules nor with the answers' length; the JSON has all of them."""
+    few = [measure(LowRank(torch.randn(16, 80), torch.randn(64, 16)), torch.randn(64, 80)) for _ in range(5)]
+    measures = {path: few[i % 5] for i, path in enumerate(paths)}
+    metrics = [{"step": i, "loss": 3 + math.sin(i), "lr": 1e-3, "grad_norm": 1.0, "tokens": i} for i in range(steps)]
+    metrics[steps // 2]["loss"] = 777.0
+    answers = [{"prompt": "p" * 100_000, "before": "b" * 100_000, "after": "", "truth": None}] * 10
+    config = parse_config({"base": "b", "data": {"train": "t"}, "output": "o"})
+    training = Training(config, {"answers": answers}, metrics)
+    adapter = Adapter(AdapterSpec(), {}, BaseId())
+    report = Report(Path("x"), adapter, "b", measures, summarise(measures), [], training)
+    page = render(page_of(report))
+    assert len(page.encode()) < 1_500_000
+    assert '<td class="number">777</td>' in page, "a spike is lost"
+    raw = report.to_json()
+    assert len(raw["training"]["metrics"]["loss"]) == steps and len(raw["modules"]) == len(paths)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from deltaw.analysis.measure import measure, summarise
+from deltaw.analysis.measure import measure
 from deltaw.analysis.sentences import gist, kinds_of, place, sentence, title
+from deltaw.analysis.summary import summarise
 from deltaw.factors import LowRank
 
 

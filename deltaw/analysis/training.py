@@ -1,0 +1,137 @@
+"""What a run folder says of its training, as far as it can be read.
+
+result.json and metrics.jsonl come from a disk that may have failed, from an older deltaw, from an editor. So each field
+is taken where it has the kind that it should have; one that lacks is lacking, one of another kind is left out, too, and
+named among `faults`. Whoever reads a `Training` therefore asks for a field with `get`, and never for its type.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltaw.config import RunConfig, load_config
+from deltaw.errors import InputError
+from deltaw.model import is_run
+from deltaw.run import Run, is_number
+
+Metrics = list[dict[str, Any]]
+Fault = Callable[[str], None]
+
+FIGURES = (
+    "trained_parameters", "steps", "best_step", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes",
+    "train_rows", "epoch_tokens",
+)  # fmt: skip
+LOST = ("tokens", "loss_before", "loss_after", "kl", "passages")
+ALWAYS = ("trained_parameters", "steps", "best_step", "tokens", "train_rows", "eval", "answers")  # by every version
+ANSWER = ("prompt", "before", "after", "truth")
+ANSWERS = 20  # at most; a run keeps ten
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run folder holds beside its adapter. `result` has what of result.json is sound, nothing else."""
+
+    config: RunConfig
+    result: Mapping[str, Any]
+    metrics: Metrics
+    faults: tuple[str, ...] = ()
+
+    @property
+    def epochs(self) -> float | None:
+        """How often the data was gone through; None where the run doesn't say how many tokens that is."""
+        seen, epoch = self.result.get("tokens"), self.result.get("epoch_tokens")
+        if seen and epoch:
+            return float(seen / epoch)
+        return self.config.train.epochs if self.config.train.steps is None else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The result, and every line of metrics.jsonl by column, null where a line hasn't it."""
+        names = {name: None for line in self.metrics for name in line}
+        columns = {name: [_finite(line.get(name)) for line in self.metrics] for name in names}
+        return {**self.result, "metrics": columns, "faults": list(self.faults)}
+
+
+def read_training(folder: Path) -> Training | None:
+    """None for an adapter folder, or a run that has no result yet."""
+    run = Run(folder)
+    if not is_run(folder) or not run.result.is_file():
+        return None
+    metrics, odd = run.scan_metrics()
+    faults = [f"metrics.jsonl: {odd} of its lines can't be read, or not in full"] if odd else []
+    try:
+        raw = run.read_json(run.result)
+    except InputError as error:
+        return Training(load_config(run.config), {}, metrics, (*faults, error.what))
+    names: list[str] = []
+    result = dict(_sound(raw, names.append))
+    if names:
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        faults.append(f"result.json: left out what can't be read: {shown}")
+    return Training(load_config(run.config), result, metrics, tuple(faults))
+
+
+def _sound(raw: Mapping[str, Any], fault: Fault) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the fields of result.json that are what they should be."""
+    for name in ALWAYS:
+        if name not in raw:
+            fault(f"{name}, which is missing")
+    yield from _numbers(raw, FIGURES, "", fault).items()
+    if isinstance(form := raw.get("form"), str):
+        yield "form", form
+    if (evaluation := _object(raw, "eval", fault)) is not None:
+        sides = {side: _object(evaluation, side, fault) for side in ("before", "after")}
+        known = {side: found for side, found in sides.items() if found is not None}
+        figures = {side: _numbers(found, tuple(found), f"eval.{side}.", fault) for side, found in known.items()}
+        yield "eval", {**figures, **_numbers(evaluation, ("rows",), "eval.", fault)}
+    if lost := _object(raw, "forgetting", fault):
+        named = {"source": lost["source"]} if isinstance(lost.get("source"), str) else {}
+        intervals = {name: _pair(lost, name, fault) for name in ("rise_interval", "kl_interval")}
+        yield "forgetting", {**named, **_numbers(lost, LOST, "forgetting.", fault), **intervals}
+    if machine := _object(raw, "machine", fault):
+        yield "machine", {name: value for name, value in machine.items() if isinstance(value, str)}
+    yield "answers", _answers(raw.get("answers") or [], fault)
+
+
+def _answers(raw: Any, fault: Fault) -> list[dict[str, str | None]]:
+    rows = raw[:ANSWERS] if isinstance(raw, list) else [raw]
+    sound = [{name: row.get(name) for name in ANSWER} for row in rows if isinstance(row, dict)]
+    sound = [row for row in sound if row["prompt"] and all(isinstance(words, str | None) for words in row.values())]
+    if len(sound) < len(rows):
+        fault("answers")
+    return sound
+
+
+def _numbers(raw: Mapping[str, Any], names: tuple[str, ...], where: str, fault: Fault) -> dict[str, float]:
+    found = {}
+    for name in names:
+        if is_number(value := raw.get(name)) and math.isfinite(value):
+            found[name] = value
+        elif value is not None:
+            fault(f"{where}{name if name.isprintable() else repr(name)}"[:60])
+    return found
+
+
+def _object(raw: Mapping[str, Any], name: str, fault: Fault) -> Mapping[str, Any] | None:
+    """Empty where nothing was measured, None where something else stands there."""
+    value = raw.get(name)
+    if isinstance(value, dict) or (name in raw and value is None):
+        return value or {}
+    if name in raw:
+        fault(name)
+    return None
+
+
+def _pair(raw: Mapping[str, Any], name: str, fault: Fault) -> tuple[float, float] | None:
+    match raw.get(name):
+        case [low, high] if all(is_number(end) and math.isfinite(end) for end in (low, high)):
+            return low, high
+        case None:
+            return None
+    fault(name)
+    return None
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
