@@ -153,9 +153,9 @@ def _cloned(value: Any) -> Any:
 def rounding(dtype: torch.dtype) -> float:
     """The root mean square, in units of a typical logit, that two roundings of the same pass may differ by.
 
-    The storage's (9 units in the last place measured in bfloat16 after 30 layers; a model's own code is 12 from float32's
-    answer) and the accumulators', which long sums multiply (float32 after 30 layers: at most 100). A wrong path is off
-    by 1.
+    The storage's (9 units in the last place measured in bfloat16 after 30 layers; a model's own code is 12 from
+    float32's answer) and the accumulators', which long sums multiply (float32 after 30 layers: at most 100). A wrong
+    path is off by 1.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return 25 * torch.finfo(dtype).eps + 300 * torch.finfo(wide).eps
