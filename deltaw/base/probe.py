@@ -83,9 +83,16 @@ def _lengths(config: Any) -> set[int]:
 
 
 def _contexts(model: nn.Module) -> set[int]:
-    """What the config says of the longest sequence."""
-    named = (getattr(model.config, name, None) for name in CONTEXTS)
-    return {length for length in named if isinstance(length, int) and length > SHORT[0]}
+    """How many places there are, by what the config says and by the tables that they may be looked up in."""
+    named = [getattr(model.config, name, None) for name in CONTEXTS]
+    lengths = [length for length in named if isinstance(length, int)] + [len(table.weight) for table in _tables(model)]
+    return {length for length in lengths if length > sum(SHORT)}
+
+
+def _tables(model: nn.Module) -> list[nn.Embedding]:
+    """Embeddings of something else than tokens: of places, perhaps."""
+    words = model.get_input_embeddings()  # type: ignore[operator]
+    return [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
 
 
 def _crossing(model: nn.Module) -> int:
@@ -132,10 +139,8 @@ def watched_pass(
 
 def _far(model: nn.Module, tokens: int) -> int:
     """A place beyond every border in the config or, where places may be looked up in a table, near the table's end."""
-    words = model.get_input_embeddings()  # type: ignore[operator]
-    lookups = any(isinstance(module, nn.Embedding) and module is not words for module in model.modules())
     context = min(_contexts(model), default=0)
-    if lookups or any(max(buffer.shape, default=0) >= max(context, 1) for buffer in model.buffers()):
+    if _tables(model) or any(max(buffer.shape, default=0) >= max(context, 1) for buffer in model.buffers()):
         return max(0, context - tokens)
     return 2 * max(_lengths(model.config.to_dict()), default=0)  # type: ignore[union-attr, operator]
 

@@ -208,7 +208,7 @@ def test_a_copy_of_the_model_stands_on_its_own() -> None:
 def test_a_temperature_by_place_is_seen_however_far_off_it_begins(border: int) -> None:
     """Ministral 3 multiplies its queries by 1 + β log(1 + ⌊place / border⌋) in the attention module's own code."""
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": border,
-            "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}  # fmt: skip
+            "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}  # fmt: skip
     options = {**COMMON, "rope_parameters": rope, "max_position_embeddings": 4 * border}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("ministral3", **options)).eval().requires_grad_(False)
