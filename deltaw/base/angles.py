@@ -49,9 +49,9 @@ class Angles(StandIn):
 
 def stand_in_for_angles(model: nn.Module, far: Iterable[int]) -> dict[str, Angles]:
     """Put `Angles` in the place of every rotary module that needs it, in place; `far` are positions on both sides of
-    every border in the config. Returns them by path."""
+    every border in the config. Returns them by path, with those that an earlier call put in."""
     x = torch.zeros(1, NEAR + 1, 1, device=next(model.parameters()).device)  # float32, in which little is rounded away
-    stand_ins = {}
+    stand_ins = {path: module for path, module in model.named_modules() if isinstance(module, Angles)}
     for path, module in list(model.named_modules()):
         if _is_rotary(module) and any(_keeps_company(module, x, far, options) for options in _kinds(module)):
             stand_ins[path] = Angles(module)

@@ -83,9 +83,16 @@ def _lengths(config: Any) -> set[int]:
 
 
 def _contexts(model: nn.Module) -> set[int]:
-    """What the config says of the longest sequence."""
-    named = (getattr(model.config, name, None) for name in CONTEXTS)
-    return {length for length in named if isinstance(length, int) and length > SHORT[0]}
+    """How many places there are, by what the config says and by the tables that they may be looked up in."""
+    named = [getattr(model.config, name, None) for name in CONTEXTS]
+    lengths = [length for length in named if isinstance(length, int)] + [len(table.weight) for table in _tables(model)]
+    return {length for length in lengths if length > sum(SHORT)}
+
+
+def _tables(model: nn.Module) -> list[nn.Embedding]:
+    """Embeddings of something else than tokens: of places, perhaps."""
+    words = model.get_input_embeddings()  # type: ignore[operator]
+    return [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
 
 
 def _crossing(model: nn.Module) -> int:
@@ -115,17 +122,30 @@ def masks_are_told(model: nn.Module) -> bool:
 def watched_pass(
     model: nn.Module, modules: Mapping[str, nn.Module]
 ) -> tuple[dict[str, Seen], dict[Any, AttentionCall]]:
-    """One pass over two short documents: (what each of `modules` was first given and gave, who called attention how).
+    """One pass over two documents: (what each of `modules` was first given and gave, who called attention how).
 
-    A model that `plan_forward` left on packed attention runs packed here, too; the calls are empty for any other.
+    The second document stands at places beyond every border in the config, so that what a module does by place (a
+    temperature, say) shows. A model that `plan_forward` left on packed attention runs
+    packed here, too; the calls are empty for any other.
     """
     tokens_T, positions_T, starts_S = probe_documents(model)
-    inputs: dict[str, Any] = {"input_ids": tokens_T[None], "position_ids": positions_T[None]}
+    if model.config._attn_implementation != ATTENTION:  # type: ignore[union-attr]
+        return _watched(model, modules, {"input_ids": tokens_T[None]}), {}
+    positions_T[int(starts_S[1]) :] += _far(model, len(tokens_T))
     calls: dict[Any, AttentionCall] = {}
-    if model.config._attn_implementation == ATTENTION:  # type: ignore[union-attr]
-        inputs |= {"documents": Documents(starts_S.tolist(), tokens_T.device), "calls": calls}
-    else:
-        inputs = {"input_ids": tokens_T[None]}
+    more = {"documents": Documents(starts_S.tolist(), tokens_T.device), "calls": calls}
+    return _watched(model, modules, {"input_ids": tokens_T[None], "position_ids": positions_T[None], **more}), calls
+
+
+def _far(model: nn.Module, tokens: int) -> int:
+    """A place beyond every border in the config or, where places may be looked up in a table, near the table's end."""
+    context = min(_contexts(model), default=0)
+    if _tables(model) or any(max(buffer.shape, default=0) >= max(context, 1) for buffer in model.buffers()):
+        return max(0, context - tokens)
+    return 2 * max(_lengths(model.config.to_dict()), default=0)  # type: ignore[union-attr, operator]
+
+
+def _watched(model: nn.Module, modules: Mapping[str, nn.Module], inputs: dict[str, Any]) -> dict[str, Seen]:
     seen: dict[str, Seen] = {}
 
     def watch(path: str) -> Any:
@@ -140,7 +160,7 @@ def watched_pass(
     finally:
         for hook in hooks:
             hook.remove()
-    return seen, calls
+    return seen
 
 
 def _cloned(value: Any) -> Any:

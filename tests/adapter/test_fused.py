@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from deltaw.adapter.fused import KINDS, FusedAttention, FusedMLP, FusedNorm
@@ -13,7 +14,7 @@ from deltaw.adapter.inject import Attached, attach, detach
 from deltaw.base.forward import plan_forward
 from deltaw.base.stand_in import StandIn
 from deltaw.config import AdapterSpec
-from tests.architectures import PADDED, tiny
+from tests.architectures import COMMON, PADDED, tiny
 
 STARTS = torch.tensor([0, 6, 7, 18])
 POSITIONS = torch.cat([torch.arange(n) for n in STARTS.diff().tolist()])
@@ -201,3 +202,21 @@ def test_a_copy_of_the_model_stands_on_its_own() -> None:
         for parameter in attached.parameters:
             parameter.zero_()
         assert torch.equal(twin(input_ids=TOKENS[None]).logits, before)
+
+
+@pytest.mark.parametrize("border", [8, 16384])
+def test_a_temperature_by_place_is_seen_however_far_off_it_begins(border: int) -> None:
+    """Ministral 3 multiplies its queries by 1 + β log(1 + ⌊place / border⌋) in the attention module's own code."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": border,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}  # fmt: skip
+    options = {**COMMON, "rope_parameters": rope, "max_position_embeddings": 4 * border}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("ministral3", **options)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.mul_(8)
+    forward, far = plan_forward(model), POSITIONS + 3 * border
+    own = forward.logits(TOKENS, far, STARTS).clone()
+    attached = attach(model, SPEC)
+    assert counts(attached) == (5, 0, 2)
+    torch.testing.assert_close(forward.logits(TOKENS, far, STARTS), own, rtol=1e-4, atol=1e-4)

@@ -161,6 +161,15 @@ def test_above_the_frozen_layers_and_with_stand_ins_too(which: str) -> None:
     torch.testing.assert_close(got, torch.cat([alone(which, d) for d in documents[::-1]]), **CLOSE)
 
 
+@pytest.mark.parametrize("which", SCALED)
+def test_a_second_plan_is_the_first(which: str) -> None:
+    model, border = fresh(which), SCALED[which][2]
+    first, second = plan_forward(model), plan_forward(model)
+    assert first.positions and second == first
+    documents = packed([document(3 * border), document(5)])
+    assert torch.equal(first.logits(*documents), second.logits(*documents))
+
+
 @pytest.mark.parametrize("which", [which for which in SCALED if "longrope" in which])
 def test_rows_of_a_batch_are_generated_as_each_alone(which: str) -> None:
     border, model = SCALED[which][2], planned(which).model
