@@ -69,6 +69,8 @@ def write_result(
         "dropped": report.unusable + report.too_long_dropped + report.untrained,
         "truncated": report.truncated,
         "train_rows": report.train_rows,
+        "unused": report.unused,
+        "left_out": report.left_out,
         "forward": model.describe(),
         "dtype": str(model.base.dtype).removeprefix("torch."),
         "machine": {"device": str(model.base.device), "threads": torch.get_num_threads(), "cpu": platform.machine()},
