@@ -78,8 +78,8 @@ class ChatWriter:
     def layouts(self, chats: Sequence[Asked], train_on: str) -> list[Layout | Rejected]:
         """The pieces of every chat, or why it can't be used."""
         written = self._template.render_rows(chats)
-        usable = [chat for chat, texts in zip(chats, written, strict=True) if not isinstance(texts, Rejected)]
-        losses = iter(self._survey.of(usable))
+        usable = [(chat, texts) for chat, texts in zip(chats, written, strict=True) if not isinstance(texts, Rejected)]
+        losses = iter(self._survey.of([chat for chat, _ in usable], [texts for _, texts in usable]))
         layouts: list[Layout | Rejected] = []
         for texts in written:
             if isinstance(texts, Rejected):

@@ -18,9 +18,9 @@ Decisions.
 - Message lists under prompt / completion are a chat of which only the completion is trained. OpenAI's
   `weight: 0` on a message says the same and is how it is stored here.
 - A column beside those is used as its form's users mean it: `system` goes in front (unless the messages begin
-  with one), alpaca's `history` is earlier turns (trained, as where it comes from), dolly's `context` follows the
-  instruction, a question's precedes it, each behind a blank line. Every other column that says something is
-  named in `unused`: what is taken is taken out of the row (`Fields`), so nothing can be left out unseen.
+  with one), `history` is earlier turns (trained, as where it comes from; pairs with one are therefore chat), dolly's
+  `context` follows the instruction, a question's precedes it, with a blank line between. Every other column that
+  says something is named in `unused`: what is taken is taken out of the row (`Fields`), so nothing is left out unseen.
 - Fields of a message that aren't known here go to the template; `left_out.py` says which of them it writes.
 - Preference data is refused by name; treating `chosen` as a completion would silently be another method.
 """
@@ -70,6 +70,10 @@ class Fields:
     def take(self, name: str) -> Any:
         """The column's value, which is thereby used; None where there is none."""
         return self._left.pop(name, None)
+
+    def peek(self, name: str) -> Any:
+        """The column's value, which isn't thereby used."""
+        return self._left.get(name)
 
     def take_text(self, *names: str) -> str | None:
         """The first of these columns that is a text, not blank; anything else stays where it is."""
@@ -123,7 +127,9 @@ def detect_form(rows: Sequence[Row], wanted: str = "auto") -> Form:
     if 2 * sum("chosen" in value and "rejected" in value for value in sample) > len(sample):
         fix = "train on the chosen answers: rename chosen to completion and drop rejected"
         raise InputError(f"{rows[0].origin}: preference data (chosen, rejected) is not supported yet", fix=fix)
+    told = any(says_something(value.get("history")) for value in sample)
     forms = [form for form in FORMS if wanted in ("auto", form.name, _also(form))]
+    forms = [form for form in forms if told or "history" not in form.columns]
     counts = [sum(form.matches(value) for value in sample) for form in forms]
     if not max(counts, default=0):
         columns = ", ".join(sorted({str(column) for value in sample for column in value})[:12]) or "none"
@@ -176,11 +182,15 @@ def _evals(row: Fields) -> Chat:
 
 def _alpaca(row: Fields) -> Chat:
     instruction, output = _string(row, "instruction"), _string(row, "output")
-    extra = row.take("input")
-    if extra and not isinstance(extra, str):
-        raise Rejected(f"input is a {type(extra).__name__}, not a text")
-    user = f"{instruction}\n\n{extra}" if extra and extra.strip() else instruction
-    turns = [{"role": "user", "content": user}, {"role": "assistant", "content": output}]
+    if not isinstance(row.peek("input") or "", str):
+        raise Rejected(f"input is a {type(row.peek('input')).__name__}, not a text")
+    extra = row.take_text("input", "context")
+    return _talk(row, f"{instruction}\n\n{extra}" if extra else instruction, output)
+
+
+def _talk(row: Fields, question: str, answer: str) -> Chat:
+    """A question and its answer behind the row's earlier turns."""
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return checked_chat(_with_system([*_history(row.take("history")), *turns], row), row.take("tools"))
 
 
@@ -215,7 +225,7 @@ def _text(column: str) -> Callable[[Fields], Document]:
     return convert
 
 
-def _pair(given: str, wanted: str, *contexts: str) -> Callable[[Fields], Document]:
+def _pair(given: str, wanted: str) -> Callable[[Fields], Document]:
     def convert(row: Fields) -> Document:
         prompt, answer = row.take(given), row.take(wanted)
         if isinstance(prompt, list):
@@ -223,16 +233,29 @@ def _pair(given: str, wanted: str, *contexts: str) -> Callable[[Fields], Documen
                 answer = [{"role": "assistant", "content": answer}]
             before = _untrained(_with_system(list_of_objects(prompt, given), row))
             return checked_chat([*before, *list_of_objects(answer, wanted)], row.take("tools"))
-        parts = [_checked_string(prompt, given), row.take_text(*contexts)]
-        if given in ("question", "query"):
-            parts.reverse()
-        completion = _checked_string(answer, wanted)
+        given_text, completion = _with_context(row, prompt, given), _checked_string(answer, wanted)
         if not completion.strip():
             raise Rejected(f"{wanted} is empty")
-        parts.insert(0, row.take_text(*SYSTEM_NAMES))
-        return Completion("\n\n".join(part for part in parts if part), completion)
+        system = row.take_text(*SYSTEM_NAMES)
+        return Completion(f"{system}\n\n{given_text}" if system else given_text, completion)
 
     return convert
+
+
+def _told_pair(given: str, wanted: str) -> Callable[[Fields], Document]:
+    def convert(row: Fields) -> Chat:
+        question = _with_context(row, row.take(given), given)
+        return _talk(row, question, _string(row, wanted))
+
+    return convert
+
+
+def _with_context(row: Fields, value: Any, given: str) -> str:
+    """What is asked, with what it is asked about."""
+    parts = [_checked_string(value, given), row.take_text(*_contexts(given))]
+    if given in ("question", "query"):
+        parts.reverse()
+    return "\n\n".join(part for part in parts if part)
 
 
 def _untrained(messages: Sequence[Message]) -> list[Message]:
@@ -267,10 +290,20 @@ FORMS = (
     ),
     *(
         Form(
+            "chat",
+            f"chat: history + {given} -> user, {wanted} -> assistant",
+            (given, wanted, "history"),
+            _told_pair(given, wanted),
+            (*_contexts(given), *SYSTEM_NAMES),
+        )
+        for given, wanted in PAIR_NAMES
+    ),
+    *(
+        Form(
             "completion",
             f"completion: {given} -> prompt, {wanted} -> completion",
             (given, wanted),
-            _pair(given, wanted, *_contexts(given)),
+            _pair(given, wanted),
             (*_contexts(given), *SYSTEM_NAMES),
         )
         for given, wanted in PAIR_NAMES

@@ -35,6 +35,7 @@ from deltaw.data.row import says_something
 from deltaw.data.template import Asked, Template
 
 CALLS = ("tool_calls", "function_call")
+CONTENT, PART = "messages[].content", "a part of "
 BOOKKEEPING = ("id", "type", "index")
 MARKUP = re.compile(r"[<\[|]")
 NUMBER = 7_130_000_000  # markers in place of numbers go on from here
@@ -60,8 +61,8 @@ class Survey:
         self._cut = re.compile(f"({'|'.join(sorted(named, key=len, reverse=True)) or '(?!)'})")
         self._known: dict[str, LeftOut] = {}
 
-    def of(self, rows: Sequence[Asked]) -> list[LeftOut]:
-        """For each row. Shapes that are new are written first, all in one call."""
+    def of(self, rows: Sequence[Asked], written: Sequence[Sequence[Any]]) -> list[LeftOut]:
+        """For each row, of which `written` is what the template writes. New shapes are written first, in one call."""
         shapes = []
         new: dict[str, tuple[Asked, Asked, dict[Leaf, str]]] = {}
         for row in rows:
@@ -71,17 +72,31 @@ class Survey:
             if shapes[-1] not in self._known:
                 planted = Asked(messages, tools, _prefixes(len(messages)))
                 new.setdefault(shapes[-1], (row, planted, planting.leaves))
-        texts = self._write([planted for _, planted, _ in new.values()])
-        for (shape, (row, _, leaves)), written in zip(new.items(), texts, strict=True):
-            self._known[shape] = self._judge(row, leaves, "\n".join(written or ()).casefold())
-        return [self._known[shape] for shape in shapes]
+        planted_texts = self._write([planted for _, planted, _ in new.values()])
+        for (shape, (row, _, leaves)), texts in zip(new.items(), planted_texts, strict=True):
+            self._known[shape] = self._judge(row, leaves, "\n".join(texts or ()).casefold())
+        known = [self._known[shape] for shape in shapes]
+        return [self._with_cuts(row, loss, texts) for row, loss, texts in zip(rows, known, written, strict=True)]
+
+    def _with_cuts(self, row: Asked, loss: LeftOut, texts: Sequence[Any]) -> LeftOut:
+        """`loss`, and whether this row's contents are cut off: a marker is short, they may be too long."""
+        if loss.refused or PART + CONTENT in loss.fields:
+            return loss
+        for number, message in enumerate(row.messages):
+            stretches = self._cut.split(message["content"])[::2]
+            if all(_stands(stretch.strip(), texts) for stretch in stretches):
+                continue
+            leaves: list[Leaf] = [(("messages", number, "content"), 2 * index) for index in range(len(stretches))]
+            if self._unwritten(row, leaves) or self._unwritten(row, leaves, at_end=False):
+                return LeftOut(_reason(row, number, f"all of {CONTENT}"), loss.fields)
+        return loss
 
     def _judge(self, row: Asked, leaves: dict[Leaf, str], written: str) -> LeftOut:
         suspects = [leaf for leaf, marker in leaves.items() if not marker or marker not in written]
         return _verdict(row, list(leaves), self._unwritten(row, suspects) if suspects else [])
 
-    def _unwritten(self, row: Asked, suspects: list[Leaf]) -> list[Leaf]:
-        """Those of `suspects` that make no difference to what is written of the row."""
+    def _unwritten(self, row: Asked, suspects: list[Leaf], at_end: bool = True) -> list[Leaf]:
+        """Those of `suspects` that make no difference to what is written of the row when they end (begin) otherwise."""
         prefixes = _prefixes(len(row.messages))
         (real,) = self._write([Asked(row.messages, row.tools, prefixes)])
         if real is None:
@@ -89,7 +104,7 @@ class Survey:
         unwritten: list[Leaf] = []
         groups = [suspects]
         while groups:
-            changed = [Asked(*_changed(row, set(group), self._cut), prefixes) for group in groups]
+            changed = [Asked(*_changed(row, set(group), self._cut, at_end), prefixes) for group in groups]
             halves = []
             for group, texts in zip(groups, self._write(changed), strict=True):
                 if texts == real:
@@ -173,7 +188,7 @@ def _shape(value: Any) -> Any:
     return type(value).__name__ if says_something(value) else None
 
 
-def _changed(row: Asked, leaves: set[Leaf], cut: re.Pattern[str]) -> tuple[Any, Any]:
+def _changed(row: Asked, leaves: set[Leaf], cut: re.Pattern[str], at_end: bool) -> tuple[Any, Any]:
     """Messages and tools of `row` with another value in each of `leaves`."""
 
     def change(value: Any, path: Path) -> Any:
@@ -185,7 +200,7 @@ def _changed(row: Asked, leaves: set[Leaf], cut: re.Pattern[str]) -> tuple[Any, 
             stretches = cut.split(value)
             for index in range(0, len(stretches), 2):
                 if (path, index) in leaves:
-                    stretches[index] = f"{stretches[index]} qzq"
+                    stretches[index] = f"{stretches[index]} qzq" if at_end else f"qzq {stretches[index]}"
             return "".join(stretches)
         if (path, 0) not in leaves:
             return value
@@ -205,11 +220,22 @@ def _verdict(row: Asked, leaves: Sequence[Leaf], unwritten: Sequence[Leaf]) -> L
     fields = dict.fromkeys(_field(path, written, path in whole) for path, _ in unwritten)
     for path, _ in unwritten:
         if path in whole and _is_said(path):
-            role, what = row.messages[int(path[1])].get("role"), _field(path, written, True).removeprefix("messages[].")
-            said = "answer's" if role == "assistant" else f"{role} message's"
-            reason = f"message {int(path[1]) + 1}: the chat template doesn't write the {said} {what}; see data.template"
-            return LeftOut(reason, tuple(fields))
+            return LeftOut(_reason(row, int(path[1]), _field(path, written, True)), tuple(fields))
     return LeftOut("", tuple(fields))
+
+
+def _reason(row: Asked, number: int, field: str) -> str:
+    role = row.messages[number].get("role")
+    said = "the answer's" if role == "assistant" else f"the {role} message's"
+    what = field.replace("messages[].", f"{said} ", 1)
+    return f"message {number + 1}: the chat template doesn't write {what}; see data.template"
+
+
+def _stands(text: str, texts: Sequence[Any]) -> bool:
+    """Whether a text stands in one of these, as it is or as JSON has it."""
+    return any(
+        isinstance(one, str) and (text in one or json.dumps(text, ensure_ascii=False)[1:-1] in one) for one in texts
+    )
 
 
 def _is_said(path: Path) -> bool:
@@ -222,7 +248,7 @@ def _is_said(path: Path) -> bool:
 def _field(path: Path, written: set[str], whole: bool) -> str:
     """The name of the largest field around `path` of which nothing is written."""
     if not whole:
-        return f"a part of {_name(path)}"
+        return PART + _name(path)
     return next((name for name in _names(path) if name not in written), _name(path))
 
 

@@ -85,6 +85,8 @@ def write_result(trainer: "Trainer", measured: Measured, total_seconds: float) -
         "truncated": report.truncated,
         "train_rows": report.train_rows,
         "epoch_tokens": report.tokens,
+        "unused": report.unused,
+        "left_out": report.left_out,
         "forward": model.describe(),
         "dtype": str(model.base.dtype).removeprefix("torch."),
         "machine": {"device": str(model.base.device), "threads": torch.get_num_threads(), "cpu": platform.machine()},

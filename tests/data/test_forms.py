@@ -49,6 +49,9 @@ def normalise(value, wanted="auto"):
         ),
         ({"instruction": "q", "output": "a", "history": '[["q", "a"]]'}, Chat((USER, ANSWER, USER, ANSWER))),
         ({"instruction": "q", "output": "a", "history": [USER, ANSWER]}, Chat((USER, ANSWER, USER, ANSWER))),
+        ({"instruction": "q", "context": "c", "output": "a"}, Chat(({**USER, "content": "q\n\nc"}, ANSWER))),
+        ({"query": "q", "response": "a", "history": [["q", "a"]]}, Chat((USER, ANSWER, USER, ANSWER))),
+        ({"prompt": "q", "response": "a", "history": []}, Completion("q", "a")),
         ({"instruction": "q", "context": "c", "response": "a"}, Completion("q\n\nc", "a")),
         ({"instruction": "q", "context": "", "response": "a"}, Completion("q", "a")),
         ({"instruction": "q", "input": "c", "response": "a"}, Completion("q\n\nc", "a")),
@@ -150,7 +153,6 @@ def test_preference_data_is_refused_by_name():
         ({"text": "t", "id": 3, "url": None, "tags": [], "meta": {"a": None}, "note": " "}, ("id",)),
         ({"instruction": "q", "context": "c", "response": "a", "category": "x"}, ("category",)),
         ({"question": "q", "answer": "a", "context": {"title": "t"}}, ("context",)),
-        ({"question": "q", "answer": "a", "history": [["q", "a"]]}, ("history",)),
         ({"prompt": "p", "completion": "c", "tools": [{"name": "t"}]}, ("tools",)),
         ({"messages": [USER, ANSWER], "tools": [{"name": "t"}], "source": "s"}, ("source",)),
         ({"messages": [SYSTEM, USER, ANSWER], "system": "another"}, ("system",)),
@@ -170,6 +172,7 @@ columns = st.from_regex(r"[a-z]{8}", fullmatch=True) | st.sampled_from(["system"
 def test_whatever_a_column_is_called_it_is_used_or_named(form, column, text):
     given = {"messages": [USER, ANSWER], "conversations": [{"from": "gpt", "value": "a"}], "ideal": "a"}
     value = {name: given.get(name, "q") for name in form.columns} | {column: text}
+    value |= {"history": [["q", "a"]]} if "history" in form.columns else {}
     value |= {"input": [USER]} if "ideal" in form.columns else {}
     document = form.normalise(Row(value, "t.jsonl:1"))
     assert (column in document.unused) != (text in repr(document))
@@ -181,6 +184,15 @@ def test_what_else_is_used_is_said(column):
     other = {column: [["x", "y"]] if column == "history" else "x"}
     assert column not in detect_form(rows(plain)).description.split("(with ")[-1].split(" -> ")[0]
     assert column in detect_form(rows(plain, plain | other)).description.split("(with ")[1]
+
+
+def test_a_history_that_some_rows_have_makes_all_of_them_chat():
+    values = (
+        {"prompt": "q", "response": "a", "history": []},
+        {"prompt": "q", "response": "a", "history": [["q", "a"]]},
+    )
+    form = detect_form(rows(*values))
+    assert [form.normalise(row) for row in rows(*values)] == [Chat((USER, ANSWER)), Chat((USER, ANSWER, USER, ANSWER))]
 
 
 def test_arguments_are_objects_also_where_they_come_as_text():

@@ -117,6 +117,15 @@ def test_what_else_is_not_written_is_named(source, messages, left_out):
     assert render(source, *messages).left_out == left_out
 
 
+@pytest.mark.parametrize("cut", ["[:9]", " | truncate(12, true)", "[-9:]", ".split('.')[0]"])
+def test_an_answer_too_long_for_a_template_is_refused_and_a_short_one_is_not(cut):
+    source = chatml(f"(message.content{cut})")
+    assert render(source, user(), answer("short")).left_out == ()
+    for long in ("one and two. three and four, five", "one. and two three and four, five"):
+        rejected = render(source, user(), answer(long))
+        assert "message 2: the chat template doesn't write all of the answer's content" in str(rejected)
+
+
 def test_tools_that_are_not_written_are_named():
     assert render(CHATML, user(), answer(), tools=[TOOL, TOOL]).left_out == ("tools",)
     names = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + CHATML
@@ -173,7 +182,9 @@ def test_a_shape_is_tried_once(monkeypatch):
         tool = {"function": {"name": f"f{n}", "parameters": {"properties": {f"k{n}": {"type": "string"}}}}}
         return Asked([user(f"q{n}"), answer(f"a{n}", tool_calls=[call])], [tool] * (1 + n % 3), [])
 
-    assert {loss.fields for loss in survey.of([row() for _ in range(50)])} == {()}
+    rows = [row() for _ in range(50)]
+    texts = [[message["content"] for message in row.messages] for row in rows]
+    assert {loss.fields for loss in survey.of(rows, texts)} == {()}
     assert sum(written) == 1
 
 
