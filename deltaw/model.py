@@ -19,7 +19,7 @@ from deltaw.base.source import BUILTINS, Source, find_base
 from deltaw.config import Dtype, RunConfig, load_config
 from deltaw.data.dataset import Dataset, prepare
 from deltaw.data.render import Renderer, open_tokenizer
-from deltaw.errors import InputError
+from deltaw.errors import InputError, command
 from deltaw.progress import Display
 
 PLAIN = "plain"  # in place of a template's fingerprint: trained on prompts as they are
@@ -150,7 +150,7 @@ def load_adapter(path: Path) -> Adapter:
     if not is_run(path):
         return Adapter.load(path)
     if not is_adapter(path / "adapter"):
-        raise InputError(f"{path} has no finished adapter yet", fix=f"finish it: deltaw train {path}")
+        raise InputError(f"{path} has no finished adapter yet", fix=f"finish it: {command('train', path)}")
     return Adapter.load(path / "adapter")
 
 

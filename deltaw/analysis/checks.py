@@ -75,7 +75,7 @@ def _idle(measures: Mapping[str, Measures]) -> Iterator[Finding]:
             "note",
             f"in nine modules of ten, {nine_tenths} of {rank} directions hold 90 % of the update: a lower rank "
             f"might do; "
-            f"`deltaw resize --rank {nine_tenths}` shows what it loses",
+            f"`deltaw resize` to rank {nine_tenths} shows what it loses",
         )
 
 

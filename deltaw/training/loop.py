@@ -19,6 +19,7 @@ from deltaw.base.load import open_base, open_skeleton
 from deltaw.base.source import find_base
 from deltaw.config import RunConfig, load_config, parse_config
 from deltaw.data.dataset import Dataset
+from deltaw.errors import command
 from deltaw.evaluate.forgetting import forgetting, general_text
 from deltaw.model import Model, open_dataset
 from deltaw.progress import Display
@@ -80,7 +81,7 @@ def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display) -> 
                 trainer.begin()
             else:
                 trainer.restore(saved)
-            stop.advice = f"go on with: deltaw train {run.folder}"
+            stop.advice = f"go on with: {command('train', run.folder)}"
             short_form(trainer, general)
             before = trainer.measure_base()
             trainer.take_steps()
@@ -91,7 +92,7 @@ def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display) -> 
             raise explain(error, trainer) or error from None
         found = Found(before, after, lost)
         write_result(run, config, trainer.state, model, dataset, found, time.monotonic() - began)
-        stop.advice = f"the run is finished, its report is not: deltaw inspect {run.folder}"
+        stop.advice = f"the run is finished, its report is not: {command('inspect', run.folder)}"
         if config.evaluate.report:
             write_report(run, display)
     return adapter
