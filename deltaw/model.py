@@ -105,7 +105,7 @@ def open_model(
     Raises InputError where they don't belong together.
     """
     display = display or Display(quiet=True)
-    path, config, adapter = Path(name), None, None
+    path, config, adapter = Path(name).expanduser(), None, None
     if is_run(path):
         config, adapter = load_config(path / "config.yaml"), load_adapter(path)
         base, dtype = base or config.base, dtype or config.train.dtype
