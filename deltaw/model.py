@@ -12,6 +12,7 @@ from typing import Any
 
 from deltaw.adapter.file import Adapter, BaseId, is_adapter
 from deltaw.adapter.inject import Attached, attach
+from deltaw.base.decode import context
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.generate import Sampling, generate, stream
 from deltaw.base.load import Base, open_base
@@ -82,6 +83,11 @@ class Model:
         """Answers to many tokenised prompts, batched."""
         rows = generate(self.base.model, prompts, sampling, self._stop, progress=progress)
         return [self.renderer.decode(row) for row in rows]
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a prompt and its answer together."""
+        return context(self.base.model)
 
     @property
     def _stop(self) -> set[int]:
