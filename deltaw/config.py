@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deltaw.errors import InputError, listed
+from deltaw.paths import PathText
 
 Metric = Literal["exact_match", "phoneme_error_rate"]
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -125,11 +126,13 @@ def names_module(name: str, path: str) -> bool:
 class DataConfig(Strict):
     """Where the rows are and how they become tokens and masks."""
 
-    train: str
-    eval: int | str | None = Field(None, description="rows held out of train, or a file of its own")
+    train: PathText
+    eval: int | PathText | None = Field(None, description="rows held out of train, or a file of its own")
     form: Literal["auto", "text", "chat", "completion", "alpaca", "sharegpt"] = "auto"
     train_on: Literal["auto", "assistant", "completion", "all"] = "auto"
-    template: str | None = Field(None, description="chatml, or a .jinja file, for a base that has no chat template")
+    template: PathText | None = Field(
+        None, description="chatml, or a .jinja file, for a base that has no chat template"
+    )
     rendered: bool = Field(
         False, description="text, prompts and completions hold control tokens, bos and eos: taken as tokens"
     )
@@ -177,7 +180,9 @@ class EvaluateConfig(Strict):
     """What is measured on the held-out rows besides the loss."""
 
     metrics: tuple[Metric, ...] = ()
-    general: str | None = Field("builtin:general", description="text on which forgetting is measured; null: it isn't")
+    general: PathText | None = Field(
+        "builtin:general", description="text on which forgetting is measured; null: it isn't"
+    )
     max_new_tokens: int = Field(64, ge=1, le=65536)
     samples: int = Field(3, ge=0, le=100)
     report: bool = Field(True, description="write report.html at the end")
@@ -191,12 +196,12 @@ class EvaluateConfig(Strict):
 class RunConfig(Strict):
     """A whole run: `base`, `adapter`, `data`, `train`, `evaluate`, `output`."""
 
-    base: str = Field(min_length=1)
+    base: PathText = Field(min_length=1)
     adapter: AdapterSpec = AdapterSpec()
     data: DataConfig
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    output: str = Field(min_length=1)
+    output: PathText = Field(min_length=1)
 
     @field_validator("adapter", mode="before")
     @classmethod
@@ -332,7 +337,7 @@ def _problems(error: ValidationError, source: str, node: yaml.Node | None) -> li
         field = tuple(part for part in problem["loc"] if part not in ("str", "int") and "[" not in str(part))
         said = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         said = said.replace("an object", "a mapping")
-        if field in by_field:
+        if field in by_field and problem["type"] != "value_error":
             said = by_field[field]["msg"] + " or " + said.removeprefix("must be ")
         by_field[field] = {**problem, "loc": field, "msg": said}
     order = ("extra_forbidden", "missing")

@@ -5,7 +5,9 @@ wrong while running). Each says what is wrong, then what to do next; the CLI pri
 keeps the traceback for `--debug`. Anything else that escapes is a defect of deltaw.
 """
 
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 MAX_LISTED = 3  # problems shown in full, so that the message keeps within five lines
 
@@ -37,3 +39,11 @@ def listed(problems: Sequence[str], limit: int = MAX_LISTED) -> str:
     if more > 0:
         shown[-1] += f"  (and {more} more)"
     return "\n".join(shown)
+
+
+def command(verb: str, *words: object, options: Sequence[str] = ()) -> str:
+    """A command line of deltaw that a shell takes as it stands, whatever its folders are called."""
+    # A folder called ~ isn't home: str(Path("./~")) has lost what says so.
+    given = [f"./{word}" if isinstance(word, Path) and str(word).startswith("~") else str(word) for word in words]
+    dashes = ["--"] if any(word.startswith("-") for word in given) else []  # else taken for options
+    return shlex.join(["deltaw", verb, *options, *dashes, *given])

@@ -12,6 +12,7 @@ from typing import Any
 
 from deltaw.adapter.file import Adapter, BaseId, is_adapter
 from deltaw.adapter.inject import Attached, attach
+from deltaw.base.decode import context
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.generate import Sampling, generate, stream
 from deltaw.base.limits import Limits
@@ -20,7 +21,7 @@ from deltaw.base.source import BUILTINS, Source, find_base
 from deltaw.config import Dtype, RunConfig, load_config
 from deltaw.data.dataset import Dataset, prepare
 from deltaw.data.render import Renderer, open_tokenizer
-from deltaw.errors import InputError
+from deltaw.errors import InputError, command
 from deltaw.progress import Display
 
 PLAIN = "plain"  # in place of a template's fingerprint: trained on prompts as they are
@@ -85,6 +86,11 @@ class Model:
         return [self.renderer.decode(row) for row in rows]
 
     @property
+    def context(self) -> int:
+        """The most tokens of a prompt and its answer together."""
+        return context(self.base.model)
+
+    @property
     def _stop(self) -> set[int]:
         return self.renderer.stop_ids
 
@@ -106,7 +112,7 @@ def open_model(
     Raises InputError where they don't belong together.
     """
     display = display or Display(quiet=True)
-    path, config, adapter = Path(name), None, None
+    path, config, adapter = Path(name).expanduser(), None, None
     if is_run(path):
         config, adapter = load_config(path / "config.yaml"), load_adapter(path)
         base, dtype = base or config.base, dtype or config.train.dtype
@@ -163,7 +169,7 @@ def load_adapter(path: Path) -> Adapter:
     if not is_run(path):
         return Adapter.load(path)
     if not is_adapter(path / "adapter"):
-        raise InputError(f"{path} has no finished adapter yet", fix=f"finish it: deltaw train {path}")
+        raise InputError(f"{path} has no finished adapter yet", fix=f"finish it: {command('train', path)}")
     return Adapter.load(path / "adapter")
 
 

@@ -24,7 +24,7 @@ from typing import Any, TypeGuard
 
 from deltaw.base.weights import fsync, read_json, write_text_atomic
 from deltaw.config import RunConfig
-from deltaw.errors import InputError, RunError
+from deltaw.errors import InputError, RunError, command
 from deltaw.lock import LOCK, claimed, holds_anything
 
 WORDS = ("skipped", "rows")  # of a line of metrics.jsonl; everything else in it is a number
@@ -102,7 +102,7 @@ class Run:
         if not replace:
             raise InputError(
                 f"output {self.folder} already holds a run",
-                fix=f"resume it: deltaw train {self.folder}   start over: --replace   or choose another output",
+                fix=f"resume it: {command('train', self.folder)}   start over: --replace   or choose another output",
             )
 
     def _sweep(self) -> None:

@@ -1,15 +1,19 @@
 """The command line: verbs, exit codes, what goes to stdout and what to stderr."""
 
+import contextlib
 import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from deltaw import cli
+from deltaw import chat, cli
+from deltaw.model import Model, open_model
 from tests.tiny import run_file, tiny_base, words
 
 
@@ -186,3 +190,53 @@ def test_a_terminal_that_lacks_letters_gets_question_marks(trained: Path, encodi
     assert code == 0 and json.loads(out)["output"] == f"{output}-other"  # escaped, nothing lost
     code, _, err = encoded("train", output)
     assert code == 2 and "is finished" in err
+
+
+SMALL = 128  # tokens of context
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("small"), max_position_embeddings=SMALL)
+
+
+def talk(base: Path, lines: list[str], monkeypatch, answers: str = "yes", **more: Any) -> tuple[list[Any], str]:
+    """(the prompts that the model was given, what was said on stderr) of a conversation whose answers are `answers`."""
+    asked: list[Any] = []
+    model = open_model(base, dtype="float32", device="cpu")
+
+    def stream(self: Model, prompt: Any, **options: Any) -> Iterator[str]:
+        asked.append(prompt)
+        assert len(self.renderer.prompt_ids(prompt)) < SMALL
+        yield answers
+
+    monkeypatch.setattr(Model, "stream", stream)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        chat.talk(model, use_adapter=True, sampling={"max_new_tokens": 20}, **{"system": None, **more})
+    return asked, err.getvalue()
+
+
+def test_a_long_conversation_loses_its_oldest_turns(small: Path, monkeypatch) -> None:
+    lines = [f"turn {i} of some words" for i in range(9)]
+    asked, said = talk(small, lines, monkeypatch, system="be kind")
+    assert [prompt[-1]["content"] for prompt in asked] == lines  # every line was answered
+    for prompt in asked:
+        roles = [message["role"] for message in prompt]
+        assert roles == ["system", *["user", "assistant"] * (len(roles) // 2 - 1), "user"]
+    first = [prompt[1]["content"] for prompt in asked]
+    assert first[0] == lines[0] and first == sorted(first) and first[-1] > lines[0] and len(asked[-1]) > 2
+    assert said.count("left out") == 1
+
+
+def test_a_message_that_is_too_long_does_not_end_the_session(small: Path, monkeypatch) -> None:
+    asked, said = talk(small, ["first", "x" * 400, "last"], monkeypatch)
+    assert [prompt[-1]["content"] for prompt in asked] == ["first", "last"]
+    assert [message["content"] for message in asked[1]] == ["first", "yes", "last"]  # and loses nothing before it
+    assert "400" in said or f"{SMALL}" in said
+
+
+def test_an_answer_that_can_not_be_sent_back_is_left_out(small: Path, monkeypatch) -> None:
+    asked, said = talk(small, ["first", "last"], monkeypatch, answers="a\0b")
+    assert len(asked) == 2 and said.count("left out") == 1

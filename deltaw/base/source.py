@@ -104,7 +104,7 @@ def find_base(name: str, *, progress: Progress | None = None) -> Source:
 def cache_root() -> Path:
     """$DELTAW_CACHE, or $XDG_CACHE_HOME/deltaw, or ~/.cache/deltaw."""
     if own := os.environ.get("DELTAW_CACHE"):
-        return Path(own)
+        return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaw"
 
 

@@ -15,9 +15,22 @@ app = typer.Typer(
     epilog="An error is short; --debug before the verb shows where it came from.",
 )
 
+
+def as_path(value: Any) -> Any:
+    """Of an option or argument that names files or folders: `~` and variables stand for what they stand for."""
+    from deltaw.paths import given
+
+    try:
+        return given(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-BaseName = Annotated[str | None, typer.Option("--base", help="The base, where the adapter does not name it.")]
+BaseName = Annotated[
+    str | None, typer.Option("--base", help="The base, where the adapter does not name it.", callback=as_path)
+]
 
 
 @app.callback()

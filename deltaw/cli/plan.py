@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from deltaw.cli.app import Json, app, display, give
+from deltaw.cli.app import Json, app, as_path, display, give
 
 
 @app.command(epilog="Examples: deltaw plan run.yaml    deltaw plan run.yaml train.tokens_per_batch=4096 --json")
 def plan(
-    run: Annotated[Path, typer.Argument(help="A run file.")],
+    run: Annotated[Path, typer.Argument(help="A run file.", callback=as_path)],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, over the run file.")] = None,
     as_json: Json = False,
 ) -> None:

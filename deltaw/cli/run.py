@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deltaw.cli.app import BaseName, Json, Quiet, app, display, give, print_json
+from deltaw.cli.app import BaseName, Json, Quiet, app, as_path, display, give, print_json
 
 if TYPE_CHECKING:
     from deltaw.config import RunConfig
@@ -21,7 +21,9 @@ Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 
 
 @app.command(epilog="Example: deltaw demo")
-def demo(output: Annotated[str, typer.Option(help="The run folder.")] = "runs/demo", as_json: Json = False) -> None:
+def demo(
+    output: Annotated[str, typer.Option(help="The run folder.", callback=as_path)] = "runs/demo", as_json: Json = False
+) -> None:
     """Teach a 135M model to pronounce English words, with real data, in minutes on a CPU."""
     from deltaw.config import parse_config
     from deltaw.demo import DEMO
@@ -31,7 +33,7 @@ def demo(output: Annotated[str, typer.Option(help="The run folder.")] = "runs/de
 
 @app.command(epilog="Examples: deltaw train run.yaml train.lr=1e-3    deltaw train runs/first  (resumes)")
 def train(
-    run: Annotated[Path, typer.Argument(help="A run file, or a run folder to resume.")],
+    run: Annotated[Path, typer.Argument(help="A run file, or a run folder to resume.", callback=as_path)],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, over the run file.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Discard an earlier run in the output folder.")] = False,
     allow: Annotated[bool, typer.Option("--allow", help="Resume although settings were changed.")] = False,
@@ -54,7 +56,7 @@ def train(
 
 @app.command("verify-resume", epilog="Example: deltaw verify-resume run.yaml")
 def verify_resume(
-    run: Annotated[Path, typer.Argument(help="A run file.")],
+    run: Annotated[Path, typer.Argument(help="A run file.", callback=as_path)],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, over the run file.")] = None,
     steps: Annotated[int, typer.Option(min=2, help="How many steps to take, and to stop after each of.")] = 4,
     as_json: Json = False,
@@ -73,7 +75,7 @@ def verify_resume(
 
 @app.command(epilog="Example: deltaw preview run.yaml -n 5")
 def preview(
-    run: Annotated[Path, typer.Argument(help="A run file.")],
+    run: Annotated[Path, typer.Argument(help="A run file.", callback=as_path)],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, over the run file.")] = None,
     rows: Annotated[int, typer.Option("-n", help="How many examples.")] = 3,
     as_json: Json = False,
@@ -98,8 +100,10 @@ def preview(
 
 @app.command("eval", epilog="Examples: deltaw eval runs/demo    deltaw eval runs/demo data.jsonl --no-adapter --json")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A run, an adapter folder or a base.")],
-    data: Annotated[str | None, typer.Argument(help="A data file; a run's own held-out rows without one.")] = None,
+    model: Annotated[str, typer.Argument(help="A run, an adapter folder or a base.", callback=as_path)],
+    data: Annotated[
+        str | None, typer.Argument(help="A data file; a run's own held-out rows without one.", callback=as_path)
+    ] = None,
     base: BaseName = None,
     no_adapter: NoAdapter = False,
     metrics: Annotated[list[str] | None, typer.Option(help="exact_match, phoneme_error_rate.")] = None,
@@ -129,7 +133,7 @@ def evaluate(
 
 @app.command(epilog="Example: deltaw generate runs/demo 'h e l l o ->'    (- reads the prompt from stdin)")
 def generate(
-    model: Annotated[str, typer.Argument(help="A run, an adapter folder or a base.")],
+    model: Annotated[str, typer.Argument(help="A run, an adapter folder or a base.", callback=as_path)],
     prompt: Annotated[str, typer.Argument(help="The text to go on from; - is stdin.")],
     base: BaseName = None,
     no_adapter: NoAdapter = False,
@@ -159,7 +163,7 @@ def generate(
 
 @app.command(epilog="Example: deltaw chat runs/demo")
 def chat(
-    model: Annotated[str, typer.Argument(help="A run, an adapter folder or a base.")],
+    model: Annotated[str, typer.Argument(help="A run, an adapter folder or a base.", callback=as_path)],
     base: BaseName = None,
     no_adapter: NoAdapter = False,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,

@@ -5,19 +5,23 @@ from typing import Annotated
 
 import typer
 
-from deltaw.cli.app import BaseName, Json, app, display, give
+from deltaw.cli.app import BaseName, Json, app, as_path, display, give
 
-Output = Annotated[str, typer.Option("--output", "-o", help="The folder to write.")]
+Output = Annotated[str, typer.Option("--output", "-o", help="The folder to write.", callback=as_path)]
 Rank = Annotated[int | None, typer.Option(help="At most this rank.")]
 Energy = Annotated[float | None, typer.Option(help="The least rank that keeps this share of ‖ΔW‖², 0.99 for 99 %.")]
-Data = Annotated[str | None, typer.Option(help="Rows to measure on; a run's own held-out rows without it.")]
+Data = Annotated[
+    str | None, typer.Option(help="Rows to measure on; a run's own held-out rows without it.", callback=as_path)
+]
 
 
 @app.command(epilog="Example: deltaw inspect runs/demo    (an adapter folder works, too)")
 def inspect(
-    adapter: Annotated[str, typer.Argument(help="A run or an adapter folder, any tool's.")],
+    adapter: Annotated[str, typer.Argument(help="A run or an adapter folder, any tool's.", callback=as_path)],
     base: BaseName = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="The page; report.html in the folder.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="The page; report.html in the folder.", callback=as_path)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What a fine-tune did to the weights: writes a page with pictures, prints the gist."""
@@ -33,9 +37,9 @@ def inspect(
 
 @app.command(epilog="Example: deltaw compare runs/one runs/two")
 def compare(
-    one: Annotated[str, typer.Argument(help="A run or an adapter folder.")],
-    other: Annotated[str, typer.Argument(help="Another on the same base.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The page.")] = "comparison.html",
+    one: Annotated[str, typer.Argument(help="A run or an adapter folder.", callback=as_path)],
+    other: Annotated[str, typer.Argument(help="Another on the same base.", callback=as_path)],
+    output: Annotated[str, typer.Option("--output", "-o", help="The page.", callback=as_path)] = "comparison.html",
     as_json: Json = False,
 ) -> None:
     """Which directions two adapters share, against what chance would give."""
@@ -52,7 +56,7 @@ def compare(
     "deltaw resize runs/demo -o small --max-loss-increase 0.5%"
 )
 def resize(
-    adapter: Annotated[str, typer.Argument(help="A run or an adapter folder.")],
+    adapter: Annotated[str, typer.Argument(help="A run or an adapter folder.", callback=as_path)],
     output: Output,
     rank: Rank = None,
     energy: Energy = None,
@@ -83,7 +87,7 @@ def resize(
 
 @app.command(epilog="Example: deltaw combine runs/one runs/two --weights 0.7,0.3 -o both")
 def combine(
-    adapters: Annotated[list[str], typer.Argument(help="Runs or adapter folders of one base.")],
+    adapters: Annotated[list[str], typer.Argument(help="Runs or adapter folders of one base.", callback=as_path)],
     output: Output,
     weights: Annotated[str | None, typer.Option(help="One a adapter, with commas between; 1 each without it.")] = None,
     method: Annotated[str, typer.Option(help="linear (the exact sum), ties or dare.")] = "linear",
@@ -115,7 +119,9 @@ def combine(
     "deltaw extract runs/full --energy 0.9 -o lora"
 )
 def extract(
-    tuned: Annotated[str, typer.Argument(help="A fine-tuned model's folder, or a run with adapter: full.")],
+    tuned: Annotated[
+        str, typer.Argument(help="A fine-tuned model's folder, or a run with adapter: full.", callback=as_path)
+    ],
     output: Output,
     base: BaseName = None,
     rank: Rank = None,
@@ -131,9 +137,11 @@ def extract(
 
 @app.command(epilog="Examples: deltaw scale runs/demo    deltaw scale runs/demo --to 0.6 -o gentler")
 def scale(
-    adapter: Annotated[str, typer.Argument(help="A run or an adapter folder.")],
+    adapter: Annotated[str, typer.Argument(help="A run or an adapter folder.", callback=as_path)],
     to: Annotated[float | None, typer.Option(help="Write the adapter times this factor.")] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="The folder to write, with --to.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="The folder to write, with --to.", callback=as_path)
+    ] = None,
     factors: Annotated[str | None, typer.Option(help="What to measure at, with commas between.")] = None,
     data: Data = None,
     base: BaseName = None,

@@ -4,14 +4,16 @@ from typing import Annotated
 
 import typer
 
-from deltaw.cli.app import Json, app, display, give
+from deltaw.cli.app import Json, app, as_path, display, give
 
 
 @app.command(
     epilog="Examples: deltaw decompose M.npy    deltaw decompose builtin:smollm2-135m:model.layers.0.mlp.down_proj"
 )
 def decompose(
-    matrix: Annotated[str, typer.Argument(help="M.npy, M.csv, file.safetensors:tensor, or BASE:module.path.")],
+    matrix: Annotated[
+        str, typer.Argument(help="M.npy, M.csv, file.safetensors:tensor, or BASE:module.path.", callback=as_path)
+    ],
     rank: Annotated[int | None, typer.Option(help="Of the low-rank approximations.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -26,7 +28,9 @@ def decompose(
 def study(
     name: Annotated[str | None, typer.Argument(help="A study, or all; the list without it.")] = None,
     full: Annotated[bool, typer.Option("--full", help="The real grid with three seeds: hours.")] = False,
-    output: Annotated[str, typer.Option("--output", "-o", help="Where runs and pages go.")] = "runs/studies",
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Where runs and pages go.", callback=as_path)
+    ] = "runs/studies",
     as_json: Json = False,
 ) -> None:
     """Try a published claim about LoRA on this machine, and say whether it held."""

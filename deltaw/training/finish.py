@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from deltaw.adapter.file import Adapter
 from deltaw.data.example import Example
-from deltaw.errors import InputError, RunError
+from deltaw.errors import InputError, RunError, command
 from deltaw.evaluate.forgetting import Forgetting, forgetting
 from deltaw.evaluate.held_out import Evaluation, evaluate_loss
 from deltaw.training.attempt import Attempts
@@ -99,13 +99,13 @@ def _forgetting(trainer: Trainer, general: Sequence[Example]) -> Forgetting:
 def _report(trainer: Trainer, measured: Measured, attempts: Attempts) -> None:
     """report.html; where that fails, result.json says so. The last line says how to have what failed."""
     run, display = trainer.run, trainer.display
-    trainer.stop.advice = f"the run is finished, its report is not: deltaw inspect {run.folder}"
+    trainer.stop.advice = f"the run is finished, its report is not: {command('inspect', run.folder)}"
     if trainer.config.evaluate.report:
         attempts(REPORT, lambda: write_report(run, display), what="no report")
         if REPORT in attempts.failed:
             attempts("result", lambda: _note(trainer, attempts.failed), what=f"{run.result} doesn't say so")
     if attempts.failed:
-        display.say(f"the adapter is saved: {run.adapter}; to measure what failed: deltaw train {run.folder}")
+        display.say(f"the adapter is saved: {run.adapter}; to measure what failed: {command('train', run.folder)}")
 
 
 def _note(trainer: Trainer, failed: dict[str, str]) -> None:

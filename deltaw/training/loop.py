@@ -21,6 +21,7 @@ from deltaw.base.source import find_base
 from deltaw.config import RunConfig, load_config, parse_config
 from deltaw.data.dataset import Dataset
 from deltaw.data.example import Example
+from deltaw.errors import command
 from deltaw.evaluate.forgetting import general_text
 from deltaw.model import Model, load_adapter, open_dataset, open_model
 from deltaw.progress import Display
@@ -87,7 +88,7 @@ def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, 
                 trainer.restore(saved)
                 if changed:  # and it is known now that it can go on so
                     run.write_config(config)
-            stop.advice = f"go on with: deltaw train {run.folder}"
+            stop.advice = f"go on with: {command('train', run.folder)}"
             short_form(trainer, general)
             before = trainer.measure_base()
             trainer.take_steps()

@@ -25,7 +25,7 @@ from deltaw.base.limits import Limits
 from deltaw.data.example import Example
 from deltaw.data.loader import fill, plan
 from deltaw.data.pack import pack
-from deltaw.errors import InputError, RunError
+from deltaw.errors import InputError, RunError, command
 from deltaw.evaluate import forgetting as general_forgetting
 from deltaw.evaluate import held_out
 from deltaw.progress import Display
@@ -321,9 +321,9 @@ def _go_on(trainer: "Trainer", setting: str | None) -> str:
     folder, saved = trainer.run.folder, list_checkpoints(trainer.run.checkpoints)
     remains = f"{saved[-1].name} remains" if saved else "nothing was trained yet"
     if setting and " " not in setting and setting.startswith(("train.tokens_per_batch", "evaluate.")):
-        return f"{remains}; go on with: deltaw train {folder} {setting} --allow"
-    where = f"output={folder}-smaller" if saved else "--replace"
-    return f"{remains}; a new run: deltaw train {folder / 'config.yaml'} {setting or 'base=…'} {where}"
+        return f"{remains}; go on with: {command('train', folder, setting, options=['--allow'])}"
+    words = [folder / "config.yaml", setting or "base=…", *([f"output={folder}-smaller"] if saved else [])]
+    return f"{remains}; a new run: {command('train', *words, options=[] if saved else ['--replace'])}"
 
 
 def gib(count: float) -> str:

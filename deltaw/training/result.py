@@ -2,13 +2,13 @@
 
 import math
 import platform
-import shlex
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deltaw.errors import command
 from deltaw.evaluate.forgetting import Forgetting
 from deltaw.evaluate.held_out import Evaluation, spread
 from deltaw.progress import Display
@@ -126,8 +126,8 @@ def summary(run: Run) -> str:
 def _next(run: Run, result: dict[str, Any]) -> list[str]:
     """Commands worth trying, with a prompt that this run knows."""
     prompts = [row["prompt"] for row in result["answers"] if len(row["prompt"]) < 40 and "\n" not in row["prompt"]]
-    prompt = shlex.quote(prompts[0] if prompts else "a prompt")
-    return [f"deltaw chat {run.folder}", f"deltaw eval {run.folder}", f"deltaw generate {run.folder} {prompt}"]
+    prompt = prompts[0] if prompts else "a prompt"
+    return [command("chat", run.folder), command("eval", run.folder), command("generate", run.folder, prompt)]
 
 
 def plot(values: list[float], width: int = 64, height: int = 8) -> str:

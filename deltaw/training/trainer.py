@@ -11,7 +11,6 @@ off is made up for when the run goes on: `state.evaluated` is behind.
 
 import dataclasses
 import math
-import shlex
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -25,7 +24,7 @@ from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
 from deltaw.data.loader import Loader, LoaderState
 from deltaw.data.pack import Batch
-from deltaw.errors import InputError, RunError
+from deltaw.errors import InputError, RunError, command
 from deltaw.evaluate.held_out import (
     Evaluation,
     add_answers,
@@ -298,7 +297,7 @@ class Trainer:
         if not math.isfinite(loss):
             what = f"step {state.step}: the held-out loss is {loss}"
             if state.step < self.total:
-                without = f"deltaw train {shlex.quote(str(self.run.folder))} train.eval_every=null --allow"
+                without = command("train", self.run.folder, "train.eval_every=null", options=["--allow"])
                 raise RunError(what, fix=f"lower train.lr, or look at data.eval; to the adapter without it: {without}")
             self.display.say(f"warning: {what}")
             state.evaluated = state.step

@@ -1,0 +1,58 @@
+"""What stands for another path in a path: `~` and environment variables, in a run file and on the command line.
+
+A run file isn't read by a shell, so `~/data` and `$SCRATCH/run` are expanded here: at the borders, where a name becomes
+a value, so that nothing inside knows of it. A variable that isn't set, or a user that isn't there, is an error and no
+folder of that name. What a run records is the path that came out, with `$` doubled, so that it reads as the same again.
+
+A dollar sign that is meant is written twice in a run file. On the command line the shell has been at it before: what
+exists under the very name that was given is meant, whatever it holds (commands that deltaw prints rely on that).
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, PlainSerializer
+
+_VARIABLE = re.compile(r"\$(?:(?P<escaped>\$)|(?P<bare>[A-Za-z_]\w*)|\{(?P<braced>[^{}]*)\})", re.ASCII)
+
+
+def expand(path: str) -> str:
+    """`path` with `~`, `~user`, `$NAME` and `${NAME}` replaced, `$$` a dollar sign.
+
+    Raises ValueError for a name that stands for nothing.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        if found["escaped"]:
+            return "$"
+        name = found["bare"] or found["braced"]
+        if not os.environ.get(name):
+            raise ValueError(f"the environment variable {name} is not set, or empty; for a dollar sign write $$")
+        return os.environ[name]
+
+    head, slash, tail = path.partition("/")
+    if head.startswith("~"):
+        home = os.path.expanduser(head)
+        if home == head:
+            raise ValueError(f"{head} is nobody's home; for a folder of that name write ./{head}")
+        return home + slash + _VARIABLE.sub(value, tail)
+    return _VARIABLE.sub(value, path)
+
+
+def written(path: str) -> str:
+    """What `expand` reads as `path`."""
+    return path.replace("$", "$$")
+
+
+PathText = Annotated[str, AfterValidator(expand), PlainSerializer(written)]  # a path, or another name, in a run file
+
+
+def given(path: Any) -> Any:
+    """A path, or several, from the command line. Raises ValueError."""
+    if isinstance(path, list | tuple):
+        return [given(each) for each in path]
+    if path is None or ("$" in str(path) and Path(path).exists()):
+        return path
+    return type(path)(expand(str(path)))
