@@ -136,8 +136,8 @@ def _forgot(lost: Mapping[str, Any]) -> list[Block]:
     passages = f"{number(lost['passages'])} passages, " if lost.get("passages") else ""
     words = (
         "Nats a token of general text: the loss, and KL(base ‖ adapted). Measured on "
-        f"{passages}{number(lost.get('tokens'))} tokens of `{lost.get('source', '–')}`, which was not trained on. Other "
-        "passages of its kind would give changes within the interval in 95 % of cases (bootstrap over passages). "
+        f"{passages}{number(lost.get('tokens'))} tokens of `{lost.get('source', '–')}`, which was not trained on. "
+        "Other passages of its kind would give changes within the interval in 95 % of cases (bootstrap over passages). "
         "`deltaw scale` shows what a smaller factor would keep and cost."
     )
     return [Table(["", "base", "adapted", "change", "95 % from", "to"], rows), Text(words)]
