@@ -172,8 +172,9 @@ def _forgetting(lost: Mapping[str, Any] | None) -> Iterator[Finding]:
         return
     rise, kl = lost["loss_after"] - lost["loss_before"], lost["kl"]
     rises, kls = lost.get("rise_interval") or (rise, rise), lost.get("kl_interval") or (kl, kl)
-    losses = f"loss {lost['loss_before']:.3f} → {lost['loss_after']:.3f}{_between(lost.get('rise_interval'))}"
-    said = f"general text: {losses}, KL from the base {kl:.3f}{_between(lost.get('kl_interval'))} nats a token"
+    losses = f"loss {lost['loss_before']:.3f} → {lost['loss_after']:.3f}"
+    said = f"general text: {losses}{_between('change ', lost.get('rise_interval'))}, "
+    said += f"KL from the base {kl:.3f}{_between('', lost.get('kl_interval'))} nats a token"
     if rises[0] > FORGOT or kls[0] > MOVED:
         yield Finding(
             "warning", f"{said}: it forgot a good deal; a lower train.lr, or deltaw scale, trades task for memory"
@@ -184,5 +185,5 @@ def _forgetting(lost: Mapping[str, Any] | None) -> Iterator[Finding]:
         yield Finding("ok", said)
 
 
-def _between(interval: Sequence[float] | None) -> str:
-    return f" (95 %: {interval[0]:+.3f} to {interval[1]:+.3f})" if interval else ""
+def _between(what: str, interval: Sequence[float] | None) -> str:
+    return f" (95 %: {what}{interval[0]:.3f} to {interval[1]:.3f})" if interval else ""

@@ -117,7 +117,7 @@ def decompose(
     integers: list[list[int]] | None = None,
 ) -> Decomposition:
     """All of it for one float32 or float64 matrix; `rank` is k, else 8 or the matrix's rank if that is less.
-    `rounding`: of the entries, before they were float32 or float64. `integers`: the entries, where float64 rounds them.
+    `rounding`: of the entries, before they were float32 or float64. `integers`: the entries, if they are.
 
     `say` gets a line before what takes long. Raises InputError unless 1 ≤ `rank` ≤ K, ValueError for what is no matrix
     of finite numbers.
@@ -125,23 +125,18 @@ def decompose(
     (m, n), dtype = ranks.checked(x_MN).shape, str(x_MN.dtype).removeprefix("torch.")
     if rank is not None and not 1 <= rank <= min(m, n):
         raise InputError(f"rank {rank}: a {m} x {n} matrix has approximations of rank 1 to {min(m, n)}")
-    if m * n * min(m, n) > 10 * LONG_WORK:
-        say(f"full SVD of {m:,} x {n:,}, which takes O(M N min(M, N))")
-    (u_MK, sigma_K, vt_KN), svd_seconds = _timed(lambda: torch.linalg.svd(x_MN, full_matrices=False))
+    (u_MK, sigma_K, vt_KN), svd_seconds = _timed(lambda: _svd(x_MN, say))
     top = float(sigma_K[0]) or 1.0
-    if not math.isfinite(top):
-        raise InputError(f"the largest singular value is beyond {dtype}", fix="scale the matrix down")
     tolerance = max(float(ranks.tolerance(sigma_K, m, n)), rounding.error(x_MN))
     numerical = int((sigma_K > tolerance).sum())
     of_svd = (u_MK[:, :numerical] * sigma_K[:numerical], vt_KN[:numerical])
-    full = _lossless(x_MN, of_svd, svd_seconds, say, integers, picks=numerical if rounding.name else None)
+    full = _lossless(x_MN, of_svd, svd_seconds, say, integers, picks=numerical if rounding.error(x_MN) else None)
     k = rank or max(1, min(DEFAULT_RANK, len(full.qt)))
     relative_K = sigma_K.double() / top  # so that no square overflows
     norm = float(relative_K.norm()) or 1.0
 
     def measured(r: int, left_MN: Tensor, seconds: float) -> Factorisation:
-        left_MN = left_MN / top
-        errors = float(left_MN.norm()) / norm, _two_norm(left_MN)
+        errors = float((left_MN / top).norm()) / norm, _two_norm(left_MN / top)
         return Factorisation(r, r * (m + n), r * (m + n) / (m * n), *errors, seconds)
 
     near, seconds = _timed(lambda: randomised_svd(x_MN, k, generator=torch.Generator().manual_seed(0)))
@@ -169,6 +164,17 @@ def decompose(
         best_frobenius=float(relative_K[k:].norm()) / norm,
         best_two=float(relative_K[k]) if k < min(m, n) else 0.0,
     )
+
+
+def _svd(x_MN: Tensor, say: Say) -> tuple[Tensor, Tensor, Tensor]:
+    m, n = x_MN.shape
+    if m * n * min(m, n) > 10 * LONG_WORK:
+        say(f"full SVD of {m:,} x {n:,}, which takes O(M N min(M, N))")
+    u_MK, sigma_K, vt_KN = torch.linalg.svd(x_MN, full_matrices=False)
+    if not math.isfinite(float(sigma_K[0])):
+        dtype = str(x_MN.dtype).removeprefix("torch.")
+        raise InputError(f"the largest singular value is beyond {dtype}", fix="scale the matrix down")
+    return u_MK, sigma_K, vt_KN
 
 
 def describe(d: Decomposition, source: str) -> str:

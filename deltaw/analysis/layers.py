@@ -130,14 +130,15 @@ def _forgot(lost: Mapping[str, Any]) -> list[Block]:
     before, after, kl = (lost.get(name) for name in ("loss_before", "loss_after", "kl"))
     rise = None if before is None or after is None else after - before
     rows: list[list[Cell]] = [
-        ["loss on general text", before, after, rise, *(lost.get("rise_interval") or (None, None))],
-        ["KL(base ‖ adapted)", 0.0, kl, kl, *(lost.get("kl_interval") or (None, None))],
+        ["loss", before, after, rise, *(lost.get("rise_interval") or (None, None))],
+        ["KL", 0.0, kl, kl, *(lost.get("kl_interval") or (None, None))],
     ]
     passages = f"{number(lost['passages'])} passages, " if lost.get("passages") else ""
     words = (
-        f"Nats a token, measured on {passages}{number(lost.get('tokens'))} tokens of `{lost.get('source', '–')}`, "
-        "which was not trained on. Other passages of its kind would give changes within the interval in 95 % of cases "
-        "(bootstrap over passages). `deltaw scale` shows what a smaller factor would keep and cost."
+        "Nats a token of general text: the loss, and KL(base ‖ adapted). Measured on "
+        f"{passages}{number(lost.get('tokens'))} tokens of `{lost.get('source', '–')}`, which was not trained on. "
+        "Other passages of its kind would give changes within the interval in 95 % of cases (bootstrap over passages). "
+        "`deltaw scale` shows what a smaller factor would keep and cost."
     )
     return [Table(["", "base", "adapted", "change", "95 % from", "to"], rows), Text(words)]
 
@@ -253,17 +254,17 @@ def _spectra(measures: Mapping[str, Measures]) -> Picture:
 
 
 def _modules(report: Report) -> Table:
-    head = ["module", "directions in use", "of", "effective rank", "stable rank", "‖ΔW‖"]
+    head = ["module", "directions in use", "of", "effective rank", "‖ΔW‖"]
     if any(m.base for m in report.measures.values()):
-        head += ["‖ΔW‖/‖W‖, %", "amplification", "by chance", "kept in bfloat16, %", "noise, %", "intruders"]
+        head[3:] = ["‖ΔW‖", "‖ΔW‖/‖W‖, %", "amplification", "by chance", "kept, %", "noise, %", "intruders"]
     most = set(sorted(report.measures, key=lambda path: -_size(report.measures[path]))[:ROWS])
     rows = []
     for path in filter(most.__contains__, report.measures):
         m = report.measures[path]
-        row: list[Cell] = [path, m.energy_rank, m.rank, m.effective_rank, m.stable_rank, m.frobenius]
+        row: list[Cell] = [path, m.energy_rank, m.rank, m.effective_rank, m.frobenius]
         if base := m.base:
             top, kept = base.amplification_top, base.merge_kept
-            row += [100 * base.relative, top.factor, top.chance]
+            row[3:] = [m.frobenius, 100 * base.relative, top.factor, top.chance]
             row += [100 * kept, 100 * noise_of(kept, base.merge_error), base.intruders]
         rows.append(row)
     caption = f"The {ROWS} most changed of {number(len(report.measures))}; all of them: `deltaw inspect --json`"

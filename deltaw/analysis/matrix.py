@@ -8,10 +8,11 @@
 float32 stays, narrower types become it; float64, integers, booleans and text become float64. What the entries were
 rounded to before is kept beside them, since it decides what of a matrix is noise (linalg/rank.py): the type in the
 file; a narrower one that has every entry, for somebody widened them; in a text the decimals that its numbers have.
-Integers that float64 can't hold are kept as they are, too, for a small matrix; for a large one it is said. Sizes are
-looked at before
-numbers are read, and what is no matrix of finite numbers is one InputError that names the place. An .npy file is
-mapped, so a pickle inside is refused by its type and never opened; other formats than these are not guessed at.
+Integers that float64 can't hold are kept as they are, too, for a small matrix; for a large one it is said.
+
+Sizes are looked at before numbers are read, and what is no matrix of finite numbers is one InputError that names the
+place. An .npy file is mapped, so a pickle inside is refused by its type and never opened; other formats than these are
+not guessed at.
 
 Letters: M rows, N columns.
 """
@@ -53,7 +54,7 @@ class Matrix(NamedTuple):
     x_MN: Tensor
     source: str
     rounding: Rounding = Rounding()
-    integers: list[list[int]] | None = None  # the entries, where float64 has rounded some
+    integers: list[list[int]] | None = None  # the entries of a small matrix of integers
 
 
 def read_matrix(name: str, progress: Callable[[str], None] | None = None) -> Matrix:
@@ -112,14 +113,14 @@ def _of_integers(x_MN: numpy.ndarray, source: str) -> Matrix:
     with numpy.errstate(invalid="ignore"):  # 2⁶³ fits in no int64: the largest ones were rounded up to it
         top = float(numpy.iinfo(x_MN.dtype).max) if x_MN.dtype.kind != "b" else 2.0
         exact = (wide_MN < max(top, EXACT)) & (wide_MN.astype(x_MN.dtype) == x_MN)
-    if exact.all():
-        return Matrix(torch.from_numpy(wide_MN), source)
-    return _rounded(torch.from_numpy(wide_MN), source, x_MN.tolist() if max(x_MN.shape) <= EXACT_SIDE else None)
+    rows = [[int(value) for value in row] for row in x_MN.tolist()] if max(x_MN.shape) <= EXACT_SIDE else None
+    return _integers(torch.from_numpy(wide_MN), source, rows, bool(exact.all()))
 
 
-def _rounded(x_MN: Tensor, source: str, integers: list[list[int]] | None) -> Matrix:
-    said = "" if integers else ", integers above 2⁵³ rounded to float64"
-    return Matrix(x_MN, source + said, Rounding(INTEGERS), integers)
+def _integers(x_MN: Tensor, source: str, rows: list[list[int]] | None, exact: bool) -> Matrix:
+    """`rows`: the entries of a small matrix; `exact`: float64 has them, too."""
+    said = "" if rows or exact else ", integers above 2⁵³ rounded to float64"
+    return Matrix(x_MN, source + said, Rounding(INTEGERS), rows)
 
 
 def _file(name: str) -> Path:
@@ -182,7 +183,7 @@ def _csv(path: Path) -> Matrix:
                     fix = "write numbers with a decimal point; only the first line may hold names"
                     raise InputError(f"{path}, line {number}: {said}", fix=fix)
                 places[_decimals(cell)] += value != 0
-                if abs(value) >= EXACT and (whole := _integer(cell)) is not None and whole != value:
+                if abs(value) >= EXACT and (whole := _integer(cell)) is not None:
                     large[len(values)] = whole
                 values.append(value)
             if rows and len(row) != width:
@@ -195,9 +196,10 @@ def _csv(path: Path) -> Matrix:
     source = path.name + ", its first line taken as names" * names
     if not large:
         return Matrix(x_MN, source, _decimal_rounding(places))
-    exact = max(rows, width) <= EXACT_SIDE and bool((x_MN == x_MN.round()).all())
-    whole_numbers = [large.get(i, int(value)) for i, value in enumerate(values)] if exact else []
-    return _rounded(x_MN, source, [whole_numbers[i : i + width] for i in range(0, len(whole_numbers), width)] or None)
+    small = max(rows, width) <= EXACT_SIDE and bool((x_MN == x_MN.round()).all())
+    whole_numbers = [large.get(i, int(value)) for i, value in enumerate(values)] if small else []
+    lines = [whole_numbers[i : i + width] for i in range(0, len(whole_numbers), width)] or None
+    return _integers(x_MN, source, lines, all(whole == values[i] for i, whole in large.items()))
 
 
 def _decimals(cell: str) -> tuple[str, int]:

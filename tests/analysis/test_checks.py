@@ -130,4 +130,4 @@ def test_a_merge_is_judged_by_what_it_keeps_along_the_update() -> None:
 def test_forgetting_is_judged_by_its_interval(ends: tuple[float, float] | None, level: str) -> None:
     lost = {**RESULT["forgetting"], "loss_after": 2.3, "rise_interval": ends}
     assert "general text" in said(found({"forgetting": lost}), level)
-    assert ends is None or f"{ends[0]:+.3f} to {ends[1]:+.3f}" in said(found({"forgetting": lost}), level)
+    assert ends is None or f"{ends[0]:.3f} to {ends[1]:.3f}" in said(found({"forgetting": lost}), level)

@@ -1,4 +1,4 @@
-"""What a matrix's entries are: numbers rounded to a type or to decimals, integers of any size; and so which rank it has."""
+"""What a matrix's entries are, rounded to a type or to decimals, or integers of any size; and so which rank it has."""
 
 import json
 from pathlib import Path
