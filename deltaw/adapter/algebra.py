@@ -115,11 +115,11 @@ def pad_all(adapter: Adapter) -> Adapter:
     """The same update with one rank (the largest there is) and one alpha for all modules, by rows of zeros.
 
     Exact where all modules have one scale; where they differ, the ratio goes into B, which rounds it. Raises
-    InputError where a module is too narrow for the largest rank.
+    InputError where a module that is to be padded is too narrow for the largest rank.
     """
     updates = low_rank_updates(adapter, "padded")
     rank = max(update.rank for update in updates.values())
-    narrow = next((path for path, update in updates.items() if min(update.shape) < rank), None)
+    narrow = next((path for path, update in updates.items() if min(update.shape) < rank > update.rank), None)
     if narrow:
         limit = min(updates[narrow].shape)
         raise InputError(f"{narrow} has no room for rank {rank}, at most {limit}", fix=f"resize to rank {limit} first")
@@ -180,7 +180,7 @@ def low_rank_updates(adapter: Adapter, verb: str) -> dict[str, LowRank]:
     if adapter.spec.full:
         raise InputError(f"full fine-tuning has no factors, it can't be {verb}", fix="extract a LoRA of it first")
     if len(updates) < len(adapter.factors):
-        fix = "merge it into its base and extract a LoRA of the result"
+        fix = "merge it with PEFT (merge_and_unload, save_pretrained), then deltaw extract makes a LoRA of the result"
         raise InputError(f"DoRA's update depends on the weight and has full rank, it can't be {verb}", fix=fix)
     if not updates:
         raise InputError(f"the adapter has no modules, it can't be {verb}")

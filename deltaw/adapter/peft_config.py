@@ -223,7 +223,8 @@ def _problems(config: Mapping[str, Any]) -> Iterable[str]:
         yield f"bias={config['bias']!r:.60}: trained biases aren't supported"
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(MOVES_BASE):
-        yield f"init_lora_weights={init!r:.60} changes the base; save it with PEFT's conversion to plain LoRA"
+        way = "have PEFT save it with path_initial_model_for_weight_conversion"
+        yield f"init_lora_weights={init!r:.60} changes the base; {way}"
     for field, meaning in UNSUPPORTED.items():
         if config.get(field):
             yield f"{field}: {meaning} isn't supported"

@@ -21,7 +21,7 @@ A trained adapter adapts what it holds factors for, whatever its spec's names wo
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,11 +67,7 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unfit: Mapping[str, str] |
     """
     linear = linear_paths(model)
     if not linear:
-        kinds = sorted(
-            {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and m is not _head(model)}
-        )
-        more = f": its layers of {', '.join(kinds)} compute something else than x Wᵀ + b" if kinds else ""
-        raise InputError(f"this model has no linear layer that LoRA could adapt{more}")
+        raise InputError(f"this model has no linear layer that LoRA could adapt{_other_kinds(model)}")
     names = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
     head = _path_of(model, _head(model))
     if head and any(names_module(name, head) for name in names):
@@ -88,16 +84,19 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unfit: Mapping[str, str] |
     named = {path for name in names if name not in TARGET_GROUPS for path in _called(name, linear, language)}
     named |= {path for name in spec.rank_overrides for path in _called(name, asked, language)}
     reasons = dict.fromkeys(set(asked).difference(language, named), OUTSIDE)
-    reasons |= dict(unfit or {}) | _without_room(model, spec, asked)
+    reasons |= _narrow(model, spec, [path for path in asked if path not in named])
+    reasons |= _unwritable(model, spec, asked) | dict(unfit or {})
     paths = tuple(path for path in asked if path not in reasons)
     left_out = {path: reasons[path] for path in asked if path in reasons and path not in named}
-    wrong = [f"{path} {reasons[path]}" for path in asked if path in named and path in reasons]
-    if wrong or not paths:
-        wrong = wrong or [f"{path} {reason}" for path, reason in left_out.items()]
-        raise InputError(
-            f"adapter.targets: these can't be adapted:\n{listed(wrong)}",
-            fix="lower rank, or set rank_overrides" if any("rank" in line for line in wrong) else "leave them out",
-        )
+    wrong = [f"{path} {reasons[path]}" for path in asked if path in reasons and (path in named or not paths)]
+    if wrong:
+        fix = "leave them out" if paths else "name others, or lower the rank"
+        raise InputError(f"adapter.targets: these can't be adapted:\n{listed(wrong)}", fix=fix)
+    wide = _narrow(model, spec, paths, 2 if spec.moves_base else 1)
+    if wide:
+        more = f" for init {spec.init}, whose update has twice the rank" if spec.moves_base else ""
+        lines = listed([f"{path} {reason}" for path, reason in wide.items()])
+        raise InputError(f"adapter.rank is too high{more}:\n{lines}", fix="lower rank, or set rank_overrides")
     return Targets(paths, _unmatched(model, set(paths)), left_out)
 
 
@@ -158,22 +157,22 @@ def _called(name: str, paths: tuple[str, ...], language: tuple[str, ...]) -> lis
     return [path for path in matched if path in language] or matched
 
 
-def _without_room(model: nn.Module, spec: AdapterSpec, paths: tuple[str, ...]) -> dict[str, str]:
-    """Why layers can't have the update that the spec asks for: a rank (twice the spec's where the start is taken off)
-    beyond the layer's, a kind that can't be written."""
+def _narrow(model: nn.Module, spec: AdapterSpec, paths: Sequence[str], times: int = 1) -> dict[str, str]:
+    """The layers that are narrower than `times` their rank."""
     if spec.full:
         return {}
-    times, said = (2, f" (init {spec.init} makes twice the rank)") if spec.moves_base else (1, "")
-    by_weight = rewritten_names(model) if spec.magnitude else ()
-    reasons = {}
-    for path in paths:
-        layer, rank = FrozenLinear(model.get_submodule(path)), times * spec.rank_of(path)
-        limit = min(layer.in_features, layer.out_features)
-        if rank > limit:
-            reasons[path] = f"is {layer.out_features} x {layer.in_features}: rank {rank} > {limit}{said}"
-        elif path.rpartition(".")[2] in by_weight:
-            reasons[path] = "is taken for the experts' by PEFT, which can't read DoRA of it then"
-    return reasons
+    layers = {path: FrozenLinear(model.get_submodule(path)) for path in paths}
+    sizes = {
+        path: (layer.out_features, layer.in_features, times * spec.rank_of(path)) for path, layer in layers.items()
+    }
+    return {path: f"is {m} x {n}: rank {r} > {min(m, n)}" for path, (m, n, r) in sizes.items() if r > min(m, n)}
+
+
+def _unwritable(model: nn.Module, spec: AdapterSpec, paths: Sequence[str]) -> dict[str, str]:
+    """The layers that have no form in the file."""
+    by_weight = rewritten_names(model) if spec.magnitude else frozenset()
+    reason = "is taken for the experts' by PEFT, which can't read DoRA of it then"
+    return dict.fromkeys([path for path in paths if path.rpartition(".")[2] in by_weight], reason)
 
 
 def linear_paths(model: nn.Module) -> tuple[str, ...]:
@@ -223,6 +222,14 @@ def _matches(name: str, path: str) -> bool:
 def _is_scanned(path: str) -> bool:
     *parents, last = path.split(".")
     return last in SCANNED and bool(SCAN_PARTS.intersection(parents[-1:]))
+
+
+def _other_kinds(model: nn.Module) -> str:
+    head = _head(model)
+    kinds = {
+        type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear) and module is not head
+    }
+    return f": {', '.join(sorted(kinds))} computes something else than x Wᵀ + b" if kinds else ""
 
 
 def _unmatched(model: nn.Module, adapted: set[str]) -> tuple[str, ...]:

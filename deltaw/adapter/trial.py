@@ -145,13 +145,14 @@ class _Watch(TorchFunctionMode):
         yield module.register_forward_hook(end, always_call=True)
 
     def without_gradient(self, logits_TV: Tensor) -> list[str]:
-        """The layers that ran, and of whose outputs the logits are no function that can be differentiated."""
+        """The layers that ran, and of whose outputs the logits are no function that can be differentiated (not those
+        whose gradient is 0 so far: a weight of zeros behind them may be adapted, too)."""
         made = [(path, output) for path, outputs in self.outputs.items() for output in outputs if output.requires_grad]
         try:
             gradients = torch.autograd.grad(logits_TV.square().sum(), [output for _, output in made], allow_unused=True)
         except REFUSALS:  # what trains has to run backward, and is tried itself
             return []
-        reached = {path for (path, _), grad in zip(made, gradients, strict=True) if grad is not None and grad.any()}
+        reached = {path for (path, _), grad in zip(made, gradients, strict=True) if grad is not None}
         return [path for path in self.outputs if path not in reached] if reached else []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -338,3 +338,12 @@ def answers_as_in_peft(adapter: Adapter, name: str, folder: Path) -> None:
     here = logits(attach(tiny(name), again).model)
     assert same(here, logits(PeftModel.from_pretrained(tiny(name), folder)))
     assert same(here, logits(attach(tiny(name), adapter).model))
+
+
+def test_an_adapter_that_is_uniform_stays_as_it_is_however_narrow_its_modules() -> None:
+    """PEFT makes factors of any rank, above a module's width too: nothing is padded there."""
+    spec = AdapterSpec(rank=6, alpha=3, targets=("q", "v"))
+    factors = {name: LowRank(torch.randn(6, 4), torch.randn(5, 6), 0.5) for name in ("q", "v")}
+    made = pad_all(Adapter(spec, factors))
+    assert made.spec == spec
+    assert all(torch.equal(made.factors[name].a_RN, factor.a_RN) for name, factor in factors.items())

@@ -1,16 +1,23 @@
 """Which modules a spec names: groups, names, overrides, and what is said when nothing matches."""
 
 import functools
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from deltaw.adapter.spec import explicit_targets, find_targets, linear_paths
+from deltaw.adapter.file import Adapter, BaseId
+from deltaw.adapter.inject import attach
+from deltaw.adapter.spec import explicit_targets, find_targets, linear_paths, said
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
-from tests.architectures import PACKED, PADDED, tiny
+from tests.architectures import COMMON, MOE, PACKED, PADDED, tiny
 
 ALL = [*PACKED, *PADDED]
 model = functools.cache(tiny)  # nothing here writes to a model
@@ -126,3 +133,115 @@ def test_a_last_part_that_others_share_is_not_used() -> None:
     names = explicit_targets(model("gpt2"), paths("gpt2", targets="mlp"))
     assert "transformer.h.0.mlp.c_proj" in names
     assert paths("gpt2", targets=names) == paths("gpt2", targets="mlp")
+
+
+# A group leaves out what can't be done, and says so
+
+
+def qwen2_moe(device: str = "cpu") -> nn.Module:
+    config = AutoConfig.for_model(
+        "qwen2_moe", **{**COMMON, **MOE}, shared_expert_intermediate_size=24, decoder_sparse_step=1
+    )
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("group", ["all-linear", "mlp"])
+def test_a_layer_narrower_than_the_rank_is_left_out_of_a_group(group: str, device: str) -> None:
+    gates = [f"model.layers.{i}.mlp.shared_expert_gate" for i in (0, 1)]
+    found = find_targets(qwen2_moe(device), AdapterSpec(rank=8, targets=group))
+    assert list(found.left_out) == gates and not set(gates) & set(found.paths) and set(gates) <= set(found.unmatched)
+    assert all("1 x 32" in reason and "rank 8" in reason for reason in found.left_out.values())
+    assert len(said(found.left_out)) == 1 and "(and 1 more)" in said(found.left_out)[0]
+    attached = find_targets(qwen2_moe(), AdapterSpec(rank=8, rank_overrides={"shared_expert_gate": 1}))
+    assert set(gates) <= set(attached.paths) and not attached.left_out
+
+
+def test_a_narrow_layer_asked_for_by_name_is_an_error() -> None:
+    for fields in (
+        {"targets": ("q_proj", "shared_expert_gate")},
+        {"targets": ("all-linear", "shared_expert_gate")},
+        {"rank_overrides": {"shared_expert_gate": 2}},
+    ):
+        with pytest.raises(InputError) as caught:
+            find_targets(qwen2_moe(), AdapterSpec(rank=8, **fields))
+        assert "shared_expert_gate is 1 x 32: rank" in caught.value.what
+
+
+def test_a_rank_beyond_every_layer_is_refused() -> None:
+    assert "rank 4096 > " in refusal("llama", rank=4096)
+
+
+# Towers
+
+
+def gemma3(**changes: Any) -> nn.Module:
+    text = {**COMMON, "head_dim": 8, "sliding_window": 8}
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, **changes)
+    config.architectures = ["Gemma3ForConditionalGeneration"]
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj"), ("attention", "up_proj")])
+def test_the_language_model_is_meant(targets: Any) -> None:
+    found = find_targets(gemma3(), AdapterSpec(rank=2, targets=targets))
+    assert found.paths and all(path.startswith("model.language_model.layers.") for path in found.paths)
+    assert found.left_out and all("vision_tower" in path for path in found.left_out)
+    assert not any("vision" in path for path in found.unmatched)
+    attached = attach(gemma3(), AdapterSpec(rank=2, targets=targets))
+    assert attached.paths == found.paths and any("vision_tower" in line for line in attached.notes())
+    assert attached.spec.targets and not any("vision" in path for path in attached.adapter(BaseId()).factors)
+
+
+def test_a_path_names_the_tower_and_what_never_runs_on_text_is_refused() -> None:
+    path = "model.vision_tower.encoder.layers.0.self_attn.v_proj"
+    spec = AdapterSpec(rank=2, targets=("q_proj", path))
+    assert path in find_targets(gemma3(), spec).paths
+    with pytest.raises(InputError) as caught:
+        attach(gemma3(), spec)
+    assert path in caught.value.what
+
+
+def test_a_trained_adapter_of_the_tower_is_attached(tmp_path: Path) -> None:
+    """PEFT's `q_proj` names the tower's, too; what a trained adapter adapts is what it has tensors for."""
+    peft = get_peft_model(gemma3(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False))
+    peft.save_pretrained(tmp_path)
+    adapter = Adapter.load(tmp_path)
+    assert any("vision_tower" in path for path in adapter.factors)
+    model, tokens = gemma3(), torch.arange(3, 12)[None]
+    model.load_state_dict(
+        {k.replace("base_layer.", ""): v for k, v in peft.base_model.model.state_dict().items() if "lora_" not in k}
+    )
+    attached = attach(model, adapter)
+    assert set(attached.paths) == set(adapter.factors)
+    with torch.no_grad():
+        wanted, got = (m(input_ids=tokens, use_cache=False).logits for m in (peft.eval(), model))
+    assert float((got - wanted).abs().max()) <= 3e-4 * float(wanted.abs().max())
+
+
+# Embeddings, the head, tied weights
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_and_the_embedding_are_no_targets_tied_or_not(tied: bool) -> None:
+    config = AutoConfig.for_model("llama", **COMMON, tie_word_embeddings=tied)
+    made = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    found = find_targets(made, AdapterSpec(rank=2))
+    assert "lm_head" not in found.paths and len(found.paths) == 14
+    for name in ("lm_head", "embed_tokens"):
+        with pytest.raises(InputError) as caught:
+            find_targets(made, AdapterSpec(rank=2, targets=("q_proj", name)))
+        assert name in caught.value.what
+
+
+def test_layers_with_one_weight_are_adapted_each() -> None:
+    """Tied weights: neither layer's own use is the other's."""
+    made = tiny("llama")
+    made.model.layers[1].self_attn.k_proj.weight = made.model.layers[0].self_attn.k_proj.weight
+    attached = attach(made, AdapterSpec(rank=2))
+    assert len(attached.paths) == 14 and not attached.left_out

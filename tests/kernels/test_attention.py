@@ -79,3 +79,17 @@ def test_every_token_has_one_place(lengths: list[int], in_chunks: bool) -> None:
 def test_empty_document_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         Documents([0, 3, 3])
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_what_is_returned_may_be_written_to(lengths: list[int]) -> None:
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    q, k, v = (torch.randn(starts[-1], heads, 4, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2))
+    grads = []
+    for out in (packed_attention(q, k, v, Documents(starts)), packed_attention_plain(q, k, v, starts).contiguous()):
+        out.mul_(2).add_(1)
+        out[0] += out[-1].detach()
+        grads.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
+    for got, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)

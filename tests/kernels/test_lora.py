@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from deltaw.kernels.lora import (
@@ -194,3 +196,60 @@ def test_activations_have_their_own_derivative(name: str) -> None:
     d = torch.randn(41, dtype=torch.float64)
     (truth,) = torch.autograd.grad(act.forward(g), g, d)
     assert torch.allclose(act.backward(d, g.detach()), truth)
+
+
+# A model may write into what it was given: Falcon adds its attention's output to its MLP's
+
+
+WRITES = {
+    "add_": lambda y, c: y.add_(c),
+    "mul_": lambda y, c: y.mul_(c),
+    "a part": lambda y, c: y[..., 1:].mul_(c[..., 1:]),
+    "a view": lambda y, c: y.view(-1, y.shape[-1]).add_(c.view(-1, c.shape[-1])),
+    "a row": lambda y, c: y[0].copy_(c[0]),
+    "+=": lambda y, c: y.__iadd__(c),
+}
+
+
+def projection(a: Tensor, b: Tensor) -> Projection:
+    generator = torch.Generator().manual_seed(len(b))
+    w = torch.randn(b.shape[0], a.shape[1], dtype=torch.float64, generator=generator)
+    return Projection(w, torch.randn(b.shape[0], dtype=torch.float64, generator=generator), a, b, 0.7)
+
+
+OPERATIONS = {
+    "one": (lora_linears, lora_linears_plain),
+    "several": (lora_linears, lora_linears_plain),
+    "mlp": (
+        lambda x, ps: (lora_gated_mlp(x, *ps, "silu"),),
+        lambda x, ps: (lora_gated_mlp_plain(x, *ps, "silu"),),
+    ),
+}
+
+
+@settings(deadline=None)
+@given(
+    operation=st.sampled_from(sorted(OPERATIONS)),
+    writes=st.lists(st.sampled_from(sorted(WRITES)), min_size=1, max_size=3),
+    leading=st.sampled_from([(T,), (1, T), (2, 3), (2, 1, 3)]),
+    seed=st.integers(0, 2**16),
+)
+def test_what_is_returned_may_be_written_to(operation: str, writes: list[str], leading: tuple, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    sizes = {"one": [(N, M)], "several": [(N, M), (N, 4), (N, M)], "mlp": [(N, M), (N, M), (M, N)]}[operation]
+    x, factors = random(*leading, N), [(random(R, n), random(m, R)) for n, m in sizes]
+    leaves = [x, *(factor for pair in factors for factor in pair)]
+    found = []
+    for call in OPERATIONS[operation]:
+        ys = call(x * 1, [projection(a, b) for a, b in factors])
+        for y in ys:
+            other = torch.linspace(-2, 3, y.numel(), dtype=torch.float64).view(y.shape)
+            for name in writes:
+                WRITES[name](y, other)
+        found.append([*ys, *torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)])
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)

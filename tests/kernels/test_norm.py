@@ -69,3 +69,20 @@ def test_rotary_error_is_within_the_plain_twins(dtype: torch.dtype, turned: int)
 def test_rotation_keeps_lengths() -> None:
     x, (cos, sin) = torch.randn(T, H, E, dtype=torch.float64), angles(E)
     assert torch.allclose(rotary(x, cos, sin).norm(dim=-1), x.norm(dim=-1))
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (1, 5, 8), (2, 3, 8)])
+def test_what_is_returned_may_be_written_to(shape: tuple[int, ...]) -> None:
+    x = torch.randn(*shape, dtype=torch.float64).requires_grad_()
+    w, angles = torch.randn(8, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64).repeat(1, 2)
+    heads = torch.randn(5, 2, 8, dtype=torch.float64).requires_grad_()
+    grads = []
+    for norm, turn in ((rms_norm, rotary), (rms_norm_plain, rotary_plain)):
+        y, z = norm(x, w, 1e-6), turn(heads, angles.cos(), angles.sin())
+        y += 1
+        y.mul_(2)
+        z[0].mul_(3)
+        z.view(5, -1).add_(1)
+        grads.append(torch.autograd.grad(y.square().sum() + z.square().sum(), (x, heads)))
+    for got, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
