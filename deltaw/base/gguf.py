@@ -10,10 +10,10 @@ The cache holds bfloat16, not float32: it is half as large, it is the dtype that
 loses nothing that matters. Rounding moves a weight by at most 2^-8 of itself (measured on SmolLM2's Q4_1: 0.389 % at
 worst, 0.14 % of a tensor's norm), while Q4_1 itself has 16 levels for each block of 32 weights.
 
-The cache's key is the file's SHA-256, so that a copied or renamed file is found again; the hash is remembered
-by (path, size, mtime), so that a second opening reads nothing. A conversion runs under a file lock, in a
-hidden folder beside the final one, is fsynced and renamed: a folder that can be seen is complete, and whoever
-waited uses it.
+The cache's key is the file's SHA-256 (of all parts', where it comes in parts, gguf_parts.py), so that a copied or
+renamed file is found again; the hash is remembered by (path, size, mtime), so that a second opening reads nothing. A
+conversion runs under a file lock, in a hidden folder beside the final one, is fsynced and renamed: a folder that can
+be seen is complete, and whoever waited uses it.
 
 Rejected: the config that transformers' reader makes (it passes over what it doesn't know, such as the scaling of
 rotary positions), dequantising on every start (20 s), and training on the quantised weights (the base would be
@@ -32,8 +32,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deltaw.base.gguf_header import Header, architecture, read_header
+from deltaw.base.gguf_header import Header, architecture
 from deltaw.base.gguf_meaning import Meaning, read_meaning
+from deltaw.base.gguf_parts import join, parts_of, read_model
 from deltaw.base.gguf_tokens import SPLITTINGS, Splitting, read_splitting, write_tokenizer
 from deltaw.base.weights import fsync, write_text_atomic
 from deltaw.errors import InputError, RunError, listed
@@ -52,14 +53,17 @@ def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None
         (cache / "known").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{cache}: can't be written: {error}", fix="point DELTAW_CACHE at another folder") from None
-    folder = cache / f"{_content_hash(path, cache)[:32]}-{FORMAT}"
+    parts = parts_of(path)
+    hashes = [_content_hash(part, cache) for part in parts]
+    key = hashes[0] if len(parts) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    folder = cache / f"{key[:32]}-{FORMAT}"
     if folder.is_dir():
         return folder
     try:
         import gguf  # noqa: F401
     except ImportError:
         raise InputError(f"{path}: reading GGUF needs a package", fix="pip install 'deltaw[gguf]'") from None
-    header = read_header(path)
+    header = read_model(parts)
     meaning, splitting = read_meaning(path, header), read_splitting(path, header)
     with _locked(cache / f"{folder.name}.lock"):
         if not folder.is_dir():
@@ -67,7 +71,7 @@ def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None
                 progress(f"converting {path.name} to safetensors, once (about 20 s for 135M parameters)")
                 if splitting == SPLITTINGS["default"]:
                     progress(f"{path.name} doesn't say how its tokenizer splits text: as llama.cpp does without a word")
-            _write_into(folder, partial(_convert, path, header, meaning, splitting))
+            _write_into(folder, partial(_convert, parts, header, meaning, splitting))
     return folder
 
 
@@ -119,8 +123,13 @@ def _write_into(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _convert(path: Path, header: Header, meaning: Meaning, splitting: Splitting | None, folder: Path) -> None:
+def _convert(parts: list[Path], header: Header, meaning: Meaning, splitting: Splitting | None, folder: Path) -> None:
     """Dequantise with transformers and save model, config and tokenizer into `folder`, all bfloat16."""
+    path = parts[0]
+    file = path.absolute()  # by a bare name, transformers takes the file of that name in the working directory
+    if len(parts) > 1:
+        file = (folder / path.name).absolute()
+        join(parts, header, file)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -131,12 +140,14 @@ def _convert(path: Path, header: Header, meaning: Meaning, splitting: Splitting 
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
             begins = {"add_bos_token": True} if splitting is not None and splitting.bos else {}  # unless the file says
             tokenizer = AutoTokenizer.from_pretrained(
-                path.parent, gguf_file=path.name, trust_remote_code=False, **begins
+                file.parent, gguf_file=str(file), trust_remote_code=False, **begins
             )
             model, info = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
-                config=_config(path, header, meaning, MODEL_TYPES.get(architecture(header), architecture(header))),
+                file.parent,
+                gguf_file=str(file),
+                config=_config(
+                    path, file, header, meaning, MODEL_TYPES.get(architecture(header), architecture(header))
+                ),
                 dtype=torch.bfloat16,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -152,18 +163,20 @@ def _convert(path: Path, header: Header, meaning: Meaning, splitting: Splitting 
         ) from None
     check_loading(path, info)
     _check_all_used(path, header, meaning, model)
-    config = _config(path, header, meaning, meaning.model_type or model.config.model_type)
+    config = _config(path, file, header, meaning, meaning.model_type or model.config.model_type)
     with quiet():
         _plain(model, config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     write_tokenizer(folder, header, splitting)
+    if len(parts) > 1:
+        file.unlink()
 
 
-def _config(path: Path, header: Header, meaning: Meaning, model_type: str) -> Any:
+def _config(path: Path, file: Path, header: Header, meaning: Meaning, model_type: str) -> Any:
     """transformers' reading of the metadata with the fields set that the file means, every one of them checked."""
     from transformers import AutoConfig
 
-    read = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).to_dict()
+    read = AutoConfig.from_pretrained(file.parent, gguf_file=str(file), trust_remote_code=False).to_dict()
     for name in ("model_type", "architectures", "layer_types", "rope_parameters", "head_dim", "_model_name_or_path"):
         read.pop(name, None)  # ours, or made of the others
     ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}

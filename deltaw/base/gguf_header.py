@@ -67,19 +67,22 @@ PRODUCTS = (
 
 
 class Place(NamedTuple):
-    """Where a tensor's bytes lie in the file, and ggml's number of their type."""
+    """Where a tensor's bytes lie, and ggml's number of their type."""
 
     start: int
     size: int
     kind: int
+    file: Path
 
 
 class Header(NamedTuple):
-    """Metadata (long arrays are None), tensor shapes, in GGUF's order (fastest side first), and their places."""
+    """Metadata (long arrays are None), tensor shapes, in GGUF's order (fastest side first), and their places.
+    `entries`: where the metadata ends in its file and the tensors' entries begin."""
 
     metadata: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     places: dict[str, Place]
+    entries: int
 
 
 class _Cursor:
@@ -90,7 +93,7 @@ class _Cursor:
         self.strings = 0
 
     def fail(self, reason: str) -> InputError:
-        return InputError(f"{self.path}: not a usable GGUF file: {reason}", fix="get the file again")
+        return _unusable(self.path, reason)
 
     def take(self, size: int) -> int:
         """Move over `size` bytes; returns where they start."""
@@ -147,12 +150,23 @@ class _Cursor:
         return struct.unpack_from(f"<{count}{SCALARS[kind][1]}", self.data, start)
 
 
+def _unusable(path: Path, reason: str) -> InputError:
+    return InputError(f"{path}: not a usable GGUF file: {reason}", fix="get the file again")
+
+
 def architecture(header: Header) -> str:
     return str(header.metadata["general.architecture"])
 
 
 def read_header(path: Path) -> Header:
-    """Metadata and tensor shapes of a GGUF file, every count and offset checked. Raises InputError."""
+    """Metadata and tensor shapes of a model in one file, every count, offset and size checked. Raises InputError."""
+    header = read_part(path)
+    check_sizes(path, header)
+    return header
+
+
+def read_part(path: Path) -> Header:
+    """The same of one part of a model: whether it holds one is not looked at."""
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < 24:
@@ -169,7 +183,7 @@ def read_floats(path: Path, header: Header, name: str) -> tuple[float, ...]:
     if place.kind != FLOAT32 or place.size > 4 * MAX_KEPT:
         raise InputError(f"{path}: tensor {name!r} holds no short list of float32 numbers", fix="get the file again")
     try:
-        with path.open("rb") as file:
+        with place.file.open("rb") as file:
             file.seek(place.start)
             return struct.unpack(f"<{place.size // 4}f", file.read(place.size))
     except (OSError, struct.error) as error:
@@ -191,7 +205,7 @@ def _walk(cursor: _Cursor) -> Header:
         if name in metadata:
             raise cursor.fail(f"metadata {name!r} stands twice")
         metadata[name] = cursor.value()
-    places: dict[str, Place] = {}
+    entries, places = cursor.at, dict[str, Place]()
     shapes: dict[str, tuple[int, ...]] = {}
     for _ in range(tensors):
         name = cursor.name()
@@ -199,8 +213,7 @@ def _walk(cursor: _Cursor) -> Header:
             raise cursor.fail(f"tensor {name!r} stands twice")
         shapes[name], places[name] = _tensor(cursor, name)
     start = _check_data(cursor, metadata.get(ALIGNMENT, 32), places)
-    _check_sizes(cursor, metadata, shapes)
-    return Header(metadata, shapes, {name: at._replace(start=start + at.start) for name, at in places.items()})
+    return Header(metadata, shapes, {name: at._replace(start=start + at.start) for name, at in places.items()}, entries)
 
 
 def _tensor(cursor: _Cursor, name: str) -> tuple[tuple[int, ...], Place]:
@@ -221,7 +234,7 @@ def _tensor(cursor: _Cursor, name: str) -> tuple[tuple[int, ...], Place]:
         count *= side
     if count == 0 or count >= 2**63 or shape[0] % block:
         raise cursor.fail(f"tensor {name!r} has the impossible shape {shape}")
-    return shape, Place(offset, count // block * size, kind)
+    return shape, Place(offset, count // block * size, kind, cursor.path)
 
 
 def _check_data(cursor: _Cursor, alignment: Any, places: dict[str, Place]) -> int:
@@ -230,7 +243,7 @@ def _check_data(cursor: _Cursor, alignment: Any, places: dict[str, Place]) -> in
         raise cursor.fail(f"alignment {alignment!r}")
     start = -(-cursor.at // alignment) * alignment
     taken = 0
-    for name, (offset, size, _) in sorted(places.items(), key=lambda item: item[1]):
+    for name, (offset, size, *_) in sorted(places.items(), key=lambda item: item[1]):
         if offset % alignment or offset < taken:
             raise cursor.fail(f"tensor {name!r} is misaligned or overlaps another")
         taken = offset + size
@@ -239,13 +252,14 @@ def _check_data(cursor: _Cursor, alignment: Any, places: dict[str, Place]) -> in
     return start
 
 
-def _check_sizes(cursor: _Cursor, metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    """A model built after the metadata is no larger than the tensors in the file."""
+def check_sizes(path: Path, header: Header) -> None:
+    """Raise InputError unless a model built after the metadata is no larger than the tensors."""
+    metadata, shapes = header.metadata, header.shapes
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or not shapes:
-        raise cursor.fail("it holds no model (no architecture or no tensors)")
+        raise _unusable(path, "it holds no model (no architecture or no tensors)")
     if metadata.get("general.type", "model") != "model":
-        raise cursor.fail(f"it holds no model but {str(metadata['general.type'])[:40]!r}")
+        raise _unusable(path, f"it holds no model but {str(metadata['general.type'])[:40]!r}")
     limits = dict.fromkeys(SIZES, max(max(shape) for shape in shapes.values()))
     limits["block_count"] = len(shapes)
     routers = [shape for name, shape in shapes.items() if name.endswith("ffn_gate_inp.weight")]
@@ -254,9 +268,9 @@ def _check_sizes(cursor: _Cursor, metadata: dict[str, Any], shapes: dict[str, tu
         value = metadata.get(f"{architecture}.{key}", 0)
         for size in value if isinstance(value, tuple) else (value,):
             if not isinstance(size, int) or not 0 <= size <= limit:
-                raise cursor.fail(f"{architecture}.{key} = {size!r}, but its tensors are smaller")
+                raise _unusable(path, f"{architecture}.{key} = {size!r}, but its tensors are smaller")
     total = sum(map(math.prod, shapes.values()))
     for keys in PRODUCTS:
         sizes = [metadata.get(f"{architecture}.{key}", 0) for key in keys]
         if all(isinstance(size, int) for size in sizes) and math.prod(sizes) > total:
-            raise cursor.fail(f"{' x '.join(keys)} = {math.prod(sizes):,}, but it holds {total:,} numbers")
+            raise _unusable(path, f"{' x '.join(keys)} = {math.prod(sizes):,}, but it holds {total:,} numbers")

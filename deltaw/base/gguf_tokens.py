@@ -7,6 +7,9 @@ the other to what the ones before left whole, and for two habits: words that are
 without merging, and a text begins with the beginning-of-text token where the file doesn't say. An unknown name is
 refused. Without a name it is llama.cpp's default, which fits no model in particular, and that is said.
 
+A SentencePiece vocabulary has no such rule but one more blank before each text, unless the file says no
+(`tokenizer.ggml.add_space_prefix`, which transformers doesn't look at).
+
 The rule is written into the saved tokenizer.json, not set on a live tokenizer: what later readers load is what was
 checked. The table was held to llama.cpp's own ids name by name (tests/base/test_gguf_tokens.py).
 """
@@ -76,6 +79,7 @@ _RULES: dict[Splitting, str] = {
 }
 SPLITTINGS = {name: rule for rule, names in _RULES.items() for name in names.split()}
 BYTE_LEVEL = "gpt2"  # as `tokenizer.ggml.model`: byte-level BPE, the only kind with such rules
+SENTENCES = "llama"  # and SentencePiece
 
 
 def read_splitting(path: Path, header: Header) -> Splitting | None:
@@ -103,18 +107,16 @@ def write_tokenizer(folder: Path, header: Header, splitting: Splitting | None) -
         as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*splits, as_bytes]}
         tokenizer["model"]["ignore_merges"] = splitting.whole
-    elif header.metadata.get("tokenizer.ggml.add_space_prefix") is False:
-        tokenizer = _unprefixed(tokenizer)
+    elif header.metadata.get("tokenizer.ggml.model") == SENTENCES:
+        _write_blanks(tokenizer, header.metadata.get("tokenizer.ggml.add_space_prefix") is not False)
     write_text_atomic(file, json.dumps(tokenizer, ensure_ascii=False))
 
 
-def _unprefixed(part: Any) -> Any:
-    """Without the steps that put a blank before a text."""
-    if isinstance(part, list):
-        return [_unprefixed(item) for item in part if not (isinstance(item, dict) and item.get("type") == "Prepend")]
-    if not isinstance(part, dict):
-        return part
-    made = {key: value if key in ("model", "added_tokens") else _unprefixed(value) for key, value in part.items()}
-    if made.get("type") == "Metaspace":
-        made["prepend_scheme"] = "never"
-    return {key: None if isinstance(v, dict) and v.get("type") == "Prepend" else v for key, v in made.items()}
+def _write_blanks(tokenizer: dict[str, Any], prefix: bool) -> None:
+    """Blanks become ▁, one more goes before a text (with `prefix`), also before one that begins with a blank."""
+    steps: list[dict[str, Any]] = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
+    tokenizer["normalizer"], tokenizer["pre_tokenizer"] = {"type": "Sequence", "normalizers": steps}, None
+    decoder = tokenizer.get("decoder") or {}
+    if not prefix and "decoders" in decoder:  # nor is one taken away
+        decoder["decoders"] = [step for step in decoder["decoders"] if step.get("type") != "Strip"]

@@ -116,6 +116,7 @@ def extract_named(
         found, report = extract_folders(Path(tuned), base, rank=rank, energy=energy, progress=progress)
         missing = report.warning()
         more = {"not_in_adapter": [asdict(change) for change in report.unadapted], "settings": report.config}
+        more["rounding"] = report.rounding
         return _save(Made(found, report.losses, [missing] if missing else [], more), folder, None)
 
 

@@ -1,6 +1,8 @@
 """LoRA out of full fine-tuning: what was merged comes back, errors are the true ones, and what is left out is named."""
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -256,6 +258,113 @@ def test_what_no_lora_can_hold_is_listed_with_its_change(tmp_path: Path) -> None
     assert "linear layers only" in said and "changed by" in said and len(said.splitlines()) <= 4
 
 
+def save_changed(source: Path, target: Path, **config: object) -> dict[str, Tensor]:
+    """A copy of a model's folder with its config changed; its tensors, to be saved over with `put`."""
+    shutil.copytree(source, target)
+    (target / "config.json").write_text(json.dumps(json.loads((target / "config.json").read_text()) | config))
+    return load_file(target / "model.safetensors")
+
+
+def put(tensors: dict[str, Tensor], folder: Path) -> None:
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def test_a_head_of_its_own_in_a_tied_model_is_reported(tmp_path: Path) -> None:
+    """As transformers loads it: the file's head counts, whatever the config says."""
+    tune(tiny_llama(tied=True)).save_pretrained(tmp_path / "tuned")
+    tiny_llama(tied=True).save_pretrained(tmp_path / "base")
+    tensors = load_file(tmp_path / "tuned/model.safetensors")
+    put(tensors | {HEAD: 1.5 * tensors[EMBEDDING]}, tmp_path / "tuned")
+    assert not torch.equal(
+        (loaded := AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")).lm_head.weight,
+        loaded.model.embed_tokens.weight,
+    )
+    _, report = extract_folders(tmp_path / "tuned", tmp_path / "base", rank=2)
+    assert [(c.name, c.relative, c.rows) for c in report.unadapted] == [(HEAD, pytest.approx(0.5), 0)]
+    # The other way round: the base has a head of its own, the tuned model's is the embedding.
+    put(tensors, tmp_path / "tuned")
+    base = load_file(tmp_path / "base/model.safetensors")
+    put(base | {HEAD: 2 * base[EMBEDDING]}, tmp_path / "base")
+    _, report = extract_folders(tmp_path / "tuned", tmp_path / "base", rank=2)
+    assert [(c.name, c.relative) for c in report.unadapted] == [(HEAD, pytest.approx(0.5))]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rows", [3, 31, -7])
+def test_another_vocabulary_is_reported_and_the_rest_extracted(tmp_path: Path, rows: int, tied: bool) -> None:
+    model = tiny_llama(tied=tied)
+    model.save_pretrained(tmp_path / "base")
+    tune(model)
+    model.resize_token_embeddings(97 + rows)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:97] *= 1.25
+    model.bfloat16().save_pretrained(tmp_path / "tuned")
+    adapter, report = extract_folders(tmp_path / "tuned", tmp_path / "base", rank=2)
+    moved = {c.name: (c.relative, c.rows) for c in report.unadapted if "norm" not in c.name}
+    assert moved[EMBEDDING] == (pytest.approx(0.25, abs=0.01), rows)
+    assert (HEAD in moved) == (not tied) and (tied or moved[HEAD] == (pytest.approx(0, abs=0.01), rows))
+    assert report.config == ["vocab_size"] and set(adapter.factors) == set(linear_paths(model))
+    assert max(loss.relative_error for loss in report.losses) < 0.1
+
+
+def test_what_only_one_of_the_two_has_is_reported(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tune(tiny_llama()).save_pretrained(tmp_path / "plain")
+    bias = "model.layers.0.self_attn.{}_proj.bias"
+    tensors = save_changed(tmp_path / "plain", tmp_path / "tuned", attention_bias=True)
+    more = {bias.format(n).replace("0", layer): torch.ones(8 if n in "kv" else 16) for n in "qkvo" for layer in "01"}
+    put(tensors | more | {"v_head.weight": torch.ones(1, 16)}, tmp_path / "tuned")
+    adapter, report = extract_folders(tmp_path / "tuned", tmp_path / "base", rank=2)
+    assert len(adapter.factors) == 14 and report.config == ["attention_bias"]
+    assert {(c.name, c.only_in) for c in report.unadapted} == {(name, "tuned") for name in {*more, "v_head.weight"}}
+    _, report = extract_folders(tmp_path / "plain", tmp_path / "base", rank=2)
+    assert report.unadapted == []
+
+
+def test_a_parameter_that_was_zero_has_no_relative_change(tmp_path: Path) -> None:
+    model = tiny_gpt2()
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.bias.zero_()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.bias.fill_(1.0)
+    tune(model).save_pretrained(tmp_path / "tuned")
+    _, report = extract_folders(tmp_path / "tuned", tmp_path / "base", rank=2)
+    assert [(c.name, c.relative) for c in report.unadapted] == [("transformer.h.0.attn.c_attn.bias", None)]
+
+
+def test_directions_of_rounding_are_not_kept_for_an_energy() -> None:
+    """A change of rank 4 in weights that were then saved in bfloat16, as bfloat16 and as float32 again."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(256, 192, generator=generator) * 0.05
+    change = 0.0002 * torch.randn(256, 4, generator=generator) @ torch.randn(4, 192, generator=generator)
+    for tuned in ((base + change).bfloat16(), (base + change).bfloat16().float()):
+        factors, _ = extract({"w": tuned}, {"w": base}, ["w"], energy=0.99)
+        assert factors["w"].rank == 4
+        assert float((factors["w"].dense() - change).norm() / change.norm()) < 0.1
+    rounded = (base + change).bfloat16().float() - base
+    assert nearest(rounded, energy=0.99)[0].rank > 20  # without the edge
+    assert nearest(rounded, energy=1.0, edge=1.0)[0].rank == 192  # all is all
+    exact, _ = extract({"w": base + change}, {"w": base}, ["w"], energy=0.9999999)
+    assert exact["w"].rank == 4
+
+
+def test_the_share_of_rounding_is_said(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tune(tiny_llama()).save_pretrained(tmp_path / "exact")
+    tune(tiny_llama()).bfloat16().save_pretrained(tmp_path / "rounded")
+    _, exact = extract_folders(tmp_path / "exact", tmp_path / "base", energy=0.99)
+    _, rounded = extract_folders(tmp_path / "rounded", tmp_path / "base", energy=0.99)
+    assert exact.rounding < 1e-9 < 1e-6 < rounded.rounding < 1e-2
+    assert exact.warning() is None and "rounding" in (dataclasses.replace(exact, rounding=0.3).warning() or "")
+    assert {loss.new_rank for loss in rounded.losses} <= {1, 2}
+
+
 def test_experts_that_are_no_linear_layers_are_listed_not_dropped(tmp_path: Path) -> None:
     model = tiny("qwen3_moe")
     model.save_pretrained(tmp_path / "base")
@@ -314,8 +423,6 @@ def test_folders_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
     norm = "model.norm.weight"
     save_file({k: v for k, v in tensors.items() if k != norm}, tmp_path / "tuned/model.safetensors", {"format": "pt"})
     assert f"{norm}: not in {tmp_path / 'tuned'}" in refusal(tmp_path)
-    save_file({**tensors, "model.extra": torch.ones(2)}, tmp_path / "tuned/model.safetensors", {"format": "pt"})
-    assert f"model.extra: not in {tmp_path / 'base'}" in refusal(tmp_path)
     save_file({**tensors, norm: torch.ones(17)}, tmp_path / "tuned/model.safetensors", {"format": "pt"})
     assert f"{norm}: (17,) and (16,)" in refusal(tmp_path)
     with pytest.raises(InputError, match="no model folder"):

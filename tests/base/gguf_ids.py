@@ -9,6 +9,7 @@ import json
 import random
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGUFWriter
@@ -70,6 +71,21 @@ def vocabulary() -> tuple[list[str], list[str]]:
 def write_vocabulary(path: Path, pre: str | None) -> Path:
     """A tiny Llama of zeros with this vocabulary."""
     tokens, merges = vocabulary()
+    size = len(tokens)
+    types = [1] * (size - 2) + [3, 3]
+    return _write(path, tokens, model="gpt2", pre=pre, token_types=types, token_merges=merges, ids=(size - 2, size - 1))
+
+
+def _write(
+    path: Path,
+    tokens: list[str],
+    *,
+    model: str,
+    pre: str | None,
+    ids: tuple[int, int],
+    prefix: bool | None = None,
+    **lists: Any,
+) -> Path:
     writer = GGUFWriter(path, "llama")
     for add, value in (("block_count", 1), ("embedding_length", 32), ("feed_forward_length", 32), ("head_count", 2)):
         getattr(writer, f"add_{add}")(value)
@@ -77,14 +93,16 @@ def write_vocabulary(path: Path, pre: str | None) -> Path:
     writer.add_context_length(256)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(16)
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(model)
     if pre is not None:
         writer.add_tokenizer_pre(pre)
+    if prefix is not None:
+        writer.add_add_space_prefix(prefix)
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * (len(tokens) - 2) + [3, 3])
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(len(tokens) - 2)
-    writer.add_eos_token_id(len(tokens) - 1)
+    for name, values in lists.items():
+        getattr(writer, f"add_{name}")(values)
+    writer.add_bos_token_id(ids[0])
+    writer.add_eos_token_id(ids[1])
     matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
     for name, shape in (shapes | {f"blk.0.{matrix}": (32, 32) for matrix in matrices}).items():
@@ -94,6 +112,24 @@ def write_vocabulary(path: Path, pre: str | None) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_sentences(path: Path, prefix: bool | None) -> Path:
+    """The same with a SentencePiece vocabulary: bytes, and pairs of signs scored in no particular order."""
+    letters = ["▁", *(sign for sign in ALPHABET if sign not in " \n\t\r"), "h", "e", "l", "o"]
+    words = [*letters, *(a + b for a in letters for b in letters), "▁▁▁", "hell", "▁hello"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *dict.fromkeys(words)]
+    draw = random.Random(1)
+    return _write(
+        path,
+        tokens,
+        model="llama",
+        pre="default",
+        token_types=[2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259),
+        token_scores=[0.0] * 259 + draw.sample([-float(n) for n in range(1, 1 + len(tokens) - 259)], len(tokens) - 259),
+        ids=(1, 2),
+        prefix=prefix,
+    )
 
 
 def ids_of_llama_cpp(path: Path) -> list[list[int]]:
@@ -117,6 +153,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         found = {name: ids_of_llama_cpp(write_vocabulary(Path(folder) / f"{name}.gguf", name)) for name in NAMES}
+        for prefix in (True, False):
+            path = write_sentences(Path(folder) / f"{prefix}.gguf", prefix)
+            found[f"sentences, {prefix}"] = ids_of_llama_cpp(path)
     FIXTURE.write_text(json.dumps(found, separators=(",", ":")) + "\n")
 
 

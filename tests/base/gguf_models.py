@@ -56,13 +56,13 @@ def model_of(model_type: str, **changes: Any) -> Any:
 
 
 def write_model(
-    path: Path, model: Any, *, keys: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None
+    path: Path, model: Any, *, keys: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None, split: int = 0
 ) -> Path:
     """`keys` (under the architecture, or whole after a dot; None takes one out) and `tensors` are added."""
     config = model.config
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)
     number = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    writer = GGUFWriter(path, architecture)
+    writer = GGUFWriter(path, architecture, split_max_tensors=split)
     said: dict[str, Any] = {key: value for name, key in KEYS.items() if (value := getattr(config, name, None))}
     for name in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon"):
         if hasattr(config, name):

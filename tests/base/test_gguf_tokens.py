@@ -10,7 +10,7 @@ from deltaw.base.gguf_tokens import SPLITTINGS
 from deltaw.data.render import open_tokenizer
 from deltaw.errors import InputError
 
-from .gguf_ids import FIXTURE, NAMES, texts, write_vocabulary
+from .gguf_ids import FIXTURE, NAMES, texts, write_sentences, write_vocabulary
 
 
 def ids(path: Path, cache: Path) -> list[list[int]]:
@@ -22,6 +22,15 @@ def ids(path: Path, cache: Path) -> list[list[int]]:
 def test_the_ids_are_those_of_llama_cpp(tmp_path: Path, name: str) -> None:
     path = write_vocabulary(tmp_path / "x.gguf", name)
     assert ids(path, tmp_path / "cache") == json.loads(FIXTURE.read_text())[name]
+
+
+@pytest.mark.parametrize("prefix", [None, True, False])
+def test_the_ids_of_sentences_are_those_of_llama_cpp(tmp_path: Path, prefix: bool | None) -> None:
+    path = write_sentences(tmp_path / "x.gguf", prefix)
+    assert ids(path, tmp_path / "cache") == json.loads(FIXTURE.read_text())[f"sentences, {prefix is not False}"]
+    tokenizer = open_tokenizer(to_folder(path, tmp_path / "cache"))
+    for text in texts():
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
 def test_every_rule_is_held_to_llama_cpp() -> None:
