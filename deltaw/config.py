@@ -18,15 +18,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from deltaw.effects import without_effect
 from deltaw.errors import InputError, listed
 from deltaw.paths import PathText
 
 Metric = Literal["exact_match", "phoneme_error_rate"]
 Dtype = Literal["auto", "bfloat16", "float32"]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MANY, SEEDS = 10**12, 2**63  # more than any run counts; what generators take
+Count = Annotated[int, Field(ge=1, le=MANY)]
+Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 TARGET_GROUPS = ("all-linear", "attention", "mlp")
+BEGUN = ("before.json", "metrics.jsonl", "checkpoints", "adapter", "result.json")  # beside the config.yaml of a run
 FACTOR_FIELDS = (  # of AdapterSpec
     "rank", "alpha", "scaling", "init", "magnitude", "dropout", "rank_overrides", "alpha_overrides",
 )  # fmt: skip
@@ -127,7 +132,7 @@ class DataConfig(Strict):
     """Where the rows are and how they become tokens and masks."""
 
     train: PathText
-    eval: int | PathText | None = Field(None, description="rows held out of train, or a file of its own")
+    eval: Count | PathText | None = Field(None, description="rows held out of train, or a file of its own")
     form: Literal["auto", "text", "chat", "completion", "alpaca", "sharegpt"] = "auto"
     train_on: Literal["auto", "assistant", "completion", "all"] = "auto"
     template: PathText | None = Field(
@@ -136,41 +141,36 @@ class DataConfig(Strict):
     rendered: bool = Field(
         False, description="text, prompts and completions hold control tokens, bos and eos: taken as tokens"
     )
-    max_length: int = Field(2048, ge=2)
+    max_length: int = Field(2048, ge=2, le=MANY)
     too_long: Literal["drop", "truncate"] = "drop"
     bad_rows: float = Field(0.01, ge=0, le=1, description="share of unusable rows that is tolerated")
-    limit: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0, description="which rows are held out")
-
-    @field_validator("eval")
-    @classmethod
-    def _eval(cls, value: int | str | None) -> int | str | None:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be at least 1 row; leave it out to hold nothing out")
-        return value
+    limit: Count | None = None
+    seed: Seed = Field(0, description="which rows are held out")
 
 
 class TrainConfig(Strict):
     """How long, how fast, how much at a time."""
 
-    epochs: PositiveFloat = 1.0
-    steps: int | None = Field(None, ge=1, description="stop after this many steps, whatever epochs says")
+    epochs: PositiveFloat = Field(1.0, le=1e9)
+    steps: Count | None = Field(None, description="stop after this many steps, whatever epochs says")
     lr: PositiveFloat = Field(5e-4, le=1.0)
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: int = Field(10, ge=0)
-    lr_ratio_b: PositiveFloat = Field(1.0, description="LoRA+: learning rate of B over that of A")
+    warmup_steps: int | None = Field(None, ge=0, le=MANY, description="null: 10, of a short run a tenth")
+    lr_ratio_b: PositiveFloat = Field(1.0, le=1e6, description="LoRA+: learning rate of B over that of A")
     weight_decay: float = Field(0.0, ge=0, le=1)
     clip: PositiveFloat = 1.0
-    tokens_per_step: int = Field(4096, ge=1)
-    tokens_per_batch: int = Field(2048, ge=1, description="tokens in one forward and backward; bounds the memory")
-    seed: int = Field(0, ge=0)
+    tokens_per_step: Count = 4096
+    tokens_per_batch: Count = Field(2048, description="tokens in one forward and backward; bounds the memory")
+    seed: Seed = 0
     dtype: Dtype = "auto"
     device: str = "auto"
-    eval_every: int | None = Field(None, ge=1)
-    sample_every: int | None = Field(None, ge=1)
-    save_every: int = Field(100, ge=1)
-    keep: int = Field(2, ge=1, description="checkpoints kept besides the best")
-    skip_nonfinite: int = Field(0, ge=0, description="steps with a NaN that may be left out before the run stops")
+    eval_every: Count | None = None
+    sample_every: Count | None = None
+    save_every: Count = 100
+    keep: Count = Field(2, description="checkpoints kept besides the best")
+    skip_nonfinite: int = Field(
+        0, ge=0, le=MANY, description="steps with a NaN that may be left out before the run stops"
+    )
     skip_spikes: float | None = Field(
         None, gt=1, allow_inf_nan=False, description="leave out steps whose loss is so many times the recent median"
     )
@@ -209,9 +209,10 @@ class RunConfig(Strict):
         return {"full": True} if value == "full" else value
 
     @model_validator(mode="after")
-    def _metrics_need_rows(self) -> "RunConfig":
-        if self.evaluate.metrics and self.data.eval is None:
-            raise ValueError("evaluate.metrics needs held-out rows: set data.eval")
+    def _all_has_an_effect(self, info: ValidationInfo) -> "RunConfig":
+        found = [] if info.context == BEGUN else without_effect(self)
+        if found:
+            raise ValueError("; ".join(found))
         return self
 
     def to_yaml(self) -> str:
@@ -230,16 +231,20 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise InputError(_not_yaml(error, str(path), text)) from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a run file is a mapping with base, data and output; this is {_kind(raw)}")
+    begun = path.name == "config.yaml" and any((path.parent / name).exists() for name in BEGUN)
     for item in overrides:
         _override(raw, item)
-    return parse_config(raw, source=str(path), node=node)
+    return parse_config(raw, source=str(path), node=node, begun=begun)
 
 
-def parse_config(raw: Mapping[str, Any], *, source: str = "config", node: yaml.Node | None = None) -> RunConfig:
-    """Validate a plain mapping. `node` (the YAML tree) lends the line numbers."""
+def parse_config(
+    raw: Mapping[str, Any], *, source: str = "config", node: yaml.Node | None = None, begun: bool = False
+) -> RunConfig:
+    """Validate a plain mapping. `node` (the YAML tree) lends the line numbers. `begun`: a run's own, accepted already,
+    so a setting without an effect is no reason not to read it."""
     try:
         # JSON mode: a list is a tuple, an int is a float, and nothing else converts.
-        return RunConfig.model_validate_json(json.dumps(raw))
+        return RunConfig.model_validate_json(json.dumps(raw), context=BEGUN if begun else None)
     except ValidationError as error:
         lines = _problems(error, source, node)
     except (TypeError, ValueError) as problem:
@@ -334,7 +339,9 @@ def _problems(error: ValidationError, source: str, node: yaml.Node | None) -> li
     by_field: dict[tuple[Any, ...], Any] = {}
     for problem in error.errors():
         # A union's branch name (`str`, `int`) is no field of the file; its branches' problems are one problem.
-        field = tuple(part for part in problem["loc"] if part not in ("str", "int") and "[" not in str(part))
+        field = tuple(
+            part for part in problem["loc"] if part not in ("str", "int", "constrained-int") and "[" not in str(part)
+        )
         said = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         said = said.replace("an object", "a mapping")
         if field in by_field and problem["type"] != "value_error":

@@ -15,7 +15,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
 # Imports go down only, and not between rooms of one level.
 LEVELS = [
-    {"errors", "version", "paths"},
+    {"errors", "version", "paths", "effects"},
     {"linalg", "config", "progress", "lock"},
     {"factors", "kernels"},
     {"base", "data"},

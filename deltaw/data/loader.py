@@ -7,6 +7,11 @@ into `tokens_per_step`; it is cut into batches of at most `tokens_per_batch`, wh
 document longer than either stands alone. So `tokens_per_batch` changes the memory and the speed and nothing
 else.
 
+How many steps some epochs have is counted, since the order of the documents makes one epoch a step longer than
+another, in exact arithmetic: 1.1 epochs of 10 steps are 11, and not the 12 that ceil makes of 11.000000000000002.
+Beyond `EPOCHS` epochs or `DOCUMENTS` documents those that were counted stand for the others, so that any number is
+answered at once.
+
 Nothing is remembered between steps: the loader's whole state is (epoch, step), which comes out with every
 item and says where to go on *after* it. To resume is to pass it back. Rejected: saving the generator's
 state (more to save, and a resumed run would have to replay it), and prefetching (packing a step takes far
@@ -16,6 +21,7 @@ less than training on it).
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -23,6 +29,7 @@ import numpy as np
 from deltaw.data.example import Example
 from deltaw.data.pack import Batch, pack
 
+EPOCHS, DOCUMENTS = 1_000, 2_000_000  # whose steps are counted one by one
 Step = list[list[int]]  # batches of example numbers
 
 
@@ -81,6 +88,7 @@ class Loader:
             return plan(lengths, **sizes, seed=seed, epoch=epoch)
 
         self._examples, self._steps_of, self._start = examples, steps_of, start
+        self._lengths, self._seed, self._tokens_per_step = lengths, seed, tokens_per_step
         if start.epoch < 0 or not 0 <= start.step < self.steps_in_epoch(start.epoch):
             raise ValueError(f"{start} is not a position in these {len(lengths)} examples")
 
@@ -99,6 +107,16 @@ class Loader:
 
     def total_steps(self, epochs: float) -> int:
         """Steps in `epochs` epochs, the last of which may be a part; at least one."""
-        whole, part = int(epochs), epochs - int(epochs)
-        steps = sum(self.steps_in_epoch(epoch) for epoch in range(whole))
-        return max(1, steps + (math.ceil(part * self.steps_in_epoch(whole)) if part else 0))
+        asked = Fraction(repr(epochs))  # the number that was written, not the binary one beside it
+        counted = max(1, min(EPOCHS, DOCUMENTS // len(self._lengths)))
+        whole = min(int(asked), counted)
+        steps = Fraction(sum(self._count(epoch) for epoch in range(whole)))
+        if whole < int(asked):
+            steps *= asked / whole
+        elif part := asked - whole:
+            steps += part * self._count(whole)
+        return max(1, math.ceil(steps))
+
+    def _count(self, epoch: int) -> int:
+        """The steps of an epoch without their batches, and without keeping them."""
+        return len(fill(_shuffled(len(self._lengths), self._seed, epoch), self._lengths, self._tokens_per_step))

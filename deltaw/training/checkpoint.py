@@ -38,6 +38,7 @@ from deltaw.adapter.inject import Attached
 from deltaw.base.weights import fsync, load_safetensors, read_json, save_safetensors, write_text_atomic
 from deltaw.errors import DeltawError, InputError, RunError, listed
 from deltaw.progress import Display
+from deltaw.version import VERSION
 
 FACTORS, MOMENTS, STATE, MANIFEST = "factors.safetensors", "moments.safetensors", "state.json", "manifest.sha256"
 FIRST, SECOND = ".first", ".second"  # moments of AdamW
@@ -68,7 +69,8 @@ class TrainState:
 
 def conditions(device: torch.device) -> dict[str, Any]:
     """What the last bits of a sum depend on besides its terms."""
-    return {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    here = {"device": str(device), "threads": torch.get_num_threads()}
+    return here | {"torch": torch.__version__, "deltaw": VERSION}
 
 
 class Saved(NamedTuple):

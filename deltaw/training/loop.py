@@ -30,6 +30,7 @@ from deltaw.training.changes import check_changes, check_length
 from deltaw.training.checkpoint import Saved, latest_checkpoint
 from deltaw.training.finish import finish, measure_again
 from deltaw.training.memory import bound_caches
+from deltaw.training.optim import WARMUP
 from deltaw.training.preflight import explain, short_form
 from deltaw.training.stop import StopRequest
 from deltaw.training.trainer import Trainer
@@ -60,7 +61,10 @@ def resume(
         finished = run.result.is_file()
         saved = None if finished else latest_checkpoint(run.checkpoints, display)
         # The checkpoint knows what it was made with, whatever was written into config.yaml since.
-        began = parse_config(saved.state.config, source="the checkpoint") if saved else load_config(run.config)
+        began = (
+            parse_config(saved.state.config, source="the checkpoint", begun=True) if saved else load_config(run.config)
+        )
+        began, config = (_as_begun(one, saved) for one in (began, config))
         changes = check_changes(began, config, allow=allow, run=str(folder), finished=finished)
         for line in changes:
             display.say(f"changed: {line}")
@@ -71,7 +75,7 @@ def resume(
             check_length(config.train.steps, saved.state.step, run=str(folder))
         if saved is None:
             display.say(f"{folder} has no checkpoint yet: it starts from its beginning")
-        return _run(config, run, saved, display, changed=bool(changes))
+        return _run(config, run, saved, display, changed=config != load_config(run.config))
 
 
 def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, changed: bool = False) -> Adapter:
@@ -118,6 +122,8 @@ def prepare_run(config: RunConfig, display: Display) -> tuple[Model, Dataset]:
     _, renderer, dataset = open_dataset(config, display)
     limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
     limits.check(rows)
+    if config.train.steps and config.train.epochs != 1:
+        display.say(f"train.steps: {config.train.steps} says how long, not train.epochs: {config.train.epochs:g}")
     for warning in [*dataset.report.warnings, *limits.warnings(rows)]:
         display.say(f"warning: {warning}")
     base = open_base(source, dtype=config.train.dtype, device=config.train.device, progress=display.say)
@@ -140,6 +146,14 @@ def general_rows(config: RunConfig, model: Model) -> list[Example]:
     rows = general_text(source, model.renderer, limits.longest)
     limits.check(rows, name=f"evaluate.general: {source}")
     return rows
+
+
+def _as_begun(config: RunConfig, saved: Saved | None) -> RunConfig:
+    """The config as it was meant when the run began: a checkpoint that doesn't say which deltaw wrote it is from when a
+    warm-up of 10, the default, was cut to a tenth of a short run, which now needs that it is left open."""
+    if saved is None or "deltaw" in saved.state.conditions or config.train.warmup_steps != WARMUP:
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"warmup_steps": None})})
 
 
 def _pinned(config: RunConfig, model: Model) -> RunConfig:

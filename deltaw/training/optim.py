@@ -12,13 +12,18 @@ import torch
 from deltaw.adapter.inject import Attached
 from deltaw.config import TrainConfig
 
+WARMUP = 10  # updates, where the config leaves it open
+
+
+def warmup_steps(total: int, config: TrainConfig) -> int:
+    """Updates until the full rate: as many as were asked for; else `WARMUP`, of a short run at most a tenth, so that it
+    still reaches its rate."""
+    return min(WARMUP, total // 10) if config.warmup_steps is None else config.warmup_steps
+
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """The rate of update `step` (0-based) out of `total`: linear warm-up, then constant, linear or cosine to 0.
-
-    The warm-up is at most a tenth of the run, so that a short run still reaches its rate.
-    """
-    warmup = min(config.warmup_steps, total // 10)
+    """The rate of update `step` (0-based) out of `total`: linear warm-up, then constant, linear or cosine to 0."""
+    warmup = warmup_steps(total, config)
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     if config.schedule == "constant":

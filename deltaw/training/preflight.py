@@ -13,9 +13,11 @@ would have fitted.
 
 import math
 import shutil
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 ALIKE = 0.9  # of the largest batch: what shows as much
 TIGHT = 0.25  # share of the free memory below which nothing need be tried
 HEADROOM = 0.7  # share of what is there beside the fixed part, that a setting may take to be called one that fits
+LOOKING = 5.0  # seconds in which the largest batch of the run is looked for
 PER_PARAMETER = 16  # bytes: float32 master, gradient and two moments
 FORGOTTEN, ANSWERS, LOSS = "measuring what was forgotten", "answering rows", "measuring the loss on held-out rows"
 MEASURED = {  # by a module that no training step passes through, the most telling first
@@ -80,13 +83,16 @@ class Work:
 
 
 def work_left(trainer: "Trainer") -> Work:
-    """The steps from the trainer's state to its end. No step left: all zeros, and no longest batch."""
-    examples = trainer.dataset.train
+    """The steps from the trainer's state to its end. No step left: all zeros, and no longest batch.
+
+    Every step is looked at, for up to `LOOKING` seconds; of a longer run those that were stand for the others.
+    """
+    examples, left = trainer.dataset.train, max(0, trainer.total - trainer.state.step)
     lengths = [len(example.tokens) for example in examples]
     trained = [int(example.loss_mask.sum()) for example in examples]
-    steps = tokens = supervised = 0
+    steps, tokens, supervised, until = 0, 0, 0, time.monotonic() + LOOKING
     largest, longest, batches, first = (0, 0), list[int](), 0, 0
-    for step in _steps(trainer, lengths):
+    for step in islice(_steps(trainer, lengths), left):
         for batch in step:
             size = sum(lengths[n] for n in batch), sum(trained[n] for n in batch)
             tokens, supervised = tokens + size[0], supervised + size[1]
@@ -94,17 +100,20 @@ def work_left(trainer: "Trainer") -> Work:
                 largest, longest, batches = size, batch, len(step)
             first = max(first, size[0]) if not steps else first
         steps += 1
-    return Work(steps, tokens, supervised, [examples[n] for n in longest], batches, first)
+        if time.monotonic() > until:
+            break
+    tokens, supervised = (count * left // max(1, steps) for count in (tokens, supervised))
+    return Work(left, tokens, supervised, [examples[n] for n in longest], batches, first)
 
 
 def _steps(trainer: "Trainer", lengths: list[int]) -> Iterator[list[list[int]]]:
-    config, left = trainer.config.train, trainer.total - trainer.state.step
+    """For ever."""
+    config = trainer.config.train
     epoch, start = trainer.state.epoch, trainer.state.step_in_epoch
     sizes = {"tokens_per_step": config.tokens_per_step, "tokens_per_batch": config.tokens_per_batch}
-    while left > 0:
-        steps = plan(lengths, **sizes, seed=config.seed, epoch=epoch)[start:][:left]
-        yield from steps
-        epoch, start, left = epoch + 1, 0, left - len(steps)
+    while True:
+        yield from plan(lengths, **sizes, seed=config.seed, epoch=epoch)[start:]
+        epoch, start = epoch + 1, 0
 
 
 def short_form(trainer: "Trainer", general: Sequence[Example] = ()) -> None:

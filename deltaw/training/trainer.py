@@ -53,7 +53,7 @@ from deltaw.training.checkpoint import (
 from deltaw.training.frozen import above_the_frozen
 from deltaw.training.log import EventLog
 from deltaw.training.memory import Heap, bounded, release
-from deltaw.training.optim import learning_rate, make_optimizer, set_rate
+from deltaw.training.optim import WARMUP, learning_rate, make_optimizer, set_rate, warmup_steps
 from deltaw.training.start import start_from_data
 from deltaw.training.stop import Stopped, StopRequest
 from deltaw.training.watch import Unfit, Watch, check_loss, note_skip, note_update
@@ -83,11 +83,19 @@ class Trainer:
         self.state = TrainState(fingerprints=prints, config=config.model_dump(mode="json"), conditions=now)
         self.forward = model.forward  # of training steps
         self.total = config.train.steps or self._loader().total_steps(config.train.epochs)
+        self.warmup = warmup_steps(self.total, config.train)
+        if self.warmup >= self.total:
+            raise InputError(
+                f"train.warmup_steps is {self.warmup} of {self.total} steps: the run would never reach train.lr",
+                fix="lower it, or leave it out (null): a tenth of a short run is taken then",
+            )
         self._saved_step = 0
 
     def begin(self) -> None:
         """Make the folder a run's, and the start that an initialiser wants of the data."""
         self.run.create(self.config)
+        if self.warmup < WARMUP and self.config.train.warmup_steps is None:
+            self.display.say(f"warm-up: {self.warmup} of {self.total} steps, since the run is short")
         if self.config.adapter.from_data:
             start_from_data(self.attached, self.model, self._loader(), self.display)
 

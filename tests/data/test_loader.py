@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from itertools import islice
 
 import numpy as np
@@ -70,6 +71,31 @@ def test_counting_steps():
     loader = Loader(examples_of([10] * 10), 20, 20, seed=0)
     assert loader.steps_in_epoch(0) == 5
     assert [loader.total_steps(epochs) for epochs in (0.01, 0.5, 1.0, 2.0, 2.1)] == [1, 3, 5, 10, 11]
+
+
+@given(st.integers(1, 40), st.integers(0, 600))
+@settings(deadline=None)
+def test_steps_in_a_part_of_an_epoch_are_exact(count, hundredths):
+    """Against whole numbers alone; every tenth and hundredth of up to six epochs."""
+    loader = Loader(examples_of([10] * count), 10, 10, seed=0)
+    assert loader.total_steps(max(hundredths, 1) / 100) == max(1, -(-max(hundredths, 1) * count // 100))
+
+
+def test_all_tenths_of_ten_steps():
+    loader = Loader(examples_of([10] * 10), 10, 10, seed=0)
+    assert [loader.total_steps(tenths / 10) for tenths in range(1, 60)] == list(range(1, 60))
+    assert [loader.total_steps(float(f"{n / 100:.2f}")) for n in range(1, 600)] == [-(-n // 10) for n in range(1, 600)]
+
+
+@pytest.mark.parametrize("epochs", [1e5, 1e6, 1e15])
+def test_any_number_of_epochs_is_counted_at_once(epochs):
+    """As many as it must be: each epoch has 3 or 4 steps, by the order of its documents."""
+    loader = Loader(examples_of([7, 5, 5, 3, 3, 8, 1, 9]), 14, 14, seed=0)
+    began = time.monotonic()
+    total = loader.total_steps(epochs)
+    mean = sum(loader.steps_in_epoch(epoch) for epoch in range(1000)) / 1000
+    assert time.monotonic() - began < 2 and total == pytest.approx(epochs * mean, rel=1e-9)
+    assert sum(loader.steps_in_epoch(epoch) for epoch in range(900)) == loader.total_steps(900.0)
 
 
 @pytest.mark.parametrize("state", [LoaderState(0, 5), LoaderState(-1, 0), LoaderState(0, -1)])

@@ -3,7 +3,7 @@
 import pytest
 
 from deltaw.config import TrainConfig
-from deltaw.training.optim import learning_rate
+from deltaw.training.optim import learning_rate, warmup_steps
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -16,7 +16,15 @@ def test_warms_up_then_follows_its_schedule(schedule: str) -> None:
     assert rates[-1] == 1.0 if schedule == "constant" else 0 < rates[-1] < 0.01
 
 
-def test_warm_up_is_at_most_a_tenth_of_a_short_run() -> None:
-    config = TrainConfig(lr=1.0, warmup_steps=10, schedule="constant")
+@pytest.mark.parametrize("asked", [1, 5, 10, 100, 199])
+def test_the_warm_up_that_was_asked_for_is_honoured(asked: int) -> None:
+    config = TrainConfig(lr=1.0, warmup_steps=asked, schedule="constant")
+    rates = [learning_rate(step, 200, config) for step in range(200)]
+    assert rates.index(1.0) == asked and rates[:asked] == [(step + 1) / (asked + 1) for step in range(asked)]
+
+
+def test_one_that_is_left_open_is_at_most_a_tenth_of_a_short_run() -> None:
+    config = TrainConfig(lr=1.0, schedule="constant")
+    assert [warmup_steps(total, config) for total in (5, 20, 99, 100, 5000)] == [0, 2, 9, 10, 10]
     assert learning_rate(0, 5, config) == 1.0
     assert learning_rate(2, 20, config) == 1.0

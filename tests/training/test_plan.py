@@ -21,7 +21,8 @@ EVERYTHING = {"metrics": ["exact_match"], "max_new_tokens": 4, "report": False}
 
 def config(folder: Path, *, train: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
     fields = run_file(folder, **{"evaluate": EVERYTHING, **changes})
-    return parse_config({**fields, "train": {**fields["train"], **(train or {})}})
+    options = {**fields["train"], **(train or {})}
+    return parse_config({**fields, "train": options if "eval" in fields["data"] else {**options, "eval_every": None}})
 
 
 @pytest.mark.parametrize("length", [{"steps": 6}, {"steps": None, "epochs": 1.5}])
