@@ -12,8 +12,7 @@ of the import order, and `adapter/spec.py` gives it its meaning on a model.
 import difflib
 import json
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from deltaw.effects import without_effect
 from deltaw.errors import InputError, listed
 from deltaw.paths import PathText
+from deltaw.run_yaml import PROBLEMS, Dumper, Loader, line_of, not_yaml
 
 Metric = Literal["exact_match", "phoneme_error_rate"]
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -217,7 +217,7 @@ class RunConfig(Strict):
 
     def to_yaml(self) -> str:
         """The resolved run file, every default written out."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -225,10 +225,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     path = Path(path)
     text = read_text(path)
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        raw = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise InputError(_not_yaml(error, str(path), text)) from None
+        node = yaml.compose(text, Loader=Loader)
+        raw = yaml.load(text, Loader=Loader)
+    except PROBLEMS as error:
+        raise InputError(not_yaml(error, str(path), text)) from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a run file is a mapping with base, data and output; this is {_kind(raw)}")
     begun = path.name == "config.yaml" and any((path.parent / name).exists() for name in BEGUN)
@@ -268,44 +268,6 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: {error}") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars (`1e-3` is a number, `2024-01-01` a text), no duplicate keys and no aliases: ten lines of
-    those can stand for gigabytes."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) aren't supported", mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a single value", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts quotes around a text that `_Loader` would read as a number."""
-
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-        list("-+0123456789."),
-    )
-
-
 def _override(raw: dict[str, Any], item: str) -> None:
     key, equals, value = item.partition("=")
     if not equals or not key:
@@ -318,20 +280,9 @@ def _override(raw: dict[str, Any], item: str) -> None:
         if not isinstance(raw, dict):
             raise InputError(f"{item!r}: {name} is a single value, it has no fields")
     try:
-        raw[last] = yaml.load(value, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError):
+        raw[last] = yaml.load(value, Loader=Loader)
+    except PROBLEMS:
         raise InputError(f"{item!r:.200}: the value is not valid YAML") from None
-
-
-def _not_yaml(error: Exception, source: str, text: str) -> str:
-    """The parser's complaint in one line, with the line it is about."""
-    if isinstance(error, yaml.reader.ReaderError):
-        line = text.count("\n", 0, error.position) + 1
-        return f"{source}:{line}: not valid YAML: the character {chr(error.character)!r} is not allowed"
-    mark = getattr(error, "problem_mark", None)
-    where = f"{source}:{mark.line + 1}" if mark else source
-    problem = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error
-    return f"{where}: not valid YAML: {problem}"
 
 
 def _problems(error: ValidationError, source: str, node: yaml.Node | None) -> list[str]:
@@ -355,7 +306,7 @@ def _problems(error: ValidationError, source: str, node: yaml.Node | None) -> li
 def _problem(problem: Mapping[str, Any], source: str, node: yaml.Node | None) -> str:
     location = problem["loc"]
     field = ".".join(part if str(part).isprintable() else ascii(part) for part in map(str, location))
-    line = _line_of(node, location)
+    line = line_of(node, location)
     where = f"{source}:{line}" if line else source
     if problem["type"] == "extra_forbidden":
         known = fields_at(RunConfig, location[:-1])
@@ -376,25 +327,6 @@ def fields_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
         kinds = [field.annotation, *get_args(field.annotation)] if field else []
         model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), Strict)
     return list(model.model_fields)
-
-
-def _line_of(node: yaml.Node | None, location: Iterable[Any]) -> int | None:
-    line = None
-    for part in location:
-        child = next(_children(node, part), None)
-        if child is None:
-            break
-        line, node = child
-    return line
-
-
-def _children(node: yaml.Node | None, part: Any) -> Iterator[tuple[int, yaml.Node]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if key.value == str(part):
-                yield key.start_mark.line + 1, value
-    elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-        yield node.value[part].start_mark.line + 1, node.value[part]
 
 
 def _kind(value: Any) -> str:

@@ -6,9 +6,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Before anything imports triton: kernels run in its interpreter, on a CPU. 0 to run them on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import hypothesis
 import pytest
 import torch
 
+# A shared machine's clock is no property of the code; speed is measured in benchmarks.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 # Threads of two tests side by side wait for each other longer than tiny products take.
 torch.set_num_threads(1)
 

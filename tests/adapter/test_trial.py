@@ -59,7 +59,7 @@ class Coarse(nn.Linear):
     """8 bits of the input: an error that half precision would hide."""
 
     def forward(self, x: Tensor) -> Tensor:
-        step = x.abs().amax(-1, keepdim=True) / 127
+        step = x.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127
         return F.linear((x / step).round() * step, self.weight, self.bias)
 
 
