@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
 from deltaw.errors import InputError
+from deltaw.paths import written
 
 MINIMAL = "base: b\noutput: o\ndata:\n  train: t.jsonl\n"  # what is appended to it begins on line 5
 
@@ -190,17 +191,18 @@ def test_a_config_is_frozen(tmp_path: Path) -> None:
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(str.strip)
+PATHS = NAMES.filter(lambda text: not text.startswith("~")).map(written)  # tests/test_paths.py has the others
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 
 
 @example(names=("1e3", "0E0", "2024-01-01"), targets="0E0", ranks={}, alphas={"1.e-3": 1.0}, lr=1.0, held_out=None)
 @given(
-    names=st.tuples(NAMES, NAMES, NAMES),
+    names=st.tuples(PATHS, PATHS, PATHS),
     targets=NAMES | st.lists(NAMES, min_size=1),
     ranks=st.dictionaries(NAMES, st.integers(1, 65536)),
     alphas=st.dictionaries(NAMES, POSITIVE),
     lr=st.floats(min_value=0, max_value=1, exclude_min=True),
-    held_out=st.none() | st.integers(1, 9) | NAMES,
+    held_out=st.none() | st.integers(1, 9) | PATHS,
 )
 def test_to_yaml_round_trips(tmp_path_factory, names, targets, ranks, alphas, lr, held_out) -> None:
     base, train, output = names
