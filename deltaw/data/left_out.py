@@ -15,6 +15,9 @@ itself names stay as they are inside tools and calls ("function"), and cut a tex
 (`</think>`, before which some templates leave out everything); in `tools` and `arguments`, entries whose keys the
 template doesn't name count once if they are of one shape, and so do the items of a list in `tools`.
 
+A marker is short, and a template may cut a content off that is too long for it. So a content of which not all stands in
+what is written of its own row is tried there: another beginning, another end must make a difference.
+
 A field counts as written where it is in the whole chat or at the end of its own turn: a template that drops the
 thoughts of earlier turns shows them to the model in time, and `render.py` leaves untrained what it then rewrites.
 
@@ -29,6 +32,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 from deltaw.data.row import says_something
@@ -59,22 +63,27 @@ class Survey:
         self._template = template
         named = [re.escape(word) for word in template.words if len(word.strip()) > 2 and MARKUP.search(word)]
         self._cut = re.compile(f"({'|'.join(sorted(named, key=len, reverse=True)) or '(?!)'})")
-        self._known: dict[str, LeftOut] = {}
+        self._known: dict[bytes, LeftOut] = {}
 
     def of(self, rows: Sequence[Asked], written: Sequence[Sequence[Any]]) -> list[LeftOut]:
         """For each row, of which `written` is what the template writes. New shapes are written first, in one call."""
         shapes = []
-        new: dict[str, tuple[Asked, Asked, dict[Leaf, str]]] = {}
+        new: dict[bytes, tuple[Asked, Asked, dict[Leaf, str]]] = {}
         for row in rows:
             planting = _Planting(self._template.words, self._cut)
-            messages, tools = planting.messages(row.messages), planting.value(row.tools, ("tools",))
-            shapes.append(json.dumps([messages, tools], ensure_ascii=False))
+            try:
+                messages, tools = planting.messages(row.messages), planting.value(row.tools, ("tools",))
+            except RecursionError:
+                shapes.append(b"")
+                self._known[b""] = LeftOut("nested too deeply")
+                continue
+            shapes.append(blake2b(json.dumps([messages, tools]).encode(), digest_size=16).digest())
             if shapes[-1] not in self._known:
                 planted = Asked(messages, tools, _prefixes(len(messages)))
                 new.setdefault(shapes[-1], (row, planted, planting.leaves))
         planted_texts = self._write([planted for _, planted, _ in new.values()])
         for (shape, (row, _, leaves)), texts in zip(new.items(), planted_texts, strict=True):
-            self._known[shape] = self._judge(row, leaves, "\n".join(texts or ()).casefold())
+            self._known[shape] = self._judge(row, leaves, texts or [])
         known = [self._known[shape] for shape in shapes]
         return [self._with_cuts(row, loss, texts) for row, loss, texts in zip(rows, known, written, strict=True)]
 
@@ -91,8 +100,12 @@ class Survey:
                 return LeftOut(_reason(row, number, f"all of {CONTENT}"), loss.fields)
         return loss
 
-    def _judge(self, row: Asked, leaves: dict[Leaf, str], written: str) -> LeftOut:
-        suspects = [leaf for leaf, marker in leaves.items() if not marker or marker not in written]
+    def _judge(self, row: Asked, leaves: dict[Leaf, str], texts: Sequence[str]) -> LeftOut:
+        suspects = list(leaves)
+        for text in map(str.casefold, texts):
+            suspects = [leaf for leaf in suspects if not leaves[leaf] or leaves[leaf] not in text]
+            if not suspects:
+                break
         return _verdict(row, list(leaves), self._unwritten(row, suspects) if suspects else [])
 
     def _unwritten(self, row: Asked, suspects: list[Leaf], at_end: bool = True) -> list[Leaf]:

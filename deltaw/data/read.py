@@ -219,23 +219,43 @@ def _read_parquet(file: BinaryIO, name: str) -> Iterator[Item]:
         for batch in parquet.ParquetFile(file).iter_batches():
             for value in batch.to_pylist():
                 number += 1
-                yield Row(_columns(value), f"{name}:{number}")
+                yield Row(_columns(value, batch.schema), f"{name}:{number}")
     except arrow.ArrowException as error:
         raise InputError(f"{name}: not a Parquet file: {str(error).splitlines()[0]}") from None
 
 
-def _columns(value: Mapping[str, Any]) -> dict[str, Any]:
-    """An Arrow table's row; a column that is null stays, as in any table."""
-    return {column: _without_filling(item) for column, item in value.items()}
+def _columns(value: Mapping[str, Any], schema: Any) -> dict[str, Any]:
+    """An Arrow table's row; a column that is null stays, as in any table. `schema`: its types, None if unknown."""
+    return {name: _without_filling(item, _type_of(schema, name)) for name, item in value.items()}
 
 
-def _without_filling(value: Any) -> Any:
-    """A value of an Arrow table without the nulls that fill up its objects. A map comes as pairs, and has none."""
+def _without_filling(value: Any, kind: Any) -> Any:
+    """A value without the nulls that fill up its objects. Maps come as pairs, JSON may as text: neither is filled."""
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return _from_json(value)
     if isinstance(value, dict):
-        return {key: _without_filling(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list) and value and all(isinstance(item, tuple) and len(item) == 2 for item in value):
-        return {key: _without_filling(item) for key, item in value}
-    return [_without_filling(item) for item in value] if isinstance(value, list) else value
+        filled = {name: item for name, item in value.items() if item is not None}
+        return {name: _without_filling(item, _type_of(kind, name)) for name, item in filled.items()}
+    if isinstance(value, list):
+        if hasattr(kind, "item_type"):
+            return {key: _without_filling(item, kind.item_type) for key, item in value}
+        return [_without_filling(item, getattr(kind, "value_type", None)) for item in value]
+    return value
+
+
+def _type_of(kind: Any, name: str) -> Any:
+    """The type of a field of a schema or an object; None where it isn't known."""
+    index = kind.get_field_index(name) if hasattr(kind, "get_field_index") else -1
+    return kind.field(index).type if index >= 0 else None
+
+
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value  # a hub set's are read already
+    try:
+        return json.loads(value, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, Rejected, RecursionError):
+        return value
 
 
 def _read_text(file: BinaryIO, name: str) -> Iterator[Item]:
@@ -284,8 +304,9 @@ def _read_hub(name: str, split: str) -> Iterator[Item]:
         table = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen kinds, all of them about the name or the network
         raise InputError(f"{name}:{split}: {str(error).strip().splitlines()[0]}") from None
+    schema = getattr(getattr(table, "features", None), "arrow_schema", None)
     for number, value in enumerate(table, 1):
-        yield Row(_columns(value), f"{name}:{split}:{number}")
+        yield Row(_columns(value, schema), f"{name}:{split}:{number}")
 
 
 def _is_data_file(path: Path) -> bool:

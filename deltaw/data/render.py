@@ -12,9 +12,12 @@ prompt. At inference the prompt is encoded alone and the model goes on from ther
 border (" ->" + " A") the model would be trained on borders that it never meets. `prompt_ids` gives exactly
 the tokens in front of a mask.
 
-Which part of a chat is an answer is proven on what the template writes of its beginnings (`turns.py`): a wrong mask is
-not possible. What the template leaves out of a row is found, too (`left_out.py`), and the row refused or the loss said.
+Which part of a chat is an answer is proven on what the template writes of its beginnings (`turns.py`), and an answer
+for which that fails isn't trained. What the template leaves out of a row is found, too (`left_out.py`), and the row
+refused or the loss said.
 
+Rows that come rendered (`data.rendered`) hold the control tokens already: they are encoded as they stand, bos goes in
+front where they don't begin with it, and eos behind where they don't end with a token that ends a turn.
 """
 
 import json

@@ -87,10 +87,12 @@ def test_a_map_is_an_object_and_keeps_its_nulls(tmp_path):
     kind = arrow.list_(
         arrow.struct({"arguments": arrow.map_(arrow.string(), arrow.int64()), "x": arrow.list_(arrow.int64())})
     )
-    column = arrow.array([[{"arguments": [("dock", 3), ("port", None)], "x": [1, None]}]], kind)
+    column = arrow.array(
+        [[{"arguments": [("dock", 3), ("port", None)], "x": [1, None]}, {"arguments": [], "x": None}]], kind
+    )
     parquet.write_table(arrow.table({"calls": column}), tmp_path / "t.parquet")
     (row,), _ = read_rows(str(tmp_path / "t.parquet"))
-    assert row.value == {"calls": [{"arguments": {"dock": 3, "port": None}, "x": [1, None]}]}
+    assert row.value == {"calls": [{"arguments": {"dock": 3, "port": None}, "x": [1, None]}, {"arguments": {}}]}
 
 
 def test_arguments_as_text_give_the_same_tokens(tmp_path):
@@ -104,3 +106,21 @@ def test_arguments_as_text_give_the_same_tokens(tmp_path):
         examples += prepare(DataConfig(train=str(tmp_path / "t.jsonl")), by).train
     assert len({example.tokens.tobytes() for example in examples}) == 1
     assert '{"dock": 3}' in by.decode(examples[0].tokens)
+
+
+def test_rows_that_went_through_a_hub_set_are_those_of_json_lines(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    values = [first(), {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+    values[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["also"] = None
+    values[1]["tools"] = [{"name": "g", "parameters": {"type": "object", "required": ["x"]}}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    table = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "t.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    table.to_parquet(str(tmp_path / "t.parquet"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: table)
+    for source in ("t.parquet", "t.jsonl"):
+        rows, problems = read_rows(str(tmp_path / source))
+        assert not problems
+        assert [row.value for row in rows] == [row.value for row in read_rows("org/name")[0]]

@@ -142,6 +142,18 @@ def test_what_the_rows_hold_cannot_break_the_message(tmp_path):
     assert max(map(len, message.splitlines())) < 300
 
 
+@pytest.mark.parametrize("place", ["x", "tool_calls", "tools"])
+@pytest.mark.parametrize("depth", [100, 200, 240, 280, 320, 400, 480, 900])
+def test_rows_nested_ever_deeper_are_used_or_refused(tmp_path, place, depth):
+    deep = '{"a": ' * depth + "1" + "}" * depth
+    good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    row = json.dumps(good | {"tools": ["deep"]} if place == "tools" else good).replace('"deep"', deep)
+    row = row.replace('"q"', f'"q", "x": {deep}' if place == "x" else '"q"')
+    row = row.replace('"a"}]', f'"a", "tool_calls": [{{"arguments": {deep}}}]}}]' if place == "tool_calls" else '"a"}]')
+    report = prepare(DataConfig(train=write(tmp_path, [good, row]), bad_rows=0.5), RENDERER).report
+    assert report.train_rows + report.unusable == 2
+
+
 def test_rows_nested_deeper_than_python_can_follow(tmp_path):
     deep = '{"messages": [{"role": "user", "content": "q", "x": ' + "[" * 600 + "]" * 600 + "},"
     deep += '{"role": "assistant", "content": "a"}]}'
