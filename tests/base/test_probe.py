@@ -249,7 +249,7 @@ def test_what_neither_packs_nor_pads_runs_a_document_at_a_time() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3_text", "gpt2", "qwen3_moe"])
 def test_a_planned_model_still_answers_when_simply_called(name: str) -> None:
-    """Long and short, with a mask of padding on either side, with a mask of its own."""
+    """With a mask of padding on either side, with a mask of its own, with positions that begin anew."""
     own, planned = tiny(name), tiny(name)
     own.set_attn_implementation("eager")
     assert plan_forward(planned).way == PACKED
@@ -264,3 +264,7 @@ def test_a_planned_model_still_answers_when_simply_called(name: str) -> None:
         with torch.no_grad():
             got, want = (m(input_ids=ids, attention_mask=mask, use_cache=False).logits[real] for m in (planned, own))
         torch.testing.assert_close(got, want, **CLOSE)
+    restart = torch.cat([torch.arange(n) for n in (12, 18)])[None]
+    with torch.no_grad():
+        got, want = (m(input_ids=ids, position_ids=restart, use_cache=False).logits for m in (planned, own))
+    torch.testing.assert_close(got, want, **CLOSE)
