@@ -206,6 +206,16 @@ def test_a_small_copy_keeps_the_switches_and_makes_the_lengths_small() -> None:
     assert torch.equal(torch.random.get_rng_state(), state) and model.config.to_dict() == before
 
 
+def test_lengths_are_made_small_at_any_depth_and_under_any_name() -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "llama_4_scaling_beta": 0.1}
+    rope |= {"original_max_position_embeddings": 16384}
+    small = small_copy(made("ministral3", rope_parameters=rope, max_position_embeddings=65536))
+    assert small is not None and small.config.rope_parameters["original_max_position_embeddings"] == BORDER
+    small = small_copy(made("llama4_text", **LLAMA4, attention_chunk_size=8192, floor_scale=8192))
+    assert small is not None and small.config.attention_chunk_size == small.config.floor_scale == BORDER
+    assert small.config.head_dim == COMMON["head_dim"]
+
+
 class Fussy(MistralForCausalLM):
     """Can't be built in another size."""
 
