@@ -97,8 +97,7 @@ def _attention(
         )
     plain = attention_mask is None and query.shape[2] == key.shape[2]
     if documents is None and plain:
-        rows, length = query.shape[0], query.shape[2]
-        documents = Documents([i * length for i in range(rows + 1)], query.device)
+        documents = _rows(query, kwargs.get("position_ids"))
     if documents is not None and plain:
         out = packed_attention(
             query.transpose(1, 2).flatten(0, 1),
@@ -114,6 +113,16 @@ def _attention(
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, None
     return _capped_attention(query, key, value, attention_mask, scaling, softcap), None
+
+
+def _rows(query: Tensor, position_ids: Tensor | None) -> Documents:
+    """The documents of a model that is simply called: its rows, cut where positions begin anew, as by transformers."""
+    rows, length = query.shape[0], query.shape[2]
+    starts = {row * length for row in range(rows + 1)}
+    if position_ids is not None and position_ids.shape[1:] == (length,):
+        cuts = (position_ids.expand(rows, length).diff() != 1).nonzero() + torch.tensor([0, 1], device=query.device)
+        starts |= {row * length + place for row, place in cuts.tolist()}
+    return Documents(sorted(starts), query.device)
 
 
 def _of(mask: Tensor | None) -> tuple[bool, Sees | None]:

@@ -18,7 +18,8 @@ from deltaw.base.probe import CONTEXTS
 
 BORDER, CONTEXT, VOCABULARY, HEADS, LAYERS = 16, 64, 61, 4, 4
 KINDS = 8  # different entries of a list by layer that may be kinds; more are numbers of layers
-KEPT = ("dim", "rank", "num_", "n_", "head", "layer", "expert", "_id")  # in the names of what is no length
+KEPT = ("dim", "rank", "head", "layer", "expert", "_id")  # in the names of what is no length
+COUNTS = ("num_", "n_")  # before them
 
 
 def small_copy(model: nn.Module) -> nn.Module | None:
@@ -71,5 +72,5 @@ def _shorten(settings: dict[str, Any], layers: int, fewer: int) -> None:
             settings[name] = value[:fewer]
         elif type(value) is int and value > BORDER and "_id" in name:
             settings[name] = 0
-        elif type(value) is int and value > BORDER and not any(part in name for part in KEPT):
-            settings[name] = BORDER
+        elif type(value) is int and value > BORDER and not name.startswith(COUNTS):
+            settings[name] = value if any(part in name for part in KEPT) else BORDER

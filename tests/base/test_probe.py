@@ -206,6 +206,16 @@ def test_a_small_copy_keeps_the_switches_and_makes_the_lengths_small() -> None:
     assert torch.equal(torch.random.get_rng_state(), state) and model.config.to_dict() == before
 
 
+def test_lengths_are_made_small_at_any_depth_and_under_any_name() -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "llama_4_scaling_beta": 0.1}
+    rope |= {"original_max_position_embeddings": 16384}
+    small = small_copy(made("ministral3", rope_parameters=rope, max_position_embeddings=65536))
+    assert small is not None and small.config.rope_parameters["original_max_position_embeddings"] == BORDER
+    small = small_copy(made("llama4_text", **LLAMA4, attention_chunk_size=8192, floor_scale=8192))
+    assert small is not None and small.config.attention_chunk_size == small.config.floor_scale == BORDER
+    assert small.config.head_dim == COMMON["head_dim"]
+
+
 class Fussy(MistralForCausalLM):
     """Can't be built in another size."""
 
@@ -249,7 +259,7 @@ def test_what_neither_packs_nor_pads_runs_a_document_at_a_time() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3_text", "gpt2", "qwen3_moe"])
 def test_a_planned_model_still_answers_when_simply_called(name: str) -> None:
-    """Long and short, with a mask of padding on either side, with a mask of its own."""
+    """With a mask of padding on either side, with a mask of its own, with positions that begin anew."""
     own, planned = tiny(name), tiny(name)
     own.set_attn_implementation("eager")
     assert plan_forward(planned).way == PACKED
@@ -264,3 +274,7 @@ def test_a_planned_model_still_answers_when_simply_called(name: str) -> None:
         with torch.no_grad():
             got, want = (m(input_ids=ids, attention_mask=mask, use_cache=False).logits[real] for m in (planned, own))
         torch.testing.assert_close(got, want, **CLOSE)
+    restart = torch.cat([torch.arange(n) for n in (12, 18)])[None]
+    with torch.no_grad():
+        got, want = (m(input_ids=ids, position_ids=restart, use_cache=False).logits for m in (planned, own))
+    torch.testing.assert_close(got, want, **CLOSE)
