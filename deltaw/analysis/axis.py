@@ -59,6 +59,11 @@ def thinned(values: Values, most: int) -> list[int]:
     return [place for i in range(0, len(values), size) for place in _extremes(values, i, min(len(values), i + size))]
 
 
+def evenly(length: int, most: int) -> list[int]:
+    """At most `most` places of a row, the first and the last among them."""
+    return list(range(length)) if length <= most else [round(i * (length - 1) / (most - 1)) for i in range(most)]
+
+
 def scale(
     values: Sequence[float], log: bool = False, *, zero: bool = False, exact: bool = False, air: float = 0.05
 ) -> Scale:

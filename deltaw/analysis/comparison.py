@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.analysis import plots
+from deltaw.analysis.axis import evenly
 from deltaw.analysis.compare import Comparison, compare
 from deltaw.analysis.maps import layer_map
 from deltaw.analysis.page import Block, Cell, Fact, Facts, Page, Picture, Section, Table, Text, number, write
-from deltaw.analysis.sentences import kinds_of, short, title
+from deltaw.analysis.sentences import KINDS, kinds_of, short, title
 from deltaw.model import load_adapter
 from deltaw.progress import Display
+
+SHOWN, ROWS = 20, 300  # directions of a picture, modules of the table: a page must not grow with the adapters
 
 ABOUT = """
 `φ(i, j)` is the share of the first `i` directions of the one update and the first `j` of the other that lies in the
@@ -30,14 +33,17 @@ def compare_named(one: str, other: str, output: str, *, display: Display) -> tup
         found = compare(first, second, progress=update)
 
     def grid(values: list[list[float]], label: str, caption: str) -> Picture:
-        rows, columns = (list(map(str, range(1, n + 1))) for n in (len(values), len(values[0])))
-        svg = plots.heatmap(values, row_labels=rows, column_labels=columns, value_label=label, diverging=True)
-        cells: list[list[Cell]] = [[row, *line] for row, line in zip(rows, values, strict=True)]
+        i, j = (evenly(n, SHOWN) for n in (len(values), len(values[0])))
+        shown = [[values[row][column] for column in j] for row in i]
+        rows, columns = ([str(place + 1) for place in places] for places in (i, j))
+        svg = plots.heatmap(shown, row_labels=rows, column_labels=columns, value_label=label, diverging=True)
+        cells: list[list[Cell]] = [[row, *line] for row, line in zip(rows, shown, strict=True)]
         return Picture(svg, caption, f"{label}: {one} down, {other} across", Table(["", *columns], cells, label))
 
+    order = kinds_of(found.modules)
     grids: list[Block] = [
         grid(side["right"].excess_IJ.tolist(), f"{short(kind)}: φ above chance", f"Input directions of `{kind}`, mean.")
-        for kind, side in sorted(found.kinds.items(), key=lambda item: kinds_of(found.modules).index(item[0]))
+        for kind, side in sorted(found.kinds.items(), key=lambda item: order.index(item[0]))[:KINDS]
     ]
     cosines = layer_map(
         {path: m.cosine for path, m in found.modules.items()},
@@ -96,7 +102,11 @@ def _facts(found: Comparison) -> list[Fact]:
 def _table(found: Comparison) -> Table:
     head = ["module", "cosine", "distance", "‖ΔW₁‖", "‖ΔW₂‖", "φ(1, 1) in", "φ(R, R) in", "φ(1, 1) out", "φ(R, R) out"]
     rows: list[list[Cell]] = []
-    for path, m in found.modules.items():
+    sizes = {path: sum(m.frobenius) for path, m in found.modules.items()}
+    most = set(sorted(sizes, key=lambda path: -sizes[path])[:ROWS])
+    for path in filter(most.__contains__, found.modules):
+        m = found.modules[path]
         sides = [side.pairs.get(pair, {}).get("phi") for side in (m.right, m.left) for pair in ("1", "last")]
         rows.append([path, m.cosine, m.distance, *m.frobenius, *sides])
-    return Table(head, rows)
+    caption = f"The {ROWS} largest of {number(len(sizes))}; all of them: `deltaw compare --json`"
+    return Table(head, rows, caption if len(rows) < len(sizes) else "")

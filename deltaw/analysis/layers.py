@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from deltaw.analysis import plots
-from deltaw.analysis.axis import BUCKETS, thinned
+from deltaw.analysis.axis import BUCKETS, evenly, thinned
 from deltaw.analysis.maps import layer_map
 from deltaw.analysis.measure import BaseMeasures, Measures
 from deltaw.analysis.page import (
@@ -242,8 +242,9 @@ def _spectra(measures: Mapping[str, Measures]) -> Picture:
             mine.append([value / m.spectrum[0] for value in m.spectrum])
     means = {kind: [sum(each) / len(each) for each in zip(*spectra, strict=False)] for kind, spectra in groups.items()}
     length = max(map(len, means.values()), default=0)
-    places = range(length) if length <= INDICES else [round(i * (length - 1) / (INDICES - 1)) for i in range(INDICES)]
-    rows: list[list[Cell]] = [[i + 1, *(mean[i] if i < len(mean) else None for mean in means.values())] for i in places]
+    rows: list[list[Cell]] = []
+    for i in evenly(length, INDICES):
+        rows.append([i + 1, *(mean[i] if i < len(mean) else None for mean in means.values())])
     shown = {kind: [value for value in mean if value > 0] for kind, mean in means.items()}
     return Picture(
         plots.spectrum(shown),

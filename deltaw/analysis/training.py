@@ -5,9 +5,10 @@ is taken where it has the kind that it should have; one that lacks is lacking, o
 named among `faults`. Whoever reads a `Training` therefore asks for a field with `get`, and never for its type.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ ANSWERS = 20  # at most; a run keeps ten
 
 @dataclass(frozen=True)
 class Training:
-    """What a run folder holds beside its adapter. `result` has what of result.json is sound, nothing else."""
+    """What a run folder holds beside its adapter. `result` has what is sound of result.json's fields that are asked for
+    here, `raw` all of it."""
 
     config: RunConfig
     result: Mapping[str, Any]
     metrics: Metrics
     faults: tuple[str, ...] = ()
+    raw: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def epochs(self) -> float | None:
@@ -47,10 +50,10 @@ class Training:
         return self.config.train.epochs if self.config.train.steps is None else None
 
     def to_json(self) -> dict[str, Any]:
-        """The result, and every line of metrics.jsonl by column, null where a line hasn't it."""
+        """result.json as it is, and every line of metrics.jsonl by column, null where a line hasn't it."""
         names = {name: None for line in self.metrics for name in line}
         columns = {name: [_finite(line.get(name)) for line in self.metrics] for name in names}
-        return {**self.result, "metrics": columns, "faults": list(self.faults)}
+        return {**self.raw, "metrics": columns, "faults": list(self.faults)}
 
 
 def read_training(folder: Path) -> Training | None:
@@ -61,15 +64,17 @@ def read_training(folder: Path) -> Training | None:
     metrics, odd = run.scan_metrics()
     faults = [f"metrics.jsonl: {odd} of its lines can't be read, or not in full"] if odd else []
     try:
-        raw = run.read_json(run.result)
-    except InputError as error:
-        return Training(load_config(run.config), {}, metrics, (*faults, error.what))
+        stored = run.read_json(run.result)
+        raw = json.loads(json.dumps(stored), parse_constant=lambda _: None)  # NaN isn't JSON
+    except (InputError, RecursionError) as error:
+        what = error.what if isinstance(error, InputError) else "result.json: nested too deeply"
+        return Training(load_config(run.config), {}, metrics, (*faults, what))
     names: list[str] = []
-    result = dict(_sound(raw, names.append))
+    result = dict(_sound(stored, names.append))
     if names:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         faults.append(f"result.json: left out what can't be read: {shown}")
-    return Training(load_config(run.config), result, metrics, tuple(faults))
+    return Training(load_config(run.config), result, metrics, tuple(faults), raw)
 
 
 def _sound(raw: Mapping[str, Any], fault: Fault) -> Iterator[tuple[str, Any]]:

@@ -156,3 +156,13 @@ def test_a_page_does_not_grow_with_the_run(paths: list[str], steps: int) -> None
     assert '<td class="number">777</td>' in page, "a spike is lost"
     raw = report.to_json()
     assert len(raw["training"]["metrics"]["loss"]) == steps and len(raw["modules"]) == len(paths)
+
+
+def test_a_comparison_does_not_grow_with_the_adapters(tmp_path: Path) -> None:
+    """Neither with its modules nor with their rank nor with the kinds of module."""
+    paths = [f"layers.{i}.{kind}" for i in range(20) for kind in KINDS] + [f"layers.0.k{i}" for i in range(200)]
+    for name in ("one", "two"):
+        factors = {path: LowRank(torch.randn(64, 70), torch.randn(66, 64), 1.0) for path in paths}
+        Adapter(AdapterSpec(rank=64, alpha=64.0, targets=tuple(paths)), factors, BaseId()).save(tmp_path / name)
+    raw, _ = compare_named(*(str(tmp_path / name) for name in ("one", "two", "c.html")), display=QUIET)
+    assert (tmp_path / "c.html").stat().st_size < 1_500_000 and len(raw["modules"]) == len(paths)

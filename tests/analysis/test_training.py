@@ -90,6 +90,7 @@ def test_a_sound_run_is_read_whole_and_without_a_word(sound: Training) -> None:
     assert sound.faults == () and sound.metrics == STEPS and sound.epochs == 2
     assert sound.result == {**RESULT, "forgetting": {**RESULT["forgetting"], "rise_interval": (0.05, 0.15),
         "kl_interval": (0.08, 0.12)}, "machine": {"device": "cpu", "cpu": "x86"}}  # fmt: skip
+    assert {**sound.to_json(), "metrics": 0} == {**RESULT, "metrics": 0, "faults": []}
     assert sound.to_json()["metrics"]["loss"] == [line["loss"] for line in STEPS]
 
 
@@ -131,6 +132,14 @@ def test_what_is_missing_is_said_and_what_was_never_measured_is_not(tmp_path: Pa
     report = report_of(folder_of(tmp_path / "run", json.dumps(unmeasured), written(STEPS)))
     assert report.training is not None and report.training.faults == ()
     assert [level for level, words in report.findings if "no held-out rows" in words] == ["note"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), "20", [20], True, 10**400])
+def test_a_figure_of_another_kind_is_left_out_and_named(tmp_path: Path, value: Any) -> None:
+    odd = {**RESULT, "steps": value, "eval": {**RESULT["eval"], "after": {"loss": value, "exact_match": 0.5}}}
+    report = report_of(folder_of(tmp_path / "run", json.dumps(odd), written(STEPS)))
+    assert everywhere(report, "steps, eval.after.loss") and "steps" not in report.training.result  # type: ignore[union-attr]
+    assert not [words for _, words in report.findings if "held-out loss" in words]
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
