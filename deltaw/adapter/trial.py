@@ -53,7 +53,8 @@ class Observed:
 def observe(model: nn.Module) -> Observed | None:
     """The base as it is; None where it isn't run by token ids alone."""
     linear = {path: module for path, module in model.named_modules() if FrozenLinear.can_wrap(module)}
-    watch, hooks = _Watch(linear), []
+    watch = _Watch(linear)
+    hooks: list[Any] = []
     try:
         for path, module in linear.items():
             hooks += watch.on(path, module)
