@@ -58,7 +58,7 @@ def observe(model: nn.Module) -> Observed | None:
     try:
         for path, module in linear.items():
             hooks += watch.on(path, module)
-        hooks.append(model.get_input_embeddings().register_forward_hook(_as_leaf))  # type: ignore[operator]
+        hooks.append(model.get_input_embeddings().register_forward_hook(_with_gradient))  # type: ignore[operator]
         with _evaluating(model), torch.enable_grad(), watch:
             logits_TV = _logits(model)
     except REFUSALS:
@@ -176,8 +176,8 @@ def _family(path: str) -> str:
     return ".".join(part for part in path.split(".") if not part.isdigit())
 
 
-def _as_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output.detach().requires_grad_()
+def _with_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.detach().requires_grad_().clone()  # a model may write into it, which no leaf allows
 
 
 def _logits(model: Any) -> Tensor:

@@ -287,6 +287,13 @@ def test_a_model_may_write_into_what_it_was_given(path: str, packed: bool) -> No
     assert all(p.grad is not None and p.grad.isfinite().all() for p in attached.parameters)
 
 
+def test_a_model_that_writes_into_its_embeddings_is_observed() -> None:
+    model = tiny("llama")
+    model.model.layers[0] = Writing(model.model.layers[0])
+    model.model.layers[0].forward = lambda x, **kwargs: model.model.layers[0].inner(x.mul_(2), **kwargs)
+    assert observe(model) is not None and len(attach(model, SPEC).paths) == 14
+
+
 def test_a_stand_in_that_keeps_what_the_model_writes_to_is_taken_out() -> None:
     """Half precision: the model's own norm keeps a float32 copy of the residual stream, the kernel keeps the stream."""
 
