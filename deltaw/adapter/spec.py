@@ -128,27 +128,25 @@ def targets_of(model: nn.Module, adapter: Adapter, unfit: Mapping[str, str] | No
 
 
 def language_paths(model: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `paths` that lie in the language model: all of them, unless the config has a text config of its own."""
+    """Those of `paths` that lie in the language model. It is built from the text config where the config has one; where
+    it hasn't, models within the model that have a config of another kind are no part of it. All, where that is none."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return paths
-    text = config.get_text_config(decoder=True)
-    if text is config:
-        return paths
-    own = {path: type(getattr(module, "config", None)) for path, module in model.named_modules() if path}
-    roots = tuple(f"{path}." for path, kind in own.items() if kind is type(text))
-    return tuple(path for path in paths if path.startswith(roots)) or paths
-
-
-def beside_paths(model: nn.Module, paths: tuple[str, ...]) -> set[str]:
-    """Those of `paths` that belong to something else than the language model: they lie outside it or, where it has no
-    place of its own, in a part that has a config of another kind."""
-    language = language_paths(model, paths)
-    if len(language) < len(paths) or not hasattr(model, "config"):
-        return set(paths).difference(language)
-    configs = {path: getattr(module, "config", None) for path, module in model.named_modules() if path}
-    others = tuple(f"{path}." for path, config in configs.items() if config and type(config) is not type(model.config))
-    return {path for path in paths if others and path.startswith(others)}
+    text = type(config.get_text_config(decoder=True))
+    models = {
+        f"{path}.": type(module.config)
+        for path, module in model.named_modules()
+        if path and hasattr(module, "config") and hasattr(module, "get_input_embeddings")
+    }
+    if text is type(config):
+        others = tuple(path for path, kind in models.items() if kind is not text)
+        inside = tuple(path for path in paths if not path.startswith(others))
+    else:
+        inside = tuple(
+            path for path in paths if path.startswith(tuple(p for p, kind in models.items() if kind is text))
+        )
+    return inside or paths
 
 
 def _called(name: str, paths: tuple[str, ...], language: tuple[str, ...]) -> list[str]:

@@ -26,14 +26,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from deltaw.adapter.layer import AdaptedLinear
-from deltaw.adapter.spec import beside_paths
 from deltaw.base.attention import ATTENTION
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.probe import REFUSALS, probe_documents, rounding
 from deltaw.errors import InputError
 from deltaw.kernels.attention import Documents
 
-BESIDE = "isn't part of the language model, and doesn't run on text"
+NOT_TEXT = "doesn't run on text"
 SILENT = "gets no gradient from the model's answers"
 READ = "has its weight read by the model itself, past the layer"
 CHANGED = "gives something else than its weight and bias make of its input"
@@ -54,9 +53,11 @@ def observe(model: nn.Module) -> Observed | None:
     """The base as it is; None where it isn't run by token ids alone."""
     linear = {path: module for path, module in model.named_modules() if FrozenLinear.can_wrap(module)}
     watch = _Watch(linear)
+    hooks: list[Any] = []
     try:
-        hooks = [hook for path, module in linear.items() for hook in watch.on(path, module)]
-        hooks.append(model.get_input_embeddings().register_forward_hook(_as_leaf))  # type: ignore[operator]
+        for path, module in linear.items():
+            hooks += watch.on(path, module)
+        hooks.append(model.get_input_embeddings().register_forward_hook(_with_gradient))  # type: ignore[operator]
         with _evaluating(model), torch.enable_grad(), watch:
             logits_TV = _logits(model)
     except REFUSALS:
@@ -64,7 +65,9 @@ def observe(model: nn.Module) -> Observed | None:
     finally:
         for hook in hooks:
             hook.remove()
-    idle = dict.fromkeys(beside_paths(model, tuple(linear)).difference(watch.outputs), BESIDE)
+    # An expert that no token chose is one of many; a tower, or attention to an encoder, has none that ran.
+    ran = {_family(path) for path in watch.outputs}
+    idle = dict.fromkeys([path for path in linear if _family(path) not in ran], NOT_TEXT)
     idle |= dict.fromkeys(watch.without_gradient(logits_TV), SILENT)
     return Observed(logits_TV.detach(), frozenset(watch.outputs), dict.fromkeys(watch.read, READ), idle)
 
@@ -167,8 +170,13 @@ class _Watch(TorchFunctionMode):
         return made
 
 
-def _as_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output.detach().requires_grad_()
+def _family(path: str) -> str:
+    """A path without the numbers of lists."""
+    return ".".join(part for part in path.split(".") if not part.isdigit())
+
+
+def _with_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.detach().requires_grad_().clone()  # a model may write into it, which no leaf allows
 
 
 def _logits(model: Any) -> Tensor:

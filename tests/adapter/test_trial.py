@@ -232,6 +232,30 @@ def test_a_layer_without_a_gradient_is_left_out_where_a_group_asks() -> None:
     assert attach(model, adapter).paths == (f"{Q}.chooser",)
 
 
+class Layer(nn.Module):
+    """A list of experts, of which the first alone is ever asked, and attention to an encoder that isn't there."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.cross = inner, nn.Linear(32, 32).requires_grad_(False)
+        self.experts = nn.ModuleList(nn.Linear(32, 32).requires_grad_(False) for _ in range(3))
+
+    def forward(self, x: Tensor, encoded: Tensor | None = None) -> Tensor:
+        y = self.inner(x) + self.experts[0](x)
+        return y if encoded is None else y + self.cross(encoded)
+
+
+def test_what_never_runs_on_text_is_left_out_and_an_expert_that_no_token_chose_is_not() -> None:
+    model = holding(Layer)
+    attached = attach(model, SPEC, fuse=())
+    assert list(attached.left_out) == [f"{Q}.cross"] and "text" in attached.left_out[f"{Q}.cross"]
+    assert {f"{Q}.experts.{i}" for i in range(3)} <= set(attached.paths)
+    detach(attached)
+    with pytest.raises(InputError) as caught:
+        attach(model, SPEC.model_copy(update={"targets": ("q_proj.cross", "k_proj")}))
+    assert f"{Q}.cross" in caught.value.what
+
+
 # Models that write into what a layer returned, and stand-ins that keep what the model writes to
 
 
@@ -261,6 +285,13 @@ def test_a_model_may_write_into_what_it_was_given(path: str, packed: bool) -> No
     tokens = torch.arange(12)[None]
     model(input_ids=tokens, use_cache=False).logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in attached.parameters)
+
+
+def test_a_model_that_writes_into_its_embeddings_is_observed() -> None:
+    model = tiny("llama")
+    model.model.layers[0] = Writing(model.model.layers[0])
+    model.model.layers[0].forward = lambda x, **kwargs: model.model.layers[0].inner(x.mul_(2), **kwargs)
+    assert observe(model) is not None and len(attach(model, SPEC).paths) == 14
 
 
 def test_a_stand_in_that_keeps_what_the_model_writes_to_is_taken_out() -> None:
