@@ -13,11 +13,14 @@ what rotary frequencies that depend on the longest position (longrope, dynamic N
 finds a faint leak (into a state space, say) in any number format, and they are near those of the row alone, which finds
 wrong positions. How near is measured: rounding between batches, and experts that are chosen by a hair, are no matter.
 
-The trial takes some ten passes over a few tokens.
+The trial takes some fifteen passes over a few tokens, once per model and way of attention.
 """
 
+import dataclasses
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +45,19 @@ class Together:
     def on(model: nn.Module, most: int, *, alone: bool = False) -> "Together":
         """For rows of at most `most` tokens, on a model in eval mode; `alone`: there is only one."""
         border = _border(model, min(most, context(model)))
-        return Together(border=border) if alone else _Trial(model).result(border)
+        if alone:
+            return Together(border=border)
+        way = (next(model.parameters()).dtype, model.config._attn_implementation)  # type: ignore[union-attr]
+        if _tried.get(model, (None,))[0] != way:
+            _tried[model] = way, _Trial(model).result()
+        return dataclasses.replace(_tried[model][1], border=border)
 
     def crosses(self, tokens: int) -> bool:
         """Whether a row of so many tokens, answer included, goes beyond the border."""
         return self.border is not None and tokens > self.border
+
+
+_tried: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Together]] = weakref.WeakKeyDictionary()  # spares the passes
 
 
 class _Trial:
@@ -61,7 +72,7 @@ class _Trial:
         # As in plan_forward: two roundings of the same sums, in units of a typical logit.
         self.units = max(25 * torch.finfo(dtype).eps + 300 * torch.finfo(wide).eps, 1e-6)
 
-    def result(self, border: int | None) -> Together:
+    def result(self) -> Together:
         try:
             short, long, other = (self.logits([ids])[:, 0] for ids in (self.short, self.long, self.other))
             rounding = self.distance([self.long, self.other], [long, other])
@@ -69,7 +80,7 @@ class _Trial:
         except REFUSALS:
             company = False
         if not company:
-            return Together(border=border)
+            return Together()
         near = max(self.units, 3 * rounding)
         return Together(
             company=True,
@@ -80,7 +91,6 @@ class _Trial:
                 )
             ),
             leaving=_holds(lambda: self.distance([self.other, self.long], [long], leave=True) <= near),
-            border=border,
         )
 
     @torch.no_grad()
