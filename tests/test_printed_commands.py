@@ -53,7 +53,9 @@ def folder(tmp_path_factory) -> Path:
     folder.mkdir()
     tiny_base(folder / "base")
     words(folder / "train.jsonl")
-    (folder / "run.yaml").write_text(yaml.safe_dump(run_file(folder, output=str(folder / "-run; ls"))))
+    (folder / "run.yaml").write_text(
+        yaml.safe_dump({**run_file(folder, base="base"), "data": {"train": "train.jsonl", "eval": 8}})
+    )
     return folder
 
 

@@ -13,11 +13,14 @@ what rotary frequencies that depend on the longest position (longrope, dynamic N
 finds a faint leak (into a state space, say) in any number format, and they are near those of the row alone, which finds
 wrong positions. How near is measured: rounding between batches, and experts that are chosen by a hair, are no matter.
 
-The trial takes some ten passes over a few tokens.
+The trial takes some fifteen passes over a few tokens, once per model and way of attention.
 """
 
+import dataclasses
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +44,19 @@ class Together:
     def on(model: nn.Module, most: int, *, alone: bool = False) -> "Together":
         """For rows of at most `most` tokens, on a model in eval mode; `alone`: there is only one."""
         border = _border(model, min(most, context(model)))
-        return Together(border=border) if alone else _Trial(model).result(border)
+        if alone:
+            return Together(border=border)
+        way = (next(model.parameters()).dtype, model.config._attn_implementation)  # type: ignore[union-attr]
+        if _tried.get(model, (None,))[0] != way:
+            _tried[model] = way, _Trial(model).result()
+        return dataclasses.replace(_tried[model][1], border=border)
 
     def crosses(self, tokens: int) -> bool:
         """Whether a row of so many tokens, answer included, goes beyond the border."""
         return self.border is not None and tokens > self.border
+
+
+_tried: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Together]] = weakref.WeakKeyDictionary()  # spares the passes
 
 
 class _Trial:
@@ -57,7 +68,7 @@ class _Trial:
         self.short, self.long, self.other = ids_T.split([SHORT, LONG, LONG])
         self.units = max(rounding(next(model.parameters()).dtype), 1e-6)
 
-    def result(self, border: int | None) -> Together:
+    def result(self) -> Together:
         try:
             short, long, other = (self.logits([ids])[:, 0] for ids in (self.short, self.long, self.other))
             batched = self.distance([self.long, self.other], [long, other])
@@ -65,7 +76,7 @@ class _Trial:
         except REFUSALS:
             company = False
         if not company:
-            return Together(border=border)
+            return Together()
         near = max(self.units, 3 * batched)
         return Together(
             company=True,
@@ -76,7 +87,6 @@ class _Trial:
                 )
             ),
             leaving=_holds(lambda: self.distance([self.other, self.long], [long], leave=True) <= near),
-            border=border,
         )
 
     @torch.no_grad()

@@ -27,8 +27,9 @@ def demo(
     """Teach a 135M model to pronounce English words, with real data, in minutes on a CPU."""
     from deltaw.config import parse_config
     from deltaw.demo import DEMO
+    from deltaw.paths import written
 
-    _train(parse_config({**DEMO, "output": output}), replace=True, as_json=as_json)
+    _train(parse_config({**DEMO, "output": written(output)}), replace=True, as_json=as_json)
 
 
 @app.command(epilog="Examples: deltaw train run.yaml train.lr=1e-3    deltaw train runs/first  (resumes)")

@@ -23,6 +23,7 @@ from deltaw.analysis.measure import Measures, measure_adapter
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.source import find_base
 from deltaw.config import RunConfig, parse_config
+from deltaw.paths import written
 from deltaw.progress import Display
 from deltaw.run import Run
 from deltaw.training.loop import resume, train
@@ -143,7 +144,7 @@ class Lab:
             "output": "-",
         }
         digest = hashlib.sha256(json.dumps(parse_config(raw).model_dump(mode="json")).encode()).hexdigest()[:12]
-        return parse_config({**raw, "output": str(self.folder / "trials" / digest)})
+        return parse_config({**raw, "output": written(str(self.folder / "trials" / digest))})
 
 
 def best(trials: Mapping[float, Trial]) -> tuple[float, Trial]:

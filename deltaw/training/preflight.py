@@ -30,6 +30,7 @@ from deltaw.data.pack import pack
 from deltaw.errors import InputError, RunError, command
 from deltaw.evaluate import forgetting as general_forgetting
 from deltaw.evaluate import held_out
+from deltaw.paths import written
 from deltaw.progress import Display
 from deltaw.training.checkpoint import list_checkpoints
 from deltaw.training.memory import (
@@ -331,7 +332,11 @@ def _go_on(trainer: "Trainer", setting: str | None) -> str:
     remains = f"{saved[-1].name} remains" if saved else "nothing was trained yet"
     if setting and " " not in setting and setting.startswith(("train.tokens_per_batch", "evaluate.")):
         return f"{remains}; go on with: {command('train', folder, setting, options=['--allow'])}"
-    words = [folder / "config.yaml", setting or "base=…", *([f"output={folder}-smaller"] if saved else [])]
+    words = [
+        folder / "config.yaml",
+        setting or "base=…",
+        *([f"output={written(str(folder))}-smaller"] if saved else []),
+    ]
     return f"{remains}; a new run: {command('train', *words, options=[] if saved else ['--replace'])}"
 
 

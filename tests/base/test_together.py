@@ -117,6 +117,18 @@ def test_what_may_share_a_batch_is_found() -> None:
         assert found(name, most=24).border is None
 
 
+def test_a_model_is_tried_once() -> None:
+    model: Any = build(*ALL["llama"])
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    generate(model, PROMPTS[:2], Sampling(max_new_tokens=2), set())
+    first = len(passes)
+    generate(model, PROMPTS[:2], Sampling(max_new_tokens=2), set())
+    assert len(passes) - first == 2 + 2 < first  # at the border, and for the tokens
+    list(stream(model, PROMPTS[0], Sampling(max_new_tokens=2), set()))
+    assert len(passes) - first == 2 * (2 + 2)
+
+
 def test_a_long_answer_leaves_no_frequencies_behind() -> None:
     model: Any = build(*BORDERS["dynamic"])
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
