@@ -3,7 +3,7 @@
 Four kinds of name, tried in this order:
 
     builtin:smollm2-135m      a GGUF inside a PyPI package; found by its metadata, the package is not imported
-    path/to/model.gguf        dequantised once into the cache (base/gguf.py)
+    path/to/model.gguf        dequantised once into the cache (base/gguf.py); one in parts by any of them
     path/to/folder            config.json + safetensors
     org/name[@revision]       a hub id, downloaded by huggingface_hub and pinned to its commit
 
