@@ -40,7 +40,11 @@ from deltaw.base.weights import fsync, write_text_atomic
 from deltaw.errors import InputError, RunError, listed
 
 FORMAT = "v2"  # of the converted folder; a change makes every file convert anew
-MODEL_TYPES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}  # transformers' names, where they aren't llama.cpp's
+MODEL_TYPES = {
+    "gemma3": "gemma3_text",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+}  # transformers' names, where they aren't llama.cpp's
 
 
 def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None = None) -> Path:

@@ -5,6 +5,8 @@ from typing import Any
 
 from deltaw.errors import InputError, listed
 
+FLAGS = {"use_parallel_residual", "expert_weights_norm"}  # true or false where others are numbers
+
 
 class Keys:
     """`<architecture>.<suffix>` by suffix. Whatever is neither taken nor refused by `finish` was forgotten: there is no
@@ -33,10 +35,14 @@ class Keys:
             value = value[0]
         if value is default:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+        if isinstance(value, bool) is not (suffix in FLAGS) or not self._finite(value):
             self.refuse_key(suffix, value)
             return default
         return value
+
+    @staticmethod
+    def _finite(value: Any) -> bool:
+        return isinstance(value, (int, float)) and abs(value) < float("inf")
 
     def take(self, suffix: str, default: Any = None) -> Any:
         return self._left.pop(suffix, default)

@@ -37,6 +37,7 @@ EXPERTS = {
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_weights_norm": "norm_topk_prob",
 }
 LAYER_NORM = "attention.layer_norm_epsilon"
 # What an architecture names otherwise, or has beside the common fields.
@@ -57,9 +58,11 @@ OWN: dict[str, dict[str, str]] = {
     "starcoder2": {LAYER_NORM: "norm_epsilon", "attention.sliding_window": "sliding_window"},
     "stablelm": {LAYER_NORM: "layer_norm_eps", "use_parallel_residual": "use_parallel_residual"},
     "gpt2": {LAYER_NORM: "layer_norm_epsilon", "feed_forward_length": "n_inner"},
+    "nemotron": {LAYER_NORM: "norm_eps"},
+    "qwen2moe": {**EXPERTS, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
     "qwen3moe": EXPERTS,
 }
-PARTIAL = {"stablelm", "phi3"}  # rotate a share of each head
+PARTIAL = {"stablelm", "phi3", "nemotron"}  # rotate a share of each head
 GEMMA = {"gemma2": 46, "gemma3": 62}  # and the number of layers of the one size whose queries are scaled otherwise
 UNROTATED = {"gpt2"}
 # Keys that change nothing while they say this.
@@ -76,7 +79,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_used_count": (0,),
     "expert_shared_count": (0,),
     "expert_weights_scale": (0.0, 1.0),
-    "expert_weights_norm": (True,),  # Qwen3's; whoever has no experts has no key either
     "expert_gating_func": (1,),  # softmax
     "leading_dense_block_count": (0,),
     "nextn_predict_layers": (0,),

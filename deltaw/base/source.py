@@ -3,7 +3,7 @@
 Four kinds of name, tried in this order:
 
     builtin:smollm2-135m      a GGUF inside a PyPI package; found by its metadata, the package is not imported
-    path/to/model.gguf        dequantised once into the cache (base/gguf.py)
+    path/to/model.gguf        dequantised once into the cache (base/gguf.py); one in parts by any of them
     path/to/folder            config.json + safetensors
     org/name[@revision]       a hub id, downloaded by huggingface_hub and pinned to its commit
 
@@ -114,6 +114,12 @@ def check_folder(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             raise InputError(f"{folder}: is an adapter, not a base", fix="name the base it was trained on")
         raise InputError(f"{folder}: has no config.json, so it is no model folder", fix=_inside(folder))
+    if (folder / "adapter_config.json").is_file():
+        # Where PEFT is installed, transformers puts the adapter into the model without a word.
+        raise InputError(
+            f"{folder}: holds a model and an adapter, so which of the two is the base can't be told",
+            fix="move adapter_config.json and adapter_model.safetensors into a folder of their own",
+        )
     # Infinity is a legal value in real configs (Mamba's time_step_limit).
     config = read_json(folder / "config.json", allow_nan=True)
     if not isinstance(config.get("model_type"), str):

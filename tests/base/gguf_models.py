@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .gguf_ids import vocabulary
 
-ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe"}
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -117,7 +117,9 @@ def _weights(model: Any, architecture: MODEL_ARCH) -> list[tuple[str, Any]]:
         if config.model_type in ("llama", "mistral") and stem.endswith(("q_proj", "k_proj")):
             heads = config.num_attention_heads if stem.endswith("q_proj") else config.num_key_value_heads
             values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-        if config.model_type.startswith("gemma") and "norm" in stem:
+        if stem.endswith("shared_expert_gate"):
+            values = values[0]
+        if config.model_type.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
             values = values + 1
         if config.model_type == "gpt2" and values.ndim == 2 and ".h." in stem:
             values = values.T

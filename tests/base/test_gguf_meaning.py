@@ -59,6 +59,20 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], Any]] = {
     "qwen2, yarn": ("qwen2", rope("yarn", **YARN), YARN_KEYS, None),
     "qwen3": ("qwen3", {"head_dim": 16}, {}, None),
     "qwen3moe": ("qwen3_moe", {"norm_topk_prob": True}, {"feed_forward_length": 48}, None),
+    "qwen2moe": (
+        "qwen2_moe",
+        {"shared_expert_intermediate_size": 24},
+        {"feed_forward_length": 48, "expert_shared_feed_forward_length": 24},
+        None,
+    ),
+    "qwen3moe, shares as they come": (
+        "qwen3_moe",
+        {"norm_topk_prob": False},
+        {"feed_forward_length": 48, "expert_weights_norm": False},
+        None,
+    ),
+    "nemotron": ("nemotron", rope("default", partial_rotary_factor=0.5), {"attention.layer_norm_epsilon": 1e-5}, None),
+    "stablelm, in parallel": ("stablelm", {"use_parallel_residual": True}, {}, None),
     "gemma2": (
         "gemma2",
         {
@@ -125,6 +139,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "caps": ("llama", {"final_logit_softcapping": 30.0}, {}, "final_logit_softcapping"),
     "caps that gemma3 never applies": ("gemma3_text", {"attn_logit_softcapping": 50.0}, {}, "attn_logit_softcapping"),
     "a window": ("qwen2", {"attention.sliding_window": 16}, {}, "sliding_window"),
+    "another's architecture": ("llama", {".general.architecture": "falcon"}, {}, "falcon"),
+    "a number for a flag": ("stablelm", {"use_parallel_residual": 1}, {}, "use_parallel_residual"),
     "a clamp": ("llama", {"attention.clamp_kqv": 8.0}, {}, "clamp_kqv"),
     "a share turned": ("llama", {"rope.dimension_count": 4}, {}, "rope.dimension_count"),
     "another kind of scaling": ("llama", {"rope.scaling.type": "su"}, {}, "rope.scaling.type"),

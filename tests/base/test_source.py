@@ -166,3 +166,10 @@ def test_cheap_checks_import_nothing_heavy(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
+    """transformers would put it into the base where PEFT is installed, and leave it out elsewhere."""
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+    with pytest.raises(InputError, match="a model and an adapter"):
+        check_folder(folder)
