@@ -13,6 +13,7 @@ nothing else, on the adapter as it was saved. Rejected: exit code 1 for a measur
 a whole adapter for none), and measuring first (a crash in an answer took the whole training with it).
 """
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -99,13 +100,14 @@ def _forgetting(trainer: Trainer, general: Sequence[Example]) -> Forgetting:
 def _report(trainer: Trainer, measured: Measured, attempts: Attempts) -> None:
     """report.html; where that fails, result.json says so. The last line says how to have what failed."""
     run, display = trainer.run, trainer.display
-    trainer.stop.advice = f"the run is finished, its report is not: deltaw inspect {run.folder}"
+    folder = shlex.quote(str(run.folder))
+    trainer.stop.advice = f"the run is finished, its report is not: deltaw inspect {folder}"
     if trainer.config.evaluate.report:
         attempts(REPORT, lambda: write_report(run, display), what="no report")
         if REPORT in attempts.failed:
             attempts("result", lambda: _note(trainer, attempts.failed), what=f"{run.result} doesn't say so")
     if attempts.failed:
-        display.say(f"the adapter is saved: {run.adapter}; to measure what failed: deltaw train {run.folder}")
+        display.say(f"the adapter is saved: {run.adapter}; to measure what failed: deltaw train {folder}")
 
 
 def _note(trainer: Trainer, failed: dict[str, str]) -> None:
