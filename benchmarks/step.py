@@ -41,7 +41,8 @@ def gemm_gigaflops(rows: int) -> float:
 
 
 def main() -> None:
-    config = parse_config({**DEMO, "data": {**DEMO["data"], "limit": 2000, "eval": None}, "evaluate": {}})
+    sections = {"data": {**DEMO["data"], "limit": 2000, "eval": None}, "train": {**DEMO["train"], "sample_every": None}}
+    config = parse_config({**DEMO, **sections, "evaluate": {}})
     _, _, dataset = open_dataset(config, Display(quiet=True))
     base = open_base(config.base)
     forward = plan_forward(base.model)

@@ -141,7 +141,7 @@ def _all(ids: Sequence[int], origin: str) -> Example:
 
 def _rows(source: str, limit: int) -> list[Example]:
     """The first `limit` rows of a data set as the project itself prepares them."""
-    raw: dict[str, Any] = {**DEMO, "data": {"train": source, "limit": limit}, "evaluate": {}}
+    raw: dict[str, Any] = {**DEMO, "data": {"train": source, "limit": limit}, "train": {}, "evaluate": {}}
     _, _, dataset = open_dataset(parse_config(raw), Display(quiet=True))
     return dataset.train
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from deltaw.config import RunConfig, load_config, parse_config
+from deltaw.effects import switched_off
 from deltaw.errors import InputError
 from deltaw.training.changes import check_changes
 
@@ -23,15 +24,25 @@ IDLE: dict[str, dict[str, Any]] = {
     "train.sample_every": {"train": {"sample_every": 5}},
     "evaluate.metrics": {"evaluate": {"metrics": ["exact_match"]}},
     "evaluate.samples": {"evaluate": {"samples": 5}},
-    "evaluate.max_new_tokens": {"evaluate": {"max_new_tokens": 8}},
     "train.lr_ratio_b": {"train": {"lr_ratio_b": 4.0}, "adapter": "full"},
     "data.seed": {"data": {"train": "t.jsonl", "seed": 1}},
 }
 IDLE_BESIDE_ROWS: dict[str, dict[str, Any]] = {
-    "train.sample_every": {**HELD_OUT, "train": {"sample_every": 5}, "evaluate": {"samples": 0}},
-    "evaluate.max_new_tokens": {**HELD_OUT, "evaluate": {"max_new_tokens": 8, "samples": 0}},
     "data.seed": {"data": {"train": "t.jsonl", "eval": "e.jsonl", "seed": 1}},
 }
+SWITCHED_OFF: dict[str, dict[str, Any]] = {
+    "train.epochs": {"train": {"epochs": 3, "steps": 5}},
+    "train.sample_every": {**HELD_OUT, "train": {"sample_every": 5}, "evaluate": {"samples": 0}},
+    "evaluate.max_new_tokens": {"evaluate": {"max_new_tokens": 8}},
+}
+
+
+@pytest.mark.parametrize("name", SWITCHED_OFF)
+def test_what_others_switch_off_is_said(name: str) -> None:
+    (line,) = switched_off(parse_config(config(**SWITCHED_OFF[name])))
+    assert name in line
+    assert switched_off(parse_config(config(**HELD_OUT, evaluate={"max_new_tokens": 8}))) == []
+    assert switched_off(parse_config(MINIMAL)) == []
 
 
 @pytest.mark.parametrize("sections", [*IDLE.items(), *IDLE_BESIDE_ROWS.items()], ids=lambda item: item[0])

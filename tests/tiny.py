@@ -36,8 +36,9 @@ def words(path: Path, count: int = 60) -> Path:
 
 
 def run_file(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A run of six small steps in float32, as a mapping; `changes` replace whole sections."""
-    return {
+    """A run of six small steps in float32, as a mapping; `changes` replace whole sections. Held-out rows are looked at
+    where there are some."""
+    fields: dict[str, Any] = {
         "base": str(folder / "base"),
         "adapter": {"rank": 4, "alpha": 8},
         "data": {"train": str(folder / "train.jsonl"), "eval": 8},
@@ -55,3 +56,6 @@ def run_file(folder: Path, **changes: Any) -> dict[str, Any]:
         "output": str(folder / "run"),
         **changes,
     }
+    if "eval" not in fields["data"] and "train" not in changes:
+        del fields["train"]["eval_every"]
+    return fields

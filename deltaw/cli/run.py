@@ -108,8 +108,8 @@ def evaluate(
     base: BaseName = None,
     no_adapter: NoAdapter = False,
     metrics: Annotated[list[str] | None, typer.Option(help="exact_match, phoneme_error_rate.")] = None,
-    rows: Annotated[int | None, typer.Option(help="Only this many rows, chosen at random.")] = None,
-    max_tokens: MaxTokens = 64,
+    rows: Annotated[int | None, typer.Option(min=1, help="Only this many rows, chosen at random.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens; the run's own without it.")] = None,
     as_json: Json = False,
 ) -> None:
     """Loss, perplexity and task metrics on held-out rows or on a file."""

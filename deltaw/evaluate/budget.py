@@ -33,6 +33,7 @@ from deltaw.model import Model
 from deltaw.progress import Display
 
 STEPS = 7
+NOTHING = 0.01  # nats a token: what a loss is held to at least, before a share of it is taken
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Trial:
 def resize_to_loss(
     model: Model, adapter: Adapter, examples: Sequence[Example], max_increase: float, *, display: Display
 ) -> tuple[Adapter, list[Trial]]:
-    """The smallest adapter found whose loss is at most (1 + max_increase) times the full one's; all trials, the full
-    adapter's first.
+    """The smallest adapter found whose loss is at most (1 + max_increase) times the full one's (counted as `NOTHING` at
+    least: a share of 0 would allow nothing); all trials, the full adapter's first.
 
     The model may carry the adapter or none, and is left as it was. Raises InputError: a negative or infinite
     max_increase, no rows, another adapter on the model, an adapter of another base.
@@ -70,7 +71,8 @@ def resize_to_loss(
             update(len(trials), f"{smaller.parameters:,} parameters, loss {loss:.4f}")
             return loss
 
-        limit = (1 + max_increase) * measured(adapter, 1.0)
+        full = measured(adapter, 1.0)
+        limit = full + max_increase * max(full, NOTHING)
         too_few, enough = 0, len(shares_K)
         while enough - too_few > 1 and len(trials) <= STEPS:
             k = (too_few + enough) // 2

@@ -23,7 +23,7 @@ def evaluate_on(
     use_adapter: bool,
     metrics: list[str] | None,
     rows: int | None,
-    max_tokens: int,
+    max_tokens: int | None,
     display: Display,
 ) -> dict[str, Any]:
     """{model, adapter, rows, loss, perplexity, <metrics>}. Raises InputError before the weights are read."""
@@ -60,15 +60,20 @@ def rows_of(
     return model, examples
 
 
-def _what(config: RunConfig | None, metrics: list[str] | None, max_tokens: int) -> EvaluateConfig:
+def _what(config: RunConfig | None, metrics: list[str] | None, max_tokens: int | None) -> EvaluateConfig:
+    """What is measured: the metrics named, else the run's own; answers as long as asked for, else as the run's."""
     unknown = [metric for metric in metrics or () if metric not in METRICS]
     if unknown:
         raise InputError(f"no metric {unknown[0]!r}", fix=f"known: {', '.join(METRICS)}")
-    if metrics:
-        return EvaluateConfig(metrics=tuple(metrics), max_new_tokens=max_tokens, samples=0)  # type: ignore[arg-type]
-    if config:
-        return config.evaluate.model_copy(update={"samples": 0})
-    return EvaluateConfig(samples=0)
+    own = config.evaluate if config else EvaluateConfig()
+    what = EvaluateConfig.checked(
+        metrics=tuple(metrics) if metrics else own.metrics,
+        max_new_tokens=own.max_new_tokens if max_tokens is None else max_tokens,
+        samples=0,
+    )
+    if max_tokens is not None and not what.metrics:
+        raise InputError("--max-tokens does nothing without a metric: nothing is answered", fix="name one: --metrics")
+    return what
 
 
 def _data(config: RunConfig | None, name: str, data: str | None, rows: int | None) -> DataConfig:

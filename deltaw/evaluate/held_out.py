@@ -6,6 +6,7 @@ text of that span: training and evaluation can't differ in how a prompt is writt
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
@@ -154,8 +155,8 @@ def spread(rows: Sequence[Row], count: int) -> list[Row]:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp(loss); the largest number where that overflows, since JSON has no infinity."""
+    return math.exp(loss) if loss < 700 else sys.float_info.max
 
 
 def _split(example: Example) -> tuple[list[int], list[int]]:

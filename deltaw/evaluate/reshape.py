@@ -4,6 +4,7 @@ The functions of adapter/algebra.py and its neighbours do the work on values; he
 is to be written is claimed before anything is computed, and losses become a table.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -178,7 +179,8 @@ def _trials(trials: Sequence[Trial]) -> list[str]:
     head = f"{'energy':>9} {'parameters':>12} {'mean rank':>10} {'held-out loss':>14}"
     full = trials[0].loss
     rows = [
-        f"{t.energy:9.3%} {t.parameters:12,} {t.mean_rank:10.1f} {t.loss:14.4f}  {t.loss / full - 1:+.2%}"
+        f"{t.energy:9.3%} {t.parameters:12,} {t.mean_rank:10.1f} {t.loss:14.4f}"
+        + (f"  {t.loss / full - 1:+.2%}" if full > 0 else f"  {t.loss - full:+.4f}")  # of a memorised task it is 0
         for t in trials
     ]
     return [head, *rows]
@@ -186,12 +188,19 @@ def _trials(trials: Sequence[Trial]) -> list[str]:
 
 def _points(points: Sequence[Point]) -> str:
     """Both losses at each factor, a bar beside each, longest for the largest of its column."""
-    most = max(p.task_loss for p in points), max(p.general_loss for p in points)
+    finite = [[loss for loss in losses if math.isfinite(loss)] for losses in zip(*map(_losses, points), strict=True)]
+    most = [max(losses, default=0.0) for losses in finite]
     rows = [f"{'factor':>7}  {'task loss':{BAR + 10}}general text, loss"]
     for p in points:
-        task, general = (
-            f"{loss:8.4f} {'█' * max(1, round(BAR * loss / top)):{BAR}} "
-            for loss, top in zip((p.task_loss, p.general_loss), most, strict=True)
-        )
+        task, general = (f"{loss:8.4f} {_bar(loss, top):{BAR}} " for loss, top in zip(_losses(p), most, strict=True))
         rows.append(f"{p.factor:7g} {task}{general}".rstrip())
     return "\n".join(rows)
+
+
+def _losses(point: Point) -> tuple[float, float]:
+    return point.task_loss, point.general_loss
+
+
+def _bar(loss: float, top: float) -> str:
+    """At most `BAR` wide, none for a loss that is no number: a large factor can break a model."""
+    return "█" * max(1, round(BAR * (loss / top if top > 0 else 0))) if math.isfinite(loss) else ""

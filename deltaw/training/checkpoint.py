@@ -66,6 +66,11 @@ class TrainState:
     config: dict[str, Any] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)  # on which the last bits depend
 
+    @property
+    def tokens_per_second(self) -> float:
+        """0 where no time has passed that the clock could tell."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
 
 def conditions(device: torch.device) -> dict[str, Any]:
     """What the last bits of a sum depend on besides its terms."""

@@ -21,6 +21,7 @@ from deltaw.base.source import find_base
 from deltaw.config import RunConfig, load_config, parse_config
 from deltaw.data.dataset import Dataset
 from deltaw.data.example import Example
+from deltaw.effects import switched_off
 from deltaw.errors import command
 from deltaw.evaluate.forgetting import general_text
 from deltaw.model import Model, load_adapter, open_dataset, open_model
@@ -122,8 +123,8 @@ def prepare_run(config: RunConfig, display: Display) -> tuple[Model, Dataset]:
     _, renderer, dataset = open_dataset(config, display)
     limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
     limits.check(rows)
-    if config.train.steps and config.train.epochs != 1:
-        display.say(f"train.steps: {config.train.steps} says how long, not train.epochs: {config.train.epochs:g}")
+    for line in switched_off(config):
+        display.say(line)
     for warning in [*dataset.report.warnings, *limits.warnings(rows)]:
         display.say(f"warning: {warning}")
     base = open_base(source, dtype=config.train.dtype, device=config.train.device, progress=display.say)

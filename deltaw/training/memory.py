@@ -15,6 +15,7 @@ On Linux too little memory is no error but a kill, by the kernel. Inside `bounde
 """
 
 import ctypes
+import math
 import os
 import resource
 import time
@@ -200,15 +201,31 @@ def one_pass(trainer: "Trainer", batch: Batch, *, accumulating: bool) -> None:
 
 
 def measure(
-    trainer: "Trainer", examples: Sequence[Example], sizes: Sequence[int], *, accumulating: bool
+    trainer: "Trainer",
+    examples: Sequence[Example],
+    sizes: Sequence[int],
+    *,
+    accumulating: bool,
+    seconds: float = math.inf,
 ) -> Iterator[Point]:
     """Passes over batches of `sizes` tokens cut out of `examples`, ascending, the largest once more with half of its
-    labels. Raises whatever PyTorch raises where memory runs out."""
-    batches = [pack(_cut(examples, size)) for size in sorted(set(sizes))]
-    for batch in (*batches, _half_trained(batches[-1])):
+    labels. Two at least; then those are left out that would take more than `seconds` each, if time goes with the square
+    of the tokens as attention's does. Raises whatever PyTorch raises where memory runs out."""
+
+    def measured(batch: Batch) -> Point:
         with window(trainer.model.base.device) as seen:
             one_pass(trainer, batch, accumulating=accumulating)
-        yield Point(len(batch.tokens_T), batch.supervised, seen.peak, seen.seconds)
+        return Point(len(batch.tokens_T), batch.supervised, seen.peak, seen.seconds)
+
+    points, largest = list[Point](), None
+    for size in sorted(set(sizes)):
+        batch = pack(_cut(examples, size))
+        if len(points) > 1 and points[-1].seconds * (len(batch.tokens_T) / points[-1].tokens) ** 2 > seconds:
+            break
+        points.append(measured(largest := batch))
+        yield points[-1]
+    if largest is not None:
+        yield measured(_half_trained(largest))
 
 
 def _cut(examples: Sequence[Example], tokens: int) -> list[Example]:

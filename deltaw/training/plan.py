@@ -6,7 +6,8 @@ the run's own functions, and its peak and its seconds are taken.
     opening         the base, the data, the adapter
     held-out loss   the longest rows, as many as are taken at a time
     answers         the rows with the longest prompts, as many as are generated together, their first NEW tokens
-    training        the largest batch of the whole run; smaller ones for the fit (memory.py); one update
+    training        the largest batch of the whole run, unless it takes long; smaller ones for the fit (memory.py); one
+                    update
     forgetting      the largest chunk of the general text
     saving          a checkpoint and the adapter, into a temporary folder beside the run's
 
@@ -55,6 +56,7 @@ from deltaw.training.trainer import Trainer
 
 SHAPES, SETTLED = 5, 16  # kernels that a step of another shape adds; steps until the holes are as large as they get
 NEW, ROWS = 32, 128  # tokens generated for each of so many rows
+LONG, PIECE = 16_384, 10.0  # tokens from which on smaller pieces are tried first; seconds that one piece may take
 WHAT_IF = (0.5, 1, 2, 4)  # times train.tokens_per_batch
 
 
@@ -151,7 +153,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
         memory_there=there,
         fit=fit,
         what_if={size: fit.bytes_at(size, share * size) for size in sizes},
-        tokens_per_second=1 / rehearsal.seconds_a_token,
+        tokens_per_second=1 / max(rehearsal.seconds_a_token, 1e-9),
         disk_needed=needed,
         disk_free=shutil.disk_usage(existing(Path(config.output))).free,
         data=dataset.report,
@@ -181,8 +183,9 @@ class Rehearsal:
 
     @property
     def seconds_a_token(self) -> float:
-        """Of the largest batches."""
-        largest = [point for point in self.points if point.tokens == self.work.longest_tokens]
+        """Of the largest batches that were measured."""
+        most = max(point.tokens for point in self.points)
+        largest = [point for point in self.points if point.tokens == most]
         return sum(point.seconds for point in largest) / sum(point.tokens for point in largest)
 
     def _note(self, name: str, seen: Window, times: float, more: int = 0) -> None:
@@ -209,8 +212,14 @@ class Rehearsal:
         rows, new = by_prompt[:ROWS], min(NEW, config.max_new_tokens)
         if not rows:
             return
-        with window(self.device) as seen:
-            answer(self.trainer.model, rows, new)
+        try:
+            with window(self.device) as seen:
+                answer(self.trainer.model, rows, new)
+        except InputError as error:  # the run leaves them out as well, unless a metric needs them
+            if config.metrics:
+                raise
+            self.trainer.display.say(f"no answers to held-out rows: {error.what}")
+            return
         sampled = self.trainer.total // (self.trainer.config.train.sample_every or self.trainer.total + 1)
         times = (2 * len(asked) + sampled * config.samples) / len(rows) * config.max_new_tokens / new
         rest = len(rows) * (config.max_new_tokens - new) * _cache_bytes(self.trainer.model.base.model)
@@ -225,10 +234,20 @@ class Rehearsal:
         self._note("updates", seen, self.work.steps)
 
     def _training(self) -> None:
-        sizes = [self.work.longest_tokens // part for part in (8, 4, 2, 1)]
-        for point in memory.measure(self.trainer, self.work.longest, sizes, accumulating=self.work.batches > 1):
+        longest, supervised = self.work.longest_tokens, self.work.longest_supervised
+        sizes = [longest // part for part in (8, 4, 2, 1)]
+        if longest > LONG:
+            sizes += [longest // part for part in (64, 32, 16)]
+        accumulating = self.work.batches > 1
+        for point in memory.measure(self.trainer, self.work.longest, sizes, accumulating=accumulating, seconds=PIECE):
             self.points.append(point)
-        peak = max(point.peak for point in self.points)
+        peak, most = max(point.peak for point in self.points), max(point.tokens for point in self.points)
+        if most < longest:
+            peak = max(peak, memory.fit_memory(self.points).bytes_at(longest, supervised))
+            self.trainer.display.say(
+                f"a batch of {longest:,} tokens takes too long to try: its memory is worked out from batches of up to "
+                f"{most:,}, and it may take longer than the time says"
+            )
         if self.device.type == "cpu":  # what steps of other shapes add: holes as far as Heap lets them, kernels
             holes = (memory.GROWTH - 1) * min(1, self.work.steps / SETTLED)
             peak += round(holes * peak) + min(memory.KERNELS, SHAPES * self.work.steps) * memory.KERNEL_BYTES

@@ -77,7 +77,7 @@ def write_result(trainer: "Trainer", measured: Measured, total_seconds: float) -
         "supervised_tokens": state.supervised_tokens,
         "seconds": round(state.seconds, 2),
         "total_seconds": round(total_seconds, 2),
-        "tokens_per_second": round(state.tokens / state.seconds, 1) if state.seconds else 0.0,
+        "tokens_per_second": round(state.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory_bytes(model.base.device),
         **measurements(measured, len(trainer.dataset.eval)),
         "form": report.form,

@@ -177,7 +177,7 @@ class Trainer:
                     first = False
                     self._log(log, record)
                     said = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
-                    update(self.state.step, f"{said}  {self.state.tokens / self.state.seconds:.0f} tokens/s")
+                    update(self.state.step, f"{said}  {self.state.tokens_per_second:.0f} tokens/s")
                     self._when_due(log)
                     heap.tidy()
         finally:

@@ -40,7 +40,7 @@ def config(folder: Path, data: dict[str, Any], **evaluate: Any) -> RunConfig:
     fields = run_file(folder, data=data, evaluate={"general": None, "report": False, "samples": 0, **evaluate})
     options = {**fields["train"]}
     if "eval" not in data:
-        options.pop("eval_every")
+        options.pop("eval_every", None)
     return parse_config({**fields, "train": options})
 
 

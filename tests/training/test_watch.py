@@ -87,7 +87,7 @@ def test_rows_of_two_tokens_are_named_as_what_leaves_attention_without_a_gradien
     (folder / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fields = run_file(folder, data={"train": str(folder / "two.jsonl")}, evaluate={"general": None, "report": False})
     options = {**fields["train"], "tokens_per_step": 16, "tokens_per_batch": 16}
-    options.pop("eval_every")
+    options.pop("eval_every", None)
     settings = parse_config({**fields, "train": options})
     with pytest.raises(RunError) as stopped:
         train(settings, display=Display(quiet=True))
