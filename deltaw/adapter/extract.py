@@ -41,7 +41,7 @@ from deltaw.config import AdapterSpec
 from deltaw.data.render import Renderer, open_tokenizer
 from deltaw.errors import InputError, listed
 from deltaw.factors import Dense, LowRank
-from deltaw.linalg.rounding import NONE, Rounding, rounding
+from deltaw.linalg.rounding import NONE, Noise, noise
 from deltaw.linalg.svd import OVERSAMPLE, Approximation, randomised_svd, truncated_svd
 
 Progress = Callable[[int, int], None]  # (done, of how many)
@@ -190,14 +190,14 @@ def _randomised(delta_MN: Tensor, rank: int) -> Approximation:
 
 def _nearest_all(
     paths: Iterable[str],
-    delta: Callable[[str], tuple[Tensor, Rounding]],
+    delta: Callable[[str], tuple[Tensor, Noise]],
     rank: int | None,
     energy: float | None,
     progress: Progress | None,
 ) -> tuple[dict[str, LowRank], list[Loss], float]:
     """The updates, what each lost, and the share of ‖Δ‖² that rounding alone gives."""
     check_size(rank, energy)
-    noise = moved = 0.0
+    rounded_off = moved = 0.0
     factors: dict[str, LowRank] = {}
     losses: list[Loss] = []
     paths = tuple(paths)
@@ -207,18 +207,18 @@ def _nearest_all(
             most = min(delta_MN.shape)
             size = None if rank is None else min(rank, most)
             factors[path], error = nearest(delta_MN, rank=size, energy=energy, edge=rounded.edge)
-            noise, moved = noise + rounded.energy, moved + float(delta_MN.double().square().sum())
+            rounded_off, moved = rounded_off + rounded.energy, moved + float(delta_MN.double().square().sum())
             losses.append(Loss(path, most, factors[path].rank, error))
         if progress:
             progress(done, len(paths))
-    return factors, losses, min(1.0, noise / moved) if moved else 0.0
+    return factors, losses, min(1.0, rounded_off / moved) if moved else 0.0
 
 
-def _difference(path: str, tuned_MN: Tensor, base_MN: Tensor) -> tuple[Tensor, Rounding]:
+def _difference(path: str, tuned_MN: Tensor, base_MN: Tensor) -> tuple[Tensor, Noise]:
     """Δ and what the rounding of the tuned weights does to it."""
     if tuned_MN.shape != base_MN.shape:
         raise InputError(f"{path}: {tuple(tuned_MN.shape)} in the tuned model, {tuple(base_MN.shape)} in the base")
-    return tuned_MN.float() - base_MN.float(), rounding(tuned_MN)
+    return tuned_MN.float() - base_MN.float(), noise(tuned_MN)
 
 
 def _check_room(rank: int | None, shapes: Iterable[tuple[int, ...]]) -> None:

@@ -30,6 +30,7 @@ from deltaw.analysis.matrix import EXACT, EXACT_SIDE, INTEGERS, read_matrix
 from deltaw.errors import InputError
 from deltaw.linalg import rank as ranks
 from deltaw.linalg.exact import exact_factorisation
+from deltaw.linalg.rounding import Rounding
 from deltaw.linalg.svd import randomised_svd, two_norm
 from deltaw.progress import Display
 
@@ -39,7 +40,7 @@ LONG_WORK = 1e8  # R M N that takes a second; an SVD does ten times as much in t
 DENSE_SIDE = 512  # the 2-norm of an error of at most as many rows or columns is no estimate
 SHOWN_SIDE = 6  # factors of a matrix of at most 6 x 6 are shown
 
-UNROUNDED = ranks.Rounding()
+UNROUNDED = Rounding()
 
 Say = Callable[[str], None]
 Cells = tuple[tuple[str, ...], ...]
@@ -113,7 +114,7 @@ def decompose(
     *,
     rank: int | None = None,
     say: Say = lambda line: None,
-    rounding: ranks.Rounding = UNROUNDED,
+    rounding: Rounding = UNROUNDED,
     integers: list[list[int]] | None = None,
 ) -> Decomposition:
     """All of it for one float32 or float64 matrix; `rank` is k, else 8 or the matrix's rank if that is less.

@@ -7,13 +7,7 @@ the entries can't be told from zero, so what is counted is
 
 the rule of NumPy and PyTorch (Golub & Van Loan §5.4.1), *strictly* greater, or the zero matrix would have a rank. That
 is meant for entries rounded to the type that is computed in. Where they were rounded to a coarser one before, to
-bfloat16, say, or to three decimals, ε max(M, N) σ₁ would soon be more than σ₁ itself (ε of bfloat16 is 2⁻⁷), so
-`Rounding` bounds what was added: an E with |E_ij| ≤ u |X_ij| + h moves no singular value by more than ‖E‖₂ (Weyl), and
-
-    ‖E‖₂ ≤ u min(‖X‖_F, longest row + longest column) + h min(√(M N), √M + √N)
-
-The first of each pair holds for any E, the second for errors of independent signs, as rounding makes (it is about twice
-what it needs to be: Bandeira & van Handel 2016, with their root mean square for the largest).
+bfloat16, say, or to three decimals, rounding.py says what may have been added.
 
 A trained matrix has full numerical rank almost always; three measures say how many directions matter:
 
@@ -31,8 +25,6 @@ matrix of integers are in exact.py.
 
 Letters: M rows, N columns, K = min(M, N), R the rank; "..." any batch.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,28 +44,6 @@ def checked(x: Tensor) -> Tensor:
 def tolerance(sigma_K: Tensor, rows: int, columns: int) -> Tensor:
     """[...]: below it a singular value can't be told from zero. `sigma_K` [..., K] in the type of the entries."""
     return torch.finfo(sigma_K.dtype).eps * max(rows, columns) * sigma_K[..., 0]
-
-
-class Rounding(NamedTuple):
-    """What entries were rounded to before they were widened: by at most a share of each, and an amount."""
-
-    name: str = ""
-    relative: float = 0.0
-    absolute: float = 0.0
-
-    @staticmethod
-    def to(dtype: torch.dtype) -> "Rounding":
-        """Half a step of a floating type, and half of its smallest number."""
-        about = torch.finfo(dtype)
-        return Rounding(str(dtype).removeprefix("torch."), about.eps / 2, about.smallest_normal * about.eps / 2)
-
-    def error(self, x_MN: Tensor) -> float:
-        """The most by which it can have moved a singular value of one matrix."""
-        m, n = x_MN.shape
-        top = float(x_MN.abs().max()) or 1.0  # so that no square overflows
-        rows_M, columns_N = (torch.linalg.vector_norm(x_MN / top, dim=side) for side in (1, 0))
-        share = min(float(rows_M.norm()), float(rows_M.max() + columns_N.max()))
-        return self.relative * share * top + self.absolute * min((m * n) ** 0.5, m**0.5 + n**0.5)
 
 
 def numerical_rank(x_MN: Tensor) -> Tensor:

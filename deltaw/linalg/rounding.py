@@ -1,7 +1,16 @@
-"""What rounding alone does to a matrix: how much of a difference it makes, and how large a singular value.
+"""What rounding alone does to a matrix: the most that it can do to a singular value, and what it does on average.
 
-An entry x that was rounded to a type of precision ε is off by at most half of u(x) = ε · 2^⌊log₂|x|⌋, evenly spread,
-so
+At most (`Rounding`), where it is known what the entries were rounded to before they were widened. ε max(M, N) σ₁ of
+that type would soon be more than σ₁ itself (ε of bfloat16 is 2⁻⁷). But an E with |E_ij| ≤ u |X_ij| + h moves no
+singular value by more than ‖E‖₂ (Weyl), and
+
+    ‖E‖₂ ≤ u min(‖X‖_F, longest row + longest column) + h min(√(M N), √M + √N)
+
+The first of each pair holds for any E, the second for errors of independent signs, as rounding makes (it is about twice
+what it needs to be: Bandeira & van Handel 2016, with their root mean square for the largest).
+
+On average (`noise`): an entry x that was rounded to a type of precision ε is off by at most half of
+u(x) = ε · 2^⌊log₂|x|⌋, evenly spread, so
 
     variance of an entry      v(x) = u(x)² / 12
     ‖E‖²_F                    Σ v(xᵢⱼ), on average
@@ -22,13 +31,35 @@ from torch import Tensor
 
 
 class Rounding(NamedTuple):
+    """What entries were rounded to before they were widened: by at most a share of each, and an amount."""
+
+    name: str = ""
+    relative: float = 0.0
+    absolute: float = 0.0
+
+    @staticmethod
+    def to(dtype: torch.dtype) -> "Rounding":
+        """Half a step of a floating type, and half of its smallest number."""
+        about = torch.finfo(dtype)
+        return Rounding(str(dtype).removeprefix("torch."), about.eps / 2, about.smallest_normal * about.eps / 2)
+
+    def error(self, x_MN: Tensor) -> float:
+        """The most by which it can have moved a singular value of one matrix."""
+        m, n = x_MN.shape
+        top = float(x_MN.abs().max()) or 1.0  # so that no square overflows
+        rows_M, columns_N = (torch.linalg.vector_norm(x_MN / top, dim=side) for side in (1, 0))
+        share = min(float(rows_M.norm()), float(rows_M.max() + columns_N.max()))
+        return self.relative * share * top + self.absolute * min((m * n) ** 0.5, m**0.5 + n**0.5)
+
+
+class Noise(NamedTuple):
     """The expected ‖E‖²_F and ‖E‖₂ of the rounding errors of a matrix."""
 
     energy: float
     edge: float
 
 
-NONE = Rounding(0.0, 0.0)
+NONE = Noise(0.0, 0.0)
 
 
 def precision(x: Tensor) -> float:
@@ -39,10 +70,10 @@ def precision(x: Tensor) -> float:
     return torch.finfo(x.dtype).eps
 
 
-def rounding(x_MN: Tensor) -> Rounding:
+def noise(x_MN: Tensor) -> Noise:
     """What the errors of x's own rounding come to."""
     _, exponent_MN = torch.frexp(x_MN.float())  # x = m · 2^e with m in [0.5, 1)
     spacing_MN = torch.where(x_MN == 0, 0.0, precision(x_MN) * torch.exp2(exponent_MN.float() - 1))
     variance_MN = spacing_MN.double().square_() / 12
     rows, columns = variance_MN.sum(1), variance_MN.sum(0)
-    return Rounding(float(rows.sum()), math.sqrt(float(rows.max())) + math.sqrt(float(columns.max())))
+    return Noise(float(rows.sum()), math.sqrt(float(rows.max())) + math.sqrt(float(columns.max())))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from deltaw.analysis.decompose import describe, run
 from deltaw.analysis.matrix import read_matrix
-from deltaw.linalg.rank import Rounding
+from deltaw.linalg.rounding import Rounding
 from deltaw.progress import Display
 from tests.tiny import tiny_base
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deltaw.linalg.rounding import precision, rounding
+from deltaw.linalg.rounding import noise, precision
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -14,7 +14,7 @@ def test_the_errors_are_as_large_as_foretold(dtype: torch.dtype, shape: tuple[in
     exact = torch.randn(shape, generator=generator) * torch.exp(skew * torch.randn(shape[0], 1, generator=generator))
     rounded = exact.to(dtype).float()
     error = (rounded - exact).double()
-    energy, edge = rounding(rounded)
+    energy, edge = noise(rounded)
     assert energy == pytest.approx(float(error.square().sum()), rel=0.15)
     largest = float(torch.linalg.matrix_norm(error, 2))
     assert 0.5 * edge < largest <= edge  # the slack is for rows of very different sizes
@@ -25,4 +25,4 @@ def test_the_type_is_read_off_the_numbers() -> None:
     assert precision(x) == torch.finfo(torch.float32).eps
     assert precision(x.bfloat16().float()) == precision(x.bfloat16()) == 2**-7
     assert precision(x.half().float()) == precision(x.half()) == 2**-10
-    assert rounding(torch.zeros(3, 3)) == (0.0, 0.0)
+    assert noise(torch.zeros(3, 3)) == (0.0, 0.0)
