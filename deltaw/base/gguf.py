@@ -46,6 +46,9 @@ MODEL_TYPES = {
     "qwen3moe": "qwen3_moe",
 }  # transformers' names, where they aren't llama.cpp's
 
+# What transformers' reader tells by which tensors there are, or knows of an architecture; the rest is ours.
+FROM_TENSORS = ("tie_word_embeddings", "use_qkv_bias", "use_parallel_residual", "norm_topk_prob")
+
 
 def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None = None) -> Path:
     """The model folder made from a GGUF file: out of `cache`, or converted into it now.
@@ -177,12 +180,11 @@ def _convert(parts: list[Path], header: Header, meaning: Meaning, splitting: Spl
 
 
 def _config(path: Path, file: Path, header: Header, meaning: Meaning, model_type: str) -> Any:
-    """transformers' reading of the metadata with the fields set that the file means, every one of them checked."""
+    """The config with the fields that the file means, every one of them checked to be there."""
     from transformers import AutoConfig
 
     read = AutoConfig.from_pretrained(file.parent, gguf_file=str(file), trust_remote_code=False).to_dict()
-    for name in ("model_type", "architectures", "layer_types", "rope_parameters", "head_dim", "_model_name_or_path"):
-        read.pop(name, None)  # ours, or made of the others
+    read = {name: read[name] for name in FROM_TENSORS if name in read}
     ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     read |= {name: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in ids.items()}
     names = type(AutoConfig.for_model(model_type)).attribute_map

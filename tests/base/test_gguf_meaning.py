@@ -55,6 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], Any]] = {
     ),
     "llama 3.1": ("llama", rope("llama3", **LLAMA3), {}, divisors),
     "mistral": ("mistral", {"sliding_window": 8}, {}, None),
+    "mistral by its name": ("mistral", {"sliding_window": None}, {".general.name": "mistral"}, None),
     "qwen2": ("qwen2", {}, {}, None),
     "qwen2, yarn": ("qwen2", rope("yarn", **YARN), YARN_KEYS, None),
     "qwen3": ("qwen3", {"head_dim": 16}, {}, None),
