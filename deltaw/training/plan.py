@@ -268,11 +268,21 @@ class Rehearsal:
 
 
 def _cache_bytes(model: Any) -> int:
-    """What a generated token leaves behind for the next ones: a key and a value in each layer."""
+    """What a generated token leaves behind for the next ones: a key and a value in each layer of attention.
+
+    0 where the config has no heads: the state of a recurrence doesn't grow.
+    """
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size * next(model.parameters()).itemsize)
+    asked = _most(config, "num_attention_heads")
+    heads = _most(config, "num_key_value_heads") or asked
+    size = _most(config, "head_dim") or _most(config, "hidden_size") // max(1, asked)
+    return 2 * _most(config, "num_hidden_layers") * heads * size * next(model.parameters()).itemsize
+
+
+def _most(config: Any, name: str) -> int:
+    """A size in a config, the largest where each layer has its own, 0 where there is none."""
+    value = getattr(config, name, None)
+    return max((v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int)), default=0)
 
 
 def _rows(data: DataReport) -> list[tuple[str, str]]:
