@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from deltaw.adapter.file import BaseId
 from deltaw.adapter.inject import Attached, attach
+from deltaw.adapter.peft_config import missed_by_peft
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
@@ -176,12 +177,13 @@ def examine(name: str) -> Row:
             parameter.normal_(0, 0.05, generator=generator)
     ours, theirs = _ours(forward, attached), _peft(original, attached)
     way = f"{forward.way}: {forward.why}" if forward.why else forward.way
+    missed = missed_by_peft(model, attached.paths)
     return Row(
         name,
         way,
         "fused" if forward.head else "its own",
         attached.describe(),
-        _named(attached.paths),
+        _named(attached.paths) + (f"; PEFT's loader misses {len(missed)}" if missed else ""),
         _named(attached.unmatched),
         abs(float(ours[0] - theirs[0])) / abs(float(theirs[0])),
         float((ours[1] - theirs[1]).norm() / theirs[1].norm()),
@@ -198,24 +200,32 @@ def _ours(forward: Forward, attached: Attached) -> tuple[Tensor, Tensor]:
 
 
 def _peft(original: nn.Module, attached: Attached) -> tuple[Tensor, Tensor]:
-    """The same of PEFT's model, which reads the adapter from disk, a document at a time."""
+    """The same of PEFT's model, which reads the adapter from disk, a document at a time.
+
+    What it doesn't find there (`missed_by_peft`, and nothing else) is handed to it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         attached.adapter(BaseId("x")).save(folder)
         model = PeftModel.from_pretrained(original, folder, is_trainable=True).eval()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    theirs: list[Tensor] = []
+    missed = set()
+    for path, layer in attached.layers.items():
+        for key, own in layer.trained().items():
+            prefix = f"base_model.model.{path}.lora_{key.upper()}."
+            (parameter,) = (p for name, p in trained.items() if name.startswith(prefix))
+            theirs.append(parameter)
+            if not torch.equal(parameter, own):
+                missed.add(path)
+                parameter.data.copy_(own.data)
+    assert missed == set(missed_by_peft(attached.model, attached.paths)), "PEFT reads other factors than were saved"
     loss = torch.zeros(())
     for start, end in pairwise(STARTS.tolist()):
         if end - start > 1:
             logits = model(input_ids=tokens()[None, start:end], use_cache=False).logits[0, :-1]
             loss = loss + F.cross_entropy(logits.float(), tokens()[start + 1 : end], reduction="sum")
     loss.backward()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    grads = []
-    for path, layer in attached.layers.items():
-        for key in layer.trained():
-            prefix = f"base_model.model.{path}.lora_{key.upper()}."
-            (parameter,) = (p for name, p in trained.items() if name.startswith(prefix))
-            grads.append(parameter.grad if parameter.grad is not None else torch.zeros_like(parameter))
-    return loss.detach(), _flat(grads)
+    return loss.detach(), _flat([p.grad if p.grad is not None else torch.zeros_like(p) for p in theirs])
 
 
 def _flat(parts: list[Tensor]) -> Tensor:

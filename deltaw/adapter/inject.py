@@ -27,7 +27,7 @@ from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.full import FullLinear
 from deltaw.adapter.init import fresh_factors, olora_factors, pissa_factors
 from deltaw.adapter.layer import AdaptedLinear, LoRALinear
-from deltaw.adapter.peft_config import rewritten_names
+from deltaw.adapter.peft_config import missed_by_peft, rewritten_names
 from deltaw.adapter.spec import Targets, explicit_targets, find_targets, said, targets_of
 from deltaw.adapter.trial import Observed, differences, holds, observe
 from deltaw.base.frozen import FrozenLinear
@@ -57,10 +57,17 @@ class Attached:
         return fused.describe(self.stand_ins)
 
     def notes(self) -> list[str]:
-        """What isn't adapted, for logs: a line for each reason, then the first of the weights without one."""
+        """For logs: what isn't adapted, a line for each reason, then the first of the weights without one; and what of
+        the adapter PEFT won't find."""
         rest = [path for path in self.unmatched if path not in self.left_out]
         first = [path + (" …" if len(rest) > 3 else "") for path in rest[:3]]
-        return [f"not adapted: {line}" for line in said(self.left_out) + first]
+        lines = [f"not adapted: {line}" for line in said(self.left_out) + first]
+        if missed := missed_by_peft(self.model, self.paths):
+            lines.append(
+                f"warning: when PEFT loads an adapter of this model, also one that it saved, it renames {len(missed)} "
+                f"of the modules and leaves them out: {missed[0]}" + (" …" if len(missed) > 1 else "")
+            )
+        return lines
 
     @property
     def parameters(self) -> list[nn.Parameter]:

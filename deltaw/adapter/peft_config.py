@@ -25,7 +25,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from torch import nn
-from transformers import conversion_mapping
+from transformers import conversion_mapping, core_model_loading
 
 from deltaw.adapter.patterns import first_matches
 from deltaw.config import AdapterSpec, names_module
@@ -76,6 +76,19 @@ def rewritten_names(model: nn.Module) -> frozenset[str]:
     # A table that PEFT reads, too; the families themselves are in it whatever its version.
     families: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
     return REWRITTEN.get(families.get(str(kind), str(kind)), frozenset())
+
+
+def missed_by_peft(model: nn.Module, paths: Collection[str]) -> tuple[str, ...]:
+    """The layers among `paths` whose factors PEFT won't find: it renames an adapter's keys as transformers renames a
+    checkpoint's, and some of those rules (Laguna's) also rename what is called right already."""
+    try:
+        rules = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
+        renamings = [rule for rule in rules if isinstance(rule, core_model_loading.WeightRenaming)]
+        renamed = {path: core_model_loading.rename_source_key(f"{path}.", renamings, [])[0] for path in paths}
+    except (AttributeError, TypeError):  # a transformers that has them otherwise; PEFT then renames nothing that way
+        return ()
+    # Where a prefix alone was taken off or put on, PEFT takes that back.
+    return tuple(path for path, new in renamed.items() if not (f"{path}.".endswith(new) or new.endswith(f"{path}.")))
 
 
 def weight_names(config: Mapping[str, Any]) -> frozenset[str]:
