@@ -23,13 +23,13 @@ import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.peft_config import rewritten_names
 from deltaw.base.frozen import FrozenLinear
+from deltaw.base.language import language_part
 from deltaw.config import TARGET_GROUPS, AdapterSpec, names_module
 from deltaw.errors import InputError, listed
 
@@ -128,25 +128,8 @@ def targets_of(model: nn.Module, adapter: Adapter, unfit: Mapping[str, str] | No
 
 
 def language_paths(model: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `paths` that lie in the language model. It is built from the text config where the config has one; where
-    it hasn't, models within the model that have a config of another kind are no part of it. All, where that is none."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "get_text_config"):
-        return paths
-    text = type(config.get_text_config(decoder=True))
-    models = {
-        f"{path}.": type(module.config)
-        for path, module in model.named_modules()
-        if path and hasattr(module, "config") and hasattr(module, "get_input_embeddings")
-    }
-    if text is type(config):
-        others = tuple(path for path, kind in models.items() if kind is not text)
-        inside = tuple(path for path in paths if not path.startswith(others))
-    else:
-        inside = tuple(
-            path for path in paths if path.startswith(tuple(p for p, kind in models.items() if kind is text))
-        )
-    return inside or paths
+    """Those of `paths` that lie in the language model (base/language.py); all, where that is none."""
+    return tuple(filter(language_part(model), paths)) or paths
 
 
 def _called(name: str, paths: tuple[str, ...], language: tuple[str, ...]) -> list[str]:

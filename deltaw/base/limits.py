@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from deltaw.base.language import language_part
 from deltaw.errors import InputError, listed
 
 POSITIONS = ("pos", "wpe")  # in the last part of the name of a table
@@ -90,13 +91,16 @@ def _rows(count: int) -> str:
 
 
 def _tables(model: nn.Module, tokens: nn.Module | None) -> Iterator[int]:
-    """How many positions each of the model's tables has."""
+    """How many positions each of the language model's tables has."""
+    reads_text = language_part(model)
     for path, module in model.named_modules():
+        if not reads_text(path):
+            continue
         if isinstance(module, nn.Embedding) and module is not tokens and _is_of_positions(path):
             padding = -1 if module.padding_idx is None else module.padding_idx
             yield module.num_embeddings - int(getattr(module, "offset", padding + 1))
     for path, buffer in model.named_buffers():
-        if _is_of_positions(path) and buffer.dim():
+        if reads_text(path) and _is_of_positions(path) and buffer.dim():
             yield buffer.shape[-1] if path.endswith("_ids") else buffer.shape[0]
 
 

@@ -42,6 +42,16 @@ def row(tokens: list[int], origin: str = "d.jsonl:1") -> Example:
     return Example(np.array(tokens, np.int32), np.ones(len(tokens), bool), origin)
 
 
+def test_a_towers_table_of_patches_is_no_limit_of_text() -> None:
+    text = {**SMALL, "intermediate_size": 16, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 24}
+    tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = T.Gemma3Config(text_config=text, vision_config={**tower, "image_size": 4, "patch_size": 2})
+    with torch.device("meta"):
+        model = T.Gemma3ForConditionalGeneration(config)
+    assert any(m.num_embeddings == 4 for m in model.modules() if isinstance(m, torch.nn.Embedding))
+    assert Limits.of(model) == Limits(40, None, 24)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_limits_are_those_at_which_the_model_fails(name: str) -> None:
     kind, fields, wanted = MODELS[name]
