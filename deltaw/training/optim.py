@@ -3,6 +3,9 @@
 AdamW (Loshchilov & Hutter 2019) on the float32 factors. The learning rate is a pure function of the step, so a resumed
 run has no scheduler state to restore or to lose. LoRA+ (Hayou et al. 2024) is one group more: B learns `lr_ratio_b`
 times as fast as A.
+
+Weight decay pulls ΔW towards 0, the base: A and B of plain LoRA, and what an initialiser's factors have changed by
+(layer.py). DoRA's magnitudes are the lengths of W's rows at first; decayed they would shrink W itself, so they aren't.
 """
 
 import math
@@ -34,13 +37,17 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
 
 def make_optimizer(attached: Attached, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over all that trains, B's group scaled by `lr_ratio_b`. `set_rate` gives it a rate each step."""
-    trained = [item for layer in attached.layers.values() for item in layer.trained().items()]
-    ratios = {"b": config.lr_ratio_b}
-    groups = [
-        {"params": [parameter for name, parameter in trained if ratios.get(name, 1.0) == ratio], "ratio": ratio}
-        for ratio in dict.fromkeys([1.0, config.lr_ratio_b])
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for layer in attached.layers.values():
+        for name, parameter in layer.trained().items():
+            ratio = config.lr_ratio_b if name == "b" else 1.0
+            decay = 0.0 if name == "magnitude" else config.weight_decay
+            groups.setdefault((ratio, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": params, "ratio": ratio, "weight_decay": decay} for (ratio, decay), params in groups.items()],
+        lr=config.lr,
+        fused=True,
+    )
 
 
 def set_rate(optimizer: torch.optim.AdamW, rate: float) -> None:
