@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from deltaw.progress import Display
 from tests.data.toys import toy
 
 
@@ -59,3 +60,14 @@ def run_file(folder: Path, **changes: Any) -> dict[str, Any]:
     if "eval" not in fields["data"] and "train" not in changes:
         del fields["train"]["eval_every"]
     return fields
+
+
+class Said(Display):
+    """Shows nothing and keeps the lines."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def say(self, text: str = "") -> None:
+        self.lines.append(text)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from deltaw.base.limits import context_of
 from deltaw.errors import InputError
 
 
@@ -108,12 +109,5 @@ def text_config(model: Any) -> Any:
 
 
 def context(model: nn.Module) -> int:
-    """The most tokens the model can hold; without a stated limit (ALiBi, state space), a large number.
-
-    Dynamic NTK keeps the trained length in max_position_embeddings, and goes on to `factor` times it.
-    """
-    config = text_config(model)
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
-    factors = [kind.get("factor") or 1 for kind in kinds if "dynamic" in str(kind.get("rope_type"))]
-    return int((getattr(config, "max_position_embeddings", None) or 2**31) * max([1, *factors]))
+    """The most tokens the model can hold; without a stated limit a large number."""
+    return context_of(text_config(model)) or 2**31

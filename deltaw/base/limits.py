@@ -48,8 +48,7 @@ class Limits:
         ends = [tokens, model.get_output_embeddings()]  # type: ignore[operator]
         rows = [end.weight.shape[0] for end in ends if isinstance(getattr(end, "weight", None), nn.Parameter)]
         config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
-        stated = [value for name in STATED if isinstance(value := getattr(config, name, None), int) and value > 0]
-        return Limits(min(rows, default=None), min(_tables(model, tokens), default=None), min(stated, default=None))
+        return Limits(min(rows, default=None), min(_tables(model, tokens), default=None), context_of(config))
 
     @property
     def longest(self) -> int | None:
@@ -84,6 +83,18 @@ class Limits:
             f"{_rows(len(long))} ({len(long) / len(rows):.1%}) longer than the {self.context:,} tokens that the base "
             f"was made for, the longest {len(longest.tokens):,} ({longest.origin}); data.max_length bounds them"
         ]
+
+
+def context_of(config: Any) -> int | None:
+    """The most tokens that a text config says the model was made for; None where it doesn't say (ALiBi, state spaces).
+
+    Dynamic NTK keeps the trained length in max_position_embeddings, and goes on to `factor` times it.
+    """
+    stated = [value for name in STATED if isinstance(value := getattr(config, name, None), int) and value > 0]
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
+    factors = [kind.get("factor") or 1 for kind in kinds if "dynamic" in str(kind.get("rope_type"))]
+    return int(min(stated) * max([1, *factors])) if stated else None
 
 
 def _rows(count: int) -> str:

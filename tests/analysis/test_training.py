@@ -155,6 +155,17 @@ ODD = st.sampled_from(
 )  # fmt: skip
 
 
+def is_whole(line: bytes) -> bool:
+    """Whether a line of metrics.jsonl holds a step and figures, or words where words belong."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**53:
+        return False
+    return all(type(value) in (int, float) or name in ("skipped", "rows") for name, value in record.items())
+
+
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_no_mutation_stops_the_report(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
@@ -177,7 +188,7 @@ def test_no_mutation_stops_the_report(tmp_path_factory: pytest.TempPathFactory, 
     report = report_of(folder)
     page, raw_json = render(page_of(report)), json.dumps(report.to_json(), allow_nan=False)
     assert "</html>" in page and raw_json and "\x1b" not in report.gist()
-    expected = [json.loads(json.dumps(line)) for line in STEPS]
     assert report.training is not None
-    if report.training.metrics != expected[: len(report.training.metrics)] and lines == STEPS:
-        assert report.training.faults, "a record differs and nothing is said"
+    # A digit that became another can't be told; whatever can't be read as figures of a step must be said.
+    if not all(is_whole(line) for line in bytes(metrics).split(b"\n") if line.strip()):
+        assert report.training.faults, "a record can't be read and nothing is said"

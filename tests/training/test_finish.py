@@ -20,20 +20,11 @@ from deltaw.progress import Display
 from deltaw.training import finish, trainer
 from deltaw.training.checkpoint import list_checkpoints
 from deltaw.training.loop import resume, train
-from tests.tiny import run_file
+from tests.tiny import Said, run_file
 
 QUIET = Display(quiet=True)
 EVERYTHING = {"metrics": ["exact_match"], "max_new_tokens": 4, "general": "builtin:general", "report": True}
 MEASURED = ("eval", "forgetting", "answers")
-
-
-class Said(Display):
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.lines: list[str] = []
-
-    def say(self, text: str = "") -> None:
-        self.lines.append(text)
 
 
 def config(folder: Path, output: str = "run", **changes: Any) -> Any:

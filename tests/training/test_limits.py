@@ -16,18 +16,9 @@ from deltaw.training import loop
 from deltaw.training.loop import train
 from deltaw.training.plan import plan
 from tests.data.toys import toy
-from tests.tiny import run_file, tiny_base
+from tests.tiny import Said, run_file, tiny_base
 
 QUIET = Display(quiet=True)
-
-
-class Said(Display):
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.lines: list[str] = []
-
-    def say(self, text: str = "") -> None:
-        self.lines.append(text)
 
 
 def texts(path: Path, lengths: list[int]) -> Path:

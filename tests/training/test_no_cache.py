@@ -9,21 +9,11 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from deltaw.config import parse_config
 from deltaw.errors import InputError
-from deltaw.progress import Display
 from deltaw.training import trainer
 from deltaw.training.loop import train
 from deltaw.training.plan import plan
 from tests.data.toys import toy
-from tests.tiny import run_file, words
-
-
-class Said(Display):
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.lines: list[str] = []
-
-    def say(self, text: str = "") -> None:
-        self.lines.append(text)
+from tests.tiny import Said, run_file, words
 
 
 @pytest.fixture
