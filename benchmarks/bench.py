@@ -35,6 +35,7 @@ STEPS = {"dense": (1, 2), "words": (1, 2), "chats": (1, 2), "long": (1, 1)}  # w
 TECHNIQUES = ("packing", "loss", "norm", "attention", "mlp")
 ROUNDS = 3
 TRAIN = "deltaw train"
+WITHOUT_ROWS = ("data.eval=null", "evaluate.metrics=[]", "train.sample_every=null")  # the demo's, and what needs them
 # For the first guess of how long a job takes: tokens a step, tokens/s of an arm, seconds to get going.
 TOKENS = {"dense": 2048, "words": 768, "chats": 860, "long": 3600}
 RATES = {"deltaw": 400, "peft": 200, "peft-trainer": 190, "peft-compile": 280, "trl": 140, "trl-free": 140}
@@ -138,7 +139,7 @@ def first_step(job: Job) -> dict[str, object]:
     """Seconds from starting `deltaw train` to the first line of metrics.jsonl: the demo's run without held-out rows."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
-        overrides = ["data.eval=null", "evaluate.metrics=[]", "train.steps=2", f"train.dtype={job.dtype}"]
+        overrides = [*WITHOUT_ROWS, "train.steps=2", f"train.dtype={job.dtype}"]
         command = [str(Path(sys.executable).with_name("deltaw")), "train", "recipes/demo.yaml", f"output={output}"]
         began = time.monotonic()
         pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}

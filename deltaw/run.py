@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from deltaw.base.weights import fsync, read_json, write_text_atomic
+from deltaw.base.weights import fsync, read_json, replacing, write_text_atomic
 from deltaw.config import RunConfig
 from deltaw.errors import InputError, RunError, command
 from deltaw.lock import LOCK, claimed, holds_anything
@@ -154,8 +154,9 @@ class Run:
     def cut_metrics(self, lines: int) -> int:
         """Keep the first `lines` lines, as they are: a resumed run writes the others again. How many of them can't be
         read, or are missing."""
-        kept = self._metrics_lines()[:lines]
-        write_text_atomic(self.metrics, "".join(line + "\n" for line in kept))
+        data = b"".join(line + b"\n" for line in self._metrics_lines()[:lines])
+        with replacing(self.metrics, len(data)) as temporary:
+            temporary.write_bytes(data)
         return lines - len(self.read_metrics())
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -167,10 +168,10 @@ class Run:
         records = [_record(line) for line in self._metrics_lines()]
         return [record for record, _ in records if record], sum(not whole for _, whole in records)
 
-    def _metrics_lines(self) -> list[str]:
+    def _metrics_lines(self) -> list[bytes]:
         """Only a line end ends a line: what a damaged one holds may look like one to Python."""
-        text = self.metrics.read_bytes().decode("utf-8", errors="replace") if self.metrics.is_file() else ""
-        return text.removesuffix("\n").split("\n") if text else []
+        text = self.metrics.read_bytes() if self.metrics.is_file() else b""
+        return text.removesuffix(b"\n").split(b"\n") if text else []
 
     def write_json(self, path: Path, value: dict[str, Any]) -> None:
         """A whole JSON file or none."""
@@ -182,10 +183,10 @@ class Run:
         return read_json(path, max_bytes=size, allow_nan=True)
 
 
-def _record(line: str) -> tuple[dict[str, Any] | None, bool]:
+def _record(line: bytes) -> tuple[dict[str, Any] | None, bool]:
     """A line's figures, and whether it is whole. None without a step, which says where it belongs."""
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
         return None, False
     if not isinstance(value, dict) or type(step := value.get("step")) is not int or not 0 <= step < 2**53:

@@ -7,8 +7,9 @@ import torch
 
 from benchmarks import bench, curves
 from benchmarks.arms import parse
-from benchmarks.bench import TRAIN, Job, plan
+from benchmarks.bench import ROOT, TRAIN, WITHOUT_ROWS, Job, plan
 from benchmarks.gates import Gate, Seen, compare, cosine, worst
+from deltaw.config import load_config
 
 ALL = ("dense", "words", "chats", "long")
 
@@ -131,3 +132,7 @@ def test_curves_are_written_a_column_a_run(tmp_path: Path) -> None:
         "1,1.00000,1.00000",
         "2,0.50000,0.25000",
     ]
+
+
+def test_the_run_whose_first_step_is_timed_is_accepted() -> None:
+    assert load_config(ROOT / "recipes" / "demo.yaml", WITHOUT_ROWS).data.eval is None
