@@ -124,17 +124,19 @@ def attach(
         raise ValueError(f"init {spec.init} starts from data: attach with start_later, then initialise_from_data")
     observed = observe(model)
     targets, spec, layers = _placed(model, what, spec, observed)
+    generator = generator or torch.Generator().manual_seed(0)
+    stand_ins: dict[str, StandIn] = {}
     try:
         stand_ins = _stood_in(model, fuse, layers, observed, to_train=isinstance(what, AdapterSpec))
+        for path, layer in layers.items():
+            if isinstance(what, Adapter):
+                layer.set_factors(what.factors[path])
+            elif isinstance(layer, LoRALinear | DoRALinear) and not start_later:
+                layer.start(*_start(layer, spec, generator))
     except BaseException:
+        fused.remove(model, stand_ins)
         _take_off(model, layers)
         raise
-    generator = generator or torch.Generator().manual_seed(0)
-    for path, layer in layers.items():
-        if isinstance(what, Adapter):
-            layer.set_factors(what.factors[path])
-        elif isinstance(layer, LoRALinear | DoRALinear) and not start_later:
-            layer.start(*_start(layer, spec, generator))
     return Attached(model, spec, layers, targets.unmatched, targets.left_out, stand_ins)
 
 

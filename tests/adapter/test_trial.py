@@ -399,3 +399,19 @@ def test_what_the_model_asks_of_a_layer_is_asked_of_the_base_alone() -> None:
         path for path, module in model.named_modules() if isinstance(module, fused.StandIn)
     }
     assert attached.adapter(BaseId()).factors.keys() == set(attached.paths)
+
+
+def test_a_start_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, attention blocks and MLPs that are stood in for by then are put back, too."""
+    model = tiny("llama")
+    before = dict(model.named_modules())
+
+    def fails(*_: Any) -> Any:
+        assert any(isinstance(module, AdaptedLinear) for module in model.modules())
+        raise MemoryError
+
+    monkeypatch.setattr("deltaw.adapter.inject.pissa_factors", fails)
+    with pytest.raises(MemoryError):
+        attach(model, SPEC.model_copy(update={"init": "pissa"}))
+    after = dict(model.named_modules())
+    assert after.keys() == before.keys() and all(after[path] is module for path, module in before.items())
