@@ -73,7 +73,9 @@ class Renderer:
         """What servers stop at: eos and the generation config's."""
         self.end_of_turn: int | None = None
         self.template_fingerprint, self._chats = "none", None
-        if source := _template_source(tokenizer, template, self._encoder):
+        self.template = _template_source(tokenizer, template, self._encoder) or None
+        """The chat template's text, whoever it is from."""
+        if source := self.template:
             compiled = Template(source, tokenizer.special_tokens_map)
             self.template_fingerprint = compiled.fingerprint
             self._chats = ChatWriter(compiled, self._encoder, self._stop_names())

@@ -1,0 +1,91 @@
+"""The folder that a command writes: all of it under the final name, or nothing.
+
+It is written hidden beside its final name, fsynced and renamed, so that whoever sees it sees it whole, also after a
+kill or on a full disk. What is known to be too large for the disk is refused before the first byte. An existing folder
+is replaced only when that was asked for *and* it is one that deltaw wrote (it holds the mark): `--replace` with a
+slip of the finger must not cost a home directory. The old one goes when the new one is there.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from deltaw.base.weights import fsync, write_text_atomic
+from deltaw.errors import InputError, RunError
+from deltaw.lock import holds_anything, locked
+from deltaw.version import VERSION
+
+MARK = "deltaw-export.json"  # what was written here, by which version, from what
+SPARE = 1 << 20  # bytes beyond what is asked for: the small files
+
+
+@contextlib.contextmanager
+def target(output: str | Path, *, what: Mapping[str, Any], needed: int, replace: bool = False) -> Iterator[Path]:
+    """A folder to write into that becomes `output` when the block ends, or vanishes when it fails.
+
+    `what` is recorded in it (MARK); `needed` is its size in bytes. Raises InputError for an `output` that can't be
+    taken, RunError for what the disk refuses, before and while it is written.
+    """
+    final = Path(output).absolute()
+    _check(final, replace)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output {output}: can't be made: {error.strerror}", fix="choose another output") from None
+    with locked(final.with_name(f".{final.name}.lock"), f"output {output}", remove=lambda: True):
+        hidden, old = (final.with_name(f".{final.name}.{word}.tmp") for word in ("new", "old"))
+        _put_back(old, final)  # what a killed process had moved away
+        _check(final, replace)
+        _room(final, needed)
+        for left in (hidden, old):
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            hidden.mkdir()
+            yield hidden
+            write_text_atomic(hidden / MARK, json.dumps({"deltaw": VERSION, **what}, indent=2) + "\n")
+            _settle(hidden)
+            if final.exists():
+                final.rename(old)
+            hidden.rename(final)
+            fsync(final.parent)
+        except OSError as error:
+            raise RunError(f"{output}: could not be written: {error}", fix="free space, or choose another") from None
+        finally:
+            _put_back(old, final)
+            for left in (hidden, old):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _put_back(old: Path, final: Path) -> None:
+    if old.exists() and not final.exists():
+        old.rename(final)
+
+
+def _check(final: Path, replace: bool) -> None:
+    if not final.exists() or (final.is_dir() and not holds_anything(final)):
+        return
+    if not replace:
+        raise InputError(f"output {final} exists already", fix="choose another folder, or add --replace")
+    if not (final / MARK).is_file():
+        raise InputError(f"output {final} was not written by deltaw, so it isn't replaced", fix="choose another folder")
+
+
+def _room(final: Path, needed: int) -> None:
+    free = shutil.disk_usage(final.parent).free
+    if needed + SPARE > free:
+        raise RunError(
+            f"output {final}: needs {needed:,} bytes, {free:,} are free there", fix="free space, or choose another"
+        )
+
+
+def _settle(folder: Path) -> None:
+    """Modes as the umask has them, bytes and names on the disk."""
+    mode = folder.stat().st_mode & 0o666
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            file.chmod(mode)  # safetensors leaves 0600
+        fsync(file)
+    fsync(folder)
