@@ -1,8 +1,8 @@
 """What lies beside exported weights so that answers come out as they were trained: tokenizer, chat template, stops.
 
     tokenizer.json, …         the base's own files, byte for byte; local paths that a tokenizer_config.json remembers go
-    chat_template.jinja       the template that was trained under, where that isn't the tokenizer's own; tokenizer_config
-                              .json then says nothing of a template, since loaders differ in which of the two they take
+    chat_template.jinja       the template that was trained under, where that isn't the tokenizer's own; the tokenizer's
+                              config then says nothing of one, since loaders differ in which of the two they take
     generation_config.json    the base's, with every token that ends an answer: its own, the tokenizer's eos, and the
                               template's end of turn, which many a base's file forgets
 
