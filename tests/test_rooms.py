@@ -33,7 +33,7 @@ HOMES = {
     "rich": {"progress.py", "data/preview.py", "cli/run.py"},
     "typer": {"cli/__init__.py", "cli/app.py", "cli/plan.py", "cli/run.py", "cli/update.py", "cli/why.py"},
     "yaml": {"config.py", "run_yaml.py"},
-    "gguf": {"base/gguf.py", "base/gguf_header.py", "export/gguf_names.py"},
+    "gguf": {"base/gguf.py", "base/gguf_header.py", "export/gguf_adapter.py", "export/gguf_names.py"},
     "huggingface_hub": {"base/source.py"},
     "safetensors": {"base/weights.py"},
     "datasets": {"data/read.py"},
