@@ -33,7 +33,13 @@ HOMES = {
     "rich": {"progress.py", "data/preview.py", "cli/run.py"},
     "typer": {"cli/__init__.py", "cli/app.py", "cli/plan.py", "cli/run.py", "cli/update.py", "cli/why.py"},
     "yaml": {"config.py", "run_yaml.py"},
-    "gguf": {"base/gguf.py", "base/gguf_header.py", "export/gguf_names.py"},
+    "gguf": {
+        "base/gguf.py",
+        "base/gguf_header.py",
+        "export/gguf_adapter.py",
+        "export/gguf_names.py",
+        "export/sides/llama.py",
+    },
     "huggingface_hub": {"base/source.py"},
     "safetensors": {"base/weights.py"},
     "datasets": {"data/read.py"},
@@ -41,6 +47,7 @@ HOMES = {
     "matplotlib": {"analysis/plots.py"},
     "triton": {"kernels/triton.py"},
     "torch.utils.tensorboard": {"training/log.py"},
+    "xllamacpp": {"export/sides/llama_server.py"},
 }
 NOWHERE = ["peft", "trl", "starlette", "fastapi", "uvicorn", "accelerate", "tokenizers"]
 MODELS, TOKENIZERS = {"base/load.py", "base/gguf.py"}, {"data/render.py", "base/gguf.py"}
