@@ -39,7 +39,13 @@ HOMES = {
     "rich": {"progress.py", "data/preview.py", "cli/run.py"},
     "typer": {f"cli/{name}.py" for name in ("__init__", "app", "export", "plan", "run", "update", "why")},
     "yaml": {"config.py", "run_yaml.py"},
-    "gguf": {"base/gguf.py", "base/gguf_header.py"},
+    "gguf": {
+        "base/gguf.py",
+        "base/gguf_header.py",
+        "export/gguf_adapter.py",
+        "export/gguf_names.py",
+        "export/sides/llama.py",
+    },
     "huggingface_hub": {"base/source.py", "export/push.py"},
     "safetensors": {"base/weights.py"},
     "datasets": {"data/read.py"},
@@ -47,6 +53,7 @@ HOMES = {
     "matplotlib": {"analysis/plots.py"},
     "triton": {"kernels/triton.py"},
     "torch.utils.tensorboard": {"training/log.py"},
+    "xllamacpp": {"export/sides/llama_server.py"},
 }
 NOWHERE = ["peft", "trl", "starlette", "fastapi", "uvicorn", "accelerate", "tokenizers"]
 MODELS, TOKENIZERS = {"base/load.py", "base/gguf.py"}, {"data/render.py", "base/gguf.py"}

@@ -80,6 +80,14 @@ class Source:
             return self.name.partition("@")[0]
         return Path(self.name).expanduser().resolve().name
 
+    @property
+    def gguf(self) -> Path | None:
+        """The GGUF that the folder was made from, if it was; one of its parts, where it comes in parts."""
+        if self.name in BUILTINS:
+            return _builtin_file(self.name)
+        path = Path(self.name).expanduser()
+        return path if path.suffix == ".gguf" else None
+
 
 def find_base(name: str, *, progress: Progress | None = None) -> Source:
     """The checked local folder behind a base's name. `progress` gets a line before anything that takes long.
