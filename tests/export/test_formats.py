@@ -205,8 +205,17 @@ def test_the_template_that_was_trained_under_goes_along(bases: dict[str, Path], 
     assert own.chat_template != template and tokenizer.get_vocab() == own.get_vocab()
     assert "chat_template" not in json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     stops = json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"]
-    ids = stops if isinstance(stops, list) else [stops]
-    assert own.eos_token_id == ids[0]
+    assert stops == [own.eos_token_id, own.convert_tokens_to_ids("<|endoftext|>")]
+    export_named(str(tmp_path / "adapter"), "vllm", str(tmp_path / "vllm"), base=str(bases["llama"]))
+    card = (tmp_path / "vllm/README.md").read_text()
+    assert "--chat-template ./chat_template.jinja" in card and "--generation-config ." in card
+
+
+def test_the_tokenizers_own_template_stays_where_it_is(bases: dict[str, Path], tmp_path: Path) -> None:
+    out = shipped(tmp_path, "vllm", bases["llama"], random_adapter(bases["llama"]))
+    files = [file for file in bases["llama"].iterdir() if "token" in file.name or "template" in file.name]
+    assert files and all((out / file.name).read_bytes() == file.read_bytes() for file in files)
+    assert "--chat-template" not in (out / "README.md").read_text()
 
 
 def test_another_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
