@@ -119,7 +119,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SIZES["mistral"] = WIDE
 # Fields that come back in another form, with the same frequencies.
-SAID_OTHERWISE = ("llama 3.1", "yarn, by two scales", "phi3, long")
+SAID_OTHERWISE = ("yarn, warmer", "yarn, by two scales", "phi3, long")
 
 
 def _check_read(trained: Trained, file: Path, cache: Path, otherwise: bool) -> None:
