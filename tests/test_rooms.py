@@ -25,13 +25,19 @@ LEVELS = [
     {"studies"},
     {"cli", "chat", "demo"},
 ]
-SIDEWAYS = {("training", "evaluate"), ("training", "analysis"), ("cli", "chat"), ("cli", "demo")}
+SIDEWAYS = {
+    ("training", "evaluate"),
+    ("training", "analysis"),
+    ("export", "analysis"),
+    ("cli", "chat"),
+    ("cli", "demo"),
+}
 
 # Each heavy library has its home.
 HOMES = {
     "jinja2": {"data/template_worker.py"},
     "rich": {"progress.py", "data/preview.py", "cli/run.py"},
-    "typer": {"cli/__init__.py", "cli/app.py", "cli/plan.py", "cli/run.py", "cli/update.py", "cli/why.py"},
+    "typer": {f"cli/{name}.py" for name in ("__init__", "app", "export", "merge", "plan", "run", "update", "why")},
     "yaml": {"config.py", "run_yaml.py"},
     "gguf": {
         "base/gguf.py",
@@ -40,7 +46,7 @@ HOMES = {
         "export/gguf_names.py",
         "export/sides/llama.py",
     },
-    "huggingface_hub": {"base/source.py"},
+    "huggingface_hub": {"base/source.py", "export/push.py"},
     "safetensors": {"base/weights.py"},
     "datasets": {"data/read.py"},
     "pyarrow": {"data/read.py"},

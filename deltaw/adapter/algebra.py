@@ -136,12 +136,11 @@ def pad(update: LowRank, rank: int) -> LowRank:
     return LowRank(a_RN, torch.nn.functional.pad(update.b_MR, (0, more)), update.scale)
 
 
-def baked(adapter: Adapter, verb: str) -> dict[str, LowRank]:
-    """The same update for a reader that knows one rank and no scale: all of the largest rank by rows of zeros, scale 1.
+def baked(updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """The same updates for a reader of one rank and no scales: all of the largest rank by rows of zeros, scale 1.
 
-    Exact but for one rounding of s B, none where s is a power of 2. Raises as `low_rank_updates`.
+    Exact but for one rounding of s B, none where s is a power of 2.
     """
-    updates = low_rank_updates(adapter, verb)
     rank = max(update.rank for update in updates.values())
     return {path: pad(_rescaled(update, 1.0), rank) for path, update in updates.items()}
 

