@@ -20,16 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deltaw.base.gguf_parts import parts_of, read_model
+from deltaw.base.gguf_header import Typed, read_metadata
+from deltaw.base.gguf_parts import parts_of
 from deltaw.base.source import HUB_ID
-from deltaw.base.weights import read_tensor, write_text_atomic
+from deltaw.base.weights import write_text_atomic
 from deltaw.errors import InputError, listed
 from deltaw.export.destination import Destination, Options, Written
-from deltaw.export.gguf_file import KEPT, Typed, read_block, text, typed, write_file
+from deltaw.export.gguf_file import text, typed, write_file
 from deltaw.export.gguf_meta import check_read_back, metadata
 from deltaw.export.gguf_names import family
 from deltaw.export.gguf_quantizer import fallbacks, find_quantizer, quantize_file
-from deltaw.export.gguf_types import EMBEDDING, HEAD, PLAIN, Place, choose, encoded, number, type_named
+from deltaw.export.gguf_types import EMBEDDING, HEAD, PLAIN, Place, choose, encoded, type_named
 from deltaw.export.gguf_vocab import SLOTS, TEMPLATE, special_ids, vocabulary
 from deltaw.export.merged import Planned, plan_merge
 from deltaw.export.modelfile import FILE, modelfile
@@ -39,6 +40,7 @@ from deltaw.progress import Display
 if TYPE_CHECKING:
     import numpy as np
 
+COPIED = ("tokenizer.", "general.license", "general.languages")  # of a base that is a GGUF
 HEADLESS = ("gemma2",)  # llama.cpp has no place for their head
 FLOAT = "F32"  # of the file that llama.cpp's quantiser is given
 SPARE = 1 << 16  # bytes of keys and entries beside the tokenizer's, at most
@@ -59,7 +61,7 @@ class GgufModel(Destination):
         self.meta = metadata(self.config, shapes[EMBEDDING][0])
         shapes |= {name: (len(values),) for name, values in self.meta.tensors.items()}
         self.places = choose(shapes, self.type if self.quantizer is None else FLOAT)
-        self.notes = list(self.meta.notes)
+        self.notes = [*self.meta.notes, *([self.family.differs] if self.family.differs else [])]
         self.keys = self._keys(shapes[EMBEDDING][0])
         name = f"{trained.base.public_name.rpartition('/')[2]}-{_run_name(trained)}"
         self.file = f"{name}-{self.type}.gguf"
@@ -139,8 +141,8 @@ class GgufModel(Destination):
             words = vocabulary(self.trained.renderer, rows)
             self.notes += words.notes
             return keys | {name: typed(value) for name, value in words.keys.items()}
-        read_model(parts_of(file))  # its counts are checked before gguf-py believes them
-        block = read_block(parts_of(file)[0], names=KEPT)
+        block = read_metadata(parts_of(file)[0], lambda key: key.startswith(COPIED))
+        block = {key: value for key, value in block.items() if value.value != []}  # which no reader misses
         return keys | block | self._trained_keys(block)
 
     def _trained_keys(self, block: dict[str, Typed]) -> dict[str, Typed]:

@@ -62,7 +62,7 @@ def warning(survivals: Mapping[str, Survival], type_name: str) -> str | None:
     if not total.true or total.cosine >= FAINT:
         return None
     return (
-        f"WARNING: {type_name} rounds much of the update away: the cosine is {total.cosine:.2f}, and the model will not "
+        f"WARNING: {type_name} rounds much of the update away: the cosine is {total.cosine:.2f}, and the model won't "
         "answer as base and adapter do. Merge with --dtype float32, or serve the adapter beside its base"
     )
 
