@@ -84,10 +84,10 @@ class Turns:
         )
 
 
-def modelfile(trained: Trained, model: str, *, adapter: str = "", about: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """(the Modelfile, what is to be said of it). `model`, `adapter`: files beside it; `about`: comments on FROM."""
+def modelfile(trained: Trained, model: str, *, adapter: str = "", about: str = "") -> tuple[str, list[str]]:
+    """(the Modelfile, what is to be said of it). `model`, `adapter`: files beside it; `about`: a comment on FROM."""
     renderer, notes = trained.renderer, []
-    lines = [*(f"# {' '.join(line.split())}" for line in about), f"FROM ./{model}"]
+    lines = [f"# {' '.join(about.split())}"] * bool(about) + [f"FROM ./{model}"]
     if adapter:
         lines.append(f"ADAPTER ./{adapter}")
     try:

@@ -23,7 +23,9 @@ from deltaw.errors import InputError
 from deltaw.export.destination import Options
 from deltaw.export.gguf_adapter import ADAPTER, GgufAdapter
 from deltaw.export.gguf_names import family
-from deltaw.export.trained import Trained
+from deltaw.export.modelfile import FILE
+from deltaw.export.trained import TEMPLATE, Trained
+from deltaw.export.usage import gguf_usage
 from deltaw.factors import LowRank
 from deltaw.progress import Display
 from tests.architectures import PACKED
@@ -301,3 +303,17 @@ def test_padded_and_baked_it_is_the_same_update(ranks: list[int], scales: list[f
         assert ((made.b_MR[:, : low.rank].double() - exact).abs() <= exact.abs() * 2.0**-23).all()
         error = (made.a_RN.double().T @ made.b_MR.double().T - low.a_RN.double().T @ exact.T).abs()
         assert (error <= 2.0**-23 * (low.a_RN.double().abs().T @ exact.abs().T)).all()
+
+
+def test_another_template_than_the_bases_goes_along(tmp_path: Path) -> None:
+    """A server takes the one in the base's GGUF unless it is told."""
+    _, trained = trained_on(tmp_path, "llama", {})
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    own = replace(trained, renderer=Renderer(toy("chatml"), template=str(tmp_path / "own.jinja")))
+    for one, files in ((trained, {ADAPTER, FILE}), (own, {ADAPTER, FILE, TEMPLATE})):
+        export = GgufAdapter(one, Options())
+        folder = written(tmp_path / one.renderer.template_fingerprint, export).parent
+        assert {file.name for file in folder.iterdir()} == files
+        usage = gguf_usage(one, "tiny.gguf", adapter=ADAPTER, template=export.template)
+        assert (TEMPLATE in files) == ("--chat-template-file" in usage)
+    assert (folder / TEMPLATE).read_text() == own.renderer.template
