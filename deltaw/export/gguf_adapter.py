@@ -38,11 +38,7 @@ from deltaw.progress import Display
 
 ADAPTER = "adapter.gguf"
 HEAD = "output.weight"
-PADDED, ENTRY, KEYS = (
-    32,
-    200,
-    4096,
-)  # bytes that a tensor's data, its entry and all keys take at most beside the numbers
+PADDING, ENTRY, KEYS = 32, 200, 4096  # bytes at most, beside the numbers: a tensor's and all keys
 
 
 class GgufAdapter(Destination):
@@ -62,7 +58,7 @@ class GgufAdapter(Destination):
         self.template = "" if own else trained.renderer.template or ""  # a server takes the base's unless it is told
 
     def size(self) -> int:
-        tensors = sum(4 * low.parameters + 2 * (PADDED + ENTRY) for low in self.tensors.values())
+        tensors = sum(4 * low.parameters + 2 * (PADDING + ENTRY) for low in self.tensors.values())
         return tensors + KEYS + len(self.modelfile.encode()) + len(self.template.encode())
 
     def write(self, folder: Path, display: Display) -> Written:
