@@ -319,3 +319,30 @@ def test_another_template_than_the_bases_goes_along(tmp_path: Path) -> None:
         usage = gguf_usage(one, "tiny.gguf", adapter=ADAPTER, template=export.template)
         assert (TEMPLATE in files) == ("--chat-template-file" in usage)
     assert (folder / TEMPLATE).read_text() == own.renderer.template
+
+
+def test_of_a_gemma_that_sees_the_part_that_reads_is_adapted(tmp_path: Path) -> None:
+    """Its GGUF is that of the language model alone; what trained the other part has no place there."""
+    text = model_of("gemma3_text", sliding_window=8, query_pre_attn_scalar=8)
+    gguf = write_model(tmp_path / "tiny.gguf", text)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config=text.config.to_dict(),
+        vision_config={**sizes, "image_size": 16, "patch_size": 8},
+        mm_tokens_per_image=4,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "base")
+    adapter = drawn(model, SPEC)
+    trained = Trained("lora", adapter, find_base(str(tmp_path / "base")), Renderer(toy("chatml")))
+    rounding = apart(next_token(gguf, [], PROMPTS), by_transformers(text, PROMPTS))
+    attach(model, adapter)
+    given = next_token(gguf, [written(tmp_path / "out", GgufAdapter(trained, Options()))], PROMPTS)
+    assert apart(given, by_transformers(model, PROMPTS)) < 1e-4 + 4 * rounding
+    tower = "model.vision_tower.encoder.layers.0.mlp.fc1"
+    with pytest.raises(InputError) as refused:
+        GgufAdapter(with_factors(trained, {tower: LowRank(torch.ones(2, 16), torch.ones(16, 2))}), Options())
+    assert tower in refused.value.what
