@@ -96,7 +96,7 @@ def modelfile(trained: Trained, model: str, *, adapter: str = "", about: str = "
         lines.append(f'TEMPLATE """{template}"""')
         notes += more
     except InputError as error:
-        notes.append(f"no TEMPLATE for Ollama: {error.what}")
+        notes.append(f"no TEMPLATE for Ollama (llama.cpp runs the template itself): {error.what}")
         lines.append("# The chat template has no form in Go: Ollama takes what it thinks fits, answers may suffer.")
     for stop in (renderer.decode([id], skip_special=False) for id in sorted(renderer.stop_ids)):
         if not stop or not stop.isprintable() or '"' in stop:
