@@ -10,7 +10,6 @@ from torch import Tensor
 from deltaw.base.fingerprint import settings as mathematics
 from deltaw.base.gguf import to_folder
 from deltaw.base.load import open_base
-from deltaw.errors import InputError
 from deltaw.export.destination import Options
 from deltaw.export.gguf_model import GgufModel
 from deltaw.export.merged import plan_merge
