@@ -50,9 +50,9 @@ class GgufModel(Destination):
         plan = plan_merge(trained)
         self.config = plan.skeleton.config
         self.family = family(self.config)
+        self.meta = metadata(self.config, len(plan.skeleton.get_input_embeddings().weight))  # type: ignore[operator]
         self.tensors = Tensors(plan, self.family)
         shapes = self.tensors.shapes
-        self.meta = metadata(self.config, shapes[EMBEDDING][0])
         shapes |= {name: (len(values),) for name, values in self.meta.tensors.items()}
         self.places = choose(shapes, self.type if self.quantizer is None else FLOAT)
         self.notes = [*self.meta.notes, *([self.family.differs] if self.family.differs else [])]
