@@ -38,7 +38,7 @@ class Tensors:
         self.plan, self.family = plan, family
         self.survivals: dict[str, Survival] = {}
         tied = self._tied_head()
-        names = [name for name, _ in plan.skeleton.named_parameters() if name != tied]
+        names = [name for name, _ in plan.skeleton.named_parameters(remove_duplicate=False) if name != tied]
         if missing := [name for name in names if name not in plan.by_parameter]:
             raise InputError(
                 f"{len(missing)} of {len(names)} parameters aren't tensors of the base's files:\n{listed(missing, 2)}",

@@ -183,7 +183,8 @@ def test_a_head_that_the_merge_unties_has_one(tmp_path: Path) -> None:
     adapter = random_adapter(base, size=0.5)
     head = torch.randn(3, 64), torch.randn(len(toy("chatml")), 3) * 0.1
     factors = {**adapter.factors, "lm_head": LowRank(*head, adapter.spec.scale("lm_head"))}
-    trained = trained_of(base, replace(adapter, factors=factors), tmp_path / "adapter")
+    trained = trained_of(base, adapter, tmp_path / "adapter")
+    trained = replace(trained, adapter=replace(adapter, factors=factors))
     file = written(trained, tmp_path / "out", "F32")
     assert "output.weight" in shapes_of(file)
     pytest.importorskip("xllamacpp", reason="llama.cpp itself")
@@ -401,7 +402,8 @@ def test_k_types_go_through_the_quantiser(tmp_path: Path, monkeypatch: pytest.Mo
         ("pass", "failed"),
         ("open(sys.argv[2], 'wb').write(b'GGUFnone')", "no usable file"),
         (
-            "d = open(sys.argv[1], 'rb').read(); open(sys.argv[2], 'wb').write(d.replace(b'blk.1.ffn_up', b'blk.9.ffn_up'))",
+            "d = open(sys.argv[1], 'rb').read().replace(b'blk.1.ffn_up', b'blk.9.ffn_up'); "
+            "open(sys.argv[2], 'wb').write(d)",
             "changed more",
         ),
     ],
