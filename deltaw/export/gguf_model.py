@@ -28,7 +28,7 @@ from deltaw.export.gguf_names import family
 from deltaw.export.gguf_quantizer import fallbacks, find_quantizer, quantize_file
 from deltaw.export.gguf_tensors import Tensors
 from deltaw.export.gguf_types import EMBEDDING, FLOATS, PLAIN, choose, general_keys, type_named
-from deltaw.export.gguf_vocab import SLOTS, TEMPLATE, special_ids, vocabulary
+from deltaw.export.gguf_vocab import SLOTS, TEMPLATE, vocabulary
 from deltaw.export.merged import plan_merge
 from deltaw.export.modelfile import FILE, modelfile
 from deltaw.export.trained import Trained
@@ -124,9 +124,7 @@ class GgufModel(Destination):
         known = {block[key].value for key in uses if key in block}
         end = renderer.tokenizer.eos_token_id if self.trained.plain else renderer.end_of_turn
         if end is not None and end not in known:
-            ids = special_ids(renderer, [])
-            keys |= {f"tokenizer.ggml.{name}": typed(id) for name, id in ids.items() if name == "eot_token_id"}
-            keys.setdefault("tokenizer.ggml.eot_token_id", typed(end))
+            keys["tokenizer.ggml.eot_token_id"] = typed(end)
             self.notes.append(f"the end of a turn is token {end}, which the base's own block doesn't say")
         return keys
 

@@ -31,7 +31,6 @@ COARSE = PLAIN[4:]
 MIXED = re.compile(r"Q[2-6]_K(_[SML])?")
 USUAL = "Q8_0"
 BLOCK = 32
-CHUNK = 1 << 24  # numbers that are quantised at once: the quantisers take some ten times their bytes
 HEAD, EMBEDDING, POSITIONS = "output.weight", "token_embd.weight", "position_embd.weight"
 
 
@@ -115,25 +114,19 @@ def general_keys(kind: str) -> dict[str, int]:
 
 
 def encoded(value: Tensor, kind: str) -> "np.ndarray":
-    """The tensor's bytes in a type, a share of its rows at a time."""
-    import numpy as np
+    """The tensor's bytes in a type, by gguf's own quantisers (which take a few rows at a time)."""
     from gguf.quants import quantize
 
     rows = value.detach().reshape(-1, value.shape[-1])
-    step = max(1, CHUNK // rows.shape[-1])
-    parts = [quantize(part.float().contiguous().numpy(), number(kind)) for part in rows.split(step)]
-    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+    data: np.ndarray = quantize(rows.float().contiguous().numpy(), number(kind))
+    return data
 
 
 def decoded(data: "np.ndarray", kind: str, shape: tuple[int, ...]) -> Tensor:
     """The float32 numbers that bytes of a type stand for."""
-    import numpy as np
     from gguf.quants import dequantize
 
-    rows = data.reshape(-1, data.shape[-1])
-    step = max(1, CHUNK // shape[-1])
-    parts = [dequantize(rows[at : at + step], number(kind)) for at in range(0, len(rows), step)]
-    return torch.from_numpy(np.concatenate(parts)).reshape(shape)
+    return torch.from_numpy(dequantize(data.reshape(-1, data.shape[-1]), number(kind))).reshape(shape)
 
 
 def rounded(value: Tensor, kind: str) -> Tensor:
