@@ -4,6 +4,7 @@
     run.py        demo · train · verify-resume · preview · eval · generate · chat
     plan.py       plan
     update.py     inspect · compare · resize · extract · combine · scale
+    lint.py       lint
     why.py        decompose · study
 
 Heavy imports stand inside the verbs, so that `--help` answers at once. Prose and progress go to stderr, results to
@@ -17,7 +18,7 @@ import traceback
 
 import typer
 
-from deltaw.cli import plan, run, update, why  # noqa: F401  (each registers its verbs)
+from deltaw.cli import lint, plan, run, update, why  # noqa: F401  (each registers its verbs)
 from deltaw.cli.app import app
 from deltaw.errors import DeltawError
 from deltaw.training.stop import Stopped
