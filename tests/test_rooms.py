@@ -25,30 +25,35 @@ LEVELS = [
     {"studies"},
     {"cli", "chat", "demo"},
 ]
-SIDEWAYS = {("training", "evaluate"), ("training", "analysis"), ("cli", "chat"), ("cli", "demo")}
+SIDEWAYS = {
+    ("training", "evaluate"),
+    ("training", "analysis"),
+    ("export", "analysis"),
+    ("cli", "chat"),
+    ("cli", "demo"),
+}
 
 # Each heavy library has its home.
 HOMES = {
     "jinja2": {"data/template_worker.py"},
     "rich": {"progress.py", "data/preview.py", "cli/run.py"},
-    "typer": {
-        "cli/__init__.py",
-        "cli/app.py",
-        "cli/lint.py",
-        "cli/plan.py",
-        "cli/run.py",
-        "cli/update.py",
-        "cli/why.py",
-    },
+    "typer": {f"cli/{name}.py" for name in ("__init__", "app", "export", "lint", "plan", "run", "update", "why")},
     "yaml": {"config.py", "run_yaml.py"},
-    "gguf": {"base/gguf.py", "base/gguf_header.py"},
-    "huggingface_hub": {"base/source.py"},
+    "gguf": {
+        "base/gguf.py",
+        "base/gguf_header.py",
+        "export/gguf_adapter.py",
+        "export/gguf_names.py",
+        "export/sides/llama.py",
+    },
+    "huggingface_hub": {"base/source.py", "export/push.py"},
     "safetensors": {"base/weights.py"},
     "datasets": {"data/read.py"},
     "pyarrow": {"data/read.py"},
     "matplotlib": {"analysis/plots.py"},
     "triton": {"kernels/triton.py"},
     "torch.utils.tensorboard": {"training/log.py"},
+    "xllamacpp": {"export/sides/llama_server.py"},
 }
 NOWHERE = ["peft", "trl", "starlette", "fastapi", "uvicorn", "accelerate", "tokenizers"]
 MODELS, TOKENIZERS = {"base/load.py", "base/gguf.py"}, {"data/render.py", "base/gguf.py"}
