@@ -68,21 +68,22 @@ class Looked:
 def look(named: str | None, recorded: str, revision: str | None, display: Display) -> Looked:
     """The base named with --base, else the one that the adapter names. Raises InputError for the former only."""
     if named:
-        return Looked(base := _open(find_base(named, progress=display.say)), base.kind)
+        return Looked(base := base_of(find_base(named, progress=display.say)), base.kind)
     if not recorded:
         return Looked(reason="it doesn't say which base it belongs to")
     source = None
     try:
         source = find_local(recorded, revision, progress=display.say)
         if source is not None:
-            return Looked(base := _open(source), base.kind)
+            return Looked(base := base_of(source), base.kind)
     except InputError as error:
         kind = _kind(source.directory) if source else ""
         return Looked(kind=kind, reason=f"its base {recorded:.100} can't be opened here: {error.what.splitlines()[0]}")
     return Looked(reason=f"its base {recorded:.100} isn't on this machine")
 
 
-def _open(source: Source) -> Base:
+def base_of(source: Source) -> Base:
+    """Raises InputError for what transformers can't open, or isn't a causal language model."""
     skeleton: Any = open_skeleton(source)
     linear: dict[str, tuple[int, int]] = {}
     embeddings: dict[str, tuple[int, int]] = {}
@@ -95,10 +96,11 @@ def _open(source: Source) -> Base:
         elif isinstance(module, nn.Embedding):
             embeddings[path] = (module.weight.shape[0], module.weight.shape[1])
     parameters = {name: tuple(p.shape) for name, p in skeleton.named_parameters(remove_duplicate=False)}
-    ends = [skeleton.get_output_embeddings(), skeleton.get_input_embeddings()]
-    paths = [next((path for path, m in skeleton.named_modules() if end is not None and m is end), "") for end in ends]
+    paths = {id(module): path for path, module in skeleton.named_modules()}
+    head = paths.get(id(skeleton.get_output_embeddings()), "")
+    embedding = paths.get(id(skeleton.get_input_embeddings()), "")
     kind = str(skeleton.config.model_type)
-    return Base(source, skeleton, linear, embeddings, parameters, kind, *paths, transposed)
+    return Base(source, skeleton, linear, embeddings, parameters, kind, head, embedding, transposed)
 
 
 def _kind(folder: Path) -> str:

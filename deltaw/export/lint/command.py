@@ -4,22 +4,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaw.adapter.file import CONFIG, WEIGHTS
-from deltaw.adapter.full import DELTAS
-from deltaw.base.source import PICKLES
 from deltaw.config import RunConfig, load_config
-from deltaw.errors import InputError
+from deltaw.errors import InputError, command
 from deltaw.export.lint import (
     rules_base,
     rules_chat,
     rules_config,
     rules_files,
+    rules_folders,
+    rules_gguf,
     rules_keys,
     rules_kinds,
     rules_values,
 )
 from deltaw.export.lint.base import look
 from deltaw.export.lint.finding import DESTINATIONS, Finding
+from deltaw.export.lint.forms import form_of
 from deltaw.export.lint.rules_config import MAX_RANKS
 from deltaw.export.lint.subject import Subject, recorded_base
 from deltaw.export.lint.verdict import Verdict
@@ -45,7 +45,8 @@ def lint(
     max_lora_rank: int = 16,
     display: Display | None = None,
 ) -> Verdict:
-    """What becomes of an adapter at each destination, deltaw's own or another tool's: a run, a folder in PEFT's layout.
+    """What becomes of an adapter at each destination, deltaw's own or another tool's: a run, a folder in PEFT's or
+    mlx-lm's layout, a .gguf file, a merged model's folder.
 
     `base`: what it goes on, where it doesn't say or that isn't here; `to`: the destinations that matter, all without
     it; `max_lora_rank`: that of the vLLM it is for. Raises InputError where there is no adapter.
@@ -55,8 +56,20 @@ def lint(
         raise InputError(f"--to {strange[0]}: no such destination", fix=f"one of {', '.join(DESTINATIONS)}")
     if max_lora_rank not in MAX_RANKS:
         raise InputError(f"--max-lora-rank {max_lora_rank}: vLLM takes {', '.join(map(str, MAX_RANKS))}")
-    path = Path(adapter).expanduser()
-    return _folder(str(adapter), path, base, tuple(to), max_lora_rank, display)
+    path, name = Path(adapter).expanduser(), str(adapter)
+    if is_run(path):
+        run = load_config(path / "config.yaml")
+        return _folder(name, path / "adapter", run, base, tuple(to), max_lora_rank, display)
+    form = form_of(path)
+    if form == "peft":
+        return _folder(name, path, None, base, tuple(to), max_lora_rank, display)
+    if form == "gguf":
+        findings = rules_gguf.look(path, base, display)
+    elif form == "mlx":
+        findings = rules_folders.look_mlx(path, base, display)
+    else:
+        findings = rules_folders.look_model(name, path, base, display)
+    return Verdict(name, form, base or "", tuple(findings), tuple(to))
 
 
 def lint_named(
@@ -67,15 +80,18 @@ def lint_named(
     return verdict.to_json(), verdict.text(), verdict.exit_code
 
 
-def _folder(name: str, path: Path, base: str | None, to: tuple[str, ...], max_rank: int, display: Display) -> Verdict:
-    run: RunConfig | None = None
-    folder = path
-    if is_run(path):
-        run, folder = load_config(path / "config.yaml"), path / "adapter"
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such adapter folder")
-    if not any((folder / file).is_file() for file in (CONFIG, WEIGHTS, DELTAS)) and not _pickles(folder):
-        raise InputError(f"{folder}: holds no adapter", fix="name a run, an adapter's folder or a .gguf file")
+def _folder(
+    name: str,
+    folder: Path,
+    run: RunConfig | None,
+    base: str | None,
+    to: tuple[str, ...],
+    max_rank: int,
+    display: Display,
+) -> Verdict:
+    """Of an adapter's folder in PEFT's layout, a run's or any."""
+    if run and not folder.is_dir():
+        raise InputError(f"{name} has no finished adapter yet", fix=f"finish it: {command('train', name)}")
     config, shapes, findings = rules_files.read(folder)
     recorded = recorded_base(folder, config)
     known = look(base or (run.base if run else None), recorded.name, recorded.revision, display)
@@ -96,7 +112,3 @@ def _folder(name: str, path: Path, base: str | None, to: tuple[str, ...], max_ra
     )
     found: list[Finding] = [finding for rule in RULES for finding in rule(subject)]
     return Verdict(name, "peft", known.base.source.name if known.base else recorded.name, tuple(found), to)
-
-
-def _pickles(folder: Path) -> bool:
-    return any(next(folder.glob(pattern), None) is not None for pattern in PICKLES)

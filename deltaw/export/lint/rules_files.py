@@ -18,7 +18,6 @@ from deltaw.errors import InputError, command
 from deltaw.export.lint.finding import (
     LLAMA_CPP,
     LOADS,
-    MLX,
     OLLAMA,
     REFUSED,
     UNSURE,
@@ -27,6 +26,7 @@ from deltaw.export.lint.finding import (
     code,
     everywhere,
 )
+from deltaw.export.lint.forms import other_form
 from deltaw.export.lint.subject import Subject, read_config
 
 AGAIN = "get the file again from where it came"
@@ -61,18 +61,12 @@ UNSHARED = code(
     dict.fromkeys((VLLM, LLAMA_CPP, OLLAMA), LOADS),
     "chmod 644 the file where a server runs as another user",
 )
-FORM = code(
-    "DW108",
-    "mlx-lm reads adapters.safetensors with a config of its own, no folder in PEFT's layout",
-    {MLX: REFUSED},
-    "export it to mlx",
-)
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], list[Finding]]:
     """(config, shapes by tensor name, findings) of an adapter's folder; what can't be read is empty."""
     if (folder / DELTAS).is_file():
-        mend = f"{command('merge', folder, options=['-o', 'merged'])}   or deltaw extract"
+        mend = command("merge", folder, options=["-o", f"{folder.name}-merged"])
         return {}, {}, [FULL_TUNE.found(f"{DELTAS} holds full fine-tuning, which no other tool reads", mend)]
     config, findings = _config(folder)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -118,10 +112,9 @@ def unshared(s: Subject) -> Iterator[Finding]:
         )
 
 
-def other_form(s: Subject) -> Iterator[Finding]:
+def form(s: Subject) -> Iterator[Finding]:
     if s.shapes:
-        mend = s.export("mlx") or "what deltaw can't load it can't convert: see the other findings"
-        yield FORM.found("it is in PEFT's layout, and mlx-lm has its own", mend)
+        yield other_form("peft", s.export("mlx") or "what deltaw can't load it can't convert: see the other findings")
 
 
-RULES = (early, unshared, other_form)
+RULES = (early, unshared, form)

@@ -17,24 +17,15 @@ from deltaw.export.lint.finding import (
     DESTINATIONS,
     LLAMA_CPP,
     LOADS,
-    MLX,
     OLLAMA,
-    PEFT,
     REFUSED,
-    TRANSFORMERS,
     UNSURE,
-    VLLM,
     WRONG,
     Effect,
     Finding,
 )
+from deltaw.export.lint.forms import READERS, Form
 
-READERS = {  # form -> who reads it as it is, the first one above all
-    "peft": (PEFT, TRANSFORMERS, VLLM),
-    "gguf": (LLAMA_CPP, OLLAMA),
-    "mlx": (MLX,),
-    "model": (TRANSFORMERS, VLLM),
-}
 ROUTES = {  # what a verdict on another's form is about
     ("peft", LLAMA_CPP): "through its own converter",
     ("peft", OLLAMA): "given this folder",
@@ -47,7 +38,7 @@ class Verdict:
     """All that was found. `form`: what it is; `asked`: the destinations of --to, none for all of them."""
 
     name: str
-    form: str
+    form: Form
     base: str
     findings: tuple[Finding, ...]
     asked: tuple[str, ...] = ()
