@@ -47,7 +47,7 @@ MAX_SIDES = 8  # of a tensor's shape
 
 
 class Header(NamedTuple):
-    """What a safetensors file says of itself, by tensor name, and the free-form metadata. `dtypes`: the file's own words
+    """What a safetensors file says of itself, by tensor name, and the free-form metadata. `dtypes`: in the file's words
     ("BF16"); `spans`: the first byte in the file and the one behind the last."""
 
     shapes: dict[str, tuple[int, ...]]
@@ -179,6 +179,12 @@ def read_rows(path: Path, name: str, rows: "Sequence[int]") -> "Tensor":
         if any(not 0 <= row < part.get_shape()[0] for row in rows):
             _corrupt(path, f"{name} has {part.get_shape()[0]} rows")
         return torch.cat([part[row : row + 1] for row in rows])
+
+
+def check_readable(path: Path) -> None:
+    """Raise InputError for whatever the safetensors library finds wrong in a file: overlaps, gaps, sizes, types."""
+    with _reading(path):
+        pass
 
 
 def save_safetensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping[str, str] | None = None) -> None:

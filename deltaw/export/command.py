@@ -59,7 +59,7 @@ def export_named(
         written = destination.write(folder, display)
         write_card(folder, trained, form_of(to, options), written.usage)
         files = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*"))}
-    result: dict[str, Any] = {"output": output, "to": to, "files": files, "pushed": None, **written.more}
+    result: dict[str, Any] = {**written.more, "output": output, "to": to, "files": files, "pushed": None}
     lines = [f"{output}: {sum(files.values()):,} bytes, {len(files)} files", *written.lines]
     if hub:
         result["pushed"] = hub.run(Path(output), display)

@@ -55,7 +55,8 @@ class GgufAdapter(Destination):
         self.tensors = _tensors(trained, skeleton, self.family)
         self.rank = next(iter(self.tensors.values())).rank
         file, about = _base_file(trained)
-        self.modelfile, self.notes = modelfile(trained, file, adapter=ADAPTER, about=about)
+        self.modelfile, notes = modelfile(trained, file, adapter=ADAPTER, about=about)
+        self.notes = [note for note in (self.family.differs, *notes) if note]
 
     def size(self) -> int:
         tensors = sum(4 * low.parameters + 2 * (PADDED + ENTRY) for low in self.tensors.values())
@@ -112,10 +113,10 @@ def _check_kind(trained: Trained) -> None:
 
 def _tensors(trained: Trained, skeleton: nn.Module, names: Family) -> dict[str, LowRank]:
     """The updates by the tensors that they go on. Raises InputError listing those that would not arrive."""
-    tensors, problems = {}, []
+    tensors, problems, modules = {}, [], dict(skeleton.named_modules())
     for path, low in baked(low_rank_updates(trained.adapter, "written as GGUF")).items():
         try:
-            _check_layer(trained, skeleton, path, low)
+            _check_layer(modules.get(path), path, low)
             name, placed = names.tensor(f"{path}.weight"), names.factors(path, low)
             if name == HEAD and not _has_head(trained, skeleton):
                 raise InputError(f"{path}: the base's GGUF has no head of its own, the embedding is its head, too")
@@ -133,10 +134,9 @@ def _tensors(trained: Trained, skeleton: nn.Module, names: Family) -> dict[str, 
     return tensors
 
 
-def _check_layer(trained: Trained, skeleton: nn.Module, path: str, low: LowRank) -> None:
-    module = dict(skeleton.named_modules()).get(path)
+def _check_layer(module: nn.Module | None, path: str, low: LowRank) -> None:
     if module is None:
-        raise InputError(f"{path:.120}: {trained.base.name} has no such module")
+        raise InputError(f"{path:.120}: the base has no such module")
     if not FrozenLinear.can_wrap(module):
         raise InputError(f"{path:.120}: isn't a linear layer")
     shape = tuple(FrozenLinear(module).weight_MN.shape)

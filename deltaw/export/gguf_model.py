@@ -202,7 +202,9 @@ class GgufModel(Destination):
 def _bytes(value: Typed) -> int:
     """Bytes of a value of the metadata, at most."""
     items = value.value if isinstance(value.value, list) else [value.value]
-    sizes = (len(item.encode() if isinstance(item, str) else item) if isinstance(item, (str, bytes)) else 8 for item in items)
+    sizes = (
+        len(item.encode() if isinstance(item, str) else item) if isinstance(item, (str, bytes)) else 8 for item in items
+    )
     return sum(sizes) + 8 * len(items) + 64
 
 

@@ -44,6 +44,7 @@ TYPES = {
     "qwen3_moe": "qwen3moe",
 }
 NORMS_LESS_ONE = ("gemma2", "gemma3", "nemotron")
+WINDOW = "sliding_attention"
 TOWER = "language_model."  # where a model that sees pictures keeps the one that reads
 
 
@@ -67,6 +68,8 @@ class Family:
         text = config.get_text_config()
         self._heads = {"q_proj": text.num_attention_heads}
         self._heads["k_proj"] = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        self.differs = _window(self.architecture, text)
+        """What llama.cpp doesn't do as the model does, in words; empty where there is nothing."""
         number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == self.architecture)
         self._names = get_tensor_name_map(number, text.num_hidden_layers)
 
@@ -116,6 +119,16 @@ class Family:
 def permuted(rows: Tensor, heads: int) -> Tensor:
     """Rows [H (2 E/2), ...] of halves as rows [H (E/2 2), ...] of neighbours."""
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _window(architecture: str, config: Any) -> str:
+    """llama.cpp knows windows of Gemma's alone. It runs the others without, which shows behind the first window."""
+    window, layers = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or [WINDOW]
+    if architecture.startswith("gemma") or not window or WINDOW not in layers:
+        return ""
+    if window >= config.max_position_embeddings:
+        return ""
+    return f"llama.cpp attends to all tokens where the model sees the last {window:,}: it answers otherwise behind them"
 
 
 def _split(parameter: str) -> tuple[str, str]:

@@ -178,7 +178,9 @@ def _scores(tokens: list[str], types: list[int], merges: list[list[str]]) -> lis
             left, right = text[:cut], text[cut:]
             if left in normal and right in normal and (left, right) not in listed:
                 raise unknown(f"{left!r} and {right!r} aren't merged, but {text!r} is a token; SentencePiece would")
-    return [-float(place.get(text, len(place))) if kind == NORMAL else 0.0 for text, kind in zip(tokens, types, strict=True)]
+    return [
+        -float(place.get(text, len(place))) if kind == NORMAL else 0.0 for text, kind in zip(tokens, types, strict=True)
+    ]
 
 
 def _additions(tokenizer: Any) -> dict[str, bool]:

@@ -128,7 +128,7 @@ def read_turns(renderer: Renderer) -> Turns:
 
 def go_text(text: str) -> str:
     """`text` as part of a Go template that is to stand in a Modelfile."""
-    return re.sub(r'\{\{+|\{\Z|"{3,}|[^\n\t -~]+', lambda part: _go_literal(part[0]), text)
+    return re.sub(r'\{+|"{3,}|[^\n\t -~]+', lambda part: _go_literal(part[0]), text)
 
 
 def _go_literal(text: str) -> str:

@@ -18,7 +18,7 @@ from tests.data.toys import toy
 
 SHARED = {**COMMON, **MOE, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1, "num_experts": 4}
 FAMILIES: dict[str, dict[str, Any]] = {
-    **{name: PACKED[name] for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")},
+    **{name: PACKED[name] for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")},
     "gpt2": {**GPT2, "eos_token_id": 2, "bos_token_id": 1},
     "qwen2_moe": SHARED,
 }
