@@ -86,13 +86,14 @@ def look(path: Path, base: str | None, display: Display) -> Iterator[Finding]:
     yield other_form("gguf", "give them the folder in PEFT's layout that it was made from")
     try:
         header = read_part(path)
-        if header.metadata.get("general.type", "model") == "model":
+        bare = any(name.endswith((A, B)) for name in header.shapes)
+        kind_of_file = str(header.metadata.get("general.type", "none" if bare else "model"))
+        if kind_of_file == "model":
             header = read_model(parts_of(path))
     except InputError as error:
         yield UNREADABLE.found(error.what.partition(": ")[2] or error.what)
         return
     file = GgufFile(path, header, *_base(source), source)
-    kind_of_file = str(header.metadata.get("general.type", "model"))
     if kind_of_file not in RULES:
         yield KIND.found(f"general.type is {kind_of_file[:40]!r}")
     for rule in RULES.get(kind_of_file, ()):
