@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from deltaw.base.load import Base, open_base
     from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
     from deltaw.errors import DeltawError, InputError, RunError
+    from deltaw.export.verify import verify
     from deltaw.factors import Dense, DoRA, LowRank
     from deltaw.kernels.attention import packed_attention
     from deltaw.kernels.lora import lora_linear
@@ -56,6 +57,7 @@ _HOME = {
     "resize": "adapter.algebra",
     "resume": "training.loop",
     "train": "training.loop",
+    "verify": "export.verify",
 }
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604
 

@@ -25,13 +25,28 @@ LEVELS = [
     {"studies"},
     {"cli", "chat", "demo"},
 ]
-SIDEWAYS = {("training", "evaluate"), ("training", "analysis"), ("cli", "chat"), ("cli", "demo")}
+SIDEWAYS = {
+    ("training", "evaluate"),
+    ("training", "analysis"),
+    ("export", "evaluate"),
+    ("export", "analysis"),
+    ("cli", "chat"),
+    ("cli", "demo"),
+}
 
 # Each heavy library has its home.
 HOMES = {
     "jinja2": {"data/template_worker.py"},
     "rich": {"progress.py", "data/preview.py", "cli/run.py"},
-    "typer": {"cli/__init__.py", "cli/app.py", "cli/plan.py", "cli/run.py", "cli/update.py", "cli/why.py"},
+    "typer": {
+        "cli/__init__.py",
+        "cli/app.py",
+        "cli/plan.py",
+        "cli/run.py",
+        "cli/update.py",
+        "cli/verify.py",
+        "cli/why.py",
+    },
     "yaml": {"config.py", "run_yaml.py"},
     "gguf": {"base/gguf.py", "base/gguf_header.py", "export/sides/llama.py"},
     "huggingface_hub": {"base/source.py"},
@@ -41,9 +56,10 @@ HOMES = {
     "matplotlib": {"analysis/plots.py"},
     "triton": {"kernels/triton.py"},
     "torch.utils.tensorboard": {"training/log.py"},
+    "peft": {"export/sides/peft.py"},
     "xllamacpp": {"export/sides/llama_server.py"},
 }
-NOWHERE = ["peft", "trl", "starlette", "fastapi", "uvicorn", "accelerate", "tokenizers"]
+NOWHERE = ["trl", "starlette", "fastapi", "uvicorn", "accelerate", "tokenizers"]
 MODELS, TOKENIZERS = {"base/load.py", "base/gguf.py"}, {"data/render.py", "base/gguf.py"}
 TRANSFORMERS = {
     "AutoModel*": MODELS,

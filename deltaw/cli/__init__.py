@@ -5,6 +5,7 @@
     plan.py       plan
     update.py     inspect · compare · resize · extract · combine · scale
     why.py        decompose · study
+    verify.py     verify
 
 Heavy imports stand inside the verbs, so that `--help` answers at once. Prose and progress go to stderr, results to
 stdout; `--json` makes stdout one JSON object. Exit codes: 0 done, 1 failed while running, 2 the user's input,
@@ -17,7 +18,7 @@ import traceback
 
 import typer
 
-from deltaw.cli import plan, run, update, why  # noqa: F401  (each registers its verbs)
+from deltaw.cli import plan, run, update, verify, why  # noqa: F401  (each registers its verbs)
 from deltaw.cli.app import app
 from deltaw.errors import DeltawError
 from deltaw.training.stop import Stopped
