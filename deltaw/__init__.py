@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from deltaw.base.load import Base, open_base
     from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
     from deltaw.errors import DeltawError, InputError, RunError
+    from deltaw.export.command import export
     from deltaw.export.verify import verify
     from deltaw.factors import Dense, DoRA, LowRank
     from deltaw.kernels.attention import packed_attention
@@ -45,6 +46,7 @@ _HOME = {
     "attach": "adapter.inject",
     "combine": "adapter.combine",
     "detach": "adapter.inject",
+    "export": "export.command",
     "inspect": "analysis.report",
     "linear_cross_entropy": "kernels.loss",
     "load_config": "config",

@@ -136,6 +136,15 @@ def pad(update: LowRank, rank: int) -> LowRank:
     return LowRank(a_RN, torch.nn.functional.pad(update.b_MR, (0, more)), update.scale)
 
 
+def baked(updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """The same updates for a reader of one rank and no scales: all of the largest rank by rows of zeros, scale 1.
+
+    Exact but for one rounding of s B, none where s is a power of 2.
+    """
+    rank = max(update.rank for update in updates.values())
+    return {path: pad(_rescaled(update, 1.0), rank) for path, update in updates.items()}
+
+
 def mixed(adapter: Adapter) -> str | None:
     """A warning if a reader of nothing but r and lora_alpha would get a module's rank or scale wrong, else None."""
     spec = adapter.spec

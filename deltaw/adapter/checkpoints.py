@@ -3,8 +3,7 @@
 Every tensor of either folder has one of three fates: it is compared (or handed on to be extracted), it is reported as
 being in one of the two only, or the pair is refused. The rules:
 
-    names      the model's own, since a checkpoint may lack the leading part (a bare GPT-2: `h.0.…` for
-               `transformer.h.0.…`)
+    names      the model's own, whatever the file calls them (base/names.py)
     tied       a parameter that the config ties to another and the file leaves out is that other; one that the file
                holds with numbers of its own is a parameter of its own, as it is for transformers
     rows       the embedding and the head may have more or fewer rows than the base's: the rows of both are compared
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.base.linear_weights import HEADER_BYTES, TENSORS
+from deltaw.base.names import places
 from deltaw.base.weights import read_header, read_tensor, shards
 from deltaw.errors import InputError, listed
 
@@ -48,15 +48,17 @@ class Change:
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies."""
+    """Where a tensor lies, and its type as the file says it ("BF16")."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
+    dtype: str
 
 
 class Checkpoint:
-    """The tensors of a folder by the names that its own model gives them."""
+    """The tensors of a folder by the names that its own model gives them; those that it has no place for, or makes
+    others of (`converted`), by their names in the file."""
 
     def __init__(self, folder: Path, skeleton: nn.Module) -> None:
         self.folder = folder
@@ -67,13 +69,15 @@ class Checkpoint:
                 self._partner[name] = own[id(parameter)]
         self.places = set(skeleton.state_dict())
         self.vocabulary = _vocabulary(skeleton)
-        prefix = str(getattr(skeleton, "base_model_prefix", ""))
         self.stored: dict[str, Stored] = {}
+        self.converted: dict[str, list[str]] = {}
         for file, names in shards(folder).items():
-            shapes = read_header(file, max_header_bytes=HEADER_BYTES, max_tensors=TENSORS).shapes
-            for name in names:
-                known = (name, f"{prefix}.{name}", name.partition(".")[2])
-                self.stored[next((n for n in known if n in self.places), name)] = Stored(file, name, shapes[name])
+            header = read_header(file, max_header_bytes=HEADER_BYTES, max_tensors=TENSORS)
+            for name, place in places(skeleton, names).items():
+                if place.converted:
+                    self.converted.setdefault(place.name or name, []).append(name)
+                own_name = name if place.converted else place.name or name
+                self.stored[own_name] = Stored(file, name, header.shapes[name], header.dtypes[name])
 
     def find(self, name: str) -> Stored | None:
         """Where a parameter's numbers are, its own or those of the one it is tied to."""

@@ -158,6 +158,7 @@ class Adapter:
         return Adapter(spec, factors, _base_of(directory, config), transposed, weight_names(config))
 
     def _card(self) -> str:
+        """A few words; what goes out into the world gets a whole card (export/card.py)."""
         base = self.base.name or "unknown"
         if self.spec.full:
             return (
@@ -167,11 +168,10 @@ class Adapter:
         by_weight = sum(path.rpartition(".")[2] in self.rewritten for path in self.factors)
         newer = f"{by_weight} of them are named by their weights, which PEFT reads from 0.17 on.\n" if by_weight else ""
         return (
-            f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, deltaw]\n---\n\n"
             f"# {'DoRA' if self.spec.magnitude else 'LoRA'} adapter for {base}\n\n"
             f"Rank {self.spec.rank}, alpha {self.spec.alpha:g}, {len(self.factors)} modules, "
-            f"{self.parameters:,} parameters. Made by deltaw {VERSION}.\n{newer}\n"
-            "```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, this_folder)\n```\n"
+            f"{self.parameters:,} parameters. Made by deltaw {VERSION}; `deltaw export` writes it for other programs, "
+            f"with a card that says how it was trained.\n{newer}"
         )
 
 

@@ -69,7 +69,7 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unfit: Mapping[str, str] |
     if not linear:
         raise InputError(f"this model has no linear layer that LoRA could adapt{_other_kinds(model)}")
     names = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
-    head = _path_of(model, _head(model))
+    head = head_path(model)
     if head and any(names_module(name, head) for name in names):
         raise InputError(f"adapter.targets: {head} is the output head, which can't be adapted yet")
     missing = [name for name in names if not any(_matches(name, path) for path in linear)]
@@ -104,7 +104,7 @@ def targets_of(model: nn.Module, adapter: Adapter, unfit: Mapping[str, str] | No
     """What a trained adapter adapts on `model`. Raises InputError unless each update has its layer, of its shape, and
     each layer of the language model that the spec names has its update."""
     linear = linear_paths(model)
-    head = _path_of(model, _head(model))
+    head = head_path(model)
     if head in adapter.factors:
         raise InputError(f"{head} is the output head, which can't be adapted yet")
     names = (adapter.spec.targets,) if isinstance(adapter.spec.targets, str) else adapter.spec.targets
@@ -186,8 +186,10 @@ def _head(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
 
 
-def _path_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
-    return next((path for path, module in model.named_modules() if module is wanted), None)
+def head_path(model: nn.Module) -> str | None:
+    """The output head's."""
+    head = _head(model)
+    return next((path for path, module in model.named_modules() if module is head), None)
 
 
 def _matches(name: str, path: str) -> bool:

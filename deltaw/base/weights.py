@@ -47,10 +47,13 @@ MAX_SIDES = 8  # of a tensor's shape
 
 
 class Header(NamedTuple):
-    """What a safetensors file says of itself: shape by tensor name, and the free-form metadata."""
+    """What a safetensors file says of itself, by tensor name, and the free-form metadata. `dtypes`: the file's own words
+    ("BF16"); `spans`: the first byte in the file and the one behind the last."""
 
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
+    dtypes: dict[str, str]
+    spans: dict[str, tuple[int, int]]
 
 
 def read_json(path: Path, *, max_bytes: int = 10_000_000, allow_nan: bool = False) -> dict[str, Any]:
@@ -89,15 +92,16 @@ def read_header(path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES, max_ten
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _corrupt(path, "its metadata isn't text by name")
-    shapes, end = {}, 0
+    shapes, dtypes, spans, end = {}, {}, {}, 0
     for name, entry in raw.items():
-        shapes[name], tensor_end = _entry(path, name, entry)
+        shapes[name], dtypes[name], (tensor_start, tensor_end) = _entry(path, name, entry)
+        spans[name] = 8 + length + tensor_start, 8 + length + tensor_end
         end = max(end, tensor_end)
     if 8 + length + end != size:
         missing = 8 + length + end - size
         state = f"{missing:,} bytes are missing at its end" if missing > 0 else f"{-missing:,} bytes too many"
         _corrupt(path, state)
-    return Header(shapes, metadata)
+    return Header(shapes, metadata, dtypes, spans)
 
 
 def load_safetensors(
@@ -256,8 +260,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], int]:
-    """(shape, end offset) of one tensor. Overlaps, gaps and sizes are the library's to check."""
+def _entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], str, tuple[int, int]]:
+    """(shape, dtype, offsets) of one tensor. Overlaps, gaps and sizes are the library's to check."""
     if not name or len(name) > MAX_NAME or not name.isprintable():
         _corrupt(path, f"it holds a tensor with an impossible name: {name[:40]!r}")
     shape = _naturals(entry.get("shape") if isinstance(entry, dict) else None)
@@ -265,7 +269,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], int]:
     # The sides are counted first: the product of half a million of them takes minutes.
     if shape is None or len(shape) > MAX_SIDES or math.prod(shape) >= 2**63 or offsets is None or len(offsets) != 2:
         _corrupt(path, f"tensor {name!r} has no possible shape or place")
-    return tuple(shape), offsets[1]
+    return tuple(shape), str(entry.get("dtype")), (offsets[0], offsets[1])
 
 
 def _naturals(value: Any) -> list[int] | None:

@@ -4,6 +4,7 @@
     run.py        demo · train · verify-resume · preview · eval · generate · chat
     plan.py       plan
     update.py     inspect · compare · resize · extract · combine · scale
+    export.py     export
     why.py        decompose · study
     verify.py     verify
 
@@ -18,7 +19,7 @@ import traceback
 
 import typer
 
-from deltaw.cli import plan, run, update, verify, why  # noqa: F401  (each registers its verbs)
+from deltaw.cli import export, plan, run, update, verify, why  # noqa: F401  (each registers its verbs)
 from deltaw.cli.app import app
 from deltaw.errors import DeltawError
 from deltaw.training.stop import Stopped

@@ -121,6 +121,18 @@ class Renderer:
         except Rejected as rejected:
             raise InputError(f"this prompt can't be used: {one_line(str(rejected))}") from None
 
+    def chat_prompt(self, messages: Sequence[Message]) -> str:
+        """The text that the chat template makes of messages to be answered. Raises InputError as `prompt_ids`."""
+        try:
+            return self._writer().prompt(messages, ())
+        except Rejected as rejected:
+            raise InputError(f"this prompt can't be used: {one_line(str(rejected))}") from None
+
+    @property
+    def opening(self) -> str:
+        """What the tokenizer puts in front of a text by itself."""
+        return "".join(self.tokenizer.convert_ids_to_tokens(list(self._bos)))
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`."""
         return str(
@@ -185,7 +197,7 @@ class Renderer:
 
     def _opening(self, text: str) -> tuple[int, ...]:
         """What goes in front of `text`: bos, if the tokenizer has one there and the text doesn't."""
-        there = self._rendered and text.startswith("".join(self.tokenizer.convert_ids_to_tokens(list(self._bos))))
+        there = self._rendered and text.startswith(self.opening)
         return () if there else self._bos
 
     def _stop_names(self) -> tuple[str, ...]:

@@ -20,11 +20,13 @@ from deltaw.progress import Display
 @dataclass(frozen=True)
 class Options:
     """What may be asked of a destination. `plain`: nothing that older servers don't read (scales in B, one rank).
-    `merged`: the whole model instead of the adapter. `type`: the numbers of a merged model ("Q8_0", "bfloat16")."""
+    `merged`: the whole model instead of the adapter. `type`: the numbers of a merged model ("Q8_0"). `force`: also
+    where little of the update survives their rounding."""
 
     plain: bool = False
     merged: bool = False
     type: str | None = None
+    force: bool = False
 
 
 @dataclass(frozen=True)

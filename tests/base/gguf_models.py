@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
+from gguf import GGUFWriter
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from deltaw.export.gguf_names import family
 
 from .gguf_ids import vocabulary
 
-ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe"}
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -60,8 +61,7 @@ def write_model(
 ) -> Path:
     """`keys` (under the architecture, or whole after a dot; None takes one out) and `tensors` are added."""
     config = model.config
-    architecture = ARCHITECTURES.get(config.model_type, config.model_type)
-    number = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    architecture = family(config).architecture
     writer = GGUFWriter(path, architecture, split_max_tensors=split)
     said: dict[str, Any] = {key: value for name, key in KEYS.items() if (value := getattr(config, name, None))}
     for name in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon"):
@@ -88,7 +88,7 @@ def write_model(
     writer.add_token_types([1] * (len(tokens) - 2) + [3, 3])
     writer.add_token_merges(merges)
     writer.add_eos_token_id(len(tokens) - 1)
-    for name, weight in [*_weights(model, number), *(tensors or {}).items()]:
+    for name, weight in [*_weights(model), *(tensors or {}).items()]:
         writer.add_tensor(name, np.ascontiguousarray(weight, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -97,31 +97,7 @@ def write_model(
     return path
 
 
-def _weights(model: Any, architecture: MODEL_ARCH) -> list[tuple[str, Any]]:
-    config, made = model.config, []
-    names = get_tensor_name_map(architecture, config.num_hidden_layers)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    for name, weight in model.state_dict().items():
-        if name in tied:
-            continue
-        stem, kind = name.rsplit(".", 1) if name.endswith((".weight", ".bias")) else (name, "")
-        if stem.endswith("experts.gate_up_proj"):
-            block = stem.split(".")[2]
-            gate, up = weight.numpy().astype(np.float32).reshape(weight.shape[0], 2, -1, weight.shape[2]).swapaxes(0, 1)
-            made += [(f"blk.{block}.ffn_gate_exps.weight", gate), (f"blk.{block}.ffn_up_exps.weight", up)]
-            continue
-        if stem.endswith("experts.down_proj"):
-            made.append((f"blk.{stem.split('.')[2]}.ffn_down_exps.weight", weight.numpy()))
-            continue
-        values = weight.float().numpy()
-        if config.model_type in ("llama", "mistral") and stem.endswith(("q_proj", "k_proj")):
-            heads = config.num_attention_heads if stem.endswith("q_proj") else config.num_key_value_heads
-            values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-        if stem.endswith("shared_expert_gate"):
-            values = values[0]
-        if config.model_type.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
-            values = values + 1
-        if config.model_type == "gpt2" and values.ndim == 2 and ".h." in stem:
-            values = values.T
-        made.append((f"{names.get_name(stem)}.{kind}", values))
-    return made
+def _weights(model: Any) -> list[tuple[str, Any]]:
+    names, tied = family(model.config), {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    parameters = ((name, weight) for name, weight in model.state_dict().items() if name not in tied)
+    return [(stored, values.float().numpy()) for pair in parameters for stored, values in names.stored(*pair).items()]

@@ -1,0 +1,86 @@
+"""PEFT's folder: the adapter on the original base, with the tokenizer and the template that it was trained under.
+
+LoRA stays LoRA and DoRA stays DoRA; both as adapter/file.py has them. An initialiser that moved the base (PiSSA …) has
+been turned back to the original base by training, so nothing special is left to say of it. The names in
+`target_modules` are last parts wherever those mean the same modules, since readers differ in what else they take.
+
+The base is named as the world knows it. A stranger's config may have the path of a folder on his machine there: then it
+is the name of the base that was found for it.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from deltaw.adapter.file import CONFIG, RECORD, WEIGHTS, Adapter
+from deltaw.adapter.peft_config import rewritten_names
+from deltaw.adapter.spec import explicit_targets
+from deltaw.base.load import open_skeleton
+from deltaw.errors import InputError, command
+from deltaw.export.beside import beside_size, write_beside
+from deltaw.export.destination import Destination, Options, Written
+from deltaw.export.trained import Trained
+from deltaw.export.usage import base_name, peft_usage
+from deltaw.progress import Display
+
+CONFIG_BYTES = 1_000_000  # more than config, record and card take
+
+
+class PeftAdapter(Destination):
+    """A folder for PeftModel.from_pretrained."""
+
+    def __init__(self, trained: Trained, options: Options) -> None:
+        super().__init__(trained, options)
+        refuse_full(trained)
+        self.adapter = for_peft(trained)
+
+    def size(self) -> int:
+        return adapter_size(self.adapter) + beside_size(self.trained)
+
+    def write(self, folder: Path, display: Display) -> Written:
+        self.adapter.save(folder)
+        write_beside(self.trained, folder)
+        kind = "DoRA" if self.adapter.spec.magnitude else "LoRA"
+        lines = [f"{kind} for PEFT: {len(self.adapter.factors)} modules, {self.adapter.parameters:,} parameters"]
+        return Written(peft_usage(self.trained), lines, {"files": [WEIGHTS, CONFIG, RECORD]})
+
+
+def refuse_full(trained: Trained) -> None:
+    """Raise InputError for full fine-tuning, which no adapter holds."""
+    if trained.adapter.spec.full:
+        extract = beside("extract", trained, "--energy", "0.99")
+        raise InputError(
+            f"{trained.name} is full fine-tuning, which no adapter holds",
+            fix=f"the whole model: {beside('merge', trained)}   a LoRA close to it: {extract}",
+        )
+
+
+def beside(verb: str, trained: Trained, *options: str) -> str:
+    """The command that makes something else of it, in a folder next to it."""
+    return command(verb, trained.name, options=[*options, "-o", f"{trained.name.rstrip('/')}-{verb}"])
+
+
+def adapter_size(adapter: Adapter) -> int:
+    """Bytes of its folder, at most."""
+    return 4 * adapter.parameters + 2_000 * len(adapter.factors) + CONFIG_BYTES
+
+
+def for_peft(trained: Trained) -> Adapter:
+    """The adapter with its base's public name, and its modules by last names where those mean the same."""
+    adapter = trained.adapter
+    skeleton = open_skeleton(trained.base)
+    missing = [path for path in adapter.factors if not _is_module(skeleton, path)]
+    if missing:
+        raise InputError(f"{trained.base.name} has no module {missing[0]!r:.120} ({len(missing)} in all)")
+    targets = explicit_targets(skeleton, tuple(adapter.factors))
+    rewritten = adapter.rewritten | rewritten_names(skeleton)
+    base = replace(adapter.base, name=base_name(trained))
+    spec = adapter.spec.model_copy(update={"targets": targets})
+    return replace(adapter, spec=spec, base=base, rewritten=rewritten)
+
+
+def _is_module(model: object, path: str) -> bool:
+    try:
+        model.get_submodule(path)  # type: ignore[attr-defined]
+    except AttributeError:
+        return False
+    return True
