@@ -84,7 +84,7 @@ class Source:
     def gguf(self) -> Path | None:
         """The GGUF that the folder was made from, if it was; one of its parts, where it comes in parts."""
         if self.name in BUILTINS:
-            return _builtin_file(self.name)
+            return builtin_file(self.name)
         path = Path(self.name).expanduser()
         return path if path.suffix == ".gguf" else None
 

@@ -2,8 +2,8 @@
 
 The tolerance has three parts, each measured on the positions that are compared:
 
-    rounding    two right sides differ by rounding, and noise.py measures by how much, in a few draws. Allowed is
-                KL_FACTOR times the largest draw's KL and FACTOR times its largest differences. On SmolLM2 with a rank-16
+    rounding    two right sides differ by rounding, and noise.py measures by how much in a few draws. Allowed are
+                KL_FACTOR times the largest draw's KL, FACTOR times its largest differences. On SmolLM2 with a rank-16
                 adapter llama.cpp was 1.1 times the mean draw away, a wrong permutation 90 times, a single dropped
                 module of the last layer 14 times (docs/log.md)
     effect      a rounding may be so coarse that everything passes. So the difference may be no more than SHARE of what
@@ -148,13 +148,13 @@ class Verification:
         if self.kl is not None and self.largest is not None:
             allowed = self.tolerance
             lines.append(
-                f"numbers    KL {self.kl:.2g} nats a token at {self.positions} positions, allowed {allowed.kl:.2g}; largest "
-                f"difference of a log-probability {self.largest:.2g}, allowed {allowed.largest:.2g}"
+                f"numbers    KL {self.kl:.2g} nats a token at {self.positions} positions, allowed {allowed.kl:.2g}; "
+                f"largest difference of a log-probability {self.largest:.2g}, allowed {allowed.largest:.2g}"
             )
         if self.effect and self.kl is not None:
             lines.append(
                 f"adapter    it changes {self.effect.kl:.2g} nats a token; the difference is "
-                f"{_percent(self.effect.share)} of that, and the other side carries {1 - self.effect.strength:.0%} of the change"
+                f"{_percent(self.effect.share)} of that, and {1 - self.effect.strength:.0%} of it is carried over"
             )
         lines.append(f"tolerance  {self.tolerance.why}")
         lines += [f"note       {note}" for note in self.notes]

@@ -155,7 +155,7 @@ def _same_gguf(adapted: Side, server: Side) -> None:
         source = adapted.trained.base
     elif isinstance(adapted, Folder | Peft):
         source = adapted.source
-    if source is None or not isinstance(server, Server) or server.file is None:
+    if source is None or source.gguf is None or not isinstance(server, Server) or server.file is None:
         return
     if folder_of(server.file, cache_root() / "gguf") == source.directory:
         why = "the other side's base is this very GGUF, read as bfloat16"

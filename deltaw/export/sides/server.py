@@ -3,7 +3,8 @@
 What can be had differs, so it is found by asking once, when the side is opened:
 
     llama.cpp   GET /props answers. /apply-template and /tokenize give its own prompt ids, /completion takes ids and
-                gives the likeliest K tokens with their ids
+                gives the likeliest K tokens with their ids, but nothing of a token that is half a character: what is
+                asked for one position is therefore made to go on with a letter
     vLLM        POST /tokenize answers. /v1/completions takes ids, and gives ids back where it is asked to
     others      /v1/completions or /v1/chat/completions as text: no ids, so answers are compared as text
 
@@ -28,6 +29,7 @@ LIKELIEST = 1000  # of llama.cpp; its answers are JSON, 0.03 s for 1,000 and 0.4
 LIKELIEST_OPENAI = (20, 5)  # vLLM's limit unless it was started with another, and OpenAI's
 UNKNOWN = Numbers("bfloat16", ("bfloat16",), "a server doesn't say; bfloat16 is assumed")
 Top = dict[int, float]  # log-probability by token id
+Completed = tuple[list[tuple[int | None, Top]], str, bool]  # tokens with the likeliest ones; text; whether it ended
 GREEDY = {"temperature": 0, "top_p": 1, "stream": False}
 
 
@@ -41,6 +43,7 @@ class Server(Side):
         self._client, self._prefix, self._process = client, prefix, process
         self._props = None if process is None else client.ask("/props")
         self._model = model
+        self._letter: int | None = None
         self._likeliest: dict[tuple[int, ...], Top] = {}  # by all the ids in front of the position
         if process is not None:
             self.numbers, self._tokenizes, self.context = process.numbers, True, process.context
@@ -156,19 +159,16 @@ class Server(Side):
 
     def _top(self, ids: tuple[int, ...]) -> Top | None:
         if ids not in self._likeliest:
-            steps, _, _ = self._complete(ids, 1)
+            steps, _, _ = self._complete(ids, 1, whole=True)
             if not steps or not steps[0][1]:
                 return None
             self._likeliest[ids] = steps[0][1]
         return self._likeliest[ids]
 
-    def _complete(self, ids: tuple[int, ...], tokens: int) -> tuple[list[tuple[int | None, Top]], str, bool]:
-        """(token and the likeliest ones at each position, text, whether it ended by itself)."""
+    def _complete(self, ids: tuple[int, ...], tokens: int, whole: bool = False) -> Completed:
+        """What it goes on with. `whole`: made to be a letter."""
         if self._props is not None:
-            body = {"prompt": list(ids), "n_predict": tokens, "n_probs": LIKELIEST, "cache_prompt": True, **GREEDY}
-            answer = self._asked("/completion", {**body, "model": self._model} if self._model else body)
-            steps = [(int(at["id"]), _top_of_llama(at)) for at in answer.get("completion_probabilities", [])]
-            return list(steps), str(answer.get("content", "")), answer.get("stop_type") != "limit"
+            return self._complete_llama(ids, tokens, whole)
         for count in LIKELIEST_OPENAI:
             body = self._named(
                 prompt=list(ids), max_tokens=tokens, logprobs=count, return_tokens_as_token_ids=True, **GREEDY
@@ -180,6 +180,20 @@ class Server(Side):
                 if count == LIKELIEST_OPENAI[-1]:
                     raise RunError(f"{self.name}: {refused}") from None
         return _steps_of_openai(choice), str(choice.get("text", "")), choice.get("finish_reason") != "length"
+
+    def _complete_llama(self, ids: tuple[int, ...], tokens: int, whole: bool) -> Completed:
+        body: dict[str, Any] = {"prompt": list(ids), "n_predict": tokens, "n_probs": LIKELIEST, **GREEDY}
+        body |= {"cache_prompt": True, "return_tokens": True} | ({"model": self._model} if self._model else {})
+        if whole:
+            if self._letter is None:
+                self._letter = int(self._client.ask("/tokenize", {"content": "a"})["tokens"][-1])
+            body["logit_bias"] = [[self._letter, 1e6]]
+        answer = self._asked("/completion", body)
+        told = [(int(at["id"]), _top_of_llama(at)) for at in answer.get("completion_probabilities", [])]
+        steps: list[tuple[int | None, Top]] = []
+        for token in answer.get("tokens", []):  # all of them, and those that aren't half a character with their company
+            steps.append(told.pop(0) if told and told[0][0] == token else (int(token), {}))
+        return steps or list(told), str(answer.get("content", "")), answer.get("stop_type") != "limit"
 
     def _said(self, prompt: Prompt, tokens: int) -> Answer:
         """Its answer as text, through the route that a user would take."""
