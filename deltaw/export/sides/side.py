@@ -103,8 +103,10 @@ class Side(abc.ABC):
 
     name: str
     numbers: Numbers
-    local: "Local | None" = None
     notes: list[str]
+    measurable = False  # whether `load` gives it a `local`
+    local: "Local | None" = None
+    context: int | None = None  # the most tokens, where that is known
 
     def load(self) -> None:  # noqa: B027  (most have nothing to load)
         """Read the weights."""
