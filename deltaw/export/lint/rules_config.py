@@ -82,13 +82,13 @@ RSLORA = code(
 )
 ALPHA_PATTERN = code(
     "DW307",
-    "alpha_pattern: converters that copy lora_alpha give all modules the same; vLLM before 0.32 does, too",
+    "alpha_pattern: converters that copy lora_alpha give all modules the same, and so does older vLLM",
     {VLLM: LOADS, LLAMA_CPP: WRONG, OLLAMA: WRONG},
     "let deltaw write the GGUF, and for older vLLM export with --plain",
 )
 RANK_PATTERN = code(
     "DW308",
-    "rank_pattern: vLLM before 0.32 takes r for all modules' scales",
+    "rank_pattern: older vLLM takes r for all modules' scales",
     {VLLM: LOADS},
     "for older vLLM export with --plain",
 )

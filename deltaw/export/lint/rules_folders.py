@@ -207,7 +207,10 @@ def _parameters(own: Base) -> Iterator[Finding]:
         yield MODEL_UNREADABLE.found(error.what)
         return
     if absent:
-        yield MODEL_LACKS.found(f"{len(absent)} parameters: {some(absent)}")
+        effects = dict(MODEL_LACKS.effects)
+        if absent == [head]:  # llama.cpp then takes the embedding for it
+            effects |= {LLAMA_CPP: WRONG, OLLAMA: WRONG}
+        yield MODEL_LACKS.found(f"{len(absent)} parameters: {some(absent)}", effects=effects)
     if strays:
         yield MODEL_DROPS.found(f"{len(strays)} tensors: {some(strays)}")
     if wrong:
