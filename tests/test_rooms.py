@@ -38,7 +38,10 @@ SIDEWAYS = {
 HOMES = {
     "jinja2": {"data/template_worker.py"},
     "rich": {"progress.py", "data/preview.py", "cli/run.py"},
-    "typer": {f"cli/{name}.py" for name in ("__init__", "app", "export", "lint", "merge", "plan", "run", "update", "verify", "why")},
+    "typer": {
+        f"cli/{name}.py"
+        for name in ("__init__", "app", "export", "lint", "merge", "plan", "run", "update", "verify", "why")
+    },
     "yaml": {"config.py", "run_yaml.py"},
     "gguf": {
         "base/gguf.py",
