@@ -60,6 +60,8 @@ HOMES = {
     "triton": {"kernels/triton.py"},
     "torch.utils.tensorboard": {"training/log.py"},
     "peft": {"export/sides/peft.py"},
+    "mlx": {"export/sides/mlx.py"},
+    "mlx_lm": {"export/sides/mlx.py"},
     "xllamacpp": {"export/sides/llama_server.py"},
 }
 NOWHERE = ["trl", "starlette", "fastapi", "uvicorn", "accelerate", "tokenizers"]

@@ -20,15 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.base.gguf import folder_of
-from deltaw.base.source import Source, cache_root
+from deltaw.base.source import cache_root
 from deltaw.errors import InputError
 from deltaw.evaluate.held_out import spread
 from deltaw.export.alike import Distance, Parting, compared_ids, distance, parting
 from deltaw.export.prompts import file_prompts, general_prompts, held_out_prompts
 from deltaw.export.sides.adapted import Adapted
-from deltaw.export.sides.folder import Folder
 from deltaw.export.sides.open import open_side
-from deltaw.export.sides.peft import Peft
 from deltaw.export.sides.server import Server
 from deltaw.export.sides.side import Answer, Asked, Closing, Logs, Prompt, Row, Side
 from deltaw.export.verdict import (
@@ -78,12 +76,15 @@ def verify(
         raise InputError(f"{prompts} prompts of {tokens} tokens: at least 1 of each is needed")
     display = display or Display(quiet=True)
     with Closing() as closing:
-        sides: list[Side] = []
-        for name in (str(a), str(b)):
-            sides.append(open_side(name, base=base, display=display))
-            closing.sides.append(sides[-1])
-        chosen = _prompts(sides, data, prompts, display)
-        return _compared(sides[0], sides[1], chosen, tokens, display)
+        sides: dict[str, Side] = {}
+        for name in sorted(dict.fromkeys((str(a), str(b))), key=lambda name: name.startswith("mlx:")):
+            known = next((side.source.name for side in sides.values() if side.source), None)
+            named = base or (known if name.startswith("mlx:") else None)  # MLX's folders don't name their base
+            sides[name] = open_side(name, base=named, display=display)
+            closing.sides.append(sides[name])
+        one, other = sides[str(a)], sides[str(b)]
+        chosen = _prompts([one, other], data, prompts, display)
+        return _compared(one, other, chosen, tokens, display)
 
 
 def verify_named(
@@ -150,11 +151,7 @@ def _compared(a: Side, b: Side, prompts: list[Prompt], tokens: int, display: Dis
 def _same_gguf(adapted: Side, server: Side) -> None:
     """Where a side goes on the very GGUF that the other was made from, its weights are the same numbers but for the
     bfloat16 that deltaw reads them as."""
-    source: Source | None = None
-    if isinstance(adapted, Adapted):
-        source = adapted.trained.base
-    elif isinstance(adapted, Folder | Peft):
-        source = adapted.source
+    source = adapted.source
     if source is None or source.gguf is None or not isinstance(server, Server) or server.file is None:
         return
     if folder_of(server.file, cache_root() / "gguf") == source.directory:

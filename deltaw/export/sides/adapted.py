@@ -24,11 +24,11 @@ class Adapted(Side):
     def __init__(self, name: str, *, base: str | None, display: Display) -> None:
         self.name, self.notes = name, []
         self.trained = open_trained(name, base=base, display=display)
+        self.source = self.trained.base
         self.numbers = Numbers(why="run here")
 
     def load(self) -> None:
-        source = self.trained.base
-        opened = open_base(source, dtype=working_type(source))
+        opened = open_base(self.trained.base, dtype=working_type(self.trained.base))
         plan_forward(opened.model)
         attached = attach(opened.model, self.trained.adapter)
         renderer = self.trained.renderer

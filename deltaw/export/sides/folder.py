@@ -22,12 +22,13 @@ class Folder(Side):
 
     def __init__(self, name: str, *, display: Display) -> None:
         self.name, self.notes = name, []
-        self.source = find_base(name, progress=display.say)
-        self._words = Words(open_tokenizer(self.source.directory))
-        self.numbers = Numbers(stored_type(self.source), why="the folder's weights, run here")
+        self.source = self._source = source = find_base(name, progress=display.say)
+        self._words = Words(open_tokenizer(source.directory))
+        self.numbers = Numbers(stored_type(source), why="the folder's weights, run here")
 
     def load(self) -> None:
-        opened = open_base(self.source, dtype=working_type(self.source))
+        source = self._source
+        opened = open_base(source, dtype=working_type(source))
         self.local = Local(opened.model, stops_of(opened.model, self._words.tokenizer), self._words.decode)
         self.context = context(opened.model)
         self.numbers = running(opened.model, self.numbers.weights)

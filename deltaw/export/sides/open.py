@@ -3,6 +3,7 @@
     runs/demo, adapter/               base + adapter, as deltaw answers
     merged/, builtin:…, org/name      a model folder, as transformers answers
     peft:adapter/                     base + adapter in PEFT
+    mlx:adapter/, mlx:model/          the same in MLX
     model.gguf                        in llama.cpp
     model.gguf+adapter.gguf           with an adapter; builtin:…+adapter.gguf on the builtin's own GGUF
     http://host:port/v1#model         a running server
@@ -19,6 +20,7 @@ from deltaw.errors import InputError
 from deltaw.export.sides.adapted import Adapted
 from deltaw.export.sides.folder import Folder
 from deltaw.export.sides.llama import LlamaCpp
+from deltaw.export.sides.mlx import Mlx
 from deltaw.export.sides.peft import Peft
 from deltaw.export.sides.server import Server, open_server
 from deltaw.export.sides.side import Side
@@ -33,6 +35,8 @@ def open_side(name: str, *, base: str | None = None, display: Display) -> Side:
         return open_server(name)
     if name.startswith("peft:"):
         return Peft(name, Path(name.removeprefix("peft:")).expanduser(), base=base, display=display)
+    if name.startswith("mlx:"):
+        return Mlx(name, Path(name.removeprefix("mlx:")).expanduser(), base=base, display=display)
     if name.endswith(".gguf"):
         return _llama(name, [name] if path.is_file() else name.split("+"), display)
     if is_run(path) or is_adapter(path):

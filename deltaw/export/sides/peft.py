@@ -47,19 +47,22 @@ class Peft(Side):
         check_config(config, str(folder / CONFIG))
         read_header(folder / WEIGHTS)
         self.folder = folder
-        self.source = find_base(base or _base_of(config.get("base_model_name_or_path"), folder), progress=display.say)
+        self.source = self._source = source = find_base(
+            base or _base_of(config.get("base_model_name_or_path"), folder), progress=display.say
+        )
         own = (folder / "tokenizer_config.json").is_file()
         template = folder / TEMPLATE
         self._words = Words(
-            open_tokenizer(folder if own else self.source.directory),
+            open_tokenizer(folder if own else source.directory),
             template.read_text(encoding="utf-8") if template.is_file() else None,
         )
         self.numbers = Numbers(why="run here")
 
     def load(self) -> None:
+        source = self._source
         from peft import PeftModel
 
-        opened = open_base(self.source, dtype=working_type(self.source))
+        opened = open_base(source, dtype=working_type(source))
         stops = stops_of(opened.model, self._words.tokenizer)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
