@@ -22,7 +22,7 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,7 +218,7 @@ def _copied(tensor: _Tensor, first: int, last: int) -> Survival:
         extremes = torch.aminmax(raw.view(TYPES[tensor.planned.dtype]))
         if not all(torch.isfinite(extreme) for extreme in extremes):
             raise not_finite(tensor.planned)
-    tensor.stream.write(memoryview(raw.numpy()), tensor.stream.starts[tensor.planned.name] + first)
+    tensor.stream.write(_bytes(raw), tensor.stream.starts[tensor.planned.name] + first)
     return Survival()
 
 
@@ -244,7 +244,7 @@ def _summed(tensor: _Tensor, base: Tensor, row: int) -> Survival:
     if tensor.weight and not finite:
         raise _overflow(tensor, base)
     at = tensor.stream.starts[tensor.planned.name] + row * tensor.columns * dtype.itemsize
-    tensor.stream.write(memoryview(rounded.view(-1).view(torch.uint8).numpy()), at)
+    tensor.stream.write(_bytes(rounded), at)
     return survival
 
 
@@ -266,13 +266,18 @@ def _overflow(tensor: _Tensor, base: Tensor) -> InputError:
     )
 
 
+def _bytes(x: Tensor) -> memoryview:
+    """A contiguous tensor's own memory."""
+    return memoryview(x.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _fill(buffer: Tensor, source: int, at: int) -> None:
     """Read as many bytes as the buffer has. OSError for a file that has become shorter."""
-    view = memoryview(buffer.view(-1).view(torch.uint8).numpy())
+    view = _bytes(buffer)
     while view:
         read = os.preadv(source, [view], at)
         if not read:
