@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.errors import InputError, listed
-from deltaw.export.card import Form, Relation, write_card
+from deltaw.export.card import REPORT, Form, Relation, write_card
 from deltaw.export.destination import Destination, Options, Written
 from deltaw.export.push import Push
 from deltaw.export.target import target
@@ -62,6 +62,8 @@ def export_named(
     result: dict[str, Any] = {**written.more, "output": output, "to": to, "files": files, "pushed": None}
     lines = [f"{output}: {sum(files.values()):,} bytes, {len(files)} files", *written.lines]
     if hub:
+        if REPORT in files:
+            display.say(f"{REPORT} goes along, which shows rows of the data")
         result["pushed"] = hub.run(Path(output), display)
         lines.append(f"pushed: {result['pushed']} ({'public' if public else 'private'})")
     return result, "\n".join(lines)

@@ -31,7 +31,7 @@ from deltaw.base.weights import save_safetensors, write_text_atomic
 from deltaw.errors import InputError, listed
 from deltaw.export.beside import beside_size, write_beside
 from deltaw.export.destination import Destination, Options, Written
-from deltaw.export.peft import adapter_size, beside, refuse_full
+from deltaw.export.peft import adapter_size, beside, check_fits, refuse_full
 from deltaw.export.trained import Trained
 from deltaw.export.usage import mlx_usage
 from deltaw.factors import DoRA, LowRank
@@ -64,6 +64,7 @@ class MlxAdapter(Destination):
                 f"how mlx_lm names the layers of {kind} isn't known here, and it may ignore what it doesn't know",
                 fix=f"convert the whole model: {beside('merge', trained)}   then: mlx_lm.convert --hf-path …",
             )
+        check_fits(trained, skeleton)
         self.names = {path: mlx_name(path, kind) for path in trained.adapter.factors}
         outside = [path for path, name in self.names.items() if not BLOCK.fullmatch(name)]
         if outside:
@@ -110,9 +111,9 @@ class MlxAdapter(Destination):
 
 
 def mlx_name(path: str, kind: str) -> str:
-    """What mlx_lm calls the module of a path in a model of a known type."""
+    """What mlx_lm calls the module of a path in a model of a known type; "" for one that it hasn't got."""
     ours, theirs = KNOWN[kind]
-    return theirs + path.removeprefix(ours) if path.startswith(ours) else path
+    return theirs + path.removeprefix(ours) if path.startswith(ours) else ""
 
 
 def lows_of(trained: Trained) -> dict[str, LowRank]:

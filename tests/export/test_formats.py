@@ -177,6 +177,16 @@ def test_ranks_beyond_vllms_and_all_problems_at_once(bases: dict[str, Path], tmp
     assert "--rank 512" in str(caught.value.fix)
 
 
+@pytest.mark.parametrize("to", ["peft", "vllm", "mlx"])
+def test_an_adapter_of_another_model_is_refused(bases: dict[str, Path], to: str, tmp_path: Path) -> None:
+    """Of another shape, or with layers that this base hasn't got; without a fingerprint nothing else would tell."""
+    wider = base_folder(tmp_path / "wider", "llama", hidden_size=64)
+    for number, other in enumerate((wider, bases["phi3"])):
+        with pytest.raises(InputError):
+            shipped(tmp_path / str(number), to, bases["llama"], random_adapter(other))
+        assert not (tmp_path / str(number) / "out").exists()
+
+
 def test_a_strangers_path_and_list_become_names(bases: dict[str, Path], tmp_path: Path) -> None:
     """PEFT's config may name the base by a folder of its author's, and the modules by an expression."""
     adapter = random_adapter(bases["llama"], targets=("q_proj", "v_proj"))
