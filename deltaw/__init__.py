@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from deltaw.adapter.combine import combine
     from deltaw.adapter.file import Adapter, BaseId
     from deltaw.adapter.inject import Attached, attach, detach
+    from deltaw.adapter.into import MergedInto
     from deltaw.adapter.layer import LoRALinear
     from deltaw.analysis.report import inspect
     from deltaw.base.forward import Forward, plan_forward
@@ -39,6 +40,7 @@ _HOME = {
     "InputError": "errors",
     "LoRALinear": "adapter.layer",
     "LowRank": "factors",
+    "MergedInto": "adapter.into",
     "Model": "model",
     "RunConfig": "config",
     "RunError": "errors",
