@@ -37,7 +37,7 @@ SIDEWAYS = {
 HOMES = {
     "jinja2": {"data/template_worker.py"},
     "rich": {"progress.py", "data/preview.py", "cli/run.py"},
-    "typer": {f"cli/{name}.py" for name in ("__init__", "app", "export", "merge", "plan", "run", "update", "why")},
+    "typer": {f"cli/{name}.py" for name in ("__init__", "app", "export", "lint", "merge", "plan", "run", "update", "why")},
     "yaml": {"config.py", "run_yaml.py"},
     "gguf": {
         "base/gguf.py",

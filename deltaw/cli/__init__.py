@@ -6,6 +6,7 @@
     plan.py       plan
     update.py     inspect · compare · resize · extract · combine · scale
     export.py     export
+    lint.py       lint
     why.py        decompose · study
 
 Heavy imports stand inside the verbs, so that `--help` answers at once. Prose and progress go to stderr, results to
@@ -19,7 +20,7 @@ import traceback
 
 import typer
 
-from deltaw.cli import export, merge, plan, run, update, why  # noqa: F401  (each registers its verbs)
+from deltaw.cli import export, lint, merge, plan, run, update, why  # noqa: F401  (each registers its verbs)
 from deltaw.cli.app import app
 from deltaw.errors import DeltawError
 from deltaw.training.stop import Stopped
