@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deltaw.errors import DeltawError, InputError, RunError
     from deltaw.export.command import export
     from deltaw.export.lint.command import lint
+    from deltaw.export.verify import verify
     from deltaw.factors import Dense, DoRA, LowRank
     from deltaw.kernels.attention import packed_attention
     from deltaw.kernels.lora import lora_linear
@@ -62,6 +63,7 @@ _HOME = {
     "resize": "adapter.algebra",
     "resume": "training.loop",
     "train": "training.loop",
+    "verify": "export.verify",
 }
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604
 
