@@ -12,6 +12,7 @@ one tensor. The finished file is read by deltaw's own reader, and refused if lit
 it gets its name.
 """
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,8 @@ class GgufModel(Destination):
         self.places = choose(shapes, self.type if self.quantizer is None else FLOAT)
         self.notes = [*self.meta.notes, *([self.family.differs] if self.family.differs else [])]
         self.keys = self._keys(shapes[EMBEDDING][0])
-        name = f"{trained.base.public_name.rpartition('/')[2]}-{_run_name(trained)}"
-        self.file = f"{name}-{self.type}.gguf"
+        name = f"{trained.base.public_name.rpartition('/')[2]}-{_run_name(trained)}-{self.type}"
+        self.file = re.sub(r"[^\w.-]+", "-", name) + ".gguf"  # it stands in commands and in the Modelfile
         self.modelfile, notes = modelfile(trained, self.file)
         self.notes += notes
         if self.quantizer is not None and (said := fallbacks(shapes)):

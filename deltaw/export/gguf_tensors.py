@@ -28,6 +28,7 @@ from deltaw.linalg.rounding import Survival, survived
 if TYPE_CHECKING:
     import numpy as np
 
+CHUNK = 1 << 22  # numbers
 HEADLESS = ("gemma2",)  # llama.cpp has no place for their head
 
 
@@ -72,32 +73,43 @@ class Tensors:
         header = read_header(file)
         for name, planned in self.planned.items():
             if planned.module is not None:
-                now = read_values(file, header.places[name], self._shape(planned))
-                self._count(planned, now, self._stored(planned, self._base(planned)))
+                value, base = self._value(planned), self._base(planned)
+                now = read_values(file, header.places[name], tuple(value.shape))
+                self._count(planned, now - base, value - base)
 
     def _bytes(self, place: Place) -> "np.ndarray":
+        """A share of the rows at a time: what the survey needs beside the numbers is several times as large."""
+        import numpy as np
+
         planned = self.planned[place.name]
-        value = self._stored(planned, self.plan.value(planned).float())
+        value = self._value(planned)
+        base = None if planned.module is None else self._base(planned)
         if not torch.isfinite(value).all():
             raise not_finite(planned)
-        data = encoded(value, place.type)
         if place.type == "F16" and float(value.abs().max()) > torch.finfo(torch.float16).max:
             raise InputError(f"{planned.name}: holds numbers beyond 65,504, the largest of F16", fix="take BF16")
-        if planned.module is not None:
-            base = self._stored(planned, self._base(planned))
-            self._count(planned, decoded(data, place.type, value.shape), base, rounded(base, place.type), value)
-        return data
+        rows, parts = value.reshape(-1, value.shape[-1]), []
+        step = max(1, CHUNK // rows.shape[1])
+        for at in range(0, len(rows), step):
+            new = rows[at : at + step]
+            parts.append(encoded(new, place.type))
+            if base is not None:
+                old = base[at : at + step]
+                seen = decoded(parts[-1], place.type, tuple(new.shape)) - rounded(old, place.type)
+                self._count(planned, seen, new - old)
+        return np.concatenate(parts)
 
-    def _count(
-        self, planned: Planned, now: Tensor, base: Tensor, was: Tensor | None = None, value: Tensor | None = None
-    ) -> None:
-        """Note what is left of an update. Δ is the difference of the two float32 numbers: exact to a rounding of W."""
+    def _count(self, planned: Planned, seen: Tensor, delta: Tensor) -> None:
+        """Note what is left of an update. Its Δ is the difference of two float32 numbers: exact to a rounding of W."""
         assert planned.module is not None
-        value = self._stored(planned, self.plan.value(planned).float()) if value is None else value
-        self.survivals[planned.module] = survived(now - (base if was is None else was), value - base)
+        so_far = self.survivals.get(planned.module, Survival())
+        self.survivals[planned.module] = so_far + survived(seen, delta)
+
+    def _value(self, planned: Planned) -> Tensor:
+        return self._stored(planned, self.plan.value(planned).float())
 
     def _base(self, planned: Planned) -> Tensor:
-        return read_tensor(planned.file, planned.source).float()
+        return self._stored(planned, read_tensor(planned.file, planned.source).float())
 
     def _stored(self, planned: Planned, weight: Tensor) -> Tensor:
         """In GGUF's layout."""
@@ -109,9 +121,14 @@ class Tensors:
         return tuple(self._stored(planned, torch.empty(planned.shape, device="meta")).shape)
 
     def _tied_head(self) -> str | None:
-        """The name of the head where it is the embedding, too."""
+        """The name of the head where it is the embedding, too: not one that the base's files hold with numbers of its
+        own, which transformers takes, whatever the config says."""
         skeleton: Any = self.plan.skeleton
         head, embedding = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
         if self.plan.unties or head.weight is not embedding.weight:
             return None
-        return next(f"{path}.weight" for path, module in skeleton.named_modules() if module is head)
+        names = {module: f"{path}.weight" for path, module in skeleton.named_modules()}
+        both = [self.plan.by_parameter.get(names[module]) for module in (head, embedding)]
+        if None not in both and not torch.equal(*(read_tensor(p.file, p.source) for p in both if p is not None)):
+            return None
+        return names[head]

@@ -65,8 +65,8 @@ def warning(survivals: Mapping[str, Survival], type_name: str, *, wider: str = W
     if not total.true or total.cosine >= FAINT:
         return None
     return (
-        f"WARNING: {type_name} rounds much of the update away: the cosine is {total.cosine:.2f}, and the model will "
-        f"not answer as base and adapter do. Merge with {wider}, or serve the adapter beside its base"
+        f"WARNING: {type_name} rounds much of the update away: the cosine is {total.cosine:.2f}, and the model won't "
+        f"answer as base and adapter do. Merge with {wider}, or serve the adapter beside its base"
     )
 
 

@@ -201,6 +201,21 @@ def test_a_head_that_the_merge_unties_has_one(tmp_path: Path) -> None:
     assert float((theirs(file, ids) - logs).abs().max()) < 0.02
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_head_that_the_files_hold_is_written_if_it_is_another(tmp_path: Path, same: bool) -> None:
+    base = base_folder(tmp_path / "base", "llama", **WIDE, tie_word_embeddings=True)
+    weights = load_file(base / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding.clone() if same else embedding.flip(0).contiguous()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    trained = trained_of(base, random_adapter(base, size=0.5), tmp_path / "adapter")
+    file = written(trained, tmp_path / "out", "F32")
+    assert ("output.weight" in shapes_of(file)) is not same
+    pytest.importorskip("xllamacpp", reason="llama.cpp itself")
+    ids, logs = ours(trained)
+    assert float((theirs(file, ids) - logs).abs().max()) < 0.02
+
+
 def test_dora_arrives(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="llama.cpp itself")
     trained = make(tmp_path, "gpt2", "dora")
