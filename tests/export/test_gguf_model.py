@@ -437,6 +437,11 @@ def test_without_a_quantiser_it_is_said_what_to_install(tmp_path: Path, monkeypa
     nothing(make(tmp_path, "llama"), tmp_path, "Q4_K_M", "llama-quantize")
 
 
+def test_without_the_package_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    nothing(make(tmp_path, "llama"), tmp_path, "F16", "package")
+
+
 @pytest.mark.parametrize("kind", ["Q3", "int8", "IQ2_XXS", "Q4_K_X"])
 def test_an_unknown_type_is_refused(tmp_path: Path, kind: str) -> None:
     nothing(make(tmp_path, "llama"), tmp_path, kind, kind)
