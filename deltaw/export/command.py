@@ -58,7 +58,9 @@ def export_named(
     with target(output, what=what, needed=destination.size(), replace=replace) as folder:
         written = destination.write(folder, display)
         write_card(folder, trained, form_of(to, options, written), written.usage)
-        files = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*"))}
+        files = {
+            str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()
+        }
     result: dict[str, Any] = {**written.more, "output": output, "to": to, "files": files, "pushed": None}
     lines = [f"{output}: {sum(files.values()):,} bytes, {len(files)} files", *written.lines]
     if hub:

@@ -50,14 +50,14 @@ class PeftAdapter(Destination):
 def refuse_full(trained: Trained) -> None:
     """Raise InputError for full fine-tuning, which no adapter holds."""
     if trained.adapter.spec.full:
-        extract = beside("extract", trained, "--energy", "0.99")
+        extract = remade("extract", trained, "--energy", "0.99")
         raise InputError(
             f"{trained.name} is full fine-tuning, which no adapter holds",
-            fix=f"the whole model: {beside('merge', trained)}   a LoRA close to it: {extract}",
+            fix=f"the whole model: {remade('merge', trained)}   a LoRA close to it: {extract}",
         )
 
 
-def beside(verb: str, trained: Trained, *options: str) -> str:
+def remade(verb: str, trained: Trained, *options: str) -> str:
     """The command that makes something else of it, in a folder next to it."""
     return command(verb, trained.name, options=[*options, "-o", f"{trained.name.rstrip('/')}-{verb}"])
 

@@ -26,7 +26,7 @@ from deltaw.base.source import check_folder
 from deltaw.errors import InputError, listed
 from deltaw.export.beside import beside_size, write_beside
 from deltaw.export.destination import Destination, Options, Written
-from deltaw.export.peft import adapter_size, beside, for_peft, refuse_full
+from deltaw.export.peft import adapter_size, for_peft, refuse_full, remade
 from deltaw.export.trained import Trained
 from deltaw.export.usage import vllm_usage
 from deltaw.progress import Display
@@ -79,13 +79,13 @@ def uniform(adapter: Adapter) -> Adapter:
 
 def _problems(trained: Trained) -> list[tuple[str, str]]:
     """(what vLLM won't take, what helps), all of it."""
-    adapter, merge = trained.adapter, f"the whole model: {beside('merge', trained)}"
+    adapter, merge = trained.adapter, f"the whole model: {remade('merge', trained)}"
     problems = []
     if adapter.spec.magnitude:
         problems.append(("DoRA isn't supported there", merge))
     ranks = [update.rank for update in adapter.factors.values()]
     if max(ranks) > RANKS[-1]:
-        smaller = beside("resize", trained, "--rank", str(RANKS[-1]))
+        smaller = remade("resize", trained, "--rank", str(RANKS[-1]))
         problems.append((f"rank {max(ranks)}, the largest that it serves is {RANKS[-1]}", smaller))
     kind = check_folder(trained.base.directory)["model_type"]
     if kind in WITHOUT_LORA:

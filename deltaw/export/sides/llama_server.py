@@ -12,7 +12,7 @@ import sys
 
 def main() -> None:
     asked = json.loads(sys.stdin.readline())
-    import xllamacpp
+    import xllamacpp  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
     params = xllamacpp.CommonParams()
     params.model.path = asked["model"]
