@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from deltaw.base.fingerprint import settings as mathematics
 from deltaw.base.gguf import to_folder
@@ -27,6 +27,7 @@ from deltaw.export.trained import Trained
 from deltaw.factors import LowRank
 from deltaw.model import open_model, open_renderer
 from deltaw.progress import Display
+from tests.architectures import PACKED
 from tests.base.gguf_models import model_of, write_model
 from tests.data.toys import CHATML, toy
 
@@ -219,8 +220,6 @@ def test_a_head_that_the_merge_unties_has_one(tmp_path: Path) -> None:
     file = written(trained, tmp_path / "out", "F32")
     assert "output.weight" in shapes_of(file)
     pytest.importorskip("xllamacpp", reason="llama.cpp itself")
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, tie_word_embeddings=False).eval()
     plan = plan_merge(trained)
     for planned in plan.tensors:
@@ -253,6 +252,31 @@ def test_dora_arrives(tmp_path: Path) -> None:
     file = written(trained, tmp_path / "out", "F32")
     ids, logs = ours(trained)
     assert float((theirs(file, ids) - logs).abs().max()) < 1e-3
+
+
+def test_of_a_gemma_that_sees_the_part_that_reads_is_written(tmp_path: Path) -> None:
+    text = AutoConfig.for_model("gemma3_text", **{**PACKED["gemma3_text"], **GEMMA, "vocab_size": len(toy("chatml"))})
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4, image_token_index=300
+    )
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    toy("chatml").save_pretrained(base)
+    adapter = random_adapter(base, size=0.5)
+    assert all("language_model" in path for path in adapter.factors)
+    trained = trained_of(base, adapter, tmp_path / "adapter")
+    destination = GgufModel(trained, Options(merged=True, type="F32"))
+    assert any("mmproj" in note for note in destination.notes)
+    file = written(trained, tmp_path / "out", "F32")
+    pytest.importorskip("xllamacpp", reason="llama.cpp itself")
+    ids, logs = ours(trained)
+    effect = float((ours(trained, adapter=False)[1] - logs).abs().max())
+    assert float((theirs(file, ids) - logs).abs().max()) < near("gemma3", "F32") * effect
+    seeing = "model.vision_tower.encoder.layers.0.mlp.fc1"
+    factors = {**adapter.factors, seeing: LowRank(torch.ones(2, 16), torch.ones(16, 2))}
+    nothing(replace(trained, adapter=replace(adapter, factors=factors)), tmp_path, "F32", "fc1")
 
 
 COARSE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
