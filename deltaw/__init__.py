@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
     from deltaw.errors import DeltawError, InputError, RunError
     from deltaw.export.command import export
+    from deltaw.export.lint.command import lint
+    from deltaw.export.verify import verify
     from deltaw.factors import Dense, DoRA, LowRank
     from deltaw.kernels.attention import packed_attention
     from deltaw.kernels.lora import lora_linear
@@ -50,6 +52,7 @@ _HOME = {
     "export": "export",
     "inspect": "analysis.report",
     "linear_cross_entropy": "kernels.loss",
+    "lint": "export.lint.command",
     "load_config": "config",
     "lora_linear": "kernels.lora",
     "open_base": "base.load",
@@ -60,6 +63,7 @@ _HOME = {
     "resize": "adapter.algebra",
     "resume": "training.loop",
     "train": "training.loop",
+    "verify": "export.verify",
 }
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604
 

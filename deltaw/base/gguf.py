@@ -46,8 +46,39 @@ MODEL_TYPES = {
     "qwen3moe": "qwen3_moe",
 }  # transformers' names, where they aren't llama.cpp's
 
+# llama.cpp's names of what transformers calls otherwise, beside those that differ by a dash or a line only.
+LLAMA_CPP_NAMES = {
+    "cohere": "command-r",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "falcon_mamba": "mamba",
+    "gpt_bigcode": "starcoder",
+    "granitemoehybrid": "granitehybrid",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "hunyuan_v1_moe": "hunyuan-moe",
+    "internlm3": "llama",
+    "minimax_m2": "minimax-m2",
+    "ministral3": "mistral3",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "olmo3": "olmo2",
+    "phi": "phi2",
+    "qwen3_5_moe_text": "qwen35moe",
+    "qwen3_5_text": "qwen35",
+}
+
 # What transformers' reader tells by which tensors there are, or knows of an architecture; the rest is ours.
 FROM_TENSORS = ("tie_word_embeddings", "use_qkv_bias", "use_parallel_residual", "norm_topk_prob")
+
+
+def llama_cpp_name(model_type: str) -> str | None:
+    """llama.cpp's name of an architecture, or None for one that it isn't known to have."""
+    from gguf.constants import MODEL_ARCH_NAMES
+
+    bare = model_type.removesuffix("_text")
+    names = (LLAMA_CPP_NAMES.get(model_type, model_type), bare, bare.replace("_", ""), bare.replace("_", "-"))
+    return next((name for name in names if name in MODEL_ARCH_NAMES.values()), None)
 
 
 def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None = None) -> Path:
@@ -56,14 +87,7 @@ def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None
     `progress` is called with one line before the conversion. Raises InputError for a file that can't be used,
     RunError when the cache can't be written.
     """
-    try:
-        (cache / "known").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{cache}: can't be written: {error}", fix="point DELTAW_CACHE at another folder") from None
-    parts = parts_of(path)
-    hashes = [_content_hash(part, cache) for part in parts]
-    key = hashes[0] if len(parts) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    folder = cache / f"{key[:32]}-{FORMAT}"
+    parts, folder = parts_of(path), folder_of(path, cache)
     if folder.is_dir():
         return folder
     try:
@@ -80,6 +104,17 @@ def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None
                     progress(f"{path.name} doesn't say how its tokenizer splits text: as llama.cpp does without a word")
             _write_into(folder, partial(_convert, parts, header, meaning, splitting))
     return folder
+
+
+def folder_of(path: Path, cache: Path) -> Path:
+    """Where `to_folder` puts a GGUF file's folder, by its content: two files that share it hold the same model."""
+    try:
+        (cache / "known").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{cache}: can't be written: {error}", fix="point DELTAW_CACHE at another folder") from None
+    hashes = [_content_hash(part, cache) for part in parts_of(path)]
+    key = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return cache / f"{key[:32]}-{FORMAT}"
 
 
 def _content_hash(path: Path, cache: Path) -> str:

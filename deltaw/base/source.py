@@ -84,7 +84,7 @@ class Source:
     def gguf(self) -> Path | None:
         """The GGUF that the folder was made from, if it was; one of its parts, where it comes in parts."""
         if self.name in BUILTINS:
-            return _builtin_file(self.name)
+            return builtin_file(self.name)
         path = Path(self.name).expanduser()
         return path if path.suffix == ".gguf" else None
 
@@ -96,7 +96,7 @@ def find_base(name: str, *, progress: Progress | None = None) -> Source:
     """
     path = Path(name).expanduser()
     if name.startswith("builtin:"):
-        return Source(name, _gguf_folder(_builtin_file(name), progress))
+        return Source(name, _gguf_folder(builtin_file(name), progress))
     if _is(path, Path.is_file):
         if path.suffix != ".gguf":
             raise InputError(f"{name}: is a file; a base is a folder or a .gguf file", fix=_folder_of(path))
@@ -108,6 +108,22 @@ def find_base(name: str, *, progress: Progress | None = None) -> Source:
     if match is None or path.suffix == ".gguf":
         raise InputError(f"{name!r}: no such base", fix=_near_misses(path, name))
     directory = _download(name, match["repo"], match["revision"], progress)
+    check_folder(directory)
+    return Source(name, directory, revision=directory.name)
+
+
+def find_local(name: str, revision: str | None = None, *, progress: Progress | None = None) -> Source | None:
+    """What `find_base` finds here, without the network; None where that is nothing. `name` may be a builtin's upstream.
+
+    Raises InputError for a base that is here and can't be used.
+    """
+    name = next((builtin for builtin, b in BUILTINS.items() if b.upstream == name), name)
+    path = Path(name).expanduser()
+    match = HUB_ID.fullmatch(name)
+    if name.startswith("builtin:") or _is(path, Path.exists):
+        return find_base(name, progress=progress)
+    if match is None or (directory := _cached(match["repo"], revision or match["revision"])) is None:
+        return None
     check_folder(directory)
     return Source(name, directory, revision=directory.name)
 
@@ -165,7 +181,7 @@ def _code_names(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
             todo += [(name if name.strip("_").startswith(CODE_KEYS) else key, item) for name, item in value.items()]
 
 
-def _builtin_file(name: str) -> Path:
+def builtin_file(name: str) -> Path:
     if name not in BUILTINS:
         raise InputError(f"{name!r}: no such base", fix=f"built in: {', '.join(BUILTINS)}")
     builtin = BUILTINS[name]
@@ -201,6 +217,16 @@ def _download(name: str, repo: str, revision: str | None, progress: Progress | N
             fix=_near_misses(Path(name), name) + "; offline, a folder or a .gguf file works",
         ) from None
     return Path(folder)
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """A model's folder in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
 
 
 def _is(path: Path, test: Callable[[Path], bool]) -> bool:

@@ -187,8 +187,10 @@ def _window(fields: Fields, architecture: str, context: int) -> dict[str, Any]:
 
 def check_read_back(path: Path, config: Any, written: Meta) -> None:
     """Raise RunError unless deltaw's reader understands the file as what was meant."""
-    header = read_header(path)
-    meaning = read_meaning(path, header)
+    try:
+        meaning = read_meaning(path, read_header(path))
+    except InputError as error:
+        raise RunError(f"{path.name} doesn't read back: {error.what}", fix="please report it") from None
     names = type(config).attribute_map
     read = copy.deepcopy(config)
     for name, value in meaning.config.items():

@@ -28,7 +28,7 @@ def base_folder(folder: Path, name: str = "llama", *, dtype: torch.dtype = torch
     """A base with a tokenizer. `more`: of the config, and `shard` (bytes of a file at most)."""
     shard = more.pop("shard", "5GB")
     tokenizer = toy("chatml")
-    config = AutoConfig.for_model(name, **{**FAMILIES[name], "vocab_size": len(tokenizer), **more})
+    config = AutoConfig.for_model(name, **{**FAMILIES.get(name, {}), "vocab_size": len(tokenizer), **more})
     config.eos_token_id = tokenizer.eos_token_id
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

