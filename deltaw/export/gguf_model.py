@@ -49,8 +49,8 @@ class GgufModel(Destination):
         self.type = type_named(options.type)
         self.quantizer = None if self.type in PLAIN else find_quantizer(self.type)
         plan = plan_merge(trained)
-        self.config = plan.skeleton.config
-        self.family = family(self.config)
+        whole: Any = plan.skeleton.config
+        self.config, self.family = whole.get_text_config(decoder=True), family(whole)
         self.meta = metadata(self.config, len(plan.skeleton.get_input_embeddings().weight))  # type: ignore[operator]
         self.tensors = Tensors(plan, self.family)
         shapes = self.tensors.shapes
@@ -62,6 +62,11 @@ class GgufModel(Destination):
         self.file = re.sub(r"[^\w.-]+", "-", name) + ".gguf"  # it stands in commands and in the Modelfile
         self.modelfile, notes = modelfile(trained, self.file)
         self.notes += notes
+        if self.tensors.left_out:
+            self.notes.append(
+                f"{self.tensors.left_out} tensors of the part that sees pictures aren't in it: llama.cpp reads that "
+                "from a file of its own, the base's mmproj"
+            )
         if self.quantizer is not None and (said := fallbacks(shapes)):
             self.notes.append(said)
 

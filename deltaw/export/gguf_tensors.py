@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deltaw.base.gguf_header import read_header
+from deltaw.base.language import language_part
 from deltaw.base.weights import read_tensor
 from deltaw.errors import InputError, listed
 from deltaw.export.gguf_names import Family
@@ -38,8 +39,17 @@ class Tensors:
     def __init__(self, plan: MergePlan, family: Family) -> None:
         self.plan, self.family = plan, family
         self.survivals: dict[str, Survival] = {}
-        tied = self._tied_head()
-        names = [name for name, _ in plan.skeleton.named_parameters(remove_duplicate=False) if name != tied]
+        tied, reads = self._tied_head(), language_part(plan.skeleton)
+        every = [name for name, _ in plan.skeleton.named_parameters(remove_duplicate=False) if name != tied]
+        names = [name for name in every if reads(name) or name == self._head()]
+        self.left_out = len(every) - len(names)
+        """How many tensors belong to what sees pictures, which a GGUF of its own has."""
+        if lost := [name for name in plan.adapter.factors if f"{name}.weight" not in names]:
+            raise InputError(
+                f"{len(lost)} of {len(plan.adapter.factors)} updates are of the part that sees, which llama.cpp reads "
+                f"from another file:\n{listed(lost, 2)}",
+                fix="use another destination: deltaw merge",
+            )
         if missing := [name for name in names if name not in plan.by_parameter]:
             raise InputError(
                 f"{len(missing)} of {len(names)} parameters aren't tensors of the base's files:\n{listed(missing, 2)}",
@@ -120,6 +130,12 @@ class Tensors:
     def _shape(self, planned: Planned) -> tuple[int, ...]:
         return tuple(self._stored(planned, torch.empty(planned.shape, device="meta")).shape)
 
+    def _head(self) -> str:
+        return self._name_of(self.plan.skeleton.get_output_embeddings())  # type: ignore[operator]
+
+    def _name_of(self, wanted: Any) -> str:
+        return next(f"{path}.weight" for path, module in self.plan.skeleton.named_modules() if module is wanted)
+
     def _tied_head(self) -> str | None:
         """The name of the head where it is the embedding, too: not one that the base's files hold with numbers of its
         own, which transformers takes, whatever the config says."""
@@ -127,8 +143,7 @@ class Tensors:
         head, embedding = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
         if self.plan.unties or head.weight is not embedding.weight:
             return None
-        names = {module: f"{path}.weight" for path, module in skeleton.named_modules()}
-        both = [self.plan.by_parameter.get(names[module]) for module in (head, embedding)]
+        both = [self.plan.by_parameter.get(self._name_of(module)) for module in (head, embedding)]
         if None not in both and not torch.equal(*(read_tensor(p.file, p.source) for p in both if p is not None)):
             return None
-        return names[head]
+        return self._head()

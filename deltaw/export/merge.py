@@ -137,17 +137,16 @@ def _config(base: Path, plan: MergePlan, dtype: torch.dtype | None) -> dict[str,
         for key in ("dtype", "torch_dtype"):
             if key in part and (dtype is not None or part is config):
                 part[key] = word
-        if plan.unties and "tie_word_embeddings" in part:
+        if plan.unties:  # a family's default may be to tie, in the whole and in its language model
             part["tie_word_embeddings"] = False
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = word
-    # A family's default may be to tie, in the whole and in its language model, which then has to be told as well.
-    return config | ({"tie_word_embeddings": False} if plan.unties else {})
+    return config
 
 
 def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The config, and those of a model's parts."""
-    return [config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))]
+    """The config, and that of its language model where there is a tower beside it."""
+    return [config, *(config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict))]
 
 
 def _index(index: Path, plan: MergePlan, dtype: torch.dtype | None) -> dict[str, Any]:

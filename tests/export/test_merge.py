@@ -23,7 +23,7 @@ from deltaw.base.load import open_base
 from deltaw.errors import InputError, RunError
 from deltaw.export.merge import merge_named
 from deltaw.factors import LowRank
-from tests.export.models import FAMILIES, base_folder, loaded, random_adapter
+from tests.export.models import FAMILIES, base_folder, loaded, random_adapter, several_models
 from tests.tiny import Said
 
 KINDS = ("lora", "dora", "full")
@@ -112,8 +112,9 @@ def test_a_type_that_is_asked_for(tmp_path: Path, dtype: str) -> None:
     assert close(got, attached_logits(base, adapter), {"float32": 1e-5, "float16": 1e-2, "bfloat16": 0.1}[dtype])
 
 
-def test_a_head_that_was_tied_is_written_on_its_own(tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base", tie_word_embeddings=True)
+@pytest.mark.parametrize("tower", [False, True])
+def test_a_head_that_was_tied_is_written_on_its_own(tmp_path: Path, tower: bool) -> None:
+    base = several_models(tmp_path / "base") if tower else base_folder(tmp_path / "base", tie_word_embeddings=True)
     head = head_adapter(base)
     said = Said()
     result = merged(base, head, tmp_path / "merged", display=said)
@@ -123,7 +124,9 @@ def test_a_head_that_was_tied_is_written_on_its_own(tmp_path: Path) -> None:
     embedding, delta = old.get_input_embeddings().weight, head.factors["lm_head"].dense()
     assert torch.equal(model.get_input_embeddings().weight, embedding)
     assert torch.allclose(model.get_output_embeddings().weight, embedding + delta, atol=1e-6)
-    assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] is False
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert not tower or config["text_config"]["tie_word_embeddings"] is False
 
 
 def test_tied_weights_that_are_stored_twice(tmp_path: Path) -> None:
