@@ -84,6 +84,8 @@ def verify(
             closing.sides.append(sides[name])
         one, other = sides[str(a)], sides[str(b)]
         chosen = _prompts([one, other], data, prompts, display)
+        if not one.tells_ids and other.tells_ids:  # log-probabilities are asked for along the first one's ids
+            one, other = other, one
         return _compared(one, other, chosen, tokens, display)
 
 

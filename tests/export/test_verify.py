@@ -24,6 +24,8 @@ def place(tmp_path_factory) -> Path:
     texts(folder / "rows.jsonl")
     chats(folder / "chats.jsonl")
     merged(base, adapter, folder / "merged")
+    merged(base, adapter, folder / "merged32", dtype=torch.float32)
+    merged(base, adapter, folder / "merged16", dtype=torch.float16)
     return folder
 
 
@@ -38,7 +40,7 @@ def names(place: Path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("data", ["rows.jsonl", "chats.jsonl"])
-@pytest.mark.parametrize("other", ["merged", "peft:adapter", "adapter"])
+@pytest.mark.parametrize("other", ["merged", "merged32", "merged16", "peft:adapter", "adapter"])
 @pytest.mark.parametrize("turned", [False, True])
 def test_right_pairs_agree(place: Path, data: str, other: str, turned: bool) -> None:
     result = held(place, *(("adapter", other) if not turned else (other, "adapter")), data)

@@ -113,6 +113,14 @@ def test_the_base_alone_is_known_as_such(place: Path) -> None:
     assert not result.agree and result.effect.strength == pytest.approx(1, abs=0.05)
 
 
+def test_two_files_in_llama_cpp_are_held_to_an_assumed_tolerance(place: Path) -> None:
+    both = f"{place / 'base.gguf'}+{place / 'adapter.gguf'}"
+    data = str(place / "rows.jsonl")
+    right = verify(both, both, data=data, prompts=4, tokens=8)
+    assert right.agree and right.kl is not None and not right.tolerance.measured
+    assert not verify(both, place / "base.gguf", data=data, prompts=4, tokens=8).agree
+
+
 def test_what_llama_cpp_tells_is_what_torch_says(place: Path) -> None:
     """Position by position, tokens of half a character included."""
     rows = [Row((3, 4, 5, 6, 7), tuple(range(200, 212))), Row(tuple(range(40, 60)), (66, 255, 130, 67))]

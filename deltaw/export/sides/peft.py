@@ -1,7 +1,8 @@
 """An adapter folder in PEFT's own code, as whoever downloads it runs it. The home of peft, which is optional.
 
 The base is the one that its config names, or `--base`. The tokenizer is the adapter folder's where it has one, else the
-base's with the folder's chat_template.jinja. What PEFT is given was looked at first: safetensors only, and a config
+base's with the folder's chat_template.jinja; answers end where the folder's generation config says, else the base's.
+What PEFT is given was looked at first: safetensors only, and a config
 without fields that would import code or match by a stranger's regular expression (peft_config.py).
 """
 
@@ -63,7 +64,7 @@ class Peft(Side):
         from peft import PeftModel
 
         opened = open_base(source, dtype=working_type(source))
-        stops = stops_of(opened.model, self._words.tokenizer)
+        stops = stops_of(opened.model, self._words.tokenizer, self.folder)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             try:
@@ -71,7 +72,8 @@ class Peft(Side):
             except Exception as error:  # whatever PEFT makes of the folder
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(f"{self.folder}: PEFT can't load it ({type(error).__name__}: {reason})") from None
-        self.notes += [f"PEFT warns: {' '.join(str(one.message).split())[:200]}" for one in told][:3]
+        said = [" ".join(str(one.message).split())[:200] for one in told if issubclass(one.category, UserWarning)]
+        self.notes += [f"PEFT warns: {words}" for words in said[:3]]
         inner = cast(nn.Module, model.base_model.model)
         self.local = Local(inner.eval(), stops, self._words.decode, off=model.disable_adapter)
         self.context = context(opened.model)
