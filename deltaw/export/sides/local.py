@@ -171,9 +171,9 @@ def working_type(source: Source) -> Dtype:
     return "float32"
 
 
-def running(model: nn.Module, weights: str) -> Numbers:
-    """The numbers of a model that runs here, its stored weights being of the format `weights`."""
-    kind = str(next(model.parameters()).dtype).removeprefix("torch.")
+def running(dtype: Dtype, weights: str) -> Numbers:
+    """The numbers of a model that runs here in `dtype`, its stored weights being of the format `weights`."""
+    kind = "bfloat16" if dtype == "auto" else dtype
     return Numbers(weights, (kind,), f"run here in {kind}")
 
 
