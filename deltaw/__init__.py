@@ -46,7 +46,7 @@ _HOME = {
     "attach": "adapter.inject",
     "combine": "adapter.combine",
     "detach": "adapter.inject",
-    "export": "export.command",
+    "export": "export",
     "inspect": "analysis.report",
     "linear_cross_entropy": "kernels.loss",
     "load_config": "config",
@@ -69,7 +69,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("deltaw.version").VERSION
     if name not in _HOME:
         raise AttributeError(f"module 'deltaw' has no attribute {name!r}")
-    # A package of the same name (deltaw.train) hides behind its function once that has been asked for.
-    value = getattr(importlib.import_module(f"deltaw.{_HOME[name]}"), name)
+    home = importlib.import_module(f"deltaw.{_HOME[name]}")
+    value = home if name == _HOME[name] else getattr(home, name)  # a room that is the function, too (export)
     globals()[name] = value
     return value

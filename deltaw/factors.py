@@ -84,6 +84,14 @@ class LowRank:
         """The same update on the CPU."""
         return LowRank(self.a_RN.cpu(), self.b_MR.cpu(), self.scale)
 
+    def rows(self, start: int, stop: int) -> "LowRank":
+        """What those rows of W take."""
+        return LowRank(self.a_RN, self.b_MR[start:stop], self.scale)
+
+    def turned(self) -> "LowRank":
+        """ΔWᵀ, for a weight that is stored as [N, M]."""
+        return LowRank(self.b_MR.T, self.a_RN.T, self.scale)
+
     def __add__(self, other: "LowRank") -> "LowRank":
         """Exact, by stacking: [s₁B₁ s₂B₂] [A₁; A₂]; the ranks add up."""
         if self.shape != other.shape:
@@ -138,6 +146,14 @@ class Dense:
         """The same update on the CPU."""
         return Dense(self.delta_MN.cpu())
 
+    def rows(self, start: int, stop: int) -> "Dense":
+        """What those rows of W take."""
+        return Dense(self.delta_MN[start:stop])
+
+    def turned(self) -> "Dense":
+        """ΔWᵀ, for a weight that is stored as [N, M]."""
+        return Dense(self.delta_MN.T)
+
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """U [M, K], S [K], Vᵀ [K, N], K = min(M, N): a full decomposition, O(M N K)."""
         u, s, vt = torch.linalg.svd(self.delta_MN, full_matrices=False)
@@ -181,6 +197,10 @@ class DoRA:
     def cpu(self) -> "DoRA":
         """The same update on the CPU."""
         return DoRA(self.low.cpu(), self.magnitude_M.cpu())
+
+    def rows(self, start: int, stop: int) -> "DoRA":
+        """What those rows of W take."""
+        return DoRA(self.low.rows(start, stop), self.magnitude_M[start:stop])
 
     def relative_to(self, w_MN: Tensor) -> Dense:
         """ΔW [M, N] on the weight W [M, N], in the factors' dtype: exactly 0 for fresh factors. Costs M N numbers."""

@@ -20,9 +20,9 @@ With W, whose singular vectors are u_i, v_i, and W' = W + ΔW:
                         (Shuttleworth et al. 2024, algorithm 1)
     magnitude_change    mean over rows (outputs) of | ‖w'_i‖ − ‖w_i‖ | / ‖w_i‖             (DoRA §3.2, but relative)
     direction_change    mean over rows of 1 − cos(w'_i, w_i)
-    merge_changed       share of the entries with round(W + ΔW) ≠ round(W), rounded to bfloat16
-    merge_kept          ⟨round(W + ΔW) − round(W), ΔW⟩ / ‖ΔW‖²_F: what remains along ΔW
-    merge_error         ‖round(W + ΔW) − round(W) − ΔW‖_F / ‖ΔW‖_F: mostly noise, in all directions alike
+    merge_changed, merge_kept, merge_error
+                        what bfloat16 weights see of ΔW: the share of the entries that change, what arrives along ΔW,
+                        and the relative error, mostly noise in all directions alike (`Survival`, linalg/rounding.py)
 
 A large amplification by itself says that ΔW is strong, not that W is weak there: random directions give about the same.
 Only the percentile tells ΔW's directions from any others. Chance is not a root mean square, k ‖W‖_F / √(M N): for k = 1
@@ -64,6 +64,7 @@ from deltaw.adapter.file import Adapter
 from deltaw.errors import InputError
 from deltaw.factors import DoRA, Plain, Update, as_plain
 from deltaw.linalg.rank import effective_rank, energy_rank, stable_rank, tolerance
+from deltaw.linalg.rounding import survival
 from deltaw.linalg.subspace import random_overlap
 from deltaw.linalg.svd import randomised_svd
 from deltaw.linalg.threads import one_thread
@@ -256,7 +257,7 @@ def _against(update: Plain, usv: tuple[Tensor, Tensor, Tensor], w_MN: Tensor, se
     cosines = _intruder_cosines(w, tuned_MN)
     size, base_size = float(sigma_K.norm()), _frobenius(w_MN)
     magnitude, direction = _row_changes(w_MN, delta_MN)
-    changed, along, error = _merge(w_MN, tuned_MN, delta_MN)
+    merged = survival(w_MN, delta_MN, lambda x_MN: x_MN.bfloat16().to(x_MN))
     across_KK = u_MK[:, :used].T @ w_MN @ vt_KN[:used].T
     chance = random_overlap(w.sigma_K, (m, n), base_size, min(used, CHANCE_RANK), CHANCE, seed)
 
@@ -287,9 +288,9 @@ def _against(update: Plain, usv: tuple[Tensor, Tensor, Tensor], w_MN: Tensor, se
         cosines=cosines.tolist(),
         magnitude_change=magnitude,
         direction_change=direction,
-        merge_changed=changed,
-        merge_kept=along,
-        merge_error=error,
+        merge_changed=merged.share,
+        merge_kept=merged.kept,
+        merge_error=merged.error,
     )
 
 
@@ -326,15 +327,6 @@ def _row_changes(w_MN: Tensor, delta_MN: Tensor) -> tuple[float, float]:
     longer_M = grown_M / (tuned_M + norms_M)
     turned_M = (moved_M - longer_M.square()).clamp(min=0) / (2 * norms_M * tuned_M)
     return float((longer_M.abs() / norms_M).mean()), float(turned_M.mean())
-
-
-def _merge(w_MN: Tensor, tuned_MN: Tensor, delta_MN: Tensor) -> tuple[float, float, float]:
-    """Of what bfloat16 sees: the share of the entries that move, the part of ΔW that is kept, the relative error."""
-    before, after = w_MN.bfloat16(), tuned_MN.bfloat16()
-    seen_MN, size = after.to(w_MN) - before.to(w_MN), _frobenius(delta_MN)
-    along = float((seen_MN * delta_MN).sum(1).double().sum())
-    changed = float((before != after).double().mean())
-    return changed, ratio(along, size**2), ratio(_frobenius(seen_MN - delta_MN), size)
 
 
 def _frobenius(x_MN: Tensor) -> float:

@@ -47,7 +47,7 @@ MAX_SIDES = 8  # of a tensor's shape
 
 
 class Header(NamedTuple):
-    """What a safetensors file says of itself, by tensor name, and the free-form metadata. `dtypes`: the file's own words
+    """What a safetensors file says of itself, by tensor name, and the free-form metadata. `dtypes`: in the file's words
     ("BF16"); `spans`: the first byte in the file and the one behind the last."""
 
     shapes: dict[str, tuple[int, ...]]
@@ -168,6 +168,12 @@ def read_tensor(path: Path, name: str) -> "Tensor":
     """One tensor, copied into memory, of a file that `read_header` or `shards` checked. Raises InputError."""
     with _reading(path) as file:
         return file.get_tensor(name).clone()
+
+
+def check_readable(path: Path) -> None:
+    """Raise InputError for whatever the safetensors library finds wrong in a file: overlaps, gaps, sizes, types."""
+    with _reading(path):
+        pass
 
 
 def save_safetensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping[str, str] | None = None) -> None:

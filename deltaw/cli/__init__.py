@@ -2,6 +2,7 @@
 
     app.py        the application and the options that verbs share
     run.py        demo · train · verify-resume · preview · eval · generate · chat
+    merge.py      merge
     plan.py       plan
     update.py     inspect · compare · resize · extract · combine · scale
     export.py     export
@@ -19,7 +20,7 @@ import traceback
 
 import typer
 
-from deltaw.cli import export, plan, run, update, verify, why  # noqa: F401  (each registers its verbs)
+from deltaw.cli import export, merge, plan, run, update, verify, why  # noqa: F401  (each registers its verbs)
 from deltaw.cli.app import app
 from deltaw.errors import DeltawError
 from deltaw.training.stop import Stopped

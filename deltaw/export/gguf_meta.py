@@ -159,7 +159,7 @@ def _gemma(fields: Fields, architecture: str, head_dim: int) -> dict[str, Any]:
 def _layers(fields: Fields, architecture: str, layers: int) -> dict[str, Any]:
     """Which layers have a window: one in every so many has none."""
     kinds = fields.take("layer_types") or ["full_attention"] * layers
-    window = fields.take("sliding_window", 0) or fields.config.max_position_embeddings  # none is never felt
+    window = fields.take("sliding_window", 0)
     usual = 2 if architecture == "gemma2" else 6
     near = [kind == "sliding_attention" for kind in kinds]
     period = next(
@@ -167,6 +167,8 @@ def _layers(fields: Fields, architecture: str, layers: int) -> dict[str, Any]:
     )
     if not period:
         fields.refuse("layer_types: full attention in no regular distance")
+    elif not any(near):
+        fields.refuse("layer_types: no layer has a window (llama.cpp's Gemma fails without)")
     keys = {"attention.sliding_window": window}
     return keys if period == usual else keys | {"attention.sliding_window_pattern": period}
 

@@ -49,17 +49,20 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # types whose numbers can take an update
 @dataclass(frozen=True)
 class Planned:
     """A tensor of the merged model. `file`: the base's file, whose namesake holds it afterwards; `source`: the name of
-    its numbers there, another one where it is untied. `dtype`: the base's, as its header says it ("BF16")."""
+    its numbers there, another one where it is untied. `dtype`: the base's, as its header says it ("BF16"). `parameter`:
+    the model's own name, None for what the model has no place for; `part`: this is one of several tensors that
+    transformers makes it from, or holds several of them."""
 
     name: str
     file: Path
     source: str
     shape: tuple[int, ...]
     dtype: str
-    parameter: str | None  # the model's own name of it, None for what is no part of the model or only of a parameter
+    parameter: str | None
     fate: Fate
     module: str | None = None  # whose update it takes
     transposed: bool = False  # stored as [N, M]
+    part: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +81,13 @@ class MergePlan:
 
     @cached_property
     def by_parameter(self) -> Mapping[str, Planned]:
-        """By the model's own names. What the files leave out because it is tied has its partner's."""
-        return {planned.parameter: planned for planned in self.tensors if planned.parameter is not None}
+        """What is a whole parameter (or buffer), by the model's own names."""
+        return {planned.parameter: planned for planned in self.tensors if planned.parameter and not planned.part}
+
+    @cached_property
+    def weights(self) -> frozenset[str]:
+        """The model's parameters by its own names: what has a type of the user's choice and may not be NaN."""
+        return frozenset(name for name, _ in self.skeleton.named_parameters(remove_duplicate=False))
 
     @property
     def transposed(self) -> bool:
@@ -117,6 +125,7 @@ def plan_merge(trained: Trained) -> MergePlan:
     checkpoint = Checkpoint(base.directory, skeleton)
     ties = _ties(skeleton)
     updated = {f"{path}.weight": path for path in adapter.factors}
+    parts = {name: whole for whole, names in checkpoint.converted.items() for name in names}
     tied = {name for name in updated if name in ties}
     problems = [why for name in updated if (why := _nowhere(name, skeleton, checkpoint))]
     if problems:
@@ -129,8 +138,10 @@ def plan_merge(trained: Trained) -> MergePlan:
     def planned(own: str, name: str, stored: Stored, fate: Fate) -> Planned:
         path = updated.get(own)
         turned = path is not None and isinstance(skeleton.get_submodule(path), Conv1D)
-        known = own if own in checkpoint.places else None
-        return Planned(name, stored.file, stored.name, stored.shape, stored.dtype, known, fate, path, turned)
+        whole = parts.get(own)
+        known = whole or (own if own in checkpoint.places else None)
+        place = (stored.file, stored.name, stored.shape, stored.dtype)
+        return Planned(name, *place, known, fate, path, turned, whole is not None)
 
     tensors = [
         planned(own, stored.name, stored, "changed" if own in updated else "copied")

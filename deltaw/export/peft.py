@@ -11,7 +11,7 @@ is the name of the base that was found for it.
 from dataclasses import replace
 from pathlib import Path
 
-from deltaw.adapter.file import CONFIG, RECORD, WEIGHTS, Adapter
+from deltaw.adapter.file import Adapter
 from deltaw.adapter.peft_config import rewritten_names
 from deltaw.adapter.spec import explicit_targets
 from deltaw.base.load import open_skeleton
@@ -41,7 +41,7 @@ class PeftAdapter(Destination):
         write_beside(self.trained, folder)
         kind = "DoRA" if self.adapter.spec.magnitude else "LoRA"
         lines = [f"{kind} for PEFT: {len(self.adapter.factors)} modules, {self.adapter.parameters:,} parameters"]
-        return Written(peft_usage(self.trained), lines, {"files": [WEIGHTS, CONFIG, RECORD]})
+        return Written(peft_usage(self.trained), lines)
 
 
 def refuse_full(trained: Trained) -> None:

@@ -13,6 +13,7 @@ Rejected: deleting a repository that was made for a push which then failed: an e
 that deletes on the hub might.
 """
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,18 +106,21 @@ class Push:
     def _failed(self, error: Exception, folder: Path | None = None) -> NoReturn:
         """What the hub, or the way there, said. `folder`: what is written by now and can be pushed later."""
         status = getattr(getattr(error, "response", None), "status_code", None)
-        said = next(iter(str(error).splitlines()), "") or type(error).__name__
-        later = f"; {folder} is whole: `hf upload {self.repository} {folder}` pushes it" if folder else ""
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        what = f"--push {self.repository}"
+        upload = shlex.join(["hf", "upload", self.repository, str(folder)])
+        later = f"; the folder is whole, to push it later: {upload}" if folder else ""
         if status == 401:
-            raise InputError(f"--push {self.repository}: the hub doesn't take the token", fix=LOGIN + later) from None
+            raise InputError(f"{what}: the hub doesn't take the token", fix=LOGIN + later) from None
         if status == 403:
-            raise InputError(
-                f"--push {self.repository}: the token may not write there", fix="use one with write access" + later
-            ) from None
+            raise InputError(f"{what}: the token may not write there", fix="use one that may" + later) from None
         if status is not None:
-            raise RunError(f"--push {self.repository}: the hub answered {status}: {said:.200}", fix=later[2:] or None)
-        fix = "is the network there, and is HF_HUB_OFFLINE unset?" + later
-        raise RunError(f"--push {self.repository}: the hub can't be reached: {said:.200}", fix=fix) from None
+            raise RunError(f"{what}: the hub answered {status}: {reason:.200}", fix="try again" + later) from None
+        # Of what can go wrong on the way, the client's own errors aren't OSErrors.
+        if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
+            fix = "is the network there, and HF_HUB_OFFLINE not set?"
+            raise RunError(f"{what}: the hub can't be reached: {reason:.200}", fix=fix + later) from None
+        raise RunError(f"{what} failed: {type(error).__name__}: {reason:.200}", fix="try again" + later) from None
 
 
 def _check_rights(who: dict[str, Any], owner: str) -> None:

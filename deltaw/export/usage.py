@@ -48,14 +48,17 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 
 
 def answer_lines(trained: Trained) -> str:
-    """One answer of `model`, asked as it was trained."""
+    """One answer of `model`, asked as it was trained. With a mask: without one, `generate` makes one that leaves
+    out whatever is the pad token, and that may be a token of the prompt."""
     if chats(trained):
         ids = f"""messages = [{{"role": "user", "content": "{QUESTION}"}}]
 ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)"""
     else:
         ids = f'ids = tokenizer("{QUESTION}", return_tensors="pt").input_ids'
     return f"""{ids}
-answer = model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id={stop_ids(trained)})
+answer = model.generate(
+    ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens=64, do_sample=False, eos_token_id={stop_ids(trained)}
+)
 print(tokenizer.decode(answer[0, ids.shape[1]:], skip_special_tokens=True))"""
 
 

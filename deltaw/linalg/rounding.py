@@ -1,4 +1,5 @@
-"""What rounding alone does to a matrix: the most that it can do to a singular value, and what it does on average.
+"""What rounding does to a matrix: the most that it can do to a singular value, what it does on average, and what it
+leaves of an update.
 
 At most (`Rounding`), where it is known what the entries were rounded to before they were widened. ε max(M, N) σ₁ of
 that type would soon be more than σ₁ itself (ε of bfloat16 is 2⁻⁷). But an E with |E_ij| ≤ u |X_ij| + h moves no
@@ -20,14 +21,30 @@ The type is read off the numbers, not off the file: a matrix that was saved as f
 rounded to bfloat16. The bound on ‖E‖₂ is tight where all entries are of one size, √v (√M + √N) (Marchenko & Pastur
 1967), and then a singular value above it is hardly ever chance.
 
+What is left (`Survival`): weights of a type Q that take an update Δ see Δ̂ = Q(W + Δ) − Q(W), the difference between
+the two models that are served. Where W lies on Q's own grid (a bfloat16 base), whatever is below half a step is gone,
+Δ̂ = 0; where it doesn't (a block that is quantised anew), it moves some entries by a whole step, and Δ̂ is Δ on average
+with noise beside it. Hence two figures:
+
+    kept      ⟨Δ̂, Δ⟩ / ‖Δ‖²                 what arrives along Δ itself; 1 but for what is rounded away
+    cosine    ⟨Δ̂, Δ⟩ / (‖Δ̂‖ ‖Δ‖)           1 but for what is rounded away and for the noise
+
+They come from ‖Δ̂‖², ‖Δ‖² and ‖Δ̂ − Δ‖², sums that add up over the parts of a model. ⟨Δ̂, Δ⟩ is not summed: half of
+‖Δ̂‖² + ‖Δ‖² − ‖Δ̂ − Δ‖² is as exact where little is left and where nearly all is.
+
 Letters: M rows, N columns.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+BLOCK = 1 << 17  # numbers that float32 adds up with all the digits it has
 
 
 class Rounding(NamedTuple):
@@ -77,3 +94,64 @@ def noise(x_MN: Tensor) -> Noise:
     variance_MN = spacing_MN.double().square_() / 12
     rows, columns = variance_MN.sum(1), variance_MN.sum(0)
     return Noise(float(rows.sum()), math.sqrt(float(rows.max())) + math.sqrt(float(columns.max())))
+
+
+@dataclass(frozen=True)
+class Survival:
+    """What rounded weights see of an update, as sums over its entries: `a + b` is that of both."""
+
+    entries: int = 0
+    changed: int = 0  # entries with Δ̂ ≠ 0
+    seen: float = 0.0  # ‖Δ̂‖²
+    true: float = 0.0  # ‖Δ‖²
+    lost: float = 0.0  # ‖Δ̂ − Δ‖²
+
+    def __add__(self, other: "Survival") -> "Survival":
+        return Survival(
+            self.entries + other.entries,
+            self.changed + other.changed,
+            self.seen + other.seen,
+            self.true + other.true,
+            self.lost + other.lost,
+        )
+
+    @property
+    def share(self) -> float:
+        """Of the entries, those that change; 0 of none."""
+        return self.changed / self.entries if self.entries else 0.0
+
+    @property
+    def kept(self) -> float:
+        """The part of Δ that arrives along itself; 0 of an update of zeros, as what follows."""
+        return (self.seen + self.true - self.lost) / 2 / self.true if self.true else 0.0
+
+    @property
+    def cosine(self) -> float:
+        """Between Δ̂ and Δ; 0 where nothing is seen, too."""
+        size = math.sqrt(self.seen) * math.sqrt(self.true)
+        return max(-1.0, min(1.0, (self.seen + self.true - self.lost) / 2 / size)) if size else 0.0
+
+    @property
+    def error(self) -> float:
+        """‖Δ̂ − Δ‖ / ‖Δ‖."""
+        return math.sqrt(self.lost / self.true) if self.true else 0.0
+
+
+def survival(w: Tensor, delta: Tensor, rounded: Callable[[Tensor], Tensor]) -> Survival:
+    """What is left of `delta` on `w`, float32 or float64, in weights that hold `rounded(x)` for x, in x's type."""
+    seen = rounded(w + delta) - rounded(w)
+    return survived(seen, delta)
+
+
+def survived(seen: Tensor, delta: Tensor) -> Survival:
+    """The same of Δ̂ where somebody has it already; `seen` is overwritten."""
+    # On a CPU numpy compares and counts ten times as fast as torch.
+    changed, energy = int(np.count_nonzero(np.not_equal(seen.detach().cpu().numpy(), 0))), _energy(seen)
+    return Survival(delta.numel(), changed, energy, _energy(delta), _energy(seen.sub_(delta)))
+
+
+def _energy(x: Tensor) -> float:
+    """Σx², in blocks: float32 loses 4e-5 of the norm of a million numbers when it takes them at once."""
+    flat = x.reshape(-1)
+    blocks = flat.split(BLOCK) if len(flat) > BLOCK else (flat,)
+    return sum(float(torch.dot(block, block)) for block in blocks)

@@ -18,7 +18,7 @@ from tests.data.toys import toy
 
 SHARED = {**COMMON, **MOE, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1, "num_experts": 4}
 FAMILIES: dict[str, dict[str, Any]] = {
-    **{name: PACKED[name] for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")},
+    **{name: PACKED[name] for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")},
     "gpt2": {**GPT2, "eos_token_id": 2, "bos_token_id": 1},
     "qwen2_moe": SHARED,
 }
@@ -28,7 +28,7 @@ def base_folder(folder: Path, name: str = "llama", *, dtype: torch.dtype = torch
     """A base with a tokenizer. `more`: of the config, and `shard` (bytes of a file at most)."""
     shard = more.pop("shard", "5GB")
     tokenizer = toy("chatml")
-    config = AutoConfig.for_model(name, **{**FAMILIES[name], "vocab_size": len(tokenizer), **more})
+    config = AutoConfig.for_model(name, **{**FAMILIES.get(name, {}), "vocab_size": len(tokenizer), **more})
     config.eos_token_id = tokenizer.eos_token_id
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

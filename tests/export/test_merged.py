@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltaw.adapter.file import Adapter
 from deltaw.adapter.inject import attach
-from deltaw.errors import InputError
 from deltaw.export.merged import plan_merge
 from tests.export.models import FAMILIES, base_folder, loaded, random_adapter, trained_of
 
