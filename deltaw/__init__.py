@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from deltaw.adapter.combine import combine
     from deltaw.adapter.file import Adapter, BaseId
     from deltaw.adapter.inject import Attached, attach, detach
+    from deltaw.adapter.into import MergedInto
     from deltaw.adapter.layer import LoRALinear
     from deltaw.analysis.report import inspect
     from deltaw.base.forward import Forward, plan_forward
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
     from deltaw.errors import DeltawError, InputError, RunError
     from deltaw.export.command import export
+    from deltaw.export.lint.command import lint
     from deltaw.export.verify import verify
     from deltaw.factors import Dense, DoRA, LowRank
     from deltaw.kernels.attention import packed_attention
@@ -40,6 +42,7 @@ _HOME = {
     "InputError": "errors",
     "LoRALinear": "adapter.layer",
     "LowRank": "factors",
+    "MergedInto": "adapter.into",
     "Model": "model",
     "RunConfig": "config",
     "RunError": "errors",
@@ -49,6 +52,7 @@ _HOME = {
     "export": "export",
     "inspect": "analysis.report",
     "linear_cross_entropy": "kernels.loss",
+    "lint": "export.lint.command",
     "load_config": "config",
     "lora_linear": "kernels.lora",
     "open_base": "base.load",

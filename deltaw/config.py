@@ -290,8 +290,9 @@ def _problems(error: ValidationError, source: str, node: yaml.Node | None) -> li
     by_field: dict[tuple[Any, ...], Any] = {}
     for problem in error.errors():
         # A union's branch name (`str`, `int`) is no field of the file; its branches' problems are one problem.
-        field = tuple(
-            part for part in problem["loc"] if part not in ("str", "int", "constrained-int") and "[" not in str(part)
+        field = (
+            tuple(p for p in problem["loc"] if p not in ("str", "int", "constrained-int") and "[" not in str(p))
+            or problem["loc"]  # a key of the user's own that looks like one
         )
         said = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         said = said.replace("an object", "a mapping")

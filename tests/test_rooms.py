@@ -35,21 +35,18 @@ SIDEWAYS = {
 }
 
 # Each heavy library has its home.
+VERBS = ("__init__", "app", "export", "lint", "merge", "plan", "run", "update", "verify", "why")
 HOMES = {
     "jinja2": {"data/template_worker.py"},
     "rich": {"progress.py", "data/preview.py", "cli/run.py"},
-    "typer": {
-        f"cli/{name}.py" for name in ("__init__", "app", "export", "merge", "plan", "run", "update", "verify", "why")
-    },
+    "typer": {f"cli/{name}.py" for name in VERBS},
     "yaml": {"config.py", "run_yaml.py"},
     "gguf": {
         "base/gguf.py",
         "base/gguf_header.py",
         "export/gguf_adapter.py",
         "export/gguf_file.py",
-        "export/gguf_model.py",
         "export/gguf_names.py",
-        "export/gguf_quantizer.py",
         "export/gguf_types.py",
         "export/sides/llama.py",
     },

@@ -46,8 +46,39 @@ MODEL_TYPES = {
     "qwen3moe": "qwen3_moe",
 }  # transformers' names, where they aren't llama.cpp's
 
+# llama.cpp's names of what transformers calls otherwise, beside those that differ by a dash or a line only.
+LLAMA_CPP_NAMES = {
+    "cohere": "command-r",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "falcon_mamba": "mamba",
+    "gpt_bigcode": "starcoder",
+    "granitemoehybrid": "granitehybrid",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "hunyuan_v1_moe": "hunyuan-moe",
+    "internlm3": "llama",
+    "minimax_m2": "minimax-m2",
+    "ministral3": "mistral3",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "olmo3": "olmo2",
+    "phi": "phi2",
+    "qwen3_5_moe_text": "qwen35moe",
+    "qwen3_5_text": "qwen35",
+}
+
 # What transformers' reader tells by which tensors there are, or knows of an architecture; the rest is ours.
 FROM_TENSORS = ("tie_word_embeddings", "use_qkv_bias", "use_parallel_residual", "norm_topk_prob")
+
+
+def llama_cpp_name(model_type: str) -> str | None:
+    """llama.cpp's name of an architecture, or None for one that it isn't known to have."""
+    from gguf.constants import MODEL_ARCH_NAMES
+
+    bare = model_type.removesuffix("_text")
+    names = (LLAMA_CPP_NAMES.get(model_type, model_type), bare, bare.replace("_", ""), bare.replace("_", "-"))
+    return next((name for name in names if name in MODEL_ARCH_NAMES.values()), None)
 
 
 def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None = None) -> Path:

@@ -112,6 +112,22 @@ def find_base(name: str, *, progress: Progress | None = None) -> Source:
     return Source(name, directory, revision=directory.name)
 
 
+def find_local(name: str, revision: str | None = None, *, progress: Progress | None = None) -> Source | None:
+    """What `find_base` finds here, without the network; None where that is nothing. `name` may be a builtin's upstream.
+
+    Raises InputError for a base that is here and can't be used.
+    """
+    name = next((builtin for builtin, b in BUILTINS.items() if b.upstream == name), name)
+    path = Path(name).expanduser()
+    match = HUB_ID.fullmatch(name)
+    if name.startswith("builtin:") or _is(path, Path.exists):
+        return find_base(name, progress=progress)
+    if match is None or (directory := _cached(match["repo"], revision or match["revision"])) is None:
+        return None
+    check_folder(directory)
+    return Source(name, directory, revision=directory.name)
+
+
 def cache_root() -> Path:
     """$DELTAW_CACHE, or $XDG_CACHE_HOME/deltaw, or ~/.cache/deltaw."""
     if own := os.environ.get("DELTAW_CACHE"):
@@ -201,6 +217,16 @@ def _download(name: str, repo: str, revision: str | None, progress: Progress | N
             fix=_near_misses(Path(name), name) + "; offline, a folder or a .gguf file works",
         ) from None
     return Path(folder)
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """A model's folder in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
 
 
 def _is(path: Path, test: Callable[[Path], bool]) -> bool:

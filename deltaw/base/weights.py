@@ -25,7 +25,7 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -168,6 +168,17 @@ def read_tensor(path: Path, name: str) -> "Tensor":
     """One tensor, copied into memory, of a file that `read_header` or `shards` checked. Raises InputError."""
     with _reading(path) as file:
         return file.get_tensor(name).clone()
+
+
+def read_rows(path: Path, name: str, rows: "Sequence[int]") -> "Tensor":
+    """Some rows of a tensor of such a file: only they are read. Raises InputError, also for a row that isn't there."""
+    import torch
+
+    with _reading(path) as file:
+        part = file.get_slice(name)
+        if any(not 0 <= row < part.get_shape()[0] for row in rows):
+            _corrupt(path, f"{name} has {part.get_shape()[0]} rows")
+        return torch.cat([part[row : row + 1] for row in rows])
 
 
 def check_readable(path: Path) -> None:

@@ -6,6 +6,7 @@
     plan.py       plan
     update.py     inspect · compare · resize · extract · combine · scale
     export.py     export
+    lint.py       lint
     why.py        decompose · study
     verify.py     verify
 
@@ -20,7 +21,7 @@ import traceback
 
 import typer
 
-from deltaw.cli import export, merge, plan, run, update, verify, why  # noqa: F401  (each registers its verbs)
+from deltaw.cli import export, lint, merge, plan, run, update, verify, why  # noqa: F401  (each registers its verbs)
 from deltaw.cli.app import app
 from deltaw.errors import DeltawError
 from deltaw.training.stop import Stopped

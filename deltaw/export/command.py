@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.errors import InputError, listed
-from deltaw.export.card import Form, Relation, write_card
+from deltaw.export.card import REPORT, Form, Relation, write_card
 from deltaw.export.destination import Destination, Options, Written
 from deltaw.export.push import Push
 from deltaw.export.target import target
@@ -58,10 +58,14 @@ def export_named(
     with target(output, what=what, needed=destination.size(), replace=replace) as folder:
         written = destination.write(folder, display)
         write_card(folder, trained, form_of(to, options, written), written.usage)
-        files = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*"))}
+        files = {
+            str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()
+        }
     result: dict[str, Any] = {**written.more, "output": output, "to": to, "files": files, "pushed": None}
     lines = [f"{output}: {sum(files.values()):,} bytes, {len(files)} files", *written.lines]
     if hub:
+        if REPORT in files:
+            display.say(f"{REPORT} goes along, which shows rows of the data")
         result["pushed"] = hub.run(Path(output), display)
         lines.append(f"pushed: {result['pushed']} ({'public' if public else 'private'})")
     return result, "\n".join(lines)

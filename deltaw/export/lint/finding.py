@@ -1,0 +1,105 @@
+"""What lint can find: codes, what each does to an adapter at each destination, and the findings that carry them.
+
+A code is data: its number, what it is in a few words, what comes of it at each destination unless a rule knows better,
+and how to mend it. Codes are never reused. docs/lint.md lists them all, and a test holds that list to this table; the
+rules that find them stand beside their codes in rules_*.py.
+
+    DW1xx  files         DW3xx  the config      DW5xx  the base             DW7xx  GGUF files
+    DW2xx  tensors       DW4xx  numbers         DW6xx  chat and tokenizer   DW8xx  MLX's and merged models' folders
+
+What can become of an adapter somewhere, from best to worst:
+
+    LOADS     it loads and answers as it was trained
+    UNSURE    nothing speaks against it, but something that it hangs on can't be seen from here
+    WRONG     it loads, and answers otherwise than it was trained, mostly without a word
+    REFUSED   it doesn't load
+
+A destination's verdict is the worst of its findings. REFUSED is the last of them not since it is worse than WRONG, but
+since what doesn't load doesn't answer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+
+PEFT, TRANSFORMERS, VLLM, LLAMA_CPP, OLLAMA, MLX = "peft", "transformers", "vllm", "llama.cpp", "ollama", "mlx"
+DESTINATIONS = {  # and how they spell themselves
+    PEFT: "PEFT",
+    TRANSFORMERS: "transformers",
+    VLLM: "vLLM",
+    LLAMA_CPP: "llama.cpp",
+    OLLAMA: "Ollama",
+    MLX: "MLX",
+}
+
+
+class Effect(IntEnum):
+    """What becomes of an adapter at a destination."""
+
+    LOADS = 0
+    UNSURE = 1
+    WRONG = 2
+    REFUSED = 3
+
+    @property
+    def words(self) -> str:
+        return _WORDS[self]
+
+
+_WORDS = {
+    Effect.LOADS: "loads",
+    Effect.UNSURE: "loads, as far as can be told",
+    Effect.WRONG: "loads, but answers wrongly",
+    Effect.REFUSED: "refused",
+}
+LOADS, UNSURE, WRONG, REFUSED = Effect.LOADS, Effect.UNSURE, Effect.WRONG, Effect.REFUSED
+Effects = Mapping[str, Effect]
+
+
+def everywhere(effect: Effect) -> Effects:
+    """The same at every destination."""
+    return dict.fromkeys(DESTINATIONS, effect)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is so with an adapter: `what` and where, what comes of it, how to mend it."""
+
+    code: str
+    what: str
+    effects: Effects
+    mend: str
+
+    @property
+    def worst(self) -> Effect:
+        return max(self.effects.values(), default=LOADS)
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kind of finding. `title` and `mend` are for the list in the docs, `effects` hold unless a rule says others."""
+
+    number: str
+    title: str
+    effects: Effects
+    mend: str
+
+    def found(self, what: str, mend: str | None = None, effects: Effects | None = None) -> Finding:
+        return Finding(self.number, what, self.effects if effects is None else effects, mend or self.mend)
+
+
+CODES: dict[str, Code] = {}
+
+
+def code(number: str, title: str, effects: Effects, mend: str) -> Code:
+    """A new code, entered into the table. Raises ValueError for a number that is taken."""
+    if number in CODES:
+        raise ValueError(f"{number} is {CODES[number].title!r} already")
+    CODES[number] = Code(number, title, effects, mend)
+    return CODES[number]
+
+
+def some(names: "list[str] | tuple[str, ...]", limit: int = 2) -> str:
+    """A few of many names, for a sentence; no name longer than a line."""
+    shown = ", ".join(f"{name!r:.100}" if not name.isprintable() else f"{name:.100}" for name in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
