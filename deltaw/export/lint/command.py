@@ -21,7 +21,7 @@ from deltaw.export.lint.base import look
 from deltaw.export.lint.finding import DESTINATIONS, Finding
 from deltaw.export.lint.forms import form_of
 from deltaw.export.lint.rules_config import MAX_RANKS
-from deltaw.export.lint.subject import Subject, recorded_base
+from deltaw.export.lint.subject import Subject, read_spec, recorded_base
 from deltaw.export.lint.verdict import Verdict
 from deltaw.model import is_run
 from deltaw.progress import Display
@@ -106,6 +106,7 @@ def _folder(
         kind=known.kind,
         no_base=known.reason,
         recorded=recorded,
+        spec=read_spec(folder),
         run=run,
         max_rank=max_rank,
         display=display,

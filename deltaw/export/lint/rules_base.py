@@ -99,7 +99,10 @@ def named(s: Subject) -> Iterator[Finding]:
 def own(s: Subject) -> Iterator[Finding]:
     if s.base is None:
         return
-    ours, there = s.recorded.fingerprint, s.base.fingerprint if s.recorded.fingerprint else ""
+    ours, there = s.recorded.fingerprint, ""
+    if ours:
+        s.display.say(f"comparing {s.base.source.name} with the base that it was trained on")
+        there = s.base.fingerprint
     if ours and there and not same_base(ours, there):
         yield OTHER_BASE.found(
             f"trained on {s.recorded.name or 'another base'} ({describe(ours)}), this is {s.base.source.name} "

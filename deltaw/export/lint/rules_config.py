@@ -114,6 +114,13 @@ TASK = code(
     "DW312", "a task_type that PEFT doesn't know", dict.fromkeys(LOADERS, REFUSED), "write CAUSAL_LM, or leave it out"
 )
 
+SCALE = code(
+    "DW313",
+    "the config gives another scale than the one that deltaw recorded when it saved the adapter (deltaw.json)",
+    {PEFT: WRONG, TRANSFORMERS: WRONG, VLLM: WRONG, LLAMA_CPP: WRONG, OLLAMA: WRONG},
+    "write the rank, alpha and use_rslora that deltaw.json has into adapter_config.json",
+)
+
 
 def kind(s: Subject) -> Iterator[Finding]:
     given = s.config.get("peft_type")
@@ -225,8 +232,24 @@ def task(s: Subject) -> Iterator[Finding]:
         yield TASK.found(f"task_type is {given!r:.60}")
 
 
+def recorded_scale(s: Subject) -> Iterator[Finding]:
+    if s.spec is None or s.spec.full:
+        return
+    try:
+        scales = s.scales()
+    except Undecided:
+        return
+    wrong = [
+        f"{path}: {scale:g} for {s.spec.scale(path):g}"
+        for path, scale in scales.items()
+        if not math.isclose(scale, s.spec.scale(path), rel_tol=1e-6)
+    ]
+    if wrong:
+        yield SCALE.found(f"{len(wrong)} of {len(scales)} modules: {some(wrong)}")
+
+
 def _natural(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-RULES = (kind, rank, alpha, alpha_integer, missing, rslora, patterns, max_rank, fan, unknown, task)
+RULES = (kind, rank, alpha, alpha_integer, missing, rslora, patterns, max_rank, fan, unknown, task, recorded_scale)

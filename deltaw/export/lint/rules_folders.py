@@ -97,7 +97,7 @@ class MlxFolder:
 
 def look_mlx(folder: Path, base: str | None, display: Display) -> Iterator[Finding]:
     """All that is found of a folder with adapters.safetensors. Raises InputError for a --base that is none."""
-    yield other_form("mlx", "export it to where it is to run")
+    yield other_form("mlx", "export the adapter that it was made from to where it is to run")
     source = find_base(base, progress=display.say) if base else None
     try:
         config = read_json(folder / CONFIG, max_bytes=1_000_000, allow_nan=True)

@@ -6,6 +6,7 @@ only when a rule asks for them. Pickles are never opened, and a stranger's regul
 can do no harm (adapter/patterns.py), or not at all.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from deltaw.adapter.file import CONFIG, RECORD, WEIGHTS, Adapter, BaseId
 from deltaw.adapter.patterns import first_matches
 from deltaw.adapter.peft_config import WEIGHT
 from deltaw.base.weights import read_json, read_tensor
-from deltaw.config import RunConfig, names_module
+from deltaw.config import AdapterSpec, RunConfig, names_module
 from deltaw.errors import InputError, command
 from deltaw.export.lint.base import Base
 from deltaw.export.lint.chat import Chat
@@ -68,6 +70,7 @@ class Subject:
     kind: str = ""  # the base's model_type
     no_base: str = ""  # why the base isn't here
     recorded: BaseId = field(default_factory=BaseId)
+    spec: AdapterSpec | None = None  # as deltaw recorded it
     run: RunConfig | None = None
     max_rank: int = 16  # of the vLLM that it is for
     display: Display = field(default_factory=lambda: Display(quiet=True))
@@ -133,6 +136,15 @@ class Subject:
         called = {path: f"{path}{WEIGHT}" if self._by_weight(path) else path for path in self.layers}
         taken = self._first(list(pattern), called.values())
         return {path: pattern[taken[name]] for path, name in called.items() if name in taken}
+
+    def scales(self) -> dict[str, float]:
+        """module path -> the factor in front of B A that PEFT takes, where it is a number. Raises Undecided."""
+        ranks, alphas, scales = self.pattern("rank_pattern"), self.pattern("alpha_pattern"), {}
+        for path in self.layers:
+            rank, alpha = ranks.get(path, self.default_rank), number(alphas.get(path, self.default_alpha))
+            if alpha is not None and type(rank) is int and rank > 0:
+                scales[path] = alpha / (math.sqrt(rank) if self.get("use_rslora") else rank)
+        return scales
 
     def covered(self, paths: Iterable[str]) -> set[str]:
         """Those of `paths` that PEFT makes an adapter for, by its targets. Raises Undecided."""
@@ -241,12 +253,17 @@ def number(value: Any) -> float | None:
         return math.inf
 
 
+def read_spec(folder: Path) -> AdapterSpec | None:
+    """The spec in deltaw.json, if there is one that can be read."""
+    try:
+        return AdapterSpec.model_validate_json(json.dumps(_record(folder).get("spec")))
+    except (ValidationError, ValueError):
+        return None
+
+
 def read_record(folder: Path) -> BaseId:
     """The base in deltaw.json, as far as it can be read; nothing of it is needed."""
-    try:
-        raw = read_json(folder / RECORD, max_bytes=1_000_000).get("base")
-    except InputError:
-        return BaseId()
+    raw = _record(folder).get("base")
     known = raw if isinstance(raw, dict) else {}
     texts = {name: known[name] for name in BaseId.__dataclass_fields__ if isinstance(known.get(name), str)}
     return BaseId(**texts)
@@ -258,6 +275,13 @@ def recorded_base(folder: Path, config: Mapping[str, Any]) -> BaseId:
         return record
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     return BaseId(name if isinstance(name, str) else "", revision if isinstance(revision, str) else None)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / RECORD, max_bytes=1_000_000)
+    except InputError:
+        return {}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

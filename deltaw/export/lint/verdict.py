@@ -9,7 +9,6 @@ rightly.
 """
 
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +48,10 @@ class Verdict:
 
     @property
     def shown(self) -> list[Finding]:
-        """The findings that concern what was asked for, the worst first."""
-        concern = [f for f in self.findings if not self.asked or set(self.asked) & f.effects.keys()]
-        return sorted(
-            concern, key=lambda f: (-max((f.effects[d] for d in self._asked if d in f.effects), default=0), f.code)
-        )
+        """The findings that concern what was asked for, the worst first, above all for those who read it as it is."""
+        readers = [place for place in self._asked if place in READERS[self.form]]
+        concern = [found for found in self.findings if set(self._asked) & found.effects.keys()]
+        return sorted(concern, key=lambda f: (-f.worst_of(readers), -f.worst_of(self._asked), f.code))
 
     @property
     def exit_code(self) -> int:
@@ -111,7 +109,7 @@ class Verdict:
         return f"{effect.words}{f', {route}' if route else ''}{why}"
 
     @property
-    def _asked(self) -> Sequence[str]:
+    def _asked(self) -> tuple[str, ...]:
         return self.asked or tuple(DESTINATIONS)
 
 
