@@ -112,7 +112,7 @@ class GgufModel(Destination):
         keys |= {f"{architecture}.{name}": typed(value) for name, value in self.meta.keys.items()}
         file = self.trained.base.gguf
         if file is None:
-            words = vocabulary(self.trained.renderer, rows)
+            words = vocabulary(self.trained.renderer, rows, chats=not self.trained.plain)
             self.notes += words.notes
             return keys | {name: typed(value) for name, value in words.keys.items()}
         block = read_metadata(parts_of(file)[0], lambda key: key.startswith(COPIED))
