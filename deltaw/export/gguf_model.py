@@ -67,8 +67,8 @@ class GgufModel(Destination):
                 f"{self.tensors.left_out} tensors of the part that sees pictures aren't in it: llama.cpp reads that "
                 "from a file of its own, the base's mmproj"
             )
-        if self.quantizer is not None and (said := fallbacks(shapes)):
-            self.notes.append(said)
+        if self.quantizer is not None and (note := fallbacks(shapes)):
+            self.notes.append(note)
 
     def size(self) -> int:
         floats = sum(place.size + 64 for place in self.places)

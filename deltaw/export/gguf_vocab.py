@@ -65,6 +65,8 @@ def vocabulary(renderer: Renderer, rows: int, *, chats: bool = False) -> Vocabul
     if _byte_level(described):
         keys |= {"model": BYTE_LEVEL, "pre": splitting_name(described), "tokens": tokens, "token_type": types}
         keys["merges"] = [" ".join(pair) for pair in merges]
+        if not merges:
+            raise unknown("it has no merges, which llama.cpp wants to see")
         _check_normalizer(described.get("normalizer"), notes)
     else:
         prefix = _blank_before(described, notes, chats and _begins_with_control(renderer))
@@ -72,8 +74,8 @@ def vocabulary(renderer: Renderer, rows: int, *, chats: bool = False) -> Vocabul
         keys |= {"model": SENTENCES, "pre": "default", "tokens": tokens, "token_type": types}
         keys |= {"scores": _scores(tokens, types, merges), "add_space_prefix": prefix}
     keys |= _additions(tokenizer) | _special_ids(renderer, notes)
-    said = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
-    return Vocabulary(said | ({TEMPLATE: renderer.template} if renderer.template else {}), notes)
+    named = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
+    return Vocabulary(named | ({TEMPLATE: renderer.template} if renderer.template else {}), notes)
 
 
 def _special_ids(renderer: Renderer, notes: list[str]) -> dict[str, int]:

@@ -22,7 +22,7 @@ from deltaw.export.gguf_splitting import SUFFIXES, canonical, splitting_name
 from deltaw.export.gguf_vocab import vocabulary
 from deltaw.model import open_renderer
 from deltaw.progress import Display
-from tests.base.gguf_ids import NAMES, texts, write_sentences
+from tests.base.gguf_ids import NAMES, byte_signs, texts, write_sentences
 from tests.base.gguf_ids import vocabulary as pairs
 from tests.data.toys import lowercasing, sentencepiece, toy
 
@@ -239,6 +239,12 @@ def wide_blank() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 
+def bytes_alone() -> Any:
+    tokenizer = Tokenizer(models.BPE({**{token: id for id, token in enumerate(byte_signs())}, "</s>": 256}, []))
+    tokenizer.pre_tokenizer = LEVEL
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
 REFUSED = {
     "another model": (lowercasing, "WordLevel"),
     "an unknown rule": (lambda: by_pairs(split_by(r"\p{L}+|\s+")), "split by"),
@@ -246,6 +252,7 @@ REFUSED = {
     "a blank before": (lambda: by_pairs(pre_tokenizers.ByteLevel(add_prefix_space=True)), "blank"),
     "a step": (lambda: by_pairs(pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), LEVEL])), "Punctuation"),
     "lower case": (lambda: by_pairs(LEVEL, normalizer=normalizers.Lowercase()), "Lowercase"),
+    "no merges": (bytes_alone, "no merges"),
     "merges of its own": (wide_blank, "aren't merged"),
 }
 
