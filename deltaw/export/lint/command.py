@@ -111,5 +111,5 @@ def _folder(
         max_rank=max_rank,
         display=display,
     )
-    found: list[Finding] = [finding for rule in RULES for finding in rule(subject)]
-    return Verdict(name, "peft", known.base.source.name if known.base else recorded.name, tuple(found), to)
+    results: list[Finding] = [finding for rule in RULES for finding in rule(subject)]
+    return Verdict(name, "peft", known.base.source.name if known.base else recorded.name, tuple(results), to)
