@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from deltaw.adapter.combine import combine
     from deltaw.adapter.file import Adapter, BaseId
     from deltaw.adapter.inject import Attached, attach, detach
+    from deltaw.adapter.into import MergedInto
     from deltaw.adapter.layer import LoRALinear
     from deltaw.analysis.report import inspect
     from deltaw.base.forward import Forward, plan_forward
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from deltaw.errors import DeltawError, InputError, RunError
     from deltaw.export.command import export
     from deltaw.export.lint.command import lint
+    from deltaw.export.verify import verify
     from deltaw.factors import Dense, DoRA, LowRank
     from deltaw.kernels.attention import packed_attention
     from deltaw.kernels.lora import lora_linear
@@ -40,6 +42,7 @@ _HOME = {
     "InputError": "errors",
     "LoRALinear": "adapter.layer",
     "LowRank": "factors",
+    "MergedInto": "adapter.into",
     "Model": "model",
     "RunConfig": "config",
     "RunError": "errors",
@@ -60,6 +63,7 @@ _HOME = {
     "resize": "adapter.algebra",
     "resume": "training.loop",
     "train": "training.loop",
+    "verify": "export.verify",
 }
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604
 

@@ -28,22 +28,26 @@ LEVELS = [
 SIDEWAYS = {
     ("training", "evaluate"),
     ("training", "analysis"),
+    ("export", "evaluate"),
     ("export", "analysis"),
     ("cli", "chat"),
     ("cli", "demo"),
 }
 
 # Each heavy library has its home.
+VERBS = ("__init__", "app", "export", "lint", "merge", "plan", "run", "update", "verify", "why")
 HOMES = {
     "jinja2": {"data/template_worker.py"},
     "rich": {"progress.py", "data/preview.py", "cli/run.py"},
-    "typer": {f"cli/{name}.py" for name in ("__init__", "app", "export", "lint", "merge", "plan", "run", "update", "why")},
+    "typer": {f"cli/{name}.py" for name in VERBS},
     "yaml": {"config.py", "run_yaml.py"},
     "gguf": {
         "base/gguf.py",
         "base/gguf_header.py",
         "export/gguf_adapter.py",
+        "export/gguf_file.py",
         "export/gguf_names.py",
+        "export/gguf_types.py",
         "export/sides/llama.py",
     },
     "huggingface_hub": {"base/source.py", "export/push.py"},
@@ -53,9 +57,12 @@ HOMES = {
     "matplotlib": {"analysis/plots.py"},
     "triton": {"kernels/triton.py"},
     "torch.utils.tensorboard": {"training/log.py"},
+    "peft": {"export/sides/peft.py"},
+    "mlx": {"export/sides/mlx.py"},
+    "mlx_lm": {"export/sides/mlx.py"},
     "xllamacpp": {"export/sides/llama_server.py"},
 }
-NOWHERE = ["peft", "trl", "starlette", "fastapi", "uvicorn", "accelerate", "tokenizers"]
+NOWHERE = ["trl", "starlette", "fastapi", "uvicorn", "accelerate", "tokenizers"]
 MODELS, TOKENIZERS = {"base/load.py", "base/gguf.py"}, {"data/render.py", "base/gguf.py"}
 TRANSFORMERS = {
     "AutoModel*": MODELS,

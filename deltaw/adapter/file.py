@@ -20,11 +20,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaw.adapter.full import DELTAS, load_deltas
 from deltaw.adapter.peft_config import check_config, from_spec, to_spec, weight_names
@@ -35,6 +35,9 @@ from deltaw.config import TARGET_GROUPS, AdapterSpec
 from deltaw.errors import InputError, RunError, listed
 from deltaw.factors import Dense, DoRA, LowRank, Update
 from deltaw.version import VERSION
+
+if TYPE_CHECKING:
+    from deltaw.adapter.into import MergedInto
 
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "deltaw.json"
 PREFIX, A, B, MAGNITUDE = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
@@ -104,6 +107,13 @@ class Adapter:
         write_text_atomic(directory / RECORD, json.dumps(record, indent=2) + "\n")
         write_text_atomic(directory / "README.md", self._card())
         return directory
+
+    def merge_into(self, model: nn.Module) -> "MergedInto":
+        """Put W + ΔW in the place of each adapted weight of a loaded model; `undo()`, or the end of a `with` block,
+        puts the very same layers back. Raises InputError for what `attach` refuses, and for another base."""
+        from deltaw.adapter.into import merge_into
+
+        return merge_into(model, self)
 
     def _tensors(self) -> dict[str, Tensor]:
         """What the weights' file holds."""

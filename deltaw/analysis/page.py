@@ -213,20 +213,23 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Samples:
-    """Prompts and answers to the letter: monospaced, all whitespace kept, what can't be seen made visible."""
+    """Prompts and answers to the letter: monospaced, all whitespace kept, what can't be seen made visible. `names`: who
+    answered, where it isn't one model before and after."""
 
     samples: Sequence[Sample]
+    names: tuple[str, str] = ("Before", "After")
 
     def html(self) -> str:
         return "".join(map(self._sample, self.samples))
 
     def _sample(self, sample: Sample) -> str:
-        parts = zip(("Prompt", "Before", "After", "Truth"), sample, strict=True)
-        return f'<dl class="sample">{"".join(self._part(*part) for part in parts if part[1] is not None)}</dl>'
+        parts = zip(_PARTS, ("Prompt", *self.names, "Truth"), sample, strict=True)
+        two = "" if sample.truth is not None else " two"
+        return f'<dl class="sample{two}">{"".join(self._part(*part) for part in parts if part[2] is not None)}</dl>'
 
-    def _part(self, name: str, words: str | None) -> str:
+    def _part(self, look: str, name: str, words: str | None) -> str:
         shown = f"<pre>\n{text(words)}</pre>" if words else "<em>empty</em>"  # HTML drops a line end after <pre>
-        return f'<div class="{name.lower()}"><dt>{name}</dt><dd>{shown}</dd></div>'
+        return f'<div class="{look}"><dt>{text(name)}</dt><dd>{shown}</dd></div>'
 
 
 @dataclass(frozen=True)
@@ -273,6 +276,7 @@ def write(page: Page, path: Path) -> None:
     write_text_atomic(path, render(page))
 
 
+_PARTS = ("prompt", "before", "after", "truth")
 _LEVELS = {
     "ok": ("good", "✓", "OK"),
     "note": ("plain", "i", "Note"),

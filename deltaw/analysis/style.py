@@ -72,6 +72,7 @@ border-bottom:1px solid var(--line)}
 .findings p{margin:0}
 .sample{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));border:1px solid var(--line);border-radius:.6rem;
 margin:0 0 1.25rem;overflow:hidden}
+.sample.two{grid-template-columns:repeat(2,minmax(0,1fr))}
 .sample div{padding:.8rem 1rem;min-width:0}
 .sample .prompt{grid-column:1/-1;background:var(--panel);border-bottom:1px solid var(--line)}
 .sample dt{color:var(--muted);font-size:.8rem;font-weight:600;margin-bottom:.25rem}
@@ -79,7 +80,7 @@ margin:0 0 1.25rem;overflow:hidden}
 .sample em{color:var(--muted);font-size:.84rem}
 pre{margin:0;font-size:.84rem;line-height:1.5;white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4;max-height:20rem;
 overflow:auto}
-@media (max-width:40rem){.findings li{grid-template-columns:1fr}.sample{grid-template-columns:1fr}}
+@media (max-width:40rem){.findings li{grid-template-columns:1fr}.sample,.sample.two{grid-template-columns:1fr}}
 @media (min-width:78rem){body:has(>nav){display:grid;grid-template-columns:12rem minmax(0,1fr);column-gap:3.5rem;
 max-width:78rem}body:has(>nav)>*{grid-column:2}body>nav{grid-column:1;grid-row:1/span 2;position:sticky;top:2.5rem;
 align-self:start;margin:.6rem 0 0}nav ol{flex-direction:column;gap:.55rem}}

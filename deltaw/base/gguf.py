@@ -87,14 +87,7 @@ def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None
     `progress` is called with one line before the conversion. Raises InputError for a file that can't be used,
     RunError when the cache can't be written.
     """
-    try:
-        (cache / "known").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{cache}: can't be written: {error}", fix="point DELTAW_CACHE at another folder") from None
-    parts = parts_of(path)
-    hashes = [_content_hash(part, cache) for part in parts]
-    key = hashes[0] if len(parts) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    folder = cache / f"{key[:32]}-{FORMAT}"
+    parts, folder = parts_of(path), folder_of(path, cache)
     if folder.is_dir():
         return folder
     try:
@@ -111,6 +104,17 @@ def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None
                     progress(f"{path.name} doesn't say how its tokenizer splits text: as llama.cpp does without a word")
             _write_into(folder, partial(_convert, parts, header, meaning, splitting))
     return folder
+
+
+def folder_of(path: Path, cache: Path) -> Path:
+    """Where `to_folder` puts a GGUF file's folder, by its content: two files that share it hold the same model."""
+    try:
+        (cache / "known").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{cache}: can't be written: {error}", fix="point DELTAW_CACHE at another folder") from None
+    hashes = [_content_hash(part, cache) for part in parts_of(path)]
+    key = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return cache / f"{key[:32]}-{FORMAT}"
 
 
 def _content_hash(path: Path, cache: Path) -> str:

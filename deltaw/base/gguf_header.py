@@ -7,10 +7,12 @@ held against the tensors, so that nobody builds a model that is larger than its 
 Rejected: gguf-py's reader on untrusted bytes (it trusts counts: a few bytes make it allocate gigabytes).
 """
 
+import contextlib
 import math
 import mmap
 import os
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +87,15 @@ class Header(NamedTuple):
     entries: int
 
 
+class Typed(NamedTuple):
+    """A value of the metadata as it stands there: ggml's number of its type, and for an array (`of`) of its items'.
+    Texts are bytes, since tokens needn't be UTF-8."""
+
+    value: Any
+    kind: int
+    of: int | None = None
+
+
 class _Cursor:
     """Reads forward through bytes, and never past their end. Raises InputError."""
 
@@ -105,13 +116,17 @@ class _Cursor:
     def number(self, form: str) -> Any:
         return struct.unpack_from(form, self.data, self.take(struct.calcsize(form)))[0]
 
-    def text(self) -> str:
+    def raw(self) -> bytes:
+        """The bytes of a text."""
         length = self.number("<Q")
         if length > self.end - self.at:
             raise self.fail(f"a text of {length:,} bytes at byte {self.at:,}")
         start = self.take(length)
+        return bytes(self.data[start : start + length])
+
+    def text(self) -> str:
         # Tokens of byte-level vocabularies needn't be UTF-8; names are checked by their use.
-        return bytes(self.data[start : start + length]).decode("utf-8", errors="replace")
+        return self.raw().decode("utf-8", errors="replace")
 
     def name(self) -> str:
         name = self.text()
@@ -128,6 +143,19 @@ class _Cursor:
         if kind not in SCALARS:
             raise self.fail(f"metadata of unknown type {kind}")
         return self.number(SCALARS[kind])
+
+    def typed(self) -> Typed:
+        """The same with its type, and whole: only for a file that was walked through before."""
+        kind = self.number("<I")
+        if kind == STRING:
+            return Typed(self.raw(), kind)
+        if kind != ARRAY:
+            return Typed(self.number(SCALARS[kind]), kind)
+        of, count = self.number("<I"), self.number("<Q")
+        if of == STRING:
+            return Typed([self.raw() for _ in range(count)], kind, of)
+        start = self.take(struct.calcsize(SCALARS[of]) * count)
+        return Typed(list(struct.unpack_from(f"<{count}{SCALARS[of][1]}", self.data, start)), kind, of)
 
     def array(self) -> tuple[Any, ...] | None:
         """The values of a short array of numbers; None for any other, which is walked over."""
@@ -167,12 +195,30 @@ def read_header(path: Path) -> Header:
 
 def read_part(path: Path) -> Header:
     """The same of one part of a model: whether it holds one is not looked at."""
+    with _opened(path) as cursor:
+        return _walk(cursor)
+
+
+def read_metadata(path: Path, wanted: Callable[[str], bool]) -> dict[str, Typed]:
+    """The keys that are `wanted`, whole, of one file or part. Raises InputError as `read_part` does."""
+    with _opened(path) as cursor:
+        keys = len(_walk(cursor).metadata)  # every count is checked
+        cursor.at, found = 24, dict[str, Typed]()
+        for _ in range(keys):
+            name, value = cursor.name(), cursor.typed()
+            if wanted(name):
+                found[name] = value
+    return found
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[_Cursor]:
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < 24:
                 raise InputError(f"{path}: too short for a GGUF file", fix="get the file again")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _walk(_Cursor(path, data))
+                yield _Cursor(path, data)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
 

@@ -84,7 +84,7 @@ class Source:
     def gguf(self) -> Path | None:
         """The GGUF that the folder was made from, if it was; one of its parts, where it comes in parts."""
         if self.name in BUILTINS:
-            return _builtin_file(self.name)
+            return builtin_file(self.name)
         path = Path(self.name).expanduser()
         return path if path.suffix == ".gguf" else None
 
@@ -96,7 +96,7 @@ def find_base(name: str, *, progress: Progress | None = None) -> Source:
     """
     path = Path(name).expanduser()
     if name.startswith("builtin:"):
-        return Source(name, _gguf_folder(_builtin_file(name), progress))
+        return Source(name, _gguf_folder(builtin_file(name), progress))
     if _is(path, Path.is_file):
         if path.suffix != ".gguf":
             raise InputError(f"{name}: is a file; a base is a folder or a .gguf file", fix=_folder_of(path))
@@ -181,7 +181,7 @@ def _code_names(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
             todo += [(name if name.strip("_").startswith(CODE_KEYS) else key, item) for name, item in value.items()]
 
 
-def _builtin_file(name: str) -> Path:
+def builtin_file(name: str) -> Path:
     if name not in BUILTINS:
         raise InputError(f"{name!r}: no such base", fix=f"built in: {', '.join(BUILTINS)}")
     builtin = BUILTINS[name]

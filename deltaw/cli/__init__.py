@@ -8,6 +8,7 @@
     export.py     export
     lint.py       lint
     why.py        decompose · study
+    verify.py     verify
 
 Heavy imports stand inside the verbs, so that `--help` answers at once. Prose and progress go to stderr, results to
 stdout; `--json` makes stdout one JSON object. Exit codes: 0 done, 1 failed while running, 2 the user's input,
@@ -20,7 +21,7 @@ import traceback
 
 import typer
 
-from deltaw.cli import export, lint, merge, plan, run, update, why  # noqa: F401  (each registers its verbs)
+from deltaw.cli import export, lint, merge, plan, run, update, verify, why  # noqa: F401  (each registers its verbs)
 from deltaw.cli.app import app
 from deltaw.errors import DeltawError
 from deltaw.training.stop import Stopped

@@ -36,6 +36,7 @@ from deltaw.data.row import Rejected, one_line
 from deltaw.data.template import CHATML, MAX_TEMPLATE, Asked, Template
 from deltaw.errors import InputError
 
+TEMPLATE = "chat_template.jinja"  # in a folder: the template that goes with what lies there
 RENDERED = "leave data.rendered out: the chat template writes the control tokens"
 
 
@@ -80,6 +81,12 @@ class Renderer:
             self.template_fingerprint = compiled.fingerprint
             self._chats = ChatWriter(compiled, self._encoder, self._stop_names())
             self.end_of_turn = self._encoder.id_of(self._chats.end_of_turn)
+
+    @property
+    def own_template(self) -> bool:
+        """Whether the template is the tokenizer's own, so that it needn't go along with what is trained under it."""
+        own = self.tokenizer.chat_template
+        return self.template == ((own.get("default") if isinstance(own, dict) else own) or None)
 
     @property
     def stop_ids(self) -> set[int]:

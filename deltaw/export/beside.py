@@ -50,8 +50,7 @@ def beside_size(trained: Trained) -> int:
 
 def own_template(trained: Trained) -> bool:
     """Whether the template that was trained under is the one that the base's tokenizer has."""
-    own = trained.renderer.tokenizer.chat_template
-    return trained.renderer.template == ((own.get("default") if isinstance(own, dict) else own) or None)
+    return trained.renderer.own_template
 
 
 def generation_config(trained: Trained) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def _data(training: Training) -> Iterator[str]:
     rows = f", {result['train_rows']:,} rows" if result.get("train_rows") else ""
     tokens = f", {result['epoch_tokens']:,} tokens" if result.get("epoch_tokens") else ""
     yield f"data: {_public(data.train)}{rows}{tokens}"
-    if form := training.raw.get("form"):
+    if form := result.get("form"):
         yield f"form: {form}"
 
 
@@ -151,9 +151,8 @@ def _figures(training: Training | None, with_report: bool) -> str:
     notes = [f"Measured on {rows:,} held-out rows."] if after and rows else []
     if lost := training.result.get("forgetting"):
         table.append(("general text, loss", _number(lost.get("loss_before")), _number(lost.get("loss_after"))))
-        notes.append(
-            f"General text: {lost['tokens']:,} tokens of {_public(str(training.raw['forgetting']['source']))}."
-        )
+        size = f"{lost['tokens']:,} tokens of " if lost.get("tokens") else ""
+        notes.append(f"General text: {size}{_public(lost.get('source', 'an unknown file'))}.")
     if len(table) == 2:
         return ""
     if with_report:
@@ -164,8 +163,12 @@ def _figures(training: Training | None, with_report: bool) -> str:
 def _limits(trained: Trained, training: Training | None, form: Form) -> Iterator[str]:
     if training is not None:
         yield from (found.words for found in check_run(training) if found.level in ("warning", "problem"))
-        yield from (f"no {name.replace('_', ' ')} was measured" for name in training.raw.get("failed") or {})
-    if trained.base.name in BUILTINS or trained.base.name.endswith(".gguf"):
+        failed = training.raw.get("failed")
+        yield from (
+            f"no {name.replace('_', ' ')} was measured" for name in (failed if isinstance(failed, dict) else {})
+        )
+    quantised = trained.base.name in BUILTINS or trained.base.name.endswith(".gguf")
+    if quantised and form.relation == "adapter" and form.library != "gguf":
         yield "trained on the numbers of a quantised GGUF of the base: on the base's own, answers may differ a little"
     by_weight = sum(path.rpartition(".")[2] in trained.adapter.rewritten for path in trained.adapter.factors)
     if by_weight and form.library == "peft":

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.errors import InputError, listed
-from deltaw.export.card import Form, Relation, write_card
-from deltaw.export.destination import Destination, Options
+from deltaw.export.card import REPORT, Form, Relation, write_card
+from deltaw.export.destination import Destination, Options, Written
 from deltaw.export.push import Push
 from deltaw.export.target import target
 from deltaw.export.trained import open_trained
@@ -57,11 +57,15 @@ def export_named(
     what = {"kind": "export", "to": to, "merged": options.merged, "base": trained.adapter.base.fingerprint}
     with target(output, what=what, needed=destination.size(), replace=replace) as folder:
         written = destination.write(folder, display)
-        write_card(folder, trained, form_of(to, options), written.usage)
-        files = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*"))}
+        write_card(folder, trained, form_of(to, options, written), written.usage)
+        files = {
+            str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()
+        }
     result: dict[str, Any] = {**written.more, "output": output, "to": to, "files": files, "pushed": None}
     lines = [f"{output}: {sum(files.values()):,} bytes, {len(files)} files", *written.lines]
     if hub:
+        if REPORT in files:
+            display.say(f"{REPORT} goes along, which shows rows of the data")
         result["pushed"] = hub.run(Path(output), display)
         lines.append(f"pushed: {result['pushed']} ({'public' if public else 'private'})")
     return result, "\n".join(lines)
@@ -101,11 +105,11 @@ def export(
     return result
 
 
-def form_of(to: str, options: Options) -> Form:
+def form_of(to: str, options: Options, written: Written) -> Form:
     """What the card says it is."""
     relation: Relation = "adapter"
     if options.merged:
-        relation = "finetune" if options.type in UNROUNDED else "quantized"
+        relation = "finetune" if written.more.get("type") in UNROUNDED else "quantized"
     return Form(relation, LIBRARIES[to], (to,) if to != LIBRARIES[to] else ())
 
 

@@ -15,7 +15,6 @@ but linear layers, and a head that the base's GGUF hasn't got. A base whose head
 float32, since B holds the scales: float16 ends at 6·10⁻⁸ and 65,504, and the file is small beside any base.
 """
 
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -28,20 +27,18 @@ from deltaw.base.gguf_parts import parts_of, read_model
 from deltaw.base.load import open_skeleton
 from deltaw.base.weights import write_text_atomic
 from deltaw.errors import InputError, command, listed
+from deltaw.export.beside import missing_stop, own_template
 from deltaw.export.destination import Destination, Options, Written
 from deltaw.export.gguf_names import Family, family
 from deltaw.export.modelfile import FILE, modelfile
-from deltaw.export.trained import Trained
+from deltaw.export.trained import TEMPLATE, Trained
+from deltaw.export.usage import base_name, chats, gguf_usage
 from deltaw.factors import LowRank
 from deltaw.progress import Display
 
 ADAPTER = "adapter.gguf"
 HEAD = "output.weight"
-PADDED, ENTRY, KEYS = (
-    32,
-    200,
-    4096,
-)  # bytes that a tensor's data, its entry and all keys take at most beside the numbers
+PADDING, ENTRY, KEYS = 32, 200, 4096  # bytes at most, beside the numbers: a tensor's and all keys
 
 
 class GgufAdapter(Destination):
@@ -56,19 +53,27 @@ class GgufAdapter(Destination):
         self.rank = next(iter(self.tensors.values())).rank
         file, about = _base_file(trained)
         self.modelfile, notes = modelfile(trained, file, adapter=ADAPTER, about=about)
-        self.notes = [note for note in (self.family.differs, *notes) if note]
+        self.notes = [note for note in (self.family.differs, *notes, _stop_note(trained)) if note]
+        own = own_template(trained) or not chats(trained)
+        self.template = "" if own else trained.renderer.template or ""  # a server takes the base's unless it is told
 
     def size(self) -> int:
-        tensors = sum(4 * low.parameters + 2 * (PADDED + ENTRY) for low in self.tensors.values())
-        return tensors + KEYS + len(self.modelfile.encode())
+        tensors = sum(4 * low.parameters + 2 * (PADDING + ENTRY) for low in self.tensors.values())
+        return tensors + KEYS + len(self.modelfile.encode()) + len(self.template.encode())
 
     def write(self, folder: Path, display: Display) -> Written:
         self._write_gguf(folder / ADAPTER, display)
         write_text_atomic(folder / FILE, self.modelfile)
+        if self.template:
+            write_text_atomic(folder / TEMPLATE, self.template)
+        file, about = _base_file(self.trained)
         kind = f"LoRA of rank {self.rank} for a {self.family.architecture} GGUF"
-        lines = [f"{ADAPTER}: {kind}, {len(self.tensors)} tensors, all scales in B", *self.notes]
+        lines = [f"{ADAPTER}: {kind}, {len(self.tensors)} modules, all scales in B", *self.notes]
+        if self.trained.base.gguf is not None:
+            lines.append(f"the base's GGUF, which Ollama wants beside it: {self.trained.base.gguf}")
         more = {"file": ADAPTER, "rank": self.rank, "architecture": self.family.architecture, "notes": self.notes}
-        return Written(_usage(self.trained), lines, more)
+        usage = gguf_usage(self.trained, file, adapter=ADAPTER, template=TEMPLATE if self.template else "")
+        return Written(f"{about}\n\n{usage}", lines, more)
 
     def _write_gguf(self, path: Path, display: Display) -> None:
         from gguf import GGUFWriter, Keys
@@ -151,17 +156,14 @@ def _has_head(trained: Trained, skeleton: nn.Module) -> bool:
     return head.weight is not embedding.weight
 
 
-def _base_file(trained: Trained) -> tuple[str, list[str]]:
+def _base_file(trained: Trained) -> tuple[str, str]:
     """The name of the base's GGUF, and what to say of it."""
-    own, name = trained.base.gguf, trained.base.public_name
-    if own is not None and own.name.isprintable():
-        return own.name, [f"The file that the base {name} is: put it beside this one."]
-    return "base.gguf", [f"{name} as GGUF: put it beside this one, by this name."]
+    file = trained.base.gguf
+    if file is not None and file.name.isprintable():
+        return file.name, f"The base is the GGUF that it was trained on, {base_name(trained)}: put it beside this file."
+    return "base.gguf", f"The base is {base_name(trained)} as GGUF: put it beside this file, by the name base.gguf."
 
 
-def _usage(trained: Trained) -> str:
-    file, (about,) = _base_file(trained)
-    return (
-        f"{about}\n\n```sh\nllama-server -m {shlex.quote(file)} --lora {ADAPTER}\n```\n\n"
-        f"or, with Ollama:\n\n```sh\nollama create my-model -f {FILE}\nollama run my-model\n```\n"
-    )
+def _stop_note(trained: Trained) -> str:
+    stop = missing_stop(trained)
+    return f"turns end with {stop}: see that the base's GGUF has it as its eos or eot token" if stop else ""

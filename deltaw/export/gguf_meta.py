@@ -10,7 +10,7 @@ asked for is refused by name, before anything is written. So a setting that is i
                  queries, its caps. The config must say the same, or it is refused
 
 Where llama.cpp passes over what the file says (a window in a llama or in Phi-3), the key is written, since others read
-it, and `Meta.notes` tells the user.
+it, and the user is told.
 
 The property that holds it all together: what is written, read by base/gguf_meaning.py and written again is the same
 (`check_read_back`, on every file, before it gets its name).
@@ -110,7 +110,7 @@ def metadata(config: Any, rows: int) -> Meta:
     if architecture in GEMMA:
         keys |= _gemma(fields, architecture, head_dim)
     else:
-        keys |= _window(fields, architecture, keys["context_length"], notes)
+        keys |= _window(fields, architecture, keys["context_length"])
     turn, tensors = rotary(fields, architecture, head_dim, keys["context_length"], notes)
     if architecture in PARTIAL and turn["rope.dimension_count"] % 2:
         fields.refuse(f"partial_rotary_factor: it turns {turn['rope.dimension_count']} numbers, an odd count")
@@ -173,25 +173,24 @@ def _layers(fields: Fields, architecture: str, layers: int) -> dict[str, Any]:
     return keys if period == usual else keys | {"attention.sliding_window_pattern": period}
 
 
-def _window(fields: Fields, architecture: str, context: int, notes: list[str]) -> dict[str, Any]:
-    """A window over all layers. llama.cpp reads it for Phi-3 and a llama, and attends to everything all the same."""
+def _window(fields: Fields, architecture: str, context: int) -> dict[str, Any]:
+    """A window over all layers. llama.cpp reads it for Phi-3 and a llama, and attends to everything all the same, which
+    `Family.differs` says."""
     window = fields.take("sliding_window", 0)
     kinds = set(fields.take("layer_types") or ())
     if architecture not in ("llama", "phi3"):
         if "sliding_attention" in kinds and window < context:
             fields.refuse(f"sliding_window = {window}")
         return {}
-    if window and window < context:
-        notes.append(
-            f"llama.cpp has no window of attention for a {architecture}: beyond {window:,} tokens it answers otherwise"
-        )
     return {"attention.sliding_window": window} if window else {}
 
 
 def check_read_back(path: Path, config: Any, written: Meta) -> None:
     """Raise RunError unless deltaw's reader understands the file as what was meant."""
-    header = read_header(path)
-    meaning = read_meaning(path, header)
+    try:
+        meaning = read_meaning(path, read_header(path))
+    except InputError as error:
+        raise RunError(f"{path.name} doesn't read back: {error.what}", fix="please report it") from None
     names = type(config).attribute_map
     read = copy.deepcopy(config)
     for name, value in meaning.config.items():

@@ -7,39 +7,36 @@
     tensors         the merge's values (merged.py), under GGUF's names and in its layout (gguf_names.py)
 
 All that can be refused is refused before a byte is written: the plan, the keys, the tokenizer and every tensor's type
-follow from headers. Then one tensor after the other is read, summed in float32, rounded once and written, so that the
-peak is about one tensor. The finished file is read by deltaw's own reader before it gets its name.
-
-A head that is tied to the embedding has no tensor here: llama.cpp takes the embedding where `output.weight` is missing.
-It has one where the merge untied it.
+follow from headers. Then one tensor after the other is made and written (gguf_tensors.py), so that the peak is about
+one tensor. The finished file is read by deltaw's own reader, and refused if little of the update survived in it, before
+it gets its name.
 """
 
-from collections.abc import Iterator
+import re
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from deltaw.base.gguf_parts import parts_of, read_model
+from deltaw.base.gguf_header import Typed, read_metadata
+from deltaw.base.gguf_parts import parts_of
 from deltaw.base.source import HUB_ID
-from deltaw.base.weights import read_tensor, write_text_atomic
-from deltaw.errors import InputError, listed
+from deltaw.base.weights import write_text_atomic
+from deltaw.export import survey
 from deltaw.export.destination import Destination, Options, Written
-from deltaw.export.gguf_file import KEPT, Typed, read_block, text, typed, write_file
+from deltaw.export.gguf_file import text, typed, write_file
 from deltaw.export.gguf_meta import check_read_back, metadata
 from deltaw.export.gguf_names import family
 from deltaw.export.gguf_quantizer import fallbacks, find_quantizer, quantize_file
-from deltaw.export.gguf_types import EMBEDDING, HEAD, PLAIN, Place, choose, encoded, number, type_named
-from deltaw.export.gguf_vocab import SLOTS, TEMPLATE, special_ids, vocabulary
-from deltaw.export.merged import Planned, plan_merge
+from deltaw.export.gguf_tensors import Tensors
+from deltaw.export.gguf_types import EMBEDDING, FLOATS, PLAIN, choose, general_keys, type_named
+from deltaw.export.gguf_vocab import SLOTS, TEMPLATE, vocabulary
+from deltaw.export.merged import plan_merge
 from deltaw.export.modelfile import FILE, modelfile
 from deltaw.export.trained import Trained
 from deltaw.progress import Display
 
-if TYPE_CHECKING:
-    import numpy as np
-
-HEADLESS = ("gemma2",)  # llama.cpp has no place for their head
+COPIED = ("tokenizer.", "general.license", "general.languages")  # of a base that is a GGUF
+WIDER = "--type F32"
 FLOAT = "F32"  # of the file that llama.cpp's quantiser is given
 SPARE = 1 << 16  # bytes of keys and entries beside the tokenizer's, at most
 
@@ -51,20 +48,25 @@ class GgufModel(Destination):
         super().__init__(trained, options)
         self.type = type_named(options.type)
         self.quantizer = None if self.type in PLAIN else find_quantizer(self.type)
-        self.plan = plan_merge(trained)
-        self.config = self.plan.skeleton.config
-        self.family = family(self.config)
-        self.planned = self._planned()
-        shapes = {name: self._shape(planned) for name, planned in self.planned.items()}
-        self.meta = metadata(self.config, shapes[EMBEDDING][0])
+        plan = plan_merge(trained)
+        whole: Any = plan.skeleton.config
+        self.config, self.family = whole.get_text_config(decoder=True), family(whole)
+        self.meta = metadata(self.config, len(plan.skeleton.get_input_embeddings().weight))  # type: ignore[operator]
+        self.tensors = Tensors(plan, self.family)
+        shapes = self.tensors.shapes
         shapes |= {name: (len(values),) for name, values in self.meta.tensors.items()}
         self.places = choose(shapes, self.type if self.quantizer is None else FLOAT)
-        self.notes = list(self.meta.notes)
+        self.notes = [*self.meta.notes, *([self.family.differs] if self.family.differs else [])]
         self.keys = self._keys(shapes[EMBEDDING][0])
-        name = f"{trained.base.public_name.rpartition('/')[2]}-{_run_name(trained)}"
-        self.file = f"{name}-{self.type}.gguf"
+        name = f"{trained.base.public_name.rpartition('/')[2]}-{_run_name(trained)}-{self.type}"
+        self.file = re.sub(r"[^\w.-]+", "-", name) + ".gguf"  # it stands in commands and in the Modelfile
         self.modelfile, notes = modelfile(trained, self.file)
         self.notes += notes
+        if self.tensors.left_out:
+            self.notes.append(
+                f"{self.tensors.left_out} tensors of the part that sees pictures aren't in it: llama.cpp reads that "
+                "from a file of its own, the base's mmproj"
+            )
         if self.quantizer is not None and (said := fallbacks(shapes)):
             self.notes.append(said)
 
@@ -77,58 +79,32 @@ class GgufModel(Destination):
     def write(self, folder: Path, display: Display) -> Written:
         path = folder / self.file
         written = path if self.quantizer is None else folder / ".float.gguf"
-        with display.task(f"writing {written.name if self.quantizer is None else FLOAT}", len(self.places)) as update:
-            write_file(written, self.family.architecture, self.keys, self.places, self._values(update))
+        with display.task("writing tensors", len(self.places)) as update:
+            values = self.tensors.values(self.places, self.meta.tensors, update)
+            write_file(written, self.family.architecture, self.keys, self.places, values)
         check_read_back(written, self.config, self.meta)
-        lines = [f"{self.file}: {len(self.places)} tensors, {_counted(self.places)}"]
+        counts = Counter(place.type for place in self.places)
         if self.quantizer is not None:
-            types = quantize_file(self.quantizer, written, path, self.type, display)
+            counts = quantize_file(self.quantizer, written, path, self.type, display)
             written.unlink()
-            lines = [f"{self.file}: " + ", ".join(f"{count} {name}" for name, count in types.most_common())]
+            self.tensors.survey(path)
+        survivals = self.tensors.survivals
+        if self.type in FLOATS:
+            survey.check_floating(survivals, self.type, force=self.options.force, wider=WIDER)
+        else:
+            survey.check_quantised(survivals, self.type, force=self.options.force)
         write_text_atomic(folder / FILE, self.modelfile)
-        more = {"file": self.file, "type": self.type, "architecture": self.family.architecture, "notes": self.notes}
+        types = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        warning = survey.warning(survivals, self.type, wider=WIDER) if self.type in FLOATS else None
+        lines = [f"{self.file}: {types}", *survey.said(survivals, self.type), *([warning] if warning else [])]
+        more: dict[str, Any] = {
+            "file": self.file,
+            "type": self.type,
+            "architecture": self.family.architecture,
+            "types": counts,
+        }
+        more |= {"notes": self.notes, "survival": survey.to_json(survivals), "warning": warning}
         return Written(_usage(self.file), [*lines, *self.notes], more)
-
-    def _planned(self) -> dict[str, Planned]:
-        """The tensor of the plan for each of the file, by GGUF's name."""
-        plan, parameters = self.plan, self.plan.by_parameter
-        names = [name for name, _ in plan.skeleton.named_parameters()]
-        if missing := [name for name in names if name not in parameters and not self._tied(name)]:
-            raise InputError(
-                f"{self.trained.base.name}: {len(missing)} of {len(names)} parameters aren't tensors of its files:\n"
-                f"{listed(missing, 2)}",
-                fix="load it with transformers, save it with save_pretrained, and name that folder with --base",
-            )
-        planned = {self.family.tensor(name): parameters[name] for name in parameters if not self._left_out(name)}
-        if HEAD in planned and self.family.architecture in HEADLESS:
-            raise InputError(
-                f"{self.trained.name}: its head isn't the embedding any more, and llama.cpp's "
-                f"{self.family.architecture} has no place for one",
-                fix="train without the head (lm_head), or use another destination: deltaw merge",
-            )
-        return planned
-
-    def _tied(self, name: str) -> bool:
-        """Whether a parameter is another one, too."""
-        shared = [p for p in self.plan.skeleton.parameters() if p is self.plan.skeleton.get_parameter(name)]
-        return len(shared) == 1 and not self.plan.unties and name == self._head_name()
-
-    def _head_name(self) -> str:
-        head = self.plan.skeleton.get_output_embeddings()  # type: ignore[operator]
-        return next(f"{path}.weight" for path, module in self.plan.skeleton.named_modules() if module is head)
-
-    def _left_out(self, name: str) -> bool:
-        """A tied head that the base's files hold all the same."""
-        if name != self._head_name() or self.plan.unties:
-            return False
-        head = self.plan.skeleton.get_parameter(name)
-        embedding = self.plan.skeleton.get_input_embeddings().weight  # type: ignore[operator]
-        return head is embedding
-
-    def _shape(self, planned: Planned) -> tuple[int, ...]:
-        assert planned.parameter is not None
-        stored = self.family.stored(planned.parameter, torch.empty(planned.shape, device="meta"))
-        return tuple(next(iter(stored.values())).shape)
 
     def _keys(self, rows: int) -> dict[str, Typed]:
         architecture = self.family.architecture
@@ -139,8 +115,8 @@ class GgufModel(Destination):
             words = vocabulary(self.trained.renderer, rows)
             self.notes += words.notes
             return keys | {name: typed(value) for name, value in words.keys.items()}
-        read_model(parts_of(file))  # its counts are checked before gguf-py believes them
-        block = read_block(parts_of(file)[0], names=KEPT)
+        block = read_metadata(parts_of(file)[0], lambda key: key.startswith(COPIED))
+        block = {key: value for key, value in block.items() if value.value != []}  # which no reader misses
         return keys | block | self._trained_keys(block)
 
     def _trained_keys(self, block: dict[str, Typed]) -> dict[str, Typed]:
@@ -154,49 +130,25 @@ class GgufModel(Destination):
         known = {block[key].value for key in uses if key in block}
         end = renderer.tokenizer.eos_token_id if self.trained.plain else renderer.end_of_turn
         if end is not None and end not in known:
-            ids = special_ids(renderer, [])
-            keys |= {f"tokenizer.ggml.{name}": typed(id) for name, id in ids.items() if name == "eot_token_id"}
-            keys.setdefault("tokenizer.ggml.eot_token_id", typed(end))
+            keys["tokenizer.ggml.eot_token_id"] = typed(end)
             self.notes.append(f"the end of a turn is token {end}, which the base's own block doesn't say")
         return keys
 
     def _general(self) -> dict[str, Any]:
-        from gguf import GGML_QUANT_VERSION, LlamaFileType
-
-        trained = self.trained
-        public = trained.base.public_name
-        kind = self.type if self.quantizer is None else FLOAT
-        file_type = LlamaFileType.ALL_F32 if kind == "F32" else LlamaFileType[f"MOSTLY_{kind}"]
+        public = self.trained.base.public_name
         organization, _, base = public.rpartition("/")
         general: dict[str, Any] = {
-            "type": "model",
-            "name": f"{base} {_run_name(trained)}",
-            "finetune": _run_name(trained),
-            "file_type": int(file_type),
-            "quantization_version": int(GGML_QUANT_VERSION),
-            "base_model.count": 1,
-            "base_model.0.name": base,
+            "general.type": "model",
+            "general.name": f"{base} {_run_name(self.trained)}",
+            "general.finetune": _run_name(self.trained),
+            **general_keys(self.type if self.quantizer is None else FLOAT),
+            "general.base_model.count": 1,
+            "general.base_model.0.name": base,
         }
         if HUB_ID.fullmatch(public) and not Path(public).exists():
-            general |= {"base_model.0.organization": organization}
-            general |= {"base_model.0.repo_url": f"https://huggingface.co/{public}"}
-        return {f"general.{name}": value for name, value in general.items()}
-
-    def _values(self, update: Any) -> "Iterator[np.ndarray]":
-        for done, place in enumerate(self.places, 1):
-            yield self._value(place)
-            update(done)
-
-    def _value(self, place: Place) -> "np.ndarray":
-        if place.name in self.meta.tensors:
-            return encoded(torch.tensor(self.meta.tensors[place.name], dtype=torch.float32), place.type)
-        planned = self.planned[place.name]
-        assert planned.parameter is not None
-        value = self.family.stored(planned.parameter, self.plan.value(planned).float())[place.name]
-        data = encoded(value, place.type)
-        if place.type == "F16" and not bool((abs(data) < float("inf")).all()):
-            raise InputError(f"{planned.name}: holds numbers beyond 65,504, the largest of F16", fix="take BF16")
-        return data.reshape(-1)
+            general["general.base_model.0.organization"] = organization
+            general["general.base_model.0.repo_url"] = f"https://huggingface.co/{public}"
+        return general
 
 
 def _bytes(value: Typed) -> int:
@@ -206,11 +158,6 @@ def _bytes(value: Typed) -> int:
         len(item.encode() if isinstance(item, str) else item) if isinstance(item, (str, bytes)) else 8 for item in items
     )
     return sum(sizes) + 8 * len(items) + 64
-
-
-def _counted(places: list[Place]) -> str:
-    kinds = {kind: sum(place.type == kind for place in places) for kind in dict.fromkeys(p.type for p in places)}
-    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
 def _run_name(trained: Trained) -> str:

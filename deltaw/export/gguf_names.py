@@ -55,6 +55,10 @@ def family(config: Any) -> "Family":
             f"a model of the type {config.model_type!r} can't be written as GGUF",
             fix=f"as GGUF: {', '.join(TYPES)}",
         )
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise InputError("writing GGUF needs a package", fix="pip install 'deltaw[gguf]'") from None
     return Family(config)
 
 

@@ -19,6 +19,7 @@ import torch
 
 from deltaw.base.gguf_header import Header, read_header
 from deltaw.errors import InputError, RunError, listed
+from deltaw.export.gguf_types import name_of
 from deltaw.progress import Display
 
 PROGRAM = "llama-quantize"
@@ -74,9 +75,7 @@ def _check_same(program: str, before: Header, after: Header) -> None:
 
 
 def _types(header: Header) -> Counter[str]:
-    from gguf.constants import GGMLQuantizationType
-
-    return Counter(GGMLQuantizationType(place.kind).name for place in header.places.values())
+    return Counter(name_of(place.kind) for place in header.places.values())
 
 
 def fallbacks(shapes: dict[str, tuple[int, ...]]) -> str | None:

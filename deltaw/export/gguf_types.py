@@ -13,11 +13,13 @@ refuses it. The K types (blocks of 256, and a mixture of them by tensor) are lla
 
 import math
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from deltaw.base.gguf_header import Place as Stored
 from deltaw.errors import InputError, listed
 
 if TYPE_CHECKING:
@@ -29,7 +31,6 @@ COARSE = PLAIN[4:]
 MIXED = re.compile(r"Q[2-6]_K(_[SML])?")
 USUAL = "Q8_0"
 BLOCK = 32
-CHUNK = 1 << 24  # numbers that are quantised at once: the quantisers take some ten times their bytes
 HEAD, EMBEDDING, POSITIONS = "output.weight", "token_embd.weight", "position_embd.weight"
 
 
@@ -97,20 +98,48 @@ def number(kind: str) -> Any:
     return GGMLQuantizationType[kind]
 
 
+def name_of(number: int) -> str:
+    """The type's name."""
+    from gguf.constants import GGMLQuantizationType
+
+    return str(GGMLQuantizationType(number).name)
+
+
+def general_keys(kind: str) -> dict[str, int]:
+    """What a file says of the type of its numbers."""
+    from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
+
+    file_type = LlamaFileType.ALL_F32 if kind == "F32" else LlamaFileType[f"MOSTLY_{kind}"]
+    return {"general.file_type": int(file_type), "general.quantization_version": int(GGML_QUANT_VERSION)}
+
+
 def encoded(value: Tensor, kind: str) -> "np.ndarray":
-    """The tensor's bytes in a type, a share of its rows at a time."""
-    import numpy as np
+    """The tensor's bytes in a type, by gguf's own quantisers (which take a few rows at a time)."""
     from gguf.quants import quantize
 
     rows = value.detach().reshape(-1, value.shape[-1])
-    step = max(1, CHUNK // rows.shape[-1])
-    parts = [quantize(part.float().contiguous().numpy(), number(kind)) for part in rows.split(step)]
-    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+    data: np.ndarray = quantize(rows.float().contiguous().numpy(), number(kind))
+    return data
+
+
+def decoded(data: "np.ndarray", kind: str, shape: tuple[int, ...]) -> Tensor:
+    """The float32 numbers that bytes of a type stand for."""
+    from gguf.quants import dequantize
+
+    return torch.from_numpy(dequantize(data.reshape(-1, data.shape[-1]), number(kind))).reshape(shape)
 
 
 def rounded(value: Tensor, kind: str) -> Tensor:
-    """What is left of a tensor of whole blocks once it was written in a type."""
-    from gguf.quants import dequantize
+    """What is left of a tensor once it was written in a type."""
+    return decoded(encoded(value, kind), kind, tuple(value.shape))
 
-    flat = torch.from_numpy(dequantize(encoded(value, kind), number(kind)).copy())
-    return flat.reshape(value.shape)
+
+def read_values(file: Path, place: Stored, shape: tuple[int, ...]) -> Tensor:
+    """The numbers of a tensor of a file whose header was read."""
+    import numpy as np
+
+    data = np.fromfile(file, np.uint8, place.size, offset=place.start)
+    name = name_of(place.kind)
+    kinds = {"F32": np.float32, "F16": np.float16}
+    data = data.view(kinds[name]) if name in kinds else data
+    return decoded(data.reshape(*shape[:-1], -1), name, shape)

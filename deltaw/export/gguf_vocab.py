@@ -30,6 +30,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BLANK = "▁"
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 TEMPLATE = "tokenizer.chat_template"
+STRIPS = ("lstrip", "rstrip", "single_word")
 SLOTS = ("eot", "eom")  # beside eos, for tokens that end an answer
 
 
@@ -52,6 +53,10 @@ def vocabulary(renderer: Renderer, rows: int) -> Vocabulary:
     if model.get("type") != "BPE" or odd:
         raise unknown(f"it is a {model.get('type')}{' with ' + odd[0] if odd else ''}, not a plain BPE")
     tokens, types = _tokens(tokenizer, described, rows)
+    if greedy := [item["content"] for item in described["added_tokens"] if any(item[how] for how in STRIPS)]:
+        notes.append(
+            f"blanks beside {', '.join(greedy)[:80]} belong to the token, and llama.cpp leaves them in the text"
+        )
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
     keys: dict[str, Any] = {}
     if _byte_level(described):
@@ -63,12 +68,12 @@ def vocabulary(renderer: Renderer, rows: int) -> Vocabulary:
         _check_sentences(model, types, tokens)
         keys |= {"model": SENTENCES, "pre": "default", "tokens": tokens, "token_type": types}
         keys |= {"scores": _scores(tokens, types, merges), "add_space_prefix": prefix}
-    keys |= _additions(tokenizer) | special_ids(renderer, notes)
+    keys |= _additions(tokenizer) | _special_ids(renderer, notes)
     said = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
     return Vocabulary(said | ({TEMPLATE: renderer.template} if renderer.template else {}), notes)
 
 
-def special_ids(renderer: Renderer, notes: list[str]) -> dict[str, int]:
+def _special_ids(renderer: Renderer, notes: list[str]) -> dict[str, int]:
     """The ids of tokens with a use, by the names that GGUF has for them."""
     tokenizer = renderer.tokenizer
     uses = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}

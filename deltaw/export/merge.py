@@ -28,7 +28,7 @@ from deltaw.errors import InputError, RunError, listed
 from deltaw.export import survey
 from deltaw.export.beside import beside_size, write_beside
 from deltaw.export.card import Form, write_card
-from deltaw.export.merged import MergePlan, plan_merge
+from deltaw.export.merged import MergePlan, counts, plan_merge
 from deltaw.export.rewrite import TYPES, WORDS, entries, rewrite, size
 from deltaw.export.target import target
 from deltaw.export.trained import Trained, open_trained
@@ -70,9 +70,8 @@ def merge_named(
         survivals = _write_weights(plan, folder, number, display)
         seconds = time.perf_counter() - began
         warning = survey.warning(survivals, type_name)
-        for line in (*survey.said(survivals, type_name), warning):
-            if line:
-                display.say(line)
+        for said in [*survey.said(survivals, type_name), *([warning] if warning else [])]:
+            display.say(said)
         survey.check_floating(survivals, type_name, force=force)
         _write_beside(trained, plan, folder, number)
         _check_whole(folder)
@@ -83,12 +82,11 @@ def merge_named(
         "dtype": type_name,
         "seconds": seconds,
         "fates": _fates(plan),
-        "tensors": [_shown(plan, file, number) for file in plan.by_file],
+        "tensors": [row for file in plan.by_file for row in _shown(plan, file, number)],
         "survival": survey.to_json(survivals),
         "warning": warning,
         "files": files,
     }
-    result["tensors"] = [row for rows in result["tensors"] for row in rows]
     return result, f"{output}: a model in {type_name}, {sum(files.values()):,} bytes, {len(files)} files"
 
 
@@ -137,17 +135,16 @@ def _config(base: Path, plan: MergePlan, dtype: torch.dtype | None) -> dict[str,
         for key in ("dtype", "torch_dtype"):
             if key in part and (dtype is not None or part is config):
                 part[key] = word
-        if plan.unties and "tie_word_embeddings" in part:
+        if plan.unties:  # a family's default may be to tie, in the whole and in its language model
             part["tie_word_embeddings"] = False
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = word
-    # A family's default may be to tie, in the whole and in its language model, which then has to be told as well.
-    return config | ({"tie_word_embeddings": False} if plan.unties else {})
+    return config
 
 
 def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The config, and those of a model's parts."""
-    return [config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))]
+    """The config, and that of its language model where there is a tower beside it."""
+    return [config, *(config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict))]
 
 
 def _index(index: Path, plan: MergePlan, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -180,24 +177,23 @@ def _check_whole(folder: Path) -> None:
 
 def _type_name(plan: MergePlan, dtype: torch.dtype | None) -> str:
     """ "bfloat16": the type of most numbers of the merged model."""
-    counts: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
     for planned in plan.tensors:
         if planned.parameter in plan.weights and planned.dtype in TYPES:
-            counts[planned.dtype] += max(1, torch.Size(planned.shape).numel())
-    word = WORDS[dtype] if dtype is not None else counts.most_common(1)[0][0]
+            numbers[planned.dtype] += max(1, torch.Size(planned.shape).numel())
+    word = WORDS[dtype] if dtype is not None else numbers.most_common(1)[0][0]
     return str(TYPES[word]).removeprefix("torch.")
 
 
 def _fates(plan: MergePlan) -> dict[str, int]:
-    counts = Counter(planned.fate for planned in plan.tensors)
-    return {fate: counts[fate] for fate in ("changed", "copied", "untied")}  # type: ignore[index]
+    return dict(counts(plan))
 
 
 def _planned(plan: MergePlan, type_name: str) -> list[str]:
     fates = _fates(plan)
     lines = [
-        f"plan: {len(plan.tensors)} tensors in {len(plan.by_file)} file(s), in {type_name}: {fates['changed']} changed, "
-        f"{fates['copied']} copied, {fates['untied']} untied"
+        f"plan: {len(plan.tensors)} tensors in {len(plan.by_file)} file(s), in {type_name}: "
+        f"{fates['changed']} changed, {fates['copied']} copied, {fates['untied']} untied"
     ]
     if plan.unties:
         names = [planned.name for planned in plan.tensors if planned.fate == "untied"]

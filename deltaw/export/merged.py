@@ -222,5 +222,6 @@ def _check_names(skeleton: nn.Module, names: list[str]) -> None:
 
 def counts(plan: MergePlan) -> Iterator[tuple[Fate, int]]:
     """How many tensors have each fate."""
-    for fate in ("changed", "copied", "untied"):
+    fates: tuple[Fate, ...] = ("changed", "copied", "untied")
+    for fate in fates:
         yield fate, sum(planned.fate == fate for planned in plan.tensors)

@@ -31,7 +31,7 @@ from deltaw.base.weights import save_safetensors, write_text_atomic
 from deltaw.errors import InputError, listed
 from deltaw.export.beside import beside_size, write_beside
 from deltaw.export.destination import Destination, Options, Written
-from deltaw.export.peft import adapter_size, beside, refuse_full
+from deltaw.export.peft import adapter_size, check_fits, refuse_full, remade
 from deltaw.export.trained import Trained
 from deltaw.export.usage import mlx_usage
 from deltaw.factors import DoRA, LowRank
@@ -62,12 +62,13 @@ class MlxAdapter(Destination):
         if kind not in KNOWN:
             raise InputError(
                 f"how mlx_lm names the layers of {kind} isn't known here, and it may ignore what it doesn't know",
-                fix=f"convert the whole model: {beside('merge', trained)}   then: mlx_lm.convert --hf-path …",
+                fix=f"convert the whole model: {remade('merge', trained)}   then: mlx_lm.convert --hf-path …",
             )
+        check_fits(trained, skeleton)
         self.names = {path: mlx_name(path, kind) for path in trained.adapter.factors}
         outside = [path for path, name in self.names.items() if not BLOCK.fullmatch(name)]
         if outside:
-            fix = f"the whole model: {beside('merge', trained)}"
+            fix = f"the whole model: {remade('merge', trained)}"
             raise InputError(f"mlx_lm adapts the layers of the language model's blocks only:\n{listed(outside)}", fix)
         self.blocks = int(skeleton.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
 
@@ -110,9 +111,9 @@ class MlxAdapter(Destination):
 
 
 def mlx_name(path: str, kind: str) -> str:
-    """What mlx_lm calls the module of a path in a model of a known type."""
+    """What mlx_lm calls the module of a path in a model of a known type; "" for one that it hasn't got."""
     ours, theirs = KNOWN[kind]
-    return theirs + path.removeprefix(ours) if path.startswith(ours) else path
+    return theirs + path.removeprefix(ours) if path.startswith(ours) else ""
 
 
 def lows_of(trained: Trained) -> dict[str, LowRank]:

@@ -33,6 +33,7 @@ from itertools import pairwise
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
 from deltaw.export.trained import Trained
+from deltaw.export.usage import chats
 
 FILE = "Modelfile"
 SYSTEM, ANSWERS = "qzsystem", ("qzanswer1", "qzanswer2")
@@ -84,18 +85,18 @@ class Turns:
         )
 
 
-def modelfile(trained: Trained, model: str, *, adapter: str = "", about: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """(the Modelfile, what is to be said of it). `model`, `adapter`: files beside it; `about`: comments on FROM."""
+def modelfile(trained: Trained, model: str, *, adapter: str = "", about: str = "") -> tuple[str, list[str]]:
+    """(the Modelfile, what is to be said of it). `model`, `adapter`: files beside it; `about`: a comment on FROM."""
     renderer, notes = trained.renderer, []
-    lines = [*(f"# {' '.join(line.split())}" for line in about), f"FROM ./{model}"]
+    lines = [f"# {' '.join(about.split())}"] * bool(about) + [f"FROM ./{model}"]
     if adapter:
         lines.append(f"ADAPTER ./{adapter}")
     try:
-        template, more = ("{{ .Prompt }}", []) if trained.plain or renderer.template is None else _template(renderer)
+        template, more = _template(renderer) if chats(trained) else ("{{ .Prompt }}", [])
         lines.append(f'TEMPLATE """{template}"""')
         notes += more
     except InputError as error:
-        notes.append(f"no TEMPLATE for Ollama: {error.what}")
+        notes.append(f"no TEMPLATE for Ollama (llama.cpp runs the template itself): {error.what}")
         lines.append("# The chat template has no form in Go: Ollama takes what it thinks fits, answers may suffer.")
     for stop in (renderer.decode([id], skip_special=False) for id in sorted(renderer.stop_ids)):
         if not stop or not stop.isprintable() or '"' in stop:

@@ -11,11 +11,14 @@ is the name of the base that was found for it.
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.peft_config import rewritten_names
 from deltaw.adapter.spec import explicit_targets
+from deltaw.base.frozen import FrozenLinear
 from deltaw.base.load import open_skeleton
-from deltaw.errors import InputError, command
+from deltaw.errors import InputError, command, listed
 from deltaw.export.beside import beside_size, write_beside
 from deltaw.export.destination import Destination, Options, Written
 from deltaw.export.trained import Trained
@@ -47,14 +50,14 @@ class PeftAdapter(Destination):
 def refuse_full(trained: Trained) -> None:
     """Raise InputError for full fine-tuning, which no adapter holds."""
     if trained.adapter.spec.full:
-        extract = beside("extract", trained, "--energy", "0.99")
+        extract = remade("extract", trained, "--energy", "0.99")
         raise InputError(
             f"{trained.name} is full fine-tuning, which no adapter holds",
-            fix=f"the whole model: {beside('merge', trained)}   a LoRA close to it: {extract}",
+            fix=f"the whole model: {remade('merge', trained)}   a LoRA close to it: {extract}",
         )
 
 
-def beside(verb: str, trained: Trained, *options: str) -> str:
+def remade(verb: str, trained: Trained, *options: str) -> str:
     """The command that makes something else of it, in a folder next to it."""
     return command(verb, trained.name, options=[*options, "-o", f"{trained.name.rstrip('/')}-{verb}"])
 
@@ -68,9 +71,7 @@ def for_peft(trained: Trained) -> Adapter:
     """The adapter with its base's public name, and its modules by last names where those mean the same."""
     adapter = trained.adapter
     skeleton = open_skeleton(trained.base)
-    missing = [path for path in adapter.factors if not _is_module(skeleton, path)]
-    if missing:
-        raise InputError(f"{trained.base.name} has no module {missing[0]!r:.120} ({len(missing)} in all)")
+    check_fits(trained, skeleton)
     targets = explicit_targets(skeleton, tuple(adapter.factors))
     rewritten = adapter.rewritten | rewritten_names(skeleton)
     base = replace(adapter.base, name=base_name(trained))
@@ -78,9 +79,15 @@ def for_peft(trained: Trained) -> Adapter:
     return replace(adapter, spec=spec, base=base, rewritten=rewritten)
 
 
-def _is_module(model: object, path: str) -> bool:
-    try:
-        model.get_submodule(path)  # type: ignore[attr-defined]
-    except AttributeError:
-        return False
-    return True
+def check_fits(trained: Trained, skeleton: nn.Module) -> None:
+    """Raise InputError unless every update has a linear layer of its shape in the base."""
+    problems, modules = [], dict(skeleton.named_modules())
+    for path, update in trained.adapter.factors.items():
+        if path not in modules or not FrozenLinear.can_wrap(modules[path]):
+            problems.append(f"{path:.120}: no such linear layer")
+            continue
+        layer = FrozenLinear(modules[path])
+        if update.shape != (layer.out_features, layer.in_features):
+            problems.append(f"{path}: the update is {update.shape}, the layer {layer.out_features, layer.in_features}")
+    if problems:
+        raise InputError(f"{trained.name} doesn't fit {trained.base.name}:\n{listed(problems)}", "name its own --base")

@@ -22,12 +22,13 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ from deltaw.base.weights import Header, check_readable, read_header
 from deltaw.errors import InputError
 from deltaw.export.merged import FLOATS, MergePlan, Planned, not_finite
 from deltaw.factors import DoRA, LowRank, Update, as_plain
-from deltaw.linalg.rounding import Survival, survived
+from deltaw.linalg.rounding import Survival, survived, survived_of
 from deltaw.linalg.threads import one_thread
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -96,6 +97,15 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
+
+
+class _Buffers(NamedTuple):
+    """Of a chunk: W + Δ, Δ, the rounded sum in float32 again, and the rounded sum. Together they fit in a cache."""
+
+    total: Tensor
+    delta: Tensor
+    again: Tensor
+    rounded: Tensor
 
 
 def size(plan: MergePlan, dtype: torch.dtype | None = None) -> int:
@@ -199,14 +209,19 @@ def _written(piece: _Piece) -> tuple[_Piece, int, Survival]:
     tensor, first, last = piece
     if tensor.dtype is None:
         return piece, last - first, _copied(tensor, first, last)
-    item, columns = TYPES[tensor.planned.dtype].itemsize, tensor.columns
-    raw = _scratch.get("raw", (last - first) * columns * item, torch.uint8)
-    _fill(raw, tensor.source, tensor.start + first * columns * item)
-    base = raw.view(TYPES[tensor.planned.dtype]).view(last - first, columns)
-    step = max(1, CHUNK // max(1, columns))
+    dtype, columns = TYPES[tensor.planned.dtype], tensor.columns
+    raw = _scratch.get("raw", (last - first) * columns * dtype.itemsize, torch.uint8)
+    _fill(raw, tensor.source, tensor.start + first * columns * dtype.itemsize)
+    base, step = raw.view(dtype).view(last - first, columns), max(1, CHUNK // max(1, columns))
+    wide = torch.promote_types(dtype, torch.float32)
+    buffers = _Buffers(
+        *(_scratch.get(name, step * columns, wide).view(step, columns) for name in ("total", "delta", "again")),
+        _scratch.get("rounded", step * columns, tensor.dtype).view(step, columns),
+    )
     total = Survival()
     for row in range(first, last, step):
-        total += _summed(tensor, base[row - first : row - first + step], row)
+        chunk = base[row - first : row - first + step]
+        total += _summed(tensor, chunk, row, _Buffers(*(buffer[: len(chunk)] for buffer in buffers)))
     return piece, raw.numel(), total
 
 
@@ -218,41 +233,45 @@ def _copied(tensor: _Tensor, first: int, last: int) -> Survival:
         extremes = torch.aminmax(raw.view(TYPES[tensor.planned.dtype]))
         if not all(torch.isfinite(extreme) for extreme in extremes):
             raise not_finite(tensor.planned)
-    tensor.stream.write(memoryview(raw.numpy()), tensor.stream.starts[tensor.planned.name] + first)
+    tensor.stream.write(_bytes(raw), tensor.stream.starts[tensor.planned.name] + first)
     return Survival()
 
 
-def _summed(tensor: _Tensor, base: Tensor, row: int) -> Survival:
-    """One chunk: rows of the base from `row` on, with what they take, rounded and written."""
-    dtype = tensor.dtype
-    assert dtype is not None
-    count, shape, wide = base.numel(), base.shape, torch.promote_types(base.dtype, torch.float32)
-    w = _scratch.get("w", count, wide).view(shape).copy_(base)
-    total = w
-    if tensor.update is not None:
-        delta = _delta(tensor.update.rows(row, row + shape[0]), w)
-        total = torch.add(w, delta, out=_scratch.get("total", count, wide).view(shape))
-    rounded = _scratch.get("rounded", count, dtype).view(shape).copy_(total)
-    total.copy_(rounded)  # which the cache has; W has been used up where nothing is added
-    if tensor.update is not None:
-        holds = base.dtype == dtype or wide == dtype  # then the base's own numbers are what it rounds to
-        survival = survived(total.sub_(w if holds else w.to(dtype)), delta)
-        finite = math.isfinite(survival.seen)
+def _summed(tensor: _Tensor, base: Tensor, row: int, buffers: _Buffers) -> Survival:
+    """One chunk: rows of the base from `row` on, with what they take, rounded and written; what is left of it."""
+    total, delta, again, rounded = buffers
+    total.copy_(base)
+    survival, finite = Survival(), True
+    if tensor.update is None:
+        rounded.copy_(total)
+        if tensor.weight and base.numel():
+            finite = all(math.isfinite(extreme) for extreme in torch.aminmax(again.copy_(rounded)))
     else:
-        survival = Survival()
-        finite = not count or all(math.isfinite(extreme) for extreme in torch.aminmax(total))
-    if tensor.weight and not finite:
+        delta = _delta(tensor.update.rows(row, row + len(base)), total, out=delta)
+        rounded.copy_(total.add_(delta))
+        again.copy_(rounded)
+        if base.dtype == rounded.dtype != total.dtype:
+            survival = survived_of(again.sub_(total), delta, _differing(rounded, base))
+        else:
+            survival = survived(again.sub_(total.copy_(base).to(rounded.dtype)), delta)
+        finite = math.isfinite(survival.lost)
+    if not finite:
         raise _overflow(tensor, base)
-    at = tensor.stream.starts[tensor.planned.name] + row * tensor.columns * dtype.itemsize
-    tensor.stream.write(memoryview(rounded.view(-1).view(torch.uint8).numpy()), at)
+    at = tensor.stream.starts[tensor.planned.name] + row * tensor.columns * rounded.itemsize
+    tensor.stream.write(_bytes(rounded), at)
     return survival
 
 
-def _delta(update: Update, w: Tensor) -> Tensor:
+def _differing(x: Tensor, y: Tensor) -> int:
+    """How many entries of two tensors of 16 bits differ."""
+    return int(np.count_nonzero(np.not_equal(x.view(torch.int16).numpy(), y.view(torch.int16).numpy())))
+
+
+def _delta(update: Update, w: Tensor, *, out: Tensor) -> Tensor:
     """ΔW of these rows."""
     if not isinstance(update, LowRank):
         return as_plain(update, w).dense()
-    out = _scratch.get("delta", w.numel(), update.a_RN.dtype).view(w.shape)
+    # In the buffer, and with the scale in the product.
     return torch.addmm(out, update.b_MR, update.a_RN, beta=0, alpha=update.scale, out=out)
 
 
@@ -266,13 +285,18 @@ def _overflow(tensor: _Tensor, base: Tensor) -> InputError:
     )
 
 
+def _bytes(x: Tensor) -> memoryview:
+    """A contiguous tensor's own memory."""
+    return memoryview(x.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _fill(buffer: Tensor, source: int, at: int) -> None:
     """Read as many bytes as the buffer has. OSError for a file that has become shorter."""
-    view = memoryview(buffer.view(-1).view(torch.uint8).numpy())
+    view = _bytes(buffer)
     while view:
         read = os.preadv(source, [view], at)
         if not read:

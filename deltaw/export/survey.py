@@ -56,24 +56,27 @@ def said(survivals: Mapping[str, Survival], type_name: str) -> list[str]:
     ]
 
 
-def warning(survivals: Mapping[str, Survival], type_name: str) -> str | None:
-    """What is to be said loudly of a merge into a floating type, or None."""
+WIDER = "--dtype float32"
+
+
+def warning(survivals: Mapping[str, Survival], type_name: str, *, wider: str = WIDER) -> str | None:
+    """What is to be said loudly of a merge into a floating type, or None. `wider`: the option that keeps more."""
     total = whole(survivals)
     if not total.true or total.cosine >= FAINT:
         return None
     return (
-        f"WARNING: {type_name} rounds much of the update away: the cosine is {total.cosine:.2f}, and the model will not "
-        "answer as base and adapter do. Merge with --dtype float32, or serve the adapter beside its base"
+        f"WARNING: {type_name} rounds much of the update away: the cosine is {total.cosine:.2f}, and the model won't "
+        f"answer as base and adapter do. Merge with {wider}, or serve the adapter beside its base"
     )
 
 
-def check_floating(survivals: Mapping[str, Survival], type_name: str, *, force: bool) -> None:
+def check_floating(survivals: Mapping[str, Survival], type_name: str, *, force: bool, wider: str = WIDER) -> None:
     """Raise InputError where nothing of an update survives, unless that is what is wanted."""
     total = whole(survivals)
     if total.true and not total.changed and not force:
         raise InputError(
             f"nothing of the update survives in {type_name}: no weight changes, the merged model would be the base",
-            fix="merge with --dtype float32 (or --force to write it anyway)",
+            fix=f"merge with {wider} (or --force to write it anyway)",
         )
 
 

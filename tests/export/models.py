@@ -28,7 +28,7 @@ def base_folder(folder: Path, name: str = "llama", *, dtype: torch.dtype = torch
     """A base with a tokenizer. `more`: of the config, and `shard` (bytes of a file at most)."""
     shard = more.pop("shard", "5GB")
     tokenizer = toy("chatml")
-    config = AutoConfig.for_model(name, **{**FAMILIES[name], "vocab_size": len(tokenizer), **more})
+    config = AutoConfig.for_model(name, **{**FAMILIES.get(name, {}), "vocab_size": len(tokenizer), **more})
     config.eos_token_id = tokenizer.eos_token_id
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -37,6 +37,25 @@ def base_folder(folder: Path, name: str = "llama", *, dtype: torch.dtype = torch
             if parameter.ndim >= 2:
                 parameter.mul_(4)  # so that every path matters
     model.save_pretrained(folder, max_shard_size=shard)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def several_models(folder: Path) -> Path:
+    """A language model beside a tower, whose files hold other names than the model has, tied."""
+    tokenizer = toy("chatml")
+    text = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
+        "num_key_value_heads": 2, "vocab_size": len(tokenizer),
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
+        "patch_size": 4,
+    }  # fmt: skip
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    config.architectures = ["Gemma3ForConditionalGeneration"]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -8,7 +8,8 @@ import pytest
 import deltaw
 from deltaw.errors import InputError
 from deltaw.export.card import CARD
-from deltaw.export.command import NAMES, export_named
+from deltaw.export.command import NAMES, export_named, form_of
+from deltaw.export.destination import Options, Written
 from deltaw.export.peft import PeftAdapter
 from deltaw.export.target import MARK
 from tests.export.models import base_folder, random_adapter
@@ -18,7 +19,7 @@ from tests.test_cli import call
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("command")
-    base_folder(folder / "base")
+    base_folder(folder / "base", intermediate_size=64)  # Q8_0 wants rows of a multiple of 32
     random_adapter(folder / "base").save(folder / "adapter")
     return folder
 
@@ -106,6 +107,17 @@ def test_the_size_that_is_asked_of_the_disk_is_enough(folder: Path, to: str, tmp
     monkeypatch.setattr(command, "target", watched)
     result = deltaw.export(folder / "adapter", to=to, output=tmp_path / "out", base=str(folder / "base"))
     assert sum(result["files"].values()) <= asked[0]
+
+
+@pytest.mark.parametrize(("type_", "relation"), [("F16", "finetune"), ("Q8_0", "quantized")])
+def test_a_merged_gguf_has_a_card_as_well(folder: Path, type_: str, relation: str, tmp_path: Path) -> None:
+    code, out, _ = run(folder, "--to", "gguf", "--merged", "--type", type_, "-o", tmp_path / "out", "--json")
+    result = json.loads(out)
+    assert code == 0 and any(name.endswith(".gguf") for name in result["files"]) and result["type"] == type_
+    text = (tmp_path / "out" / CARD).read_text()
+    assert 'library_name: "gguf"' in text and "merged into the weights" in text
+    written = Written("", more={"type": type_})
+    assert form_of("gguf", Options(merged=True), written).relation == relation
 
 
 def test_from_python_it_raises(folder: Path, tmp_path: Path) -> None:

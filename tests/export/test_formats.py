@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from deltaw.export.command import export_named
 from deltaw.export.destination import Options
 from deltaw.export.vllm import RANKS, max_lora_rank
 from tests.export.models import base_folder, loaded, random_adapter
+from tests.test_cli import call
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "qwen2_moe")
 MIXED = {"rank_overrides": {"q_proj": 2, "down_proj": 4}, "alpha_overrides": {"q_proj": 5.0}, "scaling": "rslora"}
@@ -162,6 +164,15 @@ def test_what_a_place_can_not_hold_is_refused_before_anything_is_written(
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
 
 
+def test_what_helps_can_be_pasted(bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        shipped(tmp_path, "peft", bases["llama"], random_adapter(bases["llama"], "full"))
+    line = str(caught.value.fix).rpartition("deltaw extract ")[2]
+    assert call("extract", *shlex.split(line))[0] == 0
+    export_named(str(tmp_path / "adapter-extract"), "peft", str(tmp_path / "out"), base=str(bases["llama"]))
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
+
+
 def test_ranks_beyond_vllms_and_all_problems_at_once(bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = random_adapter(bases["gpt2"], "dora")
     wide = {}
@@ -175,6 +186,16 @@ def test_ranks_beyond_vllms_and_all_problems_at_once(bases: dict[str, Path], tmp
     for part in ("DoRA", "512", "gpt2"):
         assert part in caught.value.what
     assert "--rank 512" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("to", ["peft", "vllm", "mlx"])
+def test_an_adapter_of_another_model_is_refused(bases: dict[str, Path], to: str, tmp_path: Path) -> None:
+    """Of another shape, or with layers that this base hasn't got; without a fingerprint nothing else would tell."""
+    wider = base_folder(tmp_path / "wider", "llama", hidden_size=64)
+    for number, other in enumerate((wider, bases["phi3"])):
+        with pytest.raises(InputError):
+            shipped(tmp_path / str(number), to, bases["llama"], random_adapter(other))
+        assert not (tmp_path / str(number) / "out").exists()
 
 
 def test_a_strangers_path_and_list_become_names(bases: dict[str, Path], tmp_path: Path) -> None:

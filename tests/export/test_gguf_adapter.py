@@ -23,7 +23,9 @@ from deltaw.errors import InputError
 from deltaw.export.destination import Options
 from deltaw.export.gguf_adapter import ADAPTER, GgufAdapter
 from deltaw.export.gguf_names import family
-from deltaw.export.trained import Trained
+from deltaw.export.modelfile import FILE
+from deltaw.export.trained import TEMPLATE, Trained
+from deltaw.export.usage import gguf_usage
 from deltaw.factors import LowRank
 from deltaw.progress import Display
 from tests.architectures import PACKED
@@ -47,10 +49,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {"sliding_window": None}),
     "gpt2": ("gpt2", GPT2),
     "starcoder2": ("starcoder2", {}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True, "use_parallel_residual": True}),
     "nemotron": ("nemotron", {}),
+    "qwen3 with experts": ("qwen3_moe", {"norm_topk_prob": True}),
     "qwen2 with experts": ("qwen2_moe", {"shared_expert_intermediate_size": 24}),
 }
 KEYS = {
+    "qwen3_moe": {"feed_forward_length": 48},
     "nemotron": {"attention.layer_norm_epsilon": 1e-5},
     "qwen2_moe": {"feed_forward_length": 48, "expert_shared_feed_forward_length": 24},
 }
@@ -104,7 +109,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_llama_cpp_says_what_deltaw_says(tmp_path: Path, name: str) -> None:
-    """Both round: by how much on this very model, its base alone shows."""
+    """Both in float32; where llama.cpp rounds (it looks GELU up in float16), its base alone shows by how much."""
     model, trained = trained_on(tmp_path, *FAMILIES[name])
     gguf = trained.base.gguf
     assert gguf is not None
@@ -113,8 +118,8 @@ def test_llama_cpp_says_what_deltaw_says(tmp_path: Path, name: str) -> None:
     attach(model, trained.adapter)
     wanted = by_transformers(model, PROMPTS)
     given = next_token(gguf, [written(tmp_path / "out", GgufAdapter(trained, Options()))], PROMPTS)
-    assert rounding < 0.1 and apart(wanted, base) > 2
-    assert apart(given, wanted) < 5 * rounding
+    assert rounding < 0.02 and apart(wanted, base) > 2
+    assert apart(given, wanted) < 1e-4 + 4 * rounding
 
 
 Damage = Callable[[dict[str, LowRank]], dict[str, LowRank]]
@@ -150,12 +155,11 @@ def test_the_comparison_sees_what_is_wrong(tmp_path: Path, damage: Damage) -> No
     model, trained = trained_on(tmp_path, "llama", {})
     gguf = trained.base.gguf
     assert gguf is not None
-    rounding = apart(next_token(gguf, [], PROMPTS), by_transformers(model, PROMPTS))
     attach(model, trained.adapter)
     export = GgufAdapter(trained, Options())
     export.tensors = damage(export.tensors)
     given = next_token(gguf, [written(tmp_path / "out", export)], PROMPTS)
-    assert apart(given, by_transformers(model, PROMPTS)) > 50 * rounding
+    assert apart(given, by_transformers(model, PROMPTS)) > 1
 
 
 @pytest.mark.parametrize(
@@ -171,7 +175,7 @@ def test_a_window_that_llama_cpp_leaves_out_is_said(tmp_path: Path, model_type: 
     model = model_of(model_type, **changes)
     gguf = write_model(tmp_path / "tiny.gguf", model)
     near, far = ([3, 4, 5, 6, 7], list(range(40, 70)))
-    assert apart(next_token(gguf, [], [near]), by_transformers(model, [near])) < 0.1
+    assert apart(next_token(gguf, [], [near]), by_transformers(model, [near])) < 0.01
     assert apart(next_token(gguf, [], [far]), by_transformers(model, [far])) > 1
     assert "8" in family(model.config).differs
 
@@ -215,7 +219,7 @@ def test_an_update_of_the_head_goes_on_the_head(tmp_path: Path) -> None:
     with torch.no_grad():
         model.lm_head.weight += low.dense()
     given = next_token(trained.base.gguf, [written(tmp_path / "out", export)], PROMPTS)
-    assert apart(given, by_transformers(model, PROMPTS)) < 0.1
+    assert apart(given, by_transformers(model, PROMPTS)) < 1e-4
 
 
 def test_a_head_that_the_gguf_has_not_is_refused_here_as_in_llama_cpp(tmp_path: Path) -> None:
@@ -301,3 +305,44 @@ def test_padded_and_baked_it_is_the_same_update(ranks: list[int], scales: list[f
         assert ((made.b_MR[:, : low.rank].double() - exact).abs() <= exact.abs() * 2.0**-23).all()
         error = (made.a_RN.double().T @ made.b_MR.double().T - low.a_RN.double().T @ exact.T).abs()
         assert (error <= 2.0**-23 * (low.a_RN.double().abs().T @ exact.abs().T)).all()
+
+
+def test_another_template_than_the_bases_goes_along(tmp_path: Path) -> None:
+    """A server takes the one in the base's GGUF unless it is told."""
+    _, trained = trained_on(tmp_path, "llama", {})
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    own = replace(trained, renderer=Renderer(toy("chatml"), template=str(tmp_path / "own.jinja")))
+    for one, files in ((trained, {ADAPTER, FILE}), (own, {ADAPTER, FILE, TEMPLATE})):
+        export = GgufAdapter(one, Options())
+        folder = written(tmp_path / one.renderer.template_fingerprint, export).parent
+        assert {file.name for file in folder.iterdir()} == files
+        usage = gguf_usage(one, "tiny.gguf", adapter=ADAPTER, template=export.template)
+        assert (TEMPLATE in files) == ("--chat-template-file" in usage)
+    assert (folder / TEMPLATE).read_text() == own.renderer.template
+
+
+def test_of_a_gemma_that_sees_the_part_that_reads_is_adapted(tmp_path: Path) -> None:
+    """Its GGUF is that of the language model alone; what trained the other part has no place there."""
+    text = model_of("gemma3_text", sliding_window=8, query_pre_attn_scalar=8)
+    gguf = write_model(tmp_path / "tiny.gguf", text)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config=text.config.to_dict(),
+        vision_config={**sizes, "image_size": 16, "patch_size": 8},
+        mm_tokens_per_image=4,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "base")
+    adapter = drawn(model, SPEC)
+    trained = Trained("lora", adapter, find_base(str(tmp_path / "base")), Renderer(toy("chatml")))
+    rounding = apart(next_token(gguf, [], PROMPTS), by_transformers(text, PROMPTS))
+    attach(model, adapter)
+    given = next_token(gguf, [written(tmp_path / "out", GgufAdapter(trained, Options()))], PROMPTS)
+    assert apart(given, by_transformers(model, PROMPTS)) < 1e-4 + 4 * rounding
+    tower = "model.vision_tower.encoder.layers.0.mlp.fc1"
+    with pytest.raises(InputError) as refused:
+        GgufAdapter(with_factors(trained, {tower: LowRank(torch.ones(2, 16), torch.ones(16, 2))}), Options())
+    assert tower in refused.value.what

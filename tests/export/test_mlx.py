@@ -17,8 +17,7 @@ from deltaw.adapter.inject import attach
 from deltaw.adapter.spec import linear_paths
 from deltaw.export.command import export_named
 from deltaw.export.mlx import KNOWN, mlx_name
-from tests.architectures import COMMON
-from tests.export import models
+from tests.architectures import COMMON, GPT2
 from tests.export.models import base_folder, loaded, random_adapter
 
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
@@ -31,7 +30,7 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 8},
     "cohere2": TWO,
     "olmo3": {key: value for key, value in TWO.items() if key != "head_dim"},
-    "gpt2": {},
+    "mistral": {"sliding_window": None},  # which its class there doesn't know
 }
 BY_LOGITS = sorted(set(KNOWN) - {"gemma3"})
 # mlx_lm's own arithmetic of the base is off by so much: an approximated gelu, an embedding scale in bfloat16.
@@ -41,9 +40,8 @@ ROUGH = {"starcoder2": 1e-3, "gemma": 2e-4, "gemma3_text": 3e-4}
 def base(folder: Path, name: str) -> Path:
     """A base as mlx_lm reads one: its classes want settings in the config that transformers 5 moved or leaves out."""
     known = type(AutoConfig.for_model(name))().to_dict()
-    common = {key: value for key, value in COMMON.items() if key in known and key != "vocab_size"}
-    models.FAMILIES.setdefault(name, common)
-    base_folder(folder, name, **MORE.get(name, {}))
+    common = {key: value for key, value in (COMMON | GPT2).items() if key in known and key != "vocab_size"}
+    base_folder(folder, name, **{**common, **MORE.get(name, {})})
     file = folder / "config.json"
     config = json.loads(file.read_text())
     rope = config.get("rope_parameters") or {}

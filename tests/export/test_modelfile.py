@@ -164,7 +164,7 @@ def test_every_stop_token_and_the_length_of_training(tmp_path: Path) -> None:
         {"base": "org/tiny", "output": "x", "data": {"train": "t.jsonl", "max_length": 777}}
     )
     renderer = Renderer(toy("llama3"))
-    text, _ = modelfile(trained(renderer, config=config), "m.gguf", adapter="a.gguf", about=["one\nline"])
+    text, _ = modelfile(trained(renderer, config=config), "m.gguf", adapter="a.gguf", about="one\nline")
     lines = commands(text)
     stops = {value.removeprefix("stop ") for name, value in lines if value.startswith("stop ")}
     assert stops == {"<|eos|>", "<|eot|>"} == {renderer.decode([id], skip_special=False) for id in renderer.stop_ids}

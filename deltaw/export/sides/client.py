@@ -8,7 +8,6 @@ but for this machine's own addresses.
 
 import json
 import os
-import socket
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -74,7 +73,7 @@ class Client:
         except urllib.error.HTTPError as error:
             with error:
                 raise Refused(error.code, _words(error.read(65_536)) or error.reason) from None
-        except (TimeoutError, socket.timeout):
+        except TimeoutError:
             raise RunError(f"{self.root}{path}: no answer within {limit:g} s", fix="is the server busy?") from None
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):

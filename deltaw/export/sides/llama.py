@@ -35,7 +35,7 @@ START = 600.0  # seconds to load a model
 
 
 class LlamaCpp:
-    """A running llama.cpp on one GGUF and its adapters. Raises InputError: no xllamacpp, a file that llama.cpp refuses."""
+    """A running llama.cpp on a GGUF and its adapters. Raises InputError: no xllamacpp, a file that it refuses."""
 
     def __init__(self, model: Path, adapters: Sequence[Path] = (), *, threads: int | None = None) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
@@ -43,7 +43,8 @@ class LlamaCpp:
         header = read_part(model)
         for adapter in adapters:
             read_part(adapter)
-        self.numbers = numbers_of(header)
+        self.model, self.numbers = model, numbers_of(header)
+        self.context = min(_context(header), CONTEXT)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process is)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-W", "ignore", str(SCRIPT)],
@@ -56,7 +57,7 @@ class LlamaCpp:
         asked = {
             "model": str(model.resolve()),
             "adapters": [str(adapter.resolve()) for adapter in adapters],
-            "context": min(_context(header), CONTEXT),
+            "context": self.context,
             "threads": threads or free_cores(),
             "key": key,
         }

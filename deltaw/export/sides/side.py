@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from deltaw.base.source import Source
     from deltaw.export.sides.local import Local
 
 Progress = Callable[[int], None]
@@ -103,8 +104,12 @@ class Side(abc.ABC):
 
     name: str
     numbers: Numbers
-    local: "Local | None" = None
     notes: list[str]
+    tells_ids = True
+    measurable = False  # whether `load` gives it a `local`
+    local: "Local | None" = None
+    source: "Source | None" = None  # the base, or the folder, of a side that runs here
+    context: int | None = None  # the most tokens, where that is known
 
     def load(self) -> None:  # noqa: B027  (most have nothing to load)
         """Read the weights."""

@@ -1,0 +1,91 @@
+"""An adapter merged into a loaded model, and taken out of it again: `adapter.merge_into(model)`.
+
+Each adapted layer has a new one of its own kind in its place, whose weight is W + ΔW rounded once (`fuse`, layer.py).
+The model then runs by its own code, without anything of deltaw in it, and `save_pretrained` writes a plain model. `undo`
+puts the very same layers back, so that the base is what it was, bit for bit: subtracting ΔW again would leave its
+rounding. The price is a second copy of the adapted weights while both are there.
+
+    with adapter.merge_into(model):
+        ...
+
+What can't be merged is what `attach` refuses, and an adapter of another base. For a model on disk there is `deltaw
+merge`, which needs no memory for it and takes updates of the head.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from deltaw.adapter.file import Adapter
+from deltaw.adapter.inject import Attached, attach, detach
+from deltaw.base.fingerprint import describe, same_base
+from deltaw.base.load import fingerprint
+from deltaw.errors import InputError, listed
+
+
+@dataclass(frozen=True, eq=False)
+class MergedInto:
+    """A model with an adapter in its weights. `originals`: the layers that were replaced, by path."""
+
+    model: nn.Module
+    originals: Mapping[str, nn.Module]
+    layers: Mapping[str, nn.Module]
+    _undone: list[bool] = field(default_factory=list, repr=False)
+
+    def undo(self) -> nn.Module:
+        """The model as it was. Raises InputError where a merged layer isn't in its place any more."""
+        if self._undone:
+            return self.model
+        moved = [path for path, layer in self.layers.items() if self.model.get_submodule(path) is not layer]
+        if moved:
+            raise InputError(
+                f"{len(moved)} layers were replaced after the merge:\n{listed(moved)}",
+                fix="undo what was done last first: detach, or that merge's own undo()",
+            )
+        for path, module in self.originals.items():
+            self.model.set_submodule(path, module)
+        self._undone.append(True)
+        return self.model
+
+    def __enter__(self) -> nn.Module:
+        return self.model
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+def merge_into(model: nn.Module, adapter: Adapter) -> MergedInto:
+    """Merge in place. Raises InputError, the model as it was: what `attach` refuses, another base, numbers that are too
+    large for the weights' type."""
+    recorded, here = adapter.base.fingerprint, fingerprint(model)
+    if recorded and not same_base(recorded, here):
+        raise InputError(
+            f"the adapter was trained on {adapter.base.name or 'another base'} ({describe(recorded)}), this model is "
+            f"another one ({describe(here)})",
+            fix="load its own base; an adapter with base=BaseId() goes on any model of its shapes",
+        )
+    attached = attach(model, adapter, fuse=())
+    try:
+        layers = _fused(attached)
+    finally:
+        originals = {path: layer.base.module for path, layer in attached.layers.items()}
+        detach(attached)
+    for path, layer in layers.items():
+        model.set_submodule(path, layer)
+    return MergedInto(model, originals, layers)
+
+
+def _fused(attached: Attached) -> dict[str, nn.Module]:
+    layers = {path: layer.fuse() for path, layer in attached.layers.items()}
+    broken = [path for path, layer in layers.items() if not torch.isfinite(layer.weight).all()]  # type: ignore[arg-type]
+    if broken:
+        raise InputError(
+            f"merged, {len(broken)} weights hold numbers too large for their type, or NaN:\n{listed(broken)}",
+            fix="load the model in bfloat16 or float32",
+        )
+    return layers
