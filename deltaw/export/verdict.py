@@ -28,7 +28,7 @@ from deltaw.export.sides.formats import described, exact, rms
 from deltaw.export.sides.side import Logs, Numbers
 
 KL_FACTOR, FACTOR = 4.0, 2.0
-SHARE, STRENGTH = 0.25, 0.1
+SHARE, STRENGTH = 0.25, 0.15
 NO_EFFECT = 1e-6  # nats: an adapter that changes nothing here
 FLOOR = (1e-6, 1e-3)  # KL and single differences that a server's float32 log-probabilities leave
 ASSUMED = (400.0, 700.0, 360.0)  # allowed KL / ε², largest / ε, gap / ε
