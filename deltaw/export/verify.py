@@ -16,6 +16,7 @@ mixed up with training/verify.py, which is about resuming.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from deltaw.export.verdict import (
     measured,
     reasons_of,
 )
+from deltaw.lock import claimed_file
 from deltaw.progress import Display
 
 PROMPTS, TOKENS = 20, 32
@@ -103,11 +105,14 @@ def verify_named(
     """(JSON, text, whether they agree); the page is written where one is asked for."""
     from deltaw.export.verify_page import write_page
 
-    result = verify(a, b, data=data, prompts=prompts, base=base, display=display)
-    text = result.text()
-    if page is not None:
-        write_page(result, Path(page))
-        text += f"\n\npage: {page}"
+    if page is not None and not Path(page).parent.is_dir():
+        raise InputError(f"{page}: no such folder to write the page into", fix="make it, or choose another")
+    with claimed_file(Path(page)) if page is not None else nullcontext():
+        result = verify(a, b, data=data, prompts=prompts, base=base, display=display)
+        text = result.text()
+        if page is not None:
+            write_page(result, Path(page))
+            text += f"\n\npage: {page}"
     return result.to_json(), text, result.agree
 
 

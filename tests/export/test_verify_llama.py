@@ -164,7 +164,7 @@ def test_without_the_package_it_is_said_what_to_install(place: Path, monkeypatch
 
 
 def test_a_types_numbers() -> None:
-    assert numbers_of_type("F16", "").activations == ("float16", "float16")
+    assert numbers_of_type("F32", "", cache="float16").activations == ("float32", "float16")
     assert numbers_of_type("BF16", "").weights == "bfloat16"
     assert numbers_of_type("Q4_K - Medium", "").weights == "Q4_K"
     assert numbers_of_type("Q8_0", "").activations[0] == "Q8_0"

@@ -52,6 +52,7 @@ def lint(
     it; `max_lora_rank`: that of the vLLM it is for. Raises InputError where there is no adapter.
     """
     display = display or Display(quiet=True)
+    to = [place.lower() for place in to]
     if strange := [place for place in to if place not in DESTINATIONS]:
         raise InputError(f"--to {strange[0]}: no such destination", fix=f"one of {', '.join(DESTINATIONS)}")
     if max_lora_rank not in MAX_RANKS:
@@ -111,5 +112,5 @@ def _folder(
         max_rank=max_rank,
         display=display,
     )
-    found: list[Finding] = [finding for rule in RULES for finding in rule(subject)]
-    return Verdict(name, "peft", known.base.source.name if known.base else recorded.name, tuple(found), to)
+    results: list[Finding] = [finding for rule in RULES for finding in rule(subject)]
+    return Verdict(name, "peft", known.base.source.name if known.base else recorded.name, tuple(results), to)

@@ -84,7 +84,7 @@ class Code:
     effects: Effects
     mend: str
 
-    def found(self, what: str, mend: str | None = None, effects: Effects | None = None) -> Finding:
+    def finding(self, what: str, mend: str | None = None, effects: Effects | None = None) -> Finding:
         return Finding(self.number, what, self.effects if effects is None else effects, mend or self.mend)
 
 

@@ -70,4 +70,4 @@ def other_form(form: Form, mend: str) -> Finding:
     kind = {"peft": "in PEFT's layout", "gguf": "a GGUF", "mlx": "in mlx-lm's layout", "model": "a whole model"}[form]
     *most, last = [DESTINATIONS[place] for place in strangers]
     names = f"{', '.join(most)} and {last}" if most else last
-    return OTHER_FORM.found(f"it is {kind}, which {names} can't read", mend, dict.fromkeys(strangers, REFUSED))
+    return OTHER_FORM.finding(f"it is {kind}, which {names} can't read", mend, dict.fromkeys(strangers, REFUSED))

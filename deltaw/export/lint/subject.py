@@ -9,6 +9,7 @@ can do no harm (adapter/patterns.py), or not at all.
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +21,17 @@ from pydantic import ValidationError
 from deltaw.adapter.file import CONFIG, RECORD, WEIGHTS, Adapter, BaseId
 from deltaw.adapter.patterns import first_matches
 from deltaw.adapter.peft_config import WEIGHT
-from deltaw.base.weights import read_json, read_tensor
-from deltaw.config import AdapterSpec, RunConfig, names_module
+from deltaw.base.weights import read_json, readable_tensors
+from deltaw.config import AdapterSpec, RunConfig
 from deltaw.errors import InputError, command
 from deltaw.export.lint.base import Base
 from deltaw.export.lint.chat import Chat
 from deltaw.export.lint.finding import Finding
-from deltaw.export.lint.keys import EMBEDDING_A, EMBEDDING_B, A, B, Key, parse
+from deltaw.export.lint.keys import EMBEDDING_A, EMBEDDING_B, A, B, Key, Names, parse
 from deltaw.progress import Display
 
-MANY_MATCHES = 5_000_000  # patterns times paths that are gone through
+MANY_MATCHES = 400_000_000  # patterns times letters of paths that are gone through
+MANY_NAMES = 5_000_000  # names times paths, for what deltaw itself loads
 LONG_PATTERN = 2_000  # characters
 
 
@@ -109,11 +111,8 @@ class Subject:
     def texts(self, field_name: str) -> list[str]:
         """The texts of a field that is a list of names, or one."""
         value = self.get(field_name, [])
-        return [
-            v
-            for v in ([value] if isinstance(value, str) else value if isinstance(value, list) else [])
-            if isinstance(v, str)
-        ]
+        given = value if isinstance(value, list) else [value]
+        return [text for text in given if isinstance(text, str)]
 
     # What PEFT makes of the config
 
@@ -133,7 +132,7 @@ class Subject:
         pattern = self.get(field_name, {})
         if not isinstance(pattern, dict):
             raise Undecided(f"{field_name} is {pattern!r:.60}, no mapping")
-        called = {path: f"{path}{WEIGHT}" if self._by_weight(path) else path for path in self.layers}
+        called = {path: f"{path}{WEIGHT}" if self.by_weight(path) else path for path in self.layers}
         taken = self._first(list(pattern), called.values())
         return {path: pattern[taken[name]] for path, name in called.items() if name in taken}
 
@@ -157,13 +156,14 @@ class Subject:
         elif isinstance(asked, str):
             chosen = self._whole(asked, paths)
         else:
-            names = self.texts("target_modules")
-            chosen = {path for path in paths if any(names_module(name, path) for name in names)}
+            names = Names(self.texts("target_modules"))
+            chosen = {path for path in paths if names.of(path) is not None}
         excluded = self.get("exclude_modules")
         if isinstance(excluded, str):
             chosen -= self._whole(excluded, paths)
         else:
-            chosen -= {p for p in paths if any(names_module(name, p) for name in self.texts("exclude_modules"))}
+            names = Names(self.texts("exclude_modules"))
+            chosen -= {path for path in paths if names.of(path) is not None}
         layers = self.get("layers_to_transform", [])
         if layers != [] and not isinstance(asked, str):
             if self.get("layers_pattern"):
@@ -171,10 +171,16 @@ class Subject:
             wanted = layers if isinstance(layers, list) else [layers]
             exact = set(self.texts("target_modules"))
             chosen = {path for path in chosen if path in exact or _layer(path) in wanted}
-        return chosen | {path for path in paths if self._by_weight(path)}
+        return chosen | {path for path in paths if self.by_weight(path)}
 
-    def _by_weight(self, path: str) -> bool:
-        return any(names_module(entry, path + WEIGHT) for entry in self.texts("target_parameters"))
+    def by_weight(self, path: str) -> bool:
+        """Whether a layer is named by its weight, in target_parameters."""
+        return self._parameters.of(path) is not None
+
+    @cached_property
+    def _parameters(self) -> Names:
+        entries = self.texts("target_parameters")
+        return Names(entry.removesuffix(WEIGHT) for entry in entries if entry.endswith(WEIGHT))
 
     def _whole(self, pattern: str, paths: list[str]) -> set[str]:
         """The paths that a regular expression matches as a whole."""
@@ -183,7 +189,7 @@ class Subject:
     @staticmethod
     def _first(keys: list[str], paths: Iterable[str]) -> dict[str, str]:
         paths = list(paths)
-        if len(keys) * len(paths) > MANY_MATCHES or any(len(key) > LONG_PATTERN for key in keys):
+        if len(keys) * sum(map(len, paths)) > MANY_MATCHES or any(len(key) > LONG_PATTERN for key in keys):
             raise Undecided(f"{len(keys):,} patterns on {len(paths):,} modules are more than are looked at")
         try:
             return first_matches(keys, paths)
@@ -205,12 +211,9 @@ class Subject:
         """What was seen of every tensor's numbers, one in memory at a time; tensors that can't be read are left out."""
         seen = {}
         names = list(self.shapes)
-        with self.display.task("looking at the numbers", max(1, len(names))) as update:
-            for done, name in enumerate(names, 1):
-                try:
-                    tensor = read_tensor(self.folder / WEIGHTS, name)
-                except InputError:
-                    continue
+        # An error: it is gone, or was changed, since its header was read.
+        with self.display.task("looking at the numbers", max(1, len(names))) as update, suppress(InputError):
+            for done, (name, tensor) in enumerate(readable_tensors(self.folder / WEIGHTS, names), 1):
                 seen[name] = _seen(tensor)
                 update(done)
         return seen
@@ -220,8 +223,10 @@ class Subject:
     @cached_property
     def readable(self) -> bool:
         """Whether deltaw itself can load it, so that its commands are of help."""
-        if self.config.get("task_type") == "SEQ_2_SEQ_LM":
-            return False  # no base of deltaw's
+        lists = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
+        names = sum(len(value) for field_name in lists if isinstance(value := self.get(field_name), list | dict))
+        if self.config.get("task_type") == "SEQ_2_SEQ_LM" or names * len(self.shapes) > MANY_NAMES:
+            return False  # no base of deltaw's; a file that nobody trained
         try:
             Adapter.load(self.folder)
         except (InputError, ValueError):

@@ -55,7 +55,9 @@ class Server(Side):
         self.tells_ids = self._props is not None or self._try("/tokenize", self._named(prompt="a")) is not None
         self.context = _number((self._props or {}).get("default_generation_settings", {}).get("n_ctx"))
         ftype = str((self._props or {}).get("model_ftype") or "")
-        self.numbers = numbers_of_type(ftype, f"llama.cpp says that it runs {ftype}") if ftype else UNKNOWN
+        self.numbers = (
+            numbers_of_type(ftype, f"llama.cpp says that it runs {ftype}", cache="float16") if ftype else UNKNOWN
+        )
         if not self.tells_ids:
             self.notes.append(f"{name} tells no token ids: prompts can't be held against each other")
 
