@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from deltaw.base.weights import read_rows
 from deltaw.data.dataset import prepare
-from deltaw.data.render import Renderer
+from deltaw.data.render import TEMPLATE, Renderer
 from deltaw.errors import DeltawError
 from deltaw.export.lint.chat import NO_TEMPLATE, Chat
 from deltaw.export.lint.finding import (
@@ -28,7 +28,6 @@ from deltaw.export.lint.finding import (
 )
 from deltaw.export.lint.keys import NORM
 from deltaw.export.lint.subject import Subject
-from deltaw.export.trained import TEMPLATE
 
 SERVERS = (VLLM, LLAMA_CPP, OLLAMA, MLX)
 ROWS = 200  # of a run's data that are looked at
