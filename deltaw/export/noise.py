@@ -7,6 +7,7 @@ and what they come to is measured on the model, on the very positions that are c
     x ← x + σ_a(x) · n          what flows into each linear layer, as the activations' format rounds it
     y ← y + x (σ_w(W) ∘ n')ᵀ    its weight's errors: of one seed the same at every position, as rounding's are
     y ← y + σ_a(y) · n          what comes out of every module, where activations are kept in a floating type
+    y ← y + σ_w(y) · n          what comes out of an embedding, and of experts whose weights are stacked
 
 with n, n' standard normal. Both sides' errors are put in, each with its own formats. That is what two right sides are
 expected to differ by; SEEDS draws of it show how much that varies.
@@ -50,6 +51,9 @@ def noisy(model: nn.Module, sides: Sequence[Numbers], seed: int) -> Iterator[Non
     def out_of(_: nn.Module, __: Any, y: Any) -> Any:
         return _shaken(y, kept, generator) if _floats(y) else None
 
+    def looked_up(_: nn.Module, __: Any, y: Any) -> Any:
+        return _shaken(y, weights, generator) if _floats(y) else None
+
     def weighed(path: str, w_MN: Tensor) -> Any:
         def hook(_: nn.Module, given: tuple[Any, ...], y: Tensor) -> Tensor:
             return y + _of_weights(given[0], w_MN, weights, zlib.crc32(path.encode()) ^ seed).to(y.dtype)
@@ -64,8 +68,9 @@ def noisy(model: nn.Module, sides: Sequence[Numbers], seed: int) -> Iterator[Non
         for module in model.modules():
             if id(module) not in inside and module is not model:
                 handles.append(module.register_forward_hook(out_of))
-            if isinstance(module, nn.Embedding) and weights:
-                handles.append(module.register_forward_hook(lambda _, __, y: _shaken(y, weights, generator)))
+            stacked = any(weight.ndim == 3 for weight in module.parameters(recurse=False))  # experts
+            if weights and (stacked or isinstance(module, nn.Embedding)):
+                handles.append(module.register_forward_hook(looked_up))
         yield
     finally:
         for handle in handles:

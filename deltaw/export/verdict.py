@@ -28,8 +28,9 @@ from deltaw.export.sides.formats import described, exact, rms
 from deltaw.export.sides.side import Logs, Numbers
 
 KL_FACTOR, FACTOR = 4.0, 2.0
-SHARE, STRENGTH = 0.25, 0.1
+SHARE, STRENGTH = 0.25, 0.15
 NO_EFFECT = 1e-6  # nats: an adapter that changes nothing here
+FLOOR = (1e-6, 1e-3)  # KL and single differences that a server's float32 log-probabilities leave
 ASSUMED = (400.0, 700.0, 360.0)  # allowed KL / ε², largest / ε, gap / ε
 
 
@@ -175,15 +176,18 @@ def measured(
         f"rounding errors of {_formats(sides)} put into the model {len(draws)} times moved it by KL {min(kls):.2g} to "
         f"{max(kls):.2g}; allowed is {KL_FACTOR:g} times the most ({FACTOR:g} times for single differences)"
     )
-    largest = max(one.largest for one in apart)
-    return Tolerance(KL_FACTOR * max(kls), FACTOR * largest, FACTOR * moved, kls, why)
+    kl, largest, gap = KL_FACTOR * max(kls), FACTOR * max(one.largest for one in apart), FACTOR * moved
+    if any(chosen is not None for chosen in ids):
+        kl, largest, gap = max(kl, FLOOR[0]), max(largest, FLOOR[1]), max(gap, FLOOR[1])
+    return Tolerance(kl, largest, gap, kls, why)
 
 
 def assumed(sides: Sequence[Numbers]) -> Tolerance:
     """The tolerance where no side's model runs here."""
     names = [name for side in sides for name in (side.weights, *side.activations)]
     size = sum(rms(name) ** 2 for name in names) ** 0.5
-    kl, largest, gap = ASSUMED[0] * size**2, ASSUMED[1] * size, ASSUMED[2] * size
+    kl = max(ASSUMED[0] * size**2, FLOOR[0])
+    largest, gap = (max(factor * size, FLOOR[1]) for factor in ASSUMED[1:])
     what = _formats(sides)
     return Tolerance(kl, largest, gap, (), f"neither side runs here, so what rounding does is assumed for {what}")
 

@@ -8,13 +8,15 @@
     5  rounding errors of both sides' formats put into whichever model runs here, and the adapter switched off: what is
        allowed (verdict.py)
 
-One torch model is in memory at a time: everything that is asked of A is asked before B is loaded.
+One torch model is in memory at a time: everything that is asked of A is asked before B is loaded. Rounding is measured
+on A where it runs here: B may be what is wrong, and a broken model can be more sensitive than a right one.
 
 The prompts come from A if it is a run, else from B, else from `data`, else from built-in text (prompts.py). Not to be
 mixed up with training/verify.py, which is about resuming.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from deltaw.export.verdict import (
     measured,
     reasons_of,
 )
+from deltaw.lock import claimed_file
 from deltaw.progress import Display
 
 PROMPTS, TOKENS = 20, 32
@@ -84,6 +87,8 @@ def verify(
             closing.sides.append(sides[name])
         one, other = sides[str(a)], sides[str(b)]
         chosen = _prompts([one, other], data, prompts, display)
+        if not one.tells_ids and other.tells_ids:  # log-probabilities are asked for along the first one's ids
+            one, other = other, one
         return _compared(one, other, chosen, tokens, display)
 
 
@@ -100,11 +105,14 @@ def verify_named(
     """(JSON, text, whether they agree); the page is written where one is asked for."""
     from deltaw.export.verify_page import write_page
 
-    result = verify(a, b, data=data, prompts=prompts, base=base, display=display)
-    text = result.text()
-    if page is not None:
-        write_page(result, Path(page))
-        text += f"\n\npage: {page}"
+    if page is not None and not Path(page).parent.is_dir():
+        raise InputError(f"{page}: no such folder to write the page into", fix="make it, or choose another")
+    with claimed_file(Path(page)) if page is not None else nullcontext():
+        result = verify(a, b, data=data, prompts=prompts, base=base, display=display)
+        text = result.text()
+        if page is not None:
+            write_page(result, Path(page))
+            text += f"\n\npage: {page}"
     return result.to_json(), text, result.agree
 
 
@@ -133,6 +141,7 @@ def _compared(a: Side, b: Side, prompts: list[Prompt], tokens: int, display: Dis
         if given is not None and answer.ids
     ]
     heard_a.logs, heard_a.base = _logs(a, rows, display), a.local.base_logs(rows) if a.local and rows else None
+    draws = _draws(a, b, a, rows, display)
     if a.measurable and b.measurable:  # so that one model is in memory at a time
         a.close()
     display.say(f"loading {b.name}")
@@ -144,7 +153,8 @@ def _compared(a: Side, b: Side, prompts: list[Prompt], tokens: int, display: Dis
         heard_b.logs = _logs(b, rows, display)
         if b.local is not None and heard_a.base is None:
             heard_b.base = b.local.base_logs(rows)
-    tolerance = _tolerance(a, b, heard_a, heard_b, rows, display)
+    draws = draws or (_draws(a, b, b, rows, display) if heard_b.logs is not None else [])
+    tolerance = _tolerance(a, b, heard_a, heard_b, draws)
     return _judged(a, b, prompts, heard_a, heard_b, tolerance, known)
 
 
@@ -194,21 +204,28 @@ def _same_words(a: Side, b: Side, heard: _Heard) -> bool:
     return not known or sum(x != y for x, y in known) <= len(known) // 10
 
 
-def _tolerance(a: Side, b: Side, heard_a: _Heard, heard_b: _Heard, rows: Sequence[Row], display: Display) -> Tolerance:
-    """Measured on whichever side's model is loaded here."""
-    numbers = (a.numbers, b.numbers)
-    side, heard = (b, heard_b) if b.local is not None else (a, heard_a)
-    if side.local is None or heard.logs is None or heard_a.logs is None:
-        return assumed(numbers)
-    chosen = spread(range(len(rows)), NOISY_ROWS)
-    draws = []
+def _draws(a: Side, b: Side, side: Side, rows: Sequence[Row], display: Display) -> list[list[Logs]]:
+    """What rounding does to `side`, if that is a model that runs here, on some of the rows."""
+    if side.local is None or not rows:
+        return []
+    chosen, draws = spread(rows, NOISY_ROWS), []
     with display.task("what rounding does", SEEDS) as update:
         for seed in range(SEEDS):
-            draws.append(side.local.noisy_logs([rows[n] for n in chosen], numbers, seed))
+            draws.append(side.local.noisy_logs(chosen, (a.numbers, b.numbers), seed))
             update(seed + 1)
-    others = heard_b.logs if heard_b.logs is not None else heard_a.logs
-    ids = [compared_ids(heard_a.logs[n], others[n]) for n in chosen]
-    return measured(numbers, [heard.logs[n] for n in chosen], draws, ids)
+    return draws
+
+
+def _tolerance(a: Side, b: Side, one: _Heard, other: _Heard, draws: Sequence[Sequence[Logs]]) -> Tolerance:
+    """From the draws of A, else of B: over the tokens that are compared."""
+    numbers = (a.numbers, b.numbers)
+    clean = one.logs if a.measurable else other.logs
+    if not draws or clean is None or one.logs is None:
+        return assumed(numbers)
+    chosen = spread(range(len(clean)), NOISY_ROWS)
+    others = other.logs if other.logs is not None else one.logs
+    ids = [compared_ids(one.logs[n], others[n]) for n in chosen]
+    return measured(numbers, [clean[n] for n in chosen], draws, ids)
 
 
 def _judged(

@@ -54,10 +54,10 @@ def page_of(result: Verification) -> Page:
 
 
 def _findings(result: Verification) -> Block:
-    findings = [Finding("problem", reason) for reason in result.reasons]
+    findings = [Finding("problem", reason[:1].upper() + reason[1:]) for reason in result.reasons]
     if result.agree:
         findings.append(Finding("ok", "Both sides answer alike, as far as rounding lets them."))
-    return Findings([*findings, *(Finding("note", note) for note in result.notes)])
+    return Findings([*findings, *(Finding("note", note[:1].upper() + note[1:]) for note in result.notes)])
 
 
 def _facts(result: Verification) -> Block:

@@ -39,14 +39,20 @@ def base_and_adapter(folder: Path, **spec: object) -> tuple[Path, Path]:
     return base, folder / "adapter"
 
 
-def merged(base: Path, adapter: Path, folder: Path, change: Callable[[str, Tensor], Tensor] | None = None) -> Path:
-    """base + adapter as a bfloat16 folder; `change` spoils the update of a module."""
+def merged(
+    base: Path,
+    adapter: Path,
+    folder: Path,
+    change: Callable[[str, Tensor], Tensor] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """base + adapter as a folder; `change` spoils the update of a module."""
     model = AutoModelForCausalLM.from_pretrained(base)
     for path, update in Adapter.load(adapter).factors.items():
         delta = update.dense()  # type: ignore[union-attr]
         with torch.no_grad():
             model.get_submodule(path).weight += change(path, delta) if change else delta
-    model.bfloat16().save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder
 

@@ -113,6 +113,14 @@ def test_the_base_alone_is_known_as_such(place: Path) -> None:
     assert not result.agree and result.effect.strength == pytest.approx(1, abs=0.05)
 
 
+def test_two_files_in_llama_cpp_are_held_to_an_assumed_tolerance(place: Path) -> None:
+    both = f"{place / 'base.gguf'}+{place / 'adapter.gguf'}"
+    data = str(place / "rows.jsonl")
+    right = verify(both, both, data=data, prompts=4, tokens=8)
+    assert right.agree and right.kl is not None and not right.tolerance.measured
+    assert not verify(both, place / "base.gguf", data=data, prompts=4, tokens=8).agree
+
+
 def test_what_llama_cpp_tells_is_what_torch_says(place: Path) -> None:
     """Position by position, tokens of half a character included."""
     rows = [Row((3, 4, 5, 6, 7), tuple(range(200, 212))), Row(tuple(range(40, 60)), (66, 255, 130, 67))]
@@ -156,7 +164,7 @@ def test_without_the_package_it_is_said_what_to_install(place: Path, monkeypatch
 
 
 def test_a_types_numbers() -> None:
-    assert numbers_of_type("F16", "").activations == ("float16", "float16")
+    assert numbers_of_type("F32", "", cache="float16").activations == ("float32", "float16")
     assert numbers_of_type("BF16", "").weights == "bfloat16"
     assert numbers_of_type("Q4_K - Medium", "").weights == "Q4_K"
     assert numbers_of_type("Q8_0", "").activations[0] == "Q8_0"

@@ -74,8 +74,9 @@ def test_a_server_with_another_model_does_not(wrong: Side, data: str, ids: bool)
 
 
 @pytest.mark.parametrize("data", ["rows.jsonl", "chats.jsonl"])
-def test_a_server_that_tells_text_alone(right: Side, data: str) -> None:
-    result = held(Standin(right, ids=False), data)
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_server_that_tells_text_alone(right: Side, data: str, turned: bool) -> None:
+    result = held(Standin(right, ids=False), data, turned=turned)
     assert result.agree, result.text()
     assert result.kl is None and all(row.same_prompt is None for row in result.rows)
     assert len(result.notes) >= 2  # that prompts and numbers weren't compared
@@ -85,9 +86,8 @@ def test_two_sides_that_agree_cost_one_completion_a_prompt(right: Side) -> None:
     standin = Standin(right, ids=True)
     result = held(standin)
     completions = [body for path, body in standin.asked if path == "/v1/completions"]
-    assert len(completions) == len(result.rows) + sum(row.parting is not None for row in result.rows) or result.count(
-        "near tie"
-    )
+    again = sum(8 for row in result.rows if row.parting is not None)  # at most: each position behind a near tie
+    assert len(result.rows) <= len(completions) <= len(result.rows) + again
 
 
 def test_the_only_model_needs_no_name(right: Side) -> None:

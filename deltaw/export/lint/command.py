@@ -21,7 +21,7 @@ from deltaw.export.lint.base import look
 from deltaw.export.lint.finding import DESTINATIONS, Finding
 from deltaw.export.lint.forms import form_of
 from deltaw.export.lint.rules_config import MAX_RANKS
-from deltaw.export.lint.subject import Subject, recorded_base
+from deltaw.export.lint.subject import Subject, read_spec, recorded_base
 from deltaw.export.lint.verdict import Verdict
 from deltaw.model import is_run
 from deltaw.progress import Display
@@ -52,6 +52,7 @@ def lint(
     it; `max_lora_rank`: that of the vLLM it is for. Raises InputError where there is no adapter.
     """
     display = display or Display(quiet=True)
+    to = [place.lower() for place in to]
     if strange := [place for place in to if place not in DESTINATIONS]:
         raise InputError(f"--to {strange[0]}: no such destination", fix=f"one of {', '.join(DESTINATIONS)}")
     if max_lora_rank not in MAX_RANKS:
@@ -106,9 +107,10 @@ def _folder(
         kind=known.kind,
         no_base=known.reason,
         recorded=recorded,
+        spec=read_spec(folder),
         run=run,
         max_rank=max_rank,
         display=display,
     )
-    found: list[Finding] = [finding for rule in RULES for finding in rule(subject)]
-    return Verdict(name, "peft", known.base.source.name if known.base else recorded.name, tuple(found), to)
+    results: list[Finding] = [finding for rule in RULES for finding in rule(subject)]
+    return Verdict(name, "peft", known.base.source.name if known.base else recorded.name, tuple(results), to)

@@ -68,5 +68,6 @@ def other_form(form: Form, mend: str) -> Finding:
     """What destinations of another form make of it."""
     strangers = [place for place in DESTINATIONS if place not in READERS[form] + CONVERTS.get(form, ())]
     kind = {"peft": "in PEFT's layout", "gguf": "a GGUF", "mlx": "in mlx-lm's layout", "model": "a whole model"}[form]
-    names = " and ".join(DESTINATIONS[place] for place in strangers)
-    return OTHER_FORM.found(f"it is {kind}, which {names} can't read", mend, dict.fromkeys(strangers, REFUSED))
+    *most, last = [DESTINATIONS[place] for place in strangers]
+    names = f"{', '.join(most)} and {last}" if most else last
+    return OTHER_FORM.finding(f"it is {kind}, which {names} can't read", mend, dict.fromkeys(strangers, REFUSED))

@@ -11,7 +11,7 @@ from deltaw.base.decode import context
 from deltaw.base.forward import plan_forward
 from deltaw.base.load import open_base
 from deltaw.export.sides.local import Local, running, switched_off, working_type
-from deltaw.export.sides.side import Answer, Asked, Logs, Numbers, Progress, Prompt, Row, Side
+from deltaw.export.sides.side import Answer, Asked, Logs, Progress, Prompt, Row, Side
 from deltaw.export.trained import open_trained
 from deltaw.progress import Display
 
@@ -25,10 +25,11 @@ class Adapted(Side):
         self.name, self.notes = name, []
         self.trained = open_trained(name, base=base, display=display)
         self.source = self.trained.base
-        self.numbers = Numbers(why="run here")
+        self._dtype = working_type(self.source)
+        self.numbers = running(self._dtype, "float32")
 
     def load(self) -> None:
-        opened = open_base(self.trained.base, dtype=working_type(self.trained.base))
+        opened = open_base(self.trained.base, dtype=self._dtype)
         plan_forward(opened.model)
         attached = attach(opened.model, self.trained.adapter)
         renderer = self.trained.renderer
@@ -41,7 +42,6 @@ class Adapted(Side):
             plain=lambda: switched_off(stand_ins),
         )
         self.context = context(opened.model)
-        self.numbers = running(opened.model, "float32")
 
     def ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | None]:
         render = self.trained.renderer.prompt_ids

@@ -11,7 +11,7 @@ from deltaw.base.load import open_base
 from deltaw.base.source import find_base
 from deltaw.data.render import open_tokenizer
 from deltaw.export.sides.local import Local, Words, running, stops_of, stored_type, working_type
-from deltaw.export.sides.side import Answer, Asked, Logs, Numbers, Progress, Prompt, Row, Side
+from deltaw.export.sides.side import Answer, Asked, Logs, Progress, Prompt, Row, Side
 from deltaw.progress import Display
 
 
@@ -22,16 +22,16 @@ class Folder(Side):
 
     def __init__(self, name: str, *, display: Display) -> None:
         self.name, self.notes = name, []
-        self.source = self._source = source = find_base(name, progress=display.say)
+        self.source = source = find_base(name, progress=display.say)
         self._words = Words(open_tokenizer(source.directory))
-        self.numbers = Numbers(stored_type(source), why="the folder's weights, run here")
+        self._dtype = working_type(source)
+        self.numbers = running(self._dtype, stored_type(source))
 
     def load(self) -> None:
-        source = self._source
-        opened = open_base(source, dtype=working_type(source))
+        assert self.source is not None
+        opened = open_base(self.source, dtype=self._dtype)
         self.local = Local(opened.model, stops_of(opened.model, self._words.tokenizer), self._words.decode)
         self.context = context(opened.model)
-        self.numbers = running(opened.model, self.numbers.weights)
 
     def ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | None]:
         return [self._words.ids(prompt) for prompt in prompts]

@@ -3,10 +3,10 @@
 It runs as a server in a child process (llama_server.py), on a port of its own and behind a key of its own, so that this
 side is `Server` (server.py) asked about a machine of ours. Nothing of it outlives `close`, nor this process.
 
-    weights        the type that most of the file's numbers have. Where the other side was made from this very GGUF its
-                   weights are the same numbers, and `same_weights` says so
+    weights        the type that most of the file's numbers have; where the other side's base is this very GGUF,
+                   verify.py says that they are the same numbers
     activations    what llama.cpp's CPU kernels turn a layer's input into: 8-bit blocks for quantised weights, the
-                   weight's own type for F16 and BF16; keys and values are kept as F16
+                   weight's own type for F16 and BF16. Keys and values, F16 in other servers, stay as they are
 """
 
 import contextlib
@@ -124,13 +124,14 @@ def numbers_of(header: Header) -> Numbers:
     return numbers_of_type(weights, f"most of the GGUF is {weights}")
 
 
-def numbers_of_type(weights: str, why: str) -> Numbers:
-    """The same from the type's name ("Q8_0", "Q4_K - Medium")."""
+def numbers_of_type(weights: str, why: str, *, cache: str = "float32") -> Numbers:
+    """The same from the type's name ("Q8_0", "Q4_K - Medium"). `cache`: what keys and values are kept as."""
     weights = weights.split(" ")[0].upper()
+    kept = () if cache == "float32" else (cache,)
     if weights in ("F32", "F16", "BF16"):
         name = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[weights]
-        return Numbers(name, (name, "float16"), f"{why}; llama.cpp keeps keys and values as F16")
-    return Numbers(weights, ("Q8_0", "float16"), f"{why}; llama.cpp rounds what meets such weights to 8 bits")
+        return Numbers(name, (name, *kept), why)
+    return Numbers(weights, ("Q8_0", *kept), f"{why}; llama.cpp rounds what meets such weights to 8 bits")
 
 
 def free_cores() -> int:

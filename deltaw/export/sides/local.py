@@ -8,9 +8,10 @@ Letters: B rows of a batch, L their longest, P positions, V vocabulary.
 """
 
 import contextlib
-import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from deltaw.base.decode import context
 from deltaw.base.generate import Sampling, evaluating, generate
+from deltaw.base.linear_weights import HEADER_BYTES, TENSORS
 from deltaw.base.source import Source
-from deltaw.base.weights import read_header, read_tensor, shards
+from deltaw.base.weights import read_header, read_json, read_tensor, shards
 from deltaw.config import Dtype
 from deltaw.data.template import Template
 from deltaw.errors import InputError
@@ -132,10 +134,13 @@ class Words:
         return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
-def stops_of(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Where transformers' own `generate` ends: the generation config's tokens, else the tokenizer's eos."""
-    config = getattr(model, "generation_config", None)
-    stops = getattr(config, "eos_token_id", None)
+def stops_of(model: nn.Module, tokenizer: Any, folder: Path | None = None) -> set[int]:
+    """Where transformers' own `generate` ends: the generation config's tokens (that in `folder`, where there is one),
+    else the tokenizer's eos."""
+    own = folder / "generation_config.json" if folder is not None else None
+    stops = read_json(own, allow_nan=True).get("eos_token_id") if own is not None and own.is_file() else None
+    if stops is None:
+        stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     stops = tokenizer.eos_token_id if stops is None else stops
     return {int(stop) for stop in (stops if isinstance(stops, list) else [stops]) if stop is not None}
 
@@ -144,7 +149,7 @@ def stored_type(source: Source) -> str:
     """The type in which most of a folder's numbers are stored."""
     sizes: dict[str, int] = {}
     for file, names in shards(source.directory).items():
-        shapes = read_header(file, max_header_bytes=100_000_000, max_tensors=1_000_000).shapes
+        shapes = read_header(file, max_header_bytes=HEADER_BYTES, max_tensors=TENSORS).shapes
         largest = max(names, key=lambda name: torch.Size(shapes[name]).numel())
         kind = str(read_tensor(file, largest).dtype).removeprefix("torch.")
         sizes[kind] = sizes.get(kind, 0) + file.stat().st_size
@@ -152,22 +157,23 @@ def stored_type(source: Source) -> str:
 
 
 def working_type(source: Source) -> Dtype:
-    """float32 where twice the weights would fit into memory, else the faster one."""
-    if torch.cuda.is_available():
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    numbers = sum(
+    """float32 where the weights and half as much again fit into memory, else the faster one."""
+    needed = 6 * sum(
         torch.Size(shape).numel()
         for file in shards(source.directory)
-        for shape in read_header(file, max_header_bytes=100_000_000, max_tensors=1_000_000).shapes.values()
+        for shape in read_header(file, max_header_bytes=HEADER_BYTES, max_tensors=TENSORS).shapes.values()
     )
-    return "float32" if 4 * numbers * 1.5 < free else "auto"
+    if torch.cuda.is_available():
+        return "float32" if needed < torch.cuda.mem_get_info()[0] else "auto"
+    with contextlib.suppress(OSError):
+        free = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        return "float32" if free is None or needed < 1024 * int(free[1]) else "auto"
+    return "float32"
 
 
-def running(model: nn.Module, weights: str) -> Numbers:
-    """The numbers of a model that runs here, its stored weights being of the format `weights`."""
-    kind = str(next(model.parameters()).dtype).removeprefix("torch.")
+def running(dtype: Dtype, weights: str) -> Numbers:
+    """The numbers of a model that runs here in `dtype`, its stored weights being of the format `weights`."""
+    kind = "bfloat16" if dtype == "auto" else dtype
     return Numbers(weights, (kind,), f"run here in {kind}")
 
 

@@ -1,7 +1,8 @@
 """An adapter folder in PEFT's own code, as whoever downloads it runs it. The home of peft, which is optional.
 
 The base is the one that its config names, or `--base`. The tokenizer is the adapter folder's where it has one, else the
-base's with the folder's chat_template.jinja. What PEFT is given was looked at first: safetensors only, and a config
+base's with the folder's chat_template.jinja; answers end where the folder's generation config says, else the base's.
+What PEFT is given was looked at first: safetensors only, and a config
 without fields that would import code or match by a stranger's regular expression (peft_config.py).
 """
 
@@ -23,7 +24,7 @@ from deltaw.config import load_config
 from deltaw.data.render import open_tokenizer
 from deltaw.errors import InputError
 from deltaw.export.sides.local import Local, Words, running, stops_of, working_type
-from deltaw.export.sides.side import Answer, Asked, Logs, Numbers, Progress, Prompt, Row, Side
+from deltaw.export.sides.side import Answer, Asked, Logs, Progress, Prompt, Row, Side
 from deltaw.export.trained import TEMPLATE
 from deltaw.model import is_run
 from deltaw.progress import Display
@@ -47,7 +48,7 @@ class Peft(Side):
         check_config(config, str(folder / CONFIG))
         read_header(folder / WEIGHTS)
         self.folder = folder
-        self.source = self._source = source = find_base(
+        self.source = source = find_base(
             base or _base_of(config.get("base_model_name_or_path"), folder), progress=display.say
         )
         own = (folder / "tokenizer_config.json").is_file()
@@ -56,14 +57,15 @@ class Peft(Side):
             open_tokenizer(folder if own else source.directory),
             template.read_text(encoding="utf-8") if template.is_file() else None,
         )
-        self.numbers = Numbers(why="run here")
+        self._dtype = working_type(source)
+        self.numbers = running(self._dtype, "float32")
 
     def load(self) -> None:
-        source = self._source
+        assert self.source is not None
         from peft import PeftModel
 
-        opened = open_base(source, dtype=working_type(source))
-        stops = stops_of(opened.model, self._words.tokenizer)
+        opened = open_base(self.source, dtype=self._dtype)
+        stops = stops_of(opened.model, self._words.tokenizer, self.folder)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             try:
@@ -71,11 +73,11 @@ class Peft(Side):
             except Exception as error:  # whatever PEFT makes of the folder
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(f"{self.folder}: PEFT can't load it ({type(error).__name__}: {reason})") from None
-        self.notes += [f"PEFT warns: {' '.join(str(one.message).split())[:200]}" for one in told][:3]
+        said = [" ".join(str(one.message).split())[:200] for one in told if issubclass(one.category, UserWarning)]
+        self.notes += [f"PEFT warns: {words}" for words in said[:3]]
         inner = cast(nn.Module, model.base_model.model)
         self.local = Local(inner.eval(), stops, self._words.decode, off=model.disable_adapter)
         self.context = context(opened.model)
-        self.numbers = running(opened.model, "float32")
 
     def ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | None]:
         return [self._words.ids(prompt) for prompt in prompts]

@@ -46,21 +46,23 @@ class Server(Side):
         self._letter: int | None = None
         self._likeliest: dict[tuple[int, ...], Top] = {}  # by all the ids in front of the position
         if process is not None:
-            self.numbers, self._tokenizes, self.context = process.numbers, True, process.context
+            self.numbers, self.tells_ids, self.context = process.numbers, True, process.context
             return
         self._model = self._known(client.reach(f"{prefix}/models"), model)
         self._props = self._try("/props", None)
         if self._props is not None and "default_generation_settings" not in self._props:
             self._props = None
-        self._tokenizes = self._props is not None or self._try("/tokenize", self._named(prompt="a")) is not None
+        self.tells_ids = self._props is not None or self._try("/tokenize", self._named(prompt="a")) is not None
         self.context = _number((self._props or {}).get("default_generation_settings", {}).get("n_ctx"))
         ftype = str((self._props or {}).get("model_ftype") or "")
-        self.numbers = numbers_of_type(ftype, f"llama.cpp says that it runs {ftype}") if ftype else UNKNOWN
-        if not self._tokenizes:
+        self.numbers = (
+            numbers_of_type(ftype, f"llama.cpp says that it runs {ftype}", cache="float16") if ftype else UNKNOWN
+        )
+        if not self.tells_ids:
             self.notes.append(f"{name} tells no token ids: prompts can't be held against each other")
 
     def ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | None]:
-        return [self._ids(prompt) if self._tokenizes else None for prompt in prompts]
+        return [self._ids(prompt) if self.tells_ids else None for prompt in prompts]
 
     def answers(self, asked: Sequence[Asked], tokens: int, progress: Progress) -> list[Answer]:
         answers = []
@@ -73,7 +75,7 @@ class Server(Side):
         return answers
 
     def logs(self, rows: Sequence[Row], progress: Progress) -> list[Logs] | None:
-        if not self._tokenizes:
+        if not self.tells_ids:
             return None
         found = []
         for number, row in enumerate(rows, 1):
@@ -85,7 +87,7 @@ class Server(Side):
         return found
 
     def decode(self, ids: Sequence[int]) -> str | None:
-        if not self._tokenizes:
+        if not self.tells_ids:
             return None
         try:
             if self._props is not None:

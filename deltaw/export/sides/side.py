@@ -105,6 +105,7 @@ class Side(abc.ABC):
     name: str
     numbers: Numbers
     notes: list[str]
+    tells_ids = True
     measurable = False  # whether `load` gives it a `local`
     local: "Local | None" = None
     source: "Source | None" = None  # the base, or the folder, of a side that runs here
