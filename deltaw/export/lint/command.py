@@ -58,10 +58,13 @@ def lint(
     if max_lora_rank not in MAX_RANKS:
         raise InputError(f"--max-lora-rank {max_lora_rank}: vLLM takes {', '.join(map(str, MAX_RANKS))}")
     path, name = Path(adapter).expanduser(), str(adapter)
-    if is_run(path):
-        run = load_config(path / "config.yaml")
-        return _folder(name, path / "adapter", run, base, tuple(to), max_lora_rank, display)
-    form = form_of(path)
+    try:
+        run, form = is_run(path), form_of(path)
+    except OSError as error:  # a name too long for a path, a folder that mustn't be looked into
+        raise InputError(f"{name:.200}: {error.strerror}") from None
+    if run:
+        config = load_config(path / "config.yaml")
+        return _folder(name, path / "adapter", config, base, tuple(to), max_lora_rank, display)
     if form == "peft":
         return _folder(name, path, None, base, tuple(to), max_lora_rank, display)
     if form == "gguf":

@@ -25,6 +25,7 @@ from deltaw.export.lint.finding import (
     Finding,
     code,
 )
+from deltaw.model import is_run
 
 Form = Literal["peft", "gguf", "mlx", "model"]
 READERS: dict[Form, tuple[str, ...]] = {  # who reads it as it is, the one that it is made for first
@@ -44,7 +45,9 @@ OTHER_FORM = code(
 
 
 def form_of(path: Path) -> Form:
-    """Raises InputError for what is none of them."""
+    """Of a run, too. Raises InputError for what is none of them."""
+    if is_run(path):
+        return "peft"
     if path.is_file():
         if path.suffix == ".gguf":
             return "gguf"
