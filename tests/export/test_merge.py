@@ -86,6 +86,16 @@ def test_changed_weights_are_rounded_once_and_the_others_are_the_same_bits(tmp_p
     assert result["survival"]["changed"] == changed
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_base_in_float64_stays_so(tmp_path: Path, name: str, kind: str) -> None:
+    base = base_folder(tmp_path / "base", name, dtype=torch.float64)
+    adapter = random_adapter(base, kind)
+    result = merged(base, adapter, tmp_path / "merged")
+    assert {row["dtype"] for row in result["tensors"]} == {"F64"} and result["survival"]["kept"] == pytest.approx(1)
+    assert close(logits(loaded(tmp_path / "merged")), attached_logits(base, adapter))
+
+
 def test_the_survey_is_what_the_files_show(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base", dtype=torch.bfloat16)
     adapter = random_adapter(base, size=0.003)
