@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -137,6 +138,18 @@ def test_a_head_that_was_tied_is_written_on_its_own(tmp_path: Path, tower: bool)
     config = json.loads((tmp_path / "merged/config.json").read_text())
     assert config["tie_word_embeddings"] is False
     assert not tower or config["text_config"]["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_strangers_adapter_with_a_head_answers_as_in_peft(tmp_path: Path, dora: bool) -> None:
+    base = base_folder(tmp_path / "base", tie_word_embeddings=True)
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "lm_head"], use_dora=dora, init_lora_weights=False)
+    torch.manual_seed(0)
+    peft = get_peft_model(loaded(base), config).eval()
+    peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    result, _ = merge_named(str(tmp_path / "adapter"), str(tmp_path / "merged"), base=str(base))
+    assert result["fates"]["untied"] == 1
+    assert close(logits(loaded(tmp_path / "merged")), logits(peft))
 
 
 def test_tied_weights_that_are_stored_twice(tmp_path: Path) -> None:
