@@ -129,13 +129,13 @@ def _needed(trained: Trained, plan: MergePlan, dtype: torch.dtype | None) -> int
 
 
 def _config(base: Path, plan: MergePlan, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The base's config with what is no longer so: its type, and what is tied."""
+    """The base's config with what is no longer so: its type, if another was asked for, and what is tied."""
     config = read_json(base / "config.json", allow_nan=True)
     config = {key: value for key, value in config.items() if key not in LOCAL}
     word = _type_name(plan, dtype)
     for part in _parts(config):
         for key in ("dtype", "torch_dtype"):
-            if key in part and (dtype is not None or part is config):
+            if key in part and dtype is not None:
                 part[key] = word
         if plan.unties:  # a family's default may be to tie, in the whole and in its language model
             part["tie_word_embeddings"] = False

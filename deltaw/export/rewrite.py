@@ -22,8 +22,9 @@ import contextlib
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +47,7 @@ WORDS = {dtype: word for word, dtype in TYPES.items()}
 CHUNK = 1 << 17  # numbers: 512 kB in float32, of which three stand beside each other in a cache of 2 MB
 PIECE = 1 << 22  # bytes of the base that a thread takes at a time
 FLUSHED = 1 << 25  # bytes after which the disk is told to begin
-THREADS = 4
+THREADS, AHEAD = 4, 4  # at most so many, and pieces that wait for each
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +134,7 @@ def rewrite(
             streamed(folder / file.name, new, header.metadata) as stream,
             _flushed(stream) as flush,
         ):
-            ways = [_way(plan, planned, header, source, stream, new[planned.name].dtype) for planned in tensors]
+            ways = (_way(plan, planned, header, source, stream, new[planned.name].dtype) for planned in tensors)
             for piece, read, survival in _in_threads(_Piece(way, *part) for way in ways for part in way.pieces):
                 if module := piece.tensor.planned.module:
                     survivals[module] += survival
@@ -177,11 +178,17 @@ def _way(plan: MergePlan, planned: Planned, header: Header, source: int, stream:
 
 
 def _in_threads(pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, int, Survival]]:
-    """Each piece with the bytes read of it and what is left of its update. An error ends them all."""
-    pool = ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+    """Each piece with the bytes read of it and what is left of its update, a few ahead. An error ends them all."""
+    workers = min(THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    pool, begun = ThreadPoolExecutor(workers), deque[Future[tuple[_Piece, int, Survival]]]()
     try:
         with one_thread():
-            yield from pool.map(_written, pieces)
+            for piece in pieces:
+                begun.append(pool.submit(_written, piece))
+                if len(begun) > AHEAD * workers:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -269,11 +276,12 @@ def _differing(x: Tensor, y: Tensor) -> int:
 
 
 def _delta(update: Update, w: Tensor, *, out: Tensor) -> Tensor:
-    """ΔW of these rows."""
+    """ΔW of these rows, in W's type."""
     if not isinstance(update, LowRank):
-        return as_plain(update, w).dense()
+        return as_plain(update, w).dense().to(w.dtype)
     # In the buffer, and with the scale in the product.
-    return torch.addmm(out, update.b_MR, update.a_RN, beta=0, alpha=update.scale, out=out)
+    a_RN, b_MR = update.a_RN.to(w.dtype), update.b_MR.to(w.dtype)
+    return torch.addmm(out, b_MR, a_RN, beta=0, alpha=update.scale, out=out)
 
 
 def _overflow(tensor: _Tensor, base: Tensor) -> InputError:
@@ -296,12 +304,12 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _fill(buffer: Tensor, source: int, at: int) -> None:
-    """Read as many bytes as the buffer has. OSError for a file that has become shorter."""
+    """Read as many bytes as the buffer has."""
     view = _bytes(buffer)
     while view:
         read = os.preadv(source, [view], at)
         if not read:
-            raise OSError("a file of the base was cut short while it was read")
+            raise InputError("a file of the base was cut short while it was read", fix="get the base again")
         view, at = view[read:], at + read
 
 

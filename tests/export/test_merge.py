@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -86,6 +87,16 @@ def test_changed_weights_are_rounded_once_and_the_others_are_the_same_bits(tmp_p
     assert result["survival"]["changed"] == changed
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_base_in_float64_stays_so(tmp_path: Path, name: str, kind: str) -> None:
+    base = base_folder(tmp_path / "base", name, dtype=torch.float64)
+    adapter = random_adapter(base, kind)
+    result = merged(base, adapter, tmp_path / "merged")
+    assert {row["dtype"] for row in result["tensors"]} == {"F64"} and result["survival"]["kept"] == pytest.approx(1)
+    assert close(logits(loaded(tmp_path / "merged")), attached_logits(base, adapter))
+
+
 def test_the_survey_is_what_the_files_show(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base", dtype=torch.bfloat16)
     adapter = random_adapter(base, size=0.003)
@@ -127,6 +138,18 @@ def test_a_head_that_was_tied_is_written_on_its_own(tmp_path: Path, tower: bool)
     config = json.loads((tmp_path / "merged/config.json").read_text())
     assert config["tie_word_embeddings"] is False
     assert not tower or config["text_config"]["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_strangers_adapter_with_a_head_answers_as_in_peft(tmp_path: Path, dora: bool) -> None:
+    base = base_folder(tmp_path / "base", tie_word_embeddings=True)
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "lm_head"], use_dora=dora, init_lora_weights=False)
+    torch.manual_seed(0)
+    peft = get_peft_model(loaded(base), config).eval()
+    peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    result, _ = merge_named(str(tmp_path / "adapter"), str(tmp_path / "merged"), base=str(base))
+    assert result["fates"]["untied"] == 1
+    assert close(logits(loaded(tmp_path / "merged")), logits(peft))
 
 
 def test_tied_weights_that_are_stored_twice(tmp_path: Path) -> None:

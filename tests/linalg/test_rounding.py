@@ -51,7 +51,7 @@ def test_what_survives_is_what_is_seen_and_adds_up(seed: int, size: float, cut: 
     along = float((seen * true).sum())
     norms = float(seen.norm() * true.norm())
     assert got.share == float((seen != 0).double().mean())
-    assert got.cosine == pytest.approx(along / norms if norms else 0.0, abs=1e-6)
+    assert got.cosine == pytest.approx(along / norms if norms else 0.0, abs=1e-4)  # of sums in float32
     assert got.kept == pytest.approx(along / float(true.norm()) ** 2 if size else 0.0, abs=1e-6)
     assert got.error == pytest.approx(float((seen - true).norm() / true.norm()) if size else 0.0, abs=1e-6)
     parts = [survival(w[rows], delta[rows], bfloat16) for rows in (slice(cut), slice(cut, None))]
