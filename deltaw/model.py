@@ -20,7 +20,7 @@ from deltaw.base.load import Base, open_base, open_skeleton
 from deltaw.base.source import BUILTINS, Source, find_base
 from deltaw.config import Dtype, RunConfig, load_config
 from deltaw.data.dataset import Dataset, prepare
-from deltaw.data.render import Renderer, open_tokenizer
+from deltaw.data.render import TEMPLATE, Renderer, open_tokenizer
 from deltaw.errors import InputError, command
 from deltaw.progress import Display
 
@@ -121,7 +121,7 @@ def open_model(
         base = base or base_name(adapter, path)
     source = find_base(base or str(name), progress=display.say)
     opened = open_base(source, dtype=dtype or "auto", device=device, progress=display.say)
-    renderer = open_renderer(source, config)
+    renderer = open_renderer(source, config, template_beside(path))
     model = Model(opened, renderer, plan_forward(opened.model))
     if adapter is None:
         return model
@@ -134,13 +134,20 @@ def open_model(
     return Model(opened, renderer, model.forward, attached, trained_plain=adapter.base.template == PLAIN)
 
 
-def open_renderer(source: Source, config: RunConfig | None = None) -> Renderer:
-    """The tokenizer and the rules of the run's `data` section, or the defaults."""
-    tokenizer = open_tokenizer(source.directory)
+def open_renderer(source: Source, config: RunConfig | None = None, template: Path | None = None) -> Renderer:
+    """The tokenizer and the rules of the run's `data` section, or the defaults. `template`: before the run's setting,
+    which may name a file that is gone by now."""
+    tokenizer, own = open_tokenizer(source.directory), None if template is None else str(template)
     if config is None:
-        return Renderer(tokenizer)
+        return Renderer(tokenizer, template=own)
     data = config.data
-    return Renderer(tokenizer, train_on=data.train_on, template=data.template, rendered=data.rendered)
+    return Renderer(tokenizer, train_on=data.train_on, template=own or data.template, rendered=data.rendered)
+
+
+def template_beside(path: Path) -> Path | None:
+    """The chat template that a run or an adapter folder has beside its weights, where it isn't the tokenizer's own."""
+    file = (path / "adapter" if is_run(path) else path) / TEMPLATE
+    return file if is_adapter(file.parent) and file.is_file() else None
 
 
 def open_dataset(config: RunConfig, display: Display) -> tuple[Source, Renderer, Dataset]:

@@ -44,7 +44,9 @@ def test_the_exit_code_goes_by_what_was_asked(folder: Path, tmp_path: Path) -> N
     assert call("lint", folder / "run", "--to", "mlx")[0] == 1
     code, _, err = call("lint", folder / "run", "--to", "tgi")
     assert code == 2 and "vllm" in err
-    assert call("lint", tmp_path)[0] == 2 and call("lint", tmp_path / "nowhere")[0] == 2
+    for nothing in (tmp_path, tmp_path / "nowhere", "x" * 5000):
+        code, _, err = call("lint", nothing)
+        assert code == 2 and "defect" not in err
     assert call("lint", folder / "run", "--max-lora-rank", 3)[0] == 2
 
 

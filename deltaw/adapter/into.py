@@ -1,7 +1,7 @@
 """An adapter merged into a loaded model, and taken out of it again: `adapter.merge_into(model)`.
 
 Each adapted layer has a new one of its own kind in its place, whose weight is W + ΔW rounded once (`fuse`, layer.py).
-The model then runs by its own code, without anything of deltaw in it, and `save_pretrained` writes a plain model. `undo`
+The model then runs by its own code, with nothing of deltaw in it, and `save_pretrained` writes a plain model. `undo`
 puts the very same layers back, so that the base is what it was, bit for bit: subtracting ΔW again would leave its
 rounding. The price is a second copy of the adapted weights while both are there.
 

@@ -203,12 +203,12 @@ def read_metadata(path: Path, wanted: Callable[[str], bool]) -> dict[str, Typed]
     """The keys that are `wanted`, whole, of one file or part. Raises InputError as `read_part` does."""
     with _opened(path) as cursor:
         keys = len(_walk(cursor).metadata)  # every count is checked
-        cursor.at, found = 24, dict[str, Typed]()
+        cursor.at, values = 24, dict[str, Typed]()
         for _ in range(keys):
             name, value = cursor.name(), cursor.typed()
             if wanted(name):
-                found[name] = value
-    return found
+                values[name] = value
+    return values
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -168,6 +168,18 @@ def read_tensor(path: Path, name: str) -> "Tensor":
     """One tensor, copied into memory, of a file that `read_header` or `shards` checked. Raises InputError."""
     with _reading(path) as file:
         return file.get_tensor(name).clone()
+
+
+def readable_tensors(path: Path, names: Iterable[str]) -> "Iterator[tuple[str, Tensor]]":
+    """(name, tensor) of a file that `read_header` checked, one in memory at a time, opened once; what torch has no type
+    for is left out. Raises InputError for a file that can't be opened."""
+    with _reading(path) as file:
+        for name in names:
+            try:
+                tensor = file.get_tensor(name).clone()
+            except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError):
+                continue
+            yield name, tensor
 
 
 def read_rows(path: Path, name: str, rows: "Sequence[int]") -> "Tensor":

@@ -15,6 +15,7 @@ from deltaw.adapter.algebra import Loss, mixed, pad_all, resize, scaled
 from deltaw.adapter.combine import combine
 from deltaw.adapter.extract import extract_adapter, extract_folders
 from deltaw.adapter.file import Adapter
+from deltaw.base.weights import write_text_atomic
 from deltaw.config import load_config
 from deltaw.errors import InputError
 from deltaw.evaluate.budget import Trial, resize_to_loss
@@ -22,7 +23,7 @@ from deltaw.evaluate.command import rows_of
 from deltaw.evaluate.forgetting import general_text
 from deltaw.evaluate.slider import Point, slide
 from deltaw.lock import new_folder
-from deltaw.model import is_run, load_adapter
+from deltaw.model import is_run, load_adapter, template_beside
 from deltaw.progress import Display
 
 WORST = 5  # modules shown
@@ -59,14 +60,14 @@ def resize_named(
     with new_folder(output) as folder:
         if max_loss_increase is None:
             adapter = load_adapter(Path(name))
-            return _save(Made(*resize(adapter, rank=rank, energy=energy, uniform=uniform)), folder, adapter)
+            return _save(Made(*resize(adapter, rank=rank, energy=energy, uniform=uniform)), folder, adapter, name)
         model, examples = rows_of(name, data, base=base, display=display)
         adapter = load_adapter(Path(name))
         smaller, trials = resize_to_loss(model, adapter, examples, max_loss_increase, display=display)
         made = Made(
             pad_all(smaller) if uniform else smaller, (), _trials(trials), {"trials": [asdict(t) for t in trials]}
         )
-        return _save(made, folder, adapter)
+        return _save(made, folder, adapter, name)
 
 
 def combine_named(
@@ -95,7 +96,7 @@ def combine_named(
                 seed=seed,
                 progress=lambda done, total: update(done),
             )
-        return _save(Made(*made), folder, None)
+        return _save(Made(*made), folder, None, names[0])
 
 
 def extract_named(
@@ -111,7 +112,9 @@ def extract_named(
             if not is_run(Path(tuned)) and (Path(tuned) / "config.json").is_file():
                 raise InputError(f"{tuned} is a model: what changed can't be told without its base", "add --base BASE")
             adapter = load_adapter(Path(tuned))
-            return _save(Made(*extract_adapter(adapter, rank=rank, energy=energy, progress=progress)), folder, adapter)
+            return _save(
+                Made(*extract_adapter(adapter, rank=rank, energy=energy, progress=progress)), folder, adapter, tuned
+            )
         if not Path(tuned).is_dir():
             raise InputError(f"{tuned}: no such folder", fix="name the fine-tuned model's folder")
         found, report = extract_folders(Path(tuned), base, rank=rank, energy=energy, progress=progress)
@@ -137,7 +140,7 @@ def scale_named(
             raise InputError("where is the scaled adapter to go?", fix="add --output FOLDER")
         with new_folder(output) as folder:
             adapter = load_adapter(Path(name))
-            return _save(Made(scaled(adapter, to)), folder, adapter)
+            return _save(Made(scaled(adapter, to)), folder, adapter, name)
     model, examples = rows_of(name, data, base=base, display=display)
     config = load_config(Path(name) / "config.yaml") if is_run(Path(name)) else None
     general = general_text((config and config.evaluate.general) or "builtin:general", model.renderer)
@@ -145,7 +148,10 @@ def scale_named(
     return {"points": [asdict(point) for point in points], "rows": len(examples)}, _points(points)
 
 
-def _save(made: Made, folder: Path, before: Adapter | None) -> Shown:
+def _save(made: Made, folder: Path, before: Adapter | None, source: str = "") -> Shown:
+    """`source`: a run or an adapter that it was made of, whose chat template goes along."""
+    if source and (template := template_beside(Path(source))):
+        write_text_atomic(folder / template.name, template.read_text(encoding="utf-8"))
     made.adapter.save(folder)
     errors = [loss.relative_error for loss in made.losses]
     ranks = sorted(update.rank for update in made.adapter.factors.values())

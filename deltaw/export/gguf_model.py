@@ -67,8 +67,8 @@ class GgufModel(Destination):
                 f"{self.tensors.left_out} tensors of the part that sees pictures aren't in it: llama.cpp reads that "
                 "from a file of its own, the base's mmproj"
             )
-        if self.quantizer is not None and (said := fallbacks(shapes)):
-            self.notes.append(said)
+        if self.quantizer is not None and (note := fallbacks(shapes)):
+            self.notes.append(note)
 
     def size(self) -> int:
         floats = sum(place.size + 64 for place in self.places)
@@ -112,7 +112,7 @@ class GgufModel(Destination):
         keys |= {f"{architecture}.{name}": typed(value) for name, value in self.meta.keys.items()}
         file = self.trained.base.gguf
         if file is None:
-            words = vocabulary(self.trained.renderer, rows)
+            words = vocabulary(self.trained.renderer, rows, chats=not self.trained.plain)
             self.notes += words.notes
             return keys | {name: typed(value) for name, value in words.keys.items()}
         block = read_metadata(parts_of(file)[0], lambda key: key.startswith(COPIED))

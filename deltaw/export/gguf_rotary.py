@@ -26,10 +26,10 @@ USUAL = ("linear", "yarn")
 LOCAL = 10_000.0  # Gemma 3's base in layers with a window, where the file has none
 NEUTRAL = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
-Said = tuple[dict[str, Any], dict[str, list[float]]]
+Spoken = tuple[dict[str, Any], dict[str, list[float]]]
 
 
-def rotary(fields: "Fields", architecture: str, head_dim: int, context: int, notes: list[str]) -> Said:
+def rotary(fields: "Fields", architecture: str, head_dim: int, context: int, notes: list[str]) -> Spoken:
     """(keys, tensors). What can't be said is noted in `fields`."""
     config = fields.config
     fields.take("original_max_position_embeddings")  # also in the parameters, where it counts

@@ -3,7 +3,7 @@
 What llama.cpp's own quantiser does for a plain type is done here, so that a file is what people expect of its name:
 
     F32             one-dimensional tensors, norms, GPT-2's positions, tables of rotary factors
-    the type        every other tensor, and what is left of the two below
+    the type        every other tensor, but
     Q8_0            the head (or the embedding, where it is the head, too) in a Q4 or Q5 file. llama.cpp takes Q6_K
                     there, or Q8_0 where rows aren't a multiple of 256; gguf-py can't write Q6_K, and Q8_0 is finer
 
@@ -71,13 +71,13 @@ def choose(shapes: dict[str, tuple[int, ...]], asked: str) -> list[Place]:
     return places
 
 
-def coarsest(name: str, rows: tuple[int, ...]) -> bool:
+def stays_float32(name: str, rows: tuple[int, ...]) -> bool:
     """Whether a tensor stays float32 in every type."""
     return len(rows) < 2 or not name.endswith("weight") or name.endswith("_norm.weight") or name == POSITIONS
 
 
 def _type(name: str, shape: tuple[int, ...], asked: str, has_head: bool) -> str:
-    if coarsest(name, shape):
+    if stays_float32(name, shape):
         return "F32"
     if asked in COARSE and name == (HEAD if has_head else EMBEDDING):
         return "Q8_0"

@@ -41,8 +41,11 @@ class Vocabulary(NamedTuple):
     notes: list[str]
 
 
-def vocabulary(renderer: Renderer, rows: int) -> Vocabulary:
-    """The tokenizer of a model whose embedding has `rows` rows. Raises InputError for one that llama.cpp can't run."""
+def vocabulary(renderer: Renderer, rows: int, *, chats: bool = False) -> Vocabulary:
+    """The tokenizer of a model whose embedding has `rows` rows; `chats`: it was trained through its chat template.
+
+    Raises InputError for a tokenizer that llama.cpp can't run.
+    """
     tokenizer = renderer.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -62,15 +65,17 @@ def vocabulary(renderer: Renderer, rows: int) -> Vocabulary:
     if _byte_level(described):
         keys |= {"model": BYTE_LEVEL, "pre": splitting_name(described), "tokens": tokens, "token_type": types}
         keys["merges"] = [" ".join(pair) for pair in merges]
+        if not merges:
+            raise unknown("it has no merges, which llama.cpp wants to see")
         _check_normalizer(described.get("normalizer"), notes)
     else:
-        prefix = _blank_before(described, notes)
+        prefix = _blank_before(described, notes, chats and _begins_with_control(renderer))
         _check_sentences(model, types, tokens)
         keys |= {"model": SENTENCES, "pre": "default", "tokens": tokens, "token_type": types}
         keys |= {"scores": _scores(tokens, types, merges), "add_space_prefix": prefix}
     keys |= _additions(tokenizer) | _special_ids(renderer, notes)
-    said = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
-    return Vocabulary(said | ({TEMPLATE: renderer.template} if renderer.template else {}), notes)
+    named = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
+    return Vocabulary(named | ({TEMPLATE: renderer.template} if renderer.template else {}), notes)
 
 
 def _special_ids(renderer: Renderer, notes: list[str]) -> dict[str, int]:
@@ -136,8 +141,22 @@ def _check_normalizer(step: Any, notes: list[str]) -> None:
         notes.append("llama.cpp doesn't compose accents (NFC): decomposed text gets other tokens there")
 
 
-def _blank_before(described: dict[str, Any], notes: list[str]) -> bool:
-    """Whether one more blank goes before a text. Raises InputError for any other change of it."""
+def _begins_with_control(renderer: Renderer) -> bool:
+    """Whether what the chat template writes begins with a control token."""
+    if renderer.template is None:
+        return False
+    try:
+        return renderer.prompt_ids([{"role": "user", "content": "a"}])[0] in renderer.tokenizer.all_special_ids
+    except InputError:
+        return False
+
+
+def _blank_before(described: dict[str, Any], notes: list[str], none_in_chats: bool) -> bool:
+    """Whether one more blank goes before a text. Raises InputError for any other change of it.
+
+    llama.cpp puts it before every text and behind every control token, or nowhere. A tokenizer that puts it before a
+    text alone puts none into a chat that begins with a control token: then nowhere is right for what was trained.
+    """
     step = described.get("normalizer")
     before, replaced = False, False
     for part in (step or {}).get("normalizers", [step] if step else []):
@@ -150,6 +169,11 @@ def _blank_before(described: dict[str, Any], notes: list[str]) -> bool:
     pre = described.get("pre_tokenizer")
     if pre and pre["type"] == "Metaspace" and pre["replacement"] == BLANK and not pre.get("split", True):
         scheme = pre.get("prepend_scheme", "always")
+        if scheme == "first" and none_in_chats:
+            notes.append(
+                "llama.cpp puts no blank before a text here, as in chats: a text without the template lacks one"
+            )
+            return before
         if scheme == "first":
             notes.append(
                 "llama.cpp puts a blank behind every control token, this tokenizer only before a text: "

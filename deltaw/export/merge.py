@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from deltaw.adapter.checkpoints import Checkpoint
+from deltaw.base.fingerprint import mathematics
 from deltaw.base.load import open_skeleton
 from deltaw.base.source import Source
 from deltaw.base.weights import read_header, read_json, weights_file, write_text_atomic
@@ -29,6 +30,7 @@ from deltaw.export import survey
 from deltaw.export.beside import beside_size, write_beside
 from deltaw.export.card import Form, write_card
 from deltaw.export.merged import MergePlan, counts, plan_merge
+from deltaw.export.older_config import with_older_names
 from deltaw.export.rewrite import TYPES, WORDS, entries, rewrite, size
 from deltaw.export.target import target
 from deltaw.export.trained import Trained, open_trained
@@ -74,7 +76,7 @@ def merge_named(
             display.say(said)
         survey.check_floating(survivals, type_name, force=force)
         _write_beside(trained, plan, folder, number)
-        _check_whole(folder)
+        _check_whole(folder, plan)
         files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     result = {
         "output": output,
@@ -103,7 +105,7 @@ def _write_weights(
 def _write_beside(trained: Trained, plan: MergePlan, folder: Path, dtype: torch.dtype | None) -> None:
     """Everything but the weights."""
     base = trained.base.directory
-    write_text_atomic(folder / "config.json", json.dumps(_config(base, plan, dtype), indent=2) + "\n")
+    write_text_atomic(folder / "config.json", json.dumps(with_older_names(_config(base, plan, dtype)), indent=2) + "\n")
     index = weights_file(base)
     if index is not None and index.suffix == ".json":
         write_text_atomic(folder / index.name, json.dumps(_index(index, plan, dtype), indent=2) + "\n")
@@ -162,9 +164,11 @@ def _header(file: Path) -> Any:
     return read_header(file, max_header_bytes=100_000_000, max_tensors=MILLION)
 
 
-def _check_whole(folder: Path) -> None:
-    """Raise RunError unless a model made from the folder's own config finds every parameter in its files."""
+def _check_whole(folder: Path, plan: MergePlan) -> None:
+    """Raise RunError unless the folder's own config makes the base's model, with every parameter in its files."""
     skeleton = open_skeleton(Source(str(folder), folder))
+    if mathematics(skeleton.config) != mathematics(plan.skeleton.config):
+        raise RunError("the merged model's config.json doesn't mean what the base's does")
     checkpoint = Checkpoint(folder, skeleton)
     missing = [
         name

@@ -214,15 +214,16 @@ def _written(piece: _Piece) -> tuple[_Piece, int, Survival]:
     _fill(raw, tensor.source, tensor.start + first * columns * dtype.itemsize)
     base, step = raw.view(dtype).view(last - first, columns), max(1, CHUNK // max(1, columns))
     wide = torch.promote_types(dtype, torch.float32)
-    buffers = _Buffers(
-        *(_scratch.get(name, step * columns, wide).view(step, columns) for name in ("total", "delta", "again")),
-        _scratch.get("rounded", step * columns, tensor.dtype).view(step, columns),
+    total, delta, again = (
+        _scratch.get(name, step * columns, wide).view(step, columns) for name in ("total", "delta", "again")
     )
-    total = Survival()
+    rounded = _scratch.get("rounded", step * columns, tensor.dtype).view(step, columns)
+    buffers = _Buffers(total, delta, again, rounded)
+    survival = Survival()
     for row in range(first, last, step):
         chunk = base[row - first : row - first + step]
-        total += _summed(tensor, chunk, row, _Buffers(*(buffer[: len(chunk)] for buffer in buffers)))
-    return piece, raw.numel(), total
+        survival += _summed(tensor, chunk, row, _Buffers._make(buffer[: len(chunk)] for buffer in buffers))
+    return piece, raw.numel(), survival
 
 
 def _copied(tensor: _Tensor, first: int, last: int) -> Survival:

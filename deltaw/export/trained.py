@@ -19,12 +19,12 @@ from deltaw.adapter.file import Adapter
 from deltaw.base.fingerprint import fingerprint_of, same_base
 from deltaw.base.load import open_base, open_skeleton
 from deltaw.base.source import Source, find_base
-from deltaw.base.weights import read_tensor
+from deltaw.base.weights import read_tensors
 from deltaw.config import RunConfig, load_config
 from deltaw.data.render import TEMPLATE as TEMPLATE
-from deltaw.data.render import Renderer, open_tokenizer
+from deltaw.data.render import Renderer
 from deltaw.errors import InputError
-from deltaw.model import PLAIN, base_name, is_run, load_adapter, open_renderer
+from deltaw.model import PLAIN, base_name, is_run, load_adapter, open_renderer, template_beside
 from deltaw.progress import Display
 from deltaw.run import Run
 
@@ -57,20 +57,13 @@ def open_trained(name: str | Path, *, base: str | None = None, display: Display 
     config = load_config(path / "config.yaml") if is_run(path) else None
     source = find_base(base or (config.base if config else base_name(adapter, path)), progress=display.say)
     _check_base(name, adapter, source)
-    renderer = _renderer(path, config, source)
+    renderer = open_renderer(source, config, template_beside(path))
     if adapter.base.template not in ("", PLAIN, renderer.template_fingerprint):
         raise InputError(
             f"{name} was trained under another chat template than the tokenizer's of {source.name}",
             fix=f"put the one it was trained under beside its weights, as {TEMPLATE}",
         )
     return Trained(str(name), adapter, source, renderer, Run(path) if config else None, config)
-
-
-def _renderer(path: Path, config: RunConfig | None, source: Source) -> Renderer:
-    own = (path / "adapter" if config else path) / TEMPLATE
-    if own.is_file():  # before the run's setting, which may name a file that is gone by now
-        return Renderer(open_tokenizer(source.directory), template=str(own))
-    return open_renderer(source, config)
 
 
 def _check_base(name: str | Path, adapter: Adapter, source: Source) -> None:
@@ -94,4 +87,6 @@ def fingerprint_of_folder(source: Source) -> str:
     places = [place for place in stored if place is not None]
     if len(places) < len(stored):
         return ""
-    return fingerprint_of((read_tensor(place.file, place.name) for place in places), skeleton.config)
+    names = {place.name for place in places}
+    weights = (tensor for name, tensor in read_tensors(source.directory) if name in names)
+    return fingerprint_of(weights, skeleton.config)

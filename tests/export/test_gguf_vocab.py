@@ -22,7 +22,7 @@ from deltaw.export.gguf_splitting import SUFFIXES, canonical, splitting_name
 from deltaw.export.gguf_vocab import vocabulary
 from deltaw.model import open_renderer
 from deltaw.progress import Display
-from tests.base.gguf_ids import NAMES, texts, write_sentences
+from tests.base.gguf_ids import NAMES, byte_signs, texts, write_sentences
 from tests.base.gguf_ids import vocabulary as pairs
 from tests.data.toys import lowercasing, sentencepiece, toy
 
@@ -58,21 +58,28 @@ def split_by(*patterns: str) -> Any:
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def ids_of_both(folder: Path, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
-    """(transformers', llama.cpp's) ids of many texts, with what is put around them."""
+def model_with(folder: Path, tokenizer: Any) -> Path:
+    """The GGUF of a tiny model with this tokenizer."""
     base = base_folder(folder / "base", "llama", vocab_size=len(tokenizer) + 5, eos_token_id=tokenizer.eos_token_id)
+    (base / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(base)
-    trained = trained_of(base, random_adapter(base), folder / "adapter")
-    destination = GgufModel(trained, Options(merged=True, type="F32"))
+    destination = GgufModel(
+        trained_of(base, random_adapter(base), folder / "adapter"), Options(merged=True, type="F32")
+    )
     (folder / "out").mkdir()
     destination.write(folder / "out", Display(quiet=True))
+    return folder / "out" / destination.file
+
+
+def ids_of_both(folder: Path, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """(transformers', llama.cpp's) ids of many texts, with what is put around them."""
     from deltaw.export.sides.llama import LlamaCpp
 
-    every = [*texts(), *TRICKY]
-    with LlamaCpp(folder / "out" / destination.file, threads=1) as llama:
+    every, file = [*texts(), *TRICKY], model_with(folder, tokenizer)
+    with LlamaCpp(file, threads=1) as llama:
         bodies = [{"content": text, "add_special": True, "parse_special": True} for text in every]
         its = [llama.client.ask("/tokenize", body)["tokens"] for body in bodies]
-    living = open_tokenizer(base)
+    living = open_tokenizer(folder / "base")
     return [living(text)["input_ids"] for text in every], its
 
 
@@ -147,6 +154,28 @@ def test_a_blank_before_the_first_word_alone(tmp_path: Path) -> None:
     assert all(text.startswith((" ", "▁")) or "<s>" in text or "\n\n" in text for text in odd), odd
 
 
+def test_a_blank_before_the_first_word_is_none_in_chats(tmp_path: Path) -> None:
+    """What was trained through a template that begins with a control token has the ids of its training."""
+    first = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    tokenizer = by_sentences(tmp_path, normalizer=None, pre_tokenizer=first)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<s>' + m.role + '\\n' + m.content + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
+    )
+    renderer = Renderer(tokenizer)
+    assert vocabulary(renderer, 1000, chats=False).keys["tokenizer.ggml.add_space_prefix"] is True
+    assert vocabulary(renderer, 1000, chats=True).keys["tokenizer.ggml.add_space_prefix"] is False
+    pytest.importorskip("xllamacpp", reason="llama.cpp itself")
+    from deltaw.export.sides.llama import LlamaCpp
+
+    file = model_with(tmp_path, tokenizer)
+    for text in ("hello ab", " hell", "a  b\n"):
+        chat = [{"role": "user", "content": text}]
+        with LlamaCpp(file, threads=1) as llama:
+            body = {"content": renderer.chat_prompt(chat), "add_special": False, "parse_special": True}
+            assert llama.client.ask("/tokenize", body)["tokens"] == renderer.prompt_ids(chat)
+
+
 def test_gemmas_way_of_blanks(tmp_path: Path) -> None:
     """A split by blanks after there are none, and tokens that are found before merging."""
     by_blanks = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
@@ -210,6 +239,12 @@ def wide_blank() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 
+def bytes_alone() -> Any:
+    tokenizer = Tokenizer(models.BPE({**{token: id for id, token in enumerate(byte_signs())}, "</s>": 256}, []))
+    tokenizer.pre_tokenizer = LEVEL
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
 REFUSED = {
     "another model": (lowercasing, "WordLevel"),
     "an unknown rule": (lambda: by_pairs(split_by(r"\p{L}+|\s+")), "split by"),
@@ -217,6 +252,7 @@ REFUSED = {
     "a blank before": (lambda: by_pairs(pre_tokenizers.ByteLevel(add_prefix_space=True)), "blank"),
     "a step": (lambda: by_pairs(pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), LEVEL])), "Punctuation"),
     "lower case": (lambda: by_pairs(LEVEL, normalizer=normalizers.Lowercase()), "Lowercase"),
+    "no merges": (bytes_alone, "no merges"),
     "merges of its own": (wide_blank, "aren't merged"),
 }
 

@@ -320,6 +320,18 @@ def test_of_deltaws_own_only_what_is_true(base: Path, tmp_path: Path) -> None:
         assert Adapter.load(folder).spec.rank == spec.rank
 
 
+@pytest.mark.parametrize("fields", [{"lora_alpha": 2}, {"use_rslora": False}, {"alpha_pattern": {}}, {"r": 2}])
+def test_a_lost_scale(fields: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    """deltaw.json remembers what the config has lost."""
+    spec = AdapterSpec(rank=4, scaling="rslora", alpha_overrides={"v_proj": 9.0})
+    folder = attach(open_base(str(base), dtype="float32", device="cpu").model, spec).adapter(BaseId("org/base"))
+    folder = folder.save(tmp_path / "a")
+    assert "DW313" not in codes(lint(folder, base=str(base)))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+    check(lint(folder, base=str(base)), "DW313", {PEFT: WRONG, VLLM: WRONG, LLAMA_CPP: WRONG})
+
+
 def test_what_was_asked_for_decides(base: Path, right: tuple[Tensors, Config], tmp_path: Path) -> None:
     folder = write(tmp_path / "a", *right)
     exits = {place: lint(folder, base=str(base), to=[place]).exit_code for place in DESTINATIONS}

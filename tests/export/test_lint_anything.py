@@ -147,3 +147,27 @@ def test_no_pickle_is_opened(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     looked_at(tmp_path, None)
     assert not (tmp_path / "ran").exists()
+
+
+def test_many_of_all(base: Path, tmp_path: Path) -> None:
+    """25,000 tensors with long names and 60,000 targets: what goes through one for each of the other takes hours."""
+    dots = "a." * 80
+    name = f"{PREFIX}{dots}%d.lora_%s.weight"
+    header: dict[str, Any] = {
+        name % (i, part): {"dtype": "F32", "shape": [1, 1], "data_offsets": [4 * (2 * i + at), 4 * (2 * i + at) + 4]}
+        for i in range(12_500)
+        for at, part in enumerate("AB")
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4 * len(header)))
+    config = {
+        "peft_type": "LORA",
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": [f"x{i}" for i in range(60_000)],
+        "target_parameters": [f"x{i}.weight" for i in range(3_000)],
+        "modules_to_save": [f"m{i}" for i in range(10_000)],
+        "rank_pattern": {f"q{i}": 2 for i in range(5_000)},
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    looked_at(tmp_path, base)

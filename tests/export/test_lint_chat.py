@@ -144,7 +144,7 @@ def test_tokens_that_the_base_has_not(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_and_its_template(tmp_path: Path) -> None:
-    """A run knows the template by its settings: the base has none, so the folder alone isn't enough for anybody."""
+    """It lies beside the adapter, so PEFT's users have it, and servers, which take the base's, haven't."""
     based(tmp_path / "base", None)
     rows = [
         {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "ab"}]}
@@ -156,8 +156,11 @@ def test_a_run_and_its_template(tmp_path: Path) -> None:
     none = {"general": None, "report": False, "samples": 0}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_file(tmp_path, data=data, train=train, evaluate=none)))
     assert call("train", tmp_path / "run.yaml", "--quiet")[0] == 0
+    own = lint(tmp_path / "run")
+    assert codes(own) - {"DW502"} == {"DW602"} and own.exit_code == 1 and effects(own, "DW602")[PEFT] is LOADS
+    (tmp_path / "run/adapter/chat_template.jinja").unlink()  # then the run's settings alone know it
     verdict = lint(tmp_path / "run")
-    assert codes(verdict) - {"DW502"} == {"DW602"} and verdict.exit_code == 1
+    assert codes(verdict) - {"DW502"} == {"DW602"} and effects(verdict, "DW602")[PEFT] is WRONG
     (found,) = [found for found in verdict.findings if found.code == "DW602"]
     assert "--to peft" in found.mend
 

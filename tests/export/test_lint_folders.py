@@ -193,3 +193,11 @@ def test_a_models_template(tmp_path: Path) -> None:
     assert {found.code for found in lint(plain, base=str(other)).findings} == {"DW817"}
     (plain / "chat_template.jinja").unlink()
     assert "DW816" in {found.code for found in lint(plain, base=str(other)).findings}
+
+
+def test_a_models_stop_token(tmp_path: Path) -> None:
+    """Its template ends a turn with a token at which its generation config doesn't stop."""
+    folder = tiny_base(tmp_path / "a")
+    (folder / "chat_template.jinja").write_text(CHATML.replace("<|im_end|>", "<|endoftext|>"))
+    verdict = lint(folder)
+    assert {found.code for found in verdict.findings} == {"DW603"} and verdict.exit_code == 1

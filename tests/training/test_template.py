@@ -5,9 +5,11 @@ from pathlib import Path
 
 from deltaw.config import parse_config
 from deltaw.data.render import TEMPLATE
+from deltaw.evaluate.reshape import scale_named
 from deltaw.export.trained import open_trained
+from deltaw.model import open_model
 from deltaw.training.loop import train
-from tests.tiny import run_file
+from tests.tiny import Said, run_file
 
 OWN = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant: ' }}{% endif %}"""
@@ -34,9 +36,11 @@ def test_a_runs_own_template_lies_beside_its_weights(folder: Path) -> None:
     run = finished(folder, template=str(folder / "own.jinja"))
     assert (run / "adapter" / TEMPLATE).read_text() == OWN
     (folder / "own.jinja").unlink()
-    for name in (run, run / "adapter"):
+    scale_named(str(run), to=0.5, output=str(folder / "half"), factors=None, data=None, base=None, display=Said())
+    for name in (run, run / "adapter", folder / "half"):
         trained = open_trained(name, base=str(folder / "base"))
         assert trained.renderer.template == OWN and not trained.renderer.own_template
+        assert open_model(name, base=str(folder / "base"), device="cpu").renderer.template == OWN
 
 
 def test_the_tokenizers_own_need_not_go_along(folder: Path) -> None:

@@ -15,11 +15,10 @@ from typing import Any
 from deltaw.adapter.file import BaseId
 from deltaw.base.weights import read_json
 from deltaw.config import RunConfig
-from deltaw.data.render import Renderer, open_tokenizer
+from deltaw.data.render import TEMPLATE, Renderer, open_tokenizer
 from deltaw.data.template import MAX_TEMPLATE
 from deltaw.errors import DeltawError, InputError
 from deltaw.export.lint.base import Base
-from deltaw.export.trained import TEMPLATE
 from deltaw.model import PLAIN, open_renderer
 
 NO_TEMPLATE = "none"  # a renderer's fingerprint without one

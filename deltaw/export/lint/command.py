@@ -21,7 +21,7 @@ from deltaw.export.lint.base import look
 from deltaw.export.lint.finding import DESTINATIONS, Finding
 from deltaw.export.lint.forms import form_of
 from deltaw.export.lint.rules_config import MAX_RANKS
-from deltaw.export.lint.subject import Subject, recorded_base
+from deltaw.export.lint.subject import Subject, read_spec, recorded_base
 from deltaw.export.lint.verdict import Verdict
 from deltaw.model import is_run
 from deltaw.progress import Display
@@ -52,15 +52,19 @@ def lint(
     it; `max_lora_rank`: that of the vLLM it is for. Raises InputError where there is no adapter.
     """
     display = display or Display(quiet=True)
+    to = [place.lower() for place in to]
     if strange := [place for place in to if place not in DESTINATIONS]:
         raise InputError(f"--to {strange[0]}: no such destination", fix=f"one of {', '.join(DESTINATIONS)}")
     if max_lora_rank not in MAX_RANKS:
         raise InputError(f"--max-lora-rank {max_lora_rank}: vLLM takes {', '.join(map(str, MAX_RANKS))}")
     path, name = Path(adapter).expanduser(), str(adapter)
-    if is_run(path):
-        run = load_config(path / "config.yaml")
-        return _folder(name, path / "adapter", run, base, tuple(to), max_lora_rank, display)
-    form = form_of(path)
+    try:
+        run, form = is_run(path), form_of(path)
+    except OSError as error:  # a name too long for a path, a folder that mustn't be looked into
+        raise InputError(f"{name:.200}: {error.strerror}") from None
+    if run:
+        config = load_config(path / "config.yaml")
+        return _folder(name, path / "adapter", config, base, tuple(to), max_lora_rank, display)
     if form == "peft":
         return _folder(name, path, None, base, tuple(to), max_lora_rank, display)
     if form == "gguf":
@@ -106,9 +110,10 @@ def _folder(
         kind=known.kind,
         no_base=known.reason,
         recorded=recorded,
+        spec=read_spec(folder),
         run=run,
         max_rank=max_rank,
         display=display,
     )
-    found: list[Finding] = [finding for rule in RULES for finding in rule(subject)]
-    return Verdict(name, "peft", known.base.source.name if known.base else recorded.name, tuple(found), to)
+    results: list[Finding] = [finding for rule in RULES for finding in rule(subject)]
+    return Verdict(name, "peft", known.base.source.name if known.base else recorded.name, tuple(results), to)

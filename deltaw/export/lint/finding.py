@@ -18,7 +18,7 @@ A destination's verdict is the worst of its findings. REFUSED is the last of the
 since what doesn't load doesn't answer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -70,9 +70,9 @@ class Finding:
     effects: Effects
     mend: str
 
-    @property
-    def worst(self) -> Effect:
-        return max(self.effects.values(), default=LOADS)
+    def worst_of(self, places: Iterable[str]) -> Effect:
+        """The worst that comes of it at any of these destinations."""
+        return max((self.effects.get(place, LOADS) for place in places), default=LOADS)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Code:
     effects: Effects
     mend: str
 
-    def found(self, what: str, mend: str | None = None, effects: Effects | None = None) -> Finding:
+    def finding(self, what: str, mend: str | None = None, effects: Effects | None = None) -> Finding:
         return Finding(self.number, what, self.effects if effects is None else effects, mend or self.mend)
 
 

@@ -25,6 +25,7 @@ from deltaw.export.lint.finding import (
     Finding,
     code,
 )
+from deltaw.model import is_run
 
 Form = Literal["peft", "gguf", "mlx", "model"]
 READERS: dict[Form, tuple[str, ...]] = {  # who reads it as it is, the one that it is made for first
@@ -44,7 +45,9 @@ OTHER_FORM = code(
 
 
 def form_of(path: Path) -> Form:
-    """Raises InputError for what is none of them."""
+    """Of a run, too. Raises InputError for what is none of them."""
+    if is_run(path):
+        return "peft"
     if path.is_file():
         if path.suffix == ".gguf":
             return "gguf"
@@ -68,5 +71,6 @@ def other_form(form: Form, mend: str) -> Finding:
     """What destinations of another form make of it."""
     strangers = [place for place in DESTINATIONS if place not in READERS[form] + CONVERTS.get(form, ())]
     kind = {"peft": "in PEFT's layout", "gguf": "a GGUF", "mlx": "in mlx-lm's layout", "model": "a whole model"}[form]
-    names = " and ".join(DESTINATIONS[place] for place in strangers)
-    return OTHER_FORM.found(f"it is {kind}, which {names} can't read", mend, dict.fromkeys(strangers, REFUSED))
+    *most, last = [DESTINATIONS[place] for place in strangers]
+    names = f"{', '.join(most)} and {last}" if most else last
+    return OTHER_FORM.finding(f"it is {kind}, which {names} can't read", mend, dict.fromkeys(strangers, REFUSED))

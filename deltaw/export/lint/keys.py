@@ -56,6 +56,22 @@ def parse(name: str) -> Key:
     return Key(name, stem, NORM if norm else FULL, prefixed)
 
 
+class Names:
+    """Names of modules, as a config lists them: paths or their dotted ends (`config.names_module`), many for many."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.all = set(names)
+        self._lasts = {name.rpartition(".")[2] for name in self.all}
+
+    def of(self, path: str) -> str | None:
+        """The longest of them that names `path`."""
+        parts = path.split(".")
+        if parts[-1] not in self._lasts:
+            return None
+        ends = (".".join(parts[at:]) for at in range(len(parts)))
+        return next((end for end in ends if end in self.all), None)
+
+
 def named(keys: Iterable[Key], *parts: str) -> list[str]:
     """The names of those that are one of `parts`."""
     return [key.name for key in keys if key.part in parts]

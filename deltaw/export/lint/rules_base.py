@@ -89,46 +89,53 @@ def named(s: Subject) -> Iterator[Finding]:
         effects = dict(UNNAMED.effects)
         if s.base:
             effects = {TRANSFORMERS: LOADS, LLAMA_CPP: LOADS}
-        yield UNNAMED.found("base_model_name_or_path says nothing", effects=effects)
+        yield UNNAMED.finding("base_model_name_or_path says nothing", effects=effects)
     elif s.recorded.name not in BUILTINS and (not HUB_ID.fullmatch(s.recorded.name) or s.recorded.name[0] in "./~"):
-        yield NOT_PUBLIC.found(f"base_model_name_or_path is {s.recorded.name!r:.100}, not of the form org/name")
+        yield NOT_PUBLIC.finding(f"base_model_name_or_path is {s.recorded.name!r:.100}, not of the form org/name")
     if s.base is None and s.recorded.name:
-        yield NOT_HERE.found(f"{s.no_base}, so nothing was held to it")
+        yield NOT_HERE.finding(f"{s.no_base}, so nothing was held to it")
 
 
 def own(s: Subject) -> Iterator[Finding]:
     if s.base is None:
         return
-    ours, there = s.recorded.fingerprint, s.base.fingerprint if s.recorded.fingerprint else ""
-    if ours and there and not same_base(ours, there):
-        yield OTHER_BASE.found(
-            f"trained on {s.recorded.name or 'another base'} ({describe(ours)}), this is {s.base.source.name} "
-            f"({describe(there)})"
+    trained, present = s.recorded.fingerprint, ""
+    if trained:
+        s.display.say(f"comparing {s.base.source.name} with the base that it was trained on")
+        present = s.base.fingerprint
+    if trained and present and not same_base(trained, present):
+        yield OTHER_BASE.finding(
+            f"trained on {s.recorded.name or 'another base'} ({describe(trained)}), this is {s.base.source.name} "
+            f"({describe(present)})"
         )
     revisions = s.recorded.revision, s.base.source.revision
-    if not ours and all(revisions) and not str(revisions[1]).startswith(str(revisions[0])):
-        yield REVISION.found(f"trained on revision {revisions[0]:.40}, here is {revisions[1]:.40}")
+    if not trained and all(revisions) and not str(revisions[1]).startswith(str(revisions[0])):
+        yield REVISION.finding(f"trained on revision {revisions[0]:.40}, here is {revisions[1]:.40}")
 
 
 def architecture(s: Subject) -> Iterator[Finding]:
     if not s.kind or not s.shapes:
         return
-    if llama_cpp_name(s.kind) is None:
-        yield ARCHITECTURE.found(f"the base is a {s.kind:.40}, no architecture of that name is known in llama.cpp")
+    yield from unknown_to_llama_cpp(s.kind)
     gguf = s.export("gguf")
     if s.kind not in OLLAMAS:
-        yield OLLAMA_KIND.found(f"the base is a {s.kind:.40}: `ADAPTER <this folder>` is refused", gguf)
+        yield OLLAMA_KIND.finding(f"the base is a {s.kind:.40}: `ADAPTER <this folder>` is refused", gguf)
     elif s.kind in PERMUTED:
         last = ("q_proj", "k_proj")
         paths = [path for path in s.layers if path.rpartition(".")[2] in last and A in s.factors[path]]
         if paths:
             words = f"{len(paths)} modules ({some(paths)}): `ADAPTER <this folder>` answers wrongly"
-            yield OLLAMA_ROTARY.found(words, gguf)
+            yield OLLAMA_ROTARY.finding(words, gguf)
+
+
+def unknown_to_llama_cpp(kind: str) -> Iterator[Finding]:
+    if llama_cpp_name(kind) is None:
+        yield ARCHITECTURE.finding(f"the base is a {kind:.40}, no architecture of that name is known in llama.cpp")
 
 
 def causal(s: Subject) -> Iterator[Finding]:
     if s.base is None and s.config.get("task_type") == "SEQ_2_SEQ_LM":
-        yield NOT_CAUSAL.found("task_type is SEQ_2_SEQ_LM")
+        yield NOT_CAUSAL.finding("task_type is SEQ_2_SEQ_LM")
 
 
 RULES = (named, own, architecture, causal)

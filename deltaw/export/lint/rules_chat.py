@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from deltaw.base.weights import read_rows
 from deltaw.data.dataset import prepare
-from deltaw.data.render import Renderer
+from deltaw.data.render import TEMPLATE, Renderer
 from deltaw.errors import DeltawError
 from deltaw.export.lint.chat import NO_TEMPLATE, Chat
 from deltaw.export.lint.finding import (
@@ -28,7 +28,6 @@ from deltaw.export.lint.finding import (
 )
 from deltaw.export.lint.keys import NORM
 from deltaw.export.lint.subject import Subject
-from deltaw.export.trained import TEMPLATE
 
 SERVERS = (VLLM, LLAMA_CPP, OLLAMA, MLX)
 ROWS = 200  # of a run's data that are looked at
@@ -82,14 +81,14 @@ def template(s: Subject) -> Iterator[Finding]:
         mend = (
             f"vLLM: --chat-template {s.folder / TEMPLATE}; llama.cpp: --chat-template-file; or export it to gguf, mlx"
         )
-        yield OTHER_TEMPLATE.found(words, mend, dict.fromkeys(SERVERS, WRONG) | {PEFT: LOADS, TRANSFORMERS: LOADS})
+        yield OTHER_TEMPLATE.finding(words, mend, dict.fromkeys(SERVERS, WRONG) | {PEFT: LOADS, TRANSFORMERS: LOADS})
     elif chat.renderer is not None:
         words = f"its run has the template that it was trained under, the base has {_its(chat)}"
-        yield OTHER_TEMPLATE.found(words, s.export("peft"))
+        yield OTHER_TEMPLATE.finding(words, s.export("peft"))
     elif chat.bases == NO_TEMPLATE and not chat.own:
-        yield NO_CHAT_TEMPLATE.found("the template that it records is neither in its folder nor the base's")
+        yield NO_CHAT_TEMPLATE.finding("the template that it records is neither in its folder nor the base's")
     else:
-        yield OTHER_TEMPLATE.found(
+        yield OTHER_TEMPLATE.finding(
             f"the template that it records is neither its folder's nor {s.base and s.base.source.name}'s"
         )
 
@@ -105,7 +104,7 @@ def stop_unknown(s: Subject) -> Iterator[Finding]:
     if renderer.end_of_turn is not None and renderer.end_of_turn not in renderer.model_stop_ids:
         name = renderer.tokenizer.convert_ids_to_tokens(renderer.end_of_turn)
         words = f"answers end with {name!r:.60} ({renderer.end_of_turn}), the base stops at {_names(renderer)}"
-        yield STOP_UNKNOWN.found(words, f"vLLM: stop_token_ids [{renderer.end_of_turn}]; {STOP_UNKNOWN.mend}")
+        yield STOP_UNKNOWN.finding(words, f"vLLM: stop_token_ids [{renderer.end_of_turn}]; {STOP_UNKNOWN.mend}")
 
 
 def _names(renderer: Renderer) -> str:
@@ -131,7 +130,7 @@ def stop_untrained(s: Subject) -> Iterator[Finding]:
         return
     if usual > 0 and max(lengths) < FAINT * usual:
         names = some([repr(name) for name in renderer.tokenizer.convert_ids_to_tokens(ids)])
-        yield STOP_UNTRAINED.found(
+        yield STOP_UNTRAINED.finding(
             f"{names}: its row in {stored.name} is {max(lengths) / usual:.2%} of the usual length"
         )
 
@@ -149,7 +148,7 @@ def stop_unseen(s: Subject) -> Iterator[Finding]:
     endless = sum(renderer.stop_ids.isdisjoint(e.tokens[e.loss_mask].tolist()) for e in examples)
     if endless:
         effects = everywhere(WRONG if endless > len(examples) / 2 else UNSURE)
-        yield STOP_UNSEEN.found(
+        yield STOP_UNSEEN.finding(
             f"{endless} of {len(examples)} rows train no token that ends an answer", effects=effects
         )
 
@@ -162,7 +161,7 @@ def added_tokens(s: Subject) -> Iterator[Finding]:
     new = [token for token, id in chat.added.items() if known.get(token) != id]
     shipped = any(key.path == s.base.embedding and key.part != NORM for key in s.keys)
     if new and not shipped:
-        yield ADDED_TOKENS.found(f"{len(new)} tokens: {some([repr(token) for token in new], 3)}")
+        yield ADDED_TOKENS.finding(f"{len(new)} tokens: {some([repr(token) for token in new], 3)}")
 
 
 RULES = (template, stop_unknown, stop_untrained, stop_unseen, added_tokens)

@@ -114,6 +114,13 @@ TASK = code(
     "DW312", "a task_type that PEFT doesn't know", dict.fromkeys(LOADERS, REFUSED), "write CAUSAL_LM, or leave it out"
 )
 
+SCALE = code(
+    "DW313",
+    "the config gives another scale than the one that deltaw recorded when it saved the adapter (deltaw.json)",
+    {PEFT: WRONG, TRANSFORMERS: WRONG, VLLM: WRONG, LLAMA_CPP: WRONG, OLLAMA: WRONG},
+    "write the rank, alpha and use_rslora that deltaw.json has into adapter_config.json",
+)
+
 
 def kind(s: Subject) -> Iterator[Finding]:
     given = s.config.get("peft_type")
@@ -125,8 +132,8 @@ def kind(s: Subject) -> Iterator[Finding]:
         effects |= dict.fromkeys(LOADERS, REFUSED)
     if s.layers:  # the others go by the tensors' names
         effects = {place: effect for place, effect in effects.items() if place in LOADERS}
-    said = f"peft_type is {given!r:.60}" + ("; lint looks at LORA only" if known else ", which PEFT doesn't know")
-    yield KIND.found(said, effects=effects)
+    words = f"peft_type is {given!r:.60}" + ("; lint looks at LORA only" if known else ", which PEFT doesn't know")
+    yield KIND.finding(words, effects=effects)
 
 
 def rank(s: Subject) -> Iterator[Finding]:
@@ -135,7 +142,7 @@ def rank(s: Subject) -> Iterator[Finding]:
     values = pattern.items() if isinstance(pattern, dict) else ()
     wrong += [f"rank_pattern {key!r:.60}: {value!r:.40}" for key, value in values if not _natural(value)]
     if wrong:
-        yield RANK.found(f"{CONFIG}: {some(wrong)}")
+        yield RANK.finding(f"{CONFIG}: {some(wrong)}")
 
 
 def alpha(s: Subject) -> Iterator[Finding]:
@@ -145,19 +152,19 @@ def alpha(s: Subject) -> Iterator[Finding]:
     numbers = {name: number(value) for name, value in given.items()}
     if refused := [f"{name} = {given[name]!r:.40}" for name, value in numbers.items() if value is None]:
         effects = dict.fromkeys((PEFT, TRANSFORMERS, VLLM, *CONVERTERS), REFUSED)
-        yield ALPHA.found(f"{CONFIG}: no number, {some(refused)}", effects=effects)
+        yield ALPHA.finding(f"{CONFIG}: no number, {some(refused)}", effects=effects)
     zero = [name for name, value in numbers.items() if value == 0]
     if zero:
-        yield ALPHA.found(f"{some(zero)} is 0, so nothing is changed by it; llama.cpp takes 0 for scale 1")
+        yield ALPHA.finding(f"{some(zero)} is 0, so nothing is changed by it; llama.cpp takes 0 for scale 1")
     wild = [f"{name} is {value}" for name, value in numbers.items() if value is not None and not math.isfinite(value)]
     if wild:
-        yield ALPHA.found(f"{some(wild)}, and so is every answer")
+        yield ALPHA.finding(f"{some(wild)}, and so is every answer")
 
 
 def alpha_integer(s: Subject) -> Iterator[Finding]:
     given = s.config.get("lora_alpha")
     if isinstance(given, float) or (type(given) is int and not 0 <= given < 2**32):
-        yield ALPHA_INTEGER.found(
+        yield ALPHA_INTEGER.finding(
             f"lora_alpha is written {json.dumps(given)}, Ollama's reader wants 16", s.export("gguf")
         )
 
@@ -171,12 +178,12 @@ def missing(s: Subject) -> Iterator[Finding]:
         effects |= {LLAMA_CPP: REFUSED, OLLAMA: WRONG}
     if "target_modules" in gone and not s.get("target_parameters"):
         effects |= dict.fromkeys(LOADERS, UNSURE)
-    yield MISSING.found(f"{CONFIG} doesn't give {' and '.join(gone)}", effects=effects)
+    yield MISSING.finding(f"{CONFIG} doesn't give {' and '.join(gone)}", effects=effects)
 
 
 def rslora(s: Subject) -> Iterator[Finding]:
     if s.get("use_rslora") and any((s.rank(path) or 2) > 1 for path in s.layers):
-        yield RSLORA.found("use_rslora is on, and converters copy lora_alpha as it is", s.export("gguf"))
+        yield RSLORA.finding("use_rslora is on, and converters copy lora_alpha as it is", s.export("gguf"))
 
 
 def patterns(s: Subject) -> Iterator[Finding]:
@@ -190,7 +197,7 @@ def patterns(s: Subject) -> Iterator[Finding]:
             continue
         if own:
             mend = s.export("gguf") if which is ALPHA_PATTERN else s.export("vllm", "--plain")
-            yield which.found(f"{field} gives {len(own)} modules their own: {some(list(own))}", mend)
+            yield which.finding(f"{field} gives {len(own)} modules their own: {some(list(own))}", mend)
 
 
 def max_rank(s: Subject) -> Iterator[Finding]:
@@ -202,13 +209,13 @@ def max_rank(s: Subject) -> Iterator[Finding]:
         return
     enough = next((allowed for allowed in MAX_RANKS if allowed >= most), None)
     mend = f"start vLLM with --max-lora-rank {enough}" if enough else s.merge()
-    yield MAX_RANK.found(f"rank {most} is above --max-lora-rank {s.max_rank}", mend)
+    yield MAX_RANK.finding(f"rank {most} is above --max-lora-rank {s.max_rank}", mend)
 
 
 def fan(s: Subject) -> Iterator[Finding]:
-    said = bool(s.get("fan_in_fan_out", False))
-    if s.base and s.layers and said != s.base.transposed:
-        yield FAN.found(f"fan_in_fan_out is {str(said).lower()}, and {s.base.source.name} wants the contrary")
+    given = bool(s.get("fan_in_fan_out", False))
+    if s.base and s.layers and given != s.base.transposed:
+        yield FAN.finding(f"fan_in_fan_out is {str(given).lower()}, and {s.base.source.name} wants the contrary")
 
 
 def unknown(s: Subject) -> Iterator[Finding]:
@@ -216,17 +223,33 @@ def unknown(s: Subject) -> Iterator[Finding]:
         return
     names = sorted(name for name in s.config.keys() - UNSUPPORTED.keys() - IGNORED - READ if s.config[name])
     if names:
-        yield UNKNOWN.found(f"{CONFIG}: {some(names, 4)}")
+        yield UNKNOWN.finding(f"{CONFIG}: {some(names, 4)}")
 
 
 def task(s: Subject) -> Iterator[Finding]:
     given = s.config.get("task_type")
     if given is not None and given not in TASKS:
-        yield TASK.found(f"task_type is {given!r:.60}")
+        yield TASK.finding(f"task_type is {given!r:.60}")
+
+
+def recorded_scale(s: Subject) -> Iterator[Finding]:
+    if s.spec is None or s.spec.full:
+        return
+    try:
+        scales = s.scales()
+    except Undecided:
+        return
+    wrong = [
+        f"{path}: {scale:g} for {s.spec.scale(path):g}"
+        for path, scale in scales.items()
+        if not math.isclose(scale, s.spec.scale(path), rel_tol=1e-6)
+    ]
+    if wrong:
+        yield SCALE.finding(f"{len(wrong)} of {len(scales)} modules: {some(wrong)}")
 
 
 def _natural(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-RULES = (kind, rank, alpha, alpha_integer, missing, rslora, patterns, max_rank, fan, unknown, task)
+RULES = (kind, rank, alpha, alpha_integer, missing, rslora, patterns, max_rank, fan, unknown, task, recorded_scale)

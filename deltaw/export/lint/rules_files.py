@@ -67,18 +67,18 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], list
     """(config, shapes by tensor name, findings) of an adapter's folder; what can't be read is empty."""
     if (folder / DELTAS).is_file():
         mend = command("merge", folder, options=["-o", f"{folder.name}-merged"])
-        return {}, {}, [FULL_TUNE.found(f"{DELTAS} holds full fine-tuning, which no other tool reads", mend)]
+        return {}, {}, [FULL_TUNE.finding(f"{DELTAS} holds full fine-tuning, which no other tool reads", mend)]
     config, findings = _config(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     if (folder / WEIGHTS).is_file():
         try:
             shapes = dict(read_header(folder / WEIGHTS).shapes)
         except InputError as error:
-            findings.append(WEIGHTS_UNREADABLE.found(f"{WEIGHTS}: {_reason(error)}"))
+            findings.append(WEIGHTS_UNREADABLE.finding(f"{WEIGHTS}: {_reason(error)}"))
     elif pickles := sorted(p.name for p in folder.iterdir() if any(p.match(pattern) for pattern in PICKLES)):
-        findings.append(PICKLED.found(f"{pickles[0]:.80} is a pickle and there is no {WEIGHTS}"))
+        findings.append(PICKLED.finding(f"{pickles[0]:.80} is a pickle and there is no {WEIGHTS}"))
     else:
-        findings.append(WEIGHTS_MISSING.found(f"{WEIGHTS} is missing"))
+        findings.append(WEIGHTS_MISSING.finding(f"{WEIGHTS} is missing"))
     return config, shapes, findings
 
 
@@ -92,8 +92,8 @@ def _config(folder: Path) -> tuple[dict[str, Any], list[Finding]]:
         except (OSError, ValueError, RecursionError):
             lenient = None
         if not isinstance(lenient, dict):
-            return {}, [CONFIG_UNREADABLE.found(f"{CONFIG}: {_reason(error)}")]
-        return lenient, [CONFIG_AMBIGUOUS.found(f"{CONFIG}: {_reason(error)}; the last one is what most tools take")]
+            return {}, [CONFIG_UNREADABLE.finding(f"{CONFIG}: {_reason(error)}")]
+        return lenient, [CONFIG_AMBIGUOUS.finding(f"{CONFIG}: {_reason(error)}; the last one is what most tools take")]
 
 
 def _reason(error: InputError) -> str:
@@ -107,7 +107,7 @@ def early(s: Subject) -> Iterator[Finding]:
 def unshared(s: Subject) -> Iterator[Finding]:
     file = s.folder / WEIGHTS
     if file.is_file() and not file.stat().st_mode & 0o004:
-        yield UNSHARED.found(
+        yield UNSHARED.finding(
             f"{WEIGHTS} has mode {file.stat().st_mode & 0o777:04o}: another user's server can't read it"
         )
 

@@ -37,6 +37,7 @@ from deltaw.export.lint.finding import (
     some,
 )  # fmt: skip
 from deltaw.export.lint.forms import MLX_WEIGHTS, other_form
+from deltaw.export.lint.rules_base import unknown_to_llama_cpp
 from deltaw.export.lint.subject import Subject, number
 from deltaw.progress import Display
 
@@ -97,13 +98,13 @@ class MlxFolder:
 
 def look_mlx(folder: Path, base: str | None, display: Display) -> Iterator[Finding]:
     """All that is found of a folder with adapters.safetensors. Raises InputError for a --base that is none."""
-    yield other_form("mlx", "export it to where it is to run")
+    yield other_form("mlx", "export the adapter that it was made from to where it is to run")
     source = find_base(base, progress=display.say) if base else None
     try:
         config = read_json(folder / CONFIG, max_bytes=1_000_000, allow_nan=True)
         shapes = read_header(folder / MLX_WEIGHTS).shapes
     except InputError as error:
-        yield MLX_UNREADABLE.found(error.what)
+        yield MLX_UNREADABLE.finding(error.what)
         return
     if config.get("fine_tune_type", "lora") == "full":
         return
@@ -123,7 +124,7 @@ def mlx_config(f: MlxFolder) -> Iterator[Finding]:
     if type(f.config.get("num_layers")) is not int:
         wrong.append(f"num_layers is {f.config.get('num_layers')!r:.40}")
     if wrong:
-        yield MLX_CONFIG.found(f"{CONFIG}: {some(wrong)}")
+        yield MLX_CONFIG.finding(f"{CONFIG}: {some(wrong)}")
 
 
 def mlx_tensors(f: MlxFolder) -> Iterator[Finding]:
@@ -142,17 +143,17 @@ def mlx_tensors(f: MlxFolder) -> Iterator[Finding]:
         elif part != "m" and len(shape) == 2 and type(rank) is int and shape[part == "lora_a"] != rank:
             strange.append(f"{name} is {shape}, rank is {rank}")
     if strange:
-        yield MLX_STRANGE.found(f"{len(strange)} of {len(f.shapes)} tensors: {some(strange)}")
+        yield MLX_STRANGE.finding(f"{len(strange)} of {len(f.shapes)} tensors: {some(strange)}")
     stems = {name.rpartition(".")[0] for name in f.shapes if name.endswith((".lora_a", ".lora_b"))}
     single = sorted(stem for stem in stems if (f"{stem}.lora_a" in f.shapes) != (f"{stem}.lora_b" in f.shapes))
     if single:
-        yield MLX_HALF.found(f"{len(single)} modules: {some(single)}")
+        yield MLX_HALF.finding(f"{len(single)} modules: {some(single)}")
 
 
 def mlx_scale(f: MlxFolder) -> Iterator[Finding]:
     scale = number(f.parameters.get("scale"))
     if scale is not None and (scale == 0 or not math.isfinite(scale)):
-        yield MLX_SCALE.found(f"lora_parameters.scale is {scale}")
+        yield MLX_SCALE.finding(f"lora_parameters.scale is {scale}")
 
 
 def _blocks(source: Source | None) -> int | None:
@@ -169,23 +170,24 @@ def look_model(name: str, folder: Path, base: str | None, display: Display) -> I
         shards(folder)
     except InputError as error:
         pickled = any(next(folder.glob(pattern), None) for pattern in PICKLES)
-        yield (MODEL_UNSEEN if pickled else MODEL_UNREADABLE).found(error.what)
+        yield (MODEL_UNSEEN if pickled else MODEL_UNREADABLE).finding(error.what)
         return
     try:
         own = base_of(find_base(str(folder)))
     except InputError as error:
-        yield MODEL_UNSEEN.found(error.what)
+        yield MODEL_UNSEEN.finding(error.what)
         return
     yield from _parameters(own)
+    yield from unknown_to_llama_cpp(own.kind)
     subject = Subject(name, folder, {}, {}, base=own, kind=own.kind, display=display)
     for rule in (rules_chat.stop_unknown, rules_chat.stop_untrained):
         yield from rule(subject)
     if subject.chat.bases == NO_TEMPLATE:
-        yield MODEL_NO_TEMPLATE.found("the folder has no chat template")
+        yield MODEL_NO_TEMPLATE.finding("the folder has no chat template")
     if other is not None:
-        there = Chat(folder, BaseId(), other).bases
-        if there not in ("", NO_TEMPLATE) and there != (template_of(folder) or NO_TEMPLATE):
-            yield MODEL_OTHER_TEMPLATE.found(f"{other.source.name} has another chat template than {folder.name}/")
+        template = Chat(folder, BaseId(), other).bases
+        if template not in ("", NO_TEMPLATE) and template != (template_of(folder) or NO_TEMPLATE):
+            yield MODEL_OTHER_TEMPLATE.finding(f"{other.source.name} has another chat template than {folder.name}/")
 
 
 def _parameters(own: Base) -> Iterator[Finding]:
@@ -204,16 +206,16 @@ def _parameters(own: Base) -> Iterator[Finding]:
             if (stored := checkpoint.find(parameter)) and tuple(stored.shape) != own.parameters[parameter]
         ]
     except DeltawError as error:
-        yield MODEL_UNREADABLE.found(error.what)
+        yield MODEL_UNREADABLE.finding(error.what)
         return
     if absent:
         effects = dict(MODEL_LACKS.effects)
         if absent == [head]:  # llama.cpp then takes the embedding for it
             effects |= {LLAMA_CPP: WRONG, OLLAMA: WRONG}
-        yield MODEL_LACKS.found(f"{len(absent)} parameters: {some(absent)}", effects=effects)
+        yield MODEL_LACKS.finding(f"{len(absent)} parameters: {some(absent)}", effects=effects)
     if strays:
-        yield MODEL_DROPS.found(f"{len(strays)} tensors: {some(strays)}")
+        yield MODEL_DROPS.finding(f"{len(strays)} tensors: {some(strays)}")
     if wrong:
-        yield MODEL_UNREADABLE.found(f"{len(wrong)} tensors: {some(wrong)}")
+        yield MODEL_UNREADABLE.finding(f"{len(wrong)} tensors: {some(wrong)}")
     if untied:
-        yield MODEL_HEAD.found(f"{head} has numbers of its own")
+        yield MODEL_HEAD.finding(f"{head} has numbers of its own")

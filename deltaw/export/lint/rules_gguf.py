@@ -91,11 +91,11 @@ def look(path: Path, base: str | None, display: Display) -> Iterator[Finding]:
         if kind_of_file == "model":
             header = read_model(parts_of(path))
     except InputError as error:
-        yield UNREADABLE.found(error.what.partition(": ")[2] or error.what)
+        yield UNREADABLE.finding(error.what.partition(": ")[2] or error.what)
         return
     file = GgufFile(path, header, *_base(source), source)
     if kind_of_file not in RULES:
-        yield KIND.found(f"general.type is {kind_of_file[:40]!r}")
+        yield KIND.finding(f"general.type is {kind_of_file[:40]!r}")
     for rule in RULES.get(kind_of_file, ()):
         yield from rule(file)
 
@@ -111,24 +111,24 @@ def _base(source: Source | None) -> tuple[Header | None, str]:
 
 def kind(f: GgufFile) -> Iterator[Finding]:
     if f["adapter.type"] != "lora":
-        yield KIND.found(f"adapter.type is {str(f['adapter.type'])[:40]!r}, llama.cpp wants 'lora'")
+        yield KIND.finding(f"adapter.type is {str(f['adapter.type'])[:40]!r}, llama.cpp wants 'lora'")
 
 
 def architecture(f: GgufFile) -> Iterator[Finding]:
     own = str(f["general.architecture"] or "")
     if f.architecture and own != f.architecture:
-        yield OTHER_ARCHITECTURE.found(f"it is for {own[:40] or 'none'}, the base is {f.architecture}")
+        yield OTHER_ARCHITECTURE.finding(f"it is for {own[:40] or 'none'}, the base is {f.architecture}")
 
 
 def tensors(f: GgufFile) -> Iterator[Finding]:
     names = list(f.header.shapes)
     if norms := [name for name in names if name.endswith("_norm.weight")]:
-        yield NORMS.found(f"{len(norms)} norms: {some(norms)}")
+        yield NORMS.finding(f"{len(norms)} norms: {some(norms)}")
     if odd := [name for name in names if not name.endswith((A, B, "_norm.weight"))]:
-        yield STRANGE.found(f"{len(odd)} tensors: {some(odd)}")
+        yield STRANGE.finding(f"{len(odd)} tensors: {some(odd)}")
     stems = {name.removesuffix(A).removesuffix(B) for name in names if name.endswith((A, B))}
     if single := sorted(stem for stem in stems if (stem + A in f.header.shapes) != (stem + B in f.header.shapes)):
-        yield HALF.found(f"{len(single)} tensors: {some(single)}")
+        yield HALF.finding(f"{len(single)} tensors: {some(single)}")
     yield from _sizes(f, sorted(stems.difference(single)))
 
 
@@ -146,37 +146,37 @@ def _sizes(f: GgufFile, stems: list[str]) -> Iterator[Finding]:
         elif own and (own[0], own[1]) != ((b[1], a[1]) if embedding else (a[0], b[1])):
             wrong.append(f"{stem}: lora_a {a} and lora_b {b}, the base's is {list(own)}")
     if wrong:
-        yield UNFIT.found(f"{len(wrong)} of {len(stems)} tensors: {some(wrong)}")
+        yield UNFIT.finding(f"{len(wrong)} of {len(stems)} tensors: {some(wrong)}")
     ranks = sorted({f.header.shapes[stem + B][0] for stem in stems})
     if len(ranks) > 1:
-        yield RANKS.found(f"ranks {', '.join(map(str, ranks[:8]))} under one alpha")
+        yield RANKS.finding(f"ranks {', '.join(map(str, ranks[:8]))} under one alpha")
 
 
 def alpha(f: GgufFile) -> Iterator[Finding]:
     value = f["adapter.lora.alpha"]
     if value is None or value == 0 or value != value:
-        yield ALPHA.found(f"adapter.lora.alpha is {'missing' if value is None else value}")
+        yield ALPHA.finding(f"adapter.lora.alpha is {'missing' if value is None else value}")
     elif type(value) is not float:
-        yield ALPHA_TYPE.found(f"adapter.lora.alpha is {str(value)[:40]!r}, a {type(value).__name__}")
+        yield ALPHA_TYPE.finding(f"adapter.lora.alpha is {str(value)[:40]!r}, a {type(value).__name__}")
 
 
 def template(f: GgufFile) -> Iterator[Finding]:
     own = f["tokenizer.chat_template"]
     if not isinstance(own, str) or not own:
-        yield NO_TEMPLATE_THERE.found("the file has no tokenizer.chat_template")
+        yield NO_TEMPLATE_THERE.finding("the file has no tokenizer.chat_template")
     if f.source is not None:
-        there = Chat(f.path.parent, BaseId(), base_of(f.source)).bases
-        if there not in ("", NO_TEMPLATE) and there != (fingerprint(own) if isinstance(own, str) else ""):
-            yield OTHER_TEMPLATE.found(f"{f.source.name} has another chat template than the file")
+        bases = Chat(f.path.parent, BaseId(), base_of(f.source)).bases
+        if bases not in ("", NO_TEMPLATE) and bases != (fingerprint(own) if isinstance(own, str) else ""):
+            yield OTHER_TEMPLATE.finding(f"{f.source.name} has another chat template than the file")
 
 
 def tokenizer(f: GgufFile) -> Iterator[Finding]:
     if f["tokenizer.ggml.model"] == "gpt2" and not f["tokenizer.ggml.pre"]:
-        yield NO_SPLITTING.found("the file has no tokenizer.ggml.pre")
+        yield NO_SPLITTING.finding("the file has no tokenizer.ggml.pre")
     if f["tokenizer.ggml.eos_token_id"] is None:
-        yield NO_END.found("the file has no tokenizer.ggml.eos_token_id")
+        yield NO_END.finding("the file has no tokenizer.ggml.eos_token_id")
     if f["tokenizer.ggml.bos_token_id"] is not None and f["tokenizer.ggml.add_bos_token"] is None:
-        yield MAY_BEGIN.found("the file has a bos_token_id and no add_bos_token: defaults differ")
+        yield MAY_BEGIN.finding("the file has a bos_token_id and no add_bos_token: defaults differ")
 
 
 RULES = {"adapter": (kind, architecture, tensors, alpha), "model": (architecture, template, tokenizer)}

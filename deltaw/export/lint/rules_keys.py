@@ -114,13 +114,13 @@ RENAMED = code(
 def prefix(s: Subject) -> Iterator[Finding]:
     bare = [key.name for key in s.keys if not key.prefixed]
     if bare:
-        yield NO_PREFIX.found(f"{len(bare)} of {len(s.keys)} names don't begin with {PREFIX}: {some(bare)}")
+        yield NO_PREFIX.finding(f"{len(bare)} of {len(s.keys)} names don't begin with {PREFIX}: {some(bare)}")
 
 
 def adapter_name(s: Subject) -> Iterator[Finding]:
     named = [key.name for key in s.keys if key.adapter]
     if named:
-        yield ADAPTER_NAME.found(f"{len(named)} of {len(s.keys)} names hold the adapter's name: {some(named)}")
+        yield ADAPTER_NAME.finding(f"{len(named)} of {len(s.keys)} names hold the adapter's name: {some(named)}")
 
 
 def halves(s: Subject) -> Iterator[Finding]:
@@ -128,7 +128,7 @@ def halves(s: Subject) -> Iterator[Finding]:
     single = [parts for parts in s.factors.values() if not any(pair <= parts.keys() for pair in pairs)]
     if single:
         names = [key.name for parts in single for key in parts.values()]
-        yield HALF.found(f"{len(single)} of {len(s.factors)} modules have but one factor: {some(names)}")
+        yield HALF.finding(f"{len(single)} of {len(s.factors)} modules have but one factor: {some(names)}")
 
 
 def ranks(s: Subject) -> Iterator[Finding]:
@@ -149,7 +149,7 @@ def ranks(s: Subject) -> Iterator[Finding]:
             if shape[side] != wanted:
                 wrong.append(f"{key.name} is {shape}, the config says rank {wanted}")
     if wrong:
-        yield RANK.found(f"{len(wrong)} tensors: {some(wrong)}")
+        yield RANK.finding(f"{len(wrong)} tensors: {some(wrong)}")
 
 
 def matrices(s: Subject) -> Iterator[Finding]:
@@ -157,18 +157,20 @@ def matrices(s: Subject) -> Iterator[Finding]:
     wrong = [name for name in factors if len(s.shapes[name]) != 2]
     wrong += [name for name in factors if name in s.numbers and not s.numbers[name].floating]
     if wrong:
-        yield NO_MATRIX.found(f"{len(wrong)} factors are no matrices of floating numbers: {some(wrong)}")
+        yield NO_MATRIX.finding(f"{len(wrong)} factors are no matrices of floating numbers: {some(wrong)}")
 
 
 def strange(s: Subject) -> Iterator[Finding]:
     names = [key.name for key in s.keys if key.part == UNKNOWN]
     if names:
-        yield STRANGE.found(f"{len(names)} of {len(s.keys)} tensors: {some(names)}")
+        yield STRANGE.finding(f"{len(names)} of {len(s.keys)} tensors: {some(names)}")
 
 
 def empty(s: Subject) -> Iterator[Finding]:
     if not s.factors and not s.early:
-        yield EMPTY.found("the file holds no factors, so nothing is changed by it" if s.keys else "it holds no tensors")
+        yield EMPTY.finding(
+            "the file holds no factors, so nothing is changed by it" if s.keys else "it holds no tensors"
+        )
 
 
 def layers_of_the_base(s: Subject) -> Iterator[Finding]:
@@ -176,12 +178,12 @@ def layers_of_the_base(s: Subject) -> Iterator[Finding]:
     if s.base is None:
         return
     places = {**s.base.embeddings, **s.base.linear}
-    gone = [path for path in s.factors if path not in places and not s.factors[path].keys() & _experts(s, path)]
+    gone = [path for path in s.factors if path not in places and not _experts(s, path)]
     if gone:
         last_names = {path.rpartition(".")[2] for path in places}
         known = all(path.rpartition(".")[2] in last_names for path in gone)
         words = f"{len(gone)} of {len(s.factors)} modules aren't in {s.base.source.name}: {some(gone)}"
-        yield NO_LAYER.found(words, effects={**NO_LAYER.effects, VLLM: WRONG if known else REFUSED})
+        yield NO_LAYER.finding(words, effects={**NO_LAYER.effects, VLLM: WRONG if known else REFUSED})
     wrong, larger = [], False
     for path, parts in s.factors.items():
         if path not in places:
@@ -203,12 +205,12 @@ def layers_of_the_base(s: Subject) -> Iterator[Finding]:
             wrong, larger = [*wrong, f"{key.name} is {s.shapes[key.name]}, the base's {own}"], True
     if wrong:  # vLLM copies into a buffer of the layer's size: what is smaller fits
         words = f"{len(wrong)} tensors don't fit {s.base.source.name}: {some(wrong)}"
-        yield SHAPE.found(words, effects={**SHAPE.effects, VLLM: REFUSED if larger else WRONG})
+        yield SHAPE.finding(words, effects={**SHAPE.effects, VLLM: REFUSED if larger else WRONG})
 
 
-def _experts(s: Subject, path: str) -> set[str]:
-    """The parts of a path that are factors of experts, which are no layer."""
-    return {part for part, key in s.factors[path].items() if key.expert}
+def _experts(s: Subject, path: str) -> bool:
+    """Whether a path's factors are of experts, which are no layer."""
+    return any(key.expert for key in s.factors[path].values())
 
 
 def targets(s: Subject) -> Iterator[Finding]:
@@ -220,17 +222,17 @@ def targets(s: Subject) -> Iterator[Finding]:
         return
     if s.base and not known and not s.get("target_parameters"):
         names = some(s.texts("target_modules")) or "target_modules"
-        yield NO_TARGET.found(f"{names} names no layer of {s.base.source.name}")
+        yield NO_TARGET.finding(f"{names} names no layer of {s.base.source.name}")
         return
     missed = [path for path in s.factors if path not in covered and not _experts(s, path)]
     if missed:
-        yield UNTARGETED.found(
+        yield UNTARGETED.finding(
             f"{len(missed)} of {len(s.factors)} modules have tensors and aren't named: {some(missed)}",
             f"add to target_modules: {some(sorted({path.rpartition('.')[2] for path in missed}), 8)}",
         )
     bare = sorted(known - covered - set(s.factors)) if s.factors else []
     if bare:
-        yield UNTRAINED_LAYERS.found(f"{len(bare)} layers are named and have no tensors: {some(bare)}")
+        yield UNTRAINED_LAYERS.finding(f"{len(bare)} layers are named and have no tensors: {some(bare)}")
 
 
 def undecided(s: Subject) -> Iterator[Finding]:
@@ -239,7 +241,7 @@ def undecided(s: Subject) -> Iterator[Finding]:
         try:
             s.pattern(field)
         except Undecided as reason:
-            yield UNDECIDED.found(f"{field}: {reason}")
+            yield UNDECIDED.finding(f"{field}: {reason}")
     targets = s.get("target_modules")
     if targets is None:
         return
@@ -248,24 +250,21 @@ def undecided(s: Subject) -> Iterator[Finding]:
     except Undecided as reason:
         certain = isinstance(targets, str) and not LINEAR.fullmatch(targets) and not s.get("layers_pattern")
         effect = REFUSED if certain else UNSURE
-        yield UNDECIDED.found(f"the targets: {reason}", effects=dict.fromkeys((PEFT, TRANSFORMERS), effect))
+        yield UNDECIDED.finding(f"the targets: {reason}", effects=dict.fromkeys((PEFT, TRANSFORMERS), effect))
 
 
 def renamed(s: Subject) -> Iterator[Finding]:
     if s.base is None:
         return
     rewritten = rewritten_names(s.base.skeleton)
-    by_weight = {entry.removesuffix(".weight") for entry in s.texts("target_parameters")}
     taken = [
         path
         for path in s.layers
-        if path.rpartition(".")[2] in rewritten
-        and path in s.base.linear
-        and not any(path == entry or path.endswith(f".{entry}") for entry in by_weight)
+        if path.rpartition(".")[2] in rewritten and path in s.base.linear and not s.by_weight(path)
     ]
     missed = [path for path in missed_by_peft(s.base.skeleton, s.layers) if path not in taken]
     if taken or missed:
-        yield RENAMED.found(
+        yield RENAMED.finding(
             f"{len(taken) + len(missed)} modules: {some([*taken, *missed])}",
             s.export("peft") if taken else s.merge(),
         )

@@ -31,6 +31,7 @@ from deltaw.export.lint.keys import (
     NORM,
     TOKENS,
     A,
+    Names,
     named,
 )
 from deltaw.export.lint.subject import Subject
@@ -147,35 +148,37 @@ def dora(s: Subject) -> Iterator[Finding]:
     on = bool(s.get("use_dora"))
     magnitudes = named(s.keys, MAGNITUDE)
     if on and magnitudes:
-        yield DORA.found(f"it is DoRA, {len(magnitudes)} magnitudes", s.merge())
+        yield DORA.finding(f"it is DoRA, {len(magnitudes)} magnitudes", s.merge())
     elif on and s.layers:
-        yield DORA_TORN.found("use_dora is on, and the file holds no magnitudes")
+        yield DORA_TORN.finding("use_dora is on, and the file holds no magnitudes")
     elif magnitudes:
-        yield DORA_TORN.found(f"the file holds {len(magnitudes)} magnitudes, and use_dora isn't on: {some(magnitudes)}")
+        yield DORA_TORN.finding(
+            f"the file holds {len(magnitudes)} magnitudes, and use_dora isn't on: {some(magnitudes)}"
+        )
 
 
 def biases(s: Subject) -> Iterator[Finding]:
     names = named(s.keys, BIAS)
     if names and s.get("lora_bias"):
-        yield LORA_BIAS.found(f"{len(names)} biases: {some(names)}")
+        yield LORA_BIAS.finding(f"{len(names)} biases: {some(names)}")
     elif names:
-        yield BIAS_TORN.found(f"{len(names)} biases: {some(names)}")
+        yield BIAS_TORN.finding(f"{len(names)} biases: {some(names)}")
     if s.get("bias", "none") != "none":
-        yield TRAINED_BIAS.found(f"bias is {s.get('bias')!r:.40}")
+        yield TRAINED_BIAS.finding(f"bias is {s.get('bias')!r:.40}")
 
 
 def whole_tensors(s: Subject) -> Iterator[Finding]:
-    listed = s.texts("modules_to_save")
+    listed = Names(s.texts("modules_to_save"))
     tensors = [key for key in s.keys if key.part == FULL]
-    saved = [key for key in tensors if any(key.path == name or key.path.endswith(f".{name}") for name in listed)]
-    held = [name for name in listed if any(key.path.endswith(name) for key in s.keys)]
+    saved = [key for key in tensors if listed.of(key.path) is not None]
+    present = {listed.of(key.path) for key in s.keys}
     if saved:
         last = {key.path.rpartition(".")[2] for key in saved}
         effects = {**PLAIN_ONLY, VLLM: LOADS if last <= {"classifier", "score"} else REFUSED}
-        yield SAVED.found(f"{len(saved)} whole tensors: {some([key.name for key in saved])}", effects=effects)
-    if (gone := [name for name in listed if name not in held]) and s.shapes:
-        yield SAVED_MISSING.found(f"modules_to_save names {some(gone)}, and the file doesn't hold it")
-    if unlisted := [key for key in tensors if key not in saved]:
+        yield SAVED.finding(f"{len(saved)} whole tensors: {some([key.name for key in saved])}", effects=effects)
+    if (gone := sorted(listed.all.difference(present))) and s.shapes:
+        yield SAVED_MISSING.finding(f"modules_to_save names {some(gone)}, and the file doesn't hold it")
+    if unlisted := [key for key in tensors if listed.of(key.path) is None]:
         yield from _unlisted(s, [key.path for key in unlisted], [key.name for key in unlisted])
 
 
@@ -188,28 +191,28 @@ def _unlisted(s: Subject, paths: list[str], names: list[str]) -> Iterator[Findin
     elif s.base and s.base.tied and len({s.base.head, s.base.embedding} & set(paths)) == 1:
         effects |= dict.fromkeys(LOADERS, WRONG)
         words += "; in this base embedding and head are one, so both are overwritten"
-    yield UNLISTED.found(words, effects=effects)
+    yield UNLISTED.finding(words, effects=effects)
 
 
 def embeddings(s: Subject) -> Iterator[Finding]:
     if names := named(s.keys, EMBEDDING_A):
-        yield EMBEDDING.found(f"LoRA on {some(names)}")
+        yield EMBEDDING.finding(f"LoRA on {some(names)}")
     if names := named(s.keys, COPY):
-        yield COPIED.found(f"{some(names)}: vLLM and llama.cpp leave it out without a word")
+        yield COPIED.finding(f"{some(names)}: vLLM and llama.cpp leave it out without a word")
     if names := named(s.keys, TOKENS):
-        yield TRAINED_TOKENS.found(f"{some(names)}")
+        yield TRAINED_TOKENS.finding(f"{some(names)}")
 
 
 def norms(s: Subject) -> Iterator[Finding]:
     if names := named(s.keys, NORM):
-        yield NORMS.found(f"{len(names)} norms: {some(names)}")
+        yield NORMS.finding(f"{len(names)} norms: {some(names)}")
 
 
 def parameters(s: Subject) -> Iterator[Finding]:
     if names := [key.name for key in s.keys if key.expert and key.part == A]:
-        yield EXPERTS.found(f"{len(names)} experts' parameters: {some(names)}")
+        yield EXPERTS.finding(f"{len(names)} experts' parameters: {some(names)}")
     elif entries := s.texts("target_parameters"):
-        yield BY_WEIGHT.found(f"target_parameters names {some(entries)}")
+        yield BY_WEIGHT.finding(f"target_parameters names {some(entries)}")
 
 
 def start(s: Subject) -> Iterator[Finding]:
@@ -223,18 +226,18 @@ def start(s: Subject) -> Iterator[Finding]:
             effects[VLLM] = WRONG
         elif name.startswith("corda"):  # PEFT wants what it was made of
             effects |= dict.fromkeys(LOADERS, REFUSED)
-        yield START.found(f"init_lora_weights is {given!r:.40}", effects=effects)
+        yield START.finding(f"init_lora_weights is {given!r:.40}", effects=effects)
     elif name not in STARTS:
-        yield START_UNKNOWN.found(f"init_lora_weights is {given!r:.40}")
+        yield START_UNKNOWN.finding(f"init_lora_weights is {given!r:.40}")
 
 
 def variants(s: Subject) -> Iterator[Finding]:
     if s.get("alora_invocation_tokens"):
-        yield ACTIVATED.found("it is to be active from its invocation tokens on only")
+        yield ACTIVATED.finding("it is to be active from its invocation tokens on only")
     for field, words in VARIANTS.items():
         if s.get(field):
             effects = {**VARIANT.effects, **({VLLM: UNSURE} if field in READ_BY_VLLM else {})}
-            yield VARIANT.found(f"{field}: {words}", effects=effects)
+            yield VARIANT.finding(f"{field}: {words}", effects=effects)
 
 
 def tied(s: Subject) -> Iterator[Finding]:
@@ -246,7 +249,7 @@ def tied(s: Subject) -> Iterator[Finding]:
         (path,) = updated
         head = path == s.base.head
         effects = {**TIED.effects, LLAMA_CPP: REFUSED if head else UNSURE}
-        yield TIED.found(f"{path} is updated, and {s.base.source.name} has one matrix for both ends", effects=effects)
+        yield TIED.finding(f"{path} is updated, and {s.base.source.name} has one matrix for both ends", effects=effects)
 
 
 RULES = (dora, biases, whole_tensors, embeddings, norms, parameters, start, variants, tied)

@@ -29,7 +29,7 @@ OVERFLOW = code(
 
 def not_finite(s: Subject) -> Iterator[Finding]:
     if names := [name for name, seen in s.numbers.items() if seen.floating and not seen.finite]:
-        yield NOT_FINITE.found(f"{len(names)} of {len(s.numbers)} tensors: {some(names)}")
+        yield NOT_FINITE.finding(f"{len(names)} of {len(s.numbers)} tensors: {some(names)}")
 
 
 def untrained(s: Subject) -> Iterator[Finding]:
@@ -40,7 +40,7 @@ def untrained(s: Subject) -> Iterator[Finding]:
         if part in (B, EMBEDDING_B)
     ]
     if seen and all(numbers is not None and numbers.zero for numbers in seen):
-        yield UNTRAINED.found(f"all {len(seen)} B are zero")
+        yield UNTRAINED.finding(f"all {len(seen)} B are zero")
 
 
 def constant(s: Subject) -> Iterator[Finding]:
@@ -52,7 +52,7 @@ def constant(s: Subject) -> Iterator[Finding]:
         if s.shapes[key.name] != (1, 1)
     ]
     if names:
-        yield CONSTANT.found(f"{len(names)} tensors hold one number only: {some(names)}")
+        yield CONSTANT.finding(f"{len(names)} tensors hold one number only: {some(names)}")
         return
     alike: dict[str, set[tuple[float, float]]] = {A: set(), B: set()}
     for parts in s.factors.values():
@@ -60,13 +60,15 @@ def constant(s: Subject) -> Iterator[Finding]:
             if part in alike and (seen := s.numbers.get(key.name)) and seen.finite and not seen.zero:
                 alike[part].add((seen.least, seen.most))
     if len(s.factors) > 1 and len(alike[A]) == 1 and len(alike[B]) == 1:
-        yield CONSTANT.found(f"the factors of all {len(s.factors)} modules have the same extremes")
+        yield CONSTANT.finding(f"the factors of all {len(s.factors)} modules have the same extremes")
 
 
 def overflow(s: Subject) -> Iterator[Finding]:
     if names := [name for name, seen in s.numbers.items() if seen.finite and seen.peak > HALF_MOST]:
         peak = max(s.numbers[name].peak for name in names)
-        yield OVERFLOW.found(f"{len(names)} tensors reach {peak:.3g}, float16 ends at {HALF_MOST:,.0f}: {some(names)}")
+        yield OVERFLOW.finding(
+            f"{len(names)} tensors reach {peak:.3g}, float16 ends at {HALF_MOST:,.0f}: {some(names)}"
+        )
 
 
 RULES = (not_finite, untrained, constant, overflow)

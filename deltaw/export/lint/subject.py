@@ -6,28 +6,32 @@ only when a rule asks for them. Pickles are never opened, and a stranger's regul
 can do no harm (adapter/patterns.py), or not at all.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from deltaw.adapter.file import CONFIG, RECORD, WEIGHTS, Adapter, BaseId
 from deltaw.adapter.patterns import first_matches
 from deltaw.adapter.peft_config import WEIGHT
-from deltaw.base.weights import read_json, read_tensor
-from deltaw.config import RunConfig, names_module
+from deltaw.base.weights import read_json, readable_tensors
+from deltaw.config import AdapterSpec, RunConfig
 from deltaw.errors import InputError, command
 from deltaw.export.lint.base import Base
 from deltaw.export.lint.chat import Chat
 from deltaw.export.lint.finding import Finding
-from deltaw.export.lint.keys import EMBEDDING_A, EMBEDDING_B, A, B, Key, parse
+from deltaw.export.lint.keys import EMBEDDING_A, EMBEDDING_B, A, B, Key, Names, parse
 from deltaw.progress import Display
 
-MANY_MATCHES = 5_000_000  # patterns times paths that are gone through
+MANY_MATCHES = 400_000_000  # patterns times letters of paths that are gone through
+MANY_NAMES = 5_000_000  # names times paths, for what deltaw itself loads
 LONG_PATTERN = 2_000  # characters
 
 
@@ -68,6 +72,7 @@ class Subject:
     kind: str = ""  # the base's model_type
     no_base: str = ""  # why the base isn't here
     recorded: BaseId = field(default_factory=BaseId)
+    spec: AdapterSpec | None = None  # as deltaw recorded it
     run: RunConfig | None = None
     max_rank: int = 16  # of the vLLM that it is for
     display: Display = field(default_factory=lambda: Display(quiet=True))
@@ -106,11 +111,8 @@ class Subject:
     def texts(self, field_name: str) -> list[str]:
         """The texts of a field that is a list of names, or one."""
         value = self.get(field_name, [])
-        return [
-            v
-            for v in ([value] if isinstance(value, str) else value if isinstance(value, list) else [])
-            if isinstance(v, str)
-        ]
+        given = value if isinstance(value, list) else [value]
+        return [text for text in given if isinstance(text, str)]
 
     # What PEFT makes of the config
 
@@ -130,9 +132,18 @@ class Subject:
         pattern = self.get(field_name, {})
         if not isinstance(pattern, dict):
             raise Undecided(f"{field_name} is {pattern!r:.60}, no mapping")
-        called = {path: f"{path}{WEIGHT}" if self._by_weight(path) else path for path in self.layers}
+        called = {path: f"{path}{WEIGHT}" if self.by_weight(path) else path for path in self.layers}
         taken = self._first(list(pattern), called.values())
         return {path: pattern[taken[name]] for path, name in called.items() if name in taken}
+
+    def scales(self) -> dict[str, float]:
+        """module path -> the factor in front of B A that PEFT takes, where it is a number. Raises Undecided."""
+        ranks, alphas, scales = self.pattern("rank_pattern"), self.pattern("alpha_pattern"), {}
+        for path in self.layers:
+            rank, alpha = ranks.get(path, self.default_rank), number(alphas.get(path, self.default_alpha))
+            if alpha is not None and type(rank) is int and rank > 0:
+                scales[path] = alpha / (math.sqrt(rank) if self.get("use_rslora") else rank)
+        return scales
 
     def covered(self, paths: Iterable[str]) -> set[str]:
         """Those of `paths` that PEFT makes an adapter for, by its targets. Raises Undecided."""
@@ -145,13 +156,14 @@ class Subject:
         elif isinstance(asked, str):
             chosen = self._whole(asked, paths)
         else:
-            names = self.texts("target_modules")
-            chosen = {path for path in paths if any(names_module(name, path) for name in names)}
+            names = Names(self.texts("target_modules"))
+            chosen = {path for path in paths if names.of(path) is not None}
         excluded = self.get("exclude_modules")
         if isinstance(excluded, str):
             chosen -= self._whole(excluded, paths)
         else:
-            chosen -= {p for p in paths if any(names_module(name, p) for name in self.texts("exclude_modules"))}
+            names = Names(self.texts("exclude_modules"))
+            chosen -= {path for path in paths if names.of(path) is not None}
         layers = self.get("layers_to_transform", [])
         if layers != [] and not isinstance(asked, str):
             if self.get("layers_pattern"):
@@ -159,10 +171,16 @@ class Subject:
             wanted = layers if isinstance(layers, list) else [layers]
             exact = set(self.texts("target_modules"))
             chosen = {path for path in chosen if path in exact or _layer(path) in wanted}
-        return chosen | {path for path in paths if self._by_weight(path)}
+        return chosen | {path for path in paths if self.by_weight(path)}
 
-    def _by_weight(self, path: str) -> bool:
-        return any(names_module(entry, path + WEIGHT) for entry in self.texts("target_parameters"))
+    def by_weight(self, path: str) -> bool:
+        """Whether a layer is named by its weight, in target_parameters."""
+        return self._parameters.of(path) is not None
+
+    @cached_property
+    def _parameters(self) -> Names:
+        entries = self.texts("target_parameters")
+        return Names(entry.removesuffix(WEIGHT) for entry in entries if entry.endswith(WEIGHT))
 
     def _whole(self, pattern: str, paths: list[str]) -> set[str]:
         """The paths that a regular expression matches as a whole."""
@@ -171,7 +189,7 @@ class Subject:
     @staticmethod
     def _first(keys: list[str], paths: Iterable[str]) -> dict[str, str]:
         paths = list(paths)
-        if len(keys) * len(paths) > MANY_MATCHES or any(len(key) > LONG_PATTERN for key in keys):
+        if len(keys) * sum(map(len, paths)) > MANY_MATCHES or any(len(key) > LONG_PATTERN for key in keys):
             raise Undecided(f"{len(keys):,} patterns on {len(paths):,} modules are more than are looked at")
         try:
             return first_matches(keys, paths)
@@ -193,12 +211,9 @@ class Subject:
         """What was seen of every tensor's numbers, one in memory at a time; tensors that can't be read are left out."""
         seen = {}
         names = list(self.shapes)
-        with self.display.task("looking at the numbers", max(1, len(names))) as update:
-            for done, name in enumerate(names, 1):
-                try:
-                    tensor = read_tensor(self.folder / WEIGHTS, name)
-                except InputError:
-                    continue
+        # An error: it is gone, or was changed, since its header was read.
+        with self.display.task("looking at the numbers", max(1, len(names))) as update, suppress(InputError):
+            for done, (name, tensor) in enumerate(readable_tensors(self.folder / WEIGHTS, names), 1):
                 seen[name] = _seen(tensor)
                 update(done)
         return seen
@@ -208,8 +223,10 @@ class Subject:
     @cached_property
     def readable(self) -> bool:
         """Whether deltaw itself can load it, so that its commands are of help."""
-        if self.config.get("task_type") == "SEQ_2_SEQ_LM":
-            return False  # no base of deltaw's
+        lists = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
+        names = sum(len(value) for field_name in lists if isinstance(value := self.get(field_name), list | dict))
+        if self.config.get("task_type") == "SEQ_2_SEQ_LM" or names * len(self.shapes) > MANY_NAMES:
+            return False  # no base of deltaw's; a file that nobody trained
         try:
             Adapter.load(self.folder)
         except (InputError, ValueError):
@@ -241,12 +258,17 @@ def number(value: Any) -> float | None:
         return math.inf
 
 
+def read_spec(folder: Path) -> AdapterSpec | None:
+    """The spec in deltaw.json, if there is one that can be read."""
+    try:
+        return AdapterSpec.model_validate_json(json.dumps(_record(folder).get("spec")))
+    except (ValidationError, ValueError):
+        return None
+
+
 def read_record(folder: Path) -> BaseId:
     """The base in deltaw.json, as far as it can be read; nothing of it is needed."""
-    try:
-        raw = read_json(folder / RECORD, max_bytes=1_000_000).get("base")
-    except InputError:
-        return BaseId()
+    raw = _record(folder).get("base")
     known = raw if isinstance(raw, dict) else {}
     texts = {name: known[name] for name in BaseId.__dataclass_fields__ if isinstance(known.get(name), str)}
     return BaseId(**texts)
@@ -258,6 +280,13 @@ def recorded_base(folder: Path, config: Mapping[str, Any]) -> BaseId:
         return record
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     return BaseId(name if isinstance(name, str) else "", revision if isinstance(revision, str) else None)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / RECORD, max_bytes=1_000_000)
+    except InputError:
+        return {}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

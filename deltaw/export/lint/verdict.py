@@ -9,7 +9,6 @@ rightly.
 """
 
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +28,15 @@ from deltaw.export.lint.forms import READERS, Form
 ROUTES = {  # what a verdict on another's form is about
     ("peft", LLAMA_CPP): "through its own converter",
     ("peft", OLLAMA): "given this folder",
+    ("model", LLAMA_CPP): "through its own converter",
+    ("model", OLLAMA): "given this folder",
 }
 WIDTH = 110
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """All that was found. `form`: what it is; `asked`: the destinations of --to, none for all of them."""
+    """All that was finding. `form`: what it is; `asked`: the destinations of --to, none for all of them."""
 
     name: str
     form: Form
@@ -44,16 +45,15 @@ class Verdict:
     asked: tuple[str, ...] = ()
 
     def at(self, destination: str) -> Effect:
-        """The worst that was found for a destination."""
+        """The worst that was finding for a destination."""
         return max((f.effects.get(destination, LOADS) for f in self.findings), default=LOADS)
 
     @property
     def shown(self) -> list[Finding]:
-        """The findings that concern what was asked for, the worst first."""
-        concern = [f for f in self.findings if not self.asked or set(self.asked) & f.effects.keys()]
-        return sorted(
-            concern, key=lambda f: (-max((f.effects[d] for d in self._asked if d in f.effects), default=0), f.code)
-        )
+        """The findings that concern what was asked for, the worst first, above all for those who read it as it is."""
+        readers = [place for place in self._asked if place in READERS[self.form]]
+        concern = [finding for finding in self.findings if set(self._asked) & finding.effects.keys()]
+        return sorted(concern, key=lambda f: (-f.worst_of(readers), -f.worst_of(self._asked), f.code))
 
     @property
     def exit_code(self) -> int:
@@ -92,14 +92,14 @@ class Verdict:
         """A line for each destination, then what was found and how to mend it."""
         width = max(map(len, DESTINATIONS.values()))
         lines = [f"{DESTINATIONS[place]:{width}}  {self._line(place)}" for place in self._asked]
-        for found in self.shown:
+        for finding in self.shown:
             places = {
-                effect: [DESTINATIONS[p] for p in self._asked if found.effects.get(p) is effect]
-                for effect in sorted(set(found.effects.values()), reverse=True)
+                effect: [DESTINATIONS[p] for p in self._asked if finding.effects.get(p) is effect]
+                for effect in sorted(set(finding.effects.values()), reverse=True)
             }
             touched = "; ".join(f"{', '.join(names)}: {effect.words}" for effect, names in places.items() if names)
-            lines += ["", *_wrapped(f"{found.code}  ", found.what), *_wrapped("       ", touched)]
-            lines.append(f"       mend: {found.mend}")
+            lines += ["", *_wrapped(f"{finding.code}  ", finding.what), *_wrapped("       ", touched)]
+            lines.append(f"       mend: {finding.mend}")
         if not self.shown:
             lines += ["", "nothing was found that speaks against it"]
         return "\n".join(lines)
@@ -111,7 +111,7 @@ class Verdict:
         return f"{effect.words}{f', {route}' if route else ''}{why}"
 
     @property
-    def _asked(self) -> Sequence[str]:
+    def _asked(self) -> tuple[str, ...]:
         return self.asked or tuple(DESTINATIONS)
 
 
