@@ -9,7 +9,8 @@
 
 Where a side gives the likeliest K alone, the tokens that both give are compared and the rest of each distribution is
 one token more. By the log-sum inequality that KL is a lower bound of the whole one, and nearly all of it where K tokens
-hold nearly all of the probability.
+hold nearly all of the probability. llama.cpp sums a vocabulary in float32, so that all its log-probabilities may be off
+by 1e-5, which is more than F16 makes: how likely the rest is counts only where it differs by more than SLACK.
 
 Letters: P positions, K tokens compared, V vocabulary.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from deltaw.export.sides.side import Answer, Logs
 
-SMALLEST = 1e-6  # of a rest: float32 sums leave no less
+SMALLEST, SLACK = 1e-6, 1e-4  # of a rest: what float32 sums leave, and by how much a server's are off
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,18 +69,26 @@ def distance(a: Logs, b: Logs, ids_PK: Tensor | None = None) -> Distance:
     if ids_PK is None:
         shared = min(a.values_PK.shape[1], b.values_PK.shape[1])
         # Summed anew in float64: the sums of float32 are off by more than two right sides are apart.
-        pairs = [logs.values_PK.double().log_softmax(-1)[:, :shared] for logs in (a, b)]
+        a_PK, b_PK = (logs.values_PK.double().log_softmax(-1)[:, :shared] for logs in (a, b))
     else:
-        pairs = [logs.of(ids_PK).double() for logs in (a, b)]
-    known_PK = torch.isfinite(pairs[0]) & torch.isfinite(pairs[1])
-    a_PK, b_PK = (values_PK.masked_fill(~known_PK, -torch.inf) for values_PK in pairs)
-    p_PK = a_PK.exp()
+        a_PK, b_PK = (logs.of(ids_PK).double() for logs in (a, b))
+    known_PK = torch.isfinite(a_PK) & torch.isfinite(b_PK)
     apart_PK = torch.where(known_PK, a_PK - b_PK, 0.0)
-    kl_P = (p_PK * apart_PK).sum(1)
-    if ids_PK is not None or a.values_PK.shape[1] != b.values_PK.shape[1]:
-        rest_P, rest_b_P = ((1 - values_PK.exp().sum(1)).clamp_min(SMALLEST) for values_PK in (a_PK, b_PK))
-        kl_P = kl_P + rest_P * (rest_P / rest_b_P).log()
+    if ids_PK is None and a.values_PK.shape == b.values_PK.shape:
+        kl_P = (a_PK.exp() * apart_PK).sum(1)
+    else:
+        kl_P = _with_rest(a_PK.masked_fill(~known_PK, -torch.inf), b_PK.masked_fill(~known_PK, -torch.inf))
     return Distance(kl_P.clamp_min(0), apart_PK.abs().amax(1))
+
+
+def _with_rest(a_PK: Tensor, b_PK: Tensor) -> Tensor:
+    """KL over some of the tokens and the rest as one, by the chain rule: that of being among them, and within them."""
+    mass_a_P, mass_b_P = (values_PK.exp().sum(1).clamp(SMALLEST, 1 - SMALLEST) for values_PK in (a_PK, b_PK))
+    mass_b_P = torch.where((mass_a_P - mass_b_P).abs() < SLACK, mass_a_P, mass_b_P)
+    among_P = mass_a_P * (mass_a_P / mass_b_P).log() + (1 - mass_a_P) * ((1 - mass_a_P) / (1 - mass_b_P)).log()
+    within_a_PK, within_b_PK = (values_PK.log_softmax(1) for values_PK in (a_PK, b_PK))
+    apart_PK = torch.where(torch.isfinite(within_a_PK) & torch.isfinite(within_b_PK), within_a_PK - within_b_PK, 0.0)
+    return among_P + mass_a_P * (within_a_PK.exp().nan_to_num() * apart_PK).sum(1)
 
 
 def odds_moved(a: Logs, b: Logs) -> Tensor:

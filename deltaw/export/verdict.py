@@ -3,7 +3,7 @@
 The tolerance has three parts, each measured on the positions that are compared:
 
     rounding    two right sides differ by rounding, and noise.py measures by how much in a few draws. Allowed are
-                KL_FACTOR times the largest draw's KL, FACTOR times its largest differences. On SmolLM2 with a rank-16
+                KL_FACTOR times their mean KL, FACTOR times their largest difference. On SmolLM2 with a rank-16
                 adapter llama.cpp was 1.1 times the mean draw away, a wrong permutation 90 times, a single dropped
                 module of the last layer 14 times (docs/log.md)
     effect      a rounding may be so coarse that everything passes. So the difference may be no more than SHARE of what
@@ -27,7 +27,7 @@ from deltaw.export.alike import Distance, Parting, distance, odds_moved
 from deltaw.export.sides.formats import described, exact, rms
 from deltaw.export.sides.side import Logs, Numbers
 
-KL_FACTOR, FACTOR = 4.0, 2.0
+KL_FACTOR, FACTOR = 6.0, 2.5
 SHARE, STRENGTH = 0.25, 0.15
 NO_EFFECT = 1e-6  # nats: an adapter that changes nothing here
 FLOOR = (1e-6, 1e-3)  # KL and single differences that a server's float32 log-probabilities leave
@@ -174,9 +174,9 @@ def measured(
     kls = tuple(one.kl for one in apart)
     why = (
         f"rounding errors of {_formats(sides)} put into the model {len(draws)} times moved it by KL {min(kls):.2g} to "
-        f"{max(kls):.2g}; allowed is {KL_FACTOR:g} times the most ({FACTOR:g} times for single differences)"
+        f"{max(kls):.2g}; allowed is {KL_FACTOR:g} times their mean, and {FACTOR:g} times the largest single difference"
     )
-    kl, largest, gap = KL_FACTOR * max(kls), FACTOR * max(one.largest for one in apart), FACTOR * moved
+    kl, largest, gap = KL_FACTOR * sum(kls) / len(kls), FACTOR * max(one.largest for one in apart), FACTOR * moved
     if any(chosen is not None for chosen in ids):
         kl, largest, gap = max(kl, FLOOR[0]), max(largest, FLOOR[1]), max(gap, FLOOR[1])
     return Tolerance(kl, largest, gap, kls, why)

@@ -26,7 +26,7 @@ SHOWN = 60  # answers
 HOW = f"""
 Rounding makes two right sides differ, and by how much depends on the model. So it is measured: random errors, as large
 as each side's formats make them, are put into every layer of the model that runs here, on the positions that are
-compared. The KL may be {KL_FACTOR:g} times that of the largest draw, a single difference {FACTOR:g} times its largest.
+compared. The KL may be {KL_FACTOR:g} times their mean, a single difference {FACTOR:g} times their largest.
 
 Where two answers part, each side chose its token by some margin. Both margins together say how far the odds of the two
 tokens moved from one side to the other. A move that rounding makes, too, is a *near tie* and no fault.

@@ -3,8 +3,12 @@
     mlx:adapter/   adapters.safetensors on a base that `--base` or the other side names
     mlx:model/     a folder with config.json, quantised or not
 
-mlx_lm computes in the type that the weights are stored in, bfloat16 mostly. Prompts are written by the folder's own
-tokenizer where it has one, else the base's.
+Everything is computed in float32 but for a quantised model, since it's the files that are asked about. Prompts are
+written by the folder's own tokenizer where it has one, else the base's.
+
+mlx_lm (0.32) reads `rope_theta` from the top of config.json and takes 10,000 where it isn't there, without a word; what
+transformers 5 writes has it under `rope_parameters`. A folder like that answers wrongly in MLX, and that is to be seen
+here. Only a base that deltaw made of a GGUF, which nobody gives to mlx_lm, is read as it is meant.
 """
 
 import importlib.util
@@ -39,17 +43,27 @@ class Mlx(Side):
         if self._adapter is not None and base is None:
             raise InputError(f"{name} does not say which base it belongs to", fix="name it with --base")
         # A quantised model isn't one that find_base takes, and needn't be.
-        self._model = folder if self._adapter is None else find_base(str(base), progress=display.say).directory
+        self._model, self._meant = folder, dict[str, Any]()
+        if self._adapter is not None:
+            source = find_base(str(base), progress=display.say)
+            self._model = source.directory
+            if source.gguf is not None:
+                config = read_json(self._model / "config.json", allow_nan=True)
+                rope = config.get("rope_parameters") or {}
+                self._meant = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
         own = (folder / "tokenizer_config.json").is_file()
         self._words = Words(open_tokenizer(folder if own else self._model))
         self.numbers = self._numbers()
         self._loaded: Any = None
 
     def load(self) -> None:
+        import mlx.core as mx  # type: ignore[import-not-found, unused-ignore]
         from mlx_lm.utils import load_adapters, load_model  # type: ignore[import-not-found, unused-ignore]
 
         try:
-            model, _ = load_model(self._model)
+            model, config = load_model(self._model, model_config=self._meant)
+            if "quantization" not in config:
+                model.set_dtype(mx.float32)
             self._loaded = load_adapters(model, str(self._adapter)) if self._adapter else model
         except Exception as error:  # whatever mlx_lm makes of the folder
             reason = " ".join(str(error).split())[:200]
@@ -94,12 +108,11 @@ class Mlx(Side):
         self._loaded = None
 
     def _numbers(self) -> Numbers:
-        kind = stored_type(Source(str(self._model), self._model))
         quantised = read_json(self._model / "config.json", allow_nan=True).get("quantization")
         if isinstance(quantised, dict):
             return Numbers(f"Q{quantised.get('bits', 4)}_1", ("bfloat16",), "MLX's own quantisation")
-        lost = "float32" if self._adapter else kind
-        return Numbers(lost, (kind,), f"mlx_lm computes in {kind}, as the weights are stored")
+        lost = "float32" if self._adapter else stored_type(Source(str(self._model), self._model))
+        return Numbers(lost, ("float32",), "mlx_lm, run in float32")
 
     def _stops(self) -> set[int]:
         """As mlx_lm has them: the config's eos, else the tokenizer's."""
