@@ -1,14 +1,15 @@
-"""The weights of a merged model, written from those of its base: the same files, a chunk at a time.
+"""The weights of a merged model, written from those of its base: the same files, a piece at a time.
 
     read       rows of a tensor of the base, their bytes as they lie in the file
     w, Δ       both in float32; Δ of these rows alone, from the factors (DoRA's norms are of rows, so theirs, too)
     Q(w + Δ)   the sum, rounded once to the type of the target
     survival   Q(w + Δ) − Q(w) against Δ (linalg/rounding.py), from the same pass: nothing is read twice
 
-A chunk is small enough for its float32 numbers to stay in the processor's cache, where the dozen passes over them cost
-about as much as copying its bytes. Each thread has a chunk of its own and writes it at its place in the file, so that
-two of them are as fast as a copy; in memory are a few chunks, whatever the model's size. What takes no update and keeps
-its type is copied as bytes, of whatever type: it never becomes a number, except to be looked at for NaN.
+Each thread has a piece of its own and writes it at its place in the file; in memory are a few pieces, whatever the
+model's size. The passes over a piece's float32 numbers are what a merge costs beside a copy, so there are few: which
+entries change is counted in full, the sums of their rounding errors are those of every fourth row, scaled. What takes
+no update and keeps its type is copied as bytes, of whatever type: it never becomes a number, except to be looked at for
+NaN.
 
 Rejected: a survey before the pass. It costs the pass twice; what is written lies in a hidden folder until everything
 has been said (target.py), so nothing is lost by writing first.
@@ -44,8 +45,8 @@ from deltaw.linalg.threads import one_thread
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WORDS = {dtype: word for word, dtype in TYPES.items()}
-CHUNK = 1 << 17  # numbers: 512 kB in float32, of which three stand beside each other in a cache of 2 MB
-PIECE = 1 << 22  # bytes of the base that a thread takes at a time
+EVERY, SMALL = 4, 1 << 16  # rows whose rounding errors are added up, in pieces of more numbers than that
+PIECE = 1 << 22  # bytes of the base that a thread takes at a time; with smaller ones threads wait for each other
 FLUSHED = 1 << 25  # bytes after which the disk is told to begin
 THREADS, AHEAD = 4, 4  # at most so many, and pieces that wait for each
 
@@ -85,7 +86,7 @@ class _Piece(NamedTuple):
 
 
 class _Scratch(threading.local):
-    """A thread's own buffers: new memory for each chunk would cost more than the arithmetic."""
+    """A thread's own buffers: new memory for each piece would cost more than the arithmetic."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -101,10 +102,9 @@ _scratch = _Scratch()
 
 
 class _Buffers(NamedTuple):
-    """Of a chunk: W + Δ, Δ, the rounded sum in float32 again, and the rounded sum. Together they fit in a cache."""
+    """Of a piece: W + Δ, the rounded sum in float32 again, and the rounded sum."""
 
     total: Tensor
-    delta: Tensor
     again: Tensor
     rounded: Tensor
 
@@ -217,51 +217,38 @@ def _written(piece: _Piece) -> tuple[_Piece, int, Survival]:
     if tensor.dtype is None:
         return piece, last - first, _copied(tensor, first, last)
     dtype, columns = TYPES[tensor.planned.dtype], tensor.columns
-    raw = _scratch.get("raw", (last - first) * columns * dtype.itemsize, torch.uint8)
+    rows, wide = last - first, torch.promote_types(dtype, torch.float32)
+    raw = _scratch.get("raw", rows * columns * dtype.itemsize, torch.uint8)
     _fill(raw, tensor.source, tensor.start + first * columns * dtype.itemsize)
-    base, step = raw.view(dtype).view(last - first, columns), max(1, CHUNK // max(1, columns))
-    wide = torch.promote_types(dtype, torch.float32)
-    total, delta, again = (
-        _scratch.get(name, step * columns, wide).view(step, columns) for name in ("total", "delta", "again")
-    )
-    rounded = _scratch.get("rounded", step * columns, tensor.dtype).view(step, columns)
-    buffers = _Buffers(total, delta, again, rounded)
-    survival = Survival()
-    for row in range(first, last, step):
-        chunk = base[row - first : row - first + step]
-        survival += _summed(tensor, chunk, row, _Buffers._make(buffer[: len(chunk)] for buffer in buffers))
-    return piece, raw.numel(), survival
+    total, again = (_scratch.get(name, rows * columns, wide).view(rows, columns) for name in ("total", "again"))
+    buffers = _Buffers(total, again, _scratch.get("rounded", rows * columns, tensor.dtype).view(rows, columns))
+    return piece, raw.numel(), _summed(tensor, raw.view(dtype).view(rows, columns), first, buffers)
 
 
 def _copied(tensor: _Tensor, first: int, last: int) -> Survival:
     raw = _scratch.get("raw", last - first, torch.uint8)
     _fill(raw, tensor.source, tensor.start + first)
-    if tensor.weight and raw.numel():
-        # aminmax hands NaN on and reads each number once.
-        extremes = torch.aminmax(raw.view(TYPES[tensor.planned.dtype]))
-        if not all(torch.isfinite(extreme) for extreme in extremes):
-            raise not_finite(tensor.planned)
+    if tensor.weight and raw.numel() and not _finite(raw.view(TYPES[tensor.planned.dtype])):
+        raise not_finite(tensor.planned)
     tensor.stream.write(_bytes(raw), tensor.stream.starts[tensor.planned.name] + first)
     return Survival()
 
 
 def _summed(tensor: _Tensor, base: Tensor, row: int, buffers: _Buffers) -> Survival:
-    """One chunk: rows of the base from `row` on, with what they take, rounded and written; what is left of it."""
-    total, delta, again, rounded = buffers
+    """One piece: rows of the base from `row` on, with what they take, rounded and written; what is left of it."""
+    total, again, rounded = buffers
     total.copy_(base)
     survival, finite = Survival(), True
     if tensor.update is None:
         rounded.copy_(total)
         if tensor.weight and base.numel():
-            finite = all(math.isfinite(extreme) for extreme in torch.aminmax(again.copy_(rounded)))
+            finite = _finite(rounded)
+    elif base.dtype == rounded.dtype != total.dtype and isinstance(tensor.update, LowRank):
+        survival, finite = _added(tensor.update.rows(row, row + len(base)), base, buffers)
     else:
-        delta = _delta(tensor.update.rows(row, row + len(base)), total, out=delta)
+        delta = as_plain(tensor.update.rows(row, row + len(base)), total).dense().to(total.dtype)
         rounded.copy_(total.add_(delta))
-        again.copy_(rounded)
-        if base.dtype == rounded.dtype != total.dtype:
-            survival = survived_of(again.sub_(total), delta, _differing(rounded, base))
-        else:
-            survival = survived(again.sub_(total.copy_(base).to(rounded.dtype)), delta)
+        survival = survived(again.copy_(rounded).sub_(total.copy_(base).to(rounded.dtype)), delta)
         finite = math.isfinite(survival.lost)
     if not finite:
         raise _overflow(tensor, base)
@@ -270,18 +257,27 @@ def _summed(tensor: _Tensor, base: Tensor, row: int, buffers: _Buffers) -> Survi
     return survival
 
 
-def _differing(x: Tensor, y: Tensor) -> int:
-    """How many entries of two tensors of 16 bits differ."""
-    return int(np.count_nonzero(np.not_equal(x.view(torch.int16).numpy(), y.view(torch.int16).numpy())))
+def _added(update: LowRank, base: Tensor, buffers: _Buffers) -> tuple[Survival, bool]:
+    """W + B A of 16-bit numbers, rounded to their own type: what is left of the update, and whether all is finite."""
+    total, again, rounded = buffers
+    every = EVERY if base.numel() > SMALL else 1
+    a_RN, b_MR = update.a_RN.float(), update.b_MR.float()
+    rounded.copy_(torch.addmm(total, b_MR, a_RN, alpha=update.scale, out=total))
+    error = again[: -(-len(again) // every)].copy_(rounded[::every]).sub_(total[::every])
+    delta = _scratch.get("delta", error.numel(), torch.float32).view(error.shape)
+    torch.addmm(delta, b_MR[::every], a_RN, beta=0, alpha=update.scale, out=delta)
+    differs = _scratch.get("differs", base.numel(), torch.bool).numpy().reshape(base.shape)
+    np.not_equal(rounded.view(torch.int16).numpy(), base.view(torch.int16).numpy(), out=differs)
+    return survived_of(error, delta, int(np.count_nonzero(differs)), base.numel()), _finite(rounded)
 
 
-def _delta(update: Update, w: Tensor, *, out: Tensor) -> Tensor:
-    """ΔW of these rows, in W's type."""
-    if not isinstance(update, LowRank):
-        return as_plain(update, w).dense().to(w.dtype)
-    # In the buffer, and with the scale in the product.
-    a_RN, b_MR = update.a_RN.to(w.dtype), update.b_MR.to(w.dtype)
-    return torch.addmm(out, b_MR, a_RN, beta=0, alpha=update.scale, out=out)
+def _finite(x: Tensor) -> bool:
+    """Whether no number is NaN or infinite."""
+    if x.itemsize != 2:
+        return all(torch.isfinite(extreme) for extreme in torch.aminmax(x))  # it hands NaN on
+    # Their patterns are the largest of either sign; numpy finds those five times as fast.
+    bits, infinity = x.view(torch.int16).numpy(), torch.tensor(math.inf, dtype=x.dtype).view(torch.int16).item()
+    return bool(bits.max() < infinity and bits.view(np.uint16).max() < infinity + 0x8000)
 
 
 def _overflow(tensor: _Tensor, base: Tensor) -> InputError:

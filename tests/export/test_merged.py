@@ -53,7 +53,6 @@ def test_what_is_written_in_chunks_is_the_values(
     """Chunks and pieces of a few rows, which end in the middle of a tensor."""
     base = base_folder(tmp_path / "base", name)
     plan = plan_merge(opened(base, random_adapter(base, kind)))
-    monkeypatch.setattr("deltaw.export.rewrite.CHUNK", 100)
     monkeypatch.setattr("deltaw.export.rewrite.PIECE", 1000)
     (tmp_path / "out").mkdir()
     survivals = rewrite(plan, tmp_path / "out")

@@ -65,7 +65,7 @@ def test_what_survives_is_what_is_seen_and_adds_up(seed: int, size: float, cut: 
 def test_on_the_grid_the_errors_say_the_same(seed: int, size: float) -> None:
     w, delta = pair(seed, size)
     rounded = bfloat16(w + delta)
-    got = survived_of(rounded - (w + delta), delta, int((rounded != w).sum()))
+    got = survived_of(rounded - (w + delta), delta, int((rounded != w).sum()), w.numel())
     wanted = survival(w, delta, bfloat16)
     assert (got.changed, got.entries) == (wanted.changed, wanted.entries)
     tolerance = 1e-2 if size < 1e-3 else 1e-4  # float32 rounds the sum, too
