@@ -163,8 +163,8 @@ def survived_of(error: Tensor, delta: Tensor, changed: int, entries: int) -> Sur
 
 
 def _product(x: Tensor, y: Tensor) -> float:
-    """Σxy of vectors, in blocks: float32 loses 4e-5 of the norm of a million numbers when it takes them at once. One call
-    of numpy's, since threads that make many calls wait for each other between them."""
+    """Σxy of vectors, in blocks: float32 loses 4e-5 of the norm of a million numbers when it takes them at once. One
+    call of numpy's, since threads that make many calls wait for each other between them."""
     a, b = x.detach().cpu().numpy(), y.detach().cpu().numpy()
     whole = len(a) - len(a) % BLOCK
     blocks = np.einsum("ij,ij->i", a[:whole].reshape(-1, BLOCK), b[:whole].reshape(-1, BLOCK))

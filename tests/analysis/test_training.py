@@ -178,7 +178,7 @@ def test_no_mutation_stops_the_report(tmp_path_factory: pytest.TempPathFactory, 
             for key in path[:-1]:
                 within = within[key]
             if data.draw(st.booleans()):
-                within[path[-1]] = data.draw(ODD)
+                within[path[-1]] = copy.deepcopy(data.draw(ODD))  # a later mutation may be of a part of it
             else:
                 del within[path[-1]]
     metrics = bytearray(written(lines))
