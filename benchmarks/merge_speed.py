@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deltaw.base.weights import fsync
-from deltaw.export.merged import MergePlan, plan_merge
-from deltaw.export.rewrite import rewrite
-from deltaw.export.trained import open_trained
+from deltaw.shipping.merge.plan import MergePlan, plan_merge
+from deltaw.shipping.merge.rewrite import rewrite
+from deltaw.shipping.trained import open_trained
 
 
 def seconds(write: Callable[[Path], object], folder: Path) -> float:

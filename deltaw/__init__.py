@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from deltaw.base.load import Base, open_base
     from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
     from deltaw.errors import DeltawError, InputError, RunError
-    from deltaw.export.command import export
-    from deltaw.export.lint.command import lint
-    from deltaw.export.verify import verify
     from deltaw.factors import Dense, DoRA, LowRank
     from deltaw.kernels.attention import packed_attention
     from deltaw.kernels.lora import lora_linear
     from deltaw.kernels.loss import linear_cross_entropy
     from deltaw.model import Model, open_model
+    from deltaw.shipping.command import export
+    from deltaw.shipping.lint.command import lint
+    from deltaw.shipping.verify.command import verify
     from deltaw.training.loop import resume, train
     from deltaw.version import VERSION as __version__
 
@@ -49,10 +49,10 @@ _HOME = {
     "attach": "adapter.inject",
     "combine": "adapter.combine",
     "detach": "adapter.inject",
-    "export": "export",
+    "export": "shipping.command",
     "inspect": "analysis.report",
     "linear_cross_entropy": "kernels.loss",
-    "lint": "export.lint.command",
+    "lint": "shipping.lint.command",
     "load_config": "config",
     "lora_linear": "kernels.lora",
     "open_base": "base.load",
@@ -63,7 +63,7 @@ _HOME = {
     "resize": "adapter.algebra",
     "resume": "training.loop",
     "train": "training.loop",
-    "verify": "export.verify",
+    "verify": "shipping.verify.command",
 }
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604
 
@@ -74,6 +74,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'deltaw' has no attribute {name!r}")
     home = importlib.import_module(f"deltaw.{_HOME[name]}")
-    value = home if name == _HOME[name] else getattr(home, name)  # a room that is the function, too (export)
+    value = getattr(home, name)
     globals()[name] = value
     return value

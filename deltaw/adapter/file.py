@@ -168,7 +168,7 @@ class Adapter:
         return Adapter(spec, factors, _base_of(directory, config), transposed, weight_names(config))
 
     def _card(self) -> str:
-        """A few words; what goes out into the world gets a whole card (export/card.py)."""
+        """A few words; what goes out into the world gets a whole card (shipping/card.py)."""
         base = self.base.name or "unknown"
         if self.spec.full:
             return (

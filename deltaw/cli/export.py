@@ -30,8 +30,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write an adapter for the place where it will run, with a model card."""
-    from deltaw.export.command import export_named
-    from deltaw.export.destination import Options
+    from deltaw.shipping.command import export_named
+    from deltaw.shipping.destination import Options
 
     result, text = export_named(
         adapter,

@@ -8,7 +8,7 @@ import torch
 from gguf import GGUFWriter
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deltaw.export.gguf_names import family
+from deltaw.shipping.gguf.names import family
 
 from .gguf_ids import vocabulary
 

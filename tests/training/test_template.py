@@ -6,8 +6,8 @@ from pathlib import Path
 from deltaw.config import parse_config
 from deltaw.data.render import TEMPLATE
 from deltaw.evaluate.reshape import scale_named
-from deltaw.export.trained import open_trained
 from deltaw.model import open_model
+from deltaw.shipping.trained import open_trained
 from deltaw.training.loop import train
 from tests.tiny import Said, run_file
 

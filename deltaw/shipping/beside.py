@@ -1,0 +1,85 @@
+"""What lies beside exported weights so that answers come out as they were trained: tokenizer, chat template, stops.
+
+    tokenizer.json, …         the base's own files, byte for byte; local paths that a tokenizer_config.json remembers go
+    chat_template.jinja       the template that was trained under, where that isn't the tokenizer's own; the tokenizer's
+                              config then says nothing of one, since loaders differ in which of the two they take
+    generation_config.json    the base's, with every token that ends an answer: its own, the tokenizer's eos, and the
+                              template's end of turn, which many a base's file forgets
+
+Servers take what an adapter's or a model's folder has before what the base has, so a tokenizer that isn't there is the
+base's, and with it the base's template.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from deltaw.base.weights import read_json, write_text_atomic
+from deltaw.shipping.trained import TEMPLATE, Trained
+
+TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+TOKENIZER = (
+    "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", TEMPLATE,
+)  # fmt: skip
+MORE_TEMPLATES = "additional_chat_templates"  # of a tokenizer that has several
+PATHS = ("name_or_path", "tokenizer_file", "special_tokens_map_file")  # where somebody once had it
+
+
+def write_beside(trained: Trained, folder: Path) -> None:
+    """Write tokenizer, template and generation config into `folder`. Raises RunError for what the disk refuses."""
+    base = trained.base.directory
+    for name in TOKENIZER:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    if (base / MORE_TEMPLATES).is_dir() and own_template(trained):
+        shutil.copytree(base / MORE_TEMPLATES, folder / MORE_TEMPLATES)
+    if (folder / TOKENIZER_CONFIG).is_file():
+        _clean(trained, folder / TOKENIZER_CONFIG)
+    if trained.renderer.template and not own_template(trained):
+        write_text_atomic(folder / TEMPLATE, trained.renderer.template)
+    write_text_atomic(folder / GENERATION_CONFIG, json.dumps(generation_config(trained), indent=2) + "\n")
+
+
+def beside_size(trained: Trained) -> int:
+    """Bytes of what `write_beside` writes, and a few more."""
+    files = [trained.base.directory / name for name in (*TOKENIZER, GENERATION_CONFIG)]
+    return sum(file.stat().st_size for file in files if file.is_file()) + len(trained.renderer.template or "") * 4
+
+
+def own_template(trained: Trained) -> bool:
+    """Whether the template that was trained under is the one that the base's tokenizer has."""
+    return trained.renderer.own_template
+
+
+def generation_config(trained: Trained) -> dict[str, Any]:
+    """The base's generation config, with all tokens at which an answer ends."""
+    file = trained.base.directory / GENERATION_CONFIG
+    config = read_json(file, allow_nan=True) if file.is_file() else {}
+    config.pop("_from_model_config", None)  # that it is: transformers may then make it anew, without our stops
+    stops = stop_ids(trained)
+    return {**config, "eos_token_id": stops[0] if len(stops) == 1 else stops}
+
+
+def stop_ids(trained: Trained) -> list[int]:
+    """The tokens at which an answer ends, the tokenizer's eos first: it is what some pad with."""
+    eos = trained.renderer.tokenizer.eos_token_id
+    return [eos, *sorted(trained.renderer.stop_ids - {eos})]
+
+
+def missing_stop(trained: Trained) -> str | None:
+    """The token that ends a turn, as text, where the base alone wouldn't stop at it."""
+    end = trained.renderer.end_of_turn
+    if trained.plain or end is None or end in trained.renderer.model_stop_ids:
+        return None
+    return str(trained.renderer.tokenizer.convert_ids_to_tokens(end))
+
+
+def _clean(trained: Trained, file: Path) -> None:
+    config = read_json(file)
+    gone = [key for key in PATHS if Path(str(config.get(key) or "")).is_absolute()]
+    gone += ["chat_template"] if not own_template(trained) and "chat_template" in config else []
+    if gone:
+        kept = {key: value for key, value in config.items() if key not in gone}
+        write_text_atomic(file, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")

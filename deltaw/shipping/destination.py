@@ -1,0 +1,54 @@
+"""What every destination of an export is: refused or accepted whole, then written.
+
+    PEFT(trained, options)     looks at everything that the destination can't hold or take, and raises InputError that
+                               lists it, before a byte is written
+    .size()                    bytes that it will need on the disk, not less
+    .write(folder, display)    writes into a folder that is hidden until it is whole (target.py)
+
+The command (command.py) chooses one by name and adds the card, the report and the mark.
+"""
+
+import abc
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltaw.progress import Display
+from deltaw.shipping.trained import Trained
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be asked of a destination. `plain`: nothing that older servers don't read (scales in B, one rank).
+    `merged`: the whole model instead of the adapter. `type`: the numbers of a merged model ("Q8_0"). `force`: also
+    where little of the update survives their rounding."""
+
+    plain: bool = False
+    merged: bool = False
+    type: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """`lines`: what is to be said of it, for people. `usage`: how to load it there, Markdown for the card. `more`: for
+    machines."""
+
+    usage: str
+    lines: list[str] = field(default_factory=list)
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+class Destination(abc.ABC):
+    """One form of an adapter or a merged model. Raises InputError where it can't hold this adapter."""
+
+    def __init__(self, trained: Trained, options: Options) -> None:
+        self.trained, self.options = trained, options
+
+    @abc.abstractmethod
+    def size(self) -> int:
+        """Bytes of what `write` writes, or a few more."""
+
+    @abc.abstractmethod
+    def write(self, folder: Path, display: Display) -> Written:
+        """Write all files into `folder`, which is there and empty."""

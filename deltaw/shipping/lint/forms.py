@@ -1,0 +1,76 @@
+"""Which form of an adapter or a model a name stands for, and what is common to all forms.
+
+peft     a run, or a folder with adapter_config.json, adapter_model.safetensors or delta.safetensors
+gguf     a .gguf file, an adapter's or a whole model's
+mlx      a folder with adapters.safetensors
+model    a folder with config.json: a merged model
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from deltaw.adapter.file import CONFIG, WEIGHTS
+from deltaw.adapter.full import DELTAS
+from deltaw.base.source import PICKLES
+from deltaw.errors import InputError
+from deltaw.model import is_run
+from deltaw.shipping.lint.finding import (
+    DESTINATIONS,
+    LLAMA_CPP,
+    MLX,
+    OLLAMA,
+    PEFT,
+    REFUSED,
+    TRANSFORMERS,
+    VLLM,
+    Finding,
+    code,
+)
+
+Form = Literal["peft", "gguf", "mlx", "model"]
+READERS: dict[Form, tuple[str, ...]] = {  # who reads it as it is, the one that it is made for first
+    "peft": (PEFT, TRANSFORMERS, VLLM),
+    "gguf": (LLAMA_CPP, OLLAMA),
+    "mlx": (MLX,),
+    "model": (TRANSFORMERS, VLLM),
+}
+CONVERTS: dict[Form, tuple[str, ...]] = {"peft": (LLAMA_CPP, OLLAMA), "model": (PEFT, LLAMA_CPP, OLLAMA, MLX)}
+MLX_WEIGHTS = "adapters.safetensors"
+OTHER_FORM = code(
+    "DW108",
+    "a form that isn't the destination's: mlx-lm reads no folder in PEFT's layout, PEFT and vLLM read no GGUF",
+    {MLX: REFUSED},
+    "export it to where it is to run",
+)
+
+
+def form_of(path: Path) -> Form:
+    """Of a run, too. Raises InputError for what is none of them."""
+    if is_run(path):
+        return "peft"
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return "gguf"
+        raise InputError(f"{path}: is a file", fix=f"name its folder: {path.parent}")
+    if not path.is_dir():
+        raise InputError(f"{path}: no such adapter")
+    if (path / MLX_WEIGHTS).is_file():
+        return "mlx"
+    if any((path / file).is_file() for file in (CONFIG, WEIGHTS, DELTAS)):
+        return "peft"
+    if (path / "config.json").is_file():
+        return "model"
+    if any(next(path.glob(pattern), None) is not None for pattern in PICKLES):
+        return "peft"
+    inside = sorted(path.glob("*.gguf"))
+    fix = f"name the file itself: {inside[0]}" if inside else "name a run, an adapter's folder or a .gguf file"
+    raise InputError(f"{path}: holds no adapter", fix=fix)
+
+
+def other_form(form: Form, mend: str) -> Finding:
+    """What destinations of another form make of it."""
+    strangers = [place for place in DESTINATIONS if place not in READERS[form] + CONVERTS.get(form, ())]
+    kind = {"peft": "in PEFT's layout", "gguf": "a GGUF", "mlx": "in mlx-lm's layout", "model": "a whole model"}[form]
+    *most, last = [DESTINATIONS[place] for place in strangers]
+    names = f"{', '.join(most)} and {last}" if most else last
+    return OTHER_FORM.finding(f"it is {kind}, which {names} can't read", mend, dict.fromkeys(strangers, REFUSED))

@@ -1,0 +1,120 @@
+"""What is wrong with the files themselves, before anything in them is looked at.
+
+`read` gives a Subject whatever state the folder is in; what keeps it from being read is among its first findings. The
+JSON may be one that deltaw refuses (a key that stands twice) and other tools read: then it is read as they do, and that
+is a finding.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deltaw.adapter.file import CONFIG, WEIGHTS
+from deltaw.adapter.full import DELTAS
+from deltaw.base.source import PICKLES
+from deltaw.base.weights import read_header
+from deltaw.errors import InputError, command
+from deltaw.shipping.lint.finding import (
+    LLAMA_CPP,
+    LOADS,
+    OLLAMA,
+    REFUSED,
+    UNSURE,
+    VLLM,
+    Finding,
+    code,
+    everywhere,
+)
+from deltaw.shipping.lint.forms import other_form
+from deltaw.shipping.lint.subject import Subject, read_config
+
+AGAIN = "get the file again from where it came"
+CONFIG_UNREADABLE = code(
+    "DW101", "adapter_config.json is missing or can't be read", everywhere(REFUSED), "get the folder again, whole"
+)
+CONFIG_AMBIGUOUS = code(
+    "DW102",
+    "adapter_config.json is read differently by different tools (a key stands twice)",
+    everywhere(UNSURE),
+    "take out all but one of the entries",
+)
+WEIGHTS_MISSING = code("DW103", "there is no file with weights", everywhere(REFUSED), "get the folder again, whole")
+PICKLED = code(
+    "DW104",
+    "the weights are a pickle only, which runs code when it is opened; lint doesn't open it",
+    everywhere(UNSURE),
+    "ask its author for safetensors, or convert it in a sandbox",
+)
+WEIGHTS_UNREADABLE = code(
+    "DW105", "adapter_model.safetensors is cut short or no safetensors file", everywhere(REFUSED), AGAIN
+)
+FULL_TUNE = code(
+    "DW106",
+    "full fine-tuning (delta.safetensors), which only deltaw reads",
+    everywhere(REFUSED),
+    "merge it into a model folder, or extract a LoRA of it",
+)
+UNSHARED = code(
+    "DW107",
+    "only its owner can read the weights' file (safetensors writes files that way)",
+    dict.fromkeys((VLLM, LLAMA_CPP, OLLAMA), LOADS),
+    "chmod 644 the file where a server runs as another user",
+)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], list[Finding]]:
+    """(config, shapes by tensor name, findings) of an adapter's folder; what can't be read is empty."""
+    if (folder / DELTAS).is_file():
+        mend = command("merge", folder, options=["-o", f"{folder.name}-merged"])
+        return {}, {}, [FULL_TUNE.finding(f"{DELTAS} holds full fine-tuning, which no other tool reads", mend)]
+    config, findings = _config(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if (folder / WEIGHTS).is_file():
+        try:
+            shapes = dict(read_header(folder / WEIGHTS).shapes)
+        except InputError as error:
+            findings.append(WEIGHTS_UNREADABLE.finding(f"{WEIGHTS}: {_reason(error)}"))
+    elif pickles := sorted(p.name for p in folder.iterdir() if any(p.match(pattern) for pattern in PICKLES)):
+        findings.append(PICKLED.finding(f"{pickles[0]:.80} is a pickle and there is no {WEIGHTS}"))
+    else:
+        findings.append(WEIGHTS_MISSING.finding(f"{WEIGHTS} is missing"))
+    return config, shapes, findings
+
+
+def _config(folder: Path) -> tuple[dict[str, Any], list[Finding]]:
+    try:
+        return read_config(folder), []
+    except InputError as error:
+        try:
+            with (folder / CONFIG).open("rb") as file:
+                lenient = json.loads(file.read(1_000_001))  # a longer one is cut, and no JSON
+        except (OSError, ValueError, RecursionError):
+            lenient = None
+        if not isinstance(lenient, dict):
+            return {}, [CONFIG_UNREADABLE.finding(f"{CONFIG}: {_reason(error)}")]
+        return lenient, [CONFIG_AMBIGUOUS.finding(f"{CONFIG}: {_reason(error)}; the last one is what most tools take")]
+
+
+def _reason(error: InputError) -> str:
+    return error.what.partition(": ")[2][:200] or error.what[:200]
+
+
+def early(s: Subject) -> Iterator[Finding]:
+    yield from s.early
+
+
+def unshared(s: Subject) -> Iterator[Finding]:
+    file = s.folder / WEIGHTS
+    if file.is_file() and not file.stat().st_mode & 0o004:
+        yield UNSHARED.finding(
+            f"{WEIGHTS} has mode {file.stat().st_mode & 0o777:04o}: another user's server can't read it"
+        )
+
+
+def form(s: Subject) -> Iterator[Finding]:
+    if s.shapes:
+        yield other_form("peft", s.export("mlx") or "what deltaw can't load it can't convert: see the other findings")
+
+
+RULES = (early, unshared, form)

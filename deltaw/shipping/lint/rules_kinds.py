@@ -1,0 +1,255 @@
+"""What is more than a plain LoRA on linear layers, or another start than none, and what destinations make of it.
+
+PEFT reads all of it. vLLM says no to most of it by the config, and to any tensor whose name isn't lora_A or lora_B;
+llama.cpp's converter stops at such a tensor, but takes norms and leaves them out when the model runs.
+"""
+
+from collections.abc import Iterator
+
+from deltaw.adapter.peft_config import MOVES_BASE
+from deltaw.shipping.lint.finding import (
+    LLAMA_CPP,
+    LOADS,
+    OLLAMA,
+    PEFT,
+    REFUSED,
+    TRANSFORMERS,
+    UNSURE,
+    VLLM,
+    WRONG,
+    Effect,
+    Finding,
+    code,
+    some,
+)
+from deltaw.shipping.lint.keys import (
+    BIAS,
+    COPY,
+    EMBEDDING_A,
+    FULL,
+    MAGNITUDE,
+    NORM,
+    TOKENS,
+    A,
+    Names,
+    named,
+)
+from deltaw.shipping.lint.subject import Subject
+
+PLAIN_ONLY = {VLLM: REFUSED, LLAMA_CPP: REFUSED, OLLAMA: REFUSED}  # refuse tensors that they don't know by name
+LOADERS = (PEFT, TRANSFORMERS)
+MERGE_THERE = "merge it with PEFT (merge_and_unload), which reads it"
+DORA = code(
+    "DW321",
+    "DoRA: servers refuse it, and transformers' load_adapter drops its magnitudes with a line in the log",
+    {TRANSFORMERS: WRONG, **PLAIN_ONLY},
+    "load it with PEFT's PeftModel, or merge it into a model folder",
+)
+DORA_TORN = code(
+    "DW322",
+    "use_dora without magnitudes in the file, or magnitudes without use_dora",
+    {PEFT: WRONG, TRANSFORMERS: WRONG, **PLAIN_ONLY},
+    "write use_dora as it was trained, or get the whole file",
+)
+LORA_BIAS = code("DW323", "a bias on B (lora_bias)", PLAIN_ONLY, MERGE_THERE)
+BIAS_TORN = code(
+    "DW324",
+    "biases of B in the file without lora_bias in the config: PEFT leaves them out",
+    {PEFT: WRONG, TRANSFORMERS: WRONG, **PLAIN_ONLY},
+    "write lora_bias: true",
+)
+TRAINED_BIAS = code("DW325", "trained biases of the base (bias)", {VLLM: REFUSED}, MERGE_THERE)
+SAVED = code("DW326", "whole trained tensors (modules_to_save: a head, an embedding)", PLAIN_ONLY, MERGE_THERE)
+SAVED_MISSING = code(
+    "DW327",
+    "modules_to_save names modules that the file doesn't hold",
+    {PEFT: REFUSED, TRANSFORMERS: WRONG, VLLM: REFUSED},
+    "get the whole file",
+)
+UNLISTED = code(
+    "DW328",
+    "whole tensors that modules_to_save doesn't name: PEFT writes them over the base's own",
+    PLAIN_ONLY,
+    "name them in modules_to_save",
+)
+EMBEDDING = code(
+    "DW329",
+    "LoRA on an embedding",
+    {VLLM: LOADS, LLAMA_CPP: LOADS, OLLAMA: REFUSED},
+    "merge it with PEFT (merge_and_unload) for Ollama",
+)
+COPIED = code(
+    "DW330",
+    "a copy of a base layer's weight beside its LoRA; servers leave it out",
+    {VLLM: UNSURE, LLAMA_CPP: UNSURE, OLLAMA: REFUSED},
+    "if the embedding was resized or trained, merge it with PEFT; else take the copy out",
+)
+TRAINED_TOKENS = code("DW331", "trained token embeddings (trainable_token_indices)", PLAIN_ONLY, MERGE_THERE)
+NORMS = code(
+    "DW332",
+    "trained norms: llama.cpp leaves them out without a word",
+    {VLLM: REFUSED, LLAMA_CPP: WRONG, OLLAMA: REFUSED},
+    MERGE_THERE,
+)
+EXPERTS = code(
+    "DW333",
+    "LoRA on experts that are one parameter (target_parameters): PEFT reads it from 0.17 on",
+    {VLLM: UNSURE, LLAMA_CPP: UNSURE, OLLAMA: REFUSED},
+    MERGE_THERE,
+)
+BY_WEIGHT = code(
+    "DW334",
+    "layers that are named by their weights (target_parameters): PEFT before 0.17 leaves them out",
+    {PEFT: LOADS, TRANSFORMERS: LOADS},
+    "use PEFT 0.17 or newer",
+)
+START = code(
+    "DW335",
+    "an initialisation that moves the base (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), saved unconverted: the factors go "
+    "with a base that nobody else has",
+    {PEFT: WRONG, TRANSFORMERS: WRONG, VLLM: REFUSED, LLAMA_CPP: WRONG, OLLAMA: WRONG},
+    "save it with PEFT's path_initial_model_for_weight_conversion; if it was, write init_lora_weights: true",
+)
+START_UNKNOWN = code(
+    "DW336",
+    "an init_lora_weights that PEFT or vLLM doesn't know",
+    {PEFT: REFUSED, TRANSFORMERS: REFUSED, VLLM: REFUSED},
+    "write init_lora_weights: true",
+)
+ACTIVATED = code("DW337", "activated LoRA (aLoRA)", {VLLM: REFUSED, OLLAMA: WRONG}, "serve it with PEFT or llama.cpp")
+VARIANT = code(
+    "DW338",
+    "a variant of LoRA that servers refuse, or that only its own trainer reads (QALoRA, BD-LoRA, replicated layers …)",
+    {PEFT: UNSURE, TRANSFORMERS: UNSURE, VLLM: REFUSED, LLAMA_CPP: UNSURE, OLLAMA: UNSURE},
+    MERGE_THERE,
+)
+TIED = code(
+    "DW339",
+    "an update of the embedding or the head alone, on a base where the two are one",
+    {PEFT: LOADS, TRANSFORMERS: LOADS, VLLM: UNSURE, LLAMA_CPP: REFUSED, OLLAMA: REFUSED},
+    "merge it with PEFT, untied (tie_word_embeddings: false)",
+)
+# init_lora_weights that are a start only, and what PEFT refuses without more
+STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+VARIANTS = {
+    "layer_replication": "replicated layers",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+    "megatron_config": "Megatron's parallel layers",
+}
+READ_BY_VLLM = ("arrow_config", "kasa_config", "monteclora_config", "velora_config", "megatron_config")  # not refused
+
+
+def dora(s: Subject) -> Iterator[Finding]:
+    on = bool(s.get("use_dora"))
+    magnitudes = named(s.keys, MAGNITUDE)
+    if on and magnitudes:
+        yield DORA.finding(f"it is DoRA, {len(magnitudes)} magnitudes", s.merge())
+    elif on and s.layers:
+        yield DORA_TORN.finding("use_dora is on, and the file holds no magnitudes")
+    elif magnitudes:
+        yield DORA_TORN.finding(
+            f"the file holds {len(magnitudes)} magnitudes, and use_dora isn't on: {some(magnitudes)}"
+        )
+
+
+def biases(s: Subject) -> Iterator[Finding]:
+    names = named(s.keys, BIAS)
+    if names and s.get("lora_bias"):
+        yield LORA_BIAS.finding(f"{len(names)} biases: {some(names)}")
+    elif names:
+        yield BIAS_TORN.finding(f"{len(names)} biases: {some(names)}")
+    if s.get("bias", "none") != "none":
+        yield TRAINED_BIAS.finding(f"bias is {s.get('bias')!r:.40}")
+
+
+def whole_tensors(s: Subject) -> Iterator[Finding]:
+    listed = Names(s.texts("modules_to_save"))
+    tensors = [key for key in s.keys if key.part == FULL]
+    saved = [key for key in tensors if listed.of(key.path) is not None]
+    present = {listed.of(key.path) for key in s.keys}
+    if saved:
+        last = {key.path.rpartition(".")[2] for key in saved}
+        effects = {**PLAIN_ONLY, VLLM: LOADS if last <= {"classifier", "score"} else REFUSED}
+        yield SAVED.finding(f"{len(saved)} whole tensors: {some([key.name for key in saved])}", effects=effects)
+    if (gone := sorted(listed.all.difference(present))) and s.shapes:
+        yield SAVED_MISSING.finding(f"modules_to_save names {some(gone)}, and the file doesn't hold it")
+    if unlisted := [key for key in tensors if listed.of(key.path) is None]:
+        yield from _unlisted(s, [key.path for key in unlisted], [key.name for key in unlisted])
+
+
+def _unlisted(s: Subject, paths: list[str], names: list[str]) -> Iterator[Finding]:
+    effects: dict[str, Effect] = dict(PLAIN_ONLY)
+    words = f"{len(names)} whole tensors that modules_to_save doesn't name: {some(names)}"
+    if s.base and (strays := [path for path in paths if f"{path}.weight" not in s.base.parameters]):
+        effects |= dict.fromkeys(LOADERS, WRONG)
+        words += f"; the base has no {some(strays)}"
+    elif s.base and s.base.tied and len({s.base.head, s.base.embedding} & set(paths)) == 1:
+        effects |= dict.fromkeys(LOADERS, WRONG)
+        words += "; in this base embedding and head are one, so both are overwritten"
+    yield UNLISTED.finding(words, effects=effects)
+
+
+def embeddings(s: Subject) -> Iterator[Finding]:
+    if names := named(s.keys, EMBEDDING_A):
+        yield EMBEDDING.finding(f"LoRA on {some(names)}")
+    if names := named(s.keys, COPY):
+        yield COPIED.finding(f"{some(names)}: vLLM and llama.cpp leave it out without a word")
+    if names := named(s.keys, TOKENS):
+        yield TRAINED_TOKENS.finding(f"{some(names)}")
+
+
+def norms(s: Subject) -> Iterator[Finding]:
+    if names := named(s.keys, NORM):
+        yield NORMS.finding(f"{len(names)} norms: {some(names)}")
+
+
+def parameters(s: Subject) -> Iterator[Finding]:
+    if names := [key.name for key in s.keys if key.expert and key.part == A]:
+        yield EXPERTS.finding(f"{len(names)} experts' parameters: {some(names)}")
+    elif entries := s.texts("target_parameters"):
+        yield BY_WEIGHT.finding(f"target_parameters names {some(entries)}")
+
+
+def start(s: Subject) -> Iterator[Finding]:
+    given = s.config.get("init_lora_weights", True)
+    if not isinstance(given, str):
+        return
+    name = given.lower()
+    if name.startswith(MOVES_BASE):
+        effects = dict(START.effects)
+        if name == "lora_ga":  # vLLM doesn't look at it
+            effects[VLLM] = WRONG
+        elif name.startswith("corda"):  # PEFT wants what it was made of
+            effects |= dict.fromkeys(LOADERS, REFUSED)
+        yield START.finding(f"init_lora_weights is {given!r:.40}", effects=effects)
+    elif name not in STARTS:
+        yield START_UNKNOWN.finding(f"init_lora_weights is {given!r:.40}")
+
+
+def variants(s: Subject) -> Iterator[Finding]:
+    if s.get("alora_invocation_tokens"):
+        yield ACTIVATED.finding("it is to be active from its invocation tokens on only")
+    for field, words in VARIANTS.items():
+        if s.get(field):
+            effects = {**VARIANT.effects, **({VLLM: UNSURE} if field in READ_BY_VLLM else {})}
+            yield VARIANT.finding(f"{field}: {words}", effects=effects)
+
+
+def tied(s: Subject) -> Iterator[Finding]:
+    if s.base is None or not s.base.tied:
+        return
+    ends = {s.base.head: "head", s.base.embedding: "embedding"}
+    updated = {key.path for key in s.keys if key.path in ends}
+    if len(updated) == 1:
+        (path,) = updated
+        head = path == s.base.head
+        effects = {**TIED.effects, LLAMA_CPP: REFUSED if head else UNSURE}
+        yield TIED.finding(f"{path} is updated, and {s.base.source.name} has one matrix for both ends", effects=effects)
+
+
+RULES = (dora, biases, whole_tensors, embeddings, norms, parameters, start, variants, tied)

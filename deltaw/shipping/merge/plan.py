@@ -1,0 +1,227 @@
+"""The plan of a merged model: what becomes of every tensor of the base's files, and its numbers.
+
+    changed    W + ΔW, the module's update on the weight that the file holds
+    copied     as it is: no update goes there, or the model has no place for it
+    untied     written on its own: the file left it out since the config ties it to another (the head to the embedding,
+               as a rule), and an update goes to one of the two alone
+
+Everything that follows from the base's headers and the adapter's shapes is settled before a weight is read: each update
+lands in exactly one tensor, and one that lands nowhere is an error. The rules:
+
+    names      a tensor is the parameter that transformers would load it into (base/names.py)
+    layout     values are those of the file's own layout: GPT-2's Conv1D stores [N, M], so W and ΔW are turned
+    tied       where an update lands on a tied parameter nothing is tied any more: `unties`. The config has to say so
+               (`tie_word_embeddings`), and whatever was left out of the files is written
+    twice      a tied parameter that the file holds although it could leave it out is a tensor like any other
+    made       a parameter that transformers puts together from several tensors, or cuts out of one, takes no update:
+               what is stored isn't what was adapted
+
+Sums are formed in float32 (float64 for a float64 base), so that whoever writes them rounds once.
+
+Letters: M outputs, N inputs.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from deltaw.adapter.checkpoints import Checkpoint, Stored
+from deltaw.adapter.file import Adapter
+from deltaw.adapter.spec import head_path, targets_of
+from deltaw.base.frozen import FrozenLinear
+from deltaw.base.load import open_skeleton
+from deltaw.base.names import places
+from deltaw.base.weights import read_tensor, shards
+from deltaw.errors import InputError, listed
+from deltaw.factors import Update, as_plain
+from deltaw.shipping.trained import Trained
+
+Fate = Literal["changed", "copied", "untied"]
+FLOATS = ("F64", "F32", "F16", "BF16")  # types whose numbers can take an update
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor of the merged model. `file`: the base's file, whose namesake holds it afterwards; `source`: the name of
+    its numbers there, another one where it is untied. `dtype`: the base's, as its header says it ("BF16"). `parameter`:
+    the model's own name, None for what the model has no place for; `part`: this is one of several tensors that
+    transformers makes it from, or holds several of them."""
+
+    name: str
+    file: Path
+    source: str
+    shape: tuple[int, ...]
+    dtype: str
+    parameter: str | None
+    fate: Fate
+    module: str | None = None  # whose update it takes
+    transposed: bool = False  # stored as [N, M]
+    part: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class MergePlan:
+    """Every tensor of the merged model, in the order of the base's files. `unties`: what was tied isn't afterwards."""
+
+    tensors: tuple[Planned, ...]
+    adapter: Adapter
+    skeleton: nn.Module
+    unties: bool = False
+
+    @cached_property
+    def by_file(self) -> Mapping[Path, tuple[Planned, ...]]:
+        files = dict.fromkeys(planned.file for planned in self.tensors)
+        return {file: tuple(p for p in self.tensors if p.file == file) for file in files}
+
+    @cached_property
+    def by_parameter(self) -> Mapping[str, Planned]:
+        """What is a whole parameter (or buffer), by the model's own names."""
+        return {planned.parameter: planned for planned in self.tensors if planned.parameter and not planned.part}
+
+    @cached_property
+    def weights(self) -> frozenset[str]:
+        """The model's parameters by its own names: what has a type of the user's choice and may not be NaN."""
+        return frozenset(name for name, _ in self.skeleton.named_parameters(remove_duplicate=False))
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the linear layers of this base store [N, M]."""
+        return any(planned.transposed for planned in self.tensors)
+
+    def update(self, planned: Planned) -> Update | None:
+        """What is added to it."""
+        return None if planned.module is None else self.adapter.factors[planned.module]
+
+    def value(self, planned: Planned) -> Tensor:
+        """The tensor of the merged model, in the file's layout: the sum in float32, or the stored numbers as they are.
+
+        Raises InputError for NaN or infinity in a weight that takes an update.
+        """
+        stored, update = read_tensor(planned.file, planned.source), self.update(planned)
+        if update is None:
+            return stored
+        wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
+        if not torch.isfinite(wide).all():
+            raise not_finite(planned)
+        w_MN = wide.T if planned.transposed else wide
+        total_MN = w_MN + as_plain(update, w_MN).dense()
+        return total_MN.T.contiguous() if planned.transposed else total_MN
+
+
+def plan_merge(trained: Trained) -> MergePlan:
+    """What becomes of each tensor of the base. Reads headers only.
+
+    Raises InputError for an adapter that doesn't fit the model, and for updates that land in no tensor of its files.
+    """
+    base, adapter = trained.base, trained.adapter
+    skeleton = open_skeleton(base)
+    _check_targets(skeleton, adapter, trained.name)
+    checkpoint = Checkpoint(base.directory, skeleton)
+    ties = _ties(skeleton)
+    updated = {f"{path}.weight": path for path in adapter.factors}
+    parts = {name: whole for whole, names in checkpoint.converted.items() for name in names}
+    tied = {name for name in updated if name in ties}
+    problems = [why for name in updated if (why := _nowhere(name, skeleton, checkpoint))]
+    if problems:
+        raise InputError(
+            f"{trained.name}: {len(problems)} of {len(updated)} updates have no tensor of {base.name} to land in:\n"
+            f"{listed(problems, 2)}",
+            fix="merge on a loaded model instead: adapter.merge_into(model), then model.save_pretrained",
+        )
+
+    def planned(own: str, name: str, stored: Stored, fate: Fate) -> Planned:
+        path = updated.get(own)
+        turned = path is not None and isinstance(skeleton.get_submodule(path), Conv1D)
+        whole = parts.get(own)
+        known = whole or (own if own in checkpoint.places else None)
+        place = (stored.file, stored.name, stored.shape, stored.dtype)
+        return Planned(name, *place, known, fate, path, turned, whole is not None)
+
+    tensors = [
+        planned(own, stored.name, stored, "changed" if own in updated else "copied")
+        for own, stored in checkpoint.stored.items()
+    ]
+    if tied:  # then nothing may be left out any more, whoever it was tied to
+        left_out = [name for name in ties if name not in checkpoint.stored]
+        tensors += [planned(name, name, _partner(ties[name], checkpoint), "untied") for name in left_out]
+        _check_names(skeleton, left_out)
+    files = shards(base.directory)
+    if len(checkpoint.stored) < sum(map(len, files.values())):
+        raise InputError(f"{base.name}: its files hold a parameter under several names", fix="get the base again")
+    order = {file: number for number, file in enumerate(files)}
+    return MergePlan(tuple(sorted(tensors, key=lambda p: order[p.file])), adapter, skeleton, bool(tied))
+
+
+def not_finite(planned: Planned) -> InputError:
+    """The error for a base whose numbers are broken."""
+    return InputError(f"{planned.file}: {planned.source} holds NaN or infinity", fix="get the base again")
+
+
+def _check_targets(skeleton: nn.Module, adapter: Adapter, name: str) -> None:
+    """Raise InputError unless each update has its layer, of its shape: as `attach` does, but the head may have one."""
+    head = head_path(skeleton)
+    body = {path: update for path, update in adapter.factors.items() if path != head}
+    if body:
+        targets_of(skeleton, replace(adapter, factors=body))
+    if head is None or (update := adapter.factors.get(head)) is None:
+        return
+    module = skeleton.get_submodule(head)
+    if not FrozenLinear.can_wrap(module):
+        raise InputError(f"{name}: {head} is a {type(module).__name__}, which takes no update")
+    layer = FrozenLinear(module)
+    if update.shape != (layer.out_features, layer.in_features):
+        raise InputError(
+            f"{name}: {head}: update is {update.shape}, the layer {(layer.out_features, layer.in_features)}"
+        )
+
+
+def _nowhere(own: str, skeleton: nn.Module, checkpoint: Checkpoint) -> str | None:
+    """Why an update of a parameter has no tensor to land in, or None."""
+    stored = checkpoint.find(own)
+    if stored is None and own in checkpoint.converted:
+        return f"{own}: transformers makes it from {listed(checkpoint.converted[own], 1).strip()}"
+    if stored is None:
+        return f"{own}: not in the files"
+    if stored.dtype not in FLOATS:
+        return f"{own}: stored as {stored.dtype}, which takes no update"
+    shape = tuple(skeleton.get_parameter(own).shape)
+    return None if stored.shape == shape else f"{own}: {stored.shape} in the files, {shape} in the model"
+
+
+def _ties(skeleton: nn.Module) -> dict[str, list[str]]:
+    """The parameters that are one with others, each with all of those."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: group for group in names.values() if len(group) > 1 for name in group}
+
+
+def _partner(group: list[str], checkpoint: Checkpoint) -> Stored:
+    """Where the numbers of tied parameters are."""
+    stored = next((checkpoint.stored[name] for name in group if name in checkpoint.stored), None)
+    if stored is None:
+        raise InputError(f"{checkpoint.folder}: holds none of {', '.join(group):.200}", fix="get the base again")
+    return stored
+
+
+def _check_names(skeleton: nn.Module, names: list[str]) -> None:
+    """Raise InputError unless transformers would take a tensor of a parameter's own name for that parameter."""
+    wrong = [name for name, place in places(skeleton, names).items() if place.name != name or place.converted]
+    if wrong:
+        raise InputError(
+            f"{wrong[0]} is tied to another weight in this base, and transformers renames it when it loads a file",
+            fix="merge on a loaded model instead: adapter.merge_into(model), then model.save_pretrained",
+        )
+
+
+def counts(plan: MergePlan) -> Iterator[tuple[Fate, int]]:
+    """How many tensors have each fate."""
+    fates: tuple[Fate, ...] = ("changed", "copied", "untied")
+    for fate in fates:
+        yield fate, sum(planned.fate == fate for planned in plan.tensors)

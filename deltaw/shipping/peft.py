@@ -1,0 +1,93 @@
+"""PEFT's folder: the adapter on the original base, with the tokenizer and the template that it was trained under.
+
+LoRA stays LoRA and DoRA stays DoRA; both as adapter/file.py has them. An initialiser that moved the base (PiSSA …) has
+been turned back to the original base by training, so nothing special is left to say of it. The names in
+`target_modules` are last parts wherever those mean the same modules, since readers differ in what else they take.
+
+The base is named as the world knows it. A stranger's config may have the path of a folder on his machine there: then it
+is the name of the base that was found for it.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from deltaw.adapter.file import Adapter
+from deltaw.adapter.peft_config import rewritten_names
+from deltaw.adapter.spec import explicit_targets
+from deltaw.base.frozen import FrozenLinear
+from deltaw.base.load import open_skeleton
+from deltaw.errors import InputError, command, listed
+from deltaw.progress import Display
+from deltaw.shipping.beside import beside_size, write_beside
+from deltaw.shipping.destination import Destination, Options, Written
+from deltaw.shipping.trained import Trained
+from deltaw.shipping.usage import base_name, peft_usage
+
+CONFIG_BYTES = 1_000_000  # more than config, record and card take
+
+
+class PeftAdapter(Destination):
+    """A folder for PeftModel.from_pretrained."""
+
+    def __init__(self, trained: Trained, options: Options) -> None:
+        super().__init__(trained, options)
+        refuse_full(trained)
+        self.adapter = for_peft(trained)
+
+    def size(self) -> int:
+        return adapter_size(self.adapter) + beside_size(self.trained)
+
+    def write(self, folder: Path, display: Display) -> Written:
+        self.adapter.save(folder)
+        write_beside(self.trained, folder)
+        kind = "DoRA" if self.adapter.spec.magnitude else "LoRA"
+        lines = [f"{kind} for PEFT: {len(self.adapter.factors)} modules, {self.adapter.parameters:,} parameters"]
+        return Written(peft_usage(self.trained), lines)
+
+
+def refuse_full(trained: Trained) -> None:
+    """Raise InputError for full fine-tuning, which no adapter holds."""
+    if trained.adapter.spec.full:
+        extract = remade("extract", trained, "--energy", "0.99")
+        raise InputError(
+            f"{trained.name} is full fine-tuning, which no adapter holds",
+            fix=f"the whole model: {remade('merge', trained)}   a LoRA close to it: {extract}",
+        )
+
+
+def remade(verb: str, trained: Trained, *options: str) -> str:
+    """The command that makes something else of it, in a folder next to it."""
+    return command(verb, trained.name, options=[*options, "-o", f"{trained.name.rstrip('/')}-{verb}"])
+
+
+def adapter_size(adapter: Adapter) -> int:
+    """Bytes of its folder, at most."""
+    return 4 * adapter.parameters + 2_000 * len(adapter.factors) + CONFIG_BYTES
+
+
+def for_peft(trained: Trained) -> Adapter:
+    """The adapter with its base's public name, and its modules by last names where those mean the same."""
+    adapter = trained.adapter
+    skeleton = open_skeleton(trained.base)
+    check_fits(trained, skeleton)
+    targets = explicit_targets(skeleton, tuple(adapter.factors))
+    rewritten = adapter.rewritten | rewritten_names(skeleton)
+    base = replace(adapter.base, name=base_name(trained))
+    spec = adapter.spec.model_copy(update={"targets": targets})
+    return replace(adapter, spec=spec, base=base, rewritten=rewritten)
+
+
+def check_fits(trained: Trained, skeleton: nn.Module) -> None:
+    """Raise InputError unless every update has a linear layer of its shape in the base."""
+    problems, modules = [], dict(skeleton.named_modules())
+    for path, update in trained.adapter.factors.items():
+        if path not in modules or not FrozenLinear.can_wrap(modules[path]):
+            problems.append(f"{path:.120}: no such linear layer")
+            continue
+        layer = FrozenLinear(modules[path])
+        if update.shape != (layer.out_features, layer.in_features):
+            problems.append(f"{path}: the update is {update.shape}, the layer {layer.out_features, layer.in_features}")
+    if problems:
+        raise InputError(f"{trained.name} doesn't fit {trained.base.name}:\n{listed(problems)}", "name its own --base")

@@ -1,0 +1,97 @@
+"""What two sides are asked: held-out rows as text or messages, not as ids, since each side writes them for itself.
+
+    a run            its own held-out rows, spread over them
+    --data FILE      rows of a file in any form that training takes
+    neither          the first words of the built-in passages of general text, every other one as a chat where the
+                     adapter wasn't trained on plain prompts
+
+Of a completion row the prompt as it is, of a chat what stands before its last answer, of a text its first half. A row
+whose text names a control token is left out: deltaw takes that as characters, servers take it as the token.
+"""
+
+from collections.abc import Sequence
+
+from deltaw.config import DataConfig, RunConfig
+from deltaw.data.dataset import prepare
+from deltaw.data.document import Chat, Completion, Document
+from deltaw.data.forms import detect_form
+from deltaw.data.read import read_rows
+from deltaw.data.render import Renderer
+from deltaw.data.row import Rejected
+from deltaw.errors import InputError
+from deltaw.evaluate.held_out import spread
+from deltaw.progress import Display
+from deltaw.shipping.verify.sides.side import Prompt
+
+GENERAL, FIRST_WORDS = "builtin:general", 24
+MOST_CHARACTERS = 6_000  # of a prompt: a comparison needs no long ones, and servers have small contexts
+
+
+def held_out_prompts(config: RunConfig, renderer: Renderer, count: int, display: Display) -> list[Prompt]:
+    """`count` of a run's held-out rows. Raises InputError where it held none out."""
+    data = config.data
+    if data.eval is None:
+        raise InputError("this run held no rows out, so there is nothing to ask", fix="name a file: --data")
+    with display.task("reading held-out rows", 1) as update:
+        # The held-out rows are chosen before those to train on, so one of these is enough.
+        rows = prepare(data.model_copy(update={"limit": 1}), renderer).eval
+        origins = [row.origin for row in rows if not row.names]
+        source = data.eval if isinstance(data.eval, str) else data.train
+        prompts = prompts_of(source, data, only=set(origins))
+        update(1)
+    return _chosen(prompts, count, source)
+
+
+def file_prompts(source: str, count: int) -> list[Prompt]:
+    """`count` rows of a data file."""
+    return _chosen(prompts_of(source, DataConfig(train=source)), count, source)
+
+
+def general_prompts(count: int, *, chats: bool) -> list[Prompt]:
+    """Beginnings of passages, every other one as a question in a chat if `chats`."""
+    rows, _ = read_rows(GENERAL)
+    prompts = []
+    for number, row in enumerate(rows[:count]):
+        words = " ".join(str(row.value["text"]).split()[:FIRST_WORDS])
+        content = ({"role": "user", "content": f"Go on: {words}"},) if chats and number % 2 else words
+        prompts.append(Prompt(content, row.origin))
+    return prompts
+
+
+def prompts_of(source: str, data: DataConfig, only: set[str] | None = None) -> list[Prompt]:
+    """What the rows of `source` ask, those of `only` where it is given; a row that asks nothing is left out."""
+    rows, _ = read_rows(source)
+    if not rows:
+        raise InputError(f"{source}: no rows in it")
+    form = detect_form(rows, data.form)
+    prompts = []
+    for row in rows:
+        if only is not None and row.origin not in only:
+            continue
+        try:
+            prompt = _prompt(form.normalise(row), row.origin)
+        except Rejected:
+            continue
+        if prompt is not None and len(str(prompt.content)) <= MOST_CHARACTERS:
+            prompts.append(prompt)
+    return prompts
+
+
+def _prompt(document: Document, origin: str) -> Prompt | None:
+    match document:
+        case Completion(prompt=prompt):
+            return Prompt(prompt, origin) if prompt else None
+        case Chat(messages=messages, tools=tools):
+            last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+            asked = tuple({k: v for k, v in message.items() if k != "weight"} for message in messages[:last])
+            return Prompt(asked, origin, tuple(tools)) if asked else None
+    words = document.text.split(" ")
+    half = " ".join(words[: max(1, len(words) // 2)])
+    return Prompt(half, origin) if half.strip() else None
+
+
+def _chosen(prompts: Sequence[Prompt], count: int, source: str) -> list[Prompt]:
+    chosen = spread(prompts, count)
+    if not chosen:
+        raise InputError(f"{source}: none of its rows asks anything", fix="name another file: --data")
+    return chosen

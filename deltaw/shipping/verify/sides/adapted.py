@@ -1,0 +1,62 @@
+"""A run or an adapter folder as a side: the base with the adapter on it, as deltaw itself answers.
+
+Prompts are written as they were in training (data/render.py), with the template that the adapter was trained under, and
+answers end where that template's turns end. This is the side that the others are usually held against.
+"""
+
+from collections.abc import Sequence
+
+from deltaw.adapter.inject import attach
+from deltaw.base.decode import context
+from deltaw.base.forward import plan_forward
+from deltaw.base.load import open_base
+from deltaw.progress import Display
+from deltaw.shipping.trained import open_trained
+from deltaw.shipping.verify.sides.local import Local, running, switched_off, working_type
+from deltaw.shipping.verify.sides.side import Answer, Asked, Logs, Progress, Prompt, Row, Side
+
+
+class Adapted(Side):
+    """What `open_trained` finds. Raises InputError: no adapter, another base, a template that isn't to be had."""
+
+    measurable = True
+
+    def __init__(self, name: str, *, base: str | None, display: Display) -> None:
+        self.name, self.notes = name, []
+        self.trained = open_trained(name, base=base, display=display)
+        self.source = self.trained.base
+        self._dtype = working_type(self.source)
+        self.numbers = running(self._dtype, "float32")
+
+    def load(self) -> None:
+        opened = open_base(self.trained.base, dtype=self._dtype)
+        plan_forward(opened.model)
+        attached = attach(opened.model, self.trained.adapter)
+        renderer = self.trained.renderer
+        stand_ins = list(attached.stand_ins.values())
+        self.local = Local(
+            opened.model,
+            renderer.stop_ids,
+            lambda ids: renderer.decode(ids, skip_special=False),
+            off=attached.disabled,
+            plain=lambda: switched_off(stand_ins),
+        )
+        self.context = context(opened.model)
+
+    def ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | None]:
+        render = self.trained.renderer.prompt_ids
+        return [tuple(render(prompt.content, prompt.tools)) for prompt in prompts]
+
+    def answers(self, asked: Sequence[Asked], tokens: int, progress: Progress) -> list[Answer]:
+        assert self.local is not None
+        return self.local.answers(asked, tokens, progress)
+
+    def logs(self, rows: Sequence[Row], progress: Progress) -> list[Logs] | None:
+        assert self.local is not None
+        return self.local.logs(rows, progress)
+
+    def decode(self, ids: Sequence[int]) -> str | None:
+        return self.trained.renderer.decode(ids, skip_special=False)
+
+    def close(self) -> None:
+        self.local = None

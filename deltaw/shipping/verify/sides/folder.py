@@ -1,0 +1,51 @@
+"""A model folder (a merged one, or any base) as a side: loaded and run by transformers, nothing of deltaw in between.
+
+Its prompts are those of the folder's own tokenizer and template, its answers end at its own generation config's stop
+tokens: what a stranger gets who loads the folder.
+"""
+
+from collections.abc import Sequence
+
+from deltaw.base.decode import context
+from deltaw.base.load import open_base
+from deltaw.base.source import find_base
+from deltaw.data.render import open_tokenizer
+from deltaw.progress import Display
+from deltaw.shipping.verify.sides.local import Local, Words, running, stops_of, stored_type, working_type
+from deltaw.shipping.verify.sides.side import Answer, Asked, Logs, Progress, Prompt, Row, Side
+
+
+class Folder(Side):
+    """Any name that `find_base` takes. Raises InputError as it does."""
+
+    measurable = True
+
+    def __init__(self, name: str, *, display: Display) -> None:
+        self.name, self.notes = name, []
+        self.source = source = find_base(name, progress=display.say)
+        self._words = Words(open_tokenizer(source.directory))
+        self._dtype = working_type(source)
+        self.numbers = running(self._dtype, stored_type(source))
+
+    def load(self) -> None:
+        assert self.source is not None
+        opened = open_base(self.source, dtype=self._dtype)
+        self.local = Local(opened.model, stops_of(opened.model, self._words.tokenizer), self._words.decode)
+        self.context = context(opened.model)
+
+    def ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | None]:
+        return [self._words.ids(prompt) for prompt in prompts]
+
+    def answers(self, asked: Sequence[Asked], tokens: int, progress: Progress) -> list[Answer]:
+        assert self.local is not None
+        return self.local.answers(asked, tokens, progress)
+
+    def logs(self, rows: Sequence[Row], progress: Progress) -> list[Logs] | None:
+        assert self.local is not None
+        return self.local.logs(rows, progress)
+
+    def decode(self, ids: Sequence[int]) -> str | None:
+        return self._words.decode(ids)
+
+    def close(self) -> None:
+        self.local = None

@@ -1,0 +1,103 @@
+"""An adapter folder in PEFT's own code, as whoever downloads it runs it. The home of peft, which is optional.
+
+The base is the one that its config names, or `--base`. The tokenizer is the adapter folder's where it has one, else the
+base's with the folder's chat_template.jinja; answers end where the folder's generation config says, else the base's.
+What PEFT is given was looked at first: safetensors only, and a config
+without fields that would import code or match by a stranger's regular expression (peft_config.py).
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from deltaw.adapter.file import CONFIG, WEIGHTS
+from deltaw.adapter.peft_config import check_config
+from deltaw.base.decode import context
+from deltaw.base.load import open_base
+from deltaw.base.source import BUILTINS, find_base
+from deltaw.base.weights import read_header, read_json
+from deltaw.config import load_config
+from deltaw.data.render import open_tokenizer
+from deltaw.errors import InputError
+from deltaw.model import is_run
+from deltaw.progress import Display
+from deltaw.shipping.trained import TEMPLATE
+from deltaw.shipping.verify.sides.local import Local, Words, running, stops_of, working_type
+from deltaw.shipping.verify.sides.side import Answer, Asked, Logs, Progress, Prompt, Row, Side
+
+INSTALL = "pip install peft"
+
+
+class Peft(Side):
+    """`folder` is an adapter's or a run's. Raises InputError: no peft, no adapter, a base that isn't to be had."""
+
+    measurable = True
+
+    def __init__(self, name: str, folder: Path, *, base: str | None, display: Display) -> None:
+        if importlib.util.find_spec("peft") is None:
+            raise InputError(f"{name}: asking PEFT needs a package that isn't installed", fix=INSTALL)
+        self.name, self.notes = name, []
+        if is_run(folder):
+            base = base or load_config(folder / "config.yaml").base
+            folder = folder / "adapter"
+        config = read_json(folder / CONFIG, max_bytes=1_000_000, allow_nan=True)
+        check_config(config, str(folder / CONFIG))
+        read_header(folder / WEIGHTS)
+        self.folder = folder
+        self.source = source = find_base(
+            base or _base_of(config.get("base_model_name_or_path"), folder), progress=display.say
+        )
+        own = (folder / "tokenizer_config.json").is_file()
+        template = folder / TEMPLATE
+        self._words = Words(
+            open_tokenizer(folder if own else source.directory),
+            template.read_text(encoding="utf-8") if template.is_file() else None,
+        )
+        self._dtype = working_type(source)
+        self.numbers = running(self._dtype, "float32")
+
+    def load(self) -> None:
+        assert self.source is not None
+        from peft import PeftModel
+
+        opened = open_base(self.source, dtype=self._dtype)
+        stops = stops_of(opened.model, self._words.tokenizer, self.folder)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                model = PeftModel.from_pretrained(opened.model, str(self.folder))
+            except Exception as error:  # whatever PEFT makes of the folder
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(f"{self.folder}: PEFT can't load it ({type(error).__name__}: {reason})") from None
+        said = [" ".join(str(one.message).split())[:200] for one in told if issubclass(one.category, UserWarning)]
+        self.notes += [f"PEFT warns: {words}" for words in said[:3]]
+        inner = cast(nn.Module, model.base_model.model)
+        self.local = Local(inner.eval(), stops, self._words.decode, off=model.disable_adapter)
+        self.context = context(opened.model)
+
+    def ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | None]:
+        return [self._words.ids(prompt) for prompt in prompts]
+
+    def answers(self, asked: Sequence[Asked], tokens: int, progress: Progress) -> list[Answer]:
+        assert self.local is not None
+        return self.local.answers(asked, tokens, progress)
+
+    def logs(self, rows: Sequence[Row], progress: Progress) -> list[Logs] | None:
+        assert self.local is not None
+        return self.local.logs(rows, progress)
+
+    def decode(self, ids: Sequence[int]) -> str | None:
+        return self._words.decode(ids)
+
+    def close(self) -> None:
+        self.local = None
+
+
+def _base_of(name: object, folder: Path) -> str:
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{folder} does not say which base it belongs to", fix="name it with --base")
+    return next((builtin for builtin, entry in BUILTINS.items() if entry.upstream == name), name)

@@ -1,0 +1,149 @@
+"""A side: one place where a model answers, asked so that two of them can be held against each other.
+
+    ids(prompt)            its own tokenizer's token ids of a prompt, its own chat template applied; None: not to be had
+    answers(prompts)       what it says, greedily: ids where it gives any, and text
+    logs(rows)             next-token log-probabilities at the positions of a *given* answer, whoever gave it
+    decode(ids)            text, special tokens shown
+    numbers                in which formats its weights and what flows between its layers are rounded
+
+The prompt goes to a side as text or as messages, never as ids, because the way from one to the other is what changes
+silently when a model is shipped. The log-probabilities are asked for along one side's answer, token by token: free
+answers part for good at the first near tie, and everything behind it would say nothing.
+
+`Logs` are float64-ready log-probabilities of all tokens, or of the likeliest K of each position where a server gives no
+more. Local sides have a torch model, too, and can say what rounding does to it (noise.py) and what it would say without
+its adapter: `local` is that, None elsewhere.
+
+Opening a side is cheap and finds what can't work; `load` reads weights. `close` leaves nothing running.
+"""
+
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from deltaw.base.source import Source
+    from deltaw.shipping.verify.sides.local import Local
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked: a text to go on from, or a chat's messages. `origin`: the row that it comes from."""
+
+    content: str | tuple[dict[str, Any], ...]
+    origin: str
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def is_chat(self) -> bool:
+        return not isinstance(self.content, str)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as one side is given it: `ids` where they are known, else the prompt itself."""
+
+    prompt: Prompt
+    ids: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a side said. `ids` with the token that ended it; None where a server tells text only. `ended`: whether it
+    stopped by itself before the limit."""
+
+    text: str
+    ids: tuple[int, ...] | None
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """An answer along which log-probabilities are asked for."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Logs:
+    """Log-probabilities at P positions: `values_PK` of the tokens `ids_PK`, or of all V in order where that is None."""
+
+    values_PK: Tensor
+    ids_PK: Tensor | None = None
+
+    def of(self, ids_PK: Tensor) -> Tensor:
+        """Those of the given tokens, −inf for one that isn't among them."""
+        if self.ids_PK is None:
+            known = ids_PK < self.values_PK.shape[1]
+            values_PK = self.values_PK.gather(1, ids_PK.clamp_max(self.values_PK.shape[1] - 1))
+            return values_PK.masked_fill(~known, -torch.inf)
+        same_PKJ = ids_PK[:, :, None] == self.ids_PK[:, None, :]
+        values_PK = (same_PKJ * self.values_PK.clamp_min(-1e9)[:, None, :]).sum(2)
+        return values_PK.masked_fill(~same_PKJ.any(2), -torch.inf)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How a side's numbers are rounded: names in formats.py. `weights`: what its stored weights lost against what was
+    trained ("float32": nothing); `activations`: what each layer's input is rounded to. `why`: how that is known."""
+
+    weights: str = "float32"
+    activations: tuple[str, ...] = ("float32",)
+    why: str = ""
+
+
+class Side(abc.ABC):
+    """One side. Raises InputError when it is opened where it can't work, RunError when it fails later."""
+
+    name: str
+    numbers: Numbers
+    notes: list[str]
+    tells_ids = True
+    measurable = False  # whether `load` gives it a `local`
+    local: "Local | None" = None
+    source: "Source | None" = None  # the base, or the folder, of a side that runs here
+    context: int | None = None  # the most tokens, where that is known
+
+    def load(self) -> None:  # noqa: B027  (most have nothing to load)
+        """Read the weights."""
+
+    @abc.abstractmethod
+    def ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | None]:
+        """Each prompt as this side's own tokenizer and template write it. Needs no `load`."""
+
+    @abc.abstractmethod
+    def answers(self, asked: Sequence[Asked], tokens: int, progress: Progress) -> list[Answer]:
+        """Greedy answers of at most `tokens` tokens."""
+
+    @abc.abstractmethod
+    def logs(self, rows: Sequence[Row], progress: Progress) -> list[Logs] | None:
+        """What it would say at each position of the answers; None where it doesn't tell."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int]) -> str | None:
+        """The text of `ids`, special tokens included; None where it can't be asked."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+@dataclass
+class Closing:
+    """Closes sides when a block ends, however it ends."""
+
+    sides: list[Side] = field(default_factory=list)
+
+    def __enter__(self) -> "Closing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for side in self.sides:
+            side.close()
