@@ -31,8 +31,8 @@ deltaw export "$run" --to gguf --merged --type BF16 -o "$to/gguf-bf16"
 deltaw export "$run" --to gguf --merged --type Q8_0 -o "$to/gguf-q8_0"
 if has xllamacpp; then
     deltaw verify "$run" "$base+$to/gguf/adapter.gguf"
-    deltaw verify "$run" "$to/gguf-bf16/model.gguf"
-    deltaw verify "$run" "$to/gguf-q8_0/model.gguf"
+    deltaw verify "$run" "$to"/gguf-bf16/*.gguf
+    deltaw verify "$run" "$to"/gguf-q8_0/*.gguf
 fi
 
 # MLX

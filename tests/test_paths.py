@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import assume
 from hypothesis import given as examples
 from hypothesis import strategies as st
 
@@ -63,7 +64,8 @@ def test_every_field_that_names_a_file_is_expanded(field: tuple[str, ...]) -> No
 
 @examples(st.text())
 def test_what_is_written_reads_as_itself(path: str) -> None:
-    assert expand(written(path)) == path or path.startswith("~")
+    assume(not path.startswith("~"))  # which stands for a home, or is nobody's and refused
+    assert expand(written(path)) == path
 
 
 def test_on_the_command_line_what_exists_is_meant(tmp_path: Path, monkeypatch) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deltaw.shipping.verify.alike import Parting, distance, odds_moved, parting
+from deltaw.shipping.verify.alike import SMALLEST, Parting, compared_ids, distance, odds_moved, parting
 from deltaw.shipping.verify.noise import noisy
 from deltaw.shipping.verify.sides.formats import BLOCKS, UNIT, described, error, exact, known, rms
 from deltaw.shipping.verify.sides.side import Answer, Logs, Numbers
@@ -30,7 +30,7 @@ def top(logs: Logs, count: int) -> Logs:
     return Logs(values, ids)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 999), st.integers(1, V), st.integers(1, V))
 def test_the_likeliest_alone_give_a_lower_bound_that_the_whole_reaches(seed: int, one: int, other: int) -> None:
     a, b = some(seed), some(seed + 1)
@@ -38,7 +38,15 @@ def test_the_likeliest_alone_give_a_lower_bound_that_the_whole_reaches(seed: int
     true = (a.values_PK.exp() * (a.values_PK - b.values_PK)).sum(1)
     torch.testing.assert_close(whole, true.double(), rtol=1e-4, atol=1e-6)
     for x, y in ((a, top(b, other)), (top(a, one), b), (top(a, one), top(b, other))):
-        assert (distance(x, y).kl_P <= whole + 1e-5).all()
+        ids = compared_ids(x, y)
+        rests = (
+            [1 - logs.of(ids).double().exp().sum(1) for logs in (a, b)]
+            if ids is not None
+            else [whole * 0, whole * 0 + 1]
+        )
+        # What a sum of float32 probabilities is off by, where the rest is the difference to 1.
+        slack = 1e-5 + rests[0].clamp_min(0) * 3e-7 / rests[1].clamp_min(SMALLEST)
+        assert (distance(x, y).kl_P <= whole + slack).all()
     assert (distance(top(a, V), top(b, V)).kl_P - whole).abs().max() < 1e-4
     assert distance(a, a).kl < 1e-12 and distance(a, a).largest == 0
 
