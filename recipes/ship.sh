@@ -5,11 +5,18 @@
 set -eu
 run=${1:-runs/demo} to=${2:-shipped} base=${3:-builtin:smollm2-135m}
 
+python=$(dirname "$(command -v deltaw)")/python
+
 deltaw() {
     printf '\n$ deltaw %s\n' "$*"
     command deltaw "$@"
 }
-has() { "$(dirname "$(command -v deltaw)")/python" -c "import $1" 2>/dev/null || { printf '\nleft out: %s isn'"'"'t installed\n' "$1"; false; }; }
+
+has() {
+    "$python" -c "import $1" 2>/dev/null && return
+    printf '\nleft out: %s is not installed\n' "$1"
+    return 1
+}
 
 deltaw lint "$run"
 

@@ -79,17 +79,29 @@ def verify(
         raise InputError(f"{prompts} prompts of {tokens} tokens: at least 1 of each is needed")
     display = display or Display(quiet=True)
     with Closing() as closing:
-        sides: dict[str, Side] = {}
-        for name in sorted(dict.fromkeys((str(a), str(b))), key=lambda name: name.startswith("mlx:")):
-            known = next((side.source.name for side in sides.values() if side.source), None)
-            named = base or (known if name.startswith("mlx:") else None)  # MLX's folders don't name their base
-            sides[name] = open_side(name, base=named, display=display)
-            closing.sides.append(sides[name])
-        one, other = sides[str(a)], sides[str(b)]
+        one, other = _opened(str(a), str(b), base, closing, display)
         chosen = _prompts([one, other], data, prompts, display)
         if not one.tells_ids and other.tells_ids:  # log-probabilities are asked for along the first one's ids
             one, other = other, one
         return _compared(one, other, chosen, tokens, display)
+
+
+def _opened(a: str, b: str, base: str | None, closing: Closing, display: Display) -> tuple[Side, Side]:
+    """Both sides. Those that don't name their base (MLX's folders), or by a name that means nothing here (what a run on
+    a local file is shipped as), go on the other side's."""
+    sides: dict[str, Side] = {}
+    for name in sorted(dict.fromkeys((a, b)), key=lambda name: (name.startswith(("mlx:", "peft:")), name != a)):
+        known = next((side.source.name for side in sides.values() if side.source), None)
+        try:
+            side = open_side(name, base=base or (known if name.startswith("mlx:") else None), display=display)
+        except InputError:
+            if base is not None or known is None:
+                raise
+            side = open_side(name, base=known, display=display)
+            side.notes.append(f"{name} doesn't name a base that is here: it goes on {known}")
+        sides[name] = side
+        closing.sides.append(side)
+    return sides[a], sides[b]
 
 
 def verify_named(
