@@ -1,4 +1,4 @@
-"""recipes/ship.sh as a user runs it: from a run on a GGUF base to every place, each held to the run by `deltaw verify`."""
+"""recipes/ship.sh as a user runs it: a run on a GGUF goes to every place, each held to the run by `deltaw verify`."""
 
 import importlib.util
 import json
@@ -15,7 +15,8 @@ import deltaw
 from deltaw.progress import Display
 from tests.base.gguf_models import model_of, write_model
 
-SCRIPT = Path(__file__).parents[2] / "recipes/ship.sh"
+ROOT = Path(__file__).parents[2]
+SCRIPT, DOCS = ROOT / "recipes/ship.sh", ROOT / "docs/shipping.md"
 WORDS = ("hello", "world", "it's", "12,345", "CamelCase", "na\u00efve", "x = 1", "ok!?")
 CLIENTS = {"peft": 2, "xllamacpp": 3, "mlx_lm": 1}  # how many verdicts each is asked for; one more needs none
 
@@ -50,5 +51,19 @@ def test_it_ships_everywhere_and_every_pair_agrees(trained: tuple[Path, Path], t
     installed = {name: count for name, count in CLIENTS.items() if importlib.util.find_spec(name)}
     assert done.stdout.count("AGREE: ") == 1 + sum(installed.values())
     assert done.stdout.count("left out: ") == len(CLIENTS) - len(installed)
+    names = {str(run): "runs/demo", str(tmp_path / "out"): "shipped", str(base): "builtin:smollm2-135m"}
+    names |= {"base-run-": "SmolLM2-135M-Instruct-demo-"}  # what a merged GGUF is called
+    printed = done.stdout
+    for name, demos in names.items():
+        printed = printed.replace(name, demos)
+    commands = re.compile(r"^\$ deltaw .*", re.M)
+    if not set(CLIENTS) - set(installed):
+        assert commands.findall(printed) == commands.findall(DOCS.read_text(encoding="utf-8"))
     changes = re.findall(r"it changes ([\d.e+-]+) nats", done.stdout)
     assert changes and min(map(float, changes)) > 0.1, "the adapter does too little for the verdicts to show anything"
+
+
+def test_what_the_docs_show_of_the_demo_agrees_everywhere() -> None:
+    shown = DOCS.read_text(encoding="utf-8")
+    verdicts = re.findall(r"^\$ deltaw verify .*\n(\w+): ", shown, re.M)
+    assert len(verdicts) == 1 + sum(CLIENTS.values()) and set(verdicts) == {"AGREE"}

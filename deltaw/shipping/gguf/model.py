@@ -58,7 +58,7 @@ class GgufModel(Destination):
         self.places = choose(shapes, self.type if self.quantizer is None else FLOAT)
         self.notes = [*self.meta.notes, *([self.family.differs] if self.family.differs else [])]
         self.keys = self._keys(shapes[EMBEDDING][0])
-        name = f"{trained.base.public_name.rpartition('/')[2]}-{_run_name(trained)}-{self.type}"
+        name = f"{trained.base.public_name.rpartition('/')[2].removesuffix('.gguf')}-{_run_name(trained)}-{self.type}"
         self.file = re.sub(r"[^\w.-]+", "-", name) + ".gguf"  # it stands in commands and in the Modelfile
         self.modelfile, notes = modelfile(trained, self.file)
         self.notes += notes
