@@ -345,6 +345,21 @@ def test_what_was_asked_for_decides(base: Path, right: tuple[Tensors, Config], t
             lint(nothing)
 
 
+def test_a_destination_may_be_one_text_and_a_wrong_one_never_passes(
+    base: Path, right: tuple[Tensors, Config], tmp_path: Path
+) -> None:
+    """`at` a name that is none said "loads"."""
+    tensors, config = right
+    folder = write(tmp_path / "a", tensors, changed(config, lora_alpha=0))
+    verdict = lint(folder, base=str(base), to="vLLM")
+    assert list(verdict.to_json()["verdicts"]) == [VLLM]
+    assert verdict.at("vLLM") is verdict.at(VLLM) is WRONG
+    with pytest.raises(InputError, match="tgi"):
+        verdict.at("tgi")
+    with pytest.raises(InputError, match="tgi"):
+        lint(folder, to="tgi")
+
+
 def test_the_json_says_all_and_is_json(base: Path, right: tuple[Tensors, Config], tmp_path: Path) -> None:
     tensors, config = right
     verdict = lint(write(tmp_path / "a", tensors, changed(config, use_rslora=True)), base=str(base))

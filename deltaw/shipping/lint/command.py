@@ -20,11 +20,11 @@ from deltaw.shipping.lint import (
     rules_values,
 )
 from deltaw.shipping.lint.base import look
-from deltaw.shipping.lint.finding import DESTINATIONS, Finding
+from deltaw.shipping.lint.finding import Finding
 from deltaw.shipping.lint.forms import form_of
 from deltaw.shipping.lint.rules_config import MAX_RANKS
 from deltaw.shipping.lint.subject import Subject, read_spec, recorded_base
-from deltaw.shipping.lint.verdict import Verdict
+from deltaw.shipping.lint.verdict import Verdict, destinations
 
 RULES = (
     *rules_files.RULES,
@@ -41,20 +41,18 @@ def lint(
     adapter: str | Path,
     *,
     base: str | None = None,
-    to: Sequence[str] = (),
+    to: str | Sequence[str] = (),
     max_lora_rank: int = 16,
     display: Display | None = None,
 ) -> Verdict:
     """What becomes of an adapter at each destination, deltaw's own or another tool's: a run, a folder in PEFT's or
     mlx-lm's layout, a .gguf file, a merged model's folder.
 
-    `base`: what it goes on, where it doesn't say or that isn't here; `to`: the destinations that matter, all without
-    it; `max_lora_rank`: that of the vLLM it is for. Raises InputError where there is no adapter.
+    `base`: what it goes on, where it doesn't say or that isn't here; `to`: one destination that matters, or several;
+    all without it; `max_lora_rank`: that of the vLLM it is for. Raises InputError where there is no adapter.
     """
     display = display or Display(quiet=True)
-    to = [place.lower() for place in to]
-    if strange := [place for place in to if place not in DESTINATIONS]:
-        raise InputError(f"--to {strange[0]}: no such destination", fix=f"one of {', '.join(DESTINATIONS)}")
+    to = destinations([to] if isinstance(to, str) else to)
     if max_lora_rank not in MAX_RANKS:
         raise InputError(f"--max-lora-rank {max_lora_rank}: vLLM takes {', '.join(map(str, MAX_RANKS))}")
     path, name = Path(adapter).expanduser(), str(adapter)
@@ -64,16 +62,16 @@ def lint(
         raise InputError(f"{name:.200}: {error.strerror}") from None
     if run:
         config = load_config(path / "config.yaml")
-        return _folder(name, path / "adapter", config, base, tuple(to), max_lora_rank, display)
+        return _folder(name, path / "adapter", config, base, to, max_lora_rank, display)
     if form == "peft":
-        return _folder(name, path, None, base, tuple(to), max_lora_rank, display)
+        return _folder(name, path, None, base, to, max_lora_rank, display)
     if form == "gguf":
         findings = rules_gguf.look(path, base, display)
     elif form == "mlx":
         findings = rules_folders.look_mlx(path, base, display)
     else:
         findings = rules_folders.look_model(name, path, base, display)
-    return Verdict(name, form, base or "", tuple(findings), tuple(to))
+    return Verdict(name, form, base or "", tuple(findings), to)
 
 
 def lint_named(
