@@ -285,7 +285,7 @@ def test_layers_that_peft_takes_for_experts(tmp_path: Path) -> None:
     tensors, config = good(model, names=("q_proj", "down_proj"))
     assert dense and all(f"{PREFIX}{path}.lora_A.weight" in tensors for path in dense)
     verdict = lint(write(tmp_path / "a", tensors, config), base=str(place))
-    check(verdict, "DW214", {PEFT: WRONG, TRANSFORMERS: WRONG, VLLM: LOADS})
+    check(verdict, "DW214", {PEFT: UNSURE, TRANSFORMERS: UNSURE, VLLM: LOADS})  # the installed one takes them rightly
     attached = attach(open_base(str(place), dtype="float32", device="cpu").model, AdapterSpec(rank=2))
     with torch.no_grad():
         for parameter in attached.parameters:

@@ -37,6 +37,18 @@ RULES = (
 )
 
 
+ANY_KIND = (
+    *rules_files.RULES,
+    rules_config.kind,
+    rules_config.task,
+    rules_values.not_finite,
+    rules_values.overflow,
+    rules_base.named,
+    rules_base.own,
+    *rules_chat.RULES,
+)  # what there is to say of an adapter of PEFT's that is no LoRA
+
+
 def lint(
     adapter: str | Path,
     *,
@@ -113,5 +125,6 @@ def _folder(
         max_rank=max_rank,
         display=display,
     )
-    results: list[Finding] = [finding for rule in RULES for finding in rule(subject)]
+    rules = ANY_KIND if rules_config.other_kind(config) else RULES
+    results: list[Finding] = [finding for rule in rules for finding in rule(subject)]
     return Verdict(name, "peft", known.base.source.name if known.base else recorded.name, tuple(results), to)

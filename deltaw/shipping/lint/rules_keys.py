@@ -8,7 +8,7 @@ it weren't there."""
 from collections.abc import Iterator
 
 from deltaw.adapter.patterns import LINEAR
-from deltaw.adapter.peft_config import missed_by_peft, rewritten_names
+from deltaw.adapter.peft_config import is_rewritten_here, missed_by_peft, rewritten_names
 from deltaw.shipping.lint.finding import (
     LLAMA_CPP,
     LOADS,
@@ -247,7 +247,7 @@ def undecided(s: Subject) -> Iterator[Finding]:
     try:
         s.covered(s.factors)
     except Undecided as reason:
-        certain = isinstance(targets, str) and not LINEAR.fullmatch(targets) and not s.get("layers_pattern")
+        certain = isinstance(targets, str) and not LINEAR.fullmatch(targets)
         effect = REFUSED if certain else UNSURE
         yield UNDECIDED.finding(f"the targets: {reason}", effects=dict.fromkeys((PEFT, TRANSFORMERS), effect))
 
@@ -263,10 +263,11 @@ def renamed(s: Subject) -> Iterator[Finding]:
     ]
     missed = [path for path in missed_by_peft(s.base.skeleton, s.layers) if path not in taken]
     if taken or missed:
-        yield RENAMED.finding(
-            f"{len(taken) + len(missed)} modules: {some([*taken, *missed])}",
-            s.export("peft") if taken else s.merge(),
-        )
+        words, effects = f"{len(taken) + len(missed)} modules: {some([*taken, *missed])}", dict(RENAMED.effects)
+        if not missed and not is_rewritten_here(s.base.skeleton):
+            words += "; not with the transformers that is installed here, but with others"
+            effects = dict.fromkeys(effects, UNSURE)
+        yield RENAMED.finding(words, s.export("peft") if taken else s.merge(), effects)
 
 
 RULES = (
