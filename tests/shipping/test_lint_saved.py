@@ -1,6 +1,7 @@
 """What real PEFT saves, in its varieties: lint's verdict is what PEFT and transformers make of the very folder."""
 
 import json
+import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_layers_by_a_plain_layers_pattern(pattern: Any, base: Path, tmp_path: Pa
 @pytest.mark.parametrize(("family", "truth"), [("qwen2_moe", LOADS), ("qwen3_moe", WRONG)])
 def test_dense_layers_beside_experts(family: str, truth: Effect, tmp_path: Path) -> None:
     """PEFT goes by a table of transformers' that has some versions' families in it and others not."""
-    base = base_folder(tmp_path / "base", family, mlp_only_layers=[0], **(MOE if family == "qwen3_moe" else {}))
+    base = base_folder(tmp_path / "base", family, **{"mlp_only_layers": [0], **(MOE if family == "qwen3_moe" else {})})
     tensors, config = good(opened(base), names=("q_proj", "down_proj"))
     folder = write(tmp_path / "a", tensors, config)
     dropped = any("down_proj" in name for name in tensors) and not _held(base, folder)
@@ -111,7 +112,7 @@ def test_dense_layers_beside_experts(family: str, truth: Effect, tmp_path: Path)
     assert lint(folder, base=str(base)).at(PEFT) is (WRONG if dropped else UNSURE)
 
 
-MOE = {
+MOE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
     "num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
 }  # fmt: skip
@@ -146,6 +147,13 @@ def test_a_byte_order_mark_is_read_by_none(base: Path, tmp_path: Path) -> None:
     assert happens(base, folder, meant) == {PEFT: REFUSED, TRANSFORMERS: REFUSED}
     verdict = lint(folder, base=str(base))
     assert verdict.at(PEFT) is verdict.at(TRANSFORMERS) is REFUSED
+
+
+def test_a_templates_path_can_be_pasted(base: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path / "my adapter", *good(opened(base)))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (mend,) = [found.mend for found in lint(folder, base=str(base)).findings if found.code == "DW602"]
+    assert str(folder / "chat_template.jinja") in shlex.split(mend.partition(";")[0])
 
 
 def test_an_empty_template_is_none(base: Path, tmp_path: Path) -> None:
