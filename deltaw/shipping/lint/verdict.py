@@ -55,6 +55,9 @@ class Verdict:
     findings: tuple[Finding, ...]
     asked: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return self.text()
+
     def at(self, destination: str) -> Effect:
         """The worst that was found for a destination. Raises InputError for what is none."""
         (destination,) = destinations([destination])
