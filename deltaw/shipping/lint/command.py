@@ -1,6 +1,7 @@
 """`deltaw lint`: a name -> what it is, what is found, a verdict per destination."""
 
 from collections.abc import Sequence
+from os import fspath
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ ANY_KIND = (
 def lint(
     adapter: str | Path,
     *,
-    base: str | None = None,
+    base: str | Path | None = None,
     to: str | Sequence[str] = (),
     max_lora_rank: int = 16,
     display: Display | None = None,
@@ -64,6 +65,7 @@ def lint(
     all without it; `max_lora_rank`: that of the vLLM it is for. Raises InputError where there is no adapter.
     """
     display = display or Display(quiet=True)
+    base = fspath(base) if base else None
     to = destinations([to] if isinstance(to, str) else to)
     if max_lora_rank not in MAX_RANKS:
         raise InputError(f"--max-lora-rank {max_lora_rank}: vLLM takes {', '.join(map(str, MAX_RANKS))}")
