@@ -156,6 +156,21 @@ def test_a_templates_path_can_be_pasted(base: Path, tmp_path: Path) -> None:
     assert str(folder / "chat_template.jinja") in shlex.split(mend.partition(";")[0])
 
 
+def test_added_tokens_ask_for_a_resized_base(base: Path, tmp_path: Path) -> None:
+    """It said "name the base that it was trained on", which it was."""
+    model = opened(base)
+    model.resize_token_embeddings(367)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(model, peft.LoraConfig(r=4, **TARGETS)).save_pretrained(tmp_path / "a")
+        verdict = lint(tmp_path / "a", base=str(base))
+        assert effect(by_peft, base, tmp_path / "a", torch.zeros(1)) is REFUSED is verdict.at(PEFT)
+        (mend,) = [found.mend for found in verdict.findings if found.code == "DW205"]
+        again = opened(base)
+        exec(mend.partition(": ")[2], {"model": again})
+        peft.PeftModel.from_pretrained(again, tmp_path / "a")
+
+
 def test_an_empty_template_is_none(base: Path, tmp_path: Path) -> None:
     folder = write(tmp_path / "a", *good(opened(base)))
     (folder / "chat_template.jinja").write_text("\n")

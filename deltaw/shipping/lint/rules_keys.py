@@ -204,7 +204,20 @@ def layers_of_the_base(s: Subject) -> Iterator[Finding]:
             wrong, larger = [*wrong, f"{key.name} is {s.shapes[key.name]}, the base's {own}"], True
     if wrong:  # vLLM copies into a buffer of the layer's size: what is smaller fits
         words = f"{len(wrong)} tensors don't fit {s.base.source.name}: {some(wrong)}"
-        yield SHAPE.finding(words, effects={**SHAPE.effects, VLLM: REFUSED if larger else WRONG})
+        mend = _resized(s) if len(wrong) == len(_ends(s)) else None
+        yield SHAPE.finding(words, mend, {**SHAPE.effects, VLLM: REFUSED if larger else WRONG})
+
+
+def _ends(s: Subject) -> list[tuple[int, ...]]:
+    """The sizes of whole embeddings and heads that have another number of rows than the base's: tokens were added."""
+    ends = [key for key in s.keys if s.base and key.part == FULL and key.path in (s.base.head, s.base.embedding)]
+    own = {key.name: s.base.parameters.get(f"{key.path}.weight", ()) for key in ends if s.base}
+    return [s.shapes[name] for name, size in own.items() if s.shapes[name] != size and s.shapes[name][1:] == size[1:]]
+
+
+def _resized(s: Subject) -> str | None:
+    rows = {size[0] for size in _ends(s)}
+    return f"give the base as many rows first: model.resize_token_embeddings({rows.pop()})" if len(rows) == 1 else None
 
 
 def _experts(s: Subject, path: str) -> bool:
