@@ -181,8 +181,11 @@ def load_adapter(path: Path) -> Adapter:
 
 
 def is_run(path: Path) -> bool:
-    """A folder that `deltaw train` made."""
-    return (path / "config.yaml").is_file()
+    """A folder that `deltaw train` made. Raises InputError for a name that is too long or mustn't be looked into."""
+    try:
+        return (path / "config.yaml").is_file()
+    except OSError as error:
+        raise InputError(f"{path!s:.200}: {error.strerror}") from None
 
 
 def base_name(adapter: Adapter, path: Path) -> str:

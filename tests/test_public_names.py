@@ -32,3 +32,8 @@ def test_import_is_free() -> None:
 def test_names_survive_an_import_of_their_room() -> None:
     code = "import deltaw.training.loop, deltaw; assert callable(deltaw.train) and callable(deltaw.resume)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_dir_lists_the_names_before_they_are_used() -> None:
+    code = "import sys, deltaw; assert set(deltaw.__all__) <= set(dir(deltaw)) and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -101,6 +101,19 @@ class Attached:
         return Adapter(spec, factors, base, transposed, rewritten_names(self.model))
 
 
+def check_bare(model: nn.Module) -> None:
+    """Raise InputError for a model whose layers aren't its own: they are under other names, or adapted by now."""
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise InputError("this is what torch.compile made of a model", fix="give the model itself: compiled._orig_mod")
+    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+        raise InputError("this model already carries an adapter", fix="detach it first")
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise InputError(
+            "this model already carries an adapter of PEFT's",
+            fix="take it out first: model = model.unload(), or load the base again",
+        )
+
+
 def attach(
     model: nn.Module,
     what: AdapterSpec | Adapter,
@@ -117,8 +130,7 @@ def attach(
     Raises InputError when a target matches nothing, a rank is too high, an adapter's shapes are not this model's, or
     the model already carries an adapter; ValueError for a start that needs data and isn't left open.
     """
-    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
-        raise InputError("this model already carries an adapter", fix="detach it first")
+    check_bare(model)
     spec = what if isinstance(what, AdapterSpec) else what.spec
     if spec.from_data and not start_later:
         raise ValueError(f"init {spec.init} starts from data: attach with start_later, then initialise_from_data")

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.inject import Attached, attach, detach
+from deltaw.adapter.inject import Attached, attach, check_bare, detach
 from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.load import fingerprint
 from deltaw.errors import InputError, listed
@@ -50,18 +50,28 @@ class MergedInto:
         self._undone.append(True)
         return self.model
 
+    def __repr__(self) -> str:
+        state = "undone" if self._undone else "undo() takes it out"
+        return f"MergedInto({len(self.layers)} layers of a {type(self.model).__name__}; {state})"
+
     def __enter__(self) -> nn.Module:
         return self.model
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.undo()
+        try:
+            self.undo()
+        except InputError as failed:
+            if error is None:
+                raise
+            error.add_note(f"the merged adapter is still in the model: {failed}")  # what went wrong first is raised
 
 
 def merge_into(model: nn.Module, adapter: Adapter) -> MergedInto:
     """Merge in place. Raises InputError, the model as it was: what `attach` refuses, another base, numbers that are too
     large for the weights' type."""
+    check_bare(model)
     recorded, here = adapter.base.fingerprint, fingerprint(model)
     if recorded and not same_base(recorded, here):
         raise InputError(

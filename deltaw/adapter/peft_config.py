@@ -78,6 +78,14 @@ def rewritten_names(model: nn.Module) -> frozenset[str]:
     return REWRITTEN.get(families.get(str(kind), str(kind)), frozenset())
 
 
+def is_rewritten_here(model: nn.Module) -> bool:
+    """Whether the transformers that is installed has PEFT rewrite this model's targets. The families
+    themselves stand in the table of some versions only."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    families: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    return families.get(str(kind)) in REWRITTEN
+
+
 def missed_by_peft(model: nn.Module, paths: Collection[str]) -> tuple[str, ...]:
     """The layers among `paths` whose factors PEFT won't find: it renames an adapter's keys as transformers renames a
     checkpoint's, and some of those rules (Laguna's) also rename what is called right already."""

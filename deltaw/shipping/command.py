@@ -8,6 +8,7 @@ The destinations are named here and imported when they are asked for.
 """
 
 import importlib
+from os import fspath
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def export(
     merged: bool = False,
     type: str | None = None,
     force: bool = False,
-    base: str | None = None,
+    base: str | Path | None = None,
     replace: bool = False,
     push: str | None = None,
     public: bool = False,
@@ -92,11 +93,11 @@ def export(
     """
     options = Options(plain=plain, merged=merged, type=type, force=force)
     result, _ = export_named(
-        str(name),
+        fspath(name),
         to,
-        str(output),
+        fspath(output),
         options=options,
-        base=base,
+        base=fspath(base) if base else None,
         replace=replace,
         push=push,
         public=public,

@@ -30,11 +30,13 @@ def target(output: str | Path, *, what: Mapping[str, Any], needed: int, replace:
     taken, RunError for what the disk refuses, before and while it is written.
     """
     final = Path(output).absolute()
-    _check(final, replace)
     try:
+        _check(final, replace)
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"output {output}: can't be made: {error.strerror}", fix="choose another output") from None
+        raise InputError(
+            f"output {output!s:.200}: can't be made: {error.strerror}", fix="choose another output"
+        ) from None
     with locked(final.with_name(f".{final.name}.lock"), f"output {output}", remove=lambda: True):
         hidden, old = (final.with_name(f".{final.name}.{word}.tmp") for word in ("new", "old"))
         _put_back(old, final)  # what a killed process had moved away

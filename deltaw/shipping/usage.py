@@ -18,14 +18,14 @@ QUESTION = "What is the capital of France?"
 def peft_usage(trained: Trained) -> str:
     """For PEFT on transformers."""
     revision = trained.adapter.base.revision
-    pinned = f', revision="{revision}"' if revision else ""
+    pinned = f", revision={_literal(revision)}" if revision else ""
     return f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder, or its name on the hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
-base = AutoModelForCausalLM.from_pretrained("{base_name(trained)}"{pinned})
+base = AutoModelForCausalLM.from_pretrained({_literal(base_name(trained))}{pinned})
 model = PeftModel.from_pretrained(base, folder)
 
 {answer_lines(trained)}
@@ -70,8 +70,8 @@ def vllm_usage(trained: Trained, max_lora_rank: int) -> str:
     if missing_stop(trained):
         options.append("--generation-config .")  # which names the token that ends a turn
     revision = trained.adapter.base.revision
-    pinned = f" --revision {revision}" if revision else ""
-    lines = " \\\n    ".join([f"vllm serve {base_name(trained)}{pinned}", *options])
+    pinned = f" --revision {shlex.quote(revision)}" if revision else ""
+    lines = " \\\n    ".join([f"vllm serve {shlex.quote(base_name(trained))}{pinned}", *options])
     if chats(trained):
         route, asked = "chat/completions", f'"messages": [{{"role": "user", "content": "{QUESTION}"}}]'
     else:
@@ -91,9 +91,9 @@ def mlx_usage(trained: Trained) -> str:
     more = ""
     if trained.renderer.template and not own_template(trained):
         more = f', tokenizer_config={{"chat_template": open(f"{{folder}}/{TEMPLATE}").read()}}'
-    lines = [f'model, tokenizer = load("{base_name(trained)}", adapter_path=folder{more})']
+    lines = [f"model, tokenizer = load({_literal(base_name(trained))}, adapter_path=folder{more})"]
     if stop := missing_stop(trained):
-        lines.append(f"tokenizer.add_eos_token({json.dumps(stop, ensure_ascii=False)})")
+        lines.append(f"tokenizer.add_eos_token({_literal(stop)})")
     if chats(trained):
         lines.append(f'messages = [{{"role": "user", "content": "{QUESTION}"}}]')
         lines.append("prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)")
@@ -136,6 +136,11 @@ def base_name(trained: Trained) -> str:
     """The base as the world knows it: a hub id, or the name of a folder. A path on somebody's machine is neither."""
     name = trained.adapter.base.name
     return name if HUB_ID.fullmatch(name) and not Path(name).exists() else trained.base.public_name
+
+
+def _literal(text: str) -> str:
+    """A text in Python's quotes, whatever quotes are in it."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def chats(trained: Trained) -> bool:

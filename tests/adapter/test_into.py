@@ -116,3 +116,39 @@ def test_numbers_too_large_for_the_weights_are_refused() -> None:
     with pytest.raises(InputError, match=path):
         Adapter(adapter.spec, huge).merge_into(model)
     assert all(dict(model.named_modules())[p] is module for p, module in modules.items())
+
+
+def test_a_model_that_is_not_bare_is_named_as_what_it_is() -> None:
+    """It was "trained on another base", or its layers weren't to be found."""
+    model = tiny("llama")
+    adapter = adapter_of(model)
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(InputError, match=r"torch\.compile"):
+        adapter.merge_into(compiled)
+    with adapter.merge_into(compiled._orig_mod):
+        pass
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    for wrapped in (theirs, theirs.get_base_model()):
+        for put in (adapter.merge_into, lambda m: attach(m, adapter.spec)):
+            with pytest.raises(InputError, match="PEFT's"):
+                put(wrapped)
+    adapter.merge_into(theirs.unload()).undo()
+
+
+def test_a_blocks_own_error_is_what_is_raised() -> None:
+    model = tiny("llama")
+    adapter = adapter_of(model)
+    with pytest.raises(KeyError, match="mine") as caught, adapter.merge_into(model) as merged:
+        attached = attach(merged, adapter.spec)
+        raise KeyError("mine")
+    assert "still in the model" in caught.value.__notes__[0]
+    detach(attached)
+
+
+def test_it_shows_itself_in_a_line() -> None:
+    model = tiny("llama")
+    merged = adapter_of(model).merge_into(model)
+    assert "\n" not in repr(merged) and "undo()" in repr(merged)
+    merged.undo()
+    assert "undone" in repr(merged)

@@ -1,9 +1,12 @@
 """The model card: what the hub reads of it, that its code answers as deltaw does, that nothing private is in it."""
 
+import ast
 import contextlib
 import io
 import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +137,16 @@ def test_the_code_for_a_merged_model_runs(chat: tuple[Path, Path], tmp_path: Pat
     model = open_model(chat[1], dtype="float32", device="cpu")
     wanted = model.generate([{"role": "user", "content": QUESTION}], max_new_tokens=64, temperature=0)
     assert ran(text, chat[1], chat[1], monkeypatch) == wanted.strip()
+
+
+def test_code_in_a_card_survives_a_bases_name(chat: tuple[Path, Path], tmp_path: Path) -> None:
+    """Quotes and blanks in the name of a folder broke the card's Python and its shell line."""
+    adapter, base = chat
+    named = tmp_path / 'my "base" é'
+    shutil.copytree(base, named)
+    for to in ("peft", "mlx"):
+        text = shipped(adapter, to, tmp_path / to, named)
+        (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+        assert named.name in {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
+    (lines,) = re.findall(r"```sh\n(.*?)curl", shipped(adapter, "vllm", tmp_path / "vllm", named), re.S)
+    assert shlex.split(lines.replace("\\\n", ""))[:3] == ["vllm", "serve", named.name]

@@ -123,3 +123,26 @@ def test_a_merged_gguf_has_a_card_as_well(folder: Path, type_: str, relation: st
 def test_from_python_it_raises(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError):
         deltaw.export(folder / "adapter", to="gguf", output=tmp_path / "out", plain=True)
+
+
+@pytest.mark.parametrize("verb", ["export", "merge", "verify", "lint"])
+def test_a_name_that_is_too_long_is_no_defect(verb: str, folder: Path, tmp_path: Path) -> None:
+    """It was "a defect of deltaw", as the adapter and as the output."""
+    adapter, base, name = str(folder / "adapter"), ("--base", str(folder / "base")), "x" * 300
+    more = {"export": ("--to", "peft", "-o", str(tmp_path / "o")), "merge": ("-o", str(tmp_path / "o"))}
+    calls = [(name, *more.get(verb, (adapter,) * (verb == "verify")))]
+    if verb in more:
+        calls.append((adapter, *more[verb][:-1], str(tmp_path / name), *base))
+    for words in calls:
+        code, out, err = call(verb, *words)
+        assert code == 2 and "too long" in err and "defect" not in err and not out, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_from_python_paths_are_paths_and_an_adapter_is_none(folder: Path, tmp_path: Path) -> None:
+    result = deltaw.export(folder / "adapter", to="peft", output=tmp_path / "o", base=folder / "base")
+    assert result["output"] == str(tmp_path / "o")
+    assert deltaw.lint(tmp_path / "o", base=folder / "base").at("peft") == 0
+    assert deltaw.verify(tmp_path / "o", folder / "adapter", base=folder / "base", prompts=2, tokens=2).agree
+    with pytest.raises(TypeError, match="not Adapter"):
+        deltaw.export(deltaw.Adapter.load(folder / "adapter"), to="peft", output=tmp_path / "p")

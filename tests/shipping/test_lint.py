@@ -285,7 +285,7 @@ def test_layers_that_peft_takes_for_experts(tmp_path: Path) -> None:
     tensors, config = good(model, names=("q_proj", "down_proj"))
     assert dense and all(f"{PREFIX}{path}.lora_A.weight" in tensors for path in dense)
     verdict = lint(write(tmp_path / "a", tensors, config), base=str(place))
-    check(verdict, "DW214", {PEFT: WRONG, TRANSFORMERS: WRONG, VLLM: LOADS})
+    check(verdict, "DW214", {PEFT: UNSURE, TRANSFORMERS: UNSURE, VLLM: LOADS})  # the installed one takes them rightly
     attached = attach(open_base(str(place), dtype="float32", device="cpu").model, AdapterSpec(rank=2))
     with torch.no_grad():
         for parameter in attached.parameters:
@@ -343,6 +343,21 @@ def test_what_was_asked_for_decides(base: Path, right: tuple[Tensors, Config], t
     for nothing in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(InputError):
             lint(nothing)
+
+
+def test_a_destination_may_be_one_text_and_a_wrong_one_never_passes(
+    base: Path, right: tuple[Tensors, Config], tmp_path: Path
+) -> None:
+    """`at` a name that is none said "loads"."""
+    tensors, config = right
+    folder = write(tmp_path / "a", tensors, changed(config, lora_alpha=0))
+    verdict = lint(folder, base=str(base), to="vLLM")
+    assert list(verdict.to_json()["verdicts"]) == [VLLM]
+    assert verdict.at("vLLM") is verdict.at(VLLM) is WRONG
+    with pytest.raises(InputError, match="tgi"):
+        verdict.at("tgi")
+    with pytest.raises(InputError, match="tgi"):
+        lint(folder, to="tgi")
 
 
 def test_the_json_says_all_and_is_json(base: Path, right: tuple[Tensors, Config], tmp_path: Path) -> None:

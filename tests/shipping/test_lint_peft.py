@@ -130,8 +130,6 @@ CASES = [
          config={"modules_to_save": ["lm_head"]}, wrong=without("lm_head.weight")),
     Case("a whole tensor for no module", "DW328", WRONG, right=plus(lm_head__weight=HEAD),
          config={"modules_to_save": ["lm_head"]}, fields={"modules_to_save": None}, wrong=renamed("lm_head", "head")),
-    Case("PiSSA, unconverted", "DW335", WRONG, fields={"init_lora_weights": "pissa"}),
-    Case("OLoRA, unconverted", "DW335", WRONG, fields={"init_lora_weights": "olora"}),
     Case("CorDA, unconverted", "DW335", REFUSED, fields={"init_lora_weights": "corda"}),
     Case("a start that is none", "DW336", REFUSED, fields={"init_lora_weights": "zigzag"}),
     Case("NaN", "DW401", WRONG, wrong=times(math.nan)),

@@ -102,7 +102,8 @@ def template_of(folder: Path) -> str:
     """The fingerprint of the chat template beside an adapter or a model, or ""."""
     try:
         with (folder / TEMPLATE).open(encoding="utf-8") as file:
-            return fingerprint(file.read(MAX_TEMPLATE + 1))
+            if (template := file.read(MAX_TEMPLATE + 1)).strip():  # an empty file is none
+                return fingerprint(template)
     except (OSError, ValueError):
         pass
     try:

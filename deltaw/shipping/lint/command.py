@@ -1,6 +1,7 @@
 """`deltaw lint`: a name -> what it is, what is found, a verdict per destination."""
 
 from collections.abc import Sequence
+from os import fspath
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from deltaw.shipping.lint import (
     rules_values,
 )
 from deltaw.shipping.lint.base import look
-from deltaw.shipping.lint.finding import DESTINATIONS, Finding
+from deltaw.shipping.lint.finding import Finding
 from deltaw.shipping.lint.forms import form_of
 from deltaw.shipping.lint.rules_config import MAX_RANKS
 from deltaw.shipping.lint.subject import Subject, read_spec, recorded_base
-from deltaw.shipping.lint.verdict import Verdict
+from deltaw.shipping.lint.verdict import Verdict, destinations
 
 RULES = (
     *rules_files.RULES,
@@ -37,24 +38,35 @@ RULES = (
 )
 
 
+ANY_KIND = (
+    *rules_files.RULES,
+    rules_config.kind,
+    rules_config.task,
+    rules_values.not_finite,
+    rules_values.overflow,
+    rules_base.named,
+    rules_base.own,
+    *rules_chat.RULES,
+)  # what there is to say of an adapter of PEFT's that is no LoRA
+
+
 def lint(
     adapter: str | Path,
     *,
-    base: str | None = None,
-    to: Sequence[str] = (),
+    base: str | Path | None = None,
+    to: str | Sequence[str] = (),
     max_lora_rank: int = 16,
     display: Display | None = None,
 ) -> Verdict:
     """What becomes of an adapter at each destination, deltaw's own or another tool's: a run, a folder in PEFT's or
     mlx-lm's layout, a .gguf file, a merged model's folder.
 
-    `base`: what it goes on, where it doesn't say or that isn't here; `to`: the destinations that matter, all without
-    it; `max_lora_rank`: that of the vLLM it is for. Raises InputError where there is no adapter.
+    `base`: what it goes on, where it doesn't say or that isn't here; `to`: one destination that matters, or several;
+    all without it; `max_lora_rank`: that of the vLLM it is for. Raises InputError where there is no adapter.
     """
     display = display or Display(quiet=True)
-    to = [place.lower() for place in to]
-    if strange := [place for place in to if place not in DESTINATIONS]:
-        raise InputError(f"--to {strange[0]}: no such destination", fix=f"one of {', '.join(DESTINATIONS)}")
+    base = fspath(base) if base else None
+    to = destinations([to] if isinstance(to, str) else to)
     if max_lora_rank not in MAX_RANKS:
         raise InputError(f"--max-lora-rank {max_lora_rank}: vLLM takes {', '.join(map(str, MAX_RANKS))}")
     path, name = Path(adapter).expanduser(), str(adapter)
@@ -64,16 +76,16 @@ def lint(
         raise InputError(f"{name:.200}: {error.strerror}") from None
     if run:
         config = load_config(path / "config.yaml")
-        return _folder(name, path / "adapter", config, base, tuple(to), max_lora_rank, display)
+        return _folder(name, path / "adapter", config, base, to, max_lora_rank, display)
     if form == "peft":
-        return _folder(name, path, None, base, tuple(to), max_lora_rank, display)
+        return _folder(name, path, None, base, to, max_lora_rank, display)
     if form == "gguf":
         findings = rules_gguf.look(path, base, display)
     elif form == "mlx":
         findings = rules_folders.look_mlx(path, base, display)
     else:
         findings = rules_folders.look_model(name, path, base, display)
-    return Verdict(name, form, base or "", tuple(findings), tuple(to))
+    return Verdict(name, form, base or "", tuple(findings), to)
 
 
 def lint_named(
@@ -115,5 +127,6 @@ def _folder(
         max_rank=max_rank,
         display=display,
     )
-    results: list[Finding] = [finding for rule in RULES for finding in rule(subject)]
+    rules = ANY_KIND if rules_config.other_kind(config) else RULES
+    results: list[Finding] = [finding for rule in rules for finding in rule(subject)]
     return Verdict(name, "peft", known.base.source.name if known.base else recorded.name, tuple(results), to)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from deltaw.adapter.file import CONFIG, WEIGHTS
 from deltaw.adapter.full import DELTAS
-from deltaw.base.source import PICKLES
+from deltaw.base.source import HUB_ID
 from deltaw.errors import InputError
 from deltaw.model import is_run
 from deltaw.shipping.lint.finding import (
@@ -25,6 +25,7 @@ from deltaw.shipping.lint.finding import (
     VLLM,
     Finding,
     code,
+    some,
 )
 
 Form = Literal["peft", "gguf", "mlx", "model"]
@@ -36,6 +37,8 @@ READERS: dict[Form, tuple[str, ...]] = {  # who reads it as it is, the one that 
 }
 CONVERTS: dict[Form, tuple[str, ...]] = {"peft": (LLAMA_CPP, OLLAMA), "model": (PEFT, LLAMA_CPP, OLLAMA, MLX)}
 MLX_WEIGHTS = "adapters.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"  # PEFT's before safetensors
+FILES = (CONFIG, WEIGHTS, DELTAS, PICKLED_WEIGHTS)  # each of them is a sign of PEFT's layout
 OTHER_FORM = code(
     "DW108",
     "a form that isn't the destination's: mlx-lm reads no folder in PEFT's layout, PEFT and vLLM read no GGUF",
@@ -53,17 +56,19 @@ def form_of(path: Path) -> Form:
             return "gguf"
         raise InputError(f"{path}: is a file", fix=f"name its folder: {path.parent}")
     if not path.is_dir():
-        raise InputError(f"{path}: no such adapter")
+        download = f"from the hub: hf download {path} --local-dir {path.name}" if HUB_ID.fullmatch(str(path)) else None
+        raise InputError(f"{path}: no such adapter", fix=download)
     if (path / MLX_WEIGHTS).is_file():
         return "mlx"
-    if any((path / file).is_file() for file in (CONFIG, WEIGHTS, DELTAS)):
+    if any((path / file).is_file() for file in FILES):
         return "peft"
     if (path / "config.json").is_file():
         return "model"
-    if any(next(path.glob(pattern), None) is not None for pattern in PICKLES):
-        return "peft"
-    inside = sorted(path.glob("*.gguf"))
-    fix = f"name the file itself: {inside[0]}" if inside else "name a run, an adapter's folder or a .gguf file"
+    fix = "name a run, an adapter's folder or a .gguf file"
+    if inside := sorted(path.glob("*.gguf")):
+        fix = f"name the file itself: {inside[0]}"
+    elif folders := sorted({file.parent for name in (CONFIG, MLX_WEIGHTS) for file in path.glob(f"*/{name}")}):
+        fix = f"name one of the folders in it: {some([folder.name for folder in folders], 4)}"
     raise InputError(f"{path}: holds no adapter", fix=fix)
 
 

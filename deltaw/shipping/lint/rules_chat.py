@@ -4,6 +4,7 @@ Servers take template, tokenizer and stop tokens from the base that they serve, 
 counts is whether those are the ones that it was trained with.
 """
 
+import shlex
 from collections.abc import Iterator
 
 from deltaw.base.weights import read_rows
@@ -78,9 +79,8 @@ def template(s: Subject) -> Iterator[Finding]:
         return
     if wanted == chat.own:
         words = f"{s.folder.name}/ has a chat template of its own, the base has {_its(chat)}: servers use the base's"
-        mend = (
-            f"vLLM: --chat-template {s.folder / TEMPLATE}; llama.cpp: --chat-template-file; or export it to gguf, mlx"
-        )
+        file = shlex.quote(str(s.folder / TEMPLATE))
+        mend = f"vLLM: --chat-template {file}; llama.cpp: --chat-template-file {file}; or export it to gguf, mlx"
         yield OTHER_TEMPLATE.finding(words, mend, dict.fromkeys(SERVERS, WRONG) | {PEFT: LOADS, TRANSFORMERS: LOADS})
     elif chat.renderer is not None:
         words = f"its run has the template that it was trained under, the base has {_its(chat)}"

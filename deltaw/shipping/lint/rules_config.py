@@ -9,7 +9,7 @@ llama.cpp, Ollama      their converters copy lora_alpha, one number; the runtime
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deltaw.adapter.file import CONFIG
@@ -29,6 +29,7 @@ from deltaw.shipping.lint.finding import (
     everywhere,
     some,
 )
+from deltaw.shipping.lint.keys import A, B
 from deltaw.shipping.lint.subject import Subject, Undecided, number
 
 KINDS = {  # peft_type of PEFT 0.21
@@ -38,6 +39,8 @@ KINDS = {  # peft_type of PEFT 0.21
     "P_TUNING", "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA",
     "VBLORA", "VERA", "WAVEFT", "XLORA",
 }  # fmt: skip
+PROMPTS = {"CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}  # transformers takes none
+SHARED = {"FROD", "PVERA", "TINYLORA", "UNILORA", "VBLORA", "VERA"}  # nor state that all layers share
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 NEEDED = ("r", "lora_alpha", "target_modules")  # by vLLM
@@ -122,16 +125,24 @@ SCALE = code(
 )
 
 
+def other_kind(config: Mapping[str, Any]) -> bool:
+    """Whether it is one of PEFT's adapters that aren't LoRA, whose config and tensors are of other names."""
+    given = config.get("peft_type")
+    return isinstance(given, str) and given in KINDS - {"LORA"}
+
+
 def kind(s: Subject) -> Iterator[Finding]:
     given = s.config.get("peft_type")
     if given == "LORA" or not s.config:
         return
-    known = isinstance(given, str) and given in KINDS
+    known = other_kind(s.config)
     effects = dict(KIND.effects)
     if not known:
         effects |= dict.fromkeys(LOADERS, REFUSED)
-    if s.layers:  # the others go by the tensors' names
-        effects = {place: effect for place, effect in effects.items() if place in LOADERS}
+    elif given in PROMPTS | SHARED | {"ADAPTION_PROMPT", "SHADOW"}:
+        effects[TRANSFORMERS] = REFUSED
+    if s.layers and all(key.part in (A, B) for key in s.keys):  # the others go by the tensors' names
+        effects |= dict.fromkeys((VLLM, *CONVERTERS), WRONG if known else LOADS)
     words = f"peft_type is {given!r:.60}" + ("; lint looks at LORA only" if known else ", which PEFT doesn't know")
     yield KIND.finding(words, effects=effects)
 

@@ -6,13 +6,13 @@ is a finding.
 """
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from deltaw.adapter.file import CONFIG, WEIGHTS
 from deltaw.adapter.full import DELTAS
-from deltaw.base.source import PICKLES
 from deltaw.base.weights import read_header
 from deltaw.errors import InputError, command
 from deltaw.shipping.lint.finding import (
@@ -26,7 +26,7 @@ from deltaw.shipping.lint.finding import (
     code,
     everywhere,
 )
-from deltaw.shipping.lint.forms import other_form
+from deltaw.shipping.lint.forms import PICKLED_WEIGHTS, other_form
 from deltaw.shipping.lint.subject import Subject, read_config
 
 AGAIN = "get the file again from where it came"
@@ -75,8 +75,8 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], list
             shapes = dict(read_header(folder / WEIGHTS).shapes)
         except InputError as error:
             findings.append(WEIGHTS_UNREADABLE.finding(f"{WEIGHTS}: {_reason(error)}"))
-    elif pickles := sorted(p.name for p in folder.iterdir() if any(p.match(pattern) for pattern in PICKLES)):
-        findings.append(PICKLED.finding(f"{pickles[0]:.80} is a pickle and there is no {WEIGHTS}"))
+    elif (folder / PICKLED_WEIGHTS).is_file():  # other pickles are a trainer's state
+        findings.append(PICKLED.finding(f"{PICKLED_WEIGHTS} is a pickle and there is no {WEIGHTS}"))
     else:
         findings.append(WEIGHTS_MISSING.finding(f"{WEIGHTS} is missing"))
     return config, shapes, findings
@@ -84,7 +84,11 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], list
 
 def _config(folder: Path) -> tuple[dict[str, Any], list[Finding]]:
     try:
-        return read_config(folder), []
+        config = read_config(folder)
+        with (folder / CONFIG).open("rb") as file:
+            marked = file.read(len(BOM_UTF8)) == BOM_UTF8
+        what = f"{CONFIG} begins with a byte-order mark, which no other tool's JSON reader takes"
+        return config, [CONFIG_UNREADABLE.finding(what, "save it as UTF-8 without the mark")] * marked
     except InputError as error:
         try:
             with (folder / CONFIG).open("rb") as file:

@@ -8,7 +8,7 @@ it weren't there."""
 from collections.abc import Iterator
 
 from deltaw.adapter.patterns import LINEAR
-from deltaw.adapter.peft_config import missed_by_peft, rewritten_names
+from deltaw.adapter.peft_config import is_rewritten_here, missed_by_peft, rewritten_names
 from deltaw.shipping.lint.finding import (
     LLAMA_CPP,
     LOADS,
@@ -204,7 +204,20 @@ def layers_of_the_base(s: Subject) -> Iterator[Finding]:
             wrong, larger = [*wrong, f"{key.name} is {s.shapes[key.name]}, the base's {own}"], True
     if wrong:  # vLLM copies into a buffer of the layer's size: what is smaller fits
         words = f"{len(wrong)} tensors don't fit {s.base.source.name}: {some(wrong)}"
-        yield SHAPE.finding(words, effects={**SHAPE.effects, VLLM: REFUSED if larger else WRONG})
+        mend = _resized(s) if len(wrong) == len(_ends(s)) else None
+        yield SHAPE.finding(words, mend, {**SHAPE.effects, VLLM: REFUSED if larger else WRONG})
+
+
+def _ends(s: Subject) -> list[tuple[int, ...]]:
+    """The sizes of whole embeddings and heads that have another number of rows than the base's: tokens were added."""
+    ends = [key for key in s.keys if s.base and key.part == FULL and key.path in (s.base.head, s.base.embedding)]
+    own = {key.name: s.base.parameters.get(f"{key.path}.weight", ()) for key in ends if s.base}
+    return [s.shapes[name] for name, size in own.items() if s.shapes[name] != size and s.shapes[name][1:] == size[1:]]
+
+
+def _resized(s: Subject) -> str | None:
+    rows = {size[0] for size in _ends(s)}
+    return f"give the base as many rows first: model.resize_token_embeddings({rows.pop()})" if len(rows) == 1 else None
 
 
 def _experts(s: Subject, path: str) -> bool:
@@ -247,7 +260,7 @@ def undecided(s: Subject) -> Iterator[Finding]:
     try:
         s.covered(s.factors)
     except Undecided as reason:
-        certain = isinstance(targets, str) and not LINEAR.fullmatch(targets) and not s.get("layers_pattern")
+        certain = isinstance(targets, str) and not LINEAR.fullmatch(targets)
         effect = REFUSED if certain else UNSURE
         yield UNDECIDED.finding(f"the targets: {reason}", effects=dict.fromkeys((PEFT, TRANSFORMERS), effect))
 
@@ -263,10 +276,11 @@ def renamed(s: Subject) -> Iterator[Finding]:
     ]
     missed = [path for path in missed_by_peft(s.base.skeleton, s.layers) if path not in taken]
     if taken or missed:
-        yield RENAMED.finding(
-            f"{len(taken) + len(missed)} modules: {some([*taken, *missed])}",
-            s.export("peft") if taken else s.merge(),
-        )
+        words, effects = f"{len(taken) + len(missed)} modules: {some([*taken, *missed])}", dict(RENAMED.effects)
+        if not missed and not is_rewritten_here(s.base.skeleton):
+            words += "; not with the transformers that is installed here, but with others"
+            effects = dict.fromkeys(effects, UNSURE)
+        yield RENAMED.finding(words, s.export("peft") if taken else s.merge(), effects)
 
 
 RULES = (

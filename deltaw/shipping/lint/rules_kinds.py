@@ -106,7 +106,7 @@ BY_WEIGHT = code(
 START = code(
     "DW335",
     "an initialisation that moves the base (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), saved unconverted: the factors go "
-    "with a base that nobody else has",
+    "with a base that nobody else has; PEFT makes it again, with PiSSA and OLoRA from the same weights rightly",
     {PEFT: WRONG, TRANSFORMERS: WRONG, VLLM: REFUSED, LLAMA_CPP: WRONG, OLLAMA: WRONG},
     "save it with PEFT's path_initial_model_for_weight_conversion; if it was, write init_lora_weights: true",
 )
@@ -131,6 +131,7 @@ TIED = code(
 )
 # init_lora_weights that are a start only, and what PEFT refuses without more
 STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+REMADE = ("pissa", "olora")  # that PEFT makes of the base's weights alone
 VARIANTS = {
     "layer_replication": "replicated layers",
     "use_qalora": "QALoRA",
@@ -226,7 +227,11 @@ def start(s: Subject) -> Iterator[Finding]:
             effects[VLLM] = WRONG
         elif name.startswith("corda"):  # PEFT wants what it was made of
             effects |= dict.fromkeys(LOADERS, REFUSED)
-        yield START.finding(f"init_lora_weights is {given!r:.40}", effects=effects)
+        words = f"init_lora_weights is {given!r:.40}"
+        if name.startswith(REMADE):
+            effects |= dict.fromkeys(LOADERS, UNSURE)
+            words += ": PEFT moves the base again as it loads it, which is right unless it was converted when saved"
+        yield START.finding(words, effects=effects)
     elif name not in STARTS:
         yield START_UNKNOWN.finding(f"init_lora_weights is {given!r:.40}")
 

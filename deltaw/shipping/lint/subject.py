@@ -166,11 +166,12 @@ class Subject:
             chosen -= {path for path in paths if names.of(path) is not None}
         layers = self.get("layers_to_transform", [])
         if layers != [] and not isinstance(asked, str):
-            if self.get("layers_pattern"):
+            below = self.texts("layers_pattern")
+            if any(not name.isidentifier() for name in below):
                 raise Undecided("layers_pattern names the layers by a pattern")
             wanted = layers if isinstance(layers, list) else [layers]
             exact = set(self.texts("target_modules"))
-            chosen = {path for path in chosen if path in exact or _layer(path) in wanted}
+            chosen = {path for path in chosen if path in exact or _layer(path, below) in wanted}
         return chosen | {path for path in paths if self.by_weight(path)}
 
     def by_weight(self, path: str) -> bool:
@@ -294,8 +295,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG, max_bytes=1_000_000, allow_nan=True)
 
 
-def _layer(path: str) -> int | None:
-    """The number that PEFT takes for a module's layer: the first one that stands below two others."""
+def _layer(path: str, below: list[str]) -> int | None:
+    """The number that PEFT takes for a module's layer: the last one right below a name of `layers_pattern`, which
+    itself stands below another; without such names the first one that stands below two others."""
+    parts = path.split(".")
+    for name in below:
+        for at in range(len(parts) - 3, 0, -1):
+            if parts[at] == name and parts[at + 1].isdecimal() and parts[at + 1].isascii():
+                return int(parts[at + 1][:9])
+    if below:
+        return None
     inner = [part for part in path.split(".")[2:-1] if part.isdecimal() and part.isascii()]
     return int(inner[0][:9]) if inner else None
 

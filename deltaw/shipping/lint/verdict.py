@@ -9,9 +9,11 @@ rightly.
 """
 
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from deltaw.errors import InputError
 from deltaw.shipping.lint.finding import (
     DESTINATIONS,
     LLAMA_CPP,
@@ -25,6 +27,15 @@ from deltaw.shipping.lint.finding import (
 )
 from deltaw.shipping.lint.forms import READERS, Form
 
+
+def destinations(names: Iterable[str]) -> tuple[str, ...]:
+    """The names as lint has them; one of no destination mustn't pass for one of which nothing was found."""
+    lowered = tuple(name.lower() for name in names)
+    if strange := [name for name in lowered if name not in DESTINATIONS]:
+        raise InputError(f"{strange[0]!r}: no such destination", fix=f"one of {', '.join(DESTINATIONS)}")
+    return lowered
+
+
 ROUTES = {  # what a verdict on another's form is about
     ("peft", LLAMA_CPP): "through its own converter",
     ("peft", OLLAMA): "given this folder",
@@ -36,7 +47,7 @@ WIDTH = 110
 
 @dataclass(frozen=True)
 class Verdict:
-    """All that was finding. `form`: what it is; `asked`: the destinations of --to, none for all of them."""
+    """All that was found. `form`: what it is; `asked`: the destinations of --to, none for all of them."""
 
     name: str
     form: Form
@@ -44,8 +55,12 @@ class Verdict:
     findings: tuple[Finding, ...]
     asked: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return self.text()
+
     def at(self, destination: str) -> Effect:
-        """The worst that was finding for a destination."""
+        """The worst that was found for a destination. Raises InputError for what is none."""
+        (destination,) = destinations([destination])
         return max((f.effects.get(destination, LOADS) for f in self.findings), default=LOADS)
 
     @property

@@ -18,6 +18,7 @@ mixed up with training/verify.py, which is about resuming.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from os import fspath
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def verify(
     data: str | None = None,
     prompts: int = PROMPTS,
     tokens: int = TOKENS,
-    base: str | None = None,
+    base: str | Path | None = None,
     display: Display | None = None,
 ) -> Verification:
     """Whether two sides (sides/open.py says how they are written) answer alike. Raises InputError, RunError; sides that
@@ -79,7 +80,7 @@ def verify(
         raise InputError(f"{prompts} prompts of {tokens} tokens: at least 1 of each is needed")
     display = display or Display(quiet=True)
     with Closing() as closing:
-        one, other = _opened(str(a), str(b), base, closing, display)
+        one, other = _opened(fspath(a), fspath(b), fspath(base) if base else None, closing, display)
         chosen = _prompts([one, other], data, prompts, display)
         if not one.tells_ids and other.tells_ids:  # log-probabilities are asked for along the first one's ids
             one, other = other, one
