@@ -48,7 +48,7 @@ def export_named(
     display: Display | None = None,
 ) -> Shown:
     """Write it, and push it if that is asked for. Raises InputError before anything is written."""
-    display = display or Display(quiet=True)
+    display, to = display or Display(quiet=True), to.lower()
     _check_options(to, options, push, public)
     hub = Push(push, public=public, replace=replace) if push else None
     if hub:
