@@ -55,7 +55,7 @@ def export_named(
     trained = open_trained(name, base=base, display=display)
     destination = _destination(f"{to} {MERGED}" if options.merged else to)(trained, options)
     what = {"kind": "export", "to": to, "merged": options.merged, "base": trained.adapter.base.fingerprint}
-    with target(output, what=what, needed=destination.size(), replace=replace) as folder:
+    with target(output, what=what, needed=destination.size(), replace=replace, sources=trained.sources) as folder:
         written = destination.write(folder, display)
         write_card(folder, trained, form_of(to, options, written), written.usage)
         files = {

@@ -67,7 +67,8 @@ def merge_named(
     for line in _planned(plan, type_name):
         display.say(line)
     what = {"kind": "merge", "base": trained.adapter.base.fingerprint, "dtype": type_name}
-    with target(output, what=what, needed=_needed(trained, plan, number), replace=replace) as folder:
+    needed = _needed(trained, plan, number)
+    with target(output, what=what, needed=needed, replace=replace, sources=trained.sources) as folder:
         began = time.perf_counter()
         survivals = _write_weights(plan, folder, number, display)
         seconds = time.perf_counter() - began
