@@ -44,11 +44,17 @@ def open_side(name: str, *, base: str | None = None, display: Display) -> Side:
     return Folder(name, display=display)
 
 
+def goes_on_a_base(name: str) -> bool:
+    """Whether it is an adapter, which goes on one base or another."""
+    path = Path(name.removeprefix("peft:").removeprefix("mlx:")).expanduser()
+    return name.startswith("mlx:") or is_run(path) or is_adapter(path)
+
+
 def _llama(name: str, parts: list[str], display: Display) -> Server:
     files = [builtin_file(part) if part in BUILTINS else Path(part).expanduser() for part in parts]
     for file in files:
         if not file.is_file():
-            raise InputError(f"{name}: {file}: no such file", fix="write model.gguf, or model.gguf+adapter.gguf")
+            raise InputError(f"{file}: no such file", fix="write model.gguf, or model.gguf+adapter.gguf")
     kinds = [str(read_part(file).metadata.get("general.type", "model")) for file in files]
     if kinds[0] != "model" or "model" in kinds[1:]:
         raise InputError(
