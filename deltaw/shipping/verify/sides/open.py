@@ -55,7 +55,8 @@ def _llama(name: str, parts: list[str], display: Display) -> Server:
     for file in files:
         if not file.is_file():
             raise InputError(f"{file}: no such file", fix="write model.gguf, or model.gguf+adapter.gguf")
-    kinds = [str(read_part(file).metadata.get("general.type", "model")) for file in files]
+    metadata = [read_part(file).metadata for file in files]
+    kinds = [str(one.get("general.type", "model")) for one in metadata]
     if kinds[0] != "model" or "model" in kinds[1:]:
         raise InputError(
             f"{name}: {' + '.join(kinds)}; a model comes first, then its adapters",
@@ -64,7 +65,9 @@ def _llama(name: str, parts: list[str], display: Display) -> Server:
     display.say(f"starting llama.cpp on {' + '.join(file.name for file in files)}")
     process = LlamaCpp(files[0], files[1:])
     try:
-        return Server(name, process.client, process=process)
+        server = Server(name, process.client, process=process)
+        server.chats = bool(metadata[0].get("tokenizer.chat_template"))
+        return server
     except BaseException:
         process.close()
         raise

@@ -58,6 +58,7 @@ class Peft(Side):
             open_tokenizer(folder if own else source.directory),
             template.read_text(encoding="utf-8") if template.is_file() else None,
         )
+        self.chats = self._words.has_template
         self._dtype = working_type(source)
         self.numbers = running(self._dtype, "float32")
 
