@@ -24,6 +24,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_help_has_an_example() -> None:
+    assert call("merge", "-h") == call("merge", "--help")
     code, out, _ = call("merge", "--help")
     assert code == 0 and "deltaw merge" in out.split("Example")[-1]
 

@@ -32,7 +32,7 @@ from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.source import PICKLES
 from deltaw.base.weights import load_safetensors, read_json, save_safetensors, write_text_atomic
 from deltaw.config import TARGET_GROUPS, AdapterSpec
-from deltaw.errors import InputError, RunError, listed
+from deltaw.errors import InputError, RunError, command, listed
 from deltaw.factors import Dense, DoRA, LowRank, Update
 from deltaw.version import VERSION
 
@@ -45,7 +45,7 @@ PREFIX, A, B, MAGNITUDE = "base_model.model.", ".lora_A.weight", ".lora_B.weight
 FOREIGN = {
     ".lora_embedding_A": "LoRA on an embedding",
     ".lora_embedding_B": "LoRA on an embedding",
-    ".base_layer.weight": "a full copy of a base layer",
+    ".base_layer.weight": "a copy of a base layer (PEFT writes none with save_embedding_layers=False)",
     ".trainable_tokens_delta": "trained token embeddings",
     ".lora_B.bias": "a bias on B",
 }
@@ -242,7 +242,10 @@ def _pair(tensors: Mapping[str, Tensor], source: str) -> dict[str, tuple[Tensor,
     if not tensors:
         raise InputError(f"{source}: holds no tensors")
     if problems:
-        raise InputError(f"{source}: {len(problems)} of {len(tensors)} tensors don't fit:\n{listed(problems)}")
+        raise InputError(
+            f"{source}: {len(problems)} of {len(tensors)} tensors don't fit:\n{listed(problems, 2)}",
+            fix=f"what each place makes of it, and what mends it: {command('lint', Path(source).parent)}",
+        )
     return {path: (halves[A], halves[B]) for path, halves in found.items()}
 
 

@@ -10,6 +10,7 @@ app = typer.Typer(
     help="Fine-tune language models with LoRA, see why it works, ship the result.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     epilog="An error is short; --debug before the verb shows where it came from.",

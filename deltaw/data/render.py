@@ -116,6 +116,10 @@ class Renderer:
                 results.append(rejected)
         return results
 
+    def controls(self, text: str) -> list[str]:
+        """The names of control tokens in a text, for whoever reads them as such."""
+        return [name[0] for name in self._encoder.controls(text)]
+
     def prompt_ids(self, prompt: str | Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """What the model is given at inference: a text as a completion's prompt, messages with the generation prompt.
 

@@ -17,7 +17,7 @@ from deltaw.progress import Display
 from deltaw.shipping.card import REPORT, Form, Relation, write_card
 from deltaw.shipping.destination import Destination, Options, Written
 from deltaw.shipping.push import Push
-from deltaw.shipping.target import target
+from deltaw.shipping.target import check_output, target
 from deltaw.shipping.trained import open_trained
 
 MERGED = "merged"  # after the name of a destination that has a form for the whole model
@@ -50,13 +50,14 @@ def export_named(
     """Write it, and push it if that is asked for. Raises InputError before anything is written."""
     display, to = display or Display(quiet=True), to.lower()
     _check_options(to, options, push, public)
+    check_output(output, replace)
     hub = Push(push, public=public, replace=replace) if push else None
     if hub:
         hub.check()
     trained = open_trained(name, base=base, display=display)
     destination = _destination(f"{to} {MERGED}" if options.merged else to)(trained, options)
     what = {"kind": "export", "to": to, "merged": options.merged, "base": trained.adapter.base.fingerprint}
-    with target(output, what=what, needed=destination.size(), replace=replace) as folder:
+    with target(output, what=what, needed=destination.size(), replace=replace, sources=trained.sources) as folder:
         written = destination.write(folder, display)
         write_card(folder, trained, form_of(to, options, written), written.usage)
         files = {

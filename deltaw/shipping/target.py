@@ -3,13 +3,15 @@
 It is written hidden beside its final name, fsynced and renamed, so that whoever sees it sees it whole, also after a
 kill or on a full disk. What is known to be too large for the disk is refused before the first byte. An existing folder
 is replaced only when that was asked for *and* it is one that deltaw wrote (it holds the mark): `--replace` with a
-slip of the finger must not cost a home directory. The old one goes when the new one is there.
+slip of the finger must not cost a home directory. Nor is one that holds what is read (`sources`: the base, the
+adapter): a merge over its own base would leave an adapter that goes on nothing. The old one goes when the new one is
+there. A link is followed: what it names is written, the link stays.
 """
 
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,18 @@ SPARE = 1 << 20  # bytes beyond what is asked for: the small files
 
 
 @contextlib.contextmanager
-def target(output: str | Path, *, what: Mapping[str, Any], needed: int, replace: bool = False) -> Iterator[Path]:
+def target(
+    output: str | Path, *, what: Mapping[str, Any], needed: int, replace: bool = False, sources: Sequence[Path] = ()
+) -> Iterator[Path]:
     """A folder to write into that becomes `output` when the block ends, or vanishes when it fails.
 
-    `what` is recorded in it (MARK); `needed` is its size in bytes. Raises InputError for an `output` that can't be
-    taken, RunError for what the disk refuses, before and while it is written.
+    `what` is recorded in it (MARK); `needed` is its size in bytes; `sources` are the files and folders that it is made
+    of. Raises InputError for an `output` that can't be taken, RunError for what the disk refuses, before and while it
+    is written.
     """
-    final = Path(output).absolute()
+    final = _place(output)
     try:
-        _check(final, replace)
+        _check(final, replace, sources)
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
@@ -40,7 +45,7 @@ def target(output: str | Path, *, what: Mapping[str, Any], needed: int, replace:
     with locked(final.with_name(f".{final.name}.lock"), f"output {output}", remove=lambda: True):
         hidden, old = (final.with_name(f".{final.name}.{word}.tmp") for word in ("new", "old"))
         _put_back(old, final)  # what a killed process had moved away
-        _check(final, replace)
+        _check(final, replace, sources)
         _room(final, needed)
         for left in (hidden, old):
             shutil.rmtree(left, ignore_errors=True)
@@ -61,18 +66,35 @@ def target(output: str | Path, *, what: Mapping[str, Any], needed: int, replace:
                 shutil.rmtree(left, ignore_errors=True)
 
 
+def _place(output: str | Path) -> Path:
+    if not str(output):
+        raise InputError("output: no name", fix="name a folder that isn't there yet")
+    try:
+        return Path(output).resolve()
+    except (OSError, RuntimeError):  # which of the two, for links in a circle, Python's version decides
+        raise InputError(f"output {output}: its links lead nowhere", fix="choose another output") from None
+
+
+def check_output(output: str | Path, replace: bool) -> None:
+    """Raise InputError for an `output` that can't be taken: before anything is read for it."""
+    with contextlib.suppress(OSError):  # a name that no folder can have is `target`'s to say
+        _check(_place(output), replace, ())
+
+
 def _put_back(old: Path, final: Path) -> None:
     if old.exists() and not final.exists():
         old.rename(final)
 
 
-def _check(final: Path, replace: bool) -> None:
+def _check(final: Path, replace: bool, sources: Sequence[Path]) -> None:
     if not final.exists() or (final.is_dir() and not holds_anything(final)):
         return
     if not replace:
         raise InputError(f"output {final} exists already", fix="choose another folder, or add --replace")
     if not (final / MARK).is_file():
         raise InputError(f"output {final} was not written by deltaw, so it isn't replaced", fix="choose another folder")
+    if within := [source for source in sources if source.resolve().is_relative_to(final)]:
+        raise InputError(f"output {final} is what this is made of ({within[0]})", fix="choose another folder")
 
 
 def _room(final: Path, needed: int) -> None:

@@ -41,6 +41,11 @@ class Trained:
     config: RunConfig | None = None
 
     @property
+    def sources(self) -> tuple[Path, Path]:
+        """The folders that it is read from."""
+        return Path(self.name).expanduser(), self.base.directory
+
+    @property
     def plain(self) -> bool:
         """Whether it was trained on prompts as they are, without the chat template."""
         return self.adapter.base.template == PLAIN

@@ -58,3 +58,35 @@ def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path: Path) 
     with pytest.raises(RunError), target(tmp_path / "out", what=WHAT, needed=1 << 60):
         raise AssertionError("not reached")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    write(tmp_path / "real", "one")
+    (tmp_path / "link").symlink_to("real")
+    for text in ("two", "three"):
+        write(tmp_path / "link", text, replace=True)
+        assert (tmp_path / "real/file").read_text() == text
+    (tmp_path / "ahead").symlink_to("later")
+    write(tmp_path / "ahead", "four")
+    assert (tmp_path / "later/file").read_text() == "four"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ahead", "later", "link", "real"]
+
+
+def test_links_in_a_circle_and_no_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for output in (str(tmp_path / "a"), ""):
+        with pytest.raises(InputError), target(output, what=WHAT, needed=0):
+            raise AssertionError("not reached")
+
+
+def test_what_it_is_made_of_is_not_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "base", "one")
+    (tmp_path / "link").symlink_to("base")
+    for source in (tmp_path / "base", tmp_path / "link", tmp_path / "base/file"):
+        with (
+            pytest.raises(InputError, match="made of"),
+            target(tmp_path / "base", what=WHAT, needed=0, replace=True, sources=[source]),
+        ):
+            raise AssertionError("not reached")
+    assert (tmp_path / "base/file").read_text() == "one"

@@ -197,3 +197,61 @@ def test_the_command(place: Path, tmp_path: Path) -> None:
 def test_bad_numbers_are_refused(place: Path) -> None:
     with pytest.raises(InputError):
         verify("adapter", "merged", prompts=0)
+
+
+def test_stop_tokens_that_are_gone_or_others_are_seen(place: Path, tmp_path: Path) -> None:
+    """Few answers of so few tokens end, so they don't show it. transformers asks no tokenizer where to stop."""
+    for n, (stops, words) in enumerate({None: "not in", 5: "and not in"}.items()):
+        wrong = merged(place / "base", place / "adapter", tmp_path / f"wrong{n}")
+        config = json.loads((wrong / "generation_config.json").read_text())
+        (wrong / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": stops}))
+        for a, b in (("adapter", str(wrong)), (str(wrong), "merged")):
+            result = held(place, a, b)
+            assert len(result.reasons) == 1 and "end at other tokens" in result.reasons[0], result.text()
+            assert words in result.reasons[0] and result.kl < result.tolerance.kl
+
+
+def test_two_folders_are_asked_chats_where_one_has_a_template(place: Path, tmp_path: Path) -> None:
+    wrong = merged(place / "base", place / "adapter", tmp_path / "wrong")
+    tokenizer = AutoTokenizer.from_pretrained(wrong)
+    tokenizer.chat_template = tokenizer.chat_template.replace("add_generation_prompt", "false")
+    tokenizer.save_pretrained(wrong)
+    assert verify("merged", "merged", prompts=4, tokens=4).agree
+    result = verify("merged", wrong, prompts=4, tokens=4)
+    assert result.count("prompt") == 2 and not result.agree
+
+
+def test_what_is_too_long_to_ask_is_compared_all_the_same(place: Path, tmp_path: Path) -> None:
+    """A small context must not hide a changed template: chats are longer than texts."""
+    wrong = merged(place / "base", place / "adapter", tmp_path / "wrong")
+    tokenizer = AutoTokenizer.from_pretrained(wrong)
+    tokenizer.chat_template = tokenizer.chat_template.replace("user", "usr") + " " * 8
+    tokenizer.save_pretrained(wrong)
+    context = json.loads((place / "base/config.json").read_text())["max_position_embeddings"]
+    asked = {"role": "user", "content": "word " * context}
+    chat = {"messages": [asked, {"role": "assistant", "content": "x"}]}
+    short = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(chat) + "\n" + json.dumps(short) + "\n")
+    right = verify("adapter", "merged", data=str(tmp_path / "chats.jsonl"), tokens=4)
+    assert right.agree and len(right.rows) == 1 and any("no room" in note for note in right.notes)
+    result = verify("adapter", wrong, data=str(tmp_path / "chats.jsonl"), tokens=4)
+    assert any("too long to ask" in reason for reason in result.reasons)
+
+
+def test_a_row_that_names_a_control_token_is_not_asked(place: Path, tmp_path: Path) -> None:
+    """deltaw takes the name as characters, transformers as the token: no fault of either side's."""
+    rows = [{"text": "one <|im_end|> two three four"}, {"text": "one two three four"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = verify("adapter", "merged", data=str(tmp_path / "rows.jsonl"), prompts=1, tokens=4)
+    assert result.agree and result.rows[0].origin.endswith(":2")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "<|im_start|> <|im_end|> a"}) + "\n")
+    with pytest.raises(InputError, match="control token"):
+        verify("adapter", "merged", data=str(tmp_path / "rows.jsonl"))
+    (tmp_path / "rows.jsonl").write_text("hello\n")
+    with pytest.raises(InputError, match=r"rows\.jsonl:1"):
+        verify("adapter", "merged", data=str(tmp_path / "rows.jsonl"))
+
+
+def test_a_page_that_is_a_folder_is_refused_before_the_work(place: Path, tmp_path: Path) -> None:
+    code, _, err = call("verify", "adapter", "merged", "-o", tmp_path)
+    assert code == 2 and "loading" not in err

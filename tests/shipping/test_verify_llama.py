@@ -168,3 +168,16 @@ def test_a_types_numbers() -> None:
     assert numbers_of_type("BF16", "").weights == "bfloat16"
     assert numbers_of_type("Q4_K - Medium", "").weights == "Q4_K"
     assert numbers_of_type("Q8_0", "").activations[0] == "Q8_0"
+
+
+def test_two_files_with_templates_are_asked_chats(place: Path, tmp_path: Path) -> None:
+    """A template that changed between two GGUFs is seen without a run or data."""
+    chatml = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+    files = []
+    for n, template in enumerate((chatml, chatml.replace("assistant", "model"))):
+        files.append(
+            write_model(tmp_path / f"{n}.gguf", model_of("llama"), keys={".tokenizer.chat_template": template})
+        )
+    assert verify(files[0], files[0], prompts=2, tokens=4).agree
+    result = verify(*files, prompts=2, tokens=4)
+    assert any("written differently" in reason for reason in result.reasons)

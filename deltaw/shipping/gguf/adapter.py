@@ -106,14 +106,20 @@ def _halves(low: LowRank) -> list[tuple[str, "np.ndarray"]]:
 
 def _check_kind(trained: Trained) -> None:
     """Raise InputError for what isn't two thin factors."""
-    merge = f"the whole model: {command('export', trained.name, options=['--to', 'gguf', '--merged'])}"
+    merge = _whole(trained)
     if trained.adapter.spec.full:
         raise InputError(
             f"{trained.name} is full fine-tuning, which no adapter holds",
-            fix=f"{merge}   a LoRA close to it: {command('extract', trained.name)}",
+            fix=f"{merge}   a LoRA close to it: {command('extract', trained.name, options=['--rank', '16', '-o', 'lora'])}",
         )
     if trained.adapter.spec.magnitude:
         raise InputError(f"{trained.name} is DoRA, which llama.cpp doesn't load as an adapter", fix=merge)
+
+
+def _whole(trained: Trained) -> str:
+    """What helps where no adapter does."""
+    options = ["--to", "gguf", "--merged", "-o", "merged-gguf"]
+    return f"the whole model: {command('export', trained.name, options=options)}"
 
 
 def _tensors(trained: Trained, skeleton: nn.Module, names: Family) -> dict[str, LowRank]:
@@ -134,7 +140,7 @@ def _tensors(trained: Trained, skeleton: nn.Module, names: Family) -> dict[str, 
         raise InputError(
             f"{trained.name}: llama.cpp can't apply {len(problems)} of {len(trained.adapter.factors)} updates:\n"
             f"{listed(problems)}",
-            fix=f"the whole model: {command('export', trained.name, options=['--to', 'gguf', '--merged'])}",
+            fix=_whole(trained),
         )
     return tensors
 

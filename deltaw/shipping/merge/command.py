@@ -34,7 +34,7 @@ from deltaw.shipping.merge import survey
 from deltaw.shipping.merge.older_config import with_older_names
 from deltaw.shipping.merge.plan import MergePlan, counts, plan_merge
 from deltaw.shipping.merge.rewrite import TYPES, WORDS, entries, rewrite, size
-from deltaw.shipping.target import target
+from deltaw.shipping.target import check_output, target
 from deltaw.shipping.trained import Trained, open_trained
 from deltaw.shipping.usage import transformers_usage
 
@@ -61,13 +61,15 @@ def merge_named(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: no type of a merged model", fix=f"one of {', '.join(DTYPES)}")
     number = None if dtype is None else getattr(torch, dtype)
+    check_output(output, replace)
     trained = open_trained(name, base=base, display=display)
     plan = plan_merge(trained)
     type_name = _type_name(plan, number)
     for line in _planned(plan, type_name):
         display.say(line)
     what = {"kind": "merge", "base": trained.adapter.base.fingerprint, "dtype": type_name}
-    with target(output, what=what, needed=_needed(trained, plan, number), replace=replace) as folder:
+    needed = _needed(trained, plan, number)
+    with target(output, what=what, needed=needed, replace=replace, sources=trained.sources) as folder:
         began = time.perf_counter()
         survivals = _write_weights(plan, folder, number, display)
         seconds = time.perf_counter() - began

@@ -31,7 +31,7 @@ from deltaw.progress import Display
 from deltaw.shipping.verify.alike import Distance, Parting, compared_ids, distance, parting
 from deltaw.shipping.verify.prompts import file_prompts, general_prompts, held_out_prompts
 from deltaw.shipping.verify.sides.adapted import Adapted
-from deltaw.shipping.verify.sides.open import open_side
+from deltaw.shipping.verify.sides.open import goes_on_a_base, open_side
 from deltaw.shipping.verify.sides.server import Server
 from deltaw.shipping.verify.sides.side import Answer, Asked, Closing, Logs, Prompt, Row, Side
 from deltaw.shipping.verify.verdict import (
@@ -95,10 +95,13 @@ def _opened(a: str, b: str, base: str | None, closing: Closing, display: Display
         known = next((side.source.name for side in sides.values() if side.source), None)
         try:
             side = open_side(name, base=base or (known if name.startswith("mlx:") else None), display=display)
-        except InputError:
-            if base is not None or known is None:
+        except InputError as error:
+            if base is not None or known is None or not goes_on_a_base(name):
                 raise
-            side = open_side(name, base=known, display=display)
+            try:
+                side = open_side(name, base=known, display=display)
+            except InputError:
+                raise error from None
             side.notes.append(f"{name} doesn't name a base that is here: it goes on {known}")
         sides[name] = side
         closing.sides.append(side)
@@ -120,6 +123,8 @@ def verify_named(
 
     if page is not None and not Path(page).parent.is_dir():
         raise InputError(f"{page}: no such folder to write the page into", fix="make it, or choose another")
+    if page is not None and Path(page).is_dir():
+        raise InputError(f"{page} is a folder, and the page is a file", fix="name a file in it: -o page.html")
     with claimed_file(Path(page)) if page is not None else nullcontext():
         result = verify(a, b, data=data, prompts=prompts, base=base, display=display)
         text = result.text()
@@ -130,13 +135,13 @@ def verify_named(
 
 
 def _prompts(sides: Sequence[Side], data: str | None, count: int, display: Display) -> list[Prompt]:
-    if data is not None:
-        return file_prompts(data, count)
     adapted = [side for side in sides if isinstance(side, Adapted)]
+    if data is not None:
+        return file_prompts(data, count, [side.trained.renderer for side in adapted], display)
     for side in adapted:
         if side.trained.config is not None:
             return held_out_prompts(side.trained.config, side.trained.renderer, count, display)
-    chats = bool(adapted) and all(not s.trained.plain and s.trained.renderer.template for s in adapted)
+    chats = all(side.chats for side in adapted) if adapted else any(side.chats for side in sides)
     display.say("no run among them and no --data: asking built-in text")
     return general_prompts(count, chats=chats)
 
@@ -146,7 +151,7 @@ def _compared(a: Side, b: Side, prompts: list[Prompt], tokens: int, display: Dis
     _same_gguf(b, a)
     display.say(f"loading {a.name}")
     a.load()
-    prompts, ids = _fitting(a, b, prompts, tokens)
+    prompts, ids, long = _fitting(a, b, prompts, tokens)
     heard_a = _Heard(ids, _answers(a, prompts, ids, tokens, display))
     rows = [
         Row(given, answer.ids)
@@ -168,7 +173,10 @@ def _compared(a: Side, b: Side, prompts: list[Prompt], tokens: int, display: Dis
             heard_b.base = b.local.base_logs(rows)
     draws = draws or (_draws(a, b, b, rows, display) if heard_b.logs is not None else [])
     tolerance = _tolerance(a, b, heard_a, heard_b, draws)
-    return _judged(a, b, prompts, heard_a, heard_b, tolerance, known)
+    verification = _judged(a, b, prompts, heard_a, heard_b, tolerance, known)
+    if known and (reason := _long_parting(a, b, long)):
+        verification.reasons.append(reason)
+    return verification
 
 
 def _same_gguf(adapted: Side, server: Side) -> None:
@@ -182,16 +190,32 @@ def _same_gguf(adapted: Side, server: Side) -> None:
         server.numbers = replace(server.numbers, weights="bfloat16", why=f"{server.numbers.why}; {why}")
 
 
-def _fitting(a: Side, b: Side, prompts: list[Prompt], tokens: int) -> tuple[list[Prompt], list[tuple[int, ...] | None]]:
-    """The prompts that leave room for an answer, with A's ids."""
+def _fitting(
+    a: Side, b: Side, prompts: list[Prompt], tokens: int
+) -> tuple[list[Prompt], list[tuple[int, ...] | None], list[Prompt]]:
+    """The prompts that leave room for an answer, with A's ids, and those that don't."""
     ids = a.ids(prompts)
     room = min((side.context for side in (a, b) if side.context), default=None)
     fit = [n for n, one in enumerate(ids) if one is None or room is None or len(one) + tokens <= room]
     if not fit:
         raise InputError(
-            f"no prompt leaves room for {tokens} tokens of answer in a context of {room}", fix="name --data"
+            f"no prompt leaves room for {tokens} tokens of answer in a context of {room}",
+            fix="name shorter ones: --data",
         )
-    return [prompts[n] for n in fit], [ids[n] for n in fit]
+    long = [prompt for n, prompt in enumerate(prompts) if n not in set(fit)]
+    if long:
+        a.notes.append(
+            f"{len(long)} of {len(prompts)} prompts leave no room for an answer in a context of {room}: only their ids "
+            "are compared"
+        )
+    return [prompts[n] for n in fit], [ids[n] for n in fit], long
+
+
+def _long_parting(a: Side, b: Side, prompts: list[Prompt]) -> str:
+    """Whether prompts that can't be asked are at least written the same."""
+    pairs = [_prompts_alike(a, b, x, y, True) for x, y in zip(a.ids(prompts), b.ids(prompts), strict=True)]
+    wrong = [words for same, words in pairs if same is False]
+    return f"{len(wrong)} prompts that were too long to ask are written differently: {wrong[0]}" if wrong else ""
 
 
 def _answers(
@@ -261,9 +285,21 @@ def _judged(
     else:
         notes.append("no log-probabilities to compare: the verdict rests on prompts and answers alone")
     rows = [_row(a, b, n, prompts[n], one, other, allowed, known) for n in range(len(prompts))]
-    reasons = reasons_of(rows, kl, largest, allowed, effect)
+    reasons = reasons_of(rows, kl, largest, allowed, effect, _stops_parting(a, b) if known else "")
     return Verification(
         a.name, b.name, (a.numbers, b.numbers), rows, positions, kl, largest, allowed, effect, reasons, notes
+    )
+
+
+def _stops_parting(a: Side, b: Side) -> str:
+    """How the tokens differ at which answers end, "" where they don't or a side doesn't say."""
+    if a.stops is None or b.stops is None:
+        return ""
+    ways = [(a, b, a.stops - b.stops), (b, a, b.stops - a.stops)]
+    return "; ".join(
+        f"{', '.join(repr(one.decode([token])) for token in sorted(ids))} in {one.name} and not in {other.name}"
+        for one, other, ids in ways
+        if ids
     )
 
 

@@ -18,7 +18,7 @@ from deltaw.data.forms import detect_form
 from deltaw.data.read import read_rows
 from deltaw.data.render import Renderer
 from deltaw.data.row import Rejected
-from deltaw.errors import InputError
+from deltaw.errors import InputError, listed
 from deltaw.evaluate.held_out import spread
 from deltaw.progress import Display
 from deltaw.shipping.verify.sides.side import Prompt
@@ -42,9 +42,15 @@ def held_out_prompts(config: RunConfig, renderer: Renderer, count: int, display:
     return _chosen(prompts, count, source)
 
 
-def file_prompts(source: str, count: int) -> list[Prompt]:
-    """`count` rows of a data file."""
-    return _chosen(prompts_of(source, DataConfig(train=source)), count, source)
+def file_prompts(source: str, count: int, renderers: Sequence[Renderer], display: Display) -> list[Prompt]:
+    """`count` rows of a data file; of those that name a control token of one of `renderers`, none."""
+    prompts = prompts_of(source, DataConfig(train=source))
+    alike = [one for one in prompts if not any(renderer.controls(str(one.content)) for renderer in renderers)]
+    if len(alike) < len(prompts):
+        display.say(f"{source}: {len(prompts) - len(alike)} rows that name a control token aren't asked")
+        if not alike:
+            raise InputError(f"{source}: all its rows name a control token", fix="name another file: --data")
+    return _chosen(alike, count, source)
 
 
 def general_prompts(count: int, *, chats: bool) -> list[Prompt]:
@@ -60,9 +66,10 @@ def general_prompts(count: int, *, chats: bool) -> list[Prompt]:
 
 def prompts_of(source: str, data: DataConfig, only: set[str] | None = None) -> list[Prompt]:
     """What the rows of `source` ask, those of `only` where it is given; a row that asks nothing is left out."""
-    rows, _ = read_rows(source)
+    rows, problems = read_rows(source)
     if not rows:
-        raise InputError(f"{source}: no rows in it")
+        unreadable = f" that can be read:\n{listed([str(problem) for problem in problems])}" if problems else ""
+        raise InputError(f"{source}: no rows in it{unreadable}", fix="name another file: --data")
     form = detect_form(rows, data.form)
     prompts = []
     for row in rows:
@@ -93,5 +100,8 @@ def _prompt(document: Document, origin: str) -> Prompt | None:
 def _chosen(prompts: Sequence[Prompt], count: int, source: str) -> list[Prompt]:
     chosen = spread(prompts, count)
     if not chosen:
-        raise InputError(f"{source}: none of its rows asks anything", fix="name another file: --data")
+        raise InputError(
+            f"{source}: none of its rows asks anything in at most {MOST_CHARACTERS:,} characters",
+            fix="name another file: --data",
+        )
     return chosen

@@ -221,15 +221,23 @@ def strength(a: Sequence[Logs], b: Sequence[Logs], base: Sequence[Logs]) -> floa
 
 
 def reasons_of(
-    rows: Sequence[Compared], kl: float | None, largest: float | None, allowed: Tolerance, effect: Effect | None
+    rows: Sequence[Compared],
+    kl: float | None,
+    largest: float | None,
+    allowed: Tolerance,
+    effect: Effect | None,
+    stops: str = "",
 ) -> list[str]:
-    """Why two sides don't answer alike, the likeliest cause first; nothing when they do."""
+    """Why two sides don't answer alike, the likeliest cause first; nothing when they do. `stops`: how the tokens differ
+    at which their answers end, which few short answers show."""
     reasons = []
     if wrong := [row for row in rows if row.same_prompt is False]:
         reasons.append(
             f"{len(wrong)} of {len(rows)} prompts are written differently (a changed template or tokenizer): "
             f"{wrong[0].prompt_parting}"
         )
+    if stops:
+        reasons.append(f"answers end at other tokens: {stops}")
     acting = effect is not None and effect.kl > NO_EFFECT
     if kl is not None and effect is not None and acting:
         if kl > allowed.kl and effect.strength > 0.9:
@@ -261,4 +269,4 @@ def _formats(sides: Sequence[Numbers]) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+    return f"{100 * share:.0f} %" if share >= 0.995 else f"{100 * share:.2g} %"

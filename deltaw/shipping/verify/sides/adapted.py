@@ -27,12 +27,14 @@ class Adapted(Side):
         self.source = self.trained.base
         self._dtype = working_type(self.source)
         self.numbers = running(self._dtype, "float32")
+        self.chats = not self.trained.plain and bool(self.trained.renderer.template)
 
     def load(self) -> None:
         opened = open_base(self.trained.base, dtype=self._dtype)
         plan_forward(opened.model)
         attached = attach(opened.model, self.trained.adapter)
         renderer = self.trained.renderer
+        self.stops = frozenset(renderer.stop_ids)
         stand_ins = list(attached.stand_ins.values())
         self.local = Local(
             opened.model,

@@ -18,6 +18,7 @@ from deltaw.errors import DeltawError, InputError, RunError
 KEY = "DELTAW_API_KEY"
 MAX_BYTES = 2**28
 SECONDS = 120.0  # for one answer; a model that is being loaded takes long
+FIRST_SECONDS = 20.0  # for the first, which no model is needed for
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -52,7 +53,7 @@ class Client:
     def reach(self, path: str) -> Any:
         """A first answer. Raises InputError where there is none: the address was typed."""
         try:
-            return self.ask(path)
+            return self.ask(path, seconds=min(self.seconds, FIRST_SECONDS))
         except Refused as refused:
             if refused.status in (401, 403):
                 raise InputError(

@@ -26,11 +26,13 @@ class Folder(Side):
         self._words = Words(open_tokenizer(source.directory))
         self._dtype = working_type(source)
         self.numbers = running(self._dtype, stored_type(source))
+        self.chats = self._words.has_template
 
     def load(self) -> None:
         assert self.source is not None
         opened = open_base(self.source, dtype=self._dtype)
-        self.local = Local(opened.model, stops_of(opened.model, self._words.tokenizer), self._words.decode)
+        self.stops = frozenset(stops_of(opened.model))
+        self.local = Local(opened.model, set(self.stops), self._words.decode)
         self.context = context(opened.model)
 
     def ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | None]:

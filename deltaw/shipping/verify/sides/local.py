@@ -25,6 +25,7 @@ from deltaw.base.weights import read_header, read_json, read_tensor, shards
 from deltaw.config import Dtype
 from deltaw.data.template import Template
 from deltaw.errors import InputError
+from deltaw.shipping.beside import GENERATION_CONFIG
 from deltaw.shipping.verify.noise import noisy
 from deltaw.shipping.verify.sides.side import Answer, Asked, Logs, Numbers, Progress, Prompt, Row
 
@@ -119,6 +120,10 @@ class Words:
         source = template or (own.get("default") if isinstance(own, dict) else own)
         self._template = Template(source, tokenizer.special_tokens_map) if source else None
 
+    @property
+    def has_template(self) -> bool:
+        return self._template is not None
+
     def ids(self, prompt: Prompt) -> tuple[int, ...]:
         if not prompt.is_chat:
             return tuple(self.tokenizer(prompt.content)["input_ids"])
@@ -134,14 +139,13 @@ class Words:
         return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
-def stops_of(model: nn.Module, tokenizer: Any, folder: Path | None = None) -> set[int]:
-    """Where transformers' own `generate` ends: the generation config's tokens (that in `folder`, where there is one),
-    else the tokenizer's eos."""
-    own = folder / "generation_config.json" if folder is not None else None
+def stops_of(model: nn.Module, folder: Path | None = None) -> set[int]:
+    """Where transformers' own `generate` ends: the generation config's tokens (that in `folder`, where there is one).
+    Where it names none, nowhere: the tokenizer's eos isn't asked."""
+    own = folder / GENERATION_CONFIG if folder is not None else None
     stops = read_json(own, allow_nan=True).get("eos_token_id") if own is not None and own.is_file() else None
     if stops is None:
         stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stops = tokenizer.eos_token_id if stops is None else stops
     return {int(stop) for stop in (stops if isinstance(stops, list) else [stops]) if stop is not None}
 
 

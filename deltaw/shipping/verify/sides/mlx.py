@@ -53,6 +53,7 @@ class Mlx(Side):
                 self._meant = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
         own = (folder / "tokenizer_config.json").is_file()
         self._words = Words(open_tokenizer(folder if own else self._model))
+        self.chats = self._words.has_template
         self.numbers = self._numbers()
         self._loaded: Any = None
 

@@ -44,12 +44,19 @@ def open_side(name: str, *, base: str | None = None, display: Display) -> Side:
     return Folder(name, display=display)
 
 
+def goes_on_a_base(name: str) -> bool:
+    """Whether it is an adapter, which goes on one base or another."""
+    path = Path(name.removeprefix("peft:").removeprefix("mlx:")).expanduser()
+    return name.startswith("mlx:") or is_run(path) or is_adapter(path)
+
+
 def _llama(name: str, parts: list[str], display: Display) -> Server:
     files = [builtin_file(part) if part in BUILTINS else Path(part).expanduser() for part in parts]
     for file in files:
         if not file.is_file():
-            raise InputError(f"{name}: {file}: no such file", fix="write model.gguf, or model.gguf+adapter.gguf")
-    kinds = [str(read_part(file).metadata.get("general.type", "model")) for file in files]
+            raise InputError(f"{file}: no such file", fix="write model.gguf, or model.gguf+adapter.gguf")
+    metadata = [read_part(file).metadata for file in files]
+    kinds = [str(one.get("general.type", "model")) for one in metadata]
     if kinds[0] != "model" or "model" in kinds[1:]:
         raise InputError(
             f"{name}: {' + '.join(kinds)}; a model comes first, then its adapters",
@@ -58,7 +65,9 @@ def _llama(name: str, parts: list[str], display: Display) -> Server:
     display.say(f"starting llama.cpp on {' + '.join(file.name for file in files)}")
     process = LlamaCpp(files[0], files[1:])
     try:
-        return Server(name, process.client, process=process)
+        server = Server(name, process.client, process=process)
+        server.chats = bool(metadata[0].get("tokenizer.chat_template"))
+        return server
     except BaseException:
         process.close()
         raise

@@ -25,6 +25,7 @@ from deltaw.data.render import open_tokenizer
 from deltaw.errors import InputError
 from deltaw.model import is_run
 from deltaw.progress import Display
+from deltaw.shipping.beside import GENERATION_CONFIG
 from deltaw.shipping.trained import TEMPLATE
 from deltaw.shipping.verify.sides.local import Local, Words, running, stops_of, working_type
 from deltaw.shipping.verify.sides.side import Answer, Asked, Logs, Progress, Prompt, Row, Side
@@ -57,6 +58,7 @@ class Peft(Side):
             open_tokenizer(folder if own else source.directory),
             template.read_text(encoding="utf-8") if template.is_file() else None,
         )
+        self.chats = self._words.has_template
         self._dtype = working_type(source)
         self.numbers = running(self._dtype, "float32")
 
@@ -65,7 +67,9 @@ class Peft(Side):
         from peft import PeftModel
 
         opened = open_base(self.source, dtype=self._dtype)
-        stops = stops_of(opened.model, self._words.tokenizer, self.folder)
+        stops = stops_of(opened.model, self.folder)
+        if (self.folder / GENERATION_CONFIG).is_file():  # else they are the base's, whatever the adapter learnt
+            self.stops = frozenset(stops)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             try:

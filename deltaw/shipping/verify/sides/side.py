@@ -110,6 +110,8 @@ class Side(abc.ABC):
     local: "Local | None" = None
     source: "Source | None" = None  # the base, or the folder, of a side that runs here
     context: int | None = None  # the most tokens, where that is known
+    chats: bool | None = None  # whether it has a template to write chats by, where that is known
+    stops: frozenset[int] | None = None  # where its answers end, once it is loaded and if it says so
 
     def load(self) -> None:  # noqa: B027  (most have nothing to load)
         """Read the weights."""
