@@ -110,7 +110,7 @@ def _check_kind(trained: Trained) -> None:
     if trained.adapter.spec.full:
         raise InputError(
             f"{trained.name} is full fine-tuning, which no adapter holds",
-            fix=f"{merge}   a LoRA close to it: {command('extract', trained.name, options=['--rank', '16', '-o', 'lora'])}",
+            fix=f"{merge}   a LoRA: {command('extract', trained.name, options=['--rank', '16', '-o', 'lora'])}",
         )
     if trained.adapter.spec.magnitude:
         raise InputError(f"{trained.name} is DoRA, which llama.cpp doesn't load as an adapter", fix=merge)
