@@ -1,5 +1,6 @@
 """LoRA out of full fine-tuning: what was merged comes back, errors are the true ones, and what is left out is named."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -383,7 +384,7 @@ def test_the_template_is_that_of_the_tuned_model_where_it_has_one(tmp_path: Path
     tune(AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "tuned")
     chatml = Renderer(toy("chatml")).template_fingerprint
     assert extract_folders(tmp_path / "tuned", tmp_path / "base", rank=2)[0].base.template == chatml
-    own = toy("chatml")
+    own = copy.deepcopy(toy("chatml"))  # others are given the very same
     own.chat_template = own.chat_template.replace("<|im_start|>", "<|im_end|>")
     own.save_pretrained(tmp_path / "tuned")
     template = extract_folders(tmp_path / "tuned", tmp_path / "base", rank=2)[0].base.template
