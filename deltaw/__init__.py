@@ -73,8 +73,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("deltaw.version").VERSION
     if name not in _HOME:
         raise AttributeError(f"module 'deltaw' has no attribute {name!r}")
-    home = importlib.import_module(f"deltaw.{_HOME[name]}")
-    value = getattr(home, name)
+    # A package of the same name (deltaw.train) hides behind its function once that has been asked for.
+    value = getattr(importlib.import_module(f"deltaw.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

@@ -17,7 +17,7 @@ from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.generate import Sampling, generate, stream
 from deltaw.base.limits import Limits
 from deltaw.base.load import Base, open_base, open_skeleton
-from deltaw.base.source import BUILTINS, Source, find_base
+from deltaw.base.source import Source, find_base, found_as
 from deltaw.config import Dtype, RunConfig, load_config
 from deltaw.data.dataset import Dataset, prepare
 from deltaw.data.render import TEMPLATE, Renderer, open_tokenizer
@@ -192,4 +192,4 @@ def base_name(adapter: Adapter, path: Path) -> str:
     """A name that `find_base` may know: the builtin for its upstream id, else what the adapter says."""
     if not adapter.base.name:
         raise InputError(f"{path} does not say which base it belongs to", fix="name it with --base")
-    return next((name for name, b in BUILTINS.items() if b.upstream == adapter.base.name), adapter.base.name)
+    return found_as(adapter.base.name)

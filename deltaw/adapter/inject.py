@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from deltaw.adapter.peft_config import missed_by_peft, rewritten_names
 from deltaw.adapter.spec import Targets, explicit_targets, find_targets, said, targets_of
 from deltaw.adapter.trial import Observed, differences, holds, observe
 from deltaw.base.frozen import FrozenLinear
-from deltaw.base.stand_in import StandIn
+from deltaw.base.stand_in import StandIn, disabled
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
 from deltaw.factors import Update
@@ -81,15 +80,8 @@ class Attached:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The plain base, run by its own code, for the length of a `with` block."""
-        switches: list[Any] = [*self.layers.values(), *self.stand_ins.values()]
-        before = [module.enabled for module in switches]
-        for module in switches:
-            module.enabled = False
-        try:
+        with disabled([*self.layers.values(), *self.stand_ins.values()]):
             yield
-        finally:
-            for module, enabled in zip(switches, before, strict=True):
-                module.enabled = enabled
 
     def adapter(self, base: BaseId) -> Adapter:
         """What has been learnt so far, as a value on the CPU, its spec's init "lora"; the model keeps its adapter."""

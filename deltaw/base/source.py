@@ -112,12 +112,17 @@ def find_base(name: str, *, progress: Progress | None = None) -> Source:
     return Source(name, directory, revision=directory.name)
 
 
+def found_as(name: str) -> str:
+    """A name that `find_base` may know: the builtin for its upstream id, any other as it is."""
+    return next((builtin for builtin, entry in BUILTINS.items() if entry.upstream == name), name)
+
+
 def find_local(name: str, revision: str | None = None, *, progress: Progress | None = None) -> Source | None:
     """What `find_base` finds here, without the network; None where that is nothing. `name` may be a builtin's upstream.
 
     Raises InputError for a base that is here and can't be used.
     """
-    name = next((builtin for builtin, b in BUILTINS.items() if b.upstream == name), name)
+    name = found_as(name)
     path = Path(name).expanduser()
     match = HUB_ID.fullmatch(name)
     if name.startswith("builtin:") or _is(path, Path.exists):

@@ -4,6 +4,8 @@ Children, parameters and buffers are the original's own dictionaries, so paths, 
 below are as before; taking the stand-in out again is putting the original back.
 """
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -38,3 +40,16 @@ class StandIn(nn.Module):
             if name == "_kept":
                 raise
             return getattr(self._kept[0], name)
+
+
+@contextlib.contextmanager
+def disabled(modules: Sequence[Any]) -> Iterator[None]:
+    """Modules with a switch (`enabled`) out of the way for the length of a block."""
+    before = [module.enabled for module in modules]
+    for module in modules:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module, enabled in zip(modules, before, strict=True):
+            module.enabled = enabled

@@ -33,11 +33,11 @@ def write_beside(trained: Trained, folder: Path) -> None:
     for name in TOKENIZER:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
-    if (base / MORE_TEMPLATES).is_dir() and own_template(trained):
+    if (base / MORE_TEMPLATES).is_dir() and trained.renderer.own_template:
         shutil.copytree(base / MORE_TEMPLATES, folder / MORE_TEMPLATES)
     if (folder / TOKENIZER_CONFIG).is_file():
         _clean(trained, folder / TOKENIZER_CONFIG)
-    if trained.renderer.template and not own_template(trained):
+    if trained.renderer.template and not trained.renderer.own_template:
         write_text_atomic(folder / TEMPLATE, trained.renderer.template)
     write_text_atomic(folder / GENERATION_CONFIG, json.dumps(generation_config(trained), indent=2) + "\n")
 
@@ -46,11 +46,6 @@ def beside_size(trained: Trained) -> int:
     """Bytes of what `write_beside` writes, and a few more."""
     files = [trained.base.directory / name for name in (*TOKENIZER, GENERATION_CONFIG)]
     return sum(file.stat().st_size for file in files if file.is_file()) + len(trained.renderer.template or "") * 4
-
-
-def own_template(trained: Trained) -> bool:
-    """Whether the template that was trained under is the one that the base's tokenizer has."""
-    return trained.renderer.own_template
 
 
 def generation_config(trained: Trained) -> dict[str, Any]:
@@ -79,7 +74,7 @@ def missing_stop(trained: Trained) -> str | None:
 def _clean(trained: Trained, file: Path) -> None:
     config = read_json(file)
     gone = [key for key in PATHS if Path(str(config.get(key) or "")).is_absolute()]
-    gone += ["chat_template"] if not own_template(trained) and "chat_template" in config else []
+    gone += ["chat_template"] if not trained.renderer.own_template and "chat_template" in config else []
     if gone:
         kept = {key: value for key, value in config.items() if key not in gone}
         write_text_atomic(file, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 from deltaw.base.source import HUB_ID
-from deltaw.shipping.beside import missing_stop, own_template, stop_ids
+from deltaw.shipping.beside import missing_stop, stop_ids
 from deltaw.shipping.trained import TEMPLATE, Trained
 
 QUESTION = "What is the capital of France?"
@@ -65,7 +65,7 @@ print(tokenizer.decode(answer[0, ids.shape[1]:], skip_special_tokens=True))"""
 def vllm_usage(trained: Trained, max_lora_rank: int) -> str:
     """For vLLM's server."""
     options = ["--enable-lora", f"--max-lora-rank {max_lora_rank}", "--lora-modules tuned=."]
-    if trained.renderer.template and not own_template(trained):
+    if trained.renderer.template and not trained.renderer.own_template:
         options.append(f"--chat-template ./{TEMPLATE}")  # the server takes the base's otherwise
     if missing_stop(trained):
         options.append("--generation-config .")  # which names the token that ends a turn
@@ -89,7 +89,7 @@ Other weights need another name than `tuned`: the server's prefix cache goes by 
 def mlx_usage(trained: Trained) -> str:
     """For mlx_lm, in Python."""
     more = ""
-    if trained.renderer.template and not own_template(trained):
+    if trained.renderer.template and not trained.renderer.own_template:
         more = f', tokenizer_config={{"chat_template": open(f"{{folder}}/{TEMPLATE}").read()}}'
     lines = [f"model, tokenizer = load({_literal(base_name(trained))}, adapter_path=folder{more})"]
     if stop := missing_stop(trained):

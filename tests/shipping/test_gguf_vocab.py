@@ -20,8 +20,8 @@ from deltaw.progress import Display
 from deltaw.shipping.destination import Options
 from deltaw.shipping.gguf.file import typed
 from deltaw.shipping.gguf.model import GgufModel
+from deltaw.shipping.gguf.splitting import SUFFIXES, canonical, splitting_name
 from deltaw.shipping.gguf.vocab import vocabulary
-from deltaw.shipping.gguf_splitting import SUFFIXES, canonical, splitting_name
 from tests.base.gguf_ids import NAMES, byte_signs, texts, write_sentences
 from tests.base.gguf_ids import vocabulary as pairs
 from tests.data.toys import lowercasing, sentencepiece, toy

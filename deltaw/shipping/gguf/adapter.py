@@ -29,7 +29,7 @@ from deltaw.base.weights import write_text_atomic
 from deltaw.errors import InputError, command, listed
 from deltaw.factors import LowRank
 from deltaw.progress import Display
-from deltaw.shipping.beside import missing_stop, own_template
+from deltaw.shipping.beside import missing_stop
 from deltaw.shipping.destination import Destination, Options, Written
 from deltaw.shipping.gguf.modelfile import FILE, modelfile
 from deltaw.shipping.gguf.names import Family, family
@@ -54,7 +54,7 @@ class GgufAdapter(Destination):
         file, about = _base_file(trained)
         self.modelfile, notes = modelfile(trained, file, adapter=ADAPTER, about=about)
         self.notes = [note for note in (self.family.differs, *notes, _stop_note(trained)) if note]
-        own = own_template(trained) or not chats(trained)
+        own = trained.renderer.own_template or not chats(trained)
         self.template = "" if own else trained.renderer.template or ""  # a server takes the base's unless it is told
 
     def size(self) -> int:

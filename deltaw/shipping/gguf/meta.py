@@ -21,10 +21,10 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deltaw.base.fingerprint import settings
 from deltaw.base.gguf_header import read_header
 from deltaw.base.gguf_meaning import GEMMA, PARTIAL, read_meaning
 from deltaw.errors import InputError, RunError, listed
+from deltaw.shipping.gguf.fields import Fields
 from deltaw.shipping.gguf.names import TYPES
 from deltaw.shipping.gguf.rotary import rotary
 
@@ -41,38 +41,6 @@ class Meta(NamedTuple):
     keys: dict[str, Any]
     tensors: dict[str, list[float]]
     notes: list[str]
-
-
-class Fields:
-    """The config's fields that count, handed out once each."""
-
-    def __init__(self, config: Any) -> None:
-        self.config, self._problems = config, list[str]()
-        self._left = set(settings(config)) - {"model"}
-
-    def take(self, name: str, default: Any = None) -> Any:
-        self._left.discard(name)
-        value = getattr(self.config, name, None)
-        return default if value is None else value
-
-    def expect(self, name: str, *neutral: Any) -> None:
-        """A field that may stand there as long as it says one of these."""
-        if name in self._left and self.take(name) not in neutral:
-            self.refuse(f"{name} = {str(getattr(self.config, name))[:60]}")
-
-    def refuse(self, problem: str) -> None:
-        """Note what the config says and a GGUF can't."""
-        self._problems.append(problem)
-
-    def finish(self) -> None:
-        """Raise InputError naming everything that was refused or is left over."""
-        self._problems += [f"{name} = {str(getattr(self.config, name))[:60]}" for name in sorted(self._left)]
-        if self._problems:
-            raise InputError(
-                f"a GGUF of a {self.config.model_type} can't say {len(self._problems)} things that its config says:\n"
-                f"{listed(self._problems, 2)}",
-                fix="use another destination: deltaw merge writes a folder for transformers and vLLM",
-            )
 
 
 def metadata(config: Any, rows: int) -> Meta:

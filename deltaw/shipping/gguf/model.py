@@ -34,6 +34,7 @@ from deltaw.shipping.gguf.vocab import SLOTS, TEMPLATE, vocabulary
 from deltaw.shipping.merge import survey
 from deltaw.shipping.merge.plan import plan_merge
 from deltaw.shipping.trained import Trained
+from deltaw.shipping.usage import gguf_usage
 
 COPIED = ("tokenizer.", "general.license", "general.languages")  # of a base that is a GGUF
 WIDER = "--type F32"
@@ -104,7 +105,7 @@ class GgufModel(Destination):
             "types": counts,
         }
         more |= {"notes": self.notes, "survival": survey.to_json(survivals), "warning": warning}
-        return Written(_usage(self.file), [*lines, *self.notes], more)
+        return Written(gguf_usage(self.trained, self.file), [*lines, *self.notes], more)
 
     def _keys(self, rows: int) -> dict[str, Typed]:
         architecture = self.family.architecture
@@ -163,10 +164,3 @@ def _bytes(value: Typed) -> int:
 def _run_name(trained: Trained) -> str:
     """The last part of the run's or the adapter's name: a path is nobody's business."""
     return Path(trained.name).expanduser().resolve().name
-
-
-def _usage(file: str) -> str:
-    return (
-        f"```sh\nllama-server -m {file}\n```\n\nor, with Ollama:\n\n"
-        f"```sh\nollama create my-model -f {FILE}\nollama run my-model\n```\n"
-    )

@@ -12,14 +12,12 @@ llama.cpp has no form for (dynamic NTK), or not in this architecture.
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from deltaw.base.gguf_rope import FREQS, LONG, SHORT
-
-if TYPE_CHECKING:
-    from deltaw.shipping.gguf.meta import Fields
+from deltaw.shipping.gguf.fields import Fields
 
 KNOWN = {"llama": ("linear", "yarn", "llama3"), "phi3": ("linear", "yarn", "longrope"), "gemma3": ("linear",)}
 USUAL = ("linear", "yarn")
@@ -29,7 +27,7 @@ NEUTRAL = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 Spoken = tuple[dict[str, Any], dict[str, list[float]]]
 
 
-def rotary(fields: "Fields", architecture: str, head_dim: int, context: int, notes: list[str]) -> Spoken:
+def rotary(fields: Fields, architecture: str, head_dim: int, context: int, notes: list[str]) -> Spoken:
     """(keys, tensors). What can't be said is noted in `fields`."""
     config = fields.config
     fields.take("original_max_position_embeddings")  # also in the parameters, where it counts
@@ -73,7 +71,7 @@ def rotary(fields: "Fields", architecture: str, head_dim: int, context: int, not
     return keys, tensors
 
 
-def _near(fields: "Fields", architecture: str, near: dict[str, Any], base: float) -> dict[str, Any]:
+def _near(fields: Fields, architecture: str, near: dict[str, Any], base: float) -> dict[str, Any]:
     """The base of layers with a window."""
     if near.get("rope_type", "default") != "default":
         fields.refuse(f"rope_parameters of the type {near['rope_type']!r} in layers with a window")
@@ -91,7 +89,7 @@ def _asked(config: Any, kind: str, layer: str | None) -> tuple[torch.Tensor, flo
     return frequencies, float(grown)
 
 
-def _yarn(fields: "Fields", rope: dict[str, Any], grown: float, context: int) -> dict[str, Any]:
+def _yarn(fields: Fields, rope: dict[str, Any], grown: float, context: int) -> dict[str, Any]:
     original = int(rope["original_max_position_embeddings"])
     factor = float(rope.get("factor") or context / original)
     keys: dict[str, Any] = {"rope.scaling.type": "yarn", "rope.scaling.factor": factor}

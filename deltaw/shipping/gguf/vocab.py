@@ -1,6 +1,6 @@
 """A transformers tokenizer -> the `tokenizer.*` keys of a GGUF, for the two kinds that llama.cpp has a tokenizer for.
 
-    gpt2     byte-level BPE: tokens, merges, and the name of the rule by which text is split (gguf_splitting.py)
+    gpt2     byte-level BPE: tokens, merges, and the name of the rule by which text is split (splitting.py)
     llama    SentencePiece's BPE (Llama 2, Mistral, Gemma, Phi-3): tokens with scores, bytes as <0x00> … <0xFF>
 
 Everything is asked of the living tokenizer, not of its files: transformers rewrites some of them when it reads them,
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from deltaw.base.gguf_tokens import BYTE_LEVEL, SENTENCES
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
-from deltaw.shipping.gguf_splitting import splitting_name, unknown
+from deltaw.shipping.gguf.splitting import splitting_name, unknown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BLANK = "▁"

@@ -6,7 +6,7 @@ llama.cpp's converter stops at such a tensor, but takes norms and leaves them ou
 
 from collections.abc import Iterator
 
-from deltaw.adapter.peft_config import MOVES_BASE
+from deltaw.adapter.peft_config import MOVES_BASE, UNSUPPORTED
 from deltaw.shipping.lint.finding import (
     LLAMA_CPP,
     LOADS,
@@ -132,17 +132,8 @@ TIED = code(
 # init_lora_weights that are a start only, and what PEFT refuses without more
 STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 REMADE = ("pissa", "olora")  # that PEFT makes of the base's weights alone
-VARIANTS = {
-    "layer_replication": "replicated layers",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-    "megatron_config": "Megatron's parallel layers",
-}
 READ_BY_VLLM = ("arrow_config", "kasa_config", "monteclora_config", "velora_config", "megatron_config")  # not refused
+VARIANTS = {name: UNSUPPORTED[name] for name in ("layer_replication", "use_qalora", "use_bdlora", *READ_BY_VLLM)}
 
 
 def dora(s: Subject) -> Iterator[Finding]:

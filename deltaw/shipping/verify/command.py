@@ -16,7 +16,7 @@ mixed up with training/verify.py, which is about resuming.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from os import fspath
 from pathlib import Path
@@ -33,7 +33,7 @@ from deltaw.shipping.verify.prompts import file_prompts, general_prompts, held_o
 from deltaw.shipping.verify.sides.adapted import Adapted
 from deltaw.shipping.verify.sides.open import goes_on_a_base, open_side
 from deltaw.shipping.verify.sides.server import Server
-from deltaw.shipping.verify.sides.side import Answer, Asked, Closing, Logs, Prompt, Row, Side
+from deltaw.shipping.verify.sides.side import Answer, Asked, Logs, Prompt, Row, Side
 from deltaw.shipping.verify.verdict import (
     NO_EFFECT,
     Compared,
@@ -79,7 +79,7 @@ def verify(
     if prompts < 1 or tokens < 1:
         raise InputError(f"{prompts} prompts of {tokens} tokens: at least 1 of each is needed")
     display = display or Display(quiet=True)
-    with Closing() as closing:
+    with ExitStack() as closing:
         one, other = _opened(fspath(a), fspath(b), fspath(base) if base else None, closing, display)
         chosen = _prompts([one, other], data, prompts, display)
         if not one.tells_ids and other.tells_ids:  # log-probabilities are asked for along the first one's ids
@@ -87,7 +87,7 @@ def verify(
         return _compared(one, other, chosen, tokens, display)
 
 
-def _opened(a: str, b: str, base: str | None, closing: Closing, display: Display) -> tuple[Side, Side]:
+def _opened(a: str, b: str, base: str | None, closing: ExitStack, display: Display) -> tuple[Side, Side]:
     """Both sides. Those that don't name their base (MLX's folders), or by a name that means nothing here (what a run on
     a local file is shipped as), go on the other side's."""
     sides: dict[str, Side] = {}
@@ -104,7 +104,7 @@ def _opened(a: str, b: str, base: str | None, closing: Closing, display: Display
                 raise error from None
             side.notes.append(f"{name} doesn't name a base that is here: it goes on {known}")
         sides[name] = side
-        closing.sides.append(side)
+        closing.callback(side.close)
     return sides[a], sides[b]
 
 
@@ -158,7 +158,7 @@ def _compared(a: Side, b: Side, prompts: list[Prompt], tokens: int, display: Dis
         for given, answer in zip(ids, heard_a.answers, strict=True)
         if given is not None and answer.ids
     ]
-    heard_a.logs, heard_a.base = _logs(a, rows, display), a.local.base_logs(rows) if a.local and rows else None
+    heard_a.logs, heard_a.base = _logs(a, rows, display), a.base_logs(rows) if rows else None
     draws = _draws(a, b, a, rows, display)
     if a.measurable and b.measurable:  # so that one model is in memory at a time
         a.close()
@@ -169,8 +169,8 @@ def _compared(a: Side, b: Side, prompts: list[Prompt], tokens: int, display: Dis
     known = _same_words(a, b, heard_a)
     if known and len(rows) == len(prompts):
         heard_b.logs = _logs(b, rows, display)
-        if b.local is not None and heard_a.base is None:
-            heard_b.base = b.local.base_logs(rows)
+        if heard_a.base is None:
+            heard_b.base = b.base_logs(rows)
     draws = draws or (_draws(a, b, b, rows, display) if heard_b.logs is not None else [])
     tolerance = _tolerance(a, b, heard_a, heard_b, draws)
     verification = _judged(a, b, prompts, heard_a, heard_b, tolerance, known)
@@ -243,12 +243,12 @@ def _same_words(a: Side, b: Side, heard: _Heard) -> bool:
 
 def _draws(a: Side, b: Side, side: Side, rows: Sequence[Row], display: Display) -> list[list[Logs]]:
     """What rounding does to `side`, if that is a model that runs here, on some of the rows."""
-    if side.local is None or not rows:
+    if not side.measurable or not rows:
         return []
-    chosen, draws = spread(rows, NOISY_ROWS), []
+    chosen, draws = spread(rows, NOISY_ROWS), list[list[Logs]]()
     with display.task("what rounding does", SEEDS) as update:
         for seed in range(SEEDS):
-            draws.append(side.local.noisy_logs(chosen, (a.numbers, b.numbers), seed))
+            draws.append(side.noisy_logs(chosen, (a.numbers, b.numbers), seed) or [])
             update(seed + 1)
     return draws
 

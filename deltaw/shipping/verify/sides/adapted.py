@@ -10,16 +10,15 @@ from deltaw.adapter.inject import attach
 from deltaw.base.decode import context
 from deltaw.base.forward import plan_forward
 from deltaw.base.load import open_base
+from deltaw.base.stand_in import disabled
 from deltaw.progress import Display
 from deltaw.shipping.trained import open_trained
-from deltaw.shipping.verify.sides.local import Local, running, switched_off, working_type
-from deltaw.shipping.verify.sides.side import Answer, Asked, Logs, Progress, Prompt, Row, Side
+from deltaw.shipping.verify.sides.local import Local, Running, running, working_type
+from deltaw.shipping.verify.sides.side import Prompt
 
 
-class Adapted(Side):
+class Adapted(Running):
     """What `open_trained` finds. Raises InputError: no adapter, another base, a template that isn't to be had."""
-
-    measurable = True
 
     def __init__(self, name: str, *, base: str | None, display: Display) -> None:
         self.name, self.notes = name, []
@@ -41,7 +40,7 @@ class Adapted(Side):
             renderer.stop_ids,
             lambda ids: renderer.decode(ids, skip_special=False),
             off=attached.disabled,
-            plain=lambda: switched_off(stand_ins),
+            plain=lambda: disabled(stand_ins),
         )
         self.context = context(opened.model)
 
@@ -49,16 +48,5 @@ class Adapted(Side):
         render = self.trained.renderer.prompt_ids
         return [tuple(render(prompt.content, prompt.tools)) for prompt in prompts]
 
-    def answers(self, asked: Sequence[Asked], tokens: int, progress: Progress) -> list[Answer]:
-        assert self.local is not None
-        return self.local.answers(asked, tokens, progress)
-
-    def logs(self, rows: Sequence[Row], progress: Progress) -> list[Logs] | None:
-        assert self.local is not None
-        return self.local.logs(rows, progress)
-
     def decode(self, ids: Sequence[int]) -> str | None:
         return self.trained.renderer.decode(ids, skip_special=False)
-
-    def close(self) -> None:
-        self.local = None

@@ -11,14 +11,12 @@ from deltaw.base.load import open_base
 from deltaw.base.source import find_base
 from deltaw.data.render import open_tokenizer
 from deltaw.progress import Display
-from deltaw.shipping.verify.sides.local import Local, Words, running, stops_of, stored_type, working_type
-from deltaw.shipping.verify.sides.side import Answer, Asked, Logs, Progress, Prompt, Row, Side
+from deltaw.shipping.verify.sides.local import Local, Running, Words, running, stops_of, stored_type, working_type
+from deltaw.shipping.verify.sides.side import Prompt
 
 
-class Folder(Side):
+class Folder(Running):
     """Any name that `find_base` takes. Raises InputError as it does."""
-
-    measurable = True
 
     def __init__(self, name: str, *, display: Display) -> None:
         self.name, self.notes = name, []
@@ -38,16 +36,5 @@ class Folder(Side):
     def ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | None]:
         return [self._words.ids(prompt) for prompt in prompts]
 
-    def answers(self, asked: Sequence[Asked], tokens: int, progress: Progress) -> list[Answer]:
-        assert self.local is not None
-        return self.local.answers(asked, tokens, progress)
-
-    def logs(self, rows: Sequence[Row], progress: Progress) -> list[Logs] | None:
-        assert self.local is not None
-        return self.local.logs(rows, progress)
-
     def decode(self, ids: Sequence[int]) -> str | None:
         return self._words.decode(ids)
-
-    def close(self) -> None:
-        self.local = None

@@ -9,6 +9,7 @@ Letters: B rows of a batch, L their longest, P positions, V vocabulary.
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,13 +22,14 @@ from deltaw.base.decode import context
 from deltaw.base.generate import Sampling, evaluating, generate
 from deltaw.base.linear_weights import HEADER_BYTES, TENSORS
 from deltaw.base.source import Source
-from deltaw.base.weights import read_header, read_json, read_tensor, shards
+from deltaw.base.weights import read_header, read_json, shards
 from deltaw.config import Dtype
 from deltaw.data.template import Template
 from deltaw.errors import InputError
 from deltaw.shipping.beside import GENERATION_CONFIG
+from deltaw.shipping.merge.rewrite import TYPES
 from deltaw.shipping.verify.noise import noisy
-from deltaw.shipping.verify.sides.side import Answer, Asked, Logs, Numbers, Progress, Prompt, Row
+from deltaw.shipping.verify.sides.side import Answer, Asked, Logs, Numbers, Progress, Prompt, Row, Side
 
 AT_ONCE = 2**25  # logits in memory together
 Switch = Callable[[], AbstractContextManager[None]]
@@ -111,6 +113,30 @@ class Local:
             yield batch
 
 
+class Running(Side):
+    """A side whose model runs here: `load` gives it a `local`."""
+
+    measurable = True
+    local: Local | None = None
+
+    def answers(self, asked: Sequence[Asked], tokens: int, progress: Progress) -> list[Answer]:
+        assert self.local is not None
+        return self.local.answers(asked, tokens, progress)
+
+    def logs(self, rows: Sequence[Row], progress: Progress) -> list[Logs] | None:
+        assert self.local is not None
+        return self.local.logs(rows, progress)
+
+    def noisy_logs(self, rows: Sequence[Row], sides: Sequence[Numbers], seed: int) -> list[Logs] | None:
+        return None if self.local is None else self.local.noisy_logs(rows, sides, seed)
+
+    def base_logs(self, rows: Sequence[Row]) -> list[Logs] | None:
+        return None if self.local is None else self.local.base_logs(rows)
+
+    def close(self) -> None:
+        self.local = None
+
+
 class Words:
     """A folder's tokenizer as everybody else uses it: the template's text encoded as it stands, control tokens read."""
 
@@ -151,13 +177,14 @@ def stops_of(model: nn.Module, folder: Path | None = None) -> set[int]:
 
 def stored_type(source: Source) -> str:
     """The type in which most of a folder's numbers are stored."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for file, names in shards(source.directory).items():
-        shapes = read_header(file, max_header_bytes=HEADER_BYTES, max_tensors=TENSORS).shapes
-        largest = max(names, key=lambda name: torch.Size(shapes[name]).numel())
-        kind = str(read_tensor(file, largest).dtype).removeprefix("torch.")
-        sizes[kind] = sizes.get(kind, 0) + file.stat().st_size
-    return max(sizes, key=lambda kind: sizes[kind])
+        header = read_header(file, max_header_bytes=HEADER_BYTES, max_tensors=TENSORS)
+        for name in names:
+            first, last = header.spans[name]
+            sizes[header.dtypes[name]] += last - first
+    word = sizes.most_common(1)[0][0]
+    return str(TYPES[word]).removeprefix("torch.") if word in TYPES else word
 
 
 def working_type(source: Source) -> Dtype:
@@ -179,19 +206,6 @@ def running(dtype: Dtype, weights: str) -> Numbers:
     """The numbers of a model that runs here in `dtype`, its stored weights being of the format `weights`."""
     kind = "bfloat16" if dtype == "auto" else dtype
     return Numbers(weights, (kind,), f"run here in {kind}")
-
-
-@contextlib.contextmanager
-def switched_off(modules: Sequence[Any]) -> Iterator[None]:
-    """Stand-ins out of the way for the length of a block."""
-    before = [module.enabled for module in modules]
-    for module in modules:
-        module.enabled = False
-    try:
-        yield
-    finally:
-        for module, enabled in zip(modules, before, strict=True):
-            module.enabled = enabled
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from deltaw.adapter.file import CONFIG, WEIGHTS
 from deltaw.adapter.peft_config import check_config
 from deltaw.base.decode import context
 from deltaw.base.load import open_base
-from deltaw.base.source import BUILTINS, find_base
+from deltaw.base.source import find_base, found_as
 from deltaw.base.weights import read_header, read_json
 from deltaw.config import load_config
 from deltaw.data.render import open_tokenizer
@@ -27,16 +27,14 @@ from deltaw.model import is_run
 from deltaw.progress import Display
 from deltaw.shipping.beside import GENERATION_CONFIG
 from deltaw.shipping.trained import TEMPLATE
-from deltaw.shipping.verify.sides.local import Local, Words, running, stops_of, working_type
-from deltaw.shipping.verify.sides.side import Answer, Asked, Logs, Progress, Prompt, Row, Side
+from deltaw.shipping.verify.sides.local import Local, Running, Words, running, stops_of, working_type
+from deltaw.shipping.verify.sides.side import Prompt
 
 INSTALL = "pip install peft"
 
 
-class Peft(Side):
+class Peft(Running):
     """`folder` is an adapter's or a run's. Raises InputError: no peft, no adapter, a base that isn't to be had."""
-
-    measurable = True
 
     def __init__(self, name: str, folder: Path, *, base: str | None, display: Display) -> None:
         if importlib.util.find_spec("peft") is None:
@@ -86,22 +84,11 @@ class Peft(Side):
     def ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | None]:
         return [self._words.ids(prompt) for prompt in prompts]
 
-    def answers(self, asked: Sequence[Asked], tokens: int, progress: Progress) -> list[Answer]:
-        assert self.local is not None
-        return self.local.answers(asked, tokens, progress)
-
-    def logs(self, rows: Sequence[Row], progress: Progress) -> list[Logs] | None:
-        assert self.local is not None
-        return self.local.logs(rows, progress)
-
     def decode(self, ids: Sequence[int]) -> str | None:
         return self._words.decode(ids)
-
-    def close(self) -> None:
-        self.local = None
 
 
 def _base_of(name: object, folder: Path) -> str:
     if not isinstance(name, str) or not name:
         raise InputError(f"{folder} does not say which base it belongs to", fix="name it with --base")
-    return next((builtin for builtin, entry in BUILTINS.items() if entry.upstream == name), name)
+    return found_as(name)

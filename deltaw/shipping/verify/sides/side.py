@@ -11,15 +11,15 @@ silently when a model is shipped. The log-probabilities are asked for along one 
 answers part for good at the first near tie, and everything behind it would say nothing.
 
 `Logs` are float64-ready log-probabilities of all tokens, or of the likeliest K of each position where a server gives no
-more. Local sides have a torch model, too, and can say what rounding does to it (noise.py) and what it would say without
-its adapter: `local` is that, None elsewhere.
+more. Sides whose model runs here (`Running`, local.py) can also say what rounding does to it (`noisy_logs`, noise.py),
+and what it would say without its adapter (`base_logs`).
 
 Opening a side is cheap and finds what can't work; `load` reads weights. `close` leaves nothing running.
 """
 
 import abc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from deltaw.base.source import Source
-    from deltaw.shipping.verify.sides.local import Local
 
 Progress = Callable[[int], None]
 
@@ -106,8 +105,7 @@ class Side(abc.ABC):
     numbers: Numbers
     notes: list[str]
     tells_ids = True
-    measurable = False  # whether `load` gives it a `local`
-    local: "Local | None" = None
+    measurable = False  # whether its model runs here, so that `noisy_logs` can be had
     source: "Source | None" = None  # the base, or the folder, of a side that runs here
     context: int | None = None  # the most tokens, where that is known
     chats: bool | None = None  # whether it has a template to write chats by, where that is known
@@ -128,6 +126,14 @@ class Side(abc.ABC):
     def logs(self, rows: Sequence[Row], progress: Progress) -> list[Logs] | None:
         """What it would say at each position of the answers; None where it doesn't tell."""
 
+    def noisy_logs(self, rows: Sequence[Row], sides: Sequence[Numbers], seed: int) -> list[Logs] | None:
+        """The same with the rounding errors of `sides` put in; None where the model doesn't run here."""
+        return None
+
+    def base_logs(self, rows: Sequence[Row]) -> list[Logs] | None:
+        """The same without the adapter; None where that can't be had."""
+        return None
+
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str | None:
         """The text of `ids`, special tokens included; None where it can't be asked."""
@@ -135,17 +141,3 @@ class Side(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Let go of everything."""
-
-
-@dataclass
-class Closing:
-    """Closes sides when a block ends, however it ends."""
-
-    sides: list[Side] = field(default_factory=list)
-
-    def __enter__(self) -> "Closing":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for side in self.sides:
-            side.close()
