@@ -36,7 +36,7 @@ from torch import Tensor
 from benchmarks.bench import cpu
 from benchmarks.results import Row, Target
 from deltaw.linalg.svd import product_singular_values, product_svd, randomised_svd
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from deltaw.version import VERSION
 
 ROOT = Path(__file__).parents[1]

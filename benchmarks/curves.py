@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 
 HERE = Path(__file__).parent
 SEEDS, WINDOW = (0, 1, 2), 20

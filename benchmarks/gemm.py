@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.workloads import BASE, Step, batches, supervised, tokens
-from deltaw.adapter.spec import linear_paths
+from deltaw.adapter.targets import linear_paths
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.load import open_skeleton
 from deltaw.base.source import find_base

@@ -264,7 +264,7 @@ class Arm:
 
 
 def deltaw_arm(shape: str, device: str, way: str = "") -> Arm:
-    from deltaw.adapter.inject import attach
+    from deltaw.adapter.attach import attach
     from deltaw.base.forward import plan_forward
     from deltaw.config import AdapterSpec, TrainConfig
     from deltaw.training.optim import make_optimizer, set_rate

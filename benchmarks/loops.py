@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.workloads import BASE, Step, batches, supervised
+from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.fused import KINDS
 from deltaw.adapter.init import fresh_factors
-from deltaw.adapter.inject import attach
-from deltaw.adapter.spec import explicit_targets, find_targets
+from deltaw.adapter.stand_ins import KINDS
+from deltaw.adapter.targets import explicit_targets, find_targets
 from deltaw.base.forward import plan_forward
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.load import open_base, open_skeleton, quiet

@@ -12,14 +12,14 @@ import time
 
 import torch
 
-from deltaw.adapter.inject import attach
+from deltaw.adapter.attach import attach
 from deltaw.base.forward import plan_forward
 from deltaw.base.load import open_base
+from deltaw.commands.demo import DEMO
 from deltaw.config import parse_config
 from deltaw.data.loader import Loader
-from deltaw.demo import DEMO
 from deltaw.model import open_dataset
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from deltaw.training.optim import make_optimizer
 
 STEPS, WARM = 15, 3

@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 
 from deltaw.base.source import find_base
+from deltaw.commands.demo import DEMO
 from deltaw.config import parse_config
 from deltaw.data.example import Example
 from deltaw.data.render import open_tokenizer
-from deltaw.demo import DEMO
 from deltaw.model import open_dataset
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 
 Step = list[Example]
 BASE: str = DEMO["base"]

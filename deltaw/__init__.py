@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deltaw.adapter.algebra import resize
+    from deltaw.adapter.attach import Attached, attach, detach
     from deltaw.adapter.combine import combine
     from deltaw.adapter.file import Adapter, BaseId
-    from deltaw.adapter.inject import Attached, attach, detach
     from deltaw.adapter.into import MergedInto
     from deltaw.adapter.layer import LoRALinear
     from deltaw.analysis.report import inspect
     from deltaw.base.forward import Forward, plan_forward
     from deltaw.base.load import Base, open_base
+    from deltaw.commands.export import export
+    from deltaw.commands.lint import lint
+    from deltaw.commands.verify import verify
     from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
     from deltaw.errors import DeltawError, InputError, RunError
     from deltaw.factors import Dense, DoRA, LowRank
@@ -23,10 +26,7 @@ if TYPE_CHECKING:
     from deltaw.kernels.lora import lora_linear
     from deltaw.kernels.loss import linear_cross_entropy
     from deltaw.model import Model, open_model
-    from deltaw.shipping.command import export
-    from deltaw.shipping.lint.command import lint
-    from deltaw.shipping.verify.command import verify
-    from deltaw.training.loop import resume, train
+    from deltaw.training.run import resume, train
     from deltaw.version import VERSION as __version__
 
 _HOME = {

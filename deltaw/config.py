@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from deltaw.effects import without_effect
 from deltaw.errors import InputError, listed
-from deltaw.paths import PathText
-from deltaw.run_yaml import PROBLEMS, Dumper, Loader, line_of, not_yaml
+from deltaw.files.paths import PathText
+from deltaw.files.run_yaml import PROBLEMS, Dumper, Loader, line_of, not_yaml
 
 Metric = Literal["exact_match", "phoneme_error_rate"]
 Dtype = Literal["auto", "bfloat16", "float32"]

@@ -32,6 +32,10 @@ class RunError(DeltawError):
     """It failed while running: NaN in the loss, a full disk, out of memory. Exit code 1."""
 
 
+class Rejected(Exception):
+    """This row can't be used. The only way a stage refuses a row; it becomes a `Problem`, never a crash."""
+
+
 def listed(problems: Sequence[str], limit: int = MAX_LISTED) -> str:
     """One problem a line, indented, the first `limit` of them and a count of the rest."""
     more = len(problems) - limit

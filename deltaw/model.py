@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deltaw.adapter.attach import Attached, attach
 from deltaw.adapter.file import Adapter, BaseId, is_adapter
-from deltaw.adapter.inject import Attached, attach
-from deltaw.base.decode import context
 from deltaw.base.forward import Forward, plan_forward
-from deltaw.base.generate import Sampling, generate, stream
 from deltaw.base.limits import Limits
 from deltaw.base.load import Base, open_base, open_skeleton
 from deltaw.base.source import Source, find_base, found_as
@@ -22,7 +20,9 @@ from deltaw.config import Dtype, RunConfig, load_config
 from deltaw.data.dataset import Dataset, prepare
 from deltaw.data.render import TEMPLATE, Renderer, open_tokenizer
 from deltaw.errors import InputError, command
-from deltaw.progress import Display
+from deltaw.generate.cache import context
+from deltaw.generate.engine import Sampling, generate, stream
+from deltaw.show.progress import Display
 
 PLAIN = "plain"  # in place of a template's fingerprint: trained on prompts as they are
 Prompt = str | Sequence[dict[str, Any]]  # text as it is, or a chat's messages

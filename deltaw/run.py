@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from deltaw.base.weights import fsync, read_json, replacing, write_text_atomic
 from deltaw.config import RunConfig
 from deltaw.errors import InputError, RunError, command
-from deltaw.lock import LOCK, claimed, holds_anything
+from deltaw.files.lock import LOCK, claimed, holds_anything
+from deltaw.files.weights import fsync, read_json, replacing, write_text_atomic
 
 WORDS = ("skipped", "rows")  # of a line of metrics.jsonl; everything else in it is a number
 

@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.bases import builtin, folder, model, sharded  # noqa: F401
+
 # A shared machine's clock is no property of the code; speed is measured in benchmarks.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")

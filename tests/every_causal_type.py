@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from deltaw.adapter.attach import Attached, attach
 from deltaw.adapter.file import BaseId
-from deltaw.adapter.inject import Attached, attach
 from deltaw.adapter.peft_config import missed_by_peft
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.config import AdapterSpec

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deltaw import chat, cli
+from deltaw import cli
+from deltaw.commands import chat
 from deltaw.model import Model, open_model
 from tests.tiny import run_file, tiny_base, words
 

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from deltaw.adapter.file import Adapter
-from deltaw.lock import new_folder
+from deltaw.files.lock import new_folder
 from tests.test_cli import call
 from tests.tiny import run_file, tiny_base, words
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
 from deltaw.errors import InputError
-from deltaw.paths import written
+from deltaw.files.paths import written
 
 MINIMAL = "base: b\noutput: o\ndata:\n  train: t.jsonl\n"  # what is appended to it begins on line 5
 

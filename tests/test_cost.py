@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deltaw.adapter.fused import KINDS
-from deltaw.adapter.inject import Attached, attach
+from deltaw.adapter.attach import Attached, attach
+from deltaw.adapter.stand_ins import KINDS
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.config import AdapterSpec
 from deltaw.kernels.loss import IGNORE

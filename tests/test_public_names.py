@@ -30,7 +30,7 @@ def test_import_is_free() -> None:
 
 
 def test_names_survive_an_import_of_their_room() -> None:
-    code = "import deltaw.training.loop, deltaw; assert callable(deltaw.train) and callable(deltaw.resume)"
+    code = "import deltaw.training.run, deltaw; assert callable(deltaw.train) and callable(deltaw.resume)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

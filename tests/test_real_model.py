@@ -14,8 +14,8 @@ import torch
 
 import deltaw
 from deltaw.cli import main
-from deltaw.demo import DEMO
-from deltaw.progress import Display
+from deltaw.commands.demo import DEMO
+from deltaw.show.progress import Display
 
 REPOSITORY = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(

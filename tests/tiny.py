@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from tests.data.toys import toy
 
 

@@ -33,7 +33,7 @@ from deltaw.adapter.algebra import Loss, adapter_of, check_size, relative_error,
 from deltaw.adapter.checkpoints import Change, Checkpoint, changes, compared
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.peft_config import rewritten_names
-from deltaw.adapter.spec import explicit_targets, linear_paths
+from deltaw.adapter.targets import explicit_targets, linear_paths
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.load import open_base, open_skeleton
 from deltaw.base.source import Source, check_folder, find_base

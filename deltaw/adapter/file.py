@@ -30,10 +30,10 @@ from deltaw.adapter.full import DELTAS, load_deltas
 from deltaw.adapter.peft_config import check_config, from_spec, to_spec, weight_names
 from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.source import PICKLES
-from deltaw.base.weights import load_safetensors, read_json, save_safetensors, write_text_atomic
 from deltaw.config import TARGET_GROUPS, AdapterSpec
 from deltaw.errors import InputError, RunError, command, listed
 from deltaw.factors import Dense, DoRA, LowRank, Update
+from deltaw.files.weights import load_safetensors, read_json, save_safetensors, write_text_atomic
 from deltaw.version import VERSION
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaw.adapter.layer import AdaptedLinear
 from deltaw.base.frozen import FrozenLinear
-from deltaw.base.weights import load_safetensors
 from deltaw.errors import InputError, listed
 from deltaw.factors import Dense
+from deltaw.files.weights import load_safetensors
 
 DELTAS = "delta.safetensors"
 

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from deltaw.adapter.attach import Attached
 from deltaw.adapter.dora import DoRALinear
 from deltaw.adapter.init import eva_directions, lora_ga_factors
-from deltaw.adapter.inject import Attached
 from deltaw.adapter.layer import LoRALinear
 from deltaw.base.forward import Forward
 from deltaw.base.frozen import FrozenLinear

@@ -19,8 +19,8 @@ from types import TracebackType
 import torch
 from torch import nn
 
+from deltaw.adapter.attach import Attached, attach, check_bare, detach
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.inject import Attached, attach, check_bare, detach
 from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.load import fingerprint
 from deltaw.errors import InputError, listed

@@ -27,9 +27,9 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import conversion_mapping, core_model_loading
 
-from deltaw.adapter.patterns import first_matches
 from deltaw.config import AdapterSpec, names_module
 from deltaw.errors import InputError, listed
+from deltaw.files.patterns import first_matches
 
 # Fields with a meaning deltaw lacks: refused unless they hold this neutral value (or are absent, null, empty, false).
 UNSUPPORTED = {

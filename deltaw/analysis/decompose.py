@@ -32,7 +32,7 @@ from deltaw.linalg import rank as ranks
 from deltaw.linalg.exact import exact_factorisation
 from deltaw.linalg.rounding import Rounding
 from deltaw.linalg.svd import randomised_svd, two_norm
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 
 DEFAULT_RANK = 8
 PIVOT_WORK = 2e9  # R M N of picking columns, some ten seconds

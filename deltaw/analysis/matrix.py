@@ -34,8 +34,8 @@ from torch import Tensor
 
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.source import PICKLES, find_base
-from deltaw.base.weights import read_header, read_tensor
 from deltaw.errors import InputError, listed
+from deltaw.files.weights import read_header, read_tensor
 from deltaw.linalg.rounding import Rounding
 
 MAX_BYTES = 20_000_000_000  # as float32: beyond it no full SVD ends

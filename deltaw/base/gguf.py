@@ -32,12 +32,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deltaw.base.gguf_header import Header, architecture
 from deltaw.base.gguf_meaning import Meaning, read_meaning
 from deltaw.base.gguf_parts import join, parts_of, read_model
 from deltaw.base.gguf_tokens import SPLITTINGS, Splitting, read_splitting, write_tokenizer
-from deltaw.base.weights import fsync, write_text_atomic
 from deltaw.errors import InputError, RunError, listed
+from deltaw.files.gguf_header import Header, architecture
+from deltaw.files.weights import fsync, write_text_atomic
 
 FORMAT = "v2"  # of the converted folder; a change makes every file convert anew
 MODEL_TYPES = {

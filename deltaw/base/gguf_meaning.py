@@ -19,10 +19,10 @@ window.
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deltaw.base.gguf_header import Header, read_floats
 from deltaw.base.gguf_keys import Keys
 from deltaw.base.gguf_rope import FREQS, LONG, SHORT, rope_parameters
 from deltaw.errors import InputError, listed
+from deltaw.files.gguf_header import Header, read_floats
 
 FIELDS = {
     "context_length": "max_position_embeddings",

@@ -14,8 +14,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from deltaw.base.gguf_header import ALIGNMENT, Header, check_sizes, read_part
 from deltaw.errors import InputError, listed
+from deltaw.files.gguf_header import ALIGNMENT, Header, check_sizes, read_part
 
 NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
 MAX_PARTS = 1_000

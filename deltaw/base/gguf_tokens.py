@@ -18,9 +18,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deltaw.base.gguf_header import Header
-from deltaw.base.weights import write_text_atomic
 from deltaw.errors import InputError
+from deltaw.files.gguf_header import Header
+from deltaw.files.weights import write_text_atomic
 
 _SUFFIXES = r"'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltaw.base.weights import read_header, read_tensor, shards
 from deltaw.errors import InputError, listed
+from deltaw.files.weights import read_header, read_tensor, shards
 
 SUFFIX = ".weight"
 HEADER_BYTES, TENSORS = 100_000_000, 1_000_000  # what `shards` accepts of a base

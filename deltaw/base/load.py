@@ -28,9 +28,9 @@ from transformers.utils import logging
 
 from deltaw.base.fingerprint import fingerprint_of
 from deltaw.base.source import Progress, Source, find_base
-from deltaw.base.weights import read_tensors
 from deltaw.config import Dtype
 from deltaw.errors import InputError, RunError, listed
+from deltaw.files.weights import read_tensors
 
 ADVANTAGE = 1.2  # bfloat16 costs digits, so it must win clearly
 

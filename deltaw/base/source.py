@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deltaw.base.weights import INDEX, SINGLE, read_json, shards, weights_file
 from deltaw.errors import InputError
+from deltaw.files.weights import INDEX, SINGLE, read_json, shards, weights_file
 
 Progress = Callable[[str], None]
 

@@ -19,7 +19,7 @@ app = typer.Typer(
 
 def as_path(value: Any) -> Any:
     """Of an option or argument that names files or folders: `~` and variables stand for what they stand for."""
-    from deltaw.paths import given
+    from deltaw.files.paths import given
 
     try:
         return given(value)
@@ -41,7 +41,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show traceback
 
 def display(quiet: bool = False) -> Any:
     """Progress on stderr, or none."""
-    from deltaw.progress import Display
+    from deltaw.show.progress import Display
 
     return Display(quiet=quiet)
 

@@ -32,7 +32,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write an adapter for the place where it will run, with a model card."""
-    from deltaw.shipping.command import export_named
+    from deltaw.commands.export import export_named
     from deltaw.shipping.destination import Options
 
     result, text = export_named(

@@ -24,7 +24,7 @@ def lint(
     as_json: Json = False,
 ) -> None:
     """Whether an adapter loads and answers rightly in each place where it may run, and how to mend it."""
-    from deltaw.shipping.lint.command import lint_named
+    from deltaw.commands.lint import lint_named
 
     places = [place.strip() for place in to.split(",")] if to else []
     result, text, code = lint_named(

@@ -22,7 +22,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Base and adapter as one model folder; says first what of the update survives rounding."""
-    from deltaw.shipping.merge.command import merge_named
+    from deltaw.commands.merge import merge_named
 
     result, text = merge_named(
         adapter, output, dtype=dtype, base=base, replace=replace, force=force, display=display(as_json)

@@ -25,9 +25,9 @@ def demo(
     output: Annotated[str, typer.Option(help="The run folder.", callback=as_path)] = "runs/demo", as_json: Json = False
 ) -> None:
     """Teach a 135M model to pronounce English words, with real data, in minutes on a CPU."""
+    from deltaw.commands.demo import DEMO
     from deltaw.config import parse_config
-    from deltaw.demo import DEMO
-    from deltaw.paths import written
+    from deltaw.files.paths import written
 
     _train(parse_config({**DEMO, "output": written(output)}), replace=True, as_json=as_json)
 
@@ -49,7 +49,7 @@ def train(
         _train(load_config(run, overrides or ()), replace=replace, as_json=as_json, quiet=quiet)
         return
     Run(run).check_resumable()
-    from deltaw.training.loop import resume
+    from deltaw.training.run import resume
 
     resume(run, overrides or (), allow=allow, display=display(quiet))
     _print_summary(run, as_json)
@@ -113,7 +113,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Loss, perplexity and task metrics on held-out rows or on a file."""
-    from deltaw.evaluate.command import evaluate_on
+    from deltaw.commands.eval import evaluate_on
 
     result = evaluate_on(
         model,
@@ -175,7 +175,7 @@ def chat(
     seed: Seed = None,
 ) -> None:
     """Talk to a model, streaming. /base asks the plain base, /adapter the adapter, /new forgets, Ctrl-D leaves."""
-    from deltaw.chat import talk
+    from deltaw.commands.chat import talk
 
     sampling = _sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     talk(_open(model, base, False), system=system, use_adapter=not no_adapter, sampling=sampling)
@@ -194,7 +194,7 @@ def _train(config: "RunConfig", *, replace: bool = False, as_json: bool, quiet: 
     from deltaw.run import Run
 
     Run.check(config, replace=replace)  # before torch is loaded, which takes seconds
-    from deltaw.training.loop import train
+    from deltaw.training.run import train
 
     train(config, replace=replace, display=display(quiet))
     _print_summary(Path(config.output), as_json)
@@ -216,6 +216,6 @@ def _open(name: str, base: str | None, quiet: bool) -> "Model":
 
 def _sampling(**fields: Any) -> dict[str, Any]:
     """The options as given, once they are known to be right."""
-    from deltaw.base.generate import Sampling
+    from deltaw.generate.engine import Sampling
 
     return Sampling.checked(**fields).model_dump()

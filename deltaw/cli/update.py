@@ -27,7 +27,7 @@ def inspect(
     """What a fine-tune did to the weights: writes a page with pictures, prints the gist."""
     from deltaw.analysis.report import PAGE
     from deltaw.analysis.report import inspect as look
-    from deltaw.lock import claimed_file
+    from deltaw.files.lock import claimed_file
 
     with claimed_file(Path(output) if output else Path(adapter) / PAGE):
         report = look(adapter, base=base, display=display(as_json))
@@ -43,8 +43,8 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Which directions two adapters share, against what chance would give."""
-    from deltaw.analysis.comparison import compare_named
-    from deltaw.lock import claimed_file
+    from deltaw.commands.compare import compare_named
+    from deltaw.files.lock import claimed_file
 
     with claimed_file(Path(output)):
         result, text = compare_named(one, other, output, display=display(as_json))
@@ -69,7 +69,7 @@ def resize(
     as_json: Json = False,
 ) -> None:
     """A smaller adapter: by rank, by energy, or by what it may cost in held-out loss."""
-    from deltaw.evaluate.reshape import resize_named
+    from deltaw.commands.reshape import resize_named
 
     result, text = resize_named(
         adapter,
@@ -98,7 +98,7 @@ def combine(
     as_json: Json = False,
 ) -> None:
     """One adapter out of several: their weighted sum, exactly, or by TIES or DARE."""
-    from deltaw.evaluate.reshape import combine_named
+    from deltaw.commands.reshape import combine_named
 
     result, text = combine_named(
         adapters,
@@ -129,7 +129,7 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """A LoRA out of full fine-tuning, and what it can't hold."""
-    from deltaw.evaluate.reshape import extract_named
+    from deltaw.commands.reshape import extract_named
 
     result, text = extract_named(tuned, base, output, rank=rank, energy=energy, display=display(as_json))
     give(result, text, as_json)
@@ -148,7 +148,7 @@ def scale(
     as_json: Json = False,
 ) -> None:
     """The slider between base and fine-tune: what each factor gains on the task and costs on general text."""
-    from deltaw.evaluate.reshape import scale_named
+    from deltaw.commands.reshape import scale_named
 
     result, text = scale_named(
         adapter,

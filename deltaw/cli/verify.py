@@ -30,7 +30,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Whether two places answer alike: prompts, answers and log-probabilities. Exit code 1 when they don't."""
-    from deltaw.shipping.verify.command import verify_named
+    from deltaw.commands.verify import verify_named
 
     result, text, agree = verify_named(
         a, b, data=data, prompts=prompts, base=base, page=output, display=display(as_json)

@@ -34,7 +34,7 @@ def study(
     as_json: Json = False,
 ) -> None:
     """Try a published claim about LoRA on this machine, and say whether it held."""
-    from deltaw.studies.command import list_studies, run_studies
+    from deltaw.commands.study import list_studies, run_studies
 
     result, text = run_studies(name, output, full, display(as_json)) if name else list_studies()
     give(result, text, as_json)

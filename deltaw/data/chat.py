@@ -17,10 +17,9 @@ from typing import Any
 from deltaw.data.document import Chat, Message
 from deltaw.data.encode import Encoder
 from deltaw.data.left_out import Survey
-from deltaw.data.row import Rejected
-from deltaw.data.template import Asked, Template, Unfinished
 from deltaw.data.turns import Frame, find_answer, find_frame, trial
-from deltaw.errors import InputError
+from deltaw.errors import InputError, Rejected
+from deltaw.files.template import Asked, Template, Unfinished
 
 NO_TEMPLATE = "set data.template: chatml, or data.template: a .jinja file"
 ARGUMENTS = {"qzkey": "qzvalue"}

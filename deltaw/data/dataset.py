@@ -28,8 +28,8 @@ from deltaw.data.example import Example
 from deltaw.data.forms import Form, detect_form
 from deltaw.data.read import read_rows
 from deltaw.data.render import Renderer
-from deltaw.data.row import Problem, Rejected, Row, one_line
-from deltaw.errors import InputError, listed
+from deltaw.data.row import Problem, Row, one_line
+from deltaw.errors import InputError, Rejected, listed
 
 CHUNK = 512  # rows tokenised in one call
 SHOWN = 10  # problems and origins kept in the report

@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltaw.data.row import Rejected
+from deltaw.errors import Rejected
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = dict[str, Any]

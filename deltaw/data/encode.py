@@ -24,7 +24,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from deltaw.data.row import Rejected
+from deltaw.errors import Rejected
 
 MARK = "\ufdd0"
 UNASSIGNED = "\u0378"  # no tokenizer has a token for it: shows whether the model of the tokenizer emits `unk`

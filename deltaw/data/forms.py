@@ -30,8 +30,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deltaw.data.document import ROLES, Chat, Completion, Document, Message, Text, checked_chat, list_of_objects, parsed
-from deltaw.data.row import Rejected, Row, says_something
-from deltaw.errors import InputError
+from deltaw.data.row import Row, says_something
+from deltaw.errors import InputError, Rejected
 
 SHAREGPT_ROLES = {
     **dict(zip(ROLES, ROLES, strict=True)),

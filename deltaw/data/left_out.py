@@ -36,7 +36,7 @@ from hashlib import blake2b
 from typing import Any
 
 from deltaw.data.row import says_something
-from deltaw.data.template import Asked, Template
+from deltaw.files.template import Asked, Template
 
 CALLS = ("tool_calls", "function_call")
 CONTENT, PART = "messages[].content", "a part of "

@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from deltaw.data.builtin import BUILTINS, read_builtin
-from deltaw.data.row import Problem, Rejected, Row
-from deltaw.errors import InputError
+from deltaw.data.row import Problem, Row
+from deltaw.errors import InputError, Rejected
 
 MAX_LINE = 32 * 2**20  # bytes; a longer line is a fault of the file, not a document
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")

@@ -33,10 +33,6 @@ class Problem:
         return f"{self.origin}: {one_line(self.reason)}"
 
 
-class Rejected(Exception):
-    """This row can't be used. The only way a stage refuses a row; it becomes a `Problem`, never a crash."""
-
-
 def says_something(value: Any) -> bool:
     """Whether a column of a row is more than a gap in its table: not null, not blank, not an empty list or object."""
     if isinstance(value, str):

@@ -28,8 +28,8 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from deltaw.data.row import Rejected
-from deltaw.data.template import Asked
+from deltaw.errors import Rejected
+from deltaw.files.template import Asked
 
 USER, ANSWER, NEXT = "qzuserzq", "qzanswerzq", "qznextzq"
 Controls = Callable[[str], list[re.Match[str]]]

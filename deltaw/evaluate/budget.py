@@ -24,13 +24,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from deltaw.adapter.algebra import energy_shares, low_rank_updates, pad, resize_global
+from deltaw.adapter.attach import Attached, attach, detach
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.inject import Attached, attach, detach
 from deltaw.data.example import Example
 from deltaw.errors import InputError
 from deltaw.evaluate.held_out import held_out_loss
 from deltaw.model import Model
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 
 STEPS = 7
 NOTHING = 0.01  # nats a token: what a loss is held to at least, before a share of it is taken

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deltaw.base.generate import evaluating
 from deltaw.config import DataConfig
 from deltaw.data.dataset import prepare
 from deltaw.data.example import Example
@@ -28,9 +27,10 @@ from deltaw.data.loader import fill
 from deltaw.data.pack import Batch, pack
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
+from deltaw.generate.engine import evaluating
 from deltaw.kernels.loss import IGNORE
 from deltaw.model import Model
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 
 ROWS, LENGTH = 64, 256  # at most; the builtin text has 18 passages
 TOKENS_AT_ONCE = 512  # logits of the whole vocabulary, a few times over

@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from deltaw.base.forward import Forward
-from deltaw.base.generate import Sampling, evaluating
 from deltaw.base.limits import Limits
 from deltaw.config import EvaluateConfig
 from deltaw.data.pack import pack
 from deltaw.data.render import Example
 from deltaw.errors import InputError, RunError
 from deltaw.evaluate.metrics import METRICS
+from deltaw.generate.engine import Sampling, evaluating
 from deltaw.model import Model
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 
 TOKENS_AT_ONCE = 4096
 Row = TypeVar("Row")

@@ -19,7 +19,7 @@ from deltaw.evaluate.budget import check_rows, restored
 from deltaw.evaluate.held_out import held_out_loss
 from deltaw.factors import Dense, LowRank
 from deltaw.model import Model
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltaw.progress import Display
 from deltaw.shipping.trained import Trained
+from deltaw.show.progress import Display
 
 
 @dataclass(frozen=True)

@@ -27,15 +27,15 @@ from torch import Tensor
 
 from deltaw.adapter.algebra import baked
 from deltaw.base.load import open_skeleton
-from deltaw.base.weights import save_safetensors, write_text_atomic
 from deltaw.errors import InputError, listed
 from deltaw.factors import DoRA, LowRank
-from deltaw.progress import Display
+from deltaw.files.weights import save_safetensors, write_text_atomic
 from deltaw.shipping.beside import beside_size, write_beside
 from deltaw.shipping.destination import Destination, Options, Written
 from deltaw.shipping.peft import adapter_size, check_fits, refuse_full, remade
 from deltaw.shipping.trained import Trained
 from deltaw.shipping.usage import mlx_usage
+from deltaw.show.progress import Display
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 # What a path begins with: transformers' -> mlx_lm's, by model type.

@@ -15,15 +15,15 @@ from torch import nn
 
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.peft_config import rewritten_names
-from deltaw.adapter.spec import explicit_targets
+from deltaw.adapter.targets import explicit_targets
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.load import open_skeleton
 from deltaw.errors import InputError, command, listed
-from deltaw.progress import Display
 from deltaw.shipping.beside import beside_size, write_beside
 from deltaw.shipping.destination import Destination, Options, Written
 from deltaw.shipping.trained import Trained
 from deltaw.shipping.usage import base_name, peft_usage
+from deltaw.show.progress import Display
 
 CONFIG_BYTES = 1_000_000  # more than config, record and card take
 

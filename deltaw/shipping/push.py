@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from deltaw.errors import InputError, RunError
-from deltaw.progress import Display
 from deltaw.shipping.target import MARK
+from deltaw.show.progress import Display
 
 ALWAYS = {".gitattributes"}  # the hub puts it into an empty repository
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaw.base.weights import fsync, write_text_atomic
 from deltaw.errors import InputError, RunError
-from deltaw.lock import holds_anything, locked
+from deltaw.files.lock import holds_anything, locked
+from deltaw.files.weights import fsync, write_text_atomic
 from deltaw.version import VERSION
 
 MARK = "deltaw-export.json"  # what was written here, by which version, from what

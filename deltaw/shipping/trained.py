@@ -19,14 +19,14 @@ from deltaw.adapter.file import Adapter
 from deltaw.base.fingerprint import fingerprint_of, same_base
 from deltaw.base.load import open_base, open_skeleton
 from deltaw.base.source import Source, find_base
-from deltaw.base.weights import read_tensors
 from deltaw.config import RunConfig, load_config
 from deltaw.data.render import TEMPLATE as TEMPLATE
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
+from deltaw.files.weights import read_tensors
 from deltaw.model import PLAIN, base_name, is_run, load_adapter, open_renderer, template_beside
-from deltaw.progress import Display
 from deltaw.run import Run
+from deltaw.show.progress import Display
 
 
 @dataclass(frozen=True)

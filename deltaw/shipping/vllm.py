@@ -24,12 +24,12 @@ from deltaw.adapter.algebra import baked, low_rank_updates, mixed
 from deltaw.adapter.file import Adapter
 from deltaw.base.source import check_folder
 from deltaw.errors import InputError, listed
-from deltaw.progress import Display
 from deltaw.shipping.beside import beside_size, write_beside
 from deltaw.shipping.destination import Destination, Options, Written
 from deltaw.shipping.peft import adapter_size, for_peft, refuse_full, remade
 from deltaw.shipping.trained import Trained
 from deltaw.shipping.usage import vllm_usage
+from deltaw.show.progress import Display
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 WITHOUT_LORA = frozenset({

@@ -21,7 +21,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from deltaw.adapter.inject import attach, detach
+from deltaw.adapter.attach import attach, detach
 from deltaw.analysis import plots
 from deltaw.analysis.page import Cell, Picture, Table
 from deltaw.base.forward import Forward, plan_forward

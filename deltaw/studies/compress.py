@@ -12,8 +12,8 @@ from deltaw.adapter.algebra import resize
 from deltaw.analysis import plots
 from deltaw.analysis.page import Cell, Picture, Table
 from deltaw.evaluate.budget import wear
-from deltaw.evaluate.command import rows_of
 from deltaw.evaluate.held_out import held_out_loss
+from deltaw.evaluate.rows import rows_of
 from deltaw.studies.lab import RANKS, Lab, Trial, best
 from deltaw.studies.study import Claim, Judgement, Outcome
 

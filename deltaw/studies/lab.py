@@ -23,10 +23,10 @@ from deltaw.analysis.measure import Measures, measure_adapter
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.source import find_base
 from deltaw.config import RunConfig, parse_config
-from deltaw.paths import written
-from deltaw.progress import Display
+from deltaw.files.paths import written
 from deltaw.run import Run
-from deltaw.training.loop import resume, train
+from deltaw.show.progress import Display
+from deltaw.training.run import resume, train
 
 BASE = "builtin:smollm2-135m"
 SMALL: dict[str, Any] = {

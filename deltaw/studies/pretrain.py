@@ -36,21 +36,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deltaw.adapter.inject import Attached, attach, detach
+from deltaw.adapter.attach import Attached, attach, detach
 from deltaw.adapter.layer import LoRALinear
-from deltaw.adapter.spec import linear_paths
+from deltaw.adapter.targets import linear_paths
 from deltaw.analysis import plots
 from deltaw.analysis.page import Cell, Picture, Table
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.load import open_base, open_skeleton
 from deltaw.base.source import Source
-from deltaw.base.weights import SINGLE, save_safetensors, write_text_atomic
 from deltaw.config import AdapterSpec, TrainConfig
 from deltaw.data.builtin import read_builtin
 from deltaw.data.example import Example
 from deltaw.data.loader import Loader
 from deltaw.data.row import Row
 from deltaw.evaluate.held_out import held_out_loss
+from deltaw.files.weights import SINGLE, save_safetensors, write_text_atomic
 from deltaw.studies.lab import Lab
 from deltaw.studies.study import Claim, Judgement, Outcome
 from deltaw.training.optim import learning_rate

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from deltaw.adapter.spec import find_targets
+from deltaw.adapter.targets import find_targets
 from deltaw.analysis import plots
 from deltaw.analysis.page import Cell, Picture, Table
 from deltaw.base.frozen import FrozenLinear

@@ -34,10 +34,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.adapter.inject import Attached
-from deltaw.base.weights import fsync, load_safetensors, read_json, save_safetensors, write_text_atomic
+from deltaw.adapter.attach import Attached
 from deltaw.errors import DeltawError, InputError, RunError, listed
-from deltaw.progress import Display
+from deltaw.files.weights import fsync, load_safetensors, read_json, save_safetensors, write_text_atomic
+from deltaw.show.progress import Display
 from deltaw.version import VERSION
 
 FACTORS, MOMENTS, STATE, MANIFEST = "factors.safetensors", "moments.safetensors", "state.json", "manifest.sha256"

@@ -8,7 +8,7 @@ from deltaw.data.dataset import Dataset
 from deltaw.data.loader import fill
 from deltaw.data.pack import pack
 from deltaw.model import Model
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from deltaw.training.memory import free_memory
 
 SHARE = 0.25  # of the free memory that what the layers give may take

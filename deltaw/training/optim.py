@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from deltaw.adapter.inject import Attached
+from deltaw.adapter.attach import Attached
 from deltaw.config import TrainConfig
 
 WARMUP = 10  # updates, where the config leaves it open

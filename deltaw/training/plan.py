@@ -34,11 +34,10 @@ from deltaw.data.example import Example
 from deltaw.errors import InputError
 from deltaw.evaluate.forgetting import forgetting
 from deltaw.evaluate.held_out import answer, held_out_loss, rows_asked
-from deltaw.progress import Display, clock
 from deltaw.run import Run
+from deltaw.show.progress import Display, clock
 from deltaw.training import memory
 from deltaw.training.checkpoint import save_checkpoint
-from deltaw.training.loop import general_rows, prepare_run
 from deltaw.training.memory import Fit, Point, Window, window
 from deltaw.training.preflight import (
     QUIET,
@@ -52,6 +51,7 @@ from deltaw.training.preflight import (
     largest_evaluation,
     work_left,
 )
+from deltaw.training.run import general_rows, prepare_run
 from deltaw.training.trainer import Trainer
 
 SHAPES, SETTLED = 5, 16  # kernels that a step of another shape adds; steps until the holes are as large as they get

@@ -30,8 +30,8 @@ from deltaw.data.pack import pack
 from deltaw.errors import InputError, RunError, command
 from deltaw.evaluate import forgetting as general_forgetting
 from deltaw.evaluate import held_out
-from deltaw.paths import written
-from deltaw.progress import Display
+from deltaw.files.paths import written
+from deltaw.show.progress import Display
 from deltaw.training.checkpoint import list_checkpoints
 from deltaw.training.memory import (
     Fit,
@@ -57,7 +57,7 @@ PER_PARAMETER = 16  # bytes: float32 master, gradient and two moments
 FORGOTTEN, ANSWERS, LOSS = "measuring what was forgotten", "answering rows", "measuring the loss on held-out rows"
 MEASURED = {  # by a module that no training step passes through, the most telling first
     "deltaw.evaluate.forgetting": FORGOTTEN,
-    "deltaw.base.generate": ANSWERS,
+    "deltaw.generate.engine": ANSWERS,
     "deltaw.evaluate.held_out": LOSS,
 }
 QUIET = Display(quiet=True)

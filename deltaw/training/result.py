@@ -11,8 +11,8 @@ import torch
 from deltaw.errors import command
 from deltaw.evaluate.forgetting import Forgetting
 from deltaw.evaluate.held_out import Evaluation, spread
-from deltaw.progress import Display
 from deltaw.run import Run
+from deltaw.show.progress import Display
 from deltaw.training.log import peak_memory_bytes
 from deltaw.version import VERSION
 

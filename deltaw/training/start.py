@@ -5,11 +5,11 @@ A run that is resumed has its start in the checkpoint and doesn't come here.
 
 from itertools import chain, islice
 
+from deltaw.adapter.attach import Attached
 from deltaw.adapter.init_data import initialise_from_data
-from deltaw.adapter.inject import Attached
 from deltaw.data.loader import Loader
 from deltaw.model import Model
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 
 BATCHES = 8  # of train.tokens_per_batch: 16,384 tokens by default
 

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 
+from deltaw.adapter.attach import Attached
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.inject import Attached
 from deltaw.base.fingerprint import same_base
-from deltaw.base.weights import write_text_atomic
 from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
 from deltaw.data.loader import Loader, LoaderState
@@ -36,9 +35,10 @@ from deltaw.evaluate.held_out import (
     perplexity,
     rows_asked,
 )
+from deltaw.files.weights import write_text_atomic
 from deltaw.model import PLAIN, Model
-from deltaw.progress import Display
 from deltaw.run import Run
+from deltaw.show.progress import Display
 from deltaw.training.attempt import Attempts
 from deltaw.training.changes import check_length
 from deltaw.training.checkpoint import (

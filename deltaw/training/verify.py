@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from deltaw.adapter.inject import attach, detach
-from deltaw.base.weights import load_safetensors
+from deltaw.adapter.attach import attach, detach
 from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
+from deltaw.files.weights import load_safetensors
 from deltaw.model import Model
-from deltaw.progress import Display
 from deltaw.run import Run
+from deltaw.show.progress import Display
 from deltaw.training.checkpoint import FACTORS, MOMENTS, checkpoint_at, read_checkpoint
-from deltaw.training.loop import prepare_run
+from deltaw.training.run import prepare_run
 from deltaw.training.trainer import Trainer
 
 

@@ -35,7 +35,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from deltaw.adapter.inject import Attached
+from deltaw.adapter.attach import Attached
 from deltaw.config import TrainConfig
 from deltaw.data.pack import Batch
 from deltaw.errors import RunError, listed

@@ -19,8 +19,8 @@ from deltaw.adapter.algebra import (
     resize_global,
     scaled,
 )
+from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.inject import attach
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
 from deltaw.factors import Dense, DoRA, LowRank

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
+from deltaw.adapter.attach import Attached, attach, detach
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.inject import Attached, attach, detach
-from deltaw.adapter.spec import linear_paths
+from deltaw.adapter.targets import linear_paths
 from deltaw.base.forward import plan_forward
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError

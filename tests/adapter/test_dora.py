@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from deltaw.adapter.attach import Attached, attach, detach
 from deltaw.adapter.dora import DoRALinear
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.inject import Attached, attach, detach
 from deltaw.base.forward import plan_forward
 from deltaw.base.frozen import FrozenLinear
 from deltaw.config import AdapterSpec

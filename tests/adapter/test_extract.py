@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from deltaw.adapter import extract as room
+from deltaw.adapter.attach import attach
 from deltaw.adapter.extract import extract, extract_adapter, extract_folders, nearest
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.inject import attach
-from deltaw.adapter.spec import linear_paths
+from deltaw.adapter.targets import linear_paths
 from deltaw.base.load import open_base
 from deltaw.base.source import find_base
-from deltaw.base.weights import INDEX
 from deltaw.config import AdapterSpec
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
 from deltaw.factors import Dense, LowRank
+from deltaw.files.weights import INDEX
 from deltaw.linalg.svd import randomised_svd
 from tests.architectures import tiny
-from tests.base.conftest import tiny_gpt2, tiny_llama
+from tests.bases import tiny_gpt2, tiny_llama
 from tests.data.toys import toy
 from tests.tiny import tiny_base
 

@@ -32,9 +32,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from deltaw.adapter.attach import attach
 from deltaw.adapter.file import CONFIG, RECORD, WEIGHTS, Adapter, BaseId
-from deltaw.adapter.inject import attach
-from deltaw.adapter.spec import linear_paths
+from deltaw.adapter.targets import linear_paths
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, RunError
 from deltaw.factors import DoRA, LowRank

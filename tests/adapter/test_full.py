@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from deltaw.adapter.attach import attach, detach
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.full import FullLinear
-from deltaw.adapter.inject import attach, detach
 from deltaw.base.frozen import FrozenLinear
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, RunError

@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import LoraGAConfig, preprocess_loraga
+from tests.adapter.test_fused import adapted, loss_and_gradients
 from torch import Tensor, nn
 
 from deltaw.adapter import init_data
+from deltaw.adapter.attach import Attached, attach, detach
 from deltaw.adapter.dora import DoRALinear
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.init import eva_directions, leading, lora_ga_factors, olora_factors, pissa_factors
 from deltaw.adapter.init_data import initialise_from_data
-from deltaw.adapter.inject import Attached, attach, detach
 from deltaw.adapter.layer import LoRALinear
 from deltaw.base.forward import plan_forward
 from deltaw.base.frozen import FrozenLinear
@@ -29,7 +30,6 @@ from deltaw.data.pack import Batch, pack
 from deltaw.errors import InputError, RunError
 from deltaw.factors import LowRank
 from deltaw.linalg.subspace import range_basis, similarity
-from tests.adapter.test_fused import adapted, loss_and_gradients
 from tests.adapter.test_layer import KINDS, SCALE, M, N, R, bits, plain, rows, same
 from tests.architectures import tiny
 

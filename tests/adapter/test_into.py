@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from deltaw.adapter.attach import attach, detach
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.inject import attach, detach
 from deltaw.adapter.layer import AdaptedLinear
 from deltaw.base.load import fingerprint
 from deltaw.config import AdapterSpec

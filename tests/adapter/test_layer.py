@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.inject import attach
 from deltaw.adapter.layer import LoRALinear
 from deltaw.base.frozen import FrozenLinear
 from deltaw.config import AdapterSpec

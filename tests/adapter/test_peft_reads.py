@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltaw.adapter.algebra import resize, scaled
+from deltaw.adapter.attach import attach
 from deltaw.adapter.combine import combine
 from deltaw.adapter.file import CONFIG, Adapter, BaseId
-from deltaw.adapter.inject import attach
 from deltaw.adapter.peft_config import REWRITTEN, rewritten_names
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError

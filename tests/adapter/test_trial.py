@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.adapter import fused
+from deltaw.adapter import stand_ins as fused
+from deltaw.adapter.attach import attach, detach
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.inject import attach, detach
 from deltaw.adapter.layer import AdaptedLinear
 from deltaw.adapter.trial import observe
 from deltaw.base.forward import plan_forward
@@ -410,7 +410,7 @@ def test_a_start_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.Monke
         assert any(isinstance(module, AdaptedLinear) for module in model.modules())
         raise MemoryError
 
-    monkeypatch.setattr("deltaw.adapter.inject.pissa_factors", fails)
+    monkeypatch.setattr("deltaw.adapter.attach.pissa_factors", fails)
     with pytest.raises(MemoryError):
         attach(model, SPEC.model_copy(update={"init": "pissa"}))
     after = dict(model.named_modules())

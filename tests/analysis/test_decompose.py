@@ -15,7 +15,7 @@ from torch import Tensor
 from deltaw.analysis import decompose as module
 from deltaw.analysis.decompose import decompose, describe, run, spectrum
 from deltaw.errors import InputError
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 
 sizes = st.integers(1, 14)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from deltaw.analysis.decompose import describe, run
 from deltaw.analysis.matrix import read_matrix
 from deltaw.linalg.rounding import Rounding
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from tests.tiny import tiny_base
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]

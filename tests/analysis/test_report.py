@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.analysis.comparison import compare_named
 from deltaw.analysis.layers import page_of
 from deltaw.analysis.measure import measure
 from deltaw.analysis.page import render
 from deltaw.analysis.report import Report, inspect
 from deltaw.analysis.summary import summarise
 from deltaw.analysis.training import Training
+from deltaw.commands.compare import compare_named
 from deltaw.config import AdapterSpec, parse_config
 from deltaw.errors import InputError, RunError
 from deltaw.factors import LowRank
-from deltaw.progress import Display
-from deltaw.training.loop import train
+from deltaw.show.progress import Display
+from deltaw.training.run import train
 from tests.tiny import run_file, tiny_base, words
 
 QUIET = Display(quiet=True)

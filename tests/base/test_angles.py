@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deltaw.adapter.inject import attach
+from deltaw.adapter.attach import attach
 from deltaw.base.angles import Angles, stand_in_for_angles
 from deltaw.base.forward import Forward, plan_forward
-from deltaw.base.generate import Sampling, generate
 from deltaw.base.prefix import lowest_layer
 from deltaw.config import AdapterSpec
+from deltaw.generate.engine import Sampling, generate
 from deltaw.kernels.loss import IGNORE
 from tests.architectures import COMMON, MOE
 

@@ -15,10 +15,10 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
 from transformers import AutoTokenizer
 
 from deltaw.base.gguf import to_folder
-from deltaw.base.gguf_header import read_header
 from deltaw.base.load import Base, fingerprint, open_base
 from deltaw.base.source import BUILTINS, builtin_file
 from deltaw.errors import InputError, RunError
+from deltaw.files.gguf_header import read_header
 
 from .conftest import BUILTIN, tiny_llama
 

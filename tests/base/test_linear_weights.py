@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import deltaw.base.linear_weights as module
-from deltaw.adapter.spec import linear_paths
+from deltaw.adapter.targets import linear_paths
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.errors import InputError
-from tests.base.conftest import tiny_gpt2
+from tests.bases import tiny_gpt2
 
 Q = "model.layers.0.self_attn.q_proj"
 

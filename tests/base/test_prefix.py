@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltaw.adapter.inject import Attached, attach
+from deltaw.adapter.attach import Attached, attach
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.prefix import lowest_layer
 from deltaw.config import AdapterSpec

@@ -15,7 +15,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from deltaw.adapter.inject import attach
+from deltaw.adapter.attach import attach
 from deltaw.base.attention import ATTENTION, AttentionCall, pairs
 from deltaw.base.forward import APART, PACKED, plan_forward
 from deltaw.base.probe import borders, probe_documents, uncrossed

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaw.data.forms import FORMS, Chat, Completion, Text, detect_form
-from deltaw.data.row import Rejected, Row
-from deltaw.errors import InputError
+from deltaw.data.row import Row
+from deltaw.errors import InputError, Rejected
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}

@@ -15,9 +15,9 @@ from deltaw.data.document import Chat
 from deltaw.data.forms import detect_form
 from deltaw.data.left_out import Survey
 from deltaw.data.render import Renderer
-from deltaw.data.row import Rejected, Row
-from deltaw.data.template import Asked, Template
-from deltaw.errors import InputError
+from deltaw.data.row import Row
+from deltaw.errors import InputError, Rejected
+from deltaw.files.template import Asked, Template
 
 TOOL = {"type": "function", "function": {"name": "depth", "description": "How deep", "parameters": {"x": 1}}}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "depth", "arguments": {"dock": 3}}}

@@ -12,8 +12,7 @@ from toys import CHATML, KINDS, TEMPLATED, lowercasing, sentencepiece, toy
 from deltaw.base.source import find_base
 from deltaw.data.forms import Chat, Completion, Text
 from deltaw.data.render import Renderer, open_tokenizer
-from deltaw.data.row import Rejected
-from deltaw.errors import InputError
+from deltaw.errors import InputError, Rejected
 
 CONTROLS = sorted({control for *_, controls, _ in KINDS.values() for control in controls})
 fast = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -10,7 +10,7 @@ from toys import KINDS, TEMPLATED, toy
 
 from deltaw.data.document import Chat
 from deltaw.data.render import Renderer
-from deltaw.data.row import Rejected
+from deltaw.errors import Rejected
 
 # name: (in front of the role, behind it, the end of a turn, what separates turns)
 STYLES = {

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from deltaw.adapter.algebra import resize_global
+from deltaw.adapter.attach import attach, detach
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.inject import attach, detach
 from deltaw.config import AdapterSpec, DataConfig
 from deltaw.data.dataset import prepare
 from deltaw.data.example import Example
@@ -21,7 +21,7 @@ from deltaw.evaluate.budget import STEPS, carrying, resize_to_loss
 from deltaw.evaluate.held_out import held_out_loss
 from deltaw.factors import LowRank
 from deltaw.model import Model, open_model
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from tests.tiny import tiny_base, words
 
 QUIET = Display(quiet=True)

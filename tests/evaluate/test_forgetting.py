@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltaw.adapter.inject import attach
+from deltaw.adapter.attach import attach
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
 from deltaw.evaluate.forgetting import forgetting, general_text
 from deltaw.factors import LowRank
 from deltaw.model import Model, open_model
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from tests.tiny import tiny_base
 
 QUIET = Display(quiet=True)

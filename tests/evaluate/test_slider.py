@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from deltaw.adapter.algebra import scaled
+from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.inject import attach
 from deltaw.config import AdapterSpec
 from deltaw.data.example import Example
 from deltaw.errors import InputError

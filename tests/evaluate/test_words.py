@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltaw.commands.eval import _what
+from deltaw.commands.reshape import BAR, _points, _trials
 from deltaw.config import EvaluateConfig, parse_config
 from deltaw.errors import InputError
 from deltaw.evaluate.budget import Trial
-from deltaw.evaluate.command import _what
 from deltaw.evaluate.held_out import perplexity
-from deltaw.evaluate.reshape import BAR, _points, _trials
 from deltaw.evaluate.slider import Point
 
 any_loss = st.floats(0, allow_infinity=True) | st.just(math.nan)

@@ -28,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forks
 import torch
 
 from deltaw.config import RunConfig, parse_config
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from tests.tiny import run_file, tiny_base, words
 
 torch.set_num_threads(1)  # forks, and a worker a core
@@ -55,7 +55,7 @@ def config(output: Path, *, train: dict[str, Any] | None = None, **changes: Any)
 @cache
 def finished_run() -> Path:
     """A run like `config`'s that nothing happened to. Tries must not change it: copy it."""
-    from deltaw.training.loop import train
+    from deltaw.training.run import train
 
     train(config(place() / "finished"), display=QUIET)
     return place() / "finished"
@@ -152,7 +152,7 @@ def command_for(settings: RunConfig) -> Callable[[], object]:
 
 def signal_at(step: int, number: int) -> None:
     """In this process: send `number` to itself while update `step` is computed."""
-    from deltaw.training import loop
+    from deltaw.training import run as loop
 
     original = loop.Trainer._step
 

@@ -12,10 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from deltaw.lock import locked
+from deltaw.files.lock import locked
 from deltaw.run import Run
 from deltaw.training.checkpoint import is_whole, list_checkpoints, read_checkpoint
-from deltaw.training.loop import resume, train
+from deltaw.training.run import resume, train
 from tests.faults.common import (
     QUIET,
     Ended,

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from deltaw.adapter.file import Adapter
-from deltaw.base.weights import save_safetensors, write_text_atomic
 from deltaw.factors import LowRank
+from deltaw.files.weights import save_safetensors, write_text_atomic
 from deltaw.training.checkpoint import is_whole, latest_checkpoint, list_checkpoints
-from deltaw.training.loop import resume, train
+from deltaw.training.run import resume, train
 from tests.faults.common import (
     QUIET,
     changed,

@@ -69,7 +69,7 @@ def run_with_rows_all_masked(n: int, scratch: Path) -> None:
 
 def _losses(settings: Any) -> list[float]:
     """Train, and say the steps' losses."""
-    from deltaw.training.loop import train
+    from deltaw.training.run import train
 
     train(settings, display=QUIET)
     return [line["loss"] for line in metrics(Path(settings.output)) if "loss" in line]

@@ -12,7 +12,8 @@ import torch
 
 from deltaw.base.forward import Forward
 from deltaw.config import RunConfig, parse_config
-from deltaw.training import loop, memory
+from deltaw.training import memory
+from deltaw.training import run as loop
 from deltaw.training.checkpoint import list_checkpoints
 from deltaw.training.trainer import Trainer
 from tests.faults.common import (
@@ -147,7 +148,7 @@ def later_step(n: int, scratch: Path) -> None:
 def evaluation(n: int, scratch: Path) -> None:
     target, doing, setting = (
         ("deltaw.evaluate.forgetting.fill", "measuring what was forgotten", "evaluate.general=null"),
-        ("deltaw.base.generate.padded", "answering rows", "evaluate.max_new_tokens=2"),
+        ("deltaw.generate.engine.padded", "answering rows", "evaluate.max_new_tokens=2"),
         ("deltaw.evaluate.held_out._batches", "measuring the loss on held-out rows", "train.dtype=bfloat16"),
     )[n]
     module, name = target.rsplit(".", 1)

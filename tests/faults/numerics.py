@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from deltaw.adapter.file import Adapter
-from deltaw.base.weights import load_safetensors, save_safetensors
 from deltaw.config import AdapterSpec, TrainConfig, parse_config
 from deltaw.errors import DeltawError, RunError
+from deltaw.files.weights import load_safetensors, save_safetensors
 from deltaw.model import open_model
-from deltaw.training import loop, trainer
+from deltaw.training import run as loop
+from deltaw.training import trainer
 from deltaw.training.checkpoint import FACTORS, TrainState, list_checkpoints
-from deltaw.training.loop import resume, train
+from deltaw.training.run import resume, train
 from deltaw.training.watch import Unfit, check_loss, note_skip, note_update
 from tests.faults.common import (
     QUIET,

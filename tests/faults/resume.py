@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from deltaw.base.weights import load_safetensors, save_safetensors
 from deltaw.data.loader import Loader
+from deltaw.files.weights import load_safetensors, save_safetensors
 from deltaw.model import open_dataset
 from deltaw.training.checkpoint import MANIFEST, MOMENTS, _manifest, list_checkpoints
-from deltaw.training.loop import resume, train
+from deltaw.training.run import resume, train
 from tests.faults.common import (
     QUIET,
     changed,
@@ -207,7 +207,7 @@ def stopped_at_every_step(n: int, scratch: Path) -> None:
 
 @fault(19, "killed in the middle of accumulating step k: the same bits", tries=12, sample=1)
 def killed_while_accumulating(n: int, scratch: Path) -> None:
-    from deltaw.training import loop
+    from deltaw.training import run as loop
 
     calls: list[int] = []
     shutil.rmtree(scratch / "cut", ignore_errors=True)
@@ -279,7 +279,7 @@ def verified(n: int, scratch: Path) -> None:
         found = verify_resume(config(scratch / "run"), 4, QUIET)
         expect(found.exact and len(found.resumed) == 3, found.text())
         return
-    from deltaw.training import loop
+    from deltaw.training import run as loop
 
     step = loop.Trainer._step
 

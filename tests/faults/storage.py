@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 
 from deltaw.errors import RunError
-from deltaw.progress import Display
 from deltaw.run import Run
+from deltaw.show.progress import Display
 from deltaw.training.checkpoint import is_whole, latest_checkpoint, list_checkpoints, save_checkpoint
-from deltaw.training.loop import prepare_run
+from deltaw.training.run import prepare_run
 from deltaw.training.trainer import Trainer
 from tests.faults import shim
 from tests.faults.common import (

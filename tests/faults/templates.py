@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deltaw.data import template
-from deltaw.data.row import Rejected
-from deltaw.data.template import Asked, Template
-from deltaw.errors import InputError
+from deltaw.errors import InputError, Rejected
+from deltaw.files import template
+from deltaw.files.template import Asked, Template
 from tests.faults.common import changed
 from tests.faults.fault import expect, fault
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.inject import attach
 from deltaw.base.source import Source
 from deltaw.config import AdapterSpec
 from deltaw.factors import Dense, DoRA, LowRank, Update

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deltaw.adapter.attach import attach, detach
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.inject import attach, detach
 from deltaw.config import AdapterSpec
 from deltaw.factors import LowRank
 from deltaw.model import open_model

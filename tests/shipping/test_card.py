@@ -14,13 +14,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from deltaw.commands.export import export_named
 from deltaw.config import parse_config
 from deltaw.model import open_model
 from deltaw.shipping.card import Form, card
-from deltaw.shipping.command import export_named
 from deltaw.shipping.trained import open_trained
 from deltaw.shipping.usage import QUESTION, transformers_usage
-from deltaw.training.loop import train
+from deltaw.training.run import train
 from tests.shipping.models import base_folder, random_adapter
 from tests.tiny import Said, run_file, tiny_base, words
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import deltaw
+from deltaw.commands.export import NAMES, export_named, form_of
 from deltaw.errors import InputError
 from deltaw.shipping.card import CARD
-from deltaw.shipping.command import NAMES, export_named, form_of
 from deltaw.shipping.destination import Options, Written
 from deltaw.shipping.peft import PeftAdapter
 from deltaw.shipping.target import MARK
@@ -95,7 +95,7 @@ def test_what_fails_while_it_is_written_leaves_nothing(folder: Path, tmp_path: P
 
 @pytest.mark.parametrize("to", ["peft", "vllm", "mlx"])
 def test_the_size_that_is_asked_of_the_disk_is_enough(folder: Path, to: str, tmp_path: Path, monkeypatch) -> None:
-    from deltaw.shipping import command
+    from deltaw.commands import export as command
 
     asked = []
     real = command.target

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from deltaw.adapter.algebra import resize_global
+from deltaw.adapter.attach import attach
 from deltaw.adapter.file import A, Adapter, B, BaseId
-from deltaw.adapter.inject import attach
 from deltaw.base.fingerprint import fingerprint_of
-from deltaw.data.template import CHATML
+from deltaw.commands.export import export_named
 from deltaw.errors import InputError
-from deltaw.shipping.command import export_named
+from deltaw.files.template import CHATML
 from deltaw.shipping.destination import Options
 from deltaw.shipping.vllm import RANKS, max_lora_rank
 from tests.shipping.models import base_folder, loaded, random_adapter

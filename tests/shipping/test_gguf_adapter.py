@@ -14,20 +14,20 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltaw.adapter.algebra import baked
+from deltaw.adapter.attach import attach, detach
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.inject import attach, detach
 from deltaw.base.source import find_base
 from deltaw.config import AdapterSpec
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
 from deltaw.factors import LowRank
-from deltaw.progress import Display
 from deltaw.shipping.destination import Options
 from deltaw.shipping.gguf.adapter import ADAPTER, GgufAdapter
 from deltaw.shipping.gguf.modelfile import FILE
 from deltaw.shipping.gguf.names import family
 from deltaw.shipping.trained import TEMPLATE, Trained
 from deltaw.shipping.usage import gguf_usage
+from deltaw.show.progress import Display
 from tests.architectures import PACKED
 from tests.base.gguf_models import model_of, write_model
 from tests.data.toys import toy

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltaw.adapter.attach import attach, detach
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.inject import attach, detach
 from deltaw.config import AdapterSpec
 from deltaw.model import Model, open_model
-from deltaw.progress import Display
 from deltaw.shipping.destination import Options
 from deltaw.shipping.gguf.adapter import ADAPTER, GgufAdapter
 from deltaw.shipping.trained import open_trained
+from deltaw.show.progress import Display
 
 from .llama_cpp import by_transformers, next_token
 

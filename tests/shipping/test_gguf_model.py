@@ -13,20 +13,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from deltaw.base.fingerprint import settings as mathematics
 from deltaw.base.gguf import to_folder
-from deltaw.base.gguf_header import read_header, read_metadata
 from deltaw.base.load import open_base
 from deltaw.base.source import find_base
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError, RunError
 from deltaw.factors import LowRank
+from deltaw.files.gguf_header import read_header, read_metadata
 from deltaw.model import open_model, open_renderer
-from deltaw.progress import Display
 from deltaw.shipping.destination import Options
 from deltaw.shipping.gguf.meta import metadata
 from deltaw.shipping.gguf.model import GgufModel
 from deltaw.shipping.gguf.types import name_of, read_values, rounded
 from deltaw.shipping.merge.plan import plan_merge
 from deltaw.shipping.trained import Trained
+from deltaw.show.progress import Display
 from tests.architectures import PACKED
 from tests.base.gguf_models import model_of, write_model
 from tests.data.toys import CHATML, toy

@@ -10,18 +10,18 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from deltaw.base.gguf import to_folder
-from deltaw.base.gguf_header import read_metadata
 from deltaw.base.gguf_tokens import GPT4O, SPLITTINGS
 from deltaw.base.source import find_base
 from deltaw.data.render import Renderer, open_tokenizer
 from deltaw.errors import InputError
+from deltaw.files.gguf_header import read_metadata
 from deltaw.model import open_renderer
-from deltaw.progress import Display
 from deltaw.shipping.destination import Options
 from deltaw.shipping.gguf.file import typed
 from deltaw.shipping.gguf.model import GgufModel
 from deltaw.shipping.gguf.splitting import SUFFIXES, canonical, splitting_name
 from deltaw.shipping.gguf.vocab import vocabulary
+from deltaw.show.progress import Display
 from tests.base.gguf_ids import NAMES, byte_signs, texts, write_sentences
 from tests.base.gguf_ids import vocabulary as pairs
 from tests.data.toys import lowercasing, sentencepiece, toy

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.inject import attach
 from deltaw.base.load import open_base
+from deltaw.commands.lint import lint
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
-from deltaw.shipping.lint.command import lint
 from deltaw.shipping.lint.finding import (
     DESTINATIONS,
     LLAMA_CPP,

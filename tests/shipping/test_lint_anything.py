@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deltaw.adapter.peft_config import IGNORED, READ, UNSUPPORTED
+from deltaw.commands.lint import lint
 from deltaw.errors import DeltawError
-from deltaw.shipping.lint.command import lint
 from deltaw.shipping.lint.finding import DESTINATIONS
 from tests.shipping.lint_folders import PREFIX, good, opened
 from tests.tiny import tiny_base

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from deltaw.shipping.command import export_named
-from deltaw.shipping.lint.command import lint
+from deltaw.commands.export import export_named
+from deltaw.commands.lint import lint
 from deltaw.shipping.lint.finding import LOADS, MLX, PEFT, REFUSED, TRANSFORMERS, UNSURE, VLLM, WRONG, Effect
 from tests.data.toys import CHATML
 from tests.shipping.models import base_folder, random_adapter

@@ -11,18 +11,18 @@ import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
 
+from deltaw.adapter.attach import attach, detach
 from deltaw.adapter.file import BaseId
-from deltaw.adapter.inject import attach, detach
 from deltaw.base.source import find_base
+from deltaw.commands.lint import lint
 from deltaw.config import AdapterSpec
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
-from deltaw.progress import Display
 from deltaw.shipping.destination import Options
 from deltaw.shipping.gguf.adapter import ADAPTER, GgufAdapter
-from deltaw.shipping.lint.command import lint
 from deltaw.shipping.lint.finding import LLAMA_CPP, LOADS, OLLAMA, PEFT, REFUSED, UNSURE, WRONG, Effect
 from deltaw.shipping.trained import Trained
+from deltaw.show.progress import Display
 from tests.base.gguf_models import model_of, write_model
 from tests.data.toys import toy
 from tests.shipping.llama_cpp import next_token

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaw.shipping.lint.command import lint
+from deltaw.commands.lint import lint
 from deltaw.shipping.lint.finding import LOADS, PEFT, REFUSED, TRANSFORMERS, UNSURE, WRONG, Effect
 from tests.shipping.lint_folders import (
     GONE,

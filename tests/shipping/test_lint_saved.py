@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltaw.commands.lint import lint
 from deltaw.errors import InputError
-from deltaw.shipping.lint.command import lint
 from deltaw.shipping.lint.finding import LOADS, PEFT, REFUSED, TRANSFORMERS, UNSURE, VLLM, WRONG, Effect
 from tests.shipping.lint_folders import by_peft, by_transformers, effect, good, logits, opened, write
 from tests.shipping.models import base_folder

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 
+from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.inject import attach
 from deltaw.base.load import open_base
+from deltaw.commands.merge import merge_named
 from deltaw.errors import InputError, RunError
 from deltaw.factors import LowRank
-from deltaw.shipping.merge.command import merge_named
 from tests.shipping.models import FAMILIES, base_folder, loaded, random_adapter, several_models
 from tests.tiny import Said
 
@@ -327,7 +327,7 @@ def dying(descriptor, data, at):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(descriptor, data, at)
 os.pwrite = dying
-from deltaw.shipping.merge.command import merge_named
+from deltaw.commands.merge import merge_named
 merge_named(sys.argv[1], sys.argv[2], base=sys.argv[3])
 """
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deltaw.adapter.attach import attach
 from deltaw.adapter.checkpoints import Checkpoint
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.inject import attach
 from deltaw.base.load import open_skeleton
 from deltaw.base.source import Source
 from deltaw.errors import InputError

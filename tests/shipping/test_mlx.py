@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from deltaw.adapter.algebra import resize_global
+from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.inject import attach
-from deltaw.adapter.spec import linear_paths
-from deltaw.shipping.command import export_named
+from deltaw.adapter.targets import linear_paths
+from deltaw.commands.export import export_named
 from deltaw.shipping.mlx import KNOWN, mlx_name
 from tests.architectures import COMMON, GPT2
 from tests.shipping.models import base_folder, loaded, random_adapter

@@ -7,8 +7,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from deltaw.commands.export import export_named
 from deltaw.errors import DeltawError, InputError, RunError
-from deltaw.shipping.command import export_named
 from deltaw.shipping.target import MARK
 from tests.shipping.hub import TOKEN, Hub, Repository
 from tests.shipping.models import base_folder, random_adapter

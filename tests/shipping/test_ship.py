@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import deltaw
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from tests.base.gguf_models import model_of, write_model
 
 ROOT = Path(__file__).parents[2]

@@ -8,19 +8,19 @@ import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
 
-from deltaw.adapter.inject import attach, detach
+from deltaw.adapter.attach import attach, detach
+from deltaw.commands.verify import verify
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
 from deltaw.model import open_model
-from deltaw.progress import Display
 from deltaw.shipping.destination import Options
 from deltaw.shipping.gguf.adapter import ADAPTER, GgufAdapter
 from deltaw.shipping.trained import open_trained
-from deltaw.shipping.verify.command import verify
 from deltaw.shipping.verify.sides.llama import LlamaCpp, numbers_of_type
 from deltaw.shipping.verify.sides.open import open_side
 from deltaw.shipping.verify.sides.side import Row
 from deltaw.shipping.verify.verdict import Verification
+from deltaw.show.progress import Display
 from tests.base.gguf_models import model_of, write_model
 from tests.shipping.sides import texts
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from deltaw.commands.verify import verify
 from deltaw.errors import DeltawError, InputError, RunError
-from deltaw.progress import Display
-from deltaw.shipping.verify.command import verify
 from deltaw.shipping.verify.sides import client
 from deltaw.shipping.verify.sides.open import open_side
 from deltaw.shipping.verify.sides.server import open_server
 from deltaw.shipping.verify.sides.side import Asked, Prompt, Side
 from deltaw.shipping.verify.verdict import Verification
+from deltaw.show.progress import Display
 from tests.shipping.sides import base_and_adapter, chats, merged, scaled, texts
 from tests.shipping.standin import Standin, serving
 

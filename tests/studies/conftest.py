@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from deltaw.studies.lab import Lab
 from tests.tiny import tiny_base, words
 

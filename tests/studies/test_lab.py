@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from deltaw.errors import RunError
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from deltaw.studies import lab as module
 from deltaw.studies.lab import RATES, Lab, best
-from deltaw.training.loop import Trainer
+from deltaw.training.run import Trainer
 
 
 @pytest.fixture

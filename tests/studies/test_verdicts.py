@@ -15,7 +15,7 @@ from deltaw.adapter.file import Adapter
 from deltaw.analysis.measure import Measures, measure, measure_adapter
 from deltaw.config import AdapterSpec
 from deltaw.factors import Dense, LowRank, Update
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from deltaw.studies import amp, forget, fullrank, intruder, phi
 from deltaw.studies.forget import Noise, Point
 from deltaw.studies.intruder import Spot

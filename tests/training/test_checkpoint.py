@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.errors import InputError
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from deltaw.training.checkpoint import (
     MANIFEST,
     STATE,

@@ -16,10 +16,10 @@ from deltaw.config import parse_config
 from deltaw.errors import InputError, RunError
 from deltaw.evaluate import held_out
 from deltaw.evaluate.held_out import add_answers
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from deltaw.training import finish, trainer
 from deltaw.training.checkpoint import list_checkpoints
-from deltaw.training.loop import resume, train
+from deltaw.training.run import resume, train
 from tests.tiny import Said, run_file
 
 QUIET = Display(quiet=True)

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from deltaw.adapter.file import Adapter
-from deltaw.base.weights import load_safetensors
 from deltaw.config import parse_config
 from deltaw.errors import InputError
 from deltaw.factors import DoRA, LowRank
+from deltaw.files.weights import load_safetensors
 from deltaw.model import open_model
 from deltaw.training import trainer
-from deltaw.training.loop import resume, train
+from deltaw.training.run import resume, train
 from deltaw.training.stop import Stopped
 from tests.tiny import run_file
 from tests.training.test_loop import QUIET, changed, digest, stop_at

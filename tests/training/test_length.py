@@ -9,10 +9,10 @@ import pytest
 
 from deltaw.config import parse_config
 from deltaw.errors import InputError
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from deltaw.training.checkpoint import MANIFEST, _manifest, list_checkpoints
-from deltaw.training.loop import resume, train
 from deltaw.training.plan import plan
+from deltaw.training.run import resume, train
 from deltaw.training.stop import Stopped
 from tests.tiny import run_file
 from tests.training.test_loop import stop_at

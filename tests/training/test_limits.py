@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import transformers as T
 
+from deltaw.commands.eval import evaluate_on
 from deltaw.config import RunConfig, parse_config
 from deltaw.errors import InputError
-from deltaw.evaluate.command import evaluate_on
 from deltaw.model import limits_of, open_dataset
-from deltaw.progress import Display
-from deltaw.training import loop
-from deltaw.training.loop import train
+from deltaw.show.progress import Display
+from deltaw.training import run as loop
 from deltaw.training.plan import plan
+from deltaw.training.run import train
 from tests.data.toys import toy
 from tests.tiny import Said, run_file, tiny_base
 

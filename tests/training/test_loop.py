@@ -13,9 +13,9 @@ import torch
 from deltaw.adapter.file import Adapter
 from deltaw.config import parse_config
 from deltaw.errors import InputError, RunError
-from deltaw.progress import Display
-from deltaw.training import loop
-from deltaw.training.loop import resume, train
+from deltaw.show.progress import Display
+from deltaw.training import run as loop
+from deltaw.training.run import resume, train
 from deltaw.training.stop import Stopped
 from tests.tiny import run_file, tiny_base, words
 

@@ -10,11 +10,11 @@ import torch
 
 from deltaw.config import parse_config
 from deltaw.data.pack import pack
-from deltaw.progress import Display
 from deltaw.run import Run
+from deltaw.show.progress import Display
 from deltaw.training import memory
-from deltaw.training.loop import prepare_run
 from deltaw.training.memory import Heap, Point, bounded, fit_memory, free_memory, held_memory, measure, window
+from deltaw.training.run import prepare_run
 from deltaw.training.trainer import Trainer
 from tests.tiny import run_file, tiny_base
 

@@ -10,8 +10,8 @@ from transformers import MambaConfig, MambaForCausalLM
 from deltaw.config import parse_config
 from deltaw.errors import InputError
 from deltaw.training import trainer
-from deltaw.training.loop import train
 from deltaw.training.plan import plan
+from deltaw.training.run import train
 from tests.data.toys import toy
 from tests.tiny import Said, run_file, words
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltaw.adapter.inject import attach
+from deltaw.adapter.attach import attach
 from deltaw.config import AdapterSpec, TrainConfig
 from deltaw.training.optim import learning_rate, make_optimizer, warmup_steps
 

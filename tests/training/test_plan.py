@@ -8,10 +8,10 @@ import pytest
 
 from deltaw.config import RunConfig, parse_config
 from deltaw.errors import RunError
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from deltaw.training import plan as module
-from deltaw.training.loop import train
 from deltaw.training.plan import plan
+from deltaw.training.run import train
 from tests.faults.common import child
 from tests.tiny import run_file, tiny_base
 

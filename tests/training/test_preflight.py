@@ -17,13 +17,13 @@ from deltaw.config import parse_config
 from deltaw.data.loader import LoaderState
 from deltaw.errors import RunError
 from deltaw.evaluate.forgetting import general_text
-from deltaw.progress import Display
 from deltaw.run import Run
+from deltaw.show.progress import Display
 from deltaw.training import preflight
 from deltaw.training.checkpoint import save_checkpoint
-from deltaw.training.loop import prepare_run
 from deltaw.training.memory import Fit
 from deltaw.training.preflight import HEADROOM, check_disk, explain, settings_that_fit, short_form, work_left
+from deltaw.training.run import prepare_run
 from deltaw.training.trainer import Trainer
 from tests.tiny import run_file
 
@@ -193,7 +193,7 @@ def test_where_only_a_smaller_base_fits_it_says_so(folder: Path, monkeypatch) ->
     ("target", "doing", "setting"),
     [
         ("deltaw.evaluate.forgetting.pack", "measuring what was forgotten", "evaluate.general=null"),
-        ("deltaw.base.generate.padded", "answering rows", "evaluate.max_new_tokens=2"),
+        ("deltaw.generate.engine.padded", "answering rows", "evaluate.max_new_tokens=2"),
         ("deltaw.evaluate.held_out.pack", "measuring the loss on held-out rows", "data.max_length="),
     ],
 )

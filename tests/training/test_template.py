@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
+from deltaw.commands.reshape import scale_named
 from deltaw.config import parse_config
 from deltaw.data.render import TEMPLATE
-from deltaw.evaluate.reshape import scale_named
 from deltaw.model import open_model
 from deltaw.shipping.trained import open_trained
-from deltaw.training.loop import train
+from deltaw.training.run import train
 from tests.tiny import Said, run_file
 
 OWN = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}\

@@ -15,9 +15,9 @@ from deltaw.config import TrainConfig, parse_config
 from deltaw.data.example import Example
 from deltaw.data.pack import pack
 from deltaw.errors import RunError
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 from deltaw.training.checkpoint import TrainState
-from deltaw.training.loop import train
+from deltaw.training.run import train
 from deltaw.training.watch import ENOUGH, EVERY, NOTHING, PATIENCE, Unfit, Watch, check_loss
 from tests.tiny import run_file
 

@@ -25,16 +25,16 @@ from deltaw.adapter.algebra import baked, low_rank_updates
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.gguf_parts import parts_of, read_model
 from deltaw.base.load import open_skeleton
-from deltaw.base.weights import write_text_atomic
 from deltaw.errors import InputError, command, listed
 from deltaw.factors import LowRank
-from deltaw.progress import Display
+from deltaw.files.weights import write_text_atomic
 from deltaw.shipping.beside import missing_stop
 from deltaw.shipping.destination import Destination, Options, Written
 from deltaw.shipping.gguf.modelfile import FILE, modelfile
 from deltaw.shipping.gguf.names import Family, family
 from deltaw.shipping.trained import TEMPLATE, Trained
 from deltaw.shipping.usage import base_name, chats, gguf_usage
+from deltaw.show.progress import Display
 
 ADAPTER = "adapter.gguf"
 HEAD = "output.weight"

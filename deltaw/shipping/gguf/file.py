@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltaw.base.gguf_header import ARRAY, STRING, Typed
+from deltaw.files.gguf_header import ARRAY, STRING, Typed
 from deltaw.shipping.gguf.types import Place, number
 
 if TYPE_CHECKING:

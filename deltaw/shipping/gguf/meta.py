@@ -21,9 +21,9 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deltaw.base.gguf_header import read_header
 from deltaw.base.gguf_meaning import GEMMA, PARTIAL, read_meaning
 from deltaw.errors import InputError, RunError, listed
+from deltaw.files.gguf_header import read_header
 from deltaw.shipping.gguf.fields import Fields
 from deltaw.shipping.gguf.names import TYPES
 from deltaw.shipping.gguf.rotary import rotary

@@ -17,11 +17,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from deltaw.base.gguf_header import Typed, read_metadata
 from deltaw.base.gguf_parts import parts_of
 from deltaw.base.source import HUB_ID
-from deltaw.base.weights import write_text_atomic
-from deltaw.progress import Display
+from deltaw.files.gguf_header import Typed, read_metadata
+from deltaw.files.weights import write_text_atomic
 from deltaw.shipping.destination import Destination, Options, Written
 from deltaw.shipping.gguf.file import text, typed, write_file
 from deltaw.shipping.gguf.meta import check_read_back, metadata
@@ -35,6 +34,7 @@ from deltaw.shipping.merge import survey
 from deltaw.shipping.merge.plan import plan_merge
 from deltaw.shipping.trained import Trained
 from deltaw.shipping.usage import gguf_usage
+from deltaw.show.progress import Display
 
 COPIED = ("tokenizer.", "general.license", "general.languages")  # of a base that is a GGUF
 WIDER = "--type F32"

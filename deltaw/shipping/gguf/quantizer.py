@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from deltaw.base.gguf_header import Header, read_header
 from deltaw.errors import InputError, RunError, listed
-from deltaw.progress import Display
+from deltaw.files.gguf_header import Header, read_header
 from deltaw.shipping.gguf.types import name_of
+from deltaw.show.progress import Display
 
 PROGRAM = "llama-quantize"
 DONE = re.compile(rb"\[\s*(\d+)/\s*(\d+)\]")

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deltaw.base.gguf_header import read_header
 from deltaw.base.language import language_part
-from deltaw.base.weights import read_tensor
 from deltaw.errors import InputError, listed
+from deltaw.files.gguf_header import read_header
+from deltaw.files.weights import read_tensor
 from deltaw.linalg.rounding import Survival, survived
 from deltaw.shipping.gguf.names import Family
 from deltaw.shipping.gguf.types import HEAD, Place, decoded, encoded, read_values, rounded

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.base.gguf_header import Place as Stored
 from deltaw.errors import InputError, listed
+from deltaw.files.gguf_header import Place as Stored
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,10 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from deltaw.adapter.checkpoints import Checkpoint
 from deltaw.base.load import open_skeleton
 from deltaw.base.source import Source, find_base, find_local
-from deltaw.base.weights import read_json
 from deltaw.errors import InputError
-from deltaw.progress import Display
+from deltaw.files.weights import read_json
 from deltaw.shipping.trained import fingerprint_of_folder
+from deltaw.show.progress import Display
 
 
 @dataclass(frozen=True)

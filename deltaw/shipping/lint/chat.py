@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.adapter.file import BaseId
-from deltaw.base.weights import read_json
 from deltaw.config import RunConfig
 from deltaw.data.render import TEMPLATE, Renderer, open_tokenizer
-from deltaw.data.template import MAX_TEMPLATE
 from deltaw.errors import DeltawError, InputError
+from deltaw.files.template import MAX_TEMPLATE
+from deltaw.files.weights import read_json
 from deltaw.model import PLAIN, open_renderer
 from deltaw.shipping.lint.base import Base
 

@@ -7,10 +7,10 @@ counts is whether those are the ones that it was trained with.
 import shlex
 from collections.abc import Iterator
 
-from deltaw.base.weights import read_rows
 from deltaw.data.dataset import prepare
 from deltaw.data.render import TEMPLATE, Renderer
 from deltaw.errors import DeltawError
+from deltaw.files.weights import read_rows
 from deltaw.shipping.lint.chat import NO_TEMPLATE, Chat
 from deltaw.shipping.lint.finding import (
     LLAMA_CPP,

@@ -13,8 +13,8 @@ from typing import Any
 
 from deltaw.adapter.file import CONFIG, WEIGHTS
 from deltaw.adapter.full import DELTAS
-from deltaw.base.weights import read_header
 from deltaw.errors import InputError, command
+from deltaw.files.weights import read_header
 from deltaw.shipping.lint.finding import (
     LLAMA_CPP,
     LOADS,

@@ -16,9 +16,8 @@ from typing import Any
 from deltaw.adapter.checkpoints import BUFFERS
 from deltaw.adapter.file import CONFIG, BaseId
 from deltaw.base.source import PICKLES, Source, find_base
-from deltaw.base.weights import read_header, read_json, shards
 from deltaw.errors import DeltawError, InputError
-from deltaw.progress import Display
+from deltaw.files.weights import read_header, read_json, shards
 from deltaw.shipping.lint import rules_chat
 from deltaw.shipping.lint.base import Base, base_of
 from deltaw.shipping.lint.chat import NO_TEMPLATE, Chat, template_of
@@ -40,6 +39,7 @@ from deltaw.shipping.lint.finding import (
 from deltaw.shipping.lint.forms import MLX_WEIGHTS, other_form
 from deltaw.shipping.lint.rules_base import unknown_to_llama_cpp
 from deltaw.shipping.lint.subject import Subject, number
+from deltaw.show.progress import Display
 
 EXPORT = "let deltaw write it: deltaw export --to mlx"
 MLX_UNREADABLE = code("DW801", "mlx-lm's files are missing or can't be read", {MLX: REFUSED}, EXPORT)

@@ -15,16 +15,16 @@ from typing import Any
 
 from deltaw.adapter.file import BaseId
 from deltaw.base.gguf import llama_cpp_name
-from deltaw.base.gguf_header import Header, read_part
 from deltaw.base.gguf_parts import parts_of, read_model
 from deltaw.base.source import Source, find_base
-from deltaw.base.weights import read_json
 from deltaw.errors import InputError
-from deltaw.progress import Display
+from deltaw.files.gguf_header import Header, read_part
+from deltaw.files.weights import read_json
 from deltaw.shipping.lint.base import base_of
 from deltaw.shipping.lint.chat import NO_TEMPLATE, Chat, fingerprint
 from deltaw.shipping.lint.finding import LLAMA_CPP, OLLAMA, REFUSED, UNSURE, WRONG, Finding, code, some
 from deltaw.shipping.lint.forms import other_form
+from deltaw.show.progress import Display
 
 BOTH = (LLAMA_CPP, OLLAMA)
 REFUSE, CHANGE, DOUBT = dict.fromkeys(BOTH, REFUSED), dict.fromkeys(BOTH, WRONG), dict.fromkeys(BOTH, UNSURE)

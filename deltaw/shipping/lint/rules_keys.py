@@ -7,8 +7,8 @@ it weren't there."""
 
 from collections.abc import Iterator
 
-from deltaw.adapter.patterns import LINEAR
 from deltaw.adapter.peft_config import is_rewritten_here, missed_by_peft, rewritten_names
+from deltaw.files.patterns import LINEAR
 from deltaw.shipping.lint.finding import (
     LLAMA_CPP,
     LOADS,

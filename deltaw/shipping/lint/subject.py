@@ -19,16 +19,16 @@ import torch
 from pydantic import ValidationError
 
 from deltaw.adapter.file import CONFIG, RECORD, WEIGHTS, Adapter, BaseId
-from deltaw.adapter.patterns import first_matches
 from deltaw.adapter.peft_config import WEIGHT
-from deltaw.base.weights import read_json, readable_tensors
 from deltaw.config import AdapterSpec, RunConfig
 from deltaw.errors import InputError, command
-from deltaw.progress import Display
+from deltaw.files.patterns import first_matches
+from deltaw.files.weights import read_json, readable_tensors
 from deltaw.shipping.lint.base import Base
 from deltaw.shipping.lint.chat import Chat
 from deltaw.shipping.lint.finding import Finding
 from deltaw.shipping.lint.keys import EMBEDDING_A, EMBEDDING_B, A, B, Key, Names, parse
+from deltaw.show.progress import Display
 
 MANY_MATCHES = 400_000_000  # patterns times letters of paths that are gone through
 MANY_NAMES = 5_000_000  # names times paths, for what deltaw itself loads

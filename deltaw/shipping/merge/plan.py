@@ -33,13 +33,13 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaw.adapter.checkpoints import Checkpoint, Stored
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.spec import head_path, targets_of
+from deltaw.adapter.targets import head_path, targets_of
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.load import open_skeleton
 from deltaw.base.names import places
-from deltaw.base.weights import read_tensor, shards
 from deltaw.errors import InputError, listed
 from deltaw.factors import Update, as_plain
+from deltaw.files.weights import read_tensor, shards
 from deltaw.shipping.trained import Trained
 
 Fate = Literal["changed", "copied", "untied"]

@@ -35,10 +35,10 @@ import torch
 from torch import Tensor
 
 from deltaw.base.linear_weights import HEADER_BYTES, TENSORS
-from deltaw.base.stream import Entry, Stream, stream_size, streamed
-from deltaw.base.weights import Header, check_readable, read_header
 from deltaw.errors import InputError
 from deltaw.factors import DoRA, LowRank, Update, as_plain
+from deltaw.files.stream import Entry, Stream, stream_size, streamed
+from deltaw.files.weights import Header, check_readable, read_header
 from deltaw.linalg.rounding import Survival, survived, survived_of
 from deltaw.linalg.threads import one_thread
 from deltaw.shipping.merge.plan import FLOATS, MergePlan, Planned, not_finite

@@ -17,11 +17,10 @@ from deltaw.data.document import Chat, Completion, Document
 from deltaw.data.forms import detect_form
 from deltaw.data.read import read_rows
 from deltaw.data.render import Renderer
-from deltaw.data.row import Rejected
-from deltaw.errors import InputError, listed
+from deltaw.errors import InputError, Rejected, listed
 from deltaw.evaluate.held_out import spread
-from deltaw.progress import Display
 from deltaw.shipping.verify.sides.side import Prompt
+from deltaw.show.progress import Display
 
 GENERAL, FIRST_WORDS = "builtin:general", 24
 MOST_CHARACTERS = 6_000  # of a prompt: a comparison needs no long ones, and servers have small contexts

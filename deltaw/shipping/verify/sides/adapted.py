@@ -6,15 +6,15 @@ answers end where that template's turns end. This is the side that the others ar
 
 from collections.abc import Sequence
 
-from deltaw.adapter.inject import attach
-from deltaw.base.decode import context
+from deltaw.adapter.attach import attach
 from deltaw.base.forward import plan_forward
 from deltaw.base.load import open_base
 from deltaw.base.stand_in import disabled
-from deltaw.progress import Display
+from deltaw.generate.cache import context
 from deltaw.shipping.trained import open_trained
 from deltaw.shipping.verify.sides.local import Local, Running, running, working_type
 from deltaw.shipping.verify.sides.side import Prompt
+from deltaw.show.progress import Display
 
 
 class Adapted(Running):

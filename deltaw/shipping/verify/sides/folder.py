@@ -6,13 +6,13 @@ tokens: what a stranger gets who loads the folder.
 
 from collections.abc import Sequence
 
-from deltaw.base.decode import context
 from deltaw.base.load import open_base
 from deltaw.base.source import find_base
 from deltaw.data.render import open_tokenizer
-from deltaw.progress import Display
+from deltaw.generate.cache import context
 from deltaw.shipping.verify.sides.local import Local, Running, Words, running, stops_of, stored_type, working_type
 from deltaw.shipping.verify.sides.side import Prompt
+from deltaw.show.progress import Display
 
 
 class Folder(Running):

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaw.base.gguf_header import Header, read_part
 from deltaw.errors import InputError, listed
+from deltaw.files.gguf_header import Header, read_part
 from deltaw.shipping.verify.sides.client import Client
 from deltaw.shipping.verify.sides.side import Numbers
 

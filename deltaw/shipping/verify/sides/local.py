@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.base.decode import context
-from deltaw.base.generate import Sampling, evaluating, generate
 from deltaw.base.linear_weights import HEADER_BYTES, TENSORS
 from deltaw.base.source import Source
-from deltaw.base.weights import read_header, read_json, shards
 from deltaw.config import Dtype
-from deltaw.data.template import Template
 from deltaw.errors import InputError
+from deltaw.files.template import Template
+from deltaw.files.weights import read_header, read_json, shards
+from deltaw.generate.cache import context
+from deltaw.generate.engine import Sampling, evaluating, generate
 from deltaw.shipping.beside import GENERATION_CONFIG
 from deltaw.shipping.merge.rewrite import TYPES
 from deltaw.shipping.verify.noise import noisy

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from deltaw.base.source import Source, find_base
-from deltaw.base.weights import read_json
 from deltaw.data.render import open_tokenizer
 from deltaw.errors import InputError
-from deltaw.progress import Display
+from deltaw.files.weights import read_json
 from deltaw.shipping.verify.sides.local import Words, stored_type
 from deltaw.shipping.verify.sides.side import Answer, Asked, Logs, Numbers, Progress, Prompt, Row, Side
+from deltaw.show.progress import Display
 
 INSTALL = "pip install mlx-lm (on Linux also mlx[cpu])"
 ADAPTER = "adapters.safetensors"

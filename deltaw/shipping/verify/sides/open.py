@@ -14,11 +14,10 @@ A file or a folder whose name could be read otherwise is meant where it exists.
 from pathlib import Path
 
 from deltaw.adapter.file import is_adapter
-from deltaw.base.gguf_header import read_part
 from deltaw.base.source import BUILTINS, builtin_file
 from deltaw.errors import InputError
+from deltaw.files.gguf_header import read_part
 from deltaw.model import is_run
-from deltaw.progress import Display
 from deltaw.shipping.verify.sides.adapted import Adapted
 from deltaw.shipping.verify.sides.folder import Folder
 from deltaw.shipping.verify.sides.llama import LlamaCpp
@@ -26,6 +25,7 @@ from deltaw.shipping.verify.sides.mlx import Mlx
 from deltaw.shipping.verify.sides.peft import Peft
 from deltaw.shipping.verify.sides.server import Server, open_server
 from deltaw.shipping.verify.sides.side import Side
+from deltaw.show.progress import Display
 
 
 def open_side(name: str, *, base: str | None = None, display: Display) -> Side:

@@ -16,19 +16,19 @@ from torch import nn
 
 from deltaw.adapter.file import CONFIG, WEIGHTS
 from deltaw.adapter.peft_config import check_config
-from deltaw.base.decode import context
 from deltaw.base.load import open_base
 from deltaw.base.source import find_base, found_as
-from deltaw.base.weights import read_header, read_json
 from deltaw.config import load_config
 from deltaw.data.render import open_tokenizer
 from deltaw.errors import InputError
+from deltaw.files.weights import read_header, read_json
+from deltaw.generate.cache import context
 from deltaw.model import is_run
-from deltaw.progress import Display
 from deltaw.shipping.beside import GENERATION_CONFIG
 from deltaw.shipping.trained import TEMPLATE
 from deltaw.shipping.verify.sides.local import Local, Running, Words, running, stops_of, working_type
 from deltaw.shipping.verify.sides.side import Prompt
+from deltaw.show.progress import Display
 
 INSTALL = "pip install peft"
 

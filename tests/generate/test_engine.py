@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltaw.base.generate import Sampling, choose, generate, stream
 from deltaw.errors import InputError, RunError
+from deltaw.generate.engine import Sampling, choose, generate, stream
 
 torch.manual_seed(0)
 PROMPTS = [torch.randint(0, 97, (length,)).tolist() for length in (3, 11, 1, 7, 35, 7)]

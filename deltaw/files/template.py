@@ -32,8 +32,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deltaw.data.row import Rejected
-from deltaw.errors import InputError, RunError
+from deltaw.errors import InputError, Rejected, RunError
 
 MAX_TEMPLATE = 2**20  # characters; the longest in use are under 100,000
 MAX_OUTPUT = 2**24  # characters of one text, and of all of a row's as far as they differ

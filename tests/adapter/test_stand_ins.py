@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from deltaw.adapter.fused import KINDS, FusedAttention, FusedMLP, FusedNorm
-from deltaw.adapter.inject import Attached, attach, detach
+from deltaw.adapter.attach import Attached, attach, detach
+from deltaw.adapter.stand_ins import KINDS, FusedAttention, FusedMLP, FusedNorm
 from deltaw.base.forward import plan_forward
 from deltaw.base.stand_in import StandIn
 from deltaw.config import AdapterSpec

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deltaw.base.linear_weights import LinearWeights
-from deltaw.base.weights import (
+from deltaw.errors import InputError, RunError
+from deltaw.files.weights import (
     INDEX,
     load_safetensors,
     read_header,
@@ -29,7 +30,6 @@ from deltaw.base.weights import (
     shards,
     write_text_atomic,
 )
-from deltaw.errors import InputError, RunError
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -257,7 +257,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
 LIMITED = """
 import resource, sys, torch
 from pathlib import Path
-from deltaw.base.weights import save_safetensors
+from deltaw.files.weights import save_safetensors
 from deltaw.errors import RunError
 path = Path(sys.argv[1])
 tensors = {"a": torch.ones(50_000)}

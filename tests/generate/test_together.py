@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltaw.base.forward import plan_forward
-from deltaw.base.generate import Sampling, generate, stream
-from deltaw.base.together import Together
 from deltaw.errors import InputError
+from deltaw.generate.engine import Sampling, generate, stream
+from deltaw.generate.together import Together
 from tests.architectures import COMMON, MOE, PACKED, PADDED
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 2, "mamba_chunk_size": 8}

@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.inject import attach
-from deltaw.adapter.spec import explicit_targets, find_targets, linear_paths, said
+from deltaw.adapter.targets import explicit_targets, find_targets, linear_paths, said
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
 from tests.architectures import COMMON, MOE, PACKED, PADDED, tiny

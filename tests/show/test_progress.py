@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from deltaw import progress
-from deltaw.progress import Display, clock
+from deltaw.show import progress
+from deltaw.show.progress import Display, clock
 
 
 def test_lines_begin_and_end_and_keep_quiet_between(capsys) -> None:

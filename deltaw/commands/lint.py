@@ -8,7 +8,6 @@ from typing import Any
 from deltaw.config import RunConfig, load_config
 from deltaw.errors import InputError, command
 from deltaw.model import is_run
-from deltaw.progress import Display
 from deltaw.shipping.lint import (
     rules_base,
     rules_chat,
@@ -26,6 +25,7 @@ from deltaw.shipping.lint.forms import form_of
 from deltaw.shipping.lint.rules_config import MAX_RANKS
 from deltaw.shipping.lint.subject import Subject, read_spec, recorded_base
 from deltaw.shipping.lint.verdict import Verdict, destinations
+from deltaw.show.progress import Display
 
 RULES = (
     *rules_files.RULES,

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.errors import InputError, listed
-from deltaw.progress import Display
 from deltaw.shipping.card import REPORT, Form, Relation, write_card
 from deltaw.shipping.destination import Destination, Options, Written
 from deltaw.shipping.push import Push
 from deltaw.shipping.target import check_output, target
 from deltaw.shipping.trained import open_trained
+from deltaw.show.progress import Display
 
 MERGED = "merged"  # after the name of a destination that has a form for the whole model
 DESTINATIONS = {

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from deltaw.adapter import patterns
-from deltaw.adapter.patterns import LINEAR, first_matches
 from deltaw.errors import InputError
+from deltaw.files import patterns
+from deltaw.files.patterns import LINEAR, first_matches
 
 PATHS = (
     "q_proj", "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.11.self_attn.q_proj",

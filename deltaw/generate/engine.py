@@ -30,10 +30,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from deltaw.base.decode import State, context, in_eval_mode, padded, text_config
-from deltaw.base.together import Together, come_to_rest
 from deltaw.config import Strict
 from deltaw.errors import InputError, RunError
+from deltaw.generate.cache import State, context, in_eval_mode, padded, text_config
+from deltaw.generate.together import Together, come_to_rest
 
 TOKENS_AT_ONCE = 65_536  # rows x length: bounds the cache (4 GB for an 8B model), whatever batch_size says
 DROP = 8  # copy the cache without its finished rows when 1/DROP of them are

@@ -26,8 +26,7 @@ from deltaw.base.gguf import folder_of
 from deltaw.base.source import cache_root
 from deltaw.errors import InputError
 from deltaw.evaluate.held_out import spread
-from deltaw.lock import claimed_file
-from deltaw.progress import Display
+from deltaw.files.lock import claimed_file
 from deltaw.shipping.verify.alike import Distance, Parting, compared_ids, distance, parting
 from deltaw.shipping.verify.prompts import file_prompts, general_prompts, held_out_prompts
 from deltaw.shipping.verify.sides.adapted import Adapted
@@ -45,6 +44,7 @@ from deltaw.shipping.verify.verdict import (
     measured,
     reasons_of,
 )
+from deltaw.show.progress import Display
 
 PROMPTS, TOKENS = 20, 32
 SEEDS, NOISY_ROWS = 3, 8

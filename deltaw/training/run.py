@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.inject import attach
-from deltaw.adapter.spec import find_targets
+from deltaw.adapter.targets import find_targets
 from deltaw.base.forward import plan_forward
 from deltaw.base.limits import Limits
 from deltaw.base.load import open_base, open_skeleton
@@ -25,8 +25,8 @@ from deltaw.effects import switched_off
 from deltaw.errors import command
 from deltaw.evaluate.forgetting import general_text
 from deltaw.model import Model, load_adapter, open_dataset, open_model
-from deltaw.progress import Display
 from deltaw.run import Run
+from deltaw.show.progress import Display
 from deltaw.training.changes import check_changes, check_length
 from deltaw.training.checkpoint import Saved, latest_checkpoint
 from deltaw.training.finish import finish, measure_again

@@ -13,10 +13,9 @@ import pytest
 from jinja2.filters import FILTERS
 from jinja2.tests import TESTS
 
-from deltaw.data import template
-from deltaw.data.row import Rejected
-from deltaw.data.template import MAX_OUTPUT, MAX_TEMPLATE, Asked, Template, Unfinished
-from deltaw.errors import InputError
+from deltaw.errors import InputError, Rejected
+from deltaw.files import template
+from deltaw.files.template import MAX_OUTPUT, MAX_TEMPLATE, Asked, Template, Unfinished
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -225,7 +224,7 @@ def test_threads_get_their_own_answers():
 
 PROGRAM = """
 import sys, time
-from deltaw.data import template
+from deltaw.files import template
 one = template.Template(sys.argv[1], {})
 print(template._worker()._process.pid, flush=True)
 one.render([{"content": "loop"}], [], generation_prompt=False)

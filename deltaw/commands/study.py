@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.analysis.page import Page, Section, Table, Text, Verdict, write
-from deltaw.base.weights import write_text_atomic
-from deltaw.lock import claimed_file
-from deltaw.progress import Display, clock
+from deltaw.files.lock import claimed_file
+from deltaw.files.weights import write_text_atomic
+from deltaw.show.progress import Display, clock
 from deltaw.studies.lab import Lab
 from deltaw.studies.study import NAMES, Claim, Outcome, find_study
 

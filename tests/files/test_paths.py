@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deltaw.config import RunConfig, load_config, parse_config
 from deltaw.errors import InputError, command
-from deltaw.paths import expand, given, written
+from deltaw.files.paths import expand, given, written
 from tests.test_cli import call
 from tests.tiny import run_file, tiny_base, words
 

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from deltaw.adapter import fused
+from deltaw.adapter import stand_ins as fused
 from deltaw.adapter.dora import DoRALinear
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.full import FullLinear
 from deltaw.adapter.init import fresh_factors, olora_factors, pissa_factors
 from deltaw.adapter.layer import AdaptedLinear, LoRALinear
 from deltaw.adapter.peft_config import missed_by_peft, rewritten_names
-from deltaw.adapter.spec import Targets, explicit_targets, find_targets, said, targets_of
+from deltaw.adapter.targets import Targets, explicit_targets, find_targets, said, targets_of
 from deltaw.adapter.trial import Observed, differences, holds, observe
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.stand_in import StandIn, disabled

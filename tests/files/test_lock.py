@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.errors import InputError
-from deltaw.lock import claimed_file, locked, new_folder
+from deltaw.files.lock import claimed_file, locked, new_folder
 
 ME = f"{os.getpid()} {socket.gethostname()}"
 
@@ -39,7 +39,7 @@ def test_an_error_inside_lets_go_and_comes_out_as_it_is(tmp_path: Path) -> None:
 
 def test_a_killed_owner_leaves_nothing_to_recover(tmp_path: Path) -> None:
     code = (
-        "import sys, os, signal; from pathlib import Path; from deltaw.lock import locked\n"
+        "import sys, os, signal; from pathlib import Path; from deltaw.files.lock import locked\n"
         "with locked(Path(sys.argv[1]), 'x'): os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "lock")])
@@ -75,7 +75,7 @@ CLAIM = """
 import os, random, signal, sys, time
 from pathlib import Path
 from deltaw.errors import InputError
-from deltaw.lock import new_folder
+from deltaw.files.lock import new_folder
 target, mode = Path(sys.argv[1]), sys.argv[2]
 if mode == "kill":
     with new_folder(target):

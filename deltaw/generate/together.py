@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.base.decode import State, context, padded, text_config
 from deltaw.base.probe import REFUSALS, rounding
+from deltaw.generate.cache import State, context, padded, text_config
 
 SHORT, LONG = 4, 11  # tokens of the prompts that are tried
 

@@ -15,16 +15,16 @@ from deltaw.adapter.algebra import Loss, mixed, pad_all, resize, scaled
 from deltaw.adapter.combine import combine
 from deltaw.adapter.extract import extract_adapter, extract_folders
 from deltaw.adapter.file import Adapter
-from deltaw.base.weights import write_text_atomic
 from deltaw.config import load_config
 from deltaw.errors import InputError
 from deltaw.evaluate.budget import Trial, resize_to_loss
-from deltaw.evaluate.command import rows_of
 from deltaw.evaluate.forgetting import general_text
+from deltaw.evaluate.rows import rows_of
 from deltaw.evaluate.slider import Point, slide
-from deltaw.lock import new_folder
+from deltaw.files.lock import new_folder
+from deltaw.files.weights import write_text_atomic
 from deltaw.model import is_run, load_adapter, template_beside
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 
 WORST = 5  # modules shown
 BAR = 24  # characters

@@ -24,10 +24,9 @@ from deltaw.adapter.checkpoints import Checkpoint
 from deltaw.base.fingerprint import mathematics
 from deltaw.base.load import open_skeleton
 from deltaw.base.source import Source
-from deltaw.base.weights import read_header, read_json, weights_file, write_text_atomic
 from deltaw.errors import InputError, RunError, listed
+from deltaw.files.weights import read_header, read_json, weights_file, write_text_atomic
 from deltaw.linalg.rounding import Survival
-from deltaw.progress import Display
 from deltaw.shipping.beside import beside_size, write_beside
 from deltaw.shipping.card import Form, write_card
 from deltaw.shipping.merge import survey
@@ -37,6 +36,7 @@ from deltaw.shipping.merge.rewrite import TYPES, WORDS, entries, rewrite, size
 from deltaw.shipping.target import check_output, target
 from deltaw.shipping.trained import Trained, open_trained
 from deltaw.shipping.usage import transformers_usage
+from deltaw.show.progress import Display
 
 DTYPES = ("bfloat16", "float16", "float32")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of towers

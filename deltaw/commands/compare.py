@@ -14,7 +14,7 @@ from deltaw.analysis.maps import layer_map
 from deltaw.analysis.page import Block, Cell, Fact, Facts, Page, Picture, Section, Table, Text, number, write
 from deltaw.analysis.sentences import KINDS, kinds_of, short, title
 from deltaw.model import load_adapter
-from deltaw.progress import Display
+from deltaw.show.progress import Display
 
 SHOWN, ROWS = 20, 300  # directions of a picture, modules of the table: a page must not grow with the adapters
 
