@@ -285,7 +285,7 @@ def deltaw_arm(shape: str, device: str, way: str = "") -> Arm:
             layer.compile(dynamic=False)
 
     def loss(batch: Batch) -> Tensor:
-        total, count = forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
+        total, count = forward.loss(batch)
         return total / count
 
     # A size is compiled for itself.

@@ -162,7 +162,7 @@ def deltaw_loop(factors: Path, dtype: torch.dtype, *, without: str | None = None
 
     def loss(rows: Step, count: int) -> Tensor:
         batch = pack(rows)
-        total, _ = forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
+        total, _ = forward.loss(batch)
         return total / count
 
     parameters: dict[str, nn.Parameter] = {}

@@ -58,7 +58,7 @@ def main() -> None:
             break
         began = time.perf_counter()
         for batch in batches:
-            loss, count = forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
+            loss, count = forward.loss(batch)
             (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()

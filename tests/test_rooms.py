@@ -115,6 +115,48 @@ def test_imports_go_down_only(file: str) -> None:
         assert allowed, f"{file} imports {module}: {here} may not know {there}"
 
 
+def imported_files(file: str) -> set[str]:
+    """The files of deltaw that `file` imports, wherever in it, also for the type checker alone."""
+    files = set()
+    for module, name in imports(file):
+        if within(module, "deltaw"):
+            path = "/".join(module.split(".")[1:])
+            files |= {f"{path}/{name}.py".lstrip("/"), f"{path}.py"} & set(FILES)
+    return files - {file}
+
+
+def circles() -> list[list[str]]:
+    """Files that import one another, by way of others or not: each set of them once (Tarjan's components)."""
+    after = {file: imported_files(file) for file in FILES if file != "__init__.py"}
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    components = []
+
+    def visit(file: str) -> None:
+        order[file] = low[file] = len(order)
+        stack.append(file)
+        for other in after.get(file, ()):
+            if other not in order:
+                visit(other)
+            if other in stack:
+                low[file] = min(low[file], low[other])
+        if low[file] == order[file]:
+            component = [stack.pop()]
+            while component[-1] != file:
+                component.append(stack.pop())
+            components.append(sorted(component))
+
+    for file in after:
+        if file not in order:
+            visit(file)
+    return [component for component in components if len(component) > 1]
+
+
+def test_no_circles_between_files() -> None:
+    assert circles() == []
+
+
 def meets(file: str, library: str) -> bool:
     return any(within(module, library) or within(f"{module}.{name}", library) for module, name in imports(file))
 

@@ -31,10 +31,10 @@ from deltaw.adapter.attach import Attached
 from deltaw.adapter.dora import DoRALinear
 from deltaw.adapter.init import eva_directions, lora_ga_factors
 from deltaw.adapter.layer import LoRALinear
+from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
 from deltaw.base.frozen import FrozenLinear
 from deltaw.data.loader import fill
-from deltaw.data.pack import Batch
 from deltaw.errors import RunError
 
 BUDGET = 2 << 30  # bytes of sums held at a time
@@ -77,7 +77,7 @@ def initialise_from_data(
 def _pass(attached: Attached, forward: Forward, batch: Batch, *, backward: bool) -> None:
     """The base on one batch."""
     with attached.disabled(), torch.set_grad_enabled(backward):
-        loss, labels = forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
+        loss, labels = forward.loss(batch)
         if backward and labels:
             loss.backward()
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from deltaw.adapter.layer import LoRALinear
 from deltaw.base.attention import AttentionCall
+from deltaw.base.batch import Passing, passing_of
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.probe import watched_pass
 from deltaw.base.stand_in import StandIn
@@ -68,13 +69,13 @@ class FusedMLP(StandIn):
 class FusedAttention(StandIn):
     """q, k, v from one input, their norms where there are any, rotation, packed attention, output."""
 
-    def __init__(self, original: nn.Module, call: AttentionCall) -> None:
+    def __init__(self, original: nn.Module, call: AttentionCall, passing: Passing) -> None:
         super().__init__(original)
-        self.call = call
+        self.call, self.passing = call, passing
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the original's; whatever is no full pass over packed documents is the original's to do."""
-        documents, angles = kwargs.get("documents"), kwargs.get("position_embeddings")
+        documents, angles = self.passing.current.documents, kwargs.get("position_embeddings")
         more = args or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None
         if not self.enabled or documents is None or angles is None or more:
             return self.original(hidden_states, *args, **kwargs)
@@ -112,7 +113,7 @@ def install(model: nn.Module, kinds: Sequence[str] = KINDS) -> dict[str, StandIn
     if not candidates or not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
         return {}  # a module of somebody's own, of which nobody knows how to run it
     try:
-        watched, calls = watched_pass(model, candidates)
+        watched, calls, this = watched_pass(model, candidates)
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
         return {}  # a model that isn't run by tokens alone
     stand_ins: dict[str, StandIn] = {}
@@ -121,9 +122,10 @@ def install(model: nn.Module, kinds: Sequence[str] = KINDS) -> dict[str, StandIn
         for path, module in candidates.items():
             if _kind(module) != kind or path not in watched:
                 continue
-            stand_in = _build(kind, module, calls.get(module))
-            seen = watched[path]
-            if stand_in is not None and _same(stand_in, *seen):
+            stand_in = _build(kind, module, calls.get(module), passing_of(model))
+            with passing_of(model).running(this):
+                same = stand_in is not None and _same(stand_in, *watched[path])
+            if stand_in is not None and same:
                 model.set_submodule(path, stand_in)
                 stand_ins[path] = stand_in
     return stand_ins
@@ -154,7 +156,7 @@ def _kind(module: nn.Module) -> str:
     return "norm" if alone and "RMSNorm" in type(module).__name__ else ""
 
 
-def _build(kind: str, module: nn.Module, call: AttentionCall | None) -> StandIn | None:
+def _build(kind: str, module: nn.Module, call: AttentionCall | None, passing: Passing) -> StandIn | None:
     """The stand-in that this module would have, or None."""
     if isinstance(module, StandIn):
         return None
@@ -167,7 +169,7 @@ def _build(kind: str, module: nn.Module, call: AttentionCall | None) -> StandIn 
     if kind == "mlp":
         activation = _activation(module.act_fn)
         return None if activation is None or not _takes_one(module) else FusedMLP(module, activation)
-    return None if call is None else FusedAttention(module, call)
+    return None if call is None else FusedAttention(module, call, passing)
 
 
 def _can_project(module: nn.Module | None) -> bool:

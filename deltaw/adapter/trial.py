@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from deltaw.adapter.layer import AdaptedLinear
-from deltaw.base.attention import ATTENTION
+from deltaw.base.attention import is_packed
+from deltaw.base.batch import Pass, passing_of
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.probe import REFUSALS, probe_documents, rounding
 from deltaw.errors import InputError
-from deltaw.kernels.attention import Documents
 
 NOT_TEXT = "doesn't run on text"
 SILENT = "gets no gradient from the model's answers"
@@ -181,12 +181,12 @@ def _with_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 def _logits(model: Any) -> Tensor:
     """[T, V] in float32 of two short documents, packed where the model runs packed, else in a row."""
-    tokens_T, positions_T, starts_S = probe_documents(model)
-    inputs: dict[str, Any] = {"input_ids": tokens_T[None]}
-    if model.config._attn_implementation == ATTENTION:
-        documents = Documents(starts_S.tolist(), tokens_T.device)
-        inputs |= {"position_ids": positions_T[None], "documents": documents}
-    logits: Tensor = model(**inputs, use_cache=False).logits
+    batch = probe_documents(model)
+    inputs, this = {"input_ids": batch.tokens_T[None]}, Pass()
+    if is_packed(model):
+        inputs["position_ids"], this = batch.positions_T[None], Pass(documents=batch.documents)
+    with passing_of(model).running(this):
+        logits: Tensor = model(**inputs, use_cache=False).logits
     return logits[0].float()
 
 

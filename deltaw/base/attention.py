@@ -1,18 +1,21 @@
 """The attention that packs documents, under a name that transformers' registry knows.
 
-Registered as `deltaw`, it is `packed_attention` when the call carries `documents` (an unknown keyword, which
-transformers hands through to attention), and otherwise scaled-dot-product attention, so that training and generation
-need no switch. Its mask function makes no mask for a full causal pass: a packed batch would need one of T² entries.
+Each model has a name of its own there (`deltaw-3`), for an attention that knows the model's `Passing` (batch.py): it is
+`packed_attention` where the running pass says how its documents lie, and otherwise scaled-dot-product attention, so
+that training and generation need no switch. Its mask function makes no mask for a full causal pass: a packed batch
+would need one of T² entries.
 
 So what a model states in its mask, and doesn't tell attention as an argument (Llama 4's chunks, the windows of some
-mixtures of experts), would be lost. `deltaw_asked` is the same attention under real masks that say what was asked for:
-each carries its mask function, which answers for any two places, also far beyond the pass it was made in. Whether that
-is no more than causality and the window that attention is told is then a question of arithmetic, and only a model for
-which it is so (`AttentionCall.honest`) runs under `deltaw` (probe.py).
+mixtures of experts), would be lost. A pass whose probe is `Calls(ask=True)` gets real masks instead, and each carries
+its mask function, which answers for any two places, also far beyond the pass it was made in. Whether that is no more
+than causality and the window that attention is told is then a question of arithmetic, and only a model for which it is
+so (`AttentionCall.honest`) is run packed (probe.py).
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -21,9 +24,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from deltaw.base.batch import Passing, passing_of
 from deltaw.kernels.attention import Documents, packed_attention
 
-ATTENTION, ASKED = "deltaw", "deltaw_asked"
+NAME = "deltaw-"  # and a number, in transformers' registry
 SEES = "deltaw_sees"  # the attribute by which a mask that was asked for carries its function
 # What reaches attention without a meaning there: options of the model's own forward, handed down through its layers.
 # Whatever else arrives (sinks, a bias, the indices of a sparse selection) would be lost, so that it isn't packed.
@@ -68,7 +72,44 @@ def pairs(borders: Iterable[int], device: torch.device | str = "cpu") -> tuple[T
     return query[real], (query - behind)[real]
 
 
+class Calls(dict[nn.Module, AttentionCall]):
+    """A pass's probe: who called attention, and how. `ask`: under real masks that say what they let through."""
+
+    def __init__(self, *, ask: bool = False) -> None:
+        super().__init__()
+        self.ask = ask
+
+    def note(self, module: nn.Module, call: AttentionCall, more: dict[str, Any]) -> None:
+        """Write down a call. Raises NotImplementedError for one that attention here doesn't do justice to."""
+        given = {name for name, value in more.items() if value is not None and not (name == "is_causal" and value)}
+        strange = sorted(name for name in given - MEANINGLESS if not name.startswith("output_"))
+        if strange:
+            raise NotImplementedError(f"attention with {', '.join(strange)}")
+        if self.setdefault(module, call) != call:
+            raise NotImplementedError("a module that calls attention in two ways")
+
+
+_numbers = count(1)
+
+
+def packed_attention_of(model: nn.Module) -> str:
+    """The name under which transformers knows this model's packed attention. The registry lives as long as the process
+    and never forgets a name, so each model gets one only when it is asked for."""
+    passing = passing_of(model)
+    if not passing.attention:
+        passing.attention = f"{NAME}{next(_numbers)}"
+        AttentionInterface.register(passing.attention, partial(_attention, passing))
+        AttentionMaskInterface.register(passing.attention, partial(_mask, passing))
+    return passing.attention
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether the model is on its packed attention, where `plan_forward` left it if it can be."""
+    return str(model.config._attn_implementation).startswith(NAME)  # type: ignore[union-attr]
+
+
 def _attention(
+    passing: Passing,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -77,25 +118,21 @@ def _attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    documents: Documents | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    calls: dict[nn.Module, AttentionCall] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: query [B, H, L, E], key and value [B, K, L', E] -> [B, L, H, E].
-
-    `calls`, if given, is told who called and how (`watched_pass`).
-    """
+    """transformers' attention signature: query [B, H, L, E], key and value [B, K, L', E] -> [B, L, H, E]."""
+    this = passing.current
     if s_aux is not None or position_bias is not None:
         raise NotImplementedError("attention with sinks or a position bias")
-    if calls is not None:
-        _note(
-            calls, module, AttentionCall(query.shape[3], scaling, sliding_window, softcap, *_of(attention_mask)), kwargs
-        )
+    if isinstance(this.probe, Calls):
+        masked, sees = attention_mask is not None, getattr(attention_mask, SEES, None)
+        this.probe.note(module, AttentionCall(query.shape[3], scaling, sliding_window, softcap, masked, sees), kwargs)
     plain = attention_mask is None and query.shape[2] == key.shape[2]
+    documents = this.documents
     if documents is None and plain:
         documents = _rows(query, kwargs.get("position_ids"))
     if documents is not None and plain:
@@ -125,21 +162,6 @@ def _rows(query: Tensor, position_ids: Tensor | None) -> Documents:
     return Documents(sorted(starts), query.device)
 
 
-def _of(mask: Tensor | None) -> tuple[bool, Sees | None]:
-    """(whether there is a mask, what it lets through)."""
-    return mask is not None, getattr(mask, SEES, None)
-
-
-def _note(calls: dict[nn.Module, AttentionCall], module: nn.Module, call: AttentionCall, more: dict[str, Any]) -> None:
-    """Write down a call. Raises NotImplementedError for one that attention here doesn't do justice to."""
-    given = {name for name, value in more.items() if value is not None and not (name == "is_causal" and value)}
-    strange = sorted(name for name in given - MEANINGLESS if not name.startswith("output_"))
-    if strange:
-        raise NotImplementedError(f"attention with {', '.join(strange)}")
-    if calls.setdefault(module, call) != call:
-        raise NotImplementedError("a module that calls attention in two ways")
-
-
 def _capped_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float
 ) -> Tensor:
@@ -155,8 +177,10 @@ def _capped_attention(
     return (weights @ value.repeat_interleave(shared, 1)).transpose(1, 2)
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+def _mask(passing: Passing, *args: Any, **kwargs: Any) -> Tensor | None:
     """No mask for a full causal pass, transformers' own for everything else (padding, a cache)."""
+    if isinstance(passing.current.probe, Calls) and passing.current.probe.ask:
+        return _asked_mask(*args, **kwargs)
     q_length, kv_length = kwargs.get("q_length"), kwargs.get("kv_length")
     if kwargs.get("attention_mask") is None and q_length == kv_length and not kwargs.get("q_offset"):
         return None
@@ -171,8 +195,3 @@ def _asked_mask(*args: Any, **kwargs: Any) -> Tensor:
     mask: Tensor = sdpa_mask(*args, **kwargs)
     setattr(mask, SEES, kwargs.get("mask_function"))
     return mask
-
-
-for name, mask_of in ((ATTENTION, _mask), (ASKED, _asked_mask)):
-    AttentionInterface.register(name, _attention)
-    AttentionMaskInterface.register(name, mask_of)

@@ -11,7 +11,6 @@ Letters: T tokens of a batch, S documents + 1, B documents of a padded batch, L 
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.base.angles import stand_in_for_angles
-from deltaw.base.attention import ATTENTION
+from deltaw.base.attention import packed_attention_of
+from deltaw.base.batch import Batch, Pass, passing_of, segments_of
 from deltaw.base.head import Head, find_head
-from deltaw.base.prefix import Prefix, Tokens
+from deltaw.base.prefix import Prefix
 from deltaw.base.probe import REFUSALS, Probe, borders, masks_are_told, uncrossed
 from deltaw.base.small import small_copy
-from deltaw.kernels.attention import Documents
 from deltaw.kernels.loss import IGNORE
 
 PACKED, PADDED, APART = "packed documents", "padded batches", "one document at a time"
@@ -56,23 +55,23 @@ class Forward:
         below = f", {self.prefix.first} frozen layers computed once" if self.prefix else ""
         return f"{batches}, {head}{below}"
 
-    def loss(self, tokens_T: Tensor, labels_T: Tensor, positions_T: Tensor, starts_S: Tensor) -> tuple[Tensor, int]:
-        """(sum over labelled tokens of the cross-entropy in nats, their count). Labels are already shifted."""
-        if not (labels_T != IGNORE).any():
-            return tokens_T.new_zeros((), dtype=torch.float32), 0
-        hidden_TX = self._rows(tokens_T, positions_T, starts_S)
+    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """(sum over labelled tokens of the cross-entropy in nats, their count)."""
+        if not batch.supervised:
+            return batch.tokens_T.new_zeros((), dtype=torch.float32), 0
+        hidden_TX = self.rows(batch)
         if self.head is not None:
-            return self.head.loss(hidden_TX, labels_T)
-        rows = labels_T != IGNORE
-        loss = nn.functional.cross_entropy(hidden_TX[rows].float(), labels_T[rows], reduction="sum")
-        return loss, int(rows.sum())
+            return self.head.loss(hidden_TX, batch.labels_T)
+        rows = batch.labels_T != IGNORE
+        loss = nn.functional.cross_entropy(hidden_TX[rows].float(), batch.labels_T[rows], reduction="sum")
+        return loss, batch.supervised
 
-    def logits(self, tokens_T: Tensor, positions_T: Tensor, starts_S: Tensor) -> Tensor:
+    def logits(self, batch: Batch) -> Tensor:
         """[T, V] in float32: for tests and small inputs; training never forms it."""
-        hidden_TX = self._rows(tokens_T, positions_T, starts_S)
+        hidden_TX = self.rows(batch)
         return hidden_TX.float() if self.head is None else self.head.logits(hidden_TX)
 
-    def above(self, layers: str, first: int, batches: Iterable[Tokens], progress: Callable[[int], None]) -> "Forward":
+    def above(self, layers: str, first: int, batches: Iterable[Batch], progress: Callable[[int], None]) -> "Forward":
         """This forward for passes over the documents of `batches`, begun at layer `first` of the module list `layers`.
 
         Right as long as nothing below changes. Itself where that can't be done.
@@ -80,37 +79,50 @@ class Forward:
         if not self.packed or not first:
             return self
         prefix = Prefix(self.model, layers, first)
-        if prefix.fill(dataclasses.replace(self, prefix=prefix)._rows, batches, progress):
+        if prefix.fill(dataclasses.replace(self, prefix=prefix).rows, batches, progress):
             return dataclasses.replace(self, prefix=prefix)
         prefix.remove()
         return self
 
-    def _rows(self, tokens_T: Tensor, positions_T: Tensor, starts_S: Tensor) -> Tensor:
-        """A row a token: hidden [T, D] where the head is known, else logits [T, V]."""
+    def rows(self, batch: Batch) -> Tensor:
+        """A row per token: hidden [T, D] where the head is known, else logits [T, V]."""
+        tokens_T, starts = batch.tokens_T, batch.starts
         if self.packed:
-            documents = Documents(starts_S.tolist(), tokens_T.device)
-            with self.prefix.replayed(tokens_T, starts_S) if self.prefix else nullcontext():
-                rows = self._run(input_ids=tokens_T[None], position_ids=positions_T[None], documents=documents)
-            return rows.squeeze(0)
-        starts = starts_S.tolist()
+            below = self.prefix.kept(batch) if self.prefix else None
+            this = Pass(documents=batch.documents, segments=batch.segments(), below=below)
+            return self._run(this, input_ids=tokens_T[None], position_ids=batch.positions_T[None]).squeeze(0)
         if self.way == APART or len(starts) == 2:  # nothing is padded
-            return torch.cat([self._run(input_ids=tokens_T[None, a:b]).squeeze(0) for a, b in pairwise(starts)])
-        length_B = starts_S.diff()
-        real_BL = torch.arange(int(length_B.max()), device=tokens_T.device) < length_B[:, None].to(tokens_T.device)
+            parts = batch.updates or (None,) * (len(starts) - 1)
+            return torch.cat(
+                [
+                    self._run(_of_one(update, end - start), input_ids=tokens_T[None, start:end]).squeeze(0)
+                    for update, (start, end) in zip(parts, pairwise(starts), strict=True)
+                ]
+            )
+        longest = batch.documents.longest
+        length_B = torch.tensor([end - start for start, end in pairwise(starts)], device=tokens_T.device)
+        real_BL = torch.arange(longest, device=tokens_T.device) < length_B[:, None]
         ids_BL = tokens_T.new_zeros(real_BL.shape)
         ids_BL[real_BL] = tokens_T
         more: dict[str, Any] = {}
         if self.positions:
             more["position_ids"] = torch.zeros_like(ids_BL)
-            more["position_ids"][real_BL] = positions_T
-        return self._run(input_ids=ids_BL, attention_mask=real_BL.long(), **more)[real_BL]
+            more["position_ids"][real_BL] = batch.positions_T
+        this = Pass(segments=segments_of(batch.updates, [n * longest for n in range(len(starts))]))
+        return self._run(this, input_ids=ids_BL, attention_mask=real_BL.long(), **more)[real_BL]
 
-    def _run(self, **inputs: Any) -> Tensor:
-        if self.head is None:
-            out: Tensor = self.model(**inputs, use_cache=False).logits
-        else:
-            out = self.model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
+    def _run(self, this: Pass, **inputs: Any) -> Tensor:
+        with passing_of(self.model).running(this):
+            if self.head is None:
+                out: Tensor = self.model(**inputs, use_cache=False).logits
+            else:
+                out = self.model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
         return out
+
+
+def _of_one(update: int | None, rows: int) -> Pass:
+    """The pass of one document alone."""
+    return Pass(segments=None if update is None else segments_of((update,), (0, rows)))
 
 
 @torch.no_grad()
@@ -146,7 +158,7 @@ def _why_not_packed(model: nn.Module, probe: Probe, packed: Forward) -> str:
     try:
         if not masks_are_told(model):
             return "this model's masks hide more than attention is told"
-        model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+        model.set_attn_implementation(packed_attention_of(model))  # type: ignore[operator]
         if probe.fits(packed.logits) and probe.isolated(model, packed.logits):
             return ""
     except NotImplementedError as error:

@@ -2,7 +2,8 @@
 
 What a document is when it enters the first adapted layer depends on its tokens and on nothing that trains. So it is
 computed before the first step, for all documents, and kept (2 D bytes a token in bfloat16); from then on a pass starts
-at that layer. The layers below hand their input on, and the last of them hands out what was kept.
+at that layer: what was kept is in the `Pass` (batch.py), the layers below hand their input on, and the last of them
+hands out what was kept.
 
 The documents are gone through in a fixed order and in fixed batches, not as the steps happen to meet them: a sum's last
 bits depend on the shape of the product that it is part of, and a resumed run, which starts with nothing kept, must come
@@ -12,18 +13,17 @@ Letters: T tokens of a batch, D hidden size.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from deltaw.base.batch import Batch, Passing, passing_of
 from deltaw.base.stand_in import StandIn
 
-Tokens = tuple[Tensor, Tensor, Tensor]  # tokens_T, positions_T, starts_S of a batch
-Pass = Callable[[Tensor, Tensor, Tensor], Tensor]  # the model on a batch: a row a token
+Rows = Callable[[Batch], Tensor]  # the model on a batch: a row per token
 
 
 class Prefix:
@@ -32,50 +32,49 @@ class Prefix:
     def __init__(self, model: nn.Module, layers: str, first: int) -> None:
         self.first = first
         self._model, self._path = model, layers
-        self._rows: dict[bytes, Tensor] = {}
-        self._replay: Tensor | None = None
-        self._filling = False
+        self._kept: dict[bytes, Tensor] = {}
         for number in range(first):
             path = f"{layers}.{number}"
-            model.set_submodule(path, _Below(model.get_submodule(path), self, last=number + 1 == first))
+            below = _Below(model.get_submodule(path), passing_of(model), last=number + 1 == first)
+            model.set_submodule(path, below)
 
     @torch.no_grad()
-    def fill(self, run: Pass, batches: Iterable[Tokens], progress: Callable[[int], None]) -> bool:
+    def fill(self, rows: Rows, batches: Iterable[Batch], progress: Callable[[int], None]) -> bool:
         """Keep what enters the first adapted layer. False, with nothing kept, where that is not all that the layers
         above need: the first batch, begun there, must come to the same bits as begun at the bottom."""
-        for number, (tokens_T, positions_T, starts_S) in enumerate(batches):
-            self._filling = True
-            try:
-                run(tokens_T, positions_T, starts_S)
-                return False  # no layer below was called
-            except _Caught as caught:
-                if caught.rows is None:
-                    return False
-                rows_TD = caught.rows.reshape(len(tokens_T), -1)
-            finally:
-                self._filling = False
-            for key, start, end in _documents(tokens_T, starts_S):
-                self._rows[key] = rows_TD[start:end].clone()
-            if number == 0 and not self._suffices(run, (tokens_T, positions_T, starts_S)):
+        for number, batch in enumerate(batches):
+            whole = rows(batch) if number == 0 else None
+            entering_TD = self._entering(rows, batch)
+            if entering_TD is None:
+                return False
+            for key, start, end in _documents(batch):
+                self._kept[key] = entering_TD[start:end].clone()
+            if whole is not None and not torch.equal(rows(batch), whole):
+                self._kept.clear()
                 return False
             progress(number + 1)
         return True
 
-    def _suffices(self, run: Pass, batch: Tokens) -> bool:
-        whole = run(*batch)
-        with self.replayed(batch[0], batch[2]):
-            return torch.equal(run(*batch), whole)
+    def _entering(self, rows: Rows, batch: Batch) -> Tensor | None:
+        """What the layers below hand to layer `first` [T, D]; None where that isn't one tensor, or none is called."""
 
-    @contextmanager
-    def replayed(self, tokens_T: Tensor, starts_S: Tensor) -> Iterator[None]:
-        """Passes in this block begin above the prefix if all their documents are kept, else at the bottom."""
-        rows = [self._rows.get(key) for key, _, _ in _documents(tokens_T, starts_S)]
-        known = [row for row in rows if row is not None]
-        self._replay = torch.cat(known) if len(known) == len(rows) else None
+        def catch(module: nn.Module, args: Any, output: Any) -> NoReturn:
+            raise _Caught(output if isinstance(output, Tensor) else None)
+
+        hook = self._model.get_submodule(f"{self._path}.{self.first - 1}").register_forward_hook(catch)
         try:
-            yield
+            rows(batch)
+        except _Caught as caught:
+            return None if caught.rows is None else caught.rows.reshape(len(batch.tokens_T), -1)
         finally:
-            self._replay = None
+            hook.remove()
+        return None
+
+    def kept(self, batch: Batch) -> Tensor | None:
+        """What enters layer `first` for the documents of `batch` [T, D]; None where one of them isn't kept."""
+        known = [self._kept.get(key) for key, _, _ in _documents(batch)]
+        rows = [row for row in known if row is not None]
+        return torch.cat(rows) if len(rows) == len(known) else None
 
     def remove(self) -> None:
         """Put the layers back."""
@@ -84,15 +83,6 @@ class Prefix:
             layer = self._model.get_submodule(path)
             assert isinstance(layer, _Below)
             self._model.set_submodule(path, layer.original)
-
-    def pass_below(self, layer: "_Below", hidden: Tensor, args: Any, kwargs: Any) -> Any:
-        """What a layer below gives: the kept rows, its input or, when nothing is replayed, its own output."""
-        if self._replay is not None:
-            return self._replay.view_as(hidden) if layer.last else hidden
-        out = layer.original(hidden, *args, **kwargs)
-        if layer.last and self._filling:
-            raise _Caught(out if isinstance(out, Tensor) else None)
-        return out
 
 
 class _Caught(Exception):
@@ -103,15 +93,18 @@ class _Caught(Exception):
 
 
 class _Below(StandIn):
-    """A layer of the prefix."""
+    """A layer of the prefix: where the pass has what was kept it is passed over, else it runs."""
 
-    def __init__(self, original: nn.Module, prefix: Prefix, last: bool) -> None:
+    def __init__(self, original: nn.Module, passing: Passing, last: bool) -> None:
         super().__init__(original)
-        self.prefix, self.last = prefix, last
+        self.passing, self.last = passing, last
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own."""
-        return self.prefix.pass_below(self, hidden_states, args, kwargs)
+        kept = self.passing.current.below
+        if kept is None:
+            return self.original(hidden_states, *args, **kwargs)
+        return kept.view_as(hidden_states) if self.last else hidden_states
 
 
 def lowest_layer(paths: Sequence[str]) -> tuple[str, int] | None:
@@ -123,7 +116,7 @@ def lowest_layer(paths: Sequence[str]) -> tuple[str, int] | None:
     return str(lists.pop()), min(int(match.group(2)) for match in found if match)
 
 
-def _documents(tokens_T: Tensor, starts_S: Tensor) -> list[tuple[bytes, int, int]]:
+def _documents(batch: Batch) -> list[tuple[bytes, int, int]]:
     """(key, start, end) of each document; its tokens are its key, since nothing else tells what it is down here."""
-    starts, tokens = starts_S.tolist(), tokens_T.to("cpu", torch.int32).numpy()
-    return [(tokens[a:b].tobytes(), a, b) for a, b in pairwise(starts)]
+    tokens = batch.tokens_T.to("cpu", torch.int32).numpy()
+    return [(tokens[a:b].tobytes(), a, b) for a, b in pairwise(batch.starts)]

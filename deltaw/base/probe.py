@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.base.attention import ASKED, ATTENTION, AttentionCall, pairs
-from deltaw.kernels.attention import Documents
+from deltaw.base.attention import Calls, is_packed, packed_attention_of, pairs
+from deltaw.base.batch import Batch, Pass, passing_of
 
 SHORT = (5, 7)  # tokens of the two documents where the config has no number that is dear to cross
 BUDGET = 4e9  # parameters x tokens of a pass: under half a second on two cores
@@ -36,21 +36,19 @@ CONTEXTS = (
     "n_ctx",
 )  # names of a context's length
 
-Tokens = tuple[Tensor, Tensor, Tensor]  # tokens_T, positions_T, starts_S of a batch
-Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
+Logits = Callable[[Batch], Tensor]
 Seen = tuple[tuple[Any, ...], dict[str, Any], Any]  # a module's arguments and its output
 # What a model says that can't be run as it is asked to.
 REFUSALS = (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError)
 
 
-def probe_documents(model: nn.Module) -> Tokens:
+def probe_documents(model: nn.Module) -> Batch:
     """Two documents end to end, the second beyond as many borders of the config as a pass of this model allows."""
     device = next(model.parameters()).device
     lengths = (SHORT[0], max(SHORT[1], _crossing(model)))
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     tokens_T = (torch.arange(sum(lengths), device=device) * 7919 + 13) % vocabulary
-    positions_T = torch.cat([torch.arange(n, device=device) for n in lengths])
-    return tokens_T, positions_T, torch.tensor([0, lengths[0], sum(lengths)])
+    return Batch.of(tokens_T, [0, lengths[0], sum(lengths)])
 
 
 def borders(config: Any) -> set[int]:
@@ -109,32 +107,32 @@ def masks_are_told(model: nn.Module) -> bool:
 
     Leaves the model on the attention that asks.
     """
-    model.set_attn_implementation(ASKED)  # type: ignore[operator]
-    tokens_T, _, starts_S = probe_documents(model)
-    calls: dict[nn.Module, AttentionCall] = {}
-    model(input_ids=tokens_T[None, : int(starts_S[1])], calls=calls, use_cache=False)
-    places = pairs(borders(model.config.to_dict()), tokens_T.device)  # type: ignore[union-attr, operator]
+    model.set_attn_implementation(packed_attention_of(model))  # type: ignore[operator]
+    batch, calls = probe_documents(model), Calls(ask=True)
+    with passing_of(model).running(Pass(probe=calls)):
+        model(input_ids=batch.tokens_T[None, : batch.starts[1]], use_cache=False)
+    places = pairs(borders(model.config.to_dict()), batch.tokens_T.device)  # type: ignore[union-attr, operator]
     kinds = {(call.sees, call.masked, call.window): call for call in calls.values()}  # a mask is for many layers
     return all(call.honest(*places) for call in kinds.values())
 
 
 @torch.no_grad()
-def watched_pass(
-    model: nn.Module, modules: Mapping[str, nn.Module]
-) -> tuple[dict[str, Seen], dict[Any, AttentionCall]]:
-    """One pass over two documents: (what each of `modules` was first given and gave, who called attention how).
+def watched_pass(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str, Seen], Calls, Pass]:
+    """One pass over two documents: (what each of `modules` was first given and gave, who called attention, the pass).
 
     The second document stands at places beyond every border in the config, so that what a module does by place (a
     temperature, say) shows. A model that `plan_forward` left on packed attention runs
     packed here, too; the calls are empty for any other.
     """
-    tokens_T, positions_T, starts_S = probe_documents(model)
-    if model.config._attn_implementation != ATTENTION:  # type: ignore[union-attr]
-        return _watched(model, modules, {"input_ids": tokens_T[None]}), {}
-    positions_T[int(starts_S[1]) :] += _far(model, len(tokens_T))
-    calls: dict[Any, AttentionCall] = {}
-    more = {"documents": Documents(starts_S.tolist(), tokens_T.device), "calls": calls}
-    return _watched(model, modules, {"input_ids": tokens_T[None], "position_ids": positions_T[None], **more}), calls
+    batch, calls = probe_documents(model), Calls()
+    inputs = {"input_ids": batch.tokens_T[None]}
+    if not is_packed(model):
+        return _watched(model, modules, inputs), calls, Pass()
+    positions_T = batch.positions_T.clone()
+    positions_T[batch.starts[1] :] += _far(model, len(positions_T))
+    with passing_of(model).running(Pass(documents=batch.documents, probe=calls)):
+        seen = _watched(model, modules, {**inputs, "position_ids": positions_T[None]})
+    return seen, calls, Pass(documents=batch.documents)
 
 
 def _far(model: nn.Module, tokens: int) -> int:
@@ -181,36 +179,35 @@ def rounding(dtype: torch.dtype) -> float:
     return 25 * torch.finfo(dtype).eps + 300 * torch.finfo(wide).eps
 
 
+def _parts(batch: Batch) -> tuple[Tensor, ...]:
+    """The tokens of each document."""
+    return batch.tokens_T.tensor_split(batch.starts[1:-1])
+
+
 @dataclass(frozen=True)
 class Probe:
     """The probe's documents and the model's own logits for each, run apart with its own attention."""
 
-    tokens_T: Tensor
-    positions_T: Tensor
-    starts_S: Tensor
+    batch: Batch
     truth_TV: Tensor
     tolerance: float
 
     @staticmethod
     def on(model: nn.Module) -> "Probe":
-        tokens_T, positions_T, starts_S = probe_documents(model)
-        lengths = starts_S.diff().tolist()
-        dtype = next(model.parameters()).dtype
-        truth = [model(input_ids=part[None], use_cache=False).logits[0].float() for part in tokens_T.split(lengths)]
+        batch, dtype = probe_documents(model), next(model.parameters()).dtype
+        truth = [model(input_ids=part[None], use_cache=False).logits[0].float() for part in _parts(batch)]
         truth_TV = torch.cat(truth)
-        return Probe(tokens_T, positions_T, starts_S, truth_TV, max(rounding(dtype) * float(truth_TV.std()), 1e-6))
+        return Probe(batch, truth_TV, max(rounding(dtype) * float(truth_TV.std()), 1e-6))
 
     def fits(self, logits: Logits) -> bool:
         """Whether both documents, run together, get the logits that the model gives them apart."""
-        return self._is_truth(logits(self.tokens_T, self.positions_T, self.starts_S))
+        return self._is_truth(logits(self.batch))
 
     def fits_apart(self, logits: Logits) -> bool:
         """Whether each document, run alone, gets them: then only the head can differ, and rounding between batches
         (a state space's, or experts chosen by a hair) is no matter."""
-        lengths = self.starts_S.diff().tolist()
-        parts = zip(self.tokens_T.split(lengths), self.positions_T.split(lengths), lengths, strict=True)
         try:
-            got = [logits(tokens, positions, torch.tensor([0, n])) for tokens, positions, n in parts]
+            got = [logits(Batch.of(tokens, [0, len(tokens)])) for tokens in _parts(self.batch)]
         except RuntimeError:
             return False  # a head that can't even be multiplied (a dtype of its own, say)
         return self._is_truth(torch.cat(got))
@@ -234,10 +231,10 @@ class Probe:
 
         hook = model.get_input_embeddings().register_forward_hook(watch)  # type: ignore[operator]
         try:
-            logits_TV = logits(self.tokens_T, self.positions_T, self.starts_S)
+            logits_TV = logits(self.batch)
         finally:
             hook.remove()
-        cut = int(self.starts_S[1])
+        cut = self.batch.starts[1]
         (grad,) = torch.autograd.grad(logits_TV[cut:].square().sum(), embedded)
-        grad_TD = grad.reshape(len(self.tokens_T), -1)
+        grad_TD = grad.reshape(len(logits_TV), -1)
         return not grad_TD[:cut].any() and bool(grad_TD[cut:].any())

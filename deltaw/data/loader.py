@@ -26,8 +26,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from deltaw.base.batch import Batch
 from deltaw.data.example import Example
-from deltaw.data.pack import Batch, pack
+from deltaw.data.pack import pack
 
 EPOCHS, DOCUMENTS = 1_000, 2_000_000  # whose steps are counted one by one
 Step = list[list[int]]  # batches of example numbers

@@ -20,11 +20,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from deltaw.base.batch import Batch
 from deltaw.config import DataConfig
 from deltaw.data.dataset import prepare
 from deltaw.data.example import Example
 from deltaw.data.loader import fill
-from deltaw.data.pack import Batch, pack
+from deltaw.data.pack import pack
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
 from deltaw.generate.engine import evaluating
@@ -89,15 +90,14 @@ def _sums(model: Model, batch: Batch) -> Tensor:
     batch = batch.to(model.base.device)
     rows = batch.labels_T != IGNORE
     labels_T1 = batch.labels_T[rows][:, None]
-    inputs = batch.tokens_T, batch.positions_T, batch.starts_S
-    after_TV = model.forward.logits(*inputs)[rows].log_softmax(-1)
+    after_TV = model.forward.logits(batch)[rows].log_softmax(-1)
     with model.attached.disabled():
-        before_TV = model.forward.logits(*inputs)[rows].log_softmax(-1)
+        before_TV = model.forward.logits(batch)[rows].log_softmax(-1)
     losses = [-logs_TV.gather(1, labels_T1).squeeze(1) for logs_TV in (before_TV, after_TV)]
     kl_T = (before_TV.exp() * (before_TV - after_TV)).sum(1)
     figures_T4 = torch.stack([*losses, kl_T, torch.ones_like(kl_T)], 1).double().cpu()
-    passage_T = torch.bucketize(rows.nonzero().squeeze(1), batch.starts_S[1:], right=True).cpu()
-    return figures_T4.new_zeros(len(batch.starts_S) - 1, 4).index_add(0, passage_T, figures_T4)
+    passage_T = torch.bucketize(rows.nonzero().squeeze(1).cpu(), torch.tensor(batch.starts[1:]), right=True)
+    return figures_T4.new_zeros(len(batch.starts) - 1, 4).index_add(0, passage_T, figures_T4)
 
 
 def _interval(part_P: Tensor, tokens_P: Tensor) -> tuple[float, float] | None:

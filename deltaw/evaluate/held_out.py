@@ -123,7 +123,7 @@ def held_out_loss(
     with evaluating(forward.model):
         for chunk in _batches(examples):
             batch = pack(chunk).to(device)
-            loss, labels = forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
+            loss, labels = forward.loss(batch)
             total, count, done = total + float(loss), count + labels, done + len(chunk)
             if progress:
                 progress(done)

@@ -28,6 +28,7 @@ Letters: T tokens, H query heads, K key/value heads, G = H / K heads that share 
 group, L its length, C queries of a chunk, S documents of the batch + 1.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,14 +77,14 @@ class Layout:
 class Documents:
     """Where each document lies and how they are grouped: built once a batch, used by every layer.
 
-    `starts` are the documents' offsets with the total length as the last entry.
+    `starts` are the documents' offsets with the total length as the last entry. Raises ValueError for an empty one.
     """
 
     def __init__(self, starts: list[int], device: torch.device | str = "cpu") -> None:
         lengths = [end - start for start, end in pairwise(starts)]
         if not lengths or min(lengths) < 1:
             raise ValueError("documents must have at least one token each")
-        self.total, self.longest, self.device = starts[-1], max(lengths), device
+        self.starts, self.total, self.longest, self.device = starts, starts[-1], max(lengths), device
         self.starts_S = torch.tensor(starts, dtype=torch.int32, device=device)
         self.groups: list[Group] = []
         rows: list[Tensor] = []  # the token in each gathered place, group after group
@@ -104,6 +105,17 @@ class Documents:
             offset += len(members) * longest
         self.token_P, self.real_P = torch.cat(rows).to(device), torch.cat(real).to(device)
         self._layouts: dict[tuple[int, bool], Layout] = {}
+
+    def to(self, device: torch.device | str) -> "Documents":
+        """The same on `device`: itself where it is there."""
+        if torch.device(device) == torch.device(self.device):
+            return self
+        there = copy.copy(self)
+        there.device, there._layouts = device, {}
+        there.starts_S, there.token_P, there.real_P = (
+            x.to(device, non_blocking=True) for x in (self.starts_S, self.token_P, self.real_P)
+        )
+        return there
 
     def layout(self, heads: int, *, in_chunks: bool = False) -> Layout:
         """Where the rows of [T, heads] go. `in_chunks`: the documents of a group advance together, chunk by chunk."""

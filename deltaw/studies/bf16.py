@@ -120,7 +120,7 @@ def train(forward: Forward, config: RunConfig, dataset: Dataset, rate: float, dt
     optimizer = torch.optim.AdamW(attached.parameters, lr=rate, weight_decay=0.0)
     for batches, _ in islice(Loader(dataset.train, TOKENS, TOKENS, config.train.seed), steps):
         for batch in (batch.to(device) for batch in batches):
-            loss, count = forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
+            loss, count = forward.loss(batch)
             (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -227,7 +227,7 @@ def learn(forward: Forward, start: Weights, way: str, rate: float, stage: Stage,
     loader = Loader(stage.train, TOKENS, TOKENS, seed)
     for step, (batches, _) in enumerate(islice(loader, stage.steps)):
         for batch in batches:
-            loss, count = forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
+            loss, count = forward.loss(batch)
             (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(trained, config.clip)
         for group in optimizer.param_groups:

@@ -27,7 +27,7 @@ def above_the_frozen(model: Model, dataset: Dataset, tokens_per_batch: int, disp
     groups = fill(range(len(lengths)), lengths, tokens_per_batch)
     batches = (pack([dataset.train[n] for n in group]).to(model.base.device) for group in groups)
     with display.task("frozen layers", len(groups)) as update:
-        forward = model.forward.above(*lowest, ((b.tokens_T, b.positions_T, b.starts_S) for b in batches), update)
+        forward = model.forward.above(*lowest, batches, update)
         update(len(groups))
     display.say(f"training steps: {forward.describe()}")
     return forward

@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from deltaw.base.batch import Batch
 from deltaw.data.example import Example
-from deltaw.data.pack import Batch, pack
+from deltaw.data.pack import pack
 from deltaw.kernels.loss import IGNORE
 from deltaw.training.log import peak_memory_bytes
 
@@ -190,7 +191,7 @@ def one_pass(trainer: "Trainer", batch: Batch, *, accumulating: bool) -> None:
                     parameter.grad = torch.ones_like(parameter)
             batch = batch.to(device)
             # Not the trainer's forward, which may begin above frozen layers for rows that it knows: these may be cut.
-            loss, labels = trainer.model.forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
+            loss, labels = trainer.model.forward.loss(batch)
             if labels:
                 loss.backward()
         finally:

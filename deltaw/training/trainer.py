@@ -19,11 +19,11 @@ import torch
 
 from deltaw.adapter.attach import Attached
 from deltaw.adapter.file import Adapter
+from deltaw.base.batch import Batch
 from deltaw.base.fingerprint import same_base
 from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
 from deltaw.data.loader import Loader, LoaderState
-from deltaw.data.pack import Batch
 from deltaw.data.render import TEMPLATE
 from deltaw.errors import InputError, RunError, command
 from deltaw.evaluate.held_out import (
@@ -285,7 +285,7 @@ class Trainer:
         self._dropout(True)
         for number, batch in enumerate(batches, 1):
             batch = batch.to(self.model.base.device)
-            loss, _ = self.forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
+            loss, _ = self.forward.loss(batch)
             value = float(loss.detach())
             if not math.isfinite(value):
                 what = f"the loss of batch {number} of {len(batches)} is NaN or infinite"

@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 
 from deltaw.adapter.attach import Attached
+from deltaw.base.batch import Batch
 from deltaw.config import TrainConfig
-from deltaw.data.pack import Batch
 from deltaw.errors import RunError, listed
 from deltaw.kernels.loss import IGNORE
 from deltaw.training.checkpoint import TrainState

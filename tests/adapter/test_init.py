@@ -22,11 +22,12 @@ from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.init import eva_directions, leading, lora_ga_factors, olora_factors, pissa_factors
 from deltaw.adapter.init_data import initialise_from_data
 from deltaw.adapter.layer import LoRALinear
+from deltaw.base.batch import Batch
 from deltaw.base.forward import plan_forward
 from deltaw.base.frozen import FrozenLinear
 from deltaw.config import AdapterSpec
 from deltaw.data.example import Example
-from deltaw.data.pack import Batch, pack
+from deltaw.data.pack import pack
 from deltaw.errors import InputError, RunError
 from deltaw.factors import LowRank
 from deltaw.linalg.subspace import range_basis, similarity
@@ -319,7 +320,7 @@ def test_the_gradient_is_the_weights_own(name: str, monkeypatch: Any) -> None:
     for path in attached.paths:
         model.get_submodule(path).weight.requires_grad_()
     for batch in batches():
-        forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)[0].backward()
+        forward.loss(batch)[0].backward()
     assert len(seen) == len(attached.paths)
     for gradient, path in zip(seen, attached.paths, strict=True):
         wanted = model.get_submodule(path).weight.grad
@@ -336,7 +337,7 @@ def test_the_scatter_is_that_of_all_inputs_centred(monkeypatch: Any) -> None:
             lambda m, i, o, p=path: inputs.setdefault(p, []).append(i[0][0])
         )
     for batch in batches():
-        forward.loss(batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)
+        forward.loss(batch)
     for scatter, path in zip(seen, attached.paths, strict=True):
         x = torch.cat(inputs[path]).double()
         centred = x - x.mean(0)

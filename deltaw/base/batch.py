@@ -1,0 +1,154 @@
+"""What a model is given: `Batch`, documents laid end to end, and `Pass`, what a forward carries to layers beside x.
+
+Three documents of 3, 2 and 4 tokens:
+
+    tokens_T      a0 a1 a2 b0 b1 c0 c1 c2 c3
+    labels_T      a1 a2  .  b1  . c1 c2 c3  .      . is IGNORE; so is every label whose token isn't trained
+    positions_T    0  1  2  0  1  0  1  2  3
+    starts         0        3     5           9    offset of each document, and T (`cu_seqlens` elsewhere)
+
+Labels are already shifted: the model's output at t is compared with labels_T[t]. Shifting where the documents are still
+known is what keeps a label from crossing into the next one.
+
+How the documents are grouped for attention (`Documents`) and how many labels count is worked out once, by whoever packs
+them, and travels with the batch: a forward neither repeats it nor waits for the device to be told.
+
+A layer deep inside one of transformers' models is given its input and little else. What else it needs of a pass stands
+in a `Pass`, and reaches it through the model's `Passing`: one small holder per model, which attention, stand-ins and
+adapted layers keep from the moment they are put in place. Rejected: keyword arguments handed down through the model's
+own code (linear layers never see them, and an unknown name may be refused on the way), a global (two models run side by
+side in one process), and a thread-local (the backward, and what is recomputed in it, runs on another thread).
+
+Letters: T tokens, S documents + 1.
+"""
+
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.kernels.attention import Documents
+from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.segments import Segment, Segments
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Documents laid end to end, int64: tokens_T, labels_T, positions_T (T,). Made by `Batch.of`.
+
+    `supervised`: how many labels count; sums over batches divide by the sum of these, once. By document: `origins`, the
+    row it was; `updates`, which of a layer's updates it takes (empty: all the first); `weights`, what it counts in the
+    loss (empty: all 1).
+    """
+
+    tokens_T: Tensor
+    labels_T: Tensor
+    positions_T: Tensor
+    documents: Documents
+    supervised: int
+    origins: tuple[str, ...] = ()
+    updates: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    @staticmethod
+    def of(
+        tokens_T: Tensor,
+        starts: Sequence[int],
+        labels_T: Tensor | None = None,
+        *,
+        origins: tuple[str, ...] = (),
+        updates: Sequence[int] = (),
+        weights: Sequence[float] = (),
+    ) -> "Batch":
+        """A batch of the documents that begin at `starts`, whose last entry is T; without labels none counts.
+
+        Raises ValueError for an empty document.
+        """
+        documents, device = Documents(list(starts), tokens_T.device), tokens_T.device
+        start_S = torch.tensor(documents.starts, device=device)
+        positions_T = torch.arange(len(tokens_T), device=device) - start_S[:-1].repeat_interleave(start_S.diff())
+        labels_T = torch.full_like(tokens_T, IGNORE) if labels_T is None else labels_T
+        supervised = int((labels_T != IGNORE).sum())
+        return Batch(tokens_T, labels_T, positions_T, documents, supervised, origins, tuple(updates), tuple(weights))
+
+    @property
+    def starts(self) -> list[int]:
+        """The offset of each document, and T."""
+        return self.documents.starts
+
+    def segments(self) -> Segments | None:
+        """The rows of each update; None where all take the first."""
+        return segments_of(self.updates, self.starts)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        tensors = {name: getattr(self, name).to(device) for name in ("tokens_T", "labels_T", "positions_T")}
+        return replace(self, **tensors, documents=self.documents.to(device))
+
+
+def segments_of(updates: Sequence[int], starts: Sequence[int]) -> Segments | None:
+    """Segments of documents that begin at `starts` (and end where the next begins) and take `updates`; None where all
+    take the first. Neighbours of one update are one segment."""
+    if not updates:
+        return None
+    segments: list[Segment] = []
+    for update, (start, end) in zip(updates, itertools.pairwise(starts), strict=True):
+        if segments and segments[-1].update == update:
+            start = segments.pop().start
+        segments.append(Segment(update, start, end))
+    return tuple(segments)
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What one forward carries to the layers.
+
+    documents: how the rows are laid end to end; None where each row of the input is a document of its own
+    segments:  which rows take which update; None: all take the first
+    cache:     keys and values of earlier tokens, which attention adds to and reads; None: there are none
+    below:     what enters the lowest adapted layer [T, D], computed before (prefix.py); None: it is computed now
+    probe:     what watches the calls to attention (attention.py)
+    """
+
+    documents: Documents | None = None
+    segments: Segments | None = None
+    cache: Any = None
+    below: Tensor | None = None
+    probe: Any = None
+
+
+NOTHING = Pass()
+
+
+class Passing:
+    """Where a model's layers find the pass that is running. `NOTHING` when somebody simply calls the model."""
+
+    def __init__(self) -> None:
+        self.current = NOTHING
+        self.attention = ""  # the name of the attention that knows this holder (attention.py); "" where none does
+
+    @contextmanager
+    def running(self, this: Pass) -> Iterator[None]:
+        """Inside, `this` is the pass that layers see."""
+        before, self.current = self.current, this
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Passing":
+        """A copied model runs passes of its own; nothing is running in it."""
+        return Passing()
+
+
+_passing: weakref.WeakKeyDictionary[nn.Module, Passing] = weakref.WeakKeyDictionary()
+
+
+def passing_of(model: nn.Module) -> Passing:
+    """The holder of this model, the same one whoever asks."""
+    return _passing.setdefault(model, Passing())
