@@ -16,7 +16,7 @@ from deltaw.adapter.targets import linear_paths
 from deltaw.base.forward import plan_forward
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 from tests.architectures import PACKED, PADDED, tiny
 
 ALL = [*PACKED, *PADDED]

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from deltaw.base.forward import ATTENTION, plan_forward
 from deltaw.generate.engine import Sampling, generate
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 from tests.architectures import COMMON, PACKED, PADDED, tiny
 
 LENGTHS = (6, 3, 11)
