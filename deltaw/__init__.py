@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from deltaw.errors import DeltawError, InputError, RunError
     from deltaw.factors import Dense, DoRA, LowRank
     from deltaw.kernels.attention import packed_attention
-    from deltaw.kernels.lora import lora_linear
     from deltaw.kernels.logprobs import linear_cross_entropy
+    from deltaw.kernels.lora import lora_linear
     from deltaw.model import Model, open_model
     from deltaw.training.run import resume, train
     from deltaw.version import VERSION as __version__

@@ -22,7 +22,7 @@ from deltaw.base.angles import stand_in_for_angles
 from deltaw.base.attention import packed_attention_of
 from deltaw.base.batch import Batch, Pass, passing_of, segments_of
 from deltaw.base.head import Head, find_head
-from deltaw.base.objective import SFT, Objective
+from deltaw.base.objective import Objective, sft
 from deltaw.base.prefix import Prefix
 from deltaw.base.probe import REFUSALS, Probe, borders, masks_are_told, uncrossed
 from deltaw.base.small import small_copy
@@ -56,8 +56,8 @@ class Forward:
         below = f", {self.prefix.first} frozen layers computed once" if self.prefix else ""
         return f"{batches}, {head}{below}"
 
-    def loss(self, batch: Batch, objective: Objective = SFT()) -> tuple[Tensor, int]:
-        """(the objective's number, the count of labelled tokens): by default the sum of their cross-entropies in nats."""
+    def loss(self, batch: Batch, objective: Objective = sft) -> tuple[Tensor, int]:
+        """(the objective's number, the count of labelled tokens): as it is, the sum of their cross-entropies in nats."""
         return objective(self._logprobs(batch), batch), batch.supervised
 
     def logprobs(self, batch: Batch) -> Tensor:
