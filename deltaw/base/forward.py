@@ -57,7 +57,7 @@ class Forward:
         return f"{batches}, {head}{below}"
 
     def loss(self, batch: Batch, objective: Objective = sft) -> tuple[Tensor, int]:
-        """(the objective's number, the count of labelled tokens): as it is, the sum of their cross-entropies in nats."""
+        """(the objective's number, count of labelled tokens); by default the sum of their cross-entropies in nats."""
         return objective(self._logprobs(batch), batch), batch.supervised
 
     def logprobs(self, batch: Batch) -> Tensor:
