@@ -170,6 +170,8 @@ def _why_not_packed(model: nn.Module, probe: Probe, packed: Forward) -> str:
         if not masks_are_told(model):
             return "this model's masks hide more than attention is told"
         model.set_attn_implementation(packed_attention_of(model))  # type: ignore[operator]
+        if model.config._attn_implementation != packed_attention_of(model):  # type: ignore[union-attr]
+            return "this model's attention can't be replaced"
         if probe.fits(packed.logits) and probe.isolated(model, packed.logits):
             return ""
     except NotImplementedError as error:
