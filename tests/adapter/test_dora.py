@@ -176,6 +176,7 @@ def test_in_bfloat16_it_is_no_farther_from_the_truth_than_peft() -> None:
     layer = trained(base)
     layer.lora_b.data.mul_(0.1)
     truth = copy.deepcopy(layer).double()
+    truth.base.double()
     x = torch.randn(200, N).bfloat16()
     exact = truth(x.double())
     mine, theirs = (module(x).double() for module in (layer, peft_layer(base, layer)))
