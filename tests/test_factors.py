@@ -5,7 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.factors import Dense, DoRA, LowRank, as_plain, row_norms, squared_norms
+from deltaw.errors import InputError
+from deltaw.factors import LowRank
+from deltaw.kinds import Dense, DoRA
+from deltaw.linalg.row_norms import squared_norms, summed_norms
 
 
 def update(m: int = 7, n: int = 5, r: int = 3, scale: float = 0.7, seed: int = 0) -> LowRank:
@@ -69,11 +72,15 @@ def test_factors_that_do_not_fit_are_refused() -> None:
         update() + update(m=6)
 
 
+def norms_of_sum(w: torch.Tensor, x: LowRank) -> torch.Tensor:
+    return summed_norms(squared_norms(w), w @ x.a_RN.T, x.a_RN, x.b_MR, x.scale)
+
+
 @settings(deadline=None, max_examples=40)
 @given(m=st.integers(1, 9), n=st.integers(1, 9), r=st.integers(1, 9), s=st.floats(-3, 3), seed=st.integers(0, 9))
 def test_row_norms_are_those_of_the_sum(m: int, n: int, r: int, s: float, seed: int) -> None:
     x, w = update(m, n, r, s, seed), torch.randn(m, n, dtype=torch.float64)
-    norms = row_norms(w, squared_norms(w), x)
+    norms = norms_of_sum(w, x)
     torch.testing.assert_close(norms, (w + x.dense()).norm(dim=1), rtol=1e-9, atol=1e-7)
 
 
@@ -83,7 +90,7 @@ def test_row_norms_lose_digits_only_where_a_row_is_nearly_taken_away() -> None:
     for left, share in ((1.0, 1e-6), (0.1, 1e-4), (1e-3, 0.3)):
         x = LowRank(a, (left - 1) * w)
         truth = (w.double() + x.b_MR.double()).norm(dim=1)
-        error = (row_norms(w, squared_norms(w), x).double() / truth - 1).abs().max()
+        error = (norms_of_sum(w, x).double() / truth - 1).abs().max()
         assert error <= share, left
     assert error > 1e-4  # the warning is not for nothing
 
@@ -113,5 +120,7 @@ def test_fresh_dora_is_exactly_nothing() -> None:
 def test_any_update_has_a_plain_one() -> None:
     w, low = torch.randn(7, 5, dtype=torch.float64), update()
     dense, dora = Dense(low.dense()), DoRA(low, torch.ones(7, dtype=torch.float64))
-    assert as_plain(low, w) is low and as_plain(dense, w) is dense
-    assert torch.equal(as_plain(dora, w).dense(), dora.relative_to(w).dense())
+    assert low.relative_to(w) is low and dense.relative_to(w) is dense
+    assert low.plain() is low and dense.plain() is dense
+    with pytest.raises(InputError):
+        dora.plain()

@@ -19,7 +19,7 @@ LEVELS = [
     {"files", "linalg"},
     {"config", "show"},
     {"factors", "kernels"},
-    {"base"},
+    {"base", "kinds"},
     {"data"},
     {"adapter"},
     {"generate"},

@@ -14,7 +14,7 @@ does that and says what it costs.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class Attached:
         spec = _as_learnt(self.spec)
         factors: dict[str, Update] = {path: layer.factors().cpu() for path, layer in self.layers.items()}
         if self.spec.moves_base:  # √2 · alpha / √(2 rank) may be the next float of alpha / √rank
-            factors = {path: replace(update, scale=spec.scale(path)) for path, update in factors.items()}  # type: ignore[arg-type]
+            factors = {path: update.of(update.tensors(), spec.scale(path)) for path, update in factors.items()}
         transposed = any(isinstance(layer.base.module, Conv1D) for layer in self.layers.values())
         return Adapter(spec, factors, base, transposed, rewritten_names(self.model))
 

@@ -33,8 +33,10 @@ from torch import Tensor, nn
 
 from deltaw.adapter.layer import AdaptedLinear
 from deltaw.base.frozen import FrozenLinear
-from deltaw.factors import DoRA, LowRank, over_norms, row_norms, squared_norms
+from deltaw.factors import LowRank
 from deltaw.kernels.lora import Projection, lora_linears
+from deltaw.kinds import DoRA
+from deltaw.linalg.row_norms import over_norms, squared_norms, summed_norms
 
 
 class DoRALinear(AdaptedLinear):
@@ -70,8 +72,9 @@ class DoRALinear(AdaptedLinear):
     def gain(self) -> Tensor:
         """g = m / ‖W + scale · B A‖ [M], float32; only m gets a gradient."""
         with torch.no_grad():
-            low = LowRank(self.lora_a, self.lora_b, self.scale)
-            norms_M = row_norms(self.base.weight_MN, self.squares_M, low)
+            w_MN, a_RN = self.base.weight_MN, self.lora_a
+            c_MR = w_MN @ a_RN.to(w_MN.dtype).T
+            norms_M = summed_norms(self.squares_M, c_MR, a_RN, self.lora_b, self.scale)
         return over_norms(self.magnitude, norms_M)
 
     def trained(self) -> dict[str, nn.Parameter]:

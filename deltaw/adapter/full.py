@@ -7,13 +7,8 @@ The sum is formed in float32 and rounded once to W's dtype, so that ΔW keeps wh
 than the usual way, and gives what this is for: the update as a value that can be looked at, compared with a LoRA's and
 extracted into one. It is a reference, not a fast path: attention and MLP run by the model's own code.
 
-On disk `delta.safetensors` holds `<module path>` -> ΔW [M, N], float32, beside the `deltaw.json` of every adapter; no
-other tool has a form for it.
-
 Letters: N inputs, M outputs.
 """
-
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaw.adapter.layer import AdaptedLinear
 from deltaw.base.frozen import FrozenLinear
-from deltaw.errors import InputError, listed
-from deltaw.factors import Dense
-from deltaw.files.weights import load_safetensors
-
-DELTAS = "delta.safetensors"
+from deltaw.kinds import Dense
 
 
 class FullLinear(AdaptedLinear):
@@ -74,12 +65,3 @@ class FullLinear(AdaptedLinear):
 
     def extra_repr(self) -> str:
         return "full"
-
-
-def load_deltas(directory: Path) -> dict[str, Dense]:
-    """Read delta.safetensors. Raises InputError for what is no finite float32 matrix."""
-    tensors = load_safetensors(directory / DELTAS)
-    bad = [n for n, t in tensors.items() if t.ndim != 2 or t.dtype != torch.float32 or not torch.isfinite(t).all()]
-    if bad or not tensors:
-        raise InputError(f"{directory / DELTAS}: not finite float32 matrices:\n{listed(bad or ['it is empty'])}")
-    return {path: Dense(tensor) for path, tensor in tensors.items()}

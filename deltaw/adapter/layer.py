@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaw.base.frozen import FrozenLinear
-from deltaw.factors import LowRank, as_plain
+from deltaw.factors import LowRank
 from deltaw.kernels.lora import Projection, lora_linears
 
 
@@ -83,7 +83,7 @@ class AdaptedLinear(nn.Module, abc.ABC):
         """A new layer of the base's own kind whose weight is W + ΔW, summed in float32 and rounded once."""
         fused = copy.deepcopy(self.base.module)
         w_MN = self.base.weight_MN
-        total_MN = w_MN.float() + as_plain(self.factors(), w_MN).dense()
+        total_MN = w_MN.float() + self.factors().relative_to(w_MN).dense()
         fused.weight.copy_(total_MN.T if isinstance(fused, Conv1D) else total_MN)  # type: ignore[operator]
         return fused
 

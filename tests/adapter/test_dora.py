@@ -17,7 +17,8 @@ from deltaw.adapter.file import Adapter, BaseId
 from deltaw.base.forward import plan_forward
 from deltaw.base.frozen import FrozenLinear
 from deltaw.config import AdapterSpec
-from deltaw.factors import Dense, DoRA, LowRank
+from deltaw.factors import LowRank
+from deltaw.kinds import Dense, DoRA
 from tests.adapter.test_layer import KINDS, SCALE, M, N, R, bits, plain, rows, same
 from tests.architectures import tiny
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from deltaw.adapter import extract as room
+from deltaw.adapter import cut as room
 from deltaw.adapter.attach import attach
-from deltaw.adapter.extract import extract, extract_adapter, extract_folders, nearest
+from deltaw.adapter.cut import nearest
+from deltaw.adapter.extract import extract, extract_adapter, extract_folders
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.targets import linear_paths
 from deltaw.base.load import open_base
@@ -24,8 +25,9 @@ from deltaw.base.source import find_base
 from deltaw.config import AdapterSpec
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
-from deltaw.factors import Dense, LowRank
+from deltaw.factors import LowRank
 from deltaw.files.weights import INDEX
+from deltaw.kinds import Dense
 from deltaw.linalg.svd import randomised_svd
 from tests.architectures import tiny
 from tests.bases import tiny_gpt2, tiny_llama

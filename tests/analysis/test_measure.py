@@ -18,7 +18,8 @@ from deltaw.analysis.measure import Measures, in_order, measure, measure_adapter
 from deltaw.analysis.summary import quantities, summarise
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
-from deltaw.factors import Dense, DoRA, LowRank
+from deltaw.factors import LowRank
+from deltaw.kinds import Dense, DoRA
 from deltaw.linalg.subspace import random_overlap
 
 SHAPES = [(12, 20), (20, 12), (9, 9), (1, 7), (7, 1), (1, 1)]
@@ -325,7 +326,7 @@ def test_dora_is_measured_as_what_it_does_to_w() -> None:
     got, expected = measure(dora, w), measure(dora.relative_to(w), w)
     assert got.parameters == 2 * (6 + 9) + 6 and got.rank == 6
     same({**got.to_json(), "parameters": 0}, {**expected.to_json(), "parameters": 0})
-    with pytest.raises(ValueError, match="give W"):
+    with pytest.raises(InputError, match="DoRA"):
         measure(dora)
     with pytest.raises(InputError, match="DoRA"):
         measure_adapter(Adapter(AdapterSpec(rank=2, alpha=2.0), {"q_proj": dora}), None)

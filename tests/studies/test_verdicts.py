@@ -14,7 +14,8 @@ from torch import Tensor
 from deltaw.adapter.file import Adapter
 from deltaw.analysis.measure import Measures, measure, measure_adapter
 from deltaw.config import AdapterSpec
-from deltaw.factors import Dense, LowRank, Update
+from deltaw.factors import LowRank, Update
+from deltaw.kinds import Dense
 from deltaw.show.progress import Display
 from deltaw.studies import amp, forget, fullrank, intruder, phi
 from deltaw.studies.forget import Noise, Point
