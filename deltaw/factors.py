@@ -24,6 +24,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from deltaw.kernels.weight import Weight
 from deltaw.linalg.rank import energy_rank
 from deltaw.linalg.svd import product_singular_values, product_svd
 
@@ -64,7 +65,7 @@ class Update(abc.ABC):
         """What those rows of W take."""
 
     @abc.abstractmethod
-    def relative_to(self, w_MN: Tensor) -> "Plain":
+    def relative_to(self, weight: Weight) -> "Plain":
         """ΔW on the weight W. Costs M N numbers where it depends on W, nothing elsewhere."""
 
     @abc.abstractmethod
@@ -97,7 +98,7 @@ class Update(abc.ABC):
 class Plain(Update, abc.ABC):
     """An update that is a matrix whatever W is."""
 
-    def relative_to(self, w_MN: Tensor) -> "Plain":
+    def relative_to(self, weight: Weight) -> "Plain":
         return self
 
     def plain(self) -> "Plain":

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from deltaw.errors import InputError
 from deltaw.factors import LowRank, Plain, Svd, Update, count_terms
-from deltaw.linalg.row_norms import over_norms, squared_norms, summed_norms
+from deltaw.kernels.weight import Weight
+from deltaw.linalg.row_norms import norms_of_sum, over_norms, squared_norms
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,12 +130,12 @@ class DoRA(Update):
     def rows(self, start: int, stop: int) -> "DoRA":
         return DoRA(self.low.rows(start, stop), self.magnitude_M[start:stop])
 
-    def relative_to(self, w_MN: Tensor) -> Dense:
+    def relative_to(self, weight: Weight) -> Dense:
         """In the factors' dtype: exactly 0 for fresh factors."""
-        if tuple(w_MN.shape) != self.shape:
-            raise ValueError(f"an update of {self.shape} on a weight of {tuple(w_MN.shape)}")
-        w_MN = w_MN.to(self.low.a_RN.dtype)
-        norms_M = summed_norms(squared_norms(w_MN), (w_MN @ self.low.a_RN.T), self.low.a_RN, self.low.b_MR, self.scale)
+        if weight.shape != self.shape:
+            raise ValueError(f"an update of {self.shape} on a weight of {weight.shape}")
+        w_MN = weight.dense().to(self.low.a_RN.dtype)
+        norms_M = norms_of_sum(squared_norms(w_MN), (w_MN @ self.low.a_RN.T), self.low.a_RN, self.low.b_MR, self.scale)
         gain_M = over_norms(self.magnitude_M, norms_M)
         return Dense(gain_M[:, None] * (w_MN + self.low.dense()) - w_MN)
 

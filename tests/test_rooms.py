@@ -17,8 +17,8 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 LEVELS = [
     {"errors", "version", "effects"},
     {"files", "linalg"},
-    {"config", "show"},
-    {"factors", "kernels"},
+    {"config", "show", "kernels"},
+    {"factors"},
     {"base", "kinds"},
     {"data"},
     {"adapter"},

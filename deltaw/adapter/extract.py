@@ -37,6 +37,7 @@ from deltaw.config import AdapterSpec
 from deltaw.data.render import Renderer, open_tokenizer
 from deltaw.errors import InputError, listed
 from deltaw.factors import LowRank
+from deltaw.kernels.weight import Weight
 from deltaw.linalg.rounding import NONE, Noise, noise
 
 NOTABLE = 0.01  # of ‖Δ‖²: a smaller share of rounding isn't worth a line
@@ -66,8 +67,8 @@ class Report:
 
 
 def extract(
-    tuned: Mapping[str, Tensor],
-    base: Mapping[str, Tensor],
+    tuned: Mapping[str, Weight],
+    base: Mapping[str, Weight],
     paths: Iterable[str],
     *,
     rank: int | None = None,
@@ -76,7 +77,7 @@ def extract(
 ) -> tuple[dict[str, LowRank], list[Loss]]:
     """The nearest updates by module path, scale 1, float32; a module that didn't change is left out.
 
-    `tuned`, `base`: weights [M, N] by path, asked for once each. At `rank` (or min(M, N) where that is less), or at
+    `tuned`, `base`: weights by path, asked for once each. At `rank` (or min(M, N) where that is less), or at
     the least rank that keeps the share `energy` of ‖Δ‖²_F. Raises InputError for shapes that differ.
     """
     return _nearest_all(paths, lambda path: _difference(path, tuned[path], base[path]), rank, energy, progress)[:2]
@@ -167,11 +168,12 @@ def _nearest_all(
     return factors, losses, min(1.0, rounded_off / moved) if moved else 0.0
 
 
-def _difference(path: str, tuned_MN: Tensor, base_MN: Tensor) -> tuple[Tensor, Noise]:
+def _difference(path: str, tuned: Weight, base: Weight) -> tuple[Tensor, Noise]:
     """Δ and what the rounding of the tuned weights does to it."""
-    if tuned_MN.shape != base_MN.shape:
-        raise InputError(f"{path}: {tuple(tuned_MN.shape)} in the tuned model, {tuple(base_MN.shape)} in the base")
-    return tuned_MN.float() - base_MN.float(), noise(tuned_MN)
+    if tuned.shape != base.shape:
+        raise InputError(f"{path}: {tuned.shape} in the tuned model, {base.shape} in the base")
+    tuned_MN = tuned.dense()
+    return tuned_MN.float() - base.dense().float(), noise(tuned_MN)
 
 
 def _check_room(rank: int | None, shapes: Iterable[tuple[int, ...]]) -> None:

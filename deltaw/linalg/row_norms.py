@@ -19,7 +19,7 @@ def squared_norms(w_MN: Tensor) -> Tensor:
     return w_MN.square().sum(1)
 
 
-def summed_norms(squares_M: Tensor, c_MR: Tensor, a_RN: Tensor, b_MR: Tensor, scale: float) -> Tensor:
+def norms_of_sum(squares_M: Tensor, c_MR: Tensor, a_RN: Tensor, b_MR: Tensor, scale: float) -> Tensor:
     """‖wᵢ + scale bᵢA‖ [M] in the factors' dtype, of ‖wᵢ‖², C = W Aᵀ and the factors."""
     change_M = (b_MR * (2 * c_MR.to(a_RN.dtype) + scale * (b_MR @ (a_RN @ a_RN.T)))).sum(1)
     return (squares_M + scale * change_M).clamp(min=0).sqrt()
