@@ -136,7 +136,7 @@ class AdaptedLinear(nn.Module):
         """`sees_all`: the model hands it all rows of a pass in their order, which an expert isn't given."""
         super().__init__()
         self.base = base
-        self.carried = carried
+        self.carried, self.passing = carried, carried.passing
         self.sees_all = sees_all
         self.updates = nn.ModuleDict()
 
@@ -161,7 +161,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., N] -> [..., M] in x's dtype."""
-        segments = self.carried.passing.current.segments
+        segments = self.passing.current.segments
         if segments is None:
             update = self.update(self.carried.first)
             y: Tensor = self.base(x) if update is None else update(x)
@@ -180,7 +180,7 @@ class AdaptedLinear(nn.Module):
 
     def projection(self) -> Projection:
         """The layer, in the pass that is running, as the kernels take it. Only where it is `for_kernels`."""
-        segments = self.carried.passing.current.segments
+        segments = self.passing.current.segments
         if segments is None:
             update = self.update(self.carried.first)
             taken = {} if update is None or not update.enabled else {self.carried.first: update}
