@@ -107,7 +107,7 @@ class Attached:
         spec = _as_learnt(self.spec)
         factors: dict[str, Update] = {path: layer.factors().cpu() for path, layer in self.layers.items()}
         if self.spec.moves_base:  # √2 · alpha / √(2 rank) may be the next float of alpha / √rank
-            factors = {path: replace(update, scale=spec.scale(path)) for path, update in factors.items()}  # type: ignore[arg-type]
+            factors = {path: update.of(update.tensors(), spec.scale(path)) for path, update in factors.items()}
         transposed = any(layer.base.transposed for layer in self.layers.values())
         return Adapter(spec, factors, base, transposed, rewritten_names(self.model))
 
