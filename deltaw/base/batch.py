@@ -86,10 +86,11 @@ class Batch:
         return segments_of(self.updates, self.starts)
 
     def by_document(self, values_K: Tensor) -> Tensor:
-        """[documents]: what belongs to each label, in order, summed by document."""
-        label_K = (self.labels_T != IGNORE).nonzero().squeeze(1)
-        document_K = torch.bucketize(label_K, self.documents.starts_S[1:].long(), right=True)
-        return values_K.new_zeros(len(self.starts) - 1).index_add(0, document_K, values_K)
+        """[documents, ...]: what belongs to each label [K, ...], in the order of their rows, summed by document."""
+        row_K = (self.labels_T != IGNORE).nonzero().squeeze(1)
+        document_K = torch.bucketize(row_K, self.documents.starts_S[1:].long(), right=True)
+        sums = values_K.new_zeros(len(self.starts) - 1, *values_K.shape[1:])
+        return sums.index_add(0, document_K, values_K)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
