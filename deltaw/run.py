@@ -24,8 +24,9 @@ from typing import Any, TypeGuard
 
 from deltaw.config import RunConfig
 from deltaw.errors import InputError, RunError, command
+from deltaw.files.atomic import fsync, replacing, write_text_atomic
 from deltaw.files.lock import LOCK, claimed, holds_anything
-from deltaw.files.weights import fsync, read_json, replacing, write_text_atomic
+from deltaw.files.strict_json import read_json
 
 WORDS = ("skipped", "rows")  # of a line of metrics.jsonl; everything else in it is a number
 

@@ -33,11 +33,12 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.base.gguf_meaning import Meaning, read_meaning
-from deltaw.base.gguf_parts import join, parts_of, read_model
 from deltaw.base.gguf_tokens import SPLITTINGS, Splitting, read_splitting, write_tokenizer
 from deltaw.errors import InputError, RunError, listed
+from deltaw.files.atomic import fsync, write_text_atomic
 from deltaw.files.gguf_header import Header, architecture
-from deltaw.files.weights import fsync, write_text_atomic
+from deltaw.files.gguf_parts import join, parts_of, read_model
+from deltaw.show.progress import QUIET, Display
 
 FORMAT = "v2"  # of the converted folder; a change makes every file convert anew
 MODEL_TYPES = {
@@ -81,10 +82,10 @@ def llama_cpp_name(model_type: str) -> str | None:
     return next((name for name in names if name in MODEL_ARCH_NAMES.values()), None)
 
 
-def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None = None) -> Path:
+def to_folder(path: Path, cache: Path, *, display: Display = QUIET) -> Path:
     """The model folder made from a GGUF file: out of `cache`, or converted into it now.
 
-    `progress` is called with one line before the conversion. Raises InputError for a file that can't be used,
+    `display` shows a line before the conversion. Raises InputError for a file that can't be used,
     RunError when the cache can't be written.
     """
     parts, folder = parts_of(path), folder_of(path, cache)
@@ -98,10 +99,9 @@ def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None
     meaning, splitting = read_meaning(path, header), read_splitting(path, header)
     with _locked(cache / f"{folder.name}.lock"):
         if not folder.is_dir():
-            if progress is not None:
-                progress(f"converting {path.name} to safetensors, once (about 20 s for 135M parameters)")
-                if splitting == SPLITTINGS["default"]:
-                    progress(f"{path.name} doesn't say how its tokenizer splits text: as llama.cpp does without a word")
+            display.say(f"converting {path.name} to safetensors, once (about 20 s for 135M parameters)")
+            if splitting == SPLITTINGS["default"]:
+                display.say(f"{path.name} doesn't say how its tokenizer splits text: as llama.cpp does without a word")
             _write_into(folder, partial(_convert, parts, header, meaning, splitting))
     return folder
 
@@ -175,7 +175,7 @@ def _convert(parts: list[Path], header: Header, meaning: Meaning, splitting: Spl
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from deltaw.base.load import check_loading, quiet
+    from deltaw.base.loading import check_loading, quiet
 
     try:
         # The dequantiser's progress bar listens to nothing but stderr.

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.errors import InputError, RunError
+from deltaw.files.atomic import fsync, write_text_atomic
 from deltaw.files.lock import holds_anything, locked
-from deltaw.files.weights import fsync, write_text_atomic
 from deltaw.version import VERSION
 
 MARK = "deltaw-export.json"  # what was written here, by which version, from what

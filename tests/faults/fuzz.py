@@ -14,7 +14,7 @@ from typing import Any
 from deltaw.base.gguf import to_folder
 from deltaw.errors import InputError
 from deltaw.files.gguf_header import read_header as read_gguf
-from deltaw.files.weights import load_safetensors
+from deltaw.files.safetensors import load_safetensors
 from tests.base.test_gguf import HOSTILE as GGUF_CASES
 from tests.base.test_gguf import write_gguf
 from tests.base.test_weights import HOSTILE as CASES
