@@ -56,11 +56,9 @@ def replacing_folder(final: Path, fix: str) -> Iterator[Path]:
 
     Raises RunError with `fix` for whatever the operating system refuses.
     """
-    new, old = (final.with_name(f".{final.name}.{word}.tmp") for word in ("new", "old"))
+    new, old = _beside(final)
     try:
-        _put_back(old, final)  # what a killed process had moved away
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
+        recover(final)
         new.mkdir()
         yield new
         _settle(new)
@@ -72,9 +70,7 @@ def replacing_folder(final: Path, fix: str) -> Iterator[Path]:
         raise RunError(f"{final}: could not be written: {error}", fix=fix) from None
     finally:
         with contextlib.suppress(OSError):
-            _put_back(old, final)
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
+            recover(final)
 
 
 def fsync(path: Path) -> None:
@@ -110,9 +106,18 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _put_back(old: Path, final: Path) -> None:
+def recover(final: Path) -> None:
+    """Put back what `replacing_folder` had moved aside where a kill kept it from going on, and remove what it left."""
+    new, old = _beside(final)
     if old.exists() and not final.exists():
         old.rename(final)
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _beside(final: Path) -> tuple[Path, Path]:
+    """The names of the new folder and of the old one while one takes the other's place."""
+    return final.with_name(f".{final.name}.new.tmp"), final.with_name(f".{final.name}.old.tmp")
 
 
 def _settle(folder: Path) -> None:
