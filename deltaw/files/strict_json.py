@@ -80,5 +80,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         name, count = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise NotJSON(f"the key {name!r} is set {count} times")
+        raise NotJSON(f"the key {name!r} appears {'twice' if count == 2 else f'{count} times'}")
     return value

@@ -19,9 +19,8 @@ from deltaw.base.load import Base, fingerprint, open_base
 from deltaw.base.source import BUILTINS, builtin_file
 from deltaw.errors import InputError, RunError
 from deltaw.files.gguf_header import read_header
+from tests.bases import BUILTIN, tiny_llama
 from tests.tiny import Said
-
-from .conftest import BUILTIN, tiny_llama
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
