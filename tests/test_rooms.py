@@ -39,7 +39,7 @@ SIDEWAYS = {
 # Each heavy library has its home.
 VERBS = ("__init__", "app", "export", "lint", "merge", "plan", "run", "update", "verify", "why")
 HOMES = {
-    "jinja2": {"files/template_worker.py"},
+    "jinja2": {"files/bounded_worker.py"},
     "rich": {"show/progress.py", "show/table.py", "data/preview.py", "cli/run.py"},
     "typer": {f"cli/{name}.py" for name in VERBS},
     "yaml": {"config.py", "files/run_yaml.py"},
