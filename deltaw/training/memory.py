@@ -31,7 +31,7 @@ import torch
 from deltaw.base.batch import Batch
 from deltaw.data.example import Example
 from deltaw.data.pack import pack
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 from deltaw.training.log import peak_memory_bytes
 
 if TYPE_CHECKING:
