@@ -59,7 +59,10 @@ class Forward:
         """(sum over labelled tokens of the cross-entropy in nats, their count)."""
         if not batch.supervised:
             return batch.tokens_T.new_zeros((), dtype=torch.float32), 0
-        hidden_TX = self.rows(batch)
+        return self.loss_of(self.rows(batch), batch)
+
+    def loss_of(self, hidden_TX: Tensor, batch: Batch) -> tuple[Tensor, int]:
+        """The same, of `rows` of the batch: several may ask for their own labels of one pass."""
         if self.head is not None:
             return self.head.loss(hidden_TX, batch.labels_T)
         rows = batch.labels_T != IGNORE

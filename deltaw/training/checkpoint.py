@@ -34,14 +34,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.adapter.attach import Attached
 from deltaw.errors import DeltawError, InputError, RunError, listed
 from deltaw.files.weights import fsync, load_safetensors, read_json, save_safetensors, write_text_atomic
 from deltaw.show.progress import Display
 from deltaw.version import VERSION
 
 FACTORS, MOMENTS, STATE, MANIFEST = "factors.safetensors", "moments.safetensors", "state.json", "manifest.sha256"
-FIRST, SECOND = ".first", ".second"  # moments of AdamW
 
 
 @dataclass
@@ -79,21 +77,19 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 
 class Saved(NamedTuple):
-    """A checkpoint as read: the state, and tensors by name."""
+    """What a checkpoint holds: the state, and tensors by name."""
 
     state: TrainState
     factors: dict[str, Tensor]
     moments: dict[str, Tensor]
 
 
-def save_checkpoint(
-    folder: Path, state: TrainState, attached: Attached, optimizer: torch.optim.Optimizer, keep: int
-) -> Path:
+def save_checkpoint(folder: Path, saved: Saved, keep: int) -> Path:
     """Write step-NNNNNN, then rotate. When this has returned, the checkpoint outlives a power cut.
 
     Raises RunError when the disk refuses; then everything that was there is as it was.
     """
-    factors, moments = _factors(attached), _moments(attached, optimizer)
+    state, factors, moments = saved
     final = checkpoint_at(folder, state.step)
     temporary = _aside(final)
     try:
@@ -165,53 +161,6 @@ def is_whole(path: Path) -> bool:
         _check_manifest(path)
         return True
     return False
-
-
-def put_back(attached: Attached, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
-    """Put a checkpoint's numbers back. Raises InputError when they are not this adapter's."""
-    put_factors_back(attached, saved)
-    wanted = {name + moment for name in _parameters(attached) for moment in (FIRST, SECOND)}
-    if saved.moments.keys() != wanted:
-        raise InputError("the checkpoint's moments are not of this adapter's parameters")
-    for name, parameter in _parameters(attached).items():
-        optimizer.state[parameter] = {
-            # fused AdamW keeps its count on the parameter's device
-            "step": torch.tensor(float(saved.state.step - saved.state.skipped), device=parameter.device),
-            "exp_avg": saved.moments[name + FIRST].to(parameter.device),
-            "exp_avg_sq": saved.moments[name + SECOND].to(parameter.device),
-        }
-
-
-def put_factors_back(attached: Attached, saved: Saved) -> None:
-    """The factors alone: of the best step, when a run ends. Raises InputError when they are not this adapter's."""
-    if {n: t.shape for n, t in saved.factors.items()} != {n: t.shape for n, t in _factors(attached).items()}:
-        raise InputError("the checkpoint's factors are not this adapter's: its rank or targets were changed")
-    with torch.no_grad():
-        for name, value in [*_constants(attached).items(), *_parameters(attached).items()]:
-            value.copy_(saved.factors[name])
-
-
-def _parameters(attached: Attached) -> dict[str, torch.nn.Parameter]:
-    layers = attached.layers.items()
-    return {f"{path}.{name}": value for path, layer in layers for name, value in layer.trained().items()}
-
-
-def _constants(attached: Attached) -> dict[str, Tensor]:
-    layers = attached.layers.items()
-    return {f"{path}.{name}": value for path, layer in layers for name, value in layer.constants().items()}
-
-
-def _factors(attached: Attached) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in _parameters(attached).items()} | _constants(attached)
-
-
-def _moments(attached: Attached, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    moments = {}
-    for name, parameter in _parameters(attached).items():
-        state = optimizer.state[parameter]  # empty before the first update
-        moments[name + FIRST] = state["exp_avg"] if state else torch.zeros_like(parameter)
-        moments[name + SECOND] = state["exp_avg_sq"] if state else torch.zeros_like(parameter)
-    return moments
 
 
 def _manifest(folder: Path) -> str:
