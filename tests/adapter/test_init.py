@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import LoraGAConfig, preprocess_loraga
-from tests.adapter.test_fused import adapted, loss_and_gradients
 from torch import Tensor, nn
 
 from deltaw.adapter import init_data
@@ -32,6 +31,7 @@ from deltaw.errors import InputError, RunError
 from deltaw.factors import LowRank
 from deltaw.linalg.subspace import range_basis, similarity
 from tests.adapter.test_layer import KINDS, SCALE, M, N, R, bits, plain, rows, same
+from tests.adapter.test_stand_ins import adapted, loss_and_gradients
 from tests.architectures import tiny
 
 MOVING = ("pissa", "olora", "lora-ga")
@@ -446,7 +446,7 @@ def test_lora_gas_directions_are_pefts() -> None:
     forward = plan_forward(model)
 
     def step() -> None:
-        forward.loss(steps[0].tokens_T, steps[0].labels_T, steps[0].positions_T, steps[0].starts_S)[0].backward()
+        forward.loss(steps[0])[0].backward()
 
     preprocess_loraga(model, config, step)
     peft = get_peft_model(model, config)
