@@ -34,7 +34,7 @@ from deltaw.base.source import find_base
 from deltaw.config import AdapterSpec, TrainConfig
 from deltaw.data.pack import pack
 from deltaw.factors import LowRank
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 from deltaw.training.optim import make_optimizer, set_rate
 
 SPEC = AdapterSpec(rank=16, alpha=32.0, targets="all-linear")

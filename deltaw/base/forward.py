@@ -22,11 +22,12 @@ from deltaw.base.angles import stand_in_for_angles
 from deltaw.base.attention import packed_attention_of
 from deltaw.base.batch import Batch, Pass, passing_of, segments_of
 from deltaw.base.head import Head, find_head
+from deltaw.base.objective import Objective, sft
 from deltaw.base.prefix import Prefix
 from deltaw.base.probe import REFUSALS, Probe, borders, masks_are_told, uncrossed
 from deltaw.base.small import small_copy
 from deltaw.errors import InputError
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import Logprobs, logprobs_of
 
 PACKED, PADDED, APART = "packed documents", "padded batches", "one document at a time"
 
@@ -56,19 +57,22 @@ class Forward:
         below = f", {self.prefix.first} frozen layers computed once" if self.prefix else ""
         return f"{batches}, {head}{below}"
 
-    def loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """(sum over labelled tokens of the cross-entropy in nats, their count)."""
-        if not batch.supervised:
-            return batch.tokens_T.new_zeros((), dtype=torch.float32), 0
-        return self.loss_of(self.rows(batch), batch)
+    def loss(self, batch: Batch, objective: Objective = sft) -> tuple[Tensor, int]:
+        """(the objective's number, count of labelled tokens); by default the sum of their cross-entropies in nats."""
+        return objective(self._logprobs(batch), batch), batch.supervised
 
-    def loss_of(self, hidden_TX: Tensor, batch: Batch) -> tuple[Tensor, int]:
-        """The same, of `rows` of the batch: several may ask for their own labels of one pass."""
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[K] in float32: the log-probability of each labelled token, in order."""
+        return self._logprobs(batch).logp_K
+
+    def _logprobs(self, batch: Batch) -> Logprobs:
+        if not batch.supervised:
+            nothing = torch.zeros(0, device=batch.tokens_T.device)
+            return Logprobs(nothing, nothing.sum())
+        hidden_TX = self.rows(batch)
         if self.head is not None:
-            return self.head.loss(hidden_TX, batch.labels_T)
-        rows = batch.labels_T != IGNORE
-        loss = nn.functional.cross_entropy(hidden_TX[rows].float(), batch.labels_T[rows], reduction="sum")
-        return loss, batch.supervised
+            return self.head.logprobs(hidden_TX, batch.labels_T)
+        return logprobs_of(hidden_TX, batch.labels_T)
 
     def logits(self, batch: Batch) -> Tensor:
         """[T, V] in float32: for tests and small inputs; training never forms it."""

@@ -1,4 +1,4 @@
-"""The output head fused into the loss: the logits of a whole batch are never formed.
+"""The output head, fused with the log-probabilities of the labels: the logits of a whole batch are never formed.
 
 A head is taken for a plain product with the scale and the soft cap that the config names. Whether the model does that
 is for the probe to say (probe.py); a head that does something else is left to the model.
@@ -8,10 +8,9 @@ Letters: T tokens, D hidden, V vocabulary.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from deltaw.kernels.loss import linear_cross_entropy
+from deltaw.kernels.logprobs import Logprobs, capped, linear_logprobs
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,9 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def loss(self, hidden_TD: Tensor, labels_T: Tensor) -> tuple[Tensor, int]:
-        """(sum of the losses in nats, count of labels)."""
-        return linear_cross_entropy(
+    def logprobs(self, hidden_TD: Tensor, labels_T: Tensor) -> Logprobs:
+        """What it says of the labels that aren't IGNORE."""
+        return linear_logprobs(
             hidden_TD,
             self.linear.weight,
             labels_T,
@@ -35,8 +34,7 @@ class Head:
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, V] in float32."""
-        z_TV = self.scale * self.linear(hidden_TD).float()
-        return z_TV if self.softcap is None else self.softcap * torch.tanh(z_TV / self.softcap)
+        return capped(self.scale * self.linear(hidden_TD).float(), self.softcap)
 
 
 def find_head(model: nn.Module) -> Head | None:

@@ -18,7 +18,7 @@ from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
 from deltaw.data.example import Example
 from deltaw.data.pack import pack
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 from deltaw.training.learner import Learner
 from deltaw.training.memory import window
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
 from deltaw.data.loader import LoaderState
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 from deltaw.training.learner import Learner
 from deltaw.training.watch import Unfit, check_loss
 
@@ -38,7 +38,7 @@ def step(
     `position`: where the data stands afterwards. Raises TooManySkips where a learner may leave out no step more, with
     its state as it was; RunError where its updates have taught it nothing.
     """
-    began = time.monotonic()
+    began, device = time.monotonic(), learners[0].attached.parameters[0].device
     shares = [_Share(learner, number, batches) for number, learner in enumerate(learners)]
 
     # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
@@ -50,8 +50,8 @@ def step(
             if not fit:
                 break
             with drawn_from(learners[0], number):
-                losses = _losses(forward, [share.batches[number] for share in fit])
-                means = [share.mean(loss, number) for share, loss in zip(fit, losses, strict=True)]
+                losses = _losses(forward, batches[number].to(device), len(learners))
+                means = [share.mean(losses[share.number], number) for share in fit]
                 if counted := [mean for mean in means if mean is not None]:
                     sum(counted[1:], counted[0]).backward()
 
@@ -91,7 +91,7 @@ class _Share:
     """What of a step is one learner's: its documents, its loss in nats per token, why it can't be an update."""
 
     def __init__(self, learner: Learner, number: int, batches: Sequence[Batch]) -> None:
-        self.learner = learner
+        self.learner, self.number = learner, number
         self.batches = [_own(batch, number) for batch in batches]
         self.rows = [origin for batch in self.batches for origin in batch.origins]
         self.tokens = sum(_tokens(batch, number) for batch in batches)
@@ -132,14 +132,13 @@ def _tokens(batch: Batch, number: int) -> int:
     return sum(b - a for update, (a, b) in documents if update == number) if batch.updates else len(batch.tokens_T)
 
 
-def _losses(forward: Forward, batches: Sequence[Batch]) -> list[Tensor]:
-    """The sums of one pass over what are the same documents with each learner's own labels."""
-    device = next(forward.model.parameters()).device
-    here = [batch.to(device) for batch in batches]
-    if len(here) == 1:
-        return [forward.loss(here[0])[0]]
-    rows_TX = forward.rows(here[0])
-    return [forward.loss_of(rows_TX, batch)[0] for batch in here]
+def _losses(forward: Forward, batch: Batch, learners: int) -> Sequence[Tensor]:
+    """The sum of each learner's documents, from one pass."""
+    if learners == 1:
+        return [forward.loss(batch)[0]]
+    loss_D = -batch.by_document(forward.logprobs(batch))
+    update_D = torch.tensor(batch.updates, device=loss_D.device)
+    return [loss_D[update_D == number].sum() for number in range(learners)]
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from deltaw.adapter.attach import Attached
 from deltaw.base.batch import Batch
 from deltaw.config import TrainConfig
 from deltaw.errors import RunError, listed
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 from deltaw.training.checkpoint import TrainState
 
 PATIENCE = 10  # updates until a module must have had a gradient
