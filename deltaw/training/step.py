@@ -33,13 +33,14 @@ from deltaw.training.watch import Unfit, check_loss
 def step(
     forward: Forward, learners: Sequence[Learner], batches: Sequence[Batch], position: LoaderState
 ) -> list[dict[str, Any]]:
-    """A record for each learner: its update, or why there was none. Learner n has the documents whose update is n.
+    """A record for each learner: its update, or why there was none. Its documents are those that take its adapter;
+    where batches don't say which, there is one learner.
 
     `position`: where the data stands afterwards. Raises TooManySkips where a learner may leave out no step more, with
     its state as it was; RunError where its updates have taught it nothing.
     """
     began, device = time.monotonic(), learners[0].attached.parameters[0].device
-    shares = [_Share(learner, number, batches) for number, learner in enumerate(learners)]
+    shares = [_Share(learner, batches) for learner in learners]
 
     # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
     with ExitStack() as dropout:
@@ -50,8 +51,8 @@ def step(
             if not fit:
                 break
             with drawn_from(learners[0], number):
-                losses = _losses(forward, batches[number].to(device), len(learners))
-                means = [share.mean(losses[share.number], number) for share in fit]
+                losses = _losses(forward, batches[number].to(device), [share.learner for share in fit])
+                means = [share.mean(loss, number) for share, loss in zip(fit, losses, strict=True)]
                 if counted := [mean for mean in means if mean is not None]:
                     sum(counted[1:], counted[0]).backward()
 
@@ -90,8 +91,8 @@ def step(
 class _Share:
     """What of a step is one learner's: its documents, its loss in nats per token, why it can't be an update."""
 
-    def __init__(self, learner: Learner, number: int, batches: Sequence[Batch]) -> None:
-        self.learner, self.number = learner, number
+    def __init__(self, learner: Learner, batches: Sequence[Batch]) -> None:
+        self.learner, number = learner, learner.attached.number
         self.batches = [_own(batch, number) for batch in batches]
         self.rows = [origin for batch in self.batches for origin in batch.origins]
         self.tokens = sum(_tokens(batch, number) for batch in batches)
@@ -115,7 +116,7 @@ class _Share:
 
 
 def _own(batch: Batch, number: int) -> Batch:
-    """The batch as learner `number` sees it: the labels and the origins of its own documents alone."""
+    """The batch with the labels and the origins of update `number`'s documents alone."""
     if not batch.updates:
         return batch
     labels_T = batch.labels_T.clone()
@@ -127,18 +128,19 @@ def _own(batch: Batch, number: int) -> Batch:
 
 
 def _tokens(batch: Batch, number: int) -> int:
-    """How many are of learner `number`'s documents."""
+    """How many are of update `number`'s documents."""
     documents = zip(batch.updates, pairwise(batch.starts), strict=True)
     return sum(b - a for update, (a, b) in documents if update == number) if batch.updates else len(batch.tokens_T)
 
 
-def _losses(forward: Forward, batch: Batch, learners: int) -> Sequence[Tensor]:
-    """The sum of each learner's documents, from one pass."""
-    if learners == 1:
+def _losses(forward: Forward, batch: Batch, learners: Sequence[Learner]) -> Sequence[Tensor]:
+    """The sum over each learner's documents, from one pass."""
+    if not batch.updates:
+        (_,) = learners
         return [forward.loss(batch)[0]]
     loss_D = -batch.by_document(forward.logprobs(batch))
     update_D = torch.tensor(batch.updates, device=loss_D.device)
-    return [loss_D[update_D == number].sum() for number in range(learners)]
+    return [loss_D[update_D == learner.attached.number].sum() for learner in learners]
 
 
 @contextmanager
