@@ -12,11 +12,13 @@ divided, not which rows it trains on.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from deltaw.base.fingerprint import same_base
 from deltaw.config import RunConfig, load_config, parse_config
 from deltaw.errors import InputError, listed
 from deltaw.run import Run
 from deltaw.show.progress import Display
-from deltaw.training.checkpoint import Saved
+from deltaw.training.checkpoint import Saved, checkpoint_at, is_whole
+from deltaw.training.learner import Learner
 from deltaw.training.optim import WARMUP
 
 FIXED = ("adapter", "data", "train.seed", "train.tokens_per_step", "train.dtype")
@@ -48,6 +50,30 @@ def _as_begun(config: RunConfig, saved: Saved | None) -> RunConfig:
     if saved is None or "deltaw" in saved.state.conditions or config.train.warmup_steps != WARMUP:
         return config
     return config.model_copy(update={"train": config.train.model_copy(update={"warmup_steps": None})})
+
+
+def restore(learner: Learner, saved: Saved, run: Run, display: Display) -> None:
+    """Take up a checkpoint. Raises InputError when it belongs to another base, data, template or adapter."""
+    now, then = learner.state.fingerprints, saved.state.fingerprints
+    changed = [name for name, value in now.items() if not same_base(then.get(name, ""), value)]
+    if changed:
+        raise InputError(
+            f"{run.folder} can't go on: its {' and '.join(changed)} changed since it was stopped",
+            fix="put it back as it was, or start a new run",
+        )
+    check_length(learner.total, saved.state.step, run=str(run.folder))
+    now, then = learner.state.conditions, saved.state.conditions
+    learner.restore(saved)
+    other = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
+    if other:
+        display.say(f"warning: it goes on with {', '.join(other)}: the last bits will differ")
+    state = learner.state
+    if state.best_step and not is_whole(checkpoint_at(run.checkpoints, state.best_step)):
+        display.say(f"warning: step {state.best_step} was the best, but its checkpoint is gone: what comes now decides")
+        state.best_step, state.best_loss = 0, None
+    if missing := run.cut_metrics(state.metrics_lines):
+        display.say(f"{run.metrics} lacks {missing} of the {state.metrics_lines} lines it had")
+    display.say(f"resumed after step {state.step} of {learner.total}")
 
 
 def differences(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -8,15 +8,16 @@ Exception and gets through: then the run stops, and goes on where it was.
 The work has names, so that an error for want of memory says what was too large (memory.py).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from deltaw.config import EvaluateConfig
 from deltaw.data.example import Example
-from deltaw.errors import DeltawError, InputError
+from deltaw.errors import DeltawError, InputError, RunError, command
 from deltaw.evaluate.forgetting import Forgetting, forgetting
 from deltaw.evaluate.held_out import (
     Evaluation,
@@ -24,12 +25,14 @@ from deltaw.evaluate.held_out import (
     answer,
     evaluate_loss,
     held_out_loss,
+    perplexity,
     rows_asked,
 )
 from deltaw.model import Model
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.show.text import one_line
+from deltaw.training.learner import Learner
 from deltaw.training.memory import OutOfMemory, release, working_on
 from deltaw.training.opening import Opened
 
@@ -129,3 +132,20 @@ def samples(model: Model, rows: Sequence[Example], config: EvaluateConfig) -> li
         answers = answer(model, asked, config.max_new_tokens)
     lines = ([one_line(text, 80, end=True) for text in (a.prompt, a.given, a.truth)] for a in answers)
     return [f"{prompt} {given}   [truth: {truth}]" for prompt, given, truth in lines]
+
+
+def note_evaluation(loss: float, learner: Learner, run: Run, display: Display) -> dict[str, Any]:
+    """The record of a held-out loss on the way. Raises RunError where it isn't finite, unless no step is left that
+    could be wasted."""
+    step = learner.state.step
+    if math.isfinite(loss):
+        best = learner.note_evaluation(loss)
+        display.say(f"step {step}: held-out loss {loss:.4f}" + ("  (best so far)" if best else ""))
+        return {"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+    what = f"step {step}: the held-out loss is {loss}"
+    if step < learner.total:
+        without = command("train", run.folder, "train.eval_every=null", options=["--allow"])
+        raise RunError(what, fix=f"lower train.lr, or look at data.eval; to the adapter without it: {without}")
+    display.say(f"warning: {what}")
+    learner.note_evaluation(loss)
+    return {"step": step, "eval_not_finite": str(loss)}

@@ -27,11 +27,12 @@ from deltaw.data.pack import pack
 from deltaw.errors import InputError
 from deltaw.evaluate.forgetting import general_text
 from deltaw.model import PLAIN, Model, open_dataset
+from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.checkpoint import TrainState, conditions
 from deltaw.training.learner import Learner
 from deltaw.training.memory import bound_caches, free_memory
-from deltaw.training.optim import warmup_steps
+from deltaw.training.optim import WARMUP, warmup_steps
 
 START_BATCHES = 8  # of train.tokens_per_batch, that an initialiser gets: 16,384 tokens by default
 FROZEN_SHARE = 0.25  # of the free memory, that what frozen layers give may take
@@ -112,6 +113,16 @@ def attach_fresh(model: nn.Module, config: RunConfig) -> Attached:
     """The adapter as it begins, but for a start that wants data."""
     generator = torch.Generator().manual_seed(config.train.seed)
     return attach(model, config.adapter, generator=generator, start_later=config.adapter.from_data)
+
+
+def begin(opened: Opened, run: Run, display: Display) -> None:
+    """Make the folder a run's, and the start that an initialiser wants of the data."""
+    run.create(opened.config)
+    warmup = warmup_steps(opened.total, opened.config.train)
+    if warmup < WARMUP and opened.config.train.warmup_steps is None:
+        display.say(f"warm-up: {warmup} of {opened.total} steps, since the run is short")
+    if opened.config.adapter.from_data:
+        start_from_data(opened, display)
 
 
 def start_from_data(opened: Opened, display: Display) -> None:

@@ -10,7 +10,6 @@ A signal that comes during a step, or while something is written, waits for its 
 step is saved. An evaluation that was cut off is made up for when the run goes on: `state.evaluated` is behind.
 """
 
-import math
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -19,22 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.adapter.file import Adapter
-from deltaw.base.fingerprint import same_base
 from deltaw.config import RunConfig
-from deltaw.errors import InputError, RunError, command
-from deltaw.evaluate.held_out import perplexity
+from deltaw.errors import command
 from deltaw.model import load_adapter, open_dataset, open_model
 from deltaw.run import Run
 from deltaw.show.progress import Display
-from deltaw.training.changes import check_length, settled
-from deltaw.training.checkpoint import Saved, checkpoint_at, is_whole, latest_checkpoint, save_checkpoint
+from deltaw.training.changes import restore, settled
+from deltaw.training.checkpoint import Saved, latest_checkpoint, save_checkpoint
 from deltaw.training.finish import finish, measure_again, report
 from deltaw.training.learner import Learner
 from deltaw.training.log import EventLog
-from deltaw.training.measuring import Attempts, measure_base, plain_loss, samples
+from deltaw.training.measuring import Attempts, measure_base, note_evaluation, plain_loss, samples
 from deltaw.training.memory import Heap, bound_caches, bounded
-from deltaw.training.opening import Opened, above_the_frozen, count_steps, general_rows, open_run, start_from_data
-from deltaw.training.optim import WARMUP, warmup_steps
+from deltaw.training.opening import Opened, above_the_frozen, begin, count_steps, general_rows, open_run
 from deltaw.training.preflight import short_form
 from deltaw.training.shortage import explain
 from deltaw.training.step import step
@@ -116,40 +112,6 @@ def _measure_again(config: RunConfig, run: Run, display: Display) -> Adapter:
     return load_adapter(run.folder)
 
 
-def begin(opened: Opened, run: Run, display: Display) -> None:
-    """Make the folder a run's, and the start that an initialiser wants of the data."""
-    run.create(opened.config)
-    warmup = warmup_steps(opened.total, opened.config.train)
-    if warmup < WARMUP and opened.config.train.warmup_steps is None:
-        display.say(f"warm-up: {warmup} of {opened.total} steps, since the run is short")
-    if opened.config.adapter.from_data:
-        start_from_data(opened, display)
-
-
-def restore(learner: Learner, saved: Saved, run: Run, display: Display) -> None:
-    """Take up a checkpoint. Raises InputError when it belongs to another base, data, template or adapter."""
-    now, then = learner.state.fingerprints, saved.state.fingerprints
-    changed = [name for name, value in now.items() if not same_base(then.get(name, ""), value)]
-    if changed:
-        raise InputError(
-            f"{run.folder} can't go on: its {' and '.join(changed)} changed since it was stopped",
-            fix="put it back as it was, or start a new run",
-        )
-    check_length(learner.total, saved.state.step, run=str(run.folder))
-    now, then = learner.state.conditions, saved.state.conditions
-    learner.restore(saved)
-    other = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
-    if other:
-        display.say(f"warning: it goes on with {', '.join(other)}: the last bits will differ")
-    state = learner.state
-    if state.best_step and not is_whole(checkpoint_at(run.checkpoints, state.best_step)):
-        display.say(f"warning: step {state.best_step} was the best, but its checkpoint is gone: what comes now decides")
-        state.best_step, state.best_loss = 0, None
-    if missing := run.cut_metrics(state.metrics_lines):
-        display.say(f"{run.metrics} lacks {missing} of the {state.metrics_lines} lines it had")
-    display.say(f"resumed after step {state.step} of {learner.total}")
-
-
 class Steps:
     """The steps that are left of a run, and what is due after each."""
 
@@ -209,7 +171,7 @@ class Steps:
             if due and rows and state.evaluated < state.step:
                 loss = plain_loss(self.opened.model, rows)
                 with self.stop.held():
-                    self._write(self._note_evaluation(loss))
+                    self._write(note_evaluation(loss, self.learner, self.run, self.display))
             if every.sample_every and state.step % every.sample_every == 0 and self._saved_step < state.step:
                 self.attempts("samples", self._sample, what=f"step {state.step}: no samples")
         except Exception:
@@ -230,22 +192,6 @@ class Steps:
     def _write(self, record: dict[str, Any]) -> None:
         self._log.write(record)
         self.learner.state.metrics_lines += 1
-
-    def _note_evaluation(self, loss: float) -> dict[str, Any]:
-        """The held-out loss at this step; its checkpoint is kept while it is the best. Raises RunError where it isn't
-        finite, unless no step is left that could be wasted."""
-        state, total = self.learner.state, self.opened.total
-        if not math.isfinite(loss):
-            what = f"step {state.step}: the held-out loss is {loss}"
-            if state.step < total:
-                without = command("train", self.run.folder, "train.eval_every=null", options=["--allow"])
-                raise RunError(what, fix=f"lower train.lr, or look at data.eval; to the adapter without it: {without}")
-            self.display.say(f"warning: {what}")
-        best = self.learner.note_evaluation(loss)
-        if not math.isfinite(loss):
-            return {"step": state.step, "eval_not_finite": str(loss)}
-        self.display.say(f"step {state.step}: held-out loss {loss:.4f}" + ("  (best so far)" if best else ""))
-        return {"step": state.step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
 
     def _sample(self) -> None:
         for line in samples(self.opened.model, self.opened.dataset.eval, self.opened.config.evaluate):

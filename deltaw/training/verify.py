@@ -19,10 +19,11 @@ from deltaw.config import RunConfig
 from deltaw.files.safetensors import load_safetensors
 from deltaw.run import Run
 from deltaw.show.progress import Display
+from deltaw.training.changes import restore
 from deltaw.training.checkpoint import FACTORS, MOMENTS, Saved, checkpoint_at, read_checkpoint
 from deltaw.training.measuring import Attempts
-from deltaw.training.opening import Opened, attach_fresh, open_run
-from deltaw.training.run import Steps, begin, restore
+from deltaw.training.opening import Opened, attach_fresh, begin, open_run
+from deltaw.training.run import Steps
 from deltaw.training.stop import StopRequest
 
 

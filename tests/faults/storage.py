@@ -16,8 +16,8 @@ from deltaw.show.progress import Display
 from deltaw.training.checkpoint import is_whole, latest_checkpoint, list_checkpoints, save_checkpoint
 from deltaw.training.learner import Learner
 from deltaw.training.measuring import Attempts
-from deltaw.training.opening import Opened, open_run
-from deltaw.training.run import Steps, begin
+from deltaw.training.opening import Opened, begin, open_run
+from deltaw.training.run import Steps
 from deltaw.training.stop import StopRequest
 from tests.faults import shim
 from tests.faults.common import (

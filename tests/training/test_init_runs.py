@@ -15,8 +15,7 @@ from deltaw.factors import LowRank
 from deltaw.files.safetensors import load_safetensors
 from deltaw.kinds import DoRA
 from deltaw.model import open_model
-from deltaw.training import measuring
-from deltaw.training import run as loop
+from deltaw.training import measuring, opening
 from deltaw.training.run import resume, train
 from deltaw.training.stop import Stopped
 from tests.tiny import run_file
@@ -56,7 +55,7 @@ def test_it_learns_and_a_resumed_run_has_the_same_bits(folder: Path, monkeypatch
     def again(*args: Any) -> None:
         raise AssertionError("the start is in the checkpoint")
 
-    monkeypatch.setattr(loop, "start_from_data", again)
+    monkeypatch.setattr(opening, "start_from_data", again)
     resume(folder / "cut", display=QUIET)
     assert digest(folder / "cut") == digest(folder / "run")
 
