@@ -102,7 +102,7 @@ class Adapter:
         puts the very same layers back. Raises InputError for what `attach` refuses, and for another base."""
         from deltaw.adapter.into import merge_into
 
-        return merge_into(model, self)
+        return merge_into(model, self.spec, self.factors, base=self.base.name, fingerprint=self.base.fingerprint)
 
     def _peft_config(self) -> dict[str, Any]:
         names = {self.spec.targets} if isinstance(self.spec.targets, str) else set(self.spec.targets)

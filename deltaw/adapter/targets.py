@@ -26,12 +26,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from deltaw.adapter.file import Adapter
 from deltaw.adapter.peft_config import rewritten_names
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.language import language_part
 from deltaw.config import TARGET_GROUPS, AdapterSpec, names_module
 from deltaw.errors import InputError, listed
+from deltaw.factors import Update
 
 ATTENTION_PARTS = {"self_attn", "attn", "attention", "self_attention", "cross_attn", "self_attn_layer"}
 MLP_PARTS = {
@@ -100,30 +100,32 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unfit: Mapping[str, str] |
     return Targets(paths, _unmatched(model, set(paths)), left_out)
 
 
-def targets_of(model: nn.Module, adapter: Adapter, unfit: Mapping[str, str] | None = None) -> Targets:
-    """What a trained adapter adapts on `model`. Raises InputError unless each update has its layer, of its shape, and
-    each layer of the language model that the spec names has its update."""
+def targets_of(
+    model: nn.Module, spec: AdapterSpec, updates: Mapping[str, Update], unfit: Mapping[str, str] | None = None
+) -> Targets:
+    """What trained updates adapt on `model`, by their paths. Raises InputError unless each has its layer, of its shape,
+    and each layer of the language model that the spec names has its update."""
     linear = linear_paths(model)
     head = head_path(model)
-    if head in adapter.factors:
+    if head in updates:
         raise InputError(f"{head} is the output head, which can't be adapted yet")
-    names = (adapter.spec.targets,) if isinstance(adapter.spec.targets, str) else adapter.spec.targets
+    names = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
     if not any(_matches(name, path) for name in names for path in linear):
         raise InputError(f"the adapter is another model's: {_unknown(list(names), linear)}")
-    problems = [f"{path:.120}: no such linear layer in this model" for path in adapter.factors if path not in linear]
-    problems += [f"{path} {why}" for path, why in (unfit or {}).items() if path in adapter.factors]
+    problems = [f"{path:.120}: no such linear layer in this model" for path in updates if path not in linear]
+    problems += [f"{path} {why}" for path, why in (unfit or {}).items() if path in updates]
     problems += [
         f"{path}: targeted, but the adapter has no factors for it"
         for path in language_paths(model, linear)
-        if path not in adapter.factors and any(names_module(name, path) for name in names)
+        if path not in updates and any(names_module(name, path) for name in names)
     ]
-    for path in set(linear) & set(adapter.factors):
-        layer, shape = FrozenLinear(model.get_submodule(path)), adapter.factors[path].shape
+    for path in set(linear) & set(updates):
+        layer, shape = FrozenLinear(model.get_submodule(path)), updates[path].shape
         if shape != (layer.out_features, layer.in_features):
             problems.append(f"{path}: update is {shape}, the layer {(layer.out_features, layer.in_features)}")
     if problems:
         raise InputError(f"the adapter does not fit this model, {len(problems)} mismatches:\n{listed(problems)}")
-    paths = tuple(path for path in linear if path in adapter.factors)
+    paths = tuple(path for path in linear if path in updates)
     return Targets(paths, _unmatched(model, set(paths)))
 
 

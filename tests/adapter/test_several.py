@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from deltaw.adapter.attach import Attached, attach, detach
 from deltaw.adapter.file import BaseId
 from deltaw.adapter.init_data import initialise_from_data
-from deltaw.adapter.into import merge_into
 from deltaw.adapter.layer import AdaptedLinear
 from deltaw.base.batch import Batch, Pass, passing_of
 from deltaw.base.forward import Forward, plan_forward
@@ -267,7 +266,7 @@ def test_merging_into_a_model_that_carries_one_is_refused() -> None:
     model = tiny("llama")
     adapter = put(model, LORA, 1).adapter(BaseId())
     with pytest.raises(InputError):
-        merge_into(model, adapter)
+        adapter.merge_into(model)
 
 
 def test_a_copy_of_the_model_tells_its_own_rows_apart() -> None:
