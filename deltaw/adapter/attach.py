@@ -26,7 +26,7 @@ from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.layer import Carried, LayerUpdate
 from deltaw.adapter.peft_config import missed_by_peft, rewritten_names
 from deltaw.adapter.place import put_on, take_off
-from deltaw.adapter.targets import said
+from deltaw.adapter.targets import lines_of
 from deltaw.base.batch import Batch
 from deltaw.base.stand_in import StandIn, disabled
 from deltaw.config import AdapterSpec
@@ -70,7 +70,7 @@ class Attached:
         the adapter PEFT won't find."""
         rest = [path for path in self.unmatched if path not in self.left_out]
         first = [path + (" …" if len(rest) > 3 else "") for path in rest[:3]]
-        lines = [f"not adapted: {line}" for line in said(self.left_out) + first]
+        lines = [f"not adapted: {line}" for line in lines_of(self.left_out) + first]
         if missed := missed_by_peft(self.model, self.paths):
             lines.append(
                 f"warning: when PEFT loads an adapter of this model, also one that it saved, it renames {len(missed)} "

@@ -168,7 +168,7 @@ def linear_paths(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def said(left_out: Mapping[str, str]) -> list[str]:
+def lines_of(left_out: Mapping[str, str]) -> list[str]:
     """What a group left out, for logs: a line for each reason."""
     by_reason: dict[str, list[str]] = {}
     for path, reason in left_out.items():
@@ -222,24 +222,24 @@ def _unmatched(model: nn.Module, adapted: set[str]) -> tuple[str, ...]:
     ones a user of `all-linear` would want to know of (an MoE's experts are 3-D parameters, not linear layers)."""
     head = _head(model)
     holders = tuple(path for path, module in model.named_modules() if any(module.named_parameters(recurse=False)))
-    language, found = set(language_paths(model, holders)), []
+    language, unmatched = set(language_paths(model, holders)), list[str]()
     for path, module in model.named_modules():
         if path in adapted or path not in language or module is head or isinstance(module, nn.Embedding):
             continue
         names = [name for name, value in module.named_parameters(recurse=False) if value.ndim >= 2]
-        found += [path] if names == ["weight"] else [f"{path}.{name}" for name in names]
-    return tuple(found)
+        unmatched += [path] if names == ["weight"] else [f"{path}.{name}" for name in names]
+    return tuple(unmatched)
 
 
 def _unknown(names: list[str], paths: tuple[str, ...]) -> str:
     ends = sorted({path.rpartition(".")[2] for path in paths} | set(TARGET_GROUPS))
-    said = []
+    problems = []
     for name in names:
         near = difflib.get_close_matches(name, ends, n=1)
-        said.append(
+        problems.append(
             f"{name!r} matches no layer that can be adapted" + (f" (did you mean {near[0]!r}?)" if near else "")
         )
-    return "; ".join(said)
+    return "; ".join(problems)
 
 
 def _choices(paths: tuple[str, ...]) -> str:

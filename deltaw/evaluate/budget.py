@@ -33,13 +33,13 @@ from deltaw.model import Model
 from deltaw.show.progress import Display
 
 STEPS = 7
-NOTHING = 0.01  # nats a token: what a loss is held to at least, before a share of it is taken
+NOTHING = 0.01  # nats per token: what a loss is held to at least, before a share of it is taken
 
 
 @dataclass(frozen=True)
 class Trial:
     """One size that was measured: the share of Σ ‖ΔW‖²_F kept, the stored numbers, the mean rank over modules, and
-    the held-out loss in nats a supervised token."""
+    the held-out loss in nats per supervised token."""
 
     energy: float
     parameters: int

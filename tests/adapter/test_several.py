@@ -201,7 +201,7 @@ def test_a_second_one_that_is_refused_leaves_the_first_as_it_was(attempt: int, m
         def fails(*_: Any) -> Any:
             raise MemoryError
 
-        monkeypatch.setattr("deltaw.adapter.attach.pissa_factors", fails)
+        monkeypatch.setattr("deltaw.adapter.place.pissa_factors", fails)
         with pytest.raises(MemoryError):
             attach(model, SPECS["pissa"])
     now = dict(model.named_modules())
