@@ -16,7 +16,6 @@ Letters: M outputs, N inputs, K singular values.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +31,6 @@ SMALL = 8  # times (rank + oversample) must fit in min(M, N) for the randomised 
 POWERS = (2, 4, 8)
 SETTLED = 3e-3  # a relative gain in error below which more power steps are not worth it
 ROUNDING = 1e-6  # of ‖Δ‖: float32 products tell no smaller error apart
-
-
-Progress = Callable[[int, int], None]  # (done, of how many)
 
 
 @dataclass(frozen=True)

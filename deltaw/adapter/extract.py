@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaw.adapter.algebra import adapter_of
 from deltaw.adapter.checkpoints import Change, Checkpoint, changes, compared
-from deltaw.adapter.cut import Loss, Progress, check_size, nearest
+from deltaw.adapter.cut import Loss, check_size, nearest
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.peft_config import rewritten_names
 from deltaw.adapter.targets import explicit_targets, linear_paths
@@ -39,6 +39,7 @@ from deltaw.errors import InputError, listed
 from deltaw.factors import LowRank
 from deltaw.kernels.weight import Weight
 from deltaw.linalg.rounding import NONE, Noise, noise
+from deltaw.show.progress import QUIET, Display
 
 NOTABLE = 0.01  # of ‖Δ‖²: a smaller share of rounding isn't worth a line
 HARMLESS = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}  # settings of no effect
@@ -73,25 +74,25 @@ def extract(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    progress: Progress | None = None,
+    display: Display = QUIET,
 ) -> tuple[dict[str, LowRank], list[Loss]]:
     """The nearest updates by module path, scale 1, float32; a module that didn't change is left out.
 
     `tuned`, `base`: weights by path, asked for once each. At `rank` (or min(M, N) where that is less), or at
     the least rank that keeps the share `energy` of ‖Δ‖²_F. Raises InputError for shapes that differ.
     """
-    return _nearest_all(paths, lambda path: _difference(path, tuned[path], base[path]), rank, energy, progress)[:2]
+    return _nearest_all(paths, lambda path: _difference(path, tuned[path], base[path]), rank, energy, display)[:2]
 
 
 def extract_adapter(
-    adapter: Adapter, *, rank: int | None = None, energy: float | None = None, progress: Progress | None = None
+    adapter: Adapter, *, rank: int | None = None, energy: float | None = None, display: Display = QUIET
 ) -> tuple[Adapter, list[Loss]]:
     """A LoRA out of an adapter that holds full fine-tuning. Raises InputError if it doesn't, or holds only zeros."""
     if not adapter.spec.full:
         raise InputError("this adapter is a LoRA already", fix="make it smaller with resize")
     deltas = {path: update.plain().dense() for path, update in adapter.factors.items()}
     _check_room(rank, [tuple(delta.shape) for delta in deltas.values()])
-    factors, losses, _ = _nearest_all(deltas, lambda path: (deltas[path], NONE), rank, energy, progress)
+    factors, losses, _ = _nearest_all(deltas, lambda path: (deltas[path], NONE), rank, energy, display)
     if not factors:
         raise InputError("the adapter changes nothing: there is nothing to extract")
     return adapter_of(factors, adapter), losses
@@ -103,7 +104,7 @@ def extract_folders(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    progress: Progress | None = None,
+    display: Display = QUIET,
 ) -> tuple[Adapter, Report]:
     """A LoRA out of a fine-tuned model's folder and the base it came from, and what it can't hold.
 
@@ -133,7 +134,7 @@ def extract_folders(
     transposed = any(isinstance(skeleton.get_submodule(path), Conv1D) for path in paths)
     tuned_weights, base_weights = LinearWeights(tuned, transposed), LinearWeights(source.directory, transposed)
     factors, losses, share = _nearest_all(
-        paths, lambda path: _difference(path, tuned_weights[path], base_weights[path]), rank, energy, progress
+        paths, lambda path: _difference(path, tuned_weights[path], base_weights[path]), rank, energy, display
     )
     report = Report(losses, unadapted, config, share)
     if not factors:
@@ -147,7 +148,7 @@ def _nearest_all(
     delta: Callable[[str], tuple[Tensor, Noise]],
     rank: int | None,
     energy: float | None,
-    progress: Progress | None,
+    display: Display,
 ) -> tuple[dict[str, LowRank], list[Loss], float]:
     """The updates, what each lost, and the share of ‖Δ‖² that rounding alone gives."""
     check_size(rank, energy)
@@ -155,16 +156,16 @@ def _nearest_all(
     factors: dict[str, LowRank] = {}
     losses: list[Loss] = []
     paths = tuple(paths)
-    for done, path in enumerate(paths, 1):
-        delta_MN, rounded = delta(path)
-        if delta_MN.any():
-            most = min(delta_MN.shape)
-            size = None if rank is None else min(rank, most)
-            factors[path], error = nearest(delta_MN, rank=size, energy=energy, edge=rounded.edge)
-            rounded_off, moved = rounded_off + rounded.energy, moved + float(delta_MN.double().square().sum())
-            losses.append(Loss(path, most, factors[path].rank, error))
-        if progress:
-            progress(done, len(paths))
+    with display.task("extracting", len(paths)) as progress:
+        for done, path in enumerate(paths, 1):
+            delta_MN, rounded = delta(path)
+            if delta_MN.any():
+                most = min(delta_MN.shape)
+                size = None if rank is None else min(rank, most)
+                factors[path], error = nearest(delta_MN, rank=size, energy=energy, edge=rounded.edge)
+                rounded_off, moved = rounded_off + rounded.energy, moved + float(delta_MN.double().square().sum())
+                losses.append(Loss(path, most, factors[path].rank, error))
+            progress(done)
     return factors, losses, min(1.0, rounded_off / moved) if moved else 0.0
 
 

@@ -19,7 +19,7 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from deltaw.adapter.layer import AdaptedLinear, LayerUpdate
+from deltaw.adapter.layer import LayerUpdate
 from deltaw.adapter.place import check_bare, put_on, take_off
 from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.load import fingerprint as fingerprint_of
@@ -79,8 +79,6 @@ def merge_into(
     weights' type.
     """
     check_bare(model)
-    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
-        raise InputError("this model already carries an adapter", fix="detach it first")
     own = fingerprint_of(model)
     if fingerprint and not same_base(fingerprint, own):
         raise InputError(

@@ -54,7 +54,7 @@ def put_on(
 ) -> Placed:
     """Put trained updates on `model`, by path, or fresh ones that begin where the spec says, drawn from `start` (at
     zeros without one). Raises InputError, the model as it was."""
-    check_bare(model)
+    check_known(model)
     with _beside_others(model) as (carried, others):
         observed = observe(model)
         place = _Place(model, carried, others, observed)
@@ -88,7 +88,14 @@ def take_off(model: nn.Module, layers: Mapping[str, LayerUpdate], carried: Carri
 
 
 def check_bare(model: nn.Module) -> None:
-    """Raise InputError for a model whose layers aren't its own: they are under other names, or another tool's."""
+    """Raise InputError for a model whose layers aren't its own: they are under other names, or adapted by now."""
+    check_known(model)
+    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+        raise InputError("this model already carries an adapter", fix="detach it first")
+
+
+def check_known(model: nn.Module) -> None:
+    """The same, but for adapters of ours."""
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         raise InputError("this is what torch.compile made of a model", fix="give the model itself: compiled._orig_mod")
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):

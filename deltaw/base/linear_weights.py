@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import InputError, listed
-from deltaw.files.weights import read_header, read_tensor, shards
+from deltaw.files.safetensors import read_header, read_tensor
+from deltaw.files.shards import shards
 from deltaw.kernels.weight import DenseWeight, Weight
 
 SUFFIX = ".weight"
