@@ -54,6 +54,7 @@ HOMES = {
     },
     "huggingface_hub": {"base/source.py", "shipping/push.py"},
     "safetensors": {"files/safetensors.py"},
+    "sympy": {"linalg/exact.py"},
     "datasets": {"data/read.py"},
     "pyarrow": {"data/read.py"},
     "matplotlib": {"analysis/plots.py"},

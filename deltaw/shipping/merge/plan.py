@@ -22,7 +22,7 @@ Letters: M outputs, N inputs.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -170,7 +170,7 @@ def _check_targets(skeleton: nn.Module, adapter: Adapter, name: str) -> None:
     head = head_path(skeleton)
     body = {path: update for path, update in adapter.factors.items() if path != head}
     if body:
-        targets_of(skeleton, replace(adapter, factors=body))
+        targets_of(skeleton, adapter.spec, body)
     if head is None or (update := adapter.factors.get(head)) is None:
         return
     module = skeleton.get_submodule(head)
