@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from deltaw import cli
-from deltaw.commands import chat
+from deltaw.commands import chat, train
 from deltaw.model import Model, open_model
 from tests.tiny import run_file, tiny_base, words
 
@@ -147,7 +147,7 @@ def test_a_defect_says_so_and_debug_shows_where(monkeypatch) -> None:
     def broken(*args: object, **options: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(cli.run, "_train", broken)
+    monkeypatch.setattr(train, "demo_named", broken)
     code, _, err = call("demo")
     assert code == 1 and "defect" in err and "Traceback" not in err
     code, _, err = call("--debug", "demo")

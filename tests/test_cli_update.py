@@ -101,7 +101,7 @@ def test_resize_to_a_loss_uses_the_runs_own_rows(folder: Path, tmp_path: Path) -
         (("--rank", "5"), "above the adapter's own 4"),
         (("--rank", "0"), "at least 1"),
         (("--energy", "1.5"), "at most 1"),
-        (("--max-loss-increase", "much"), "is no share"),
+        (("--max-loss-increase", "much"), "isn't a share"),
     ],
 )
 def test_resize_refuses(folder: Path, tmp_path: Path, options: tuple[str, ...], said: str) -> None:

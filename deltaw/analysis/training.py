@@ -14,7 +14,7 @@ from typing import Any
 
 from deltaw.config import RunConfig, load_config
 from deltaw.errors import InputError
-from deltaw.model import is_run
+from deltaw.named import is_run
 from deltaw.run import Run, is_number
 
 Metrics = list[dict[str, Any]]

@@ -24,7 +24,8 @@ from deltaw.data.example import Example
 from deltaw.effects import switched_off
 from deltaw.errors import command
 from deltaw.evaluate.forgetting import general_text
-from deltaw.model import Model, load_adapter, open_dataset, open_model
+from deltaw.model import Model, open_dataset, open_model
+from deltaw.named import load_adapter
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.changes import check_changes, check_length

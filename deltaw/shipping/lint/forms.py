@@ -13,7 +13,7 @@ from deltaw.adapter.file import CONFIG, WEIGHTS
 from deltaw.adapter.full import DELTAS
 from deltaw.base.source import HUB_ID
 from deltaw.errors import InputError
-from deltaw.model import is_run
+from deltaw.named import is_run
 from deltaw.shipping.lint.finding import (
     DESTINATIONS,
     LLAMA_CPP,

@@ -23,7 +23,7 @@ from deltaw.data.render import open_tokenizer
 from deltaw.errors import InputError
 from deltaw.files.weights import read_header, read_json
 from deltaw.generate.cache import context
-from deltaw.model import is_run
+from deltaw.named import is_run
 from deltaw.shipping.beside import GENERATION_CONFIG
 from deltaw.shipping.trained import TEMPLATE
 from deltaw.shipping.verify.sides.local import Local, Running, Words, running, stops_of, working_type
