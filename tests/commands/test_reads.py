@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from deltaw import commands, config, shipping
 from deltaw.adapter import checkpoints
@@ -20,7 +19,6 @@ from deltaw.adapter.file import Adapter
 from deltaw.base import load, source
 from deltaw.data import dataset, render
 from tests.test_cli import call
-from tests.tiny import run_file, tiny_base, words
 
 READERS = {
     "config": (config, "load_config"),
@@ -33,18 +31,6 @@ READERS = {
 RUN = {"config": 1, "adapter": 1, "base found": 1}
 MEASURED = {**RUN, "base": 1, "tokenizer": 1}
 SHIPPED = {**RUN, "skeleton": 1, "checkpoint": 1, "tokenizer": 1}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reads")
-    tiny_base(folder / "base")
-    words(folder / "train.jsonl")
-    train = {**run_file(folder)["train"], "steps": 3}
-    raw = run_file(folder, train=train, evaluate={"general": None, "report": False, "samples": 0})
-    (folder / "run.yaml").write_text(yaml.safe_dump(raw))
-    assert call("train", folder / "run.yaml", "--quiet")[0] == 0
-    return folder
 
 
 @pytest.fixture
@@ -76,17 +62,17 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.mark.parametrize(
     ("verb", "wanted"),
     [
-        (["eval", "run"], MEASURED),
-        (["resize", "run", "--max-loss-increase", "0.5%", "-o", "smaller"], MEASURED),
-        (["resize", "run", "--rank", "2", "-o", "small"], {"adapter": 1}),
-        (["scale", "run", "--factors", "0,1", "--data", "train.jsonl"], {**MEASURED, "all rows": 2}),  # general text
-        (["scale", "run", "--to", "0.5", "-o", "half"], {"adapter": 1}),
-        (["generate", "run", "say 3 ", "--max-tokens", "2"], MEASURED),
-        (["inspect", "run", "-o", "page.html"], RUN),
-        (["export", "run", "--to", "peft", "-o", "peft"], SHIPPED),
-        (["export", "run", "--to", "vllm", "-o", "vllm"], SHIPPED),
-        (["merge", "run", "-o", "merged"], {**SHIPPED, "skeleton": 2, "checkpoint": 2}),  # the merged folder's, too
-        (["lint", "run"], {**SHIPPED, "all rows": 1}),  # the first ones, whether they teach a stop
+        (["eval", "one"], MEASURED),
+        (["resize", "one", "--max-loss-increase", "0.5%", "-o", "smaller"], MEASURED),
+        (["resize", "one", "--rank", "2", "-o", "small"], {"adapter": 1}),
+        (["scale", "one", "--factors", "0,1", "--data", "train.jsonl"], {**MEASURED, "all rows": 2}),  # general text
+        (["scale", "one", "--to", "0.5", "-o", "half"], {"adapter": 1}),
+        (["generate", "one", "say 3 ", "--max-tokens", "2"], MEASURED),
+        (["inspect", "one", "-o", "page.html"], RUN),
+        (["export", "one", "--to", "peft", "-o", "peft"], SHIPPED),
+        (["export", "one", "--to", "vllm", "-o", "vllm"], SHIPPED),
+        (["merge", "one", "-o", "merged"], {**SHIPPED, "skeleton": 2, "checkpoint": 2}),  # the merged folder's, too
+        (["lint", "one"], {**SHIPPED, "all rows": 1}),  # the first ones, whether they teach a stop
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
 )
@@ -94,6 +80,6 @@ def test_everything_is_read_once(
     folder: Path, reads: Counter[str], tmp_path: Path, verb: list[str], wanted: dict[str, int]
 ) -> None:
     output = [tmp_path / word if before == "-o" else word for before, word in zip(["", *verb], verb, strict=False)]
-    code, _, err = call(*(folder / word if word in ("run", "train.jsonl") else word for word in output))
+    code, _, err = call(*(folder / word if word in ("one", "train.jsonl") else word for word in output))
     assert code == 0, err
     assert dict(reads) == wanted
