@@ -23,7 +23,7 @@ from deltaw.errors import InputError
 from deltaw.generate.cache import context
 from deltaw.generate.engine import Sampling, generate, stream
 from deltaw.named import Named
-from deltaw.show.progress import Display
+from deltaw.show.progress import Display, Progress, unseen
 
 PLAIN = "plain"  # in place of a template's fingerprint: trained on prompts as they are
 Prompt = str | Sequence[dict[str, Any]]  # text as it is, or a chat's messages
@@ -81,7 +81,9 @@ class Model:
             if rest:
                 yield rest
 
-    def generate_all(self, prompts: Sequence[Sequence[int]], sampling: Sampling, progress: Any = None) -> list[str]:
+    def generate_all(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, progress: Progress = unseen
+    ) -> list[str]:
         """Answers to many tokenised prompts, batched."""
         rows = generate(self.base.model, prompts, sampling, self._stop, progress=progress)
         return [self.renderer.decode(row) for row in rows]
@@ -116,9 +118,9 @@ def open_model(
     # With a base beside it, it is an adapter: else a broken adapter's folder would open as the plain base.
     adapter = named.adapter if named.holds_adapter or base is not None else None
     config = named.config
-    source = find_base(base or (named.base if adapter else named.name), progress=display.say)
+    source = find_base(base or (named.base if adapter else named.name), display=display)
     dtype = dtype or (config.train.dtype if config else "auto")
-    opened = open_base(source, dtype=dtype, device=device, progress=display.say)
+    opened = open_base(source, dtype=dtype, device=device, display=display)
     renderer = open_renderer(source, config, named.template)
     model = Model(opened, renderer, plan_forward(opened.model))
     if adapter is None:
@@ -144,12 +146,9 @@ def open_renderer(source: Source, config: RunConfig | None = None, template: Pat
 
 def open_dataset(config: RunConfig, display: Display) -> tuple[Source, Renderer, Dataset]:
     """A run's data as it will be trained on. No weights are read: only the tokenizer is needed."""
-    source = find_base(config.base, progress=display.say)
+    source = find_base(config.base, display=display)
     renderer = open_renderer(source, config)
-    with display.task("reading data", 100) as update:
-        dataset = prepare(config.data, renderer, progress=lambda done, total: update(100 * done // max(1, total)))
-        update(100)  # rows beyond data.limit are never looked at
-    return source, renderer, dataset
+    return source, renderer, prepare(config.data, renderer, display=display)
 
 
 def limits_of(source: Source, dataset: Dataset) -> list[str]:

@@ -26,7 +26,7 @@ def combine_named(
     """Without weights each adapter counts once."""
     with new_folder(output) as folder:
         adapters = [load_adapter(Path(name)) for name in names]
-        with display.task("combining", len({path for adapter in adapters for path in adapter.factors})) as update:
+        with display.task("combining", len({path for adapter in adapters for path in adapter.factors})) as progress:
             made = combine(
                 adapters,
                 weights or [1.0] * len(adapters),
@@ -35,6 +35,6 @@ def combine_named(
                 energy=energy,
                 density=density,
                 seed=seed,
-                progress=lambda done, total: update(done),
+                progress=progress,
             )
         return saved(Made(*made), folder, None, names[0])

@@ -12,7 +12,7 @@ from typing import Any
 
 from deltaw.adapter.algebra import Loss, mixed
 from deltaw.adapter.file import Adapter
-from deltaw.files.weights import write_text_atomic
+from deltaw.files.atomic import write_text_atomic
 from deltaw.named import template_beside
 from deltaw.show.result import Result
 

@@ -17,7 +17,7 @@ from deltaw.adapter.checkpoints import Checkpoint
 from deltaw.base.fingerprint import fingerprint_of
 from deltaw.base.load import open_skeleton
 from deltaw.base.source import Source
-from deltaw.files.weights import read_tensors
+from deltaw.files.shards import read_tensors
 
 
 @dataclass(frozen=True, eq=False)

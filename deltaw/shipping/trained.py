@@ -61,7 +61,7 @@ def open_trained(name: str | Path, *, base: str | None = None, display: Display 
     display = display or Display(quiet=True)
     named = Named.of(name)
     adapter, config = named.adapter, named.config
-    source = find_base(base or named.base, progress=display.say)
+    source = find_base(base or named.base, display=display)
     files = BaseFiles(source)
     _check_base(name, adapter, files)
     renderer = open_renderer(source, config, named.template)

@@ -31,11 +31,11 @@ def held_out_prompts(config: RunConfig, renderer: Renderer, count: int, display:
     data = config.data
     if data.eval is None:
         raise InputError("this run held no rows out, so there is nothing to ask", fix="name a file: --data")
-    with display.task("reading held-out rows", 1) as update:
+    with display.task("reading held-out rows", 1) as progress:
         origins = [row.origin for row in prepare_held_out(data, renderer) if not row.names]
         source = data.eval if isinstance(data.eval, str) else data.train
         prompts = prompts_of(source, data, only=set(origins))
-        update(1)
+        progress(1)
     return _chosen(prompts, count, source)
 
 
