@@ -10,6 +10,7 @@ from deltaw.evaluate.rows import rows_of
 from deltaw.named import Named
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
+from deltaw.show.table import table
 
 
 def eval_named(
@@ -36,7 +37,7 @@ def eval_named(
         "supervised_tokens": evaluation.supervised_tokens,
         **evaluation.summary(),
     }
-    return Result(figures, "\n".join(f"{title.replace('_', ' '):20} {value}" for title, value in figures.items()))
+    return Result(figures, table((title.replace("_", " "), str(value)) for title, value in figures.items()))
 
 
 def measured(run: RunConfig | None, metrics: list[str] | None, max_tokens: int | None) -> EvaluateConfig:

@@ -12,6 +12,7 @@ from deltaw.files.lock import new_folder
 from deltaw.named import Named
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
+from deltaw.show.table import table
 
 
 def resize_named(
@@ -37,17 +38,20 @@ def resize_named(
             model, examples = rows_of(named, data, base=base, display=display)
             smaller, trials = resize_to_loss(model, named.adapter, examples, max_loss_increase, display=display)
             more = {"trials": [asdict(trial) for trial in trials]}
-            made = Made(pad_all(smaller) if uniform else smaller, (), trial_lines(trials), more)
+            made = Made(pad_all(smaller) if uniform else smaller, (), [trial_table(trials)], more)
         return saved(made, folder, named.adapter, name)
 
 
-def trial_lines(trials: Sequence[Trial]) -> list[str]:
+def trial_table(trials: Sequence[Trial]) -> str:
     """What each size came to, beside the full adapter's loss, which is the first."""
-    head = f"{'energy':>9} {'parameters':>12} {'mean rank':>10} {'held-out loss':>14}"
     full = trials[0].loss
     rows = [
-        f"{t.energy:9.3%} {t.parameters:12,} {t.mean_rank:10.1f} {t.loss:14.4f}"
-        + (f"  {t.loss / full - 1:+.2%}" if full > 0 else f"  {t.loss - full:+.4f}")  # of a memorised task it is 0
+        (f"{t.energy:.3%}", f"{t.parameters:,}", f"{t.mean_rank:.1f}", f"{t.loss:.4f}", _change(t.loss, full))
         for t in trials
     ]
-    return [head, *rows]
+    return table(rows, ("energy", "parameters", "mean rank", "held-out loss", ""), align="r")
+
+
+def _change(loss: float, full: float) -> str:
+    """A share of the full adapter's loss, which is 0 where a task was learnt by heart."""
+    return f"{loss / full - 1:+.2%}" if full > 0 else f"{loss - full:+.4f}"

@@ -12,8 +12,10 @@ from deltaw.evaluate.rows import rows_of
 from deltaw.evaluate.slider import Point, slide
 from deltaw.files.lock import new_folder
 from deltaw.named import Named
+from deltaw.show.chart import bar
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
+from deltaw.show.table import table
 
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 BAR = 24  # characters
@@ -39,24 +41,21 @@ def scale_named(
     model, examples = rows_of(named, data, base=base, display=display)
     general = general_text((named.config and named.config.evaluate.general) or "builtin:general", model.renderer)
     points = slide(model, factors or FACTORS, examples, general, display=display)
-    return Result({"points": [asdict(point) for point in points], "rows": len(examples)}, point_lines(points))
+    return Result({"points": [asdict(point) for point in points], "rows": len(examples)}, point_table(points))
 
 
-def point_lines(points: Sequence[Point]) -> str:
+def point_table(points: Sequence[Point]) -> str:
     """Both losses at each factor, a bar beside each, longest for the largest of its column."""
-    finite = [[loss for loss in losses if math.isfinite(loss)] for losses in zip(*map(_losses, points), strict=True)]
-    most = [max(losses, default=0.0) for losses in finite]
-    rows = [f"{'factor':>7}  {'task loss':{BAR + 10}}general text, loss"]
-    for point in points:
-        parts = [f"{loss:8.4f} {_bar(loss, top):{BAR}} " for loss, top in zip(_losses(point), most, strict=True)]
-        rows.append(f"{point.factor:7g} {''.join(parts)}".rstrip())
-    return "\n".join(rows)
+    columns = [[p.task_loss for p in points], [p.general_loss for p in points]]
+    bars = [_bars(losses) for losses in columns]
+    rows = [
+        (f"{p.factor:g}", f"{p.task_loss:.4f}", task, f"{p.general_loss:.4f}", general)
+        for p, task, general in zip(points, *bars, strict=True)
+    ]
+    return table(rows, ("factor", "task loss", "", "general text, loss", ""), align="rrlrl")
 
 
-def _losses(point: Point) -> tuple[float, float]:
-    return point.task_loss, point.general_loss
-
-
-def _bar(loss: float, top: float) -> str:
-    """At most `BAR` wide, none for a loss that isn't a number: a large factor can break a model."""
-    return "█" * max(1, round(BAR * (loss / top if top > 0 else 0))) if math.isfinite(loss) else ""
+def _bars(losses: Sequence[float]) -> list[str]:
+    """None for a loss that isn't a number: a large factor can break a model."""
+    top = max((loss for loss in losses if math.isfinite(loss)), default=0.0)
+    return [bar(loss / top if top > 0 else 0.0, BAR) if math.isfinite(loss) else "" for loss in losses]

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaw.commands.eval import measured
-from deltaw.commands.resize import trial_lines
-from deltaw.commands.scale import BAR, point_lines
+from deltaw.commands.resize import trial_table
+from deltaw.commands.scale import BAR, point_table
 from deltaw.config import EvaluateConfig, parse_config
 from deltaw.errors import InputError
 from deltaw.evaluate.budget import Trial
@@ -20,14 +20,14 @@ any_loss = st.floats(0, allow_infinity=True) | st.just(math.nan)
 
 @given(st.lists(st.tuples(any_loss, any_loss), min_size=1, max_size=4))
 def test_points_have_a_bar_for_every_finite_loss(losses: list[tuple[float, float]]) -> None:
-    lines = point_lines([Point(float(n), *pair) for n, pair in enumerate(losses)]).splitlines()[1:]
+    lines = point_table([Point(float(n), *pair) for n, pair in enumerate(losses)]).splitlines()[1:]
     for line, pair in zip(lines, losses, strict=True):
         assert line.count("█") <= 2 * BAR and ("█" in line) == any(map(math.isfinite, pair))
 
 
 @given(st.lists(any_loss, min_size=1, max_size=4))
 def test_trials_of_any_losses_have_a_line_each(losses: list[float]) -> None:
-    assert len(trial_lines([Trial(0.5, 10, 2.0, loss) for loss in losses])) == 1 + len(losses)
+    assert len(trial_table([Trial(0.5, 10, 2.0, loss) for loss in losses]).splitlines()) == 1 + len(losses)
 
 
 @given(st.floats(0, 1e300))
