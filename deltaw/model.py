@@ -144,9 +144,10 @@ def open_renderer(source: Source, config: RunConfig | None = None, template: Pat
     return Renderer(tokenizer, train_on=data.train_on, template=own or data.template, rendered=data.rendered)
 
 
-def open_dataset(config: RunConfig, display: Display) -> tuple[Source, Renderer, Dataset]:
-    """A run's data as it will be trained on. No weights are read: only the tokenizer is needed."""
-    source = find_base(config.base, display=display)
+def open_dataset(config: RunConfig, display: Display, source: Source | None = None) -> tuple[Source, Renderer, Dataset]:
+    """A run's data as it will be trained on. No weights are read: only the tokenizer is needed. `source`: the base,
+    where it was found already."""
+    source = source or find_base(config.base, display=display)
     renderer = open_renderer(source, config)
     return source, renderer, prepare(config.data, renderer, display=display)
 

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltaw.adapter.algebra import Loss, mixed
+from deltaw.adapter.algebra import mixed
+from deltaw.adapter.cut import Loss
 from deltaw.adapter.file import Adapter
 from deltaw.files.atomic import write_text_atomic
 from deltaw.named import template_beside
