@@ -35,7 +35,6 @@ from deltaw.adapter.checkpoints import Checkpoint, Stored
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.targets import head_path, targets_of
 from deltaw.base.frozen import FrozenLinear
-from deltaw.base.load import open_skeleton
 from deltaw.base.names import places
 from deltaw.errors import InputError, listed
 from deltaw.factors import Update
@@ -122,9 +121,9 @@ def plan_merge(trained: Trained) -> MergePlan:
     Raises InputError for an adapter that doesn't fit the model, and for updates that land in no tensor of its files.
     """
     base, adapter = trained.base, trained.adapter
-    skeleton = open_skeleton(base)
+    skeleton = trained.base_files.skeleton
     _check_targets(skeleton, adapter, trained.name)
-    checkpoint = Checkpoint(base.directory, skeleton)
+    checkpoint = trained.base_files.checkpoint
     ties = _ties(skeleton)
     updated = {f"{path}.weight": path for path in adapter.factors}
     parts = {name: whole for whole, names in checkpoint.converted.items() for name in names}
