@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from deltaw.base.batch import Passing
 from deltaw.base.frozen import FrozenLinear
 from deltaw.errors import RunError
-from deltaw.factors import LowRank, as_plain
+from deltaw.factors import LowRank
 from deltaw.kernels.lora import Factors, Projection, lora_linears
 from deltaw.kernels.segments import Segments
 
@@ -124,8 +124,8 @@ class LayerUpdate(nn.Module, abc.ABC):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """A new layer of the base's own kind whose weight is W + ΔW, summed in float32 and rounded once."""
-        w_MN = self.base.weight.dense()
-        return self.base.with_weight(w_MN.float() + as_plain(self.factors(), w_MN).dense())
+        weight = self.base.weight
+        return self.base.with_weight(weight.dense().float() + self.factors().relative_to(weight).dense())
 
 
 class AdaptedLinear(nn.Module):
@@ -136,7 +136,7 @@ class AdaptedLinear(nn.Module):
         """`sees_all`: the model hands it all rows of a pass in their order, which an expert isn't given."""
         super().__init__()
         self.base = base
-        self.carried = carried
+        self.carried, self.passing = carried, carried.passing
         self.sees_all = sees_all
         self.updates = nn.ModuleDict()
 
@@ -161,7 +161,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., N] -> [..., M] in x's dtype."""
-        segments = self.carried.passing.current.segments
+        segments = self.passing.current.segments
         if segments is None:
             update = self.update(self.carried.first)
             y: Tensor = self.base(x) if update is None else update(x)
@@ -180,7 +180,7 @@ class AdaptedLinear(nn.Module):
 
     def projection(self) -> Projection:
         """The layer, in the pass that is running, as the kernels take it. Only where it is `for_kernels`."""
-        segments = self.carried.passing.current.segments
+        segments = self.passing.current.segments
         if segments is None:
             update = self.update(self.carried.first)
             taken = {} if update is None or not update.enabled else {self.carried.first: update}

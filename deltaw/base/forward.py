@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.base.angles import stand_in_for_angles
-from deltaw.base.attention import packed_attention_of
+from deltaw.base.attention import is_packed, packed_attention_of
 from deltaw.base.batch import Batch, Pass, passing_of, segments_of
 from deltaw.base.head import Head, find_head
 from deltaw.base.objective import Objective, sft
@@ -44,6 +44,7 @@ class Forward:
     way: str
     why: str = ""  # what forbids a faster way
     prefix: Prefix | None = None  # frozen layers that are not computed again
+    attention: str = ""  # that the model was left on, where documents are packed
     positions: bool = False  # a padded batch says where its documents end: the model's angles depend on it
 
     @property
@@ -96,9 +97,7 @@ class Forward:
         """A row per token: hidden [T, D] where the head is known, else logits [T, V]."""
         tokens_T, starts = batch.tokens_T, batch.starts
         if self.packed:
-            if self.model.config._attn_implementation != passing_of(self.model).attention:  # type: ignore[union-attr]
-                # A copied model, or one whose attention was set since: its documents would see one another.
-                raise InputError("this model isn't on the attention it was planned with", fix="call plan_forward again")
+            self._check_attention()
             below = self.prefix.kept(batch) if self.prefix else None
             this = Pass(documents=batch.documents, segments=batch.segments(), below=below)
             return self._run(this, input_ids=tokens_T[None], position_ids=batch.positions_T[None]).squeeze(0)
@@ -121,6 +120,14 @@ class Forward:
             more["position_ids"][real_BL] = batch.positions_T
         this = Pass(segments=segments_of(batch.updates, [n * longest for n in range(len(starts))]))
         return self._run(this, input_ids=ids_BL, attention_mask=real_BL.long(), **more)[real_BL]
+
+    def _check_attention(self) -> None:
+        """Raise InputError for a copied model, or one whose attention was set since it was planned: its documents would
+        see one another."""
+        now = self.model.config._attn_implementation  # type: ignore[union-attr]
+        own = not is_packed(self.model) or passing_of(self.model).attention == now
+        if self.attention and (now != self.attention or not own):
+            raise InputError("this model isn't on the attention it was planned with", fix="call plan_forward again")
 
     def _run(self, this: Pass, **inputs: Any) -> Tensor:
         with passing_of(self.model).running(this):
@@ -154,7 +161,7 @@ def plan_forward(model: nn.Module) -> Forward:
     own = model.config._attn_implementation  # type: ignore[union-attr]
     why = _why_not_packed(model, probe, packed) or _why_not_further(model)
     if not why:
-        return packed
+        return dataclasses.replace(packed, attention=str(model.config._attn_implementation))  # type: ignore[union-attr]
     model.set_attn_implementation(own)  # type: ignore[operator]
     padded = dataclasses.replace(apart, way=PADDED, why=why)
     try:
@@ -170,8 +177,6 @@ def _why_not_packed(model: nn.Module, probe: Probe, packed: Forward) -> str:
         if not masks_are_told(model):
             return "this model's masks hide more than attention is told"
         model.set_attn_implementation(packed_attention_of(model))  # type: ignore[operator]
-        if model.config._attn_implementation != packed_attention_of(model):  # type: ignore[union-attr]
-            return "this model's attention can't be replaced"
         if probe.fits(packed.logits) and probe.isolated(model, packed.logits):
             return ""
     except NotImplementedError as error:

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltaw.kernels.device import on_gpu
+from deltaw.kernels.weight import DenseWeight, Weight
 
 IGNORE = -100  # the label of a row that is not trained, PyTorch's convention
 # Logits held at a time: the head is read once a chunk, so a chunk of few rows is slow (measured on a CPU: half the rate
@@ -52,16 +53,15 @@ class Logprobs(NamedTuple):
 
 def linear_logprobs(
     hidden_TD: Tensor,
-    head_VD: Tensor,
+    head: Weight,
     labels_T: Tensor,
     *,
     bias_V: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Logprobs:
-    """The log-probabilities of the labels that aren't IGNORE. The head gets no gradient."""
-    rows_K = (labels_T != IGNORE).nonzero().squeeze(1)
-    return Logprobs(*_LinearLogprobs.apply(hidden_TD, head_VD, bias_V, labels_T, rows_K, scale, softcap))
+    """The log-probabilities of the labels that aren't IGNORE. The head, a weight of [V, D], gets no gradient."""
+    return Logprobs(*_LinearLogprobs.apply(hidden_TD, head, bias_V, labels_T, scale, softcap))
 
 
 def linear_cross_entropy(
@@ -74,13 +74,14 @@ def linear_cross_entropy(
     softcap: float | None = None,
 ) -> tuple[Tensor, int]:
     """(sum of the losses in nats as a float32 scalar, count of rows with a label). The head gets no gradient."""
-    logp_K, loss = linear_logprobs(hidden_TD, head_VD, labels_T, bias_V=bias_V, scale=scale, softcap=softcap)
+    head = DenseWeight(head_VD)
+    logp_K, loss = linear_logprobs(hidden_TD, head, labels_T, bias_V=bias_V, scale=scale, softcap=softcap)
     return loss, len(logp_K)
 
 
 def linear_logprobs_plain(
     hidden_TD: Tensor,
-    head_VD: Tensor,
+    head: Weight,
     labels_T: Tensor,
     *,
     bias_V: Tensor | None = None,
@@ -88,7 +89,7 @@ def linear_logprobs_plain(
     softcap: float | None = None,
 ) -> Logprobs:
     """The twin: all logits at once, PyTorch's own functions."""
-    logits_TV = F.linear(hidden_TD, head_VD, bias_V)
+    logits_TV = F.linear(hidden_TD, head.dense(), bias_V)
     return logprobs_of(capped(scale * logits_TV.to(_wide(logits_TV)), softcap), labels_T)
 
 
@@ -109,9 +110,11 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _cross_entropy_(z_CV: Tensor, labels_C: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """(the losses [C], their sum); ∂loss/∂logits takes the place of the logits. In float32 or wider, a few rows at a
-    time."""
+def _cross_entropy_(
+    z_CV: Tensor, labels_C: Tensor, scale: float, softcap: float | None, *, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """(the losses [C], their sum). With `gradient` ∂loss/∂logits takes the place of the logits. In float32 or wider, a
+    few rows at a time."""
     wide = _wide(z_CV)
     losses: list[Tensor] = []
     total = torch.zeros((), dtype=wide, device=z_CV.device)
@@ -124,6 +127,8 @@ def _cross_entropy_(z_CV: Tensor, labels_C: Tensor, scale: float, softcap: float
         top = wide_BV.amax(1, keepdim=True) - p_BV.amax(1, keepdim=True).log_()
         losses.append((top - wide_BV.gather(1, labels_B1)).squeeze(1))
         total += losses[-1].sum()
+        if not gradient:
+            continue
         p_BV.scatter_add_(1, labels_B1, p_BV.new_full(labels_B1.shape, -1.0))
         if softcap is not None:
             p_BV.mul_(1 - (wide_BV / softcap).square_())  # cap'(z) = 1 − tanh², of the capped value
@@ -136,23 +141,20 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_TD: Tensor,
-        head_VD: Tensor,
+        head: Weight,
         bias_V: Tensor | None,
         labels_T: Tensor,
-        rows_K: Tensor,
         scale: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
-        wants_grad = ctx.needs_input_grad[0]
+        rows_K = (labels_T != IGNORE).nonzero().squeeze(1)
         logp_K = hidden_TD.new_empty(len(rows_K), dtype=_wide(hidden_TD))
         loss = logp_K.new_zeros(())
-        n_KD = hidden_TD.new_empty(len(rows_K), hidden_TD.shape[1]) if wants_grad else None
-        held = GPU_CHUNK_BYTES if hidden_TD.is_cuda else CHUNK_BYTES
-        chunk = min(len(rows_K), max(1, held // (head_VD.itemsize * head_VD.shape[0])))
-        held_CV = hidden_TD.new_empty(chunk, head_VD.shape[0])  # one block for all chunks
-        for start in range(0, len(rows_K), chunk or 1):
+        n_KD = hidden_TD.new_empty(len(rows_K), hidden_TD.shape[1]) if ctx.needs_input_grad[0] else None
+        chunk = max(1, (GPU_CHUNK_BYTES if hidden_TD.is_cuda else CHUNK_BYTES) // (head.dtype.itemsize * head.shape[0]))
+        for start in range(0, len(rows_K), chunk):
             rows_C = rows_K[start : start + chunk]
-            z_CV = torch.mm(hidden_TD[rows_C], head_VD.T, out=held_CV[: len(rows_C)])
+            z_CV = head.matmul(hidden_TD[rows_C])
             if bias_V is not None:
                 z_CV.add_(bias_V)
             if on_gpu(z_CV):
@@ -161,11 +163,12 @@ class _LinearLogprobs(torch.autograd.Function):
                 losses_C = cross_entropy_(z_CV, labels_T[rows_C], scale, softcap)
                 total = losses_C.sum()
             else:
-                losses_C, total = _cross_entropy_(z_CV, labels_T[rows_C], scale, softcap)
-            torch.neg(losses_C, out=logp_K[start : start + chunk])
+                losses_C, total = _cross_entropy_(z_CV, labels_T[rows_C], scale, softcap, gradient=n_KD is not None)
+            logp_K[start : start + chunk] = -losses_C
             loss += total
             if n_KD is not None:
-                torch.mm(z_CV, head_VD, out=n_KD[start : start + chunk])
+                n_KD[start : start + chunk] = head.matmul_t(z_CV)
+            del z_CV  # before the next chunk's is made
         if n_KD is not None:
             ctx.save_for_backward(n_KD, rows_K)
             ctx.rows = len(hidden_TD)
@@ -177,4 +180,4 @@ class _LinearLogprobs(torch.autograd.Function):
         n_KD, rows_K = ctx.saved_tensors
         grad_TD = n_KD.new_zeros(ctx.rows, n_KD.shape[1])
         grad_TD[rows_K] = n_KD * (grad - grad_K).to(n_KD.dtype).unsqueeze(1)  # loss is −Σ logp
-        return grad_TD, None, None, None, None, None, None
+        return grad_TD, None, None, None, None, None

@@ -14,7 +14,6 @@ from typing import Any
 
 from deltaw.base.fingerprint import same_base
 from deltaw.config import RunConfig, load_config, parse_config
-from deltaw.effects import without_effect
 from deltaw.errors import InputError, listed
 from deltaw.run import Run
 from deltaw.show.progress import Display
@@ -96,7 +95,7 @@ def check_changes(before: RunConfig, after: RunConfig, *, allow: bool, run: str,
             f"{run} can't go on with other settings than it began with:\n{listed(refused)}",
             fix="put them back, or start a new run with another output",
         )
-    if idle := [line for line in without_effect(after) if line not in without_effect(before)]:
+    if idle := [line for line in after.without_effect() if line not in before.without_effect()]:
         raise InputError("; ".join(idle))
     if words and not allow:
         raise InputError(

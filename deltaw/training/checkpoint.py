@@ -25,7 +25,6 @@ order of the data is one of (seed, epoch). There is no other randomness in a run
 import contextlib
 import hashlib
 import json
-import secrets
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,7 +34,9 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import DeltawError, InputError, RunError, listed
-from deltaw.files.weights import fsync, load_safetensors, read_json, save_safetensors, write_text_atomic
+from deltaw.files.atomic import fsync, remove, replacing_folder, sweep, temporary_name, write_text_atomic
+from deltaw.files.safetensors import load_safetensors, save_safetensors
+from deltaw.files.strict_json import read_json
 from deltaw.show.progress import Display
 from deltaw.version import VERSION
 
@@ -91,26 +92,20 @@ def save_checkpoint(folder: Path, saved: Saved, keep: int) -> Path:
     """
     state, factors, moments = saved
     final = checkpoint_at(folder, state.step)
-    temporary = _aside(final)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        sweep(folder)
         _check_room(folder, [*factors.values(), *moments.values()])
-        temporary.mkdir()
-        save_safetensors(factors, temporary / FACTORS)
-        save_safetensors(moments, temporary / MOMENTS)
-        write_text_atomic(temporary / STATE, json.dumps(asdict(state), indent=2))
-        write_text_atomic(temporary / MANIFEST, _manifest(temporary))
-        if final.exists():  # a broken one, after which this run went on from the one before
-            final.rename(_aside(final))
-        temporary.rename(final)
-        fsync(folder)
+        # What stands there is a broken one, after which this run went on from the one before.
+        with replacing_folder(final, fix="") as temporary:
+            save_safetensors(factors, temporary / FACTORS)
+            save_safetensors(moments, temporary / MOMENTS)
+            write_text_atomic(temporary / STATE, json.dumps(asdict(state), indent=2))
+            write_text_atomic(temporary / MANIFEST, _manifest(temporary))
         fsync(folder.parent)
     except (OSError, RunError) as error:
-        reason = error.what.replace(f"{temporary}/", "") if isinstance(error, RunError) else str(error)
-        raise RunError(f"{final}: {reason}", fix="nothing was lost; free space, then resume the run") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.what if isinstance(error, RunError) else f"{final}: {error}"
+        raise RunError(reason, fix="nothing was lost; free space, then resume the run") from None
     _rotate(folder, keep)
     return final
 
@@ -186,22 +181,11 @@ def _check_manifest(path: Path) -> None:
         raise InputError(f"{path} is damaged: {said}")
 
 
-def _aside(final: Path) -> Path:
-    """A name for what is not, or no longer, a checkpoint."""
-    return final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed saves and failed deletions left. Room is wanted, training is not to stop for it."""
-    for stale in folder.glob(".step-*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
-
-
 def _check_room(folder: Path, tensors: list[Tensor]) -> None:
     """Raise RunError before a byte is written where the disk is too full anyway."""
     needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(folder).free
     if needed > free:
-        raise RunError(f"the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free")
+        raise RunError(f"{folder}: the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free")
 
 
 def _rotate(folder: Path, keep: int) -> None:
@@ -215,6 +199,4 @@ def _rotate(folder: Path, keep: int) -> None:
     for old in found:
         if old not in kept:
             with contextlib.suppress(OSError):
-                aside = _aside(old)
-                old.rename(aside)
-                shutil.rmtree(aside, ignore_errors=True)
+                remove(old.rename(temporary_name(old)))

@@ -23,7 +23,7 @@ from deltaw.data.render import TEMPLATE
 from deltaw.errors import InputError, RunError, command
 from deltaw.evaluate.forgetting import Forgetting
 from deltaw.evaluate.held_out import Evaluation
-from deltaw.files.weights import write_text_atomic
+from deltaw.files.atomic import write_text_atomic
 from deltaw.model import PLAIN
 from deltaw.run import Run
 from deltaw.show.progress import Display

@@ -31,6 +31,7 @@ from deltaw.evaluate.held_out import (
 from deltaw.model import Model
 from deltaw.run import Run
 from deltaw.show.progress import Display
+from deltaw.show.text import one_line
 from deltaw.training.learner import Learner
 from deltaw.training.memory import OutOfMemory, release, working_on
 from deltaw.training.opening import Opened
@@ -129,7 +130,8 @@ def samples(model: Model, rows: Sequence[Example], config: EvaluateConfig) -> li
     asked = rows_asked(model, rows, config.model_copy(update={"metrics": ()}))
     with working_on(ANSWERS):
         answers = answer(model, asked, config.max_new_tokens)
-    return [f"{one_line(a.prompt)} {one_line(a.given)}   [truth: {one_line(a.truth)}]" for a in answers]
+    lines = ([one_line(text, 80, end=True) for text in (a.prompt, a.given, a.truth)] for a in answers)
+    return [f"{prompt} {given}   [truth: {truth}]" for prompt, given, truth in lines]
 
 
 def note_evaluation(loss: float, learner: Learner, run: Run, display: Display) -> dict[str, Any]:
@@ -147,9 +149,3 @@ def note_evaluation(loss: float, learner: Learner, run: Run, display: Display) -
     display.say(f"warning: {what}")
     learner.note_evaluation(loss)
     return {"step": step, "eval_not_finite": str(loss)}
-
-
-def one_line(text: str, limit: int = 80) -> str:
-    """Text on one line, its end kept when it is long (a prompt's end is what matters)."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= limit else "…" + flat[1 - limit :]

@@ -168,11 +168,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, OutOfMemory | MemoryError | torch.OutOfMemoryError) or made
 
 
-def gib(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
 def _status(name: str) -> int:
     """A field of /proc/self/status in bytes; 0 where there is none."""
     return _fields("/proc/self/status").get(name, 0)

@@ -24,7 +24,6 @@ from deltaw.data.dataset import Dataset
 from deltaw.data.example import Example
 from deltaw.data.loader import Loader, LoaderState, fill
 from deltaw.data.pack import pack
-from deltaw.effects import switched_off
 from deltaw.errors import InputError
 from deltaw.evaluate.forgetting import general_text
 from deltaw.model import PLAIN, Model, open_dataset
@@ -77,19 +76,19 @@ class Opened:
 def open_run(config: RunConfig, display: Display) -> Opened:
     """Raises InputError, before the weights are read where that is possible."""
     bound_caches()
-    source = find_base(config.base, progress=display.say)
+    source = find_base(config.base, display=display)
     known = read_config(source)
     skeleton = open_skeleton(source, known)
     find_targets(skeleton, config.adapter)  # on the modules alone; attach asks again, of layers that it has tried
     _, renderer, dataset = open_dataset(config, display, source)
     limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
     limits.check(rows)
-    for line in switched_off(config):
+    for line in config.switched_off():
         display.say(line)
     for warning in [*dataset.report.warnings, *limits.warnings(rows)]:
         display.say(f"warning: {warning}")
     dtype, device = config.train.dtype, config.train.device
-    base = open_base(source, dtype=dtype, device=device, progress=display.say, config=known)
+    base = open_base(source, dtype=dtype, device=device, display=display, config=known)
     model = Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config))
     display.say(f"{source.name} in {str(base.dtype)[6:]} on {base.device}: {model.describe()}")
     assert model.attached is not None
@@ -131,10 +130,7 @@ def start_from_data(opened: Opened, display: Display) -> None:
     loader = make_loader(opened.config, opened.dataset, LoaderState())
     batches = islice(chain.from_iterable(step for step, _ in loader), START_BATCHES)
     here = [batch.to(opened.device) for batch in batches]
-    with display.task(f"init {opened.attached.spec.init}", 100) as progress:
-        initialise_from_data(
-            opened.attached, opened.model.forward, here, lambda done, total: progress(100 * done // total)
-        )
+    initialise_from_data(opened.attached, opened.model.forward, here, display)
 
 
 def above_the_frozen(opened: Opened, display: Display) -> Forward:

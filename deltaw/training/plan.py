@@ -34,14 +34,16 @@ from deltaw.data.example import Example
 from deltaw.errors import InputError
 from deltaw.evaluate.held_out import answer, rows_asked
 from deltaw.run import Run
-from deltaw.show.progress import Display, clock
+from deltaw.show.progress import Display
+from deltaw.show.table import table
+from deltaw.show.text import clock, gib
 from deltaw.training import fit, memory
 from deltaw.training.checkpoint import save_checkpoint
 from deltaw.training.fit import Fit, Point
 from deltaw.training.largest import Work, count_tokens, largest_chunk, largest_evaluation
 from deltaw.training.learner import Learner
 from deltaw.training.measuring import ANSWERS, plain_loss, what_was_forgotten
-from deltaw.training.memory import Window, gib, window, working_on
+from deltaw.training.memory import Window, window, working_on
 from deltaw.training.opening import Opened, general_rows, open_run, start_from_data
 from deltaw.training.preflight import check_longest, disk_needed, existing, work_of
 from deltaw.training.shortage import explain
@@ -104,12 +106,12 @@ class Plan:
             *_rows(self.data),
         ]
         head = [f"{name:8} {text}".rstrip() for name, text in lines]
-        table = [f"{'':24}{'peak':>10}{'time':>10}"]
-        table += [f"{phase.name:24}{gib(phase.peak):>10}{clock(phase.seconds):>10}" for phase in self.phases]
+        phases = [(phase.name, gib(phase.peak), clock(phase.seconds)) for phase in self.phases]
         fit = f"{gib(self.fit.fixed)} + {gib(self.fit.token * 1000)} for 1,000 tokens"
         fit += f" + {gib(self.fit.supervised * 1000)} for 1,000 trained ones"
-        what_if = [f"{tokens:,} tokens".ljust(24) + f"{gib(peak):>10}" for tokens, peak in self.what_if.items()]
-        return "\n".join([*head, "", *table, "", f"a batch takes {fit}:", *what_if])
+        what_if = [(f"{tokens:,} tokens", gib(peak)) for tokens, peak in self.what_if.items()]
+        tables = table(phases, ("", "peak", "time"), align="lr"), table(what_if, align="lr")
+        return "\n".join([*head, "", tables[0], "", f"a batch takes {fit}:", tables[1]])
 
 
 def plan(config: RunConfig, display: Display | None = None) -> Plan:

@@ -13,12 +13,13 @@ import torch
 from deltaw.errors import RunError, command
 from deltaw.files.paths import written
 from deltaw.run import Run
+from deltaw.show.text import gib
 from deltaw.training.checkpoint import list_checkpoints
 from deltaw.training.fit import Fit, Point, fit_memory, measure
 from deltaw.training.largest import Work
 from deltaw.training.learner import Learner
 from deltaw.training.measuring import ANSWERS, FORGOTTEN, LOSS
-from deltaw.training.memory import OutOfMemory, bounded, free_memory, gib, held_memory, is_out_of_memory, release
+from deltaw.training.memory import OutOfMemory, bounded, free_memory, held_memory, is_out_of_memory, release
 from deltaw.training.opening import Opened
 from deltaw.training.preflight import work_of
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from deltaw.adapter.attach import detach
 from deltaw.config import RunConfig
-from deltaw.files.weights import load_safetensors
+from deltaw.files.safetensors import load_safetensors
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.changes import restore

@@ -150,14 +150,6 @@ def test_disabled_is_the_base_for_the_length_of_the_block(name: str) -> None:
     assert torch.equal(logits(attached.model), learnt)
 
 
-def test_a_model_takes_one_adapter_at_a_time() -> None:
-    attached = adapted("llama")
-    with pytest.raises(InputError, match="already carries an adapter\ndetach"):
-        attach(attached.model, SPEC)
-    detach(attached)
-    attach(attached.model, SPEC)
-
-
 def test_a_failed_attach_leaves_the_model_alone() -> None:
     adapter = adapted("llama").adapter(BaseId())
     model = tiny("llama")

@@ -15,7 +15,7 @@ from deltaw.adapter.file import Adapter
 from deltaw.base.batch import Batch
 from deltaw.config import AdapterSpec, TrainConfig, parse_config
 from deltaw.errors import DeltawError, RunError
-from deltaw.files.weights import load_safetensors, save_safetensors
+from deltaw.files.safetensors import load_safetensors, save_safetensors
 from deltaw.kernels.logprobs import IGNORE
 from deltaw.model import open_model
 from deltaw.training import learner, opening

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deltaw.kernels import logprobs as kernel
 from deltaw.kernels.logprobs import IGNORE, Logprobs, linear_cross_entropy, linear_logprobs, linear_logprobs_plain
+from deltaw.kernels.weight import DenseWeight
 
 T, D, V = 23, 8, 31
 VARIANTS: list[dict[str, Any]] = [{}, {"scale": 0.3}, {"softcap": 2.0}, {"scale": 0.3, "softcap": 2.0, "bias": True}]
@@ -45,7 +46,7 @@ def test_gradcheck_in_float64(variant: dict[str, Any]) -> None:
     """Of each log-probability and of their sum, and so of any function of them."""
     hidden, head, labels = case(torch.float64)
     chosen = options(variant, torch.float64)
-    assert torch.autograd.gradcheck(lambda h: tuple(linear_logprobs(h, head, labels, **chosen)), (hidden,))
+    assert torch.autograd.gradcheck(lambda h: tuple(linear_logprobs(h, DenseWeight(head), labels, **chosen)), (hidden,))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -58,7 +59,9 @@ def test_equals_the_plain_twin_whatever_the_chunk(
     monkeypatch.setattr(kernel, "BLOCK_BYTES", 8 * V * block_rows)
     hidden, head, labels = case(torch.float64)
     chosen = options(variant, torch.float64)
-    fast, plain = (call(hidden, head, labels, **chosen) for call in (linear_logprobs, linear_logprobs_plain))
+    fast, plain = (
+        call(hidden, DenseWeight(head), labels, **chosen) for call in (linear_logprobs, linear_logprobs_plain)
+    )
     for got, wanted in zip(fast, plain, strict=True):
         torch.testing.assert_close(got, wanted)
     grads = [torch.autograd.grad(OBJECTIVES[objective](logprobs), hidden)[0] for logprobs in (fast, plain)]
@@ -78,7 +81,7 @@ def test_error_is_within_the_plain_twins(objective: str, variant: dict[str, Any]
 
     def run(call: Callable[..., Logprobs], h: Tensor, w: Tensor, chosen: dict[str, Any]) -> list[Tensor]:
         leaf = h.detach().requires_grad_()
-        logprobs = call(leaf, w, labels, **chosen)
+        logprobs = call(leaf, DenseWeight(w), labels, **chosen)
         return [*logprobs, torch.autograd.grad(OBJECTIVES[objective](logprobs), leaf)[0]]
 
     truth = run(linear_logprobs_plain, hidden.double(), head.double(), exact)
@@ -91,7 +94,7 @@ def test_error_is_within_the_plain_twins(objective: str, variant: dict[str, Any]
 def test_cross_entropy_is_minus_the_sum_of_the_log_probabilities_with_the_same_gradient() -> None:
     hidden, head, labels = case(torch.float32)
     loss, count = linear_cross_entropy(hidden, head, labels)
-    logp = linear_logprobs(hidden, head, labels).logp_K
+    logp = linear_logprobs(hidden, DenseWeight(head), labels).logp_K
     torch.testing.assert_close(loss, -logp.sum())
     assert count == len(logp) == 15 and loss.dtype == logp.dtype == torch.float32
     grads = [torch.autograd.grad(value, hidden)[0] for value in (loss / 7, -logp.sum() / 7)]
@@ -101,7 +104,7 @@ def test_cross_entropy_is_minus_the_sum_of_the_log_probabilities_with_the_same_g
 @pytest.mark.parametrize("call", [linear_logprobs, linear_logprobs_plain])
 def test_no_label_gives_zero_of_zero(call: Callable[..., Logprobs]) -> None:
     hidden, head, _ = case(torch.float32)
-    logp, loss = call(hidden, head, torch.full((T,), IGNORE))
+    logp, loss = call(hidden, DenseWeight(head), torch.full((T,), IGNORE))
     (loss + logp.sum()).backward()
     assert (float(loss.detach()), len(logp)) == (0.0, 0)
     assert hidden.grad is not None and not hidden.grad.any()
@@ -110,8 +113,8 @@ def test_no_label_gives_zero_of_zero(call: Callable[..., Logprobs]) -> None:
 def test_without_gradients_the_numbers_are_the_same() -> None:
     hidden, head, labels = case(torch.bfloat16)
     with torch.no_grad():
-        alone = linear_logprobs(hidden, head, labels)
-    for got, wanted in zip(alone, linear_logprobs(hidden, head, labels), strict=True):
+        alone = linear_logprobs(hidden, DenseWeight(head), labels)
+    for got, wanted in zip(alone, linear_logprobs(hidden, DenseWeight(head), labels), strict=True):
         assert torch.equal(got, wanted) and not got.requires_grad
 
 
@@ -133,6 +136,8 @@ def test_a_label_that_the_model_rules_out(softcap: float | None) -> None:
     """Its probability is zero in float32; its log-probability is the difference of the logits all the same."""
     hidden, head = torch.eye(2, requires_grad=True), torch.tensor([[200.0, 0.0], [0.0, 0.0], [-20.0, 0.0]])
     labels = torch.tensor([2, IGNORE])
-    fast, plain = (call(hidden, head, labels, softcap=softcap) for call in (linear_logprobs, linear_logprobs_plain))
+    fast, plain = (
+        call(hidden, DenseWeight(head), labels, softcap=softcap) for call in (linear_logprobs, linear_logprobs_plain)
+    )
     torch.testing.assert_close(fast.logp_K, plain.logp_K)
     assert float(fast.loss.detach()) > 180

@@ -24,6 +24,7 @@ from deltaw.kernels import norm, rotary
 from deltaw.kernels import triton as gpu
 from deltaw.kernels.logprobs import capped
 from deltaw.kernels.lora import ACTIVATIONS
+from deltaw.kernels.weight import DenseWeight
 
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0" else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -229,7 +230,7 @@ def test_log_probabilities_are_sent_to_the_gpu_kernel(
     labels = torch.randint(300, (11,)).to(DEVICE)
     labels[[0, 7]] = head.IGNORE
     fast, plain = (
-        with_gradients(lambda h, w, call=call: call(h, w, labels, scale=0.3, softcap=softcap).logp_K, 1)
+        with_gradients(lambda h, w, call=call: call(h, DenseWeight(w), labels, scale=0.3, softcap=softcap).logp_K, 1)
         for call in (head.linear_logprobs, head.linear_logprobs_plain)
     )
     assert_within_budget(fast(hidden, weight, d), plain, hidden, weight, d)

@@ -11,8 +11,9 @@ import torch
 from deltaw.adapter.file import Adapter
 from deltaw.config import parse_config
 from deltaw.errors import InputError
-from deltaw.factors import DoRA, LowRank
-from deltaw.files.weights import load_safetensors
+from deltaw.factors import LowRank
+from deltaw.files.safetensors import load_safetensors
+from deltaw.kinds import DoRA
 from deltaw.model import open_model
 from deltaw.training import measuring, opening
 from deltaw.training.run import resume, train
