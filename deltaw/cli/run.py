@@ -216,6 +216,6 @@ def _open(name: str, base: str | None, quiet: bool) -> "Model":
 
 def _sampling(**fields: Any) -> dict[str, Any]:
     """The options as given, once they are known to be right."""
-    from deltaw.generate.engine import Sampling
+    from deltaw.generate.sampling import Sampling
 
     return Sampling.checked(**fields).model_dump()

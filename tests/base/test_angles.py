@@ -16,7 +16,8 @@ from deltaw.base.angles import Angles, stand_in_for_angles
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.prefix import lowest_layer
 from deltaw.config import AdapterSpec
-from deltaw.generate.engine import Sampling, generate
+from deltaw.generate.engine import generate
+from deltaw.generate.sampling import Sampling
 from deltaw.kernels.loss import IGNORE
 from tests.architectures import COMMON, MOE
 

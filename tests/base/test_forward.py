@@ -12,7 +12,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from deltaw.base.forward import ATTENTION, plan_forward
-from deltaw.generate.engine import Sampling, generate
+from deltaw.generate.engine import generate
+from deltaw.generate.sampling import Sampling
 from deltaw.kernels.loss import IGNORE
 from tests.architectures import COMMON, PACKED, PADDED, tiny
 

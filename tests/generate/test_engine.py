@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltaw.errors import InputError, RunError
-from deltaw.generate.engine import Sampling, choose, generate, stream
+from deltaw.generate.engine import generate, stream
+from deltaw.generate.sampling import Sampling, choose
 
 torch.manual_seed(0)
 PROMPTS = [torch.randint(0, 97, (length,)).tolist() for length in (3, 11, 1, 7, 35, 7)]
