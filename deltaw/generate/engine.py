@@ -109,8 +109,9 @@ class Engine:
         """Let go of a row: no more of its tokens come. Nothing for one that has ended."""
         self._waiting = [row for row in self._waiting if row.id != id]
         self._events = [event for event in self._events if event[0] != id]
-        for row in [row for row in self._live if row.id == id]:
-            self._live.pop(row).leave(row)
+        with torch.inference_mode():
+            for row in [row for row in self._live if row.id == id]:
+                self._live.pop(row).leave(row)
 
     def close(self) -> None:
         """Let go of all rows."""
