@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from deltaw.adapter.combine import combine
     from deltaw.adapter.file import Adapter, BaseId
     from deltaw.adapter.into import MergedInto
-    from deltaw.adapter.layer import LoRALinear
+    from deltaw.adapter.layer import AdaptedLinear
     from deltaw.analysis.report import inspect
     from deltaw.base.forward import Forward, plan_forward
     from deltaw.base.load import Base, open_base
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Adapter": "adapter.file",
+    "AdaptedLinear": "adapter.layer",
     "AdapterSpec": "config",
     "Attached": "adapter.attach",
     "Base": "base.load",
@@ -40,7 +41,6 @@ _HOME = {
     "DeltawError": "errors",
     "Forward": "base.forward",
     "InputError": "errors",
-    "LoRALinear": "adapter.layer",
     "LowRank": "factors",
     "MergedInto": "adapter.into",
     "Model": "model",

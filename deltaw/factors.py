@@ -227,9 +227,13 @@ def squared_norms(w_MN: Tensor) -> Tensor:
 
 def row_norms(w_MN: Tensor, squares_M: Tensor, low: LowRank) -> Tensor:
     """‖wᵢ + scale bᵢA‖ [M] in the factors' dtype, of W, its ‖wᵢ‖² and the factors. W Aᵀ is a product in W's dtype."""
+    return norms_of_sum(squares_M, w_MN @ low.a_RN.to(w_MN.dtype).T, low)
+
+
+def norms_of_sum(squares_M: Tensor, c_MR: Tensor, low: LowRank) -> Tensor:
+    """The same of C = W Aᵀ, for a weight that isn't a tensor."""
     a_RN, b_MR = low.a_RN, low.b_MR
-    c_MR = (w_MN @ a_RN.to(w_MN.dtype).T).to(a_RN.dtype)
-    change_M = (b_MR * (2 * c_MR + low.scale * (b_MR @ (a_RN @ a_RN.T)))).sum(1)
+    change_M = (b_MR * (2 * c_MR.to(a_RN.dtype) + low.scale * (b_MR @ (a_RN @ a_RN.T)))).sum(1)
     return (squares_M + low.scale * change_M).clamp(min=0).sqrt()
 
 

@@ -167,5 +167,9 @@ _passing: weakref.WeakKeyDictionary[nn.Module, Passing] = weakref.WeakKeyDiction
 
 
 def passing_of(model: nn.Module) -> Passing:
-    """The holder of this model, the same one whoever asks."""
-    return _passing.setdefault(model, Passing())
+    """The holder of this model, the same one whoever asks. A copied model's is the one that its layers were copied
+    with."""
+    if model not in _passing:
+        holders = (getattr(module, "passing", None) for module in model.modules())
+        _passing[model] = next((holder for holder in holders if isinstance(holder, Passing)), None) or Passing()
+    return _passing[model]

@@ -38,7 +38,8 @@ class Row:
     """A prompt and what has been added to it.
 
     `number` names it to its caller, and says with the seed which uniform numbers it draws; `room` is how many tokens it
-    may become longer; `update` is which of the layers' updates it takes, or `BASE`.
+    may become longer; `update` is which of the layers' updates it takes: a number, `BASE`, or None for the
+    first.
     """
 
     id: int
@@ -47,7 +48,7 @@ class Row:
     stop_ids: AbstractSet[int]
     number: int
     room: int
-    update: int = 0
+    update: int | None = None
     new: list[int] = field(default_factory=list)
     noise: list[float] = field(default_factory=list)
 
@@ -102,17 +103,18 @@ class Cache(abc.ABC):
         """Let go of a row."""
 
 
-def segments_for(updates: Sequence[int], starts: Sequence[int]) -> Segments | None:
-    """As `segments_of`, where some may be the base's alone; None where all take the first."""
-    if not any(updates):
+def segments_for(updates: Sequence[int | None], starts: Sequence[int]) -> Segments | None:
+    """As `segments_of`, of rows that all name their update (`BASE` is none) or none of which does."""
+    named = [update for update in updates if update is not None]
+    if not named:
         return None
-    return tuple(segment for segment in segments_of(updates, starts) or () if segment.update != BASE)
+    return tuple(segment for segment in segments_of(named, starts) or () if segment.update != BASE)
 
 
 class State:
     """A batch of rows: the tokens so far, their positions, the mask, what the model carries. All take one `update`."""
 
-    def __init__(self, model: nn.Module, ids_RL: Tensor, mask_RL: Tensor, update: int = 0) -> None:
+    def __init__(self, model: nn.Module, ids_RL: Tensor, mask_RL: Tensor, update: int | None = None) -> None:
         self.model: Any = model
         self.update = update
         self.ids, self.mask = ids_RL, mask_RL
@@ -183,9 +185,9 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
 
 
 @contextlib.contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's own mode restored afterwards."""
-    training = [module for module in model.modules() if module.training]
+def in_eval_mode(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
+    """Eval mode inside; every module's own mode restored afterwards. `modules`: the model's, where they are known."""
+    training = [module for module in (model.modules() if modules is None else modules) if module.training]
     if training:  # setting modes goes through all modules, which is felt in a step of one token
         model.eval()
     try:
@@ -196,9 +198,9 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
     """Eval mode and no gradients inside; every module's own mode restored afterwards."""
-    with in_eval_mode(model), torch.inference_mode():
+    with in_eval_mode(model, modules), torch.inference_mode():
         yield
 
 

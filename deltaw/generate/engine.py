@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from deltaw.errors import InputError
 from deltaw.generate.batches import Batches
-from deltaw.generate.cache import BASE, Cache, Row, context, evaluating, text_config
+from deltaw.generate.cache import Cache, Row, context, evaluating, text_config
 from deltaw.generate.sampling import Sampling, choose
 from deltaw.generate.slots import Slots
 
@@ -57,6 +57,7 @@ class Engine:
         self._live: dict[Row, Cache] = {}
         self._events: list[tuple[int, int | None]] = []
         self._added = 0
+        self._modules: list[nn.Module] = []
 
     @property
     def busy(self) -> bool:
@@ -70,17 +71,20 @@ class Engine:
         stop_ids: AbstractSet[int] = frozenset(),
         *,
         number: int = 0,
-        update: int | None = 0,
+        update: int | None = None,
     ) -> int:
         """Have a prompt decoded from the next step on. Its id, by which its tokens come.
 
         `number`: which of its caller's prompts it is, named in errors and, with the seed, in what it draws. `update`:
-        which of the layers' updates it takes; None is the base alone. Raises InputError for an empty prompt, one that
-        fills the model's context, or an id outside its vocabulary.
+        which of the layers' updates it takes (`Attached.number`), `BASE` for the base alone; None is the first, and
+        then for all rows. Raises InputError for an empty prompt, one that fills the model's context, or an id outside
+        its vocabulary; ValueError where only some of the rows name their update.
         """
         check(self.model, prompt, number)
         room = min(sampling.max_new_tokens, context(self.model) - len(prompt))
-        row = Row(self._added, prompt, sampling, stop_ids, number, room, BASE if update is None else update)
+        if any((row.update is None) != (update is None) for row in (*self._waiting[-1:], *self._live)):
+            raise ValueError("either all rows of an engine name their update, or none does")
+        row = Row(self._added, prompt, sampling, stop_ids, number, room, update)
         self._added += 1
         self._waiting.append(row)
         return row.id
@@ -92,7 +96,9 @@ class Engine:
         Raises RunError where the model gives no logits; what came before is in the next step's, and the row that it
         names may be cancelled.
         """
-        with evaluating(self.model):
+        if self._waiting or not self._modules:  # looking for them is felt in a step of one token
+            self._modules = list(self.model.modules())
+        with evaluating(self.model, self._modules):
             for cache in set(self._live.values()):
                 for rows, logits_RV in cache.steps():
                     self._go_on(rows, logits_RV)

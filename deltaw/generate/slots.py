@@ -200,7 +200,7 @@ class Slots(Cache):
         return chosen
 
     def join(self, rows: Sequence[Row]) -> Tensor:
-        ordered = sorted(rows, key=lambda row: row.update)
+        ordered = sorted(rows, key=lambda row: row.update or 0)
         starts = [0, *accumulate(len(row.prompt) for row in ordered)]
         tokens_T = torch.tensor([token for row in ordered for token in row.prompt], device=self.device)
         batch = Batch.of(tokens_T, starts)
@@ -239,9 +239,9 @@ class Slots(Cache):
             return
         self._grow()
         rows = [row for shelf in self.shelves.values() for row in shelf.rows]
-        apart = any(row.update for row in rows)
+        apart = any(row.update is not None for row in rows)
         if apart:
-            rows.sort(key=lambda row: row.update)
+            rows.sort(key=lambda row: row.update or 0)
         at = {row: number for number, row in enumerate(rows)}
         parts = []
         for shelf in self.shelves.values():

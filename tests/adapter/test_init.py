@@ -12,16 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import LoraGAConfig, preprocess_loraga
-from tests.adapter.test_fused import adapted, loss_and_gradients
 from torch import Tensor, nn
 
 from deltaw.adapter import init_data
 from deltaw.adapter.attach import Attached, attach, detach
-from deltaw.adapter.dora import DoRALinear
+from deltaw.adapter.dora import DoRAUpdate
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.init import eva_directions, leading, lora_ga_factors, olora_factors, pissa_factors
 from deltaw.adapter.init_data import initialise_from_data
-from deltaw.adapter.layer import LoRALinear
+from deltaw.adapter.layer import LoRAUpdate
 from deltaw.base.batch import Batch
 from deltaw.base.forward import plan_forward
 from deltaw.base.frozen import FrozenLinear
@@ -32,6 +31,7 @@ from deltaw.errors import InputError, RunError
 from deltaw.factors import LowRank
 from deltaw.linalg.subspace import range_basis, similarity
 from tests.adapter.test_layer import KINDS, SCALE, M, N, R, bits, plain, rows, same
+from tests.adapter.test_stand_ins import adapted, loss_and_gradients
 from tests.architectures import tiny
 
 MOVING = ("pissa", "olora", "lora-ga")
@@ -145,8 +145,8 @@ def base(request: pytest.FixtureRequest) -> nn.Module:
     return plain(*request.param)
 
 
-def moving(base: nn.Module, dropout: float = 0.0) -> LoRALinear:
-    layer = LoRALinear(FrozenLinear(base), R, SCALE, dropout, moves=True)
+def moving(base: nn.Module, dropout: float = 0.0) -> LoRAUpdate:
+    layer = LoRAUpdate(FrozenLinear(base), R, SCALE, dropout, moves=True)
     layer.start(torch.randn(R, N), torch.randn(M, R))
     return layer
 
@@ -207,11 +207,11 @@ def test_factors_are_of_twice_the_rank_and_go_back_in(base: nn.Module) -> None:
     exact = (b0 + layer.lora_b).double() @ (a0 + layer.lora_a).double() - b0.double() @ a0.double()
     assert update.rank == 2 * R
     torch.testing.assert_close(update.dense().double(), SCALE * exact, rtol=1e-5, atol=1e-5)
-    other = LoRALinear(FrozenLinear(base), R, SCALE, moves=True)
+    other = LoRAUpdate(FrozenLinear(base), R, SCALE, moves=True)
     other.start(a0, b0)
     other.set_factors(update)
     assert torch.equal(other(x), layer(x)) and torch.equal(other.lora_a, layer.lora_a)
-    loaded = LoRALinear(FrozenLinear(base), 2 * R, SCALE)  # what any other tool makes of it
+    loaded = LoRAUpdate(FrozenLinear(base), 2 * R, SCALE)  # what any other tool makes of it
     loaded.set_factors(update)
     assert torch.equal(loaded(x), layer(x))
 
@@ -381,7 +381,7 @@ def test_data_that_says_nothing_or_nan_is_named() -> None:
 def test_dora_takes_evas_directions() -> None:
     plain_layers, dora = begun("eva").layers, begun("eva", magnitude=True).layers
     for path, layer in dora.items():
-        assert isinstance(layer, DoRALinear) and layer.lora_a.any()
+        assert isinstance(layer, DoRAUpdate) and layer.lora_a.any()
         assert torch.equal(layer.lora_a, plain_layers[path].lora_a)
 
 
@@ -446,7 +446,7 @@ def test_lora_gas_directions_are_pefts() -> None:
     forward = plan_forward(model)
 
     def step() -> None:
-        forward.loss(steps[0].tokens_T, steps[0].labels_T, steps[0].positions_T, steps[0].starts_S)[0].backward()
+        forward.loss(steps[0])[0].backward()
 
     preprocess_loraga(model, config, step)
     peft = get_peft_model(model, config)

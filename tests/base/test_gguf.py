@@ -19,8 +19,7 @@ from deltaw.base.load import Base, fingerprint, open_base
 from deltaw.base.source import BUILTINS, builtin_file
 from deltaw.errors import InputError, RunError
 from deltaw.files.gguf_header import read_header
-
-from .conftest import BUILTIN, tiny_llama
+from tests.bases import BUILTIN, tiny_llama
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from deltaw.adapter.attach import attach
-from deltaw.adapter.layer import LoRALinear
+from deltaw.adapter.layer import LoRAUpdate
 from deltaw.adapter.stand_ins import FusedAttention
 from deltaw.base.forward import plan_forward
 from deltaw.config import AdapterSpec
 from deltaw.generate import slots
-from deltaw.generate.cache import Row, evaluating
+from deltaw.generate.cache import BASE, Row, evaluating
 from deltaw.generate.engine import Engine, generate, stream
 from deltaw.generate.sampling import Sampling
 from deltaw.generate.slots import Slots
@@ -29,7 +29,7 @@ def adapted(name: str = "llama", **changes: Any) -> nn.Module:
     plan_forward(model)
     attached = attach(model, AdapterSpec(rank=2, targets="all-linear"))
     for number, layer in enumerate(attached.layers.values()):
-        assert isinstance(layer, LoRALinear)
+        assert isinstance(layer, LoRAUpdate)
         nn.init.normal_(layer.lora_b, std=0.1, generator=torch.Generator().manual_seed(number))
     return model.double().eval()
 
@@ -150,3 +150,29 @@ def test_what_no_row_has_written_is_zero() -> None:
     (shelf,) = cache.shelves.values()
     for stored in shelf.stored.values():
         assert stored[:, 0, :, :5].all() and not stored[:, 0, :, 5:].any() and not stored[:, 1:].any()
+
+
+def test_rows_of_two_adapters_in_one_step() -> None:
+    model = adapted()
+    first = generate(model, PROMPTS, Sampling(max_new_tokens=NEW), set())
+    other = attach(model, AdapterSpec(rank=3, targets="all-linear"))
+    for layer in other.layers.values():
+        assert isinstance(layer, LoRAUpdate)
+        nn.init.normal_(layer.lora_b, std=0.2)
+    model.double()
+    engine = Engine(model, batch_size=9)
+    asked = [(update, n) for n in range(len(PROMPTS)) for update in (other.number, BASE, 0)]
+    ids = [engine.add(PROMPTS[n], Sampling(max_new_tokens=NEW), update=update) for update, n in asked]
+    with pytest.raises(ValueError, match="all rows"):
+        engine.add(PROMPTS[0], Sampling())
+    got: dict[int, list[int]] = {id: [] for id in ids}
+    while engine.busy:
+        for id, token in engine.step():
+            if token is not None:
+                got[id].append(token)
+    by_update = {update: [got[id] for id, (u, _) in zip(ids, asked, strict=True) if u == update] for update, _ in asked}
+    assert by_update[0] == first
+    base = build(*ALL["llama"])
+    plan_forward(base)
+    assert by_update[BASE] == generate(base, PROMPTS, Sampling(max_new_tokens=NEW), set())
+    assert by_update[other.number] not in (first, by_update[BASE])

@@ -75,7 +75,7 @@ def random_adapter(folder: Path, kind: str = "lora", size: float = 0.1, **spec: 
     generator = torch.Generator().manual_seed(1)
     adapter = attached.adapter(BaseId(folder.name))
     factors = {
-        path: _random(update, size * float(attached.layers[path].base.weight_MN.std()), generator)
+        path: _random(update, size * float(attached.layers[path].base.weight.dense().std()), generator)
         for path, update in adapter.factors.items()
     }
     return Adapter(adapter.spec, factors, adapter.base, adapter.fan_in_fan_out, adapter.rewritten)
