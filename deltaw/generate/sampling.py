@@ -39,8 +39,9 @@ def choose(logits_RV: Tensor, sampling: Sampling, u_R: Tensor, numbers: Sequence
     """
     largest_R = logits_RV.amax(-1)
     if not bool(largest_R.isfinite().all()):
-        broken = [numbers[row] for row in (~largest_R.isfinite()).nonzero()[:, 0].tolist() if row < len(numbers)]
-        prompts = f" for prompt {broken[0]}" + (f" and {len(broken) - 1} more" if broken[1:] else "") if broken else ""
+        broken = (~largest_R.isfinite()).nonzero()[:, 0].tolist()
+        named = sorted(numbers[row] for row in broken) if numbers else []
+        prompts = f" for prompt {named[0]}" + (f" and {len(named) - 1} more" if named[1:] else "") if named else ""
         raise RunError(
             f"the model's logits are NaN or infinite{prompts}", fix="use dtype float32, or an older checkpoint"
         )
