@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from deltaw.commands.verify import verify
     from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
     from deltaw.errors import DeltawError, InputError, RunError
-    from deltaw.factors import Dense, DoRA, LowRank
+    from deltaw.factors import LowRank
     from deltaw.kernels.attention import packed_attention
+    from deltaw.kernels.logprobs import linear_cross_entropy
     from deltaw.kernels.lora import lora_linear
-    from deltaw.kernels.loss import linear_cross_entropy
+    from deltaw.kinds import Dense, DoRA
     from deltaw.model import Model, open_model
     from deltaw.training.run import resume, train
     from deltaw.version import VERSION as __version__
@@ -36,8 +37,8 @@ _HOME = {
     "Attached": "adapter.attach",
     "Base": "base.load",
     "BaseId": "adapter.file",
-    "Dense": "factors",
-    "DoRA": "factors",
+    "Dense": "kinds",
+    "DoRA": "kinds",
     "DeltawError": "errors",
     "Forward": "base.forward",
     "InputError": "errors",
@@ -51,7 +52,7 @@ _HOME = {
     "detach": "adapter.attach",
     "export": "commands.export",
     "inspect": "analysis.report",
-    "linear_cross_entropy": "kernels.loss",
+    "linear_cross_entropy": "kernels.logprobs",
     "lint": "commands.lint",
     "load_config": "config",
     "lora_linear": "kernels.lora",

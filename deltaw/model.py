@@ -23,7 +23,7 @@ from deltaw.errors import InputError, command
 from deltaw.generate.cache import context
 from deltaw.generate.engine import generate, stream
 from deltaw.generate.sampling import Sampling
-from deltaw.show.progress import Display
+from deltaw.show.progress import Display, Progress, unseen
 
 PLAIN = "plain"  # in place of a template's fingerprint: trained on prompts as they are
 Prompt = str | Sequence[dict[str, Any]]  # text as it is, or a chat's messages
@@ -81,7 +81,9 @@ class Model:
             if rest:
                 yield rest
 
-    def generate_all(self, prompts: Sequence[Sequence[int]], sampling: Sampling, progress: Any = None) -> list[str]:
+    def generate_all(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, progress: Progress = unseen
+    ) -> list[str]:
         """Answers to many tokenised prompts, batched."""
         rows = generate(self.base.model, prompts, sampling, self._stop, progress=progress)
         return [self.renderer.decode(row) for row in rows]
@@ -120,8 +122,8 @@ def open_model(
     elif is_adapter(path) or base is not None:  # else a broken adapter's folder would open as the plain base
         adapter = load_adapter(path)
         base = base or base_name(adapter, path)
-    source = find_base(base or str(name), progress=display.say)
-    opened = open_base(source, dtype=dtype or "auto", device=device, progress=display.say)
+    source = find_base(base or str(name), display=display)
+    opened = open_base(source, dtype=dtype or "auto", device=device, display=display)
     renderer = open_renderer(source, config, template_beside(path))
     model = Model(opened, renderer, plan_forward(opened.model))
     if adapter is None:
@@ -151,14 +153,12 @@ def template_beside(path: Path) -> Path | None:
     return file if is_adapter(file.parent) and file.is_file() else None
 
 
-def open_dataset(config: RunConfig, display: Display) -> tuple[Source, Renderer, Dataset]:
-    """A run's data as it will be trained on. No weights are read: only the tokenizer is needed."""
-    source = find_base(config.base, progress=display.say)
+def open_dataset(config: RunConfig, display: Display, source: Source | None = None) -> tuple[Source, Renderer, Dataset]:
+    """A run's data as it will be trained on. No weights are read: only the tokenizer is needed. `source`: the base,
+    where it was found already."""
+    source = source or find_base(config.base, display=display)
     renderer = open_renderer(source, config)
-    with display.task("reading data", 100) as update:
-        dataset = prepare(config.data, renderer, progress=lambda done, total: update(100 * done // max(1, total)))
-        update(100)  # rows beyond data.limit are never looked at
-    return source, renderer, dataset
+    return source, renderer, prepare(config.data, renderer, display=display)
 
 
 def limits_of(source: Source, dataset: Dataset) -> list[str]:

@@ -107,13 +107,20 @@ class Attached:
         spec = _as_learnt(self.spec)
         factors: dict[str, Update] = {path: layer.factors().cpu() for path, layer in self.layers.items()}
         if self.spec.moves_base:  # √2 · alpha / √(2 rank) may be the next float of alpha / √rank
-            factors = {path: replace(update, scale=spec.scale(path)) for path, update in factors.items()}  # type: ignore[arg-type]
+            factors = {path: update.of(update.tensors(), spec.scale(path)) for path, update in factors.items()}
         transposed = any(layer.base.transposed for layer in self.layers.values())
         return Adapter(spec, factors, base, transposed, rewritten_names(self.model))
 
 
 def check_bare(model: nn.Module) -> None:
-    """Raise InputError for a model whose layers aren't its own: they are under other names, or another tool's."""
+    """Raise InputError for a model whose layers aren't its own: they are under other names, or adapted by now."""
+    check_known(model)
+    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+        raise InputError("this model already carries an adapter", fix="detach it first")
+
+
+def check_known(model: nn.Module) -> None:
+    """The same, but for adapters of ours."""
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         raise InputError("this is what torch.compile made of a model", fix="give the model itself: compiled._orig_mod")
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
@@ -140,7 +147,7 @@ def attach(
     Raises InputError when a target matches nothing, a rank is too high, an adapter's shapes are not this model's, or
     its layers can't take a second adapter; ValueError for a start that needs data and isn't left open.
     """
-    check_bare(model)
+    check_known(model)
     spec = what if isinstance(what, AdapterSpec) else what.spec
     if spec.from_data and not start_later:
         raise ValueError(f"init {spec.init} starts from data: attach with start_later, then initialise_from_data")

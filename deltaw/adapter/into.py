@@ -21,7 +21,6 @@ from torch import nn
 
 from deltaw.adapter.attach import Attached, attach, check_bare, detach
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.layer import AdaptedLinear
 from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.load import fingerprint
 from deltaw.errors import InputError, listed
@@ -73,8 +72,6 @@ def merge_into(model: nn.Module, adapter: Adapter) -> MergedInto:
     """Merge in place. Raises InputError, the model as it was: what `attach` refuses, another base, numbers that are too
     large for the weights' type."""
     check_bare(model)
-    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
-        raise InputError("this model already carries an adapter", fix="detach it first")
     recorded, here = adapter.base.fingerprint, fingerprint(model)
     if recorded and not same_base(recorded, here):
         raise InputError(

@@ -20,7 +20,7 @@ from deltaw.base.prefix import lowest_layer
 from deltaw.config import AdapterSpec
 from deltaw.generate.engine import generate
 from deltaw.generate.sampling import Sampling
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 from tests.architectures import COMMON, MOE
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
