@@ -21,7 +21,8 @@ from deltaw.data.dataset import Dataset, prepare
 from deltaw.data.render import Renderer, open_tokenizer
 from deltaw.errors import InputError
 from deltaw.generate.cache import context
-from deltaw.generate.engine import Sampling, generate, stream
+from deltaw.generate.engine import generate, stream
+from deltaw.generate.sampling import Sampling
 from deltaw.named import Named
 from deltaw.show.progress import Display, Progress, unseen
 

@@ -27,7 +27,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,23 @@ def segments_of(updates: Sequence[int], starts: Sequence[int]) -> Segments | Non
     return tuple(segments)
 
 
+class Stored(Protocol):
+    """Keys and values of earlier tokens, where attention stands in (generate/slots.py)."""
+
+    def attention(
+        self,
+        layer: nn.Module,
+        q_THE: Tensor,
+        k_TKE: Tensor,
+        v_TKE: Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Add the rows' keys and values to those of `layer`, and attend to what each row may see: [T, H, E]."""
+
+
 @dataclass(frozen=True, eq=False)
 class Pass:
     """What one forward carries to the layers.
@@ -124,7 +141,7 @@ class Pass:
 
     documents: Documents | None = None
     segments: Segments | None = None
-    cache: Any = None
+    cache: Stored | None = None
     below: Tensor | None = None
     probe: Any = None
 

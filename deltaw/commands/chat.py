@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from deltaw.errors import InputError
-from deltaw.generate.engine import Sampling
+from deltaw.generate.sampling import Sampling
 from deltaw.model import Model, open_model
 from deltaw.show.progress import Display
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from deltaw.errors import InputError
-from deltaw.generate.engine import Sampling
+from deltaw.generate.sampling import Sampling
 from deltaw.model import open_model
 from deltaw.show.progress import Display
 from deltaw.show.result import Result

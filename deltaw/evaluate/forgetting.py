@@ -28,7 +28,7 @@ from deltaw.data.loader import fill
 from deltaw.data.pack import pack
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
-from deltaw.generate.engine import evaluating
+from deltaw.generate.cache import evaluating
 from deltaw.kernels.logprobs import IGNORE
 from deltaw.model import Model
 from deltaw.show.progress import Display

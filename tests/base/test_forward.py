@@ -14,7 +14,8 @@ from deltaw.base import attention
 from deltaw.base.attention import is_packed
 from deltaw.base.batch import Batch, Passing
 from deltaw.base.forward import plan_forward
-from deltaw.generate.engine import Sampling, generate
+from deltaw.generate.engine import generate
+from deltaw.generate.sampling import Sampling
 from deltaw.kernels.logprobs import IGNORE
 from tests.architectures import COMMON, PACKED, PADDED, tiny
 
