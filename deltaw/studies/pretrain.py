@@ -164,7 +164,7 @@ def run(lab: Lab) -> Outcome:
     noise = statistics.stdev(by_seed) / statistics.mean(by_seed) / len(lab.seeds) ** 0.5
     gaps = {stage: {way: gap(found, way) for way in found} for stage, found in losses.items()}
     because = (
-        f"In pretraining full training ends at {losses['pretraining']['full']:.3f} nats a byte, LoRA "
+        f"In pretraining full training ends at {losses['pretraining']['full']:.3f} nats per byte, LoRA "
         f"{gaps['pretraining']['LoRA']:+.1%}, low-rank weights {gaps['pretraining']['low rank']:+.1%}; in fine-tuning "
         f"full ends at {losses['fine-tuning']['full']:.3f}, LoRA {gaps['fine-tuning']['LoRA']:+.1%}; in a new task at "
         f"{losses['a new task']['full']:.3f}, LoRA {gaps['a new task']['LoRA']:+.1%}. "
