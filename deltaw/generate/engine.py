@@ -26,7 +26,7 @@ repetition penalty) into what was asked for.
 Letters: R rows, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -37,6 +37,7 @@ from deltaw.generate.batches import Batches
 from deltaw.generate.cache import Cache, Row, context, evaluating, text_config
 from deltaw.generate.sampling import Sampling, choose
 from deltaw.generate.slots import Slots
+from deltaw.show.progress import Progress, unseen
 
 TOKENS_AT_ONCE = 65_536  # of all rows together: bounds the cache (4 GB for an 8B model), whatever batch_size says
 
@@ -176,7 +177,7 @@ def generate(
     stop_ids: AbstractSet[int],
     *,
     batch_size: int = 128,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = unseen,
 ) -> list[list[int]]:
     """The new tokens of every prompt, in the order of `prompts`; the stop token that ended one is left out.
 
