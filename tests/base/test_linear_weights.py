@@ -30,7 +30,7 @@ def test_equals_the_models_own_weights(model: PreTrainedModel, tmp_path: Path) -
         layer = FrozenLinear(model.get_submodule(path))
         assert weights.shape(path) == (layer.out_features, layer.in_features)
         assert path in weights
-        assert torch.equal(weights[path], layer.weight_MN.detach()) and weights[path].is_contiguous()
+        assert torch.equal(weights[path], layer.weight.dense().detach()) and weights[path].is_contiguous()
 
 
 def test_a_bare_base_models_file_has_the_whole_models_paths_and_the_other_way_round(tmp_path: Path) -> None:
