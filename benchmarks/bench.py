@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks import report, results
 from benchmarks.results import Row
-from deltaw.show.progress import clock
+from deltaw.show.text import clock
 
 ROOT = Path(__file__).parents[1]
 TIMED = ("dense", "words", "chats")

@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from deltaw.base.forward import Forward, plan_forward
     from deltaw.base.load import Base, open_base
     from deltaw.commands.export import export
-    from deltaw.commands.lint import lint
-    from deltaw.commands.verify import verify
     from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
     from deltaw.errors import DeltawError, InputError, RunError
-    from deltaw.factors import Dense, DoRA, LowRank
+    from deltaw.factors import LowRank
     from deltaw.kernels.attention import packed_attention
+    from deltaw.kernels.logprobs import linear_cross_entropy
     from deltaw.kernels.lora import lora_linear
-    from deltaw.kernels.loss import linear_cross_entropy
+    from deltaw.kinds import Dense, DoRA
     from deltaw.model import Model, open_model
+    from deltaw.shipping.lint.lint import lint
+    from deltaw.shipping.verify.compare import verify
     from deltaw.training.run import resume, train
     from deltaw.version import VERSION as __version__
 
@@ -36,8 +37,8 @@ _HOME = {
     "Attached": "adapter.attach",
     "Base": "base.load",
     "BaseId": "adapter.file",
-    "Dense": "factors",
-    "DoRA": "factors",
+    "Dense": "kinds",
+    "DoRA": "kinds",
     "DeltawError": "errors",
     "Forward": "base.forward",
     "InputError": "errors",
@@ -51,8 +52,8 @@ _HOME = {
     "detach": "adapter.attach",
     "export": "commands.export",
     "inspect": "analysis.report",
-    "linear_cross_entropy": "kernels.loss",
-    "lint": "commands.lint",
+    "linear_cross_entropy": "kernels.logprobs",
+    "lint": "shipping.lint.lint",
     "load_config": "config",
     "lora_linear": "kernels.lora",
     "open_base": "base.load",
@@ -63,7 +64,7 @@ _HOME = {
     "resize": "adapter.algebra",
     "resume": "training.run",
     "train": "training.run",
-    "verify": "commands.verify",
+    "verify": "shipping.verify.compare",
 }
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604
 

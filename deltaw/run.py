@@ -2,7 +2,7 @@
 
     config.yaml      the resolved run file            checkpoints/    step-000100/ …  (training/checkpoint.py)
     before.json      the base on the held-out rows    adapter/        the result, PEFT layout
-    metrics.jsonl    a line a step, a line an eval    report.html     what the run did, for people
+    metrics.jsonl    a line per step and per eval     report.html     what the run did, for people
     result.json      the figures                      .lock           who writes here (lock.py)
 
 Everything in it is named relative to the folder, so it can be moved. result.json is written when everything else is
@@ -14,7 +14,6 @@ metrics.jsonl that can't be read is left out and counted.
 import json
 import math
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +23,9 @@ from typing import Any, TypeGuard
 
 from deltaw.config import RunConfig
 from deltaw.errors import InputError, RunError, command
+from deltaw.files.atomic import fsync, replacing, sweep, temporary_name, write_text_atomic
 from deltaw.files.lock import LOCK, claimed, holds_anything
-from deltaw.files.weights import fsync, read_json, replacing, write_text_atomic
+from deltaw.files.strict_json import NotJSON, parse, read_json
 
 WORDS = ("skipped", "rows")  # of a line of metrics.jsonl; everything else in it is a number
 
@@ -73,20 +73,30 @@ class Run:
 
     def check_resumable(self) -> None:
         """See that a run lies here that lacks something, and that no other process is at it. Raises InputError."""
+        with self.resumed():
+            pass
+
+    @contextmanager
+    def resumed(self) -> Iterator[bool]:
+        """The folder, which has a run that lacks something, is this process's alone inside the block. Whether all that
+        it lacks is what couldn't be measured. Raises InputError."""
         if not self.config.is_file():
             fix = "start one: deltaw train run.yaml"
             raise InputError(f"{self.folder} is no run: it has no config.yaml", fix=fix)
         with self.claimed(new=False):
-            if self.result.is_file() and not self.read_json(self.result).get("failed"):
+            finished = self.result.is_file()
+            if finished and not self.read_json(self.result).get("failed"):
                 fix = "to train anew use another output"
                 raise InputError(f"{self.folder} is finished: its adapter is {self.adapter}", fix=fix)
+            yield finished
 
     @contextmanager
     def claimed(self, *, new: bool, replace: bool = False) -> Iterator[None]:
         """The folder is this process's alone inside the block. `new`: it must not hold a run yet, unless it may be
         replaced. Raises InputError. A folder that was made for the block and stays empty goes again."""
         with claimed(self.folder, lambda: self._check_new(replace) if new else None):
-            self._sweep()
+            for folder in (self.folder, self.adapter, self.checkpoints):
+                sweep(folder)
             yield
 
     def _check_new(self, replace: bool) -> None:
@@ -105,18 +115,9 @@ class Run:
                 fix=f"resume it: {command('train', self.folder)}   start over: --replace   or choose another output",
             )
 
-    def _sweep(self) -> None:
-        """Remove what a killed process was still writing."""
-        for folder in (self.folder, self.adapter, self.checkpoints):
-            for stale in folder.glob(".*.tmp"):
-                if stale.is_dir() and not stale.is_symlink():
-                    shutil.rmtree(stale, ignore_errors=True)
-                else:
-                    stale.unlink(missing_ok=True)
-
     def create(self, config: RunConfig) -> None:
         """Put the resolved config into the folder, which is claimed; what an earlier run left there goes."""
-        old = self.folder / f".{secrets.token_hex(4)}.tmp"
+        old = temporary_name(self.folder / "earlier")
         # The old config goes last: until then the folder is a run that can be replaced.
         earlier = sorted(self.folder.iterdir(), key=lambda path: path == self.config)
         try:
@@ -186,8 +187,8 @@ class Run:
 def _record(line: bytes) -> tuple[dict[str, Any] | None, bool]:
     """A line's figures, and whether it is whole. None without a step, which says where it belongs."""
     try:
-        value = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
+        value = parse(line, allow_nan=True)
+    except NotJSON:
         return None, False
     if not isinstance(value, dict) or type(step := value.get("step")) is not int or not 0 <= step < 2**53:
         return None, False

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from deltaw.base.linear_weights import HEADER_BYTES, TENSORS
 from deltaw.base.names import places
 from deltaw.errors import InputError, listed
-from deltaw.files.weights import read_header, read_tensor, shards
+from deltaw.files.safetensors import read_header, read_tensor
+from deltaw.files.shards import shards
 
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that old checkpoints hold
 
@@ -122,9 +123,9 @@ def changes(tuned: Checkpoint, base: Checkpoint, names: list[str], extracted: se
         assert new is not None and old is not None
         if name not in extracted and (change := _change(name, new, old)):
             yield change
-    for side, here, there in (("tuned", tuned, base), ("base", base, tuned)):
-        for name in here.stored:
-            if there.find(name) is None and not name.endswith(BUFFERS):
+    for side, own, other in (("tuned", tuned, base), ("base", base, tuned)):
+        for name in own.stored:
+            if other.find(name) is None and not name.endswith(BUFFERS):
                 yield Change(name, None, only_in=side)
 
 

@@ -29,19 +29,19 @@ Letters: M outputs, N inputs, R rank, K singular values, D adapters.
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from deltaw.adapter.algebra import Loss, adapter_of, check_size, cut, low_rank_updates, relative_error, wanted_rank
-from deltaw.adapter.extract import Progress, nearest
+from deltaw.adapter.algebra import adapter_of, low_rank_updates
+from deltaw.adapter.cut import Loss, check_size, nearest, relative_error, wanted_rank
 from deltaw.adapter.file import Adapter
 from deltaw.base.fingerprint import describe
 from deltaw.errors import InputError, listed
 from deltaw.factors import LowRank
+from deltaw.show.progress import Progress, unseen
 
 METHODS = ("linear", "ties", "dare")
 DENSITY = 0.5  # of entries kept; TIES's authors take 0.2, for full fine-tuning
@@ -57,7 +57,7 @@ def combine(
     energy: float | None = None,
     density: float | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = unseen,
 ) -> tuple[Adapter, list[Loss]]:
     """Σ wᵢ ΔWᵢ over the union of the adapters' modules (an absent one counts as zero), or its TIES or DARE kin.
 
@@ -83,8 +83,7 @@ def combine(
         else:
             factors[path], old_rank, error = _recompressed(parts, entrywise[method], rank, energy)
         losses.append(Loss(path, old_rank, factors[path].rank, error))
-        if progress:
-            progress(done, len(modules))
+        progress(done)
     if not any(update.a_RN.any() and update.b_MR.any() for update in factors.values()):
         raise InputError("the combination is zero in every module: the weights cancel, or nothing was trained")
     like = next((adapter for adapter in adapters if adapter.factors.keys() == factors.keys()), adapters[0])
@@ -96,9 +95,9 @@ def combine(
 
 def ties(weights: Sequence[float], deltas_DMN: Tensor, density: float) -> Tensor:
     """[M, N]: trimmed to `density`, sign elected, mean of the weighted entries that agree."""
-    kept = max(1, int(density * deltas_DMN[0].numel()))
+    count = max(1, int(density * deltas_DMN[0].numel()))
     flat_DE = deltas_DMN.flatten(1)
-    largest_DK = flat_DE.abs().topk(kept, dim=1).indices
+    largest_DK = flat_DE.abs().topk(count, dim=1).indices
     trimmed_DMN = torch.zeros_like(flat_DE).scatter(1, largest_DK, flat_DE.gather(1, largest_DK)).view_as(deltas_DMN)
     weights_D11 = deltas_DMN.new_tensor(weights)[:, None, None]
     signed_DMN = weights_D11.sign() * trimmed_DMN
@@ -116,20 +115,20 @@ def dare(weights: Sequence[float], deltas_DMN: Tensor, density: float, generator
 def _sum(parts: Sequence[Part], rank: int | None, energy: float | None) -> tuple[LowRank, int, float]:
     """(the sum, cut; its rank when stacked; the relative error)."""
     dtype = parts[0][1].a_RN.dtype
-    wide = [LowRank(update.a_RN.double(), update.b_MR.double(), weight * update.scale) for weight, update in parts]
-    total = functools.reduce(operator.add, wide)
+    wide = [update.double().times(weight) for weight, update in parts]
+    total = functools.reduce(LowRank.stacked, wide)
     lossless = rank is None and energy is None
     if len(parts) == 1 and lossless:
-        return _as(total, dtype), total.rank, 0.0
-    svd = total.svd()
-    s_K = svd[1]
+        return total.map(lambda factor: factor.to(dtype)), total.rank, 0.0
+    s_K = total.wide_svd[1]
     added = sum(float((part.b_MR.norm(dim=0) * part.a_RN.norm(dim=1)).sum()) * abs(part.scale) for part in wide)
     numerical = int((s_K > torch.finfo(s_K.dtype).eps * max(total.shape) * added).sum())
     if not numerical:
         zeros = LowRank(torch.zeros_like(total.a_RN[:1]), torch.zeros_like(total.b_MR[:, :1]))
-        return _as(zeros, dtype), total.rank, 0.0
+        return zeros.map(lambda factor: factor.to(dtype)), total.rank, 0.0
     wanted = numerical if lossless else min(numerical, wanted_rank(s_K, rank, energy))
-    return _as(cut(total, svd, wanted), dtype), total.rank, relative_error(s_K, wanted)
+    smaller = total.truncate(wanted).map(lambda factor: factor.to(dtype))
+    return smaller, total.rank, relative_error(s_K, wanted)
 
 
 def _recompressed(
@@ -156,10 +155,6 @@ def _modules(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str,
     return modules
 
 
-def _as(update: LowRank, dtype: torch.dtype) -> LowRank:
-    return LowRank(update.a_RN.to(dtype), update.b_MR.to(dtype), update.scale)
-
-
 def _check(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
@@ -172,7 +167,7 @@ def _check(
     if not adapters:
         raise InputError("no adapters to combine")
     if len(weights) != len(adapters):
-        raise InputError(f"{len(adapters)} adapters but {len(weights)} weights", fix="give one weight an adapter")
+        raise InputError(f"{len(adapters)} adapters but {len(weights)} weights", fix="give one weight per adapter")
     if wrong := [weight for weight in weights if not math.isfinite(weight)]:
         raise InputError(f"a weight must be a finite number, not {wrong[0]}")
     if method not in METHODS:

@@ -33,8 +33,10 @@ from torch import Tensor, nn
 
 from deltaw.adapter.layer import LayerUpdate
 from deltaw.base.frozen import FrozenLinear
-from deltaw.factors import DoRA, LowRank, norms_of_sum, over_norms
+from deltaw.factors import LowRank
 from deltaw.kernels.lora import Factors, Projection, lora_linears
+from deltaw.kinds import DoRA
+from deltaw.linalg.row_norms import norms_of_sum, over_norms
 
 
 class DoRAUpdate(LayerUpdate):
@@ -69,8 +71,8 @@ class DoRAUpdate(LayerUpdate):
     @torch.no_grad()
     def _norms(self) -> Tensor:
         """‖W + scale · B A‖ [M] of the rows, float32."""
-        low, weight = LowRank(self.lora_a, self.lora_b, self.scale), self.base.weight
-        return norms_of_sum(self.squares_M, weight.times(low.a_RN.to(weight.dtype).T), low)
+        weight, a_RN = self.base.weight, self.lora_a
+        return norms_of_sum(self.squares_M, weight.times(a_RN.to(weight.dtype).T), a_RN, self.lora_b, self.scale)
 
     def gain(self) -> Tensor:
         """g = m / ‖W + scale · B A‖ [M], float32; only m gets a gradient."""

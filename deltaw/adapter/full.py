@@ -8,13 +8,8 @@ than the usual way, and gives what this is for: the update as a value that can b
 extracted into one. A weight in a form of its own (quantised) has no room for the sum: x ΔWᵀ is added to the layer's own
 product there. It is a reference, not a fast path: attention and MLP run by the model's own code.
 
-On disk `delta.safetensors` holds `<module path>` -> ΔW [M, N], float32, beside the `deltaw.json` of every adapter; no
-other tool has a form for it.
-
 Letters: N inputs, M outputs.
 """
-
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +18,8 @@ from torch.func import functional_call
 
 from deltaw.adapter.layer import LayerUpdate
 from deltaw.base.frozen import FrozenLinear
-from deltaw.errors import InputError, listed
-from deltaw.factors import Dense
-from deltaw.files.weights import load_safetensors
 from deltaw.kernels.lora import Projection, lora_linears
-
-DELTAS = "delta.safetensors"
+from deltaw.kinds import Dense
 
 
 class FullUpdate(LayerUpdate):
@@ -79,12 +70,3 @@ class FullUpdate(LayerUpdate):
 
     def extra_repr(self) -> str:
         return "full"
-
-
-def load_deltas(directory: Path) -> dict[str, Dense]:
-    """Read delta.safetensors. Raises InputError for what is no finite float32 matrix."""
-    tensors = load_safetensors(directory / DELTAS)
-    bad = [n for n, t in tensors.items() if t.ndim != 2 or t.dtype != torch.float32 or not torch.isfinite(t).all()]
-    if bad or not tensors:
-        raise InputError(f"{directory / DELTAS}: not finite float32 matrices:\n{listed(bad or ['it is empty'])}")
-    return {path: Dense(tensor) for path, tensor in tensors.items()}

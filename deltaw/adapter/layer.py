@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from deltaw.base.batch import Passing
 from deltaw.base.frozen import FrozenLinear
 from deltaw.errors import RunError
-from deltaw.factors import LowRank, as_plain
+from deltaw.factors import LowRank
 from deltaw.kernels.lora import Factors, Projection, lora_linears
 from deltaw.kernels.segments import Segments
 
@@ -124,8 +124,8 @@ class LayerUpdate(nn.Module, abc.ABC):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """A new layer of the base's own kind whose weight is W + ΔW, summed in float32 and rounded once."""
-        w_MN = self.base.weight.dense()
-        return self.base.with_weight(w_MN.float() + as_plain(self.factors(), w_MN).dense())
+        weight = self.base.weight
+        return self.base.with_weight(weight.dense().float() + self.factors().relative_to(weight).dense())
 
 
 class AdaptedLinear(nn.Module):

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 from deltaw.analysis.style import STYLE
-from deltaw.files.weights import write_text_atomic
+from deltaw.files.atomic import write_text_atomic
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 THIN = "\u202f"  # a narrow space that doesn't break, between groups of three digits

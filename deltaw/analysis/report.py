@@ -30,7 +30,7 @@ from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.load import fingerprint_of_files, open_base
 from deltaw.base.source import Source, find_base
 from deltaw.errors import InputError, RunError
-from deltaw.model import base_name, load_adapter
+from deltaw.named import base_name, load_adapter
 from deltaw.show.progress import Display
 
 PAGE = "report.html"
@@ -115,10 +115,10 @@ def _source(
 ) -> tuple[Source | None, str]:
     """(the base's files, ""), or (None, why there are none). A base that was asked for by name must be there."""
     if base is not None:
-        return find_base(base, progress=display.say), ""
+        return find_base(base, display=display), ""
     try:
         name = training.config.base if training else base_name(adapter, folder)
-        return find_base(name, progress=display.say), ""
+        return find_base(name, display=display), ""
     except InputError as error:
         return None, error.what
 

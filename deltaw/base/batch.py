@@ -27,13 +27,13 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from deltaw.kernels.attention import Documents
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 from deltaw.kernels.segments import Segment, Segments
 
 
@@ -85,6 +85,13 @@ class Batch:
         """The rows of each update; None where all take the first."""
         return segments_of(self.updates, self.starts)
 
+    def by_document(self, values_K: Tensor) -> Tensor:
+        """[documents, ...]: what belongs to each label [K, ...], in the order of their rows, summed by document."""
+        row_K = (self.labels_T != IGNORE).nonzero().squeeze(1)
+        document_K = torch.bucketize(row_K, self.documents.starts_S[1:].long(), right=True)
+        sums = values_K.new_zeros(len(self.starts) - 1, *values_K.shape[1:])
+        return sums.index_add(0, document_K, values_K)
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
         tensors = {name: getattr(self, name).to(device) for name in ("tokens_T", "labels_T", "positions_T")}
@@ -104,6 +111,23 @@ def segments_of(updates: Sequence[int], starts: Sequence[int]) -> Segments | Non
     return tuple(segments)
 
 
+class Stored(Protocol):
+    """Keys and values of earlier tokens, where attention stands in (generate/slots.py)."""
+
+    def attention(
+        self,
+        layer: nn.Module,
+        q_THE: Tensor,
+        k_TKE: Tensor,
+        v_TKE: Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Add the rows' keys and values to those of `layer`, and attend to what each row may see: [T, H, E]."""
+
+
 @dataclass(frozen=True, eq=False)
 class Pass:
     """What one forward carries to the layers.
@@ -117,7 +141,7 @@ class Pass:
 
     documents: Documents | None = None
     segments: Segments | None = None
-    cache: Any = None
+    cache: Stored | None = None
     below: Tensor | None = None
     probe: Any = None
 

@@ -7,7 +7,7 @@
     gated_backward      inner again,  dg = d ∘ u ∘ act′(g),  du = d ∘ act(g)
     cross_entropy_      loss = logsumexp(z) − z[label] and, in the place of the logits, ∂loss/∂logits
 
-The formulas are those of norm.py, rotary.py, lora.py and loss.py, which derive them and which stay the twins that
+The formulas are those of norm.py, rotary.py, lora.py and logprobs.py, which derive them and which stay the twins that
 these are tested against. What a GPU adds is the cost of a pass: the gated MLP's backward in PyTorch's operations reads
 or writes a [T, I] tensor fourteen times, here six. Everything is float32 inside and rounded once, on the way out.
 
@@ -20,7 +20,9 @@ the second pass should find in the L2 cache.
 Rejected. A matrix product fused with the loss (Apple's cut cross-entropy): saves the chunk of logits but makes the
 products twice, and chunks already bound the memory. Norm fused with the residual's addition: saves a read and a write
 of five, but needs the decoder layer rewritten. libdevice's tanh: not in the interpreter that
-tests these on a CPU. Autotuning: its search costs seconds a shape, and these kernels wait for memory.
+tests these on a CPU. Autotuning: its search costs seconds a shape, and these kernels wait for memory. `/` where a
+result's last bits count: a GPU makes it of an approximate reciprocal, off by up to two units in the last place, which
+1 − tanh² hands on to the gradient whole; `div_rn` rounds once, and where a row has one divisor it is a factor.
 
 Tested on a CPU with Triton's interpreter, compiled for an sm_90, and run on an H100 when one is at hand.
 
@@ -35,7 +37,6 @@ import triton.language as tl
 from torch import Tensor
 
 from deltaw.kernels.device import WIDEST
-from deltaw.kernels.loss import IGNORE
 
 TILE = 4096  # elements a program of the norm takes, in whole rows
 FLAT = 1024
@@ -99,7 +100,7 @@ def gated_backward(d_TI: Tensor, g_TI: Tensor, u_TI: Tensor, activation: str) ->
 def cross_entropy_(z_CV: Tensor, labels_C: Tensor, scale: float = 1.0, softcap: float | None = None) -> Tensor:
     """The losses in nats, [C] in float32; z, the head's raw product, becomes ∂(their sum)/∂z in its own dtype.
 
-    The loss is taken of cap(scale · z). A label of IGNORE gives 0 and no gradient; one outside the vocabulary NaN.
+    The loss is taken of cap(scale · z). A label outside the vocabulary gives NaN.
     """
     if z_CV.stride(1) != 1:
         raise ValueError("the rows of z must be contiguous: it is overwritten")
@@ -107,7 +108,7 @@ def cross_entropy_(z_CV: Tensor, labels_C: Tensor, scale: float = 1.0, softcap: 
     loss_C = torch.empty(C, dtype=torch.float32, device=z_CV.device)
     block = min(_block(V), VOCABULARY)
     cap, warps = 1.0 if softcap is None else softcap, 16 if block == VOCABULARY else 4
-    options = {"IGNORED": IGNORE, "CAPPED": softcap is not None, "BLOCK": block, "num_warps": warps}
+    options = {"CAPPED": softcap is not None, "BLOCK": block, "num_warps": warps}
     with torch.cuda.device_of(z_CV):
         _cross_entropy[(C,)](z_CV, labels, loss_C, z_CV.stride(0), V, scale, cap, **options)
     return loss_C
@@ -231,7 +232,7 @@ def _tanh(x: tl.tensor) -> tl.tensor:
     keeps its digits where t is near 1; near 0, where 1 − q would lose them, Cephes's odd polynomial (tanhf)."""
     a = tl.abs(x)
     e = tl.exp(-2.0 * a)
-    q = 2.0 * e / (1.0 + e)
+    q = tl.div_rn(2.0 * e, 1.0 + e)
     s = a * a
     p = (((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1) * s
     low = a + a * (s * (p - 3.33332819422e-1))
@@ -303,7 +304,6 @@ def _cross_entropy(
     V: tl.tensor,
     scale: tl.tensor,
     cap: tl.tensor,
-    IGNORED: tl.constexpr,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -313,7 +313,7 @@ def _cross_entropy(
     known = (label >= 0) & (label < V)
     at_label = scale * tl.load(z_row + label, mask=known, other=0.0).to(tl.float32)
     if CAPPED:
-        at_label = cap * _tanh(at_label / cap)[0]
+        at_label = cap * _tanh(tl.div_rn(at_label, cap))[0]
     # Finite, so that a block of −∞ does not make ∞ − ∞.
     top = tl.full((), -3.0e38, tl.float32)
     total = tl.full((), 0.0, tl.float32)
@@ -321,13 +321,14 @@ def _cross_entropy(
         col = start + tl.arange(0, BLOCK)
         z = scale * tl.load(z_row + col, mask=col < V, other=0.0).to(tl.float32)
         if CAPPED:
-            z = cap * _tanh(z / cap)[0]
+            z = cap * _tanh(tl.div_rn(z, cap))[0]
         z = tl.where(col < V, z, -float("inf"))
         higher = tl.maximum(top, tl.max(z, 0))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
         top = higher
     loss = tl.log(total) + (top - at_label)  # large ones cancel before anything is rounded to their size
-    tl.store(loss_at + row, tl.where(label == IGNORED, 0.0, tl.where(known, loss, float("nan"))))
+    tl.store(loss_at + row, tl.where(known, loss, float("nan")))
+    share = tl.div_rn(1.0, total)
     # Every warp must have read the label's logit before any overwrites it.
     tl.debug_barrier()
     for start in range(0, V, BLOCK):
@@ -335,8 +336,8 @@ def _cross_entropy(
         z = scale * tl.load(z_row + col, mask=col < V, other=0.0).to(tl.float32)
         slope = scale
         if CAPPED:
-            t, bend = _tanh(z / cap)
+            t, bend = _tanh(tl.div_rn(z, cap))
             z = cap * t
             slope = scale * bend
-        d = slope * (tl.exp(z - top) / total - tl.where(col == label, 1.0, 0.0))
-        tl.store(z_row + col, tl.where(label == IGNORED, 0.0, d), mask=col < V)
+        d = slope * (tl.exp(z - top) * share - tl.where(col == label, 1.0, 0.0))
+        tl.store(z_row + col, d, mask=col < V)

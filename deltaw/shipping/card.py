@@ -27,7 +27,7 @@ from deltaw.analysis.training import Training, read_training
 from deltaw.base.source import BUILTINS, HUB_ID
 from deltaw.config import RunConfig
 from deltaw.errors import RunError
-from deltaw.files.weights import write_text_atomic
+from deltaw.files.atomic import write_text_atomic
 from deltaw.shipping.beside import missing_stop
 from deltaw.shipping.trained import Trained
 from deltaw.shipping.usage import base_name, chats
@@ -59,7 +59,7 @@ def write_card(folder: Path, trained: Trained, form: Form, usage: str) -> None:
 
 def card(trained: Trained, form: Form, usage: str, *, with_report: bool = False) -> str:
     """The whole README.md."""
-    training = read_training(trained.run.folder) if trained.run else None
+    training = read_training(trained.run.folder, trained.config) if trained.run else None
     sections = [
         (_title(trained, form), _what(trained, form)),
         ("Training", _training(trained, training)),
@@ -82,7 +82,7 @@ def _front_matter(trained: Trained, form: Form) -> str:
     if builtin:
         fields["license"] = builtin.licence
     fields |= {"library_name": form.library, "pipeline_tag": "text-generation"}
-    kind = "full" if trained.adapter.spec.full else "dora" if trained.adapter.spec.magnitude else "lora"
+    kind = trained.adapter.spec.kind
     fields["tags"] = list(dict.fromkeys((kind, *form.tags, "deltaw")))
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()]
     return "\n".join(["---", *lines, "---", ""])

@@ -22,7 +22,7 @@ from deltaw.analysis import plots
 from deltaw.analysis.measure import ENERGY, in_order
 from deltaw.analysis.page import Picture, Table
 from deltaw.analysis.sentences import place
-from deltaw.factors import Dense, Update
+from deltaw.factors import Update
 from deltaw.linalg.rank import energy_rank
 from deltaw.linalg.threads import one_thread
 from deltaw.studies.lab import Lab
@@ -103,18 +103,19 @@ def run(lab: Lab) -> Outcome:
 def spectra_of(lab: Lab, name: str, adapter: Adapter) -> dict[str, Tensor]:
     """Singular values by module path, float64 [K] (LoRA: [R]), descending."""
     found = {}
-    with lab.display.task(f"spectra of {name}", len(adapter.factors)) as update, one_thread():
+    with lab.display.task(f"spectra of {name}", len(adapter.factors)) as progress, one_thread():
         for path in in_order(adapter.factors):
             found[path] = singular_values(adapter.factors[path])
-            update(len(found))
+            progress(len(found))
     return found
 
 
 def singular_values(update: Update) -> Tensor:
-    """σ of ΔW, float64, descending, of `LowRank` and of `Dense`."""
-    if not isinstance(update, Dense):
-        return update.svd()[1].double()  # type: ignore[union-attr]
-    x_MN = update.delta_MN.double()
+    """σ of ΔW, float64, descending; of a full rank from the smaller Gram matrix, which is faster."""
+    plain = update.plain()
+    if plain.rank < min(plain.shape):
+        return plain.svd()[1].double()
+    x_MN = plain.dense().double()
     wide = x_MN if x_MN.shape[0] <= x_MN.shape[1] else x_MN.T
     return torch.linalg.eigvalsh(wide @ wide.T).flip(-1).clamp(min=0).sqrt()
 

@@ -104,11 +104,11 @@ def compared(lab: Lab, name: str, pairs: Pairs) -> Comparison:
     """The modules of all pairs as those of one."""
     modules: dict[str, ModuleComparison] = {}
     total = sum(len(first.factors) for first, _ in pairs)
-    with lab.display.task(f"comparing {name}", total) as update, one_thread():
+    with lab.display.task(f"comparing {name}", total) as progress, one_thread():
         for number, (first, second) in enumerate(pairs):
             found = compare(first, second).modules
             modules |= {f"{number}.{path}": module for path, module in found.items()}
-            update(len(modules))
+            progress(len(modules))
     return Comparison(modules, ([], []))
 
 
@@ -118,8 +118,8 @@ def changed(adapter: Adapter, how: Callable[[Update], LowRank]) -> Adapter:
 
 def of_a(update: Update) -> LowRank:
     """A with a B that turns nothing: the same right singular vectors as A, whose left ones say nothing."""
-    assert isinstance(update, LowRank)
-    return LowRank(update.a_RN, torch.eye(*update.b_MR.shape))
+    low = update.low_rank()
+    return LowRank(low.a_RN, torch.eye(*low.b_MR.shape))
 
 
 def gaussian(seed: int) -> Callable[[Update], LowRank]:

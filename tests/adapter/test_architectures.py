@@ -17,7 +17,7 @@ from deltaw.base.batch import Batch
 from deltaw.base.forward import plan_forward
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 from tests.architectures import PACKED, PADDED, tiny
 
 ALL = [*PACKED, *PADDED]

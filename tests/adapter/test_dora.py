@@ -17,7 +17,9 @@ from deltaw.adapter.file import Adapter, BaseId
 from deltaw.base.forward import plan_forward
 from deltaw.base.frozen import FrozenLinear
 from deltaw.config import AdapterSpec
-from deltaw.factors import Dense, DoRA, LowRank
+from deltaw.factors import LowRank
+from deltaw.kernels.weight import DenseWeight
+from deltaw.kinds import Dense, DoRA
 from tests.adapter.test_layer import KINDS, SCALE, M, N, R, bits, plain, rows, same
 from tests.architectures import tiny
 
@@ -268,7 +270,7 @@ def test_an_adapter_of_another_kind_than_its_spec_is_not_saved(tmp_path: Path) -
 def test_relative_to_is_what_the_layer_adds() -> None:
     base = plain(nn.Linear, False, torch.float32)
     layer, x = trained(base), torch.randn(7, N)
-    delta = layer.factors().relative_to(base.weight)
+    delta = layer.factors().relative_to(DenseWeight(base.weight))
     assert isinstance(delta, Dense)
     torch.testing.assert_close(base(x) + delta.apply(x), layer(x).detach(), rtol=1e-5, atol=1e-5)
 

@@ -37,7 +37,8 @@ from deltaw.adapter.file import CONFIG, RECORD, WEIGHTS, Adapter, BaseId
 from deltaw.adapter.targets import linear_paths
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, RunError
-from deltaw.factors import DoRA, LowRank
+from deltaw.factors import LowRank
+from deltaw.kinds import DoRA
 from tests.architectures import tiny
 
 BASE = BaseId("someone/tiny", "abc123", "sha256:" + "0" * 64, "sha256:" + "1" * 64)
@@ -340,7 +341,7 @@ CONFIG_FAULTS: dict[str, tuple[Any, str]] = {
     "deep": (b'{"a":' * 100_000, "nested too deeply"),
     "huge": (b'{"a": "' + b"x" * 2_000_000 + b'"}', "more than 1,000,000 bytes"),
     "long number": (b'{"r": ' + b"9" * 9999 + b"}", "not valid JSON"),
-    "key twice": (b'{"r": 2, "r": 3}', "'r' is set 2 times"),
+    "key twice": (b'{"r": 2, "r": 3}', "'r' appears twice"),
 }
 
 

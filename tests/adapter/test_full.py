@@ -14,7 +14,8 @@ from deltaw.adapter.full import FullUpdate
 from deltaw.base.frozen import FrozenLinear
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, RunError
-from deltaw.factors import Dense, LowRank
+from deltaw.factors import LowRank
+from deltaw.kinds import Dense
 from tests.adapter.test_layer import KINDS, M, N, bits, plain, rows, same
 
 SPEC = AdapterSpec(full=True)

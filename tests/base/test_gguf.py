@@ -18,8 +18,9 @@ from deltaw.base.gguf import to_folder
 from deltaw.base.load import Base, fingerprint, open_base
 from deltaw.base.source import BUILTINS, builtin_file
 from deltaw.errors import InputError, RunError
-from deltaw.files.gguf_header import read_header
+from deltaw.files.gguf_parts import read_model
 from tests.bases import BUILTIN, tiny_llama
+from tests.tiny import Said
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
@@ -154,7 +155,7 @@ HOSTILE = {
 
 def test_the_builder_builds_a_good_file(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(build(keys=[("k", 7, b"\x01"), ("l", 9, array(4, 1, u32(5)))], tensors=[GOOD]))
-    header = read_header(tmp_path / "x.gguf")
+    header = read_model([tmp_path / "x.gguf"])
     assert header.metadata == {"general.architecture": "llama", "k": True, "l": (5,)}
     assert header.shapes == {"a": (4, 2)}
 
@@ -166,7 +167,7 @@ def test_hostile_header_is_refused_fast_and_small(tmp_path: Path, data: bytes) -
     tracemalloc.start()
     start = time.perf_counter()
     with pytest.raises(InputError, match=r"hostile\.gguf") as caught:
-        read_header(path)
+        read_model([path])
     assert time.perf_counter() - start < 1
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
@@ -188,7 +189,7 @@ def test_mutated_headers_are_read_or_refused(tiny: Path, tmp_path: Path) -> None
             del changed[rng.randrange(length) :]
         path.write_bytes(changed)
         try:
-            read_header(path)
+            read_model([path])
         except InputError as error:
             refused += 1
             assert "mutated.gguf" in str(error) and len(str(error).splitlines()) <= 5
@@ -197,9 +198,9 @@ def test_mutated_headers_are_read_or_refused(tiny: Path, tmp_path: Path) -> None
 
 
 def test_conversion_gives_the_same_model(tiny: Path, tmp_path: Path) -> None:
-    lines: list[str] = []
-    folder = to_folder(tiny, tmp_path / "cache", progress=lines.append)
-    assert len(lines) == 1 and "tiny.gguf" in lines[0]
+    display = Said()
+    folder = to_folder(tiny, tmp_path / "cache", display=display)
+    assert len(display.lines) == 1 and "tiny.gguf" in display.lines[0]
     base = open_base(str(folder), dtype="float32")
     assert base.fingerprint == fingerprint(tiny_llama())
     ids = torch.arange(20)[None]
@@ -212,8 +213,8 @@ def test_conversion_gives_the_same_model(tiny: Path, tmp_path: Path) -> None:
     assert not [file for file in (tmp_path / "cache").iterdir() if file.name.endswith(".tmp")]
     # A copy under another name is the same content, so it is the same folder, at once.
     (tmp_path / "copy.gguf").write_bytes(tiny.read_bytes())
-    assert to_folder(tmp_path / "copy.gguf", tmp_path / "cache", progress=lines.append) == folder
-    assert len(lines) == 1
+    assert to_folder(tmp_path / "copy.gguf", tmp_path / "cache", display=display) == folder
+    assert len(display.lines) == 1
 
 
 def convert(path: Path, cache: Path) -> Path:

@@ -11,7 +11,8 @@ from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.base.source import Source
 from deltaw.config import AdapterSpec
-from deltaw.factors import Dense, DoRA, LowRank, Update
+from deltaw.factors import LowRank, Update
+from deltaw.kinds import Dense, DoRA
 from deltaw.shipping.trained import Trained, open_trained
 from tests.architectures import COMMON, GPT2, MOE, PACKED
 from tests.data.toys import toy

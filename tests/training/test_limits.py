@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import transformers as T
 
-from deltaw.commands.eval import evaluate_on
+from deltaw.commands.eval import eval_named
 from deltaw.config import RunConfig, parse_config
 from deltaw.errors import InputError
 from deltaw.model import limits_of, open_dataset
 from deltaw.show.progress import Display
-from deltaw.training import run as loop
+from deltaw.training import opening
 from deltaw.training.plan import plan
 from deltaw.training.run import train
 from tests.data.toys import toy
@@ -51,7 +51,7 @@ def test_a_token_without_an_embedding_is_refused_before_the_weights_are_read(
     lines = files[where].read_text().splitlines()
     files[where].write_text("\n".join([*lines[:16], '{"text": "ab <step> ab"}', *lines[16:]]))
     settings = config(folder, {name: str(path) for name, path in files.items()})
-    monkeypatch.setattr(loop, "open_base", lambda *args, **options: pytest.fail("the weights were read"))
+    monkeypatch.setattr(opening, "open_base", lambda *args, **options: pytest.fail("the weights were read"))
     for work in (train, plan):
         with pytest.raises(InputError) as refused:
             work(settings, display=QUIET)
@@ -74,7 +74,7 @@ def test_a_row_beyond_a_learned_table_is_refused_and_what_is_advised_works(folde
     result = json.loads((folder / "run/result.json").read_text())
     assert result["forgetting"]["tokens"] > 0 and result["failed"] == {}
     with pytest.raises(InputError, match=r"t\.jsonl:21"):
-        evaluate_on(
+        eval_named(
             str(folder / "base"), str(folder / "t.jsonl"), base=None, use_adapter=True, metrics=None, rows=None,
             max_tokens=None, display=QUIET,
         )  # fmt: skip

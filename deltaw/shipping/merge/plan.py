@@ -22,7 +22,7 @@ Letters: M outputs, N inputs.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -35,11 +35,12 @@ from deltaw.adapter.checkpoints import Checkpoint, Stored
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.targets import head_path, targets_of
 from deltaw.base.frozen import FrozenLinear
-from deltaw.base.load import open_skeleton
 from deltaw.base.names import places
 from deltaw.errors import InputError, listed
-from deltaw.factors import Update, as_plain
-from deltaw.files.weights import read_tensor, shards
+from deltaw.factors import Update
+from deltaw.files.safetensors import read_tensor
+from deltaw.files.shards import shards
+from deltaw.kernels.weight import DenseWeight
 from deltaw.shipping.trained import Trained
 
 Fate = Literal["changed", "copied", "untied"]
@@ -110,7 +111,7 @@ class MergePlan:
         if not torch.isfinite(wide).all():
             raise not_finite(planned)
         w_MN = wide.T if planned.transposed else wide
-        total_MN = w_MN + as_plain(update, w_MN).dense()
+        total_MN = w_MN + update.relative_to(DenseWeight(w_MN)).dense()
         return total_MN.T.contiguous() if planned.transposed else total_MN
 
 
@@ -120,9 +121,9 @@ def plan_merge(trained: Trained) -> MergePlan:
     Raises InputError for an adapter that doesn't fit the model, and for updates that land in no tensor of its files.
     """
     base, adapter = trained.base, trained.adapter
-    skeleton = open_skeleton(base)
+    skeleton = trained.base_files.skeleton
     _check_targets(skeleton, adapter, trained.name)
-    checkpoint = Checkpoint(base.directory, skeleton)
+    checkpoint = trained.base_files.checkpoint
     ties = _ties(skeleton)
     updated = {f"{path}.weight": path for path in adapter.factors}
     parts = {name: whole for whole, names in checkpoint.converted.items() for name in names}
@@ -168,7 +169,7 @@ def _check_targets(skeleton: nn.Module, adapter: Adapter, name: str) -> None:
     head = head_path(skeleton)
     body = {path: update for path, update in adapter.factors.items() if path != head}
     if body:
-        targets_of(skeleton, replace(adapter, factors=body))
+        targets_of(skeleton, adapter.spec, body)
     if head is None or (update := adapter.factors.get(head)) is None:
         return
     module = skeleton.get_submodule(head)
