@@ -165,7 +165,7 @@ class Run:
         return self.scan_metrics()[0]
 
     def scan_metrics(self) -> tuple[list[dict[str, Any]], int]:
-        """The lines of metrics.jsonl, without what in them isn't a figure, and how many were left out or lost a part."""
+        """The lines of metrics.jsonl, without what isn't a figure, and how many were left out or lost a part."""
         records = [_record(line) for line in self._metrics_lines()]
         return [record for record, _ in records if record], sum(not whole for _, whole in records)
 
