@@ -39,7 +39,7 @@ SIDEWAYS = {
 # Each heavy library has its home.
 VERBS = ("__init__", "app", "export", "lint", "merge", "plan", "run", "update", "verify", "why")
 HOMES = {
-    "jinja2": {"files/template_worker.py"},
+    "jinja2": {"analysis/page.py", "files/template_worker.py"},
     "rich": {"show/progress.py", "data/preview.py", "cli/run.py"},
     "typer": {f"cli/{name}.py" for name in VERBS},
     "yaml": {"config.py", "files/run_yaml.py"},
@@ -56,7 +56,7 @@ HOMES = {
     "safetensors": {"files/weights.py"},
     "datasets": {"data/read.py"},
     "pyarrow": {"data/read.py"},
-    "matplotlib": {"analysis/plots.py"},
+    "matplotlib": {"analysis/pictures.py"},
     "triton": {"kernels/triton.py"},
     "torch.utils.tensorboard": {"training/log.py"},
     "peft": {"shipping/verify/sides/peft.py"},

@@ -1,7 +1,7 @@
 """`deltaw inspect`: an adapter, or a whole run, as one page and as JSON.
 
     inspect(folder) -> Report       reads the folder, finds the base's weights, measures, checks
-    report.write()                  report.html: self-contained, for people          (pages.py lays it out)
+    report.write()                  report.html: self-contained, for people          (sections.py lays it out)
     report.to_json()                the same numbers, for machines
     report.gist()                   a dozen lines for a terminal
 
@@ -21,10 +21,11 @@ from typing import Any
 from deltaw.adapter.file import Adapter
 from deltaw.analysis.checks import check_adapter, check_run
 from deltaw.analysis.measure import Measures, measure_adapter
-from deltaw.analysis.page import Finding
-from deltaw.analysis.sentences import gist, sentence
+from deltaw.analysis.page import Finding, Findings, Page, Section, write
+from deltaw.analysis.sections import in_short, of_training, of_weights
 from deltaw.analysis.summary import summarise
 from deltaw.analysis.training import Training, read_training
+from deltaw.analysis.words import gist, sentence
 from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.load import fingerprint_of_files, open_base
@@ -74,15 +75,20 @@ class Report:
             "training": self.training.to_json() if self.training else None,
         }
 
+    def page(self) -> Page:
+        """All of it, for people (sections.py)."""
+        spec = self.adapter.spec
+        kind = "full fine-tuning" if spec.full else f"LoRA, rank {spec.rank}, alpha {spec.alpha:g}"
+        sections = [in_short(self.measures, self.summary, self.training), Section("Checks", [Findings(self.findings)])]
+        sections += [*(of_training(self.training) if self.training else []), *of_weights(self.measures)]
+        return Page(f"{self.folder.name}: what the fine-tune did", f"{kind}, on {self.base}", sections)
+
     def write(self, path: str | Path | None = None) -> Path:
         """The page, into the folder unless a path is given. Raises RunError when the disk refuses."""
-        from deltaw.analysis.layers import page_of
-        from deltaw.analysis.page import write
-
         target = Path(path) if path else self.folder / PAGE
         if not target.parent.is_dir():
             raise RunError(f"{target}: no folder {target.parent}", fix="choose another --output")
-        write(page_of(self), target)
+        write(self.page(), target)
         return target
 
 

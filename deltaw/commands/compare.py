@@ -7,12 +7,11 @@ tenth by chance alone, which looks like something.
 from pathlib import Path
 from typing import Any
 
-from deltaw.analysis import plots
-from deltaw.analysis.axis import evenly
+from deltaw.analysis import pictures
 from deltaw.analysis.compare import Comparison, compare
 from deltaw.analysis.maps import layer_map
-from deltaw.analysis.page import Block, Cell, Fact, Facts, Page, Picture, Section, Table, Text, number, write
-from deltaw.analysis.sentences import KINDS, kinds_of, short, title
+from deltaw.analysis.page import Block, Cell, Fact, Facts, Page, Picture, Section, Table, Text, evenly, number, write
+from deltaw.analysis.words import KINDS, kinds_of, short, title
 from deltaw.model import load_adapter
 from deltaw.show.progress import Display
 
@@ -36,7 +35,7 @@ def compare_named(one: str, other: str, output: str, *, display: Display) -> tup
         i, j = (evenly(n, SHOWN) for n in (len(values), len(values[0])))
         shown = [[values[row][column] for column in j] for row in i]
         rows, columns = ([str(place + 1) for place in places] for places in (i, j))
-        svg = plots.heatmap(shown, row_labels=rows, column_labels=columns, value_label=label, diverging=True)
+        svg = pictures.heatmap(shown, row_labels=rows, column_labels=columns, value_label=label, diverging=True)
         cells: list[list[Cell]] = [[row, *line] for row, line in zip(rows, shown, strict=True)]
         return Picture(svg, caption, f"{label}: {one} down, {other} across", Table(["", *columns], cells, label))
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from deltaw.adapter.attach import attach, detach
-from deltaw.analysis import plots
+from deltaw.analysis import pictures
 from deltaw.analysis.page import Cell, Picture, Table
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.load import open_base
@@ -86,7 +86,7 @@ def run(lab: Lab) -> Outcome:
     ]
     head = ["", "A's entries changed", "B's entries changed", "‖A − A₀‖ / ‖A₀‖", "‖B‖", "held-out loss"]
     picture = Picture(
-        plots.bars(
+        pictures.bars(
             [f"lr {rate:g}" for rate in RATES],
             {
                 f"{side}, {dtype}": [getattr(found[rate, dtype], f"{side.lower()}_changed") for rate in RATES]

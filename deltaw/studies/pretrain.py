@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from deltaw.adapter.attach import Attached, attach, detach
 from deltaw.adapter.layer import LoRALinear
 from deltaw.adapter.targets import linear_paths
-from deltaw.analysis import plots
+from deltaw.analysis import pictures
 from deltaw.analysis.page import Cell, Picture, Table
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.load import open_base, open_skeleton
@@ -177,7 +177,7 @@ def run(lab: Lab) -> Outcome:
     ]
     head = ["", "before", *(f"lr {rate:g}" for rate in RATES), "best", "behind full"]
     picture = Picture(
-        plots.bars(
+        pictures.bars(
             list(WAYS),
             {way: [100 * gaps[stage].get(way, math.nan) for stage in WAYS] for way in ("LoRA", "low rank")},
             y_label="held-out loss above full training's, per cent of it",

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from deltaw.analysis import plots
+from deltaw.analysis import pictures
 from deltaw.analysis.page import (
     Fact,
     Facts,
@@ -104,7 +104,7 @@ def a_report() -> Page:
                 [
                     Text("Nats per supervised token. The held-out rows were never trained on."),
                     Picture(
-                        plots.lines(
+                        pictures.lines(
                             {"training": (steps, loss), "held out": (evals, held)},
                             x_label="step",
                             y_label="loss (nats a token)",
@@ -126,25 +126,25 @@ def a_report() -> Page:
                         "uses.\n\nThe middle layers move most, the MLP more than attention."
                     ),
                     Picture(
-                        plots.heatmap(norms, value_label="‖ΔW‖ / ‖W‖, %", **heat),
+                        pictures.heatmap(norms, value_label="‖ΔW‖ / ‖W‖, %", **heat),
                         "Relative size of the update by layer (down) and module (across).",
                         "Heat map; the largest updates are in layers 15 to 24, in the MLP.",
                         rows_of(norms),
                     ),
                     Picture(
-                        plots.heatmap(ranks, value_label="effective rank", **heat),
+                        pictures.heatmap(ranks, value_label="effective rank", **heat),
                         "Effective rank of the update, of 16.",
                         "Heat map of effective ranks between 4 and 15.",
                         rows_of(ranks),
                     ),
                     Picture(
-                        plots.heatmap(phi, value_label="φ less its random baseline", diverging=True, **heat),
+                        pictures.heatmap(phi, value_label="φ less its random baseline", diverging=True, **heat),
                         "Overlap with the top directions of W: 0 is what chance gives.",
                         "Heat map of differences between −0.3 and 0.3.",
                         rows_of(phi),
                     ),
                     Picture(
-                        plots.heatmap(
+                        pictures.heatmap(
                             [[phi[i][j] for i in range(30)] for j in range(7)],
                             value_label="φ less its random baseline",
                             diverging=True,
@@ -161,7 +161,7 @@ def a_report() -> Page:
                 "Spectra",
                 [
                     Picture(
-                        plots.spectrum(sigma),
+                        pictures.spectrum(sigma),
                         "Singular values of four updates, on a logarithmic axis.",
                         "Four falling curves.",
                         Table(["index", *sigma], [[k + 1, *(s[k] for s in sigma.values())] for k in range(16)]),
@@ -237,7 +237,7 @@ def a_study() -> Page:
                 "Figures",
                 [
                     Picture(
-                        plots.lines(
+                        pictures.lines(
                             curve, x_label="learning rate", y_label="held-out loss", log_x=True, baseline=("base", 2.0)
                         ),
                         "Held-out loss by learning rate and rank.",
@@ -245,7 +245,7 @@ def a_study() -> Page:
                         Table(["rank", *map(str, rates)], [[r, *c] for r, c in zip(ranks, cells, strict=True)]),
                     ),
                     Picture(
-                        plots.heatmap(
+                        pictures.heatmap(
                             cells,
                             row_labels=[f"rank {r}" for r in ranks],
                             column_labels=[f"{lr:g}" for lr in rates],
@@ -256,7 +256,7 @@ def a_study() -> Page:
                         Table(["rank", *map(str, rates)], [[r, *c] for r, c in zip(ranks, cells, strict=True)]),
                     ),
                     Picture(
-                        plots.heatmap(
+                        pictures.heatmap(
                             [[0.3, -0.12, 0.02], [-0.3, 0.0, None]],
                             row_labels=["rank 4", "rank 64"],
                             column_labels=["seed 0", "seed 1", "seed 2"],
@@ -268,7 +268,7 @@ def a_study() -> Page:
                         Table(["rank", "seed 0", "seed 1", "seed 2"], [[4, 0.3, -0.12, 0.02], [64, -0.3, 0.0, None]]),
                     ),
                     Picture(
-                        plots.bars(
+                        pictures.bars(
                             data,
                             score,
                             y_label="score, %",
@@ -280,7 +280,7 @@ def a_study() -> Page:
                         Table(["task", *score], [[d, *(v[i] for v in score.values())] for i, d in enumerate(data)]),
                     ),
                     Picture(
-                        plots.bars(
+                        pictures.bars(
                             [f"model.layers.{i}.mlp.down_proj" for i in range(8)],
                             {"norm": [10.0**-i for i in range(8)]},
                             y_label="‖ΔW‖",
@@ -291,7 +291,7 @@ def a_study() -> Page:
                         Table(["module", "norm"], [[f"down_proj {i}", 10.0**-i] for i in range(8)]),
                     ),
                     Picture(
-                        plots.scatter(
+                        pictures.scatter(
                             {
                                 "attention": ([0.1, 0.2, 0.25, 0.9], [3.0, 3.3, 3.1, 9.0]),
                                 "MLP": ([0.5, 0.6, 1.4], [5.0, 12.0, 14.0]),
@@ -420,8 +420,8 @@ def test_a_strangers_words_stay_words(tmp_path: Path) -> None:
     pages = []
     for words in hostile:
         table = Table([words, "n"], [[words, 1.0]], words)
-        heat = plots.heatmap([[1.0, None]], row_labels=[words], column_labels=[words, words], value_label=words)
-        line = plots.lines({words: ([1, 2], [1.0, 2.0])}, x_label=words, y_label=words, baseline=(words, 1.5))
+        heat = pictures.heatmap([[1.0, None]], row_labels=[words], column_labels=[words, words], value_label=words)
+        line = pictures.lines({words: ([1, 2], [1.0, 2.0])}, x_label=words, y_label=words, baseline=(words, 1.5))
         blocks = [Text(words), Facts([Fact(words, words, words)]), Verdict("held", words), table]
         blocks += [Findings([Finding("note", words)]), Samples([Sample(words, words, words, words)])]
         blocks += [Picture(svg, words, words, table) for svg in (heat, line)]
