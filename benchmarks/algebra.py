@@ -33,8 +33,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks.bench import cpu
-from benchmarks.results import Row, Target
+from benchmarks.results import Row, Target, cpu
+from benchmarks.tables import shown, table
 from deltaw.linalg.svd import product_singular_values, product_svd, randomised_svd
 from deltaw.show.progress import Display
 from deltaw.version import VERSION
@@ -186,8 +186,6 @@ def targets(rows: Sequence[Row]) -> list[Target]:
 
 def section(rows: Sequence[Row]) -> str:
     """Of docs/performance.md; empty without rows."""
-    from benchmarks.report import shown, table  # it imports this module
-
     if not rows:
         return ""
     first = rows[0]

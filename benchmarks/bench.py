@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks import report, results
 from benchmarks.results import Row
-from deltaw.show.progress import clock
+from deltaw.show.text import clock
 
 ROOT = Path(__file__).parents[1]
 TIMED = ("dense", "words", "chats")
@@ -97,7 +97,7 @@ def run(jobs: Sequence[Job], seconds: float, *, quick: bool) -> tuple[list[Row],
     """(a row a process, the jobs for which no time was left)."""
     began, rows, left_out = time.monotonic(), [], []
     taken: dict[Job, float] = {}
-    machine, flags = cpu(), settings()
+    machine, flags = results.cpu(), settings()
 
     def expected(job: Job) -> float:
         kind = (job.arm, job.workload, bool(job.without))
@@ -173,13 +173,6 @@ def dtypes() -> tuple[str, str | None]:
         one @ two
         times[dtype] = time.perf_counter() - began
     return "float32", "bfloat16" if times[torch.bfloat16] < 8 * times[torch.float32] else None
-
-
-def cpu() -> str:
-    """The machine's name, as far as it may be printed."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def settings() -> str:

@@ -104,11 +104,11 @@ def make(steps: int, dtype: str | None) -> dict[tuple[str, int], Curve]:
     dtype = dtype or str(fast_dtype()).removeprefix("torch.")
     runs = [(arm, seed) for seed in SEEDS for arm in ("peft", "deltaw")]
     curves = {}
-    with Display().task("loss curves", len(runs)) as update:
+    with Display().task("loss curves", len(runs)) as progress:
         for number, (arm, seed) in enumerate(runs):
-            update(number, f"{arm}, seed {seed}")
+            progress(number, f"{arm}, seed {seed}")
             curves[arm, seed] = curve(arm, seed, steps, dtype)
-        update(len(runs))
+        progress(len(runs))
     return curves
 
 

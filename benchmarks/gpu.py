@@ -51,7 +51,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -118,6 +118,13 @@ class Batch:
     ids_BL: Tensor
     padded_BL: Tensor
     count: int
+
+    @cached_property
+    def packed(self) -> Any:
+        """As deltaw is given it: documents laid end to end, what they need for attention worked out."""
+        from deltaw.base import batch
+
+        return batch.Batch.of(self.tokens_T, self.starts_S.tolist(), self.labels_T)
 
     @staticmethod
     def of(documents: Sequence[Sequence[int]], device: str) -> "Batch":
@@ -285,7 +292,7 @@ def deltaw_arm(shape: str, device: str, way: str = "") -> Arm:
             layer.compile(dynamic=False)
 
     def loss(batch: Batch) -> Tensor:
-        total, count = forward.loss(batch)
+        total, count = forward.loss(batch.packed)
         return total / count
 
     # A size is compiled for itself.
@@ -297,17 +304,16 @@ class Body(nn.Module):
     """A model up to its head, on documents that do not change."""
 
     def __init__(self, model: Any, batch: Batch) -> None:
-        from deltaw.kernels.attention import Documents
+        from deltaw.base.batch import Pass, passing_of
 
         super().__init__()
         self.base = model.base_model
         self.positions_T = batch.positions_T
-        self.documents = Documents(batch.starts_S.tolist(), batch.tokens_T.device)
+        self.passing, self.this = passing_of(model), Pass(documents=batch.packed.documents)
 
     def forward(self, tokens_T: Tensor) -> Tensor:
-        out = self.base(
-            input_ids=tokens_T[None], position_ids=self.positions_T[None], documents=self.documents, use_cache=False
-        )
+        with self.passing.running(self.this):
+            out = self.base(input_ids=tokens_T[None], position_ids=self.positions_T[None], use_cache=False)
         return out.last_hidden_state[0]
 
 

@@ -27,7 +27,7 @@ from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.init import fresh_factors
 from deltaw.adapter.stand_ins import KINDS
 from deltaw.adapter.targets import explicit_targets, find_targets
-from deltaw.base.forward import plan_forward
+from deltaw.base.forward import PADDED, plan_forward
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.load import open_base, open_skeleton, quiet
 from deltaw.base.source import find_base
@@ -154,7 +154,7 @@ def deltaw_loop(factors: Path, dtype: torch.dtype, *, without: str | None = None
     attached = attach(base.model, Adapter.load(factors), fuse=[kind for kind in KINDS if kind != without])
     if without == "packing":
         base.model.set_attn_implementation("sdpa")  # type: ignore[operator]
-        forward = dataclasses.replace(forward, packed=False)
+        forward = dataclasses.replace(forward, way=PADDED)
     elif without == "loss":
         forward = dataclasses.replace(forward, head=None)
     optimizer = make_optimizer(attached, TRAIN)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deltaw.files.weights import fsync
+from deltaw.files.atomic import fsync
 from deltaw.shipping.merge.plan import MergePlan, plan_merge
 from deltaw.shipping.merge.rewrite import rewrite
 from deltaw.shipping.trained import open_trained

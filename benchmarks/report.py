@@ -9,7 +9,9 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.results import PACKAGES, Figure, Key, Row, Target, figures, read_rows, targets
+from benchmarks import algebra
+from benchmarks.results import PACKAGES, Figure, Key, Row, figures, read_rows, targets
+from benchmarks.tables import shown, table
 
 ROOT = Path(__file__).parents[1]
 WORKLOADS = {
@@ -42,17 +44,6 @@ nothing else: 4 (N_blocks + f N_head) FLOPs a token, f the supervised share. Bef
 loss and gradients were held to PEFT's in float32 (`benchmarks/gates.py`); `make bench-curves` holds 200 steps to the
 band of PEFT's seeds.
 """
-
-
-def shown(target: Target) -> list[str]:
-    """A target as the cells of a table: name, target, measured, met, shortfall."""
-
-    def number(value: float) -> str:
-        return f"{value:.0%}" if target.unit == "%" else f"{value:.2f} x" if target.unit == "x" else f"{value:.1f} s"
-
-    met = {True: "yes", False: "NO", None: "not measured"}[target.met]
-    measured = "" if target.measured is None else number(target.measured)
-    return [target.name, f"{'≤' if target.at_most else '≥'} {number(target.bound)}", measured, met, target.shortfall]
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -98,12 +89,6 @@ def _without(row: Row) -> str:
 def chosen(rows: Sequence[Row]) -> str:
     """The dtype that the run was about: that of its first row."""
     return rows[0]["dtype"]
-
-
-def table(heads: Sequence[str], lines: object) -> str:
-    """Markdown."""
-    body = [f"| {' | '.join(cells)} |" for cells in lines]  # type: ignore[attr-defined]
-    return "\n".join([f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *body])
 
 
 def _belongs(key: Key, workload: str, dtype: str) -> bool:
@@ -183,8 +168,6 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def write(rows: Sequence[Row], root: Path = ROOT) -> None:
     """Page and picture under `root`/docs."""
     (root / "docs").mkdir(parents=True, exist_ok=True)
-    from benchmarks import algebra  # which imports this module
-
     more = algebra.section(algebra.read(root))
     (root / "docs" / "performance.md").write_text(page(rows) + (f"\n{more}" if more else ""), encoding="utf-8")
     draw(rows, root / "docs" / "performance.svg")

@@ -10,6 +10,7 @@ is a plain ratio here, since the arm `gemm` reports the limit in tokens/s.
 """
 
 import csv
+import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -187,3 +188,10 @@ def _text(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def cpu() -> str:
+    """The machine's name, as far as it may be printed."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"

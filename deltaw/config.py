@@ -4,6 +4,12 @@ Everything a run depends on stands in one `RunConfig`, which is saved with the r
 Strict means: an unknown key, a wrong type or an impossible number is an error that names the file, the line and the
 field, and the nearest name that exists. All problems are reported at once.
 
+Settings that do nothing beside others are no mistake of form, but a run file that has one says something else than its
+writer thinks. Of those that would need something more (`without_effect`) the file is refused; what was switched off
+elsewhere, as one does to cut a run short (`switched_off`), is said. Only a value other than the default counts, since a
+run's own config.yaml has every default written out; and 0 samples, which is what one gets. Bounds that aren't reached
+(`data.max_length`, `train.keep`, …) aren't looked at.
+
 Rejected: dataclasses with hand-written checks (the messages were the larger half), and a separate class for the
 adapter's options here and in `adapter/` (two definitions of one thing): `AdapterSpec` is defined here, at the bottom
 of the import order, and `adapter/spec.py` gives it its meaning on a model.
@@ -19,7 +25,6 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from deltaw.effects import without_effect
 from deltaw.errors import InputError, listed
 from deltaw.files.paths import PathText
 from deltaw.files.run_yaml import PROBLEMS, Dumper, Loader, line_of, not_yaml
@@ -210,10 +215,39 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _all_has_an_effect(self, info: ValidationInfo) -> "RunConfig":
-        found = [] if info.context == BEGUN else without_effect(self)
+        found = [] if info.context == BEGUN else self.without_effect()
         if found:
             raise ValueError("; ".join(found))
         return self
+
+    def without_effect(self) -> list[str]:
+        """Each setting that does nothing, and what it would need."""
+        data, train, evaluate = self.data, self.train, self.evaluate
+        no_rows = {
+            "train.eval_every": train.eval_every is not None,
+            "train.sample_every": train.sample_every is not None,
+            "evaluate.metrics": bool(evaluate.metrics),
+            "evaluate.samples": evaluate.samples not in (0, _default(evaluate, "samples")),
+        }
+        needs = {name: "held-out rows: set data.eval" for name, given in no_rows.items() if given and data.eval is None}
+        if self.adapter.full and train.lr_ratio_b != 1:
+            needs["train.lr_ratio_b"] = "factors, and adapter: full has none"
+        if data.seed and not isinstance(data.eval, int) and data.limit is None:
+            needs["data.seed"] = "rows to choose: data.eval as a number, or data.limit"
+        return [f"{name} does nothing without {what}" for name, what in needs.items()]
+
+    def switched_off(self) -> list[str]:
+        """Each setting that others switch off, in words."""
+        train, evaluate = self.train, self.evaluate
+        answered = self.data.eval is not None and (evaluate.metrics or evaluate.samples)
+        lines = []
+        if train.steps and train.epochs != _default(train, "epochs"):
+            lines.append(f"train.steps: {train.steps} says how long, not train.epochs: {train.epochs:g}")
+        if train.sample_every and not evaluate.samples:
+            lines.append(f"train.sample_every: {train.sample_every} shows nothing: evaluate.samples is 0")
+        if not answered and evaluate.max_new_tokens != _default(evaluate, "max_new_tokens"):
+            lines.append(f"evaluate.max_new_tokens: {evaluate.max_new_tokens} does nothing: no row is answered")
+        return lines
 
     def to_yaml(self) -> str:
         """The resolved run file, every default written out."""
@@ -328,6 +362,10 @@ def fields_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
         kinds = [field.annotation, *get_args(field.annotation)] if field else []
         model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), Strict)
     return list(model.model_fields)
+
+
+def _default(section: Strict, name: str) -> Any:
+    return type(section).model_fields[name].default
 
 
 def _kind(value: Any) -> str:

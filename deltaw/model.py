@@ -22,7 +22,7 @@ from deltaw.data.render import TEMPLATE, Renderer, open_tokenizer
 from deltaw.errors import InputError, command
 from deltaw.generate.cache import context
 from deltaw.generate.engine import Sampling, generate, stream
-from deltaw.show.progress import Display
+from deltaw.show.progress import Display, Progress, unseen
 
 PLAIN = "plain"  # in place of a template's fingerprint: trained on prompts as they are
 Prompt = str | Sequence[dict[str, Any]]  # text as it is, or a chat's messages
@@ -80,7 +80,9 @@ class Model:
             if rest:
                 yield rest
 
-    def generate_all(self, prompts: Sequence[Sequence[int]], sampling: Sampling, progress: Any = None) -> list[str]:
+    def generate_all(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, progress: Progress = unseen
+    ) -> list[str]:
         """Answers to many tokenised prompts, batched."""
         rows = generate(self.base.model, prompts, sampling, self._stop, progress=progress)
         return [self.renderer.decode(row) for row in rows]
@@ -119,8 +121,8 @@ def open_model(
     elif is_adapter(path) or base is not None:  # else a broken adapter's folder would open as the plain base
         adapter = load_adapter(path)
         base = base or base_name(adapter, path)
-    source = find_base(base or str(name), progress=display.say)
-    opened = open_base(source, dtype=dtype or "auto", device=device, progress=display.say)
+    source = find_base(base or str(name), display=display)
+    opened = open_base(source, dtype=dtype or "auto", device=device, display=display)
     renderer = open_renderer(source, config, template_beside(path))
     model = Model(opened, renderer, plan_forward(opened.model))
     if adapter is None:
@@ -152,12 +154,9 @@ def template_beside(path: Path) -> Path | None:
 
 def open_dataset(config: RunConfig, display: Display) -> tuple[Source, Renderer, Dataset]:
     """A run's data as it will be trained on. No weights are read: only the tokenizer is needed."""
-    source = find_base(config.base, progress=display.say)
+    source = find_base(config.base, display=display)
     renderer = open_renderer(source, config)
-    with display.task("reading data", 100) as update:
-        dataset = prepare(config.data, renderer, progress=lambda done, total: update(100 * done // max(1, total)))
-        update(100)  # rows beyond data.limit are never looked at
-    return source, renderer, dataset
+    return source, renderer, prepare(config.data, renderer, display=display)
 
 
 def limits_of(source: Source, dataset: Dataset) -> list[str]:

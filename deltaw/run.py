@@ -14,7 +14,6 @@ metrics.jsonl that can't be read is left out and counted.
 import json
 import math
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +23,9 @@ from typing import Any, TypeGuard
 
 from deltaw.config import RunConfig
 from deltaw.errors import InputError, RunError, command
+from deltaw.files.atomic import fsync, replacing, sweep, temporary_name, write_text_atomic
 from deltaw.files.lock import LOCK, claimed, holds_anything
-from deltaw.files.weights import fsync, read_json, replacing, write_text_atomic
+from deltaw.files.strict_json import read_json
 
 WORDS = ("skipped", "rows")  # of a line of metrics.jsonl; everything else in it is a number
 
@@ -86,7 +86,8 @@ class Run:
         """The folder is this process's alone inside the block. `new`: it must not hold a run yet, unless it may be
         replaced. Raises InputError. A folder that was made for the block and stays empty goes again."""
         with claimed(self.folder, lambda: self._check_new(replace) if new else None):
-            self._sweep()
+            for folder in (self.folder, self.adapter, self.checkpoints):
+                sweep(folder)
             yield
 
     def _check_new(self, replace: bool) -> None:
@@ -105,18 +106,9 @@ class Run:
                 fix=f"resume it: {command('train', self.folder)}   start over: --replace   or choose another output",
             )
 
-    def _sweep(self) -> None:
-        """Remove what a killed process was still writing."""
-        for folder in (self.folder, self.adapter, self.checkpoints):
-            for stale in folder.glob(".*.tmp"):
-                if stale.is_dir() and not stale.is_symlink():
-                    shutil.rmtree(stale, ignore_errors=True)
-                else:
-                    stale.unlink(missing_ok=True)
-
     def create(self, config: RunConfig) -> None:
         """Put the resolved config into the folder, which is claimed; what an earlier run left there goes."""
-        old = self.folder / f".{secrets.token_hex(4)}.tmp"
+        old = temporary_name(self.folder / "earlier")
         # The old config goes last: until then the folder is a run that can be replaced.
         earlier = sorted(self.folder.iterdir(), key=lambda path: path == self.config)
         try:

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from deltaw.adapter.attach import Attached, attach
 from deltaw.adapter.file import BaseId
 from deltaw.adapter.peft_config import missed_by_peft
+from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
@@ -83,7 +84,6 @@ LARGEST = 14_000_000  # parameters
 
 LENGTHS = (30, 1, 12, 3)
 STARTS = torch.tensor([0, *LENGTHS]).cumsum(0)
-POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
@@ -194,7 +194,7 @@ def _ours(forward: Forward, attached: Attached) -> tuple[Tensor, Tensor]:
     """(loss, gradients of all factors) of the packed batch."""
     labels = tokens().roll(-1)
     labels[STARTS[1:] - 1] = IGNORE
-    loss, _ = forward.loss(tokens(), labels, POSITIONS, STARTS)
+    loss, _ = forward.loss(Batch.of(tokens(), STARTS.tolist(), labels))
     loss.backward()
     return loss.detach(), _flat([p.grad if p.grad is not None else torch.zeros_like(p) for p in attached.parameters])
 

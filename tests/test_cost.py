@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltaw.adapter.attach import Attached, attach
 from deltaw.adapter.stand_ins import KINDS
+from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.config import AdapterSpec
 from deltaw.kernels.loss import IGNORE
@@ -58,17 +59,17 @@ def prepared(fuse: tuple[str, ...] = KINDS, **spec: Any) -> tuple[Forward, Attac
     return plan_forward(base), attach(base, AdapterSpec(rank=RANK, alpha=32, **spec), fuse=fuse)
 
 
-def batch(supervised: float = 1.0, length: int = 64) -> tuple[Tensor, ...]:
+def batch(supervised: float = 1.0, length: int = 64) -> Batch:
     """T random tokens in documents of `length`, the last `supervised` share of each with a label."""
     tokens = torch.randint(VOCABULARY, (T,), generator=torch.Generator().manual_seed(0))
     at = torch.arange(T) % length
     labels = tokens.roll(-1).masked_fill(at < length * (1 - supervised), IGNORE)
-    return tokens, labels, at, torch.arange(0, T + 1, length)
+    return Batch.of(tokens, range(0, T + 1, length), labels)
 
 
-def flops(forward: Forward, *given: Tensor) -> Products:
+def flops(forward: Forward, given: Batch) -> Products:
     with Products() as products:
-        forward.loss(*given)[0].backward()
+        forward.loss(given)[0].backward()
     return products
 
 
@@ -93,13 +94,13 @@ def kept_per_token_and_layer(fuse: tuple[str, ...], length: int) -> float:
     forward, attached = prepared(fuse)
     weights = {p.untyped_storage().data_ptr() for p in attached.model.parameters()}
     given = batch(supervised=1 / 64, length=length)
-    return kept_bytes(lambda: forward.loss(*given)[0], weights) / (T * LAYERS)
+    return kept_bytes(lambda: forward.loss(given)[0], weights) / (T * LAYERS)
 
 
 @pytest.mark.parametrize("supervised", [1.0, 0.25])
 def test_products_of_a_step_are_what_the_arithmetic_says(supervised: float) -> None:
     forward, _ = prepared()
-    got = flops(forward, *batch(supervised))
+    got = flops(forward, batch(supervised))
     # The first block's q, k, v and gate, up hand nothing down: no ∂L/∂x, neither through W nor through A, for q, k, v.
     qkv = LINEARS[:3]
     below = sum(2 * i * o for i, o in qkv) + 2 * RANK * sum(i for i, _ in qkv)
@@ -112,7 +113,7 @@ def test_attention_computes_only_what_is_seen() -> None:
     for length, products, share in ((64, 6, 1.0), (256, 7, 0.625)):
         forward, _ = prepared()
         scores = T * length * share * 9 * 64
-        assert flops(forward, *batch(length=length)).batched == 2 * products * scores * LAYERS
+        assert flops(forward, batch(length=length)).batched == 2 * products * scores * LAYERS
 
 
 def test_nothing_is_computed_below_the_lowest_adapter() -> None:
@@ -122,13 +123,13 @@ def test_nothing_is_computed_below_the_lowest_adapter() -> None:
     # ∂L/∂x of gate and up, whose input needs none: 2 products less, and the same for their A.
     below = sum(2 * i * o for i, o in mlp[:2]) + 2 * RANK * sum(i for i, _ in mlp[:2])
     blocks = 2 * LAYERS * N_BLOCK + sum(2 * i * o for i, o in mlp)
-    assert flops(top, *batch()).flops == pytest.approx(T * (blocks + 4 * N_HEAD + low_rank - below), rel=1e-3)
+    assert flops(top, batch()).flops == pytest.approx(T * (blocks + 4 * N_HEAD + low_rank - below), rel=1e-3)
 
 
 def test_down_proj_alone_in_the_lowest_layer_costs_no_gradient_of_its_input() -> None:
     forward, _ = prepared(targets=("model.layers.2.mlp.down_proj",))
     wanted = T * (2 * LAYERS * N_BLOCK + 4 * N_HEAD + 2 * RANK * (2 * 1536 + 2 * 576) + 2 * RANK * 576)
-    assert flops(forward, *batch()).flops == pytest.approx(wanted, rel=1e-3)
+    assert flops(forward, batch()).flops == pytest.approx(wanted, rel=1e-3)
 
 
 @pytest.mark.parametrize("length", [64, 256])

@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from deltaw.config import RunConfig, load_config, parse_config
-from deltaw.effects import switched_off
 from deltaw.errors import InputError
 from deltaw.training.changes import check_changes
 
@@ -39,10 +38,10 @@ SWITCHED_OFF: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SWITCHED_OFF)
 def test_what_others_switch_off_is_said(name: str) -> None:
-    (line,) = switched_off(parse_config(config(**SWITCHED_OFF[name])))
+    (line,) = parse_config(config(**SWITCHED_OFF[name])).switched_off()
     assert name in line
-    assert switched_off(parse_config(config(**HELD_OUT, evaluate={"max_new_tokens": 8}))) == []
-    assert switched_off(parse_config(MINIMAL)) == []
+    assert parse_config(config(**HELD_OUT, evaluate={"max_new_tokens": 8})).switched_off() == []
+    assert parse_config(MINIMAL).switched_off() == []
 
 
 @pytest.mark.parametrize("sections", [*IDLE.items(), *IDLE_BESIDE_ROWS.items()], ids=lambda item: item[0])

@@ -1,13 +1,15 @@
 """A whole tiny base on disk: a random Llama with a byte-level tokenizer and a ChatML template."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deltaw.show.progress import Display
+from deltaw.show.progress import Display, Task
 from tests.data.toys import toy
 
 
@@ -63,11 +65,17 @@ def run_file(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 class Said(Display):
-    """Shows nothing and keeps the lines."""
+    """Shows nothing and keeps the lines, and of each task how much there was to do and what was told of it."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
         self.lines: list[str] = []
+        self.tasks: dict[str, tuple[int, list[int]]] = {}
+
+    @contextmanager
+    def task(self, name: str, total: int) -> Iterator[Task]:
+        told = self.tasks[name] = (total, [])
+        yield lambda done, note="": told[1].append(done)
 
     def say(self, text: str = "") -> None:
         self.lines.append(text)

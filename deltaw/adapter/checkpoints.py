@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from deltaw.base.linear_weights import HEADER_BYTES, TENSORS
 from deltaw.base.names import places
 from deltaw.errors import InputError, listed
-from deltaw.files.weights import read_header, read_tensor, shards
+from deltaw.files.safetensors import read_header, read_tensor
+from deltaw.files.shards import shards
 
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that old checkpoints hold
 

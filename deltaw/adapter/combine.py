@@ -37,11 +37,12 @@ import torch
 from torch import Tensor
 
 from deltaw.adapter.algebra import Loss, adapter_of, check_size, cut, low_rank_updates, relative_error, wanted_rank
-from deltaw.adapter.extract import Progress, nearest
+from deltaw.adapter.extract import nearest
 from deltaw.adapter.file import Adapter
 from deltaw.base.fingerprint import describe
 from deltaw.errors import InputError, listed
 from deltaw.factors import LowRank
+from deltaw.show.progress import Progress, unseen
 
 METHODS = ("linear", "ties", "dare")
 DENSITY = 0.5  # of entries kept; TIES's authors take 0.2, for full fine-tuning
@@ -57,7 +58,7 @@ def combine(
     energy: float | None = None,
     density: float | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = unseen,
 ) -> tuple[Adapter, list[Loss]]:
     """Σ wᵢ ΔWᵢ over the union of the adapters' modules (an absent one counts as zero), or its TIES or DARE kin.
 
@@ -83,8 +84,7 @@ def combine(
         else:
             factors[path], old_rank, error = _recompressed(parts, entrywise[method], rank, energy)
         losses.append(Loss(path, old_rank, factors[path].rank, error))
-        if progress:
-            progress(done, len(modules))
+        progress(done)
     if not any(update.a_RN.any() and update.b_MR.any() for update in factors.values()):
         raise InputError("the combination is zero in every module: the weights cancel, or nothing was trained")
     like = next((adapter for adapter in adapters if adapter.factors.keys() == factors.keys()), adapters[0])

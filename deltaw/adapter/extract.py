@@ -43,8 +43,7 @@ from deltaw.errors import InputError, listed
 from deltaw.factors import Dense, LowRank
 from deltaw.linalg.rounding import NONE, Noise, noise
 from deltaw.linalg.svd import OVERSAMPLE, Approximation, randomised_svd, truncated_svd
-
-Progress = Callable[[int, int], None]  # (done, of how many)
+from deltaw.show.progress import QUIET, Display
 
 SMALL = 8  # times (rank + oversample) must fit in min(M, N) for the randomised SVD to be the cheaper one
 POWERS = (2, 4, 8)
@@ -83,25 +82,25 @@ def extract(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    progress: Progress | None = None,
+    display: Display = QUIET,
 ) -> tuple[dict[str, LowRank], list[Loss]]:
     """The nearest updates by module path, scale 1, float32; a module that didn't change is left out.
 
     `tuned`, `base`: weights [M, N] by path, asked for once each. At `rank` (or min(M, N) where that is less), or at
     the least rank that keeps the share `energy` of ‖Δ‖²_F. Raises InputError for shapes that differ.
     """
-    return _nearest_all(paths, lambda path: _difference(path, tuned[path], base[path]), rank, energy, progress)[:2]
+    return _nearest_all(paths, lambda path: _difference(path, tuned[path], base[path]), rank, energy, display)[:2]
 
 
 def extract_adapter(
-    adapter: Adapter, *, rank: int | None = None, energy: float | None = None, progress: Progress | None = None
+    adapter: Adapter, *, rank: int | None = None, energy: float | None = None, display: Display = QUIET
 ) -> tuple[Adapter, list[Loss]]:
     """A LoRA out of an adapter that holds full fine-tuning. Raises InputError if it doesn't, or holds only zeros."""
     deltas = {path: update.delta_MN for path, update in adapter.factors.items() if isinstance(update, Dense)}
     if not adapter.spec.full:
         raise InputError("this adapter is a LoRA already", fix="make it smaller with resize")
     _check_room(rank, [tuple(delta.shape) for delta in deltas.values()])
-    factors, losses, _ = _nearest_all(deltas, lambda path: (deltas[path], NONE), rank, energy, progress)
+    factors, losses, _ = _nearest_all(deltas, lambda path: (deltas[path], NONE), rank, energy, display)
     if not factors:
         raise InputError("the adapter changes nothing: there is nothing to extract")
     return adapter_of(factors, adapter), losses
@@ -113,7 +112,7 @@ def extract_folders(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    progress: Progress | None = None,
+    display: Display = QUIET,
 ) -> tuple[Adapter, Report]:
     """A LoRA out of a fine-tuned model's folder and the base it came from, and what it can't hold.
 
@@ -143,7 +142,7 @@ def extract_folders(
     transposed = any(isinstance(skeleton.get_submodule(path), Conv1D) for path in paths)
     here, there = LinearWeights(tuned, transposed), LinearWeights(source.directory, transposed)
     factors, losses, share = _nearest_all(
-        paths, lambda path: _difference(path, here[path], there[path]), rank, energy, progress
+        paths, lambda path: _difference(path, here[path], there[path]), rank, energy, display
     )
     report = Report(losses, unadapted, config, share)
     if not factors:
@@ -193,7 +192,7 @@ def _nearest_all(
     delta: Callable[[str], tuple[Tensor, Noise]],
     rank: int | None,
     energy: float | None,
-    progress: Progress | None,
+    display: Display,
 ) -> tuple[dict[str, LowRank], list[Loss], float]:
     """The updates, what each lost, and the share of ‖Δ‖² that rounding alone gives."""
     check_size(rank, energy)
@@ -201,16 +200,16 @@ def _nearest_all(
     factors: dict[str, LowRank] = {}
     losses: list[Loss] = []
     paths = tuple(paths)
-    for done, path in enumerate(paths, 1):
-        delta_MN, rounded = delta(path)
-        if delta_MN.any():
-            most = min(delta_MN.shape)
-            size = None if rank is None else min(rank, most)
-            factors[path], error = nearest(delta_MN, rank=size, energy=energy, edge=rounded.edge)
-            rounded_off, moved = rounded_off + rounded.energy, moved + float(delta_MN.double().square().sum())
-            losses.append(Loss(path, most, factors[path].rank, error))
-        if progress:
-            progress(done, len(paths))
+    with display.task("extracting", len(paths)) as progress:
+        for done, path in enumerate(paths, 1):
+            delta_MN, rounded = delta(path)
+            if delta_MN.any():
+                most = min(delta_MN.shape)
+                size = None if rank is None else min(rank, most)
+                factors[path], error = nearest(delta_MN, rank=size, energy=energy, edge=rounded.edge)
+                rounded_off, moved = rounded_off + rounded.energy, moved + float(delta_MN.double().square().sum())
+                losses.append(Loss(path, most, factors[path].rank, error))
+            progress(done)
     return factors, losses, min(1.0, rounded_off / moved) if moved else 0.0
 
 

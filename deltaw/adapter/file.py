@@ -33,7 +33,9 @@ from deltaw.base.source import PICKLES
 from deltaw.config import TARGET_GROUPS, AdapterSpec
 from deltaw.errors import InputError, RunError, command, listed
 from deltaw.factors import Dense, DoRA, LowRank, Update
-from deltaw.files.weights import load_safetensors, read_json, save_safetensors, write_text_atomic
+from deltaw.files.atomic import write_text_atomic
+from deltaw.files.safetensors import load_safetensors, save_safetensors
+from deltaw.files.strict_json import read_json
 from deltaw.version import VERSION
 
 if TYPE_CHECKING:

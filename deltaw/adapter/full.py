@@ -24,7 +24,7 @@ from deltaw.adapter.layer import AdaptedLinear
 from deltaw.base.frozen import FrozenLinear
 from deltaw.errors import InputError, listed
 from deltaw.factors import Dense
-from deltaw.files.weights import load_safetensors
+from deltaw.files.safetensors import load_safetensors
 
 DELTAS = "delta.safetensors"
 

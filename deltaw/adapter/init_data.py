@@ -20,7 +20,7 @@ Letters: T tokens, N inputs, M outputs.
 """
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from deltaw.base.forward import Forward
 from deltaw.base.frozen import FrozenLinear
 from deltaw.data.loader import fill
 from deltaw.errors import RunError
+from deltaw.show.progress import QUIET, Display
 
 BUDGET = 2 << 30  # bytes of sums held at a time
 
@@ -44,34 +45,33 @@ def initialise_from_data(
     attached: Attached,
     forward: Forward,
     batches: Sequence[Batch],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    display: Display = QUIET,
 ) -> None:
     """Set every layer's start as `attached.spec.init` (eva or lora-ga) says, from `batches`, which lie on its device.
 
-    `progress` is told how many batches of how many are done. Raises RunError for a layer that the batches tell nothing
-    of, or NaN, and ValueError for an init that needs no data.
+    Raises RunError for a layer that the batches tell nothing of, or NaN, and ValueError for an init that needs no data.
     """
     if not attached.spec.from_data:
         raise ValueError(f"init {attached.spec.init} needs no data")
     kind = _Inputs if attached.spec.init == "eva" else _Gradient
     paths = attached.paths
     groups = fill(range(len(paths)), [kind.bytes_of(attached.layers[path].base) for path in paths], BUDGET)
-    done, total = 0, len(groups) * len(batches)
-    for group in groups:
-        sums = {paths[number]: kind(attached.layers[paths[number]].base) for number in group}
-        hooks = [attached.layers[path].base.register_forward_hook(held.watch) for path, held in sums.items()]
-        hooks += [_leaf(attached.model)] if kind is _Gradient else []
-        try:
-            for batch in batches:
-                _pass(attached, forward, batch, backward=kind is _Gradient)
-                progress(done := done + 1, total)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for path in list(sums):
-            layer = attached.layers[path]
-            assert isinstance(layer, LoRALinear | DoRALinear)
-            layer.start(*sums.pop(path).factors(layer.lora_a.shape[0], path))
+    with display.task(f"init {attached.spec.init}", len(groups) * len(batches)) as progress:
+        for number, group in enumerate(groups):
+            sums = {paths[index]: kind(attached.layers[paths[index]].base) for index in group}
+            hooks = [attached.layers[path].base.register_forward_hook(held.watch) for path, held in sums.items()]
+            hooks += [_leaf(attached.model)] if kind is _Gradient else []
+            try:
+                for done, batch in enumerate(batches, 1 + number * len(batches)):
+                    _pass(attached, forward, batch, backward=kind is _Gradient)
+                    progress(done)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            for path in list(sums):
+                layer = attached.layers[path]
+                assert isinstance(layer, LoRALinear | DoRALinear)
+                layer.start(*sums.pop(path).factors(layer.lora_a.shape[0], path))
 
 
 def _pass(attached: Attached, forward: Forward, batch: Batch, *, backward: bool) -> None:

@@ -104,7 +104,7 @@ class Decomposition:
 
 def run(name: str, rank: int | None, display: Display) -> tuple[Decomposition, str]:
     """`decompose` for a matrix's name (matrix.py), and a description of the matrix."""
-    x = read_matrix(name, progress=display.say)
+    x = read_matrix(name, display)
     found = decompose(x.x_MN, rank=rank, say=display.say, rounding=x.rounding, integers=x.integers)
     return found, x.source
 

@@ -23,7 +23,7 @@ import math
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
@@ -35,8 +35,9 @@ from torch import Tensor
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.source import PICKLES, find_base
 from deltaw.errors import InputError, listed
-from deltaw.files.weights import read_header, read_tensor
+from deltaw.files.safetensors import read_header, read_tensor
 from deltaw.linalg.rounding import Rounding
+from deltaw.show.progress import QUIET, Display
 
 MAX_BYTES = 20_000_000_000  # as float32: beyond it no full SVD ends
 MAX_TEXT_BYTES = 1_000_000_000
@@ -57,8 +58,8 @@ class Matrix(NamedTuple):
     integers: list[list[int]] | None = None  # the entries of a small matrix of integers
 
 
-def read_matrix(name: str, progress: Callable[[str], None] | None = None) -> Matrix:
-    """`progress` gets a line before a base is converted.
+def read_matrix(name: str, display: Display = QUIET) -> Matrix:
+    """`display` shows a line before a base is converted.
 
     Raises InputError: a name that leads to no matrix (with near misses), an unreadable file, what is no matrix of
     finite real numbers, more than 20 GB as float32.
@@ -70,7 +71,7 @@ def read_matrix(name: str, progress: Callable[[str], None] | None = None) -> Mat
     elif name.endswith(".csv"):
         found = _csv(_file(name))
     else:
-        found = _of_base(name, progress)
+        found = _of_base(name, display)
     bad = ~torch.isfinite(found.x_MN)
     if bad.any():
         row, column = (int(place) for place in bad.nonzero()[0])
@@ -263,7 +264,7 @@ def _safetensors(path: Path, name: str) -> Matrix:
     raise InputError(f"{path}: {name} holds {str(x_MN.dtype).removeprefix('torch.')} values, which can't be read")
 
 
-def _of_base(name: str, progress: Callable[[str], None] | None) -> Matrix:
+def _of_base(name: str, display: Display) -> Matrix:
     base, _, path = name.rpartition(":")
     if base in ("", "builtin"):
         base, path = name, ""
@@ -271,7 +272,7 @@ def _of_base(name: str, progress: Callable[[str], None] | None) -> Matrix:
         if any(Path(name).match(pattern) for pattern in PICKLES):
             raise InputError(f"{name!r:.200}: pickles run code when they are opened", fix=FORMS)
         raise InputError(f"{name!r:.200}: no matrix has such a name", fix=_near(name))
-    weights = LinearWeights(find_base(base, progress=progress).directory)
+    weights = LinearWeights(find_base(base, display=display).directory)
     if not path:
         some = listed([f"{base}:{path}" for path in weights], 2)
         raise InputError(f"{name}: is a base; which of its weights?", fix="name one like this:\n" + some)

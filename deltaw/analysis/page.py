@@ -29,7 +29,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from deltaw.analysis.template import PAGE, STYLE
-from deltaw.files.weights import write_text_atomic
+from deltaw.files.atomic import write_text_atomic
 
 THIN = "\u202f"  # a narrow space that doesn't break, between groups of three digits
 Cell = str | int | float | None

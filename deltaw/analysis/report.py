@@ -121,10 +121,10 @@ def _source(
 ) -> tuple[Source | None, str]:
     """(the base's files, ""), or (None, why there are none). A base that was asked for by name must be there."""
     if base is not None:
-        return find_base(base, progress=display.say), ""
+        return find_base(base, display=display), ""
     try:
         name = training.config.base if training else base_name(adapter, folder)
-        return find_base(name, progress=display.say), ""
+        return find_base(name, display=display), ""
     except InputError as error:
         return None, error.what
 

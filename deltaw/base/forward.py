@@ -25,6 +25,7 @@ from deltaw.base.head import Head, find_head
 from deltaw.base.prefix import Prefix
 from deltaw.base.probe import REFUSALS, Probe, borders, masks_are_told, uncrossed
 from deltaw.base.small import small_copy
+from deltaw.errors import InputError
 from deltaw.kernels.loss import IGNORE
 
 PACKED, PADDED, APART = "packed documents", "padded batches", "one document at a time"
@@ -88,6 +89,9 @@ class Forward:
         """A row per token: hidden [T, D] where the head is known, else logits [T, V]."""
         tokens_T, starts = batch.tokens_T, batch.starts
         if self.packed:
+            if self.model.config._attn_implementation != passing_of(self.model).attention:  # type: ignore[union-attr]
+                # A copied model, or one whose attention was set since: its documents would see one another.
+                raise InputError("this model isn't on the attention it was planned with", fix="call plan_forward again")
             below = self.prefix.kept(batch) if self.prefix else None
             this = Pass(documents=batch.documents, segments=batch.segments(), below=below)
             return self._run(this, input_ids=tokens_T[None], position_ids=batch.positions_T[None]).squeeze(0)
@@ -159,6 +163,8 @@ def _why_not_packed(model: nn.Module, probe: Probe, packed: Forward) -> str:
         if not masks_are_told(model):
             return "this model's masks hide more than attention is told"
         model.set_attn_implementation(packed_attention_of(model))  # type: ignore[operator]
+        if model.config._attn_implementation != packed_attention_of(model):  # type: ignore[union-attr]
+            return "this model's attention can't be replaced"
         if probe.fits(packed.logits) and probe.isolated(model, packed.logits):
             return ""
     except NotImplementedError as error:

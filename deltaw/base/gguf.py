@@ -21,23 +21,21 @@ approximated twice).
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import math
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deltaw.base.gguf_meaning import Meaning, read_meaning
-from deltaw.base.gguf_parts import join, parts_of, read_model
 from deltaw.base.gguf_tokens import SPLITTINGS, Splitting, read_splitting, write_tokenizer
 from deltaw.errors import InputError, RunError, listed
+from deltaw.files.atomic import replacing_folder, write_text_atomic
 from deltaw.files.gguf_header import Header, architecture
-from deltaw.files.weights import fsync, write_text_atomic
+from deltaw.files.gguf_parts import join, parts_of, read_model
+from deltaw.files.lock import LOCK, locked
+from deltaw.show.progress import QUIET, Display
 
 FORMAT = "v2"  # of the converted folder; a change makes every file convert anew
 MODEL_TYPES = {
@@ -81,10 +79,10 @@ def llama_cpp_name(model_type: str) -> str | None:
     return next((name for name in names if name in MODEL_ARCH_NAMES.values()), None)
 
 
-def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None = None) -> Path:
+def to_folder(path: Path, cache: Path, *, display: Display = QUIET) -> Path:
     """The model folder made from a GGUF file: out of `cache`, or converted into it now.
 
-    `progress` is called with one line before the conversion. Raises InputError for a file that can't be used,
+    `display` shows a line before the conversion. Raises InputError for a file that can't be used,
     RunError when the cache can't be written.
     """
     parts, folder = parts_of(path), folder_of(path, cache)
@@ -96,13 +94,13 @@ def to_folder(path: Path, cache: Path, *, progress: Callable[[str], None] | None
         raise InputError(f"{path}: reading GGUF needs a package", fix="pip install 'deltaw[gguf]'") from None
     header = read_model(parts)
     meaning, splitting = read_meaning(path, header), read_splitting(path, header)
-    with _locked(cache / f"{folder.name}.lock"):
+    with locked(cache / f"{folder.name}{LOCK}", f"the cache {cache}", wait=True):
         if not folder.is_dir():
-            if progress is not None:
-                progress(f"converting {path.name} to safetensors, once (about 20 s for 135M parameters)")
-                if splitting == SPLITTINGS["default"]:
-                    progress(f"{path.name} doesn't say how its tokenizer splits text: as llama.cpp does without a word")
-            _write_into(folder, partial(_convert, parts, header, meaning, splitting))
+            display.say(f"converting {path.name} to safetensors, once (about 20 s for 135M parameters)")
+            if splitting == SPLITTINGS["default"]:
+                display.say(f"{path.name} doesn't say how its tokenizer splits text: as llama.cpp does without a word")
+            with replacing_folder(folder, fix="free some space, or set DELTAW_CACHE to another disk") as temporary:
+                _convert(parts, header, meaning, splitting, temporary)
     return folder
 
 
@@ -134,37 +132,6 @@ def _content_hash(path: Path, cache: Path) -> str:
     return digest
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the system releases the lock of a process that died."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _write_into(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write beside `folder`, fsync, rename. Under the lock: a half-made folder there is a dead one's."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        write(temporary)
-        mode = temporary.stat().st_mode & 0o666
-        for file in temporary.iterdir():
-            file.chmod(mode)  # safetensors leaves 0600
-            fsync(file)
-        fsync(temporary)
-        temporary.rename(folder)
-        fsync(folder.parent)
-    except OSError as error:
-        raise RunError(
-            f"{folder}: could not be written: {error}",
-            fix="free some space, or set DELTAW_CACHE to another disk",
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _convert(parts: list[Path], header: Header, meaning: Meaning, splitting: Splitting | None, folder: Path) -> None:
     """Dequantise with transformers and save model, config and tokenizer into `folder`, all bfloat16."""
     path = parts[0]
@@ -175,7 +142,7 @@ def _convert(parts: list[Path], header: Header, meaning: Meaning, splitting: Spl
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from deltaw.base.load import check_loading, quiet
+    from deltaw.base.loading import check_loading, quiet
 
     try:
         # The dequantiser's progress bar listens to nothing but stderr.

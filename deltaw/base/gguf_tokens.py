@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deltaw.errors import InputError
+from deltaw.files.atomic import write_text_atomic
 from deltaw.files.gguf_header import Header
-from deltaw.files.weights import write_text_atomic
 
 _SUFFIXES = r"'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import InputError, listed
-from deltaw.files.weights import read_header, read_tensor, shards
+from deltaw.files.safetensors import read_header, read_tensor
+from deltaw.files.shards import shards
 
 SUFFIX = ".weight"
 HEADER_BYTES, TENSORS = 100_000_000, 1_000_000  # what `shards` accepts of a base

@@ -12,10 +12,8 @@ and not by a table of CPUs: bfloat16 without hardware support was measured up to
 is part of what a run records, since it decides the last digits.
 """
 
-import contextlib
 import functools
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
 from deltaw.base.fingerprint import fingerprint_of
-from deltaw.base.source import Progress, Source, find_base
+from deltaw.base.loading import check_loading, quiet
+from deltaw.base.source import Source, find_base
 from deltaw.config import Dtype
 from deltaw.errors import InputError, RunError, listed
-from deltaw.files.weights import read_tensors
+from deltaw.files.shards import read_tensors
+from deltaw.show.progress import QUIET, Display
 
 ADVANTAGE = 1.2  # bfloat16 costs digits, so it must win clearly
 
@@ -46,11 +45,9 @@ class Base:
     fingerprint: str
 
 
-def open_base(
-    name: str | Source, *, dtype: Dtype = "auto", device: str = "auto", progress: Progress | None = None
-) -> Base:
+def open_base(name: str | Source, *, dtype: Dtype = "auto", device: str = "auto", display: Display = QUIET) -> Base:
     """Load a base, frozen, in eval mode, checked. Raises InputError, or RunError when memory runs out."""
-    source = name if isinstance(name, Source) else find_base(name, progress=progress)
+    source = name if isinstance(name, Source) else find_base(name, display=display)
     place = pick_device(device)
     number = fast_dtype(place.type) if dtype == "auto" else getattr(torch, dtype)
     config = _config(source)
@@ -145,33 +142,6 @@ def check_finite(model: nn.Module, where: Path) -> None:
         )
 
 
-def check_loading(where: Path, info: Mapping[str, Any]) -> None:
-    """Raise InputError unless the files held exactly the model's weights (transformers' loading info)."""
-    problems = [f"{name}: not in the files" for name in sorted(info["missing_keys"])]
-    problems += [f"{name}: no place for it in the model" for name in sorted(info["unexpected_keys"])]
-    problems += [f"{_first(item)}: wrong shape" for item in info.get("mismatched_keys", ())]
-    problems += [str(message).splitlines()[0] for message in info.get("error_msgs", ())]
-    if problems:
-        raise InputError(
-            f"{where}: the weights don't fit config.json:\n{listed(problems, 2)}",
-            fix="get the whole model again",
-        )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """transformers without progress bars and log lines below an error; afterwards as it was."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _config(source: Source) -> Any:
     """The transformers config of a decoder-only model, or InputError."""
     try:
@@ -200,10 +170,6 @@ def _unreadable(source: Source, error: Exception) -> InputError:
         f"{source.directory}: transformers can't load it ({type(error).__name__}: {reason})",
         fix="check that the folder is whole and that its model_type is a standard one",
     )
-
-
-def _first(item: Any) -> str:
-    return str(item[0] if isinstance(item, tuple) else item)
 
 
 def _finite(weight: Tensor) -> bool:

@@ -43,10 +43,10 @@ class Prefix:
         """Keep what enters the first adapted layer. False, with nothing kept, where that is not all that the layers
         above need: the first batch, begun there, must come to the same bits as begun at the bottom."""
         for number, batch in enumerate(batches):
-            whole = rows(batch) if number == 0 else None
             entering_TD = self._entering(rows, batch)
             if entering_TD is None:
                 return False
+            whole = rows(batch) if number == 0 else None  # after what entered: something a layer left behind shows now
             for key, start, end in _documents(batch):
                 self._kept[key] = entering_TD[start:end].clone()
             if whole is not None and not torch.equal(rows(batch), whole):

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deltaw.errors import InputError
-from deltaw.files.weights import INDEX, SINGLE, read_json, shards, weights_file
-
-Progress = Callable[[str], None]
+from deltaw.files.shards import INDEX, SINGLE, shards, weights_file
+from deltaw.files.strict_json import read_json
+from deltaw.show.progress import QUIET, Display
 
 
 class Builtin(NamedTuple):
@@ -89,25 +89,25 @@ class Source:
         return path if path.suffix == ".gguf" else None
 
 
-def find_base(name: str, *, progress: Progress | None = None) -> Source:
-    """The checked local folder behind a base's name. `progress` gets a line before anything that takes long.
+def find_base(name: str, *, display: Display = QUIET) -> Source:
+    """The checked local folder behind a base's name. `display` shows a line before anything that takes long.
 
     Raises InputError: unknown name (with near misses), missing package, unreadable files, hub not reachable.
     """
     path = Path(name).expanduser()
     if name.startswith("builtin:"):
-        return Source(name, _gguf_folder(builtin_file(name), progress))
+        return Source(name, _gguf_folder(builtin_file(name), display))
     if _is(path, Path.is_file):
         if path.suffix != ".gguf":
             raise InputError(f"{name}: is a file; a base is a folder or a .gguf file", fix=_folder_of(path))
-        return Source(name, _gguf_folder(path, progress))
+        return Source(name, _gguf_folder(path, display))
     if _is(path, Path.is_dir):
         check_folder(path)
         return Source(name, path)
     match = HUB_ID.fullmatch(name)
     if match is None or path.suffix == ".gguf":
         raise InputError(f"{name!r}: no such base", fix=_near_misses(path, name))
-    directory = _download(name, match["repo"], match["revision"], progress)
+    directory = _download(name, match["repo"], match["revision"], display)
     check_folder(directory)
     return Source(name, directory, revision=directory.name)
 
@@ -117,7 +117,7 @@ def found_as(name: str) -> str:
     return next((builtin for builtin, entry in BUILTINS.items() if entry.upstream == name), name)
 
 
-def find_local(name: str, revision: str | None = None, *, progress: Progress | None = None) -> Source | None:
+def find_local(name: str, revision: str | None = None, *, display: Display = QUIET) -> Source | None:
     """What `find_base` finds here, without the network; None where that is nothing. `name` may be a builtin's upstream.
 
     Raises InputError for a base that is here and can't be used.
@@ -126,7 +126,7 @@ def find_local(name: str, revision: str | None = None, *, progress: Progress | N
     path = Path(name).expanduser()
     match = HUB_ID.fullmatch(name)
     if name.startswith("builtin:") or _is(path, Path.exists):
-        return find_base(name, progress=progress)
+        return find_base(name, display=display)
     if match is None or (directory := _cached(match["repo"], revision or match["revision"])) is None:
         return None
     check_folder(directory)
@@ -200,17 +200,16 @@ def builtin_file(name: str) -> Path:
     return path
 
 
-def _gguf_folder(path: Path, progress: Progress | None) -> Path:
+def _gguf_folder(path: Path, display: Display) -> Path:
     from deltaw.base.gguf import to_folder
 
-    return to_folder(path, cache_root() / "gguf", progress=progress)
+    return to_folder(path, cache_root() / "gguf", display=display)
 
 
-def _download(name: str, repo: str, revision: str | None, progress: Progress | None) -> Path:
+def _download(name: str, repo: str, revision: str | None, display: Display) -> Path:
     from huggingface_hub import snapshot_download
 
-    if progress is not None:
-        progress(f"looking for {name} on the hub")
+    display.say(f"looking for {name} on the hub")
     try:
         folder = snapshot_download(
             repo, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED

@@ -25,7 +25,10 @@ from deltaw.base.fingerprint import mathematics
 from deltaw.base.load import open_skeleton
 from deltaw.base.source import Source
 from deltaw.errors import InputError, RunError, listed
-from deltaw.files.weights import read_header, read_json, weights_file, write_text_atomic
+from deltaw.files.atomic import write_text_atomic
+from deltaw.files.safetensors import read_header
+from deltaw.files.shards import weights_file
+from deltaw.files.strict_json import read_json
 from deltaw.linalg.rounding import Survival
 from deltaw.shipping.beside import beside_size, write_beside
 from deltaw.shipping.card import Form, write_card

@@ -21,8 +21,8 @@ from deltaw.evaluate.budget import Trial, resize_to_loss
 from deltaw.evaluate.forgetting import general_text
 from deltaw.evaluate.rows import rows_of
 from deltaw.evaluate.slider import Point, slide
+from deltaw.files.atomic import write_text_atomic
 from deltaw.files.lock import new_folder
-from deltaw.files.weights import write_text_atomic
 from deltaw.model import is_run, load_adapter, template_beside
 from deltaw.show.progress import Display
 
@@ -85,7 +85,7 @@ def combine_named(
     """The weighted sum of several adapters of one base; without weights each counts once."""
     with new_folder(output) as folder:
         adapters = [load_adapter(Path(name)) for name in names]
-        with display.task("combining", len({path for adapter in adapters for path in adapter.factors})) as update:
+        with display.task("combining", len({path for adapter in adapters for path in adapter.factors})) as progress:
             made = combine(
                 adapters,
                 weights or [1.0] * len(adapters),
@@ -94,7 +94,7 @@ def combine_named(
                 energy=energy,
                 density=density,
                 seed=seed,
-                progress=lambda done, total: update(done),
+                progress=progress,
             )
         return _save(Made(*made), folder, None, names[0])
 
@@ -103,21 +103,17 @@ def extract_named(
     tuned: str, base: str | None, output: str, *, rank: int | None, energy: float | None, display: Display
 ) -> Shown:
     """A LoRA out of a run with `adapter: full`, or out of a fine-tuned model's folder and its base."""
-    with new_folder(output) as folder, display.task("extracting", 100) as update:
-
-        def progress(done: int, total: int) -> None:
-            update(100 * done // total)
-
+    with new_folder(output) as folder:
         if base is None:
             if not is_run(Path(tuned)) and (Path(tuned) / "config.json").is_file():
                 raise InputError(f"{tuned} is a model: what changed can't be told without its base", "add --base BASE")
             adapter = load_adapter(Path(tuned))
             return _save(
-                Made(*extract_adapter(adapter, rank=rank, energy=energy, progress=progress)), folder, adapter, tuned
+                Made(*extract_adapter(adapter, rank=rank, energy=energy, display=display)), folder, adapter, tuned
             )
         if not Path(tuned).is_dir():
             raise InputError(f"{tuned}: no such folder", fix="name the fine-tuned model's folder")
-        found, report = extract_folders(Path(tuned), base, rank=rank, energy=energy, progress=progress)
+        found, report = extract_folders(Path(tuned), base, rank=rank, energy=energy, display=display)
         missing = report.warning()
         more = {"not_in_adapter": [asdict(change) for change in report.unadapted], "settings": report.config}
         more["rounding"] = report.rounding

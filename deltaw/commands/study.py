@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.analysis.page import Page, Section, Table, Text, Verdict, write
+from deltaw.files.atomic import write_text_atomic
 from deltaw.files.lock import claimed_file
-from deltaw.files.weights import write_text_atomic
-from deltaw.show.progress import Display, clock
+from deltaw.show.progress import Display
+from deltaw.show.text import clock
 from deltaw.studies.lab import Lab
 from deltaw.studies.study import NAMES, Claim, Outcome, find_study
 

@@ -15,7 +15,7 @@ repeat a row on purpose.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -28,12 +28,13 @@ from deltaw.data.example import Example
 from deltaw.data.forms import Form, detect_form
 from deltaw.data.read import read_rows
 from deltaw.data.render import Renderer
-from deltaw.data.row import Problem, Row, one_line
+from deltaw.data.row import Problem, Row
 from deltaw.errors import InputError, Rejected, listed
+from deltaw.show.progress import QUIET, Display, Progress
+from deltaw.show.text import one_line
 
 CHUNK = 512  # rows tokenised in one call
 SHOWN = 10  # problems and origins kept in the report
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -115,19 +116,21 @@ class _Source:
         return unreadable / (unreadable + len(self.rows)) + self.rejected / max(self.seen, 1)
 
 
-def prepare(config: DataConfig, renderer: Renderer, *, progress: Progress | None = None) -> Dataset:
-    """Read, recognise, render and split. `progress(done, total)` is called now and then, in rows.
+def prepare(config: DataConfig, renderer: Renderer, *, display: Display = QUIET) -> Dataset:
+    """Read, recognise, render and split.
 
     Raises InputError when a source can't be read, too many of its rows are unusable, nothing is left to train on, or
     there are too few rows to hold out as many as asked.
     """
     source = _open(config.train, config)
     sources = [source]
-    stream = _examples(source, renderer, config, progress)
     held_out: list[tuple[int, Example]] = []
-    if isinstance(config.eval, int):
-        held_out = list(islice(stream, config.eval))
-    train = list(islice(stream, config.limit))
+    with display.task("reading data", len(source.rows)) as progress:
+        stream = _examples(source, renderer, config, progress)
+        if isinstance(config.eval, int):
+            held_out = list(islice(stream, config.eval))
+        train = list(islice(stream, config.limit))
+        progress(len(source.rows))  # rows beyond data.limit are never looked at
     _check(source, config, found=bool(train or held_out))
     if not train:
         what = (
@@ -136,7 +139,8 @@ def prepare(config: DataConfig, renderer: Renderer, *, progress: Progress | None
         raise InputError(what, fix="set data.eval lower, or name a file of its own there")
     if isinstance(config.eval, str):
         other = _open(config.eval, config)
-        held_out = list(_examples(other, renderer, config, progress))
+        with display.task("reading held-out rows", len(other.rows)) as progress:
+            held_out = list(_examples(other, renderer, config, progress))
         _check(other, config, found=bool(held_out))
         sources.append(other)
     chat = isinstance(source.form.normalise(source.rows[train[0][0]]), Chat)
@@ -155,7 +159,7 @@ def _open(name: str, config: DataConfig) -> _Source:
 
 
 def _examples(
-    source: _Source, renderer: Renderer, config: DataConfig, progress: Progress | None
+    source: _Source, renderer: Renderer, config: DataConfig, progress: Progress
 ) -> Iterator[tuple[int, Example]]:
     """(position in the file, example) of the usable rows in random order; only what is taken is counted."""
     order = _random_order(source.rows, config.seed)
@@ -167,8 +171,7 @@ def _examples(
             example = _fit(result, source, source.rows[position].origin, config)
             if example is not None:
                 yield position, example
-        if progress:
-            progress(source.seen, len(order))
+        progress(source.seen)
 
 
 def _random_order(rows: Sequence[Row], seed: int) -> list[int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltaw.errors import Rejected
+from deltaw.files import strict_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = dict[str, Any]
@@ -99,21 +100,10 @@ def _with_object(call: Any) -> Any:
     if not isinstance(arguments, str):
         return call
     try:
-        parsed = json.loads(arguments, object_pairs_hook=_unique, parse_constant=_refused)
-    except (ValueError, RecursionError):
+        parsed = strict_json.parse(arguments)
+    except strict_json.NotJSON:
         return call  # no JSON: a text is what was called
     return {**call, "arguments": parsed} if isinstance(parsed, dict) else call
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError("a key twice")
-    return value
-
-
-def _refused(name: str) -> None:
-    raise ValueError(name)
 
 
 def _tools(tools: Any) -> tuple[dict[str, Any], ...]:

@@ -12,14 +12,17 @@ another, in exact arithmetic: 1.1 epochs of 10 steps are 11, and not the 12 that
 Beyond `EPOCHS` epochs or `DOCUMENTS` documents those that were counted stand for the others, so that any number is
 answered at once.
 
-Nothing is remembered between steps: the loader's whole state is (epoch, step), which comes out with every
-item and says where to go on *after* it. To resume is to pass it back. Rejected: saving the generator's
-state (more to save, and a resumed run would have to replay it), and prefetching (packing a step takes far
-less than training on it).
+Nothing is remembered between steps: the loader's whole state is (epoch, step), which comes out with every item and says
+where to go on *after* it. To resume is to pass it back. Rejected: saving the generator's state (more to save, and a
+resumed run would have to replay it).
+
+The next step is packed, its documents' layout included, by another thread while this one is trained on: on a GPU that
+would otherwise wait for it in every step. One step ahead is enough, since packing takes far less than training.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -94,13 +97,19 @@ class Loader:
             raise ValueError(f"{start} is not a position in these {len(lengths)} examples")
 
     def __iter__(self) -> Iterator[tuple[list[Batch], LoaderState]]:
-        state = self._start
-        while True:
-            steps = self._steps_of(state.epoch)
-            batches = [pack([self._examples[number] for number in batch]) for batch in steps[state.step]]
-            last = state.step + 1 == len(steps)
-            state = LoaderState(state.epoch + 1, 0) if last else LoaderState(state.epoch, state.step + 1)
-            yield batches, state
+        with ThreadPoolExecutor(1, "deltaw-packing") as ahead:
+            packed = ahead.submit(self._packed, self._start)
+            while True:
+                batches, after = packed.result()
+                packed = ahead.submit(self._packed, after)
+                yield batches, after
+
+    def _packed(self, at: LoaderState) -> tuple[list[Batch], LoaderState]:
+        """The batches of the step at `at`, and where the next one is."""
+        steps = self._steps_of(at.epoch)
+        batches = [pack([self._examples[number] for number in batch]) for batch in steps[at.step]]
+        last = at.step + 1 == len(steps)
+        return batches, LoaderState(at.epoch + 1, 0) if last else LoaderState(at.epoch, at.step + 1)
 
     def steps_in_epoch(self, epoch: int) -> int:
         """How many steps epoch `epoch` (from 0) has; the order of the documents makes it differ a little."""

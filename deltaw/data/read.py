@@ -8,7 +8,7 @@ how many are too many. A source that can't be read at all is an `InputError`.
 How each format becomes rows:
 - `.jsonl`, `.ndjson`: one object a line; empty lines are skipped but counted, so that line numbers stay an
   editor's.
-- `.json`: an array of objects (a file that turns out to hold one object a line is read as such).
+- `.json`: an array of objects (a file that turns out to hold one object per line is read as such).
 - `.csv`: the first record names the columns; a quote that never closes is an error and not one long field.
 - `.txt`: documents are separated by blank lines, `{"text": …}` each; `.md`: the whole file is one document.
 - `.parquet` and hub sets: Arrow gives every object of a column the same fields and fills those that a row lacks
@@ -28,7 +28,6 @@ memory), and compressed files (a bomb to guard against, for something `gunzip` d
 import csv
 import difflib
 import io
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -38,6 +37,7 @@ from typing import Any, BinaryIO
 from deltaw.data.builtin import BUILTINS, read_builtin
 from deltaw.data.row import Problem, Row
 from deltaw.errors import InputError, Rejected
+from deltaw.files.strict_json import NotJSON, parse
 
 MAX_LINE = 32 * 2**20  # bytes; a longer line is a fault of the file, not a document
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
@@ -132,47 +132,26 @@ def _read_jsonl(file: BinaryIO, name: str) -> Iterator[Item]:
 def _object(line: bytes) -> dict[str, Any]:
     """One line's JSON object. Raises Rejected."""
     try:
-        value = json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise Rejected(f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise Rejected(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise Rejected("nested too deeply") from None
-    except ValueError:  # Python refuses to convert integers of thousands of digits
-        raise Rejected("a number with too many digits") from None
+        value = parse(line)
+    except NotJSON as error:
+        raise Rejected(str(error)) from None
     if not isinstance(value, dict):
         raise Rejected(f"an object is expected, this is {_kind(value)}")
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise Rejected(f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
-    return value
-
-
-def _no_constant(name: str) -> None:
-    raise Rejected(f"{name} is not JSON")
 
 
 def _read_json(file: BinaryIO, name: str) -> Iterator[Item]:
     start = file.tell()
     data = file.read()
     try:
-        values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and data.lstrip().startswith(b"{"):  # JSON lines under the wrong name
+        values = parse(data)
+    except NotJSON as error:
+        if error.more and data.lstrip().startswith(b"{"):  # JSON lines under the wrong name
             file.seek(start)
             yield from _read_jsonl(file, name)
             return
-        raise InputError(f"{name}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: not UTF-8 at byte {error.start}", fix="save it as UTF-8") from None
-    except (Rejected, RecursionError, ValueError) as error:
-        raise InputError(f"{name}: not JSON: {error}") from None
+        where = f"{name}:{error.line}" if error.line else name
+        raise InputError(f"{where}: {error}", fix="mend it there, or save it as UTF-8 JSON") from None
     if not isinstance(values, list):
         fix = "write [ {…}, {…} ], or one object a line in a .jsonl file"
         raise InputError(f"{name}: an array of objects is expected, this is {_kind(values)}", fix=fix)
@@ -253,8 +232,8 @@ def _from_json(value: Any) -> Any:
     if not isinstance(value, str):
         return value  # a hub set's are read already
     try:
-        return json.loads(value, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, Rejected, RecursionError):
+        return parse(value)
+    except NotJSON:
         return value
 
 

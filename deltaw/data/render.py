@@ -32,9 +32,9 @@ from deltaw.data.chat import NO_TEMPLATE, ChatWriter, Layout, Piece
 from deltaw.data.document import Chat, Completion, Document, Message, Text
 from deltaw.data.encode import Encoder
 from deltaw.data.example import Example
-from deltaw.data.row import one_line
 from deltaw.errors import InputError, Rejected
 from deltaw.files.template import CHATML, MAX_TEMPLATE, Asked, Template
+from deltaw.show.text import one_line
 
 TEMPLATE = "chat_template.jinja"  # in a folder: the template that goes with what lies there
 RENDERED = "leave data.rendered out: the chat template writes the control tokens"

@@ -11,7 +11,7 @@ CSV, Parquet and JSON arrays the row, counted from 1).
 from dataclasses import dataclass
 from typing import Any
 
-REASON_LENGTH = 120  # a reason quotes data; this keeps an error message to one line a row
+from deltaw.show.text import one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,3 @@ def says_something(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(item is not None for item in value)
     return value is not None
-
-
-def one_line(text: str, limit: int = REASON_LENGTH) -> str:
-    """`text` on one line of at most `limit` characters, safe to print whatever the data held."""
-    text = " ".join(text.encode("utf-8", "replace").decode().split())
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return text if len(text) <= limit else text[: limit - 1] + "…"

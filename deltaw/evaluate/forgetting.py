@@ -71,10 +71,10 @@ def forgetting(model: Model, source: str, examples: Sequence[Example], display: 
     """Both losses and the divergence. `model` must carry an adapter, switched on."""
     assert model.attached is not None
     sums: list[Tensor] = []
-    with evaluating(model.base.model), display.task("forgetting", len(examples)) as update:
+    with evaluating(model.base.model), display.task("forgetting", len(examples)) as progress:
         for documents in fill(range(len(examples)), [len(row.tokens) for row in examples], TOKENS_AT_ONCE):
             sums.append(_sums(model, pack([examples[n] for n in documents])))
-            update(sum(map(len, sums)))
+            progress(sum(map(len, sums)))
     sums_P4 = torch.cat(sums)
     sums_P4 = sums_P4[sums_P4[:, 3] > 0]
     if not len(sums_P4):

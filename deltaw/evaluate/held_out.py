@@ -7,7 +7,7 @@ text of that span: training and evaluation can't differ in how a prompt is writt
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from deltaw.errors import InputError, RunError
 from deltaw.evaluate.metrics import METRICS
 from deltaw.generate.engine import Sampling, evaluating
 from deltaw.model import Model
-from deltaw.show.progress import Display
+from deltaw.show.progress import Display, Progress, unseen
 
 TOKENS_AT_ONCE = 4096
 Row = TypeVar("Row")
@@ -72,8 +72,8 @@ def evaluate(
 
 def evaluate_loss(model: Model, examples: Sequence[Example], *, display: Display, name: str) -> Evaluation:
     """The loss on all rows, nothing asked yet. Raises RunError where it isn't finite: it would look like a result."""
-    with display.task(f"{name}: loss", len(examples)) as update:
-        loss, count = held_out_loss(model.forward, examples, progress=update)
+    with display.task(f"{name}: loss", len(examples)) as progress:
+        loss, count = held_out_loss(model.forward, examples, progress=progress)
     if not math.isfinite(loss):
         raise RunError(f"the loss on the held-out rows is {loss}", fix="look at data.eval, or use dtype float32")
     return Evaluation(loss, perplexity(loss), count)
@@ -90,8 +90,8 @@ def add_answers(
 ) -> Evaluation:
     """Answers to all rows if a task metric is asked for, else to `samples` of them."""
     asked = rows_asked(model, examples, config)
-    with display.task(f"{name}: answers", len(asked)) as update:
-        answers = answer(model, asked, config.max_new_tokens, progress=update)
+    with display.task(f"{name}: answers", len(asked)) as progress:
+        answers = answer(model, asked, config.max_new_tokens, progress=progress)
     given, truth = [a.given for a in answers], [a.truth for a in answers]
     metrics: dict[str, float] = {metric: METRICS[metric](given, truth) for metric in config.metrics}
     return replace(before, metrics=metrics, answers=answers, unanswered=None)
@@ -114,9 +114,7 @@ def rows_asked(model: Model, examples: Sequence[Example], config: EvaluateConfig
     return spread([row for row in examples if id(row) not in left_out], config.samples)
 
 
-def held_out_loss(
-    forward: Forward, examples: Sequence[Example], *, progress: Callable[[int], None] | None = None
-) -> tuple[float, int]:
+def held_out_loss(forward: Forward, examples: Sequence[Example], *, progress: Progress = unseen) -> tuple[float, int]:
     """(mean cross-entropy in nats over the supervised tokens, their count). 0 rows: (nan, 0)."""
     device = next(forward.model.parameters()).device
     total, count, done = 0.0, 0, 0
@@ -125,8 +123,7 @@ def held_out_loss(
             batch = pack(chunk).to(device)
             loss, labels = forward.loss(batch)
             total, count, done = total + float(loss), count + labels, done + len(chunk)
-            if progress:
-                progress(done)
+            progress(done)
     return (total / count if count else math.nan), count
 
 
@@ -135,7 +132,7 @@ def answer(
     examples: Sequence[Example],
     max_new_tokens: int,
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = unseen,
 ) -> list[Answer]:
     """What the model gives after each row's prompt, greedily."""
     split = [(example, *_split(example)) for example in examples]

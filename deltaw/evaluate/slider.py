@@ -50,14 +50,14 @@ def slide(
     check_rows(task_examples)
     check_rows(general_examples)
     layers, points = model.attached.layers, []
-    with restored(model.attached), display.task("sliding", len(factors)) as update:
+    with restored(model.attached), display.task("sliding", len(factors)) as progress:
         trained = {path: layer.factors() for path, layer in layers.items()}
         for factor in factors:
             for path, layer in layers.items():
                 layer.set_factors(_times(trained[path], factor))
             losses = [held_out_loss(model.forward, rows)[0] for rows in (task_examples, general_examples)]
             points.append(Point(factor, *losses))
-            update(len(points), f"{factor:g}: task {losses[0]:.4f}, general {losses[1]:.4f}")
+            progress(len(points), f"{factor:g}: task {losses[0]:.4f}, general {losses[1]:.4f}")
     return points
 
 

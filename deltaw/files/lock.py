@@ -10,7 +10,9 @@ finished there. A run's lock file stays in its folder; beside what is to be shar
 its owner while it is held. A process that opened it a moment earlier then holds a file without a name, sees that, and
 opens it anew.
 
-Rejected: a pid file alone (a killed run's pid comes back, and then nothing starts), and writing beside the target and
+Rejected: the library filelock, which takes the same flock but doesn't say who holds a lock, has nothing to fall back on
+where a network mount answers ENOLCK or EOPNOTSUPP, and leaves its file beside what is shared (all but ten lines here
+would stay); a pid file alone (a killed run's pid comes back, and then nothing starts); writing beside the target and
 renaming at the end (the work of the one that comes second is lost, though it could have been told at once).
 """
 
@@ -18,30 +20,30 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deltaw.errors import InputError
+from deltaw.files import atomic
 
 NO_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
-
-
 LOCK = ".lock"
+WAIT = 0.1  # seconds between two looks at a lock that is waited for
 
 
 @contextlib.contextmanager
-def locked(file: Path, what: str, *, remove: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Hold `file` inside the block. Raises InputError that names the owner when another process holds it, and where the
-    file can't be made. `remove`, asked at the end: whether the file goes."""
+def locked(file: Path, what: str, *, wait: bool = False, remove: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Hold `file` inside the block. Raises InputError that names the owner when another process holds it (unless the
+    caller will `wait`), and where the file can't be made. `remove`, asked at the end: whether the file goes."""
     descriptor = _opened(file, what)
     try:
-        _take(descriptor, file, what)
+        _take(descriptor, file, what, wait)
         while os.fstat(descriptor).st_nlink == 0:
             os.close(descriptor)
             descriptor = _opened(file, what)
-            _take(descriptor, file, what)
+            _take(descriptor, file, what, wait)
         try:
             yield
             os.ftruncate(descriptor, 0)
@@ -111,16 +113,14 @@ def claimed_file(path: Path) -> Iterator[None]:
 
 def holds_anything(folder: Path) -> bool:
     """The lock and what a killed process was still writing don't count."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return any(name != LOCK and not (name.startswith(".") and name.endswith(".tmp")) for name in names)
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return any(path.name != LOCK and not atomic.is_temporary(path) for path in paths)
 
 
 def _clear(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != LOCK:
-            path.unlink(missing_ok=True)
+        if path.name != LOCK:
+            atomic.remove(path)
 
 
 def _opened(file: Path, what: str) -> int:
@@ -130,10 +130,13 @@ def _opened(file: Path, what: str) -> int:
         raise InputError(f"{what}: can't be written to: {error.strerror}", fix="choose another output") from None
 
 
-def _take(descriptor: int, file: Path, what: str) -> None:
-    owner = os.pread(descriptor, 300, 0).decode("utf-8", "replace").split()
+def _take(descriptor: int, file: Path, what: str, wait: bool) -> None:
     try:
-        if _is_free(descriptor, owner):
+        while not _is_free(descriptor, owner := os.pread(descriptor, 300, 0).decode("utf-8", "replace").split()):
+            if not wait:
+                break
+            time.sleep(WAIT)
+        else:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
             return

@@ -15,7 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from deltaw.files.weights import read_json, write_text_atomic
+from deltaw.files.atomic import write_text_atomic
+from deltaw.files.strict_json import read_json
 from deltaw.shipping.trained import TEMPLATE, Trained
 
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"

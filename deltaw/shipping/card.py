@@ -27,7 +27,7 @@ from deltaw.analysis.training import Training, read_training
 from deltaw.base.source import BUILTINS, HUB_ID
 from deltaw.config import RunConfig
 from deltaw.errors import RunError
-from deltaw.files.weights import write_text_atomic
+from deltaw.files.atomic import write_text_atomic
 from deltaw.shipping.beside import missing_stop
 from deltaw.shipping.trained import Trained
 from deltaw.shipping.usage import base_name, chats

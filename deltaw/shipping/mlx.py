@@ -29,7 +29,8 @@ from deltaw.adapter.algebra import baked
 from deltaw.base.load import open_skeleton
 from deltaw.errors import InputError, listed
 from deltaw.factors import DoRA, LowRank
-from deltaw.files.weights import save_safetensors, write_text_atomic
+from deltaw.files.atomic import write_text_atomic
+from deltaw.files.safetensors import save_safetensors
 from deltaw.shipping.beside import beside_size, write_beside
 from deltaw.shipping.destination import Destination, Options, Written
 from deltaw.shipping.peft import adapter_size, check_fits, refuse_full, remade

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.errors import InputError, RunError
+from deltaw.files.atomic import recover, replacing_folder, write_text_atomic
 from deltaw.files.lock import holds_anything, locked
-from deltaw.files.weights import fsync, write_text_atomic
 from deltaw.version import VERSION
 
 MARK = "deltaw-export.json"  # what was written here, by which version, from what
@@ -43,27 +43,12 @@ def target(
             f"output {output!s:.200}: can't be made: {error.strerror}", fix="choose another output"
         ) from None
     with locked(final.with_name(f".{final.name}.lock"), f"output {output}", remove=lambda: True):
-        hidden, old = (final.with_name(f".{final.name}.{word}.tmp") for word in ("new", "old"))
-        _put_back(old, final)  # what a killed process had moved away
+        recover(final)  # what a killed process had moved away
         _check(final, replace, sources)
         _room(final, needed)
-        for left in (hidden, old):
-            shutil.rmtree(left, ignore_errors=True)
-        try:
-            hidden.mkdir()
+        with replacing_folder(final, fix="free space, or choose another") as hidden:
             yield hidden
             write_text_atomic(hidden / MARK, json.dumps({"deltaw": VERSION, **what}, indent=2) + "\n")
-            _settle(hidden)
-            if final.exists():
-                final.rename(old)
-            hidden.rename(final)
-            fsync(final.parent)
-        except OSError as error:
-            raise RunError(f"{output}: could not be written: {error}", fix="free space, or choose another") from None
-        finally:
-            _put_back(old, final)
-            for left in (hidden, old):
-                shutil.rmtree(left, ignore_errors=True)
 
 
 def _place(output: str | Path) -> Path:
@@ -79,11 +64,6 @@ def check_output(output: str | Path, replace: bool) -> None:
     """Raise InputError for an `output` that can't be taken: before anything is read for it."""
     with contextlib.suppress(OSError):  # a name that no folder can have is `target`'s to say
         _check(_place(output), replace, ())
-
-
-def _put_back(old: Path, final: Path) -> None:
-    if old.exists() and not final.exists():
-        old.rename(final)
 
 
 def _check(final: Path, replace: bool, sources: Sequence[Path]) -> None:
@@ -103,13 +83,3 @@ def _room(final: Path, needed: int) -> None:
         raise RunError(
             f"output {final}: needs {needed:,} bytes, {free:,} are free there", fix="free space, or choose another"
         )
-
-
-def _settle(folder: Path) -> None:
-    """Modes as the umask has them, bytes and names on the disk."""
-    mode = folder.stat().st_mode & 0o666
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            file.chmod(mode)  # safetensors leaves 0600
-        fsync(file)
-    fsync(folder)

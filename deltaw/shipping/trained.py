@@ -23,7 +23,7 @@ from deltaw.config import RunConfig, load_config
 from deltaw.data.render import TEMPLATE as TEMPLATE
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
-from deltaw.files.weights import read_tensors
+from deltaw.files.shards import read_tensors
 from deltaw.model import PLAIN, base_name, is_run, load_adapter, open_renderer, template_beside
 from deltaw.run import Run
 from deltaw.show.progress import Display
@@ -60,7 +60,7 @@ def open_trained(name: str | Path, *, base: str | None = None, display: Display 
     path = Path(name).expanduser()
     adapter = load_adapter(path)
     config = load_config(path / "config.yaml") if is_run(path) else None
-    source = find_base(base or (config.base if config else base_name(adapter, path)), progress=display.say)
+    source = find_base(base or (config.base if config else base_name(adapter, path)), display=display)
     _check_base(name, adapter, source)
     renderer = open_renderer(source, config, template_beside(path))
     if adapter.base.template not in ("", PLAIN, renderer.template_fingerprint):

@@ -2,16 +2,30 @@
 
 stdout belongs to results, so that `deltaw … --json | jq` works. A line a second would drown a log file, so off a
 terminal progress is written at the first sign, at the end, and every `EVERY` seconds between.
+
+There are two ways to show progress, and no third. A function that knows how much it has to do takes the `display` and
+opens a task. One that does a part of its caller's task takes a `progress` and says how much is done. Off by default
+(`QUIET`, `unseen`): libraries don't speak unasked.
 """
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
+
+from deltaw.show.text import clock
 
 EVERY = 10.0  # seconds between plain lines
-Update = Callable[..., None]  # update(done, note="")
+
+
+Progress = Callable[[int], None]  # how much of a task is done; whoever opened it knows how much there is
+
+
+class Task(Protocol):
+    """The progress of a task that is open, with a few words beside the figure where there is something to say."""
+
+    def __call__(self, done: int, note: str = "") -> None: ...
 
 
 class Display:
@@ -31,20 +45,21 @@ class Display:
             print(text, file=sys.stderr, flush=True)
 
     @contextmanager
-    def task(self, name: str, total: int) -> Iterator[Update]:
-        """Yields `update(done, note="")`."""
+    def task(self, name: str, total: int) -> Iterator[Task]:
+        """Yields what is to be told of the progress, up to `total`."""
         if self.quiet:
             yield lambda done, note="": None
         elif sys.stderr.isatty() and self._bar is None:
-            with self._rich(name, total) as update:
-                yield update
+            with self._rich(name, total) as progress:
+                yield progress
         else:
             yield self._lines(name, total)
 
     @contextmanager
-    def _rich(self, name: str, total: int) -> Iterator[Update]:
+    def _rich(self, name: str, total: int) -> Iterator[Task]:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
 
         columns = (
             TextColumn("{task.description}"),
@@ -53,7 +68,7 @@ class Display:
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        with RichProgress(*columns, console=Console(stderr=True)) as bar:
             self._bar = bar
             task = bar.add_task(name, total=total, note="")
             try:
@@ -61,11 +76,11 @@ class Display:
             finally:
                 self._bar = None
 
-    def _lines(self, name: str, total: int) -> Update:
+    def _lines(self, name: str, total: int) -> Task:
         began = last = time.monotonic()
         first: int | None = None
 
-        def update(done: int, note: str = "") -> None:
+        def progress(done: int, note: str = "") -> None:
             nonlocal last, first, began
             now = time.monotonic()
             if first is None:
@@ -77,11 +92,11 @@ class Display:
             left = f", {clock((now - began) * (total - done) / fresh)} left" if fresh > 0 and done < total else ""
             self.say(f"{name}: {done}/{total}{', ' + note if note else ''}{left}")
 
-        return update
+        return progress
 
 
-def clock(seconds: float) -> str:
-    """75 -> "1:15"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+QUIET = Display(quiet=True)
+
+
+def unseen(done: int) -> None:
+    """The progress of a task that nobody watches."""

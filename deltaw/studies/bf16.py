@@ -65,7 +65,7 @@ class Moved:
 def run(lab: Lab) -> Outcome:
     config = parse_config({**lab.task, "output": "-"})
     source, _, dataset = open_dataset(config, lab.display)
-    base = open_base(source, dtype=config.train.dtype, device=config.train.device, progress=lab.display.say)
+    base = open_base(source, dtype=config.train.dtype, device=config.train.device, display=lab.display)
     forward = plan_forward(base.model)
     before, _ = held_out_loss(forward, dataset.eval)
     found = {}

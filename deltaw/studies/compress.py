@@ -80,12 +80,12 @@ def cut_losses(trial: Trial, lab: Lab) -> dict[int, float]:
     model, examples = rows_of(str(trial.run.folder), None, base=None, display=lab.display)
     assert model.attached is not None
     adapter, losses = trial.adapter(), {}
-    with lab.display.task("cutting", len(LOW)) as update:
+    with lab.display.task("cutting", len(LOW)) as progress:
         for rank in LOW:
             smaller, _ = resize(adapter, rank=rank)
             wear(model.attached, smaller)
             losses[rank], _ = held_out_loss(model.forward, examples)
-            update(len(losses), f"rank {rank}, loss {losses[rank]:.3f}")
+            progress(len(losses), f"rank {rank}, loss {losses[rank]:.3f}")
     return losses
 
 

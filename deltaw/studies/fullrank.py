@@ -103,10 +103,10 @@ def run(lab: Lab) -> Outcome:
 def spectra_of(lab: Lab, name: str, adapter: Adapter) -> dict[str, Tensor]:
     """Singular values by module path, float64 [K] (LoRA: [R]), descending."""
     found = {}
-    with lab.display.task(f"spectra of {name}", len(adapter.factors)) as update, one_thread():
+    with lab.display.task(f"spectra of {name}", len(adapter.factors)) as progress, one_thread():
         for path in in_order(adapter.factors):
             found[path] = singular_values(adapter.factors[path])
-            update(len(found))
+            progress(len(found))
     return found
 
 

@@ -129,12 +129,12 @@ class Lab:
     @cached_property
     def weights(self) -> LinearWeights:
         """The base's W by module path."""
-        return LinearWeights(find_base(self.task["base"], progress=self.display.say).directory)
+        return LinearWeights(find_base(self.task["base"], display=self.display).directory)
 
     def measured(self, name: str, adapter: Adapter) -> dict[str, Measures]:
         """Every module of an adapter against the base's weights."""
-        with self.display.task(f"measuring {name}", len(adapter.factors)) as update:
-            return measure_adapter(adapter, self.weights, progress=update)
+        with self.display.task(f"measuring {name}", len(adapter.factors)) as progress:
+            return measure_adapter(adapter, self.weights, progress=progress)
 
     def _config(self, seed: int, adapter: Any, changes: Mapping[str, Any]) -> RunConfig:
         raw = {

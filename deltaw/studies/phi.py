@@ -104,11 +104,11 @@ def compared(lab: Lab, name: str, pairs: Pairs) -> Comparison:
     """The modules of all pairs as those of one."""
     modules: dict[str, ModuleComparison] = {}
     total = sum(len(first.factors) for first, _ in pairs)
-    with lab.display.task(f"comparing {name}", total) as update, one_thread():
+    with lab.display.task(f"comparing {name}", total) as progress, one_thread():
         for number, (first, second) in enumerate(pairs):
             found = compare(first, second).modules
             modules |= {f"{number}.{path}": module for path, module in found.items()}
-            update(len(modules))
+            progress(len(modules))
     return Comparison(modules, ([], []))
 
 

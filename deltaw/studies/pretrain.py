@@ -50,7 +50,9 @@ from deltaw.data.example import Example
 from deltaw.data.loader import Loader
 from deltaw.data.row import Row
 from deltaw.evaluate.held_out import held_out_loss
-from deltaw.files.weights import SINGLE, save_safetensors, write_text_atomic
+from deltaw.files.atomic import write_text_atomic
+from deltaw.files.safetensors import save_safetensors
+from deltaw.files.shards import SINGLE
 from deltaw.studies.lab import Lab
 from deltaw.studies.study import Claim, Judgement, Outcome
 from deltaw.training.optim import learning_rate

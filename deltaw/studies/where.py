@@ -43,7 +43,7 @@ CLAIM = Claim(
 
 
 def run(lab: Lab) -> Outcome:
-    ranks = equal_ranks(open_skeleton(find_base(lab.task["base"], progress=lab.display.say)))
+    ranks = equal_ranks(open_skeleton(find_base(lab.task["base"], display=lab.display)))
     rates = RATES if lab.full else SMALL_RATES
     trials = {group: {rate: _train(lab, group, rank, rate) for rate in rates} for group, rank in ranks.items()}
     tops = {group: best(found)[0] for group, found in trials.items()}

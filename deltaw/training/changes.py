@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltaw.config import RunConfig
-from deltaw.effects import without_effect
 from deltaw.errors import InputError, listed
 
 FIXED = ("adapter", "data", "train.seed", "train.tokens_per_step", "train.dtype")
@@ -41,7 +40,7 @@ def check_changes(before: RunConfig, after: RunConfig, *, allow: bool, run: str,
             f"{run} can't go on with other settings than it began with:\n{listed(refused)}",
             fix="put them back, or start a new run with another output",
         )
-    if idle := [line for line in without_effect(after) if line not in without_effect(before)]:
+    if idle := [line for line in after.without_effect() if line not in before.without_effect()]:
         raise InputError("; ".join(idle))
     if words and not allow:
         raise InputError(

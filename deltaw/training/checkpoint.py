@@ -36,7 +36,9 @@ from torch import Tensor
 
 from deltaw.adapter.attach import Attached
 from deltaw.errors import DeltawError, InputError, RunError, listed
-from deltaw.files.weights import fsync, load_safetensors, read_json, save_safetensors, write_text_atomic
+from deltaw.files.atomic import fsync, write_text_atomic
+from deltaw.files.safetensors import load_safetensors, save_safetensors
+from deltaw.files.strict_json import read_json
 from deltaw.show.progress import Display
 from deltaw.version import VERSION
 

@@ -35,7 +35,8 @@ from deltaw.errors import InputError
 from deltaw.evaluate.forgetting import forgetting
 from deltaw.evaluate.held_out import answer, held_out_loss, rows_asked
 from deltaw.run import Run
-from deltaw.show.progress import Display, clock
+from deltaw.show.progress import Display
+from deltaw.show.text import clock, gib
 from deltaw.training import memory
 from deltaw.training.checkpoint import save_checkpoint
 from deltaw.training.memory import Fit, Point, Window, window
@@ -46,7 +47,6 @@ from deltaw.training.preflight import (
     disk_needed,
     existing,
     explain,
-    gib,
     largest_chunk,
     largest_evaluation,
     work_left,

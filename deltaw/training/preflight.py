@@ -32,6 +32,7 @@ from deltaw.evaluate import forgetting as general_forgetting
 from deltaw.evaluate import held_out
 from deltaw.files.paths import written
 from deltaw.show.progress import Display
+from deltaw.show.text import gib
 from deltaw.training.checkpoint import list_checkpoints
 from deltaw.training.memory import (
     Fit,
@@ -338,8 +339,3 @@ def _go_on(trainer: "Trainer", setting: str | None) -> str:
         *([f"output={written(str(folder))}-smaller"] if saved else []),
     ]
     return f"{remains}; a new run: {command('train', *words, options=[] if saved else ['--replace'])}"
-
-
-def gib(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

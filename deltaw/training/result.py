@@ -12,7 +12,10 @@ from deltaw.errors import command
 from deltaw.evaluate.forgetting import Forgetting
 from deltaw.evaluate.held_out import Evaluation, spread
 from deltaw.run import Run
+from deltaw.show.chart import columns
 from deltaw.show.progress import Display
+from deltaw.show.table import table
+from deltaw.show.text import gib, one_line
 from deltaw.training.log import peak_memory_bytes
 from deltaw.version import VERSION
 
@@ -134,36 +137,25 @@ def plot(values: list[float], width: int = 64, height: int = 8) -> str:
     """A line chart in text: each column the mean of its share of `values`, the axis labelled at both ends."""
     count = min(width, len(values))
     edges = [round(i * len(values) / count) for i in range(count + 1)]
-    columns = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, high = min(columns), max(columns)
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
     step = (high - low) / height or 1.0
-    blocks = " ▁▂▃▄▅▆▇█"
-    rows = []
-    for row in range(height - 1, -1, -1):
-        fill = [min(8, max(0, math.ceil(((value - low) / step - row) * 8))) for value in columns]
-        label = f"{high:8.3f} " if row == height - 1 else f"{low:8.3f} " if row == 0 else " " * 9
-        rows.append(label + "│" + "".join(blocks[level] for level in fill).rstrip())
-    return "\n".join([*rows, " " * 9 + "└" + "─" * count, f"{'':10}step 1{f'step {len(values)}':>{max(0, count - 6)}}"])
+    heights = [math.ceil((mean - low) / step * 8) for mean in means]
+    top, bottom = f"{high:8.3f}", f"{low:8.3f}"
+    return columns(heights, rows=height, top=top, bottom=bottom, first="step 1", last=f"step {len(values)}")
 
 
 def _answers(rows: list[dict[str, str]]) -> str:
-    table = [("asked", "before", "after", "truth")]
-    table += [tuple(_cell(row[key]) for key in ("prompt", "before", "after", "truth")) for row in rows]  # type: ignore[misc]
-    widths = [max(len(row[column]) for row in table) for column in range(4)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join([lines[0], "─" * len(lines[0].ljust(sum(widths) + 6)), *lines[1:]])
-
-
-def _cell(text: str, limit: int = 28) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+    head = ("asked", "before", "after", "truth")
+    cells = [[one_line(row[key], 28) for key in ("prompt", "before", "after", "truth")] for row in rows]
+    return table(cells, head, rule=True)
 
 
 def _figures(result: dict[str, Any]) -> str:
     lines = [
         f"{result['steps']} steps, {result['tokens']:,} tokens ({result['supervised_tokens']:,} trained on) in "
         f"{result['seconds']:.0f} s: {result['tokens_per_second']:.0f} tokens/s, "
-        f"{result['peak_memory_bytes'] / 2**30:.1f} GiB, {result['trained_parameters']:,} parameters trained"
+        f"{gib(result['peak_memory_bytes'])}, {result['trained_parameters']:,} parameters trained"
     ]
     before, after = result["eval"]["before"], result["eval"]["after"]
     if before and after:

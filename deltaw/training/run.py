@@ -21,7 +21,6 @@ from deltaw.base.source import find_base
 from deltaw.config import RunConfig, load_config, parse_config
 from deltaw.data.dataset import Dataset
 from deltaw.data.example import Example
-from deltaw.effects import switched_off
 from deltaw.errors import command
 from deltaw.evaluate.forgetting import general_text
 from deltaw.model import Model, load_adapter, open_dataset, open_model
@@ -117,17 +116,17 @@ def _measure_again(config: RunConfig, run: Run, display: Display) -> Adapter:
 def prepare_run(config: RunConfig, display: Display) -> tuple[Model, Dataset]:
     """Model and data up to the first step, cheapest checks first."""
     bound_caches()
-    source = find_base(config.base, progress=display.say)
+    source = find_base(config.base, display=display)
     skeleton = open_skeleton(source)
     find_targets(skeleton, config.adapter)
     _, renderer, dataset = open_dataset(config, display)
     limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
     limits.check(rows)
-    for line in switched_off(config):
+    for line in config.switched_off():
         display.say(line)
     for warning in [*dataset.report.warnings, *limits.warnings(rows)]:
         display.say(f"warning: {warning}")
-    base = open_base(source, dtype=config.train.dtype, device=config.train.device, progress=display.say)
+    base = open_base(source, dtype=config.train.dtype, device=config.train.device, display=display)
     forward = plan_forward(base.model)
     generator = torch.Generator().manual_seed(config.train.seed)
     attached = attach(base.model, config.adapter, generator=generator, start_later=config.adapter.from_data)

@@ -19,5 +19,4 @@ def start_from_data(attached: Attached, model: Model, loader: Loader, display: D
     batches = [
         batch.to(model.base.device) for batch in islice(chain.from_iterable(step for step, _ in loader), BATCHES)
     ]
-    with display.task(f"init {attached.spec.init}", 100) as update:
-        initialise_from_data(attached, model.forward, batches, lambda done, total: update(100 * done // total))
+    initialise_from_data(attached, model.forward, batches, display)

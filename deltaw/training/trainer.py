@@ -35,10 +35,11 @@ from deltaw.evaluate.held_out import (
     perplexity,
     rows_asked,
 )
-from deltaw.files.weights import write_text_atomic
+from deltaw.files.atomic import write_text_atomic
 from deltaw.model import PLAIN, Model
 from deltaw.run import Run
 from deltaw.show.progress import Display
+from deltaw.show.text import one_line
 from deltaw.training.attempt import Attempts
 from deltaw.training.changes import check_length
 from deltaw.training.checkpoint import (
@@ -334,7 +335,7 @@ class Trainer:
         config = self.config.evaluate.model_copy(update={"metrics": ()})
         rows = rows_asked(self.model, self.dataset.eval, config)
         for got in answer(self.model, rows, config.max_new_tokens):
-            prompt, given, truth = (one_line(text) for text in (got.prompt, got.given, got.truth))
+            prompt, given, truth = (one_line(text, 80, end=True) for text in (got.prompt, got.given, got.truth))
             self.display.say(f"step {self.state.step}: {prompt} {given}   [truth: {truth}]")
 
     def _dropout(self, on: bool) -> None:
@@ -350,9 +351,3 @@ class Trainer:
             config.seed,
             LoaderState(at.epoch, at.step_in_epoch),
         )
-
-
-def one_line(text: str, limit: int = 80) -> str:
-    """Text on one line, its end kept when it is long (a prompt's end is what matters)."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= limit else "…" + flat[1 - limit :]

@@ -19,7 +19,7 @@ import torch
 from deltaw.adapter.attach import attach, detach
 from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
-from deltaw.files.weights import load_safetensors
+from deltaw.files.safetensors import load_safetensors
 from deltaw.model import Model
 from deltaw.run import Run
 from deltaw.show.progress import Display

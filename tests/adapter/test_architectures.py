@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deltaw.adapter.attach import Attached, attach, detach
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.targets import linear_paths
+from deltaw.base.batch import Batch
 from deltaw.base.forward import plan_forward
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
@@ -23,7 +24,6 @@ ALL = [*PACKED, *PADDED]
 SPEC = AdapterSpec(rank=2, alpha=5.0)
 LENGTHS = (9, 1, 14, 6, 9)
 STARTS = torch.tensor([0, *LENGTHS]).cumsum(0)
-POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def test_documents_together_and_apart_give_one_loss_and_gradient(name: str) -> N
     together = adapted(name)
     for parameter, other in zip(together.parameters, alone.parameters, strict=True):
         parameter.data.copy_(other.data)
-    loss, count = plan_forward(together.model).loss(tokens, labels, POSITIONS, STARTS)
+    loss, count = plan_forward(together.model).loss(Batch.of(tokens, STARTS.tolist(), labels))
     loss.backward()
 
     assert count == int((labels != IGNORE).sum())
@@ -102,7 +102,7 @@ def test_trained_saved_and_loaded_it_answers_the_same_here_and_in_peft(name: str
     optimizer = torch.optim.AdamW(attached.parameters, lr=0.05)
     losses = []
     for _ in range(3):
-        loss, count = forward.loss(tokens, labels, POSITIONS, STARTS)
+        loss, count = forward.loss(Batch.of(tokens, STARTS.tolist(), labels))
         optimizer.zero_grad()
         (loss / count).backward()
         optimizer.step()
@@ -128,7 +128,8 @@ def test_detach_gives_back_the_very_same_base(name: str) -> None:
     model = tiny(name)
     modules, bits = dict(model.named_modules()), {k: v.clone() for k, v in model.state_dict().items()}
     attached = attach(model, SPEC)
-    plan_forward(model).loss(*batch(), POSITIONS, STARTS)[0].backward()
+    tokens, labels = batch()
+    plan_forward(model).loss(Batch.of(tokens, STARTS.tolist(), labels))[0].backward()
     with torch.no_grad():
         for parameter in attached.parameters:
             parameter.normal_()

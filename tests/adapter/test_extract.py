@@ -25,12 +25,12 @@ from deltaw.config import AdapterSpec
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
 from deltaw.factors import Dense, LowRank
-from deltaw.files.weights import INDEX
+from deltaw.files.shards import INDEX
 from deltaw.linalg.svd import randomised_svd
 from tests.architectures import tiny
 from tests.bases import tiny_gpt2, tiny_llama
 from tests.data.toys import toy
-from tests.tiny import tiny_base
+from tests.tiny import Said, tiny_base
 
 SIZE = 160
 STEPS = torch.arange(SIZE, dtype=torch.float32)
@@ -122,9 +122,9 @@ def pairs(rank: int = 3) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str
 @pytest.mark.parametrize("size", [{"rank": 3}, {"energy": 0.99999}])
 def test_what_was_merged_comes_back(size: dict) -> None:
     tuned, base, updates = pairs()
-    seen = []
-    found, losses = extract(tuned, base, base, **size, progress=lambda done, of: seen.append((done, of)))
-    assert found.keys() == updates.keys() and seen == [(1, 3), (2, 3), (3, 3)]
+    display = Said()
+    found, losses = extract(tuned, base, base, **size, display=display)
+    assert found.keys() == updates.keys() and list(display.tasks.values()) == [(3, [1, 2, 3])]
     for loss, (path, update) in zip(losses, updates.items(), strict=True):
         assert (loss.module, loss.old_rank, loss.new_rank) == (path, min(update.shape), 3)
         rounding = float((update.dense() - (tuned[path] - base[path])).norm() / update.dense().norm())

@@ -340,7 +340,7 @@ CONFIG_FAULTS: dict[str, tuple[Any, str]] = {
     "deep": (b'{"a":' * 100_000, "nested too deeply"),
     "huge": (b'{"a": "' + b"x" * 2_000_000 + b'"}', "more than 1,000,000 bytes"),
     "long number": (b'{"r": ' + b"9" * 9999 + b"}", "not valid JSON"),
-    "key twice": (b'{"r": 2, "r": 3}', "'r' is set 2 times"),
+    "key twice": (b'{"r": 2, "r": 3}', "'r' appears twice"),
 }
 
 

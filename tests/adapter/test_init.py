@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import LoraGAConfig, preprocess_loraga
-from tests.adapter.test_fused import adapted, loss_and_gradients
 from torch import Tensor, nn
 
 from deltaw.adapter import init_data
@@ -32,7 +31,9 @@ from deltaw.errors import InputError, RunError
 from deltaw.factors import LowRank
 from deltaw.linalg.subspace import range_basis, similarity
 from tests.adapter.test_layer import KINDS, SCALE, M, N, R, bits, plain, rows, same
+from tests.adapter.test_stand_ins import adapted, loss_and_gradients
 from tests.architectures import tiny
+from tests.tiny import Said
 
 MOVING = ("pissa", "olora", "lora-ga")
 INITS = ("lora", "eva", *MOVING)
@@ -346,11 +347,12 @@ def test_the_scatter_is_that_of_all_inputs_centred(monkeypatch: Any) -> None:
 
 @pytest.mark.parametrize("init", ["eva", "lora-ga"])
 def test_groups_of_layers_give_the_same_bits(init: str, monkeypatch: Any) -> None:
-    whole, done = begun(init), []
+    whole, display = begun(init), Said()
     monkeypatch.setattr(init_data, "BUDGET", 20_000)  # a few layers at a time
     attached = attach(tiny("llama"), SPEC.model_copy(update={"init": init}), fuse=(), start_later=True)
-    initialise_from_data(attached, plan_forward(attached.model), batches(), lambda *at: done.append(at))
-    assert done[-1][0] == done[-1][1] == len(done) > 2 * len(batches())
+    initialise_from_data(attached, plan_forward(attached.model), batches(), display)
+    ((total, done),) = display.tasks.values()
+    assert done == list(range(1, total + 1)) and total > 2 * len(batches())
     for path, layer in whole.layers.items():
         other = attached.layers[path]
         assert torch.equal(layer.factors().a_RN, other.factors().a_RN)
@@ -446,7 +448,7 @@ def test_lora_gas_directions_are_pefts() -> None:
     forward = plan_forward(model)
 
     def step() -> None:
-        forward.loss(steps[0].tokens_T, steps[0].labels_T, steps[0].positions_T, steps[0].starts_S)[0].backward()
+        forward.loss(steps[0])[0].backward()
 
     preprocess_loraga(model, config, step)
     peft = get_peft_model(model, config)

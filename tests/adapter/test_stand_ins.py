@@ -1,6 +1,7 @@
 """Stand-ins: every one gives what the module it stands for gives, and only such a module gets one."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +12,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from deltaw.adapter.attach import Attached, attach, detach
 from deltaw.adapter.stand_ins import KINDS, FusedAttention, FusedMLP, FusedNorm
+from deltaw.base.batch import Batch
 from deltaw.base.forward import plan_forward
 from deltaw.base.stand_in import StandIn
 from deltaw.config import AdapterSpec
 from tests.architectures import COMMON, PADDED, tiny
 
 STARTS = torch.tensor([0, 6, 7, 18])
-POSITIONS = torch.cat([torch.arange(n) for n in STARTS.diff().tolist()])
 TOKENS = (torch.arange(18) * 31 + 5) % 97
 LABELS = TOKENS.roll(-1)
 SPEC = AdapterSpec(rank=4, alpha=8)
@@ -50,7 +51,7 @@ def adapted(name: str, fuse: tuple[str, ...], dtype: torch.dtype = torch.float32
 
 
 def loss_and_gradients(attached: Attached) -> list[Tensor]:
-    loss, _ = plan_forward(attached.model).loss(TOKENS, LABELS, POSITIONS, STARTS)
+    loss, _ = plan_forward(attached.model).loss(Batch.of(TOKENS, STARTS.tolist(), LABELS))
     loss.backward()
     return [loss.detach(), *(p.grad for p in attached.parameters)]
 
@@ -215,8 +216,9 @@ def test_a_temperature_by_place_is_seen_however_far_off_it_begins(border: int) -
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             parameter.mul_(8)
-    forward, far = plan_forward(model), POSITIONS + 3 * border
-    own = forward.logits(TOKENS, far, STARTS).clone()
+    forward, near = plan_forward(model), Batch.of(TOKENS, STARTS.tolist())
+    far = replace(near, positions_T=near.positions_T + 3 * border)
+    own = forward.logits(far).clone()
     attached = attach(model, SPEC)
     assert counts(attached) == (5, 0, 2)
-    torch.testing.assert_close(forward.logits(TOKENS, far, STARTS), own, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(forward.logits(far), own, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import copy
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltaw.adapter.attach import attach
 from deltaw.base.angles import Angles, stand_in_for_angles
+from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.prefix import lowest_layer
 from deltaw.config import AdapterSpec
@@ -92,9 +94,9 @@ def alone(which: str, tokens: Tensor) -> Tensor:
     return fresh(which)(input_ids=tokens[None], use_cache=False).logits[0]
 
 
-def packed(documents: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    starts = torch.tensor([0, *(len(d) for d in documents)]).cumsum(0)
-    return torch.cat(documents), torch.cat([torch.arange(len(d)) for d in documents]), starts
+def packed(documents: list[Tensor], labels: Tensor | None = None) -> Batch:
+    starts = [0, *accumulate(len(d) for d in documents)]
+    return Batch.of(torch.cat(documents), starts, labels)
 
 
 @pytest.mark.parametrize("which", SCALED)
@@ -115,7 +117,7 @@ def test_every_document_gets_what_a_fresh_model_gives_it_alone(which: str, data:
     forward = planned(which)
     assert forward.packed == SCALED[which][3]
     with torch.no_grad():
-        got = forward.logits(*packed(documents))
+        got = forward.logits(packed(documents))
     torch.testing.assert_close(got, torch.cat([alone(which, d) for d in documents]), **CLOSE)
 
 
@@ -133,10 +135,9 @@ def test_a_sum_over_documents_is_the_sum_of_their_losses(which: str) -> None:
     border, forward = SCALED[which][2], planned(which)
 
     def loss(documents: list[Tensor]) -> float:
-        tokens, positions, starts = packed(documents)
-        labels = tokens.roll(-1)
-        labels[starts[1:] - 1] = IGNORE
-        return float(forward.loss(tokens, labels, positions, starts)[0])
+        labels = torch.cat([d.roll(-1) for d in documents])
+        labels[[end - 1 for end in accumulate(len(d) for d in documents)]] = IGNORE
+        return float(forward.loss(packed(documents, labels))[0])
 
     documents = [document(n) for n in (5, 3 * border, border + 1)]
     assert loss(documents) == pytest.approx(sum(loss([d]) for d in documents), rel=1e-5)
@@ -157,7 +158,7 @@ def test_above_the_frozen_layers_and_with_stand_ins_too(which: str) -> None:
     above = forward.above(*lowest, batches, lambda done: None)
     assert above.prefix is not None
     with torch.no_grad():
-        got = above.logits(*packed(documents[::-1]))
+        got = above.logits(packed(documents[::-1]))
     torch.testing.assert_close(got, torch.cat([alone(which, d) for d in documents[::-1]]), **CLOSE)
 
 
@@ -167,7 +168,7 @@ def test_a_second_plan_is_the_first(which: str) -> None:
     first, second = plan_forward(model), plan_forward(model)
     assert first.positions and second == first
     documents = packed([document(3 * border), document(5)])
-    assert torch.equal(first.logits(*documents), second.logits(*documents))
+    assert torch.equal(first.logits(documents), second.logits(documents))
 
 
 @pytest.mark.parametrize("which", [which for which in SCALED if "longrope" in which])

@@ -9,8 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from deltaw.adapter.file import BaseId
 from deltaw.base.fingerprint import fingerprint_of, mathematics, same_base, settings
 from deltaw.base.load import fingerprint
-
-from .conftest import tiny_llama
+from tests.bases import tiny_llama
 
 TINY = {
     "vocab_size": 61,

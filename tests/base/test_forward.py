@@ -1,6 +1,5 @@
 """plan_forward: what it finds out about a model is true; generation on deltaw's attention is transformers' own."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -8,17 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from deltaw.base.forward import ATTENTION, plan_forward
+from deltaw.base import attention
+from deltaw.base.attention import is_packed
+from deltaw.base.batch import Batch, Passing
+from deltaw.base.forward import plan_forward
 from deltaw.generate.engine import Sampling, generate
 from deltaw.kernels.loss import IGNORE
 from tests.architectures import COMMON, PACKED, PADDED, tiny
 
 LENGTHS = (6, 3, 11)
 STARTS = torch.tensor([0, *LENGTHS]).cumsum(0)
-POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])
 BOTH = [torch.float32, torch.bfloat16]
 
 
@@ -75,23 +76,19 @@ def test_a_layer_that_mixes_neighbours_is_found_out_however_faintly(strength: fl
     assert model.config._attn_implementation == own
     if dtype == torch.float32:
         tokens, labels = batch()
-        loss, count = forward.loss(tokens, labels, POSITIONS, STARTS)
+        loss, count = forward.loss(Batch.of(tokens, STARTS.tolist(), labels))
         torch.testing.assert_close(loss, loss_apart(model, tokens, labels), rtol=1e-5, atol=1e-5)
         assert count == sum(LENGTHS) - len(LENGTHS)
 
 
 @pytest.fixture
-def leaky() -> Iterator[None]:
+def leaky(monkeypatch: pytest.MonkeyPatch) -> None:
     """deltaw's attention replaced by one that forgets where documents begin."""
-    own = AttentionInterface._global_mapping[ATTENTION]
 
-    def forgetful(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
-        options.pop("documents", None)
-        return sdpa_attention_forward(module, q, k, v, mask, **options)
+    def forgetful(passing: Passing, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **more: Any) -> Any:
+        return sdpa_attention_forward(module, q, k, v, mask, **more)
 
-    AttentionInterface.register(ATTENTION, forgetful)
-    yield
-    AttentionInterface.register(ATTENTION, own)
+    monkeypatch.setattr(attention, "_attention", forgetful)
 
 
 @pytest.mark.parametrize("dtype", BOTH)
@@ -102,7 +99,7 @@ def test_attention_that_forgets_where_documents_begin_is_found_out(name: str, dt
     assert not forward.packed
     if dtype == torch.float32:
         tokens, labels = batch()
-        loss, _ = forward.loss(tokens, labels, POSITIONS, STARTS)
+        loss, _ = forward.loss(Batch.of(tokens, STARTS.tolist(), labels))
         torch.testing.assert_close(loss, loss_apart(model, tokens, labels), rtol=1e-5, atol=1e-5)
 
 
@@ -140,7 +137,7 @@ def test_the_heads_scale_and_cap_are_found(which: str) -> None:
     truth = loss_apart(model, tokens, labels)
     forward = plan_forward(model)
     assert forward.head is not None and (forward.head.scale, forward.head.softcap) == (scale, softcap)
-    loss, _ = forward.loss(tokens, labels, POSITIONS, STARTS)
+    loss, _ = forward.loss(Batch.of(tokens, STARTS.tolist(), labels))
     torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-5)
 
 
@@ -161,7 +158,7 @@ def test_a_head_of_another_kind_is_left_to_the_model() -> None:
     truth = loss_apart(model, tokens, labels)
     forward = plan_forward(model)
     assert forward.head is None and forward.packed and "the model's own head" in forward.describe()
-    loss, count = forward.loss(tokens, labels, POSITIONS, STARTS)
+    loss, count = forward.loss(Batch.of(tokens, STARTS.tolist(), labels))
     torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-5)
     assert count == sum(LENGTHS) - len(LENGTHS)
 
@@ -171,15 +168,15 @@ def test_logits_are_the_models_own(name: str) -> None:
     model = tiny(name)
     tokens, _ = batch()
     parts = [model(input_ids=tokens[None, a:b], use_cache=False).logits[0] for a, b in pairwise(STARTS.tolist())]
-    got = plan_forward(model).logits(tokens, POSITIONS, STARTS)
+    got = plan_forward(model).logits(Batch.of(tokens, STARTS.tolist()))
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, torch.cat(parts), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
 def test_no_labels_cost_nothing_and_count_nothing(name: str) -> None:
-    tokens, labels = batch()
-    loss, count = plan_forward(tiny(name)).loss(tokens, torch.full_like(labels, IGNORE), POSITIONS, STARTS)
+    tokens, _ = batch()
+    loss, count = plan_forward(tiny(name)).loss(Batch.of(tokens, STARTS.tolist()))
     assert (float(loss), count) == (0.0, 0)
 
 
@@ -204,7 +201,7 @@ def test_greedy_answers_are_those_of_transformers_own_attention(name: str) -> No
     options = {**PACKED[name], **GENERATES[name]}
     own, ours = (varied(name, torch.float64, **options) for _ in range(2))
     own.set_attn_implementation("eager")
-    assert plan_forward(ours).packed and ours.config._attn_implementation == ATTENTION
+    assert plan_forward(ours).packed and is_packed(ours)
     expected = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])

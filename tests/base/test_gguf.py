@@ -19,8 +19,8 @@ from deltaw.base.load import Base, fingerprint, open_base
 from deltaw.base.source import BUILTINS, builtin_file
 from deltaw.errors import InputError, RunError
 from deltaw.files.gguf_header import read_header
-
-from .conftest import BUILTIN, tiny_llama
+from tests.bases import BUILTIN, tiny_llama
+from tests.tiny import Said
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
@@ -198,9 +198,9 @@ def test_mutated_headers_are_read_or_refused(tiny: Path, tmp_path: Path) -> None
 
 
 def test_conversion_gives_the_same_model(tiny: Path, tmp_path: Path) -> None:
-    lines: list[str] = []
-    folder = to_folder(tiny, tmp_path / "cache", progress=lines.append)
-    assert len(lines) == 1 and "tiny.gguf" in lines[0]
+    display = Said()
+    folder = to_folder(tiny, tmp_path / "cache", display=display)
+    assert len(display.lines) == 1 and "tiny.gguf" in display.lines[0]
     base = open_base(str(folder), dtype="float32")
     assert base.fingerprint == fingerprint(tiny_llama())
     ids = torch.arange(20)[None]
@@ -213,8 +213,8 @@ def test_conversion_gives_the_same_model(tiny: Path, tmp_path: Path) -> None:
     assert not [file for file in (tmp_path / "cache").iterdir() if file.name.endswith(".tmp")]
     # A copy under another name is the same content, so it is the same folder, at once.
     (tmp_path / "copy.gguf").write_bytes(tiny.read_bytes())
-    assert to_folder(tmp_path / "copy.gguf", tmp_path / "cache", progress=lines.append) == folder
-    assert len(lines) == 1
+    assert to_folder(tmp_path / "copy.gguf", tmp_path / "cache", display=display) == folder
+    assert len(display.lines) == 1
 
 
 def convert(path: Path, cache: Path) -> Path:

@@ -10,9 +10,9 @@ import torch
 from gguf import GGUFWriter
 
 from deltaw.base.gguf import to_folder
-from deltaw.base.gguf_parts import parts_of, read_model
 from deltaw.base.load import fingerprint, open_base
 from deltaw.errors import InputError
+from deltaw.files.gguf_parts import parts_of, read_model
 
 from .gguf_models import model_of, write_model
 

@@ -9,6 +9,7 @@ from deltaw.base.gguf import to_folder
 from deltaw.base.gguf_tokens import SPLITTINGS
 from deltaw.data.render import open_tokenizer
 from deltaw.errors import InputError
+from tests.tiny import Said
 
 from .gguf_ids import FIXTURE, NAMES, texts, write_sentences, write_vocabulary
 
@@ -39,10 +40,10 @@ def test_every_rule_is_held_to_llama_cpp() -> None:
 
 
 def test_without_a_name_it_is_the_default_and_said(tmp_path: Path) -> None:
-    lines: list[str] = []
+    display = Said()
     path = write_vocabulary(tmp_path / "x.gguf", None)
-    to_folder(path, tmp_path / "cache", progress=lines.append)
-    assert len(lines) == 2 and "splits" in lines[1]
+    to_folder(path, tmp_path / "cache", display=display)
+    assert len(display.lines) == 2 and "splits" in display.lines[1]
     assert ids(path, tmp_path / "cache") == json.loads(FIXTURE.read_text())["default"]
 
 

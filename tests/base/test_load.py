@@ -15,8 +15,7 @@ from transformers.utils import logging
 from deltaw.base.load import Base, check_finite, fast_dtype, fingerprint, open_base, pick_device
 from deltaw.base.source import find_base
 from deltaw.errors import InputError
-
-from .conftest import BUILTIN, tiny_gpt2, tiny_llama
+from tests.bases import BUILTIN, tiny_gpt2, tiny_llama
 
 
 def edit(folder: Path, **changes: Any) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.adapter.attach import Attached, attach
+from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.prefix import lowest_layer
 from deltaw.config import AdapterSpec
@@ -17,10 +18,9 @@ SPEC = AdapterSpec(rank=4, alpha=8)
 TOP = dict.fromkeys(PACKED, "model.layers.1.") | {"gpt2": "transformer.h.1.", "gpt_neox": "gpt_neox.layers.1."}
 
 
-def batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def batch(seed: int = 0) -> Batch:
     tokens = torch.randint(3, 97, (sum(LENGTHS),), generator=torch.Generator().manual_seed(seed))
-    positions = torch.cat([torch.arange(n) for n in LENGTHS])
-    return tokens, positions, torch.tensor([0, 6, 9, 18])
+    return Batch.of(tokens, [0, 6, 9, 18], tokens.roll(-1))
 
 
 def topped(name: str) -> tuple[Forward, Attached]:
@@ -40,9 +40,8 @@ def nothing(done: int) -> None:
     pass
 
 
-def step(forward: Forward, attached: Attached, given: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
-    tokens, positions, starts = given
-    loss, _ = forward.loss(tokens, tokens.roll(-1), positions, starts)
+def step(forward: Forward, attached: Attached, given: Batch) -> list[Tensor]:
+    loss, _ = forward.loss(given)
     return [loss.detach(), *torch.autograd.grad(loss, attached.parameters)]
 
 
@@ -75,9 +74,8 @@ def test_the_layers_below_are_not_run_and_unknown_documents_are() -> None:
 def test_documents_may_come_in_another_order_and_company() -> None:
     forward, attached = topped("qwen3")
     above = forward.above("model.layers", 1, [batch(), batch(1)], nothing)
-    (a, _, _), (b, _, _) = batch(), batch(1)
-    tokens, positions = torch.cat([b[9:], a[:6]]), torch.cat([torch.arange(9), torch.arange(6)])
-    mixed = (tokens, positions, torch.tensor([0, 9, 15]))
+    tokens = torch.cat([batch(1).tokens_T[9:], batch().tokens_T[:6]])
+    mixed = Batch.of(tokens, [0, 9, 15], tokens.roll(-1))
     got, truth = step(above, attached, mixed), step(forward, attached, mixed)
     assert all(torch.allclose(g, t, rtol=1e-4, atol=1e-5) for g, t in zip(got, truth, strict=True))
 

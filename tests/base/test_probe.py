@@ -16,7 +16,8 @@ from transformers.masking_utils import (
 )
 
 from deltaw.adapter.attach import attach
-from deltaw.base.attention import ATTENTION, AttentionCall, pairs
+from deltaw.base.attention import AttentionCall, is_packed, pairs
+from deltaw.base.batch import Batch
 from deltaw.base.forward import APART, PACKED, plan_forward
 from deltaw.base.probe import borders, probe_documents, uncrossed
 from deltaw.base.small import BORDER, small_copy
@@ -25,7 +26,6 @@ from tests.architectures import COMMON, MOE, tiny
 
 LENGTHS = (30, 1, 44, 3)  # across the small borders below, twice
 STARTS = torch.tensor([0, *LENGTHS]).cumsum(0)
-POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])
 TOKENS = torch.randint(3, 97, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
@@ -100,9 +100,9 @@ def answers_as_its_own(model: nn.Module, *, packed: bool) -> str:
     forward = plan_forward(model)
     assert forward.packed == packed, forward.describe()
     with torch.no_grad():
-        torch.testing.assert_close(forward.logits(TOKENS, POSITIONS, STARTS), truth, **CLOSE)
+        torch.testing.assert_close(forward.logits(Batch.of(TOKENS, STARTS.tolist())), truth, **CLOSE)
     torch.testing.assert_close(apart(model), truth, **CLOSE)
-    assert model.config._attn_implementation == (ATTENTION if packed else own)
+    assert is_packed(model) if packed else model.config._attn_implementation == own
     return forward.why
 
 
@@ -180,13 +180,12 @@ def test_without_the_temperature_the_same_model_is_packed(border: int) -> None:
 
 
 def test_the_documents_cross_what_the_config_states_and_a_table_of_positions_holds() -> None:
-    lengths = probe_documents(made("mistral", sliding_window=40))[2].diff().tolist()
-    assert lengths[0] == 5 and 40 < lengths[1] <= COMMON["max_position_embeddings"]
+    starts = probe_documents(made("mistral", sliding_window=40)).starts
+    assert starts[1] == 5 and 40 < starts[2] - starts[1] <= COMMON["max_position_embeddings"]
     assert not uncrossed(made("mistral", sliding_window=40))
     assert uncrossed(made("mistral", sliding_window=4096))
     assert not uncrossed(tiny("llama")) and not uncrossed(tiny("gpt2"))
-    table = probe_documents(tiny("gpt2"))[2]
-    assert int(table[-1]) <= 128
+    assert probe_documents(tiny("gpt2")).starts[-1] <= 128
 
 
 def test_borders_are_every_whole_number_at_any_depth() -> None:
@@ -252,7 +251,7 @@ def test_what_neither_packs_nor_pads_runs_a_document_at_a_time() -> None:
     forward = plan_forward(model)
     assert forward.way == APART and APART in forward.describe()
     attached = attach(model, AdapterSpec(rank=2, alpha=4))
-    loss, count = forward.loss(TOKENS, TOKENS.roll(-1), POSITIONS, STARTS)
+    loss, count = forward.loss(Batch.of(TOKENS, STARTS.tolist(), TOKENS.roll(-1)))
     loss.backward()
     assert count == len(TOKENS) and any(p.grad is not None and p.grad.any() for p in attached.parameters)
 

@@ -13,6 +13,7 @@ from deltaw.data import dataset
 from deltaw.data.dataset import prepare
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
+from tests.tiny import Said
 
 RENDERER = Renderer(toy("chatml"))
 
@@ -241,9 +242,9 @@ def test_names_of_control_tokens_are_counted_and_the_setting_named(tmp_path):
 
 
 def test_progress_ends_at_the_total(tmp_path):
-    calls = []
-    prepare(DataConfig(train=write(tmp_path, pairs(600))), RENDERER, progress=lambda *call: calls.append(call))
-    assert calls == [(512, 600), (600, 600)]
+    display = Said()
+    prepare(DataConfig(train=write(tmp_path, pairs(600))), RENDERER, display=display)
+    assert list(display.tasks.values()) == [(600, [512, 600, 600])]
 
 
 def test_the_fingerprint_sees_tokens_masks_and_borders(tmp_path):

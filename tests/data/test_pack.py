@@ -28,7 +28,7 @@ def example_lists(draw):
 def test_packing_loses_nothing_and_labels_stay_in_their_document(examples):
     before = [example.loss_mask.copy() for example in examples]
     batch = pack(examples)
-    starts = batch.starts_S.tolist()
+    starts = batch.starts
     assert starts[0] == 0
     assert starts[-1] == len(batch.tokens_T)
     assert batch.origins == tuple(example.origin for example in examples)
@@ -41,7 +41,7 @@ def test_packing_loses_nothing_and_labels_stay_in_their_document(examples):
         ]
         assert batch.labels_T[start:end].tolist() == [*expected, IGNORE]
     assert batch.supervised == sum(int(example.loss_mask[1:].sum()) for example in examples)
-    assert {t.dtype for t in (batch.tokens_T, batch.labels_T, batch.positions_T, batch.starts_S)} == {torch.int64}
+    assert {t.dtype for t in (batch.tokens_T, batch.labels_T, batch.positions_T)} == {torch.int64}
     assert all((example.loss_mask == mask).all() for example, mask in zip(examples, before, strict=True))
 
 
@@ -49,7 +49,8 @@ def test_a_batch_moves_as_a_whole():
     batch = pack([Example(np.array([1, 2], np.int32), np.array([False, True]), "o")])
     assert batch.to("meta").tokens_T.is_meta
     assert batch.to("meta").origins == batch.origins
-    assert not batch.tokens_T.is_meta
+    assert batch.to("meta").documents.token_P.is_meta and batch.to("meta").starts == batch.starts
+    assert not batch.tokens_T.is_meta and not batch.documents.token_P.is_meta
 
 
 def test_nothing_packs_to_nothing():

@@ -1,4 +1,4 @@
-"""Adapters that are broken in one way each: deltaw (files.py) and PEFT (peers.py) are given the same ones."""
+"""Adapters that are broken in one way each: deltaw (files.py) and PEFT (benchmarks/peers) are given the same ones."""
 
 import json
 from collections.abc import Callable

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from deltaw.adapter.file import Adapter
 from deltaw.factors import LowRank
-from deltaw.files.weights import save_safetensors, write_text_atomic
+from deltaw.files.atomic import write_text_atomic
+from deltaw.files.safetensors import save_safetensors
 from deltaw.training.checkpoint import is_whole, latest_checkpoint, list_checkpoints
 from deltaw.training.run import resume, train
 from tests.faults.common import (

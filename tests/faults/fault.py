@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOMS = ("crash", "storage", "damage", "resume", "numerics", "memory", "files", "fuzz", "templates", "data", "masks")
-PEERS = ("peers",)
+PEERS = ("benchmarks.peers.adapters",)
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def peer(number: int, tool: str) -> Callable[[Callable[[Path], str]], Callable[[
 
 def load_faults(peers: bool = False) -> list[Fault]:
     """Import every room that registers faults; in the order of their numbers."""
-    for name in ROOMS + (PEERS if peers else ()):
-        importlib.import_module(f"tests.faults.{name}")
+    for module in [*(f"tests.faults.{name}" for name in ROOMS), *(PEERS if peers else ())]:
+        importlib.import_module(module)
     return sorted(FAULTS, key=lambda known: known.number)
 
 

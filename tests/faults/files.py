@@ -24,7 +24,7 @@ from deltaw.base.load import open_base
 from deltaw.base.source import find_base
 from deltaw.config import RunConfig, load_config, parse_config
 from deltaw.data.read import read_rows
-from deltaw.files.weights import load_safetensors, read_header
+from deltaw.files.safetensors import load_safetensors, read_header
 from deltaw.model import open_model
 from deltaw.training.run import resume, train
 from tests.faults.broken import BOMB, BROKEN, CONFIG, CONFIGS, WEIGHTS, Canary, fields, tensors

@@ -14,12 +14,12 @@ from typing import Any
 from deltaw.base.gguf import to_folder
 from deltaw.errors import InputError
 from deltaw.files.gguf_header import read_header as read_gguf
-from deltaw.files.weights import load_safetensors
+from deltaw.files.safetensors import load_safetensors
 from tests.base.test_gguf import HOSTILE as GGUF_CASES
 from tests.base.test_gguf import write_gguf
-from tests.base.test_weights import HOSTILE as CASES
 from tests.faults.common import finished_run, place
 from tests.faults.fault import expect, fault
+from tests.files.test_weights import HOSTILE as CASES
 
 PIECES = (
     b"", b"\x00", b"\xff" * 8, b"\x00" * 8, b"\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x01\x00\x00\x00\x00\x00\x00\x00",

@@ -13,7 +13,7 @@ from torch import Tensor
 from deltaw.adapter.file import Adapter
 from deltaw.config import AdapterSpec, TrainConfig, parse_config
 from deltaw.errors import DeltawError, RunError
-from deltaw.files.weights import load_safetensors, save_safetensors
+from deltaw.files.safetensors import load_safetensors, save_safetensors
 from deltaw.model import open_model
 from deltaw.training import run as loop
 from deltaw.training import trainer

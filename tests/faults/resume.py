@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from deltaw.data.loader import Loader
-from deltaw.files.weights import load_safetensors, save_safetensors
+from deltaw.files.safetensors import load_safetensors, save_safetensors
 from deltaw.model import open_dataset
 from deltaw.training.checkpoint import MANIFEST, MOMENTS, _manifest, list_checkpoints
 from deltaw.training.run import resume, train

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deltaw.errors import InputError, Rejected
-from deltaw.files import template
+from deltaw.files import bounded
 from deltaw.files.template import Asked, Template
 from tests.faults.common import changed
 from tests.faults.fault import expect, fault
@@ -222,7 +222,7 @@ def template_escape(n: int, scratch: Path) -> None:
 @fault(43, "chat templates that take time and memory: loops, products, fillings, recursion", tries=len(BOMBS), sample=4)
 def template_bomb(n: int, scratch: Path) -> None:
     attempt(BOMBS[n])
-    worker = template._worker()._process
+    worker = bounded.worker()._process
     if worker is not None:  # it survived
         expect(peak(worker.pid) < MEGABYTES * 2**20, f"the worker has {peak(worker.pid):,} bytes: {BOMBS[n]:.80}")
     next_row_is_fine()
@@ -234,17 +234,17 @@ def template_without_sandbox(n: int, scratch: Path) -> None:
     canary = scratch / f"canary-{n}"
     scratch.chmod(0o777)
     script = scratch / "worker.py"
-    own = template.SCRIPT.read_text()
+    own = bounded.SCRIPT.read_text()
     script.write_text(own.replace("class Sandbox(ImmutableSandboxedEnvironment)", "class Sandbox(jinja2.Environment)"))
     expect(script.read_text() != own, "the sandbox is still there")
-    template._stop()
+    bounded._stop()
     try:
-        with changed(template, "SCRIPT", script):
+        with changed(bounded, "SCRIPT", script):
             free = attempt("{{ cycler.__init__.__globals__.os.getpid() }}")
             expect(free.isdigit(), f"the sandbox is still there: {free!r:.100}")
             text = attempt(BEHIND[n].replace("CANARY", str(canary)))
     finally:
-        template._stop()
+        bounded._stop()
     expect(text in ("", "32512"), f"{BEHIND[n]}: {text:.300}")  # system()'s word for a shell that doesn't start
     expect(not canary.exists(), f"{BEHIND[n]} made a file")
     next_row_is_fine()

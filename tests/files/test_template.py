@@ -14,8 +14,9 @@ from jinja2.filters import FILTERS
 from jinja2.tests import TESTS
 
 from deltaw.errors import InputError, Rejected
-from deltaw.files import template
-from deltaw.files.template import MAX_OUTPUT, MAX_TEMPLATE, Asked, Template, Unfinished
+from deltaw.files import bounded, template
+from deltaw.files.bounded import MAX_OUTPUT
+from deltaw.files.template import MAX_TEMPLATE, Asked, Template, Unfinished
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -185,7 +186,7 @@ def test_memory_is_bounded(source):
 
 def test_a_worker_that_dies_costs_one_row():
     good = Template("{{ messages[0].content }}", {})
-    os.kill(template._worker()._process.pid, signal.SIGKILL)
+    os.kill(bounded.worker()._process.pid, signal.SIGKILL)
     first, second = good.render_rows(asked("a", "b"))
     assert isinstance(first, Unfinished) and second == ["b"]
 
@@ -197,14 +198,14 @@ def test_more_templates_than_a_worker_keeps():
 
 def test_a_fork_has_a_worker_of_its_own():
     shared = Template("{{ messages[0].content }}", {})
-    mine = template._worker()._process.pid
+    mine = bounded.worker()._process.pid
     child = os.fork()
     if child == 0:
-        right = shared.render_rows(asked("c")) == [["c"]] and template._worker()._process.pid != mine
+        right = shared.render_rows(asked("c")) == [["c"]] and bounded.worker()._process.pid != mine
         os._exit(0 if right else 1)
     assert shared.render_rows(asked(*"ab" * 100)) == [["a"], ["b"]] * 100
     assert os.waitpid(child, 0)[1] == 0
-    assert template._worker()._process.pid == mine
+    assert bounded.worker()._process.pid == mine
 
 
 def test_threads_get_their_own_answers():
@@ -224,9 +225,9 @@ def test_threads_get_their_own_answers():
 
 PROGRAM = """
 import sys, time
-from deltaw.files import template
+from deltaw.files import bounded, template
 one = template.Template(sys.argv[1], {})
-print(template._worker()._process.pid, flush=True)
+print(bounded.worker()._process.pid, flush=True)
 one.render([{"content": "loop"}], [], generation_prompt=False)
 time.sleep(float(sys.argv[2]))
 """

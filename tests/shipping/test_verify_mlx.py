@@ -6,7 +6,7 @@ import pytest
 
 from deltaw.commands.verify import verify
 from deltaw.errors import InputError
-from deltaw.files.weights import load_safetensors, save_safetensors
+from deltaw.files.safetensors import load_safetensors, save_safetensors
 from deltaw.shipping.destination import Options
 from deltaw.shipping.mlx import MlxAdapter
 from deltaw.shipping.trained import open_trained

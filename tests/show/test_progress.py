@@ -4,33 +4,34 @@ import sys
 
 import pytest
 
-from deltaw.show import progress
-from deltaw.show.progress import Display, clock
+from deltaw.show import progress as module
+from deltaw.show.progress import Display
+from deltaw.show.text import clock
 
 
 def test_lines_begin_and_end_and_keep_quiet_between(capsys) -> None:
-    with Display().task("work", 100) as update:
+    with Display().task("work", 100) as progress:
         for done in range(101):
-            update(done, "note")
+            progress(done, "note")
     assert capsys.readouterr().err.splitlines() == ["work: 0/100, note", "work: 100/100, note"]
 
 
 def test_time_left_is_told(capsys, monkeypatch) -> None:
     now = iter([0.0, 10.0, 20.0, 40.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    with Display().task("work", 6) as update:
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
+    with Display().task("work", 6) as progress:
         for done in (0, 1, 3):
-            update(done)
+            progress(done)
     assert capsys.readouterr().err.splitlines() == ["work: 0/6", "work: 1/6, 0:50 left", "work: 3/6, 0:30 left"]
 
 
 def test_a_terminal_gets_a_bar_and_lines_stand_above_it(capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     display = Display()
-    with display.task("work", 2) as update:
-        update(1, "half")
+    with display.task("work", 2) as progress:
+        progress(1, "half")
         display.say("[a line]")
-        update(2)
+        progress(2)
     err = capsys.readouterr().err
     assert "work" in err and "2/2" in err and "[a line]" in err
 
@@ -38,8 +39,8 @@ def test_a_terminal_gets_a_bar_and_lines_stand_above_it(capsys, monkeypatch) -> 
 def test_quiet_is_quiet(capsys) -> None:
     display = Display(quiet=True)
     display.say("x")
-    with display.task("work", 1) as update:
-        update(1, "y")
+    with display.task("work", 1) as progress:
+        progress(1, "y")
     captured = capsys.readouterr()
     assert not captured.err and not captured.out
 

@@ -12,7 +12,7 @@ from deltaw.adapter.file import Adapter
 from deltaw.config import parse_config
 from deltaw.errors import InputError
 from deltaw.factors import DoRA, LowRank
-from deltaw.files.weights import load_safetensors
+from deltaw.files.safetensors import load_safetensors
 from deltaw.model import open_model
 from deltaw.training import trainer
 from deltaw.training.run import resume, train

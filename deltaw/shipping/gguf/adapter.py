@@ -23,11 +23,11 @@ from torch import nn
 
 from deltaw.adapter.algebra import baked, low_rank_updates
 from deltaw.base.frozen import FrozenLinear
-from deltaw.base.gguf_parts import parts_of, read_model
 from deltaw.base.load import open_skeleton
 from deltaw.errors import InputError, command, listed
 from deltaw.factors import LowRank
-from deltaw.files.weights import write_text_atomic
+from deltaw.files.atomic import write_text_atomic
+from deltaw.files.gguf_parts import parts_of, read_model
 from deltaw.shipping.beside import missing_stop
 from deltaw.shipping.destination import Destination, Options, Written
 from deltaw.shipping.gguf.modelfile import FILE, modelfile
@@ -91,11 +91,11 @@ class GgufAdapter(Destination):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with display.task(f"writing {ADAPTER}", len(self.tensors)) as update:
+        with display.task(f"writing {ADAPTER}", len(self.tensors)) as progress:
             for done, low in enumerate(self.tensors.values(), 1):
                 for _, factor in _halves(low):
                     writer.write_tensor_data(factor)
-                update(done)
+                progress(done)
         writer.close()
 
 

@@ -17,10 +17,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from deltaw.base.gguf_parts import parts_of
 from deltaw.base.source import HUB_ID
+from deltaw.files.atomic import write_text_atomic
 from deltaw.files.gguf_header import Typed, read_metadata
-from deltaw.files.weights import write_text_atomic
+from deltaw.files.gguf_parts import parts_of
 from deltaw.shipping.destination import Destination, Options, Written
 from deltaw.shipping.gguf.file import text, typed, write_file
 from deltaw.shipping.gguf.meta import check_read_back, metadata
@@ -80,8 +80,8 @@ class GgufModel(Destination):
     def write(self, folder: Path, display: Display) -> Written:
         path = folder / self.file
         written = path if self.quantizer is None else folder / ".float.gguf"
-        with display.task("writing tensors", len(self.places)) as update:
-            values = self.tensors.values(self.places, self.meta.tensors, update)
+        with display.task("writing tensors", len(self.places)) as progress:
+            values = self.tensors.values(self.places, self.meta.tensors, progress)
             write_file(written, self.family.architecture, self.keys, self.places, values)
         check_read_back(written, self.config, self.meta)
         counts = Counter(place.type for place in self.places)

@@ -44,14 +44,14 @@ def quantize_file(program: str, source: Path, path: Path, asked: str, display: D
     before = read_header(source)
     command = [program, str(source), str(path), asked, str(torch.get_num_threads())]
     tail = b""
-    with display.task(f"{PROGRAM} {asked}", len(before.shapes)) as update:
+    with display.task(f"{PROGRAM} {asked}", len(before.shapes)) as progress:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 tail = line.strip() or tail
                 if done := DONE.match(line.strip()):
-                    update(int(done[1]))
-        update(len(before.shapes))
+                    progress(int(done[1]))
+        progress(len(before.shapes))
     if process.returncode != 0 or not path.is_file():
         reason = tail.decode(errors="replace")[:200]
         raise RunError(f"{program} failed with {process.returncode}: {reason}", fix="take another --type")

@@ -10,7 +10,7 @@ Of what llama.cpp's quantiser makes (K types) there is no Q(W), since it only kn
 that the cosine counts its noise, too, while `kept`, by which a type is refused, doesn't.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,12 @@ from torch import Tensor
 from deltaw.base.language import language_part
 from deltaw.errors import InputError, listed
 from deltaw.files.gguf_header import read_header
-from deltaw.files.weights import read_tensor
+from deltaw.files.safetensors import read_tensor
 from deltaw.linalg.rounding import Survival, survived
 from deltaw.shipping.gguf.names import Family
 from deltaw.shipping.gguf.types import HEAD, Place, decoded, encoded, read_values, rounded
 from deltaw.shipping.merge.plan import MergePlan, Planned, not_finite
+from deltaw.show.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +69,7 @@ class Tensors:
         return {name: self._shape(planned) for name, planned in self.planned.items()}
 
     def values(
-        self, places: list[Place], more: Mapping[str, list[float]], progress: Callable[[int], None]
+        self, places: list[Place], more: Mapping[str, list[float]], progress: Progress
     ) -> Iterator["np.ndarray"]:
         """The bytes of every place in turn; `more`: settings that are tensors. Fills `survivals` on the way."""
         for done, place in enumerate(places, 1):

@@ -18,7 +18,7 @@ from deltaw.adapter.checkpoints import Checkpoint
 from deltaw.base.load import open_skeleton
 from deltaw.base.source import Source, find_base, find_local
 from deltaw.errors import InputError
-from deltaw.files.weights import read_json
+from deltaw.files.strict_json import read_json
 from deltaw.shipping.trained import fingerprint_of_folder
 from deltaw.show.progress import Display
 
@@ -68,12 +68,12 @@ class Looked:
 def look(named: str | None, recorded: str, revision: str | None, display: Display) -> Looked:
     """The base named with --base, else the one that the adapter names. Raises InputError for the former only."""
     if named:
-        return Looked(base := base_of(find_base(named, progress=display.say)), base.kind)
+        return Looked(base := base_of(find_base(named, display=display)), base.kind)
     if not recorded:
         return Looked(reason="it doesn't say which base it belongs to")
     source = None
     try:
-        source = find_local(recorded, revision, progress=display.say)
+        source = find_local(recorded, revision, display=display)
         if source is not None:
             return Looked(base := base_of(source), base.kind)
     except InputError as error:

@@ -16,8 +16,8 @@ from deltaw.adapter.file import BaseId
 from deltaw.config import RunConfig
 from deltaw.data.render import TEMPLATE, Renderer, open_tokenizer
 from deltaw.errors import DeltawError, InputError
+from deltaw.files.strict_json import read_json
 from deltaw.files.template import MAX_TEMPLATE
-from deltaw.files.weights import read_json
 from deltaw.model import PLAIN, open_renderer
 from deltaw.shipping.lint.base import Base
 

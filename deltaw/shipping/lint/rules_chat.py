@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from deltaw.data.dataset import prepare
 from deltaw.data.render import TEMPLATE, Renderer
 from deltaw.errors import DeltawError
-from deltaw.files.weights import read_rows
+from deltaw.files.safetensors import read_rows
 from deltaw.shipping.lint.chat import NO_TEMPLATE, Chat
 from deltaw.shipping.lint.finding import (
     LLAMA_CPP,

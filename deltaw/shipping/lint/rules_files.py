@@ -14,7 +14,7 @@ from typing import Any
 from deltaw.adapter.file import CONFIG, WEIGHTS
 from deltaw.adapter.full import DELTAS
 from deltaw.errors import InputError, command
-from deltaw.files.weights import read_header
+from deltaw.files.safetensors import read_header
 from deltaw.shipping.lint.finding import (
     LLAMA_CPP,
     LOADS,

@@ -17,7 +17,9 @@ from deltaw.adapter.checkpoints import BUFFERS
 from deltaw.adapter.file import CONFIG, BaseId
 from deltaw.base.source import PICKLES, Source, find_base
 from deltaw.errors import DeltawError, InputError
-from deltaw.files.weights import read_header, read_json, shards
+from deltaw.files.safetensors import read_header
+from deltaw.files.shards import shards
+from deltaw.files.strict_json import read_json
 from deltaw.shipping.lint import rules_chat
 from deltaw.shipping.lint.base import Base, base_of
 from deltaw.shipping.lint.chat import NO_TEMPLATE, Chat, template_of
@@ -99,7 +101,7 @@ class MlxFolder:
 def look_mlx(folder: Path, base: str | None, display: Display) -> Iterator[Finding]:
     """All that is found of a folder with adapters.safetensors. Raises InputError for a --base that is none."""
     yield other_form("mlx", "export the adapter that it was made from to where it is to run")
-    source = find_base(base, progress=display.say) if base else None
+    source = find_base(base, display=display) if base else None
     try:
         config = read_json(folder / CONFIG, max_bytes=1_000_000, allow_nan=True)
         shapes = read_header(folder / MLX_WEIGHTS).shapes
@@ -165,7 +167,7 @@ def _blocks(source: Source | None) -> int | None:
 
 def look_model(name: str, folder: Path, base: str | None, display: Display) -> Iterator[Finding]:
     """All that is found of a merged model's folder. Raises InputError for a --base that is none."""
-    other = base_of(find_base(base, progress=display.say)) if base else None
+    other = base_of(find_base(base, display=display)) if base else None
     try:
         shards(folder)
     except InputError as error:

@@ -15,11 +15,11 @@ from typing import Any
 
 from deltaw.adapter.file import BaseId
 from deltaw.base.gguf import llama_cpp_name
-from deltaw.base.gguf_parts import parts_of, read_model
 from deltaw.base.source import Source, find_base
 from deltaw.errors import InputError
 from deltaw.files.gguf_header import Header, read_part
-from deltaw.files.weights import read_json
+from deltaw.files.gguf_parts import parts_of, read_model
+from deltaw.files.strict_json import read_json
 from deltaw.shipping.lint.base import base_of
 from deltaw.shipping.lint.chat import NO_TEMPLATE, Chat, fingerprint
 from deltaw.shipping.lint.finding import LLAMA_CPP, OLLAMA, REFUSED, UNSURE, WRONG, Finding, code, some
@@ -82,7 +82,7 @@ class GgufFile:
 
 def look(path: Path, base: str | None, display: Display) -> Iterator[Finding]:
     """All that is found of a file. Raises InputError for a --base that is none."""
-    source = find_base(base, progress=display.say) if base else None
+    source = find_base(base, display=display) if base else None
     yield other_form("gguf", "give them the folder in PEFT's layout that it was made from")
     try:
         header = read_part(path)

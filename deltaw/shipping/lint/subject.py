@@ -23,7 +23,8 @@ from deltaw.adapter.peft_config import WEIGHT
 from deltaw.config import AdapterSpec, RunConfig
 from deltaw.errors import InputError, command
 from deltaw.files.patterns import first_matches
-from deltaw.files.weights import read_json, readable_tensors
+from deltaw.files.safetensors import readable_tensors
+from deltaw.files.strict_json import read_json
 from deltaw.shipping.lint.base import Base
 from deltaw.shipping.lint.chat import Chat
 from deltaw.shipping.lint.finding import Finding
@@ -213,10 +214,10 @@ class Subject:
         seen = {}
         names = list(self.shapes)
         # An error: it is gone, or was changed, since its header was read.
-        with self.display.task("looking at the numbers", max(1, len(names))) as update, suppress(InputError):
+        with self.display.task("looking at the numbers", max(1, len(names))) as progress, suppress(InputError):
             for done, (name, tensor) in enumerate(readable_tensors(self.folder / WEIGHTS, names), 1):
                 seen[name] = _seen(tensor)
-                update(done)
+                progress(done)
         return seen
 
     # Mending

@@ -39,7 +39,8 @@ from deltaw.base.load import open_skeleton
 from deltaw.base.names import places
 from deltaw.errors import InputError, listed
 from deltaw.factors import Update, as_plain
-from deltaw.files.weights import read_tensor, shards
+from deltaw.files.safetensors import read_tensor
+from deltaw.files.shards import shards
 from deltaw.shipping.trained import Trained
 
 Fate = Literal["changed", "copied", "untied"]

@@ -37,11 +37,12 @@ from torch import Tensor
 from deltaw.base.linear_weights import HEADER_BYTES, TENSORS
 from deltaw.errors import InputError
 from deltaw.factors import DoRA, LowRank, Update, as_plain
+from deltaw.files.safetensors import Header, check_readable, read_header
 from deltaw.files.stream import Entry, Stream, stream_size, streamed
-from deltaw.files.weights import Header, check_readable, read_header
 from deltaw.linalg.rounding import Survival, survived, survived_of
 from deltaw.linalg.threads import one_thread
 from deltaw.shipping.merge.plan import FLOATS, MergePlan, Planned, not_finite
+from deltaw.show.progress import Progress, unseen
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WORDS = {dtype: word for word, dtype in TYPES.items()}
@@ -116,7 +117,7 @@ def size(plan: MergePlan, dtype: torch.dtype | None = None) -> int:
 
 
 def rewrite(
-    plan: MergePlan, folder: Path, dtype: torch.dtype | None = None, *, progress: Callable[[int], None] | None = None
+    plan: MergePlan, folder: Path, dtype: torch.dtype | None = None, *, progress: Progress = unseen
 ) -> dict[str, Survival]:
     """Write every file of the plan into `folder` under its own name; what is left of each module's update.
 
@@ -140,8 +141,7 @@ def rewrite(
                     survivals[module] += survival
                 done += read
                 flush(done)
-                if progress:
-                    progress(done)
+                progress(done)
     return survivals
 
 

@@ -31,13 +31,13 @@ def held_out_prompts(config: RunConfig, renderer: Renderer, count: int, display:
     data = config.data
     if data.eval is None:
         raise InputError("this run held no rows out, so there is nothing to ask", fix="name a file: --data")
-    with display.task("reading held-out rows", 1) as update:
+    with display.task("reading held-out rows", 1) as progress:
         # The held-out rows are chosen before those to train on, so one of these is enough.
         rows = prepare(data.model_copy(update={"limit": 1}), renderer).eval
         origins = [row.origin for row in rows if not row.names]
         source = data.eval if isinstance(data.eval, str) else data.train
         prompts = prompts_of(source, data, only=set(origins))
-        update(1)
+        progress(1)
     return _chosen(prompts, count, source)
 
 

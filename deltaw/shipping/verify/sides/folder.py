@@ -20,7 +20,7 @@ class Folder(Running):
 
     def __init__(self, name: str, *, display: Display) -> None:
         self.name, self.notes = name, []
-        self.source = source = find_base(name, progress=display.say)
+        self.source = source = find_base(name, display=display)
         self._words = Words(open_tokenizer(source.directory))
         self._dtype = working_type(source)
         self.numbers = running(self._dtype, stored_type(source))

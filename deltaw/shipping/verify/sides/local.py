@@ -22,8 +22,10 @@ from deltaw.base.linear_weights import HEADER_BYTES, TENSORS
 from deltaw.base.source import Source
 from deltaw.config import Dtype
 from deltaw.errors import InputError
+from deltaw.files.safetensors import read_header
+from deltaw.files.shards import shards
+from deltaw.files.strict_json import read_json
 from deltaw.files.template import Template
-from deltaw.files.weights import read_header, read_json, shards
 from deltaw.generate.cache import context
 from deltaw.generate.engine import Sampling, evaluating, generate
 from deltaw.shipping.beside import GENERATION_CONFIG

@@ -21,7 +21,7 @@ import torch
 from deltaw.base.source import Source, find_base
 from deltaw.data.render import open_tokenizer
 from deltaw.errors import InputError
-from deltaw.files.weights import read_json
+from deltaw.files.strict_json import read_json
 from deltaw.shipping.verify.sides.local import Words, stored_type
 from deltaw.shipping.verify.sides.side import Answer, Asked, Logs, Numbers, Progress, Prompt, Row, Side
 from deltaw.show.progress import Display
@@ -45,7 +45,7 @@ class Mlx(Side):
         # A quantised model isn't one that find_base takes, and needn't be.
         self._model, self._meant = folder, dict[str, Any]()
         if self._adapter is not None:
-            source = find_base(str(base), progress=display.say)
+            source = find_base(str(base), display=display)
             self._model = source.directory
             if source.gguf is not None:
                 config = read_json(self._model / "config.json", allow_nan=True)

@@ -21,7 +21,8 @@ from deltaw.base.source import find_base, found_as
 from deltaw.config import load_config
 from deltaw.data.render import open_tokenizer
 from deltaw.errors import InputError
-from deltaw.files.weights import read_header, read_json
+from deltaw.files.safetensors import read_header
+from deltaw.files.strict_json import read_json
 from deltaw.generate.cache import context
 from deltaw.model import is_run
 from deltaw.shipping.beside import GENERATION_CONFIG
@@ -48,7 +49,7 @@ class Peft(Running):
         read_header(folder / WEIGHTS)
         self.folder = folder
         self.source = source = find_base(
-            base or _base_of(config.get("base_model_name_or_path"), folder), progress=display.say
+            base or _base_of(config.get("base_model_name_or_path"), folder), display=display
         )
         own = (folder / "tokenizer_config.json").is_file()
         template = folder / TEMPLATE

@@ -18,17 +18,17 @@ Opening a side is cheap and finds what can't work; `load` reads weights. `close`
 """
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from deltaw.show.progress import Progress
+
 if TYPE_CHECKING:
     from deltaw.base.source import Source
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Other tools on the tiny base, and what they say aloud: shared by peers.py and peer_trainer.py.
+"""Other tools on the tiny base, and what they say aloud: shared by adapters.py and trainer.py.
 
 Their defaults are kept, but for what a run of six steps on a CPU without network needs. What they warn of in a healthy
 run (`usual`) is not counted as a word about the harm that was done.

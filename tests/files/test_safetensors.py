@@ -19,17 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.errors import InputError, RunError
-from deltaw.files.weights import (
-    INDEX,
-    load_safetensors,
-    read_header,
-    read_json,
-    read_tensors,
-    replacing,
-    save_safetensors,
-    shards,
-    write_text_atomic,
-)
+from deltaw.files.atomic import replacing, write_text_atomic
+from deltaw.files.safetensors import load_safetensors, read_header, save_safetensors
+from deltaw.files.shards import INDEX, read_tensors, shards
+from deltaw.files.strict_json import read_json
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -257,7 +250,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
 LIMITED = """
 import resource, sys, torch
 from pathlib import Path
-from deltaw.files.weights import save_safetensors
+from deltaw.files.safetensors import save_safetensors
 from deltaw.errors import RunError
 path = Path(sys.argv[1])
 tensors = {"a": torch.ones(50_000)}

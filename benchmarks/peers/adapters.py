@@ -1,5 +1,5 @@
 """What PEFT, transformers' tokenizers and collators, TRL and datasets do when the same happens to them, as documented;
-what the Trainer does stands in peer_trainer.py. Each says in a few words what it saw; nothing here is known beforehand.
+what the Trainer does stands in trainer.py. Each says in a few words what it saw; nothing here is known beforehand.
 """
 
 import os
@@ -16,9 +16,10 @@ import torch
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+from benchmarks.peers import trainer as _registers_the_trainer  # noqa: F401
+from benchmarks.peers.tools import adapted, adapter, base, came_of, rows, tune
 from tests.data.toys import toy
 from tests.faults import common
-from tests.faults import peer_trainer as _registers_the_trainer  # noqa: F401
 from tests.faults.broken import (
     BOMB,
     BROKEN,
@@ -34,7 +35,6 @@ from tests.faults.broken import (
 )
 from tests.faults.common import child
 from tests.faults.fault import peer
-from tests.faults.others import adapted, adapter, base, came_of, rows, tune
 from tests.tiny import tiny_base
 
 LIMIT = 10.0  # seconds until what hangs is stopped

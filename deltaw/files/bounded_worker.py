@@ -1,4 +1,4 @@
-"""The process in which strangers' chat templates run. `template.py` starts it and talks to it; nothing imports it.
+"""The process in which strangers' chat templates and regular expressions run. bounded.py starts it, nothing imports it.
 
 A template is a program. Jinja's immutable sandbox keeps it from Python's insides, as in transformers; this process is
 what stands behind the sandbox, and what time and memory are taken from. After its imports it gives up, for good:
@@ -8,7 +8,7 @@ what stands behind the sandbox, and what time and memory are taken from. After i
     processes, core files   RLIMIT_NPROC 0, RLIMIT_CORE 0; root, whom the former doesn't bind, becomes nobody first
     time                    an alarm kills it when its parent, who has a clock of his own, is no longer there to do so
 
-It runs by itself (`python -I template_worker.py LIMITS`), on Jinja and the standard library only: it is up in a tenth
+It runs by itself (`python -I bounded_worker.py LIMITS`), on Jinja and the standard library only: it is up in a tenth
 of a second, and what it can't see (the environment, deltaw, torch) can't be reached from it. Who got out of the sandbox
 would be left with what needs no descriptor (making and removing files, sending signals) and its user's rights.
 
@@ -17,6 +17,11 @@ One JSON value a line. First comes {"ready": true}, then the answers to
     {id, source, variables}   {words} or {error, line}: compile a template and keep it as `id`; `words` are the texts
                               and the names of attributes that stand in its expressions
     {id, rows}                {unknown: true}, or as many answers as rows, each as soon as it is there: a list of texts
+    {keys, paths, seconds}    the number of each key before it is tried (so that who waits knows which one took too
+                              long), then {taken: [the number of each path's first key, or null]}, or {error: why the
+                              last key is none}; a clock that counts computing time alone ends the process
+
+Each has an `alarm`, the seconds after which the process ends by itself.
 
 The rows stand on the lines that follow: [messages, tools, prefixes]. A prefix [n, p] asks for the text of messages[:n],
 with the generation prompt where p is true. A text is [length, rest]: the rest behind so much of the first text (of
@@ -34,6 +39,7 @@ import html  # noqa: F401  (what is so marked is imported by Jinja when it needs
 import json
 import os
 import pprint  # noqa: F401
+import re
 import resource
 import signal
 import sys
@@ -175,6 +181,27 @@ def common(one: str, other: str) -> int:
     return low
 
 
+def match(keys: list[str], paths: list[str], seconds: float) -> None:
+    """PEFT's rule for its patterns, as in patterns.py."""
+    taken: list[int | None] = [None] * len(paths)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # its signal's default is to end the process
+    for number, key in enumerate(keys):
+        left = [at for at, key_number in enumerate(taken) if key_number is None]
+        if not left:
+            break
+        write_line(number)
+        try:
+            rule = re.compile(rf"(.*\.)?({key})$")
+        except (re.error, OverflowError, RecursionError, MemoryError) as error:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            return write_line({"error": str(error) or type(error).__name__})
+        for at in left:
+            if rule.match(paths[at]):
+                taken[at] = number
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    write_line({"taken": taken})
+
+
 def reason(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "it needs too much memory"
@@ -187,7 +214,7 @@ def reason(error: BaseException) -> str:
     return said[:1000] or type(error).__name__
 
 
-def lock_down(limits: dict[str, int]) -> None:
+def lock_down(memory: int) -> None:
     """Give up what a template has no use for. What the system refuses to take away is left."""
     for encoding in ("ascii", "unicode-escape"):  # found by importing, too
         codecs.lookup(encoding)
@@ -197,7 +224,7 @@ def lock_down(limits: dict[str, int]) -> None:
             os.setgid(NOBODY)
             os.setuid(NOBODY)
     with contextlib.suppress(OSError), open("/proc/self/statm") as file:
-        lower(resource.RLIMIT_AS, int(file.read().split()[0]) * resource.getpagesize() + limits["memory"])
+        lower(resource.RLIMIT_AS, int(file.read().split()[0]) * resource.getpagesize() + memory)
     lower(resource.RLIMIT_NPROC, 0)
     lower(resource.RLIMIT_CORE, 0)
     lower(resource.RLIMIT_FSIZE, 0)
@@ -214,29 +241,36 @@ def lower(which: int, value: int) -> None:
 
 def tell(answer: Any) -> None:
     signal.alarm(0)  # whoever waits for the answer may take his time
+    write_line(answer)
+
+
+def write_line(answer: Any) -> None:
     sys.stdout.buffer.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
     sys.stdout.buffer.flush()
 
 
 def main() -> None:
-    limits = json.loads(sys.argv[1])
+    memory, characters = json.loads(sys.argv[1])
     environment = make_environment()
     templates: dict[str, Compiled] = {}
-    lock_down(limits)
+    lock_down(memory)
     tell({"ready": True})
     for line in sys.stdin.buffer:
         request = json.loads(line)
         # All of them before the first answer: else each side could wait for the other to read.
         rows = [sys.stdin.buffer.readline() for _ in range(request.get("rows", 0))]
-        signal.alarm(limits["seconds"] + 1)
-        if "source" in request:
+        signal.alarm(request["alarm"])
+        if "keys" in request:
+            match(request["keys"], request["paths"], request["seconds"])
+            signal.alarm(0)
+        elif "source" in request:
             tell(compiled(environment, templates, request))
         elif request["id"] not in templates:
             tell({"unknown": True})
         else:
             for row in rows:
-                signal.alarm(limits["seconds"] + 1)
-                tell(written(templates[request["id"]], json.loads(row), limits["characters"]))
+                signal.alarm(request["alarm"])
+                tell(written(templates[request["id"]], json.loads(row), characters))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerState
 
-from tests.faults.common import child
-from tests.faults.fault import peer
-from tests.faults.others import (
+from benchmarks.peers.tools import (
     At,
     Row,
     adapted,
@@ -35,6 +33,8 @@ from tests.faults.others import (
     tune,
     weights,
 )
+from tests.faults.common import child
+from tests.faults.fault import peer
 from tests.tiny import tiny_base
 
 NEWEST = "checkpoint-4"

@@ -1,0 +1,168 @@
+"""A process for strangers' programs: chat templates (template.py) and regular expressions (patterns.py).
+
+Both can take for ever, or all memory, and a template might do worse. So neither is run here: `bounded_worker.py` does
+it, without files, with little memory, and killed when it takes longer than whoever asks is willing to wait.
+
+There is one worker for a process, started by the first question. A fork starts its own: on one pair of pipes parent and
+child would get each other's answers. It ends with its process, however that ends: killed at exit, by the end of its
+input after a SIGKILL, and by its own alarm when a program keeps it from seeing that.
+
+Rejected: one process for each question (0.1 s); `multiprocessing` (its spawn imports the program's main module, and its
+pipes carry pickles).
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deltaw.errors import RunError
+
+MAX_OUTPUT = 2**24  # characters of one text, and of all of a row's as far as they differ
+MEMORY = 2**28  # bytes, beyond what the interpreter takes
+START_LIMIT = 60.0  # seconds; a worker that isn't up by then never will be
+SCRIPT = Path(__file__).with_name("bounded_worker.py")
+_DEATH = f"it needs more than {MEMORY // 2**20} MB, or crashes"
+
+
+class Failed(Exception):
+    """No answer: the worker was late, or it died."""
+
+
+class Worker:
+    """This end of a worker: started when something is asked, killed when something goes wrong, then started anew."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._unread = b""
+        self._patience = START_LIMIT
+
+    @contextlib.contextmanager
+    def asking(self, request: bytes, patience: float) -> Iterator["Worker"]:
+        """Send `request` and have the worker for oneself, to read every answer inside the block, each of which may take
+        `patience` seconds.
+
+        The block raises Failed when one doesn't come. RunError where no worker can be started.
+        """
+        with self._lock:
+            try:
+                if self._process is None:
+                    self._start()
+                self._patience = patience
+                self.send(request)
+                yield self
+            except BaseException:  # also an interrupt: the answers still to come would be taken for the next one's
+                self.stop()
+                raise
+
+    def send(self, request: bytes) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        pipe, rest, until = self._process.stdin.fileno(), memoryview(request), time.monotonic() + self._patience
+        while rest:
+            self._wait(pipe, select.POLLOUT, until)
+            try:
+                rest = rest[os.write(pipe, rest) :]
+            except BrokenPipeError:
+                raise Failed(_DEATH) from None
+
+    def answer(self) -> Any:
+        """The next line's value."""
+        assert self._process is not None and self._process.stdout is not None
+        pipe, parts, size = self._process.stdout.fileno(), [self._unread], len(self._unread)
+        until = time.monotonic() + self._patience
+        while b"\n" not in parts[-1]:
+            self._wait(pipe, select.POLLIN, until)
+            parts.append(os.read(pipe, 2**20))
+            size += len(parts[-1])
+            if not parts[-1] or size > 6 * MAX_OUTPUT:  # bytes, of which JSON takes up to 6 for a character
+                raise Failed(_DEATH)
+        first, _, self._unread = b"".join(parts).partition(b"\n")
+        try:
+            return json.loads(first)
+        except ValueError:  # no worker of ours writes that
+            raise Failed(_DEATH) from None
+
+    def stop(self) -> None:
+        """Kill it, and leave no zombie."""
+        process, self._process, self._unread = self._process, None, b""
+        if process is not None:
+            process.kill()
+            _close(process)
+            process.wait()
+
+    def forget(self) -> None:
+        """Let go of the parent's worker in a fork: what is open here would keep it alive."""
+        if self._process is not None:
+            self._process.returncode = 0  # not ours to wait for
+            _close(self._process)
+
+    def _start(self) -> None:
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-W", "ignore", str(SCRIPT), json.dumps([MEMORY, MAX_OUTPUT])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                cwd="/",
+                env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
+                start_new_session=True,  # Ctrl-C is for us
+            )
+            for pipe in (self._process.stdin, self._process.stdout):
+                assert pipe is not None
+                os.set_blocking(pipe.fileno(), False)
+            self._patience = START_LIMIT
+            self.answer()
+        except (OSError, Failed) as error:
+            raise RunError(
+                f"the process for templates and patterns doesn't start: {error}",
+                fix=f"try: {sys.executable} -I -c 'import jinja2'",
+            ) from None
+
+    def _wait(self, pipe: int, event: int, until: float) -> None:
+        """Until something can be read or written; what can be at once is never late, since the clock runs on while we
+        are stopped. Raises Failed."""
+        poll = select.poll()
+        poll.register(pipe, event)
+        if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+            raise Failed(f"it takes more than {self._patience:g} s")
+
+
+_WORKERS: dict[int, Worker] = {}
+
+
+def worker() -> Worker:
+    """The worker of this process."""
+    mine = os.getpid()
+    if mine not in _WORKERS:
+        for owner in [owner for owner in _WORKERS if owner != mine]:
+            if (inherited := _WORKERS.pop(owner, None)) is not None:
+                inherited.forget()
+        _WORKERS.setdefault(mine, Worker())
+    return _WORKERS[mine]
+
+
+def line(value: Any) -> bytes:
+    """A question, or a part of one, as the worker reads it."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+
+
+@atexit.register
+def _stop() -> None:
+    if (mine := _WORKERS.get(os.getpid())) is not None:
+        mine.stop()
+
+
+def _close(process: "subprocess.Popen[bytes]") -> None:
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        pipe.close()
