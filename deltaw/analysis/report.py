@@ -51,14 +51,14 @@ class Report:
 
     @property
     def sentences(self) -> list[str]:
-        """One a module."""
+        """One per module."""
         return [sentence(path, m) for path, m in self.measures.items()]
 
     def gist(self) -> str:
         """What a terminal shows."""
         signs = {"ok": "✓", "note": "·", "warning": "!", "problem": "✗"}
-        found = [f"{signs[level]} {words}" for level, words in self.findings]
-        return "\n".join([*gist(self.measures, self.summary), "", *found])
+        checks = [f"{signs[level]} {words}" for level, words in self.findings]
+        return "\n".join([*gist(self.measures, self.summary), "", *checks])
 
     def to_json(self) -> dict[str, Any]:
         """All measures, the summary, the findings; plain JSON."""
@@ -69,8 +69,8 @@ class Report:
             "summary": dict(self.summary),
             "findings": [{"level": level, "text": words} for level, words in self.findings],
             "modules": {
-                path: {"sentence": said, **m.to_json()}
-                for (path, m), said in zip(self.measures.items(), self.sentences, strict=True)
+                path: {"sentence": words, **m.to_json()}
+                for (path, m), words in zip(self.measures.items(), self.sentences, strict=True)
             },
             "training": self.training.to_json() if self.training else None,
         }
@@ -110,10 +110,9 @@ def inspect(name: str | Path, *, base: str | None = None, base_is_known: bool = 
         findings = [*check_run(training), *findings]
     if source is None:
         findings.append(Finding("note", f"measured without the base's weights: {why}"))
-    said = source.name if source else why
     order = ("problem", "warning", "note", "ok")
     findings.sort(key=lambda finding: order.index(finding.level))
-    return Report(folder, adapter, said, measures, summarise(measures), findings, training)
+    return Report(folder, adapter, source.name if source else why, measures, summarise(measures), findings, training)
 
 
 def _source(
@@ -135,12 +134,12 @@ def _check_base(adapter: Adapter, source: Source, display: Display) -> None:
     if not known:
         return
     display.say(f"looking whether {source.name} is the base that the adapter was trained on")
-    found = fingerprint_of_files(source)
-    if not same_base(found, known):
-        found = open_base(source, dtype="bfloat16", device="cpu").fingerprint
-    if not same_base(found, known):
+    fingerprint = fingerprint_of_files(source)
+    if not same_base(fingerprint, known):
+        fingerprint = open_base(source, dtype="bfloat16", device="cpu").fingerprint
+    if not same_base(fingerprint, known):
         raise InputError(
             f"the adapter was trained on {adapter.base.name or 'another base'} ({describe(known)}), "
-            f"{source.name} is another ({describe(found)})",
+            f"{source.name} is another ({describe(fingerprint)})",
             fix="name its own base with --base",
         )

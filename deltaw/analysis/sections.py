@@ -32,21 +32,21 @@ from deltaw.analysis.training import ANSWER, Metrics, Training
 from deltaw.analysis.words import columns_of, gist
 
 LOSSES = {"training": "loss", "held out": "eval_loss"}
-ROWS, FIGURES, INDICES, POINTS = 300, 40, 64, 1000  # of a table in the page; a page must not grow with the run
+ROWS, FIGURES, INDICES = 300, 40, 64  # of a table in the page; a page must not grow with the run
 
 Of = Callable[[Measures], float | None]
 
 HOW_TO_READ = """
 A fine-tune adds `ΔW` to a weight `W`. The singular values of `ΔW` say how strongly it acts in each of its directions:
 the *directions in use* are the fewest that hold 90 % of the energy `‖ΔW‖²`. Energy is not function: cut to 16, 4 and 1
-of its 64 directions, the adapter of deltaw's study `compress` lost 0.005, 0.021 and 0.128 nats a token. What the faint
-directions do, only a trial tells: `deltaw resize --max-loss-increase` makes it.
+of its 64 directions, the adapter of deltaw's study `compress` lost 0.005, 0.021 and 0.128 nats per token. What the
+faint directions do, only a trial tells: `deltaw resize --max-loss-increase` makes it.
 
 *Amplification* (LoRA §7.3) is what `ΔW` has in its directions in use over what `W` has there. By itself it says how
-strong `ΔW` is, not how it chose: in random directions, as many, it would be what stands there as *by chance*. The
+strong `ΔW` is, not how it chose: in as many random directions it would be what stands beside it as *by chance*. The
 *percentile* tells the two apart: the share of random directions in which `W` has less than in those of `ΔW`. Far above
-50 %, the update works where `W` is strong already; far below, where `W` is weak; near 50 %, it pays no heed to `W`. One
-module's percentile is anything from 0 to 100 % by chance alone; the mean of many modules is what counts.
+50 %, the update works where `W` is strong already; far below, where `W` is weak; near 50 %, it doesn't depend on `W`.
+A single module's percentile can be anything from 0 to 100 % by chance alone; the mean of many modules is what counts.
 
 *Reads* is the share of the update that looks at the top tenth of `W`'s input directions, *writes* the share that goes
 into its top tenth of outputs, each less what chance would give.
@@ -89,9 +89,9 @@ def _run_facts(result: Mapping[str, Any]) -> list[Fact]:
     if None not in sides:
         facts.append(Fact("held-out loss", sides[1], f"{number(sides[0])} before"))
     if (kl := result.get("forgetting", {}).get("kl")) is not None:
-        facts.append(Fact("KL from the base", kl, "nats a token of general text"))
+        facts.append(Fact("KL from the base", kl, "nats per token of general text"))
     if (speed := result.get("tokens_per_second")) is not None:
-        facts.append(Fact("tokens a second", speed, f"{number(result.get('tokens'))} tokens"))
+        facts.append(Fact("tokens per second", speed, f"{number(result.get('tokens'))} tokens"))
     if (peak := result.get("peak_memory_bytes")) is not None:
         facts.append(Fact("peak memory, GiB", peak / 2**30, result.get("machine", {}).get("device", "")))
     return facts
@@ -117,30 +117,30 @@ def _forgot(lost: Mapping[str, Any]) -> list[Block]:
         ["KL", 0.0, kl, kl, *(lost.get("kl_interval") or (None, None))],
     ]
     passages = f"{number(lost['passages'])} passages, " if lost.get("passages") else ""
-    words = (
-        "Nats a token of general text: the loss, and KL(base ‖ adapted). Measured on "
-        f"{passages}{number(lost.get('tokens'))} tokens of `{lost.get('source', '–')}`, which was not trained on. "
-        "Other passages of its kind would give changes within the interval in 95 % of cases (bootstrap over passages). "
-        "`deltaw scale` shows what a smaller factor would keep and cost."
-    )
-    return [Table(["", "base", "adapted", "change", "95 % from", "to"], rows), Text(words)]
+    tokens = f"{passages}{number(lost.get('tokens'))} tokens of `{lost.get('source', '–')}`"
+    words = [
+        "The loss and KL(base ‖ adapted) on general text, in nats per token.",
+        f"They were measured on {tokens}, which was not trained on.",
+        "Other passages of its kind would give changes within the interval in 95 % of cases (bootstrap over passages).",
+        "`deltaw scale` shows what a smaller factor would keep and cost.",
+    ]
+    return [Table(["", "base", "adapted", "change", "95 % from", "to"], rows), Text(" ".join(words))]
 
 
 def _curve(metrics: Metrics) -> list[Block]:
-    found = {label: [line for line in metrics if name in line] for label, name in LOSSES.items()}
-    if len(steps := found["training"]) < 2:
+    steps = [line for line in metrics if "loss" in line]
+    if len(steps) < 2:
         return []
     series = {}
-    for label, lines in found.items():
-        points = [lines[i] for i in thinned([line[LOSSES[label]] for line in lines], POINTS)]
-        if points:
-            series[label] = ([line["step"] for line in points], [line[LOSSES[label]] for line in points])
+    for label, name in LOSSES.items():
+        if lines := [line for line in metrics if name in line]:
+            series[label] = ([line["step"] for line in lines], [line[name] for line in lines])
     shown = [steps[i] for i in thinned([line["loss"] for line in steps], ROWS)]
     rows: list[list[Cell]] = [[line.get(name) for name in ("step", "loss", "lr", "grad_norm")] for line in shown]
     some = f"{len(shown)} of {number(len(steps))} steps, the highest and the lowest loss of each stretch"
     caption = f"{some}; all of them: `metrics.jsonl`, `deltaw inspect --json`" if len(shown) < len(steps) else ""
     table = Table(["step", "loss", "learning rate", "gradient norm"], rows, caption)
-    svg = pictures.lines(series, x_label="step", y_label="loss, nats a token")
+    svg = pictures.lines(series, x_label="step", y_label="loss, nats per token")
     return [Picture(svg, "Loss by step.", f"Training loss over {len(steps)} steps", table)]
 
 
@@ -242,7 +242,7 @@ def _spectra(measures: Mapping[str, Measures]) -> Picture:
     return Picture(
         pictures.spectrum(shown),
         "Singular values of the updates over the largest, mean of each kind: how the energy falls, not what it does.",
-        "One falling curve a kind of module",
+        "One falling curve per kind of module",
         Table(["index", *means], rows),
     )
 

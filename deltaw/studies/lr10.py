@@ -45,7 +45,7 @@ def run(lab: Lab) -> Outcome:
     picture = Picture(
         pictures.bars(names, {"best rate": [rates[name] for name in names]}, y_label="best learning rate", log_y=True),
         "The learning rate at which each ends with the lowest held-out loss.",
-        "A bar a rank and one for full fine-tuning",
+        "A bar for each rank and one for full fine-tuning",
         Table(
             ["", "best rate", "times full's"], [[n, rates[n], rates[n] / rates["full"]] for n in names], "Best rates"
         ),

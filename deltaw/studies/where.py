@@ -68,7 +68,7 @@ def run(lab: Lab) -> Outcome:
         pictures.bars(
             names,
             {f"lr {rate:g}": [trials[group][rate].loss for group in ranks] for rate in rates},
-            y_label="held-out loss, nats a token",
+            y_label="held-out loss, nats per token",
         ),
         "Held-out loss where LoRA sits in all layers, in attention alone, in the MLP alone, with as many parameters.",
         "A group of bars for each place, a bar a learning rate",

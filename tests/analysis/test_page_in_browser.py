@@ -77,7 +77,7 @@ def a_report() -> Page:
                             Fact("trained parameters", 4_884_480, "3.63 % of the base"),
                             Fact("effective rank", 6.31, "of 16"),
                             Fact("steps", 800, "in 12 min 40 s"),
-                            Fact("tokens a second", 4312.7),
+                            Fact("tokens per second", 4312.7),
                             Fact("size of the file", "19.6 MB"),
                             Fact("lost in a bfloat16 merge", "1.3 %"),
                         ]
@@ -107,7 +107,7 @@ def a_report() -> Page:
                         pictures.lines(
                             {"training": (steps, loss), "held out": (evals, held)},
                             x_label="step",
-                            y_label="loss (nats a token)",
+                            y_label="loss (nats per token)",
                             bands={"held out": (evals, [h - 0.05 for h in held], [h + 0.05 for h in held])},
                             marks={"spike": ([412], [0.91])},
                             baseline=("full fine-tuning", 0.44),
