@@ -97,9 +97,7 @@ def _merging(measures: Mapping[str, Measures]) -> Iterator[Finding]:
 def _held_out(result: Mapping[str, Any]) -> Iterator[Finding]:
     sides = [result.get("eval", {}).get(side) for side in ("before", "after")]
     if sides == [{}, {}]:
-        yield Finding(
-            "note", "there are no held-out rows: whether it learnt what was meant can't be told; set data.eval"
-        )
+        yield Finding("note", "no held-out rows: nothing tells whether it learnt what was meant; set data.eval")
     if not all(side and "loss" in side for side in sides):
         return
     before, after = (side["loss"] for side in sides)

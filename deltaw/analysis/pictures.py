@@ -40,7 +40,7 @@ WIDE, TALL = 480.0, 220.0  # of a plot, without what stands around it
 LETTER = 7.0  # pixels, about, of a text's letters
 MAX_LABEL = 36  # letters
 MOST_POINTS = 1000  # of a curve, of a longer one each stretch's least and greatest
-HUGE = 1e290  # beyond it a range overflows
+HUGE = 1e150  # beyond it a range overflows
 
 Values = Sequence[float | None]
 Points = tuple[Sequence[float], Values]
@@ -82,7 +82,7 @@ def lines(
             ring: dict[str, Any] = {"markersize": 8, "markerfacecolor": "none", "markeredgecolor": INK}
             (spots,) = axes.plot(*_columns(points, (log_x, log_y)), "o", clip_on=False, **ring)
             picture.entries.append((spots, name))
-        _finish(picture, axes, y_label, baseline, sorted(known_xs) if log_x else ())
+        _finish(picture, axes, y_label, baseline, sorted(known_xs))
         return picture.svg()
 
 
@@ -115,7 +115,7 @@ def scatter(
             says = [f"{word or name}: {x_label} {number(x)}, {y_label} {number(y)}" for x, y, word in known]
             picture.hover(drawn, says)
             dots += known
-        _finish(picture, axes, y_label, None, sorted({x for x, _, _ in dots}) if log_x else ())
+        _finish(picture, axes, y_label, None, sorted({x for x, _, _ in dots}))
         _label_points(axes, dots)
         return picture.svg()
 
@@ -299,11 +299,11 @@ def _plot(picture: Figure, x_label: str, log_x: bool, log_y: bool, wide: float =
 
 
 def _finish(
-    picture: Figure, axes: "Axes", y_label: str, baseline: Level | None = None, chosen: Sequence[float] = ()
+    picture: Figure, axes: "Axes", y_label: str, baseline: Level | None = None, xs: Sequence[float] = ()
 ) -> None:
-    """Ticks, the dashed level, the legend, under the y label. `chosen`: of a logarithmic axis, the data's own xs,
-    which are its ticks where they are few (ranks 1, 4, 16, 64; learning rates)."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+    """Ticks, the dashed level, the legend under the y label. `xs`, the data's own: whole numbers have no ticks between
+    them, and of a logarithmic axis a few are the ticks themselves (ranks 1, 4, 16, 64; learning rates)."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     if baseline and math.isfinite(level := _columns(([baseline[1]],), (axes.get_yscale() == "log",))[0][0]):
         line = axes.axhline(level, color=INK, alpha=0.75, linewidth=1.3, linestyle=DASHES[2], clip_on=False)
@@ -314,8 +314,10 @@ def _finish(
             decades = math.log10(limits[1] / limits[0])
             axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,), numticks=8))
             axis.set_minor_locator(NullLocator())
-    if 1 < len(chosen) <= 8 and min(b / a for a, b in pairwise(chosen)) > (chosen[-1] / chosen[0]) ** 0.08:
-        axes.xaxis.set_major_locator(FixedLocator(chosen))
+    if axes.get_xscale() == "linear":
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=all(float(x).is_integer() for x in xs)))
+    elif 1 < len(xs) <= 8 and min(b / a for a, b in pairwise(xs)) > (xs[-1] / xs[0]) ** 0.08:
+        axes.xaxis.set_major_locator(FixedLocator(xs))
     shown = picture.entries if len(picture.entries) > 1 else []
     names = [shortened(name) for _, name in shown]
     columns = int(max(WIDE, axes.bbox.width) / (LETTER * max(map(len, names), default=1) + 46))

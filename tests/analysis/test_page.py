@@ -25,6 +25,7 @@ from deltaw.analysis.page import (
     Verdict,
     number,
     render,
+    thinned,
     visible,
     write,
 )
@@ -125,6 +126,14 @@ def test_words_are_all_there_and_all_seen(words: str) -> None:
     assert f"\np{seen}" in reader.texts, "samples to the letter, after the line end that browsers drop"
     assert seen in reader.texts or not seen, "cells and headings too"
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", render(page_of(words)))
+
+
+@given(st.integers(2_000, 20_000), st.integers(0, 19_999), st.sampled_from([1e3, -1e3]))
+def test_a_long_row_is_thinned_and_keeps_every_spike(count: int, at: int, spike: float) -> None:
+    values: list[float | None] = [math.sin(i) for i in range(count)]
+    values[at % count] = spike
+    places = thinned(values, 1000)
+    assert len(places) <= 1000 and at % count in places and places == sorted(places)
 
 
 @pytest.mark.parametrize(
