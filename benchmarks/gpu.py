@@ -328,8 +328,7 @@ def _graphed(model: Any, forward: Any, arm: Arm) -> Arm:
         bodies.append(torch.cuda.make_graphed_callables(Body(model, batch), (batch.tokens_T,)))
 
     def loss(batch: Batch) -> Tensor:
-        total, count = forward.head.loss(bodies[0](batch.tokens_T), batch.labels_T)
-        return total / count
+        return forward.head.logprobs(bodies[0](batch.tokens_T), batch.labels_T).loss / batch.count
 
     arm.prepare, arm.loss = prepare, loss
     return arm

@@ -3,8 +3,8 @@
 Both start from the same base bytes and the same file of factors, see the same batches, divide the sum of the losses by
 the step's supervised tokens, clip at 1 and take AdamW (fused, betas of PyTorch, no decay) at a constant rate. PEFT gets
 padded batches with a mask, sdpa attention, labels of -100 and no cache, which is how its own examples run it; deltaw's
-loop is what `Trainer._step` does, through the same functions. B is not zero as it is in a fresh adapter, since dA would
-be: nothing could be compared at the first step.
+loop does what training/step.py does, through the same functions. B is not zero as it is in a fresh adapter, since dA
+would be: nothing could be compared at the first step.
 
 `--without TECHNIQUE` takes one of deltaw's parts out and puts its plain twin in: the ablation rows.
 
@@ -34,7 +34,7 @@ from deltaw.base.source import find_base
 from deltaw.config import AdapterSpec, TrainConfig
 from deltaw.data.pack import pack
 from deltaw.factors import LowRank
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 from deltaw.training.optim import make_optimizer, set_rate
 
 SPEC = AdapterSpec(rank=16, alpha=32.0, targets="all-linear")

@@ -28,7 +28,7 @@ from benchmarks.loops import TRAIN, peft_model
 from benchmarks.workloads import BASE, Step
 from deltaw.base.source import find_base
 from deltaw.data.render import open_tokenizer
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 
 
 @dataclass

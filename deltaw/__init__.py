@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from deltaw.adapter.combine import combine
     from deltaw.adapter.file import Adapter, BaseId
     from deltaw.adapter.into import MergedInto
-    from deltaw.adapter.layer import LoRALinear
+    from deltaw.adapter.layer import AdaptedLinear
     from deltaw.analysis.report import inspect
     from deltaw.base.forward import Forward, plan_forward
     from deltaw.base.load import Base, open_base
@@ -21,26 +21,27 @@ if TYPE_CHECKING:
     from deltaw.commands.verify import verify
     from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
     from deltaw.errors import DeltawError, InputError, RunError
-    from deltaw.factors import Dense, DoRA, LowRank
+    from deltaw.factors import LowRank
     from deltaw.kernels.attention import packed_attention
+    from deltaw.kernels.logprobs import linear_cross_entropy
     from deltaw.kernels.lora import lora_linear
-    from deltaw.kernels.loss import linear_cross_entropy
+    from deltaw.kinds import Dense, DoRA
     from deltaw.model import Model, open_model
     from deltaw.training.run import resume, train
     from deltaw.version import VERSION as __version__
 
 _HOME = {
     "Adapter": "adapter.file",
+    "AdaptedLinear": "adapter.layer",
     "AdapterSpec": "config",
     "Attached": "adapter.attach",
     "Base": "base.load",
     "BaseId": "adapter.file",
-    "Dense": "factors",
-    "DoRA": "factors",
+    "Dense": "kinds",
+    "DoRA": "kinds",
     "DeltawError": "errors",
     "Forward": "base.forward",
     "InputError": "errors",
-    "LoRALinear": "adapter.layer",
     "LowRank": "factors",
     "MergedInto": "adapter.into",
     "Model": "model",
@@ -51,7 +52,7 @@ _HOME = {
     "detach": "adapter.attach",
     "export": "commands.export",
     "inspect": "analysis.report",
-    "linear_cross_entropy": "kernels.loss",
+    "linear_cross_entropy": "kernels.logprobs",
     "lint": "commands.lint",
     "load_config": "config",
     "lora_linear": "kernels.lora",

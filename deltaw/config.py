@@ -100,6 +100,11 @@ class AdapterSpec(Strict):
         return self
 
     @property
+    def kind(self) -> Literal["lora", "dora", "full"]:
+        """What kind of update it trains."""
+        return "full" if self.full else "dora" if self.magnitude else "lora"
+
+    @property
     def moves_base(self) -> bool:
         """Whether training starts at B A ≠ 0, which is taken off again: the trained update has twice the rank."""
         return self.init in ("pissa", "olora", "lora-ga")

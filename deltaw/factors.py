@@ -1,40 +1,157 @@
-"""`LowRank`: the value ΔW = scale · B A that everything here is about; `Dense` and `DoRA`: the other two kinds.
+"""The update as a value: `Update`, what can be asked of any ΔW, and `LowRank`, ΔW = scale · B A, what LoRA trains.
 
-It is an immutable value, not a layer: training makes it, a file stores it, and truncate, add and negate are exact
-functions of the two thin factors. The dense M x N matrix exists only where `dense()` is written, and in `Dense`, the ΔW
-of full fine-tuning, which is what LoRA is compared with. Both have the same face, so whatever looks at an update can
-look at either.
+An update is immutable and isn't a layer: training makes it, a file stores it, and everything else is a function of it.
+What depends on its kind is a method of `Update`, so that nobody asks which class a value has; the other kinds, full
+fine-tuning and DoRA, are in kinds.py, and a new kind is one new class there.
 
-`DoRA` (Liu et al. 2024, §4) replaces the weight's rows by rows of a learnt length m in a learnt direction:
+`LowRank` is two thin factors, so adding, negating and cutting are exact and cheap. The dense M x N matrix exists only
+where `dense()` is written.
 
-    W' = m ∘ V / ‖V‖,   V = W + scale · B A,   ‖·‖ the 2-norm of each row
+The SVD of thin factors costs O((M + N) R²) and gives thin factors again (linalg/svd.py). A command asks for that of one
+update many times, for its spectrum and then for each size it tries, so `wide_svd` is computed once per value and kept
+with it. It is in float64, so it takes twice the memory of float32 factors for as long as the value lives.
 
-so ΔW = W' − W depends on W and has full rank in general: it has no `dense()`, no SVD and no sum, only `relative_to(W)`,
-and `as_plain` for whoever takes any update. The norms need no dense sum (`row_norms`):
-
-    ‖vᵢ‖² = ‖wᵢ‖² + s bᵢ·(2 cᵢ + s K bᵢ),   C = W Aᵀ [M, R],   K = A Aᵀ [R, R],   s = scale
-
-in O(M N R) given ‖wᵢ‖². It is a difference where ΔW takes a row nearly away: the relative error of ‖vᵢ‖ is a few
-roundings times (‖wᵢ‖² + ‖s bᵢA‖²) / ‖vᵢ‖². With factors in float32 that matters below ‖vᵢ‖ ≈ ‖wᵢ‖ / 1000, where no
-training goes; with factors in bfloat16 it would matter everywhere, so they are float32 or float64.
-
-Letters: M output features, N input features, R rank. A is [R, N], B is [M, R], as in the LoRA paper (Hu et al.
-2021, §4.1) and PEFT; `docs/math.md` maps other notations to this one.
+Letters: T rows of inputs, M output features, N input features, R rank, K = min(M, N, R). A is [R, N], B is [M, R], as
+in the LoRA paper (Hu et al. 2021, §4.1) and PEFT; `docs/math.md` maps other notations to this one.
 """
 
+import abc
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from deltaw.kernels.weight import Weight
 from deltaw.linalg.rank import energy_rank
-from deltaw.linalg.svd import product_svd
+from deltaw.linalg.svd import product_singular_values, product_svd
+
+Svd = tuple[Tensor, Tensor, Tensor]  # U [M, K], S [K] descending, Vᵀ [K, N]
+
+
+class Update(abc.ABC):
+    """What one weight [M, N] changes by."""
+
+    kind: ClassVar[str]  # the AdapterSpec.kind that trains it
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(M, N): the shape of the weight that this updates."""
+
+    @property
+    @abc.abstractmethod
+    def rank(self) -> int:
+        """R, the number of directions that are stored (not how many are used)."""
+
+    @property
+    @abc.abstractmethod
+    def scale(self) -> float:
+        """The factor in front of B A; 1 where there is none."""
+
+    @abc.abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored and trained, by the names that layers and files have for it."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def of(tensors: Mapping[str, Tensor], scale: float) -> "Update":
+        """The update that has these `tensors()` (others are ignored) and this scale."""
+
+    @abc.abstractmethod
+    def rows(self, start: int, stop: int) -> "Update":
+        """What those rows of W take."""
+
+    @abc.abstractmethod
+    def relative_to(self, weight: Weight) -> "Plain":
+        """ΔW on the weight W. Costs M N numbers where it depends on W, nothing elsewhere."""
+
+    @abc.abstractmethod
+    def plain(self) -> "Plain":
+        """ΔW by itself. Raises InputError where it depends on the weight."""
+
+    @abc.abstractmethod
+    def low_rank(self) -> "LowRank":
+        """The two factors that this is. Raises InputError, with what to do instead, where it isn't that."""
+
+    @property
+    def parameters(self) -> int:
+        """The count of numbers that are stored and trained."""
+        return sum(tensor.numel() for tensor in self.tensors().values())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same kind of update, of changed tensors."""
+        tensors = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return self.of(tensors, self.scale)  # type: ignore[return-value]
+
+    def cpu(self) -> Self:
+        """The same update on the CPU."""
+        return self.map(Tensor.cpu)
+
+    def double(self) -> Self:
+        """The same update in float64."""
+        return self.map(Tensor.double)
+
+
+class Plain(Update, abc.ABC):
+    """An update that is a matrix whatever W is."""
+
+    def relative_to(self, weight: Weight) -> "Plain":
+        return self
+
+    def plain(self) -> "Plain":
+        return self
+
+    @abc.abstractmethod
+    def apply(self, x_TN: Tensor) -> Tensor:
+        """x ΔWᵀ, [..., M]."""
+
+    @abc.abstractmethod
+    def dense(self) -> Tensor:
+        """The [M, N] matrix itself. Costs M N numbers: named so that nobody forms it by accident."""
+
+    @abc.abstractmethod
+    def svd(self) -> Svd:
+        """U [M, K], S [K], Vᵀ [K, N] of ΔW, in its own dtype."""
+
+    @abc.abstractmethod
+    def turned(self) -> "Plain":
+        """ΔWᵀ, for a weight that is stored as [N, M]."""
+
+    @abc.abstractmethod
+    def times(self, factor: float) -> "Plain":
+        """factor · ΔW."""
+
+    @abc.abstractmethod
+    def norm(self) -> float:
+        """‖ΔW‖_F."""
+
+    @abc.abstractmethod
+    def inner(self, other: "Plain") -> float:
+        """⟨ΔW, ΔW'⟩_F in float64. Raises ValueError when the shapes differ."""
+
+    @abc.abstractmethod
+    def __add__(self, other: "Plain") -> "Plain": ...
+
+    def __neg__(self) -> "Plain":
+        return self.times(-1.0)
+
+    def __sub__(self, other: "Plain") -> "Plain":
+        return self + (-other)
+
+    def check_shape(self, other: Update) -> None:
+        """Raise ValueError where the two can't be of one weight."""
+        if self.shape != other.shape:
+            raise ValueError(f"updates of different shapes: {self.shape} and {other.shape}")
 
 
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRank(Plain):
     """ΔW = scale · B A with A [R, N] and B [M, R]; raises ValueError when the shapes do not fit."""
 
+    kind: ClassVar[str] = "lora"
     a_RN: Tensor
     b_MR: Tensor
     scale: float = 1.0
@@ -44,208 +161,95 @@ class LowRank:
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise ValueError(f"factors do not fit: A is {tuple(a.shape)} (R, N), B is {tuple(b.shape)} (M, R)")
 
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor], scale: float) -> "LowRank":
+        return LowRank(tensors["a"], tensors["b"], scale)
+
+    @staticmethod
+    def of_svd(svd: Svd, rank: int, scale: float = 1.0) -> "LowRank":
+        """The first `rank` terms, √(S / scale) in both factors."""
+        u_MK, s_K, vt_KN = svd
+        root_R = (s_K[:rank] / scale).sqrt()
+        return LowRank(root_R[:, None] * vt_KN[:rank], u_MK[:, :rank] * root_R, scale)
+
     @property
     def rank(self) -> int:
-        """R, the number of directions available (not how many are used)."""
         return self.a_RN.shape[0]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(M, N): the shape of the weight this updates."""
         return self.b_MR.shape[0], self.a_RN.shape[1]
 
-    @property
-    def parameters(self) -> int:
-        """R (M + N), the count of numbers that are stored and trained."""
-        return self.a_RN.numel() + self.b_MR.numel()
+    def tensors(self) -> dict[str, Tensor]:
+        return {"a": self.a_RN, "b": self.b_MR}
 
     def apply(self, x_TN: Tensor) -> Tensor:
-        """x ΔWᵀ, [..., M], in O(R (M + N)) a row."""
+        """In O(R (M + N)) per row."""
         return self.scale * ((x_TN @ self.a_RN.T) @ self.b_MR.T)
 
     def dense(self) -> Tensor:
-        """The [M, N] matrix itself. Costs M N numbers: named so that nobody forms it by accident."""
         return self.scale * (self.b_MR @ self.a_RN)
 
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U [M, K], S [K], Vᵀ [K, N] of ΔW, K = min(M, N, R), from the factors alone."""
+    def svd(self) -> Svd:
+        """From the factors alone."""
         u, s, vt = product_svd(self.b_MR, self.a_RN)
         sign = -1.0 if self.scale < 0 else 1.0
         return sign * u, abs(self.scale) * s, vt
 
+    @cached_property
+    def wide_svd(self) -> Svd:
+        """The same of float64 factors, computed once."""
+        return self.double().svd()
+
     def truncate(self, rank: int | None = None, energy: float | None = None) -> "LowRank":
-        """The best approximation of a lower rank (Eckart-Young-Mirsky); √S is shared by both factors, scale 1.
+        """The best approximation of a lower rank (Eckart-Young-Mirsky), in factors of the update's own scale and dtype;
+        the update itself where it has no more than that.
 
         Give exactly one: `rank`, or `energy` in (0, 1], the share of ‖ΔW‖²_F to keep.
         """
-        return _truncated(self.svd(), rank, energy)
-
-    def cpu(self) -> "LowRank":
-        """The same update on the CPU."""
-        return LowRank(self.a_RN.cpu(), self.b_MR.cpu(), self.scale)
+        terms = count_terms(self.wide_svd[1], rank, energy)
+        if terms == self.rank:
+            return self
+        cut = LowRank.of_svd(self.wide_svd, terms, abs(self.scale) or 1.0)
+        return LowRank(cut.a_RN.to(self.a_RN.dtype), cut.b_MR.to(self.b_MR.dtype), cut.scale)
 
     def rows(self, start: int, stop: int) -> "LowRank":
-        """What those rows of W take."""
         return LowRank(self.a_RN, self.b_MR[start:stop], self.scale)
 
+    def low_rank(self) -> "LowRank":
+        return self
+
     def turned(self) -> "LowRank":
-        """ΔWᵀ, for a weight that is stored as [N, M]."""
         return LowRank(self.b_MR.T, self.a_RN.T, self.scale)
 
-    def __add__(self, other: "LowRank") -> "LowRank":
-        """Exact, by stacking: [s₁B₁ s₂B₂] [A₁; A₂]; the ranks add up."""
-        if self.shape != other.shape:
-            raise ValueError(f"updates of different shapes: {self.shape} and {other.shape}")
-        return LowRank(
-            torch.cat([self.a_RN, other.a_RN]),
-            torch.cat([self.scale * self.b_MR, other.scale * other.b_MR], dim=1),
-        )
+    def times(self, factor: float) -> "LowRank":
+        return LowRank(self.a_RN, self.b_MR, factor * self.scale)
 
-    def __neg__(self) -> "LowRank":
-        return LowRank(self.a_RN, self.b_MR, -self.scale)
+    def norm(self) -> float:
+        return abs(self.scale) * float(product_singular_values(self.b_MR, self.a_RN).norm())
 
-    def __sub__(self, other: "LowRank") -> "LowRank":
-        return self + (-other)
+    def inner(self, other: Plain) -> float:
+        """scale · ⟨B, ΔW' Aᵀ⟩: O((M + N) R R') for two of low rank."""
+        self.check_shape(other)
+        wide = self.double()
+        return wide.scale * float((wide.b_MR * other.double().apply(wide.a_RN).T).sum())
 
+    def stacked(self, other: "LowRank") -> "LowRank":
+        """The sum, exactly: [s₁B₁ s₂B₂] [A₁; A₂]; the ranks add up."""
+        self.check_shape(other)
+        b_MR = torch.cat([self.scale * self.b_MR, other.scale * other.b_MR], dim=1)
+        return LowRank(torch.cat([self.a_RN, other.a_RN]), b_MR)
 
-@dataclass(frozen=True, eq=False)
-class Dense:
-    """ΔW as the matrix itself, [M, N]: what full fine-tuning learns. Raises ValueError when it is no matrix."""
-
-    delta_MN: Tensor
-    scale: float = 1.0  # always; so that an update can be asked
-
-    def __post_init__(self) -> None:
-        if self.delta_MN.ndim != 2:
-            raise ValueError(f"not a matrix: shape {tuple(self.delta_MN.shape)}")
-
-    @property
-    def rank(self) -> int:
-        """min(M, N): nothing limits it."""
-        return min(self.shape)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(M, N)."""
-        return self.delta_MN.shape[0], self.delta_MN.shape[1]
-
-    @property
-    def parameters(self) -> int:
-        """M N."""
-        return self.delta_MN.numel()
-
-    def apply(self, x_TN: Tensor) -> Tensor:
-        """x ΔWᵀ, [..., M]."""
-        return x_TN @ self.delta_MN.T
-
-    def dense(self) -> Tensor:
-        """The matrix itself, no copy."""
-        return self.delta_MN
-
-    def cpu(self) -> "Dense":
-        """The same update on the CPU."""
-        return Dense(self.delta_MN.cpu())
-
-    def rows(self, start: int, stop: int) -> "Dense":
-        """What those rows of W take."""
-        return Dense(self.delta_MN[start:stop])
-
-    def turned(self) -> "Dense":
-        """ΔWᵀ, for a weight that is stored as [N, M]."""
-        return Dense(self.delta_MN.T)
-
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U [M, K], S [K], Vᵀ [K, N], K = min(M, N): a full decomposition, O(M N K)."""
-        u, s, vt = torch.linalg.svd(self.delta_MN, full_matrices=False)
-        return u, s, vt
-
-    def truncate(self, rank: int | None = None, energy: float | None = None) -> LowRank:
-        """The best LoRA of a rank, or of the least rank that keeps `energy` of ‖ΔW‖²_F; √S in both factors, scale 1."""
-        return _truncated(self.svd(), rank, energy)
+    def __add__(self, other: Plain) -> Plain:
+        """Of two by stacking; with another kind, that kind's own sum."""
+        return self.stacked(other) if isinstance(other, LowRank) else NotImplemented
 
 
-@dataclass(frozen=True, eq=False)
-class DoRA:
-    """m ∘ V / ‖V‖ with V = W + ΔV, ΔV = `low`, m [M] in its dtype. Raises ValueError when m is no vector of M."""
-
-    low: LowRank
-    magnitude_M: Tensor
-
-    def __post_init__(self) -> None:
-        if self.magnitude_M.shape != self.low.shape[:1]:
-            raise ValueError(f"magnitudes {tuple(self.magnitude_M.shape)} are not those of {self.low.shape[0]} rows")
-
-    @property
-    def rank(self) -> int:
-        """R of the low-rank part; ΔW's own is not limited by it."""
-        return self.low.rank
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(M, N)."""
-        return self.low.shape
-
-    @property
-    def scale(self) -> float:
-        return self.low.scale
-
-    @property
-    def parameters(self) -> int:
-        """R (M + N) + M."""
-        return self.low.parameters + self.magnitude_M.numel()
-
-    def cpu(self) -> "DoRA":
-        """The same update on the CPU."""
-        return DoRA(self.low.cpu(), self.magnitude_M.cpu())
-
-    def rows(self, start: int, stop: int) -> "DoRA":
-        """What those rows of W take."""
-        return DoRA(self.low.rows(start, stop), self.magnitude_M[start:stop])
-
-    def relative_to(self, w_MN: Tensor) -> Dense:
-        """ΔW [M, N] on the weight W [M, N], in the factors' dtype: exactly 0 for fresh factors. Costs M N numbers."""
-        if tuple(w_MN.shape) != self.shape:
-            raise ValueError(f"an update of {self.shape} on a weight of {tuple(w_MN.shape)}")
-        w_MN = w_MN.to(self.low.a_RN.dtype)
-        gain_M = over_norms(self.magnitude_M, row_norms(w_MN, squared_norms(w_MN), self.low))
-        return Dense(gain_M[:, None] * (w_MN + self.low.dense()) - w_MN)
-
-
-Plain = LowRank | Dense  # ΔW is a matrix whatever W is
-Update = Plain | DoRA
-
-
-def as_plain(update: Update, w_MN: Tensor) -> Plain:
-    """The update of W [M, N] as one that knows nothing of W: itself, or DoRA's ΔW as `Dense`."""
-    return update.relative_to(w_MN) if isinstance(update, DoRA) else update
-
-
-def squared_norms(w_MN: Tensor) -> Tensor:
-    """‖wᵢ‖² [M], in W's dtype."""
-    return w_MN.square().sum(1)
-
-
-def row_norms(w_MN: Tensor, squares_M: Tensor, low: LowRank) -> Tensor:
-    """‖wᵢ + scale bᵢA‖ [M] in the factors' dtype, of W, its ‖wᵢ‖² and the factors. W Aᵀ is a product in W's dtype."""
-    a_RN, b_MR = low.a_RN, low.b_MR
-    c_MR = (w_MN @ a_RN.to(w_MN.dtype).T).to(a_RN.dtype)
-    change_M = (b_MR * (2 * c_MR + low.scale * (b_MR @ (a_RN @ a_RN.T)))).sum(1)
-    return (squares_M + low.scale * change_M).clamp(min=0).sqrt()
-
-
-def over_norms(magnitude_M: Tensor, norms_M: Tensor) -> Tensor:
-    """m / ‖V‖ [M]: what each row is multiplied by. A row of zeros has no direction and stays as it is."""
-    return magnitude_M / torch.where(norms_M > 0, norms_M, 1)
-
-
-def _truncated(usv: tuple[Tensor, Tensor, Tensor], rank: int | None, energy: float | None) -> LowRank:
+def count_terms(s_K: Tensor, rank: int | None, energy: float | None) -> int:
+    """How many terms to keep, at least 1. Raises ValueError unless exactly one of both is given, and possible."""
     if (rank is None) == (energy is None):
         raise ValueError("give rank or energy, one of the two")
-    u, s, vt = usv
-    if energy is not None:
-        rank = max(1, int(energy_rank(s, energy)))
-    assert rank is not None
-    if not 1 <= rank <= len(s):
-        raise ValueError(f"rank must lie in 1..{len(s)}, got {rank}")
-    root = s[:rank].sqrt()
-    return LowRank(root[:, None] * vt[:rank], u[:, :rank] * root)
+    terms = max(1, int(energy_rank(s_K, energy))) if energy is not None else rank
+    if terms is None or not 1 <= terms <= len(s_K):
+        raise ValueError(f"rank must lie in 1..{len(s_K)}, got {rank}")
+    return terms

@@ -152,9 +152,10 @@ def template_beside(path: Path) -> Path | None:
     return file if is_adapter(file.parent) and file.is_file() else None
 
 
-def open_dataset(config: RunConfig, display: Display) -> tuple[Source, Renderer, Dataset]:
-    """A run's data as it will be trained on. No weights are read: only the tokenizer is needed."""
-    source = find_base(config.base, display=display)
+def open_dataset(config: RunConfig, display: Display, source: Source | None = None) -> tuple[Source, Renderer, Dataset]:
+    """A run's data as it will be trained on. No weights are read: only the tokenizer is needed. `source`: the base,
+    where it was found already."""
+    source = source or find_base(config.base, display=display)
     renderer = open_renderer(source, config)
     return source, renderer, prepare(config.data, renderer, display=display)
 

@@ -73,13 +73,22 @@ class Run:
 
     def check_resumable(self) -> None:
         """See that a run lies here that lacks something, and that no other process is at it. Raises InputError."""
+        with self.resumed():
+            pass
+
+    @contextmanager
+    def resumed(self) -> Iterator[bool]:
+        """The folder, which has a run that lacks something, is this process's alone inside the block. Whether all that
+        it lacks is what couldn't be measured. Raises InputError."""
         if not self.config.is_file():
             fix = "start one: deltaw train run.yaml"
             raise InputError(f"{self.folder} is no run: it has no config.yaml", fix=fix)
         with self.claimed(new=False):
-            if self.result.is_file() and not self.read_json(self.result).get("failed"):
+            finished = self.result.is_file()
+            if finished and not self.read_json(self.result).get("failed"):
                 fix = "to train anew use another output"
                 raise InputError(f"{self.folder} is finished: its adapter is {self.adapter}", fix=fix)
+            yield finished
 
     @contextmanager
     def claimed(self, *, new: bool, replace: bool = False) -> Iterator[None]:

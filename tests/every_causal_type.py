@@ -30,7 +30,7 @@ from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 
 # Whatever of these a config knows is set; windows and chunks are 16 tokens, less than the documents' 30.
 SMALL: dict[str, Any] = {

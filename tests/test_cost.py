@@ -19,7 +19,7 @@ from deltaw.adapter.stand_ins import KINDS
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.config import AdapterSpec
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 
 T, LAYERS, RANK = 256, 3, 16
 # SmolLM2-135M's own shape, fewer layers and words.

@@ -5,7 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.factors import Dense, DoRA, LowRank, as_plain, row_norms, squared_norms
+from deltaw.errors import InputError
+from deltaw.factors import LowRank
+from deltaw.kernels.weight import DenseWeight
+from deltaw.kinds import Dense, DoRA
+from deltaw.linalg.row_norms import norms_of_sum, squared_norms
 
 
 def update(m: int = 7, n: int = 5, r: int = 3, scale: float = 0.7, seed: int = 0) -> LowRank:
@@ -69,12 +73,16 @@ def test_factors_that_do_not_fit_are_refused() -> None:
         update() + update(m=6)
 
 
+def norms(w: torch.Tensor, x: LowRank) -> torch.Tensor:
+    return norms_of_sum(squared_norms(w), w @ x.a_RN.T, x.a_RN, x.b_MR, x.scale)
+
+
 @settings(deadline=None, max_examples=40)
 @given(m=st.integers(1, 9), n=st.integers(1, 9), r=st.integers(1, 9), s=st.floats(-3, 3), seed=st.integers(0, 9))
 def test_row_norms_are_those_of_the_sum(m: int, n: int, r: int, s: float, seed: int) -> None:
     x, w = update(m, n, r, s, seed), torch.randn(m, n, dtype=torch.float64)
-    norms = row_norms(w, squared_norms(w), x)
-    torch.testing.assert_close(norms, (w + x.dense()).norm(dim=1), rtol=1e-9, atol=1e-7)
+    got = norms(w, x)
+    torch.testing.assert_close(got, (w + x.dense()).norm(dim=1), rtol=1e-9, atol=1e-7)
 
 
 def test_row_norms_lose_digits_only_where_a_row_is_nearly_taken_away() -> None:
@@ -83,7 +91,7 @@ def test_row_norms_lose_digits_only_where_a_row_is_nearly_taken_away() -> None:
     for left, share in ((1.0, 1e-6), (0.1, 1e-4), (1e-3, 0.3)):
         x = LowRank(a, (left - 1) * w)
         truth = (w.double() + x.b_MR.double()).norm(dim=1)
-        error = (row_norms(w, squared_norms(w), x).double() / truth - 1).abs().max()
+        error = (norms(w, x).double() / truth - 1).abs().max()
         assert error <= share, left
     assert error > 1e-4  # the warning is not for nothing
 
@@ -92,14 +100,14 @@ def test_dora_is_rows_of_length_m() -> None:
     w, low = torch.randn(7, 5, dtype=torch.float64), update()
     lengths = torch.rand(7, dtype=torch.float64) + 0.1
     dora = DoRA(low, lengths)
-    sum_MN = w + dora.relative_to(w).dense()
+    sum_MN = w + dora.relative_to(DenseWeight(w)).dense()
     torch.testing.assert_close(sum_MN.norm(dim=1), lengths)
     cosines = torch.cosine_similarity(sum_MN, w + low.dense())
     torch.testing.assert_close(cosines, torch.ones_like(cosines))
     assert (dora.rank, dora.shape, dora.scale, dora.parameters) == (3, (7, 5), 0.7, low.parameters + 7)
-    assert torch.equal(dora.cpu().relative_to(w).dense(), dora.relative_to(w).dense())
+    assert torch.equal(dora.cpu().relative_to(DenseWeight(w)).dense(), dora.relative_to(DenseWeight(w)).dense())
     with pytest.raises(ValueError, match="on a weight of"):
-        dora.relative_to(w.T)
+        dora.relative_to(DenseWeight(w.T))
     with pytest.raises(ValueError, match="rows"):
         DoRA(low, lengths[1:])
 
@@ -107,11 +115,13 @@ def test_dora_is_rows_of_length_m() -> None:
 def test_fresh_dora_is_exactly_nothing() -> None:
     w = torch.randn(7, 5)
     low = LowRank(torch.randn(3, 5), torch.zeros(7, 3))
-    assert not DoRA(low, squared_norms(w).sqrt()).relative_to(w).dense().any()
+    assert not DoRA(low, squared_norms(w).sqrt()).relative_to(DenseWeight(w)).dense().any()
 
 
 def test_any_update_has_a_plain_one() -> None:
     w, low = torch.randn(7, 5, dtype=torch.float64), update()
     dense, dora = Dense(low.dense()), DoRA(low, torch.ones(7, dtype=torch.float64))
-    assert as_plain(low, w) is low and as_plain(dense, w) is dense
-    assert torch.equal(as_plain(dora, w).dense(), dora.relative_to(w).dense())
+    assert low.relative_to(DenseWeight(w)) is low and dense.relative_to(DenseWeight(w)) is dense
+    assert low.plain() is low and dense.plain() is dense
+    with pytest.raises(InputError):
+        dora.plain()

@@ -17,9 +17,9 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 LEVELS = [
     {"errors", "version"},
     {"files", "linalg"},
-    {"config", "show"},
-    {"factors", "kernels"},
-    {"base"},
+    {"config", "show", "kernels"},
+    {"factors"},
+    {"base", "kinds"},
     {"data"},
     {"adapter"},
     {"generate"},

@@ -1,12 +1,8 @@
 """Adapters as values: smaller, padded, scaled; and the spec that describes whatever factors come out.
 
-Everything works on the two thin factors. The SVD of each ΔW comes from them in float64 (linalg/svd.py), and with
-singular values σ₁ ≥ σ₂ ≥ … the best update of rank k keeps the first k terms, at the relative error
-
-    ‖ΔW − ΔW_k‖_F / ‖ΔW‖_F = √(Σ_{i>k} σᵢ²) / √(Σ σᵢ²)              (Eckart & Young 1936)
-
-which every function here states for every module, so that nothing is lost unsaid. A module that keeps its rank keeps
-its factors bit for bit.
+Everything works on the two thin factors. The SVD of each ΔW comes from them in float64, once per update however many
+sizes are tried (`LowRank.wide_svd`), and the best update of a rank keeps its first terms, at an error that is stated
+for every module (cut.py). A module that keeps its rank keeps its factors bit for bit.
 
 How small is small enough? `resize` asks each module alone: for a rank, or for a share of its own ‖ΔW‖²_F.
 `resize_global` asks once: the largest σ² of *all* modules are kept until they hold the share of the whole model's
@@ -23,8 +19,8 @@ vLLM drops both patterns without a word. `uniform` pads with rows of zeros inste
 alpha. Cut factors keep their module's scale, which costs nothing here and makes that exact in the usual case of one
 scale for all modules.
 
-Rejected: scale 1 and √S in both factors after a cut, as LowRank.truncate has it (mixes scales, so that `uniform` would
-have to round B), and a ratio of ranks ("half") as the budget: it says nothing of what is lost.
+Rejected: scale 1 and √S in both factors after a cut (mixes scales, so that `uniform` would have to round B), and a
+ratio of ranks ("half") as the budget: it says nothing of what is lost.
 
 Letters: M outputs, N inputs, R rank, K singular values of a module or of all.
 """
@@ -32,30 +28,20 @@ Letters: M outputs, N inputs, R rank, K singular values of a module or of all.
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from deltaw.adapter.file import Adapter
+from deltaw.adapter.cut import Loss, check_size, relative_error, wanted_rank
+from deltaw.adapter.file import Adapter, describes
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
-from deltaw.factors import LowRank, Update
+from deltaw.factors import LowRank
 from deltaw.linalg.rank import energy_rank
 
-Svd = tuple[Tensor, Tensor, Tensor]  # U [M, K], S [K], Vᵀ [K, N], float64
 Value = TypeVar("Value", bound=Hashable)
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What a module's update lost: its rank before and after, and ‖ΔW − ΔW'‖_F / ‖ΔW‖_F (0 where ΔW = 0)."""
-
-    module: str
-    old_rank: int
-    new_rank: int
-    relative_error: float
 
 
 def resize(
@@ -71,9 +57,8 @@ def resize(
     largest = max(update.rank for update in updates.values())
     if rank is not None and rank > largest:
         raise InputError(f"rank {rank} is above the adapter's own {largest}: nothing would be gained by it")
-    svds = {path: thin_svd(update) for path, update in updates.items()}
-    ranks = {path: wanted_rank(s, rank, energy) for path, (_, s, _) in svds.items()}
-    smaller, losses = _cut_all(adapter, updates, svds, ranks)
+    ranks = {path: wanted_rank(update.wide_svd[1], rank, energy) for path, update in updates.items()}
+    smaller, losses = _cut_all(adapter, updates, ranks)
     return (pad_all(smaller) if uniform else smaller), losses
 
 
@@ -84,20 +69,20 @@ def resize_global(adapter: Adapter, energy: float) -> tuple[Adapter, list[Loss]]
     """
     updates = low_rank_updates(adapter, "resized")
     check_size(None, energy)
-    svds = {path: thin_svd(update) for path, update in updates.items()}
-    sigma_K, order_K = torch.cat([s for _, s, _ in svds.values()]).sort(descending=True, stable=True)
-    module_K = torch.repeat_interleave(torch.tensor([len(s) for _, s, _ in svds.values()]))
-    kept = module_K[order_K[: int(energy_rank(sigma_K, energy))]].bincount(minlength=len(svds))
-    ranks = {path: max(1, count) for path, count in zip(svds, kept.tolist(), strict=True)}
-    return _cut_all(adapter, updates, svds, ranks)
+    spectra = [update.wide_svd[1] for update in updates.values()]
+    sigma_K, order_K = torch.cat(spectra).sort(descending=True, stable=True)
+    module_K = torch.repeat_interleave(torch.tensor([len(s_K) for s_K in spectra]))
+    counts = module_K[order_K[: int(energy_rank(sigma_K, energy))]].bincount(minlength=len(updates))
+    ranks = {path: max(1, count) for path, count in zip(updates, counts.tolist(), strict=True)}
+    return _cut_all(adapter, updates, ranks)
 
 
 def energy_shares(adapter: Adapter) -> Tensor:
     """[K], float64: the share of Σ ‖ΔW‖²_F that the largest 1, 2, …, K singular values of all modules hold."""
     updates = low_rank_updates(adapter, "resized")
-    sigma_K = torch.cat([thin_svd(update)[1] for update in updates.values()]).sort(descending=True).values
-    kept_K = (sigma_K / (float(sigma_K[0]) or 1)).square().cumsum(0)
-    return kept_K / (float(kept_K[-1]) or 1)
+    sigma_K = torch.cat([update.wide_svd[1] for update in updates.values()]).sort(descending=True).values
+    energy_K = (sigma_K / (float(sigma_K[0]) or 1)).square().cumsum(0)
+    return energy_K / (float(energy_K[-1]) or 1)
 
 
 def scaled(adapter: Adapter, factor: float) -> Adapter:
@@ -108,7 +93,7 @@ def scaled(adapter: Adapter, factor: float) -> Adapter:
     updates = low_rank_updates(adapter, "scaled")
     if not math.isfinite(factor):
         raise InputError(f"an adapter can't be scaled by {factor}", fix="give a finite number; 1 is as trained")
-    return adapter_of({path: LowRank(u.a_RN, u.b_MR, factor * u.scale) for path, u in updates.items()}, adapter)
+    return adapter_of({path: update.times(factor) for path, update in updates.items()}, adapter)
 
 
 def pad_all(adapter: Adapter) -> Adapter:
@@ -149,11 +134,11 @@ def mixed(adapter: Adapter) -> str | None:
     """A warning if a reader of nothing but r and lora_alpha would get a module's rank or scale wrong, else None."""
     spec = adapter.spec
     plain = spec.model_copy(update={"rank_overrides": {}, "alpha_overrides": {}})
-    if spec.full or all(_describes(plain, path, update) for path, update in adapter.factors.items()):
+    if all(describes(plain, path, update) for path, update in adapter.factors.items()):
         return None
     ranks = sorted({update.rank for update in adapter.factors.values()})
-    said = f"ranks from {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else "alphas of their own"
-    return f"the modules have {said}; vLLM ignores that and would answer wrongly: make them uniform for it"
+    differing = f"ranks from {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else "alphas of their own"
+    return f"the modules have {differing}; vLLM ignores that and would answer wrongly: make them uniform for it"
 
 
 def adapter_of(factors: Mapping[str, LowRank], like: Adapter) -> Adapter:
@@ -163,7 +148,7 @@ def adapter_of(factors: Mapping[str, LowRank], like: Adapter) -> Adapter:
     InputError where a scale needs an alpha beyond float64.
     """
     spec = like.spec
-    if factors.keys() == like.factors.keys() and all(_describes(spec, path, u) for path, u in factors.items()):
+    if factors.keys() == like.factors.keys() and all(describes(spec, path, u) for path, u in factors.items()):
         return replace(like, spec=spec.model_copy(update={"dropout": 0.0}), factors=dict(factors))
     known = {} if spec.full else {(spec.scale(p), spec.rank_of(p)): spec.alpha_of(p) for p in like.factors}
     divisors = {path: math.sqrt(u.rank) if spec.scaling == "rslora" else u.rank for path, u in factors.items()}
@@ -185,69 +170,21 @@ def adapter_of(factors: Mapping[str, LowRank], like: Adapter) -> Adapter:
 
 def low_rank_updates(adapter: Adapter, verb: str) -> dict[str, LowRank]:
     """The adapter's factors. Raises InputError for full fine-tuning, DoRA, and an adapter of nothing."""
-    updates = {path: update for path, update in adapter.factors.items() if isinstance(update, LowRank)}
-    if adapter.spec.full:
-        raise InputError(f"full fine-tuning has no factors, it can't be {verb}", fix="extract a LoRA of it first")
-    if len(updates) < len(adapter.factors):
-        fix = "merge it with PEFT (merge_and_unload, save_pretrained), then deltaw extract makes a LoRA of the result"
-        raise InputError(f"DoRA's update depends on the weight and has full rank, it can't be {verb}", fix=fix)
-    if not updates:
+    if not adapter.factors:
         raise InputError(f"the adapter has no modules, it can't be {verb}")
-    return updates
+    try:
+        return {path: update.low_rank() for path, update in adapter.factors.items()}
+    except InputError as error:
+        raise InputError(f"{error.what}, it can't be {verb}", error.fix) from None
 
 
-def check_size(rank: int | None, energy: float | None) -> None:
-    """Raise InputError unless exactly one of a rank of 1 or more and an energy in (0, 1] is given."""
-    if (rank is None) == (energy is None):
-        raise InputError("give a rank or an energy, one of the two")
-    if rank is not None and rank < 1:
-        raise InputError(f"rank must be at least 1, not {rank}")
-    if energy is not None and not 0 < energy <= 1:
-        raise InputError(f"energy is the share of ‖ΔW‖² to keep, above 0 and at most 1, not {energy}")
-
-
-def wanted_rank(s_K: Tensor, rank: int | None, energy: float | None) -> int:
-    """`rank` if it is given and there are as many singular values, else the least that keeps `energy`; at least 1."""
-    wanted = rank if energy is None else int(energy_rank(s_K, energy))
-    return max(1, min(wanted or 1, len(s_K)))
-
-
-def thin_svd(update: LowRank) -> Svd:
-    """The SVD of ΔW in float64."""
-    return LowRank(update.a_RN.double(), update.b_MR.double(), update.scale).svd()
-
-
-def cut(update: LowRank, svd: Svd, rank: int) -> LowRank:
-    """The first `rank` terms of `svd` as factors of the update's own scale and dtype; the update itself if it has
-    no more than that."""
-    if rank >= update.rank:
-        return update
-    u_MK, s_K, vt_KN = svd
-    scale = abs(update.scale) or 1.0
-    root_R = (s_K[:rank] / scale).sqrt()
-    a_RN, b_MR = root_R[:, None] * vt_KN[:rank], u_MK[:, :rank] * root_R
-    return LowRank(a_RN.to(update.a_RN.dtype), b_MR.to(update.b_MR.dtype), scale)
-
-
-def relative_error(s_K: Tensor, rank: int) -> float:
-    """√(Σ_{i>rank} σᵢ² / Σ σᵢ²), 0 for zeros."""
-    shares_K = (s_K / (float(s_K[0]) or 1)).square()
-    return math.sqrt(float(shares_K[rank:].sum()) / (float(shares_K.sum()) or 1))
-
-
-def _cut_all(
-    adapter: Adapter, updates: Mapping[str, LowRank], svds: Mapping[str, Svd], ranks: Mapping[str, int]
-) -> tuple[Adapter, list[Loss]]:
-    factors = {path: cut(update, svds[path], ranks[path]) for path, update in updates.items()}
+def _cut_all(adapter: Adapter, updates: Mapping[str, LowRank], ranks: Mapping[str, int]) -> tuple[Adapter, list[Loss]]:
+    factors = {path: update.truncate(ranks[path]) for path, update in updates.items()}
     losses = [
-        Loss(path, updates[path].rank, new.rank, relative_error(svds[path][1], new.rank))
+        Loss(path, updates[path].rank, new.rank, relative_error(updates[path].wide_svd[1], new.rank))
         for path, new in factors.items()
     ]
     return adapter_of(factors, adapter), losses
-
-
-def _describes(spec: AdapterSpec, path: str, update: Update) -> bool:
-    return not spec.full and (update.rank, update.scale) == (spec.rank_of(path), spec.scale(path))
 
 
 def _positive(update: LowRank) -> LowRank:

@@ -1,10 +1,15 @@
 """attach and detach: an adapter onto a model and off it again.
 
-attach puts an adapted layer (layer.py, dora.py, full.py) in the place of each targeted one, on this instance alone, and
-the kernels' stand-ins in the place of norms, attention blocks and MLPs (fused.py); detach puts the very same modules
-back and returns what was learnt as an `Adapter`. attach tries what it did (trial.py), and puts all back where a fresh
-adapter isn't the base. The base's weights are the same objects throughout, so the model afterwards is the model before,
-bit for bit.
+attach puts an adapted layer (layer.py) in the place of each targeted one, on this instance alone, with an update in it
+(layer.py, dora.py, full.py), and the kernels' stand-ins in the place of norms, attention blocks and MLPs
+(stand_ins.py); detach puts the very same modules back and returns what was learnt as an `Adapter`. attach tries what it
+did (trial.py), and puts all back where a fresh adapter isn't the base. The base's weights are the same objects
+throughout, so the model afterwards is the model before, bit for bit.
+
+A model may carry several adapters: those of a sweep's learners, or of a server. Each further one adds its updates to
+the layers that are there and its own layers to those; it is tried on the bare model like the first, the others put
+aside meanwhile. Batches say by its `number` which documents take it (`Batch.updates`); those that say nothing take the
+lowest number. Detaching takes its own updates off, and the layers and stand-ins with the last one.
 
 What comes off is what any tool can load: where training began at B A ≠ 0 the update is a LoRA of rank 2R (layer.py),
 and its spec says so, with alpha such that the scale stays. It is exact, so it isn't cut back to R here; `deltaw resize`
@@ -12,33 +17,35 @@ does that and says what it costs.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from deltaw.adapter import stand_ins as fused
-from deltaw.adapter.dora import DoRALinear
+from deltaw.adapter.dora import DoRAUpdate
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.full import FullLinear
+from deltaw.adapter.full import FullUpdate
 from deltaw.adapter.init import fresh_factors, olora_factors, pissa_factors
-from deltaw.adapter.layer import AdaptedLinear, LoRALinear
+from deltaw.adapter.layer import AdaptedLinear, Carried, LayerUpdate, LoRAUpdate
 from deltaw.adapter.peft_config import missed_by_peft, rewritten_names
 from deltaw.adapter.targets import Targets, explicit_targets, find_targets, said, targets_of
 from deltaw.adapter.trial import Observed, differences, holds, observe
+from deltaw.base.batch import Batch, passing_of
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.stand_in import StandIn, disabled
 from deltaw.config import AdapterSpec
-from deltaw.errors import InputError
+from deltaw.errors import InputError, listed
 from deltaw.factors import Update
 
 
 @dataclass(frozen=True)
 class Attached:
-    """A model with an adapter in it. `spec.targets` names the adapted modules exactly, whatever group asked for them.
+    """An adapter on a model, and its `number` there. `spec.targets` names the adapted modules exactly, whatever group
+    asked for them; `layers` are its updates of them.
 
     `unmatched` are weights that stay as they are although they are no embedding, head or norm; `left_out` says why of
     those among them that a group asked for.
@@ -46,10 +53,22 @@ class Attached:
 
     model: nn.Module
     spec: AdapterSpec
-    layers: dict[str, AdaptedLinear]
+    layers: dict[str, LayerUpdate]
+    carried: Carried
+    number: int = 0
     unmatched: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
-    stand_ins: dict[str, StandIn] = field(default_factory=dict)
+
+    @property
+    def stand_ins(self) -> dict[str, StandIn]:
+        """The kernels' stand-ins in the model, by path. All adapters of a model share them."""
+        return fused.installed(self.model)
+
+    def taken_by(self, batch: Batch) -> Batch:
+        """The batch, all of whose documents take this adapter."""
+        if self.number == self.carried.first:
+            return replace(batch, updates=())
+        return replace(batch, updates=(self.number,) * (len(batch.starts) - 1))
 
     def describe(self) -> str:
         """One line for logs: which of the model's own modules the kernels stand in for."""
@@ -79,7 +98,7 @@ class Attached:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The plain base, run by its own code, for the length of a `with` block."""
+        """The plain base, run by its own code, where this adapter's rows are, for the length of a `with` block."""
         with disabled([*self.layers.values(), *self.stand_ins.values()]):
             yield
 
@@ -88,17 +107,22 @@ class Attached:
         spec = _as_learnt(self.spec)
         factors: dict[str, Update] = {path: layer.factors().cpu() for path, layer in self.layers.items()}
         if self.spec.moves_base:  # √2 · alpha / √(2 rank) may be the next float of alpha / √rank
-            factors = {path: replace(update, scale=spec.scale(path)) for path, update in factors.items()}  # type: ignore[arg-type]
-        transposed = any(isinstance(layer.base.module, Conv1D) for layer in self.layers.values())
+            factors = {path: update.of(update.tensors(), spec.scale(path)) for path, update in factors.items()}
+        transposed = any(layer.base.transposed for layer in self.layers.values())
         return Adapter(spec, factors, base, transposed, rewritten_names(self.model))
 
 
 def check_bare(model: nn.Module) -> None:
     """Raise InputError for a model whose layers aren't its own: they are under other names, or adapted by now."""
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        raise InputError("this is what torch.compile made of a model", fix="give the model itself: compiled._orig_mod")
+    check_known(model)
     if any(isinstance(module, AdaptedLinear) for module in model.modules()):
         raise InputError("this model already carries an adapter", fix="detach it first")
+
+
+def check_known(model: nn.Module) -> None:
+    """The same, but for adapters of ours."""
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise InputError("this is what torch.compile made of a model", fix="give the model itself: compiled._orig_mod")
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise InputError(
             "this model already carries an adapter of PEFT's",
@@ -114,51 +138,118 @@ def attach(
     fuse: Sequence[str] = fused.KINDS,
     start_later: bool = False,
 ) -> Attached:
-    """Put a fresh adapter (from a spec, drawn from `generator`) or a trained one on `model`, in place.
+    """Put a fresh adapter (from a spec, drawn from `generator`) or a trained one on `model`, in place, beside those
+    that it carries.
 
     `fuse`: which of "norm", "attention", "mlp" the kernels may stand in for; less than all is for measuring.
     `start_later`: leave the start open, for `initialise_from_data` (init_data.py) or a checkpoint's numbers.
 
     Raises InputError when a target matches nothing, a rank is too high, an adapter's shapes are not this model's, or
-    the model already carries an adapter; ValueError for a start that needs data and isn't left open.
+    its layers can't take a second adapter; ValueError for a start that needs data and isn't left open.
     """
-    check_bare(model)
+    check_known(model)
     spec = what if isinstance(what, AdapterSpec) else what.spec
     if spec.from_data and not start_later:
         raise ValueError(f"init {spec.init} starts from data: attach with start_later, then initialise_from_data")
-    observed = observe(model)
-    targets, spec, layers = _placed(model, what, spec, observed)
     generator = generator or torch.Generator().manual_seed(0)
-    stand_ins: dict[str, StandIn] = {}
-    try:
-        stand_ins = _stood_in(model, fuse, layers, observed, to_train=isinstance(what, AdapterSpec))
-        for path, layer in layers.items():
-            if isinstance(what, Adapter):
-                layer.set_factors(what.factors[path])
-            elif isinstance(layer, LoRALinear | DoRALinear) and not start_later:
-                layer.start(*_start(layer, spec, generator))
-    except BaseException:
-        fused.remove(model, stand_ins)
-        _take_off(model, layers)
-        raise
-    return Attached(model, spec, layers, targets.unmatched, targets.left_out, stand_ins)
+    with _beside_others(model) as (carried, others):
+        observed = observe(model)
+        place = _Place(model, carried, others, observed)
+        try:
+            targets, exact, updates = _placed(place, what, spec)
+            place.put(others)
+            _stand_in(model, fuse, updates, observed, to_train=isinstance(what, AdapterSpec))
+            for path, update in updates.items():
+                if isinstance(what, Adapter):
+                    update.set_factors(what.factors[path])
+                elif isinstance(update, LoRAUpdate | DoRAUpdate) and not start_later:
+                    update.start(*_start(update, spec, generator))
+        except BaseException:
+            place.clear()
+            raise
+        carried.add(place.number)
+    return Attached(model, exact, updates, carried, place.number, targets.unmatched, targets.left_out)
 
 
 def detach(attached: Attached, base: BaseId | None = None) -> Adapter:
-    """Take the adapter off its model, putting the original layers back, and return it as a value on the CPU."""
-    adapter = attached.adapter(base or BaseId())
-    fused.remove(attached.model, attached.stand_ins)
-    _take_off(attached.model, attached.layers)
+    """Take the adapter off its model and return it as a value on the CPU. With the last one the original layers are put
+    back."""
+    adapter, model = attached.adapter(base or BaseId()), attached.model
+    attached.carried.remove(attached.number)
+    if not attached.carried.numbers:
+        fused.remove(model, attached.stand_ins)
+    for path, update in attached.layers.items():
+        layer = model.get_submodule(path)
+        if isinstance(layer, AdaptedLinear) and layer.update(attached.number) is update:
+            layer.take_off(attached.number)
+            if not layer.updates:
+                model.set_submodule(path, layer.base.module)
     return adapter
 
 
-def _placed(
-    model: nn.Module, what: AdapterSpec | Adapter, spec: AdapterSpec, observed: Observed | None
-) -> tuple[Targets, AdapterSpec, dict[str, AdaptedLinear]]:
-    """The layers to adapt, replaced by fresh ones that are what they stand for, and the spec with their names.
+@contextmanager
+def _beside_others(model: nn.Module) -> Iterator[tuple[Carried, dict[str, AdaptedLinear]]]:
+    """The bare model for the length of a block, with what tells of its updates and the layers that were in it. After an
+    error they are put in their places again."""
+    others = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    carried = next((layer.carried for layer in others.values()), None) or Carried(passing_of(model))
+    stand_ins, first = fused.installed(model), carried.first
+    fused.remove(model, stand_ins)
+    for path, layer in others.items():
+        model.set_submodule(path, layer.base.module)
+    try:
+        yield carried, others
+    except BaseException:
+        for path, layer in others.items():
+            model.set_submodule(path, layer)
+        fused.put_back(model, stand_ins)
+        carried.first = first
+        raise
 
-    Raises InputError with the model as it was.
-    """
+
+class _Place:
+    """Where an adapter goes: on the bare model, as the only one that rows take, until `carried` knows of it."""
+
+    def __init__(
+        self, model: nn.Module, carried: Carried, others: Mapping[str, AdaptedLinear], observed: Observed | None
+    ) -> None:
+        self.model, self.carried, self.observed, self.others = model, carried, observed, others
+        self.number = carried.first = carried.free()
+        self.layers: dict[str, AdaptedLinear] = {}
+
+    def add(self, path: str, make: Callable[[FrozenLinear], LayerUpdate]) -> LayerUpdate:
+        """An update of the layer there, in a layer that takes the place of it."""
+        layer = self.others.get(path)
+        if layer is None:
+            whole = self.observed is None or path in self.observed.whole
+            layer = AdaptedLinear(FrozenLinear(self.model.get_submodule(path)), self.carried, sees_all=whole)
+            layer.train(self.model.training)
+        update = make(layer.base).train(self.model.training)
+        self.layers[path] = layer
+        layer.put_on(self.number, update)
+        return update
+
+    def put(self, layers: Mapping[str, AdaptedLinear]) -> None:
+        """These layers in their places."""
+        for path, layer in layers.items():
+            self.model.set_submodule(path, layer)
+
+    def clear(self) -> None:
+        """The bare model again: stand-ins and layers out, the update off them."""
+        fused.remove(self.model, fused.installed(self.model))
+        for path, layer in {**self.others, **self.layers}.items():
+            self.model.set_submodule(path, layer.base.module)
+        for layer in self.layers.values():
+            layer.take_off(self.number)
+        self.layers = {}
+
+
+def _placed(
+    place: _Place, what: AdapterSpec | Adapter, spec: AdapterSpec
+) -> tuple[Targets, AdapterSpec, dict[str, LayerUpdate]]:
+    """What is adapted, the spec with the names of it, and the fresh updates: in their places, and each layer is what it
+    stands for."""
+    model, observed = place.model, place.observed
     unfit = dict(observed.unfit) if observed else {}
     idle = observed.idle if observed else {}
     while True:
@@ -167,68 +258,66 @@ def _placed(
         else:
             targets = find_targets(model, spec, {**idle, **unfit})
         exact = spec.model_copy(update={"targets": explicit_targets(model, targets.paths)})
-        layers = {path: _layer(FrozenLinear(model.get_submodule(path)), path, spec) for path in targets.paths}
-        try:
-            for path, layer in layers.items():
-                layer.train(model.training)
-                model.set_submodule(path, layer)
-            different = differences(model, layers, observed)
-        except BaseException:
-            _take_off(model, layers)
-            raise
+        updates = {path: place.add(path, partial(_update, path, spec)) for path in targets.paths}
+        if place.others:
+            _check_all_seen({**place.others, **place.layers})
+        place.put(place.layers)
+        different = differences(model, place.layers, observed)
         if not different:
-            return targets, exact, layers
-        _take_off(model, layers)
+            return targets, exact, updates
+        place.clear()
         unfit |= different
 
 
-def _stood_in(
+def _check_all_seen(layers: Mapping[str, AdaptedLinear]) -> None:
+    """Raise InputError where some of a pass's rows are handed to a layer without saying which."""
+    part = [path for path, layer in layers.items() if not layer.sees_all]
+    if part:
+        raise InputError(
+            f"this model carries an adapter, and {len(part)} adapted layers are given only some of a pass's rows (they "
+            f"are experts, say), so their rows can't take different updates:\n{listed(part, 3)}",
+            fix="detach the other adapter first, or leave these layers out of adapter.targets",
+        )
+
+
+def _stand_in(
     model: nn.Module,
     kinds: Sequence[str],
-    layers: Mapping[str, AdaptedLinear],
+    updates: Mapping[str, LayerUpdate],
     observed: Observed | None,
     *,
     to_train: bool,
-) -> dict[str, StandIn]:
-    """The stand-ins, where the model runs with them: what they keep for the backward, it may write to. InputError, and
-    none in place, where it doesn't run without them either."""
+) -> None:
+    """Put stand-ins in place, where the model runs with them: what they keep for the backward, it may write to.
+    InputError where it doesn't run without them either."""
     stand_ins = fused.install(model, kinds)
     try:
-        if holds(model, layers, observed, to_train=to_train):
-            return stand_ins
+        if holds(model, updates, observed, to_train=to_train):
+            return
     except InputError:
         if not stand_ins:
             raise
-    except BaseException:
-        fused.remove(model, stand_ins)
-        raise
     fused.remove(model, stand_ins)
-    holds(model, layers, observed, to_train=to_train)
-    return {}
+    holds(model, updates, observed, to_train=to_train)
 
 
-def _take_off(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
-    for path, layer in layers.items():
-        model.set_submodule(path, layer.base.module)
-
-
-def _layer(base: FrozenLinear, path: str, spec: AdapterSpec) -> AdaptedLinear:
-    """A layer of the kind that the spec asks for, all zeros: ΔW = 0."""
+def _update(path: str, spec: AdapterSpec, base: FrozenLinear) -> LayerUpdate:
+    """An update of the kind that the spec asks for, all zeros: ΔW = 0."""
     if spec.full:
-        return FullLinear(base)
+        return FullUpdate(base)
     if spec.magnitude:
-        return DoRALinear(base, spec.rank_of(path), spec.scale(path), spec.dropout)
-    return LoRALinear(base, spec.rank_of(path), spec.scale(path), spec.dropout, moves=spec.moves_base)
+        return DoRAUpdate(base, spec.rank_of(path), spec.scale(path), spec.dropout)
+    return LoRAUpdate(base, spec.rank_of(path), spec.scale(path), spec.dropout, moves=spec.moves_base)
 
 
-def _start(layer: LoRALinear | DoRALinear, spec: AdapterSpec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _start(update: LoRAUpdate | DoRAUpdate, spec: AdapterSpec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A and B to begin at, as far as they need no data."""
-    rank, w_MN = layer.lora_a.shape[0], layer.base.weight_MN
+    rank, weight = update.lora_a.shape[0], update.base.weight
     if spec.init == "pissa":
-        return pissa_factors(w_MN, rank, layer.scale)
+        return pissa_factors(weight.dense(), rank, update.scale)
     if spec.init == "olora":
-        return olora_factors(w_MN, rank)
-    return fresh_factors(rank, len(w_MN), w_MN.shape[1], generator)
+        return olora_factors(weight.dense(), rank)
+    return fresh_factors(rank, *weight.shape, generator)
 
 
 def _as_learnt(spec: AdapterSpec) -> AdapterSpec:

@@ -29,15 +29,14 @@ Letters: M outputs, N inputs, R rank, K singular values, D adapters.
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from deltaw.adapter.algebra import Loss, adapter_of, check_size, cut, low_rank_updates, relative_error, wanted_rank
-from deltaw.adapter.extract import nearest
+from deltaw.adapter.algebra import adapter_of, low_rank_updates
+from deltaw.adapter.cut import Loss, check_size, nearest, relative_error, wanted_rank
 from deltaw.adapter.file import Adapter
 from deltaw.base.fingerprint import describe
 from deltaw.errors import InputError, listed
@@ -96,9 +95,9 @@ def combine(
 
 def ties(weights: Sequence[float], deltas_DMN: Tensor, density: float) -> Tensor:
     """[M, N]: trimmed to `density`, sign elected, mean of the weighted entries that agree."""
-    kept = max(1, int(density * deltas_DMN[0].numel()))
+    count = max(1, int(density * deltas_DMN[0].numel()))
     flat_DE = deltas_DMN.flatten(1)
-    largest_DK = flat_DE.abs().topk(kept, dim=1).indices
+    largest_DK = flat_DE.abs().topk(count, dim=1).indices
     trimmed_DMN = torch.zeros_like(flat_DE).scatter(1, largest_DK, flat_DE.gather(1, largest_DK)).view_as(deltas_DMN)
     weights_D11 = deltas_DMN.new_tensor(weights)[:, None, None]
     signed_DMN = weights_D11.sign() * trimmed_DMN
@@ -116,20 +115,20 @@ def dare(weights: Sequence[float], deltas_DMN: Tensor, density: float, generator
 def _sum(parts: Sequence[Part], rank: int | None, energy: float | None) -> tuple[LowRank, int, float]:
     """(the sum, cut; its rank when stacked; the relative error)."""
     dtype = parts[0][1].a_RN.dtype
-    wide = [LowRank(update.a_RN.double(), update.b_MR.double(), weight * update.scale) for weight, update in parts]
-    total = functools.reduce(operator.add, wide)
+    wide = [update.double().times(weight) for weight, update in parts]
+    total = functools.reduce(LowRank.stacked, wide)
     lossless = rank is None and energy is None
     if len(parts) == 1 and lossless:
-        return _as(total, dtype), total.rank, 0.0
-    svd = total.svd()
-    s_K = svd[1]
+        return total.map(lambda factor: factor.to(dtype)), total.rank, 0.0
+    s_K = total.wide_svd[1]
     added = sum(float((part.b_MR.norm(dim=0) * part.a_RN.norm(dim=1)).sum()) * abs(part.scale) for part in wide)
     numerical = int((s_K > torch.finfo(s_K.dtype).eps * max(total.shape) * added).sum())
     if not numerical:
         zeros = LowRank(torch.zeros_like(total.a_RN[:1]), torch.zeros_like(total.b_MR[:, :1]))
-        return _as(zeros, dtype), total.rank, 0.0
+        return zeros.map(lambda factor: factor.to(dtype)), total.rank, 0.0
     wanted = numerical if lossless else min(numerical, wanted_rank(s_K, rank, energy))
-    return _as(cut(total, svd, wanted), dtype), total.rank, relative_error(s_K, wanted)
+    smaller = total.truncate(wanted).map(lambda factor: factor.to(dtype))
+    return smaller, total.rank, relative_error(s_K, wanted)
 
 
 def _recompressed(
@@ -154,10 +153,6 @@ def _modules(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str,
         for path, update in low_rank_updates(adapter, "combined").items() if weight else ():
             modules.setdefault(path, []).append((weight, update))
     return modules
-
-
-def _as(update: LowRank, dtype: torch.dtype) -> LowRank:
-    return LowRank(update.a_RN.to(dtype), update.b_MR.to(dtype), update.scale)
 
 
 def _check(

@@ -31,48 +31,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.adapter.layer import AdaptedLinear
+from deltaw.adapter.layer import LayerUpdate
 from deltaw.base.frozen import FrozenLinear
-from deltaw.factors import DoRA, LowRank, over_norms, row_norms, squared_norms
-from deltaw.kernels.lora import Projection, lora_linears
+from deltaw.factors import LowRank
+from deltaw.kernels.lora import Factors, Projection, lora_linears
+from deltaw.kinds import DoRA
+from deltaw.linalg.row_norms import norms_of_sum, over_norms
 
 
-class DoRALinear(AdaptedLinear):
+class DoRAUpdate(LayerUpdate):
     """m ∘ (W + scale · B A) x / ‖W + scale · B A‖ + bias. `lora_a`, `lora_b` and `magnitude` [M] train, float32."""
 
     squares_M: Tensor
 
     def __init__(self, base: FrozenLinear, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__(base)
-        w_MN = base.weight_MN
+        (m, n), device = base.weight.shape, base.weight.device
         self.scale = scale
         self.dropout = dropout
-        self.lora_a = nn.Parameter(torch.zeros(rank, base.in_features, device=w_MN.device))
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=w_MN.device))
-        squares_M = squared_norms(w_MN.to(torch.promote_types(w_MN.dtype, torch.float32)))
+        self.lora_a = nn.Parameter(torch.zeros(rank, n, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(m, rank, device=device))
+        squares_M = base.weight.squares().detach()
         self.register_buffer("squares_M", squares_M, persistent=False)
         self.magnitude = nn.Parameter(squares_M.sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., N] -> [..., M] in x's dtype."""
         if not self.enabled:
             return self.base(x)
-        w_MN, bias_M = self.base.weight_MN, self.base.bias_M
+        weight, bias_M = self.base.weight, self.base.bias_M
         gain_M = self.gain()
         more_M = (gain_M - 1).to(x.dtype)  # before it is rounded: near 1 half precision keeps nothing of it
         if self.dropout and self.training:
             x, base_y = F.dropout(x, self.dropout), self.base(x)
             low = F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
-            return base_y + more_M * F.linear(x, w_MN) + (self.scale * gain_M).to(x.dtype) * low
-        (y,) = lora_linears(x, [Projection(w_MN, bias_M, self.lora_a, self.lora_b, self.scale)])
+            return base_y + more_M * lora_linears(x, [Projection(weight)])[0] + (self.scale * gain_M).to(x.dtype) * low
+        y = lora_linears(x, [Projection(weight, bias_M, {0: Factors(self.lora_a, self.lora_b, self.scale)})])[0]
         return y + more_M * (y if bias_M is None else y - bias_M)
+
+    @torch.no_grad()
+    def _norms(self) -> Tensor:
+        """‖W + scale · B A‖ [M] of the rows, float32."""
+        weight, a_RN = self.base.weight, self.lora_a
+        return norms_of_sum(self.squares_M, weight.times(a_RN.to(weight.dtype).T), a_RN, self.lora_b, self.scale)
 
     def gain(self) -> Tensor:
         """g = m / ‖W + scale · B A‖ [M], float32; only m gets a gradient."""
-        with torch.no_grad():
-            low = LowRank(self.lora_a, self.lora_b, self.scale)
-            norms_M = row_norms(self.base.weight_MN, self.squares_M, low)
-        return over_norms(self.magnitude, norms_M)
+        return over_norms(self.magnitude, self._norms())
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {"a": self.lora_a, "b": self.lora_b, "magnitude": self.magnitude}

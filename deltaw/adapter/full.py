@@ -5,42 +5,37 @@
 The sum is formed in float32 and rounded once to W's dtype, so that ΔW keeps what bfloat16 weights could not take
 (a step of 1e-5 on a weight of 0.1 is below their rounding). Keeping ΔW apart rather than W + ΔW costs one matrix more
 than the usual way, and gives what this is for: the update as a value that can be looked at, compared with a LoRA's and
-extracted into one. It is a reference, not a fast path: attention and MLP run by the model's own code.
-
-On disk `delta.safetensors` holds `<module path>` -> ΔW [M, N], float32, beside the `deltaw.json` of every adapter; no
-other tool has a form for it.
+extracted into one. A weight in a form of its own (quantised) has no room for the sum: x ΔWᵀ is added to the layer's own
+product there. It is a reference, not a fast path: attention and MLP run by the model's own code.
 
 Letters: N inputs, M outputs.
 """
 
-from pathlib import Path
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
-from deltaw.adapter.layer import AdaptedLinear
+from deltaw.adapter.layer import LayerUpdate
 from deltaw.base.frozen import FrozenLinear
-from deltaw.errors import InputError, listed
-from deltaw.factors import Dense
-from deltaw.files.safetensors import load_safetensors
-
-DELTAS = "delta.safetensors"
+from deltaw.kernels.lora import Projection, lora_linears
+from deltaw.kinds import Dense
 
 
-class FullLinear(AdaptedLinear):
+class FullUpdate(LayerUpdate):
     """x (W + ΔW)ᵀ + bias. Only `delta` [M, N] trains, float32, zero at first."""
 
     def __init__(self, base: FrozenLinear) -> None:
         super().__init__(base)
-        self.delta = nn.Parameter(torch.zeros(base.weight_MN.shape, device=base.weight_MN.device))
+        self.delta = nn.Parameter(torch.zeros(base.weight.shape, device=base.weight.device))
         self._kept: tuple[int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., N] -> [..., M] in x's dtype."""
         if not self.enabled:
             return self.base(x)
+        if self.base.brings_weight:
+            base_y = lora_linears(x, [Projection(self.base.weight, self.base.bias_M)])[0]
+            return base_y + F.linear(x, self.delta.to(x.dtype))
         # The base's own code with another weight, so that a fresh layer has the base's bits.
         y: Tensor = functional_call(self.base.module, {"weight": self._sum()}, (x,))
         return y
@@ -51,8 +46,9 @@ class FullLinear(AdaptedLinear):
         if torch.is_grad_enabled():
             self._kept = None  # a step follows, and fused AdamW does not count itself as a version
         if self._kept is None or self._kept[0] != version:
-            total_MN = (self.base.weight_MN.to(self.delta.dtype) + self.delta).to(self.base.weight_MN.dtype)
-            total = total_MN.T if isinstance(self.base.module, Conv1D) else total_MN
+            w_MN = self.base.weight.dense()
+            total_MN = (w_MN.to(self.delta.dtype) + self.delta).to(w_MN.dtype)
+            total = total_MN.T if self.base.transposed else total_MN
             if torch.is_grad_enabled():
                 return total
             self._kept = version, total
@@ -74,12 +70,3 @@ class FullLinear(AdaptedLinear):
 
     def extra_repr(self) -> str:
         return "full"
-
-
-def load_deltas(directory: Path) -> dict[str, Dense]:
-    """Read delta.safetensors. Raises InputError for what is no finite float32 matrix."""
-    tensors = load_safetensors(directory / DELTAS)
-    bad = [n for n, t in tensors.items() if t.ndim != 2 or t.dtype != torch.float32 or not torch.isfinite(t).all()]
-    if bad or not tensors:
-        raise InputError(f"{directory / DELTAS}: not finite float32 matrices:\n{listed(bad or ['it is empty'])}")
-    return {path: Dense(tensor) for path, tensor in tensors.items()}

@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from deltaw.adapter.attach import Attached
-from deltaw.adapter.dora import DoRALinear
+from deltaw.adapter.dora import DoRAUpdate
 from deltaw.adapter.init import eva_directions, lora_ga_factors
-from deltaw.adapter.layer import LoRALinear
+from deltaw.adapter.layer import LoRAUpdate
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
 from deltaw.base.frozen import FrozenLinear
@@ -70,14 +70,14 @@ def initialise_from_data(
                     hook.remove()
             for path in list(sums):
                 layer = attached.layers[path]
-                assert isinstance(layer, LoRALinear | DoRALinear)
+                assert isinstance(layer, LoRAUpdate | DoRAUpdate)
                 layer.start(*sums.pop(path).factors(layer.lora_a.shape[0], path))
 
 
 def _pass(attached: Attached, forward: Forward, batch: Batch, *, backward: bool) -> None:
     """The base on one batch."""
     with attached.disabled(), torch.set_grad_enabled(backward):
-        loss, labels = forward.loss(batch)
+        loss, labels = forward.loss(attached.taken_by(batch))
         if backward and labels:
             loss.backward()
 
@@ -113,7 +113,7 @@ class _Inputs(_Sum):
     def __init__(self, base: FrozenLinear) -> None:
         n, self.outputs = base.in_features, base.out_features
         self.count = 0
-        self.mean_N = torch.zeros(n, dtype=torch.float64, device=base.weight_MN.device)
+        self.mean_N = torch.zeros(n, dtype=torch.float64, device=base.weight.device)
         self.scatter_NN = self.mean_N.new_zeros(n, n)
 
     @staticmethod
@@ -140,7 +140,7 @@ class _Gradient(_Sum):
     """∂L/∂W of a layer."""
 
     def __init__(self, base: FrozenLinear) -> None:
-        self.gradient_MN = torch.zeros(base.weight_MN.shape, device=base.weight_MN.device)
+        self.gradient_MN = torch.zeros(base.weight.shape, device=base.weight.device)
 
     @staticmethod
     def bytes_of(base: FrozenLinear) -> int:

@@ -31,6 +31,7 @@ from deltaw.config import AdapterSpec, names_module
 from deltaw.errors import InputError, listed
 from deltaw.files.patterns import first_matches
 
+CONFIG = "adapter_config.json"
 # Fields with a meaning deltaw lacks: refused unless they hold this neutral value (or are absent, null, empty, false).
 UNSUPPORTED = {
     "lora_bias": "a bias on B",

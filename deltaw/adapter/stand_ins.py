@@ -17,16 +17,16 @@ Letters: T tokens, D hidden size, H query heads, K key/value heads, E head size.
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltaw.adapter.layer import LoRALinear
+from deltaw.adapter.layer import AdaptedLinear
 from deltaw.base.attention import AttentionCall
 from deltaw.base.batch import Passing, passing_of
-from deltaw.base.frozen import FrozenLinear
+from deltaw.base.frozen import BringsWeight, FrozenLinear, weight_of
 from deltaw.base.probe import watched_pass
 from deltaw.base.stand_in import StandIn
 from deltaw.kernels.attention import packed_attention
@@ -94,7 +94,7 @@ class FusedAttention(StandIn):
             window=self.call.window,
             softcap=self.call.softcap,
         )
-        (y_TD,) = lora_linears(out_THE.flatten(1), [_projection(self._modules["o_proj"])])
+        y_TD = lora_linears(out_THE.flatten(1), [_projection(self._modules["o_proj"])])[0]
         return y_TD.view(*hidden_states.shape[:-1], -1), None
 
     def _norm(self, name: str, x_TM: Tensor, head: int) -> Tensor:
@@ -105,6 +105,9 @@ class FusedAttention(StandIn):
             x_TM = norm(x_TM)
         x_THE = x_TM.unflatten(-1, (-1, head))
         return x_THE if norm is None or whole else norm(x_THE)
+
+
+FUSED: tuple[type[StandIn], ...] = (FusedNorm, FusedAttention, FusedMLP)
 
 
 def install(model: nn.Module, kinds: Sequence[str] = KINDS) -> dict[str, StandIn]:
@@ -129,6 +132,18 @@ def install(model: nn.Module, kinds: Sequence[str] = KINDS) -> dict[str, StandIn
                 model.set_submodule(path, stand_in)
                 stand_ins[path] = stand_in
     return stand_ins
+
+
+def installed(model: nn.Module) -> dict[str, StandIn]:
+    """The stand-ins that are in place, by path, in the order in which `install` gave them."""
+    modules = dict(model.named_modules())
+    return {path: module for kind in FUSED for path, module in modules.items() if isinstance(module, kind)}
+
+
+def put_back(model: nn.Module, stand_ins: Mapping[str, StandIn]) -> None:
+    """Put stand-ins in place again that `remove` took out."""
+    for path, stand_in in stand_ins.items():
+        model.set_submodule(path, stand_in)
 
 
 def remove(model: nn.Module, stand_ins: dict[str, StandIn]) -> None:
@@ -173,17 +188,17 @@ def _build(kind: str, module: nn.Module, call: AttentionCall | None, passing: Pa
 
 
 def _can_project(module: nn.Module | None) -> bool:
-    """A plain linear layer, with an update or not; dropout on the update needs the layer's own forward."""
-    if isinstance(module, LoRALinear):
-        return not module.dropout
-    return type(module) is nn.Linear and FrozenLinear.can_wrap(module)
+    """A plain linear layer, with updates or not; one that the kernels don't know needs the layer's own forward."""
+    if isinstance(module, AdaptedLinear):
+        return module.for_kernels
+    return isinstance(module, BringsWeight) or (type(module) is nn.Linear and FrozenLinear.can_wrap(module))
 
 
 def _projection(module: nn.Module | None) -> Projection:
-    if isinstance(module, LoRALinear):
+    if isinstance(module, AdaptedLinear):
         return module.projection()
-    assert isinstance(module, nn.Linear)
-    return Projection(module.weight, module.bias)
+    assert module is not None
+    return Projection(weight_of(module), module.bias)  # type: ignore[arg-type]
 
 
 def _epsilon(norm: nn.Module) -> float:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from deltaw.adapter.layer import AdaptedLinear
+from deltaw.adapter.layer import AdaptedLinear, LayerUpdate
 from deltaw.base.attention import is_packed
 from deltaw.base.batch import Pass, passing_of
 from deltaw.base.frozen import FrozenLinear
@@ -40,11 +40,12 @@ CHANGED = "gives something else than its weight and bias make of its input"
 
 @dataclass(frozen=True)
 class Observed:
-    """One pass of the base and back: its logits, which linear layers ran, and why others can't be adapted (`unfit`), or
-    can but would never learn (`idle`)."""
+    """One pass of the base and back: its logits, which linear layers ran, which of them were given all its rows
+    (`whole`), and why others can't be adapted (`unfit`), or can but would never learn (`idle`)."""
 
     logits_TV: Tensor
     ran: frozenset[str]
+    whole: frozenset[str]
     unfit: Mapping[str, str]
     idle: Mapping[str, str]
 
@@ -69,14 +70,20 @@ def observe(model: nn.Module) -> Observed | None:
     ran = {_family(path) for path in watch.outputs}
     idle = dict.fromkeys([path for path in linear if _family(path) not in ran], NOT_TEXT)
     idle |= dict.fromkeys(watch.without_gradient(logits_TV), SILENT)
-    return Observed(logits_TV.detach(), frozenset(watch.outputs), dict.fromkeys(watch.read, READ), idle)
+    return Observed(
+        logits_TV.detach(),
+        frozenset(watch.outputs),
+        frozenset(path for path, ys in watch.outputs.items() if all(_rows(y) == len(logits_TV) for y in ys)),
+        dict.fromkeys(watch.read, READ),
+        idle,
+    )
 
 
 @torch.no_grad()
 def differences(model: nn.Module, layers: Mapping[str, AdaptedLinear], base: Observed | None) -> dict[str, str]:
     """Which of the fresh `layers`, in their places, aren't what they stand for, and why. Raises InputError where the
     model differs and no layer does."""
-    if any(layer.base.weight_MN.is_meta for layer in layers.values()):
+    if any(layer.base.weight.device.type == "meta" for layer in layers.values()):
         return {}
     alone = {path: layer for path, layer in layers.items() if base is None or path not in base.ran}
     wrong = {path: CHANGED for path, layer in alone.items() if not _same_on_a_row(layer)}
@@ -93,15 +100,15 @@ def differences(model: nn.Module, layers: Mapping[str, AdaptedLinear], base: Obs
         if path is None:
             raise
         return {path: READ}
-    if not wrong and not _near(logits_TV, base.logits_TV, next(iter(layers.values())).base.weight_MN.dtype):
+    if not wrong and not _near(logits_TV, base.logits_TV, next(iter(layers.values())).base.weight.dtype):
         raise InputError("with a fresh adapter in it the model gives other answers than without, so none is attached")
     return wrong
 
 
-def holds(model: nn.Module, layers: Mapping[str, AdaptedLinear], base: Observed | None, *, to_train: bool) -> bool:
+def holds(model: nn.Module, updates: Mapping[str, LayerUpdate], base: Observed | None, *, to_train: bool) -> bool:
     """Whether the model as it will run gives the base's logits, up to rounding. Raises InputError unless it runs and,
     where it is `to_train`, a backward reaches the factors."""
-    parameters = [parameter for layer in layers.values() for parameter in layer.trained().values()]
+    parameters = [parameter for update in updates.values() for parameter in update.trained().values()]
     if base is None or any(parameter.is_meta for parameter in parameters):
         return True
     reached: list[Tensor] = []
@@ -121,7 +128,7 @@ def holds(model: nn.Module, layers: Mapping[str, AdaptedLinear], base: Observed 
     if to_train and not (reached and all(gradient.isfinite().all() for gradient in reached)):
         what = "no gradient reaches the adapter" if not reached else "the gradient isn't finite"
         raise InputError(f"{what} in a pass over text", fix="name other adapter.targets")
-    return _near(logits_TV.detach(), base.logits_TV, next(iter(layers.values())).base.weight_MN.dtype)
+    return _near(logits_TV.detach(), base.logits_TV, next(iter(updates.values())).base.weight.dtype)
 
 
 class _Watch(TorchFunctionMode):
@@ -134,7 +141,9 @@ class _Watch(TorchFunctionMode):
         self._running: list[str] = []
         self._owners: dict[int, set[str]] = {}  # a tied weight has several
         for path, layer in layers.items():
-            self._owners.setdefault(id(layer.weight), set()).add(path)
+            weight = getattr(layer, "weight", None)
+            if weight is not None:  # a module that brings its weight may have none by that name
+                self._owners.setdefault(id(weight), set()).add(path)
 
     def on(self, path: str, module: nn.Module) -> Iterator[Any]:
         def begin(*_: Any) -> None:
@@ -170,6 +179,10 @@ class _Watch(TorchFunctionMode):
         return made
 
 
+def _rows(y: Tensor) -> int:
+    return y.shape[:-1].numel()
+
+
 def _family(path: str) -> str:
     """A path without the numbers of lists."""
     return ".".join(part for part in path.split(".") if not part.isdigit())
@@ -196,7 +209,7 @@ def _changed(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str,
 
     def watch(path: str) -> Any:
         def compare(module: AdaptedLinear, args: Any, output: Tensor) -> None:
-            if not _near(output, module.base(*args), module.base.weight_MN.dtype, sure=True):
+            if not _near(output, module.base(*args), module.base.weight.dtype, sure=True):
                 wrong[path] = CHANGED
 
         return compare
@@ -211,11 +224,11 @@ def _changed(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str,
 
 
 def _same_on_a_row(layer: AdaptedLinear) -> bool:
-    w_MN = layer.base.weight_MN
-    row_N = torch.randn(1, w_MN.shape[1], generator=torch.Generator().manual_seed(0)).to(w_MN)
+    weight = layer.base.weight
+    row_N = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     training = layer.training
     try:
-        return _near(layer.eval()(row_N), layer.base(row_N), w_MN.dtype, sure=True)
+        return _near(layer.eval()(row_N), layer.base(row_N), weight.dtype, sure=True)
     finally:
         layer.train(training)
 

@@ -11,7 +11,7 @@
 Two adapters may use one subspace to say opposite things, which φ doesn't see and the cosine does. All of it comes from
 the factors, whatever the ranks:
 
-    ⟨s₁B₁A₁, s₂B₂A₂⟩_F = s₁s₂ tr(A₁ᵀB₁ᵀB₂A₂) = s₁s₂ Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ)      both [R₁, R₂]
+    ⟨s₁B₁A₁, ΔW₂⟩_F = s₁ tr(A₁ᵀB₁ᵀΔW₂) = s₁ Σ B₁ ∘ (ΔW₂A₁ᵀ)      both [M, R₁], ΔW₂A₁ᵀ = s₂ B₂(A₂A₁ᵀ)
 
 in float64. The distance is the norm of the difference as a value (stacked factors), since ‖ΔW₁‖² + ‖ΔW₂‖² − 2⟨ΔW₁, ΔW₂⟩
 loses half of the digits where the two are nearly equal. Only directions that can be told from zero are compared, 64 at
@@ -32,10 +32,9 @@ from deltaw.adapter.file import Adapter
 from deltaw.analysis.measure import in_order
 from deltaw.base.fingerprint import describe
 from deltaw.errors import InputError, listed
-from deltaw.factors import Dense, DoRA, LowRank, Plain
+from deltaw.factors import Plain
 from deltaw.linalg.rank import tolerance
 from deltaw.linalg.subspace import principal_angles, random_similarity, similarity
-from deltaw.linalg.svd import product_singular_values
 from deltaw.linalg.threads import one_thread
 
 DIRECTIONS = 64  # compared, at most
@@ -182,8 +181,8 @@ def compare(first: Adapter, second: Adapter, *, progress: Callable[[int], None] 
 
 def compare_updates(first: Plain, second: Plain) -> ModuleComparison:
     """One module's two updates, of any ranks. Raises ValueError when the shapes differ."""
-    product, difference = inner(first, second), _difference(first, second)
-    norms = inner(first, first) ** 0.5, inner(second, second) ** 0.5
+    product, difference = first.inner(second), (first.double() - second.double()).norm()
+    norms = first.inner(first) ** 0.5, second.inner(second) ** 0.5
     (u_MI, v_NI), (u_MJ, v_NJ) = _directions(first), _directions(second)
     return ModuleComparison(
         shape=first.shape,
@@ -196,26 +195,6 @@ def compare_updates(first: Plain, second: Plain) -> ModuleComparison:
         right=_side(v_NI, v_NJ),
         left=_side(u_MI, u_MJ),
     )
-
-
-def inner(a: Plain, b: Plain) -> float:
-    """⟨ΔW₁, ΔW₂⟩_F in float64. O((M + N) R₁R₂) for two `LowRank`. Raises ValueError when the shapes differ."""
-    if a.shape != b.shape:
-        raise ValueError(f"updates of different shapes: {a.shape} and {b.shape}")
-    if isinstance(a, Dense):
-        return float((a.delta_MN.double() * b.delta_MN).sum()) if isinstance(b, Dense) else inner(b, a)
-    a_RN, b_MR = a.a_RN.double(), a.b_MR.double()
-    if isinstance(b, Dense):
-        return a.scale * float((b_MR * (b.delta_MN.double() @ a_RN.T)).sum())
-    return a.scale * b.scale * float(((b_MR.T @ b.b_MR.double()) * (a_RN @ b.a_RN.double().T)).sum())
-
-
-def _difference(a: Plain, b: Plain) -> float:
-    """‖ΔW₁ − ΔW₂‖_F in float64; the matrices are formed only where one of the two is a matrix anyway."""
-    if isinstance(a, LowRank) and isinstance(b, LowRank):
-        apart = _wide(a) - _wide(b)
-        return float(product_singular_values(apart.b_MR, apart.a_RN).norm())
-    return float((a.dense().double() - b.dense().double()).norm())
 
 
 def _directions(update: Plain) -> tuple[Tensor, Tensor]:
@@ -244,14 +223,10 @@ def _mean(sides: list[Side]) -> Side:
 
 
 def _plain(path: str, adapter: Adapter) -> Plain:
-    update = adapter.factors[path]
-    if isinstance(update, DoRA):
-        raise InputError(f"{path}: DoRA's update depends on the base's weight, so that it can't be compared without it")
-    return update
-
-
-def _wide(update: LowRank) -> LowRank:
-    return LowRank(update.a_RN.double(), update.b_MR.double(), update.scale)
+    try:
+        return adapter.factors[path].plain()
+    except InputError as error:
+        raise InputError(f"{path}: {error.what}, so it can't be compared without it") from None
 
 
 def _cosine(product: float, one: float, other: float) -> float | None:

@@ -62,7 +62,8 @@ from torch import Tensor
 
 from deltaw.adapter.file import Adapter
 from deltaw.errors import InputError
-from deltaw.factors import DoRA, Plain, Update, as_plain
+from deltaw.factors import Plain, Update
+from deltaw.kernels.weight import DenseWeight, Weight
 from deltaw.linalg.rank import effective_rank, energy_rank, stable_rank, tolerance
 from deltaw.linalg.rounding import survival
 from deltaw.linalg.subspace import random_overlap
@@ -147,18 +148,16 @@ def in_order(paths: Iterable[str]) -> list[str]:
 
 
 def measure_adapter(
-    adapter: Adapter, weights: Mapping[str, Tensor] | None, *, progress: Callable[[int], None] | None = None
+    adapter: Adapter, weights: Mapping[str, Weight] | None, *, progress: Callable[[int], None] | None = None
 ) -> dict[str, Measures]:
-    """By module path, layer by layer. `weights[path]` gives W, float32 [M, N], read at its turn; None: ΔW alone.
+    """By module path, layer by layer. `weights[path]` gives W, read at its turn; None: ΔW alone.
 
     `progress` gets the number of modules done. Raises InputError for a weight of another shape than its update, and for
     DoRA without weights.
     """
 
     def of(path: str) -> Measures:
-        update, w_MN = adapter.factors[path], None if weights is None else weights[path]
-        if w_MN is None and isinstance(update, DoRA):
-            raise InputError(f"{path}: DoRA's update depends on the weight", fix="name the base that it was trained on")
+        update, w_MN = adapter.factors[path], None if weights is None else weights[path].dense()
         if w_MN is not None and tuple(w_MN.shape) != update.shape:
             raise InputError(
                 f"{path}: the update has shape {update.shape}, the base's weight {tuple(w_MN.shape)}",
@@ -180,16 +179,11 @@ def measure(update: Update, w_MN: Tensor | None = None, seed: int = 0) -> Measur
     """All numbers of one module. `update` and W finite, float32 or float64; what needs W is computed in W's type.
     `seed` draws the random directions: modules with a seed each have chances that don't err together.
 
-    Raises ValueError when W hasn't the update's shape, and for DoRA without W, which has no ΔW.
+    Raises ValueError when W hasn't the update's shape, InputError for DoRA without W, which has no ΔW.
     """
     if w_MN is not None and tuple(w_MN.shape) != update.shape:
         raise ValueError(f"update of shape {update.shape}, weight of shape {tuple(w_MN.shape)}")
-    if w_MN is not None:
-        plain = as_plain(update, w_MN)
-    elif isinstance(update, DoRA):
-        raise ValueError("DoRA's update depends on the weight: give W")
-    else:
-        plain = update
+    plain = update.plain() if w_MN is None else update.relative_to(DenseWeight(w_MN))
     u_MK, sigma_K, vt_KN = plain.svd()
     sigma_K = torch.where(sigma_K > tolerance(sigma_K, *update.shape), sigma_K, 0)
     effective = float(effective_rank(sigma_K))

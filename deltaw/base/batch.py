@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.kernels.attention import Documents
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 from deltaw.kernels.segments import Segment, Segments
 
 
@@ -84,6 +84,12 @@ class Batch:
     def segments(self) -> Segments | None:
         """The rows of each update; None where all take the first."""
         return segments_of(self.updates, self.starts)
+
+    def by_document(self, values_K: Tensor) -> Tensor:
+        """[documents]: what belongs to each label, in order, summed by document."""
+        label_K = (self.labels_T != IGNORE).nonzero().squeeze(1)
+        document_K = torch.bucketize(label_K, self.documents.starts_S[1:].long(), right=True)
+        return values_K.new_zeros(len(self.starts) - 1).index_add(0, document_K, values_K)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -150,5 +156,9 @@ _passing: weakref.WeakKeyDictionary[nn.Module, Passing] = weakref.WeakKeyDiction
 
 
 def passing_of(model: nn.Module) -> Passing:
-    """The holder of this model, the same one whoever asks."""
-    return _passing.setdefault(model, Passing())
+    """The holder of this model, the same one whoever asks. A copied model's is the one that its layers were copied
+    with."""
+    if model not in _passing:
+        holders = (getattr(module, "passing", None) for module in model.modules())
+        _passing[model] = next((holder for holder in holders if isinstance(holder, Passing)), None) or Passing()
+    return _passing[model]

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.base.angles import stand_in_for_angles
-from deltaw.base.attention import packed_attention_of
+from deltaw.base.attention import is_packed, packed_attention_of
 from deltaw.base.batch import Batch, Pass, passing_of, segments_of
 from deltaw.base.head import Head, find_head
+from deltaw.base.objective import Objective, sft
 from deltaw.base.prefix import Prefix
 from deltaw.base.probe import REFUSALS, Probe, borders, masks_are_told, uncrossed
 from deltaw.base.small import small_copy
 from deltaw.errors import InputError
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import Logprobs, logprobs_of
 
 PACKED, PADDED, APART = "packed documents", "padded batches", "one document at a time"
 
@@ -43,6 +44,7 @@ class Forward:
     way: str
     why: str = ""  # what forbids a faster way
     prefix: Prefix | None = None  # frozen layers that are not computed again
+    attention: str = ""  # that the model was left on, where documents are packed
     positions: bool = False  # a padded batch says where its documents end: the model's angles depend on it
 
     @property
@@ -56,16 +58,22 @@ class Forward:
         below = f", {self.prefix.first} frozen layers computed once" if self.prefix else ""
         return f"{batches}, {head}{below}"
 
-    def loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """(sum over labelled tokens of the cross-entropy in nats, their count)."""
+    def loss(self, batch: Batch, objective: Objective = sft) -> tuple[Tensor, int]:
+        """(the objective's number, count of labelled tokens); by default the sum of their cross-entropies in nats."""
+        return objective(self._logprobs(batch), batch), batch.supervised
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[K] in float32: the log-probability of each labelled token, in order."""
+        return self._logprobs(batch).logp_K
+
+    def _logprobs(self, batch: Batch) -> Logprobs:
         if not batch.supervised:
-            return batch.tokens_T.new_zeros((), dtype=torch.float32), 0
+            nothing = torch.zeros(0, device=batch.tokens_T.device)
+            return Logprobs(nothing, nothing.sum())
         hidden_TX = self.rows(batch)
         if self.head is not None:
-            return self.head.loss(hidden_TX, batch.labels_T)
-        rows = batch.labels_T != IGNORE
-        loss = nn.functional.cross_entropy(hidden_TX[rows].float(), batch.labels_T[rows], reduction="sum")
-        return loss, batch.supervised
+            return self.head.logprobs(hidden_TX, batch.labels_T)
+        return logprobs_of(hidden_TX, batch.labels_T)
 
     def logits(self, batch: Batch) -> Tensor:
         """[T, V] in float32: for tests and small inputs; training never forms it."""
@@ -89,9 +97,7 @@ class Forward:
         """A row per token: hidden [T, D] where the head is known, else logits [T, V]."""
         tokens_T, starts = batch.tokens_T, batch.starts
         if self.packed:
-            if self.model.config._attn_implementation != passing_of(self.model).attention:  # type: ignore[union-attr]
-                # A copied model, or one whose attention was set since: its documents would see one another.
-                raise InputError("this model isn't on the attention it was planned with", fix="call plan_forward again")
+            self._check_attention()
             below = self.prefix.kept(batch) if self.prefix else None
             this = Pass(documents=batch.documents, segments=batch.segments(), below=below)
             return self._run(this, input_ids=tokens_T[None], position_ids=batch.positions_T[None]).squeeze(0)
@@ -114,6 +120,14 @@ class Forward:
             more["position_ids"][real_BL] = batch.positions_T
         this = Pass(segments=segments_of(batch.updates, [n * longest for n in range(len(starts))]))
         return self._run(this, input_ids=ids_BL, attention_mask=real_BL.long(), **more)[real_BL]
+
+    def _check_attention(self) -> None:
+        """Raise InputError for a copied model, or one whose attention was set since it was planned: its documents would
+        see one another."""
+        now = self.model.config._attn_implementation  # type: ignore[union-attr]
+        own = not is_packed(self.model) or passing_of(self.model).attention == now
+        if self.attention and (now != self.attention or not own):
+            raise InputError("this model isn't on the attention it was planned with", fix="call plan_forward again")
 
     def _run(self, this: Pass, **inputs: Any) -> Tensor:
         with passing_of(self.model).running(this):
@@ -147,7 +161,7 @@ def plan_forward(model: nn.Module) -> Forward:
     own = model.config._attn_implementation  # type: ignore[union-attr]
     why = _why_not_packed(model, probe, packed) or _why_not_further(model)
     if not why:
-        return packed
+        return dataclasses.replace(packed, attention=str(model.config._attn_implementation))  # type: ignore[union-attr]
     model.set_attn_implementation(own)  # type: ignore[operator]
     padded = dataclasses.replace(apart, way=PADDED, why=why)
     try:
@@ -163,8 +177,6 @@ def _why_not_packed(model: nn.Module, probe: Probe, packed: Forward) -> str:
         if not masks_are_told(model):
             return "this model's masks hide more than attention is told"
         model.set_attn_implementation(packed_attention_of(model))  # type: ignore[operator]
-        if model.config._attn_implementation != packed_attention_of(model):  # type: ignore[union-attr]
-            return "this model's attention can't be replaced"
         if probe.fits(packed.logits) and probe.isolated(model, packed.logits):
             return ""
     except NotImplementedError as error:

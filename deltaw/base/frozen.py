@@ -1,17 +1,22 @@
 """FrozenLinear: what an adapter needs to know of the layer underneath, and no more.
 
-`torch.nn.Linear` stores its weight `[out, in]`, GPT-2's `Conv1D` stores it `[in, out]`. The adapter's
-mathematics (y = x Wᵀ + b) should meet that difference in one place, so this module gives both the same face:
-`weight_MN` is a *view* `[out, in]`, never a copy, and `forward` calls the wrapped module itself, so that a
-fresh adapter is exactly the base, bit for bit, whatever kernel the base's own forward picks.
+`torch.nn.Linear` stores its weight `[out, in]`, GPT-2's `Conv1D` stores it `[in, out]`, and a quantised layer stores no
+matrix at all. The adapter's mathematics (y = x Wᵀ + b) should meet that difference in one place, so this module gives
+all of them the same face: `weight` is a `Weight` (kernels/weight.py), for the first two a *view* and never a copy, and
+`forward` calls the wrapped module itself, so that a fresh adapter is exactly the base, bit for bit, whatever kernel the
+base's own forward picks.
+
+A module of another kind takes part by saying itself what its weight is: it `BringsWeight`. That it computes x Wᵀ + b
+is its word, and attach tries it (adapter/trial.py).
 
 Wrapping writes nothing, `requires_grad` included: the base was frozen once, in `open_base`. `.module` is the
 original object, so unwrapping is putting it back.
 
-Only what computes x Wᵀ + b from its own weight can be wrapped, since an adapted layer computes that itself: the two
-classes, their subclasses that leave `forward` as it is, and those whose own comes to the same (Falcon's). That is found
-by value, on a copy of a few numbers in float64, where a quantising layer can't pass for rounding. A router or such a
-layer, though it inherits from nn.Linear, is refused, as is a quantised one, whose weight is no plain matrix.
+Otherwise only what computes x Wᵀ + b from its own weight can be wrapped, since an adapted layer computes that itself:
+the two classes, their subclasses that leave `forward` as it is, and those whose own comes to the same (Falcon's). That
+is found by value, on a copy of a few numbers in float64, where a quantising layer can't pass for rounding. A router or
+such a layer, though it inherits from nn.Linear, is refused, as is one whose weight is neither brought nor a plain
+matrix.
 
 Rejected: converting Conv1D to Linear (it would write to the base and change its state dict), and subclassing
 nn.Linear (its constructor allocates a weight of its own).
@@ -20,27 +25,61 @@ Letters: N in, M out, T rows.
 """
 
 import copy
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from deltaw.kernels.weight import DenseWeight, Weight
+
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@runtime_checkable
+class BringsWeight(Protocol):
+    """A module that computes x Wᵀ + bias and says what W is, however it stores it."""
+
+    bias: Tensor | None
+
+    def frozen_weight(self) -> Weight:
+        """Its weight as it is now. Asked for in every pass, so it makes no copy."""
+
+
+def has_weight(module: nn.Module) -> bool:
+    """Whether `weight_of` has an answer."""
+    return isinstance(module, nn.Linear | Conv1D | BringsWeight)
+
+
+def weight_of(module: nn.Module) -> Weight:
+    """The weight of a linear layer, also of one that can't be wrapped. Raises TypeError for what isn't one."""
+    if type(module) is not nn.Linear and isinstance(module, BringsWeight):
+        return module.frozen_weight()
+    if isinstance(module, nn.Linear):
+        return DenseWeight(module.weight)
+    if isinstance(module, Conv1D):
+        return DenseWeight(module.weight.t())
+    raise TypeError(f"{type(module).__name__} has no linear layer's weight")
+
+
 class FrozenLinear(nn.Module):
-    """One interface over nn.Linear and Conv1D. Raises TypeError for a module that `can_wrap` refuses."""
+    """One interface over nn.Linear, Conv1D and what brings its weight. Raises TypeError where `can_wrap` refuses."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         if not self.can_wrap(module):
-            raise TypeError(f"{type(module).__name__} is neither nn.Linear nor Conv1D with a plain floating weight")
+            raise TypeError(
+                f"{type(module).__name__} is neither nn.Linear nor Conv1D with a plain floating weight, nor brings one"
+            )
         self.module = module
 
     @staticmethod
     def can_wrap(module: nn.Module) -> bool:
-        """True for nn.Linear and Conv1D, and what computes the same, with a plain 2-D floating Parameter as weight."""
+        """True for nn.Linear and Conv1D, and what computes the same, with a plain 2-D floating Parameter as weight, and
+        for what brings its weight."""
+        if isinstance(module, BringsWeight):
+            return True
         weight = getattr(module, "weight", None)
         # The exact type: bitsandbytes and torchao subclass nn.Linear and swap the parameter's class.
         return (
@@ -52,10 +91,14 @@ class FrozenLinear(nn.Module):
         )
 
     @property
-    def weight_MN(self) -> Tensor:
-        """The weight as [out, in]: a view of the base's own storage."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight.t() if isinstance(self.module, Conv1D) else weight
+    def brings_weight(self) -> bool:
+        """Whether the module's weight is in a form of its own, which no sum W + ΔW can be put into."""
+        return isinstance(self.module, BringsWeight)
+
+    @property
+    def weight(self) -> Weight:
+        """W [M, N], of the base's own storage."""
+        return weight_of(self.module)
 
     @property
     def bias_M(self) -> Tensor | None:
@@ -63,12 +106,33 @@ class FrozenLinear(nn.Module):
         return self.module.bias  # type: ignore[return-value]
 
     @property
+    def transposed(self) -> bool:
+        """Whether the module stores W as [in, out]."""
+        return isinstance(self.module, Conv1D)
+
+    @property
     def in_features(self) -> int:
-        return self.weight_MN.shape[1]
+        return self.weight.shape[1]
 
     @property
     def out_features(self) -> int:
-        return self.weight_MN.shape[0]
+        return self.weight.shape[0]
+
+    @torch.no_grad()
+    def with_weight(self, w_MN: Tensor) -> nn.Module:
+        """A new frozen layer with this weight, rounded once to the dtype of its own, and the same bias: of the module's
+        own kind, an nn.Linear where the module brings its weight in a form of its own."""
+        if not self.brings_weight:
+            made = copy.deepcopy(self.module)
+            made.weight.copy_(w_MN.T if self.transposed else w_MN)  # type: ignore[operator]
+            return made
+        (m, n), weight, bias_M = w_MN.shape, self.weight, self.bias_M
+        linear = nn.Linear(n, m, bias=bias_M is not None, device="meta").to_empty(device=weight.device)
+        linear = linear.to(weight.dtype).requires_grad_(False)
+        linear.weight.copy_(w_MN)
+        if bias_M is not None:
+            linear.bias.copy_(bias_M)
+        return linear
 
     def forward(self, x_TN: Tensor) -> Tensor:
         """x Wᵀ + b as the wrapped module computes it. x: [..., in] -> [..., out]."""

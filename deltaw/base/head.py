@@ -1,51 +1,50 @@
-"""The output head fused into the loss: the logits of a whole batch are never formed.
+"""The output head, fused with the log-probabilities of the labels: the logits of a whole batch are never formed.
 
-A head is taken for a plain product with the scale and the soft cap that the config names. Whether the model does that
-is for the probe to say (probe.py); a head that does something else is left to the model.
+A head is taken for the product with its weight, with the scale and the soft cap that the config names. Whether the
+model does that is for the probe to say (probe.py), which asks for `logits`: made of the same weight as `logprobs`, so
+that a head which does something else is found out, and left to the model.
 
 Letters: T tokens, D hidden, V vocabulary.
 """
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from deltaw.kernels.loss import linear_cross_entropy
+from deltaw.base.frozen import has_weight, weight_of
+from deltaw.kernels.logprobs import Logprobs, capped, linear_logprobs
 
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden rows into logits: z = cap(scale · (W h + bias))."""
+    """What turns hidden rows into logits: z = cap(scale · (W h + bias)), W and bias those of a linear module."""
 
-    linear: nn.Linear
+    module: nn.Module
     scale: float = 1.0
     softcap: float | None = None
 
-    def loss(self, hidden_TD: Tensor, labels_T: Tensor) -> tuple[Tensor, int]:
-        """(sum of the losses in nats, count of labels)."""
-        return linear_cross_entropy(
-            hidden_TD,
-            self.linear.weight,
-            labels_T,
-            bias_V=self.linear.bias,
-            scale=self.scale,
-            softcap=self.softcap,
-        )
+    @property
+    def bias_V(self) -> Tensor | None:
+        return self.module.bias  # type: ignore[return-value]
+
+    def logprobs(self, hidden_TD: Tensor, labels_T: Tensor) -> Logprobs:
+        """What it says of the labels that aren't IGNORE."""
+        head = weight_of(self.module)
+        return linear_logprobs(hidden_TD, head, labels_T, bias_V=self.bias_V, scale=self.scale, softcap=self.softcap)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, V] in float32."""
-        z_TV = self.scale * self.linear(hidden_TD).float()
-        return z_TV if self.softcap is None else self.softcap * torch.tanh(z_TV / self.softcap)
+        z_TV = weight_of(self.module).matmul(hidden_TD, self.bias_V)
+        return capped(self.scale * z_TV.float(), self.softcap)
 
 
 def find_head(model: nn.Module) -> Head | None:
     """The output head as a plain product, with the scale and the cap that the config names; verified by the caller."""
-    linear = model.get_output_embeddings()  # type: ignore[operator]
-    if not isinstance(linear, nn.Linear) or model.base_model is model:
+    module = model.get_output_embeddings()  # type: ignore[operator]
+    if not has_weight(module) or model.base_model is model:
         return None
     config = model.config
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(linear, scale, softcap)
+    return Head(module, scale, softcap)

@@ -24,13 +24,14 @@ from torch import Tensor
 from deltaw.errors import InputError, listed
 from deltaw.files.safetensors import read_header, read_tensor
 from deltaw.files.shards import shards
+from deltaw.kernels.weight import DenseWeight, Weight
 
 SUFFIX = ".weight"
 HEADER_BYTES, TENSORS = 100_000_000, 1_000_000  # what `shards` accepts of a base
 
 
-class LinearWeights(Mapping[str, Tensor]):
-    """`weights[module path]` -> float32 [M, N] on the CPU, read when asked for; iteration gives the 2-D weights' paths.
+class LinearWeights(Mapping[str, Weight]):
+    """`weights[module path]` -> the weight in float32 on the CPU, read when asked for; iterating gives the 2-D ones.
 
     `transposed`: the linear layers of this base store [N, M] (GPT-2's Conv1D), so every matrix is turned; only ask for
     linear layers then. Raises InputError: at once for a folder that `shards` refuses, at a read for an unknown path
@@ -48,11 +49,11 @@ class LinearWeights(Mapping[str, Tensor]):
                     self._files[name.removesuffix(SUFFIX)] = file
                     self._shapes[name.removesuffix(SUFFIX)] = shapes[name]
 
-    def __getitem__(self, path: str) -> Tensor:
-        return self.read(path)[0]
+    def __getitem__(self, path: str) -> Weight:
+        return DenseWeight(self.read(path)[0])
 
     def read(self, path: str) -> tuple[Tensor, torch.dtype]:
-        """The same, and the type in which it is stored."""
+        """The matrix [M, N] itself, float32, and the type in which it is stored."""
         stored, shape = self._stored(path), self.shape(path)
         weight = read_tensor(self._files[stored], stored + SUFFIX)
         if not weight.is_floating_point():
@@ -69,8 +70,8 @@ class LinearWeights(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
     def __contains__(self, path: object) -> bool:
-        found = self._candidates(path) if isinstance(path, str) else []
-        return len(found) == 1 and len(self._shapes[found[0]]) == 2
+        candidates = self._candidates(path) if isinstance(path, str) else []
+        return len(candidates) == 1 and len(self._shapes[candidates[0]]) == 2
 
     def shape(self, path: str) -> tuple[int, int]:
         """(M, N), from the header alone. Raises InputError for an unknown path and for what is no matrix."""

@@ -12,6 +12,7 @@ and not by a table of CPUs: bfloat16 without hardware support was measured up to
 is part of what a run records, since it decides the last digits.
 """
 
+import copy
 import functools
 import time
 from dataclasses import dataclass
@@ -45,12 +46,20 @@ class Base:
     fingerprint: str
 
 
-def open_base(name: str | Source, *, dtype: Dtype = "auto", device: str = "auto", display: Display = QUIET) -> Base:
-    """Load a base, frozen, in eval mode, checked. Raises InputError, or RunError when memory runs out."""
+def open_base(
+    name: str | Source,
+    *,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    display: Display = QUIET,
+    config: Any = None,
+) -> Base:
+    """Load a base, frozen, in eval mode, checked. `config`: its config, where it was read already (`read_config`).
+    Raises InputError, or RunError when memory runs out."""
     source = name if isinstance(name, Source) else find_base(name, display=display)
     place = pick_device(device)
     number = fast_dtype(place.type) if dtype == "auto" else getattr(torch, dtype)
-    config = _config(source)
+    config = config or read_config(source)
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -79,10 +88,10 @@ def open_base(name: str | Source, *, dtype: Dtype = "auto", device: str = "auto"
     return Base(model, source, number, place, fingerprint(model))
 
 
-def open_skeleton(source: Source) -> nn.Module:
+def open_skeleton(source: Source, config: Any = None) -> nn.Module:
     """The base's modules without its weights (on the meta device): enough to see which layers an adapter would find,
-    before gigabytes are read."""
-    config = _config(source)
+    before gigabytes are read. `config`: as for `open_base`."""
+    config = copy.deepcopy(config or read_config(source))  # the model makes it its own
     try:
         with quiet(), torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -130,7 +139,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def fingerprint_of_files(source: Source) -> str:
     """The same of a folder's tensors, one in memory at a time: equal where the files hold the parameters alone."""
-    return fingerprint_of((tensor for _, tensor in read_tensors(source.directory)), _config(source))
+    return fingerprint_of((tensor for _, tensor in read_tensors(source.directory)), read_config(source))
 
 
 def check_finite(model: nn.Module, where: Path) -> None:
@@ -142,7 +151,7 @@ def check_finite(model: nn.Module, where: Path) -> None:
         )
 
 
-def _config(source: Source) -> Any:
+def read_config(source: Source) -> Any:
     """The transformers config of a decoder-only model, or InputError."""
     try:
         with quiet():

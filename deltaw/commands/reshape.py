@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltaw.adapter.algebra import Loss, mixed, pad_all, resize, scaled
+from deltaw.adapter.algebra import mixed, pad_all, resize, scaled
 from deltaw.adapter.combine import combine
+from deltaw.adapter.cut import Loss
 from deltaw.adapter.extract import extract_adapter, extract_folders
 from deltaw.adapter.file import Adapter
 from deltaw.config import load_config

@@ -11,7 +11,7 @@ import torch
 
 from deltaw.base.batch import Batch
 from deltaw.data.example import Example
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 
 
 def pack(examples: Sequence[Example]) -> Batch:

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from deltaw.adapter.algebra import energy_shares, low_rank_updates, pad, resize_global
-from deltaw.adapter.attach import Attached, attach, detach
+from deltaw.adapter.attach import Attached, attach, check_bare, detach
 from deltaw.adapter.file import Adapter
 from deltaw.data.example import Example
 from deltaw.errors import InputError
@@ -95,6 +95,7 @@ def carrying(model: Model, adapter: Adapter) -> Iterator[Attached]:
     if wrong := adapter.base.mismatch(model.id):
         raise InputError(f"the adapter does not belong to this base: {wrong}")
     if model.attached is None:
+        check_bare(model.base.model)  # rows that say nothing take an adapter that was there before
         attached = attach(model.base.model, adapter)
         try:
             yield attached

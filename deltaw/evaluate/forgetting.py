@@ -29,7 +29,7 @@ from deltaw.data.pack import pack
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
 from deltaw.generate.engine import evaluating
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 from deltaw.model import Model
 from deltaw.show.progress import Display
 

@@ -17,7 +17,6 @@ from deltaw.data.example import Example
 from deltaw.errors import InputError
 from deltaw.evaluate.budget import check_rows, restored
 from deltaw.evaluate.held_out import held_out_loss
-from deltaw.factors import Dense, LowRank
 from deltaw.model import Model
 from deltaw.show.progress import Display
 
@@ -54,14 +53,8 @@ def slide(
         trained = {path: layer.factors() for path, layer in layers.items()}
         for factor in factors:
             for path, layer in layers.items():
-                layer.set_factors(_times(trained[path], factor))
+                layer.set_factors(trained[path].times(factor))
             losses = [held_out_loss(model.forward, rows)[0] for rows in (task_examples, general_examples)]
             points.append(Point(factor, *losses))
             progress(len(points), f"{factor:g}: task {losses[0]:.4f}, general {losses[1]:.4f}")
     return points
-
-
-def _times(update: LowRank | Dense, factor: float) -> LowRank | Dense:
-    if isinstance(update, Dense):
-        return Dense(factor * update.delta_MN)
-    return LowRank(update.a_RN, update.b_MR, factor * update.scale)

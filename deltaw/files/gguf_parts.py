@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.errors import InputError, listed
-from deltaw.files.gguf_header import ALIGNMENT, Header, check_sizes, read_part
+from deltaw.files.gguf_header import ALIGNMENT, Header, read_part
+from deltaw.files.gguf_sizes import check_sizes
 
 NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
 MAX_PARTS = 1_000

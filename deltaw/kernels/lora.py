@@ -21,15 +21,23 @@ The factors may be wider than x (float32 masters, bfloat16 activations): they ar
 and their gradients come back in their own dtype. Rounding them at each use costs milliseconds of a step of seconds, so
 no copy is kept.
 
+A layer may carry several updates, and a pass may hold rows of each (segments.py). The base's product is one for all
+rows; each update is added to its own rows, x₁ of x, and gets its gradients from them alone:
+
+    y₁ = x₁ Wᵀ + bias + s (x₁ A₁ᵀ) B₁ᵀ      ∂L/∂A₁ = P₁ᵀ x₁      ∂L/∂B₁ = s G₁ᵀ H₁      ∂L/∂x₁ = G₁ W + P₁ A₁
+
+With one update for all rows these are the calls of the formula above and nothing else. W is a `Weight` (weight.py):
+`matmul` and `matmul_t` are all that is asked of it.
+
 The Functions take and give matrices [T, ·], and leading dimensions are put back outside: a view made inside a Function
 may not be written to, and a model may write into what a linear layer returned (Falcon adds attention to the MLP's).
 
-Letters: T rows (tokens), N inputs, M outputs, R rank, K the sum of the ranks of projections of one input.
+Letters: T rows of a pass or a segment, N inputs, M outputs, R rank, K the sum of the ranks of what reads one x.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,17 +45,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltaw.kernels.device import on_gpu
+from deltaw.kernels.segments import Segments
+from deltaw.kernels.weight import DenseWeight, Weight
+
+
+class Factors(NamedTuple):
+    """An update as it acts: scale · B A."""
+
+    a_RN: Tensor
+    b_MR: Tensor
+    scale: float
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A frozen linear layer and the update beside it; no factors, no update."""
+    """A frozen linear layer and the updates beside it, by their numbers.
 
-    w_MN: Tensor
+    `segments`: which rows take which; None: all rows take the only one. Rows whose update isn't here are the base's.
+    """
+
+    weight: Weight
     bias_M: Tensor | None = None
-    a_RN: Tensor | None = None
-    b_MR: Tensor | None = None
-    scale: float = 0.0
+    updates: Mapping[int, Factors] = field(default_factory=dict)
+    segments: Segments | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +89,7 @@ ACTIVATIONS = {
 
 def lora_linear(x_TN: Tensor, w_MN: Tensor, bias_M: Tensor | None, a_RN: Tensor, b_MR: Tensor, scale: float) -> Tensor:
     """x Wᵀ + bias + scale (x Aᵀ) Bᵀ -> [..., M] in x's dtype. x is [..., N]; only x, A and B can get gradients."""
-    return lora_linears(x_TN, [Projection(w_MN, bias_M, a_RN, b_MR, scale)])[0]
+    return lora_linears(x_TN, [Projection(DenseWeight(w_MN), bias_M, {0: Factors(a_RN, b_MR, scale)})])[0]
 
 
 def lora_linears(x_TN: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
@@ -86,24 +106,36 @@ def lora_gated_mlp(x_TN: Tensor, gate: Projection, up: Projection, down: Project
 
 
 def lora_linear_plain(
-    x_TN: Tensor, w_MN: Tensor, bias_M: Tensor | None, a_RN: Tensor | None, b_MR: Tensor | None, scale: float
+    x_TN: Tensor, w_MN: Tensor, bias_M: Tensor | None, a_RN: Tensor, b_MR: Tensor, scale: float
 ) -> Tensor:
     """The same formula through autograd: the twin that `lora_linear` is tested against."""
-    if a_RN is None or b_MR is None:
-        return F.linear(x_TN, w_MN, bias_M)
-    a, b = a_RN.to(x_TN.dtype), b_MR.to(x_TN.dtype)
-    return F.linear(x_TN, w_MN, bias_M) + scale * F.linear(F.linear(x_TN, a), b)
+    return _plain(x_TN, Projection(DenseWeight(w_MN), bias_M, {0: Factors(a_RN, b_MR, scale)}))
 
 
 def lora_linears_plain(x_TN: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
     """The twin of `lora_linears`."""
-    return tuple(lora_linear_plain(x_TN, p.w_MN, p.bias_M, p.a_RN, p.b_MR, p.scale) for p in projections)
+    return tuple(_plain(x_TN, p) for p in projections)
 
 
 def lora_gated_mlp_plain(x_TN: Tensor, gate: Projection, up: Projection, down: Projection, activation: str) -> Tensor:
     """The twin of `lora_gated_mlp`."""
     g, u = lora_linears_plain(x_TN, [gate, up])
     return lora_linears_plain(ACTIVATIONS[activation].forward(g) * u, [down])[0]
+
+
+def _plain(x_TN: Tensor, projection: Projection) -> Tensor:
+    """The same of a projection, on the matrix itself."""
+    y_TM = F.linear(x_TN, projection.weight.dense(), projection.bias_M)
+    if projection.segments is None:
+        for a_RN, b_MR, scale in projection.updates.values():  # one at most
+            y_TM = y_TM + scale * F.linear(F.linear(x_TN, a_RN.to(x_TN.dtype)), b_MR.to(x_TN.dtype))
+        return y_TM
+    rows_TN, low_TM = x_TN.reshape(-1, x_TN.shape[-1]), torch.zeros_like(y_TM).view(-1, y_TM.shape[-1])
+    for update, start, end in projection.segments:
+        if factors := projection.updates.get(update):
+            a, b = factors.a_RN.to(x_TN.dtype), factors.b_MR.to(x_TN.dtype)
+            low_TM[start:end] = factors.scale * F.linear(F.linear(rows_TN[start:end], a), b)
+    return y_TM + low_TM.view_as(y_TM)
 
 
 def _gated(g_TI: Tensor, u_TI: Tensor, activation: str) -> Tensor:
@@ -127,120 +159,168 @@ def _gated_back(d_TI: Tensor, g_TI: Tensor, u_TI: Tensor, activation: str) -> tu
     return inner, act.backward(d_TI.mul_(u_TI), g_TI), du
 
 
-def _project(x_TN: Tensor, projections: Sequence[Projection]) -> tuple[list[Tensor], Tensor | None]:
-    """(each output [T, M], H [T, K] or None where nothing has an update)."""
-    a_KN = _stacked_a(projections, x_TN.dtype)
-    h_TK = None if a_KN is None else x_TN @ a_KN.T
-    ys, at = [], 0
-    for p in projections:
-        y_TM = F.linear(x_TN, p.w_MN, p.bias_M)
-        if h_TK is not None and p.b_MR is not None:
-            rank = p.b_MR.shape[1]
-            y_TM.addmm_(h_TK[:, at : at + rank], p.b_MR.to(x_TN.dtype).T, alpha=p.scale)
-            at += rank
+class _Span(NamedTuple):
+    """Rows that take the same updates: all (None), or a segment. By projection: the update and its number, if any."""
+
+    rows: slice | None
+    updates: tuple[tuple[int, Factors] | None, ...]
+
+    def of(self, x_TN: Tensor) -> Tensor:
+        """Its rows of a matrix: the matrix itself, or a view."""
+        return x_TN if self.rows is None else x_TN[self.rows]
+
+    def stacked_a(self, dtype: torch.dtype) -> Tensor:
+        """[A₁; A₂; …] as [K, N] in `dtype`."""
+        parts = [update[1].a_RN for update in self.updates if update is not None]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+
+
+def _spans(projections: Sequence[Projection], rows: int) -> list[_Span]:
+    """The spans with an update, in a pass of so many rows. Raises ValueError for segments that lie outside it, and
+    where the projections' differ."""
+    adapted = [p for p in projections if p.updates]
+    if not adapted:
+        return []
+    segments = adapted[0].segments
+    if any(p.segments != segments for p in adapted[1:]):
+        raise ValueError("projections of one input with different segments")
+    if segments is None:
+        if any(len(p.updates) > 1 for p in adapted):
+            raise ValueError("several updates, and no segments that say which rows take which")
+        return [_Span(None, tuple(next(iter(p.updates.items()), None) for p in projections))]
+    spans = []
+    for update, start, end in segments:
+        if not 0 <= start <= end <= rows:
+            raise ValueError(f"a segment of the rows {start} to {end}, of {rows}")
+        taken = tuple((update, p.updates[update]) if update in p.updates else None for p in projections)
+        if end > start and any(one is not None for one in taken):
+            spans.append(_Span(slice(start, end), taken))
+    return spans
+
+
+def _project(
+    x_TN: Tensor, projections: Sequence[Projection], spans: Sequence[_Span]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(each output [T, M], H [T, K] of each span)."""
+    hs = [span.of(x_TN) @ span.stacked_a(x_TN.dtype).T for span in spans]
+    ys, at = [], [0] * len(spans)
+    for number, p in enumerate(projections):
+        y_TM = p.weight.matmul(x_TN, p.bias_M)
+        for i, span in enumerate(spans):
+            if (update := span.updates[number]) is not None:
+                _, (_, b_MR, scale) = update
+                rank = b_MR.shape[1]
+                span.of(y_TM).addmm_(hs[i][:, at[i] : at[i] + rank], b_MR.to(x_TN.dtype).T, alpha=scale)
+                at[i] += rank
         ys.append(y_TM)
-    return ys, h_TK
+    return ys, hs
 
 
-def _back_to_input(p_TK: Tensor | None, grads: Sequence[Tensor], projections: Sequence[Projection]) -> Tensor:
+def _back_to_input(
+    ps: Sequence[Tensor], grads: Sequence[Tensor], projections: Sequence[Projection], spans: Sequence[_Span]
+) -> Tensor:
     """∂L/∂x [T, N] = Σ G W + P A."""
-    dx_TN = grads[0] @ projections[0].w_MN
+    dx_TN = projections[0].weight.matmul_t(grads[0])
     for g_TM, p in zip(grads[1:], projections[1:], strict=True):
-        dx_TN.addmm_(g_TM, p.w_MN)
-    a_KN = _stacked_a(projections, dx_TN.dtype)
-    return dx_TN if p_TK is None or a_KN is None else dx_TN.addmm_(p_TK, a_KN)
+        p.weight.matmul_t(g_TM, onto=dx_TN)
+    for p_TK, span in zip(ps, spans, strict=True):
+        span.of(dx_TN).addmm_(p_TK, span.stacked_a(dx_TN.dtype))
+    return dx_TN
 
 
-def _rank_space(grads: Sequence[Tensor], projections: Sequence[Projection]) -> Tensor | None:
-    """P [T, K] = s · G B of each projection with an update, side by side; None where there is none."""
-    parts = [
-        (g_TM @ p.b_MR.to(g_TM.dtype)).mul_(p.scale)
-        for g_TM, p in zip(grads, projections, strict=True)
-        if p.b_MR is not None
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1) if parts else None
+def _rank_space(grads: Sequence[Tensor], spans: Sequence[_Span]) -> list[Tensor]:
+    """P [T, K] = s · G B of each span: those of the projections with an update, side by side."""
+    ps = []
+    for span in spans:
+        parts = [
+            (span.of(g_TM) @ update[1].b_MR.to(g_TM.dtype)).mul_(update[1].scale)
+            for g_TM, update in zip(grads, span.updates, strict=True)
+            if update is not None
+        ]
+        ps.append(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+    return ps
 
 
 def _back_to_factors(
     x_TN: Tensor | None,
-    h_TK: Tensor | None,
-    p_TK: Tensor | None,
+    hs: Sequence[Tensor],
+    ps: Sequence[Tensor],
     grads: Sequence[Tensor],
     projections: Sequence[Projection],
+    spans: Sequence[_Span],
 ) -> list[Tensor | None]:
-    """∂L/∂A and ∂L/∂B of each projection in turn; None where it has no update."""
-    if x_TN is None or h_TK is None or p_TK is None:
-        return [None, None] * len(projections)
-    da_KN, at = p_TK.T @ x_TN, 0
-    factor_grads: list[Tensor | None] = []
-    for g_TM, p in zip(grads, projections, strict=True):
-        if p.a_RN is None or p.b_MR is None:
-            factor_grads += [None, None]
-            continue
-        rows = slice(at, at + len(p.a_RN))
-        # R x M, then transposed: the long side of G is read in the order it lies in memory.
-        db_MR = (h_TK[:, rows].T @ g_TM).T.to(p.b_MR.dtype).mul_(p.scale)
-        factor_grads += [da_KN[rows].to(p.a_RN.dtype), db_MR]
-        at = rows.stop
-    return factor_grads
+    """∂L/∂A and ∂L/∂B of each update of each projection in turn; None where no row took it."""
+    sums: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for h_TK, p_TK, span in zip(hs, ps, spans, strict=True):
+        assert x_TN is not None
+        da_KN, at = p_TK.T @ span.of(x_TN), 0
+        for number, (g_TM, update) in enumerate(zip(grads, span.updates, strict=True)):
+            if update is None:
+                continue
+            key, (a_RN, b_MR, scale) = (number, update[0]), update[1]
+            rows = slice(at, at + len(a_RN))
+            # R x M, then transposed: the long side of G is read in the order it lies in memory.
+            db_MR = (h_TK[:, rows].T @ span.of(g_TM)).T.to(b_MR.dtype).mul_(scale)
+            da_RN = da_KN[rows].to(a_RN.dtype)
+            if key in sums:  # another segment of the same update
+                da_RN, db_MR = da_RN + sums[key][0], db_MR + sums[key][1]
+            sums[key], at = (da_RN, db_MR), rows.stop
+    return [
+        gradient
+        for number, p in enumerate(projections)
+        for update in p.updates
+        for gradient in sums.get((number, update), (None, None))
+    ]
 
 
-def _stacked_a(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
-    """[A₁; A₂; …] as [K, N] in `dtype`, or None."""
-    parts = [p.a_RN for p in projections if p.a_RN is not None]
-    if not parts:
-        return None
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
-
-
-def _factors(projections: Sequence[Projection]) -> list[Tensor | None]:
-    """A and B of each: autograd sees a Function's tensors only where they are arguments of their own."""
-    return [factor for p in projections for factor in (p.a_RN, p.b_MR)]
+def _factors(projections: Sequence[Projection]) -> list[Tensor]:
+    """A and B of each update of each: autograd sees a Function's tensors only where they are arguments of their own."""
+    return [factor for p in projections for update in p.updates.values() for factor in update[:2]]
 
 
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_TN: Tensor, projections: Sequence[Projection], *factors: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        ys, h_TK = _project(x_TN, projections)
+    def forward(ctx: Any, x_TN: Tensor, projections: Sequence[Projection], *factors: Tensor) -> tuple[Tensor, ...]:
+        spans = _spans(projections, len(x_TN))
+        ys, hs = _project(x_TN, projections, spans)
         # The factors are kept so that autograd sees it when one is written to before the backward.
-        ctx.save_for_backward(x_TN if h_TK is not None else None, h_TK, *factors)
-        ctx.projections = projections
+        ctx.save_for_backward(x_TN if spans else None, *hs, *factors)
+        ctx.projections, ctx.spans = projections, spans
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TN, h_TK, *_ = ctx.saved_tensors
-        p_TK = _rank_space(grads, ctx.projections)
-        dx_TN = _back_to_input(p_TK, grads, ctx.projections) if ctx.needs_input_grad[0] else None
-        return dx_TN, None, *_back_to_factors(x_TN, h_TK, p_TK, grads, ctx.projections)
+        projections, spans = ctx.projections, ctx.spans
+        x_TN, *saved = ctx.saved_tensors
+        hs, ps = saved[: len(spans)], _rank_space(grads, spans)
+        dx_TN = _back_to_input(ps, grads, projections, spans) if ctx.needs_input_grad[0] else None
+        return dx_TN, None, *_back_to_factors(x_TN, hs, ps, grads, projections, spans)
 
 
 class _LoRAGatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_TN: Tensor, three: Sequence[Projection], activation: str, *factors: Tensor | None
-    ) -> Tensor:
-        (g, u), h_TK = _project(x_TN, three[:2])
-        (y_TM,), down_TR = _project(_gated(g, u, activation), three[2:])
-        ctx.save_for_backward(x_TN if h_TK is not None else None, h_TK, g, u, down_TR, *factors)
-        ctx.three, ctx.activation = three, activation
+    def forward(ctx: Any, x_TN: Tensor, three: Sequence[Projection], activation: str, *factors: Tensor) -> Tensor:
+        pair, down = _spans(three[:2], len(x_TN)), _spans(three[2:], len(x_TN))
+        (g, u), pair_hs = _project(x_TN, three[:2], pair)
+        (y_TM,), down_hs = _project(_gated(g, u, activation), three[2:], down)
+        ctx.save_for_backward(x_TN if pair else None, g, u, *pair_hs, *down_hs, *factors)
+        ctx.three, ctx.activation, ctx.spans = three, activation, (pair, down)
         return y_TM
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
-        x_TN, h_TK, g, u, down_TR, *_ = ctx.saved_tensors
-        pair, down = ctx.three[:2], ctx.three[2:]
-        rows = [grad_TM]
-        down_p = _rank_space(rows, down)
-        if h_TK is None and not ctx.needs_input_grad[0]:  # nothing below down_proj trains
-            inner = _gated(g, u, ctx.activation)
-            return None, None, None, *[None] * 4, *_back_to_factors(inner, down_TR, down_p, rows, down)
-        inner, dg, du = _gated_back(_back_to_input(down_p, rows, down), g, u, ctx.activation)
-        down_grads = _back_to_factors(inner, down_TR, down_p, rows, down)
-        pair_p = _rank_space([dg, du], pair)
-        dx_TN = _back_to_input(pair_p, [dg, du], pair) if ctx.needs_input_grad[0] else None
-        return dx_TN, None, None, *_back_to_factors(x_TN, h_TK, pair_p, [dg, du], pair), *down_grads
+        (pair, down), three, rows = ctx.spans, ctx.three, [grad_TM]
+        x_TN, g, u, *saved = ctx.saved_tensors
+        pair_hs, down_hs = saved[: len(pair)], saved[len(pair) : len(pair) + len(down)]
+        down_ps = _rank_space(rows, down)
+        if not pair and not ctx.needs_input_grad[0]:  # nothing below down_proj trains
+            inner, nothing = _gated(g, u, ctx.activation), [None] * len(_factors(three[:2]))
+            return None, None, None, *nothing, *_back_to_factors(inner, down_hs, down_ps, rows, three[2:], down)
+        inner, dg, du = _gated_back(_back_to_input(down_ps, rows, three[2:], down), g, u, ctx.activation)
+        down_grads = _back_to_factors(inner, down_hs, down_ps, rows, three[2:], down)
+        pair_ps = _rank_space([dg, du], pair)
+        dx_TN = _back_to_input(pair_ps, [dg, du], three[:2], pair) if ctx.needs_input_grad[0] else None
+        pair_grads = _back_to_factors(x_TN, pair_hs, pair_ps, [dg, du], three[:2], pair)
+        return dx_TN, None, None, *pair_grads, *down_grads

@@ -7,7 +7,7 @@
     gated_backward      inner again,  dg = d ∘ u ∘ act′(g),  du = d ∘ act(g)
     cross_entropy_      loss = logsumexp(z) − z[label] and, in the place of the logits, ∂loss/∂logits
 
-The formulas are those of norm.py, rotary.py, lora.py and loss.py, which derive them and which stay the twins that
+The formulas are those of norm.py, rotary.py, lora.py and logprobs.py, which derive them and which stay the twins that
 these are tested against. What a GPU adds is the cost of a pass: the gated MLP's backward in PyTorch's operations reads
 or writes a [T, I] tensor fourteen times, here six. Everything is float32 inside and rounded once, on the way out.
 
@@ -35,7 +35,6 @@ import triton.language as tl
 from torch import Tensor
 
 from deltaw.kernels.device import WIDEST
-from deltaw.kernels.loss import IGNORE
 
 TILE = 4096  # elements a program of the norm takes, in whole rows
 FLAT = 1024
@@ -99,7 +98,7 @@ def gated_backward(d_TI: Tensor, g_TI: Tensor, u_TI: Tensor, activation: str) ->
 def cross_entropy_(z_CV: Tensor, labels_C: Tensor, scale: float = 1.0, softcap: float | None = None) -> Tensor:
     """The losses in nats, [C] in float32; z, the head's raw product, becomes ∂(their sum)/∂z in its own dtype.
 
-    The loss is taken of cap(scale · z). A label of IGNORE gives 0 and no gradient; one outside the vocabulary NaN.
+    The loss is taken of cap(scale · z). A label outside the vocabulary gives NaN.
     """
     if z_CV.stride(1) != 1:
         raise ValueError("the rows of z must be contiguous: it is overwritten")
@@ -107,7 +106,7 @@ def cross_entropy_(z_CV: Tensor, labels_C: Tensor, scale: float = 1.0, softcap: 
     loss_C = torch.empty(C, dtype=torch.float32, device=z_CV.device)
     block = min(_block(V), VOCABULARY)
     cap, warps = 1.0 if softcap is None else softcap, 16 if block == VOCABULARY else 4
-    options = {"IGNORED": IGNORE, "CAPPED": softcap is not None, "BLOCK": block, "num_warps": warps}
+    options = {"CAPPED": softcap is not None, "BLOCK": block, "num_warps": warps}
     with torch.cuda.device_of(z_CV):
         _cross_entropy[(C,)](z_CV, labels, loss_C, z_CV.stride(0), V, scale, cap, **options)
     return loss_C
@@ -303,7 +302,6 @@ def _cross_entropy(
     V: tl.tensor,
     scale: tl.tensor,
     cap: tl.tensor,
-    IGNORED: tl.constexpr,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -327,7 +325,7 @@ def _cross_entropy(
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
         top = higher
     loss = tl.log(total) + (top - at_label)  # large ones cancel before anything is rounded to their size
-    tl.store(loss_at + row, tl.where(label == IGNORED, 0.0, tl.where(known, loss, float("nan"))))
+    tl.store(loss_at + row, tl.where(known, loss, float("nan")))
     # Every warp must have read the label's logit before any overwrites it.
     tl.debug_barrier()
     for start in range(0, V, BLOCK):
@@ -339,4 +337,4 @@ def _cross_entropy(
             z = cap * t
             slope = scale * bend
         d = slope * (tl.exp(z - top) / total - tl.where(col == label, 1.0, 0.0))
-        tl.store(z_row + col, tl.where(label == IGNORED, 0.0, d), mask=col < V)
+        tl.store(z_row + col, d, mask=col < V)

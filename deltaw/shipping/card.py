@@ -82,7 +82,7 @@ def _front_matter(trained: Trained, form: Form) -> str:
     if builtin:
         fields["license"] = builtin.licence
     fields |= {"library_name": form.library, "pipeline_tag": "text-generation"}
-    kind = "full" if trained.adapter.spec.full else "dora" if trained.adapter.spec.magnitude else "lora"
+    kind = trained.adapter.spec.kind
     fields["tags"] = list(dict.fromkeys((kind, *form.tags, "deltaw")))
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()]
     return "\n".join(["---", *lines, "---", ""])

@@ -28,7 +28,7 @@ from torch import Tensor
 from deltaw.adapter.algebra import baked
 from deltaw.base.load import open_skeleton
 from deltaw.errors import InputError, listed
-from deltaw.factors import DoRA, LowRank
+from deltaw.factors import LowRank
 from deltaw.files.atomic import write_text_atomic
 from deltaw.files.safetensors import save_safetensors
 from deltaw.shipping.beside import beside_size, write_beside
@@ -91,16 +91,16 @@ class MlxAdapter(Destination):
     def _tensors(self, lows: Mapping[str, LowRank]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for path, low in lows.items():
-            name, update = self.names[path], self.trained.adapter.factors[path]
+            name, magnitude_M = self.names[path], self.trained.adapter.factors[path].tensors().get("magnitude")
             tensors |= {f"{name}.lora_a": low.a_RN.T, f"{name}.lora_b": low.b_MR.T}
-            if isinstance(update, DoRA):
-                tensors[f"{name}.m"] = update.magnitude_M
+            if magnitude_M is not None:
+                tensors[f"{name}.m"] = magnitude_M
         return {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
 
     def _config(self, lows: Mapping[str, LowRank]) -> dict[str, object]:
         places = [match for name in self.names.values() if (match := BLOCK.fullmatch(name))]
         return {
-            "fine_tune_type": "dora" if self.trained.adapter.spec.magnitude else "lora",
+            "fine_tune_type": self.trained.adapter.spec.kind,
             "num_layers": self.blocks - min(int(place["number"]) for place in places),
             "lora_parameters": {
                 "rank": next(iter(lows.values())).rank,
@@ -119,7 +119,4 @@ def mlx_name(path: str, kind: str) -> str:
 
 def lows_of(trained: Trained) -> dict[str, LowRank]:
     """The low-rank part of each update of an adapter that isn't full fine-tuning."""
-    lows = {
-        path: update.low if isinstance(update, DoRA) else update for path, update in trained.adapter.factors.items()
-    }
-    return {path: low for path, low in lows.items() if isinstance(low, LowRank)}
+    return {path: LowRank.of(update.tensors(), update.scale) for path, update in trained.adapter.factors.items()}

@@ -119,7 +119,7 @@ def rows_of(lab: Lab, name: str, adapter: Adapter) -> dict[str, Row]:
     with one_thread():
         for path, m in found.items():
             if m.base and m.base.amplification.factor:
-                chance = on_random(lab.weights[path], m.base.amplification.directions, generator)
+                chance = on_random(lab.weights[path].dense(), m.base.amplification.directions, generator)
                 rows[path] = row_of(m.base, chance)
     return rows
 

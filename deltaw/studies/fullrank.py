@@ -22,7 +22,7 @@ from deltaw.analysis import pictures
 from deltaw.analysis.measure import ENERGY, in_order
 from deltaw.analysis.page import Picture, Table
 from deltaw.analysis.words import place
-from deltaw.factors import Dense, Update
+from deltaw.factors import Update
 from deltaw.linalg.rank import energy_rank
 from deltaw.linalg.threads import one_thread
 from deltaw.studies.lab import Lab
@@ -111,10 +111,11 @@ def spectra_of(lab: Lab, name: str, adapter: Adapter) -> dict[str, Tensor]:
 
 
 def singular_values(update: Update) -> Tensor:
-    """σ of ΔW, float64, descending, of `LowRank` and of `Dense`."""
-    if not isinstance(update, Dense):
-        return update.svd()[1].double()  # type: ignore[union-attr]
-    x_MN = update.delta_MN.double()
+    """σ of ΔW, float64, descending; of a full rank from the smaller Gram matrix, which is faster."""
+    plain = update.plain()
+    if plain.rank < min(plain.shape):
+        return plain.svd()[1].double()
+    x_MN = plain.dense().double()
     wide = x_MN if x_MN.shape[0] <= x_MN.shape[1] else x_MN.T
     return torch.linalg.eigvalsh(wide @ wide.T).flip(-1).clamp(min=0).sqrt()
 

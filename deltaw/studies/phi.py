@@ -118,8 +118,8 @@ def changed(adapter: Adapter, how: Callable[[Update], LowRank]) -> Adapter:
 
 def of_a(update: Update) -> LowRank:
     """A with a B that turns nothing: the same right singular vectors as A, whose left ones say nothing."""
-    assert isinstance(update, LowRank)
-    return LowRank(update.a_RN, torch.eye(*update.b_MR.shape))
+    low = update.low_rank()
+    return LowRank(low.a_RN, torch.eye(*low.b_MR.shape))
 
 
 def gaussian(seed: int) -> Callable[[Update], LowRank]:

@@ -9,16 +9,71 @@ of weights, rows and template to say, which are compared once these are read. `t
 divided, not which rows it trains on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from deltaw.config import RunConfig
+from deltaw.base.fingerprint import same_base
+from deltaw.config import RunConfig, load_config, parse_config
 from deltaw.errors import InputError, listed
+from deltaw.run import Run
+from deltaw.show.progress import Display
+from deltaw.training.checkpoint import Saved, checkpoint_at, is_whole
+from deltaw.training.learner import Learner
+from deltaw.training.optim import WARMUP
 
 FIXED = ("adapter", "data", "train.seed", "train.tokens_per_step", "train.dtype")
 NAMES = ("data.train", "data.eval")  # of FIXED, what is only a name
 FREE = ("output",)  # the run folder was moved
 MEASURING = "evaluate."  # all that a finished run can still be asked
+
+
+def settled(
+    run: Run, saved: Saved | None, overrides: Iterable[str], *, allow: bool, finished: bool, display: Display
+) -> tuple[RunConfig, bool]:
+    """The settings that the run goes on with, and whether they are others than its config.yaml says. Raises InputError
+    where it can't go on with them."""
+    written = load_config(run.config)
+    # The checkpoint knows what it was made with, whatever was written into config.yaml since.
+    began = parse_config(saved.state.config, source="the checkpoint", begun=True) if saved else written
+    began, config = (_as_begun(one, saved) for one in (began, load_config(run.config, overrides)))
+    for line in check_changes(began, config, allow=allow, run=str(run.folder), finished=finished):
+        display.say(f"changed: {line}")
+    config = config.model_copy(update={"output": str(run.folder)})  # it may have been moved since it was started
+    if saved is not None and config.train.steps:  # `restore` looks for itself, when much has been read
+        check_length(config.train.steps, saved.state.step, run=str(run.folder))
+    return config, config != written
+
+
+def _as_begun(config: RunConfig, saved: Saved | None) -> RunConfig:
+    """The config as it was meant when the run began: a checkpoint that doesn't say which deltaw wrote it is from when a
+    warm-up of 10, the default, was cut to a tenth of a short run, which now needs that it is left open."""
+    if saved is None or "deltaw" in saved.state.conditions or config.train.warmup_steps != WARMUP:
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"warmup_steps": None})})
+
+
+def restore(learner: Learner, saved: Saved, run: Run, display: Display) -> None:
+    """Take up a checkpoint. Raises InputError when it belongs to another base, data, template or adapter."""
+    now, then = learner.state.fingerprints, saved.state.fingerprints
+    changed = [name for name, value in now.items() if not same_base(then.get(name, ""), value)]
+    if changed:
+        raise InputError(
+            f"{run.folder} can't go on: its {' and '.join(changed)} changed since it was stopped",
+            fix="put it back as it was, or start a new run",
+        )
+    check_length(learner.total, saved.state.step, run=str(run.folder))
+    now, then = learner.state.conditions, saved.state.conditions
+    learner.restore(saved)
+    other = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
+    if other:
+        display.say(f"warning: it goes on with {', '.join(other)}: the last bits will differ")
+    state = learner.state
+    if state.best_step and not is_whole(checkpoint_at(run.checkpoints, state.best_step)):
+        display.say(f"warning: step {state.best_step} was the best, but its checkpoint is gone: what comes now decides")
+        state.best_step, state.best_loss = 0, None
+    if missing := run.cut_metrics(state.metrics_lines):
+        display.say(f"{run.metrics} lacks {missing} of the {state.metrics_lines} lines it had")
+    display.say(f"resumed after step {state.step} of {learner.total}")
 
 
 def differences(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -25,7 +25,6 @@ order of the data is one of (seed, epoch). There is no other randomness in a run
 import contextlib
 import hashlib
 import json
-import secrets
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,16 +33,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.adapter.attach import Attached
 from deltaw.errors import DeltawError, InputError, RunError, listed
-from deltaw.files.atomic import fsync, write_text_atomic
+from deltaw.files.atomic import fsync, remove, replacing_folder, sweep, temporary_name, write_text_atomic
 from deltaw.files.safetensors import load_safetensors, save_safetensors
 from deltaw.files.strict_json import read_json
 from deltaw.show.progress import Display
 from deltaw.version import VERSION
 
 FACTORS, MOMENTS, STATE, MANIFEST = "factors.safetensors", "moments.safetensors", "state.json", "manifest.sha256"
-FIRST, SECOND = ".first", ".second"  # moments of AdamW
 
 
 @dataclass
@@ -81,42 +78,34 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 
 class Saved(NamedTuple):
-    """A checkpoint as read: the state, and tensors by name."""
+    """What a checkpoint holds: the state, and tensors by name."""
 
     state: TrainState
     factors: dict[str, Tensor]
     moments: dict[str, Tensor]
 
 
-def save_checkpoint(
-    folder: Path, state: TrainState, attached: Attached, optimizer: torch.optim.Optimizer, keep: int
-) -> Path:
+def save_checkpoint(folder: Path, saved: Saved, keep: int) -> Path:
     """Write step-NNNNNN, then rotate. When this has returned, the checkpoint outlives a power cut.
 
     Raises RunError when the disk refuses; then everything that was there is as it was.
     """
-    factors, moments = _factors(attached), _moments(attached, optimizer)
+    state, factors, moments = saved
     final = checkpoint_at(folder, state.step)
-    temporary = _aside(final)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        sweep(folder)
         _check_room(folder, [*factors.values(), *moments.values()])
-        temporary.mkdir()
-        save_safetensors(factors, temporary / FACTORS)
-        save_safetensors(moments, temporary / MOMENTS)
-        write_text_atomic(temporary / STATE, json.dumps(asdict(state), indent=2))
-        write_text_atomic(temporary / MANIFEST, _manifest(temporary))
-        if final.exists():  # a broken one, after which this run went on from the one before
-            final.rename(_aside(final))
-        temporary.rename(final)
-        fsync(folder)
+        # What stands there is a broken one, after which this run went on from the one before.
+        with replacing_folder(final, fix="") as temporary:
+            save_safetensors(factors, temporary / FACTORS)
+            save_safetensors(moments, temporary / MOMENTS)
+            write_text_atomic(temporary / STATE, json.dumps(asdict(state), indent=2))
+            write_text_atomic(temporary / MANIFEST, _manifest(temporary))
         fsync(folder.parent)
     except (OSError, RunError) as error:
-        reason = error.what.replace(f"{temporary}/", "") if isinstance(error, RunError) else str(error)
-        raise RunError(f"{final}: {reason}", fix="nothing was lost; free space, then resume the run") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.what if isinstance(error, RunError) else f"{final}: {error}"
+        raise RunError(reason, fix="nothing was lost; free space, then resume the run") from None
     _rotate(folder, keep)
     return final
 
@@ -169,53 +158,6 @@ def is_whole(path: Path) -> bool:
     return False
 
 
-def put_back(attached: Attached, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
-    """Put a checkpoint's numbers back. Raises InputError when they are not this adapter's."""
-    put_factors_back(attached, saved)
-    wanted = {name + moment for name in _parameters(attached) for moment in (FIRST, SECOND)}
-    if saved.moments.keys() != wanted:
-        raise InputError("the checkpoint's moments are not of this adapter's parameters")
-    for name, parameter in _parameters(attached).items():
-        optimizer.state[parameter] = {
-            # fused AdamW keeps its count on the parameter's device
-            "step": torch.tensor(float(saved.state.step - saved.state.skipped), device=parameter.device),
-            "exp_avg": saved.moments[name + FIRST].to(parameter.device),
-            "exp_avg_sq": saved.moments[name + SECOND].to(parameter.device),
-        }
-
-
-def put_factors_back(attached: Attached, saved: Saved) -> None:
-    """The factors alone: of the best step, when a run ends. Raises InputError when they are not this adapter's."""
-    if {n: t.shape for n, t in saved.factors.items()} != {n: t.shape for n, t in _factors(attached).items()}:
-        raise InputError("the checkpoint's factors are not this adapter's: its rank or targets were changed")
-    with torch.no_grad():
-        for name, value in [*_constants(attached).items(), *_parameters(attached).items()]:
-            value.copy_(saved.factors[name])
-
-
-def _parameters(attached: Attached) -> dict[str, torch.nn.Parameter]:
-    layers = attached.layers.items()
-    return {f"{path}.{name}": value for path, layer in layers for name, value in layer.trained().items()}
-
-
-def _constants(attached: Attached) -> dict[str, Tensor]:
-    layers = attached.layers.items()
-    return {f"{path}.{name}": value for path, layer in layers for name, value in layer.constants().items()}
-
-
-def _factors(attached: Attached) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in _parameters(attached).items()} | _constants(attached)
-
-
-def _moments(attached: Attached, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    moments = {}
-    for name, parameter in _parameters(attached).items():
-        state = optimizer.state[parameter]  # empty before the first update
-        moments[name + FIRST] = state["exp_avg"] if state else torch.zeros_like(parameter)
-        moments[name + SECOND] = state["exp_avg_sq"] if state else torch.zeros_like(parameter)
-    return moments
-
-
 def _manifest(folder: Path) -> str:
     """What manifest.sha256 must say of the files that lie there now. Raises OSError where one can't be read."""
     lines = []
@@ -239,22 +181,11 @@ def _check_manifest(path: Path) -> None:
         raise InputError(f"{path} is damaged: {said}")
 
 
-def _aside(final: Path) -> Path:
-    """A name for what is not, or no longer, a checkpoint."""
-    return final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed saves and failed deletions left. Room is wanted, training is not to stop for it."""
-    for stale in folder.glob(".step-*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
-
-
 def _check_room(folder: Path, tensors: list[Tensor]) -> None:
     """Raise RunError before a byte is written where the disk is too full anyway."""
     needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(folder).free
     if needed > free:
-        raise RunError(f"the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free")
+        raise RunError(f"{folder}: the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free")
 
 
 def _rotate(folder: Path, keep: int) -> None:
@@ -268,6 +199,4 @@ def _rotate(folder: Path, keep: int) -> None:
     for old in found:
         if old not in kept:
             with contextlib.suppress(OSError):
-                aside = _aside(old)
-                old.rename(aside)
-                shutil.rmtree(aside, ignore_errors=True)
+                remove(old.rename(temporary_name(old)))

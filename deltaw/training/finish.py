@@ -2,7 +2,7 @@
 
     adapter/          before anything else
     held-out loss     ┐
-    answers           │ each tried (attempt.py), each only where it is wanted and isn't known yet
+    answers           │ each tried (measuring.py), each only where it is wanted and isn't known yet
     forgetting        ┘
     result.json       what is known, and in `failed` what isn't and why: from here on the run is finished
     report.html       tried as well
@@ -19,94 +19,141 @@ from dataclasses import replace
 
 from deltaw.adapter.file import Adapter
 from deltaw.data.example import Example
+from deltaw.data.render import TEMPLATE
 from deltaw.errors import InputError, RunError, command
-from deltaw.evaluate.forgetting import Forgetting, forgetting
-from deltaw.evaluate.held_out import Evaluation, evaluate_loss
-from deltaw.training.attempt import Attempts
+from deltaw.evaluate.forgetting import Forgetting
+from deltaw.evaluate.held_out import Evaluation
+from deltaw.files.atomic import write_text_atomic
+from deltaw.model import PLAIN
+from deltaw.run import Run
+from deltaw.show.progress import Display
+from deltaw.training.checkpoint import checkpoint_at, read_checkpoint
+from deltaw.training.learner import Learner
+from deltaw.training.measuring import Attempts, loss_on, measure_base, what_was_forgotten, with_answers
+from deltaw.training.opening import Opened
 from deltaw.training.result import Measured, measurements, write_report, write_result
-from deltaw.training.trainer import Trainer
 
 REPORT = "report"
 
 
-def finish(trainer: Trainer, before: Evaluation | None, general: Sequence[Example], began: float) -> Adapter:
-    """Save the adapter, measure it, write result.json and the report. `began`: by time.monotonic."""
-    adapter = trainer.save_adapter()
-    attempts = Attempts(trainer)
-    measured = _measure(trainer, Measured(before), general, attempts)
+def finish(
+    opened: Opened,
+    learner: Learner,
+    run: Run,
+    before: Evaluation | None,
+    general: Sequence[Example],
+    attempts: Attempts,
+    display: Display,
+    began: float,
+) -> Adapter:
+    """Save the adapter, measure it, write result.json. `before`: the base's figures; `began`: by time.monotonic."""
+    adapter = save_adapter(opened, learner, run, display)
+    measured = _measured(opened, run, Measured(before), general, attempts, display)
     try:
-        write_result(trainer, measured, time.monotonic() - began)
+        write_result(opened, learner.state, run, measured, time.monotonic() - began)
     except RunError as error:
-        fix = f"the adapter is saved: {trainer.run.adapter}; free space, then resume the run"
+        fix = f"the adapter is saved: {run.adapter}; free space, then resume the run"
         raise RunError(error.what, fix) from None
-    _report(trainer, measured, attempts)
     return adapter
 
 
-def measure_again(trainer: Trainer, general: Sequence[Example]) -> None:
-    """What a finished run lacks, on the adapter that `trainer` has. Raises InputError where its data has changed."""
-    run = trainer.run
+def measure_again(
+    opened: Opened,
+    run: Run,
+    fingerprints: dict[str, str],
+    general: Sequence[Example],
+    attempts: Attempts,
+    display: Display,
+) -> None:
+    """What a finished run lacks, on the adapter that `opened` has. Raises InputError where its data has changed."""
     result = run.read_json(run.result)
-    then, now = result.get("fingerprints", {}), trainer.state.fingerprints
-    changed = [name for name, value in then.items() if now.get(name) != value]
+    then = result.get("fingerprints", {})
+    changed = [name for name, value in then.items() if fingerprints.get(name) != value]
     if changed:
         raise InputError(
             f"{run.folder} can't be measured: its {' and '.join(changed)} changed since it was trained",
             fix="put it back as it was",
         )
-    before = trainer.measure_base()
-    attempts = Attempts(trainer)
-    measured = _measure(trainer, Measured.of(before, result), general, attempts)
-    run.write_json(run.result, {**result, **measurements(measured, len(trainer.dataset.eval))})
-    _report(trainer, measured, attempts)
+    before = measure_base(opened, run, attempts, display)
+    measured = _measured(opened, run, Measured.of(before, result), general, attempts, display)
+    run.write_json(run.result, {**result, **measurements(measured, len(opened.dataset.eval))})
 
 
-def _measure(trainer: Trainer, known: Measured, general: Sequence[Example], attempts: Attempts) -> Measured:
+def save_adapter(opened: Opened, learner: Learner, run: Run, display: Display) -> Adapter:
+    """The adapter, in its folder: the best one where held-out rows were watched."""
+    state = learner.state
+    if state.best_step and state.best_step != state.step:
+        try:
+            learner.put_factors_back(read_checkpoint(checkpoint_at(run.checkpoints, state.best_step)))
+            display.say(f"best on the held-out rows: step {state.best_step}")
+        except InputError as error:
+            best, state.best_step = state.best_step, state.step
+            display.say(f"warning: step {best} was the best, but {error.what}: the last step's adapter is saved")
+    adapter = learner.attached.adapter(opened.id)
+    _save_template(opened, run)  # before the weights: an adapter that is there has what it needs
+    adapter.save(run.adapter)
+    return adapter
+
+
+def _save_template(opened: Opened, run: Run) -> None:
+    """The chat template beside the weights, where the base's tokenizer has another one."""
+    renderer, file = opened.model.renderer, run.adapter / TEMPLATE
+    if opened.id.template == PLAIN or renderer.own_template or renderer.template is None:
+        file.unlink(missing_ok=True)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(file, renderer.template)
+
+
+def _measured(
+    opened: Opened, run: Run, known: Measured, general: Sequence[Example], attempts: Attempts, display: Display
+) -> Measured:
     """`known` with what is wanted beside it, as far as it can be had; `failed` says what can't."""
     before, after, answers, lost = known.before, known.after, known.answers, known.forgetting
-    model, rows, display = trainer.model, trainer.dataset.eval, trainer.display
+    model, rows, wanted = opened.model, opened.dataset.eval, opened.config.evaluate
     if before and not after:
         after = attempts(
-            "held_out_loss",
-            lambda: evaluate_loss(model, rows, display=display, name="after"),
-            what="no held-out loss of the adapter",
+            "held_out_loss", lambda: loss_on(model, rows, display, "after"), what="no held-out loss of the adapter"
         )
-    asked = trainer.config.evaluate.metrics or trainer.config.evaluate.samples
-    if before and after and not answers and not before.unanswered and asked:
+    if before and after and not answers and not before.unanswered and (wanted.metrics or wanted.samples):
         pair = before, after
-        before, after = attempts("answers", lambda: _answers(trainer, *pair), what="no answers of the adapter") or pair
+        both = attempts("answers", lambda: _answers(opened, run, *pair, display), what="no answers of the adapter")
+        before, after = both or pair
     if general and not lost:
-        lost = attempts("forgetting", lambda: _forgetting(trainer, general), what="what was forgotten isn't known")
+        lost = attempts(
+            "forgetting", lambda: _forgetting(opened, general, display), what="what was forgotten isn't known"
+        )
     return replace(known, before=before, after=after, forgetting=lost, failed=attempts.failed)
 
 
-def _answers(trainer: Trainer, before: Evaluation, after: Evaluation) -> tuple[Evaluation, Evaluation]:
+def _answers(
+    opened: Opened, run: Run, before: Evaluation, after: Evaluation, display: Display
+) -> tuple[Evaluation, Evaluation]:
     """Both with answers; the base's anew where it gave none (it failed, then)."""
+    model, rows, wanted = opened.model, opened.dataset.eval, opened.config.evaluate
     if not before.answers:
-        with trainer.attached.disabled():
-            before = trainer.answers(before, "before")
-        trainer.run.write_json(trainer.run.before, before.to_json())
-    return before, trainer.answers(after, "after")
+        with opened.attached.disabled():
+            before = with_answers(before, model, rows, wanted, display, "before")
+        run.write_json(run.before, before.to_json())
+    return before, with_answers(after, model, rows, wanted, display, "after")
 
 
-def _forgetting(trainer: Trainer, general: Sequence[Example]) -> Forgetting:
-    lost = forgetting(trainer.model, str(trainer.config.evaluate.general), general, trainer.display)
+def _forgetting(opened: Opened, general: Sequence[Example], display: Display) -> Forgetting:
+    lost = what_was_forgotten(opened.model, general, str(opened.config.evaluate.general), display)
     if not lost.is_finite:
         raise RunError(f"the losses on {lost.source} are {lost.loss_before} and {lost.loss_after}, KL is {lost.kl}")
     return lost
 
 
-def _report(trainer: Trainer, measured: Measured, attempts: Attempts) -> None:
+def report(run: Run, attempts: Attempts, display: Display, *, wanted: bool) -> None:
     """report.html; where that fails, result.json says so. The last line says how to have what failed."""
-    run, display = trainer.run, trainer.display
-    trainer.stop.advice = f"the run is finished, its report is not: {command('inspect', run.folder)}"
-    if trainer.config.evaluate.report:
+    if wanted:
         attempts(REPORT, lambda: write_report(run, display), what="no report")
         if REPORT in attempts.failed:
-            attempts("result", lambda: _note(trainer, attempts.failed), what=f"{run.result} doesn't say so")
+            attempts("result", lambda: _note(run, attempts.failed), what=f"{run.result} doesn't say so")
     if attempts.failed:
         display.say(f"the adapter is saved: {run.adapter}; to measure what failed: {command('train', run.folder)}")
 
 
-def _note(trainer: Trainer, failed: dict[str, str]) -> None:
-    trainer.run.write_json(trainer.run.result, {**trainer.run.read_json(trainer.run.result), "failed": failed})
+def _note(run: Run, failed: dict[str, str]) -> None:
+    run.write_json(run.result, {**run.read_json(run.result), "failed": failed})

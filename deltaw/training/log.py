@@ -1,10 +1,6 @@
 """Where a run's figures go besides the screen: metrics.jsonl, and TensorBoard when it is installed."""
 
-import resource
-import sys
 from typing import Any
-
-import torch
 
 from deltaw.run import Run
 
@@ -32,11 +28,3 @@ class EventLog:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: the process's on a CPU, the tensors' on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

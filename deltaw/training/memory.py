@@ -1,10 +1,4 @@
-"""Memory: what there is, what a step takes of it, and what to change when it is too little.
-
-    memory = a + b · tokens + c · supervised tokens        of one batch, forward and backward
-
-a: weights, factors, their gradients and moments, and the process itself; b: activations kept for the backward; c: rows
-that meet the head. The three are fitted to the measured peaks of a few small batches, by least squares, so nothing is
-assumed about the model. Rejected: a formula from the config (kernels, recomputation and the allocator decide).
+"""Memory: what there is, what a stretch of work takes of it, and a name for the work in which it ran out.
 
 Memory is measured as the peak of the process on a CPU (Linux lets it be set back) and of its tensors on a GPU. On a CPU
 two things let it grow with every new shape of a batch, until it is twice what a step needs: oneDNN keeps 1,024 compiled
@@ -12,30 +6,29 @@ kernels at half a megabyte each, and the C library keeps the holes that tensors 
 `Heap` keep both small, so that what was measured at first is what is held at the end.
 
 On Linux too little memory is no error but a kill, by the kernel. Inside `bounded` it is an error.
+
+Whoever starts an evaluation names it (`working_on`), and so an error for want of memory says what was too large. What
+has no name is a training step, or its rehearsal. Rejected: reading the name off the modules in the traceback, which a
+renamed file breaks without a sound.
+
+Read by hand and not through psutil, which has the process's size but neither its data segment, which `bounded` limits,
+nor the control groups' limits: it would replace ten lines of these.
 """
 
 import ctypes
-import math
 import os
 import resource
+import sys
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from deltaw.base.batch import Batch
-from deltaw.data.example import Example
-from deltaw.data.pack import pack
-from deltaw.kernels.loss import IGNORE
-from deltaw.training.log import peak_memory_bytes
-
-if TYPE_CHECKING:
-    from deltaw.training.trainer import Trainer
+from deltaw.errors import RunError
 
 KERNELS = 256  # compiled by oneDNN and kept; a step of new shapes needs about 50
 KERNEL_BYTES = 1 << 19  # of one of them, about
@@ -135,122 +128,44 @@ def window(device: torch.device) -> Iterator[Window]:
     yield seen
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seen.peak, seen.seconds = peak_memory_bytes(device), time.monotonic() - began
+    seen.peak, seen.seconds = peak_memory(device), time.monotonic() - began
 
 
-@dataclass(frozen=True)
-class Point:
-    """A batch that was run forward and backward: its size, its peak in bytes, its seconds."""
-
-    tokens: int
-    supervised: int
-    peak: int
-    seconds: float
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: the process's on a CPU, the tensors' on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
-@dataclass(frozen=True)
-class Fit:
-    """memory = fixed + token · tokens + supervised · supervised tokens, in bytes."""
+class OutOfMemory(RunError):
+    """Memory ran out in a piece of work that has a name ("answering rows")."""
 
-    fixed: float
-    token: float
-    supervised: float
-
-    def bytes_at(self, tokens: float, supervised: float) -> int:
-        """The peak of a batch of that size."""
-        return round(self.fixed + self.token * tokens + self.supervised * supervised)
+    def __init__(self, work: str) -> None:
+        super().__init__(f"out of memory {work}")
+        self.work = work
 
 
-def fit_memory(points: Sequence[Point]) -> Fit:
-    """Least squares over two sizes at least; over fewer than four points, or where noise would make it negative, a
-    supervised token costs nothing more."""
-    columns = np.array([(1, point.tokens, point.supervised) for point in points], float)
-    peaks = np.array([point.peak for point in points], float)
-    for kept in ([0, 1, 2], [0, 1])[len(points) < 4 :]:
-        found, *_ = np.linalg.lstsq(columns[:, kept], peaks, rcond=None)
-        if (found >= 0).all():
-            break
-    fixed, token, supervised = [*np.maximum(found, 0.0).tolist(), 0.0][:3]
-    return Fit(fixed, token, supervised)
-
-
-def one_pass(trainer: "Trainer", batch: Batch, *, accumulating: bool) -> None:
-    """Forward and backward of a batch as a step makes them, with a step's gradients and moments in memory.
-
-    Nothing of it stays: no gradient, no random number drawn, no weight changed.
-    """
-    device, layers = trainer.model.base.device, trainer.attached.layers.values()
-    fresh = [p for p in trainer.attached.parameters if p not in trainer.optimizer.state]
-    moments = [torch.empty(2 * p.numel(), device=device) for p in fresh]  # AdamW makes them in its first update
-    with torch.random.fork_rng(enabled=bool(trainer.config.adapter.dropout)):
-        try:
-            for layer in layers:
-                layer.train(True)
-            if accumulating:  # a batch before this one left its gradient
-                for parameter in trainer.attached.parameters:
-                    parameter.grad = torch.ones_like(parameter)
-            batch = batch.to(device)
-            # Not the trainer's forward, which may begin above frozen layers for rows that it knows: these may be cut.
-            loss, labels = trainer.model.forward.loss(batch)
-            if labels:
-                loss.backward()
-        finally:
-            for layer in layers:
-                layer.train(False)
-            trainer.optimizer.zero_grad()
-            del moments
-
-
-def measure(
-    trainer: "Trainer",
-    examples: Sequence[Example],
-    sizes: Sequence[int],
-    *,
-    accumulating: bool,
-    seconds: float = math.inf,
-) -> Iterator[Point]:
-    """Passes over batches of `sizes` tokens cut out of `examples`, ascending, the largest once more with half of its
-    labels. Two at least; then those are left out that would take more than `seconds` each, if time goes with the square
-    of the tokens as attention's does. Raises whatever PyTorch raises where memory runs out."""
-
-    def measured(batch: Batch) -> Point:
-        with window(trainer.model.base.device) as seen:
-            one_pass(trainer, batch, accumulating=accumulating)
-        return Point(len(batch.tokens_T), batch.supervised, seen.peak, seen.seconds)
-
-    points, largest = list[Point](), None
-    for size in sorted(set(sizes)):
-        batch = pack(_cut(examples, size))
-        if len(points) > 1 and points[-1].seconds * (len(batch.tokens_T) / points[-1].tokens) ** 2 > seconds:
-            break
-        points.append(measured(largest := batch))
-        yield points[-1]
-    if largest is not None:
-        yield measured(_half_trained(largest))
-
-
-def _cut(examples: Sequence[Example], tokens: int) -> list[Example]:
-    """The first `tokens` tokens of `examples`, the last one cut; at least two, of which one can be trained."""
-    taken, room = list[Example](), max(2, tokens)
-    for example in examples:
-        if room > 1:
-            end = min(room, len(example.tokens))
-            taken.append(replace(example, tokens=example.tokens[:end], loss_mask=example.loss_mask[:end]))
-            room -= end
-    return taken
-
-
-def _half_trained(batch: Batch) -> Batch:
-    labels_T = batch.labels_T.clone()
-    labels_T[::2] = IGNORE
-    return replace(batch, labels_T=labels_T)
+@contextmanager
+def working_on(work: str) -> Iterator[None]:
+    """Inside, running out of memory raises OutOfMemory of `work`; the innermost name counts. What was held is free."""
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors that were too many
+        raise OutOfMemory(work) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory ran out, in the words of Python, PyTorch, oneDNN, cuBLAS or the C library."""
-    said = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "ALLOC_FAILED")
-    made = isinstance(error, RuntimeError) and any(words in str(error) for words in (*said, "could not create a"))
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or made
+    words = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "ALLOC_FAILED")
+    made = isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in (*words, "could not create a"))
+    return isinstance(error, OutOfMemory | MemoryError | torch.OutOfMemoryError) or made
 
 
 def _status(name: str) -> int:

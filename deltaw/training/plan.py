@@ -6,14 +6,14 @@ the run's own functions, and its peak and its seconds are taken.
     opening         the base, the data, the adapter
     held-out loss   the longest rows, as many as are taken at a time
     answers         the rows with the longest prompts, as many as are generated together, their first NEW tokens
-    training        the largest batch of the whole run, unless it takes long; smaller ones for the fit (memory.py); one
+    training        the largest batch of the whole run, unless it takes long; smaller ones for the fit (fit.py); one
                     update
     forgetting      the largest chunk of the general text
     saving          a checkpoint and the adapter, into a temporary folder beside the run's
 
 Memory is the largest of these peaks. Time is the sum of the seconds, each by how often it comes and how many tokens or
 rows it has; steps are counted, not estimated (data/loader.py). What is left out: report.html, which is written when the
-run is finished, and that frozen layers may be computed once a run (training/frozen.py), which makes it faster.
+run is finished, and that frozen layers may be computed once a run (opening.py), which makes it faster.
 """
 
 import math
@@ -32,27 +32,21 @@ from deltaw.config import RunConfig
 from deltaw.data.dataset import DataReport
 from deltaw.data.example import Example
 from deltaw.errors import InputError
-from deltaw.evaluate.forgetting import forgetting
-from deltaw.evaluate.held_out import answer, held_out_loss, rows_asked
+from deltaw.evaluate.held_out import answer, rows_asked
 from deltaw.run import Run
 from deltaw.show.progress import Display
+from deltaw.show.table import table
 from deltaw.show.text import clock, gib
-from deltaw.training import memory
+from deltaw.training import fit, memory
 from deltaw.training.checkpoint import save_checkpoint
-from deltaw.training.memory import Fit, Point, Window, window
-from deltaw.training.preflight import (
-    QUIET,
-    Work,
-    check_longest,
-    disk_needed,
-    existing,
-    explain,
-    largest_chunk,
-    largest_evaluation,
-    work_left,
-)
-from deltaw.training.run import general_rows, prepare_run
-from deltaw.training.trainer import Trainer
+from deltaw.training.fit import Fit, Point
+from deltaw.training.largest import Work, count_tokens, largest_chunk, largest_evaluation
+from deltaw.training.learner import Learner
+from deltaw.training.measuring import ANSWERS, plain_loss, what_was_forgotten
+from deltaw.training.memory import Window, window, working_on
+from deltaw.training.opening import Opened, general_rows, open_run, start_from_data
+from deltaw.training.preflight import check_longest, disk_needed, existing, work_of
+from deltaw.training.shortage import explain
 
 SHAPES, SETTLED = 5, 16  # kernels that a step of another shape adds; steps until the holes are as large as they get
 NEW, ROWS = 32, 128  # tokens generated for each of so many rows
@@ -112,74 +106,75 @@ class Plan:
             *_rows(self.data),
         ]
         head = [f"{name:8} {text}".rstrip() for name, text in lines]
-        table = [f"{'':24}{'peak':>10}{'time':>10}"]
-        table += [f"{phase.name:24}{gib(phase.peak):>10}{clock(phase.seconds):>10}" for phase in self.phases]
+        phases = [(phase.name, gib(phase.peak), clock(phase.seconds)) for phase in self.phases]
         fit = f"{gib(self.fit.fixed)} + {gib(self.fit.token * 1000)} for 1,000 tokens"
         fit += f" + {gib(self.fit.supervised * 1000)} for 1,000 trained ones"
-        what_if = [f"{tokens:,} tokens".ljust(24) + f"{gib(peak):>10}" for tokens, peak in self.what_if.items()]
-        return "\n".join([*head, "", *table, "", f"a batch takes {fit}:", *what_if])
+        what_if = [(f"{tokens:,} tokens", gib(peak)) for tokens, peak in self.what_if.items()]
+        tables = table(phases, ("", "peak", "time"), align="lr"), table(what_if, align="lr")
+        return "\n".join([*head, "", tables[0], "", f"a batch takes {fit}:", tables[1]])
 
 
 def plan(config: RunConfig, display: Display | None = None) -> Plan:
     """Rehearse a run; nothing of it stays. Raises InputError as `train` does, RunError where memory is too small."""
     display = display or Display()
     device = pick_device(config.train.device)
-    with window(device) as opened:
-        model, dataset = prepare_run(config, display)
-        general = general_rows(config, model)
+    with window(device) as opening:
+        opened = open_run(config, display)
+        general = general_rows(config, opened.model)
     there = memory.held_memory(device) + memory.free_memory(device)
+    learner, rows = opened.learner(display), opened.dataset.train
+    work = work_of(opened, learner)
     with _folder_beside(Path(config.output)) as folder:
-        trainer = Trainer(config, Run(folder), model, dataset, display)
-        work = work_left(trainer)
-        rehearsal = Rehearsal(trainer, work)
+        rehearsal = Rehearsal(opened, learner, work, Run(folder), display)
         try:
             with memory.bounded(device):
-                check_longest(trainer)
+                check_longest(opened.model, [*rows, *opened.dataset.eval])
                 rehearsal.play(general)
         except Exception as error:
-            raise explain(error, trainer, fix="plan with one of these, then train with it") or error from None
-        needed = disk_needed(trainer)
-    fit = memory.fit_memory(rehearsal.points)
-    share, longest = work.supervised / work.tokens, max(len(example.tokens) for example in dataset.train)
+            fix = "plan with one of these, then train with it"
+            raise explain(error, opened, learner, Run(folder), fix=fix) or error from None
+    needs = fit.fit_memory(rehearsal.points)
+    share, longest = work.supervised / work.tokens, max(len(example.tokens) for example in rows)
     sizes = [work.longest_tokens if f == 1 else max(longest, int(f * config.train.tokens_per_batch)) for f in WHAT_IF]
     return Plan(
         output=config.output,
-        computed=f"{str(model.base.dtype).removeprefix('torch.')} on {model.base.device}",
+        computed=f"{str(opened.model.base.dtype).removeprefix('torch.')} on {device}",
         steps=work.steps,
         tokens=work.tokens,
         supervised_tokens=work.supervised,
         longest_batch=work.longest_tokens,
-        phases=[Phase("opening", opened.peak, opened.seconds), *rehearsal.phases],
+        phases=[Phase("opening", opening.peak, opening.seconds), *rehearsal.phases],
         memory_there=there,
-        fit=fit,
-        what_if={size: fit.bytes_at(size, share * size) for size in sizes},
+        fit=needs,
+        what_if={size: needs.bytes_at(size, share * size) for size in sizes},
         tokens_per_second=1 / max(rehearsal.seconds_a_token, 1e-9),
-        disk_needed=needed,
+        disk_needed=disk_needed(opened, learner),
         disk_free=shutil.disk_usage(existing(Path(config.output))).free,
-        data=dataset.report,
+        data=opened.dataset.report,
     )
 
 
 class Rehearsal:
     """Every kind of work at its largest, in the order of the run."""
 
-    def __init__(self, trainer: Trainer, work: Work) -> None:
-        self.trainer, self.work = trainer, work
-        self.device = trainer.model.base.device
+    def __init__(self, opened: Opened, learner: Learner, work: Work, run: Run, display: Display) -> None:
+        self.opened, self.learner, self.work, self.run, self.display = opened, learner, work, run, display
+        self.model, self.device = opened.model, opened.device
+        self.held_out, self.every, self.total = opened.dataset.eval, opened.config.train, opened.total
         self.phases: list[Phase] = []
         self.points: list[Point] = []
 
     def play(self, general: Sequence[Example]) -> None:
         """All of it."""
-        evaluating = [self._held_out_loss, self._answers] if self.trainer.dataset.eval else []
-        starting = [self._start] if self.trainer.config.adapter.from_data else []
+        evaluating = [self._held_out_loss, self._answers] if self.held_out else []
+        starting = [self._start] if self.opened.config.adapter.from_data else []
         acts = [*starting, *evaluating, self._update, self._training, self._saving]
         acts += [lambda: self._forgetting(general)] if general else []
-        with self.trainer.display.task("rehearsing", len(acts)) as update:
+        with self.display.task("rehearsing", len(acts)) as progress:
             for number, act in enumerate(acts):
-                update(number)
+                progress(number)
                 act()
-            update(len(acts))
+            progress(len(acts))
 
     @property
     def seconds_a_token(self) -> float:
@@ -194,43 +189,42 @@ class Rehearsal:
 
     def _start(self) -> None:
         with window(self.device) as seen:
-            self.trainer.begin()
+            start_from_data(self.opened, self.display)
         self._note("start", seen, 1)
 
     def _held_out_loss(self) -> None:
-        held_out, total, every = self.trainer.dataset.eval, self.trainer.total, self.trainer.config.train.eval_every
-        rows = largest_evaluation(held_out)
+        rows = largest_evaluation(self.held_out)
         with window(self.device) as seen:
-            held_out_loss(self.trainer.model.forward, rows)
-        share = sum(len(row.tokens) for row in held_out) / sum(len(row.tokens) for row in rows)
-        self._note("held-out loss", seen, share * (2 + (math.ceil(total / every) if every else 0)))
+            plain_loss(self.model, rows)
+        often = 2 + (math.ceil(self.total / self.every.eval_every) if self.every.eval_every else 0)
+        self._note("held-out loss", seen, count_tokens(self.held_out) / count_tokens(rows) * often)
 
     def _answers(self) -> None:
-        config, held_out = self.trainer.config.evaluate, self.trainer.dataset.eval
-        asked = rows_asked(self.trainer.model, held_out, config)
+        config = self.opened.config.evaluate
+        asked = rows_asked(self.model, self.held_out, config)
         by_prompt = sorted(asked, key=lambda row: int(row.loss_mask.sum()) - len(row.tokens))
         rows, new = by_prompt[:ROWS], min(NEW, config.max_new_tokens)
         if not rows:
             return
         try:
-            with window(self.device) as seen:
-                answer(self.trainer.model, rows, new)
+            with window(self.device) as seen, working_on(ANSWERS):
+                answer(self.model, rows, new)
         except InputError as error:  # the run leaves them out as well, unless a metric needs them
             if config.metrics:
                 raise
-            self.trainer.display.say(f"no answers to held-out rows: {error.what}")
+            self.display.say(f"no answers to held-out rows: {error.what}")
             return
-        sampled = self.trainer.total // (self.trainer.config.train.sample_every or self.trainer.total + 1)
+        sampled = self.total // (self.every.sample_every or self.total + 1)
         times = (2 * len(asked) + sampled * config.samples) / len(rows) * config.max_new_tokens / new
-        rest = len(rows) * (config.max_new_tokens - new) * _cache_bytes(self.trainer.model.base.model)
+        rest = len(rows) * (config.max_new_tokens - new) * _cache_bytes(self.model.base.model)
         self._note("answers", seen, times, rest)
 
     def _update(self) -> None:
-        for parameter in self.trainer.attached.parameters:
+        for parameter in self.learner.attached.parameters:
             parameter.grad = torch.zeros_like(parameter)
         with window(self.device) as seen:
-            self.trainer.optimizer.step()
-        self.trainer.optimizer.zero_grad()
+            self.learner.optimizer.step()
+        self.learner.optimizer.zero_grad()
         self._note("updates", seen, self.work.steps)
 
     def _training(self) -> None:
@@ -238,13 +232,13 @@ class Rehearsal:
         sizes = [longest // part for part in (8, 4, 2, 1)]
         if longest > LONG:
             sizes += [longest // part for part in (64, 32, 16)]
-        accumulating = self.work.batches > 1
-        for point in memory.measure(self.trainer, self.work.longest, sizes, accumulating=accumulating, seconds=PIECE):
+        options: dict[str, Any] = {"accumulating": self.work.batches > 1, "seconds": PIECE}
+        for point in fit.measure(self.model.forward, self.learner, self.work.longest, sizes, **options):
             self.points.append(point)
         peak, most = max(point.peak for point in self.points), max(point.tokens for point in self.points)
         if most < longest:
-            peak = max(peak, memory.fit_memory(self.points).bytes_at(longest, supervised))
-            self.trainer.display.say(
+            peak = max(peak, fit.fit_memory(self.points).bytes_at(longest, supervised))
+            self.display.say(
                 f"a batch of {longest:,} tokens takes too long to try: its memory is worked out from batches of up to "
                 f"{most:,}, and it may take longer than the time says"
             )
@@ -254,17 +248,16 @@ class Rehearsal:
         self.phases.append(Phase("training", peak, self.seconds_a_token * self.work.tokens))
 
     def _saving(self) -> None:
-        trainer, every = self.trainer, self.trainer.config.train.save_every
         with window(self.device) as seen:
-            save_checkpoint(trainer.run.checkpoints, trainer.state, trainer.attached, trainer.optimizer, 1)
-            trainer.attached.adapter(trainer.id).save(trainer.run.adapter)
-        self._note("saving", seen, math.ceil(trainer.total / every))
+            save_checkpoint(self.run.checkpoints, self.learner.saved(), 1)
+            self.learner.attached.adapter(self.opened.id).save(self.run.adapter)
+        self._note("saving", seen, math.ceil(self.total / self.every.save_every))
 
     def _forgetting(self, general: Sequence[Example]) -> None:
         rows = largest_chunk(general)
         with window(self.device) as seen:
-            forgetting(self.trainer.model, "general text", rows, QUIET)
-        self._note("forgetting", seen, sum(len(row.tokens) for row in general) / sum(len(row.tokens) for row in rows))
+            what_was_forgotten(self.model, rows)
+        self._note("forgetting", seen, count_tokens(general) / count_tokens(rows))
 
 
 def _cache_bytes(model: Any) -> int:

@@ -4,7 +4,7 @@ import math
 import platform
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,11 +16,10 @@ from deltaw.show.chart import columns
 from deltaw.show.progress import Display
 from deltaw.show.table import table
 from deltaw.show.text import gib, one_line
-from deltaw.training.log import peak_memory_bytes
+from deltaw.training.checkpoint import TrainState
+from deltaw.training.memory import peak_memory
+from deltaw.training.opening import Opened
 from deltaw.version import VERSION
-
-if TYPE_CHECKING:
-    from deltaw.training.trainer import Trainer
 
 SHOWN = 10  # answers kept in result.json
 
@@ -67,13 +66,13 @@ def measurements(measured: Measured, rows: int) -> dict[str, Any]:
     }
 
 
-def write_result(trainer: "Trainer", measured: Measured, total_seconds: float) -> dict[str, Any]:
+def write_result(opened: Opened, state: TrainState, run: Run, measured: Measured, total_seconds: float) -> None:
     """Write result.json, which marks the run as finished. Times in seconds, memory in bytes, losses in nats."""
-    run, state, model, report = trainer.run, trainer.state, trainer.model, trainer.dataset.report
+    model, report = opened.model, opened.dataset.report
     result = {
-        "base": trainer.config.base,
+        "base": opened.config.base,
         "adapter": str(run.adapter),
-        "trained_parameters": sum(p.numel() for p in trainer.attached.parameters),
+        "trained_parameters": sum(p.numel() for p in opened.attached.parameters),
         "steps": state.step,
         "best_step": state.best_step or state.step,
         "tokens": state.tokens,
@@ -81,8 +80,8 @@ def write_result(trainer: "Trainer", measured: Measured, total_seconds: float) -
         "seconds": round(state.seconds, 2),
         "total_seconds": round(total_seconds, 2),
         "tokens_per_second": round(state.tokens_per_second, 1),
-        "peak_memory_bytes": peak_memory_bytes(model.base.device),
-        **measurements(measured, len(trainer.dataset.eval)),
+        "peak_memory_bytes": peak_memory(opened.device),
+        **measurements(measured, len(opened.dataset.eval)),
         "form": report.form,
         "dropped": report.unusable + report.too_long_dropped + report.untrained,
         "truncated": report.truncated,
@@ -97,7 +96,6 @@ def write_result(trainer: "Trainer", measured: Measured, total_seconds: float) -
         "fingerprints": state.fingerprints,
     }
     run.write_json(run.result, result)
-    return result
 
 
 def write_report(run: Run, display: Display) -> None:

@@ -1,39 +1,41 @@
-"""train(config): the whole run, top to bottom.
+"""train(config): the whole run, top to bottom. What one step is stands in step.py.
 
-claim the run folder; check everything that can be checked before the model is loaded
-open base, data, adapter, optimiser; or put a checkpoint back
-measure the base, take the steps (trainer.py); save the adapter, measure it, write its report (finish.py)
+    claim the run folder; check everything that can be checked before the model is loaded
+    open base, rows and adapter (opening.py); or put a checkpoint back
+    try the largest pieces of what is to come (preflight.py); measure the base
+    take the steps; after each what is due: an evaluation on held-out rows, samples, a checkpoint
+    save the adapter, measure it, write result.json and the report (finish.py)
+
+A signal that comes during a step, or while something is written, waits for its end; an evaluation is cut off. Then the
+step is saved. An evaluation that was cut off is made up for when the run goes on: `state.evaluated` is behind.
 """
 
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.targets import find_targets
-from deltaw.base.forward import plan_forward
-from deltaw.base.limits import Limits
-from deltaw.base.load import open_base, open_skeleton
-from deltaw.base.source import find_base
-from deltaw.config import RunConfig, load_config, parse_config
-from deltaw.data.dataset import Dataset
-from deltaw.data.example import Example
+from deltaw.config import RunConfig
 from deltaw.errors import command
-from deltaw.evaluate.forgetting import general_text
-from deltaw.model import Model, load_adapter, open_dataset, open_model
+from deltaw.model import load_adapter, open_dataset, open_model
 from deltaw.run import Run
 from deltaw.show.progress import Display
-from deltaw.training.changes import check_changes, check_length
-from deltaw.training.checkpoint import Saved, latest_checkpoint
-from deltaw.training.finish import finish, measure_again
-from deltaw.training.memory import bound_caches
-from deltaw.training.optim import WARMUP
-from deltaw.training.preflight import explain, short_form
-from deltaw.training.stop import StopRequest
-from deltaw.training.trainer import Trainer
+from deltaw.training.changes import restore, settled
+from deltaw.training.checkpoint import Saved, latest_checkpoint, save_checkpoint
+from deltaw.training.finish import finish, measure_again, report
+from deltaw.training.learner import Learner
+from deltaw.training.log import EventLog
+from deltaw.training.measuring import Attempts, measure_base, note_evaluation, plain_loss, samples
+from deltaw.training.memory import Heap, bound_caches, bounded
+from deltaw.training.opening import Opened, above_the_frozen, begin, count_steps, general_rows, open_run
+from deltaw.training.preflight import short_form
+from deltaw.training.shortage import explain
+from deltaw.training.step import step
+from deltaw.training.stop import Stopped, StopRequest
+from deltaw.training.watch import TooManySkips
 
 
 def train(config: RunConfig, *, replace: bool = False, display: Display | None = None) -> Adapter:
@@ -55,109 +57,142 @@ def resume(
     `overrides` (`train.lr=1e-4`) need `allow`. Raises InputError when it is no run, is finished, or can't go on so.
     """
     run, display = Run(Path(folder)), display or Display()
-    run.check_resumable()
-    with run.claimed(new=False):
-        config = load_config(run.config, overrides)
-        finished = run.result.is_file()
+    with run.resumed() as finished:
         saved = None if finished else latest_checkpoint(run.checkpoints, display)
-        # The checkpoint knows what it was made with, whatever was written into config.yaml since.
-        began = (
-            parse_config(saved.state.config, source="the checkpoint", begun=True) if saved else load_config(run.config)
-        )
-        began, config = (_as_begun(one, saved) for one in (began, config))
-        changes = check_changes(began, config, allow=allow, run=str(folder), finished=finished)
-        for line in changes:
-            display.say(f"changed: {line}")
-        config = config.model_copy(update={"output": str(folder)})  # it may have been moved since it was started
+        config, changed = settled(run, saved, overrides, allow=allow, finished=finished, display=display)
         if finished:
             return _measure_again(config, run, display)
-        if saved is not None and config.train.steps:  # `restore` looks for itself, when much has been read
-            check_length(config.train.steps, saved.state.step, run=str(folder))
         if saved is None:
             display.say(f"{folder} has no checkpoint yet: it starts from its beginning")
-        return _run(config, run, saved, display, changed=config != load_config(run.config))
+        return _run(config, run, saved, display, changed=changed)
 
 
 def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, changed: bool = False) -> Adapter:
     """A run from its beginning or from a checkpoint to its end, in a folder that is claimed."""
     began = time.monotonic()
     with StopRequest() as stop:
-        model, dataset = prepare_run(config, display)
-        general = general_rows(config, model)
-        trainer = Trainer(_pinned(config, model), run, model, dataset, display, stop)
+        opened = open_run(config, display)
+        general = general_rows(config, opened.model)
+        learner = opened.learner(display)
+        shortage = partial(explain, opened=opened, learner=learner, run=run)
         try:
             if saved is None:
-                trainer.begin()
+                begin(opened, run, display)
             else:
-                trainer.restore(saved)
+                restore(learner, saved, run, display)
                 if changed:  # and it is known now that it can go on so
                     run.write_config(config)
             stop.advice = f"go on with: {command('train', run.folder)}"
-            short_form(trainer, general)
-            before = trainer.measure_base()
-            trainer.take_steps()
-            return finish(trainer, before, general, began)
+            short_form(opened, learner, run, general)
+            on_the_way, attempts = (Attempts(opened.device, display.say, shortage) for _ in range(2))
+            before = measure_base(opened, run, on_the_way, display)
+            Steps(opened, learner, run, stop, display, on_the_way).take()
+            adapter = finish(opened, learner, run, before, general, attempts, display, began)
+            stop.advice = f"the run is finished, its report is not: {command('inspect', run.folder)}"
+            report(run, attempts, display, wanted=config.evaluate.report)
+            return adapter
         except Exception as error:
-            raise explain(error, trainer) or error from None
+            raise shortage(error) or error from None
 
 
 def _measure_again(config: RunConfig, run: Run, display: Display) -> Adapter:
-    """What result.json says that failed, on the saved adapter."""
+    """What result.json says that failed, on the adapter as it was saved."""
     with StopRequest("the run is finished, what it lacks is not measured yet") as stop:
         bound_caches()
-        _, _, dataset = open_dataset(config, display)
         model = open_model(run.folder, device=config.train.device, display=display)
+        _, _, dataset = open_dataset(config, display, model.base.source)
         general = general_rows(config, model)
         run.write_config(config)
-        measure_again(Trainer(config, run, model, dataset, display, stop), general)
+        opened = Opened(config, model, dataset, count_steps(config, dataset))
+        learner = opened.learner(display)
+        attempts = Attempts(opened.device, display.say, partial(explain, opened=opened, learner=learner, run=run))
+        measure_again(opened, run, learner.state.fingerprints, general, attempts, display)
+        stop.advice = f"the run is finished, its report is not: {command('inspect', run.folder)}"
+        report(run, attempts, display, wanted=config.evaluate.report)
     return load_adapter(run.folder)
 
 
-def prepare_run(config: RunConfig, display: Display) -> tuple[Model, Dataset]:
-    """Model and data up to the first step, cheapest checks first."""
-    bound_caches()
-    source = find_base(config.base, display=display)
-    skeleton = open_skeleton(source)
-    find_targets(skeleton, config.adapter)
-    _, renderer, dataset = open_dataset(config, display)
-    limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
-    limits.check(rows)
-    for line in config.switched_off():
-        display.say(line)
-    for warning in [*dataset.report.warnings, *limits.warnings(rows)]:
-        display.say(f"warning: {warning}")
-    base = open_base(source, dtype=config.train.dtype, device=config.train.device, display=display)
-    forward = plan_forward(base.model)
-    generator = torch.Generator().manual_seed(config.train.seed)
-    attached = attach(base.model, config.adapter, generator=generator, start_later=config.adapter.from_data)
-    model = Model(base, renderer, forward, attached)
-    display.say(f"{source.name} in {str(base.dtype)[6:]} on {base.device}: {model.describe()}")
-    for line in attached.notes():
-        display.say(line)
-    return model, dataset
+class Steps:
+    """The steps that are left of a run, and what is due after each."""
 
+    def __init__(
+        self, opened: Opened, learner: Learner, run: Run, stop: StopRequest, display: Display, attempts: Attempts
+    ) -> None:
+        self.opened, self.learner, self.run = opened, learner, run
+        self.stop, self.display, self.attempts = stop, display, attempts
+        self._saved_step = learner.state.step
+        self._log = EventLog(run, learner.state.step)
 
-def general_rows(config: RunConfig, model: Model) -> list[Example]:
-    """The text on which forgetting is measured, cut to what the model can hold; none where it isn't asked."""
-    source = config.evaluate.general
-    if not source:
-        return []
-    limits = Limits.of(model.base.model)
-    rows = general_text(source, model.renderer, limits.longest)
-    limits.check(rows, name=f"evaluate.general: {source}")
-    return rows
+    def take(self) -> None:
+        """All of them. Raises Stopped when a signal came, after saving."""
+        learner, state, total, device = self.learner, self.learner.state, self.opened.total, self.opened.device
+        try:
+            forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
+            with self.display.task("training", total) as progress:
+                progress(state.step)
+                self._due()  # the evaluation that a stop cut off
+                first = True  # the step of this process that shows whether there is memory enough
+                for batches, position in self.opened.loader(state):
+                    if state.step >= total:
+                        break
+                    with self.stop.held():
+                        with bounded(device) if first else nullcontext():
+                            (record,) = step(forward, [learner], batches, position)
+                        self._write(record)
+                    first = False
+                    loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
+                    progress(state.step, f"{loss}  {state.tokens_per_second:.0f} tokens/s")
+                    self._due()
+                    heap.tidy()
+        except Stopped as stopped:
+            if stopped.at_once or not state.step:
+                raise
+            self._save()
+            self.stop.check(f"stopped after step {state.step} of {total} and saved")
+        except TooManySkips:
+            if state.step:
+                self._save()
+            raise
+        finally:
+            self._log.close()
 
+    def _due(self) -> None:
+        """What comes after a step: an evaluation, samples, a checkpoint. What raises there costs no step."""
+        every, state, total, rows = (
+            self.opened.config.train,
+            self.learner.state,
+            self.opened.total,
+            self.opened.dataset.eval,
+        )
+        if not state.step:
+            return
+        try:
+            due = every.eval_every and (state.step % every.eval_every == 0 or state.step == total)
+            if due and rows and state.evaluated < state.step:
+                loss = plain_loss(self.opened.model, rows)
+                with self.stop.held():
+                    self._write(note_evaluation(loss, self.learner, self.run, self.display))
+            if every.sample_every and state.step % every.sample_every == 0 and self._saved_step < state.step:
+                self.attempts("samples", self._sample, what=f"step {state.step}: no samples")
+        except Exception:
+            self._save()
+            raise
+        if state.step % every.save_every == 0 or state.step in (total, state.best_step):
+            self._save()
 
-def _as_begun(config: RunConfig, saved: Saved | None) -> RunConfig:
-    """The config as it was meant when the run began: a checkpoint that doesn't say which deltaw wrote it is from when a
-    warm-up of 10, the default, was cut to a tenth of a short run, which now needs that it is left open."""
-    if saved is None or "deltaw" in saved.state.conditions or config.train.warmup_steps != WARMUP:
-        return config
-    return config.model_copy(update={"train": config.train.model_copy(update={"warmup_steps": None})})
+    def _save(self) -> None:
+        """A checkpoint of this step, unless there is one: it was resumed from, then."""
+        if self._saved_step == self.learner.state.step:
+            return
+        with self.stop.held():
+            self.run.sync_metrics()
+            save_checkpoint(self.run.checkpoints, self.learner.saved(), self.opened.config.train.keep)
+            self._saved_step = self.learner.state.step
 
+    def _write(self, record: dict[str, Any]) -> None:
+        self._log.write(record)
+        self.learner.state.metrics_lines += 1
 
-def _pinned(config: RunConfig, model: Model) -> RunConfig:
-    """The config with what `auto` and a hub's branch came to: a resumed run must not choose otherwise."""
-    source, dtype = model.base.source, str(model.base.dtype).removeprefix("torch.")
-    base = config.base if source.revision is None else f"{source.public_name}@{source.revision}"
-    return config.model_copy(update={"base": base, "train": config.train.model_copy(update={"dtype": dtype})})
+    def _sample(self) -> None:
+        for line in samples(self.opened.model, self.opened.dataset.eval, self.opened.config.evaluate):
+            self.display.say(f"step {self.learner.state.step}: {line}")

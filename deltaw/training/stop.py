@@ -1,12 +1,9 @@
-"""Ctrl-C and SIGTERM: where something would be lost, finish the step and save; elsewhere leave at once. Twice: at once.
+"""Ctrl-C and SIGTERM: where something would be lost, finish it first; elsewhere leave at once. Twice: at once.
 
 with StopRequest() as stop:
     …                       a signal raises Stopped here, wherever that is
     with stop.held():
-        …                   here it waits; a second one raises Stopped
-        stop.check()        raises Stopped for the one that waited
-        with stop.released():
-            …               nothing would be lost here: it raises Stopped, also the one that waited
+        …                   here it waits for the end of the block; a second one doesn't, and says `at_once`
 """
 
 import signal
@@ -21,9 +18,9 @@ class Stopped(BaseException):
     No Exception: like KeyboardInterrupt it must get through a library's `except Exception`.
     """
 
-    def __init__(self, number: int, message: str) -> None:
+    def __init__(self, number: int, message: str, at_once: bool = False) -> None:
         super().__init__(message)
-        self.exit_code = 128 + number
+        self.exit_code, self.at_once = 128 + number, at_once
 
 
 class StopRequest:
@@ -32,7 +29,7 @@ class StopRequest:
     def __init__(self, advice: str = "nothing was trained yet") -> None:
         self.advice = advice
         self.signal: int | None = None  # the last one that came
-        self._held = False
+        self._holding = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -49,29 +46,23 @@ class StopRequest:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """A first signal waits beyond the block, until `check`."""
-        before, self._held = self._held, True
+        """A first signal that comes inside raises Stopped at the block's end, unless an error ends it."""
+        asked, self._holding = self.signal, True
         try:
             yield
         finally:
-            self._held = before
-
-    @contextmanager
-    def released(self) -> Iterator[None]:
-        """Inside a held block, a stretch that can be cut off."""
-        before, self._held = self._held, False
-        try:
+            self._holding = False
+        if self.signal != asked:
             self.check()
-            yield
-        finally:
-            self._held = before
 
     def check(self, done: str = "stopped") -> None:
-        """Raise Stopped where a signal came while it was held. `done`: what was."""
+        """Raise Stopped where a signal has come. `done`: what was."""
         if self.signal is not None:
             raise Stopped(self.signal, f"{done}; {self.advice}")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again, self.signal = self.signal is not None, number
-        if again or not self._held:
-            self.check("stopped at once" if again else "stopped")
+        if again:
+            raise Stopped(number, f"stopped at once; {self.advice}", at_once=True)
+        if not self._holding:
+            self.check()

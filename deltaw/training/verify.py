@@ -14,18 +14,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from deltaw.adapter.attach import attach, detach
+from deltaw.adapter.attach import detach
 from deltaw.config import RunConfig
-from deltaw.data.dataset import Dataset
 from deltaw.files.safetensors import load_safetensors
-from deltaw.model import Model
 from deltaw.run import Run
 from deltaw.show.progress import Display
-from deltaw.training.checkpoint import FACTORS, MOMENTS, checkpoint_at, read_checkpoint
-from deltaw.training.run import prepare_run
-from deltaw.training.trainer import Trainer
+from deltaw.training.changes import restore
+from deltaw.training.checkpoint import FACTORS, MOMENTS, Saved, checkpoint_at, read_checkpoint
+from deltaw.training.measuring import Attempts
+from deltaw.training.opening import Opened, attach_fresh, begin, open_run
+from deltaw.training.run import Steps
+from deltaw.training.stop import StopRequest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,50 +78,47 @@ def verify_resume(config: RunConfig, steps: int, display: Display) -> Verified:
         "tokens_per_step": min(config.train.tokens_per_step, 2 * config.train.tokens_per_batch),
     }
     config = config.model_copy(update={"train": config.train.model_copy(update=train)})
-    model, dataset = prepare_run(config, display)
+    opened = open_run(config, display)
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as place:
         straight = Run(Path(place) / "straight")
         straight.folder.mkdir()
-        trainer = _trainer(config, straight, model, dataset, display)
-        trainer.begin()
-        trainer.take_steps()
-        found = []
+        _train(opened, straight, None, display)
+        resumed = []
         for k in range(1, steps):
-            model = _fresh_adapter(config, model)
-            found.append(_resume_from(k, config, straight, Path(place) / str(k), model, dataset, display))
-    return Verified(steps, model.base.device.type, found)
+            opened = _fresh_adapter(opened)
+            resumed.append(_resume_from(k, opened, straight, Run(Path(place) / str(k)), display))
+    return Verified(steps, opened.device.type, resumed)
 
 
-def _resume_from(
-    k: int, config: RunConfig, straight: Run, folder: Path, model: Model, dataset: Dataset, display: Display
-) -> Resumed:
-    run = Run(folder)
-    saved = checkpoint_at(straight.checkpoints, k)
-    shutil.copytree(saved, checkpoint_at(run.checkpoints, k))
+def _resume_from(k: int, opened: Opened, straight: Run, run: Run, display: Display) -> Resumed:
+    shutil.copytree(checkpoint_at(straight.checkpoints, k), checkpoint_at(run.checkpoints, k))
     shutil.copy(straight.metrics, run.metrics)  # with the lines after step k, as a kill would leave it
-    trainer = _trainer(config, run, model, dataset, display)
-    trainer.restore(read_checkpoint(checkpoint_at(run.checkpoints, k)))
-    trainer.take_steps()
-    ends = [checkpoint_at(one.checkpoints, trainer.total) for one in (straight, run)]
+    _train(opened, run, read_checkpoint(checkpoint_at(run.checkpoints, k)), display)
+    ends = [checkpoint_at(one.checkpoints, opened.total) for one in (straight, run)]
     same = all((ends[0] / name).read_bytes() == (ends[1] / name).read_bytes() for name in (FACTORS, MOMENTS))
     factors = [load_safetensors(end / FACTORS) for end in ends]
     largest = max(float((factors[0][name] - value).abs().max()) for name, value in factors[1].items())
-    found = Resumed(k, same, _untimed(straight) == _untimed(run), largest)
-    shutil.rmtree(folder)  # of a large adapter there need not be one for each k
-    return found
+    resumed = Resumed(k, same, _untimed(straight) == _untimed(run), largest)
+    shutil.rmtree(run.folder)  # of a large adapter there need not be one for each k
+    return resumed
 
 
-def _trainer(config: RunConfig, run: Run, model: Model, dataset: Dataset, display: Display) -> Trainer:
-    return Trainer(config.model_copy(update={"output": str(run.folder)}), run, model, dataset, display)
+def _train(opened: Opened, run: Run, saved: Saved | None, display: Display) -> None:
+    """All steps that are left, from the beginning or a checkpoint, into `run`."""
+    opened = dataclasses.replace(opened, config=opened.config.model_copy(update={"output": str(run.folder)}))
+    learner = opened.learner(display)
+    if saved is None:
+        begin(opened, run, display)
+    else:
+        restore(learner, saved, run, display)
+    attempts = Attempts(opened.device, display.say, lambda error: None)  # of nothing: no samples are asked for
+    Steps(opened, learner, run, StopRequest(), display, attempts).take()
 
 
-def _fresh_adapter(config: RunConfig, model: Model) -> Model:
-    assert model.attached is not None
-    detach(model.attached)
-    generator = torch.Generator().manual_seed(config.train.seed)
-    later = config.adapter.from_data
-    attached = attach(model.base.model, config.adapter, generator=generator, start_later=later)
-    return dataclasses.replace(model, attached=attached)
+def _fresh_adapter(opened: Opened) -> Opened:
+    detach(opened.attached)
+    attached = attach_fresh(opened.model.base.model, opened.config)
+    return dataclasses.replace(opened, model=dataclasses.replace(opened.model, attached=attached))
 
 
 def _untimed(run: Run) -> list[dict[str, Any]]:

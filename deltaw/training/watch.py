@@ -39,7 +39,7 @@ from deltaw.adapter.attach import Attached
 from deltaw.base.batch import Batch
 from deltaw.config import TrainConfig
 from deltaw.errors import RunError, listed
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 from deltaw.training.checkpoint import TrainState
 
 PATIENCE = 10  # updates until a module must have had a gradient
@@ -64,6 +64,10 @@ class Unfit(Exception):
         return f"{self.what}; nothing was updated\nrows: {shown}"
 
 
+class TooManySkips(RunError):
+    """One step more would have to be left out than may be; nothing was counted yet."""
+
+
 def check_loss(loss: float, rows: Sequence[str], state: TrainState, config: TrainConfig) -> None:
     """Raise Unfit on a spike. `loss`: of the whole step, finite, in nats a token."""
     if config.skip_spikes is None or len(state.recent) < ENOUGH:
@@ -81,12 +85,16 @@ def note_update(loss: float, state: TrainState, config: TrainConfig) -> None:
 
 
 def note_skip(unfit: Unfit, state: TrainState, config: TrainConfig) -> None:
-    """A step is left out. Raises RunError, before anything is counted, where that was once too often."""
+    """A step is left out. Raises TooManySkips, before anything is counted, where that was once too often."""
     step = f"step {state.step + 1}: {unfit}"
     if unfit.not_finite and state.not_finite >= config.skip_nonfinite:
-        raise RunError(step, fix="look at these rows, or lower train.lr; train.skip_nonfinite: 3 leaves out three such")
+        raise TooManySkips(
+            step, fix="look at these rows, or lower train.lr; train.skip_nonfinite: 3 leaves out three such"
+        )
     if not unfit.not_finite and state.in_a_row >= IN_A_ROW:
-        raise RunError(step, fix=f"{IN_A_ROW} steps in a row were left out before it: look at the data, or train.lr")
+        raise TooManySkips(
+            step, fix=f"{IN_A_ROW} steps in a row were left out before it: look at the data, or train.lr"
+        )
     state.skipped += 1
     state.not_finite += unfit.not_finite
     state.in_a_row += 1

@@ -23,7 +23,8 @@ from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
-from deltaw.factors import Dense, DoRA, LowRank
+from deltaw.factors import LowRank
+from deltaw.kinds import Dense, DoRA
 from tests.adapter.test_file import SPECS, logits, made, same
 from tests.architectures import tiny
 

@@ -17,7 +17,8 @@ from deltaw.adapter.combine import combine, dare, ties
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
-from deltaw.factors import Dense, LowRank
+from deltaw.factors import LowRank
+from deltaw.kinds import Dense
 from tests.adapter.test_algebra import (
     SHAPES,
     answers_as_in_peft,

@@ -12,12 +12,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaw.adapter.attach import Attached, attach, detach
-from deltaw.adapter.dora import DoRALinear
+from deltaw.adapter.dora import DoRAUpdate
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.base.forward import plan_forward
 from deltaw.base.frozen import FrozenLinear
 from deltaw.config import AdapterSpec
-from deltaw.factors import Dense, DoRA, LowRank
+from deltaw.factors import LowRank
+from deltaw.kernels.weight import DenseWeight
+from deltaw.kinds import Dense, DoRA
 from tests.adapter.test_layer import KINDS, SCALE, M, N, R, bits, plain, rows, same
 from tests.architectures import tiny
 
@@ -30,14 +32,14 @@ def base(request: pytest.FixtureRequest) -> nn.Module:
     return plain(*request.param)
 
 
-def fresh(base: nn.Module, dropout: float = 0.0) -> DoRALinear:
+def fresh(base: nn.Module, dropout: float = 0.0) -> DoRAUpdate:
     """As `attach` makes it: A random, B zero, m = ‖W‖."""
-    layer = DoRALinear(FrozenLinear(base), R, SCALE, dropout)
+    layer = DoRAUpdate(FrozenLinear(base), R, SCALE, dropout)
     layer.start(torch.randn(R, N), torch.zeros(M, R))
     return layer
 
 
-def trained(base: nn.Module, dropout: float = 0.0) -> DoRALinear:
+def trained(base: nn.Module, dropout: float = 0.0) -> DoRAUpdate:
     layer = fresh(base, dropout)
     layer.set_factors(DoRA(LowRank(torch.randn(R, N), torch.randn(M, R), SCALE), 0.5 + torch.rand(M)))
     return layer
@@ -104,7 +106,7 @@ def test_a_fused_layer_computes_what_the_layer_computes() -> None:
         layer, x = trained(base), rows(base)
         fused = layer.fuse()
         torch.testing.assert_close(fused(x), layer(x), rtol=1e-5, atol=1e-5)
-        lengths_M = FrozenLinear(fused).weight_MN.norm(dim=1)  # what m says
+        lengths_M = FrozenLinear(fused).weight.dense().norm(dim=1)  # what m says
         torch.testing.assert_close(lengths_M, layer.magnitude.detach())
         assert type(fused) is kind and not torch.equal(fused.weight, base.weight)
 
@@ -128,7 +130,7 @@ def test_disabled_it_is_the_base(base: nn.Module) -> None:
 # Against PEFT
 
 
-def peft_layer(base: nn.Module, layer: DoRALinear) -> Any:
+def peft_layer(base: nn.Module, layer: DoRAUpdate) -> Any:
     """PEFT's DoRA on the same base with the same numbers."""
     config = LoraConfig(
         r=R,
@@ -176,6 +178,7 @@ def test_in_bfloat16_it_is_no_farther_from_the_truth_than_peft() -> None:
     layer = trained(base)
     layer.lora_b.data.mul_(0.1)
     truth = copy.deepcopy(layer).double()
+    truth.base.double()
     x = torch.randn(200, N).bfloat16()
     exact = truth(x.double())
     mine, theirs = (module(x).double() for module in (layer, peft_layer(base, layer)))
@@ -188,7 +191,7 @@ def made(name: str, fuse: tuple[str, ...] = ()) -> Attached:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for layer in attached.layers.values():
-            assert isinstance(layer, DoRALinear)
+            assert isinstance(layer, DoRAUpdate)
             layer.lora_b.copy_(torch.randn(layer.lora_b.shape, generator=generator) * 0.3)
             layer.magnitude.mul_(torch.rand(layer.magnitude.shape, generator=generator) + 0.5)
     return attached
@@ -267,7 +270,7 @@ def test_an_adapter_of_another_kind_than_its_spec_is_not_saved(tmp_path: Path) -
 def test_relative_to_is_what_the_layer_adds() -> None:
     base = plain(nn.Linear, False, torch.float32)
     layer, x = trained(base), torch.randn(7, N)
-    delta = layer.factors().relative_to(base.weight)
+    delta = layer.factors().relative_to(DenseWeight(base.weight))
     assert isinstance(delta, Dense)
     torch.testing.assert_close(base(x) + delta.apply(x), layer(x).detach(), rtol=1e-5, atol=1e-5)
 
@@ -278,7 +281,7 @@ def test_gradients_by_hand() -> None:
     x, g = torch.randn(5, N, dtype=torch.float64), torch.randn(5, M, dtype=torch.float64)
     layer(x).backward(g)
     with torch.no_grad():
-        v = layer.base.weight_MN + SCALE * layer.lora_b @ layer.lora_a
+        v = layer.base.weight.dense() + SCALE * layer.lora_b @ layer.lora_a
         unit = v / v.norm(dim=1, keepdim=True)
         torch.testing.assert_close(layer.magnitude.grad, (g * (x @ unit.T)).sum(0))
         gain = layer.magnitude / v.norm(dim=1)

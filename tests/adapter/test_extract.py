@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from deltaw.adapter import extract as room
+from deltaw.adapter import cut as room
 from deltaw.adapter.attach import attach
-from deltaw.adapter.extract import extract, extract_adapter, extract_folders, nearest
+from deltaw.adapter.cut import nearest
+from deltaw.adapter.extract import extract, extract_adapter, extract_folders
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.targets import linear_paths
 from deltaw.base.load import open_base
@@ -24,8 +25,10 @@ from deltaw.base.source import find_base
 from deltaw.config import AdapterSpec
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
-from deltaw.factors import Dense, LowRank
+from deltaw.factors import LowRank
 from deltaw.files.shards import INDEX
+from deltaw.kernels.weight import DenseWeight, Weight
+from deltaw.kinds import Dense
 from deltaw.linalg.svd import randomised_svd
 from tests.architectures import tiny
 from tests.bases import tiny_gpt2, tiny_llama
@@ -119,11 +122,16 @@ def pairs(rank: int = 3) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str
     return tuned, base, updates
 
 
+def stored(matrices: dict[str, Tensor]) -> dict[str, Weight]:
+    """As a checkpoint's weights."""
+    return {path: DenseWeight(matrix) for path, matrix in matrices.items()}
+
+
 @pytest.mark.parametrize("size", [{"rank": 3}, {"energy": 0.99999}])
 def test_what_was_merged_comes_back(size: dict) -> None:
     tuned, base, updates = pairs()
     display = Said()
-    found, losses = extract(tuned, base, base, **size, display=display)
+    found, losses = extract(stored(tuned), stored(base), base, **size, display=display)
     assert found.keys() == updates.keys() and list(display.tasks.values()) == [(3, [1, 2, 3])]
     for loss, (path, update) in zip(losses, updates.items(), strict=True):
         assert (loss.module, loss.old_rank, loss.new_rank) == (path, min(update.shape), 3)
@@ -134,25 +142,25 @@ def test_what_was_merged_comes_back(size: dict) -> None:
 
 def test_bfloat16_checkpoints_are_subtracted_in_float32() -> None:
     tuned, base, _ = pairs()
-    narrow = {path: w.bfloat16() for path, w in tuned.items()}, {path: w.bfloat16() for path, w in base.items()}
+    narrow = [{path: w.bfloat16() for path, w in matrices.items()} for matrices in (tuned, base)]
     wanted = narrow[0]["b"].float() - narrow[1]["b"].float()
-    found, _ = extract(*narrow, ["b"], rank=30)
+    found, _ = extract(stored(narrow[0]), stored(narrow[1]), ["b"], rank=30)
     torch.testing.assert_close(found["b"].dense(), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_a_rank_beyond_a_module_is_that_modules_own() -> None:
     tuned, base, _ = pairs()
-    found, _ = extract(tuned, base, ["a", "b"], rank=50)
+    found, _ = extract(stored(tuned), stored(base), ["a", "b"], rank=50)
     assert (found["a"].rank, found["b"].rank) == (50, 30)
 
 
 def test_weights_of_two_shapes_are_refused_by_module() -> None:
     tuned, base, _ = pairs()
     with pytest.raises(InputError, match=r"b: \(30, 39\) in the tuned model, \(30, 40\) in the base"):
-        extract({**tuned, "b": torch.ones(30, 39)}, base, base, rank=1)
+        extract(stored({**tuned, "b": torch.ones(30, 39)}), stored(base), base, rank=1)
     for wrong in ({}, {"rank": 1, "energy": 0.5}, {"rank": 0}, {"energy": 0.0}):
         with pytest.raises(InputError):
-            extract(tuned, base, base, **wrong)
+            extract(stored(tuned), stored(base), base, **wrong)
 
 
 def test_an_adapter_of_full_fine_tuning_becomes_a_lora() -> None:
@@ -345,13 +353,13 @@ def test_directions_of_rounding_are_not_kept_for_an_energy() -> None:
     base = torch.randn(256, 192, generator=generator) * 0.05
     change = 0.0002 * torch.randn(256, 4, generator=generator) @ torch.randn(4, 192, generator=generator)
     for tuned in ((base + change).bfloat16(), (base + change).bfloat16().float()):
-        factors, _ = extract({"w": tuned}, {"w": base}, ["w"], energy=0.99)
+        factors, _ = extract(stored({"w": tuned}), stored({"w": base}), ["w"], energy=0.99)
         assert factors["w"].rank == 4
         assert float((factors["w"].dense() - change).norm() / change.norm()) < 0.1
     rounded = (base + change).bfloat16().float() - base
     assert nearest(rounded, energy=0.99)[0].rank > 20  # without the edge
     assert nearest(rounded, energy=1.0, edge=1.0)[0].rank == 192  # all is all
-    exact, _ = extract({"w": base + change}, {"w": base}, ["w"], energy=0.9999999)
+    exact, _ = extract(stored({"w": base + change}), stored({"w": base}), ["w"], energy=0.9999999)
     assert exact["w"].rank == 4
 
 

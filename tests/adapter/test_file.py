@@ -37,7 +37,8 @@ from deltaw.adapter.file import CONFIG, RECORD, WEIGHTS, Adapter, BaseId
 from deltaw.adapter.targets import linear_paths
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, RunError
-from deltaw.factors import DoRA, LowRank
+from deltaw.factors import LowRank
+from deltaw.kinds import DoRA
 from tests.architectures import tiny
 
 BASE = BaseId("someone/tiny", "abc123", "sha256:" + "0" * 64, "sha256:" + "1" * 64)

@@ -10,11 +10,12 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaw.adapter.attach import attach, detach
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.full import FullLinear
+from deltaw.adapter.full import FullUpdate
 from deltaw.base.frozen import FrozenLinear
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, RunError
-from deltaw.factors import Dense, LowRank
+from deltaw.factors import LowRank
+from deltaw.kinds import Dense
 from tests.adapter.test_layer import KINDS, M, N, bits, plain, rows, same
 
 SPEC = AdapterSpec(full=True)
@@ -31,11 +32,11 @@ def model() -> nn.Sequential:
 
 def test_a_fresh_layer_is_the_base_to_the_bit(base: nn.Module) -> None:
     x = rows(base)
-    assert torch.equal(FullLinear(FrozenLinear(base))(x), base(x))
+    assert torch.equal(FullUpdate(FrozenLinear(base))(x), base(x))
 
 
 def test_only_delta_learns_by_the_formula_and_the_base_keeps_its_bits(base: nn.Module) -> None:
-    before, layer, x = bits(base), FullLinear(FrozenLinear(base)), rows(base)
+    before, layer, x = bits(base), FullUpdate(FrozenLinear(base)), rows(base)
     g = torch.randn(2, 5, M).to(x.dtype)
     layer(x).backward(g)
     assert [name for name, p in layer.named_parameters() if p.grad is not None] == ["delta"]
@@ -46,7 +47,7 @@ def test_only_delta_learns_by_the_formula_and_the_base_keeps_its_bits(base: nn.M
 
 
 def test_it_computes_w_plus_delta_with_and_without_gradients(base: nn.Module) -> None:
-    layer, x = FullLinear(FrozenLinear(base)), rows(base)
+    layer, x = FullUpdate(FrozenLinear(base)), rows(base)
     for _ in range(2):  # the kept sum must follow ΔW
         layer.set_factors(Dense(torch.randn(M, N)))
         with torch.no_grad():
@@ -57,7 +58,7 @@ def test_it_computes_w_plus_delta_with_and_without_gradients(base: nn.Module) ->
 
 
 def test_another_kind_or_shape_is_refused() -> None:
-    layer = FullLinear(FrozenLinear(nn.Linear(N, M)))
+    layer = FullUpdate(FrozenLinear(nn.Linear(N, M)))
     for wrong in (Dense(torch.zeros(M, N + 1)), LowRank(torch.zeros(1, N), torch.zeros(M, 1))):
         with pytest.raises(ValueError, match="does not fit"):
             layer.set_factors(wrong)
@@ -101,13 +102,13 @@ def test_a_full_spec_takes_no_fields_of_factors() -> None:
 
 
 def test_conv1d_keeps_its_own_layout() -> None:
-    layer = FullLinear(FrozenLinear(Conv1D(M, N)))
+    layer = FullUpdate(FrozenLinear(Conv1D(M, N)))
     layer.set_factors(Dense(torch.randn(M, N)))
     assert layer.fuse().weight.shape == (N, M)
 
 
 def test_the_kept_sum_is_dropped_after_a_step_of_fused_adamw() -> None:
-    layer, x = FullLinear(FrozenLinear(nn.Linear(N, M).requires_grad_(False))), torch.randn(5, N)
+    layer, x = FullUpdate(FrozenLinear(nn.Linear(N, M).requires_grad_(False))), torch.randn(5, N)
     with torch.no_grad():
         layer(x)
     optimizer = torch.optim.AdamW([layer.delta], fused=True)

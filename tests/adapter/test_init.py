@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from deltaw.adapter import init_data
 from deltaw.adapter.attach import Attached, attach, detach
-from deltaw.adapter.dora import DoRALinear
+from deltaw.adapter.dora import DoRAUpdate
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.init import eva_directions, leading, lora_ga_factors, olora_factors, pissa_factors
 from deltaw.adapter.init_data import initialise_from_data
-from deltaw.adapter.layer import LoRALinear
+from deltaw.adapter.layer import LoRAUpdate
 from deltaw.base.batch import Batch
 from deltaw.base.forward import plan_forward
 from deltaw.base.frozen import FrozenLinear
@@ -146,8 +146,8 @@ def base(request: pytest.FixtureRequest) -> nn.Module:
     return plain(*request.param)
 
 
-def moving(base: nn.Module, dropout: float = 0.0) -> LoRALinear:
-    layer = LoRALinear(FrozenLinear(base), R, SCALE, dropout, moves=True)
+def moving(base: nn.Module, dropout: float = 0.0) -> LoRAUpdate:
+    layer = LoRAUpdate(FrozenLinear(base), R, SCALE, dropout, moves=True)
     layer.start(torch.randn(R, N), torch.randn(M, R))
     return layer
 
@@ -208,11 +208,11 @@ def test_factors_are_of_twice_the_rank_and_go_back_in(base: nn.Module) -> None:
     exact = (b0 + layer.lora_b).double() @ (a0 + layer.lora_a).double() - b0.double() @ a0.double()
     assert update.rank == 2 * R
     torch.testing.assert_close(update.dense().double(), SCALE * exact, rtol=1e-5, atol=1e-5)
-    other = LoRALinear(FrozenLinear(base), R, SCALE, moves=True)
+    other = LoRAUpdate(FrozenLinear(base), R, SCALE, moves=True)
     other.start(a0, b0)
     other.set_factors(update)
     assert torch.equal(other(x), layer(x)) and torch.equal(other.lora_a, layer.lora_a)
-    loaded = LoRALinear(FrozenLinear(base), 2 * R, SCALE)  # what any other tool makes of it
+    loaded = LoRAUpdate(FrozenLinear(base), 2 * R, SCALE)  # what any other tool makes of it
     loaded.set_factors(update)
     assert torch.equal(loaded(x), layer(x))
 
@@ -383,7 +383,7 @@ def test_data_that_says_nothing_or_nan_is_named() -> None:
 def test_dora_takes_evas_directions() -> None:
     plain_layers, dora = begun("eva").layers, begun("eva", magnitude=True).layers
     for path, layer in dora.items():
-        assert isinstance(layer, DoRALinear) and layer.lora_a.any()
+        assert isinstance(layer, DoRAUpdate) and layer.lora_a.any()
         assert torch.equal(layer.lora_a, plain_layers[path].lora_a)
 
 

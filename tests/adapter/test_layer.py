@@ -1,4 +1,4 @@
-"""LoRALinear: one suite for every kind of layer it may stand on."""
+"""LoRAUpdate: one suite for every kind of layer it may stand on."""
 
 import copy
 import itertools
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.layer import LoRALinear
+from deltaw.adapter.layer import LoRAUpdate
 from deltaw.base.frozen import FrozenLinear
 from deltaw.config import AdapterSpec
 from deltaw.factors import LowRank
@@ -34,14 +34,14 @@ def base(request: pytest.FixtureRequest) -> nn.Module:
     return plain(*request.param)
 
 
-def fresh(base: nn.Module, dropout: float = 0.0) -> LoRALinear:
+def fresh(base: nn.Module, dropout: float = 0.0) -> LoRAUpdate:
     """As `attach` makes it: A random, B zero."""
-    layer = LoRALinear(FrozenLinear(base), R, SCALE, dropout)
+    layer = LoRAUpdate(FrozenLinear(base), R, SCALE, dropout)
     layer.set_factors(LowRank(torch.randn(R, N), torch.zeros(M, R), SCALE))
     return layer
 
 
-def trained(base: nn.Module, dropout: float = 0.0) -> LoRALinear:
+def trained(base: nn.Module, dropout: float = 0.0) -> LoRAUpdate:
     layer = fresh(base, dropout)
     layer.set_factors(LowRank(torch.randn(R, N), torch.randn(M, R), SCALE))
     return layer
@@ -101,8 +101,8 @@ def test_fuse_makes_a_new_layer_and_rounds_once(base: nn.Module) -> None:
     fused = layer.fuse()
     assert type(fused) is type(base) and fused is not base and same(before, base)
     assert fused.weight.dtype == base.weight.dtype and not fused.weight.requires_grad
-    truth = FrozenLinear(base).weight_MN.double() + layer.factors().dense().double()
-    error = (FrozenLinear(fused).weight_MN.double() - truth).abs()
+    truth = FrozenLinear(base).weight.dense().double() + layer.factors().dense().double()
+    error = (FrozenLinear(fused).weight.dense().double() - truth).abs()
     # Half a unit in the last place of the stored number, and the float32 sum's own roundings.
     eps = torch.finfo(base.weight.dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps
     assert (error <= eps * (truth.abs() + 1e-2)).all()

@@ -188,7 +188,7 @@ def test_a_weights_dtype_may_be_read() -> None:
     before = logits(model)
     attached = attach(model, SPEC, fuse=())
     assert f"{Q}.inner" in attached.paths and torch.equal(logits(model), before)
-    layer = attached.layers[f"{Q}.inner"]
+    layer: Any = model.get_submodule(f"{Q}.inner")
     assert layer.weight.dtype == torch.float32 and layer.weight.shape == (32, 32)
     with pytest.raises(TypeError):  # never the base's weight past its update, in silence
         F.linear(torch.ones(1, 32), layer.weight)

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.analysis.compare import Comparison, compare, compare_updates, inner
+from deltaw.analysis.compare import Comparison, compare, compare_updates
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
-from deltaw.factors import Dense, DoRA, LowRank, Update
+from deltaw.factors import LowRank, Update
+from deltaw.kinds import Dense, DoRA
 
 sizes = st.integers(1, 12)
 
@@ -48,12 +49,12 @@ def test_inner_product_is_the_dense_one(m: int, n: int, r: int, q: int, s: float
     expected = pytest.approx(float((one.dense() * other.dense()).sum()), rel=1e-9, abs=1e-9)
     for a in (one, Dense(one.dense())):
         for b in (other, Dense(other.dense())):
-            assert inner(a, b) == expected and inner(b, a) == expected
+            assert a.inner(b) == expected and b.inner(a) == expected
 
 
 def test_inner_products_of_different_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="different shapes"):
-        inner(update(3, 4, 1), update(4, 3, 1))
+        update(3, 4, 1).inner(update(4, 3, 1))
 
 
 @settings(deadline=None, max_examples=40)

@@ -18,7 +18,9 @@ from deltaw.analysis.measure import Measures, in_order, measure, measure_adapter
 from deltaw.analysis.summary import quantities, summarise
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
-from deltaw.factors import Dense, DoRA, LowRank
+from deltaw.factors import LowRank
+from deltaw.kernels.weight import DenseWeight, Weight
+from deltaw.kinds import Dense, DoRA
 from deltaw.linalg.subspace import random_overlap
 
 SHAPES = [(12, 20), (20, 12), (9, 9), (1, 7), (7, 1), (1, 1)]
@@ -322,24 +324,24 @@ def test_a_long_spectrum_is_cut() -> None:
 def test_dora_is_measured_as_what_it_does_to_w() -> None:
     w, low = matrix(6, 9), update(6, 9, 2)
     dora = DoRA(low, 2 * w.norm(dim=1))
-    got, expected = measure(dora, w), measure(dora.relative_to(w), w)
+    got, expected = measure(dora, w), measure(dora.relative_to(DenseWeight(w)), w)
     assert got.parameters == 2 * (6 + 9) + 6 and got.rank == 6
     same({**got.to_json(), "parameters": 0}, {**expected.to_json(), "parameters": 0})
-    with pytest.raises(ValueError, match="give W"):
+    with pytest.raises(InputError, match="DoRA"):
         measure(dora)
     with pytest.raises(InputError, match="DoRA"):
         measure_adapter(Adapter(AdapterSpec(rank=2, alpha=2.0), {"q_proj": dora}), None)
 
 
-class Weights(Mapping[str, Tensor]):
+class Weights(Mapping[str, Weight]):
     """Read when asked for; `read` tells which."""
 
     def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
         self.shapes, self.read = shapes, set[str]()
 
-    def __getitem__(self, path: str) -> Tensor:
+    def __getitem__(self, path: str) -> Weight:
         self.read.add(path)
-        return matrix(*self.shapes[path], seed=len(path), dtype=torch.float32)
+        return DenseWeight(matrix(*self.shapes[path], seed=len(path), dtype=torch.float32))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -373,7 +375,7 @@ def test_an_adapter_layer_by_layer(two_threads) -> None:
     assert done == [1, 2, 3, 4, 5, 6] and weights.read == set(PATHS) and torch.get_num_threads() == 2
     torch.set_num_threads(1)  # as each module had: the numbers don't depend on the count
     for path, measured in got.items():
-        assert measured == measure(tuned.factors[path], weights[path], crc32(path.encode()))
+        assert measured == measure(tuned.factors[path], weights[path].dense(), crc32(path.encode()))
     assert {m.base for m in measure_adapter(tuned, None).values()} == {None}
 
 
@@ -392,7 +394,7 @@ def test_the_model_s_totals_are_those_of_one_block_diagonal_matrix() -> None:
     got = measure_adapter(tuned, weights)
     summary = summarise(got)
     delta = torch.block_diag(*(tuned.factors[path].dense() for path in got))
-    w = torch.block_diag(*(weights[path] for path in got))
+    w = torch.block_diag(*(weights[path].dense() for path in got))
     whole = measure(Dense(delta), w)
     assert summary["modules"] == 6 and summary["parameters"] == tuned.parameters and summary["zero"] == []
     assert summary["frobenius"] == pytest.approx(whole.frobenius, rel=1e-5)

@@ -19,7 +19,7 @@ from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.prefix import lowest_layer
 from deltaw.config import AdapterSpec
 from deltaw.generate.engine import Sampling, generate
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 from tests.architectures import COMMON, MOE
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -15,7 +15,7 @@ from deltaw.base.attention import is_packed
 from deltaw.base.batch import Batch, Passing
 from deltaw.base.forward import plan_forward
 from deltaw.generate.engine import Sampling, generate
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 from tests.architectures import COMMON, PACKED, PADDED, tiny
 
 LENGTHS = (6, 3, 11)

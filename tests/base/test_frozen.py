@@ -23,12 +23,12 @@ def test_one_face(module: nn.Module) -> None:
     frozen = FrozenLinear(module)
     assert frozen.module is module
     assert (frozen.in_features, frozen.out_features) == (3, 5)
-    assert frozen.weight_MN.shape == (5, 3)
-    assert frozen.weight_MN.untyped_storage().data_ptr() == module.weight.untyped_storage().data_ptr()
+    assert frozen.weight.dense().shape == (5, 3)
+    assert frozen.weight.dense().untyped_storage().data_ptr() == module.weight.untyped_storage().data_ptr()
     x_TN = torch.randn(2, 7, 3)
     y_TM = frozen(x_TN)
     assert torch.equal(y_TM, module(x_TN))
-    torch.testing.assert_close(y_TM, nn.functional.linear(x_TN, frozen.weight_MN, frozen.bias_M))
+    torch.testing.assert_close(y_TM, nn.functional.linear(x_TN, frozen.weight.dense(), frozen.bias_M))
     assert grads == [weight.requires_grad for weight in module.parameters()]
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 

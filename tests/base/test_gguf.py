@@ -18,7 +18,7 @@ from deltaw.base.gguf import to_folder
 from deltaw.base.load import Base, fingerprint, open_base
 from deltaw.base.source import BUILTINS, builtin_file
 from deltaw.errors import InputError, RunError
-from deltaw.files.gguf_header import read_header
+from deltaw.files.gguf_parts import read_model
 from tests.bases import BUILTIN, tiny_llama
 from tests.tiny import Said
 
@@ -155,7 +155,7 @@ HOSTILE = {
 
 def test_the_builder_builds_a_good_file(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(build(keys=[("k", 7, b"\x01"), ("l", 9, array(4, 1, u32(5)))], tensors=[GOOD]))
-    header = read_header(tmp_path / "x.gguf")
+    header = read_model([tmp_path / "x.gguf"])
     assert header.metadata == {"general.architecture": "llama", "k": True, "l": (5,)}
     assert header.shapes == {"a": (4, 2)}
 
@@ -167,7 +167,7 @@ def test_hostile_header_is_refused_fast_and_small(tmp_path: Path, data: bytes) -
     tracemalloc.start()
     start = time.perf_counter()
     with pytest.raises(InputError, match=r"hostile\.gguf") as caught:
-        read_header(path)
+        read_model([path])
     assert time.perf_counter() - start < 1
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
@@ -189,7 +189,7 @@ def test_mutated_headers_are_read_or_refused(tiny: Path, tmp_path: Path) -> None
             del changed[rng.randrange(length) :]
         path.write_bytes(changed)
         try:
-            read_header(path)
+            read_model([path])
         except InputError as error:
             refused += 1
             assert "mutated.gguf" in str(error) and len(str(error).splitlines()) <= 5

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from deltaw.data.example import Example
 from deltaw.data.pack import pack
-from deltaw.kernels.loss import IGNORE
+from deltaw.kernels.logprobs import IGNORE
 
 
 @st.composite

@@ -17,7 +17,7 @@ from deltaw.data.example import Example
 from deltaw.errors import InputError
 from deltaw.evaluate.held_out import held_out_loss
 from deltaw.evaluate.slider import Point, slide
-from deltaw.factors import Dense
+from deltaw.kinds import Dense
 from deltaw.model import Model, open_model
 from tests.evaluate.test_budget import QUIET, adapter, bare, folder, logits, loss_of, rows  # noqa: F401
 

@@ -205,16 +205,17 @@ def interrupted_twice(n: int, scratch: Path) -> None:
     at_once=6,
 )
 def terminated_in_step(n: int, scratch: Path) -> None:
-    from deltaw.training import trainer
+    from deltaw.training import measuring
+    from deltaw.training import run as loop
 
     run, step = scratch / f"run-{n}", 1 + n % 6
-    step_of, loss_of = trainer.Trainer._step, trainer.held_out_loss
+    step_of, loss_of = loop.step, measuring.held_out_loss
     losses: list[int] = []
 
-    def in_step(self: Any, *args: Any) -> Any:
-        if self.state.step == step - 1:
+    def in_step(forward: Any, learners: Any, *args: Any) -> Any:
+        if learners[0].state.step == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step_of(self, *args)
+        return step_of(forward, learners, *args)
 
     def in_evaluation(*args: Any) -> Any:
         losses.append(1)
@@ -223,10 +224,7 @@ def terminated_in_step(n: int, scratch: Path) -> None:
         return loss_of(*args)
 
     def work() -> None:
-        place = (
-            changed(trainer.Trainer, "_step", in_step) if n < 6 else changed(trainer, "held_out_loss", in_evaluation)
-        )
-        with place:
+        with changed(loop, "step", in_step) if n < 6 else changed(measuring, "held_out_loss", in_evaluation):
             command_for(config(run, train={"eval_every": 1}))()
 
     ended = child(work)
@@ -364,13 +362,13 @@ def deletion_fails(n: int, scratch: Path) -> None:
     sample=2,
 )
 def rotation(n: int, scratch: Path) -> None:
-    from deltaw.training import trainer
+    from deltaw.training import measuring
 
     chance = random.Random(n)
     losses = [chance.random() for _ in range(6)]
     taken = iter(losses)
     settings = config(scratch / "run", train={"keep": 1 + n % 4, "eval_every": 1, "save_every": 1})
-    with changed(trainer, "held_out_loss", lambda *args: (next(taken), 1)):
+    with changed(measuring, "held_out_loss", lambda *args: (next(taken), 1)):
         train(settings, replace=True, display=QUIET)
     best = losses.index(min(losses)) + 1
     names = [path.name for path in list_checkpoints(scratch / "run/checkpoints")]

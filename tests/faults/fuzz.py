@@ -13,13 +13,13 @@ from typing import Any
 
 from deltaw.base.gguf import to_folder
 from deltaw.errors import InputError
-from deltaw.files.gguf_header import read_header as read_gguf
+from deltaw.files.gguf_parts import read_model
 from deltaw.files.safetensors import load_safetensors
 from tests.base.test_gguf import HOSTILE as GGUF_CASES
 from tests.base.test_gguf import write_gguf
 from tests.faults.common import finished_run, place
 from tests.faults.fault import expect, fault
-from tests.files.test_weights import HOSTILE as CASES
+from tests.files.test_safetensors import HOSTILE as CASES
 
 PIECES = (
     b"", b"\x00", b"\xff" * 8, b"\x00" * 8, b"\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x01\x00\x00\x00\x00\x00\x00\x00",
@@ -106,6 +106,10 @@ def mutated_safetensors(n: int, scratch: Path) -> None:
     data = safetensors()
     header = 8 + int.from_bytes(data[:8], "little")
     survives(load_safetensors, scratch / "x.safetensors", mutated(data, n, header))
+
+
+def read_gguf(path: Path) -> object:
+    return read_model([path])
 
 
 @fault(42, "a GGUF of a known kind of brokenness", tries=len(GGUF_CASES), sample=len(GGUF_CASES), at_once=100)

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
 from deltaw.config import RunConfig, parse_config
 from deltaw.training import memory
 from deltaw.training import run as loop
 from deltaw.training.checkpoint import list_checkpoints
-from deltaw.training.trainer import Trainer
 from tests.faults.common import (
     Ended,
     changed,
@@ -54,10 +54,10 @@ def wide_config(output: Path) -> RunConfig:
 def under(room: int, limit: int | None, work: Callable[[], object]) -> Callable[[], object]:
     """`work` with `room` bytes left once the model is loaded: to the address space (`ulimit -v`) where `limit` names
     that, else to the whole machine, which sends no error by itself but kills."""
-    prepare = loop.prepare_run
+    open_run = loop.open_run
 
-    def prepared(*args: Any) -> Any:
-        made = prepare(*args)
+    def opened(*args: Any) -> Any:
+        made = open_run(*args)
         if limit is None:
             held = memory._status("VmRSS")
             memory._available = lambda: max(0, held + room - memory._status("VmRSS"))  # type: ignore[assignment]
@@ -66,7 +66,7 @@ def under(room: int, limit: int | None, work: Callable[[], object]) -> Callable[
         return made
 
     def limited() -> None:
-        with changed(loop, "prepare_run", prepared):
+        with changed(loop, "open_run", opened):
             work()
 
     return limited
@@ -119,14 +119,14 @@ def gpu_first_batch(n: int, scratch: Path) -> None:
 )
 def later_step(n: int, scratch: Path) -> None:
     step, run = n + 2, scratch / f"later-{n}"
-    gradient = Trainer._gradient
+    step_of = loop.step
 
-    def failing(self: Trainer, *args: Any) -> Any:
-        if self.state.step == step - 1:
+    def failing(forward: Any, learners: Any, *args: Any) -> Any:
+        if learners[0].state.step == step - 1:
             _run_out()
-        return gradient(self, *args)
+        return step_of(forward, learners, *args)
 
-    with changed(Trainer, "_gradient", failing):
+    with changed(loop, "step", failing):
         ended = child(command_for(config(run)))
     saved = (0, 2, 3, 4, 4)[n]  # every second step, and the third, the best so far
     remains = f"step-{saved:06} remains" if saved else "nothing was trained yet"
@@ -182,10 +182,10 @@ def _at_most(tokens: int) -> Any:
     """A loss whose backward's memory suffices for so many tokens."""
     loss = Forward.loss
 
-    def limited(self: Forward, tokens_T: torch.Tensor, *rest: Any) -> Any:
-        if torch.is_grad_enabled() and len(tokens_T) > tokens:
+    def limited(self: Forward, batch: Batch) -> Any:
+        if torch.is_grad_enabled() and len(batch.tokens_T) > tokens:
             _run_out()
-        return loss(self, tokens_T, *rest)
+        return loss(self, batch)
 
     return limited
 

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor
 
 from deltaw.adapter.file import Adapter
+from deltaw.base.batch import Batch
 from deltaw.config import AdapterSpec, TrainConfig, parse_config
 from deltaw.errors import DeltawError, RunError
 from deltaw.files.safetensors import load_safetensors, save_safetensors
+from deltaw.kernels.logprobs import IGNORE
 from deltaw.model import open_model
+from deltaw.training import learner, opening
 from deltaw.training import run as loop
-from deltaw.training import trainer
 from deltaw.training.checkpoint import FACTORS, TrainState, list_checkpoints
 from deltaw.training.run import resume, train
 from deltaw.training.watch import Unfit, check_loss, note_skip, note_update
@@ -70,8 +73,8 @@ class InfiniteGradient(torch.autograd.Function):
 @contextmanager
 def poisoned(call: int, harm: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside the block, a run's forward is Poisoned. The short form before it is left out: it would count."""
-    original = loop.plan_forward
-    model = changed(loop, "plan_forward", lambda model: Poisoned(original(model), call, harm))
+    original = opening.plan_forward
+    model = changed(opening, "plan_forward", lambda model: Poisoned(original(model), call, harm))
     with model, changed(loop, "short_form", lambda *args: None):
         yield
 
@@ -80,13 +83,13 @@ def batches_before(step: int, tokens_per_batch: int, scratch: Path) -> int:
     """Training batches in the steps before `step` (from 1)."""
     settings = config(scratch / "count", train={"tokens_per_batch": tokens_per_batch})
     counts: list[int] = []
-    original = loop.Trainer._gradient
+    original = loop.step
 
-    def counting(self: Any, batches: Any, supervised: int) -> Any:
+    def counting(forward: Any, learners: Any, batches: Any, position: Any) -> Any:
         counts.append(len(batches))
-        return original(self, batches, supervised)
+        return original(forward, learners, batches, position)
 
-    with changed(loop.Trainer, "_gradient", counting):
+    with changed(loop, "step", counting):
         train(settings, replace=True, display=QUIET)
     return sum(counts[: step - 1])
 
@@ -210,13 +213,16 @@ def risen_for_good(n: int, scratch: Path) -> None:
 
 @fault(27, "a step without one trained token: skipped, counted, named; a run of nothing else stops", tries=2, sample=2)
 def nothing_trained(n: int, scratch: Path) -> None:
-    original = loop.Trainer._gradient
+    original = loop.step
 
-    def unlabelled(self: Any, batches: Any, supervised: int) -> Any:
-        return original(self, batches, 0 if n == 1 or self.state.step == 2 else supervised)
+    def unlabelled(forward: Any, learners: Any, batches: list[Batch], position: Any) -> Any:
+        if n == 1 or learners[0].state.step == 2:
+            labels = [torch.full_like(batch.labels_T, IGNORE) for batch in batches]
+            batches = [replace(b, labels_T=l_T, supervised=0) for b, l_T in zip(batches, labels, strict=True)]
+        return original(forward, learners, batches, position)
 
     run = scratch / "run"
-    with changed(loop.Trainer, "_gradient", unlabelled):
+    with changed(loop, "step", unlabelled):
         if n == 1:
             work = lambda: train(config(run, train={"steps": 20}), replace=True, display=QUIET)  # noqa: E731
             clear_error(work, "step 11: not one token", "in a row")
@@ -323,12 +329,12 @@ class Dead:
     sample=3,
 )
 def watchdog(n: int, scratch: Path) -> None:
-    run, original = scratch / "run", loop.plan_forward
+    run, original = scratch / "run", opening.plan_forward
     if n == 0:
-        with changed(loop, "plan_forward", lambda model: Dead(original(model))):
+        with changed(opening, "plan_forward", lambda model: Dead(original(model))):
             clear_error(lambda: train(config(run), display=QUIET), "got no gradient in 6 updates", "learn nothing")
     elif n == 1:
-        with changed(trainer, "set_rate", lambda optimizer, rate: [g.update(lr=0.0) for g in optimizer.param_groups]):
+        with changed(learner, "set_rate", lambda optimizer, rate: [g.update(lr=0.0) for g in optimizer.param_groups]):
             clear_error(
                 lambda: train(config(run), replace=True, display=QUIET), "still zero after 6 updates", "train.lr"
             )

@@ -213,24 +213,24 @@ def killed_while_accumulating(n: int, scratch: Path) -> None:
     shutil.rmtree(scratch / "cut", ignore_errors=True)
 
     def work() -> None:
-        original = loop.Trainer._gradient
+        step = loop.step
 
-        def gradient(self: Any, batches: Any, supervised: int) -> Any:
-            forward = self.forward.loss
+        def stepping(forward: Any, *args: Any) -> Any:
+            loss_of = forward.loss
 
-            def loss(*batch: Any) -> Any:
+            def loss(batch: Any) -> Any:
                 calls.append(1)
                 if len(calls) == 2 + n:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return forward(*batch)
+                return loss_of(batch)
 
-            object.__setattr__(self.forward, "loss", loss)
+            object.__setattr__(forward, "loss", loss)
             try:
-                return original(self, batches, supervised)
+                return step(forward, *args)
             finally:
-                object.__delattr__(self.forward, "loss")
+                object.__delattr__(forward, "loss")
 
-        loop.Trainer._gradient = gradient  # type: ignore[method-assign]
+        loop.step = stepping
         train(config(scratch / "cut", train={"tokens_per_batch": 32, "save_every": 1}), display=QUIET)
 
     ended = child(work)
@@ -281,16 +281,16 @@ def verified(n: int, scratch: Path) -> None:
         return
     from deltaw.training import run as loop
 
-    step = loop.Trainer._step
+    step = loop.step
 
-    def drifting(self: Any, *args: Any) -> Any:
-        record = step(self, *args)
+    def drifting(forward: Any, learners: Any, *args: Any) -> Any:
+        records = step(forward, learners, *args)
         with torch.no_grad():
-            for parameter in self.attached.parameters:
+            for parameter in learners[0].attached.parameters:
                 parameter.add_(1e-6 * torch.rand((), generator=RANDOM))
-        return record
+        return records
 
-    with changed(loop.Trainer, "_step", drifting):
+    with changed(loop, "step", drifting):
         expect(not verify_resume(config(scratch / "run"), 3, QUIET).exact, "a drift wasn't seen")
 
 

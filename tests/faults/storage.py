@@ -14,8 +14,11 @@ from deltaw.errors import RunError
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.checkpoint import is_whole, latest_checkpoint, list_checkpoints, save_checkpoint
-from deltaw.training.run import prepare_run
-from deltaw.training.trainer import Trainer
+from deltaw.training.learner import Learner
+from deltaw.training.measuring import Attempts
+from deltaw.training.opening import Opened, begin, open_run
+from deltaw.training.run import Steps
+from deltaw.training.stop import StopRequest
 from tests.faults import shim
 from tests.faults.common import (
     QUIET,
@@ -38,23 +41,24 @@ FILES = ("factors.safetensors", "moments.safetensors", "state.json", "manifest.s
 
 
 @cache
-def trained() -> Trainer:
+def trained() -> tuple[Opened, Learner]:
     """A run with something to save: two steps, moments that aren't zero."""
     settings = config(place() / "trained", train={"steps": 2})
     run = Run(Path(settings.output))
-    model, dataset = prepare_run(settings, QUIET)
-    trainer = Trainer(settings, run, model, dataset, QUIET)
+    opened = open_run(settings, QUIET)
+    learner = opened.learner(QUIET)
     with run.claimed(new=True):
-        trainer.begin()
-        trainer.take_steps()
-    return trainer
+        begin(opened, run, QUIET)
+        attempts = Attempts(opened.device, QUIET.say, lambda error: None)
+        Steps(opened, learner, run, StopRequest(), QUIET, attempts).take()
+    return opened, learner
 
 
 def save(folder: Path, step: int) -> Path:
     """The checkpoint that a run would write after `step` steps; the newest two stay."""
-    trainer = trained()
-    state = dataclasses.replace(trainer.state, step=step, best_step=0)
-    return save_checkpoint(folder, state, trainer.attached, trainer.optimizer, keep=2)
+    saved = trained()[1].saved()
+    state = dataclasses.replace(saved.state, step=step, best_step=0)
+    return save_checkpoint(folder, saved._replace(state=state), keep=2)
 
 
 @cache
@@ -142,8 +146,8 @@ if can_mount():
 
 
 def _write_adapter(folder: Path) -> Callable[[], object]:
-    trainer = trained()
-    return lambda: trainer.attached.adapter(trainer.id).save(folder / "adapter")
+    opened, _ = trained()
+    return lambda: opened.attached.adapter(opened.id).save(folder / "adapter")
 
 
 WRITERS: list[Callable[[Path], Callable[[], object]]] = [

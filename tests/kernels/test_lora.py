@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deltaw.kernels.lora import (
     ACTIVATIONS,
+    Factors,
     Projection,
     lora_gated_mlp,
     lora_gated_mlp_plain,
@@ -16,6 +17,7 @@ from deltaw.kernels.lora import (
     lora_linears,
     lora_linears_plain,
 )
+from deltaw.kernels.weight import DenseWeight
 
 T, N, M, R = 7, 12, 9, 3
 
@@ -110,12 +112,16 @@ class Block:
     def call(self, fast: bool, x: Tensor, factors: list[Tensor | None]) -> tuple[Tensor, ...]:
         biases = [self.bias, None, None]
         made = [
-            Projection(w, c, factors[2 * i], factors[2 * i + 1], self.scales[i])
+            Projection(DenseWeight(w), c, self.updates(i, factors))
             for i, (w, c) in enumerate(zip(self.weights, biases, strict=True))
         ]
         if self.op == "linears":
             return (lora_linears if fast else lora_linears_plain)(x, made)
         return ((lora_gated_mlp if fast else lora_gated_mlp_plain)(x, *made, "silu"),)
+
+    def updates(self, i: int, factors: list[Tensor | None]) -> dict[int, Factors]:
+        a, b = factors[2 * i : 2 * i + 2]
+        return {} if a is None or b is None else {0: Factors(a, b, self.scales[i])}
 
     def run(self, fast: bool, seed: int = 0) -> list[Tensor]:
         leaves = [None if f is None else f.detach().requires_grad_() for f in self.factors]
@@ -214,7 +220,8 @@ WRITES = {
 def projection(a: Tensor, b: Tensor) -> Projection:
     generator = torch.Generator().manual_seed(len(b))
     w = torch.randn(b.shape[0], a.shape[1], dtype=torch.float64, generator=generator)
-    return Projection(w, torch.randn(b.shape[0], dtype=torch.float64, generator=generator), a, b, 0.7)
+    bias = torch.randn(b.shape[0], dtype=torch.float64, generator=generator)
+    return Projection(DenseWeight(w), bias, {0: Factors(a, b, 0.7)})
 
 
 OPERATIONS = {

@@ -11,7 +11,8 @@ from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.base.source import Source
 from deltaw.config import AdapterSpec
-from deltaw.factors import Dense, DoRA, LowRank, Update
+from deltaw.factors import LowRank, Update
+from deltaw.kinds import Dense, DoRA
 from deltaw.shipping.trained import Trained, open_trained
 from tests.architectures import COMMON, GPT2, MOE, PACKED
 from tests.data.toys import toy
@@ -75,7 +76,7 @@ def random_adapter(folder: Path, kind: str = "lora", size: float = 0.1, **spec: 
     generator = torch.Generator().manual_seed(1)
     adapter = attached.adapter(BaseId(folder.name))
     factors = {
-        path: _random(update, size * float(attached.layers[path].base.weight_MN.std()), generator)
+        path: _random(update, size * float(attached.layers[path].base.weight.dense().std()), generator)
         for path, update in adapter.factors.items()
     }
     return Adapter(adapter.spec, factors, adapter.base, adapter.fan_in_fan_out, adapter.rewritten)

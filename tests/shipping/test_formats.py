@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 
 from deltaw.adapter.algebra import resize_global
 from deltaw.adapter.attach import attach
-from deltaw.adapter.file import A, Adapter, B, BaseId
+from deltaw.adapter.file import Adapter, BaseId
+from deltaw.adapter.peft_tensors import A, B
 from deltaw.base.fingerprint import fingerprint_of
 from deltaw.commands.export import export_named
 from deltaw.errors import InputError

@@ -18,7 +18,8 @@ from deltaw.base.source import find_base
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError, RunError
 from deltaw.factors import LowRank
-from deltaw.files.gguf_header import read_header, read_metadata
+from deltaw.files.gguf_header import read_metadata
+from deltaw.files.gguf_parts import read_model
 from deltaw.model import open_model, open_renderer
 from deltaw.shipping.destination import Options
 from deltaw.shipping.gguf.meta import metadata
@@ -202,7 +203,7 @@ def test_every_setting_arrives(tmp_path: Path, case: str) -> None:
 
 
 def shapes_of(file: Path) -> dict[str, tuple[int, ...]]:
-    return read_header(file).shapes
+    return read_model([file]).shapes
 
 
 def test_a_head_that_is_the_embedding_has_no_tensor(tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ COARSE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
 @pytest.mark.parametrize("kind", [*COARSE, "BF16"])
 def test_each_type_is_where_llama_cpp_has_it(tmp_path: Path, kind: str) -> None:
     trained = make(tmp_path, "llama")
-    header = read_header(written(trained, tmp_path / "out", kind))
+    header = read_model([written(trained, tmp_path / "out", kind)])
     types = {name: name_of(place.kind) for name, place in header.places.items()}
     assert types.pop("output.weight") == ("Q8_0" if kind in COARSE else kind)
     norms = {name for name in types if "norm" in name}
@@ -298,7 +299,7 @@ def test_the_numbers_are_rounded_once(tmp_path: Path) -> None:
     """In GGUF's own blocks, from the float32 sum."""
     trained = make(tmp_path, "llama")
     file = written(trained, tmp_path / "out", "Q4_0")
-    plan, header = plan_merge(trained), read_header(file)
+    plan, header = plan_merge(trained), read_model([file])
     down = plan.value(plan.by_parameter["model.layers.1.mlp.down_proj.weight"])
     read = read_values(file, header.places["blk.1.ffn_down.weight"], tuple(down.shape))
     steps = down.reshape(-1, 32).abs().amax(1) / 8

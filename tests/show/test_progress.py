@@ -2,11 +2,8 @@
 
 import sys
 
-import pytest
-
 from deltaw.show import progress as module
 from deltaw.show.progress import Display
-from deltaw.show.text import clock
 
 
 def test_lines_begin_and_end_and_keep_quiet_between(capsys) -> None:
@@ -43,8 +40,3 @@ def test_quiet_is_quiet(capsys) -> None:
         progress(1, "y")
     captured = capsys.readouterr()
     assert not captured.err and not captured.out
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75, "1:15"), (3661, "1:01:01")])
-def test_clock(seconds: float, text: str) -> None:
-    assert clock(seconds) == text

@@ -11,7 +11,7 @@ from deltaw.errors import RunError
 from deltaw.show.progress import Display
 from deltaw.studies import lab as module
 from deltaw.studies.lab import RATES, Lab, best
-from deltaw.training.run import Trainer
+from deltaw.training import run as loop
 
 
 @pytest.fixture
@@ -74,17 +74,17 @@ def test_checkpoints_go_and_the_rest_stays(fresh: Lab) -> None:
 
 
 def test_an_unfinished_training_is_resumed(fresh: Lab, begun: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Trainer._step
+    step = loop.step
 
-    def breaks(self: Trainer, *args: Any) -> Any:
-        if self.state.step == 1:
+    def breaks(forward: Any, learners: Any, *args: Any) -> Any:
+        if learners[0].state.step == 1:
             raise RunError("the power is gone")
-        return step(self, *args)
+        return step(forward, learners, *args)
 
     task = {**fresh.task, "train": {**fresh.task["train"], "save_every": 1}}
     broken, whole = (Lab(fresh.folder / name, Display(quiet=True), task=task) for name in ("broken", "whole"))
     with monkeypatch.context() as patch, pytest.raises(RunError, match="power"):
-        patch.setattr(Trainer, "_step", breaks)
+        patch.setattr(loop, "step", breaks)
         broken.train("first try")
     resumed = broken.train("second try")
     assert [line.split()[0] for line in begun] == ["train", "resume"]

@@ -14,7 +14,9 @@ from torch import Tensor
 from deltaw.adapter.file import Adapter
 from deltaw.analysis.measure import Measures, measure, measure_adapter
 from deltaw.config import AdapterSpec
-from deltaw.factors import Dense, LowRank, Update
+from deltaw.factors import LowRank, Update
+from deltaw.kernels.weight import DenseWeight, Weight
+from deltaw.kinds import Dense
 from deltaw.show.progress import Display
 from deltaw.studies import amp, forget, fullrank, intruder, phi
 from deltaw.studies.forget import Noise, Point
@@ -40,7 +42,7 @@ class MadeUp:
     display = Display(quiet=True)
     task = {"train": {"steps": 8}}  # noqa: RUF012
 
-    def __init__(self, make: Make, weights: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, make: Make, weights: Mapping[str, Weight] | None = None) -> None:
         self.make, self.weights = make, weights
 
     def train(self, name: str, *, seed: int = 0, adapter: Any = None, **changes: Any) -> Any:
@@ -54,7 +56,7 @@ class MadeUp:
         return measure_adapter(adapter, self.weights)
 
 
-def study(module: Any, make: Make, weights: Mapping[str, Tensor] | None = None) -> Outcome:
+def study(module: Any, make: Make, weights: Mapping[str, Weight] | None = None) -> Outcome:
     outcome: Outcome = module.run(cast(Lab, MadeUp(make, weights)))
     assert outcome.blocks and all(block.html() for block in outcome.blocks)
     return outcome
@@ -185,7 +187,8 @@ def amplified(first: int) -> Make:
 
 
 def test_amp_holds_where_w_has_some_of_it() -> None:
-    weights = {p: (basis(M, M, n) * torch.linspace(9, 1, M)) @ basis(N, M, n).T for n, p in enumerate(PATHS)}
+    dense = {p: (basis(M, M, n) * torch.linspace(9, 1, M)) @ basis(N, M, n).T for n, p in enumerate(PATHS)}
+    weights = {path: DenseWeight(w_MN) for path, w_MN in dense.items()}
     outcome = study(amp, amplified(20), weights)
     assert outcome.verdict == "held", outcome.because
     assert outcome.figures["rows"]["1"]["factor"] == pytest.approx(10 / float(torch.linspace(9, 1, M)[20]), rel=1e-3)
@@ -384,7 +387,7 @@ def strong(size: Callable[[float], float]) -> Make:
 
 
 def test_intruder_on_made_up_sweeps() -> None:
-    weights = {path: torch.eye(M)[:, :12] * torch.linspace(4, 1, 12) for path in PATHS}
+    weights = {path: DenseWeight(torch.eye(M)[:, :12] * torch.linspace(4, 1, 12)) for path in PATHS}
     outcome = study(intruder, strong(lambda rate: 1200 * rate), weights)
     assert outcome.verdict == "held", outcome.because
     assert outcome.figures["epsilon"] == 0.5

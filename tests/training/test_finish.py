@@ -17,7 +17,7 @@ from deltaw.errors import InputError, RunError
 from deltaw.evaluate import held_out
 from deltaw.evaluate.held_out import add_answers
 from deltaw.show.progress import Display
-from deltaw.training import finish, trainer
+from deltaw.training import finish, measuring
 from deltaw.training.checkpoint import list_checkpoints
 from deltaw.training.run import resume, train
 from tests.tiny import Said, run_file
@@ -49,7 +49,7 @@ def answers_fail(patch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("Sizes of tensors must match\nand more")
         return add_answers(*args, name=name, **options)
 
-    patch.setattr(trainer, "add_answers", failing)
+    patch.setattr(measuring, "add_answers", failing)
 
 
 def loss_is_nan(patch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def loss_is_nan(patch: pytest.MonkeyPatch) -> None:
 
 FAILURES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str], str]] = {
     "the loss crashes": (
-        lambda patch: patch.setattr(finish, "evaluate_loss", raising(IndexError("out of range"))),
+        lambda patch: patch.setattr(finish, "loss_on", raising(IndexError("out of range"))),
         {"held_out_loss"},
         "IndexError: out of range",
     ),
@@ -122,7 +122,7 @@ def test_a_failed_measurement_leaves_a_whole_run_that_can_be_completed(folder: P
 
 def test_what_failed_can_be_left_out_and_nothing_but_that_changed(folder: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(finish, "forgetting", raising(RuntimeError("no")))
+        patch.setattr(finish, "what_was_forgotten", raising(RuntimeError("no")))
         train(config(folder), display=QUIET)
     for override in (["train.steps=20"], ["train.lr=1e-4"], ["data.eval=4"]):
         with pytest.raises(InputError, match="->"):
@@ -145,7 +145,7 @@ def test_a_full_disk_at_the_result_leaves_the_adapter_and_the_run_goes_on_from_t
 
 
 def test_samples_that_fail_cost_no_run(folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr(trainer, "answer", raising(RuntimeError("a cache of another kind")))
+    monkeypatch.setattr(measuring, "answer", raising(RuntimeError("a cache of another kind")))
     display = Said()
     settings = config(folder, train={**run_file(folder)["train"], "sample_every": 2})
     train(settings, display=display)
@@ -155,7 +155,7 @@ def test_samples_that_fail_cost_no_run(folder: Path, monkeypatch) -> None:
 
 def test_answers_of_the_base_that_no_metric_needs_are_left_out(folder: Path, monkeypatch) -> None:
     settings = config(folder, evaluate={"general": None, "report": False})
-    monkeypatch.setattr(trainer, "add_answers", raising(InputError("this model can't be asked")))
+    monkeypatch.setattr(measuring, "add_answers", raising(InputError("this model can't be asked")))
     display = Said()
     train(settings, display=display)
     got = result(folder)
@@ -170,7 +170,7 @@ def test_answers_of_the_base_that_no_metric_needs_are_left_out(folder: Path, mon
 def test_a_held_out_loss_that_is_nan_on_the_way_keeps_what_was_learnt_and_says_how_to_the_adapter(
     folder: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(trainer, "held_out_loss", lambda *args: (math.nan, 1))
+    monkeypatch.setattr(measuring, "held_out_loss", lambda *args: (math.nan, 1))
     with pytest.raises(RunError, match=r"deltaw train --allow \S+ train.eval_every=null"):
         train(config(folder), display=QUIET)
     assert list_checkpoints(folder / "run/checkpoints")[-1].name == "step-000003"
@@ -180,7 +180,7 @@ def test_a_held_out_loss_that_is_nan_on_the_way_keeps_what_was_learnt_and_says_h
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_at_the_last_step_it_wastes_nothing(folder: Path, monkeypatch, value: float) -> None:
-    monkeypatch.setattr(trainer, "held_out_loss", lambda *args: (value, 1))
+    monkeypatch.setattr(measuring, "held_out_loss", lambda *args: (value, 1))
     train(config(folder, train={**run_file(folder)["train"], "eval_every": 6}), display=QUIET)
     got = result(folder)
     assert got["best_step"] == 6 and got["failed"] == {}

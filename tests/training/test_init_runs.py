@@ -11,10 +11,11 @@ import torch
 from deltaw.adapter.file import Adapter
 from deltaw.config import parse_config
 from deltaw.errors import InputError
-from deltaw.factors import DoRA, LowRank
+from deltaw.factors import LowRank
 from deltaw.files.safetensors import load_safetensors
+from deltaw.kinds import DoRA
 from deltaw.model import open_model
-from deltaw.training import trainer
+from deltaw.training import measuring, opening
 from deltaw.training.run import resume, train
 from deltaw.training.stop import Stopped
 from tests.tiny import run_file
@@ -54,7 +55,7 @@ def test_it_learns_and_a_resumed_run_has_the_same_bits(folder: Path, monkeypatch
     def again(*args: Any) -> None:
         raise AssertionError("the start is in the checkpoint")
 
-    monkeypatch.setattr(trainer, "start_from_data", again)
+    monkeypatch.setattr(opening, "start_from_data", again)
     resume(folder / "cut", display=QUIET)
     assert digest(folder / "cut") == digest(folder / "run")
 
@@ -77,7 +78,7 @@ def test_what_a_run_leaves_has_the_loss_that_the_run_measured(folder: Path, kind
 def test_the_best_step_comes_back_onto_the_layers(folder: Path, monkeypatch: Any, kind: str) -> None:
     """Of held-out losses that only rise, the first is the best; what is saved are its bytes."""
     losses = iter(range(1, 99))
-    monkeypatch.setattr(trainer, "held_out_loss", lambda *args: (float(next(losses)), 1))
+    monkeypatch.setattr(measuring, "held_out_loss", lambda *args: (float(next(losses)), 1))
     adapter = run(folder, kind, **changed(folder, steps=4, eval_every=1))
     assert json.loads((folder / "run/result.json").read_text())["best_step"] == 1
     best = load_safetensors(folder / "run/checkpoints/step-000001/factors.safetensors")

@@ -12,7 +12,7 @@ from deltaw.config import RunConfig, parse_config
 from deltaw.errors import InputError
 from deltaw.model import limits_of, open_dataset
 from deltaw.show.progress import Display
-from deltaw.training import run as loop
+from deltaw.training import opening
 from deltaw.training.plan import plan
 from deltaw.training.run import train
 from tests.data.toys import toy
@@ -51,7 +51,7 @@ def test_a_token_without_an_embedding_is_refused_before_the_weights_are_read(
     lines = files[where].read_text().splitlines()
     files[where].write_text("\n".join([*lines[:16], '{"text": "ab <step> ab"}', *lines[16:]]))
     settings = config(folder, {name: str(path) for name, path in files.items()})
-    monkeypatch.setattr(loop, "open_base", lambda *args, **options: pytest.fail("the weights were read"))
+    monkeypatch.setattr(opening, "open_base", lambda *args, **options: pytest.fail("the weights were read"))
     for work in (train, plan):
         with pytest.raises(InputError) as refused:
             work(settings, display=QUIET)

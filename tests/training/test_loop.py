@@ -14,6 +14,7 @@ from deltaw.adapter.file import Adapter
 from deltaw.config import parse_config
 from deltaw.errors import InputError, RunError
 from deltaw.show.progress import Display
+from deltaw.training import opening
 from deltaw.training import run as loop
 from deltaw.training.run import resume, train
 from deltaw.training.stop import Stopped
@@ -152,7 +153,7 @@ def test_accumulation_is_exact_to_the_token(folder: Path) -> None:
 
 
 def test_nan_stops_before_the_update_and_names_the_rows(folder: Path, monkeypatch) -> None:
-    original = loop.plan_forward
+    original = opening.plan_forward
 
     def poisoned(model):
         forward, calls = original(model), []
@@ -169,7 +170,7 @@ def test_nan_stops_before_the_update_and_names_the_rows(folder: Path, monkeypatc
 
         return Poisoned()
 
-    monkeypatch.setattr(loop, "plan_forward", poisoned)
+    monkeypatch.setattr(opening, "plan_forward", poisoned)
     with pytest.raises(RunError, match=r"step \d+: the loss of batch \d of \d is NaN.*\n?.*rows: .*train.jsonl:\d+"):
         run(folder)
     states = sorted((folder / "run/checkpoints").iterdir())
@@ -235,7 +236,7 @@ def test_what_can_be_seen_before_the_weights_are_read_is_seen_then(folder: Path,
     def read(*args: Any, **options: Any) -> None:
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr(loop, "open_base", read)
+    monkeypatch.setattr(opening, "open_base", read)
     with pytest.raises(InputError):
         run(folder, **wrong)
     assert not (folder / "run").exists()
@@ -264,26 +265,26 @@ def test_the_best_adapter_is_what_is_saved(folder: Path) -> None:
 
 def stop_at(monkeypatch, step: int, number: int) -> None:
     """Deliver a signal while update `step` is computed."""
-    original = loop.Trainer._step
+    original = loop.step
 
-    def stepping(self, *args):
-        record = original(self, *args)
-        if self.state.step == step:
+    def stepping(forward, learners, *args):
+        records = original(forward, learners, *args)
+        if learners[0].state.step == step:
             os.kill(os.getpid(), number)
-        return record
+        return records
 
-    monkeypatch.setattr(loop.Trainer, "_step", stepping)
+    monkeypatch.setattr(loop, "step", stepping)
 
 
 def crash_at(monkeypatch, step: int) -> None:
-    original = loop.Trainer._step
+    original = loop.step
 
-    def stepping(self, *args):
-        if self.state.step == step:
+    def stepping(forward, learners, *args):
+        if learners[0].state.step == step:
             raise RuntimeError("crash")
-        return original(self, *args)
+        return original(forward, learners, *args)
 
-    monkeypatch.setattr(loop.Trainer, "_step", stepping)
+    monkeypatch.setattr(loop, "step", stepping)
 
 
 def flip_bit(path: Path) -> None:

@@ -10,21 +10,22 @@ import torch
 
 from deltaw.config import parse_config
 from deltaw.data.pack import pack
-from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training import memory
-from deltaw.training.memory import Heap, Point, bounded, fit_memory, free_memory, held_memory, measure, window
-from deltaw.training.run import prepare_run
-from deltaw.training.trainer import Trainer
+from deltaw.training.fit import Point, fit_memory, measure, one_pass
+from deltaw.training.learner import Learner
+from deltaw.training.memory import Heap, OutOfMemory, bounded, free_memory, held_memory, window, working_on
+from deltaw.training.opening import Opened, open_run
 from tests.tiny import run_file, tiny_base
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
 
 
-def trainer(folder: Path, **changes: Any) -> Trainer:
+def opened(folder: Path, **changes: Any) -> tuple[Opened, Learner]:
     config, quiet = parse_config(run_file(folder, **changes)), Display(quiet=True)
-    return Trainer(config, Run(folder / "run"), *prepare_run(config, quiet), quiet)
+    run = open_run(config, quiet)
+    return run, run.learner(quiet)
 
 
 def test_the_fit_finds_what_the_points_were_made_of() -> None:
@@ -93,6 +94,7 @@ def test_inside_bounds_too_much_memory_is_an_error_and_no_kill(monkeypatch: pyte
         (RuntimeError("std::bad_alloc"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
+        (OutOfMemory("answering rows"), True),
         (KeyboardInterrupt(), False),
     ],
 )
@@ -100,23 +102,31 @@ def test_running_out_of_memory_is_told_from_other_errors(error: BaseException, e
     assert memory.is_out_of_memory(error) is expected
 
 
+def test_who_starts_a_piece_of_work_names_it_and_only_want_of_memory_is_named() -> None:
+    with pytest.raises(OutOfMemory) as caught, working_on("outside"), working_on("inside"):
+        raise MemoryError
+    assert caught.value.work == "inside" and caught.value.__suppress_context__
+    with pytest.raises(ValueError, match="else"), working_on("outside"):
+        raise ValueError("something else")
+
+
 @pytest.mark.parametrize("accumulating", [False, True])
 def test_a_pass_leaves_nothing_behind(folder: Path, accumulating: bool) -> None:
-    run = trainer(folder, adapter={"rank": 4, "alpha": 8, "dropout": 0.5})
+    run, learner = opened(folder, adapter={"rank": 4, "alpha": 8, "dropout": 0.5})
     before = {name: value.clone() for name, value in run.model.base.model.state_dict().items()}
     drawn = torch.get_rng_state()
-    memory.one_pass(run, pack(run.dataset.train[:3]), accumulating=accumulating)
+    one_pass(run.model.forward, learner, pack(run.dataset.train[:3]), accumulating=accumulating)
     assert torch.equal(torch.get_rng_state(), drawn)
     assert all(torch.equal(value, before[name]) for name, value in run.model.base.model.state_dict().items())
-    assert all(parameter.grad is None for parameter in run.attached.parameters)
-    assert not run.optimizer.state and not any(module.training for module in run.model.base.model.modules())
+    assert all(parameter.grad is None for parameter in learner.attached.parameters)
+    assert not learner.optimizer.state and not any(module.training for module in run.model.base.model.modules())
 
 
 def test_batches_are_measured_from_small_to_large_and_with_fewer_labels(folder: Path) -> None:
-    run = trainer(folder)
+    run, learner = opened(folder)
     rows = run.dataset.train[:10]
     whole = sum(len(row.tokens) for row in rows)
-    points = list(measure(run, rows, [whole, whole // 4, whole // 2], accumulating=False))
+    points = list(measure(run.model.forward, learner, rows, [whole, whole // 4, whole // 2], accumulating=False))
     assert [point.tokens for point in points] == [whole // 4, whole // 2, whole, whole]
     assert points[2].supervised == pack(rows).supervised > points[3].supervised > 0
     assert all(point.peak > 0 and point.seconds > 0 for point in points)
@@ -152,8 +162,9 @@ def test_bound_caches_leaves_a_users_own_setting(monkeypatch: pytest.MonkeyPatch
 
 def test_three_small_batches_foretell_a_large_one(folder: Path) -> None:
     tiny_base(folder / "base", hidden_size=128, intermediate_size=384)
-    run = trainer(folder)
-    *small, large, _ = measure(run, run.dataset.train * 20, [1000, 2000, 4000, 8000], accumulating=False)
+    run, learner = opened(folder)
+    sizes = [1000, 2000, 4000, 8000]
+    *small, large, _ = measure(run.model.forward, learner, run.dataset.train * 20, sizes, accumulating=False)
     grown = large.peak - small[0].peak
     foretold = fit_memory(small).bytes_at(large.tokens, large.supervised)
     assert grown > 20 * MIB and abs(foretold - large.peak) < 0.2 * grown

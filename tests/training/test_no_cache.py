@@ -9,7 +9,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from deltaw.config import parse_config
 from deltaw.errors import InputError
-from deltaw.training import trainer
+from deltaw.training import measuring
 from deltaw.training.plan import plan
 from deltaw.training.run import train
 from tests.data.toys import toy
@@ -45,7 +45,7 @@ def test_a_metric_that_needs_them_is_refused_before_the_first_step(mamba: Path, 
     def cant(*args: Any, **options: Any) -> Any:
         raise InputError("no key-value cache")
 
-    monkeypatch.setattr(trainer, "add_answers", cant)
+    monkeypatch.setattr(measuring, "add_answers", cant)
     with pytest.raises(InputError, match="key-value cache"):
         train(settings(mamba, metrics=["exact_match"]), display=Said())
     assert not (mamba / "run/checkpoints").exists()

@@ -91,14 +91,14 @@ def test_a_plan_names_rows_by_number(folder: Path) -> None:
 
 
 def test_a_plan_that_runs_out_of_memory_says_what_would_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one_pass = module.memory.one_pass
+    one_pass = module.fit.one_pass
 
-    def limited(trainer: Any, batch: Any, *, accumulating: bool) -> None:
+    def limited(forward: Any, learner: Any, batch: Any, *, accumulating: bool) -> None:
         if len(batch.tokens_T) > 40:
             raise MemoryError
-        one_pass(trainer, batch, accumulating=accumulating)
+        one_pass(forward, learner, batch, accumulating=accumulating)
 
-    monkeypatch.setattr("deltaw.training.memory.one_pass", limited)
+    monkeypatch.setattr(module.fit, "one_pass", limited)
     with pytest.raises(RunError) as caught:
         plan(config(folder), QUIET)
     said = str(caught.value).splitlines()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
 from deltaw.config import parse_config
 from deltaw.data.loader import LoaderState
@@ -19,12 +20,14 @@ from deltaw.errors import RunError
 from deltaw.evaluate.forgetting import general_text
 from deltaw.run import Run
 from deltaw.show.progress import Display
-from deltaw.training import preflight
+from deltaw.training import largest, measuring, preflight, shortage
 from deltaw.training.checkpoint import save_checkpoint
-from deltaw.training.memory import Fit
-from deltaw.training.preflight import HEADROOM, check_disk, explain, settings_that_fit, short_form, work_left
-from deltaw.training.run import prepare_run
-from deltaw.training.trainer import Trainer
+from deltaw.training.fit import Fit
+from deltaw.training.learner import Learner
+from deltaw.training.memory import OutOfMemory
+from deltaw.training.opening import Opened, open_run
+from deltaw.training.preflight import check_disk, short_form, work_of
+from deltaw.training.shortage import HEADROOM, explain, settings_that_fit
 from tests.tiny import run_file
 
 GIB = 1 << 30
@@ -34,11 +37,14 @@ def out_of_memory(*args: Any, **options: Any) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
 
-def trainer(folder: Path, *, train: dict[str, Any] | None = None, **changes: Any) -> Trainer:
+QUIET = Display(quiet=True)
+
+
+def opened(folder: Path, *, train: dict[str, Any] | None = None, **changes: Any) -> tuple[Opened, Learner, Run]:
     fields = run_file(folder, **changes)
     config = parse_config({**fields, "train": {**fields["train"], **(train or {})}})
-    quiet = Display(quiet=True)
-    return Trainer(config, Run(folder / "run"), *prepare_run(config, quiet), quiet)
+    made = open_run(config, QUIET)
+    return made, made.learner(QUIET), Run(folder / "run")
 
 
 @contextmanager
@@ -46,9 +52,9 @@ def watched() -> Iterator[list[int]]:
     """The sizes of the batches whose loss is computed in the block."""
     seen, loss = list[int](), Forward.loss
 
-    def counting(self: Forward, tokens_T: torch.Tensor, *rest: Any) -> Any:
-        seen.append(len(tokens_T))
-        return loss(self, tokens_T, *rest)
+    def counting(self: Forward, batch: Batch) -> Any:
+        seen.append(len(batch.tokens_T))
+        return loss(self, batch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Forward, "loss", counting)
@@ -58,11 +64,11 @@ def watched() -> Iterator[list[int]]:
 @pytest.mark.parametrize("length", [{"steps": 6}, {"steps": None, "epochs": 2.5}, {"steps": 40}])
 @pytest.mark.parametrize("position", [LoaderState(0, 0), LoaderState(0, 3), LoaderState(1, 1)])
 def test_what_is_left_is_what_the_loader_will_give(folder: Path, length: dict, position: LoaderState) -> None:
-    run = trainer(folder, train={**length, "tokens_per_batch": 50})
-    done = position.step + position.epoch * run._loader().steps_in_epoch(0)
-    run.state = dataclasses.replace(run.state, step=done, epoch=position.epoch, step_in_epoch=position.step)
-    work = work_left(run)
-    steps = [step for step, _ in islice(run._loader(), max(0, run.total - done))]
+    run, learner, _ = opened(folder, train={**length, "tokens_per_batch": 50})
+    done = position.step + position.epoch * run.loader(learner.state).steps_in_epoch(0)
+    learner.state = dataclasses.replace(learner.state, step=done, epoch=position.epoch, step_in_epoch=position.step)
+    work = work_of(run, learner)
+    steps = [step for step, _ in islice(run.loader(learner.state), max(0, run.total - done))]
     batches = [batch for step in steps for batch in step]
     assert work.steps == len(steps) == max(0, run.total - done)
     assert work.tokens == sum(len(batch.tokens_T) for batch in batches)
@@ -76,94 +82,97 @@ def test_what_is_left_is_what_the_loader_will_give(folder: Path, length: dict, p
 
 
 def test_the_short_form_changes_nothing(folder: Path) -> None:
-    run = trainer(folder, adapter={"rank": 4, "alpha": 8, "dropout": 0.3}, train={"tokens_per_batch": 50})
+    changes = {"adapter": {"rank": 4, "alpha": 8, "dropout": 0.3}, "train": {"tokens_per_batch": 50}}
+    run, learner, place = opened(folder, **changes)
     general = general_text("builtin:general", run.model.renderer)[:2]
     before = {name: value.clone() for name, value in run.model.base.model.state_dict().items()}
-    drawn, state = torch.get_rng_state(), dataclasses.asdict(run.state)
-    short_form(run, general)
-    assert torch.equal(torch.get_rng_state(), drawn) and dataclasses.asdict(run.state) == state
+    drawn, state = torch.get_rng_state(), dataclasses.asdict(learner.state)
+    short_form(run, learner, place, general)
+    assert torch.equal(torch.get_rng_state(), drawn) and dataclasses.asdict(learner.state) == state
     assert all(torch.equal(value, before[name]) for name, value in run.model.base.model.state_dict().items())
-    assert all(parameter.grad is None for parameter in run.attached.parameters) and not run.optimizer.state
-    assert not run.run.folder.exists()
+    assert all(parameter.grad is None for parameter in run.attached.parameters) and not learner.optimizer.state
+    assert not place.folder.exists()
 
 
 @pytest.mark.parametrize(("share", "tried"), [(1.01, True), (0.0, False)])
 def test_the_short_form_runs_the_largest_batch_unless_the_first_step_shows_as_much(
     folder: Path, monkeypatch, share: float, tried: bool
 ) -> None:
-    run = trainer(folder, train={"tokens_per_batch": 50})
-    work = work_left(run)
-    first, _ = next(iter(run._loader()))
+    run, learner, place = opened(folder, train={"tokens_per_batch": 50})
+    work = work_of(run, learner)
+    first, _ = next(iter(run.loader(learner.state)))
     assert work.first == max(len(batch.tokens_T) for batch in first)
     monkeypatch.setattr(preflight, "ALIKE", share)
     with watched() as sizes:
-        short_form(run)
+        short_form(run, learner, place)
     assert sizes == [work.longest_tokens] * tried
 
 
 @pytest.mark.parametrize(("share", "tried"), [(0.0, True), (0.9, False)])
 def test_general_text_is_tried_where_memory_is_short(folder: Path, monkeypatch, share: float, tried: bool) -> None:
-    run = trainer(folder)
+    run, learner, place = opened(folder)
     general = general_text("builtin:general", run.model.renderer)[:2]
     seen: list[int] = []
     monkeypatch.setattr(preflight, "TIGHT", share)
-    monkeypatch.setattr(preflight.general_forgetting, "forgetting", lambda *args: seen.append(len(args[2])))
-    short_form(run, general)
+    monkeypatch.setattr(measuring, "forgetting", lambda *args: seen.append(len(args[2])))
+    short_form(run, learner, place, general)
     assert bool(seen) == tried
 
 
 def test_the_short_form_of_a_resumed_run_evaluates_the_longest_rows(folder: Path, monkeypatch) -> None:
-    run = trainer(folder)
-    run.run.folder.mkdir()
-    run.run.before.write_text("{}")
-    monkeypatch.setattr(preflight.held_out, "TOKENS_AT_ONCE", 50)
+    run, learner, place = opened(folder)
+    place.folder.mkdir()
+    place.before.write_text("{}")
+    monkeypatch.setattr(largest.held_out, "TOKENS_AT_ONCE", 50)
     with watched() as sizes:
-        short_form(run)
+        short_form(run, learner, place)
     longest = sorted((len(row.tokens) for row in run.dataset.eval), reverse=True)
-    assert sizes[-1] == sum(longest[: len(preflight.largest_evaluation(run.dataset.eval))]) <= 50
+    assert sizes[-1] == sum(longest[: len(largest.largest_evaluation(run.dataset.eval))]) <= 50
     assert sizes[-1] + longest[-1] > 50 - max(longest)
 
 
 def test_a_disk_that_is_too_small_is_seen_before_the_first_step(folder: Path, monkeypatch) -> None:
-    run, usage = trainer(folder), namedtuple("Usage", "total used free")
-    needed = preflight.disk_needed(run)
+    (run, learner, place), usage = opened(folder), namedtuple("Usage", "total used free")
+    needed = preflight.disk_needed(run, learner)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(0, 0, needed))
-    check_disk(run)
+    check_disk(run, learner, place)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
     with pytest.raises(RunError, match=f"{needed:,} bytes, {needed - 1:,} are free"):
-        short_form(run)
-    save_checkpoint(run.run.checkpoints, run.state, run.attached, run.optimizer, 1)
-    check_disk(run)  # what lies there already needs no more room
+        short_form(run, learner, place)
+    save_checkpoint(place.checkpoints, learner.saved(), 1)
+    check_disk(run, learner, place)  # what lies there already needs no more room
 
 
 def test_a_checkpoint_takes_the_bytes_that_were_said(folder: Path) -> None:
     for adapter in ({"rank": 16}, {"rank": 8, "init": "pissa"}, {"full": True}):
-        run = trainer(folder, adapter=adapter)
-        path = save_checkpoint(run.run.checkpoints, run.state, run.attached, run.optimizer, 1)
+        run, learner, place = opened(folder, adapter=adapter)
+        path = save_checkpoint(place.checkpoints, learner.saved(), 1)
         written = sum(file.stat().st_size for file in path.iterdir())
-        said = preflight.checkpoint_bytes(run)
-        assert 0 < written - said < 20_000, "headers and state.json, no tensor"
-        assert 3 * said < preflight.disk_needed(run) < 5 * said
+        foretold = learner.checkpoint_bytes()
+        assert 0 < written - foretold < 20_000, "headers and state.json, no tensor"
+        assert 3 * foretold < preflight.disk_needed(run, learner) < 5 * foretold
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shapes"), RunError("out of memory")])
 def test_other_errors_are_not_explained(folder: Path, error: Exception) -> None:
-    assert explain(error, trainer(folder)) is None
+    assert explain(error, *opened(folder)) is None
 
 
 def test_an_explanation_has_the_estimate_three_settings_and_what_next(folder: Path) -> None:
-    run = trainer(folder)
-    said = str(explain(MemoryError(), run)).splitlines()
+    run, learner, place = opened(folder)
+    said = str(explain(MemoryError(), run, learner, place)).splitlines()
     assert len(said) == 5 and "step 1 of 6" in said[0] and "a batch of 64 tokens takes about" in said[0]
     assert all(line.endswith("iB") and "train.tokens_per_batch=" in line for line in said[1:4])
     assert said[4].startswith("nothing was trained yet") and "--allow" in said[4]
-    save_checkpoint(run.run.checkpoints, dataclasses.replace(run.state, step=4), run.attached, run.optimizer, 1)
-    assert str(explain(MemoryError(), run)).splitlines()[4].startswith("step-000004 remains; go on with: deltaw train")
+    saved = learner.saved()
+    save_checkpoint(place.checkpoints, saved._replace(state=dataclasses.replace(saved.state, step=4)), 1)
+    last = str(explain(MemoryError(), run, learner, place)).splitlines()[4]
+    assert last.startswith("step-000004 remains; go on with: deltaw train")
 
 
 def test_settings_fit_and_name_what_helps(folder: Path) -> None:
-    run = trainer(folder, train={"tokens_per_batch": 4096, "tokens_per_step": 4096})
-    work = dataclasses.replace(work_left(run), longest=run.dataset.train * 8)
+    run, learner, _ = opened(folder, train={"tokens_per_batch": 4096, "tokens_per_step": 4096})
+    work = dataclasses.replace(work_of(run, learner), longest=run.dataset.train * 8)
     tokens = work.longest_tokens
     fit = Fit(1.0 * GIB, 3 * GIB / tokens, 0.0)
     found = settings_that_fit(run, work, fit, 2.8 * GIB)
@@ -184,8 +193,8 @@ def test_settings_fit_and_name_what_helps(folder: Path) -> None:
 
 
 def test_where_only_a_smaller_base_fits_it_says_so(folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr(preflight, "measure", out_of_memory)
-    said = str(explain(MemoryError(), trainer(folder)))
+    monkeypatch.setattr(shortage, "measure", out_of_memory)
+    said = str(explain(MemoryError(), *opened(folder)))
     assert "only a smaller base would fit" in said and "so do smaller ones" in said
 
 
@@ -200,18 +209,18 @@ def test_where_only_a_smaller_base_fits_it_says_so(folder: Path, monkeypatch) ->
 def test_an_evaluation_that_is_too_large_is_told_apart(
     folder: Path, monkeypatch, target: str, doing: str, setting: str
 ) -> None:
-    run = trainer(folder)
-    run.run.folder.mkdir()
+    run, learner, place = opened(folder)
+    place.folder.mkdir()
     monkeypatch.setattr(target, out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError) as caught:
-        run.measure_base()
-        preflight.general_forgetting.forgetting(run.model, "", run.dataset.train[:2], Display(quiet=True))
-    said = str(explain(caught.value, run))
+    with pytest.raises(OutOfMemory) as caught:
+        measuring.measure_base(run, place, measuring.Attempts(run.device, QUIET.say, lambda error: None), QUIET)
+        measuring.what_was_forgotten(run.model, run.dataset.train[:2])
+    said = str(explain(caught.value, run, learner, place))
     assert doing in said.splitlines()[0] and setting in said and 4 <= len(said.splitlines()) <= 5
 
 
 def test_rounding_keeps_to_sizes_that_people_choose() -> None:
-    assert [preflight._rounded(n) for n in (0, 3.9, 4, 15, 63.9, 64, 127, 128, 1000)] == [
+    assert [shortage._rounded(n) for n in (0, 3.9, 4, 15, 63.9, 64, 127, 128, 1000)] == [
         0,
         0,
         4,
@@ -222,4 +231,4 @@ def test_rounding_keeps_to_sizes_that_people_choose() -> None:
         128,
         960,
     ]
-    assert preflight._rounded(-math.pi) == 0
+    assert shortage._rounded(-math.pi) == 0

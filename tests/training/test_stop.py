@@ -20,15 +20,25 @@ def test_outside_a_held_block_it_stops_where_it_comes(number: int, code: int) ->
     assert stopped.value.exit_code == code
 
 
-def test_held_it_waits_until_it_is_asked_for() -> None:
+def test_held_it_waits_for_the_end_of_the_block() -> None:
     done = []
-    with pytest.raises(Stopped, match="saved; what next") as stopped, StopRequest("what next") as stop:
-        with stop.held():
-            send(signal.SIGTERM)
-            done.append("the block")
-        done.append("after it")
-        stop.check("saved")
-    assert done == ["the block", "after it"] and stopped.value.exit_code == 143
+    with StopRequest("what next") as stop:
+        with pytest.raises(Stopped) as stopped:
+            with stop.held():
+                send(signal.SIGTERM)
+                done.append("the block")
+            done.append("after it")
+        with stop.held():  # what the first one asks for may itself be held
+            done.append("saved")
+        with pytest.raises(Stopped, match="saved; what next"):
+            stop.check("saved")
+    assert done == ["the block", "saved"] and stopped.value.exit_code == 143 and not stopped.value.at_once
+
+
+def test_an_error_in_a_held_block_is_the_error() -> None:
+    with pytest.raises(ValueError, match="broken"), StopRequest() as stop, stop.held():
+        send(signal.SIGTERM)
+        raise ValueError("broken")
 
 
 def test_a_second_one_stops_at_once() -> None:
@@ -36,7 +46,7 @@ def test_a_second_one_stops_at_once() -> None:
         send(signal.SIGTERM)
         send(signal.SIGINT)
         raise AssertionError("it went on")
-    assert stopped.value.exit_code == 130
+    assert stopped.value.exit_code == 130 and stopped.value.at_once
 
 
 def test_no_library_swallows_it() -> None:

@@ -150,7 +150,7 @@ def _check_layer(module: nn.Module | None, path: str, low: LowRank) -> None:
         raise InputError(f"{path:.120}: the base has no such module")
     if not FrozenLinear.can_wrap(module):
         raise InputError(f"{path:.120}: isn't a linear layer")
-    shape = tuple(FrozenLinear(module).weight_MN.shape)
+    shape = FrozenLinear(module).weight.shape
     if shape != low.shape:
         raise InputError(f"{path:.120}: the update is {low.shape}, the layer {shape}")
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from deltaw.base.gguf_meaning import GEMMA, PARTIAL, read_meaning
 from deltaw.errors import InputError, RunError, listed
-from deltaw.files.gguf_header import read_header
+from deltaw.files.gguf_parts import read_model
 from deltaw.shipping.gguf.fields import Fields
 from deltaw.shipping.gguf.names import TYPES
 from deltaw.shipping.gguf.rotary import rotary
@@ -156,7 +156,7 @@ def _window(fields: Fields, architecture: str, context: int) -> dict[str, Any]:
 def check_read_back(path: Path, config: Any, written: Meta) -> None:
     """Raise RunError unless deltaw's reader understands the file as what was meant."""
     try:
-        meaning = read_meaning(path, read_header(path))
+        meaning = read_meaning(path, read_model([path]))
     except InputError as error:
         raise RunError(f"{path.name} doesn't read back: {error.what}", fix="please report it") from None
     names = type(config).attribute_map

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from deltaw.errors import InputError, RunError, listed
-from deltaw.files.gguf_header import Header, read_header
+from deltaw.files.gguf_header import Header
+from deltaw.files.gguf_parts import read_model
 from deltaw.shipping.gguf.types import name_of
 from deltaw.show.progress import Display
 
@@ -41,7 +42,7 @@ def find_quantizer(asked: str) -> str:
 
 def quantize_file(program: str, source: Path, path: Path, asked: str, display: Display) -> Counter[str]:
     """Write `path` from the float file `source`; how many tensors have which type. Raises RunError if it fails."""
-    before = read_header(source)
+    before = read_model([source])
     command = [program, str(source), str(path), asked, str(torch.get_num_threads())]
     tail = b""
     with display.task(f"{PROGRAM} {asked}", len(before.shapes)) as progress:
@@ -56,7 +57,7 @@ def quantize_file(program: str, source: Path, path: Path, asked: str, display: D
         reason = tail.decode(errors="replace")[:200]
         raise RunError(f"{program} failed with {process.returncode}: {reason}", fix="take another --type")
     try:
-        after = read_header(path)
+        after = read_model([path])
     except InputError as error:
         raise RunError(f"{program} wrote no usable file: {error.what}", fix="take another --type") from None
     _check_same(program, before, after)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deltaw.base.language import language_part
 from deltaw.errors import InputError, listed
-from deltaw.files.gguf_header import read_header
+from deltaw.files.gguf_parts import read_model
 from deltaw.files.safetensors import read_tensor
 from deltaw.linalg.rounding import Survival, survived
 from deltaw.shipping.gguf.names import Family
@@ -81,7 +81,7 @@ class Tensors:
 
     def survey(self, file: Path) -> None:
         """Fill `survivals` from a file that another program quantised."""
-        header = read_header(file)
+        header = read_model([file])
         for name, planned in self.planned.items():
             if planned.module is not None:
                 value, base = self._value(planned), self._base(planned)

@@ -9,8 +9,7 @@ model    a folder with config.json: a merged model
 from pathlib import Path
 from typing import Literal
 
-from deltaw.adapter.file import CONFIG, WEIGHTS
-from deltaw.adapter.full import DELTAS
+from deltaw.adapter.file import CONFIG, DELTAS, WEIGHTS
 from deltaw.base.source import HUB_ID
 from deltaw.errors import InputError
 from deltaw.model import is_run

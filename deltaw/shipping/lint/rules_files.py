@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deltaw.adapter.file import CONFIG, WEIGHTS
-from deltaw.adapter.full import DELTAS
+from deltaw.adapter.file import CONFIG, DELTAS, WEIGHTS
 from deltaw.errors import InputError, command
 from deltaw.files.safetensors import read_header
 from deltaw.shipping.lint.finding import (

@@ -38,9 +38,10 @@ from deltaw.base.frozen import FrozenLinear
 from deltaw.base.load import open_skeleton
 from deltaw.base.names import places
 from deltaw.errors import InputError, listed
-from deltaw.factors import Update, as_plain
+from deltaw.factors import Update
 from deltaw.files.safetensors import read_tensor
 from deltaw.files.shards import shards
+from deltaw.kernels.weight import DenseWeight
 from deltaw.shipping.trained import Trained
 
 Fate = Literal["changed", "copied", "untied"]
@@ -111,7 +112,7 @@ class MergePlan:
         if not torch.isfinite(wide).all():
             raise not_finite(planned)
         w_MN = wide.T if planned.transposed else wide
-        total_MN = w_MN + as_plain(update, w_MN).dense()
+        total_MN = w_MN + update.relative_to(DenseWeight(w_MN)).dense()
         return total_MN.T.contiguous() if planned.transposed else total_MN
 
 

@@ -36,9 +36,10 @@ from torch import Tensor
 
 from deltaw.base.linear_weights import HEADER_BYTES, TENSORS
 from deltaw.errors import InputError
-from deltaw.factors import DoRA, LowRank, Update, as_plain
+from deltaw.factors import LowRank, Update
 from deltaw.files.safetensors import Header, check_readable, read_header
 from deltaw.files.stream import Entry, Stream, stream_size, streamed
+from deltaw.kernels.weight import DenseWeight
 from deltaw.linalg.rounding import Survival, survived, survived_of
 from deltaw.linalg.threads import one_thread
 from deltaw.shipping.merge.plan import FLOATS, MergePlan, Planned, not_finite
@@ -171,7 +172,7 @@ def _way(plan: MergePlan, planned: Planned, header: Header, source: int, stream:
     if update is not None and planned.transposed:
         w_NM = torch.empty(planned.shape, dtype=TYPES[planned.dtype])
         _fill(w_NM, source, start)
-        update = as_plain(update, _wide(w_NM).T).turned() if isinstance(update, DoRA) else update.turned()
+        update = update.relative_to(DenseWeight(_wide(w_NM).T)).turned()
     numbers = update is not None or word != planned.dtype
     dtype, weight = TYPES[word] if numbers else None, planned.dtype in FLOATS and planned.parameter in plan.weights
     return _Tensor(planned, source, start, end - start, stream, dtype, update, weight)
@@ -246,7 +247,7 @@ def _summed(tensor: _Tensor, base: Tensor, row: int, buffers: _Buffers) -> Survi
     elif base.dtype == rounded.dtype != total.dtype and isinstance(tensor.update, LowRank):
         survival, finite = _added(tensor.update.rows(row, row + len(base)), base, buffers)
     else:
-        delta = as_plain(tensor.update.rows(row, row + len(base)), total).dense().to(total.dtype)
+        delta = tensor.update.rows(row, row + len(base)).relative_to(DenseWeight(total)).dense().to(total.dtype)
         rounded.copy_(total.add_(delta))
         survival = survived(again.copy_(rounded).sub_(total.copy_(base).to(rounded.dtype)), delta)
         finite = math.isfinite(survival.lost)

@@ -24,13 +24,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from deltaw.adapter.layer import AdaptedLinear
+from deltaw.base.frozen import has_weight, weight_of
+from deltaw.kernels.weight import AT_ONCE, Weight
 from deltaw.shipping.verify.sides.formats import UNIT, error, exact, known
 from deltaw.shipping.verify.sides.side import Numbers
-
-AT_ONCE = 2**24  # of a weight's errors
 
 
 @contextlib.contextmanager
@@ -54,9 +53,9 @@ def noisy(model: nn.Module, sides: Sequence[Numbers], seed: int) -> Iterator[Non
     def looked_up(_: nn.Module, __: Any, y: Any) -> Any:
         return _shaken(y, weights, generator) if _floats(y) else None
 
-    def weighed(path: str, w_MN: Tensor) -> Any:
+    def weighed(path: str, weight: Weight) -> Any:
         def hook(_: nn.Module, given: tuple[Any, ...], y: Tensor) -> Tensor:
-            return y + _of_weights(given[0], w_MN, weights, zlib.crc32(path.encode()) ^ seed).to(y.dtype)
+            return y + _of_weights(given[0], weight, weights, zlib.crc32(path.encode()) ^ seed).to(y.dtype)
 
         return hook
 
@@ -84,15 +83,12 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, AdaptedLinear):
             inside |= {id(child) for child in module.modules()}
             yield path, module
-        elif isinstance(module, nn.Linear | Conv1D) and id(module) not in inside and ".lora_" not in path:
+        elif id(module) not in inside and ".lora_" not in path and has_weight(module):
             yield path, module
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    if isinstance(layer, AdaptedLinear):
-        return layer.base.weight_MN
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight.t() if isinstance(layer, Conv1D) else weight
+def _weight(layer: nn.Module) -> Weight:
+    return layer.base.weight if isinstance(layer, AdaptedLinear) else weight_of(layer)
 
 
 def _floats(value: Any) -> bool:
@@ -105,13 +101,14 @@ def _shaken(x: Tensor, formats: Sequence[str], generator: torch.Generator) -> Te
     return (x + variance.to(x.device).sqrt() * noise).to(x.dtype)
 
 
-def _of_weights(x: Tensor, w_MN: Tensor, formats: Sequence[str], seed: int) -> Tensor:
+def _of_weights(x: Tensor, weight: Weight, formats: Sequence[str], seed: int) -> Tensor:
     """x Eᵀ, E the weight's errors of this seed, a few rows at a time."""
     generator = torch.Generator().manual_seed(seed)
-    rows = max(1, AT_ONCE // w_MN.shape[1])
+    m, n = weight.shape
+    rows = max(1, AT_ONCE // n)
     parts = []
-    for start in range(0, len(w_MN), rows):
-        part_MN = w_MN[start : start + rows].detach()
+    for start in range(0, m, rows):
+        part_MN = weight.rows(slice(start, start + rows)).detach()
         variance_MN = sum((error(name, part_MN).square() for name in formats), torch.zeros(()))
         e_MN = variance_MN.sqrt() * torch.randn(part_MN.shape, generator=generator).to(part_MN.device)
         parts.append(F.linear(x.float(), e_MN))

@@ -1,0 +1,91 @@
+"""The largest pieces of work that a run will come to, known from the lengths of its rows, without the model.
+
+What step k trains on is a function of these lengths (data/loader.py), and so are the batches in which rows are
+evaluated. Memory is decided by the largest of each.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from deltaw.config import TrainConfig
+from deltaw.data.example import Example
+from deltaw.data.loader import LoaderState, fill, plan
+from deltaw.evaluate import forgetting, held_out
+
+LOOKING = 5.0  # seconds in which the largest batch of the run is looked for
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left of a run, counted. `longest`: the examples of its largest batch, of which `batches` make a step."""
+
+    steps: int
+    tokens: int
+    supervised: int
+    longest: list[Example]
+    batches: int
+    first: int  # tokens of the largest batch of the next step
+
+    @property
+    def longest_tokens(self) -> int:
+        return count_tokens(self.longest)
+
+    @property
+    def longest_supervised(self) -> int:
+        return sum(int(example.loss_mask.sum()) for example in self.longest)
+
+
+def work_left(examples: Sequence[Example], config: TrainConfig, position: LoaderState, steps: int) -> Work:
+    """The next `steps` steps from `position`. No step left: all zeros, and no longest batch.
+
+    Every step is looked at, for up to `LOOKING` seconds; of a longer run those that were stand for the others.
+    """
+    lengths = [len(example.tokens) for example in examples]
+    trained = [int(example.loss_mask.sum()) for example in examples]
+    seen, tokens, supervised, until = 0, 0, 0, time.monotonic() + LOOKING
+    largest, longest, batches, first = (0, 0), list[int](), 0, 0
+    for step in islice(_steps(lengths, config, position), steps):
+        for batch in step:
+            size = sum(lengths[n] for n in batch), sum(trained[n] for n in batch)
+            tokens, supervised = tokens + size[0], supervised + size[1]
+            if size > largest:
+                largest, longest, batches = size, batch, len(step)
+            first = max(first, size[0]) if not seen else first
+        seen += 1
+        if time.monotonic() > until:
+            break
+    tokens, supervised = (count * steps // max(1, seen) for count in (tokens, supervised))
+    return Work(steps, tokens, supervised, [examples[n] for n in longest], batches, first)
+
+
+def _steps(lengths: list[int], config: TrainConfig, position: LoaderState) -> Iterator[list[list[int]]]:
+    """For ever."""
+    sizes = {"tokens_per_step": config.tokens_per_step, "tokens_per_batch": config.tokens_per_batch}
+    epoch, start = position.epoch, position.step
+    while True:
+        yield from plan(lengths, **sizes, seed=config.seed, epoch=epoch)[start:]
+        epoch, start = epoch + 1, 0
+
+
+def largest_chunk(general: Sequence[Example]) -> list[Example]:
+    """What `forgetting` takes at a time, at its largest."""
+    lengths = [len(example.tokens) for example in general]
+    groups = fill(range(len(general)), lengths, forgetting.TOKENS_AT_ONCE)
+    return [general[n] for n in max(groups, key=lambda group: sum(lengths[n] for n in group))]
+
+
+def largest_evaluation(examples: Sequence[Example]) -> list[Example]:
+    """What `held_out_loss` takes at a time, at its largest: it sorts by length."""
+    taken, room = list[Example](), held_out.TOKENS_AT_ONCE
+    for example in sorted(examples, key=lambda example: -len(example.tokens)):
+        room -= len(example.tokens)
+        if taken and room < 0:
+            break
+        taken.append(example)
+    return taken
+
+
+def count_tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.tokens) for example in examples)

@@ -1,0 +1,134 @@
+"""A learner: everything that changes for one adapter, and what a step does to it.
+
+    factors, magnitudes    what trains, in the layers of `attached`
+    moments                AdamW's two of each
+    state                  counts, sums and the best step so far (checkpoint.py)
+    watch                  whether it learns at all (watch.py)
+
+A run is one forward and one learner or more; a step (step.py) takes them together. A learner knows nothing of the
+forward, the run folder or the other learners, so what it does with a gradient depends on that gradient and its own
+state alone. `saved` and `restore` are each other's inverse, to the bit.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.adapter.attach import Attached
+from deltaw.base.batch import Batch
+from deltaw.config import TrainConfig
+from deltaw.errors import InputError
+from deltaw.training.checkpoint import Saved, TrainState
+from deltaw.training.optim import learning_rate, make_optimizer, set_rate
+from deltaw.training.watch import Unfit, Watch, note_skip, note_update
+
+FIRST, SECOND = ".first", ".second"  # moments of AdamW
+
+
+class Learner:
+    """An adapter that learns, `total` steps long. `say`: where a warning goes."""
+
+    def __init__(
+        self, attached: Attached, config: TrainConfig, total: int, state: TrainState, say: Callable[[str], None] = print
+    ) -> None:
+        self.attached, self.config, self.total, self.state, self.say = attached, config, total, state, say
+        self.optimizer = make_optimizer(attached, config)
+        self._watch: Watch | None = None  # from the first update of this process on
+
+    @contextmanager
+    def dropping(self) -> Iterator[None]:
+        """Inside, dropout is on."""
+        self._dropout(True)
+        try:
+            yield
+        finally:
+            self._dropout(False)
+
+    def clip(self) -> float:
+        """Scale the gradient down to at most `clip`; its norm before."""
+        return float(nn.utils.clip_grad_norm_(self.attached.parameters, self.config.clip))
+
+    def update(self, loss: float, batches: Sequence[Batch]) -> float:
+        """Take the optimiser's step; its rate. Raises RunError where the updates so far have taught nothing."""
+        rate = learning_rate(self.state.step, self.total, self.config)
+        set_rate(self.optimizer, rate)
+        if self._watch is None:
+            taken = self.state.step - self.state.skipped
+            self._watch = Watch(self.attached, self.config, self.total, taken=taken, say=self.say)
+        with self._watch.update(rate, loss, batches):
+            self.optimizer.step()
+        note_update(loss, self.state, self.config)
+        return rate
+
+    def skip(self, unfit: Unfit) -> None:
+        """Leave this step out. Raises TooManySkips, with the state as it was, where that was once too often."""
+        note_skip(unfit, self.state, self.config)
+        self.say(f"skipped step {self.state.step + 1}: {unfit}")
+
+    def note_evaluation(self, loss: float) -> bool:
+        """The held-out loss at this step; whether it is the best so far."""
+        state = self.state
+        state.evaluated = state.step
+        best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
+        if best:
+            state.best_step, state.best_loss = state.step, loss
+        return best
+
+    def saved(self) -> Saved:
+        """All of it, as a checkpoint holds it. The tensors are the learner's own."""
+        moments = {}
+        for name, parameter in self._parameters().items():
+            state = self.optimizer.state[parameter]  # empty before the first update
+            moments[name + FIRST] = state["exp_avg"] if state else torch.zeros_like(parameter)
+            moments[name + SECOND] = state["exp_avg_sq"] if state else torch.zeros_like(parameter)
+        return Saved(self.state, self._factors(), moments)
+
+    def restore(self, saved: Saved) -> None:
+        """Put a checkpoint's numbers back. Raises InputError when they are not this adapter's."""
+        self.put_factors_back(saved)
+        parameters = self._parameters()
+        if saved.moments.keys() != {name + moment for name in parameters for moment in (FIRST, SECOND)}:
+            raise InputError("the checkpoint's moments are not of this adapter's parameters")
+        updates = saved.state.step - saved.state.skipped
+        for name, parameter in parameters.items():
+            self.optimizer.state[parameter] = {
+                # fused AdamW keeps its count on the parameter's device
+                "step": torch.tensor(float(updates), device=parameter.device),
+                "exp_avg": saved.moments[name + FIRST].to(parameter.device),
+                "exp_avg_sq": saved.moments[name + SECOND].to(parameter.device),
+            }
+        now = self.state
+        self.state = dataclasses.replace(saved.state, config=now.config, conditions=now.conditions)
+        self._watch = None
+
+    def put_factors_back(self, saved: Saved) -> None:
+        """The factors alone: of the best step, when a run ends. Raises InputError when they are not this adapter's."""
+        if {n: t.shape for n, t in saved.factors.items()} != {n: t.shape for n, t in self._factors().items()}:
+            raise InputError("the checkpoint's factors are not this adapter's: its rank or targets were changed")
+        with torch.no_grad():
+            for name, value in [*self._constants().items(), *self._parameters().items()]:
+                value.copy_(saved.factors[name])
+
+    def checkpoint_bytes(self) -> int:
+        """Of one checkpoint: all that trains with two moments, and what an initialiser left; its texts are some KiB."""
+        constants = sum(constant.nbytes for constant in self._constants().values())
+        return 3 * sum(parameter.nbytes for parameter in self.attached.parameters) + constants
+
+    def _dropout(self, on: bool) -> None:
+        for layer in self.attached.layers.values():
+            layer.train(on)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        layers = self.attached.layers.items()
+        return {f"{path}.{name}": value for path, layer in layers for name, value in layer.trained().items()}
+
+    def _constants(self) -> dict[str, Tensor]:
+        layers = self.attached.layers.items()
+        return {f"{path}.{name}": value for path, layer in layers for name, value in layer.constants().items()}
+
+    def _factors(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self._parameters().items()} | self._constants()

@@ -1,0 +1,151 @@
+"""What a run is measured by: the loss on held-out rows, answers to them, what was forgotten.
+
+Measuring is tried. What a run has earned can't be lost to what is only looked at, so everything that is measured once
+there is something to lose (answers beside the base's loss, samples on the way, the adapter at the end, the page) goes
+through `Attempts`. What raises there is said in a line and noted by name, for result.json's `failed`. A signal is no
+Exception and gets through: then the run stops, and goes on where it was.
+
+The work has names, so that an error for want of memory says what was too large (memory.py).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from deltaw.config import EvaluateConfig
+from deltaw.data.example import Example
+from deltaw.errors import DeltawError, InputError, RunError, command
+from deltaw.evaluate.forgetting import Forgetting, forgetting
+from deltaw.evaluate.held_out import (
+    Evaluation,
+    add_answers,
+    answer,
+    evaluate_loss,
+    held_out_loss,
+    perplexity,
+    rows_asked,
+)
+from deltaw.model import Model
+from deltaw.run import Run
+from deltaw.show.progress import Display
+from deltaw.show.text import one_line
+from deltaw.training.learner import Learner
+from deltaw.training.memory import OutOfMemory, release, working_on
+from deltaw.training.opening import Opened
+
+FORGOTTEN, ANSWERS, LOSS = "measuring what was forgotten", "answering rows", "measuring the loss on held-out rows"
+QUIET = Display(quiet=True)
+Result = TypeVar("Result")
+
+
+class Attempts:
+    """`failed`: why, by the name of what was tried. `explain`: what to say of OutOfMemory."""
+
+    def __init__(
+        self, device: torch.device, say: Callable[[str], None], explain: Callable[[BaseException], DeltawError | None]
+    ) -> None:
+        self.failed: dict[str, str] = {}
+        self._device, self._say, self._explain = device, say, explain
+
+    def __call__(self, name: str, work: Callable[[], Result], *, what: str) -> Result | None:
+        """What `work` returns, or None where it raised. `what`: who lacks it then, for people."""
+        release(self._device)
+        self.failed.pop(name, None)
+        try:
+            return work()
+        except Exception as error:
+            self.note(name, error, what=what)
+            return None
+
+    def note(self, name: str, error: Exception, *, what: str) -> None:
+        """`error` is why something couldn't be had."""
+        reason = self._reason(error)
+        self.failed[name] = reason.splitlines()[0]
+        self._say(f"warning: {what}: {reason}")
+
+    def _reason(self, error: Exception) -> str:
+        explained = self._explain(error) if isinstance(error, OutOfMemory) else None
+        if isinstance(error := explained or error, DeltawError):
+            return error.what
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+
+
+def measure_base(opened: Opened, run: Run, attempts: Attempts, display: Display) -> Evaluation | None:
+    """The base on the held-out rows, once a run. What fails here has cost nothing yet, so it is an error, unless it is
+    answers that no metric needs."""
+    rows, config = opened.dataset.eval, opened.config.evaluate
+    if not rows:
+        return None
+    if run.before.is_file():
+        return Evaluation.from_json(run.read_json(run.before))
+    with opened.attached.disabled():
+        release(opened.device)
+        before = loss_on(opened.model, rows, display, "before")
+        try:
+            before = with_answers(before, opened.model, rows, config, display, "before")
+        except InputError as error:  # so it will be after training, too
+            if config.metrics:
+                raise
+            display.say(f"no answers to held-out rows: {error.what}")
+            before = replace(before, unanswered=error.what)
+        except Exception as error:
+            if config.metrics:
+                raise
+            attempts.note("answers", error, what="no answers of the base")
+    run.write_json(run.before, before.to_json())
+    return before
+
+
+def loss_on(model: Model, rows: Sequence[Example], display: Display, name: str) -> Evaluation:
+    """The loss of all rows. Raises RunError where it isn't finite."""
+    with working_on(LOSS):
+        return evaluate_loss(model, rows, display=display, name=name)
+
+
+def plain_loss(model: Model, rows: Sequence[Example]) -> float:
+    """The same as a number, finite or not."""
+    with working_on(LOSS):
+        return held_out_loss(model.forward, rows)[0]
+
+
+def with_answers(
+    evaluation: Evaluation, model: Model, rows: Sequence[Example], config: EvaluateConfig, display: Display, name: str
+) -> Evaluation:
+    """The same with the model's answers, as it stands."""
+    with working_on(ANSWERS):
+        return add_answers(evaluation, model, rows, config, display=display, name=name)
+
+
+def what_was_forgotten(model: Model, rows: Sequence[Example], source: str = "", display: Display = QUIET) -> Forgetting:
+    """On general text, of the adapter as it stands."""
+    with working_on(FORGOTTEN):
+        return forgetting(model, source, rows, display)
+
+
+def samples(model: Model, rows: Sequence[Example], config: EvaluateConfig) -> list[str]:
+    """Answers to some held-out rows, a line each."""
+    asked = rows_asked(model, rows, config.model_copy(update={"metrics": ()}))
+    with working_on(ANSWERS):
+        answers = answer(model, asked, config.max_new_tokens)
+    lines = ([one_line(text, 80, end=True) for text in (a.prompt, a.given, a.truth)] for a in answers)
+    return [f"{prompt} {given}   [truth: {truth}]" for prompt, given, truth in lines]
+
+
+def note_evaluation(loss: float, learner: Learner, run: Run, display: Display) -> dict[str, Any]:
+    """The record of a held-out loss on the way. Raises RunError where it isn't finite, unless no step is left that
+    could be wasted."""
+    step = learner.state.step
+    if math.isfinite(loss):
+        best = learner.note_evaluation(loss)
+        display.say(f"step {step}: held-out loss {loss:.4f}" + ("  (best so far)" if best else ""))
+        return {"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+    what = f"step {step}: the held-out loss is {loss}"
+    if step < learner.total:
+        without = command("train", run.folder, "train.eval_every=null", options=["--allow"])
+        raise RunError(what, fix=f"lower train.lr, or look at data.eval; to the adapter without it: {without}")
+    display.say(f"warning: {what}")
+    learner.note_evaluation(loss)
+    return {"step": step, "eval_not_finite": str(loss)}

@@ -1,0 +1,177 @@
+"""What a run works with: opened and checked before its first step, the cheapest checks first, and the same to its end.
+
+The layers' start is drawn when the adapter is attached. An initialiser that wants data gets the first batches of the
+run, in the order in which it will train on them; a run that is resumed has its start in the checkpoint.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+
+import torch
+from torch import nn
+
+from deltaw.adapter.attach import Attached, attach
+from deltaw.adapter.file import BaseId
+from deltaw.adapter.init_data import initialise_from_data
+from deltaw.adapter.targets import find_targets
+from deltaw.base.forward import Forward, plan_forward
+from deltaw.base.limits import Limits
+from deltaw.base.load import open_base, open_skeleton, read_config
+from deltaw.base.prefix import lowest_layer
+from deltaw.base.source import find_base
+from deltaw.config import RunConfig
+from deltaw.data.dataset import Dataset
+from deltaw.data.example import Example
+from deltaw.data.loader import Loader, LoaderState, fill
+from deltaw.data.pack import pack
+from deltaw.errors import InputError
+from deltaw.evaluate.forgetting import general_text
+from deltaw.model import PLAIN, Model, open_dataset
+from deltaw.run import Run
+from deltaw.show.progress import Display
+from deltaw.training.checkpoint import TrainState, conditions
+from deltaw.training.learner import Learner
+from deltaw.training.memory import bound_caches, free_memory
+from deltaw.training.optim import WARMUP, warmup_steps
+
+START_BATCHES = 8  # of train.tokens_per_batch, that an initialiser gets: 16,384 tokens by default
+FROZEN_SHARE = 0.25  # of the free memory, that what frozen layers give may take
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run's settings, with what `auto` came to; its base with an adapter on it; its rows; its length in steps."""
+
+    config: RunConfig
+    model: Model
+    dataset: Dataset
+    total: int
+
+    @property
+    def attached(self) -> Attached:
+        assert self.model.attached is not None
+        return self.model.attached
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.base.device
+
+    @property
+    def id(self) -> BaseId:
+        """What the adapter records of its base."""
+        return self.model.id if self.dataset.chat else replace(self.model.id, template=PLAIN)
+
+    def learner(self, display: Display) -> Learner:
+        """Of the adapter, at its beginning."""
+        prints = {"base": self.id.fingerprint, "data": self.dataset.fingerprint, "template": self.id.template}
+        config = self.config.model_dump(mode="json")
+        state = TrainState(fingerprints=prints, config=config, conditions=conditions(self.device))
+        return Learner(self.attached, self.config.train, self.total, state, display.say)
+
+    def loader(self, state: TrainState) -> Loader:
+        """The batches of the steps after `state`."""
+        return make_loader(self.config, self.dataset, LoaderState(state.epoch, state.step_in_epoch))
+
+
+def open_run(config: RunConfig, display: Display) -> Opened:
+    """Raises InputError, before the weights are read where that is possible."""
+    bound_caches()
+    source = find_base(config.base, display=display)
+    known = read_config(source)
+    skeleton = open_skeleton(source, known)
+    find_targets(skeleton, config.adapter)  # on the modules alone; attach asks again, of layers that it has tried
+    _, renderer, dataset = open_dataset(config, display, source)
+    limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
+    limits.check(rows)
+    for line in config.switched_off():
+        display.say(line)
+    for warning in [*dataset.report.warnings, *limits.warnings(rows)]:
+        display.say(f"warning: {warning}")
+    dtype, device = config.train.dtype, config.train.device
+    base = open_base(source, dtype=dtype, device=device, display=display, config=known)
+    model = Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config))
+    display.say(f"{source.name} in {str(base.dtype)[6:]} on {base.device}: {model.describe()}")
+    assert model.attached is not None
+    for line in model.attached.notes():
+        display.say(line)
+    return Opened(_pinned(config, model), model, dataset, count_steps(config, dataset))
+
+
+def count_steps(config: RunConfig, dataset: Dataset) -> int:
+    """Of the whole run. Raises InputError where its warm-up is no shorter."""
+    total = config.train.steps or make_loader(config, dataset, LoaderState()).total_steps(config.train.epochs)
+    warmup = warmup_steps(total, config.train)
+    if warmup >= total:
+        raise InputError(
+            f"train.warmup_steps is {warmup} of {total} steps: the run would never reach train.lr",
+            fix="lower it, or leave it out (null): a tenth of a short run is taken then",
+        )
+    return total
+
+
+def attach_fresh(model: nn.Module, config: RunConfig) -> Attached:
+    """The adapter as it begins, but for a start that wants data."""
+    generator = torch.Generator().manual_seed(config.train.seed)
+    return attach(model, config.adapter, generator=generator, start_later=config.adapter.from_data)
+
+
+def begin(opened: Opened, run: Run, display: Display) -> None:
+    """Make the folder a run's, and the start that an initialiser wants of the data."""
+    run.create(opened.config)
+    warmup = warmup_steps(opened.total, opened.config.train)
+    if warmup < WARMUP and opened.config.train.warmup_steps is None:
+        display.say(f"warm-up: {warmup} of {opened.total} steps, since the run is short")
+    if opened.config.adapter.from_data:
+        start_from_data(opened, display)
+
+
+def start_from_data(opened: Opened, display: Display) -> None:
+    """Set every layer's start from the first `START_BATCHES` batches (of a small set of rows, some come twice)."""
+    loader = make_loader(opened.config, opened.dataset, LoaderState())
+    batches = islice(chain.from_iterable(step for step, _ in loader), START_BATCHES)
+    here = [batch.to(opened.device) for batch in batches]
+    initialise_from_data(opened.attached, opened.model.forward, here, display)
+
+
+def above_the_frozen(opened: Opened, display: Display) -> Forward:
+    """The forward of training steps. Where a run passes its documents more than once, the frozen layers below the
+    lowest adapter are computed once for all of them, if what they give fits into `FROZEN_SHARE` of the free memory."""
+    forward, rows, capacity = opened.model.forward, opened.dataset.train, opened.config.train.tokens_per_batch
+    lowest = lowest_layer(opened.attached.paths)
+    if lowest is None or not lowest[1] or opened.total <= opened.loader(TrainState()).steps_in_epoch(0):
+        return forward
+    lengths = [len(example.tokens) for example in rows]
+    weight: torch.Tensor = opened.model.base.model.get_input_embeddings().weight  # type: ignore[operator]
+    if sum(lengths) * weight.shape[1] * weight.dtype.itemsize > FROZEN_SHARE * free_memory(opened.device):
+        return forward
+    groups = fill(range(len(lengths)), lengths, capacity)
+    batches = (pack([rows[n] for n in group]).to(opened.device) for group in groups)
+    with display.task("frozen layers", len(groups)) as progress:
+        forward = forward.above(*lowest, batches, progress)
+        progress(len(groups))
+    display.say(f"training steps: {forward.describe()}")
+    return forward
+
+
+def general_rows(config: RunConfig, model: Model) -> list[Example]:
+    """The text on which forgetting is measured, cut to what the model can hold; none where it isn't asked."""
+    source = config.evaluate.general
+    if not source:
+        return []
+    limits = Limits.of(model.base.model)
+    rows = general_text(source, model.renderer, limits.longest)
+    limits.check(rows, name=f"evaluate.general: {source}")
+    return rows
+
+
+def make_loader(config: RunConfig, dataset: Dataset, position: LoaderState) -> Loader:
+    """The steps of a run from `position` on."""
+    train = config.train
+    return Loader(dataset.train, train.tokens_per_step, train.tokens_per_batch, train.seed, position)
+
+
+def _pinned(config: RunConfig, model: Model) -> RunConfig:
+    """The config with what `auto` and a hub's branch came to: a resumed run must not choose otherwise."""
+    source, dtype = model.base.source, str(model.base.dtype).removeprefix("torch.")
+    base = config.base if source.revision is None else f"{source.public_name}@{source.revision}"
+    return config.model_copy(update={"base": base, "train": config.train.model_copy(update={"dtype": dtype})})

@@ -1,0 +1,156 @@
+"""One optimiser step of a run's learners, from batches to records.
+
+A learner's loss is the sum over its documents of the step, divided once by its own supervised tokens: so gradient
+accumulation is exact to the token, and whoever else has documents in a batch changes nothing. A step is applied only if
+its loss and its gradient are finite (watch.py). What it does depends on the state before it and on nothing else, so
+stopping anywhere and resuming gives the same bits (on a CPU).
+
+Dropout is drawn anew for each batch, from a seed that is the first eight bytes of SHA-256 over "seed step batch" (in
+decimal, steps and batches from 0). PyTorch's dropout takes no generator of its own, so its global one is borrowed for
+the length of a batch and put back as it was. Rejected: Python's hash, which is a detail of the interpreter.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaw.base.batch import Batch
+from deltaw.base.forward import Forward
+from deltaw.data.loader import LoaderState
+from deltaw.kernels.logprobs import IGNORE
+from deltaw.training.learner import Learner
+from deltaw.training.watch import Unfit, check_loss
+
+
+def step(
+    forward: Forward, learners: Sequence[Learner], batches: Sequence[Batch], position: LoaderState
+) -> list[dict[str, Any]]:
+    """A record for each learner: its update, or why there was none. Its documents are those that take its adapter;
+    where batches don't say which, there is one learner.
+
+    `position`: where the data stands afterwards. Raises TooManySkips where a learner may leave out no step more, with
+    its state as it was; RunError where its updates have taught it nothing.
+    """
+    began, device = time.monotonic(), learners[0].attached.parameters[0].device
+    shares = [_Share(learner, batches) for learner in learners]
+
+    # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
+    with ExitStack() as dropout:
+        for learner in learners:
+            dropout.enter_context(learner.dropping())
+        for number in range(len(batches)):
+            fit = [share for share in shares if not share.unfit]
+            if not fit:
+                break
+            with drawn_from(learners[0], number):
+                losses = _losses(forward, batches[number].to(device), [share.learner for share in fit])
+                means = [share.mean(loss, number) for share, loss in zip(fit, losses, strict=True)]
+                if counted := [mean for mean in means if mean is not None]:
+                    sum(counted[1:], counted[0]).backward()
+
+    records = []
+    for share in shares:
+        learner, state = share.learner, share.learner.state
+        record: dict[str, Any] = {"step": state.step + 1}
+        try:
+            # 2. A loss that isn't a number, or a spike, is no update; neither is such a gradient.
+            if share.unfit:
+                raise share.unfit
+            # 3. Clip.
+            norm = learner.clip()
+            if not math.isfinite(norm):
+                raise Unfit("the gradient is NaN or infinite", share.rows, not_finite=True)
+            check_loss(share.loss, share.rows, state, learner.config)
+            # 4. The rate of this step, and the update.
+            rate = learner.update(share.loss, share.batches)
+            record |= {"loss": share.loss, "lr": rate, "grad_norm": norm}
+        except Unfit as unfit:
+            learner.skip(unfit)
+            record |= {"skipped": unfit.what, "rows": unfit.rows}
+        finally:
+            learner.optimizer.zero_grad()
+        # 5. Count, and write down.
+        state.step += 1
+        state.epoch, state.step_in_epoch = position.epoch, position.step
+        state.tokens += share.tokens
+        state.supervised_tokens += share.supervised
+        state.seconds += time.monotonic() - began
+        figures = {"tokens": state.tokens, "supervised_tokens": state.supervised_tokens}
+        records.append({**record, **figures, "seconds": round(state.seconds, 3)})
+    return records
+
+
+class _Share:
+    """What of a step is one learner's: its documents, its loss in nats per token, why it can't be an update."""
+
+    def __init__(self, learner: Learner, batches: Sequence[Batch]) -> None:
+        self.learner, number = learner, learner.attached.number
+        self.batches = [_own(batch, number) for batch in batches]
+        self.rows = [origin for batch in self.batches for origin in batch.origins]
+        self.tokens = sum(_tokens(batch, number) for batch in batches)
+        self.supervised = sum(batch.supervised for batch in self.batches)
+        self._sum = 0.0
+        self.unfit = None if self.supervised else Unfit("not one token of it is trained", self.rows)
+
+    @property
+    def loss(self) -> float:
+        return self._sum / self.supervised
+
+    def mean(self, loss: Tensor, number: int) -> Tensor | None:
+        """What a batch's loss adds to the step's; None where it adds nothing to learn from."""
+        batch, value = self.batches[number], float(loss.detach())
+        if not math.isfinite(value):
+            what = f"the loss of batch {number + 1} of {len(self.batches)} is NaN or infinite"
+            self.unfit = Unfit(what, batch.origins, not_finite=True)
+            return None
+        self._sum += value
+        return loss / self.supervised if batch.supervised else None
+
+
+def _own(batch: Batch, number: int) -> Batch:
+    """The batch with the labels and the origins of update `number`'s documents alone."""
+    if not batch.updates:
+        return batch
+    labels_T = batch.labels_T.clone()
+    for update, (start, end) in zip(batch.updates, pairwise(batch.starts), strict=True):
+        if update != number:
+            labels_T[start:end] = IGNORE
+    origins = tuple(o for o, update in zip(batch.origins, batch.updates, strict=True) if update == number)
+    return replace(batch, labels_T=labels_T, supervised=int((labels_T != IGNORE).sum()), origins=origins)
+
+
+def _tokens(batch: Batch, number: int) -> int:
+    """How many are of update `number`'s documents."""
+    documents = zip(batch.updates, pairwise(batch.starts), strict=True)
+    return sum(b - a for update, (a, b) in documents if update == number) if batch.updates else len(batch.tokens_T)
+
+
+def _losses(forward: Forward, batch: Batch, learners: Sequence[Learner]) -> Sequence[Tensor]:
+    """The sum over each learner's documents, from one pass."""
+    if not batch.updates:
+        (_,) = learners
+        return [forward.loss(batch)[0]]
+    loss_D = -batch.by_document(forward.logprobs(batch))
+    update_D = torch.tensor(batch.updates, device=loss_D.device)
+    return [loss_D[update_D == learner.attached.number].sum() for learner in learners]
+
+
+@contextmanager
+def drawn_from(learner: Learner, batch: int) -> Iterator[None]:
+    """Inside, what is random depends on the run's seed, the step and the batch's number alone."""
+    if not learner.attached.spec.dropout:
+        yield
+        return
+    words = f"{learner.config.seed} {learner.state.step} {batch}".encode()
+    device = learner.attached.parameters[0].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(words).digest()[:8], "big"))
+        yield
