@@ -23,7 +23,7 @@ colours become a PNG).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -215,24 +215,29 @@ def heatmap(
     with figure() as picture:
         axes = picture.axes(wide * max(1, len(columns)), tall * max(1, len(values)))
         axes.set(xlim=(0, max(1, len(columns))), ylim=(max(1, len(values)), 0))
-        axes.spines["bottom"].set_visible(False)
-        axes.xaxis.tick_top()
-        every = _stride(14 / tall)
-        axes.set_yticks(
-            [r + 0.5 for r in range(0, len(values), every)], [shortened(x, 28) for x in row_labels[::every]]
-        )
+        axes.axis("off")  # labels are texts: ticks take twenty times as long
+        for r in range(0, len(values), _stride(14 / tall)):
+            axes.text(-6 / wide, r + 0.5, shortened(row_labels[r], 28), ha="right", va="center")
         short = longest <= 3 * LETTER  # so short that every second or fifth will do
-        every, slanted = _stride(((longest if short else 12) + 3) / wide), longest > wide - 4 and not short
-        how: dict[str, Any] = {"rotation": 45, "ha": "left", "rotation_mode": "anchor"} if slanted else {}
-        axes.set_xticks([c + 0.5 for c in range(0, len(columns), every)], columns[::every], **how)
+        slanted = longest > wide - 4 and not short
+        how: dict[str, Any] = {"rotation": 45, "ha": "left", "rotation_mode": "anchor"} if slanted else {"ha": "center"}
+        heads = range(0, len(columns), _stride(((longest if short else 12) + 3) / wide))
+        labels = [axes.text(c + 0.5, -6 / tall, columns[c], va="baseline", **how) for c in heads]
         ramp, norm = _ramp(known, diverging)
+
+        def cells(boxes: Sequence[Any], numbers: Sequence[float]) -> PolyCollection:
+            drawn = PolyCollection(boxes, array=numbers, cmap=ramp, norm=norm, linewidths=0, clip_on=False)
+            axes.add_collection(drawn, autolim=False)
+            return drawn
+
         boxes = [[(x + right, y + down) for right, down in corners] for x, y in spots]
-        cells = PolyCollection(boxes, array=known, cmap=ramp, norm=norm, linewidths=0, clip_on=False)
-        picture.hover(axes.add_collection(cells, autolim=False), [f"{name}: {number(value)}" for name, value in named])
+        picture.hover(cells(boxes, known), [f"{name}: {number(value)}" for name, value in named])
         for (x, y), value in zip(spots, known, strict=True) if len(known) <= 64 and wide >= 40 else ():
             ink = _ink_on(ramp(norm(value))) if math.isfinite(value) and not diverging else INK
             axes.text(x + 0.5, y + 0.5, number(value), ha="center", va="center", size=11, color=ink)
-        _key(axes, value_label, ramp, norm, known, diverging)
+        top = max((label.get_window_extent().y1 for label in labels), default=axes.bbox.y1) - axes.bbox.y1
+        axes.text(0, -(top + 22) / tall, shortened(value_label, 120), weight="bold")
+        _key(axes, cells, (wide, tall), top, [value for value in known if math.isfinite(value)], diverging)
         return picture.svg()
 
 
@@ -263,30 +268,25 @@ def _ink_on(colour: Sequence[float]) -> str:
 
 
 def _key(
-    axes: "Axes", label: str, ramp: "Colormap", norm: "Normalize", values: Sequence[float], diverging: bool
-) -> None:
-    """A heat map's title, and its colours between the least and the greatest number, above the column labels."""
-    around = axes.get_tightbbox()
-    assert around is not None
-    top = around.y1 - axes.bbox.y0
-    beside: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    axes.annotate(shortened(label, 120), (0, 1), (0, top - axes.bbox.height + 25), weight="bold", **beside)
-    known = [value for value in values if math.isfinite(value)]
-    low, high = (min(known), max(known)) if known else (math.nan, math.nan)
-    if known and diverging:
-        high = max(abs(low), abs(high))
-        low = -high
+    axes: "Axes", cells: Callable[..., Any], size: tuple[float, float], top: float, known: Sequence[float],
+    diverging: bool,
+) -> None:  # fmt: skip
+    """A heat map's colours between the least and the greatest number, `top` pixels and a little above it."""
+    if not known:
+        axes.text(0, -(top + 11) / size[1], "no values", va="center", alpha=0.8)
+        return
+    low, high = min(known), max(known)
+    if diverging:
+        low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
     steps, begin = 11 if high > low else 1, LETTER * len(number(low)) + 6
-    size = axes.bbox.width, axes.bbox.height
-    strip = axes.inset_axes((begin / size[0], (top + 6) / size[1], 13 * steps / size[0], 10 / size[1]))
-    strip.pcolormesh(
-        [[low + (high - low) * i / max(1, steps - 1) for i in range(steps)]], cmap=ramp, norm=norm, clip_on=False
-    )
-    strip.axis("off")
-    words: dict[str, Any] = {"transform": strip.transAxes, "va": "center", "alpha": 0.8}
-    strip.text(-4 / (13 * steps), 0.5, number(low) if known else "no values", ha="right" if known else "left", **words)
+    down, up = -(top + 6) / size[1], -(top + 16) / size[1]
+    lefts = [(begin + 13 * i) / size[0] for i in range(steps)]
+    boxes = [[(x, up), (x + 12 / size[0], up), (x + 12 / size[0], down), (x, down)] for x in lefts]
+    cells(boxes, [low + (high - low) * i / max(1, steps - 1) for i in range(steps)])
+    look: dict[str, Any] = {"va": "center", "alpha": 0.8}
+    axes.text((begin - 4) / size[0], (up + down) / 2, number(low), ha="right", **look)
     if high > low:
-        strip.text(1 + 4 / (13 * steps), 0.5, number(high), ha="left", **words)
+        axes.text((begin + 13 * steps + 3) / size[0], (up + down) / 2, number(high), **look)
 
 
 def _plot(picture: Figure, x_label: str, log_x: bool, log_y: bool, wide: float = WIDE) -> "Axes":

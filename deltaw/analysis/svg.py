@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 INK = "#010203"  # stands for currentColor
 SERIES = ("#2c73cb", "#d4701d", "#a14b87", "#526e41", "#3f99d9", "#ac7f9b")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 2, 2)))  # each round of colours has its own
+MARGIN = 0.03  # inches around a picture
 ROOT = 16.0  # CSS pixels in a rem
 READABLE = 416.0, 0.8  # a picture is shrunk to this many CSS pixels or share of its size, then scrolls in its box
 HREF = "{http://www.w3.org/1999/xlink}href"
@@ -39,8 +40,6 @@ STYLE: Any = {
     "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "deltaw",
-    "savefig.bbox": "tight",
-    "savefig.pad_inches": 0.03,
     "savefig.transparent": True,
     "axes.axisbelow": True,
     "axes.edgecolor": INK,
@@ -82,7 +81,9 @@ class Figure:
     def svg(self) -> str:
         """One `<svg>` element."""
         written = io.StringIO()
-        self.drawn.savefig(written, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        around = self.drawn.get_tightbbox().padded(MARGIN)  # savefig's own "tight" draws all of it twice
+        self.drawn.savefig(written, format="svg", metadata=nothing, bbox_inches=around)
         return _inline(written.getvalue(), self.titles)
 
 
