@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from deltaw.base.forward import Forward, plan_forward
     from deltaw.base.load import Base, open_base
     from deltaw.commands.export import export
-    from deltaw.commands.lint import lint
-    from deltaw.commands.verify import verify
     from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
     from deltaw.errors import DeltawError, InputError, RunError
     from deltaw.factors import LowRank
@@ -27,6 +25,8 @@ if TYPE_CHECKING:
     from deltaw.kernels.lora import lora_linear
     from deltaw.kinds import Dense, DoRA
     from deltaw.model import Model, open_model
+    from deltaw.shipping.lint.lint import lint
+    from deltaw.shipping.verify.compare import verify
     from deltaw.training.run import resume, train
     from deltaw.version import VERSION as __version__
 
@@ -53,7 +53,7 @@ _HOME = {
     "export": "commands.export",
     "inspect": "analysis.report",
     "linear_cross_entropy": "kernels.logprobs",
-    "lint": "commands.lint",
+    "lint": "shipping.lint.lint",
     "load_config": "config",
     "lora_linear": "kernels.lora",
     "open_base": "base.load",
@@ -64,7 +64,7 @@ _HOME = {
     "resize": "adapter.algebra",
     "resume": "training.run",
     "train": "training.run",
-    "verify": "commands.verify",
+    "verify": "shipping.verify.compare",
 }
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604
 

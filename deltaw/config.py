@@ -4,15 +4,15 @@ Everything a run depends on stands in one `RunConfig`, which is saved with the r
 Strict means: an unknown key, a wrong type or an impossible number is an error that names the file, the line and the
 field, and the nearest name that exists. All problems are reported at once.
 
-Settings that do nothing beside others are no mistake of form, but a run file that has one says something else than its
-writer thinks. Of those that would need something more (`without_effect`) the file is refused; what was switched off
-elsewhere, as one does to cut a run short (`switched_off`), is said. Only a value other than the default counts, since a
-run's own config.yaml has every default written out; and 0 samples, which is what one gets. Bounds that aren't reached
-(`data.max_length`, `train.keep`, …) aren't looked at.
+A setting that does nothing beside others is well formed, but it says something else than its writer thinks. A file with
+settings that need something more is refused (`without_effect`); those that were switched off elsewhere, as one does to
+cut a run short, are named (`switched_off`). Only a value other than the default counts, since a run's own config.yaml
+has every default written out; and 0 samples, which is what one gets. Bounds that aren't reached (`data.max_length`,
+`train.keep`, …) aren't looked at.
 
 Rejected: dataclasses with hand-written checks (the messages were the larger half), and a separate class for the
 adapter's options here and in `adapter/` (two definitions of one thing): `AdapterSpec` is defined here, at the bottom
-of the import order, and `adapter/spec.py` gives it its meaning on a model.
+of the import order, and `adapter/targets.py` gives it its meaning on a model.
 """
 
 import difflib
@@ -220,9 +220,9 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _all_has_an_effect(self, info: ValidationInfo) -> "RunConfig":
-        found = [] if info.context == BEGUN else self.without_effect()
-        if found:
-            raise ValueError("; ".join(found))
+        idle = [] if info.context == BEGUN else self.without_effect()
+        if idle:
+            raise ValueError("; ".join(idle))
         return self
 
     def without_effect(self) -> list[str]:
@@ -328,16 +328,16 @@ def _problems(error: ValidationError, source: str, node: yaml.Node | None) -> li
     """One line a field, names before values: a misspelt key explains the missing one, and only the first few show."""
     by_field: dict[tuple[Any, ...], Any] = {}
     for problem in error.errors():
-        # A union's branch name (`str`, `int`) is no field of the file; its branches' problems are one problem.
+        # A union's branch name (`str`, `int`) isn't a field of the file; its branches' problems are one problem.
         field = (
             tuple(p for p in problem["loc"] if p not in ("str", "int", "constrained-int") and "[" not in str(p))
             or problem["loc"]  # a key of the user's own that looks like one
         )
-        said = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        said = said.replace("an object", "a mapping")
+        words = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        words = words.replace("an object", "a mapping")
         if field in by_field and problem["type"] != "value_error":
-            said = by_field[field]["msg"] + " or " + said.removeprefix("must be ")
-        by_field[field] = {**problem, "loc": field, "msg": said}
+            words = by_field[field]["msg"] + " or " + words.removeprefix("must be ")
+        by_field[field] = {**problem, "loc": field, "msg": words}
     order = ("extra_forbidden", "missing")
     ranked = sorted(by_field.values(), key=lambda p: order.index(p["type"]) if p["type"] in order else len(order))
     return [_problem(problem, source, node) for problem in ranked]

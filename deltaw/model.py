@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.adapter.attach import Attached, attach
-from deltaw.adapter.file import Adapter, BaseId, is_adapter
+from deltaw.adapter.file import BaseId
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.limits import Limits
 from deltaw.base.load import Base, open_base, open_skeleton
-from deltaw.base.source import Source, find_base, found_as
-from deltaw.config import Dtype, RunConfig, load_config
+from deltaw.base.source import Source, find_base
+from deltaw.config import Dtype, RunConfig
 from deltaw.data.dataset import Dataset, prepare
-from deltaw.data.render import TEMPLATE, Renderer, open_tokenizer
-from deltaw.errors import InputError, command
+from deltaw.data.render import Renderer, open_tokenizer
+from deltaw.errors import InputError
 from deltaw.generate.cache import context
-from deltaw.generate.engine import Sampling, generate, stream
+from deltaw.generate.engine import generate, stream
+from deltaw.generate.sampling import Sampling
+from deltaw.named import Named
 from deltaw.show.progress import Display, Progress, unseen
 
 PLAIN = "plain"  # in place of a template's fingerprint: trained on prompts as they are
@@ -101,7 +103,7 @@ class Model:
 
 
 def open_model(
-    name: str | Path,
+    name: str | Path | Named,
     *,
     base: str | None = None,
     dtype: Dtype | None = None,
@@ -113,25 +115,22 @@ def open_model(
     `base` is what the run or the adapter goes on, in place of the one it names; `dtype` is the run's own unless given.
     Raises InputError where they don't belong together.
     """
-    display = display or Display(quiet=True)
-    path, config, adapter = Path(name).expanduser(), None, None
-    if is_run(path):
-        config, adapter = load_config(path / "config.yaml"), load_adapter(path)
-        base, dtype = base or config.base, dtype or config.train.dtype
-    elif is_adapter(path) or base is not None:  # else a broken adapter's folder would open as the plain base
-        adapter = load_adapter(path)
-        base = base or base_name(adapter, path)
-    source = find_base(base or str(name), display=display)
-    opened = open_base(source, dtype=dtype or "auto", device=device, display=display)
-    renderer = open_renderer(source, config, template_beside(path))
+    display, named = display or Display(quiet=True), Named.of(name)
+    # With a base beside it, it is an adapter: else a broken adapter's folder would open as the plain base.
+    adapter = named.adapter if named.holds_adapter or base is not None else None
+    config = named.config
+    source = find_base(base or (named.base if adapter else named.name), display=display)
+    dtype = dtype or (config.train.dtype if config else "auto")
+    opened = open_base(source, dtype=dtype, device=device, display=display)
+    renderer = open_renderer(source, config, named.template)
     model = Model(opened, renderer, plan_forward(opened.model))
     if adapter is None:
         return model
     wrong = adapter.base.mismatch(model.id)
     if wrong:
-        raise InputError(f"{name} does not belong to this base: {wrong}", fix="name its own base with --base")
+        raise InputError(f"{named.name} does not belong to this base: {wrong}", fix="name its own base with --base")
     if adapter.base.template not in ("", PLAIN, renderer.template_fingerprint):
-        display.say(f"{name} was trained under another chat template than this tokenizer's: answers may suffer")
+        display.say(f"{named.name} was trained under another chat template than this tokenizer's: answers may suffer")
     attached = attach(opened.model, adapter)
     return Model(opened, renderer, model.forward, attached, trained_plain=adapter.base.template == PLAIN)
 
@@ -144,12 +143,6 @@ def open_renderer(source: Source, config: RunConfig | None = None, template: Pat
         return Renderer(tokenizer, template=own)
     data = config.data
     return Renderer(tokenizer, train_on=data.train_on, template=own or data.template, rendered=data.rendered)
-
-
-def template_beside(path: Path) -> Path | None:
-    """The chat template that a run or an adapter folder has beside its weights, where it isn't the tokenizer's own."""
-    file = (path / "adapter" if is_run(path) else path) / TEMPLATE
-    return file if is_adapter(file.parent) and file.is_file() else None
 
 
 def open_dataset(config: RunConfig, display: Display, source: Source | None = None) -> tuple[Source, Renderer, Dataset]:
@@ -169,27 +162,3 @@ def limits_of(source: Source, dataset: Dataset) -> list[str]:
     except InputError as error:
         return [error.what]
     return limits.warnings(rows)
-
-
-def load_adapter(path: Path) -> Adapter:
-    """The adapter of a run or an adapter folder. Raises InputError where there is none."""
-    if not is_run(path):
-        return Adapter.load(path)
-    if not is_adapter(path / "adapter"):
-        raise InputError(f"{path} has no finished adapter yet", fix=f"finish it: {command('train', path)}")
-    return Adapter.load(path / "adapter")
-
-
-def is_run(path: Path) -> bool:
-    """A folder that `deltaw train` made. Raises InputError for a name that is too long or mustn't be looked into."""
-    try:
-        return (path / "config.yaml").is_file()
-    except OSError as error:
-        raise InputError(f"{path!s:.200}: {error.strerror}") from None
-
-
-def base_name(adapter: Adapter, path: Path) -> str:
-    """A name that `find_base` may know: the builtin for its upstream id, else what the adapter says."""
-    if not adapter.base.name:
-        raise InputError(f"{path} does not say which base it belongs to", fix="name it with --base")
-    return found_as(adapter.base.name)

@@ -2,7 +2,7 @@
 
     config.yaml      the resolved run file            checkpoints/    step-000100/ …  (training/checkpoint.py)
     before.json      the base on the held-out rows    adapter/        the result, PEFT layout
-    metrics.jsonl    a line a step, a line an eval    report.html     what the run did, for people
+    metrics.jsonl    a line per step and per eval     report.html     what the run did, for people
     result.json      the figures                      .lock           who writes here (lock.py)
 
 Everything in it is named relative to the folder, so it can be moved. result.json is written when everything else is
@@ -25,7 +25,7 @@ from deltaw.config import RunConfig
 from deltaw.errors import InputError, RunError, command
 from deltaw.files.atomic import fsync, replacing, sweep, temporary_name, write_text_atomic
 from deltaw.files.lock import LOCK, claimed, holds_anything
-from deltaw.files.strict_json import read_json
+from deltaw.files.strict_json import NotJSON, parse, read_json
 
 WORDS = ("skipped", "rows")  # of a line of metrics.jsonl; everything else in it is a number
 
@@ -187,8 +187,8 @@ class Run:
 def _record(line: bytes) -> tuple[dict[str, Any] | None, bool]:
     """A line's figures, and whether it is whole. None without a step, which says where it belongs."""
     try:
-        value = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
+        value = parse(line, allow_nan=True)
+    except NotJSON:
         return None, False
     if not isinstance(value, dict) or type(step := value.get("step")) is not int or not 0 <= step < 2**53:
         return None, False

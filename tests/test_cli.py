@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from deltaw import cli
-from deltaw.commands import chat
+from deltaw.cli.app import app
+from deltaw.commands import chat, train
 from deltaw.model import Model, open_model
 from tests.tiny import run_file, tiny_base, words
 
@@ -52,10 +53,11 @@ def test_help_imports_nothing_heavy() -> None:
     assert "train" in out and out.endswith("[]\n")
 
 
-@pytest.mark.parametrize("verb", ["demo", "train", "preview", "eval", "generate", "chat"])
+@pytest.mark.parametrize("verb", [c.name or c.callback.__name__ for c in app.registered_commands if c.callback])
 def test_every_verb_has_help_with_an_example(verb: str) -> None:
     code, out, _ = call(verb, "--help")
     assert code == 0 and f"deltaw {verb}" in out.split("Example")[-1]
+    assert call(verb, "-h") == (code, out, "")
 
 
 def test_train_prints_one_json_object(trained: Path) -> None:
@@ -147,7 +149,7 @@ def test_a_defect_says_so_and_debug_shows_where(monkeypatch) -> None:
     def broken(*args: object, **options: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(cli.run, "_train", broken)
+    monkeypatch.setattr(train, "demo_named", broken)
     code, _, err = call("demo")
     assert code == 1 and "defect" in err and "Traceback" not in err
     code, _, err = call("--debug", "demo")

@@ -23,6 +23,7 @@ LEVELS = [
     {"data"},
     {"adapter"},
     {"generate"},
+    {"named"},
     {"model", "run"},
     {"training", "evaluate", "analysis", "shipping", "serve"},
     {"studies"},
@@ -37,10 +38,10 @@ SIDEWAYS = {
 }
 
 # Each heavy library has its home.
-VERBS = ("__init__", "app", "export", "lint", "merge", "plan", "run", "update", "verify", "why")
+VERBS = ("__init__", "app", "ask", "run", "ship", "update", "why")
 HOMES = {
     "jinja2": {"analysis/page.py", "files/bounded_worker.py"},
-    "rich": {"show/progress.py", "show/table.py", "data/preview.py", "cli/run.py"},
+    "rich": {"show/progress.py", "show/table.py", "data/preview.py"},
     "typer": {f"cli/{name}.py" for name in VERBS},
     "yaml": {"config.py", "files/run_yaml.py"},
     "gguf": {
@@ -54,6 +55,7 @@ HOMES = {
     },
     "huggingface_hub": {"base/source.py", "shipping/push.py"},
     "safetensors": {"files/safetensors.py"},
+    "sympy": {"linalg/exact.py"},
     "datasets": {"data/read.py"},
     "pyarrow": {"data/read.py"},
     "matplotlib": {"analysis/pictures.py", "analysis/svg.py"},

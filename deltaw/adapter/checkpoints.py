@@ -123,9 +123,9 @@ def changes(tuned: Checkpoint, base: Checkpoint, names: list[str], extracted: se
         assert new is not None and old is not None
         if name not in extracted and (change := _change(name, new, old)):
             yield change
-    for side, here, there in (("tuned", tuned, base), ("base", base, tuned)):
-        for name in here.stored:
-            if there.find(name) is None and not name.endswith(BUFFERS):
+    for side, own, other in (("tuned", tuned, base), ("base", base, tuned)):
+        for name in own.stored:
+            if other.find(name) is None and not name.endswith(BUFFERS):
                 yield Change(name, None, only_in=side)
 
 

@@ -167,7 +167,7 @@ def _check(
     if not adapters:
         raise InputError("no adapters to combine")
     if len(weights) != len(adapters):
-        raise InputError(f"{len(adapters)} adapters but {len(weights)} weights", fix="give one weight an adapter")
+        raise InputError(f"{len(adapters)} adapters but {len(weights)} weights", fix="give one weight per adapter")
     if wrong := [weight for weight in weights if not math.isfinite(weight)]:
         raise InputError(f"a weight must be a finite number, not {wrong[0]}")
     if method not in METHODS:

@@ -104,7 +104,7 @@ class Adapter:
         puts the very same layers back. Raises InputError for what `attach` refuses, and for another base."""
         from deltaw.adapter.into import merge_into
 
-        return merge_into(model, self)
+        return merge_into(model, self.spec, self.factors, base=self.base.name, fingerprint=self.base.fingerprint)
 
     def _peft_config(self) -> dict[str, Any]:
         names = {self.spec.targets} if isinstance(self.spec.targets, str) else set(self.spec.targets)
@@ -172,9 +172,9 @@ def _load_full(directory: Path) -> Adapter:
     try:
         spec = AdapterSpec.model_validate_json(json.dumps(record.get("spec")))
     except ValidationError as error:
-        raise InputError(f"{directory / RECORD}: its spec is none: {error.errors()[0]['msg']}") from None
+        raise InputError(f"{directory / RECORD}: its spec can't be read: {error.errors()[0]['msg']}") from None
     if not spec.full:
-        raise InputError(f"{directory / RECORD} describes no full fine-tuning, but {DELTAS} lies beside it")
+        raise InputError(f"{directory / RECORD} doesn't describe full fine-tuning, but {DELTAS} lies beside it")
     factors = {path: Dense(tensor) for path, tensor in tensors.items()}
     return Adapter(spec, factors, _base_of(directory, {}), bool(record.get("fan_in_fan_out")))
 
@@ -190,8 +190,8 @@ def _check_folder(directory: Path) -> None:
             f"{directory / pickles[0]} is a pickle, which runs code when it is opened",
             fix="convert it to safetensors in a sandbox, or ask its author to",
         )
-    gone = [name for name in (WEIGHTS, CONFIG) if not (directory / name).is_file()]
-    raise InputError(f"{directory} is no adapter: {' and '.join(gone)} missing")
+    missing = [name for name in (WEIGHTS, CONFIG) if not (directory / name).is_file()]
+    raise InputError(f"{directory} isn't an adapter: {' and '.join(missing)} missing")
 
 
 def _base_of(directory: Path, config: dict[str, Any]) -> BaseId:

@@ -19,11 +19,13 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from deltaw.adapter.attach import Attached, attach, check_bare, detach
-from deltaw.adapter.file import Adapter
+from deltaw.adapter.layer import LayerUpdate
+from deltaw.adapter.place import check_bare, put_on, take_off
 from deltaw.base.fingerprint import describe, same_base
-from deltaw.base.load import fingerprint
+from deltaw.base.load import fingerprint as fingerprint_of
+from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, listed
+from deltaw.factors import Update
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,34 +70,39 @@ class MergedInto:
             error.add_note(f"the merged adapter is still in the model: {failed}")  # what went wrong first is raised
 
 
-def merge_into(model: nn.Module, adapter: Adapter) -> MergedInto:
-    """Merge in place. Raises InputError, the model as it was: what `attach` refuses, another base, numbers that are too
-    large for the weights' type."""
+def merge_into(
+    model: nn.Module, spec: AdapterSpec, updates: Mapping[str, Update], *, base: str = "", fingerprint: str = ""
+) -> MergedInto:
+    """Merge in place; `base`, `fingerprint`: the name and the mark of what the updates were trained on, "" for any.
+
+    Raises InputError, the model as it was: what `attach` refuses, another base, numbers that are too large for the
+    weights' type.
+    """
     check_bare(model)
-    recorded, here = adapter.base.fingerprint, fingerprint(model)
-    if recorded and not same_base(recorded, here):
+    own = fingerprint_of(model)
+    if fingerprint and not same_base(fingerprint, own):
         raise InputError(
-            f"the adapter was trained on {adapter.base.name or 'another base'} ({describe(recorded)}), this model is "
-            f"another one ({describe(here)})",
+            f"the adapter was trained on {base or 'another base'} ({describe(fingerprint)}), this model is another one "
+            f"({describe(own)})",
             fix="load its own base; an adapter with base=BaseId() goes on any model of its shapes",
         )
-    attached = attach(model, adapter, fuse=())
+    placed = put_on(model, spec, updates, fuse=())
     try:
-        layers = _fused(attached)
+        merged = _fused(placed.layers)
     finally:
-        originals = {path: layer.base.module for path, layer in attached.layers.items()}
-        detach(attached)
-    for path, layer in layers.items():
-        model.set_submodule(path, layer)
-    return MergedInto(model, originals, layers)
+        originals = {path: layer.base.module for path, layer in placed.layers.items()}
+        take_off(model, placed.layers, placed.carried, placed.number)
+    for path, module in merged.items():
+        model.set_submodule(path, module)
+    return MergedInto(model, originals, merged)
 
 
-def _fused(attached: Attached) -> dict[str, nn.Module]:
-    layers = {path: layer.fuse() for path, layer in attached.layers.items()}
-    broken = [path for path, layer in layers.items() if not torch.isfinite(layer.weight).all()]  # type: ignore[arg-type]
+def _fused(layers: Mapping[str, LayerUpdate]) -> dict[str, nn.Module]:
+    merged = {path: layer.fuse() for path, layer in layers.items()}
+    broken = [path for path, layer in merged.items() if not torch.isfinite(layer.weight).all()]  # type: ignore[arg-type]
     if broken:
         raise InputError(
             f"merged, {len(broken)} weights hold numbers too large for their type, or NaN:\n{listed(broken)}",
             fix="load the model in bfloat16 or float32",
         )
-    return layers
+    return merged

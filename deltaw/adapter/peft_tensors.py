@@ -101,7 +101,7 @@ def _suffix(name: str, tensor: Tensor) -> tuple[str, str]:
     if foreign:
         return suffix, f": {foreign} isn't supported"
     if not suffix:
-        return suffix, " is no lora_A or lora_B; fully trained modules aren't supported"
+        return suffix, " is neither lora_A nor lora_B; fully trained modules aren't supported"
     if not name.startswith(PREFIX):
         return suffix, f" doesn't begin with {PREFIX!r}"
     if tensor.ndim != 2 or not tensor.is_floating_point():

@@ -74,10 +74,12 @@ class FusedAttention(StandIn):
         self.call, self.passing = call, passing
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the original's; whatever is no full pass over packed documents is the original's to do."""
-        documents, angles = self.passing.current.documents, kwargs.get("position_embeddings")
+        """As the original's. A pass over packed documents or over a cache of ours is done here, and goes on as it began
+        where the stand-in is switched off in between; whatever else is the original's to do."""
+        documents, cache = self.passing.current.documents, self.passing.current.cache
+        angles, ours = kwargs.get("position_embeddings"), cache is not None or (self.enabled and documents is not None)
         more = args or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None
-        if not self.enabled or documents is None or angles is None or more:
+        if not ours or angles is None or more:
             return self.original(hidden_states, *args, **kwargs)
         x_TD = hidden_states.flatten(0, 1)
         names = ("q_proj", "k_proj", "v_proj")
@@ -85,15 +87,13 @@ class FusedAttention(StandIn):
         head = self.call.head_size
         q_THE, k_TKE = (self._norm(name, x, head) for name, x in (("q_norm", q), ("k_norm", k)))
         cos_TR, sin_TR = (angle.flatten(0, 1) for angle in angles)
-        out_THE = packed_attention(
-            rotary(q_THE, cos_TR, sin_TR),
-            rotary(k_TKE, cos_TR, sin_TR),
-            v.unflatten(-1, (-1, head)),
-            documents,
-            scale=self.call.scale,
-            window=self.call.window,
-            softcap=self.call.softcap,
-        )
+        q_THE, k_TKE, v_TKE = rotary(q_THE, cos_TR, sin_TR), rotary(k_TKE, cos_TR, sin_TR), v.unflatten(-1, (-1, head))
+        asked: dict[str, Any] = {"scale": self.call.scale, "window": self.call.window, "softcap": self.call.softcap}
+        if cache is not None:
+            out_THE = cache.attention(self, q_THE, k_TKE, v_TKE, **asked)
+        else:
+            assert documents is not None
+            out_THE = packed_attention(q_THE, k_TKE, v_TKE, documents, **asked)
         y_TD = lora_linears(out_THE.flatten(1), [_projection(self._modules["o_proj"])])[0]
         return y_TD.view(*hidden_states.shape[:-1], -1), None
 

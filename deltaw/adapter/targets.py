@@ -26,12 +26,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from deltaw.adapter.file import Adapter
 from deltaw.adapter.peft_config import rewritten_names
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.language import language_part
 from deltaw.config import TARGET_GROUPS, AdapterSpec, names_module
 from deltaw.errors import InputError, listed
+from deltaw.factors import Update
 
 ATTENTION_PARTS = {"self_attn", "attn", "attention", "self_attention", "cross_attn", "self_attn_layer"}
 MLP_PARTS = {
@@ -100,30 +100,32 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unfit: Mapping[str, str] |
     return Targets(paths, _unmatched(model, set(paths)), left_out)
 
 
-def targets_of(model: nn.Module, adapter: Adapter, unfit: Mapping[str, str] | None = None) -> Targets:
-    """What a trained adapter adapts on `model`. Raises InputError unless each update has its layer, of its shape, and
-    each layer of the language model that the spec names has its update."""
+def targets_of(
+    model: nn.Module, spec: AdapterSpec, updates: Mapping[str, Update], unfit: Mapping[str, str] | None = None
+) -> Targets:
+    """What trained updates adapt on `model`, by their paths. Raises InputError unless each has its layer, of its shape,
+    and each layer of the language model that the spec names has its update."""
     linear = linear_paths(model)
     head = head_path(model)
-    if head in adapter.factors:
+    if head in updates:
         raise InputError(f"{head} is the output head, which can't be adapted yet")
-    names = (adapter.spec.targets,) if isinstance(adapter.spec.targets, str) else adapter.spec.targets
+    names = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
     if not any(_matches(name, path) for name in names for path in linear):
         raise InputError(f"the adapter is another model's: {_unknown(list(names), linear)}")
-    problems = [f"{path:.120}: no such linear layer in this model" for path in adapter.factors if path not in linear]
-    problems += [f"{path} {why}" for path, why in (unfit or {}).items() if path in adapter.factors]
+    problems = [f"{path:.120}: no such linear layer in this model" for path in updates if path not in linear]
+    problems += [f"{path} {why}" for path, why in (unfit or {}).items() if path in updates]
     problems += [
         f"{path}: targeted, but the adapter has no factors for it"
         for path in language_paths(model, linear)
-        if path not in adapter.factors and any(names_module(name, path) for name in names)
+        if path not in updates and any(names_module(name, path) for name in names)
     ]
-    for path in set(linear) & set(adapter.factors):
-        layer, shape = FrozenLinear(model.get_submodule(path)), adapter.factors[path].shape
+    for path in set(linear) & set(updates):
+        layer, shape = FrozenLinear(model.get_submodule(path)), updates[path].shape
         if shape != (layer.out_features, layer.in_features):
             problems.append(f"{path}: update is {shape}, the layer {(layer.out_features, layer.in_features)}")
     if problems:
         raise InputError(f"the adapter does not fit this model, {len(problems)} mismatches:\n{listed(problems)}")
-    paths = tuple(path for path in linear if path in adapter.factors)
+    paths = tuple(path for path in linear if path in updates)
     return Targets(paths, _unmatched(model, set(paths)))
 
 
@@ -166,7 +168,7 @@ def linear_paths(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def said(left_out: Mapping[str, str]) -> list[str]:
+def lines_of(left_out: Mapping[str, str]) -> list[str]:
     """What a group left out, for logs: a line for each reason."""
     by_reason: dict[str, list[str]] = {}
     for path, reason in left_out.items():
@@ -220,24 +222,24 @@ def _unmatched(model: nn.Module, adapted: set[str]) -> tuple[str, ...]:
     ones a user of `all-linear` would want to know of (an MoE's experts are 3-D parameters, not linear layers)."""
     head = _head(model)
     holders = tuple(path for path, module in model.named_modules() if any(module.named_parameters(recurse=False)))
-    language, found = set(language_paths(model, holders)), []
+    language, unmatched = set(language_paths(model, holders)), list[str]()
     for path, module in model.named_modules():
         if path in adapted or path not in language or module is head or isinstance(module, nn.Embedding):
             continue
         names = [name for name, value in module.named_parameters(recurse=False) if value.ndim >= 2]
-        found += [path] if names == ["weight"] else [f"{path}.{name}" for name in names]
-    return tuple(found)
+        unmatched += [path] if names == ["weight"] else [f"{path}.{name}" for name in names]
+    return tuple(unmatched)
 
 
 def _unknown(names: list[str], paths: tuple[str, ...]) -> str:
     ends = sorted({path.rpartition(".")[2] for path in paths} | set(TARGET_GROUPS))
-    said = []
+    problems = []
     for name in names:
         near = difflib.get_close_matches(name, ends, n=1)
-        said.append(
+        problems.append(
             f"{name!r} matches no layer that can be adapted" + (f" (did you mean {near[0]!r}?)" if near else "")
         )
-    return "; ".join(said)
+    return "; ".join(problems)
 
 
 def _choices(paths: tuple[str, ...]) -> str:

@@ -26,14 +26,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from deltaw.analysis.matrix import EXACT, EXACT_SIDE, INTEGERS, read_matrix
+from deltaw.analysis.matrix import EXACT, EXACT_SIDE, INTEGERS
 from deltaw.errors import InputError
 from deltaw.linalg import rank as ranks
 from deltaw.linalg.exact import exact_factorisation
 from deltaw.linalg.rounding import Rounding
 from deltaw.linalg.svd import randomised_svd, two_norm
 from deltaw.show.chart import EIGHTHS, columns
-from deltaw.show.progress import Display
 from deltaw.show.table import table
 
 DEFAULT_RANK = 8
@@ -102,13 +101,6 @@ class Decomposition:
         """Plain values; an infinite condition number is null."""
         condition = self.condition if math.isfinite(self.condition) else None
         return {**asdict(self), "condition": condition, "entries": self.entries, "saves_below": self.saves_below}
-
-
-def run(name: str, rank: int | None, display: Display) -> tuple[Decomposition, str]:
-    """`decompose` for a matrix's name (matrix.py), and a description of the matrix."""
-    x = read_matrix(name, display)
-    found = decompose(x.x_MN, rank=rank, say=display.say, rounding=x.rounding, integers=x.integers)
-    return found, x.source
 
 
 def decompose(

@@ -31,7 +31,7 @@ from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.load import fingerprint_of_files, open_base
 from deltaw.base.source import Source, find_base
 from deltaw.errors import InputError, RunError
-from deltaw.model import base_name, load_adapter
+from deltaw.named import base_name, load_adapter
 from deltaw.show.progress import Display
 
 PAGE = "report.html"

@@ -14,7 +14,7 @@ from typing import Any
 
 from deltaw.config import RunConfig, load_config
 from deltaw.errors import InputError
-from deltaw.model import is_run
+from deltaw.named import is_run
 from deltaw.run import Run, is_number
 
 Metrics = list[dict[str, Any]]
@@ -56,11 +56,12 @@ class Training:
         return {**self.raw, "metrics": columns, "faults": list(self.faults)}
 
 
-def read_training(folder: Path) -> Training | None:
-    """None for an adapter folder, or a run that has no result yet."""
+def read_training(folder: Path, config: RunConfig | None = None) -> Training | None:
+    """None for an adapter folder, or a run that has no result yet. `config`: the run's, where it has been read."""
     run = Run(folder)
     if not is_run(folder) or not run.result.is_file():
         return None
+    config = config or load_config(run.config)
     metrics, odd = run.scan_metrics()
     faults = [f"metrics.jsonl: {odd} of its lines can't be read, or not in full"] if odd else []
     try:
@@ -68,13 +69,13 @@ def read_training(folder: Path) -> Training | None:
         raw = json.loads(json.dumps(stored), parse_constant=lambda _: None)  # NaN isn't JSON
     except (InputError, RecursionError) as error:
         what = error.what if isinstance(error, InputError) else "result.json: nested too deeply"
-        return Training(load_config(run.config), {}, metrics, (*faults, what))
+        return Training(config, {}, metrics, (*faults, what))
     names: list[str] = []
     result = dict(_sound(stored, names.append))
     if names:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         faults.append(f"result.json: left out what can't be read: {shown}")
-    return Training(load_config(run.config), result, metrics, tuple(faults), raw)
+    return Training(config, result, metrics, tuple(faults), raw)
 
 
 def _sound(raw: Mapping[str, Any], fault: Fault) -> Iterator[tuple[str, Any]]:

@@ -27,7 +27,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -86,10 +86,11 @@ class Batch:
         return segments_of(self.updates, self.starts)
 
     def by_document(self, values_K: Tensor) -> Tensor:
-        """[documents]: what belongs to each label, in order, summed by document."""
-        label_K = (self.labels_T != IGNORE).nonzero().squeeze(1)
-        document_K = torch.bucketize(label_K, self.documents.starts_S[1:].long(), right=True)
-        return values_K.new_zeros(len(self.starts) - 1).index_add(0, document_K, values_K)
+        """[documents, ...]: what belongs to each label [K, ...], in the order of their rows, summed by document."""
+        row_K = (self.labels_T != IGNORE).nonzero().squeeze(1)
+        document_K = torch.bucketize(row_K, self.documents.starts_S[1:].long(), right=True)
+        sums = values_K.new_zeros(len(self.starts) - 1, *values_K.shape[1:])
+        return sums.index_add(0, document_K, values_K)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -110,6 +111,23 @@ def segments_of(updates: Sequence[int], starts: Sequence[int]) -> Segments | Non
     return tuple(segments)
 
 
+class Stored(Protocol):
+    """Keys and values of earlier tokens, where attention stands in (generate/slots.py)."""
+
+    def attention(
+        self,
+        layer: nn.Module,
+        q_THE: Tensor,
+        k_TKE: Tensor,
+        v_TKE: Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Add the rows' keys and values to those of `layer`, and attend to what each row may see: [T, H, E]."""
+
+
 @dataclass(frozen=True, eq=False)
 class Pass:
     """What one forward carries to the layers.
@@ -123,7 +141,7 @@ class Pass:
 
     documents: Documents | None = None
     segments: Segments | None = None
-    cache: Any = None
+    cache: Stored | None = None
     below: Tensor | None = None
     probe: Any = None
 

@@ -1,30 +1,30 @@
-"""The command line: verbs -> functions, no logic.
+"""The command line: verbs, no logic. What they do stands in deltaw/commands.
 
-    app.py        the application and the options that verbs share
-    run.py        demo · train · verify-resume · preview · eval · generate · chat
-    merge.py      merge
-    plan.py       plan
+    app.py        the application, the options that verbs share, how a Result is shown
+    run.py        demo · train · verify-resume · preview · plan
+    ask.py        eval · generate · chat
     update.py     inspect · compare · resize · extract · combine · scale
-    export.py     export
-    lint.py       lint
+    ship.py       merge · export · lint · verify
     why.py        decompose · study
-    verify.py     verify
 
 Heavy imports stand inside the verbs, so that `--help` answers at once. Prose and progress go to stderr, results to
 stdout; `--json` makes stdout one JSON object. Exit codes: 0 done, 1 failed while running, 2 the user's input,
 130 / 143 stopped by a signal.
 """
 
+import importlib
 import io
 import sys
 import traceback
 
 import typer
 
-from deltaw.cli import export, lint, merge, plan, run, update, verify, why  # noqa: F401  (each registers its verbs)
 from deltaw.cli.app import app
 from deltaw.errors import DeltawError
 from deltaw.training.stop import Stopped
+
+for _verbs in ("run", "ask", "update", "ship", "why"):  # each registers its verbs, in the order of `deltaw --help`
+    importlib.import_module(f"deltaw.cli.{_verbs}")
 
 
 def main() -> None:
@@ -46,8 +46,8 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own, which typer carries under varying names
             _fail(f"error: {error.format_message()}\nsee deltaw --help", 2, debug)
-        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        _fail(f"error: {said:.300}\nthis is a defect of deltaw: --debug shows where", 1, debug)
+        what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        _fail(f"error: {what:.300}\nthis is a defect of deltaw: --debug shows where", 1, debug)
 
 
 def _print_whatever_comes() -> None:

@@ -1,10 +1,15 @@
-"""The application that the verbs register with, the options and the ways of printing that they share."""
+"""The application that the verbs register with, the options that they share, and the one way to show a Result."""
 
 import json
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from deltaw.show.result import Result
+
+if TYPE_CHECKING:
+    from deltaw.show.progress import Display
 
 app = typer.Typer(
     help="Fine-tune language models with LoRA, see why it works, ship the result.",
@@ -13,7 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    epilog="An error is short; --debug before the verb shows where it came from.",
+    epilog="Errors are short; --debug before the verb shows where one came from.",
 )
 
 
@@ -28,10 +33,13 @@ def as_path(value: Any) -> Any:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 BaseName = Annotated[
-    str | None, typer.Option("--base", help="The base, where the adapter does not name it.", callback=as_path)
+    str | None,
+    typer.Option("--base", help="The base model, in place of the one that the adapter names.", callback=as_path),
 ]
+Adapter = Annotated[str, typer.Argument(help="A run or an adapter folder, made by any tool.", callback=as_path)]
+Output = Annotated[str, typer.Option("--output", "-o", help="The folder to write.", callback=as_path)]
 
 
 @app.callback()
@@ -39,26 +47,30 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show traceback
     pass
 
 
-def display(quiet: bool = False) -> Any:
+def examples(*lines: str) -> str:
+    """The end of a verb's help: command lines as they are, each on its own line."""
+    return "\b\n" + "\n  ".join(["Examples:" if len(lines) > 1 else "Example:", *lines])
+
+
+def display(quiet: bool = False) -> "Display":
     """Progress on stderr, or none."""
     from deltaw.show.progress import Display
 
     return Display(quiet=quiet)
 
 
-def print_json(value: Any) -> None:
-    """One JSON object on stdout; escaped where its letters can't be printed, so that nothing is lost."""
-    text = json.dumps(value, ensure_ascii=False)
+def show(result: Result, as_json: bool) -> None:
+    """A verb's Result on stdout, as JSON or as text for people, and its exit code."""
+    print(_json(result) if as_json else result.text)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
+def _json(result: Result) -> str:
+    """On one line; escaped where its letters can't be printed, so that nothing is lost."""
+    text = json.dumps(result.data, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(value)
-    print(text)
-
-
-def give(value: Any, text: str, as_json: bool) -> None:
-    """A result on stdout: the JSON, or the text for people."""
-    if as_json:
-        print_json(value)
-    else:
-        print(text)
+        return json.dumps(result.data)
+    return text

@@ -1,77 +1,75 @@
-"""Verbs that look at an adapter, or make another of it."""
+"""Verbs that look at an adapter, or make another one out of it."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from deltaw.cli.app import BaseName, Json, app, as_path, display, give
+from deltaw.cli.app import Adapter, BaseName, Json, Output, app, as_path, display, examples, show
 
-Output = Annotated[str, typer.Option("--output", "-o", help="The folder to write.", callback=as_path)]
-Rank = Annotated[int | None, typer.Option(help="At most this rank.")]
-Energy = Annotated[float | None, typer.Option(help="The least rank that keeps this share of ‖ΔW‖², 0.99 for 99 %.")]
+Rank = Annotated[int | None, typer.Option(help="The largest rank of a module.")]
+Energy = Annotated[
+    float | None, typer.Option(help="Take the least rank that keeps this share of ‖ΔW‖²: 0.99 for 99 %.")
+]
 Data = Annotated[
-    str | None, typer.Option(help="Rows to measure on; a run's own held-out rows without it.", callback=as_path)
+    str | None,
+    typer.Option(help="Rows to measure on. Without it, a run's own held-out rows are used.", callback=as_path),
 ]
 
 
-@app.command(epilog="Example: deltaw inspect runs/demo    (an adapter folder works, too)")
+@app.command(epilog=examples("deltaw inspect runs/demo"))
 def inspect(
-    adapter: Annotated[str, typer.Argument(help="A run or an adapter folder, any tool's.", callback=as_path)],
+    adapter: Adapter,
     base: BaseName = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="The page; report.html in the folder.", callback=as_path)
+        str | None,
+        typer.Option("--output", "-o", help="The page to write. Without it, report.html there.", callback=as_path),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What a fine-tune did to the weights: writes a page with pictures, prints the gist."""
-    from deltaw.analysis.report import PAGE
-    from deltaw.analysis.report import inspect as look
-    from deltaw.files.lock import claimed_file
+    """Show what a fine-tune did to the weights. Writes a page with pictures and prints the gist."""
+    from deltaw.commands.inspect import inspect_named
 
-    with claimed_file(Path(output) if output else Path(adapter) / PAGE):
-        report = look(adapter, base=base, display=display(as_json))
-        path = report.write(output)
-    give(report.to_json(), f"{report.gist()}\n\npage: {path}", as_json)
+    show(inspect_named(adapter, base=base, page=output, display=display(as_json)), as_json)
 
 
-@app.command(epilog="Example: deltaw compare runs/one runs/two")
+@app.command(epilog=examples("deltaw compare runs/one runs/two"))
 def compare(
-    one: Annotated[str, typer.Argument(help="A run or an adapter folder.", callback=as_path)],
-    other: Annotated[str, typer.Argument(help="Another on the same base.", callback=as_path)],
-    output: Annotated[str, typer.Option("--output", "-o", help="The page.", callback=as_path)] = "comparison.html",
+    one: Adapter,
+    other: Annotated[str, typer.Argument(help="Another one on the same base.", callback=as_path)],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="The page to write.", callback=as_path)
+    ] = "comparison.html",
     as_json: Json = False,
 ) -> None:
-    """Which directions two adapters share, against what chance would give."""
+    """Show which directions two adapters share. Says what chance alone would give."""
     from deltaw.commands.compare import compare_named
-    from deltaw.files.lock import claimed_file
 
-    with claimed_file(Path(output)):
-        result, text = compare_named(one, other, output, display=display(as_json))
-    give(result, text, as_json)
+    show(compare_named(one, other, output, display=display(as_json)), as_json)
 
 
 @app.command(
-    epilog="Examples: deltaw resize runs/demo -o small --rank 4    "
-    "deltaw resize runs/demo -o small --max-loss-increase 0.5%"
+    epilog=examples(
+        "deltaw resize runs/demo -o small --rank 4", "deltaw resize runs/demo -o small --max-loss-increase 0.5%"
+    )
 )
 def resize(
-    adapter: Annotated[str, typer.Argument(help="A run or an adapter folder.", callback=as_path)],
+    adapter: Adapter,
     output: Output,
     rank: Rank = None,
     energy: Energy = None,
     max_loss_increase: Annotated[
-        str | None, typer.Option(help="The smallest adapter whose held-out loss rises by at most this: 0.5% or 0.005.")
+        str | None,
+        typer.Option(help="Take the smallest adapter whose held-out loss rises by at most this: 0.5% or 0.005."),
     ] = None,
     data: Data = None,
     base: BaseName = None,
-    uniform: Annotated[bool, typer.Option("--uniform", help="One rank for all modules.")] = False,
+    uniform: Annotated[bool, typer.Option("--uniform", help="Give all modules one rank.")] = False,
     as_json: Json = False,
 ) -> None:
-    """A smaller adapter: by rank, by energy, or by what it may cost in held-out loss."""
-    from deltaw.commands.reshape import resize_named
+    """Make an adapter smaller. By rank, by energy, or by what it may cost in held-out loss."""
+    from deltaw.commands.resize import resize_named
 
-    result, text = resize_named(
+    result = resize_named(
         adapter,
         output,
         rank=rank,
@@ -82,25 +80,27 @@ def resize(
         uniform=uniform,
         display=display(as_json),
     )
-    give(result, text, as_json)
+    show(result, as_json)
 
 
-@app.command(epilog="Example: deltaw combine runs/one runs/two --weights 0.7,0.3 -o both")
+@app.command(epilog=examples("deltaw combine runs/one runs/two --weights 0.7,0.3 -o both"))
 def combine(
-    adapters: Annotated[list[str], typer.Argument(help="Runs or adapter folders of one base.", callback=as_path)],
+    adapters: Annotated[list[str], typer.Argument(help="Runs or adapter folders on one base.", callback=as_path)],
     output: Output,
-    weights: Annotated[str | None, typer.Option(help="One a adapter, with commas between; 1 each without it.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One per adapter, separated by commas. Without it, each counts once.")
+    ] = None,
     method: Annotated[str, typer.Option(help="linear (the exact sum), ties or dare.")] = "linear",
     rank: Rank = None,
     energy: Energy = None,
-    density: Annotated[float | None, typer.Option(help="Of ties and dare: the share of entries kept.")] = None,
-    seed: Annotated[int, typer.Option(help="Of dare.")] = 0,
+    density: Annotated[float | None, typer.Option(help="ties, dare: the share of entries that is kept.")] = None,
+    seed: Annotated[int, typer.Option(help="dare: which entries these are.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """One adapter out of several: their weighted sum, exactly, or by TIES or DARE."""
-    from deltaw.commands.reshape import combine_named
+    """Combine several adapters into one. Their weighted sum, exactly, or by TIES or DARE."""
+    from deltaw.commands.combine import combine_named
 
-    result, text = combine_named(
+    result = combine_named(
         adapters,
         output,
         weights=_numbers(weights, "--weights"),
@@ -111,46 +111,48 @@ def combine(
         seed=seed,
         display=display(as_json),
     )
-    give(result, text, as_json)
+    show(result, as_json)
 
 
 @app.command(
-    epilog="Examples: deltaw extract tuned-model --base org/name --rank 16 -o lora    "
-    "deltaw extract runs/full --energy 0.9 -o lora"
+    epilog=examples(
+        "deltaw extract tuned-model --base org/name --rank 16 -o lora", "deltaw extract runs/full --energy 0.9 -o lora"
+    )
 )
 def extract(
     tuned: Annotated[
         str, typer.Argument(help="A fine-tuned model's folder, or a run with adapter: full.", callback=as_path)
     ],
     output: Output,
-    base: BaseName = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The model that it was fine-tuned from.", callback=as_path)
+    ] = None,
     rank: Rank = None,
     energy: Energy = None,
     as_json: Json = False,
 ) -> None:
-    """A LoRA out of full fine-tuning, and what it can't hold."""
-    from deltaw.commands.reshape import extract_named
+    """Extract a LoRA from a full fine-tune. Says what it can't hold."""
+    from deltaw.commands.extract import extract_named
 
-    result, text = extract_named(tuned, base, output, rank=rank, energy=energy, display=display(as_json))
-    give(result, text, as_json)
+    show(extract_named(tuned, base, output, rank=rank, energy=energy, display=display(as_json)), as_json)
 
 
-@app.command(epilog="Examples: deltaw scale runs/demo    deltaw scale runs/demo --to 0.6 -o gentler")
+@app.command(epilog=examples("deltaw scale runs/demo", "deltaw scale runs/demo --to 0.6 -o gentler"))
 def scale(
-    adapter: Annotated[str, typer.Argument(help="A run or an adapter folder.", callback=as_path)],
-    to: Annotated[float | None, typer.Option(help="Write the adapter times this factor.")] = None,
+    adapter: Adapter,
+    to: Annotated[float | None, typer.Option(help="Write the adapter multiplied by this factor.")] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="The folder to write, with --to.", callback=as_path)
     ] = None,
-    factors: Annotated[str | None, typer.Option(help="What to measure at, with commas between.")] = None,
+    factors: Annotated[str | None, typer.Option(help="The factors to measure, separated by commas.")] = None,
     data: Data = None,
     base: BaseName = None,
     as_json: Json = False,
 ) -> None:
-    """The slider between base and fine-tune: what each factor gains on the task and costs on general text."""
-    from deltaw.commands.reshape import scale_named
+    """Slide between base and fine-tune. Measures what each factor gains on the task and costs on general text."""
+    from deltaw.commands.scale import scale_named
 
-    result, text = scale_named(
+    result = scale_named(
         adapter,
         to=to,
         output=output,
@@ -159,7 +161,7 @@ def scale(
         base=base,
         display=display(as_json),
     )
-    give(result, text, as_json)
+    show(result, as_json)
 
 
 def _numbers(text: str | None, option: str) -> list[float] | None:
@@ -168,7 +170,7 @@ def _numbers(text: str | None, option: str) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not numbers with commas between", param_hint=option) from None
+        raise typer.BadParameter(f"{text!r} isn't numbers separated by commas", param_hint=option) from None
 
 
 def _share(text: str | None) -> float | None:
@@ -177,4 +179,4 @@ def _share(text: str | None) -> float | None:
     try:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no share: write 0.5% or 0.005") from None
+        raise typer.BadParameter(f"{text!r} isn't a share: write 0.5% or 0.005") from None

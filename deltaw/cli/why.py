@@ -1,40 +1,38 @@
-"""Verbs that explain: a matrix's rank, a published claim."""
+"""Verbs that explain: a matrix, a published claim."""
 
 from typing import Annotated
 
 import typer
 
-from deltaw.cli.app import Json, app, as_path, display, give
+from deltaw.cli.app import Json, app, as_path, display, examples, show
 
 
 @app.command(
-    epilog="Examples: deltaw decompose M.npy    deltaw decompose builtin:smollm2-135m:model.layers.0.mlp.down_proj"
+    epilog=examples("deltaw decompose M.npy", "deltaw decompose builtin:smollm2-135m:model.layers.0.mlp.down_proj")
 )
 def decompose(
     matrix: Annotated[
         str, typer.Argument(help="M.npy, M.csv, file.safetensors:tensor, or BASE:module.path.", callback=as_path)
     ],
-    rank: Annotated[int | None, typer.Option(help="Of the low-rank approximations.")] = None,
+    rank: Annotated[int | None, typer.Option(help="The rank of the low-rank approximations.")] = None,
     as_json: Json = False,
 ) -> None:
-    """A matrix's rank, its exact and its low-rank factorisations, and its spectrum."""
-    from deltaw.analysis.decompose import describe, run
+    """Take a matrix apart. Its rank, its exact and low-rank factorisations, and its spectrum."""
+    from deltaw.commands.decompose import decompose_named
 
-    found, source = run(matrix, rank, display(as_json))
-    give(found.to_json(), describe(found, source), as_json)
+    show(decompose_named(matrix, rank=rank, display=display(as_json)), as_json)
 
 
-@app.command(epilog="Examples: deltaw study rank    deltaw study all --full    (without a name: the list)")
+@app.command(epilog=examples("deltaw study    (lists them)", "deltaw study rank", "deltaw study all --full"))
 def study(
-    name: Annotated[str | None, typer.Argument(help="A study, or all; the list without it.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="The real grid with three seeds: hours.")] = False,
+    name: Annotated[str | None, typer.Argument(help="A study, or all. Without a name they are listed.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Run the full grid, with three seeds: hours.")] = False,
     output: Annotated[
-        str, typer.Option("--output", "-o", help="Where runs and pages go.", callback=as_path)
+        str, typer.Option("--output", "-o", help="The folder for runs and pages.", callback=as_path)
     ] = "runs/studies",
     as_json: Json = False,
 ) -> None:
-    """Try a published claim about LoRA on this machine, and say whether it held."""
+    """Reproduce a published claim about LoRA. Says whether it held on this machine."""
     from deltaw.commands.study import list_studies, run_studies
 
-    result, text = run_studies(name, output, full, display(as_json)) if name else list_studies()
-    give(result, text, as_json)
+    show(run_studies(name, output, full, display(as_json)) if name else list_studies(), as_json)

@@ -4,12 +4,21 @@ import sys
 from typing import Any
 
 from deltaw.errors import InputError
-from deltaw.model import Model
+from deltaw.generate.sampling import Sampling
+from deltaw.model import Model, open_model
+from deltaw.show.progress import Display
 
-HELP = "/base asks the plain base, /adapter the adapter, /new forgets the conversation, Ctrl-D leaves"
-
+HELP = "/base asks the base model, /adapter the adapter, /new starts over, Ctrl-D leaves"
 
 Message = dict[str, str]
+
+
+def chat_named(
+    name: str, *, base: str | None, system: str | None, use_adapter: bool, sampling: dict[str, Any], display: Display
+) -> None:
+    """`deltaw chat`: a conversation has no Result; what was said is on the screen."""
+    fields = Sampling.checked(**sampling).model_dump()  # before the weights are read
+    talk(open_model(name, base=base, display=display), system=system, use_adapter=use_adapter, sampling=fields)
 
 
 def talk(model: Model, *, system: str | None, use_adapter: bool, sampling: dict[str, Any]) -> None:

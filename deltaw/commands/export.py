@@ -19,6 +19,7 @@ from deltaw.shipping.push import Push
 from deltaw.shipping.target import check_output, target
 from deltaw.shipping.trained import open_trained
 from deltaw.show.progress import Display
+from deltaw.show.result import Result
 
 MERGED = "merged"  # after the name of a destination that has a form for the whole model
 DESTINATIONS = {
@@ -32,7 +33,6 @@ NAMES = tuple(dict.fromkeys(name.partition(" ")[0] for name in DESTINATIONS))
 LIBRARIES = {"peft": "peft", "vllm": "peft", "mlx": "mlx", "gguf": "gguf"}
 AS_IT_IS = Options()
 UNROUNDED = ("F32", "F16", "BF16")
-Shown = tuple[dict[str, Any], str]  # for machines, for people
 
 
 def export_named(
@@ -46,7 +46,7 @@ def export_named(
     push: str | None = None,
     public: bool = False,
     display: Display | None = None,
-) -> Shown:
+) -> Result:
     """Write it, and push it if that is asked for. Raises InputError before anything is written."""
     display, to = display or Display(quiet=True), to.lower()
     _check_options(to, options, push, public)
@@ -63,14 +63,14 @@ def export_named(
         files = {
             str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()
         }
-    result: dict[str, Any] = {**written.more, "output": output, "to": to, "files": files, "pushed": None}
+    data: dict[str, Any] = {**written.more, "output": output, "to": to, "files": files, "pushed": None}
     lines = [f"{output}: {sum(files.values()):,} bytes, {len(files)} files", *written.lines]
     if hub:
         if REPORT in files:
             display.say(f"{REPORT} goes along, which shows rows of the data")
-        result["pushed"] = hub.run(Path(output), display)
-        lines.append(f"pushed: {result['pushed']} ({'public' if public else 'private'})")
-    return result, "\n".join(lines)
+        data["pushed"] = hub.run(Path(output), display)
+        lines.append(f"pushed: {data['pushed']} ({'public' if public else 'private'})")
+    return Result(data, "\n".join(lines))
 
 
 def export(
@@ -93,7 +93,7 @@ def export(
     The arguments are those of `deltaw export`. Raises InputError before anything is written where it can't be had.
     """
     options = Options(plain=plain, merged=merged, type=type, force=force)
-    result, _ = export_named(
+    result = export_named(
         fspath(name),
         to,
         fspath(output),
@@ -104,7 +104,7 @@ def export(
         public=public,
         display=Display(quiet=quiet),
     )
-    return result
+    return dict(result.data)
 
 
 def form_of(to: str, options: Options, written: Written) -> Form:
@@ -133,5 +133,5 @@ def _check_options(to: str, options: Options, push: str | None, public: bool) ->
 
 def _destination(name: str) -> type[Destination]:
     module, _, cls = DESTINATIONS[name].partition(":")
-    found: type[Destination] = getattr(importlib.import_module(module), cls)
-    return found
+    destination: type[Destination] = getattr(importlib.import_module(module), cls)
+    return destination

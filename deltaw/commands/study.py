@@ -15,19 +15,21 @@ from deltaw.analysis.page import Page, Section, Table, Text, Verdict, write
 from deltaw.files.atomic import write_text_atomic
 from deltaw.files.lock import claimed_file
 from deltaw.show.progress import Display
+from deltaw.show.result import Result
 from deltaw.show.text import clock
 from deltaw.studies.lab import Lab
 from deltaw.studies.study import NAMES, Claim, Outcome, find_study
 
 
-def list_studies() -> tuple[dict[str, Any], str]:
-    """What can be tried: for machines, for people."""
+def list_studies() -> Result:
+    """What can be tried."""
     claims = [find_study(name).CLAIM for name in NAMES]
     lines = [f"{claim.name:9} {claim.claim}\n{'':9} {claim.source}" for claim in claims]
-    return {"studies": [asdict(claim) for claim in claims]}, "\n".join([*lines, "", "run one: deltaw study rank"])
+    text = "\n".join([*lines, "", "run one: deltaw study rank"])
+    return Result({"studies": [asdict(claim) for claim in claims]}, text)
 
 
-def run_studies(name: str, output: str, full: bool, display: Display) -> tuple[dict[str, Any], str]:
+def run_studies(name: str, output: str, full: bool, display: Display) -> Result:
     """One study or `all`, each written as soon as it is done. Raises InputError for an unknown name."""
     names = NAMES if name == "all" else (name,)
     studies = [find_study(each) for each in names]
@@ -43,7 +45,7 @@ def run_studies(name: str, output: str, full: bool, display: Display) -> tuple[d
             seconds = time.monotonic() - began
             results[claim.name] = write_outcome(claim, outcome, lab, seconds)
         lines.append(f"{claim.name:9} {outcome.verdict}: {outcome.because}\n{'':9} {folder / claim.name}.html")
-    return {"studies": results}, "\n".join(lines)
+    return Result({"studies": results}, "\n".join(lines))
 
 
 def write_outcome(claim: Claim, outcome: Outcome, lab: Lab, seconds: float) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 Rows are taken in the order of a hash of (seed, content): first the held-out ones, then those to train on, as far as
 `limit`; afterwards both stand in file order again. So the choice is random (a sorted dictionary isn't cut to the words
 in a) and doesn't change when the file is sorted otherwise; copies of a row stand together, so that hardly any is on
-both sides of the border; and rows that aren't used aren't tokenised either. Rejected: a seeded shuffle of row numbers,
-which is random and nothing else.
+both sides of the border; and rows that aren't used aren't tokenised either. So the held-out rows can be had alone, the
+very same ones (`prepare_held_out`). Rejected: a seeded shuffle of row numbers, which is random and nothing else.
 
 A row can fail to be read, to have the source's form, or to be rendered; all three are *unusable*, and more
 than `bad_rows` of them is an error before any training. A row that is too long is counted apart, since the
@@ -30,7 +30,7 @@ from deltaw.data.read import read_rows
 from deltaw.data.render import Renderer
 from deltaw.data.row import Problem, Row
 from deltaw.errors import InputError, Rejected, listed
-from deltaw.show.progress import QUIET, Display, Progress
+from deltaw.show.progress import QUIET, Display, Progress, unseen
 from deltaw.show.text import one_line
 
 CHUNK = 512  # rows tokenised in one call
@@ -144,8 +144,29 @@ def prepare(config: DataConfig, renderer: Renderer, *, display: Display = QUIET)
         _check(other, config, found=bool(held_out))
         sources.append(other)
     chat = isinstance(source.form.normalise(source.rows[train[0][0]]), Chat)
-    parts = [[example for _, example in sorted(part, key=lambda item: item[0])] for part in (train, held_out)]
-    return Dataset(parts[0], parts[1], _report(sources, parts[0], parts[1], renderer, chat), chat)
+    parts = _in_file_order(train), _in_file_order(held_out)
+    return Dataset(*parts, _report(sources, *parts, renderer, chat), chat)
+
+
+def prepare_held_out(config: DataConfig, renderer: Renderer) -> list[Example]:
+    """`prepare(config, renderer).eval` without rendering what is trained on. Raises InputError as `prepare` does where
+    it comes to the held-out rows; rows to train on are not judged.
+    """
+    if isinstance(config.eval, str):
+        source = _open(config.eval, config)
+        held_out = list(_examples(source, renderer, config, unseen))
+        _check(source, config, found=bool(held_out))
+        return _in_file_order(held_out)
+    count = config.eval or 0
+    source = _open(config.train, config)
+    held_out = list(islice(_examples(source, renderer, config, unseen), count))
+    if len(held_out) < count or source.bad_share > config.bad_rows:  # how bad they are is to be told of all of them
+        return prepare(config, renderer).eval
+    return _in_file_order(held_out)
+
+
+def _in_file_order(part: list[tuple[int, Example]]) -> list[Example]:
+    return [example for _, example in sorted(part, key=lambda item: item[0])]
 
 
 def _open(name: str, config: DataConfig) -> _Source:

@@ -32,6 +32,16 @@ def preview(dataset: Dataset, tokenizer: Any, n: int) -> "Group":
     return Group(*lines)
 
 
+def printed(dataset: Dataset, tokenizer: Any, n: int) -> str:
+    """The same as the text that stdout can show, coloured if that is a terminal."""
+    from rich.console import Console
+
+    console = Console()
+    with console.capture() as capture:
+        console.print(preview(dataset, tokenizer, n))
+    return capture.get().removesuffix("\n")
+
+
 def summary(report: DataReport) -> list[str]:
     """The counts, a line each."""
     return [

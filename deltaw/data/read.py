@@ -6,7 +6,7 @@ number and the reading goes on: a file of a million lines isn't thrown away for 
 how many are too many. A source that can't be read at all is an `InputError`.
 
 How each format becomes rows:
-- `.jsonl`, `.ndjson`: one object a line; empty lines are skipped but counted, so that line numbers stay an
+- `.jsonl`, `.ndjson`: one object per line; empty lines are skipped but counted, so that line numbers stay an
   editor's.
 - `.json`: an array of objects (a file that turns out to hold one object per line is read as such).
 - `.csv`: the first record names the columns; a quote that never closes is an error and not one long field.
@@ -153,7 +153,7 @@ def _read_json(file: BinaryIO, name: str) -> Iterator[Item]:
         where = f"{name}:{error.line}" if error.line else name
         raise InputError(f"{where}: {error}", fix="mend it there, or save it as UTF-8 JSON") from None
     if not isinstance(values, list):
-        fix = "write [ {…}, {…} ], or one object a line in a .jsonl file"
+        fix = "write [ {…}, {…} ], or one object per line in a .jsonl file"
         raise InputError(f"{name}: an array of objects is expected, this is {_kind(values)}", fix=fix)
     for number, value in enumerate(values, 1):
         origin = f"{name}:{number}"

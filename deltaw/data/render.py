@@ -20,7 +20,6 @@ Rows that come rendered (`data.rendered`) hold the control tokens already: they 
 front where they don't begin with it, and eos behind where they don't end with a token that ends a turn.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from deltaw.data.document import Chat, Completion, Document, Message, Text
 from deltaw.data.encode import Encoder
 from deltaw.data.example import Example
 from deltaw.errors import InputError, Rejected
+from deltaw.files.strict_json import read_json
 from deltaw.files.template import CHATML, MAX_TEMPLATE, Asked, Template
 from deltaw.show.text import one_line
 
@@ -297,8 +297,8 @@ def _template_source(tokenizer: Any, template: str | None, encoder: Encoder) -> 
 def _generation_stops(tokenizer: Any) -> list[int]:
     """The stop tokens in the generation_config.json beside the tokenizer, if there is one."""
     try:
-        text = (Path(tokenizer.name_or_path) / "generation_config.json").read_text(encoding="utf-8")
-        stops = json.loads(text).get("eos_token_id")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        file = Path(tokenizer.name_or_path) / "generation_config.json"
+        stops = read_json(file, allow_nan=True).get("eos_token_id")
+    except InputError:
         return []
     return [id for id in (stops if isinstance(stops, list) else [stops]) if isinstance(id, int)]

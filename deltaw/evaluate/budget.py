@@ -24,8 +24,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from deltaw.adapter.algebra import energy_shares, low_rank_updates, pad, resize_global
-from deltaw.adapter.attach import Attached, attach, check_bare, detach
+from deltaw.adapter.attach import Attached, attach, detach
 from deltaw.adapter.file import Adapter
+from deltaw.adapter.place import check_bare
 from deltaw.data.example import Example
 from deltaw.errors import InputError
 from deltaw.evaluate.held_out import held_out_loss
@@ -33,13 +34,13 @@ from deltaw.model import Model
 from deltaw.show.progress import Display
 
 STEPS = 7
-NOTHING = 0.01  # nats a token: what a loss is held to at least, before a share of it is taken
+NOTHING = 0.01  # nats per token: what a loss is held to at least, before a share of it is taken
 
 
 @dataclass(frozen=True)
 class Trial:
     """One size that was measured: the share of Σ ‖ΔW‖²_F kept, the stored numbers, the mean rank over modules, and
-    the held-out loss in nats a supervised token."""
+    the held-out loss in nats per supervised token."""
 
     energy: float
     parameters: int

@@ -10,7 +10,7 @@ figure has the interval in which 95 % of what other passages of the kind would g
 replacement, RESAMPLES times (Efron's bootstrap, seeded). Tokens of one passage aren't independent, passages are. Base
 and adapted model stay paired, so what makes a passage hard for both drops out. One passage alone has no interval.
 
-Letters: T tokens, V vocabulary, P passages, B resamples.
+Letters: K tokens with a label, V vocabulary, P passages, B resamples.
 """
 
 import math
@@ -28,7 +28,7 @@ from deltaw.data.loader import fill
 from deltaw.data.pack import pack
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
-from deltaw.generate.engine import evaluating
+from deltaw.generate.cache import evaluating
 from deltaw.kernels.logprobs import IGNORE
 from deltaw.model import Model
 from deltaw.show.progress import Display
@@ -87,17 +87,15 @@ def forgetting(model: Model, source: str, examples: Sequence[Example], display: 
 def _sums(model: Model, batch: Batch) -> Tensor:
     """[P, 4] float64: for each passage of a batch the losses before and after, the divergence, the tokens."""
     assert model.attached is not None
-    batch = batch.to(model.base.device)
-    rows = batch.labels_T != IGNORE
-    labels_T1 = batch.labels_T[rows][:, None]
-    after_TV = model.forward.logits(batch)[rows].log_softmax(-1)
+    on_device = batch.to(model.base.device)
+    rows = on_device.labels_T != IGNORE
+    labels_K1 = on_device.labels_T[rows][:, None]
+    after_KV = model.forward.logits(on_device)[rows].log_softmax(-1)
     with model.attached.disabled():
-        before_TV = model.forward.logits(batch)[rows].log_softmax(-1)
-    losses = [-logs_TV.gather(1, labels_T1).squeeze(1) for logs_TV in (before_TV, after_TV)]
-    kl_T = (before_TV.exp() * (before_TV - after_TV)).sum(1)
-    figures_T4 = torch.stack([*losses, kl_T, torch.ones_like(kl_T)], 1).double().cpu()
-    passage_T = torch.bucketize(rows.nonzero().squeeze(1).cpu(), torch.tensor(batch.starts[1:]), right=True)
-    return figures_T4.new_zeros(len(batch.starts) - 1, 4).index_add(0, passage_T, figures_T4)
+        before_KV = model.forward.logits(on_device)[rows].log_softmax(-1)
+    losses = [-logp_KV.gather(1, labels_K1).squeeze(1) for logp_KV in (before_KV, after_KV)]
+    kl_K = (before_KV.exp() * (before_KV - after_KV)).sum(1)
+    return batch.by_document(torch.stack([*losses, kl_K, torch.ones_like(kl_K)], 1).double().cpu())
 
 
 def _interval(part_P: Tensor, tokens_P: Tensor) -> tuple[float, float] | None:

@@ -20,7 +20,8 @@ from deltaw.data.pack import pack
 from deltaw.data.render import Example
 from deltaw.errors import InputError, RunError
 from deltaw.evaluate.metrics import METRICS
-from deltaw.generate.engine import Sampling, evaluating
+from deltaw.generate.cache import evaluating
+from deltaw.generate.sampling import Sampling
 from deltaw.model import Model
 from deltaw.show.progress import Display, Progress, unseen
 

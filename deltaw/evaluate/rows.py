@@ -1,26 +1,30 @@
-"""The rows that a model is measured on: a run's own held-out ones, or those of a file."""
+"""The rows that a model is measured on: a run's own held-out ones, or those of a file, with the model opened for them.
+
+A config that holds no such rows is refused before the weights are read. A run's own rows are the very ones that it held
+out when it was trained; what it was trained on isn't rendered again for that.
+"""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from deltaw.base.limits import Limits
-from deltaw.config import DataConfig, RunConfig, load_config
-from deltaw.data.dataset import prepare
+from deltaw.config import DataConfig
+from deltaw.data.dataset import prepare, prepare_held_out
 from deltaw.data.example import Example
 from deltaw.errors import InputError
-from deltaw.model import Model, is_run, open_model
+from deltaw.model import Model, open_model
+from deltaw.named import Named
 from deltaw.show.progress import Display
 
 
 def rows_of(
-    name: str, data: str | None, *, base: str | None, rows: int | None = None, display: Display
+    name: str | Named, data: str | None, *, base: str | None, rows: int | None = None, display: Display
 ) -> tuple[Model, Sequence[Example]]:
     """A model and the rows to measure it on: the run's own held-out ones, or those of a file. Raises InputError."""
-    config = load_config(Path(name) / "config.yaml") if is_run(Path(name)) else None
-    source = _data(config, name, data, rows)
-    model = open_model(name, base=base, display=display)
-    dataset = prepare(source, model.renderer)
-    examples = (dataset.eval if data is None else dataset.train)[:rows]
+    named = Named.of(name)
+    source = _own_data(named) if data is None else _of_file(named, data, rows)
+    model = open_model(named, base=base, display=display)
+    examples = prepare_held_out(source, model.renderer) if data is None else prepare(source, model.renderer).train
+    examples = examples[:rows]
     limits = Limits.of(model.base.model)
     limits.check(examples)
     for warning in limits.warnings(examples):
@@ -28,13 +32,18 @@ def rows_of(
     return model, examples
 
 
-def _data(config: RunConfig | None, name: str, data: str | None, rows: int | None) -> DataConfig:
-    """The run's own data section, or one for `data` with the run's rules of rendering."""
-    if data is not None:
-        rules = {"form": "auto", "eval": None, "limit": rows, "train": data}
-        return config.data.model_copy(update=rules) if config else DataConfig(train=data, limit=rows)
-    if config is None:
-        raise InputError(f"{name} is no run, so it has no held-out rows", fix="name a data file")
-    if config.data.eval is None:
-        raise InputError(f"{name} held no rows out", fix="name a data file")
-    return config.data
+def _own_data(named: Named) -> DataConfig:
+    """The run's own data section, which must hold rows out."""
+    if named.config is None:
+        raise InputError(f"{named.name} isn't a run, so it has no held-out rows", fix="name a data file")
+    if named.config.data.eval is None:
+        raise InputError(f"{named.name} held no rows out", fix="name a data file")
+    return named.config.data
+
+
+def _of_file(named: Named, data: str, rows: int | None) -> DataConfig:
+    """A data section for a file, with the run's rules of rendering."""
+    if named.config is None:
+        return DataConfig(train=data, limit=rows)
+    rules = {"form": "auto", "eval": None, "limit": rows, "train": data}
+    return named.config.data.model_copy(update=rules)

@@ -23,7 +23,7 @@ from deltaw.show.progress import Display
 
 @dataclass(frozen=True)
 class Point:
-    """Loss in nats a supervised token at one factor, on both kinds of rows."""
+    """Loss in nats per supervised token at one factor, on both kinds of rows."""
 
     factor: float
     task_loss: float

@@ -6,13 +6,13 @@ what stands behind the sandbox, and what time and memory are taken from. After i
     files, sockets          RLIMIT_NOFILE is what is open now, two pipes and /dev/null: nothing can be opened
     memory                  RLIMIT_AS `memory` bytes above what the interpreter takes
     processes, core files   RLIMIT_NPROC 0, RLIMIT_CORE 0; root, whom the former doesn't bind, becomes nobody first
-    time                    an alarm kills it when its parent, who has a clock of his own, is no longer there to do so
+    time                    an alarm kills it when its parent, which has a clock of its own, is gone
 
 It runs by itself (`python -I bounded_worker.py LIMITS`), on Jinja and the standard library only: it is up in a tenth
 of a second, and what it can't see (the environment, deltaw, torch) can't be reached from it. Who got out of the sandbox
 would be left with what needs no descriptor (making and removing files, sending signals) and its user's rights.
 
-One JSON value a line. First comes {"ready": true}, then the answers to
+One JSON value per line. First comes {"ready": true}, then the answers to
 
     {id, source, variables}   {words} or {error, line}: compile a template and keep it as `id`; `words` are the texts
                               and the names of attributes that stand in its expressions
@@ -163,7 +163,7 @@ def write(compiled: Compiled, messages: list[Any], tools: list[Any], prompt: boo
         if size > most:
             raise Refused(f"it writes more than {most:,} characters")
     text = "".join(chunks)
-    text.encode()  # a lone surrogate is no text
+    text.encode()  # a lone surrogate isn't text
     return text
 
 
@@ -208,15 +208,15 @@ def reason(error: BaseException) -> str:
     if isinstance(error, UnicodeEncodeError):
         return "it writes a lone surrogate (a broken character)"
     try:
-        said = str(error).encode("utf-8", "replace").decode()
+        words = str(error).encode("utf-8", "replace").decode()
     except Exception:  # whatever was raised may be the template's own object
-        said = ""
-    return said[:1000] or type(error).__name__
+        words = ""
+    return words[:1000] or type(error).__name__
 
 
 def lock_down(memory: int) -> None:
     """Give up what a template has no use for. What the system refuses to take away is left."""
-    for encoding in ("ascii", "unicode-escape"):  # found by importing, too
+    for encoding in ("ascii", "unicode-escape"):  # looked up by importing, too
         codecs.lookup(encoding)
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):

@@ -50,10 +50,10 @@ def read_model(parts: list[Path]) -> Header:
     for part, header in zip(parts, headers, strict=True):
         if twice := sorted(shapes.keys() & header.shapes.keys()):
             raise _unfit(part, f"tensor {twice[0]!r} stands in an earlier part, too")
-        said = {
+        repeated = {
             key: value for key, value in header.metadata.items() if key != ALIGNMENT and not key.startswith("split.")
         }
-        if odd := [key for key, value in said.items() if key not in first.metadata or first.metadata[key] != value]:
+        if odd := [key for key, value in repeated.items() if key not in first.metadata or first.metadata[key] != value]:
             raise _unfit(part, f"it says {odd[0]}, which the first part doesn't")
         shapes |= header.shapes
     _check_total(parts, headers, len(shapes))
@@ -66,21 +66,21 @@ def read_model(parts: list[Path]) -> Header:
 def _check_numbers(parts: list[Path], headers: list[Header]) -> None:
     """Each part says its number and how many there are, as the names do."""
     for number, (part, header) in enumerate(zip(parts, headers, strict=True)):
-        said = [header.metadata.get(f"split.{key}", default) for key, default in (("no", 0), ("count", 1))]
-        if len(parts) == 1 and said[1] not in (0, 1):
+        index, count = (header.metadata.get(f"split.{key}", default) for key, default in (("no", 0), ("count", 1)))
+        if len(parts) == 1 and count not in (0, 1):
             raise InputError(
-                f"{part}: is one of {str(said[1])[:20]} parts, but isn't called …-00001-of-0000N.gguf as they are",
+                f"{part}: is one of {str(count)[:20]} parts, but isn't called …-00001-of-0000N.gguf as they are",
                 fix="give the parts the names back that they came with",
             )
-        if len(parts) > 1 and said != [number, len(parts)]:
-            raise _unfit(part, f"it says that it is number {str(said[0])[:20]} (from 0) of {str(said[1])[:20]}")
+        if len(parts) > 1 and [index, count] != [number, len(parts)]:
+            raise _unfit(part, f"it says that it is number {str(index)[:20]} (from 0) of {str(count)[:20]}")
 
 
 def _check_total(parts: list[Path], headers: list[Header], total: int) -> None:
     """Each part that says how many tensors there are in all says the same, and so many there are."""
-    said = {str(header.metadata.get("split.tensors.count", total)) for header in headers}
-    if len(parts) > 1 and said != {str(total)}:
-        numbers = " and ".join(sorted(said))[:60]
+    totals = {str(header.metadata.get("split.tensors.count", total)) for header in headers}
+    if len(parts) > 1 and totals != {str(total)}:
+        numbers = " and ".join(sorted(totals))[:60]
         raise _unfit(parts[0], f"they say that there are {numbers} tensors in all, but hold {total}")
 
 

@@ -1,8 +1,9 @@
 """What stands for another path in a path: `~` and environment variables, in a run file and on the command line.
 
 A run file isn't read by a shell, so `~/data` and `$SCRATCH/run` are expanded here: at the borders, where a name becomes
-a value, so that nothing inside knows of it. A variable that isn't set, or a user that isn't there, is an error and no
-folder of that name. What a run records is the path that came out, with `$` doubled, so that it reads as the same again.
+a value, so that nothing inside knows of it. A variable that isn't set, or a user that doesn't exist, is an error and
+not a folder of that name. What a run records is the path that came out, with `$` doubled, so that it reads as the same
+again.
 
 A dollar sign that is meant is written twice in a run file. On the command line the shell has been at it before: what
 exists under the very name that was given is meant, whatever it holds (commands that deltaw prints rely on that).
@@ -24,10 +25,10 @@ def expand(path: str) -> str:
     Raises ValueError for a name that stands for nothing.
     """
 
-    def value(found: re.Match[str]) -> str:
-        if found["escaped"]:
+    def value(match: re.Match[str]) -> str:
+        if match["escaped"]:
             return "$"
-        name = found["bare"] or found["braced"]
+        name = match["bare"] or match["braced"]
         if not os.environ.get(name):
             raise ValueError(f"the environment variable {name} is not set, or empty; for a dollar sign write $$")
         return os.environ[name]

@@ -27,7 +27,7 @@ LINEAR = re.compile(r"(?:[^\\.*+?{}()|\[\]]|\.|\\\.)*")  # nothing is repeated, 
 
 
 def first_matches(keys: Sequence[str], paths: Iterable[str]) -> dict[str, str]:
-    """path -> the key that PEFT takes for it, for the paths that have one. Raises InputError naming a key that is no
+    """path -> the key that PEFT takes for it, for the paths that have one. Raises InputError naming a key that isn't a
     regular expression, or can't be decided in time."""
     taken: dict[str, str] = {}
     left = list(paths)
@@ -54,6 +54,6 @@ def _by_worker(keys: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
     except Failed:
         raise InputError(f"{named} needs a regular expression that can't be decided within {SECONDS:g} s") from None
     if "error" in answer:
-        raise InputError(f"{named} is no regular expression: {answer['error']:.80}")
+        raise InputError(f"{named} isn't a regular expression: {answer['error']:.80}")
     taken = {path: keys[at] for path, at in zip(paths, answer["taken"], strict=True) if at is not None}
     return {path: path for path in paths if path in keys} | taken

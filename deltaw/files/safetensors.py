@@ -52,7 +52,7 @@ def read_header(path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES, max_ten
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
-                corrupt(path, "it ends inside its header, so it was cut short or is no safetensors file")
+                corrupt(path, "it ends inside its header, so it was cut short or isn't a safetensors file")
             if length > max_header_bytes:
                 corrupt(path, f"its header has {length:,} bytes; at most {max_header_bytes:,} are accepted")
             data = file.read(length)

@@ -35,7 +35,7 @@ def weights_file(folder: Path) -> Path | None:
             or not named.endswith((SUFFIX, f"{SUFFIX}.index.json"))
         ):
             raise InputError(
-                f"{folder / 'config.json'}: {NAMED} is {str(named)[:80]!r}, no file of weights in its folder"
+                f"{folder / 'config.json'}: {NAMED} is {str(named)[:80]!r}, which isn't a file of weights in its folder"
             )
         return folder / named
     return next((folder / name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
@@ -84,6 +84,6 @@ def _by_file(index: Path, weight_map: Any) -> dict[Path, list[str]]:
     names: dict[Path, list[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(SUFFIX):
-            corrupt(index, f"{name!r} is placed in {file!r}, which is no safetensors file of this folder")
+            corrupt(index, f"{name!r} is placed in {file!r}, which isn't a safetensors file of this folder")
         names.setdefault(index.parent / file, []).append(name)
     return names

@@ -5,9 +5,9 @@
     data       the tensors without gaps, offsets counted from here
 
 What a type's word means is the business of whoever writes the bytes: a copied tensor keeps the word that its source
-had, so that files hold whatever types they hold (weights.py rejected a writer for whole tensors for that reason; this
-one knows no table). Larger items stand first, the order is otherwise the given one: a tensor then begins at a multiple
-of its item, which readers that map the file ask for.
+had, so that files hold whatever types they hold (safetensors.py rejected a writer for whole tensors for that reason;
+this one knows no table). Larger items stand first, the order is otherwise the given one: a tensor then begins at a
+multiple of its item, which readers that map the file ask for.
 
 Pieces are written at their place in the file (`pwrite`), by several threads if need be.
 """
@@ -15,6 +15,7 @@ Pieces are written at their place in the file (`pwrite`), by several threads if 
 import contextlib
 import errno
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -91,7 +92,5 @@ def _layout(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[
 
 def _item(entry: Entry) -> int:
     """Bytes of one number; 0 where a tensor has none, or where several share a byte."""
-    count = 1
-    for side in entry.shape:
-        count *= side
+    count = math.prod(entry.shape)
     return entry.size // count if count else 0

@@ -1,31 +1,122 @@
-"""One step of decoding on any causal language model of transformers that carries something from step to step.
+"""What decoding carries from step to step: the rows, and what the model keeps of their tokens.
 
-The model says itself how a step's inputs are made (`prepare_inputs_for_generation`: Phi-3 forgets what it has cached
-when it goes over to its long rotary frequencies, a state space takes no mask after the first pass) and what it carries:
-whatever its output holds that its forward takes, be it keys and values, the state of a recurrence, or both. So there
-is no list of caches here, and a prompt alone gets what transformers' own `generate` gives it.
+`Cache` is the engine's view of it, of which there are two: our own slots, where attention stands in (slots.py), and
+batches on transformers' own caches for everything else (batches.py).
+
+`State` is one such batch, on any causal language model that carries something from step to step. The model says itself
+how a step's inputs are made (`prepare_inputs_for_generation`: Phi-3 forgets what it has cached when it goes over to its
+long rotary frequencies, a state space takes no mask after the first pass) and what it carries: whatever its output
+holds that its forward takes, be it keys and values, the state of a recurrence, or both. So there is no list of caches
+here, and a prompt alone gets what transformers' own `generate` gives it.
 
 Letters: R rows, L longest prompt, T tokens so far, V vocabulary.
 """
 
+import abc
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from deltaw.base.batch import Pass, passing_of, segments_of
 from deltaw.base.limits import context_of
 from deltaw.errors import InputError
+from deltaw.generate.sampling import Sampling, uniform_numbers
+from deltaw.kernels.segments import Segments
+
+BASE = -1  # in place of an update's number: the base alone
+
+
+@dataclass(eq=False)
+class Row:
+    """A prompt and what has been added to it.
+
+    `number` names it to its caller, and says with the seed which uniform numbers it draws; `room` is how many tokens it
+    may become longer; `update` is which of the layers' updates it takes: a number, `BASE`, or None for the
+    first.
+    """
+
+    id: int
+    prompt: Sequence[int]
+    sampling: Sampling
+    stop_ids: AbstractSet[int]
+    number: int
+    room: int
+    update: int | None = None
+    new: list[int] = field(default_factory=list)
+    noise: list[float] = field(default_factory=list)
+
+    @property
+    def reach(self) -> int:
+        """The most tokens it can come to."""
+        return len(self.prompt) + self.room
+
+    @property
+    def place(self) -> int:
+        """The position of its last token, which a step is given."""
+        return len(self.prompt) + len(self.new) - 1
+
+    @property
+    def last(self) -> int:
+        return self.new[-1] if self.new else self.prompt[-1]
+
+    @property
+    def u(self) -> float:
+        """The uniform number of its next token."""
+        if not self.noise:
+            self.noise = uniform_numbers(self.sampling, self.number, self.room)
+        return self.noise[len(self.new)]
+
+
+class Cache(abc.ABC):
+    """Rows that are being decoded, and what the model keeps of their tokens."""
+
+    share: int  # rows join when 1/share of all places are free: a pass costs the same whether few join or many
+
+    @property
+    @abc.abstractmethod
+    def tokens(self) -> int:
+        """How many tokens' keys and values it may come to hold with the rows that it has."""
+
+    @abc.abstractmethod
+    def first(self, waiting: Sequence[Row], tokens: int) -> list[Row]:
+        """Those of `waiting`, in which there is one, that begin together now, such that `tokens` suffice; none where
+        they must wait for rows that are running."""
+
+    @abc.abstractmethod
+    def join(self, rows: Sequence[Row]) -> Tensor:
+        """Run their prompts. Logits [R, V] of the next token of each. Where that fails no row has joined."""
+
+    @abc.abstractmethod
+    def steps(self) -> Iterator[tuple[list[Row], Tensor]]:
+        """Run the last token of every row, in one pass or in several: rows, and the logits [R, V] of their next. Rows
+        may leave in between."""
+
+    @abc.abstractmethod
+    def leave(self, row: Row) -> None:
+        """Let go of a row."""
+
+
+def segments_for(updates: Sequence[int | None], starts: Sequence[int]) -> Segments | None:
+    """As `segments_of`, of rows that all name their update (`BASE` is none) or none of which does."""
+    named = [update for update in updates if update is not None]
+    if not named:
+        return None
+    return tuple(segment for segment in segments_of(named, starts) or () if segment.update != BASE)
 
 
 class State:
-    """What decoding carries from step to step: the tokens so far, their positions, the mask, the cache."""
+    """A batch of rows: the tokens so far, their positions, the mask, what the model carries. All take one `update`."""
 
-    def __init__(self, model: nn.Module, ids_RL: Tensor, mask_RL: Tensor) -> None:
+    def __init__(self, model: nn.Module, ids_RL: Tensor, mask_RL: Tensor, update: int | None = None) -> None:
         self.model: Any = model
+        self.update = update
         self.ids, self.mask = ids_RL, mask_RL
         # Padding gets position 0: it is masked out, and a negative position would index a table from its end.
         self.positions = (mask_RL.cumsum(1) - 1).clamp_min(0)
@@ -65,7 +156,9 @@ class State:
             # (64 rows on SmolLM2-135M: 3.6 GB, and a first step of 5.3 s instead of 1.2 s).
             length = inputs["input_ids"].shape[1]
             inputs["logits_to_keep"] = torch.tensor([length - 1], device=self.ids.device)
-        return self.model(**{**inputs, "return_dict": True})
+        segments = segments_for([self.update], [0, inputs["input_ids"].numel()])
+        with passing_of(self.model).running(Pass(segments=segments)):
+            return self.model(**{**inputs, "return_dict": True})
 
     def append(self, ids_R: Tensor) -> None:
         """Go on with one new token per row."""
@@ -92,15 +185,23 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
 
 
 @contextlib.contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's own mode restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def in_eval_mode(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
+    """Eval mode inside; every module's own mode restored afterwards. `modules`: the model's, where they are known."""
+    training = [module for module in (model.modules() if modules is None else modules) if module.training]
+    if training:  # setting modes goes through all modules, which is felt in a step of one token
+        model.eval()
     try:
         yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
+    """Eval mode and no gradients inside; every module's own mode restored afterwards."""
+    with in_eval_mode(model, modules), torch.inference_mode():
+        yield
 
 
 def text_config(model: Any) -> Any:

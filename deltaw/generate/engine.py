@@ -1,52 +1,172 @@
-"""Token ids -> token ids, on any causal language model of transformers that can go on from a cache.
+"""Token ids -> token ids: an engine that decodes rows side by side, which come and go while others go on.
 
-One decoding loop serves both faces: `generate` for many prompts, `stream` for one, token by token. Each prompt gets
-what it gets alone: prompts of different lengths are padded on the left and decoded together only where the model has
-shown that this changes nothing (together.py), others with those of their own length. They go longest first, so that
-little is padded; a row that has ended is dropped from the cache when an eighth of the rows have, since on a CPU a step
-costs what its rows cost.
+    engine = Engine(model)
+    id = engine.add(prompt, Sampling(), stop_ids)
+    while engine.busy:
+        for id, token in engine.step():     # (id, a new token) or (id, None) at its end
+            …
+
+`generate` for many prompts and `stream` for one are its clients. Each prompt gets what it gets alone, whatever its
+company; greedy decoding may differ where two tokens nearly tie, since the kernels round differently for another number
+of rows, and sampling draws from a generator per prompt (sampling.py).
+
+What the model keeps of a row's tokens is a `Cache`'s to know (cache.py). There are two, and which one a row goes to is
+found by trying the model: slots of our own, where attention stands in (slots.py), and batches on transformers' own
+caches (batches.py), also for a row that goes beyond the border of rotary frequencies that a model keeps changing.
+
+A step runs every row's last token and then, where there is room, the prompts of those that join. Rows join in the order
+they came, when an eighth of all places are free (half of them in batches, which become passes of their own), or enough
+for all that wait. `TOKENS_AT_ONCE` bounds what all of them may come to hold.
 
 transformers' own `model.generate` was the first choice, and measured: it took as long as a plain loop over `forward`
 (5.8 s against 5.5 s for 64 prompts of 32 new tokens on SmolLM2-135M, 2 cores), but it keeps finished rows until the
 last one ends, copies the head (see `State`), and mixes the checkpoint's generation_config (a temperature, a
-repetition penalty) into what was asked for. 500 prompts of 15 tokens take about 35 s here when none stops before 32
-new tokens, 19 s when they stop after 6 on average; batches of 128 are 10 to 25 % faster than of 64.
+repetition penalty) into what was asked for.
 
-Sampling is reproducible for each prompt, not for each batch: prompt i draws its uniform numbers from a
-generator of its own, seeded by (seed, i), and each token is the inverse of the cumulative distribution at one
-such number. So batch size and company change nothing beyond rounding, no global generator is touched, and
-`stream` equals `generate`.
-
-Greedy decoding in another batch size may differ where two tokens nearly tie: the kernels round differently.
-
-Letters: R rows alive, V vocabulary.
+Letters: R rows, V vocabulary.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from deltaw.config import Strict
-from deltaw.errors import InputError, RunError
-from deltaw.generate.cache import State, context, in_eval_mode, padded, text_config
-from deltaw.generate.together import Together, come_to_rest
+from deltaw.errors import InputError
+from deltaw.generate.batches import Batches
+from deltaw.generate.cache import Cache, Row, context, evaluating, text_config
+from deltaw.generate.sampling import Sampling, choose
+from deltaw.generate.slots import Slots
 
-TOKENS_AT_ONCE = 65_536  # rows x length: bounds the cache (4 GB for an 8B model), whatever batch_size says
-DROP = 8  # copy the cache without its finished rows when 1/DROP of them are
+TOKENS_AT_ONCE = 65_536  # of all rows together: bounds the cache (4 GB for an 8B model), whatever batch_size says
 
 
-class Sampling(Strict):
-    """How tokens are chosen. temperature 0: greedy; top_k 0, top_p 1: all tokens; seed None: a random one."""
+class Engine:
+    """Decodes up to `batch_size` rows at a time. Modes and gradients are set for each step: what the caller does in
+    between is its own. `close` it when rows may be left. Raises InputError for a batch size below 1."""
 
-    max_new_tokens: int = Field(default=64, ge=1)
-    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    seed: int | None = Field(default=None, ge=0, lt=2**62)
+    def __init__(self, model: nn.Module, *, batch_size: int = 128) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        self.model, self.batch_size = model, batch_size
+        self._device = next(model.parameters()).device
+        with evaluating(model):
+            self._slots = Slots(model) if Slots.hold(model) else None
+        self._batches = Batches(model, alone=batch_size == 1, beyond=self._slots is not None)
+        self._waiting: list[Row] = []
+        self._live: dict[Row, Cache] = {}
+        self._events: list[tuple[int, int | None]] = []
+        self._added = 0
+        self._modules: list[nn.Module] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether rows wait or are being decoded."""
+        return bool(self._waiting or self._live or self._events)
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        stop_ids: AbstractSet[int] = frozenset(),
+        *,
+        number: int = 0,
+        update: int | None = None,
+    ) -> int:
+        """Have a prompt decoded from the next step on. Its id, by which its tokens come.
+
+        `number`: which of its caller's prompts it is, named in errors and, with the seed, in what it draws. `update`:
+        which of the layers' updates it takes (`Attached.number`), `BASE` for the base alone; None is the first, and
+        then for all rows. Raises InputError for an empty prompt, one that fills the model's context, or an id outside
+        its vocabulary; ValueError where only some of the rows name their update.
+        """
+        check(self.model, prompt, number)
+        room = min(sampling.max_new_tokens, context(self.model) - len(prompt))
+        if any((row.update is None) != (update is None) for row in (*self._waiting[-1:], *self._live)):
+            raise ValueError("either all rows of an engine name their update, or none does")
+        row = Row(self._added, prompt, sampling, stop_ids, number, room, update)
+        self._added += 1
+        self._waiting.append(row)
+        return row.id
+
+    def step(self) -> list[tuple[int, int | None]]:
+        """The next token of every row that has a place, as (id, token), and (id, None) after a row's last one. The stop
+        token that ended a row is left out.
+
+        Raises RunError where the model gives no logits; what came before is in the next step's, and the row that it
+        names may be cancelled.
+        """
+        if self._waiting or not self._modules:  # looking for them is felt in a step of one token
+            self._modules = list(self.model.modules())
+        with evaluating(self.model, self._modules):
+            for cache in set(self._live.values()):
+                for rows, logits_RV in cache.steps():
+                    self._go_on(rows, logits_RV)
+            while joining := self._joining():
+                cache, rows = joining
+                logits_RV = cache.join(rows)
+                self._live |= dict.fromkeys(rows, cache)
+                self._waiting = [row for row in self._waiting if row not in self._live]
+                self._go_on(rows, logits_RV)
+        events, self._events = self._events, []
+        return events
+
+    def cancel(self, id: int) -> None:
+        """Let go of a row: no more of its tokens come. Nothing for one that has ended."""
+        self._waiting = [row for row in self._waiting if row.id != id]
+        self._events = [event for event in self._events if event[0] != id]
+        with torch.inference_mode():
+            for row in [row for row in self._live if row.id == id]:
+                self._live.pop(row).leave(row)
+
+    def close(self) -> None:
+        """Let go of all rows."""
+        for id in [row.id for row in (*self._waiting, *self._live)]:
+            self.cancel(id)
+
+    def _joining(self) -> tuple[Cache, list[Row]] | None:
+        """The rows that join now and where, or None."""
+        free = self.batch_size - len(self._live)
+        window = self._waiting[:free]
+        if not window or not self._batches.learn(max(row.reach for row in window)):
+            return None
+        crosses = self._batches.crosses(window[0])
+        if self._live and (crosses or self._batches.crossing):
+            return None  # frequencies that grow are everyone's
+        cache: Cache = self._batches if crosses or self._slots is None else self._slots
+        if free < min(len(self._waiting), max(1, self.batch_size // cache.share)):
+            return None
+        if cache is self._slots:
+            window = [row for row in window if not self._batches.crosses(row)]
+        held = self._batches.tokens + (self._slots.tokens if self._slots else 0)
+        rows = cache.first(window, TOKENS_AT_ONCE - held)
+        return (cache, rows) if rows else None
+
+    def _go_on(self, rows: Sequence[Row], logits_RV: Tensor) -> None:
+        """Choose each row's next token, and let go of the rows that end with it."""
+        for row, token in zip(rows, self._chosen(rows, logits_RV), strict=True):
+            ended = token in row.stop_ids
+            if not ended:
+                row.new.append(token)
+                self._events.append((row.id, token))
+            if ended or len(row.new) == row.room:
+                self._events.append((row.id, None))
+                self._live.pop(row).leave(row)
+
+    def _chosen(self, rows: Sequence[Row], logits_RV: Tensor) -> list[int]:
+        """The next token of each row, chosen at once for all that are sampled by one rule."""
+        tokens = [0] * len(rows)
+        by_rule: dict[object, list[int]] = {}
+        for at, row in enumerate(rows):
+            by_rule.setdefault(row.sampling.rule, []).append(at)
+        for ats in by_rule.values():
+            some = [rows[at] for at in ats]
+            u_R = torch.tensor([row.u for row in some], device=self._device)
+            part_RV = logits_RV if len(ats) == len(rows) else logits_RV[ats]
+            ids_R = choose(part_RV, some[0].sampling, u_R, [row.number for row in some])
+            for at, token in zip(ats, ids_R.tolist(), strict=True):
+                tokens[at] = token
+        return tokens
 
 
 def generate(
@@ -60,24 +180,29 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of every prompt, in the order of `prompts`; the stop token that ended one is left out.
 
-    `progress` is called with the number of finished prompts after each batch. Raises InputError for an empty
+    `progress` is called with the number of finished prompts whenever there are more. Raises InputError for an empty
     prompt, one that fills the model's context, or an id outside its vocabulary.
     """
-    _check(model, prompts)
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+    for number, prompt in enumerate(prompts):
+        check(model, prompt, number)
+    engine = Engine(model, batch_size=min(batch_size, max(1, len(prompts))))
     new: list[list[int]] = [[] for _ in prompts]
+    # The longest first, so that rows that are padded are of like length.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    number_of = {engine.add(prompts[number], sampling, stop_ids, number=number): number for number in order}
     done = 0
-    together = _together(model, prompts, sampling)
-    while done < len(order):
-        batch = _batch(model, prompts, order[done:], sampling, batch_size, together)
-        for step in _decode(model, prompts, batch, sampling, stop_ids, together):
-            for index, token in step:
-                new[index].append(token)
-        done += len(batch)
-        if progress is not None:
-            progress(done)
+    try:
+        while engine.busy:
+            before = done
+            for id, token in engine.step():
+                if token is None:
+                    done += 1
+                else:
+                    new[number_of[id]].append(token)
+            if progress is not None and done > before:
+                progress(done)
+    finally:
+        engine.close()
     return new
 
 
@@ -86,145 +211,27 @@ def stream(model: nn.Module, prompt: Sequence[int], sampling: Sampling, stop_ids
 
     Raises InputError as `generate` does, at the call and not at the first token.
     """
-    _check(model, [prompt])
-    steps = _decode(model, [prompt], [0], sampling, stop_ids, _together(model, [prompt], sampling))
-    return (token for step in steps for _, token in step)
+    engine = Engine(model, batch_size=1)
+    engine.add(prompt, sampling, stop_ids)
+    return _streamed(engine)
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; every module's own mode restored afterwards."""
-    with in_eval_mode(model), torch.inference_mode():
-        yield
-
-
-def _together(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Together:
-    """What the model has been found to allow for these prompts."""
-    most = max((len(prompt) for prompt in prompts), default=1) + sampling.max_new_tokens
-    with in_eval_mode(model):
-        return Together.on(model, most, alone=len(prompts) < 2)
-
-
-def _batch(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    order: list[int],
-    sampling: Sampling,
-    batch_size: int,
-    together: Together,
-) -> list[int]:
-    """The prompts that are decoded next, of those numbered `order`, which go from long to short."""
-    length = len(prompts[order[0]])
-    tokens = min(length + sampling.max_new_tokens, context(model))
-    rows = max(1, min(batch_size, TOKENS_AT_ONCE // tokens)) if together.company else 1
-    padding = together.padding and not together.crosses(tokens)
-    return [row for row in order[:rows] if padding or len(prompts[row]) == length]
-
-
-def _decode(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    rows: list[int],
-    sampling: Sampling,
-    stop_ids: AbstractSet[int],
-    together: Together,
-) -> Iterator[list[tuple[int, int]]]:
-    """Decode the prompts numbered `rows` together. Yields, a step at a time, (prompt number, new token)."""
-    room = {row: min(sampling.max_new_tokens, context(model) - len(prompts[row])) for row in rows}
-    if not together.crosses(max(len(prompts[row]) + room[row] for row in rows)):
-        yield from _steps(model, prompts, rows, room, sampling, stop_ids, together)
-        return
+def _streamed(engine: Engine) -> Iterator[int]:
     try:
-        come_to_rest(model)  # frequencies that an earlier pass has let grow
-        yield from _steps(model, prompts, rows, room, sampling, stop_ids, together)
+        while engine.busy:
+            yield from [token for _, token in engine.step() if token is not None]
     finally:
-        come_to_rest(model)
+        engine.close()
 
 
-def _steps(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    rows: list[int],
-    room: dict[int, int],
-    sampling: Sampling,
-    stop_ids: AbstractSet[int],
-    together: Together,
-) -> Iterator[list[tuple[int, int]]]:
-    """`room`: how many tokens each row may become longer."""
-    device = next(model.parameters()).device
-    state = State(model, *padded([prompts[row] for row in rows], device))
-    noise = {row: _uniform(sampling, row, max(room.values())) for row in rows}
-    ended: set[int] = set()
-    for step in range(max(room.values())):
-        # Modes are set for each step and not across a yield: what the caller does in between is its own.
-        with evaluating(model):
-            logits_RV = state.forward()
-            u_R = torch.tensor([noise[row][step] for row in rows], device=device)
-            ids_R = choose(logits_RV, sampling, u_R)
-        tokens = ids_R.tolist()
-        fresh = [(row, token) for row, token in zip(rows, tokens, strict=True) if row not in ended]
-        ended |= {row for row, token in fresh if token in stop_ids or step + 1 >= room[row]}
-        yield [(row, token) for row, token in fresh if token not in stop_ids]
-        alive = [i for i, row in enumerate(rows) if row not in ended]
-        if not alive:
-            return
-        with torch.inference_mode():
-            state.append(ids_R)
-            if together.leaving and (len(rows) - len(alive)) * DROP >= len(rows):
-                state.keep(torch.tensor(alive, device=device))
-                rows = [rows[i] for i in alive]
-
-
-def choose(logits_RV: Tensor, sampling: Sampling, u_R: Tensor) -> Tensor:
-    """The next token id of each row [R]; u_R are uniform numbers in [0, 1), unused when greedy.
-
-    Raises RunError for logits that are NaN.
-    """
-    if not torch.isfinite(logits_RV.amax()):
-        raise RunError("the model's logits are NaN or infinite", fix="use dtype float32, or an older checkpoint")
-    if sampling.temperature == 0:
-        return logits_RV.argmax(-1)
-    # Less the maximum before the division: a tiny temperature would overflow to inf - inf.
-    logits_RV = logits_RV.float()
-    logits_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6)
-    order_RV = None
-    if 0 < sampling.top_k < logits_RV.shape[1]:
-        logits_RV, order_RV = logits_RV.topk(sampling.top_k)
-    elif sampling.top_p < 1:
-        logits_RV, order_RV = logits_RV.sort(descending=True)
-    p_RV = logits_RV.softmax(-1)
-    if sampling.top_p < 1:
-        # The smallest set of tokens whose sum reaches top_p: a token stays if those before it don't reach it.
-        p_RV = p_RV.masked_fill(p_RV.cumsum(-1) - p_RV >= sampling.top_p, 0)
-    cumulative_RV = p_RV.double().cumsum(-1)
-    target_R1 = u_R.double()[:, None] * cumulative_RV[:, -1:]
-    # right=True: the first place whose sum is above the target, never a token of probability 0.
-    place_R1 = torch.searchsorted(cumulative_RV, target_R1, right=True).clamp_max(p_RV.shape[1] - 1)
-    return (place_R1 if order_RV is None else order_RV.gather(1, place_R1))[:, 0]
-
-
-def _uniform(sampling: Sampling, row: int, count: int) -> list[float]:
-    """`count` uniform numbers for prompt `row`, one for each new token; zeros when greedy."""
-    if sampling.temperature == 0:
-        return [0.0] * count
-    generator = torch.Generator()
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed((sampling.seed * 1_000_003 + row) % 2**63)
-    drawn: list[float] = torch.rand(count, dtype=torch.float64, generator=generator).tolist()
-    return drawn
-
-
-def _check(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
+def check(model: nn.Module, prompt: Sequence[int], number: int) -> None:
+    """Raise InputError for a prompt that the model can't be given."""
     most, vocabulary = context(model), text_config(model).vocab_size
-    for number, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise InputError(f"prompt {number} is empty", fix="begin with at least one token, such as bos")
-        if len(prompt) >= most:
-            raise InputError(
-                f"prompt {number} has {len(prompt):,} tokens; the context, answer included, is {most:,}",
-                fix="shorten it",
-            )
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise InputError(f"prompt {number} holds ids outside the model's vocabulary of {vocabulary:,}")
+    if len(prompt) == 0:
+        raise InputError(f"prompt {number} is empty", fix="begin with at least one token, such as bos")
+    if len(prompt) >= most:
+        raise InputError(
+            f"prompt {number} has {len(prompt):,} tokens; the context, answer included, is {most:,}", fix="shorten it"
+        )
+    if min(prompt) < 0 or max(prompt) >= vocabulary:
+        raise InputError(f"prompt {number} holds ids outside the model's vocabulary of {vocabulary:,}")

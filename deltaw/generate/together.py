@@ -48,7 +48,7 @@ class Together:
             return Together(border=border)
         way = (next(model.parameters()).dtype, model.config._attn_implementation)  # type: ignore[union-attr]
         if _tried.get(model, (None,))[0] != way:
-            _tried[model] = way, _Trial(model).result()
+            _tried[model] = way, Trial(model).result()
         return dataclasses.replace(_tried[model][1], border=border)
 
     def crosses(self, tokens: int) -> bool:
@@ -59,7 +59,7 @@ class Together:
 _tried: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Together]] = weakref.WeakKeyDictionary()  # spares the passes
 
 
-class _Trial:
+class Trial:
     """A short prompt and two long ones, and what the model gives for each alone."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -101,9 +101,13 @@ class _Trial:
         return torch.stack([first_RV, state.forward()]).double()
 
     def distance(self, prompts: list[Tensor], alone: list[Tensor], *, leave: bool = False) -> float:
-        """Root mean square between the logits together and alone, in units of a typical logit."""
-        truth = torch.stack(alone, 1)
-        return float((self.logits(prompts, leave=leave) - truth).square().mean().sqrt() / truth.std())
+        """How far the logits together are from those alone."""
+        return self.apart(self.logits(prompts, leave=leave), torch.stack(alone, 1))
+
+    @staticmethod
+    def apart(mine: Tensor, truth: Tensor) -> float:
+        """Root mean square between logits, in units of a typical one."""
+        return float((mine - truth).square().mean().sqrt() / truth.std())
 
     @torch.enable_grad()
     def isolated(self, prompts: list[Tensor]) -> bool:

@@ -94,14 +94,24 @@ def lora_linear(x_TN: Tensor, w_MN: Tensor, bias_M: Tensor | None, a_RN: Tensor,
 
 def lora_linears(x_TN: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
     """Each projection of one x, [..., M] in x's dtype. x is [..., N]; only x and the factors can get gradients."""
-    ys: tuple[Tensor, ...] = _LoRALinears.apply(x_TN.reshape(-1, x_TN.shape[-1]), projections, *_factors(projections))
+    rows_TN = x_TN.reshape(-1, x_TN.shape[-1])
+    ys: Sequence[Tensor]
+    if torch.is_grad_enabled():
+        ys = _LoRALinears.apply(rows_TN, projections, *_factors(projections))
+    else:  # a Function's own cost is felt where a pass is one token
+        ys, _ = _project(rows_TN, projections, _spans(projections, len(rows_TN)))
     return tuple(y_TM.view(*x_TN.shape[:-1], y_TM.shape[1]) for y_TM in ys)
 
 
 def lora_gated_mlp(x_TN: Tensor, gate: Projection, up: Projection, down: Projection, activation: str) -> Tensor:
     """down(act(gate(x)) ∘ up(x)) -> [..., M] in x's dtype. `activation` is a key of `ACTIVATIONS`."""
-    three = (gate, up, down)
-    y_TM: Tensor = _LoRAGatedMLP.apply(x_TN.reshape(-1, x_TN.shape[-1]), three, activation, *_factors(three))
+    three, rows_TN = (gate, up, down), x_TN.reshape(-1, x_TN.shape[-1])
+    y_TM: Tensor
+    if torch.is_grad_enabled():
+        y_TM = _LoRAGatedMLP.apply(rows_TN, three, activation, *_factors(three))
+    else:
+        g, u = _project(rows_TN, three[:2], _spans(three[:2], len(rows_TN)))[0]
+        y_TM = _project(_gated(g, u, activation), three[2:], _spans(three[2:], len(rows_TN)))[0][0]
     return y_TM.view(*x_TN.shape[:-1], y_TM.shape[1])
 
 

@@ -21,6 +21,8 @@ from deltaw.kernels.device import on_gpu
 
 def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """[..., D] in x's dtype. Only x can get a gradient."""
+    if not torch.is_grad_enabled():  # a Function's own cost is felt where a pass is one token
+        return _normed(x_TD, w_D, eps, offset)[0]
     out: Tensor = _RMSNorm.apply(x_TD, w_D, eps, offset)
     return out
 
@@ -37,23 +39,27 @@ def _gain(w_D: Tensor, offset: float, wide: torch.dtype) -> Tensor:
     return w_D.to(wide) + offset if offset else w_D.to(wide)
 
 
+def _normed(x: Tensor, w_D: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """(y, r)."""
+    if on_gpu(x, x.shape[-1]):
+        from deltaw.kernels.triton import rms_norm_forward
+
+        return rms_norm_forward(x, w_D, eps, offset)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    wide_x = x.to(wide)  # at once: operations on two dtypes are slow on a CPU
+    # Norm first: one pass over x, no copy of its squares.
+    norm_T1 = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
+    r_T1 = torch.rsqrt(norm_T1.square_().div_(x.shape[-1]).add_(eps))
+    return (wide_x * r_T1).mul_(_gain(w_D, offset, wide)).to(x.dtype), r_T1
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_D: Tensor, eps: float, offset: float) -> Tensor:
+        y, r_T1 = _normed(x, w_D, eps, offset)
         ctx.offset, ctx.gpu = offset, on_gpu(x, x.shape[-1])
-        if ctx.gpu:
-            from deltaw.kernels.triton import rms_norm_forward
-
-            y, r_T1 = rms_norm_forward(x, w_D, eps, offset)
-            ctx.save_for_backward(x, w_D, r_T1)
-            return y
-        wide = torch.promote_types(x.dtype, torch.float32)
-        wide_x = x.to(wide)  # at once: operations on two dtypes are slow on a CPU
-        # Norm first: one pass over x, no copy of its squares.
-        norm_T1 = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
-        r_T1 = torch.rsqrt(norm_T1.square_().div_(x.shape[-1]).add_(eps))
         ctx.save_for_backward(x, w_D, r_T1)
-        return (wide_x * r_T1).mul_(_gain(w_D, offset, wide)).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable

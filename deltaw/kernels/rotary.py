@@ -21,6 +21,8 @@ from deltaw.kernels.device import on_gpu
 
 def rotary(x_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """[T, H, E] turned by the angles of each token; both halves of cos and sin are the same numbers."""
+    if not torch.is_grad_enabled():  # a Function's own cost is felt where a pass is one token
+        return _turn(x_THE, cos_TR, sin_TR, 1)
     out: Tensor = _Rotary.apply(x_THE, cos_TR, sin_TR)
     return out
 

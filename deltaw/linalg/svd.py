@@ -113,8 +113,8 @@ def _krylov(x_MN: Tensor, width: int, power: int, generator: torch.Generator | N
     for _ in range(power):
         block = torch.linalg.qr(x_MN.mT @ blocks[-1]).Q
         blocks.append(torch.linalg.qr(x_MN @ block).Q)
-    kept = max(1, min(m, n) // (2 * width))
-    return torch.linalg.qr(torch.cat(blocks[-kept:], dim=-1)).Q
+    last = max(1, min(m, n) // (2 * width))
+    return torch.linalg.qr(torch.cat(blocks[-last:], dim=-1)).Q
 
 
 def _fit(b_MR: Tensor, a_RN: Tensor) -> None:

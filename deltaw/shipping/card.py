@@ -59,7 +59,7 @@ def write_card(folder: Path, trained: Trained, form: Form, usage: str) -> None:
 
 def card(trained: Trained, form: Form, usage: str, *, with_report: bool = False) -> str:
     """The whole README.md."""
-    training = read_training(trained.run.folder) if trained.run else None
+    training = read_training(trained.run.folder, trained.config) if trained.run else None
     sections = [
         (_title(trained, form), _what(trained, form)),
         ("Training", _training(trained, training)),

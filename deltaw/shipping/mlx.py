@@ -26,7 +26,6 @@ from pathlib import Path
 from torch import Tensor
 
 from deltaw.adapter.algebra import baked
-from deltaw.base.load import open_skeleton
 from deltaw.errors import InputError, listed
 from deltaw.factors import LowRank
 from deltaw.files.atomic import write_text_atomic
@@ -58,7 +57,7 @@ class MlxAdapter(Destination):
     def __init__(self, trained: Trained, options: Options) -> None:
         super().__init__(trained, options)
         refuse_full(trained)
-        skeleton = open_skeleton(trained.base)
+        skeleton = trained.base_files.skeleton
         kind = str(skeleton.config.model_type)  # type: ignore[union-attr]
         if kind not in KNOWN:
             raise InputError(

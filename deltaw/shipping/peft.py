@@ -17,7 +17,6 @@ from deltaw.adapter.file import Adapter
 from deltaw.adapter.peft_config import rewritten_names
 from deltaw.adapter.targets import explicit_targets
 from deltaw.base.frozen import FrozenLinear
-from deltaw.base.load import open_skeleton
 from deltaw.errors import InputError, command, listed
 from deltaw.shipping.beside import beside_size, write_beside
 from deltaw.shipping.destination import Destination, Options, Written
@@ -70,7 +69,7 @@ def adapter_size(adapter: Adapter) -> int:
 def for_peft(trained: Trained) -> Adapter:
     """The adapter with its base's public name, and its modules by last names where those mean the same."""
     adapter = trained.adapter
-    skeleton = open_skeleton(trained.base)
+    skeleton = trained.base_files.skeleton
     check_fits(trained, skeleton)
     targets = explicit_targets(skeleton, tuple(adapter.factors))
     rewritten = adapter.rewritten | rewritten_names(skeleton)

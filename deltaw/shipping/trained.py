@@ -1,9 +1,7 @@
 """What is shipped: a trained adapter with the folder of its base and its tokenizer, found and held to each other.
 
-No model is built and no adapter attached: merging, exporting and linting work on files and values, so that a base of
-any size costs its largest tensor. The base's fingerprint is taken from the files by the model's own names, a tensor at
-a time; where the files hold other tensors than the model does (experts that transformers stacks when it loads them),
-the base is opened once after all.
+No model is built and no adapter attached: merging, exporting and linting work on files (base_files.py) and values. The
+base is opened only where its files hold other tensors than the model does, so that they can't tell which base it is.
 
 The chat template that ships is the one that was trained under. A run knows it by its settings, an adapter's folder by
 the `chat_template.jinja` beside the weights (written where it isn't the tokenizer's own). One that is neither there nor
@@ -14,18 +12,18 @@ worse than it was measured.
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaw.adapter.checkpoints import Checkpoint
 from deltaw.adapter.file import Adapter
-from deltaw.base.fingerprint import fingerprint_of, same_base
-from deltaw.base.load import open_base, open_skeleton
+from deltaw.base.fingerprint import same_base
+from deltaw.base.load import open_base
 from deltaw.base.source import Source, find_base
-from deltaw.config import RunConfig, load_config
+from deltaw.config import RunConfig
 from deltaw.data.render import TEMPLATE as TEMPLATE
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
-from deltaw.files.shards import read_tensors
-from deltaw.model import PLAIN, base_name, is_run, load_adapter, open_renderer, template_beside
+from deltaw.model import PLAIN, open_renderer
+from deltaw.named import Named
 from deltaw.run import Run
+from deltaw.shipping.base_files import BaseFiles
 from deltaw.show.progress import Display
 
 
@@ -35,10 +33,14 @@ class Trained:
 
     name: str
     adapter: Adapter
-    base: Source
+    base_files: BaseFiles
     renderer: Renderer
     run: Run | None = None
     config: RunConfig | None = None
+
+    @property
+    def base(self) -> Source:
+        return self.base_files.source
 
     @property
     def sources(self) -> tuple[Path, Path]:
@@ -57,23 +59,23 @@ def open_trained(name: str | Path, *, base: str | None = None, display: Display 
     Raises InputError: no adapter there, another base (by fingerprint), a chat template that is not to be had.
     """
     display = display or Display(quiet=True)
-    path = Path(name).expanduser()
-    adapter = load_adapter(path)
-    config = load_config(path / "config.yaml") if is_run(path) else None
-    source = find_base(base or (config.base if config else base_name(adapter, path)), display=display)
-    _check_base(name, adapter, source)
-    renderer = open_renderer(source, config, template_beside(path))
+    named = Named.of(name)
+    adapter, config = named.adapter, named.config
+    source = find_base(base or named.base, display=display)
+    files = BaseFiles(source)
+    _check_base(name, adapter, files)
+    renderer = open_renderer(source, config, named.template)
     if adapter.base.template not in ("", PLAIN, renderer.template_fingerprint):
         raise InputError(
             f"{name} was trained under another chat template than the tokenizer's of {source.name}",
             fix=f"put the one it was trained under beside its weights, as {TEMPLATE}",
         )
-    return Trained(str(name), adapter, source, renderer, Run(path) if config else None, config)
+    return Trained(str(name), adapter, files, renderer, Run(named.path) if config else None, config)
 
 
-def _check_base(name: str | Path, adapter: Adapter, source: Source) -> None:
-    recorded = adapter.base.fingerprint
-    if not recorded or same_base(recorded, fingerprint_of_folder(source)):
+def _check_base(name: str | Path, adapter: Adapter, files: BaseFiles) -> None:
+    recorded, source = adapter.base.fingerprint, files.source
+    if not recorded or same_base(recorded, files.fingerprint):
         return
     here = open_base(source, dtype="bfloat16", device="cpu").fingerprint
     if not same_base(recorded, here):
@@ -81,17 +83,3 @@ def _check_base(name: str | Path, adapter: Adapter, source: Source) -> None:
             f"{name} was trained on {adapter.base.name or 'another base'}, {source.name} is not that one",
             fix="name its own base with --base",
         )
-
-
-def fingerprint_of_folder(source: Source) -> str:
-    """The fingerprint that the opened model has, from its files, one tensor in memory at a time; "" where the files
-    don't hold the model's parameters one by one."""
-    skeleton = open_skeleton(source)
-    checkpoint = Checkpoint(source.directory, skeleton)
-    stored = [checkpoint.find(name) for name, _ in skeleton.named_parameters()]
-    places = [place for place in stored if place is not None]
-    if len(places) < len(stored):
-        return ""
-    names = {place.name for place in places}
-    weights = (tensor for name, tensor in read_tensors(source.directory) if name in names)
-    return fingerprint_of(weights, skeleton.config)

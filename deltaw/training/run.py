@@ -20,7 +20,8 @@ from typing import Any
 from deltaw.adapter.file import Adapter
 from deltaw.config import RunConfig
 from deltaw.errors import command
-from deltaw.model import load_adapter, open_dataset, open_model
+from deltaw.model import open_dataset, open_model
+from deltaw.named import load_adapter
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.changes import restore, settled

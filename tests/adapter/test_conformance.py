@@ -16,14 +16,12 @@ from deltaw.adapter.attach import Attached, attach, detach
 from deltaw.adapter.extract import extract, extract_adapter
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.init_data import initialise_from_data
-from deltaw.adapter.into import merge_into
 from deltaw.adapter.targets import linear_paths
-from deltaw.analysis.measure import measure
+from deltaw.analysis.measure import measure_adapter
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
-from deltaw.base.frozen import FrozenLinear
+from deltaw.base.frozen import FrozenLinear, weight_of
 from deltaw.config import AdapterSpec
-from deltaw.factors import as_plain
 from tests.architectures import tiny
 from tests.halves import HalvesLinear, halved, whole
 
@@ -218,7 +216,7 @@ def test_merged_into_a_model_of_halves_and_out_again(kind: str) -> None:
     with torch.no_grad():
         wanted = forward.logits(BATCH)
     adapter, before = detach(attached), bits(model)
-    with merge_into(model, adapter) as merged, torch.no_grad():
+    with adapter.merge_into(model) as merged, torch.no_grad():
         assert not any(isinstance(module, HalvesLinear) for module in merged.modules())
         torch.testing.assert_close(forward.logits(BATCH), wanted, rtol=1e-3, atol=1e-3)
     assert same(before, model) and all(isinstance(model.get_submodule(p), HalvesLinear) for p in adapter.factors)
@@ -231,13 +229,13 @@ def test_inspected_resized_and_extracted(kind: str) -> None:
     frozen = {path: layer.base for path, layer in attached.layers.items()}
     assert set(frozen) == set(linear_paths(whole(tiny("llama"))))
     adapter = attached.adapter(BaseId())
-    w = {path: layer.weight.dense() for path, layer in frozen.items()}
+    weights = {path: layer.weight for path, layer in frozen.items()}
     tuned = {
-        path: layer.with_weight(w[path] + as_plain(adapter.factors[path], w[path]).dense())
-        for path, layer in frozen.items()
+        path: weight_of(layer.with_weight(weight.dense() + adapter.factors[path].relative_to(weight).dense()))
+        for (path, layer), weight in zip(frozen.items(), weights.values(), strict=True)
     }
-    assert all(measure(update, w[path]).base is not None for path, update in adapter.factors.items())
-    updates, losses = extract({path: layer.weight for path, layer in tuned.items()}, w, frozen, rank=8)
+    assert all(measured.base is not None for measured in measure_adapter(adapter, weights).values())
+    updates, losses = extract(tuned, weights, frozen, rank=8)
     assert set(updates) == set(frozen) and len(losses) == len(frozen)
     smaller = None
     if kind == "lora":

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from deltaw.adapter.attach import Attached, attach, detach
 from deltaw.adapter.file import BaseId
 from deltaw.adapter.init_data import initialise_from_data
-from deltaw.adapter.into import merge_into
 from deltaw.adapter.layer import AdaptedLinear
 from deltaw.base.batch import Batch, Pass, passing_of
 from deltaw.base.forward import Forward, plan_forward
@@ -202,7 +201,7 @@ def test_a_second_one_that_is_refused_leaves_the_first_as_it_was(attempt: int, m
         def fails(*_: Any) -> Any:
             raise MemoryError
 
-        monkeypatch.setattr("deltaw.adapter.attach.pissa_factors", fails)
+        monkeypatch.setattr("deltaw.adapter.place.pissa_factors", fails)
         with pytest.raises(MemoryError):
             attach(model, SPECS["pissa"])
     now = dict(model.named_modules())
@@ -267,7 +266,7 @@ def test_merging_into_a_model_that_carries_one_is_refused() -> None:
     model = tiny("llama")
     adapter = put(model, LORA, 1).adapter(BaseId())
     with pytest.raises(InputError):
-        merge_into(model, adapter)
+        adapter.merge_into(model)
 
 
 def test_a_copy_of_the_model_tells_its_own_rows_apart() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.targets import explicit_targets, find_targets, linear_paths, said
+from deltaw.adapter.targets import explicit_targets, find_targets, linear_paths, lines_of
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
 from tests.architectures import COMMON, MOE, PACKED, PADDED, tiny
@@ -153,7 +153,7 @@ def test_a_layer_narrower_than_the_rank_is_left_out_of_a_group(group: str, devic
     found = find_targets(qwen2_moe(device), AdapterSpec(rank=8, targets=group))
     assert list(found.left_out) == gates and not set(gates) & set(found.paths) and set(gates) <= set(found.unmatched)
     assert all("1 x 32" in reason and "rank 8" in reason for reason in found.left_out.values())
-    assert len(said(found.left_out)) == 1 and "(and 1 more)" in said(found.left_out)[0]
+    assert len(lines_of(found.left_out)) == 1 and "(and 1 more)" in lines_of(found.left_out)[0]
     attached = find_targets(qwen2_moe(), AdapterSpec(rank=8, rank_overrides={"shared_expert_gate": 1}))
     assert set(gates) <= set(attached.paths) and not attached.left_out
 

@@ -410,7 +410,7 @@ def test_a_start_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.Monke
         assert any(isinstance(module, AdaptedLinear) for module in model.modules())
         raise MemoryError
 
-    monkeypatch.setattr("deltaw.adapter.attach.pissa_factors", fails)
+    monkeypatch.setattr("deltaw.adapter.place.pissa_factors", fails)
     with pytest.raises(MemoryError):
         attach(model, SPEC.model_copy(update={"init": "pissa"}))
     after = dict(model.named_modules())

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deltaw.analysis import decompose as module
-from deltaw.analysis.decompose import decompose, describe, run, spectrum
+from deltaw.analysis.decompose import decompose, describe, spectrum
+from deltaw.commands.decompose import decompose_named
 from deltaw.errors import InputError
 from deltaw.show.progress import Display
 
@@ -165,8 +166,7 @@ def test_a_flat_spectrum_is_full_to_the_top() -> None:
 def test_from_a_name_to_what_is_read(tmp_path: Path) -> None:
     rng = numpy.random.default_rng(0)
     numpy.save(tmp_path / "x.npy", (rng.normal(size=(40, 3)) @ rng.normal(size=(3, 50))).astype("float32"))
-    d, source = run(str(tmp_path / "x.npy"), 2, Display(quiet=True))
-    text = describe(d, source)
+    text = decompose_named(str(tmp_path / "x.npy"), rank=2, display=Display(quiet=True)).text
     assert text.startswith("x.npy: 40 x 50 = 2,000 entries, float32\n\nrank            3 ")
     assert "singular values σ₁ … σ₃, log scale; the other 37 are rounding" in text
     assert "no matrix of rank 2 has errors below" in text and "σ₃ / σ₁" in text
@@ -174,4 +174,4 @@ def test_from_a_name_to_what_is_read(tmp_path: Path) -> None:
     assert f"{100 * 270 / 2000:.3g} %" in text
     assert all(len(line) <= 110 for line in text.splitlines())
     with pytest.raises(InputError, match="rank 41"):
-        run(str(tmp_path / "x.npy"), 41, Display(quiet=True))
+        decompose_named(str(tmp_path / "x.npy"), rank=41, display=Display(quiet=True))

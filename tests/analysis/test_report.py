@@ -110,9 +110,9 @@ def test_compare_writes_a_page_and_json(folder: Path, tmp_path: Path) -> None:
     adapter = Adapter.load(folder / "run/adapter")
     turned = {path: LowRank(u.a_RN, -u.b_MR, u.scale) for path, u in adapter.factors.items()}
     dataclasses.replace(adapter, factors=turned).save(tmp_path / "turned")
-    raw, text = compare_named(str(folder / "run"), str(tmp_path / "turned"), str(tmp_path / "c.html"), display=QUIET)
-    assert raw["cosine"] == pytest.approx(-1) and "cosine of -1.000" in text
-    json.dumps(raw, allow_nan=False)
+    result = compare_named(str(folder / "run"), str(tmp_path / "turned"), str(tmp_path / "c.html"), display=QUIET)
+    assert result.data["cosine"] == pytest.approx(-1) and "cosine of -1.000" in result.text
+    json.dumps(result.data, allow_nan=False)
     page = (tmp_path / "c.html").read_text()
     assert page.count("<svg") == page.count("<details>") == 8  # seven kinds and the cosines
 
@@ -121,7 +121,7 @@ def test_comparing_with_nothing_is_said(folder: Path, tmp_path: Path) -> None:
     adapter = Adapter.load(folder / "run/adapter")
     zero = {path: LowRank(u.a_RN, torch.zeros_like(u.b_MR), u.scale) for path, u in adapter.factors.items()}
     dataclasses.replace(adapter, factors=zero).save(tmp_path / "zero")
-    _, text = compare_named(str(folder / "run"), str(tmp_path / "zero"), str(tmp_path / "c.html"), display=QUIET)
+    text = compare_named(str(folder / "run"), str(tmp_path / "zero"), str(tmp_path / "c.html"), display=QUIET).text
     assert "nothing to compare" in text
 
 
@@ -163,5 +163,5 @@ def test_a_comparison_does_not_grow_with_the_adapters(tmp_path: Path) -> None:
     for name in ("one", "two"):
         factors = {path: LowRank(torch.randn(64, 70), torch.randn(66, 64), 1.0) for path in paths}
         Adapter(AdapterSpec(rank=64, alpha=64.0, targets=tuple(paths)), factors, BaseId()).save(tmp_path / name)
-    raw, _ = compare_named(*(str(tmp_path / name) for name in ("one", "two", "c.html")), display=QUIET)
+    raw = compare_named(*(str(tmp_path / name) for name in ("one", "two", "c.html")), display=QUIET).data
     assert (tmp_path / "c.html").stat().st_size < 1_500_000 and len(raw["modules"]) == len(paths)

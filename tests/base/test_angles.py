@@ -18,7 +18,8 @@ from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.prefix import lowest_layer
 from deltaw.config import AdapterSpec
-from deltaw.generate.engine import Sampling, generate
+from deltaw.generate.engine import generate
+from deltaw.generate.sampling import Sampling
 from deltaw.kernels.logprobs import IGNORE
 from tests.architectures import COMMON, MOE
 

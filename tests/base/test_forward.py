@@ -14,7 +14,8 @@ from deltaw.base import attention
 from deltaw.base.attention import is_packed
 from deltaw.base.batch import Batch, Passing
 from deltaw.base.forward import plan_forward
-from deltaw.generate.engine import Sampling, generate
+from deltaw.generate.engine import generate
+from deltaw.generate.sampling import Sampling
 from deltaw.kernels.logprobs import IGNORE
 from tests.architectures import COMMON, PACKED, PADDED, tiny
 
@@ -148,12 +149,13 @@ class Shifted(nn.Linear):
         return super().forward(x).roll(1, dims=-1)
 
 
-def test_a_head_of_another_kind_is_left_to_the_model() -> None:
+@pytest.mark.parametrize("named", [{}, {"logit_scale": 3.0}])  # by the config, unknown to the model
+def test_a_head_of_another_kind_is_left_to_the_model(named: dict[str, float]) -> None:
     model = tiny("llama")
     head = Shifted(32, 97, bias=False).requires_grad_(False)
     head.weight.copy_(model.lm_head.weight)
     model.lm_head = head
-    model.config.logit_scale = 3.0  # named by the config, unknown to the model
+    model.config.update(named)
     tokens, labels = batch()
     truth = loss_apart(model, tokens, labels)
     forward = plan_forward(model)

@@ -146,7 +146,8 @@ def test_the_race_is_short() -> None:
 def test_the_real_model_answers(builtin: Base, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoTokenizer
 
-    from deltaw.generate.engine import Sampling, generate, stream
+    from deltaw.generate.engine import generate, stream
+    from deltaw.generate.sampling import Sampling
 
     tokenizer = AutoTokenizer.from_pretrained(builtin.source.directory)
     question = [{"role": "user", "content": "What is the capital of France?"}]

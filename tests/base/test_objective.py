@@ -20,6 +20,7 @@ from deltaw.base.objective import sft
 from deltaw.config import AdapterSpec
 from deltaw.kernels.logprobs import IGNORE, Logprobs
 from tests.architectures import tiny
+from tests.halves import HalvesLinear
 
 LENGTHS = (9, 1, 14, 6, 9, 5)
 STARTS = [sum(LENGTHS[:n]) for n in range(len(LENGTHS) + 1)]
@@ -109,6 +110,14 @@ def test_a_preference_has_them_however_the_model_is_run(way: str, own_head: bool
         attached.model.set_attn_implementation("sdpa")
     check_preference(attached, Forward(attached.model, None if own_head else find_head(attached.model), way))
     assert planned.packed
+
+
+def test_a_preference_has_them_under_a_head_that_brings_its_weight() -> None:
+    attached = adapted("llama")
+    attached.model.lm_head = HalvesLinear(attached.model.lm_head)
+    forward = plan_forward(attached.model)
+    assert forward.head is not None and forward.head.module is attached.model.lm_head
+    check_preference(attached, forward)
 
 
 @pytest.mark.parametrize("own_head", [False, True])

@@ -10,7 +10,7 @@ from toys import toy
 
 from deltaw.config import DataConfig
 from deltaw.data import dataset
-from deltaw.data.dataset import prepare
+from deltaw.data.dataset import prepare, prepare_held_out
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
 from tests.tiny import Said
@@ -90,6 +90,61 @@ def test_limit_takes_rows_at_random_and_renders_no_others(tmp_path):
     smaller = prepare(config.model_copy(update={"limit": 20}), RENDERER)
     assert texts(smaller.eval) == texts(prepared.eval)
     assert set(texts(smaller.train)) < set(texts(prepared.train))
+
+
+def rows_that_are_used_or_not(draw) -> list:
+    """Good rows, copies of them, rows without an answer, rows that are too long, lines that are no JSON."""
+    good = st.integers(0, 30).map(lambda n: {"prompt": f"{n} ->", "completion": f" {n * 7}"})
+    bad = st.sampled_from([{"prompt": "1 ->"}, {"prompt": "x" * 300, "completion": " y"}, "{"])
+    return draw(st.lists(good, min_size=1, max_size=30)) + draw(st.lists(bad, max_size=4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(0, 3), st.integers(1, 12) | st.none(), st.sampled_from(["drop", "truncate"]))
+def test_held_out_rows_alone_are_the_ones_that_a_whole_preparation_holds_out(
+    tmp_path_factory, data, seed, count, too_long
+):
+    folder = tmp_path_factory.mktemp("alone")
+    train = write(folder, rows_that_are_used_or_not(data.draw))
+    held_out = count or write(folder, rows_that_are_used_or_not(data.draw), "eval.jsonl")
+    options = {"max_length": 64, "too_long": too_long, "bad_rows": data.draw(st.sampled_from([0.0, 0.1, 1.0]))}
+    config = DataConfig(train=train, eval=held_out, seed=seed, **options)
+    try:
+        whole = prepare(config, RENDERER).eval
+    except InputError:
+        return  # a run that never began
+    alone = prepare_held_out(config, RENDERER)
+    assert [(row.origin, *row.tokens, *row.loss_mask) for row in alone] == [
+        (row.origin, *row.tokens, *row.loss_mask) for row in whole
+    ]
+
+
+def test_held_out_rows_alone_cost_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "CHUNK", 10)
+    rendered = []
+
+    class Counting(Renderer):
+        def render_all(self, documents, origins):
+            rendered.extend(origins)
+            return super().render_all(documents, origins)
+
+    rows = prepare_held_out(DataConfig(train=write(tmp_path, pairs(100)), eval=20), Counting(toy("chatml")))
+    assert len(rows) == len(rendered) == 20
+    own = DataConfig(train="none.jsonl", eval=write(tmp_path, pairs(9), "own.jsonl"))
+    assert len(prepare_held_out(own, RENDERER)) == 9  # what it was trained on needn't be there any more
+
+
+def test_held_out_rows_alone_are_refused_where_they_would_be(tmp_path):
+    few = DataConfig(train=write(tmp_path, pairs(5)), eval=9)
+    bad = DataConfig(
+        train=write(tmp_path, [*pairs(50), *[{"prompt": f"{number} ->"} for number in range(40)]], "bad.jsonl"), eval=20
+    )
+    for config in (few, bad):
+        with pytest.raises(InputError) as whole:
+            prepare(config, RENDERER)
+        with pytest.raises(InputError) as alone:
+            prepare_held_out(config, RENDERER)
+        assert alone.value.what == whole.value.what
 
 
 def test_an_eval_file_of_its_own_and_the_overlap(tmp_path):

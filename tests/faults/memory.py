@@ -148,7 +148,7 @@ def later_step(n: int, scratch: Path) -> None:
 def evaluation(n: int, scratch: Path) -> None:
     target, doing, setting = (
         ("deltaw.evaluate.forgetting.fill", "measuring what was forgotten", "evaluate.general=null"),
-        ("deltaw.generate.engine.padded", "answering rows", "evaluate.max_new_tokens=2"),
+        ("deltaw.generate.batches.padded", "answering rows", "evaluate.max_new_tokens=2"),
         ("deltaw.evaluate.held_out._batches", "measuring the loss on held-out rows", "train.dtype=bfloat16"),
     )[n]
     module, name = target.rsplit(".", 1)

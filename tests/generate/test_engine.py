@@ -8,7 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltaw.errors import InputError, RunError
-from deltaw.generate.engine import Sampling, choose, generate, stream
+from deltaw.generate import engine
+from deltaw.generate.engine import Engine, generate, stream
+from deltaw.generate.sampling import Sampling, choose
+from tests.bases import tiny_llama
 
 torch.manual_seed(0)
 PROMPTS = [torch.randint(0, 97, (length,)).tolist() for length in (3, 11, 1, 7, 35, 7)]
@@ -117,3 +120,41 @@ def test_the_checkpoints_own_sampling_is_ignored(model: PreTrainedModel) -> None
     plain = generate(model, PROMPTS, Sampling(max_new_tokens=8), set())
     model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=5.0)
     assert generate(model, PROMPTS, Sampling(max_new_tokens=8), set()) == plain
+
+
+def test_all_rows_together_keep_to_the_bound(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.double()
+    sampling = Sampling(max_new_tokens=5)
+    expected = generate(model, PROMPTS, sampling, set())
+    monkeypatch.setattr(engine, "TOKENS_AT_ONCE", 30)
+    rows = []
+    model.register_forward_hook(lambda module, args, output: rows.append(output.logits.shape[0]))
+    assert generate(model, PROMPTS, sampling, set()) == expected  # also the prompt of 35 tokens, which is alone
+    assert max(rows) == 2
+
+
+def test_broken_logits_name_their_prompt() -> None:
+    model = tiny_llama()
+    model.get_input_embeddings().weight.data[7] = math.nan
+    sound = next(prompt for prompt in PROMPTS if 7 not in prompt)
+    with pytest.raises(RunError, match="prompt 1"):
+        generate(model, [sound, [7], [8, 7]], Sampling(max_new_tokens=3), set())
+
+
+def test_rows_come_and_go_in_batches_too(model: PreTrainedModel) -> None:
+    model.double()
+    sampling = Sampling(max_new_tokens=9)
+    expected = generate(model, PROMPTS, sampling, set())
+    running = Engine(model, batch_size=3)
+    ids: list[int] = []
+    got: dict[int, list[int | None]] = {}
+    for step in range(80):
+        if step % 2 == 0 and len(ids) < len(PROMPTS):
+            ids.append(running.add(PROMPTS[len(ids)], sampling))
+        if step == 3:
+            running.cancel(ids[0])
+        for id, token in running.step():
+            got.setdefault(id, []).append(token)
+    assert not running.busy
+    assert got[ids[0]] == expected[0][:3]
+    assert [got[id] for id in ids[1:]] == [[*answer, None] for answer in expected[1:]]

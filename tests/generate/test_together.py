@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltaw.base.forward import plan_forward
 from deltaw.errors import InputError
-from deltaw.generate.engine import Sampling, generate, stream
+from deltaw.generate.engine import generate, stream
+from deltaw.generate.sampling import Sampling
 from deltaw.generate.together import Together
 from tests.architectures import COMMON, MOE, PACKED, PADDED
 

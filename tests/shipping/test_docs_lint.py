@@ -7,7 +7,7 @@ import peft
 import transformers
 from peft.utils.peft_types import PeftType, TaskType
 
-from deltaw.shipping.lint import command  # noqa: F401  (all rules enter their codes)
+from deltaw.shipping.lint import lint  # noqa: F401  (all rules enter their codes)
 from deltaw.shipping.lint.finding import CODES, DESTINATIONS, Code, Effect
 from deltaw.shipping.lint.rules_config import KINDS, TASKS
 

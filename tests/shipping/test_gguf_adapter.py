@@ -21,6 +21,7 @@ from deltaw.config import AdapterSpec
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
 from deltaw.factors import LowRank
+from deltaw.shipping.base_files import BaseFiles
 from deltaw.shipping.destination import Options
 from deltaw.shipping.gguf.adapter import ADAPTER, GgufAdapter
 from deltaw.shipping.gguf.modelfile import FILE
@@ -78,7 +79,7 @@ def trained_on(folder: Path, model_type: str, changes: dict[str, Any], spec: Ada
     names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
     own = {field: {k: v for k, v in getattr(spec, field).items() if k in names} for field in OVERRIDES}
     adapter = drawn(model, spec.model_copy(update=own))
-    return model, Trained("lora", adapter, find_base(str(gguf)), Renderer(toy("chatml")))
+    return model, Trained("lora", adapter, BaseFiles(find_base(str(gguf))), Renderer(toy("chatml")))
 
 
 def drawn(model: Any, spec: AdapterSpec) -> Adapter:
@@ -270,7 +271,7 @@ def test_what_is_no_pair_of_factors_is_refused_with_what_helps(tmp_path: Path, s
     gguf = write_model(tmp_path / "tiny.gguf", model)
     adapter = detach(attach(model, spec))
     with pytest.raises(InputError) as refused:
-        GgufAdapter(Trained("runs/mine", adapter, find_base(str(gguf)), Renderer(toy("chatml"))), Options())
+        GgufAdapter(Trained("runs/mine", adapter, BaseFiles(find_base(str(gguf))), Renderer(toy("chatml"))), Options())
     assert "runs/mine" in refused.value.what and "--merged" in str(refused.value.fix)
 
 
@@ -279,7 +280,9 @@ def test_a_base_without_rules_is_refused_by_its_type(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     adapter = detach(attach(model, AdapterSpec(rank=2)))
     with pytest.raises(InputError) as refused:
-        GgufAdapter(Trained("mine", adapter, find_base(str(tmp_path / "base")), Renderer(toy("chatml"))), Options())
+        GgufAdapter(
+            Trained("mine", adapter, BaseFiles(find_base(str(tmp_path / "base"))), Renderer(toy("chatml"))), Options()
+        )
     assert "gpt_neox" in refused.value.what
 
 
@@ -337,7 +340,7 @@ def test_of_a_gemma_that_sees_the_part_that_reads_is_adapted(tmp_path: Path) -> 
     model.tie_weights()
     model.save_pretrained(tmp_path / "base")
     adapter = drawn(model, SPEC)
-    trained = Trained("lora", adapter, find_base(str(tmp_path / "base")), Renderer(toy("chatml")))
+    trained = Trained("lora", adapter, BaseFiles(find_base(str(tmp_path / "base"))), Renderer(toy("chatml")))
     rounding = apart(next_token(gguf, [], PROMPTS), by_transformers(text, PROMPTS))
     attach(model, adapter)
     given = next_token(gguf, [written(tmp_path / "out", GgufAdapter(trained, Options()))], PROMPTS)

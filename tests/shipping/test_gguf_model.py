@@ -21,6 +21,7 @@ from deltaw.factors import LowRank
 from deltaw.files.gguf_header import read_metadata
 from deltaw.files.gguf_parts import read_model
 from deltaw.model import open_model, open_renderer
+from deltaw.shipping.base_files import BaseFiles
 from deltaw.shipping.destination import Options
 from deltaw.shipping.gguf.meta import metadata
 from deltaw.shipping.gguf.model import GgufModel
@@ -411,7 +412,7 @@ def from_gguf(folder: Path, renderer: Renderer | None = None, *, split: int = 0)
     file = next(iter(sorted(folder.glob("base*.gguf"))))
     source = find_base(str(file))
     adapter = random_adapter(source.directory, size=0.3)
-    return Trained("lora", adapter, source, renderer or open_renderer(source)), file
+    return Trained("lora", adapter, BaseFiles(source), renderer or open_renderer(source)), file
 
 
 @pytest.mark.parametrize("split", [0, 8])

@@ -12,7 +12,6 @@ import torch
 from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.base.load import open_base
-from deltaw.commands.lint import lint
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
 from deltaw.shipping.lint.finding import (
@@ -29,6 +28,7 @@ from deltaw.shipping.lint.finding import (
     WRONG,
     Effect,
 )
+from deltaw.shipping.lint.lint import lint
 from deltaw.shipping.lint.verdict import Verdict
 from tests.architectures import COMMON
 from tests.shipping.lint_folders import GONE, LAYER, PREFIX, Config, Tensors, changed, good, opened, write

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deltaw.adapter.peft_config import IGNORED, READ, UNSUPPORTED
-from deltaw.commands.lint import lint
 from deltaw.errors import DeltawError
 from deltaw.shipping.lint.finding import DESTINATIONS
+from deltaw.shipping.lint.lint import lint
 from tests.shipping.lint_folders import PREFIX, good, opened
 from tests.tiny import tiny_base
 

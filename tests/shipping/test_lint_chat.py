@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from deltaw.adapter.attach import attach
 from deltaw.adapter.file import BaseId
 from deltaw.base.load import open_base
-from deltaw.commands.lint import lint
 from deltaw.config import AdapterSpec
 from deltaw.data.render import Renderer, open_tokenizer
 from deltaw.model import PLAIN
 from deltaw.shipping.lint.chat import fingerprint
 from deltaw.shipping.lint.finding import DESTINATIONS, LLAMA_CPP, LOADS, MLX, PEFT, UNSURE, VLLM, WRONG, Effect
+from deltaw.shipping.lint.lint import lint
 from deltaw.shipping.lint.verdict import Verdict
 from tests.data.toys import CHATML, toy
 from tests.test_cli import call

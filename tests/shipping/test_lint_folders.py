@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from deltaw.commands.export import export_named
-from deltaw.commands.lint import lint
 from deltaw.shipping.lint.finding import LOADS, MLX, PEFT, REFUSED, TRANSFORMERS, UNSURE, VLLM, WRONG, Effect
+from deltaw.shipping.lint.lint import lint
 from tests.data.toys import CHATML
 from tests.shipping.models import base_folder, random_adapter
 from tests.tiny import tiny_base

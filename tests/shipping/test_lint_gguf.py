@@ -14,13 +14,14 @@ from gguf import GGUFReader, GGUFWriter
 from deltaw.adapter.attach import attach, detach
 from deltaw.adapter.file import BaseId
 from deltaw.base.source import find_base
-from deltaw.commands.lint import lint
 from deltaw.config import AdapterSpec
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
+from deltaw.shipping.base_files import BaseFiles
 from deltaw.shipping.destination import Options
 from deltaw.shipping.gguf.adapter import ADAPTER, GgufAdapter
 from deltaw.shipping.lint.finding import LLAMA_CPP, LOADS, OLLAMA, PEFT, REFUSED, UNSURE, WRONG, Effect
+from deltaw.shipping.lint.lint import lint
 from deltaw.shipping.trained import Trained
 from deltaw.show.progress import Display
 from tests.base.gguf_models import model_of, write_model
@@ -46,7 +47,9 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         with torch.no_grad():
             for parameter in attached.parameters:
                 parameter.normal_(std=0.3)
-        trained = Trained("lora", detach(attached, BaseId("tiny")), find_base(str(base)), Renderer(toy("chatml")))
+        trained = Trained(
+            "lora", detach(attached, BaseId("tiny")), BaseFiles(find_base(str(base))), Renderer(toy("chatml"))
+        )
         GgufAdapter(trained, Options()).write(folder, Display(quiet=True))
     return folder / ADAPTER
 

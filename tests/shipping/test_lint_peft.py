@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaw.commands.lint import lint
 from deltaw.shipping.lint.finding import LOADS, PEFT, REFUSED, TRANSFORMERS, UNSURE, WRONG, Effect
+from deltaw.shipping.lint.lint import lint
 from tests.shipping.lint_folders import (
     GONE,
     LAYER,

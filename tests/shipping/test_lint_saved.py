@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaw.commands.lint import lint
 from deltaw.errors import InputError
 from deltaw.shipping.lint.finding import LOADS, PEFT, REFUSED, TRANSFORMERS, UNSURE, VLLM, WRONG, Effect
+from deltaw.shipping.lint.lint import lint
 from tests.shipping.lint_folders import by_peft, by_transformers, effect, good, logits, opened, write
 from tests.shipping.models import base_folder
 from tests.tiny import tiny_base

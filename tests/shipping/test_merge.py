@@ -39,7 +39,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 def merged(base: Path, adapter: Adapter, output: Path, **how: object) -> dict:
     """The adapter saved beside `output`, and merged."""
     adapter.save(output.with_name(f"{output.name}-adapter"))
-    result, _ = merge_named(str(output.with_name(f"{output.name}-adapter")), str(output), base=str(base), **how)
+    result = merge_named(str(output.with_name(f"{output.name}-adapter")), str(output), base=str(base), **how).data
     return result
 
 
@@ -147,7 +147,7 @@ def test_a_strangers_adapter_with_a_head_answers_as_in_peft(tmp_path: Path, dora
     torch.manual_seed(0)
     peft = get_peft_model(loaded(base), config).eval()
     peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    result, _ = merge_named(str(tmp_path / "adapter"), str(tmp_path / "merged"), base=str(base))
+    result = merge_named(str(tmp_path / "adapter"), str(tmp_path / "merged"), base=str(base)).data
     assert result["fates"]["untied"] == 1
     assert close(logits(loaded(tmp_path / "merged")), logits(peft))
 

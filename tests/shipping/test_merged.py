@@ -15,6 +15,7 @@ from deltaw.base.load import open_skeleton
 from deltaw.base.source import Source
 from deltaw.errors import InputError
 from deltaw.factors import LowRank
+from deltaw.shipping.base_files import BaseFiles
 from deltaw.shipping.merge.plan import plan_merge
 from deltaw.shipping.merge.rewrite import rewrite
 from deltaw.shipping.trained import Trained
@@ -25,7 +26,7 @@ from tests.shipping.models import FAMILIES, base_folder, loaded, random_adapter,
 
 def opened(base: Path, adapter: Adapter) -> Trained:
     """Without a tokenizer, which a plan doesn't need."""
-    return Trained("an adapter", adapter, Source(base.name, base), None)  # type: ignore[arg-type]
+    return Trained("an adapter", adapter, BaseFiles(Source(base.name, base)), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])

@@ -12,6 +12,7 @@ from deltaw.config import AdapterSpec, RunConfig
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
 from deltaw.model import PLAIN
+from deltaw.shipping.base_files import BaseFiles
 from deltaw.shipping.gguf.modelfile import Turns, go_text, modelfile
 from deltaw.shipping.trained import Trained
 from tests.data.toys import TEMPLATED, toy
@@ -88,7 +89,9 @@ TALKS = [
 
 def trained(renderer: Renderer, *, plain: bool = False, config: RunConfig | None = None) -> Trained:
     base = BaseId("org/tiny", template=PLAIN if plain else renderer.template_fingerprint)
-    return Trained("x", Adapter(AdapterSpec(), {}, base), Source("org/tiny", Path(), "1"), renderer, config=config)
+    return Trained(
+        "x", Adapter(AdapterSpec(), {}, base), BaseFiles(Source("org/tiny", Path(), "1")), renderer, config=config
+    )
 
 
 def renderer_of(folder: Path, jinja: str, kind: str = "llama3") -> Renderer:

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deltaw
-from deltaw.commands.verify import verify
 from deltaw.errors import InputError
+from deltaw.shipping.verify.compare import verify
 from deltaw.shipping.verify.verdict import Verification
 from tests.shipping.sides import base_and_adapter, chats, merged, scaled, texts
 from tests.test_cli import call

@@ -9,13 +9,13 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 
 from deltaw.adapter.attach import attach, detach
-from deltaw.commands.verify import verify
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
 from deltaw.model import open_model
 from deltaw.shipping.destination import Options
 from deltaw.shipping.gguf.adapter import ADAPTER, GgufAdapter
 from deltaw.shipping.trained import open_trained
+from deltaw.shipping.verify.compare import verify
 from deltaw.shipping.verify.sides.llama import LlamaCpp, numbers_of_type
 from deltaw.shipping.verify.sides.open import open_side
 from deltaw.shipping.verify.sides.side import Row

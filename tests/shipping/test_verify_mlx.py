@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.commands.verify import verify
 from deltaw.errors import InputError
 from deltaw.files.safetensors import load_safetensors, save_safetensors
 from deltaw.shipping.destination import Options
 from deltaw.shipping.mlx import MlxAdapter
 from deltaw.shipping.trained import open_trained
+from deltaw.shipping.verify.compare import verify
 from deltaw.shipping.verify.sides.open import open_side
 from deltaw.show.progress import Display
 from tests.shipping.sides import base_and_adapter, merged, texts

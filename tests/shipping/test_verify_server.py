@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.commands.verify import verify
 from deltaw.errors import DeltawError, InputError, RunError
+from deltaw.shipping.verify.compare import verify
 from deltaw.shipping.verify.sides import client
 from deltaw.shipping.verify.sides.open import open_side
 from deltaw.shipping.verify.sides.server import open_server

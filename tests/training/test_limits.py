@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers as T
 
-from deltaw.commands.eval import evaluate_on
+from deltaw.commands.eval import eval_named
 from deltaw.config import RunConfig, parse_config
 from deltaw.errors import InputError
 from deltaw.model import limits_of, open_dataset
@@ -74,7 +74,7 @@ def test_a_row_beyond_a_learned_table_is_refused_and_what_is_advised_works(folde
     result = json.loads((folder / "run/result.json").read_text())
     assert result["forgetting"]["tokens"] > 0 and result["failed"] == {}
     with pytest.raises(InputError, match=r"t\.jsonl:21"):
-        evaluate_on(
+        eval_named(
             str(folder / "base"), str(folder / "t.jsonl"), base=None, use_adapter=True, metrics=None, rows=None,
             max_tokens=None, display=QUIET,
         )  # fmt: skip

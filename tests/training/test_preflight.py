@@ -202,7 +202,7 @@ def test_where_only_a_smaller_base_fits_it_says_so(folder: Path, monkeypatch) ->
     ("target", "doing", "setting"),
     [
         ("deltaw.evaluate.forgetting.pack", "measuring what was forgotten", "evaluate.general=null"),
-        ("deltaw.generate.engine.padded", "answering rows", "evaluate.max_new_tokens=2"),
+        ("deltaw.generate.batches.padded", "answering rows", "evaluate.max_new_tokens=2"),
         ("deltaw.evaluate.held_out.pack", "measuring the loss on held-out rows", "data.max_length="),
     ],
 )

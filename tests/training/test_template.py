@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from deltaw.commands.reshape import scale_named
+from deltaw.commands.scale import scale_named
 from deltaw.config import parse_config
 from deltaw.data.render import TEMPLATE
 from deltaw.model import open_model

@@ -23,7 +23,6 @@ from torch import nn
 
 from deltaw.adapter.algebra import baked, low_rank_updates
 from deltaw.base.frozen import FrozenLinear
-from deltaw.base.load import open_skeleton
 from deltaw.errors import InputError, command, listed
 from deltaw.factors import LowRank
 from deltaw.files.atomic import write_text_atomic
@@ -46,7 +45,7 @@ class GgufAdapter(Destination):
 
     def __init__(self, trained: Trained, options: Options) -> None:
         super().__init__(trained, options)
-        skeleton = open_skeleton(trained.base)
+        skeleton = trained.base_files.skeleton
         self.family = family(skeleton.config)
         _check_kind(trained)
         self.tensors = _tensors(trained, skeleton, self.family)

@@ -6,20 +6,17 @@ machine: lint never downloads what it wasn't told to.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from deltaw.adapter.checkpoints import Checkpoint
-from deltaw.base.load import open_skeleton
 from deltaw.base.source import Source, find_base, find_local
 from deltaw.errors import InputError
 from deltaw.files.strict_json import read_json
-from deltaw.shipping.trained import fingerprint_of_folder
+from deltaw.shipping.base_files import BaseFiles
 from deltaw.show.progress import Display
 
 
@@ -28,8 +25,7 @@ class Base:
     """A base that is here. `linear`: (outputs, inputs) by path of all linear layers, the head too; `embeddings`: (rows,
     size) by path; `kind`: transformers' model_type; `head`, `embedding`: the paths of the two ends, or ""."""
 
-    source: Source
-    skeleton: nn.Module = field(repr=False)
+    files: BaseFiles
     linear: Mapping[str, tuple[int, int]]
     embeddings: Mapping[str, tuple[int, int]]
     parameters: Mapping[str, tuple[int, ...]]
@@ -41,19 +37,13 @@ class Base:
     @property
     def tied(self) -> bool:
         """Whether the embedding's and the head's numbers are the same."""
-        named = dict(self.skeleton.named_parameters(remove_duplicate=False))
+        named = dict(self.files.skeleton.named_parameters(remove_duplicate=False))
         ends = [named.get(f"{end}.weight") for end in (self.head, self.embedding)]
         return ends[0] is not None and ends[0] is ends[1]
 
-    @cached_property
-    def checkpoint(self) -> Checkpoint:
-        """Where the files have each parameter."""
-        return Checkpoint(self.source.directory, self.skeleton)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """As adapters record it; "" where the files alone can't tell. Reads all weights, one in memory at a time."""
-        return fingerprint_of_folder(self.source)
+    @property
+    def source(self) -> Source:
+        return self.files.source
 
 
 @dataclass(frozen=True)
@@ -84,7 +74,8 @@ def look(named: str | None, recorded: str, revision: str | None, display: Displa
 
 def base_of(source: Source) -> Base:
     """Raises InputError for what transformers can't open, or isn't a causal language model."""
-    skeleton: Any = open_skeleton(source)
+    files = BaseFiles(source)
+    skeleton: Any = files.skeleton
     linear: dict[str, tuple[int, int]] = {}
     embeddings: dict[str, tuple[int, int]] = {}
     transposed = False
@@ -100,7 +91,7 @@ def base_of(source: Source) -> Base:
     head = paths.get(id(skeleton.get_output_embeddings()), "")
     embedding = paths.get(id(skeleton.get_input_embeddings()), "")
     kind = str(skeleton.config.model_type)
-    return Base(source, skeleton, linear, embeddings, parameters, kind, head, embedding, transposed)
+    return Base(files, linear, embeddings, parameters, kind, head, embedding, transposed)
 
 
 def _kind(folder: Path) -> str:

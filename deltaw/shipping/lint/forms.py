@@ -12,7 +12,7 @@ from typing import Literal
 from deltaw.adapter.file import CONFIG, DELTAS, WEIGHTS
 from deltaw.base.source import HUB_ID
 from deltaw.errors import InputError
-from deltaw.model import is_run
+from deltaw.named import is_run
 from deltaw.shipping.lint.finding import (
     DESTINATIONS,
     LLAMA_CPP,

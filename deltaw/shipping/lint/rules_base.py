@@ -102,7 +102,7 @@ def own(s: Subject) -> Iterator[Finding]:
     trained, present = s.recorded.fingerprint, ""
     if trained:
         s.display.say(f"comparing {s.base.source.name} with the base that it was trained on")
-        present = s.base.fingerprint
+        present = s.base.files.fingerprint
     if trained and present and not same_base(trained, present):
         yield OTHER_BASE.finding(
             f"trained on {s.recorded.name or 'another base'} ({describe(trained)}), this is {s.base.source.name} "

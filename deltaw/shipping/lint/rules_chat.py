@@ -117,7 +117,7 @@ def stop_untrained(s: Subject) -> Iterator[Finding]:
     renderer = s.chat.renderer
     if renderer is None or s.base is None or {s.base.head, s.base.embedding} & {key.path for key in s.keys}:
         return
-    stored = s.base.checkpoint.find(f"{s.base.head}.weight")
+    stored = s.base.files.checkpoint.find(f"{s.base.head}.weight")
     stop = renderer.end_of_turn if renderer.end_of_turn is not None and not s.chat.plain else None
     ids = sorted(renderer.model_stop_ids) if stop is None else [stop]
     if stored is None or not ids or max(ids) >= stored.shape[0]:

@@ -161,7 +161,7 @@ def mlx_scale(f: MlxFolder) -> Iterator[Finding]:
 def _blocks(source: Source | None) -> int | None:
     if source is None:
         return None
-    config: Any = base_of(source).skeleton.config
+    config: Any = base_of(source).files.skeleton.config
     return int(config.get_text_config().num_hidden_layers)
 
 
@@ -195,7 +195,7 @@ def look_model(name: str, folder: Path, base: str | None, display: Display) -> I
 def _parameters(own: Base) -> Iterator[Finding]:
     """The model's parameters against the files' tensors."""
     try:
-        checkpoint = own.checkpoint
+        checkpoint = own.files.checkpoint
         parts = {name for names in checkpoint.converted.values() for name in names}
         absent = [p for p in own.parameters if checkpoint.find(p) is None and p not in checkpoint.converted]
         strays = [name for name in checkpoint.stored if name not in checkpoint.places and name not in parts]

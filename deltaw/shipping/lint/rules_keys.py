@@ -268,16 +268,16 @@ def undecided(s: Subject) -> Iterator[Finding]:
 def renamed(s: Subject) -> Iterator[Finding]:
     if s.base is None:
         return
-    rewritten = rewritten_names(s.base.skeleton)
+    rewritten = rewritten_names(s.base.files.skeleton)
     taken = [
         path
         for path in s.layers
         if path.rpartition(".")[2] in rewritten and path in s.base.linear and not s.by_weight(path)
     ]
-    missed = [path for path in missed_by_peft(s.base.skeleton, s.layers) if path not in taken]
+    missed = [path for path in missed_by_peft(s.base.files.skeleton, s.layers) if path not in taken]
     if taken or missed:
         words, effects = f"{len(taken) + len(missed)} modules: {some([*taken, *missed])}", dict(RENAMED.effects)
-        if not missed and not is_rewritten_here(s.base.skeleton):
+        if not missed and not is_rewritten_here(s.base.files.skeleton):
             words += "; not with the transformers that is installed here, but with others"
             effects = dict.fromkeys(effects, UNSURE)
         yield RENAMED.finding(words, s.export("peft") if taken else s.merge(), effects)

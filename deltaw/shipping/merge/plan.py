@@ -22,7 +22,7 @@ Letters: M outputs, N inputs.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -35,7 +35,6 @@ from deltaw.adapter.checkpoints import Checkpoint, Stored
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.targets import head_path, targets_of
 from deltaw.base.frozen import FrozenLinear
-from deltaw.base.load import open_skeleton
 from deltaw.base.names import places
 from deltaw.errors import InputError, listed
 from deltaw.factors import Update
@@ -122,9 +121,9 @@ def plan_merge(trained: Trained) -> MergePlan:
     Raises InputError for an adapter that doesn't fit the model, and for updates that land in no tensor of its files.
     """
     base, adapter = trained.base, trained.adapter
-    skeleton = open_skeleton(base)
+    skeleton = trained.base_files.skeleton
     _check_targets(skeleton, adapter, trained.name)
-    checkpoint = Checkpoint(base.directory, skeleton)
+    checkpoint = trained.base_files.checkpoint
     ties = _ties(skeleton)
     updated = {f"{path}.weight": path for path in adapter.factors}
     parts = {name: whole for whole, names in checkpoint.converted.items() for name in names}
@@ -170,7 +169,7 @@ def _check_targets(skeleton: nn.Module, adapter: Adapter, name: str) -> None:
     head = head_path(skeleton)
     body = {path: update for path, update in adapter.factors.items() if path != head}
     if body:
-        targets_of(skeleton, replace(adapter, factors=body))
+        targets_of(skeleton, adapter.spec, body)
     if head is None or (update := adapter.factors.get(head)) is None:
         return
     module = skeleton.get_submodule(head)

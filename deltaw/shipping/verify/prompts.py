@@ -12,7 +12,7 @@ whose text names a control token is left out: deltaw takes that as characters, s
 from collections.abc import Sequence
 
 from deltaw.config import DataConfig, RunConfig
-from deltaw.data.dataset import prepare
+from deltaw.data.dataset import prepare_held_out
 from deltaw.data.document import Chat, Completion, Document
 from deltaw.data.forms import detect_form
 from deltaw.data.read import read_rows
@@ -32,9 +32,7 @@ def held_out_prompts(config: RunConfig, renderer: Renderer, count: int, display:
     if data.eval is None:
         raise InputError("this run held no rows out, so there is nothing to ask", fix="name a file: --data")
     with display.task("reading held-out rows", 1) as progress:
-        # The held-out rows are chosen before those to train on, so one of these is enough.
-        rows = prepare(data.model_copy(update={"limit": 1}), renderer).eval
-        origins = [row.origin for row in rows if not row.names]
+        origins = [row.origin for row in prepare_held_out(data, renderer) if not row.names]
         source = data.eval if isinstance(data.eval, str) else data.train
         prompts = prompts_of(source, data, only=set(origins))
         progress(1)

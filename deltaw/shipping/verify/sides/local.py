@@ -26,8 +26,9 @@ from deltaw.files.safetensors import read_header
 from deltaw.files.shards import shards
 from deltaw.files.strict_json import read_json
 from deltaw.files.template import Template
-from deltaw.generate.cache import context
-from deltaw.generate.engine import Sampling, evaluating, generate
+from deltaw.generate.cache import context, evaluating
+from deltaw.generate.engine import generate
+from deltaw.generate.sampling import Sampling
 from deltaw.shipping.beside import GENERATION_CONFIG
 from deltaw.shipping.merge.rewrite import TYPES
 from deltaw.shipping.verify.noise import noisy

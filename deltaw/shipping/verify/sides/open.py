@@ -17,7 +17,7 @@ from deltaw.adapter.file import is_adapter
 from deltaw.base.source import BUILTINS, builtin_file
 from deltaw.errors import InputError
 from deltaw.files.gguf_header import read_part
-from deltaw.model import is_run
+from deltaw.named import is_run
 from deltaw.shipping.verify.sides.adapted import Adapted
 from deltaw.shipping.verify.sides.folder import Folder
 from deltaw.shipping.verify.sides.llama import LlamaCpp

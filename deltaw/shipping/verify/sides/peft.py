@@ -24,7 +24,7 @@ from deltaw.errors import InputError
 from deltaw.files.safetensors import read_header
 from deltaw.files.strict_json import read_json
 from deltaw.generate.cache import context
-from deltaw.model import is_run
+from deltaw.named import is_run
 from deltaw.shipping.beside import GENERATION_CONFIG
 from deltaw.shipping.trained import TEMPLATE
 from deltaw.shipping.verify.sides.local import Local, Running, Words, running, stops_of, working_type

@@ -19,11 +19,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run.yaml"
 
 
-def test_help_has_an_example() -> None:
-    code, out, _ = call("plan", "--help")
-    assert code == 0 and "deltaw plan run.yaml" in out
-
-
 def test_a_plan_is_a_table(file: Path) -> None:
     code, out, err = call("plan", file)
     assert code == 0 and "rehearsing" in err

@@ -1,0 +1,238 @@
+"""Updates into a model and out of it again: layers and stand-ins in the places of a model's own modules.
+
+Each targeted layer gets an adapted one (layer.py) in its place, on this instance alone, with an update in it (layer.py,
+dora.py, full.py), and norms, attention blocks and MLPs get the kernels' stand-ins (stand_ins.py). What was done is
+tried (trial.py), and all is put back where a fresh update isn't the base. The base's weights are the same objects
+throughout.
+
+Updates that come beside others add themselves to the layers that are there and their own layers to those; they are
+tried on the bare model like the first, the others put aside meanwhile.
+
+This knows updates by their paths, not adapters: `attach` (attach.py) and `merge_into` (into.py) are made of it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.adapter import stand_ins as fused
+from deltaw.adapter.dora import DoRAUpdate
+from deltaw.adapter.full import FullUpdate
+from deltaw.adapter.init import fresh_factors, olora_factors, pissa_factors
+from deltaw.adapter.layer import AdaptedLinear, Carried, LayerUpdate, LoRAUpdate
+from deltaw.adapter.targets import Targets, explicit_targets, find_targets, targets_of
+from deltaw.adapter.trial import Observed, differences, holds, observe
+from deltaw.base.batch import passing_of
+from deltaw.base.frozen import FrozenLinear
+from deltaw.config import AdapterSpec
+from deltaw.errors import InputError, listed
+from deltaw.factors import Update
+
+
+class Placed(NamedTuple):
+    """What was put on a model: the spec, whose targets name the adapted modules exactly, the updates by path, and the
+    number under which the model carries them."""
+
+    spec: AdapterSpec
+    layers: dict[str, LayerUpdate]
+    carried: Carried
+    number: int
+    targets: Targets
+
+
+def put_on(
+    model: nn.Module,
+    spec: AdapterSpec,
+    trained: Mapping[str, Update] | None,
+    *,
+    fuse: Sequence[str],
+    start: torch.Generator | None = None,
+) -> Placed:
+    """Put trained updates on `model`, by path, or fresh ones that begin where the spec says, drawn from `start` (at
+    zeros without one). Raises InputError, the model as it was."""
+    check_known(model)
+    with _beside_others(model) as (carried, others):
+        observed = observe(model)
+        place = _Place(model, carried, others, observed)
+        try:
+            targets, exact, updates = _placed(place, spec, trained)
+            place.put(others)
+            _stand_in(model, fuse, updates, observed, to_train=trained is None)
+            for path, update in updates.items():
+                if trained is not None:
+                    update.set_factors(trained[path])
+                elif isinstance(update, LoRAUpdate | DoRAUpdate) and start is not None:
+                    update.start(*_start(update, spec, start))
+        except BaseException:
+            place.clear()
+            raise
+        carried.add(place.number)
+    return Placed(exact, updates, carried, place.number, targets)
+
+
+def take_off(model: nn.Module, layers: Mapping[str, LayerUpdate], carried: Carried, number: int) -> None:
+    """The updates of that number out of the model, and with the last ones all layers and stand-ins."""
+    carried.remove(number)
+    if not carried.numbers:
+        fused.remove(model, fused.installed(model))
+    for path, update in layers.items():
+        layer = model.get_submodule(path)
+        if isinstance(layer, AdaptedLinear) and layer.update(number) is update:
+            layer.take_off(number)
+            if not layer.updates:
+                model.set_submodule(path, layer.base.module)
+
+
+def check_bare(model: nn.Module) -> None:
+    """Raise InputError for a model whose layers aren't its own: they are under other names, or adapted by now."""
+    check_known(model)
+    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+        raise InputError("this model already carries an adapter", fix="detach it first")
+
+
+def check_known(model: nn.Module) -> None:
+    """The same, but for adapters of ours."""
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise InputError("this is what torch.compile made of a model", fix="give the model itself: compiled._orig_mod")
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise InputError(
+            "this model already carries an adapter of PEFT's",
+            fix="take it out first: model = model.unload(), or load the base again",
+        )
+
+
+@contextmanager
+def _beside_others(model: nn.Module) -> Iterator[tuple[Carried, dict[str, AdaptedLinear]]]:
+    """The bare model for the length of a block, with what tells of its updates and the layers that were in it. After an
+    error they are put in their places again."""
+    others = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    carried = next((layer.carried for layer in others.values()), None) or Carried(passing_of(model))
+    stand_ins, first = fused.installed(model), carried.first
+    fused.remove(model, stand_ins)
+    for path, layer in others.items():
+        model.set_submodule(path, layer.base.module)
+    try:
+        yield carried, others
+    except BaseException:
+        for path, layer in others.items():
+            model.set_submodule(path, layer)
+        fused.put_back(model, stand_ins)
+        carried.first = first
+        raise
+
+
+class _Place:
+    """Where an adapter goes: on the bare model, as the only one that rows take, until `carried` knows of it."""
+
+    def __init__(
+        self, model: nn.Module, carried: Carried, others: Mapping[str, AdaptedLinear], observed: Observed | None
+    ) -> None:
+        self.model, self.carried, self.observed, self.others = model, carried, observed, others
+        self.number = carried.first = carried.free()
+        self.layers: dict[str, AdaptedLinear] = {}
+
+    def add(self, path: str, make: Callable[[FrozenLinear], LayerUpdate]) -> LayerUpdate:
+        """An update of the layer there, in a layer that takes the place of it."""
+        layer = self.others.get(path)
+        if layer is None:
+            whole = self.observed is None or path in self.observed.whole
+            layer = AdaptedLinear(FrozenLinear(self.model.get_submodule(path)), self.carried, sees_all=whole)
+            layer.train(self.model.training)
+        update = make(layer.base).train(self.model.training)
+        self.layers[path] = layer
+        layer.put_on(self.number, update)
+        return update
+
+    def put(self, layers: Mapping[str, AdaptedLinear]) -> None:
+        """These layers in their places."""
+        for path, layer in layers.items():
+            self.model.set_submodule(path, layer)
+
+    def clear(self) -> None:
+        """The bare model again: stand-ins and layers out, the update off them."""
+        fused.remove(self.model, fused.installed(self.model))
+        for path, layer in {**self.others, **self.layers}.items():
+            self.model.set_submodule(path, layer.base.module)
+        for layer in self.layers.values():
+            layer.take_off(self.number)
+        self.layers = {}
+
+
+def _placed(
+    place: _Place, spec: AdapterSpec, trained: Mapping[str, Update] | None
+) -> tuple[Targets, AdapterSpec, dict[str, LayerUpdate]]:
+    """What is adapted, the spec with the names of it, and the fresh updates: in their places, and each layer is what it
+    stands for."""
+    model, observed = place.model, place.observed
+    unfit = dict(observed.unfit) if observed else {}
+    idle = observed.idle if observed else {}
+    while True:
+        if trained is None:
+            targets = find_targets(model, spec, {**idle, **unfit})
+        else:
+            targets = targets_of(model, spec, trained, unfit)
+        exact = spec.model_copy(update={"targets": explicit_targets(model, targets.paths)})
+        updates = {path: place.add(path, partial(_update, path, spec)) for path in targets.paths}
+        if place.others:
+            _check_all_seen({**place.others, **place.layers})
+        place.put(place.layers)
+        different = differences(model, place.layers, observed)
+        if not different:
+            return targets, exact, updates
+        place.clear()
+        unfit |= different
+
+
+def _check_all_seen(layers: Mapping[str, AdaptedLinear]) -> None:
+    """Raise InputError where some of a pass's rows are handed to a layer without saying which."""
+    part = [path for path, layer in layers.items() if not layer.sees_all]
+    if part:
+        raise InputError(
+            f"this model carries an adapter, and {len(part)} adapted layers are given only some of a pass's rows (they "
+            f"are experts, say), so their rows can't take different updates:\n{listed(part, 3)}",
+            fix="detach the other adapter first, or leave these layers out of adapter.targets",
+        )
+
+
+def _stand_in(
+    model: nn.Module,
+    kinds: Sequence[str],
+    updates: Mapping[str, LayerUpdate],
+    observed: Observed | None,
+    *,
+    to_train: bool,
+) -> None:
+    """Put stand-ins in place, where the model runs with them: what they keep for the backward, it may write to.
+    InputError where it doesn't run without them either."""
+    stand_ins = fused.install(model, kinds)
+    try:
+        if holds(model, updates, observed, to_train=to_train):
+            return
+    except InputError:
+        if not stand_ins:
+            raise
+    fused.remove(model, stand_ins)
+    holds(model, updates, observed, to_train=to_train)
+
+
+def _update(path: str, spec: AdapterSpec, base: FrozenLinear) -> LayerUpdate:
+    """An update of the kind that the spec asks for, all zeros: ΔW = 0."""
+    if spec.full:
+        return FullUpdate(base)
+    if spec.magnitude:
+        return DoRAUpdate(base, spec.rank_of(path), spec.scale(path), spec.dropout)
+    return LoRAUpdate(base, spec.rank_of(path), spec.scale(path), spec.dropout, moves=spec.moves_base)
+
+
+def _start(update: LoRAUpdate | DoRAUpdate, spec: AdapterSpec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A and B to begin at, as far as they need no data."""
+    rank, weight = update.lora_a.shape[0], update.base.weight
+    if spec.init == "pissa":
+        return pissa_factors(weight.dense(), rank, update.scale)
+    if spec.init == "olora":
+        return olora_factors(weight.dense(), rank)
+    return fresh_factors(rank, *weight.shape, generator)

@@ -1,0 +1,16 @@
+"""`deltaw inspect`: what a fine-tune did to the weights (analysis/report.py), as a page and as a few lines."""
+
+from pathlib import Path
+
+from deltaw.analysis.report import PAGE, inspect
+from deltaw.files.lock import claimed_file
+from deltaw.show.progress import Display
+from deltaw.show.result import Result
+
+
+def inspect_named(name: str, *, base: str | None, page: str | None, display: Display) -> Result:
+    """The page goes into the folder that was named unless another place is given."""
+    with claimed_file(Path(page) if page else Path(name) / PAGE):
+        report = inspect(name, base=base, display=display)
+        path = report.write(page)
+    return Result(report.to_json(), f"{report.gist()}\n\npage: {path}")

@@ -1,0 +1,17 @@
+"""`deltaw plan`: a run rehearsed (training/plan.py)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from deltaw.config import load_config
+from deltaw.show.progress import Display
+from deltaw.show.result import Result
+
+
+def plan_named(run: Path, overrides: Sequence[str], *, display: Display) -> Result:
+    """What the run will take. Nothing stays of the rehearsal."""
+    config = load_config(run, overrides)
+    from deltaw.training.plan import plan  # torch takes seconds, a wrong run file none
+
+    planned = plan(config, display)
+    return Result(planned.to_json(), planned.text())

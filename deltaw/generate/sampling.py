@@ -1,0 +1,79 @@
+"""How the next token is chosen from logits.
+
+Sampling is reproducible for each prompt, not for each batch: a prompt draws its uniform numbers from a generator of its
+own, seeded by (seed, number of the prompt), and each token is the inverse of the cumulative distribution at one such
+number. So the number of rows and their company change nothing beyond rounding, and no global generator is touched.
+
+Letters: R rows, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from deltaw.config import Strict
+from deltaw.errors import RunError
+
+
+class Sampling(Strict):
+    """How tokens are chosen. temperature 0: greedy; top_k 0, top_p 1: all tokens; seed None: a random one."""
+
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    seed: int | None = Field(default=None, ge=0, lt=2**62)
+
+    @property
+    def rule(self) -> tuple[float, float, int]:
+        """What two rows must have alike to be chosen for at once."""
+        return self.temperature, self.top_p, self.top_k
+
+
+def choose(logits_RV: Tensor, sampling: Sampling, u_R: Tensor, numbers: Sequence[int] = ()) -> Tensor:
+    """The next token id of each row [R]; u_R are uniform numbers in [0, 1), unused when greedy.
+
+    Raises RunError for logits that are NaN or infinite, and names the prompts by their `numbers`.
+    """
+    largest_R = logits_RV.amax(-1)
+    if not bool(largest_R.isfinite().all()):
+        broken = (~largest_R.isfinite()).nonzero()[:, 0].tolist()
+        named = sorted(numbers[row] for row in broken) if numbers else []
+        prompts = f" for prompt {named[0]}" + (f" and {len(named) - 1} more" if named[1:] else "") if named else ""
+        raise RunError(
+            f"the model's logits are NaN or infinite{prompts}", fix="use dtype float32, or an older checkpoint"
+        )
+    if sampling.temperature == 0:
+        return logits_RV.argmax(-1)
+    # Less the maximum before the division: a tiny temperature would overflow to inf - inf.
+    logits_RV = logits_RV.float()
+    logits_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6)
+    order_RV = None
+    if 0 < sampling.top_k < logits_RV.shape[1]:
+        logits_RV, order_RV = logits_RV.topk(sampling.top_k)
+    elif sampling.top_p < 1:
+        logits_RV, order_RV = logits_RV.sort(descending=True)
+    p_RV = logits_RV.softmax(-1)
+    if sampling.top_p < 1:
+        # The smallest set of tokens whose sum reaches top_p: a token stays if those before it don't reach it.
+        p_RV = p_RV.masked_fill(p_RV.cumsum(-1) - p_RV >= sampling.top_p, 0)
+    cumulative_RV = p_RV.double().cumsum(-1)
+    target_R1 = u_R.double()[:, None] * cumulative_RV[:, -1:]
+    # right=True: the first place whose sum is above the target, never a token of probability 0.
+    place_R1 = torch.searchsorted(cumulative_RV, target_R1, right=True).clamp_max(p_RV.shape[1] - 1)
+    return (place_R1 if order_RV is None else order_RV.gather(1, place_R1))[:, 0]
+
+
+def uniform_numbers(sampling: Sampling, number: int, count: int) -> list[float]:
+    """`count` uniform numbers for prompt `number`, one for each new token; zeros when greedy."""
+    if sampling.temperature == 0:
+        return [0.0] * count
+    generator = torch.Generator()
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed((sampling.seed * 1_000_003 + number) % 2**63)
+    drawn: list[float] = torch.rand(count, dtype=torch.float64, generator=generator).tolist()
+    return drawn

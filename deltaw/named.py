@@ -1,0 +1,90 @@
+"""What a name on the command line stands for: a run, an adapter's folder, or a base.
+
+    a run        a folder with config.yaml; its adapter lies in adapter/, and its config says which base that goes on
+    an adapter   a folder in PEFT's layout, of any tool; it says itself which base it goes on, or doesn't
+    a base       anything else, for `find_base` to know
+
+A command makes one `Named` and hands it on, so that a config and an adapter's factors are read once, when they are
+first asked for, however many functions want them.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from deltaw.adapter.file import Adapter, is_adapter
+from deltaw.base.source import found_as
+from deltaw.config import RunConfig, load_config
+from deltaw.data.render import TEMPLATE
+from deltaw.errors import InputError, command
+
+
+@dataclass(frozen=True, eq=False)
+class Named:
+    """A name and what lies under it. `config` and `adapter` raise InputError where they can't be read."""
+
+    name: str
+
+    @staticmethod
+    def of(name: "str | Path | Named") -> "Named":
+        """Of a name; a `Named` is itself, with what was read of it."""
+        return name if isinstance(name, Named) else Named(str(name))
+
+    @property
+    def path(self) -> Path:
+        return Path(self.name).expanduser()
+
+    @cached_property
+    def config(self) -> RunConfig | None:
+        """A run's; None for what isn't a run."""
+        return load_config(self.path / "config.yaml") if is_run(self.path) else None
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        """Read whole. Raises InputError where there is none."""
+        return load_adapter(self.path)
+
+    @property
+    def holds_adapter(self) -> bool:
+        """Whether it is a run or an adapter's folder, finished or not, and not a base."""
+        return self.config is not None or is_adapter(self.path)
+
+    @property
+    def base(self) -> str:
+        """The name of the base that the adapter goes on. Raises InputError where neither run nor adapter says."""
+        return self.config.base if self.config else base_name(self.adapter, self.path)
+
+    @property
+    def template(self) -> Path | None:
+        """The chat template that lies beside the weights, where it isn't the tokenizer's own."""
+        return template_beside(self.path)
+
+
+def is_run(path: Path) -> bool:
+    """A folder that `deltaw train` made. Raises InputError for a name that is too long or mustn't be looked into."""
+    try:
+        return (path / "config.yaml").is_file()
+    except OSError as error:
+        raise InputError(f"{path!s:.200}: {error.strerror}") from None
+
+
+def load_adapter(path: Path) -> Adapter:
+    """The adapter of a run or an adapter folder. Raises InputError where there is none."""
+    if not is_run(path):
+        return Adapter.load(path)
+    if not is_adapter(path / "adapter"):
+        raise InputError(f"{path} has no finished adapter yet", fix=f"finish it: {command('train', path)}")
+    return Adapter.load(path / "adapter")
+
+
+def template_beside(path: Path) -> Path | None:
+    """The chat template that a run or an adapter folder has beside its weights, where it isn't the tokenizer's own."""
+    file = (path / "adapter" if is_run(path) else path) / TEMPLATE
+    return file if is_adapter(file.parent) and file.is_file() else None
+
+
+def base_name(adapter: Adapter, path: Path) -> str:
+    """A name that `find_base` may know: the builtin for its upstream id, else what the adapter says."""
+    if not adapter.base.name:
+        raise InputError(f"{path} does not say which base it belongs to", fix="name it with --base")
+    return found_as(adapter.base.name)
