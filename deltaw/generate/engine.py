@@ -200,7 +200,7 @@ def generate(
                     done += 1
                 else:
                     new[number_of[id]].append(token)
-            if progress is not None and done > before:
+            if done > before:
                 progress(done)
     finally:
         engine.close()
