@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from deltaw.analysis import plots
+from deltaw.analysis import pictures
 from deltaw.analysis.page import Block, Cell, Picture, Table
 from deltaw.studies.lab import Lab, Trial
 from deltaw.studies.study import Claim, Judgement, Outcome
@@ -33,7 +33,7 @@ CLAIM = Claim(
     "of full fine-tuning; what is left on general tasks .509 at rank 64, .414 of full fine-tuning. Shuttleworth et "
     "al. 2024 find the same",
     method=f"the sweeps over learning rates of ranks {' and '.join(map(str, COMPARED))} and of full fine-tuning; on "
-    "general text the rise of the loss and KL(base ‖ tuned), nats a token; between two rates interpolated at the "
+    "general text the rise of the loss and KL(base ‖ tuned), nats per token; between two rates interpolated at the "
     "larger of both methods' best task losses",
     rule="held, if at that loss LoRA's KL is lower than full fine-tuning's by more than seeds make (2√2 standard "
     "deviations of log KL over three seeds of rank 16) and its rise is lower, at both ranks; did not hold, if at "
@@ -43,7 +43,7 @@ CLAIM = Claim(
 
 
 class Point(NamedTuple):
-    """What a training ended with, nats a token."""
+    """What a training ended with, nats per token."""
 
     rate: float
     loss: float  # of the task, held out
@@ -151,14 +151,14 @@ def scatters(sweeps: Mapping[str, Sequence[Point]]) -> list[Picture]:
         for name, points in sweeps.items()
         for point in points
     ]
-    table = Table(["", "lr", "task loss", "KL", "rise"], rows, "Forgetting on general text, nats a token")
+    table = Table(["", "lr", "task loss", "KL", "rise"], rows, "Forgetting on general text, nats per token")
     axes = {"KL(base ‖ tuned) on general text": ("kl", True), "rise of general text's loss": ("rise", False)}
     return [
         Picture(
-            plots.scatter(
+            pictures.scatter(
                 {n: ([p.loss for p in points], [getattr(p, field) for p in points]) for n, points in sweeps.items()},
-                x_label="held-out loss of the task, nats a token",
-                y_label=f"{label}, nats a token",
+                x_label="held-out loss of the task, nats per token",
+                y_label=f"{label}, nats per token",
                 log_x=True,
                 log_y=log,
                 labels=labels,

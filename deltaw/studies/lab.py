@@ -58,7 +58,7 @@ class Trial:
 
     @property
     def loss(self) -> float:
-        """Held-out cross-entropy after training, nats a token."""
+        """Held-out cross-entropy after training, nats per token."""
         return float(self.result["eval"]["after"]["loss"])
 
     @property

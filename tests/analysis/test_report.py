@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.analysis.layers import page_of
 from deltaw.analysis.measure import measure
 from deltaw.analysis.page import render
 from deltaw.analysis.report import Report, inspect
@@ -151,7 +150,7 @@ def test_a_page_does_not_grow_with_the_run(paths: list[str], steps: int) -> None
     training = Training(config, {"answers": answers}, metrics)
     adapter = Adapter(AdapterSpec(), {}, BaseId())
     report = Report(Path("x"), adapter, "b", measures, summarise(measures), [], training)
-    page = render(page_of(report))
+    page = render(report.page())
     assert len(page.encode()) < 1_500_000
     assert '<td class="number">777</td>' in page, "a spike is lost"
     raw = report.to_json()
