@@ -325,7 +325,7 @@ def _override(raw: dict[str, Any], item: str) -> None:
 
 
 def _problems(error: ValidationError, source: str, node: yaml.Node | None) -> list[str]:
-    """One line a field, names before values: a misspelt key explains the missing one, and only the first few show."""
+    """One line per field, names before values: a misspelt key explains the missing one, and only the first few show."""
     by_field: dict[tuple[Any, ...], Any] = {}
     for problem in error.errors():
         # A union's branch name (`str`, `int`) isn't a field of the file; its branches' problems are one problem.

@@ -40,7 +40,7 @@ SIDEWAYS = {
 # Each heavy library has its home.
 VERBS = ("__init__", "app", "ask", "run", "ship", "update", "why")
 HOMES = {
-    "jinja2": {"files/bounded_worker.py"},
+    "jinja2": {"analysis/page.py", "files/bounded_worker.py"},
     "rich": {"show/progress.py", "show/table.py", "data/preview.py"},
     "typer": {f"cli/{name}.py" for name in VERBS},
     "yaml": {"config.py", "files/run_yaml.py"},
@@ -58,7 +58,7 @@ HOMES = {
     "sympy": {"linalg/exact.py"},
     "datasets": {"data/read.py"},
     "pyarrow": {"data/read.py"},
-    "matplotlib": {"analysis/plots.py"},
+    "matplotlib": {"analysis/pictures.py", "analysis/svg.py"},
     "triton": {"kernels/triton.py"},
     "torch.utils.tensorboard": {"training/log.py"},
     "peft": {"shipping/verify/sides/peft.py"},

@@ -1,18 +1,18 @@
 """Checks that cost nothing and are always on: does a finished run look like what it was meant to be?
 
-Each is a rule over figures that are there anyway, and says what was found, why it matters and what to do:
+Each is a rule over figures that were taken anyway. It says what they show, why that matters and what to do:
 
     learnt nothing    modules whose ΔW is exactly 0: their gradient was 0 in every step
     got worse         held-out loss above the base's
     gaps              figures of the run that can't be read, and are left out of everything else here
-    capacity          nats of the first epoch's labels, in bits, against 2 bits a trained parameter: beyond that, LoRA
+    capacity          nats of the first epoch's labels, in bits, against 2 bits per trained parameter: beyond that, LoRA
                       falls behind full fine-tuning ("LoRA Without Regret", Schulman et al. 2025)
     idle ranks        a few of the rank's directions hold 90 % of ΔW: a lower rank would have given the same
     low rate          a learning rate below LoRA's usual range, where all ranks give the same. Adam moves every entry of
                       B by about the rate, LoRA+'s by `lr_ratio_b` of it, so ΔW = s B A moves by rate · s · r: what is
                       judged is the rate that would move ΔW as far at the default's s · r = 32. (Initialisers that move
                       the base begin with factors of other sizes; there it is the rate alone)
-    large batch       more than 64 documents a step, which LoRA tolerates worse than full fine-tuning
+    large batch       more than 64 documents per step, which LoRA tolerates worse than full fine-tuning
     forgetting        general text got much worse, or the model's beliefs moved far from the base's; a warning where the
                       whole interval says so, a note where the figure alone does
     merging           what a merge into bfloat16 weights keeps along ΔW. The noise that rounding adds beside it is
@@ -31,10 +31,10 @@ from deltaw.analysis.summary import noise_of, summarise
 from deltaw.analysis.training import Training
 from deltaw.config import RunConfig
 
-BITS_A_PARAMETER = 2.0
+BITS_PER_PARAMETER = 2.0
 LOW_RATE, FULL_SHARE = 1e-4, 0.1  # LoRA's range begins there; full fine-tuning's at a tenth
 DOCUMENTS = (64, 128)  # a step: worth a note, worth a warning
-FORGOT, MOVED = 0.25, 0.5  # nats a token: rise of general text's loss, KL from the base
+FORGOT, MOVED = 0.25, 0.5  # nats per token: rise of general text's loss, KL from the base
 IDLE = 0.5  # share of the rank that holds 90 % of the energy
 KEPT = 0.9  # of ΔW, along itself, in a merge
 USUAL = 32.0  # s r of the default, rank 16 at alpha 32
@@ -63,27 +63,22 @@ def _zero(measures: Mapping[str, Measures]) -> Iterator[Finding]:
         yield Finding("problem", "the update is zero in every module: nothing was learnt, the base answers")
     elif zero:
         shown = ", ".join(zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
-        yield Finding(
-            "problem",
-            f"{len(zero)} of {len(measures)} modules learnt nothing, their update is exactly zero: {shown}; "
-            "no gradient reaches them",
-        )
+        what = f"{len(zero)} of {len(measures)} modules learnt nothing, their update is exactly zero: {shown}"
+        yield Finding("problem", f"{what}; no gradient reaches them")
     else:
         yield Finding("ok", f"all {len(measures)} modules learnt something")
 
 
 def _idle(measures: Mapping[str, Measures]) -> Iterator[Finding]:
-    kept = sorted(m.energy_rank for m in measures.values() if m.numerical_rank)
+    in_use = sorted(m.energy_rank for m in measures.values() if m.numerical_rank)
     ranks = {m.rank for m in measures.values()}
-    if not kept or len(ranks) > 1 or (rank := ranks.pop()) < 8:
+    if not in_use or len(ranks) > 1 or (rank := ranks.pop()) < 8:
         return
-    nine_tenths = kept[min(len(kept) - 1, math.ceil(0.9 * len(kept)))]
+    nine_tenths = in_use[min(len(in_use) - 1, math.ceil(0.9 * len(in_use)))]
     if nine_tenths <= IDLE * rank:
-        yield Finding(
-            "note",
-            f"in nine modules of ten, {nine_tenths} of {rank} directions hold 90 % of the update's energy: a lower "
-            "rank might do. Energy doesn't say what the others do: `deltaw resize --max-loss-increase` measures it",
-        )
+        what = f"in nine modules of ten, {nine_tenths} of {rank} directions hold 90 % of the update's energy"
+        how = "Energy doesn't say what the others do: `deltaw resize --max-loss-increase` measures it"
+        yield Finding("note", f"{what}: a lower rank might do. {how}")
 
 
 def _merging(measures: Mapping[str, Measures]) -> Iterator[Finding]:
@@ -91,29 +86,26 @@ def _merging(measures: Mapping[str, Measures]) -> Iterator[Finding]:
         return
     summary = summarise(measures)
     kept, noise = summary["merge_kept"], noise_of(summary["merge_kept"], summary["merge_error"])
-    said = (
-        f"merged into bfloat16 weights, {kept:.0%} of the update is kept along its own direction; rounding adds noise "
-        f"of {noise:.0%} of its size"
-    )
+    what = f"merged into bfloat16 weights, {kept:.0%} of the update is kept along its own direction"
+    what += f"; rounding adds noise of {noise:.0%} of its size"
     if kept < KEPT:
-        yield Finding("warning", f"{said}: serve it as an adapter, or merge into float32")
+        yield Finding("warning", f"{what}: serve it as an adapter, or merge into float32")
     else:
-        yield Finding("ok", said)
+        yield Finding("ok", what)
 
 
 def _held_out(result: Mapping[str, Any]) -> Iterator[Finding]:
     sides = [result.get("eval", {}).get(side) for side in ("before", "after")]
     if sides == [{}, {}]:
-        yield Finding("note", "no held-out rows: whether it learnt what was meant can't be told; set data.eval")
+        yield Finding("note", "no held-out rows: nothing tells whether it learnt what was meant; set data.eval")
     if not all(side and "loss" in side for side in sides):
         return
     before, after = (side["loss"] for side in sides)
     if after >= before:
-        yield Finding(
-            "problem", f"held-out loss rose from {before:.3f} to {after:.3f}: lower train.lr, or check the data"
-        )
+        what = f"the held-out loss rose from {before:.3f} to {after:.3f} nats per token"
+        yield Finding("problem", f"{what}: lower train.lr, or check the data")
     else:
-        yield Finding("ok", f"held-out loss fell from {before:.3f} to {after:.3f} nats a token")
+        yield Finding("ok", f"the held-out loss fell from {before:.3f} to {after:.3f} nats per token")
     best, steps = result.get("best_step"), result.get("steps")
     if best is not None and steps is not None and best < steps:
         yield Finding("note", f"the held-out loss was best at step {best:g} of {steps:g}; that adapter was saved")
@@ -129,32 +121,29 @@ def _capacity(training: Training) -> Iterator[Finding]:
     first = lines[: math.ceil(len(lines) / max(1.0, epochs))]
     counts = [0, *(line["supervised_tokens"] for line in lines)]
     nats = sum(line["loss"] * (after - before) for line, before, after in zip(first, counts, counts[1:], strict=False))
-    bits, room = nats / math.log(2), BITS_A_PARAMETER * parameters
+    bits, room = nats / math.log(2), BITS_PER_PARAMETER * parameters
     seen = "in its first epoch" if epochs >= 1 else f"in the {epochs:.0%} of it that was seen"
-    said = f"the data held {bits:,.0f} bits {seen}, the adapter has room for about {room:,.0f}"
+    what = f"the data held {bits:,.0f} bits {seen}, the adapter has room for about {room:,.0f}"
     if bits <= room:
-        yield Finding("ok", said)
+        yield Finding("ok", what)
     elif training.result.get("form") == "text":
-        yield Finding(
-            "warning", f"{said}: this is continued pretraining, where LoRA falls behind; raise rank, or train full"
-        )
-    elif bits > room:
-        yield Finding("warning", f"{said}: raise adapter.rank")
+        why = "this is continued pretraining, where LoRA falls behind"
+        yield Finding("warning", f"{what}: {why}; raise adapter.rank, or train all weights (adapter: full)")
+    else:
+        yield Finding("warning", f"{what}: raise adapter.rank")
 
 
 def _rate(config: RunConfig) -> Iterator[Finding]:
     spec, lr = config.adapter, config.train.lr
     low = LOW_RATE * (FULL_SHARE if spec.full else 1.0)
     reach = 1.0 if spec.full or spec.moves_base else config.train.lr_ratio_b * spec.scale("") * spec.rank / USUAL
-    said = f"train.lr {lr:g}"
+    if lr * reach >= low:
+        return
+    what = f"train.lr {lr:g}"
     if not math.isclose(reach, 1):
-        said += f" moves the update as {lr * reach:.2g} would at s · r = {USUAL:g}, which"
-    if lr * reach < low:
-        yield Finding(
-            "note",
-            f"{said} is below the usual range, which begins at {low:g}: so low, every rank learns the same and little; "
-            "try ten times as much",
-        )
+        what += f" moves the update as {lr * reach:.2g} would at s · r = {USUAL:g}, which"
+    what += f" is below the usual range, which begins at {low:g}"
+    yield Finding("note", f"{what}: so low, every rank learns the same, and little; try ten times as much")
 
 
 def _batch(training: Training) -> Iterator[Finding]:
@@ -162,9 +151,8 @@ def _batch(training: Training) -> Iterator[Finding]:
     documents = rows * epochs / steps if rows and steps and epochs else 0.0
     if documents > DOCUMENTS[0]:
         level: Level = "warning" if documents > DOCUMENTS[1] else "note"
-        yield Finding(
-            level, f"{documents:.0f} documents a step: LoRA tolerates large batches badly; lower train.tokens_per_step"
-        )
+        what = f"{documents:.0f} documents per step: LoRA tolerates large batches badly"
+        yield Finding(level, f"{what}; lower train.tokens_per_step")
 
 
 def _forgetting(lost: Mapping[str, Any] | None) -> Iterator[Finding]:
@@ -172,17 +160,16 @@ def _forgetting(lost: Mapping[str, Any] | None) -> Iterator[Finding]:
         return
     rise, kl = lost["loss_after"] - lost["loss_before"], lost["kl"]
     rises, kls = lost.get("rise_interval") or (rise, rise), lost.get("kl_interval") or (kl, kl)
-    losses = f"loss {lost['loss_before']:.3f} → {lost['loss_after']:.3f}"
-    said = f"general text: {losses}{_between('change ', lost.get('rise_interval'))}, "
-    said += f"KL from the base {kl:.3f}{_between('', lost.get('kl_interval'))} nats a token"
+    what = f"general text: loss {lost['loss_before']:.3f} → {lost['loss_after']:.3f}"
+    what += f"{_between('change ', lost.get('rise_interval'))}, KL from the base {kl:.3f}"
+    what += f"{_between('', lost.get('kl_interval'))} nats per token"
     if rises[0] > FORGOT or kls[0] > MOVED:
-        yield Finding(
-            "warning", f"{said}: it forgot a good deal; a lower train.lr, or deltaw scale, trades task for memory"
-        )
+        how = "a lower train.lr, or `deltaw scale`, gives up some of the task and forgets less"
+        yield Finding("warning", f"{what}: it forgot a good deal; {how}")
     elif rise > FORGOT or kl > MOVED:
-        yield Finding("note", f"{said}: it may have forgotten a good deal, on so few passages one can't tell")
+        yield Finding("note", f"{what}: it may have forgotten a good deal; so few passages can't tell")
     else:
-        yield Finding("ok", said)
+        yield Finding("ok", what)
 
 
 def _between(what: str, interval: Sequence[float] | None) -> str:

@@ -6,12 +6,11 @@ tenth by chance alone, which looks like something.
 
 from pathlib import Path
 
-from deltaw.analysis import plots
-from deltaw.analysis.axis import evenly
+from deltaw.analysis import pictures
 from deltaw.analysis.compare import Comparison
 from deltaw.analysis.maps import layer_map
-from deltaw.analysis.page import Block, Cell, Fact, Facts, Page, Picture, Section, Table, Text, number
-from deltaw.analysis.sentences import KINDS, kinds_of, short, title
+from deltaw.analysis.page import Block, Cell, Fact, Facts, Page, Picture, Section, Table, Text, evenly, number
+from deltaw.analysis.words import KINDS, kinds_of, short, title
 
 SHOWN, ROWS = 20, 300  # directions of a picture, modules of the table: a page must not grow with the adapters
 
@@ -30,13 +29,17 @@ def page_of(comparison: Comparison, one: str, other: str) -> Page:
         i, j = (evenly(n, SHOWN) for n in (len(values), len(values[0])))
         shown = [[values[row][column] for column in j] for row in i]
         rows, columns = ([str(place + 1) for place in places] for places in (i, j))
-        svg = plots.heatmap(shown, row_labels=rows, column_labels=columns, value_label=label, diverging=True)
+        svg = pictures.heatmap(shown, row_labels=rows, column_labels=columns, value_label=label, diverging=True)
         cells: list[list[Cell]] = [[row, *line] for row, line in zip(rows, shown, strict=True)]
         return Picture(svg, caption, f"{label}: {one} down, {other} across", Table(["", *columns], cells, label))
 
     order = kinds_of(comparison.modules)
     grids: list[Block] = [
-        grid(side["right"].excess_IJ.tolist(), f"{short(kind)}: φ above chance", f"Input directions of `{kind}`, mean.")
+        grid(
+            side["right"].excess_IJ.tolist(),
+            f"{short(kind)}: φ above chance",
+            f"Input directions of `{kind}`, mean of the modules.",
+        )
         for kind, side in sorted(comparison.kinds.items(), key=lambda item: order.index(item[0]))[:KINDS]
     ]
     cosines = layer_map(
@@ -59,16 +62,12 @@ def in_words(comparison: Comparison, one: str, other: str) -> list[str]:
     if comparison.cosine is None:
         return [f"One of {one} and {other} is zero in every module: there is nothing to compare."]
     middle = comparison.medians
-    top, chance = middle.get("right_phi_1"), None
-    lines = [
-        f"Over {len(comparison.modules)} modules the updates have a cosine of {comparison.cosine:.3f}; "
-        f"‖ΔW‖ is {comparison.frobenius[0]:.3g} and {comparison.frobenius[1]:.3g}."
-    ]
-    if top is not None:
+    norms = f"{comparison.frobenius[0]:.3g} and {comparison.frobenius[1]:.3g}"
+    over = f"Over {len(comparison.modules)} modules the updates have a cosine of {comparison.cosine:.3f}"
+    lines = [f"{over}; ‖ΔW‖ is {norms}."]
+    if (top := middle.get("right_phi_1")) is not None:
         chance = top - (middle.get("right_excess_1") or 0.0)
-        lines.append(
-            f"Their first input directions have φ = {top:.2f} in the middle of the modules, by chance {chance:.3f}."
-        )
+        lines.append(f"Their first input directions have φ = {top:.2f} (median), by chance {chance:.3f}.")
     if (last := middle.get("right_phi_last")) is not None:
         excess = middle.get("right_excess_last") or 0.0
         lines.append(f"All directions that both have: φ = {last:.2f}, by chance {last - excess:.2f}.")

@@ -32,6 +32,8 @@ from deltaw.linalg import rank as ranks
 from deltaw.linalg.exact import exact_factorisation
 from deltaw.linalg.rounding import Rounding
 from deltaw.linalg.svd import randomised_svd, two_norm
+from deltaw.show.chart import EIGHTHS, columns
+from deltaw.show.table import table
 
 DEFAULT_RANK = 8
 PIVOT_WORK = 2e9  # R M N of picking columns, some ten seconds
@@ -188,16 +190,12 @@ def spectrum(sigma: Sequence[float], width: int = 64, height: int = 8) -> str:
     """Positive values in descending order as bars on a log scale; of more than `width`, evenly chosen ones."""
     count = min(width, len(sigma))
     shown = [sigma[round(i * (len(sigma) - 1) / max(1, count - 1))] for i in range(count)]
-    each = min(4, width // count)  # columns a bar
     low, high = math.log(shown[-1]), math.log(shown[0])
-    heights = [1 + (8 * height - 1) * ((math.log(value) - low) / (high - low) if high > low else 1) for value in shown]
-    labels = {height - 1: f"{shown[0]:.2e}", 0: f"{shown[-1]:.2e}"}
-    lines = []
-    for row in range(height - 1, -1, -1):
-        blocks = "".join(" ▁▂▃▄▅▆▇█"[min(8, max(0, round(bar) - 8 * row))] * each for bar in heights)
-        lines.append(f"{labels.get(row, ''):>9} │{blocks.rstrip()}")
-    last = f"{len(sigma):>{max(0, count * each - 1)}}" if len(sigma) > 1 else ""
-    return "\n".join([*lines, f"{'':9} └{'─' * count * each}", f"{'':11}1{last}"])
+    shares = [(math.log(value) - low) / (high - low) if high > low else 1.0 for value in shown]
+    return columns(
+        [round(1 + (EIGHTHS * height - 1) * share) for share in shares], rows=height, width=min(4, width // count),
+        top=f"{shown[0]:>9.2e}", bottom=f"{shown[-1]:>9.2e}", first="1", last=str(len(sigma)) if len(sigma) > 1 else "",
+    )  # fmt: skip
 
 
 def _ranks(d: Decomposition) -> str:
@@ -224,12 +222,11 @@ def _ranks(d: Decomposition) -> str:
         ("rank at 99 %", f"{d.rank_at_99}", ""),
         ("condition", condition, f"σ₁ / σ{_sub(min(d.rows, d.columns))}"),
     ]
-    width = max(len(value) for _, value, _ in lines)
-    return "\n".join(f"{name:16}{value:<{width}}  {said}".rstrip() for name, value, said in lines)
+    return table(lines)
 
 
 def _table(d: Decomposition) -> str:
-    lines: list[Sequence[str]] = [("", "rank", "numbers", "of M N", "error (F)", "error (2)", "seconds")]
+    rows = []
     for name, one in (
         ("full rank, P Qᵀ", d.full_rank),
         ("truncated SVD", d.truncated),
@@ -238,12 +235,12 @@ def _table(d: Decomposition) -> str:
         errors = [f"{error:.3g}" for error in (one.error_frobenius, one.error_two)]
         if d.exact and one is d.full_rank:
             errors = ["exactly 0"] * 2
-        lines.append(
+        rows.append(
             [name, f"{one.rank}", f"{one.numbers:,}", f"{100 * one.share:.3g} %", *errors, f"{one.seconds:.3f}"]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = [f"{line[0]:{widths[0]}}" + _right(line[1:], widths[1:]) for line in lines]
-    return "\n".join([*rows, "errors: the Frobenius and the 2-norm of X − P Qᵀ, measured, relative to those of X"])
+    head = ("", "rank", "numbers", "of M N", "error (F)", "error (2)", "seconds")
+    errors_are = "errors: the Frobenius and the 2-norm of X − P Qᵀ, measured, relative to those of X"
+    return f"{table(rows, head, align='lr')}\n{errors_are}"
 
 
 def _remarks(d: Decomposition) -> str:
@@ -264,16 +261,8 @@ def _remarks(d: Decomposition) -> str:
 def _beside(p: Cells, qt: Cells) -> str:
     """Two small matrices side by side."""
 
-    def drawn(cells: Cells) -> list[str]:
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return [f"│{_right(row, widths)}  │" for row in cells]
-
-    left, right = drawn(p), drawn(qt)
+    left, right = ([f"│  {line}  │" for line in table(cells, align="r").split("\n")] for cells in (p, qt))
     return "\n".join(f"{a:{len(left[0])}}   {b}".rstrip() for a, b in zip_longest(left, right, fillvalue=""))
-
-
-def _right(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
 def _sub(number: int) -> str:

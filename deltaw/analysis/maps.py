@@ -8,9 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from deltaw.analysis import plots
+from deltaw.analysis import pictures
 from deltaw.analysis.page import Cell, Picture, Table
-from deltaw.analysis.sentences import columns_of, place, short
+from deltaw.analysis.words import columns_of, place, short
 
 CELLS, LONE = 560, 8  # of a map; rows for paths without a layer
 
@@ -30,7 +30,7 @@ def layer_map(values: Mapping[str, float | None], label: str, caption: str, *, d
     if len(values) > len(shared):
         caption += f" A cell is the mean of its modules, {len(values) / len(shared):.3g} on average."
     heads = list(map(short, columns))
-    svg = plots.heatmap(grid, row_labels=names, column_labels=heads, value_label=label, diverging=diverging)
+    svg = pictures.heatmap(grid, row_labels=names, column_labels=heads, value_label=label, diverging=diverging)
     lines: list[list[Cell]] = [[row, *cells] for row, cells in zip(names, grid, strict=True)]
     return Picture(
         svg, caption, f"{label}: layers down, kinds of module across", Table(["layer", *heads], lines, label)

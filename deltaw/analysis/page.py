@@ -1,10 +1,10 @@
-"""Reports as one HTML file: blocks that say what they are, in a page that needs nothing else.
+"""Reports as one HTML file: plain values that say what they are, and one jinja2 template that writes them.
 
-A `Page` has sections, a section has blocks, each block writes itself. No template language: a template can forget to
-escape, a block can't, since `text()` is the only way from a string to HTML. Paths, prompts and what a model wrote are a
-stranger's words, so that way also makes visible what would act unseen: control characters, marks that turn the reading
-direction, letters without width. (The two joiners stay, which Persian and emoji need.) A content security policy
-forbids whatever would slip through: no script runs, nothing is fetched.
+A `Page` has sections, a section has blocks; template.py has a macro for each kind of block. Paths, prompts and what a
+model wrote are a stranger's words. So the template escapes every value, and every string passes through `visible`
+before: control characters, marks that turn the reading direction, letters without width are shown by their number. (The
+two joiners stay, which Persian and emoji need.) A content security policy forbids whatever would slip through: no
+script runs, nothing is fetched.
 
     one file       works offline, by mail, as an archive; the same page gives the same bytes
     no script      light or dark follow the reader's system, details open by themselves, hover texts are SVG titles
@@ -18,16 +18,19 @@ Rejected: Markdown (whitespace and HTML in model outputs), a chart library in th
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
+from functools import cache
+from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
-from deltaw.analysis.style import STYLE
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup, escape
+
+from deltaw.analysis.template import PAGE, STYLE
 from deltaw.files.atomic import write_text_atomic
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 THIN = "\u202f"  # a narrow space that doesn't break, between groups of three digits
 Cell = str | int | float | None
 
@@ -40,7 +43,7 @@ _MARKUP = re.compile(r"(`[^`\n]+`|\[[^\[\]\n]+\]\(#[a-z0-9-]+\)|(?<!\S)\*[\w‖]
 
 def visible(words: str) -> str:
     """The text with what can't be seen, save tabs and line ends, by its number: ⟨U+202E⟩."""
-    return _UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", words)
+    return _UNSEEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", words)
 
 
 def excerpt(words: str, most: int = 3000) -> str:
@@ -50,9 +53,22 @@ def excerpt(words: str, most: int = 3000) -> str:
     return f"{words[: most // 2]}\n⟨{len(words) - most:,} characters left out⟩\n{words[len(words) - most // 2 :]}"
 
 
-def text(words: str) -> str:
-    """A stranger's words as HTML: made visible, escaped."""
-    return escape(visible(words))
+def evenly(length: int, most: int) -> list[int]:
+    """At most `most` places of a row, the first and the last among them."""
+    return list(range(length)) if length <= most else [round(i * (length - 1) / (most - 1)) for i in range(most)]
+
+
+def thinned(values: Sequence[float | None], most: int) -> list[int]:
+    """At most `most` places in a long row of numbers: of each of `most` / 2 stretches the least and the greatest."""
+    size = math.ceil(len(values) / (most // 2))
+    if size <= 2:
+        return list(range(len(values)))
+    places = []
+    for begin in range(0, len(values), size):
+        stretch = range(begin, min(len(values), begin + size))
+        known = [(value, i) for i in stretch if (value := values[i]) is not None and math.isfinite(value)]
+        places += sorted({min(known)[1], max(known)[1]}) if known else [begin]
+    return places
 
 
 def number(value: float | None) -> str:
@@ -76,25 +92,11 @@ def number(value: float | None) -> str:
     return (f"{mantissa}e{int(power_of_ten)}" if power_of_ten else mantissa).replace(",", THIN).replace("-", "−")
 
 
-def slug(title: str) -> str:
-    """What `[words](#…)` points at: the section with this title."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section"
-
-
-class Block(Protocol):
-    """Anything that writes itself as HTML."""
-
-    def html(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class Text:
     """Paragraphs, separated by empty lines; `code`, *emphasis* and [links](#section) are marked up, nothing else."""
 
     words: str
-
-    def html(self) -> str:
-        return "".join(f"<p>{_marked(part)}</p>" for part in re.split(r"\n\s*\n", self.words.strip()))
 
 
 class Fact(NamedTuple):
@@ -111,13 +113,6 @@ class Facts:
 
     facts: Sequence[Fact]
 
-    def html(self) -> str:
-        return f'<dl class="facts">{"".join(map(self._card, self.facts))}</dl>'
-
-    def _card(self, fact: Fact) -> str:
-        note = f'<dd class="note">{_marked(fact.note)}</dd>' if fact.note else ""
-        return f"<div><dt>{text(fact.label)}</dt><dd>{_cell(fact.value)}</dd>{note}</div>"
-
 
 @dataclass(frozen=True)
 class Table:
@@ -131,24 +126,20 @@ class Table:
         if odd := [row for row in self.rows if len(row) != len(self.head)]:
             raise ValueError(f"{len(self.head)} columns, but a row has {len(odd[0])} cells: {odd[0]!r:.80}")
 
-    def html(self) -> str:
-        sides = [self._side(column) for column in range(len(self.head))]
-        head = "".join(f'<th scope="col"{side}>{text(name)}</th>' for name, side in zip(self.head, sides, strict=True))
-        rows = ("".join(f"<td{side}>{_cell(c)}</td>" for c, side in zip(row, sides, strict=True)) for row in self.rows)
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        caption = f"<caption>{_marked(self.caption)}</caption>" if self.caption else ""
-        table = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        return f'<div class="wide" role="group" aria-label="{text(self.caption or "Table")}" tabindex="0">{table}</div>'
-
-    def _side(self, column: int) -> str:
-        words = [cell for row in self.rows if isinstance(cell := row[column], str)]
-        longest = max(map(len, words), default=0)
-        return ' class="long"' if longest > 20 else "" if words else ' class="number"'
+    @property
+    def looks(self) -> list[Markup]:
+        """Each column's class in HTML."""
+        looks = []
+        for column in range(len(self.head)):
+            words = [cell for row in self.rows if isinstance(cell := row[column], str)]
+            longest = max(map(len, words), default=0)
+            looks.append(Markup(' class="long"' if longest > 20 else "" if words else ' class="number"'))
+        return looks
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An inline SVG from plots.py (trusted), the words and the table that say the same. ValueError if no SVG."""
+    """An inline SVG from pictures.py (trusted), the words and the table that say the same. ValueError if no SVG."""
 
     svg: str
     caption: str
@@ -159,11 +150,6 @@ class Picture:
         if not (self.svg.startswith("<svg ") and self.svg.endswith("</svg>")):
             raise ValueError(f"not an inline SVG: {self.svg[:40]!r}")
 
-    def html(self) -> str:
-        picture = f'<div class="wide" role="img" aria-label="{text(self.alt)}" tabindex="0">{self.svg}</div>'
-        table = f"<details><summary>The numbers</summary>{self.table.html()}</details>"
-        return f"<figure>{picture}<figcaption>{_marked(self.caption)}</figcaption>{table}</figure>"
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -171,11 +157,6 @@ class Verdict:
 
     status: Literal["held", "did not hold", "too noisy"]
     words: str
-
-    def html(self) -> str:
-        look, sign, word = _VERDICTS[self.status]
-        head = f'<p class="status">{_badge(sign)}{word}</p>'
-        return f'<div class="verdict {look}">{head}{Text(self.words).html()}</div>'
 
 
 Level = Literal["ok", "note", "warning", "problem"]
@@ -193,13 +174,6 @@ class Findings:
     """A list of findings, in the order given."""
 
     findings: Sequence[Finding]
-
-    def html(self) -> str:
-        return f'<ul class="findings">{"".join(map(self._item, self.findings))}</ul>'
-
-    def _item(self, finding: Finding) -> str:
-        look, sign, word = _LEVELS[finding.level]
-        return f'<li class="{look}"><p class="status">{_badge(sign)}{word}</p><p>{_marked(finding.words)}</p></li>'
 
 
 class Sample(NamedTuple):
@@ -219,28 +193,16 @@ class Samples:
     samples: Sequence[Sample]
     names: tuple[str, str] = ("Before", "After")
 
-    def html(self) -> str:
-        return "".join(map(self._sample, self.samples))
 
-    def _sample(self, sample: Sample) -> str:
-        parts = zip(_PARTS, ("Prompt", *self.names, "Truth"), sample, strict=True)
-        two = "" if sample.truth is not None else " two"
-        return f'<dl class="sample{two}">{"".join(self._part(*part) for part in parts if part[2] is not None)}</dl>'
-
-    def _part(self, look: str, name: str, words: str | None) -> str:
-        shown = f"<pre>\n{text(words)}</pre>" if words else "<em>empty</em>"  # HTML drops a line end after <pre>
-        return f'<div class="{look}"><dt>{text(name)}</dt><dd>{shown}</dd></div>'
+Block = Text | Facts | Table | Picture | Verdict | Findings | Samples
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and what stands under it; pictures that follow each other stand side by side where there is room."""
 
     title: str
     blocks: Sequence[Block]
-
-    def html(self, name: str) -> str:
-        return f'<section id="{name}"><h2>{text(self.title)}</h2>{"".join(_flow(self.blocks))}</section>'
 
 
 @dataclass(frozen=True)
@@ -255,20 +217,8 @@ class Page:
 def render(page: Page) -> str:
     """The page as one HTML document."""
     names = _names([section.title for section in page.sections])
-    contents = ""
-    if len(names) > 3:
-        links = zip(names, page.sections, strict=True)
-        items = "".join(f'<li><a href="#{name}">{text(section.title)}</a></li>' for name, section in links)
-        contents = f'<nav aria-label="Contents"><ol>{items}</ol></nav>\n'
-    sections = "\n".join(section.html(name) for section, name in zip(page.sections, names, strict=True))
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(page.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<header><h1>{text(page.title)}</h1><p>{_marked(page.subtitle)}</p></header>\n"
-        f"{contents}<main>\n{sections}\n</main>\n</body>\n</html>\n"
-    )
+    sections = list(zip(names, page.sections, strict=True))
+    return _template().render(title=page.title, subtitle=page.subtitle, sections=sections, style=STYLE) + "\n"
 
 
 def write(page: Page, path: Path) -> None:
@@ -276,61 +226,53 @@ def write(page: Page, path: Path) -> None:
     write_text_atomic(path, render(page))
 
 
-_PARTS = ("prompt", "before", "after", "truth")
-_LEVELS = {
-    "ok": ("good", "✓", "OK"),
-    "note": ("plain", "i", "Note"),
-    "warning": ("doubt", "!", "Warning"),
-    "problem": ("bad", "✕", "Problem"),
-}
-_VERDICTS = {
-    "held": ("good", "✓", "Held"),
-    "did not hold": ("bad", "✕", "Did not hold"),
-    "too noisy": ("doubt", "≈", "Too noisy to tell"),
-}
+@cache
+def _template() -> Template:
+    def seen(value: Any) -> Any:
+        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    def of_kind(blocks: Sequence[Block]) -> Iterator[tuple[str, list[Block]]]:
+        for kind, same in groupby(blocks, lambda block: type(block).__name__.lower()):
+            yield kind, list(same)
+
+    environment = Environment(autoescape=True, finalize=seen, undefined=StrictUndefined)
+    environment.filters |= {"cell": _cell, "marked": _marked, "paragraphs": _paragraphs, "groupby_kind": of_kind}
+    return environment.from_string(PAGE)
 
 
-def _marked(words: str) -> str:
+def _paragraphs(words: str) -> Markup:
+    return Markup("").join(Markup(f"<p>{_marked(part)}</p>") for part in re.split(r"\n\s*\n", words.strip()))
+
+
+def _marked(words: str) -> Markup:
     """Text with `code`, *emphasis* and [links](#section)."""
     parts = _MARKUP.split(words)
+    html = [escape(visible(part)) for part in parts]
     for i in range(1, len(parts), 2):
         if parts[i].startswith("`"):
-            parts[i] = f"<code>{text(parts[i][1:-1])}</code>"
+            html[i] = Markup("<code>{}</code>").format(visible(parts[i][1:-1]))
         elif parts[i].startswith("*"):
-            parts[i] = f"<em>{text(parts[i][1:-1])}</em>"
+            html[i] = Markup("<em>{}</em>").format(visible(parts[i][1:-1]))
         else:
             label, _, target = parts[i][1:-1].rpartition("](#")
-            parts[i] = f'<a href="#{target}">{text(label)}</a>'
-    parts[::2] = map(text, parts[::2])
-    return "".join(parts)
+            html[i] = Markup('<a href="#{}">{}</a>').format(target, visible(label))
+    return Markup("").join(html)
 
 
-def _cell(value: Cell) -> str:
-    return re.sub(r"(?<=[\w)])([./])(?=\w)", r"\1<wbr>", text(value)) if isinstance(value, str) else number(value)
-
-
-def _badge(sign: str) -> str:
-    return f'<span class="badge" aria-hidden="true">{sign}</span>'
-
-
-def _flow(blocks: Sequence[Block]) -> list[str]:
-    """The blocks one after the other; pictures that follow each other stand side by side where there is room."""
-    parts: list[str] = []
-    for i, block in enumerate(blocks):
-        joins = isinstance(block, Picture) and i > 0 and isinstance(blocks[i - 1], Picture)
-        if joins:
-            parts[-1] = parts[-1].removesuffix("</div>") + block.html() + "</div>"
-        else:
-            parts.append(f'<div class="row">{block.html()}</div>' if isinstance(block, Picture) else block.html())
-    return parts
+def _cell(value: Cell) -> Markup:
+    """A number as one writes it, or words; paths may break after a dot or a slash."""
+    if not isinstance(value, str):
+        return escape(number(value))
+    return Markup(re.sub(r"(?<=[\w)])([./])(?=\w)", r"\1<wbr>", str(escape(visible(value)))))
 
 
 def _names(titles: Sequence[str]) -> list[str]:
-    """A name for each section, no two alike."""
+    """What `[words](#…)` points at: a name for each section, no two alike."""
     names: list[str] = []
     for title in titles:
-        name, again = slug(title), 2
+        slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section"
+        name, again = slug, 2
         while name in names:
-            name, again = f"{slug(title)}-{again}", again + 1
+            name, again = f"{slug}-{again}", again + 1
         names.append(name)
     return names

@@ -1,7 +1,7 @@
 """`deltaw inspect`: an adapter, or a whole run, as one page and as JSON.
 
     inspect(folder) -> Report       reads the folder, finds the base's weights, measures, checks
-    report.write()                  report.html: self-contained, for people          (pages.py lays it out)
+    report.write()                  report.html: self-contained, for people          (sections.py lays it out)
     report.to_json()                the same numbers, for machines
     report.gist()                   a dozen lines for a terminal
 
@@ -21,10 +21,11 @@ from typing import Any
 from deltaw.adapter.file import Adapter
 from deltaw.analysis.checks import check_adapter, check_run
 from deltaw.analysis.measure import Measures, measure_adapter
-from deltaw.analysis.page import Finding
-from deltaw.analysis.sentences import gist, sentence
+from deltaw.analysis.page import Finding, Findings, Page, Section, write
+from deltaw.analysis.sections import in_short, of_training, of_weights
 from deltaw.analysis.summary import summarise
 from deltaw.analysis.training import Training, read_training
+from deltaw.analysis.words import gist, sentence
 from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.load import fingerprint_of_files, open_base
@@ -50,14 +51,14 @@ class Report:
 
     @property
     def sentences(self) -> list[str]:
-        """One a module."""
+        """One per module."""
         return [sentence(path, m) for path, m in self.measures.items()]
 
     def gist(self) -> str:
         """What a terminal shows."""
         signs = {"ok": "✓", "note": "·", "warning": "!", "problem": "✗"}
-        found = [f"{signs[level]} {words}" for level, words in self.findings]
-        return "\n".join([*gist(self.measures, self.summary), "", *found])
+        checks = [f"{signs[level]} {words}" for level, words in self.findings]
+        return "\n".join([*gist(self.measures, self.summary), "", *checks])
 
     def to_json(self) -> dict[str, Any]:
         """All measures, the summary, the findings; plain JSON."""
@@ -68,21 +69,26 @@ class Report:
             "summary": dict(self.summary),
             "findings": [{"level": level, "text": words} for level, words in self.findings],
             "modules": {
-                path: {"sentence": said, **m.to_json()}
-                for (path, m), said in zip(self.measures.items(), self.sentences, strict=True)
+                path: {"sentence": words, **m.to_json()}
+                for (path, m), words in zip(self.measures.items(), self.sentences, strict=True)
             },
             "training": self.training.to_json() if self.training else None,
         }
 
+    def page(self) -> Page:
+        """All of it, for people (sections.py)."""
+        spec = self.adapter.spec
+        kind = "full fine-tuning" if spec.full else f"LoRA, rank {spec.rank}, alpha {spec.alpha:g}"
+        sections = [in_short(self.measures, self.summary, self.training), Section("Checks", [Findings(self.findings)])]
+        sections += [*(of_training(self.training) if self.training else []), *of_weights(self.measures)]
+        return Page(f"{self.folder.name}: what the fine-tune did", f"{kind}, on {self.base}", sections)
+
     def write(self, path: str | Path | None = None) -> Path:
         """The page, into the folder unless a path is given. Raises RunError when the disk refuses."""
-        from deltaw.analysis.layers import page_of
-        from deltaw.analysis.page import write
-
         target = Path(path) if path else self.folder / PAGE
         if not target.parent.is_dir():
             raise RunError(f"{target}: no folder {target.parent}", fix="choose another --output")
-        write(page_of(self), target)
+        write(self.page(), target)
         return target
 
 
@@ -104,10 +110,9 @@ def inspect(name: str | Path, *, base: str | None = None, base_is_known: bool = 
         findings = [*check_run(training), *findings]
     if source is None:
         findings.append(Finding("note", f"measured without the base's weights: {why}"))
-    said = source.name if source else why
     order = ("problem", "warning", "note", "ok")
     findings.sort(key=lambda finding: order.index(finding.level))
-    return Report(folder, adapter, said, measures, summarise(measures), findings, training)
+    return Report(folder, adapter, source.name if source else why, measures, summarise(measures), findings, training)
 
 
 def _source(
@@ -129,12 +134,12 @@ def _check_base(adapter: Adapter, source: Source, display: Display) -> None:
     if not known:
         return
     display.say(f"looking whether {source.name} is the base that the adapter was trained on")
-    found = fingerprint_of_files(source)
-    if not same_base(found, known):
-        found = open_base(source, dtype="bfloat16", device="cpu").fingerprint
-    if not same_base(found, known):
+    fingerprint = fingerprint_of_files(source)
+    if not same_base(fingerprint, known):
+        fingerprint = open_base(source, dtype="bfloat16", device="cpu").fingerprint
+    if not same_base(fingerprint, known):
         raise InputError(
             f"the adapter was trained on {adapter.base.name or 'another base'} ({describe(known)}), "
-            f"{source.name} is another ({describe(found)})",
+            f"{source.name} is another ({describe(fingerprint)})",
             fix="name its own base with --base",
         )

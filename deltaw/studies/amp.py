@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from deltaw.adapter.file import Adapter
-from deltaw.analysis import plots
+from deltaw.analysis import pictures
 from deltaw.analysis.measure import BaseMeasures
 from deltaw.analysis.page import Block, Cell, Picture, Table, Text
-from deltaw.analysis.sentences import place
+from deltaw.analysis.words import place
 from deltaw.linalg.threads import one_thread
 from deltaw.studies.lab import RANKS, Lab, best
 from deltaw.studies.study import Claim, Judgement, Outcome, majority
@@ -163,13 +163,13 @@ def blocks(middle: Mapping[int, Row], rates: Mapping[int, float], modules: Mappi
     ]
     return [
         Picture(
-            plots.lines(curves[0], x_label="rank", y_label="Frobenius norm", log_x=True, log_y=True),
+            pictures.lines(curves[0], x_label="rank", y_label="Frobenius norm", log_x=True, log_y=True),
             "The size of ΔW, and of W in three sets of as many directions.",
             "Four curves over the rank",
             table,
         ),
         Picture(
-            plots.lines(curves[1], x_label="rank", y_label="amplification", log_x=True, log_y=True),
+            pictures.lines(curves[1], x_label="rank", y_label="amplification", log_x=True, log_y=True),
             "How many times what W has there ΔW has in its directions.",
             "Three curves over the rank",
             table,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from deltaw.adapter.attach import attach, detach
-from deltaw.analysis import plots
+from deltaw.analysis import pictures
 from deltaw.analysis.page import Cell, Picture, Table
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.load import open_base
@@ -86,7 +86,7 @@ def run(lab: Lab) -> Outcome:
     ]
     head = ["", "A's entries changed", "B's entries changed", "‖A − A₀‖ / ‖A₀‖", "‖B‖", "held-out loss"]
     picture = Picture(
-        plots.bars(
+        pictures.bars(
             [f"lr {rate:g}" for rate in RATES],
             {
                 f"{side}, {dtype}": [getattr(found[rate, dtype], f"{side.lower()}_changed") for rate in RATES]
@@ -96,7 +96,11 @@ def run(lab: Lab) -> Outcome:
             y_label="share of the entries that changed",
         ),
         "The share of A's and B's entries that training changed at all.",
+<<<<<<< HEAD
         "A group of bars a learning rate; in each, A and B in float32 and in bfloat16",
+=======
+        "A group of bars for each learning rate; in each, A and B in float32 and in bfloat16",
+>>>>>>> main
         Table(head, rows, f"After training; the loss before it is {before:.3f} nats per token. Shares are of 1"),
     )
     figures = {"before": before, "moved": {f"{d}, {rate:g}": asdict(m) for (rate, d), m in found.items()}}

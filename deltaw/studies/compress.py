@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping
 
 from deltaw.adapter.algebra import resize
-from deltaw.analysis import plots
+from deltaw.analysis import pictures
 from deltaw.analysis.page import Cell, Picture, Table
 from deltaw.evaluate.budget import wear
 from deltaw.evaluate.held_out import held_out_loss
@@ -49,7 +49,11 @@ def run(lab: Lab) -> Outcome:
         f"trained at {HIGH} and cut": ([*LOW[::-1], HIGH], [*(cut[rank] for rank in LOW[::-1]), losses[HIGH]]),
     }
     picture = Picture(
+<<<<<<< HEAD
         plots.lines(curves, x_label="rank", y_label="held-out loss, nats per token", log_x=True, log_y=True),
+=======
+        pictures.lines(curves, x_label="rank", y_label="held-out loss, nats per token", log_x=True, log_y=True),
+>>>>>>> main
         "Held-out loss against the rank, of adapters trained at it and of one cut to it.",
         "Two curves that meet at the highest rank",
         Table(

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from deltaw.analysis import plots
+from deltaw.analysis import pictures
 from deltaw.analysis.page import Block, Cell, Picture, Table
 from deltaw.studies.lab import Lab, Trial
 from deltaw.studies.study import Claim, Judgement, Outcome
@@ -155,7 +155,7 @@ def scatters(sweeps: Mapping[str, Sequence[Point]]) -> list[Picture]:
     axes = {"KL(base ‖ tuned) on general text": ("kl", True), "rise of general text's loss": ("rise", False)}
     return [
         Picture(
-            plots.scatter(
+            pictures.scatter(
                 {n: ([p.loss for p in points], [getattr(p, field) for p in points]) for n, points in sweeps.items()},
                 x_label="held-out loss of the task, nats per token",
                 y_label=f"{label}, nats per token",

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from deltaw.adapter.file import Adapter
-from deltaw.analysis import plots
+from deltaw.analysis import pictures
 from deltaw.analysis.measure import ENERGY, in_order
 from deltaw.analysis.page import Picture, Table
-from deltaw.analysis.sentences import place
+from deltaw.analysis.words import place
 from deltaw.factors import Update
 from deltaw.linalg.rank import energy_rank
 from deltaw.linalg.threads import one_thread
@@ -97,7 +97,7 @@ def run(lab: Lab) -> Outcome:
         "parts": {part: {"rank": rank, "share": share} for part, (rank, share) in by_part.items()},
         "by_kind": {name: by_kind(found) for name, found in ranks.items()},
     }
-    return Outcome(chosen, because, [bars(ranks), *pictures(spectra)], figures)
+    return Outcome(chosen, because, [bars(ranks), *pictures_of(spectra)], figures)
 
 
 def spectra_of(lab: Lab, name: str, adapter: Adapter) -> dict[str, Tensor]:
@@ -134,7 +134,7 @@ def bars(ranks: Mapping[str, Mapping[str, int]]) -> Picture:
     found = {name: by_kind(each) for name, each in ranks.items()}
     kinds = list(next(iter(found.values())))
     return Picture(
-        plots.bars(
+        pictures.bars(
             kinds,
             {name: [each[kind] for kind in kinds] for name, each in found.items()},
             y_label="directions that hold 90 %",
@@ -146,7 +146,7 @@ def bars(ranks: Mapping[str, Mapping[str, int]]) -> Picture:
     )
 
 
-def pictures(spectra: Mapping[str, Mapping[str, Tensor]]) -> list[Picture]:
+def pictures_of(spectra: Mapping[str, Mapping[str, Tensor]]) -> list[Picture]:
     """σ / σ₁ of a kind's modules, their mean."""
     drawn = []
     for kind in KINDS:
@@ -161,6 +161,6 @@ def pictures(spectra: Mapping[str, Mapping[str, Tensor]]) -> list[Picture]:
         rows = [[at, *(c[at - 1] if at <= len(c) else None for c in curves.values())] for at in points]
         caption = f"{kind}: singular values over the largest, means over the modules."
         numbered = {name: (range(1, len(sigma_K) + 1), sigma_K) for name, sigma_K in curves.items()}
-        svg = plots.lines(numbered, x_label="index", y_label="σ / σ₁", log_x=True, log_y=True)
+        svg = pictures.lines(numbered, x_label="index", y_label="σ / σ₁", log_x=True, log_y=True)
         drawn.append(Picture(svg, caption, "A curve for each training", Table(["index", *curves], rows, caption)))
     return drawn

@@ -5,7 +5,7 @@ is below ε (analysis/measure.py). The paper's ε is 0.5. Short trainings of a s
 count of nought says nothing about what it depends on, so the ε of the verdict is fixed by the counts' size alone: 0.5,
 or the next of 0.7 and 0.9 at which all trainings together have a few. The page shows all three.
 
-Counts of at most 10 a module add up over the model. Two counts a and b differ when they are further apart than
+Counts of at most 10 per module add up over the model. Two counts a and b differ when they are further apart than
 2 √(a + b), twice what a Poisson count's difference scatters by.
 """
 
@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from deltaw.analysis import plots
+from deltaw.analysis import pictures
 from deltaw.analysis.measure import INTRUDER_EPSILON
 from deltaw.analysis.page import Cell, Picture, Table
 from deltaw.studies.forget import crossing
@@ -128,7 +128,7 @@ def run(lab: Lab) -> Outcome:
             for name, spots in sweeps.items()
         },
     }
-    return Outcome(chosen, because, pictures(sweeps, shown), figures)
+    return Outcome(chosen, because, pictures_of(sweeps, shown), figures)
 
 
 def spots_of(lab: Lab, name: str, adapter: Mapping[str, int] | str) -> list[Spot]:
@@ -153,7 +153,7 @@ def correlations(spots: Sequence[Spot], epsilon: float) -> dict[str, float]:
     return {name: spearman(counts, column) for name, column in columns.items()}
 
 
-def pictures(sweeps: Mapping[str, Sequence[Spot]], epsilon: float) -> list[Picture]:
+def pictures_of(sweeps: Mapping[str, Sequence[Spot]], epsilon: float) -> list[Picture]:
     rows: list[list[Cell]] = [
         [name, f"{spot.rate:g}", *(spot.counts[e] for e in EPSILONS), spot.loss, spot.kl]
         for name, spots in sweeps.items()
@@ -167,13 +167,13 @@ def pictures(sweeps: Mapping[str, Sequence[Spot]], epsilon: float) -> list[Pictu
     label = f"intruders at ε = {epsilon:g}"
     return [
         Picture(
-            plots.lines(over, x_label="learning rate", y_label=label, log_x=True),
+            pictures.lines(over, x_label="learning rate", y_label=label, log_x=True),
             "Intruders over the learning rate. Full fine-tuning's rates are a tenth of LoRA's.",
             "A curve for each rank and one for full fine-tuning",
             table,
         ),
         Picture(
-            plots.scatter(beside, x_label="KL(base ‖ tuned) on general text", y_label=label, log_x=True),
+            pictures.scatter(beside, x_label="KL(base ‖ tuned) on general text", y_label=label, log_x=True),
             "Intruders against what was forgotten.",
             "A dot for each training",
             table,

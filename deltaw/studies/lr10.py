@@ -2,7 +2,7 @@
 
 import math
 
-from deltaw.analysis import plots
+from deltaw.analysis import pictures
 from deltaw.analysis.page import Picture, Table
 from deltaw.studies.lab import Lab, Trial, best
 from deltaw.studies.study import Claim, Outcome
@@ -43,9 +43,9 @@ def run(lab: Lab) -> Outcome:
     held = LOW <= ratio <= HIGH and shift <= SHIFT
     names = list(rates)
     picture = Picture(
-        plots.bars(names, {"best rate": [rates[name] for name in names]}, y_label="best learning rate", log_y=True),
+        pictures.bars(names, {"best rate": [rates[name] for name in names]}, y_label="best learning rate", log_y=True),
         "The learning rate at which each ends with the lowest held-out loss.",
-        "A bar a rank and one for full fine-tuning",
+        "A bar for each rank and one for full fine-tuning",
         Table(
             ["", "best rate", "times full's"], [[n, rates[n], rates[n] / rates["full"]] for n in names], "Best rates"
         ),

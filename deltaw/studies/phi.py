@@ -18,7 +18,7 @@ from itertools import combinations
 import torch
 
 from deltaw.adapter.file import Adapter
-from deltaw.analysis import plots
+from deltaw.analysis import pictures
 from deltaw.analysis.compare import Comparison, ModuleComparison, Side, compare
 from deltaw.analysis.page import Block, Cell, Picture, Table
 from deltaw.factors import LowRank, Update
@@ -85,7 +85,7 @@ def run(lab: Lab) -> Outcome:
         f"{SHARED:g} in {sum(phi > SHARED for phi in tops)}), {top:.2f} more than random directions have; at "
         f"({MIDDLE}, {MIDDLE}) the excess is {rest:.2f}. Two seeds of rank {HIGH} have a φ(1, 1) of {seeds_top:.2f}."
     )
-    blocks: list[Block] = [*pictures(found, (ranks, f"rank {HIGH}, two seeds", random)), table_of(medians)]
+    blocks: list[Block] = [*pictures_of(found, (ranks, f"rank {HIGH}, two seeds", random)), table_of(medians)]
     figures = {
         "medians": medians,
         "above": sum(phi > SHARED for phi in tops),
@@ -140,13 +140,13 @@ def grid(side: Side) -> tuple[list[int], list[int], list[list[float]]]:
     return rows, columns, [[float(side.excess_IJ[i - 1, j - 1]) for j in columns] for i in rows]
 
 
-def pictures(found: Mapping[str, Comparison], names: Sequence[str]) -> list[Picture]:
+def pictures_of(found: Mapping[str, Comparison], names: Sequence[str]) -> list[Picture]:
     """φ(1, 1) by kind, then a heat map for some kinds in each of the comparisons named."""
     kinds = list(found[names[0]].kinds)
     tops = {name: [float(found[name].kinds[kind]["right"].phi_IJ[0, 0]) for kind in kinds] for name in names}
     rows: list[list[Cell]] = [[kind, *(tops[name][at] for name in names)] for at, kind in enumerate(kinds)]
     bars = Picture(
-        plots.bars(kinds, tops, y_label="φ(1, 1)", baseline=(f"φ = {SHARED:g}", SHARED)),
+        pictures.bars(kinds, tops, y_label="φ(1, 1)", baseline=(f"φ = {SHARED:g}", SHARED)),
         "How much of the one's top direction is the other's, means over the modules of a kind.",
         "A bar for each kind and comparison",
         Table(["", *names], rows, "φ(1, 1)"),
@@ -158,7 +158,7 @@ def heat_map(name: str, kind: str, comparison: Comparison) -> Picture:
     rows, columns, values = grid(comparison.kinds[kind]["right"])
     labels = [f"i = {i}" for i in rows], [f"j = {j}" for j in columns]
     caption = f"{kind}, {name}: φ(i, j) less that of random directions, mean over the modules."
-    svg = plots.heatmap(
+    svg = pictures.heatmap(
         [[round(100 * value) for value in row] for row in values],
         row_labels=labels[0],
         column_labels=labels[1],

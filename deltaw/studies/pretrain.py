@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from deltaw.adapter.attach import Attached, attach, detach
 from deltaw.adapter.layer import LoRAUpdate
 from deltaw.adapter.targets import linear_paths
-from deltaw.analysis import plots
+from deltaw.analysis import pictures
 from deltaw.analysis.page import Cell, Picture, Table
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.load import open_base, open_skeleton
@@ -112,7 +112,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Learnt:
-    """The held-out loss, nats a trained byte, and the model's weights (an adapter's update is not in them)."""
+    """The held-out loss, nats per trained byte, and the model's weights (an adapter's update is not in them)."""
 
     loss: float
     weights: Weights
@@ -150,7 +150,7 @@ class Trainings:
         return min(RATES, key=lambda rate: self.run(stage, way, rate).loss)
 
     def losses(self, stage: str, way: str, seeds: Iterable[int]) -> list[float]:
-        """At the best rate, one a seed."""
+        """At the best rate, one per seed."""
         return [self.run(stage, way, self.rate(stage, way), seed).loss for seed in seeds]
 
 
@@ -179,14 +179,14 @@ def run(lab: Lab) -> Outcome:
     ]
     head = ["", "before", *(f"lr {rate:g}" for rate in RATES), "best", "behind full"]
     picture = Picture(
-        plots.bars(
+        pictures.bars(
             list(WAYS),
             {way: [100 * gaps[stage].get(way, math.nan) for stage in WAYS] for way in ("LoRA", "low rank")},
-            y_label="held-out loss above full training's, per cent of it",
+            y_label="held-out loss above full training's, percent of it",
         ),
         "How far LoRA and low-rank weights end behind full training, from scratch, in fine-tuning and on a new task.",
-        "A group of bars for pretraining, fine-tuning and a new task; a bar a way",
-        Table(head, rows, f"Held-out loss, nats a trained byte; best: the mean of {len(lab.seeds)} seeds"),
+        "A group of bars for pretraining, fine-tuning and a new task; a bar for each way",
+        Table(head, rows, f"Held-out loss, nats per trained byte; best: the mean of {len(lab.seeds)} seeds"),
     )
     figures = {
         "losses": {

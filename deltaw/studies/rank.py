@@ -1,6 +1,6 @@
 """rank: the rank hardly matters once the learning rate is right, until capacity ends; too small a rate hides it."""
 
-from deltaw.analysis import plots
+from deltaw.analysis import pictures
 from deltaw.analysis.page import Cell, Picture, Table
 from deltaw.studies.lab import RANKS, RATES, Lab, best
 from deltaw.studies.study import Claim, Outcome
@@ -43,9 +43,11 @@ def run(lab: Lab) -> Outcome:
         for name, trials in sweeps.items()
     ]
     picture = Picture(
-        plots.lines(curves, x_label="learning rate", y_label="held-out loss, nats per token", log_x=True, log_y=True),
+        pictures.lines(
+            curves, x_label="learning rate", y_label="held-out loss, nats per token", log_x=True, log_y=True
+        ),
         "Held-out loss against the learning rate. Full fine-tuning's rates are a tenth of LoRA's.",
-        "One curve a rank, and one of full fine-tuning",
+        "One curve per rank, and one of full fine-tuning",
         Table(head, rows, "Held-out loss; full fine-tuning at a tenth of the rates"),
     )
     figures = {

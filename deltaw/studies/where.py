@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from deltaw.adapter.targets import find_targets
-from deltaw.analysis import plots
+from deltaw.analysis import pictures
 from deltaw.analysis.page import Cell, Picture, Table
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.load import open_skeleton
@@ -65,7 +65,7 @@ def run(lab: Lab) -> Outcome:
     ]
     head = ["", "rank", "trained parameters", *(f"lr {rate:g}" for rate in rates), "best", "at"]
     picture = Picture(
-        plots.bars(
+        pictures.bars(
             names,
             {f"lr {rate:g}": [trials[group][rate].loss for group in ranks] for rate in rates},
             y_label="held-out loss, nats per token",

@@ -58,8 +58,8 @@ def test_a_good_run_has_nothing_to_object_to() -> None:
         ({"best_step": 4}, "note", "best at step 4 of 10"),
         ({"trained_parameters": 10}, "warning", "raise adapter.rank"),
         ({"trained_parameters": 10, "form": "text"}, "warning", "continued pretraining"),
-        ({"train_rows": 900}, "note", "90 documents a step"),
-        ({"train_rows": 9000}, "warning", "900 documents a step"),
+        ({"train_rows": 900}, "note", "90 documents per step"),
+        ({"train_rows": 9000}, "warning", "900 documents per step"),
         ({"forgetting": {**RESULT["forgetting"], "loss_after": 2.5}}, "warning", "forgot a good deal"),
         ({"forgetting": {**RESULT["forgetting"], "kl": 0.9}}, "warning", "forgot a good deal"),
     ],
@@ -84,8 +84,10 @@ def test_an_epoch_is_counted_in_tokens_however_the_length_was_set(told: dict[str
     seen = {"tokens": 5000, "epoch_tokens": 1000}
     assert "29 bits" in said(found({**seen, "trained_parameters": 10}, **told), "warning")
     assert "documents" not in said(found(seen, **told), "note", "warning")
-    assert "500 documents a step" in said(found({**seen, "train_rows": 1000}, **told), "warning")
-    assert "documents a step" in said(found({"tokens": 500, "epoch_tokens": 1000, "train_rows": 2000}, **told), "note")
+    assert "500 documents per step" in said(found({**seen, "train_rows": 1000}, **told), "warning")
+    assert "documents per step" in said(
+        found({"tokens": 500, "epoch_tokens": 1000, "train_rows": 2000}, **told), "note"
+    )
 
 
 def test_steps_without_a_count_of_tokens_tell_no_epoch() -> None:

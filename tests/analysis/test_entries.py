@@ -11,13 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from deltaw.analysis.decompose import describe, run
+from deltaw.analysis.decompose import Decomposition, decompose, describe
 from deltaw.analysis.matrix import read_matrix
 from deltaw.linalg.rounding import Rounding
-from deltaw.show.progress import Display
 from tests.tiny import tiny_base
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def decomposed(name: str) -> tuple[Decomposition, str]:
+    x = read_matrix(name)
+    return decompose(x.x_MN, rounding=x.rounding, integers=x.integers), x.source
 
 
 def low_rank(m: int, r: int, n: int, seed: int) -> torch.Tensor:
@@ -34,7 +38,7 @@ def test_the_type_that_entries_were_rounded_to_decides_the_rank(
     for seed in range(3):
         x = low_rank(m, r, n, seed).to(dtype)
         save_file({"x": x if widened is None else x.to(widened).clone()}, tmp_path / "x.safetensors")
-        d, _ = run(f"{tmp_path}/x.safetensors:x", None, Display(quiet=True))
+        d, _ = decomposed(f"{tmp_path}/x.safetensors:x")
         assert d.rank == d.column_rank == d.row_rank == d.full_rank.rank == r
         assert d.stored == str(dtype).removeprefix("torch.")
 
@@ -43,8 +47,8 @@ def test_the_type_that_entries_were_rounded_to_decides_the_rank(
 def test_a_full_matrix_of_a_narrow_type_is_full(tmp_path: Path, dtype: torch.dtype) -> None:
     x = torch.randn(60, 40, generator=torch.Generator().manual_seed(0))
     save_file({"x": x.to(dtype), "tiny": torch.eye(3, dtype=dtype) * 1e-3}, tmp_path / "x.safetensors")
-    assert run(f"{tmp_path}/x.safetensors:x", None, Display(quiet=True))[0].rank == 40
-    assert run(f"{tmp_path}/x.safetensors:tiny", None, Display(quiet=True))[0].rank == 3
+    assert decomposed(f"{tmp_path}/x.safetensors:x")[0].rank == 40
+    assert decomposed(f"{tmp_path}/x.safetensors:tiny")[0].rank == 3
 
 
 @settings(deadline=None, max_examples=40)
@@ -80,21 +84,21 @@ def test_npy_float16_and_text_with_few_decimals(tmp_path: Path) -> None:
         "cut.csv": "3 decimals",
     }
     for name, stored in wanted.items():
-        d, _ = run(str(tmp_path / name), None, Display(quiet=True))
+        d, _ = decomposed(str(tmp_path / name))
         assert (name, d.rank, d.stored) == (name, 5, stored)
 
 
 def test_numbers_that_were_meant_are_not_taken_for_rounded(tmp_path: Path) -> None:
     """Small ones by hand, and grids that no type made: ratings in halves, multiples of a quarter, of 1/256."""
     (tmp_path / "x.csv").write_text("1.5,0,0\n0,0.01,0\n0,0,0.001")
-    assert run(str(tmp_path / "x.csv"), None, Display(quiet=True))[0].rank == 3
+    assert decomposed(str(tmp_path / "x.csv"))[0].rank == 3
     dice = numpy.random.default_rng(0)
     for top, step in ((11, 2), (256, 4), (256, 256)):
         numpy.save(tmp_path / "x.npy", dice.integers(1, top, (60, 50)) / step)
-        d, _ = run(str(tmp_path / "x.npy"), None, Display(quiet=True))
+        d, _ = decomposed(str(tmp_path / "x.npy"))
         assert (d.rank, d.stored) == (50, "float64")
     save_file({"x": torch.tensor([[1.0, 2.0], [2.0, 5.0]], dtype=torch.bfloat16)}, tmp_path / "x.safetensors")
-    d, _ = run(f"{tmp_path}/x.safetensors:x", None, Display(quiet=True))
+    d, _ = decomposed(f"{tmp_path}/x.safetensors:x")
     assert (d.rank, d.exact) == (2, True)
 
 
@@ -104,7 +108,7 @@ def test_a_weight_of_a_base_has_its_stored_type(tmp_path: Path) -> None:
     tensors = {name: x.bfloat16() for name, x in load_file(file).items()}
     tensors["model.layers.0.mlp.down_proj.weight"] = low_rank(*shape_of(tensors, 3), 0).bfloat16()
     save_file(tensors, file, metadata={"format": "pt"})
-    d, _ = run(f"{base}:model.layers.0.mlp.down_proj", None, Display(quiet=True))
+    d, _ = decomposed(f"{base}:model.layers.0.mlp.down_proj")
     assert (d.rank, d.stored) == (3, "bfloat16")
 
 
@@ -131,7 +135,7 @@ def test_integers_beyond_float64_are_exact(tmp_path: Path, form: str, rows: list
         name = f"{tmp_path}/x.safetensors:x"
     else:
         numpy.save(name, numpy.array(rows, dtype=form))
-    d, _ = run(name, None, Display(quiet=True))
+    d, _ = decomposed(name)
     assert (d.rank, d.column_rank, d.row_rank, d.exact) == (rank, rank, rank, True)
     assert json.loads(json.dumps(d.to_json(), allow_nan=False))["rank"] == rank and describe(d, "x")
 
@@ -146,7 +150,7 @@ def test_integers_of_any_size_have_their_exact_rank(
     q = numpy.array(data.draw(st.lists(st.lists(whole, min_size=n, max_size=n), min_size=r, max_size=r)), dtype=object)
     path = tmp_path_factory.getbasetemp() / "whole.csv"
     path.write_text("\n".join(",".join(map(str, row)) for row in (p @ q).tolist()))
-    d, _ = run(str(path), None, Display(quiet=True))
+    d, _ = decomposed(str(path))
     assert d.exact and d.rank == sympy.Matrix((p @ q).tolist()).rank() and d.rank <= r
 
 

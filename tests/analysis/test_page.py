@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deltaw.analysis.page import (
+    Block,
     Fact,
     Facts,
     Finding,
@@ -24,7 +25,7 @@ from deltaw.analysis.page import (
     Verdict,
     number,
     render,
-    slug,
+    thinned,
     visible,
     write,
 )
@@ -87,6 +88,11 @@ def page_of(words: str) -> Page:
     return Page(words, words, [Section(words, blocks), *[Section(words, [])] * 3])
 
 
+def html(*blocks: Block) -> str:
+    """What a page writes of the blocks."""
+    return render(Page("t", "", [Section("s", blocks)])).split("<h2>s</h2>")[1].split("</section>")[0]
+
+
 HOSTILE = [
     "<script>alert(1)</script>",
     "</svg></pre></style></title>",
@@ -120,6 +126,14 @@ def test_words_are_all_there_and_all_seen(words: str) -> None:
     assert f"\np{seen}" in reader.texts, "samples to the letter, after the line end that browsers drop"
     assert seen in reader.texts or not seen, "cells and headings too"
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", render(page_of(words)))
+
+
+@given(st.integers(2_000, 20_000), st.integers(0, 19_999), st.sampled_from([1e3, -1e3]))
+def test_a_long_row_is_thinned_and_keeps_every_spike(count: int, at: int, spike: float) -> None:
+    values: list[float | None] = [math.sin(i) for i in range(count)]
+    values[at % count] = spike
+    places = thinned(values, 1000)
+    assert len(places) <= 1000 and at % count in places and places == sorted(places)
 
 
 @pytest.mark.parametrize(
@@ -199,31 +213,31 @@ def test_contents_are_listed_when_there_are_more_than_three_sections() -> None:
     document = render(Page("t", "s", sections))
     links = re.findall(r'<li><a href="#([^"]+)">', document)
     assert links == re.findall(r'<section id="([^"]+)">', document)
-    assert links == ["loss", "loss-2", "gr-e", "section", "in-short"] and slug("In short!") == "in-short"
+    assert links == ["loss", "loss-2", "gr-e", "section", "in-short"]
 
 
 def test_text_knows_paragraphs_code_and_anchors_only() -> None:
-    html = Text("one `a<b`\nstill one\n\n[the loss](#loss) **no** <b> [x](http://y)").html()
-    assert html == (
+    found = html(Text("one `a<b`\nstill one\n\n[the loss](#loss) **no** <b> [x](http://y)"))
+    assert found == (
         '<p>one <code>a&lt;b</code>\nstill one</p><p><a href="#loss">the loss</a> **no** &lt;b&gt; [x](http://y)</p>'
     )
 
 
 def test_columns_of_numbers_stand_to_the_right_and_paths_break_at_dots() -> None:
-    html = Table(["module", "n", "mixed"], [["model.layers.0.mlp.up_proj", 1234, "a"], ["b", None, 2]], "what").html()
-    assert '<th scope="col" class="number">n</th>' in html and '<th scope="col">mixed</th>' in html
-    assert '<td class="number">1\u202f234</td>' in html and '<td class="number">–</td>' in html
-    assert '<td class="long">model.<wbr>layers.<wbr>0.<wbr>mlp.<wbr>up_proj</td>' in html
-    assert "<caption>what</caption>" in html and "<td>2</td>" in html
+    found = html(Table(["module", "n", "mixed"], [["model.layers.0.mlp.up_proj", 1234, "a"], ["b", None, 2]], "what"))
+    assert '<th scope="col" class="number">n</th>' in found and '<th scope="col">mixed</th>' in found
+    assert '<td class="number">1\u202f234</td>' in found and '<td class="number">–</td>' in found
+    assert '<td class="long">model.<wbr>layers.<wbr>0.<wbr>mlp.<wbr>up_proj</td>' in found
+    assert "<caption>what</caption>" in found and "<td>2</td>" in found
     with pytest.raises(ValueError, match="2 columns, but a row has 1 cells"):
         Table(["a", "b"], [[1]])
 
 
 def test_a_picture_has_words_and_a_table() -> None:
-    html = Picture(SVG, "what it is", 'what it "shows"', Table(["a"], [[1]])).html()
-    assert SVG in html and 'role="img" aria-label="what it &quot;shows&quot;"' in html
-    assert "<figcaption>what it is</figcaption>" in html
-    assert re.search(r"<details><summary>.+</summary>.*<table>", html)
+    found = html(Picture(SVG, "what it is", 'what it "shows"', Table(["a"], [[1]])))
+    assert SVG in found and 'role="img" aria-label="what it &#34;shows&#34;"' in found
+    assert "<figcaption>what it is</figcaption>" in found
+    assert re.search(r"<details><summary>.+</summary>.*<table>", found)
     with pytest.raises(ValueError, match="not an inline SVG"):
         Picture("<p>no</p>", "", "", Table([], []))
     with pytest.raises(TypeError):
@@ -232,28 +246,28 @@ def test_a_picture_has_words_and_a_table() -> None:
 
 def test_pictures_that_follow_each_other_share_a_row() -> None:
     picture = Picture(SVG, "", "", Table([], []))
-    html = render(Page("t", "", [Section("s", [picture, picture, Text("x"), picture])])).split("<h2>s</h2>")[1]
-    assert [row.count("<figure>") for row in html.split('<div class="row">')[1:]] == [2, 1]
+    found = html(picture, picture, Text("x"), picture)
+    assert [row.count("<figure>") for row in found.split('<div class="row">')[1:]] == [2, 1]
 
 
 @pytest.mark.parametrize(
     ("status", "word"), [("held", "Held"), ("did not hold", "Did not hold"), ("too noisy", "Too noisy to tell")]
 )
 def test_a_verdict_is_a_word_before_it_is_a_colour(status, word: str) -> None:  # type: ignore[no-untyped-def]
-    html = Verdict(status, "since `x`").html()
-    assert f"</span>{word}</p><p>since <code>x</code></p>" in html
+    found = html(Verdict(status, "since `x`"))
+    assert f"</span>{word}</p><p>since <code>x</code></p>" in found
 
 
 def test_levels_differ_by_word_and_sign() -> None:
-    html = Findings([Finding(level, level) for level in ("ok", "note", "warning", "problem")]).html()  # type: ignore[arg-type]
-    assert len(set(re.findall(r'aria-hidden="true">(.)</span>', html))) == 4
-    assert re.findall(r"</span>(\w+)</p>", html) == ["OK", "Note", "Warning", "Problem"]
+    found = html(Findings([Finding(level, level) for level in ("ok", "note", "warning", "problem")]))  # type: ignore[arg-type]
+    assert len(set(re.findall(r'aria-hidden="true">(.)</span>', found))) == 4
+    assert re.findall(r"</span>(\w+)</p>", found) == ["OK", "Note", "Warning", "Problem"]
 
 
 def test_a_sample_leaves_out_what_is_not_known_and_says_what_is_empty() -> None:
-    html = Samples([Sample("\n  two\tspaces", "", None, "t")]).html()
-    assert "<pre>\n\n  two\tspaces</pre>" in html and "<em>empty</em>" in html
-    assert re.findall(r"<dt>(\w+)</dt>", html) == ["Prompt", "Before", "Truth"]
+    found = html(Samples([Sample("\n  two\tspaces", "", None, "t")]))
+    assert "<pre>\n\n  two\tspaces</pre>" in found and "<em>empty</em>" in found
+    assert re.findall(r"<dt>(\w+)</dt>", found) == ["Prompt", "Before", "Truth"]
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -265,7 +279,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_emphasis_is_marked_up_and_a_strangers_stars_are_not() -> None:
-    page = Text("The *directions in\nuse* are `a*b*c`.").html()
+    page = html(Text("The *directions in\nuse* are `a*b*c`."))
     assert "<em>directions in\nuse</em>" in page and "<code>a*b*c</code>" in page
     for words in ("layers.*.q and layers.*.k", "* a * b", "2*3*4", "**kw and **other", "a *", "*<b>*"):
-        assert "<em>" not in Text(words).html() and "<b>" not in Text(words).html()
+        assert "<em>" not in html(Text(words)) and "<b>" not in html(Text(words))

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.analysis.layers import page_of
 from deltaw.analysis.measure import measure
 from deltaw.analysis.page import render
 from deltaw.analysis.report import Report, inspect
@@ -93,7 +92,7 @@ def test_an_adapter_of_another_shape_is_refused(folder: Path, tmp_path: Path) ->
 def test_what_is_no_adapter_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such adapter"):
         inspect(tmp_path / "nowhere", display=QUIET)
-    with pytest.raises(InputError, match="no adapter"):
+    with pytest.raises(InputError, match=r"adapter_config\.json"):
         inspect(folder / "base", display=QUIET)
     with pytest.raises(RunError, match="no folder"):
         inspect(folder / "run", display=QUIET).write(tmp_path / "none" / "page.html")
@@ -151,7 +150,7 @@ def test_a_page_does_not_grow_with_the_run(paths: list[str], steps: int) -> None
     training = Training(config, {"answers": answers}, metrics)
     adapter = Adapter(AdapterSpec(), {}, BaseId())
     report = Report(Path("x"), adapter, "b", measures, summarise(measures), [], training)
-    page = render(page_of(report))
+    page = render(report.page())
     assert len(page.encode()) < 1_500_000
     assert '<td class="number">777</td>' in page, "a spike is lost"
     raw = report.to_json()

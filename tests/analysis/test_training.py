@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.analysis.checks import check_adapter, check_run
-from deltaw.analysis.layers import page_of
 from deltaw.analysis.measure import measure
 from deltaw.analysis.page import render
 from deltaw.analysis.report import Report
@@ -76,7 +75,7 @@ def report_of(folder: Path) -> Report:
 
 def everywhere(report: Report, words: str) -> bool:
     """Whether the page, the text and the JSON all say it."""
-    return all(words in said for said in (render(page_of(report)), report.gist(), json.dumps(report.to_json())))
+    return all(words in said for said in (render(report.page()), report.gist(), json.dumps(report.to_json())))
 
 
 @pytest.fixture
@@ -106,7 +105,7 @@ def test_a_damaged_line_costs_itself_alone(tmp_path: Path, damage: bytes) -> Non
     assert report.training is not None
     assert [line["step"] for line in report.training.metrics if "loss" in line] == [1, 2, 3, *range(5, 21)]
     assert everywhere(report, "metrics.jsonl: 1 of its lines")
-    assert render(page_of(report)).count("<tr>") >= 19
+    assert render(report.page()).count("<tr>") >= 19
 
 
 def test_resuming_keeps_lines_by_their_number(tmp_path: Path) -> None:
@@ -120,7 +119,7 @@ def test_resuming_keeps_lines_by_their_number(tmp_path: Path) -> None:
 
 def test_a_result_that_is_no_json_leaves_the_adapter_and_the_curve(tmp_path: Path) -> None:
     report = report_of(folder_of(tmp_path / "run", '{"steps": 20, "ev', written(STEPS)))
-    assert everywhere(report, "result.json") and "Loss by step" in render(page_of(report))
+    assert everywhere(report, "result.json") and "Loss by step" in render(report.page())
     assert not [words for _, words in report.findings if "held-out" in words]
 
 
@@ -186,7 +185,7 @@ def test_no_mutation_stops_the_report(tmp_path_factory: pytest.TempPathFactory, 
         metrics[at] = data.draw(st.integers(0, 255))
     folder = folder_of(tmp_path_factory.getbasetemp() / "mutated", json.dumps(result), bytes(metrics))
     report = report_of(folder)
-    page, raw_json = render(page_of(report)), json.dumps(report.to_json(), allow_nan=False)
+    page, raw_json = render(report.page()), json.dumps(report.to_json(), allow_nan=False)
     assert "</html>" in page and raw_json and "\x1b" not in report.gist()
     assert report.training is not None
     # A digit that became another can't be told; whatever can't be read as figures of a step must be said.

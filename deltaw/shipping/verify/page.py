@@ -67,10 +67,10 @@ def _facts(result: Verification) -> Block:
         Fact("Same answers", result.count("same"), f"of {total}, {result.count('near tie')} more part at a near tie"),
     ]
     if result.kl is not None:
-        facts.append(Fact("KL, nats a token", result.kl, f"allowed {allowed.kl:.2g}"))
+        facts.append(Fact("KL, nats per token", result.kl, f"allowed {allowed.kl:.2g}"))
         facts.append(Fact("Largest difference", result.largest, f"of a log-probability; allowed {allowed.largest:.2g}"))
     if result.effect is not None:
-        facts.append(Fact("The adapter changes", result.effect.kl, "nats a token"))
+        facts.append(Fact("The adapter changes", result.effect.kl, "nats per token"))
         facts.append(Fact("Carried by the other", f"{1 - result.effect.strength:.1%}", "of that change"))
     return Facts(facts)
 

@@ -36,7 +36,7 @@ ASSUMED = (400.0, 700.0, 360.0)  # allowed KL / ε², largest / ε, gap / ε
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What is allowed: KL in nats a position, the largest difference of a log-probability, the gap of a near tie.
+    """What is allowed: KL in nats per position, the largest difference of a log-probability, the gap of a near tie.
     `draws`: the KL of each draw of rounding, none where it was assumed."""
 
     kl: float
@@ -149,12 +149,12 @@ class Verification:
         if self.kl is not None and self.largest is not None:
             allowed = self.tolerance
             lines.append(
-                f"numbers    KL {self.kl:.2g} nats a token at {self.positions} positions, allowed {allowed.kl:.2g}; "
+                f"numbers    KL {self.kl:.2g} nats per token at {self.positions} positions, allowed {allowed.kl:.2g}; "
                 f"largest difference of a log-probability {self.largest:.2g}, allowed {allowed.largest:.2g}"
             )
         if self.effect and self.kl is not None:
             lines.append(
-                f"adapter    it changes {self.effect.kl:.2g} nats a token; the difference is "
+                f"adapter    it changes {self.effect.kl:.2g} nats per token; the difference is "
                 f"{_percent(self.effect.share)} of that, and {1 - self.effect.strength:.0%} of it is carried over"
             )
         lines.append(f"tolerance  {self.tolerance.why}")
@@ -247,7 +247,7 @@ def reasons_of(
             reasons.append(f"the other side carries {1 - effect.strength:.0%} of what the adapter changes: {way}")
     if kl is not None and kl > allowed.kl:
         cause = "" if reasons else ": wrong rows (a permutation), modules left out, or another base?"
-        reasons.append(f"KL {kl:.2g} nats a token is more than rounding explains ({allowed.kl:.2g}){cause}")
+        reasons.append(f"KL {kl:.2g} nats per token is more than rounding explains ({allowed.kl:.2g}){cause}")
     elif kl is not None and effect is not None and acting and effect.share > SHARE:
         reasons.append(
             f"rounding explains it, but the difference is {_percent(effect.share)} of what the adapter changes: too "

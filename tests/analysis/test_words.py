@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from deltaw.analysis.measure import measure
-from deltaw.analysis.sentences import gist, kinds_of, place, sentence, title
 from deltaw.analysis.summary import summarise
+from deltaw.analysis.words import gist, kinds_of, place, sentence, title
 from deltaw.factors import LowRank
 
 

@@ -1,4 +1,4 @@
-"""What was measured, in plain words: one sentence a module, a few for the model.
+"""What was measured, in plain words: one sentence per module, a few for the model.
 
 A path is read for its layer (its first number) and its kind (its last part): `model.layers.12.mlp.down_proj` is layer
 12's down_proj. Directions "in use" are those that hold 90 % of ‖ΔW‖²_F. That is energy, not function: what a model does
@@ -34,8 +34,8 @@ def short(kind: str) -> str:
 
 def kinds_of(paths: Iterable[str]) -> list[str]:
     """The kinds of module, in the order in which a layer computes them as far as their names are known."""
-    found = sorted({place(path)[1] for path in paths})
-    return sorted(found, key=lambda kind: ORDER.index(kind) if kind in ORDER else len(ORDER))
+    kinds = sorted({place(path)[1] for path in paths})
+    return sorted(kinds, key=lambda kind: ORDER.index(kind) if kind in ORDER else len(ORDER))
 
 
 def columns_of(paths: Iterable[str]) -> dict[str, str]:
@@ -59,42 +59,37 @@ def sentence(path: str, m: Measures) -> str:
     """What one module's update is like."""
     if not m.numerical_rank:
         return f"{title(path)} learnt nothing: its update is zero"
-    said = f"{title(path)} uses {m.energy_rank} of {m.rank} directions"
+    words = f"{title(path)} uses {m.energy_rank} of {m.rank} directions"
     if m.base is None:
-        return said
-    said += f", changes the weight by {m.base.relative:.1%}"
+        return words
+    words += f", changes the weight by {m.base.relative:.1%}"
     top = m.base.amplification_top
     if top.factor is not None and top.chance is not None:
-        said += f" and has {top.factor:.3g} times what W has in its main directions (by chance {top.chance:.3g})"
+        words += f" and has {top.factor:.3g} times what W has in its main directions (by chance {top.chance:.3g})"
     if m.base.intruders:
-        said += f"; {m.base.intruders} of W's first {m.base.intruders_of} directions are new"
-    return said
+        words += f"; {m.base.intruders} of W's first {m.base.intruders_of} directions are new"
+    return words
 
 
 def gist(measures: Mapping[str, Measures], summary: Mapping[str, Any]) -> list[str]:
-    """The model in a few sentences."""
+    """The model in a few paragraphs."""
     used = [m for m in measures.values() if m.numerical_rank]
     if not used:
         return ["The update is zero in every module: this is the base."]
     ranks = sorted({m.rank for m in used})
     available = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    said = [
-        f"{summary['modules']} modules, {summary['parameters']:,} parameters. Half of the modules hold 90 % of the "
-        f"energy ‖ΔW‖² in {median(m.energy_rank for m in used):g} or fewer of {available} directions; what the others "
-        "do for the task, energy doesn't say."
-    ]
+    middle = median(m.energy_rank for m in used)
+    size = f"{summary['modules']} modules, {summary['parameters']:,} parameters."
+    half = f"Half of the modules hold 90 % of the energy ‖ΔW‖² in {middle:g} or fewer of {available} directions"
+    paragraphs = [f"{size} {half}; what the others do for the task, energy doesn't say."]
     if "relative" in summary:
         largest = summary["largest"]["relative"]
-        said.append(
-            f"The weights changed by {summary['relative']:.2%} (‖ΔW‖ / ‖W‖), most in {title(largest['module'])} "
-            f"({largest['value']:.1%})."
-        )
-        said.append(_amplified(used, summary["percentile"]))
-        said.append(
-            f"{summary['intruders']} of {summary['intruders_of']} leading directions of the tuned weights are "
-            "intruders, unlike any of the base's own."
-        )
-    return said
+        most = f"{title(largest['module'])} ({largest['value']:.1%})"
+        paragraphs.append(f"The weights changed by {summary['relative']:.2%} (‖ΔW‖ / ‖W‖), most in {most}.")
+        paragraphs.append(_amplified(used, summary["percentile"]))
+        leading = f"{summary['intruders']} of {summary['intruders_of']} leading directions of the tuned weights"
+        paragraphs.append(f"{leading} are intruders, unlike any of the base's own.")
+    return paragraphs
 
 
 def _amplified(used: list[Measures], percentile: float | None) -> str:
@@ -104,12 +99,9 @@ def _amplified(used: list[Measures], percentile: float | None) -> str:
     chances = [top.chance for top in tops if top.chance is not None]
     if not factors or not chances:
         return "In the directions that carry 90 % of the update, W has nothing."
-    said = (
-        f"In the directions that carry 90 % of the update, the update is {median(factors):.3g} times what W has there; "
-        f"in random directions it would be {median(chances):.3g} times."
-    )
-    if percentile is None:
-        return said
-    return (
-        f"{said} W has more there than in {percentile:.0%} of random directions (mean of the modules; chance is 50 %)."
-    )
+    words = f"In the directions that carry 90 % of the update, it is {median(factors):.3g} times what W has there"
+    words += f"; in random directions it would be {median(chances):.3g} times."
+    if percentile is not None:
+        more = f"W has more there than in {percentile:.0%} of random directions"
+        words += f" {more} (mean of the modules; chance is 50 %)."
+    return words

@@ -1,4 +1,4 @@
-"""The page of a report: which pictures, in which order, in which words.
+"""The sections of a report's page (report.py puts them together): which pictures, in which words.
 
 Pictures are maps of layers (down) by kinds of module (across), since that is how a reader knows the model; a module
 whose path has no layer stands in a row of its own. Every map's table is the map's numbers.
@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
-from deltaw.analysis import plots
-from deltaw.analysis.axis import BUCKETS, evenly, thinned
+from deltaw.analysis import pictures
 from deltaw.analysis.maps import layer_map
 from deltaw.analysis.measure import BaseMeasures, Measures
 from deltaw.analysis.page import (
@@ -17,21 +16,20 @@ from deltaw.analysis.page import (
     Cell,
     Fact,
     Facts,
-    Findings,
-    Page,
     Picture,
     Sample,
     Samples,
     Section,
     Table,
     Text,
+    evenly,
     excerpt,
     number,
+    thinned,
 )
-from deltaw.analysis.report import Report
-from deltaw.analysis.sentences import columns_of, gist
 from deltaw.analysis.summary import noise_of
 from deltaw.analysis.training import ANSWER, Metrics, Training
+from deltaw.analysis.words import columns_of, gist
 
 LOSSES = {"training": "loss", "held out": "eval_loss"}
 ROWS, FIGURES, INDICES = 300, 40, 64  # of a table in the page; a page must not grow with the run
@@ -41,14 +39,14 @@ Of = Callable[[Measures], float | None]
 HOW_TO_READ = """
 A fine-tune adds `ΔW` to a weight `W`. The singular values of `ΔW` say how strongly it acts in each of its directions:
 the *directions in use* are the fewest that hold 90 % of the energy `‖ΔW‖²`. Energy is not function: cut to 16, 4 and 1
-of its 64 directions, the adapter of deltaw's study `compress` lost 0.005, 0.021 and 0.128 nats a token. What the faint
-directions do, only a trial tells: `deltaw resize --max-loss-increase` makes it.
+of its 64 directions, the adapter of deltaw's study `compress` lost 0.005, 0.021 and 0.128 nats per token. What the
+faint directions do, only a trial tells: `deltaw resize --max-loss-increase` makes it.
 
 *Amplification* (LoRA §7.3) is what `ΔW` has in its directions in use over what `W` has there. By itself it says how
-strong `ΔW` is, not how it chose: in random directions, as many, it would be what stands there as *by chance*. The
+strong `ΔW` is, not how it chose: in as many random directions it would be what stands beside it as *by chance*. The
 *percentile* tells the two apart: the share of random directions in which `W` has less than in those of `ΔW`. Far above
-50 %, the update works where `W` is strong already; far below, where `W` is weak; near 50 %, it pays no heed to `W`. One
-module's percentile is anything from 0 to 100 % by chance alone; the mean of many modules is what counts.
+50 %, the update works where `W` is strong already; far below, where `W` is weak; near 50 %, it doesn't depend on `W`.
+A single module's percentile can be anything from 0 to 100 % by chance alone; the mean of many modules is what counts.
 
 *Reads* is the share of the update that looks at the top tenth of `W`'s input directions, *writes* the share that goes
 into its top tenth of outputs, each less what chance would give.
@@ -60,25 +58,9 @@ points along `ΔW`; the *noise* that rounding adds points everywhere and is give
 """
 
 
-def page_of(report: Report) -> Page:
-    """The whole report."""
-    spec = report.adapter.spec
-    kind = "full fine-tuning" if spec.full else f"LoRA, rank {spec.rank}, alpha {spec.alpha:g}"
-    sections = [Section("In short", [*_facts(report), Text("\n\n".join(gist(report.measures, report.summary)))])]
-    sections.append(Section("Checks", [Findings(report.findings)]))
-    if report.training:
-        sections += _training_sections(report.training)
-    sections += [
-        Section("Where it changed", _where(report.measures)),
-        Section("Directions", _directions(report.measures)),
-        Section("Module by module", [_modules(report)]),
-        Section("How to read this", [Text(HOW_TO_READ)]),
-    ]
-    return Page(f"{report.folder.name}: what the fine-tune did", f"{kind}, on {report.base}", sections)
-
-
-def _facts(report: Report) -> list[Block]:
-    summary, used = report.summary, [m for m in report.measures.values() if m.numerical_rank]
+def in_short(measures: Mapping[str, Measures], summary: Mapping[str, Any], training: Training | None) -> Section:
+    """The headline numbers, and the gist in sentences."""
+    used = [m for m in measures.values() if m.numerical_rank]
     facts = [Fact("parameters trained", summary["parameters"], f"in {summary['modules']} modules")]
     if used:
         middle = median(m.energy_rank for m in used)
@@ -96,9 +78,9 @@ def _facts(report: Report) -> list[Block]:
         facts.append(
             Fact("intruders", summary["intruders"], f"of {number(summary['intruders_of'])} leading directions")
         )
-    if report.training:
-        facts += _run_facts(report.training.result)
-    return [Facts(facts)]
+    if training:
+        facts += _run_facts(training.result)
+    return Section("In short", [Facts(facts), Text("\n\n".join(gist(measures, summary)))])
 
 
 def _run_facts(result: Mapping[str, Any]) -> list[Fact]:
@@ -107,15 +89,16 @@ def _run_facts(result: Mapping[str, Any]) -> list[Fact]:
     if None not in sides:
         facts.append(Fact("held-out loss", sides[1], f"{number(sides[0])} before"))
     if (kl := result.get("forgetting", {}).get("kl")) is not None:
-        facts.append(Fact("KL from the base", kl, "nats a token of general text"))
+        facts.append(Fact("KL from the base", kl, "nats per token of general text"))
     if (speed := result.get("tokens_per_second")) is not None:
-        facts.append(Fact("tokens a second", speed, f"{number(result.get('tokens'))} tokens"))
+        facts.append(Fact("tokens per second", speed, f"{number(result.get('tokens'))} tokens"))
     if (peak := result.get("peak_memory_bytes")) is not None:
         facts.append(Fact("peak memory, GiB", peak / 2**30, result.get("machine", {}).get("device", "")))
     return facts
 
 
-def _training_sections(training: Training) -> list[Section]:
+def of_training(training: Training) -> list[Section]:
+    """What a run's own figures show: learning, forgetting, answers."""
     result = training.result
     sections = [Section("Learning", [*_curve(training.metrics), *_before_after(result)])]
     if lost := result.get("forgetting"):
@@ -134,30 +117,30 @@ def _forgot(lost: Mapping[str, Any]) -> list[Block]:
         ["KL", 0.0, kl, kl, *(lost.get("kl_interval") or (None, None))],
     ]
     passages = f"{number(lost['passages'])} passages, " if lost.get("passages") else ""
-    words = (
-        "Nats a token of general text: the loss, and KL(base ‖ adapted). Measured on "
-        f"{passages}{number(lost.get('tokens'))} tokens of `{lost.get('source', '–')}`, which was not trained on. "
-        "Other passages of its kind would give changes within the interval in 95 % of cases (bootstrap over passages). "
-        "`deltaw scale` shows what a smaller factor would keep and cost."
-    )
-    return [Table(["", "base", "adapted", "change", "95 % from", "to"], rows), Text(words)]
+    tokens = f"{passages}{number(lost.get('tokens'))} tokens of `{lost.get('source', '–')}`"
+    words = [
+        "The loss and KL(base ‖ adapted) on general text, in nats per token.",
+        f"They were measured on {tokens}, which was not trained on.",
+        "Other passages of its kind would give changes within the interval in 95 % of cases (bootstrap over passages).",
+        "`deltaw scale` shows what a smaller factor would keep and cost.",
+    ]
+    return [Table(["", "base", "adapted", "change", "95 % from", "to"], rows), Text(" ".join(words))]
 
 
 def _curve(metrics: Metrics) -> list[Block]:
-    found = {label: [line for line in metrics if name in line] for label, name in LOSSES.items()}
-    if len(steps := found["training"]) < 2:
+    steps = [line for line in metrics if "loss" in line]
+    if len(steps) < 2:
         return []
     series = {}
-    for label, lines in found.items():
-        points = [lines[i] for i in thinned([line[LOSSES[label]] for line in lines], 2 * BUCKETS)]
-        if points:
-            series[label] = ([line["step"] for line in points], [line[LOSSES[label]] for line in points])
+    for label, name in LOSSES.items():
+        if lines := [line for line in metrics if name in line]:
+            series[label] = ([line["step"] for line in lines], [line[name] for line in lines])
     shown = [steps[i] for i in thinned([line["loss"] for line in steps], ROWS)]
     rows: list[list[Cell]] = [[line.get(name) for name in ("step", "loss", "lr", "grad_norm")] for line in shown]
     some = f"{len(shown)} of {number(len(steps))} steps, the highest and the lowest loss of each stretch"
     caption = f"{some}; all of them: `metrics.jsonl`, `deltaw inspect --json`" if len(shown) < len(steps) else ""
     table = Table(["step", "loss", "learning rate", "gradient norm"], rows, caption)
-    svg = plots.lines(series, x_label="step", y_label="loss, nats a token")
+    svg = pictures.lines(series, x_label="step", y_label="loss, nats per token")
     return [Picture(svg, "Loss by step.", f"Training loss over {len(steps)} steps", table)]
 
 
@@ -172,6 +155,16 @@ def _before_after(result: Mapping[str, Any]) -> list[Block]:
 def against(of: Callable[[BaseMeasures], float | None]) -> Of:
     """The same of a module, None where it wasn't measured against its base."""
     return lambda m: None if m.base is None else of(m.base)
+
+
+def of_weights(measures: Mapping[str, Measures]) -> list[Section]:
+    """Where the weights changed, in which directions, and every number of each module."""
+    return [
+        Section("Where it changed", _where(measures)),
+        Section("Directions", _directions(measures)),
+        Section("Module by module", [_modules(measures)]),
+        Section("How to read this", [Text(HOW_TO_READ)]),
+    ]
 
 
 def _where(measures: Mapping[str, Measures]) -> list[Block]:
@@ -247,29 +240,29 @@ def _spectra(measures: Mapping[str, Measures]) -> Picture:
         rows.append([i + 1, *(mean[i] if i < len(mean) else None for mean in means.values())])
     shown = {kind: [value for value in mean if value > 0] for kind, mean in means.items()}
     return Picture(
-        plots.spectrum(shown),
+        pictures.spectrum(shown),
         "Singular values of the updates over the largest, mean of each kind: how the energy falls, not what it does.",
-        "One falling curve a kind of module",
+        "One falling curve per kind of module",
         Table(["index", *means], rows),
     )
 
 
-def _modules(report: Report) -> Table:
+def _modules(measures: Mapping[str, Measures]) -> Table:
     head = ["module", "directions in use", "of", "effective rank", "‖ΔW‖"]
-    if any(m.base for m in report.measures.values()):
+    if any(m.base for m in measures.values()):
         head[3:] = ["‖ΔW‖", "‖ΔW‖/‖W‖, %", "amplification", "by chance", "kept, %", "noise, %", "intruders"]
-    most = set(sorted(report.measures, key=lambda path: -_size(report.measures[path]))[:ROWS])
+    most = set(sorted(measures, key=lambda path: -_size(measures[path]))[:ROWS])
     rows = []
-    for path in filter(most.__contains__, report.measures):
-        m = report.measures[path]
+    for path in filter(most.__contains__, measures):
+        m = measures[path]
         row: list[Cell] = [path, m.energy_rank, m.rank, m.effective_rank, m.frobenius]
         if base := m.base:
             top, kept = base.amplification_top, base.merge_kept
             row[3:] = [m.frobenius, 100 * base.relative, top.factor, top.chance]
             row += [100 * kept, 100 * noise_of(kept, base.merge_error), base.intruders]
         rows.append(row)
-    caption = f"The {ROWS} most changed of {number(len(report.measures))}; all of them: `deltaw inspect --json`"
-    return Table(head, rows, caption if len(rows) < len(report.measures) else "")
+    caption = f"The {ROWS} most changed of {number(len(measures))}; all of them: `deltaw inspect --json`"
+    return Table(head, rows, caption if len(rows) < len(measures) else "")
 
 
 def _size(m: Measures) -> float:

@@ -1,8 +1,112 @@
-"""How a page looks: one style sheet, in the page itself.
+"""The one template of all pages (page.py fills it in), and how they look.
 
 System fonts; text no wider than 42 rem; one accent, three tones for how something stands. Every colour is a variable
 with a light and a dark value, each text at a contrast of 4.5 or more to its ground (a browser test computes it). On
 paper it is always light, without navigation, and shows the details that were open. Under 40 rem columns become rows.
+
+A block's macro is called what its class is called, in lower case. Every word is escaped (autoescape) and made visible
+(page.py's `finalize`); only `marked`, `breakable` and a picture's SVG bring tags along. A line end after `<pre>` is
+dropped by HTML, so that one stands there before the words.
+
+A string, not a file beside the code: it is found wherever the package is, also in a zip.
+"""
+
+PAGE = """<!DOCTYPE html>
+{%- macro text(block) %}{{ block.words|paragraphs }}{% endmacro %}
+
+{%- macro facts(block) -%}
+<dl class="facts">
+{%- for fact in block.facts -%}
+<div><dt>{{ fact.label }}</dt><dd>{{ fact.value|cell }}</dd>
+{%- if fact.note %}<dd class="note">{{ fact.note|marked }}</dd>{% endif %}</div>
+{%- endfor -%}
+</dl>
+{%- endmacro %}
+
+{%- macro table(block) -%}
+<div class="wide" role="group" aria-label="{{ block.caption or "Table" }}" tabindex="0"><table>
+{%- if block.caption %}<caption>{{ block.caption|marked }}</caption>{% endif -%}
+<thead><tr>
+{%- for name in block.head %}<th scope="col"{{ block.looks[loop.index0] }}>{{ name }}</th>{% endfor -%}
+</tr></thead><tbody>
+{%- for row in block.rows -%}
+<tr>{% for cell in row %}<td{{ block.looks[loop.index0] }}>{{ cell|cell }}</td>{% endfor %}</tr>
+{%- endfor -%}
+</tbody></table></div>
+{%- endmacro %}
+
+{%- macro picture(block) -%}
+<figure><div class="wide" role="img" aria-label="{{ block.alt }}" tabindex="0">{{ block.svg|safe }}</div>
+{#- -#}
+<figcaption>{{ block.caption|marked }}</figcaption><details><summary>The numbers</summary>{{ table(block.table) }}
+{#- -#}
+</details></figure>
+{%- endmacro %}
+
+{%- macro status(sign, word) -%}
+<p class="status"><span class="badge" aria-hidden="true">{{ sign }}</span>{{ word }}</p>
+{%- endmacro %}
+
+{%- macro verdict(block) -%}
+{%- set look, sign, word = {"held": ("good", "✓", "Held"), "did not hold": ("bad", "✕", "Did not hold"),
+                            "too noisy": ("doubt", "≈", "Too noisy to tell")}[block.status] -%}
+<div class="verdict {{ look }}">{{ status(sign, word) }}{{ block.words|paragraphs }}</div>
+{%- endmacro %}
+
+{%- macro findings(block) -%}
+{%- set looks = {"ok": ("good", "✓", "OK"), "note": ("plain", "i", "Note"), "warning": ("doubt", "!", "Warning"),
+                 "problem": ("bad", "✕", "Problem")} -%}
+<ul class="findings">
+{%- for level, words in block.findings -%}
+{%- set look, sign, word = looks[level] -%}
+<li class="{{ look }}">{{ status(sign, word) }}<p>{{ words|marked }}</p></li>
+{%- endfor -%}
+</ul>
+{%- endmacro %}
+
+{%- macro samples(block) -%}
+{%- for sample in block.samples -%}
+<dl class="sample{{ " two" if sample.truth is none }}">
+{%- for look, name, words in (("prompt", "Prompt", sample.prompt), ("before", block.names[0], sample.before),
+                              ("after", block.names[1], sample.after), ("truth", "Truth", sample.truth)) -%}
+{%- if words is not none -%}
+<div class="{{ look }}"><dt>{{ name }}</dt><dd>
+{%- if words %}<pre>{{ "\n" }}{{ words }}</pre>{% else %}<em>empty</em>{% endif %}</dd></div>
+{%- endif -%}
+{%- endfor -%}
+</dl>
+{%- endfor -%}
+{%- endmacro %}
+
+{%- set macros = {"text": text, "facts": facts, "table": table, "picture": picture, "verdict": verdict,
+                  "findings": findings, "samples": samples} %}
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>{{ style|safe }}</style>
+</head>
+<body>
+<header><h1>{{ title }}</h1><p>{{ subtitle|marked }}</p></header>
+{% if sections|length > 3 -%}
+<nav aria-label="Contents"><ol>
+{%- for name, section in sections %}<li><a href="#{{ name }}">{{ section.title }}</a></li>{% endfor -%}
+</ol></nav>
+{% endif -%}
+<main>
+{% for name, section in sections -%}
+<section id="{{ name }}"><h2>{{ section.title }}</h2>
+{%- for kind, blocks in section.blocks|groupby_kind %}
+{%- if kind == "picture" %}<div class="row">{% endif %}
+{%- for block in blocks %}{{ macros[kind](block) }}{% endfor %}
+{%- if kind == "picture" %}</div>{% endif %}
+{%- endfor %}</section>
+{% endfor -%}
+</main>
+</body>
+</html>
 """
 
 STYLE = """
