@@ -64,7 +64,7 @@ from torch import Tensor, nn
 RANK, ALPHA, LR, CLIP, IGNORE = 16, 32.0, 1e-4, 1.0, -100
 BUDGET = 530  # seconds for everything
 LEAST = 20  # seconds that must be left to start a process
-LONGEST_RUN = 150  # seconds per process may take
+LONGEST_RUN = 150  # seconds that a process may take
 LOSS_GATE, COSINE_GATE = 1e-3, 0.999
 LONGEST = 2048  # tokens of a document
 

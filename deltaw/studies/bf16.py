@@ -96,11 +96,7 @@ def run(lab: Lab) -> Outcome:
             y_label="share of the entries that changed",
         ),
         "The share of A's and B's entries that training changed at all.",
-<<<<<<< HEAD
-        "A group of bars a learning rate; in each, A and B in float32 and in bfloat16",
-=======
         "A group of bars for each learning rate; in each, A and B in float32 and in bfloat16",
->>>>>>> main
         Table(head, rows, f"After training; the loss before it is {before:.3f} nats per token. Shares are of 1"),
     )
     figures = {"before": before, "moved": {f"{d}, {rate:g}": asdict(m) for (rate, d), m in found.items()}}

@@ -49,11 +49,7 @@ def run(lab: Lab) -> Outcome:
         f"trained at {HIGH} and cut": ([*LOW[::-1], HIGH], [*(cut[rank] for rank in LOW[::-1]), losses[HIGH]]),
     }
     picture = Picture(
-<<<<<<< HEAD
-        plots.lines(curves, x_label="rank", y_label="held-out loss, nats per token", log_x=True, log_y=True),
-=======
         pictures.lines(curves, x_label="rank", y_label="held-out loss, nats per token", log_x=True, log_y=True),
->>>>>>> main
         "Held-out loss against the rank, of adapters trained at it and of one cut to it.",
         "Two curves that meet at the highest rank",
         Table(

@@ -17,8 +17,8 @@ with it. That costs at most the time, so it is said once and the run goes on. Wh
 parameter has moved since the process began (or the run was resumed: then an earlier process has seen it move).
 
 The median is over losses of steps that were applied: a spike that is let into its own window would hide the next one,
-and a NaN would hide them all (OLMo's trainer met that). Below `NOTHING` nats per token there is nothing to lose, so there
-no step is a spike: a memorised run's median is 0, and everything is many times 0.
+and a NaN would hide them all (OLMo's trainer met that). Below `NOTHING` nats per token there is nothing to lose, so
+there no step is a spike: a memorised run's median is 0, and everything is many times 0.
 
 Too small is seldom B, which begins at zero, where any step is exact; A's numbers are some hundredths, of which float32
 keeps 3e-9.
