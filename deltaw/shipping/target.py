@@ -46,7 +46,7 @@ def target(
         recover(final)  # what a killed process had moved away
         _check(final, replace, sources)
         _room(final, needed)
-        with replacing_folder(final, fix="free space, or choose another") as hidden:
+        with replacing_folder(final, fix="free some space, or choose another") as hidden:
             yield hidden
             write_text_atomic(hidden / MARK, json.dumps({"deltaw": VERSION, **what}, indent=2) + "\n")
 
@@ -81,5 +81,6 @@ def _room(final: Path, needed: int) -> None:
     free = shutil.disk_usage(final.parent).free
     if needed + SPARE > free:
         raise RunError(
-            f"output {final}: needs {needed:,} bytes, {free:,} are free there", fix="free space, or choose another"
+            f"output {final}: needs {needed:,} bytes, but only {free:,} are free there",
+            fix="free some space, or choose another",
         )

@@ -58,7 +58,7 @@ def restore(learner: Learner, saved: Saved, run: Run, display: Display) -> None:
     changed = [name for name, value in now.items() if not same_base(then.get(name, ""), value)]
     if changed:
         raise InputError(
-            f"{run.folder} can't go on: its {' and '.join(changed)} changed since it was stopped",
+            f"{run.folder} can't be resumed: its {' and '.join(changed)} changed after it stopped",
             fix="put it back as it was, or start a new run",
         )
     check_length(learner.total, saved.state.step, run=str(run.folder))
@@ -66,10 +66,12 @@ def restore(learner: Learner, saved: Saved, run: Run, display: Display) -> None:
     learner.restore(saved)
     other = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
     if other:
-        display.say(f"warning: it goes on with {', '.join(other)}: the last bits will differ")
+        display.say(f"warning: it resumes with {', '.join(other)}, so the last bits will differ")
     state = learner.state
     if state.best_step and not is_whole(checkpoint_at(run.checkpoints, state.best_step)):
-        display.say(f"warning: step {state.best_step} was the best, but its checkpoint is gone: what comes now decides")
+        display.say(
+            f"warning: step {state.best_step} was the best, but its checkpoint is gone; the steps to come decide"
+        )
         state.best_step, state.best_loss = 0, None
     if missing := run.cut_metrics(state.metrics_lines):
         display.say(f"{run.metrics} lacks {missing} of the {state.metrics_lines} lines it had")
@@ -92,15 +94,15 @@ def check_changes(before: RunConfig, after: RunConfig, *, allow: bool, run: str,
     refused = [line for name, line in words.items() if name in late or _is_fixed(name, *changed[name])]
     if refused:
         raise InputError(
-            f"{run} can't go on with other settings than it began with:\n{listed(refused)}",
+            f"{run} can't be resumed with these settings, which differ from its own:\n{listed(refused)}",
             fix="put them back, or start a new run with another output",
         )
     if idle := [line for line in after.without_effect() if line not in before.without_effect()]:
         raise InputError("; ".join(idle))
     if words and not allow:
         raise InputError(
-            f"{run} was begun with other settings:\n{listed(list(words.values()))}",
-            fix="--allow goes on with the new ones; without them, put the old ones back",
+            f"{run} was started with other settings:\n{listed(list(words.values()))}",
+            fix="to resume with the new ones, add --allow; otherwise put the old ones back",
         )
     return list(words.values())
 
@@ -109,8 +111,8 @@ def check_length(total: int, taken: int, *, run: str) -> None:
     """Raise InputError where a run would be shorter than it is: then nothing could be said of its schedule."""
     if total < taken:
         raise InputError(
-            f"{run} has taken {taken} steps already, more than the {total} that are asked for",
-            fix=f"train.steps={taken} ends it as it is, more go on; for fewer start a new run",
+            f"{run} has taken {taken} steps already, more than the {total} asked for",
+            fix=f"train.steps={taken} ends it here, a higher number continues it; for fewer steps start a new run",
         )
 
 

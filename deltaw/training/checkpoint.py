@@ -105,7 +105,7 @@ def save_checkpoint(folder: Path, saved: Saved, keep: int) -> Path:
         fsync(folder.parent)
     except (OSError, RunError) as error:
         reason = error.what if isinstance(error, RunError) else f"{final}: {error}"
-        raise RunError(reason, fix="nothing was lost; free space, then resume the run") from None
+        raise RunError(reason, fix="nothing was lost; free some space, then resume the run") from None
     _rotate(folder, keep)
     return final
 
@@ -136,7 +136,7 @@ def latest_checkpoint(folder: Path, display: Display) -> Saved | None:
     if problems:
         raise InputError(
             f"{folder}: all {len(problems)} checkpoints are broken:\n{listed(problems)}",
-            fix="put a whole one back, or start over with --replace",
+            fix="put an intact one back, or start over with --replace",
         )
     return None
 
@@ -177,7 +177,11 @@ def _check_manifest(path: Path) -> None:
         raise InputError(f"{path}: can't be read: {error}") from None
     if written != found:
         bad = [line[66:].decode() for line in found.splitlines() if line not in written.splitlines()]
-        said = f"{', '.join(bad)} without the SHA-256 that {MANIFEST} says" if bad else f"{MANIFEST} says too much"
+        said = (
+            f"{', '.join(bad)} whose SHA-256 isn't the one in {MANIFEST}"
+            if bad
+            else f"{MANIFEST} lists more than the files"
+        )
         raise InputError(f"{path} is damaged: {said}")
 
 
@@ -185,7 +189,7 @@ def _check_room(folder: Path, tensors: list[Tensor]) -> None:
     """Raise RunError before a byte is written where the disk is too full anyway."""
     needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(folder).free
     if needed > free:
-        raise RunError(f"{folder}: the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free")
+        raise RunError(f"{folder}: the disk is full: a checkpoint needs {needed:,} bytes, but only {free:,} are free")
 
 
 def _rotate(folder: Path, keep: int) -> None:

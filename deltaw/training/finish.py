@@ -52,7 +52,7 @@ def finish(
     try:
         write_result(opened, learner.state, run, measured, time.monotonic() - began)
     except RunError as error:
-        fix = f"the adapter is saved: {run.adapter}; free space, then resume the run"
+        fix = f"the adapter is saved: {run.adapter}; free some space, then resume the run"
         raise RunError(error.what, fix) from None
     return adapter
 
@@ -71,7 +71,7 @@ def measure_again(
     changed = [name for name, value in then.items() if fingerprints.get(name) != value]
     if changed:
         raise InputError(
-            f"{run.folder} can't be measured: its {' and '.join(changed)} changed since it was trained",
+            f"{run.folder} can't be measured: its {' and '.join(changed)} changed after it was trained",
             fix="put it back as it was",
         )
     before = measure_base(opened, run, attempts, display)
@@ -88,7 +88,7 @@ def save_adapter(opened: Opened, learner: Learner, run: Run, display: Display) -
             display.say(f"best on the held-out rows: step {state.best_step}")
         except InputError as error:
             best, state.best_step = state.best_step, state.step
-            display.say(f"warning: step {best} was the best, but {error.what}: the last step's adapter is saved")
+            display.say(f"warning: step {best} was the best, but {error.what}, so the last step's adapter is saved")
     adapter = learner.attached.adapter(opened.id)
     _save_template(opened, run)  # before the weights: an adapter that is there has what it needs
     adapter.save(run.adapter)
@@ -113,15 +113,15 @@ def _measured(
     model, rows, wanted = opened.model, opened.dataset.eval, opened.config.evaluate
     if before and not after:
         after = attempts(
-            "held_out_loss", lambda: loss_on(model, rows, display, "after"), what="no held-out loss of the adapter"
+            "held_out_loss", lambda: loss_on(model, rows, display, "after"), what="no held-out loss for the adapter"
         )
     if before and after and not answers and not before.unanswered and (wanted.metrics or wanted.samples):
         pair = before, after
-        both = attempts("answers", lambda: _answers(opened, run, *pair, display), what="no answers of the adapter")
+        both = attempts("answers", lambda: _answers(opened, run, *pair, display), what="no answers from the adapter")
         before, after = both or pair
     if general and not lost:
         lost = attempts(
-            "forgetting", lambda: _forgetting(opened, general, display), what="what was forgotten isn't known"
+            "forgetting", lambda: _forgetting(opened, general, display), what="no measure of what was forgotten"
         )
     return replace(known, before=before, after=after, forgetting=lost, failed=attempts.failed)
 
@@ -150,7 +150,7 @@ def report(run: Run, attempts: Attempts, display: Display, *, wanted: bool) -> N
     if wanted:
         attempts(REPORT, lambda: write_report(run, display), what="no report")
         if REPORT in attempts.failed:
-            attempts("result", lambda: _note(run, attempts.failed), what=f"{run.result} doesn't say so")
+            attempts("result", lambda: _note(run, attempts.failed), what=f"{run.result} doesn't say that it is")
     if attempts.failed:
         display.say(f"the adapter is saved: {run.adapter}; to measure what failed: {command('train', run.folder)}")
 

@@ -92,7 +92,7 @@ class Learner:
         self.put_factors_back(saved)
         parameters = self._parameters()
         if saved.moments.keys() != {name + moment for name in parameters for moment in (FIRST, SECOND)}:
-            raise InputError("the checkpoint's moments are not of this adapter's parameters")
+            raise InputError("the checkpoint's optimiser state belongs to other parameters than this adapter's")
         updates = saved.state.step - saved.state.skipped
         for name, parameter in parameters.items():
             self.optimizer.state[parameter] = {

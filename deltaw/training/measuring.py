@@ -93,7 +93,7 @@ def measure_base(opened: Opened, run: Run, attempts: Attempts, display: Display)
         except Exception as error:
             if config.metrics:
                 raise
-            attempts.note("answers", error, what="no answers of the base")
+            attempts.note("answers", error, what="no answers from the base")
     run.write_json(run.before, before.to_json())
     return before
 
@@ -144,7 +144,7 @@ def note_evaluation(loss: float, learner: Learner, run: Run, display: Display) -
     what = f"step {step}: the held-out loss is {loss}"
     if step < learner.total:
         without = command("train", run.folder, "train.eval_every=null", options=["--allow"])
-        raise RunError(what, fix=f"lower train.lr, or look at data.eval; to the adapter without it: {without}")
+        raise RunError(what, fix=f"lower train.lr, or look at data.eval; to keep the adapter without it: {without}")
     display.say(f"warning: {what}")
     learner.note_evaluation(loss)
     return {"step": step, "eval_not_finite": str(loss)}

@@ -100,15 +100,18 @@ class Plan:
             ("run", f"{self.output}, in {self.computed}"),
             ("steps", f"{self.steps:,}, the largest batch of {self.longest_batch:,} tokens"),
             ("tokens", f"{self.tokens:,}, of which {self.supervised_tokens:,} are trained ({self.data.share:.1%})"),
-            ("memory", f"{gib(self.largest.peak)} at its peak, in {self.largest.name}; {gib(self.memory_there)} there"),
-            ("time", f"{clock(self.seconds)}, training at {self.tokens_per_second:.0f} tokens/s; the report aside"),
+            (
+                "memory",
+                f"{gib(self.largest.peak)} at its peak, in {self.largest.name}; {gib(self.memory_there)} available",
+            ),
+            ("time", f"{clock(self.seconds)}, training at {self.tokens_per_second:.0f} tokens/s, without the report"),
             ("disk", f"{gib(self.disk_needed)}; {gib(self.disk_free)} free"),
             *_rows(self.data),
         ]
         head = [f"{name:8} {text}".rstrip() for name, text in lines]
         phases = [(phase.name, gib(phase.peak), clock(phase.seconds)) for phase in self.phases]
-        fit = f"{gib(self.fit.fixed)} + {gib(self.fit.token * 1000)} for 1,000 tokens"
-        fit += f" + {gib(self.fit.supervised * 1000)} for 1,000 trained ones"
+        fit = f"{gib(self.fit.fixed)} + {gib(self.fit.token * 1000)} per 1,000 tokens"
+        fit += f" + {gib(self.fit.supervised * 1000)} per 1,000 trained ones"
         what_if = [(f"{tokens:,} tokens", gib(peak)) for tokens, peak in self.what_if.items()]
         tables = table(phases, ("", "peak", "time"), align="lr"), table(what_if, align="lr")
         return "\n".join([*head, "", tables[0], "", f"a batch takes {fit}:", tables[1]])
@@ -131,7 +134,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
                 check_longest(opened.model, [*rows, *opened.dataset.eval])
                 rehearsal.play(general)
         except Exception as error:
-            fix = "plan with one of these, then train with it"
+            fix = "plan again with one of these, then train with it"
             raise explain(error, opened, learner, Run(folder), fix=fix) or error from None
     needs = fit.fit_memory(rehearsal.points)
     share, longest = work.supervised / work.tokens, max(len(example.tokens) for example in rows)
@@ -239,8 +242,8 @@ class Rehearsal:
         if most < longest:
             peak = max(peak, fit.fit_memory(self.points).bytes_at(longest, supervised))
             self.display.say(
-                f"a batch of {longest:,} tokens takes too long to try: its memory is worked out from batches of up to "
-                f"{most:,}, and it may take longer than the time says"
+                f"a batch of {longest:,} tokens takes too long to try: its memory is estimated from batches of up to "
+                f"{most:,}, and the run may take longer than predicted"
             )
         if self.device.type == "cpu":  # what steps of other shapes add: holes as far as Heap lets them, kernels
             holes = (memory.GROWTH - 1) * min(1, self.work.steps / SETTLED)
@@ -288,7 +291,9 @@ def _rows(data: DataReport) -> list[tuple[str, str]]:
     if data.unusable:
         lines.append(("", f"unusable, {data.unusable:,}: {_listed(data.problems, data.unusable, '; ')}"))
     if data.duplicates or data.overlap:
-        lines.append(("", f"{data.duplicates:,} copies of another; {data.overlap:,} held out that are trained on, too"))
+        lines.append(
+            ("", f"{data.duplicates:,} copies of another; {data.overlap:,} held-out rows that are also trained on")
+        )
     return lines
 
 

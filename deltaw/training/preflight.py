@@ -69,8 +69,8 @@ def check_longest(model: Model, rows: Sequence[Example]) -> None:
         if is_out_of_memory(error):
             raise
         raise InputError(
-            f"{row.origin}: {len(row.tokens):,} tokens, more than {context:,} this base can't be given: {error!s:.80}",
-            fix=f"set data.max_length to {context}: data.too_long says whether such rows are left out or cut",
+            f"{row.origin}: {len(row.tokens):,} tokens, and this base takes no more than {context:,}: {error!s:.80}",
+            fix=f"set data.max_length to {context}: data.too_long decides whether longer rows are left out or cut",
         ) from None
 
 
@@ -97,8 +97,8 @@ def check_disk(opened: Opened, learner: Learner, run: Run) -> None:
     needed, free = disk_needed(opened, learner) - written, shutil.disk_usage(existing(run.folder)).free
     if needed > free:
         raise RunError(
-            f"output {run.folder}: its checkpoints and adapter need {needed:,} bytes, {free:,} are free",
-            fix=f"free space, choose another output, or set train.keep lower than {opened.config.train.keep}",
+            f"output {run.folder}: its checkpoints and adapter need {needed:,} bytes, but only {free:,} are free",
+            fix=f"free some space, choose another output, or set train.keep lower than {opened.config.train.keep}",
         )
 
 

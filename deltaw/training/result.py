@@ -165,7 +165,9 @@ def _figures(result: dict[str, Any]) -> str:
             f"KL from the base {lost['kl']:.4f} nats per token"
         )
         if interval := lost.get("rise_interval"):
-            lines.append(f"{'':20} the rise lies in {interval[0]:+.4f} … {interval[1]:+.4f} (95 %, over passages)")
+            lines.append(
+                f"{'':20} the rise lies between {interval[0]:+.4f} and {interval[1]:+.4f} (95 %, over passages)"
+            )
     lines += [f"no {name.replace('_', ' ')}: {why}" for name, why in result.get("failed", {}).items()]
     if why := result["eval"].get("unanswered"):
         lines.append(f"no answers to held-out rows: {why}")

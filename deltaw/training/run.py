@@ -64,7 +64,7 @@ def resume(
         if finished:
             return _measure_again(config, run, display)
         if saved is None:
-            display.say(f"{folder} has no checkpoint yet: it starts from its beginning")
+            display.say(f"{folder} has no checkpoint yet, so it starts from the beginning")
         return _run(config, run, saved, display, changed=changed)
 
 
@@ -83,13 +83,13 @@ def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, 
                 restore(learner, saved, run, display)
                 if changed:  # and it is known now that it can go on so
                     run.write_config(config)
-            stop.advice = f"go on with: {command('train', run.folder)}"
+            stop.advice = f"resume with: {command('train', run.folder)}"
             short_form(opened, learner, run, general)
             on_the_way, attempts = (Attempts(opened.device, display.say, shortage) for _ in range(2))
             before = measure_base(opened, run, on_the_way, display)
             Steps(opened, learner, run, stop, display, on_the_way).take()
             adapter = finish(opened, learner, run, before, general, attempts, display, began)
-            stop.advice = f"the run is finished, its report is not: {command('inspect', run.folder)}"
+            stop.advice = f"the run is finished, but its report isn't: {command('inspect', run.folder)}"
             report(run, attempts, display, wanted=config.evaluate.report)
             return adapter
         except Exception as error:
@@ -98,7 +98,7 @@ def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, 
 
 def _measure_again(config: RunConfig, run: Run, display: Display) -> Adapter:
     """What result.json says that failed, on the adapter as it was saved."""
-    with StopRequest("the run is finished, what it lacks is not measured yet") as stop:
+    with StopRequest("the run is finished, but some measurements are missing") as stop:
         bound_caches()
         model = open_model(run.folder, device=config.train.device, display=display)
         _, _, dataset = open_dataset(config, display, model.base.source)
@@ -108,7 +108,7 @@ def _measure_again(config: RunConfig, run: Run, display: Display) -> Adapter:
         learner = opened.learner(display)
         attempts = Attempts(opened.device, display.say, partial(explain, opened=opened, learner=learner, run=run))
         measure_again(opened, run, learner.state.fingerprints, general, attempts, display)
-        stop.advice = f"the run is finished, its report is not: {command('inspect', run.folder)}"
+        stop.advice = f"the run is finished, but its report isn't: {command('inspect', run.folder)}"
         report(run, attempts, display, wanted=config.evaluate.report)
     return load_adapter(run.folder)
 

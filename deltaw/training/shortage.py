@@ -43,7 +43,7 @@ def explain(
     if isinstance(error, OutOfMemory):
         settings = _settings_of_evaluation(opened, error.work)
         after = f"after step {learner.state.step} of {opened.total}"
-        what = f"{error.what} {after}: it takes more than the {gib(there)} there are"
+        what = f"{error.what} {after}: it takes more than the {gib(there)} available"
         return RunError("\n  ".join([what, *settings]), fix or _go_on(run, settings[0]))
     work, settings_fitting = work_of(opened, learner), list[Setting]()
     takes = "takes more than that, and so do smaller ones"
@@ -51,7 +51,7 @@ def explain(
         takes = f"takes about {gib(fit.bytes_at(work.longest_tokens, work.longest_supervised))}"
         settings_fitting = settings_that_fit(opened, work, fit, there)
     at = f"step {learner.state.step + 1} of {opened.total}"
-    what = f"out of memory in {at}: {gib(there)} are there, a batch of {work.longest_tokens:,} tokens {takes}"
+    what = f"out of memory in {at}: {gib(there)} are available, and a batch of {work.longest_tokens:,} tokens {takes}"
     lines = [f"{setting.text}: about {gib(setting.bytes)}" for setting in settings_fitting]
     lines = lines or ["only a smaller base would fit"]
     return RunError(
@@ -140,15 +140,15 @@ def _settings_of_evaluation(opened: Opened, work: str) -> list[str]:
     }[work]
     if opened.model.base.dtype == torch.float32:
         settings.append("train.dtype=bfloat16")
-    return [*settings, "base=…, a smaller one"][:3]
+    return [*settings, "base=… (a smaller one)"][:3]
 
 
 def _go_on(run: Run, setting: str | None) -> str:
     """How to go on with the run that just failed: with a setting that may be changed on the way, else anew."""
     folder, saved = run.folder, list_checkpoints(run.checkpoints)
-    remains = f"{saved[-1].name} remains" if saved else "nothing was trained yet"
+    remains = f"{saved[-1].name} remains" if saved else "nothing has been trained yet"
     if setting and " " not in setting and setting.startswith(("train.tokens_per_batch", "evaluate.")):
-        return f"{remains}; go on with: {command('train', folder, setting, options=['--allow'])}"
+        return f"{remains}; resume with: {command('train', folder, setting, options=['--allow'])}"
     words = [
         folder / "config.yaml",
         setting or "base=…",

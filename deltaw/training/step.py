@@ -96,7 +96,7 @@ def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None
     if unknown:
         raise ValueError(f"documents take update {min(unknown)}, and the learners are of {sorted(numbers)}")
     if len(learners) > 1 and not all(batch.updates for batch in batches):
-        raise ValueError(f"{len(learners)} learners, and a batch doesn't say which documents are whose")
+        raise ValueError(f"{len(learners)} learners, and the batch doesn't say which documents belong to which")
 
 
 class _Share:
@@ -109,7 +109,7 @@ class _Share:
         self.tokens = sum(_tokens(batch, number) for batch in batches)
         self.supervised = sum(batch.supervised for batch in self.batches)
         self._sum = 0.0
-        self.unfit = None if self.supervised else Unfit("not one token of it is trained", self.rows)
+        self.unfit = None if self.supervised else Unfit("none of its tokens is trained", self.rows)
 
     @property
     def loss(self) -> float:

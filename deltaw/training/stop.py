@@ -26,7 +26,7 @@ class Stopped(BaseException):
 class StopRequest:
     """Turns SIGINT and SIGTERM into `Stopped` inside its block. `advice`: what to do next, for the message."""
 
-    def __init__(self, advice: str = "nothing was trained yet") -> None:
+    def __init__(self, advice: str = "nothing has been trained yet") -> None:
         self.advice = advice
         self.signal: int | None = None  # the last one that came
         self._holding = False

@@ -56,7 +56,7 @@ class Verified:
         """One line per stop, and the verdict."""
         lines = [
             f"stopped after step {one.stopped_after} of {self.steps}: "
-            + ("the same bits" if one.same_bits else f"other bits, by up to {one.largest_difference:.2g}")
+            + ("the same bits" if one.same_bits else f"different bits, by up to {one.largest_difference:.2g}")
             + (", the same metrics" if one.same_metrics else ", OTHER METRICS")
             for one in self.resumed
         ]

@@ -74,7 +74,7 @@ def check_loss(loss: float, rows: Sequence[str], state: TrainState, config: Trai
         return
     usual = max(NOTHING, median(state.recent))
     if loss > config.skip_spikes * usual:
-        raise Unfit(f"the loss, {loss:.3f}, is {loss / usual:.1f} times the recent {usual:.3f}", rows)
+        raise Unfit(f"the loss, {loss:.3f}, is {loss / usual:.1f} times the recent median of {usual:.3f}", rows)
 
 
 def note_update(loss: float, state: TrainState, config: TrainConfig) -> None:
@@ -89,11 +89,11 @@ def note_skip(unfit: Unfit, state: TrainState, config: TrainConfig) -> None:
     step = f"step {state.step + 1}: {unfit}"
     if unfit.not_finite and state.not_finite >= config.skip_nonfinite:
         raise TooManySkips(
-            step, fix="look at these rows, or lower train.lr; train.skip_nonfinite: 3 leaves out three such"
+            step, fix="look at these rows, or lower train.lr; train.skip_nonfinite: 3 would skip three such steps"
         )
     if not unfit.not_finite and state.in_a_row >= IN_A_ROW:
         raise TooManySkips(
-            step, fix=f"{IN_A_ROW} steps in a row were left out before it: look at the data, or train.lr"
+            step, fix=f"{IN_A_ROW} steps in a row were skipped before it: look at the data, or at train.lr"
         )
     state.skipped += 1
     state.not_finite += unfit.not_finite
@@ -160,18 +160,19 @@ class Watch:
         if still:
             raise RunError(
                 f"{len(still)} factors are still zero after {seen} updates\n{listed(still, 1)}",
-                fix="raise train.lr, or name other adapter.targets",
+                fix="raise train.lr, or choose other adapter.targets",
             )
 
     def _why_silent(self) -> str:
         if self._known:
-            return "the loss was 0 in all of them: the base knows these rows, there is nothing to learn"
+            return "the loss was 0 in all of them: the base already knows these rows, so there is nothing to learn"
         if self._alone:
             return (
-                "only second tokens of rows are trained, which see one token, so attention has nothing to choose: "
+                "only the second token of each row is trained, and it sees a single token, so attention has "
+                "nothing to choose: "
                 "give the rows longer prompts, or set adapter.targets to mlp"
             )
-        return "name other adapter.targets: these don't reach the loss"
+        return "choose other adapter.targets: these don't reach the loss"
 
     def _check_moved(self, before: dict[str, dict[str, Tensor]]) -> None:
         stuck = [
@@ -191,8 +192,8 @@ class Watch:
         if stuck and not self._warned:
             self._warned = True
             self._say(
-                f"warning: since update {self._updates} at the latest, {len(stuck)} parameters that did move don't any "
-                "more: at this rate nothing is left to learn from these rows"
+                f"warning: since update {self._updates} at the latest, {len(stuck)} parameters that used to move have "
+                "stopped: at this rate nothing is left to learn from these rows"
             )
 
     def _has_moved(self, path: str, name: str) -> bool:

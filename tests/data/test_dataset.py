@@ -265,7 +265,7 @@ def test_untrained_turns_are_reported(tmp_path):
     chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
     report = prepare(DataConfig(train=write(tmp_path, [chat])), Renderer(toy("thinking"))).report
     assert report.untrained_turns == 1
-    assert report.warnings == ["1 answers aren't trained: the template rewrites earlier turns"]
+    assert report.warnings == ["1 answer isn't trained: the template rewrites earlier turns"]
 
 
 def test_columns_without_use_are_reported_with_their_share(tmp_path):
