@@ -111,7 +111,7 @@ def compared(tuned: Checkpoint, base: Checkpoint) -> list[str]:
         elif name in (base if old is None else tuned).places:
             problems.append(f"{name}: not in {(base if old is None else tuned).folder}")
     if problems:
-        where = f"{tuned.folder} was not made from {base.folder}"
+        where = f"{tuned.folder} wasn't made from {base.folder}"
         raise InputError(f"{where}, {len(problems)} tensors don't fit:\n{listed(problems)}")
     return names
 

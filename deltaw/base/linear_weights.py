@@ -57,10 +57,12 @@ class LinearWeights(Mapping[str, Weight]):
         stored, shape = self._stored(path), self.shape(path)
         weight = read_tensor(self._files[stored], stored + SUFFIX)
         if not weight.is_floating_point():
-            raise InputError(f"{self.folder}: {stored} holds {weight.dtype} numbers, no floating ones")
+            raise InputError(f"{self.folder}: {stored} holds {weight.dtype} numbers, not floating-point ones")
         weight_MN = (weight.T if self.transposed else weight).float().contiguous()
         if not torch.isfinite(weight_MN).all():
-            raise InputError(f"{self.folder}: {stored}, shape {shape}, holds NaN or infinity", fix="get the base again")
+            raise InputError(
+                (f"{self.folder}: {stored}, shape {shape}, holds NaN or infinity"), fix="download the base again"
+            )
         return weight_MN, weight.dtype
 
     def __iter__(self) -> Iterator[str]:
@@ -77,7 +79,9 @@ class LinearWeights(Mapping[str, Weight]):
         """(M, N), from the header alone. Raises InputError for an unknown path and for what is no matrix."""
         shape = self._shapes[stored := self._stored(path)]
         if len(shape) != 2:
-            raise InputError(f"{self.folder}: {stored} has shape {shape}, it is no matrix", fix="name a linear layer")
+            raise InputError(
+                (f"{self.folder}: {stored} has shape {shape}, which isn't a matrix"), fix="name a linear layer"
+            )
         return shape[::-1] if self.transposed else shape
 
     def _stored(self, path: str) -> str:

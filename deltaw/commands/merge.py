@@ -96,7 +96,7 @@ def _planned(plan: MergePlan, word: str) -> list[str]:
     if plan.unties:
         names = [planned.name for planned in plan.tensors if planned.fate == "untied"]
         lines.append(
-            f"the update goes to one of two tied weights, so they are tied no more: {', '.join(names)} is written"
+            f"the update goes to one of two tied weights, so they are no longer tied: {', '.join(names)} is written"
         )
     return lines
 

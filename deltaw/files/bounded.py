@@ -124,7 +124,7 @@ class Worker:
             self.answer()
         except (OSError, Failed) as error:
             raise RunError(
-                f"the process for templates and patterns doesn't start: {error}",
+                f"the process for templates and patterns can't be started: {error}",
                 fix=f"try: {sys.executable} -I -c 'import jinja2'",
             ) from None
 

@@ -61,7 +61,8 @@ class MlxAdapter(Destination):
         kind = str(skeleton.config.model_type)  # type: ignore[union-attr]
         if kind not in KNOWN:
             raise InputError(
-                f"how mlx_lm names the layers of {kind} isn't known here, and it may ignore what it doesn't know",
+                f"mlx_lm's names for the layers of {kind} aren't known here, and it may ignore names that it "
+                "doesn't know",
                 fix=f"convert the whole model: {remade('merge', trained)}   then: mlx_lm.convert --hf-path …",
             )
         check_fits(trained, skeleton)

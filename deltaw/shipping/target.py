@@ -53,7 +53,7 @@ def target(
 
 def _place(output: str | Path) -> Path:
     if not str(output):
-        raise InputError("output: no name", fix="name a folder that isn't there yet")
+        raise InputError("output: it has no name", fix="name a folder that doesn't exist yet")
     try:
         return Path(output).resolve()
     except (OSError, RuntimeError):  # which of the two, for links in a circle, Python's version decides
@@ -74,7 +74,7 @@ def _check(final: Path, replace: bool, sources: Sequence[Path]) -> None:
     if not (final / MARK).is_file():
         raise InputError(f"output {final} was not written by deltaw, so it isn't replaced", fix="choose another folder")
     if within := [source for source in sources if source.resolve().is_relative_to(final)]:
-        raise InputError(f"output {final} is what this is made of ({within[0]})", fix="choose another folder")
+        raise InputError(f"output {final} is what this is made from ({within[0]})", fix="choose another folder")
 
 
 def _room(final: Path, needed: int) -> None:

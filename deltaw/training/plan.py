@@ -36,7 +36,7 @@ from deltaw.evaluate.held_out import answer, rows_asked
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.show.table import table
-from deltaw.show.text import clock, gib
+from deltaw.show.text import clock, counted, gib
 from deltaw.training import fit, memory
 from deltaw.training.checkpoint import save_checkpoint
 from deltaw.training.fit import Fit, Point
@@ -292,7 +292,11 @@ def _rows(data: DataReport) -> list[tuple[str, str]]:
         lines.append(("", f"unusable, {data.unusable:,}: {_listed(data.problems, data.unusable, '; ')}"))
     if data.duplicates or data.overlap:
         lines.append(
-            ("", f"{data.duplicates:,} copies of another; {data.overlap:,} held-out rows that are also trained on")
+            (
+                "",
+                f"{counted(data.duplicates, 'copy', 'copies')} of another; "
+                f"{counted(data.overlap, 'held-out row is', 'held-out rows are')} also trained on",
+            )
         )
     return lines
 

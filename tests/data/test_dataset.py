@@ -292,7 +292,7 @@ def test_names_of_control_tokens_are_counted_and_the_setting_named(tmp_path):
     assert (rendered.named_rows, rendered.named_tokens, rendered.warnings) == (0, 0, [])
     chat = [{"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "a"}]}]
     (warning,) = prepare(DataConfig(train=write(tmp_path, chat)), RENDERER).report.warnings
-    assert "1 rows" in warning
+    assert "1 row " in warning
     assert "data.rendered" not in warning
 
 

@@ -96,7 +96,7 @@ def test_the_mapping_is_said():
         ({"messages": [{"role": "owner", "content": "q"}, ANSWER]}, "unknown role 'owner'"),
         ({"messages": [{"role": ["user"], "content": "q"}, ANSWER]}, "unknown role"),
         ({"messages": [{"role": "user", "content": 3}, ANSWER]}, "message 1 has a number as its content"),
-        ({"messages": [{"role": "user", "content": [{"text": "q"}]}, ANSWER]}, "has a list as content"),
+        ({"messages": [{"role": "user", "content": [{"text": "q"}]}, ANSWER]}, "has a list as its content"),
         ({"messages": [{"role": "user"}, ANSWER]}, "message 1 has no content"),
         ({"messages": []}, "messages is empty"),
         ({"messages": "q"}, "messages is a string"),

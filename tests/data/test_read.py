@@ -172,8 +172,8 @@ def test_sources_that_cannot_be_read(tmp_path):
         (write(tmp_path, b"", "t.pdf"), "unknown kind"),
         ("data/missing.jsonl", "no such file"),
         ("squad", "no such file"),
-        ("a\0b", "not the name"),
-        ("", "not the name"),
+        ("a\0b", "isn't the name"),
+        ("", "isn't the name"),
         ("builtin:nothing", "known: cmudict, general, sarcasm"),
     ]:
         with pytest.raises(InputError, match=reason):

@@ -108,7 +108,7 @@ def _check_kind(trained: Trained) -> None:
     merge = _whole(trained)
     if trained.adapter.spec.full:
         raise InputError(
-            f"{trained.name} is full fine-tuning, which no adapter holds",
+            f"{trained.name} is full fine-tuning, which an adapter can't hold",
             fix=f"{merge}   a LoRA: {command('extract', trained.name, options=['--rank', '16', '-o', 'lora'])}",
         )
     if trained.adapter.spec.magnitude:

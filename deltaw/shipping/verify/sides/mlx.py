@@ -41,7 +41,7 @@ class Mlx(Side):
         if self._adapter is None and not (folder / "config.json").is_file():
             raise InputError(f"{name}: holds neither {ADAPTER} nor config.json")
         if self._adapter is not None and base is None:
-            raise InputError(f"{name} does not say which base it belongs to", fix="name it with --base")
+            raise InputError(f"{name} doesn't say which base it belongs to", fix="name it with --base")
         # A quantised model isn't one that find_base takes, and needn't be.
         self._model, self._meant = folder, dict[str, Any]()
         if self._adapter is not None:
