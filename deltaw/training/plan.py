@@ -65,7 +65,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take. Bytes, seconds, counts; `what_if`: the training's peak by tokens in a batch."""
+    """What a run will take, in bytes, seconds and counts; `what_if`: the training's peak by tokens in a batch."""
 
     output: str
     computed: str  # "bfloat16 on cpu"
@@ -118,7 +118,7 @@ class Plan:
 
 
 def plan(config: RunConfig, display: Display | None = None) -> Plan:
-    """Rehearse a run; nothing of it stays. Raises InputError as `train` does, RunError where memory is too small."""
+    """Rehearse a run, leaving nothing behind. Raises InputError as `train` does, RunError where memory is too small."""
     display = display or Display()
     device = pick_device(config.train.device)
     with window(device) as opening:
@@ -158,7 +158,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
 
 
 class Rehearsal:
-    """Every kind of work at its largest, in the order of the run."""
+    """Each kind of work at its largest, in the order of the run."""
 
     def __init__(self, opened: Opened, learner: Learner, work: Work, run: Run, display: Display) -> None:
         self.opened, self.learner, self.work, self.run, self.display = opened, learner, work, run, display
@@ -282,7 +282,7 @@ def _most(config: Any, name: str) -> int:
 
 
 def _rows(data: DataReport) -> list[tuple[str, str]]:
-    """What becomes of the rows, those that are lost by number."""
+    """What becomes of the rows; those that are lost are named by number."""
     lines = [("rows", f"{data.train_rows:,} to train on, {data.eval_rows:,} held out, of {data.rows_read:,} read")]
     kinds = {"left out": data.too_long_dropped, "cut": data.truncated, "with nothing left to train": data.untrained}
     long = ", ".join(f"{count:,} {what}" for what, count in kinds.items() if count)
@@ -308,7 +308,7 @@ def _listed(found: Sequence[str], count: int, between: str) -> str:
 
 @contextmanager
 def _folder_beside(output: Path) -> Iterator[Path]:
-    """A folder on the disk that the run will be on, gone when the block ends. Raises InputError."""
+    """A folder on the run's disk, gone when the block ends. Raises InputError."""
     try:
         folder = tempfile.TemporaryDirectory(prefix=".deltaw-plan-", dir=existing(output.absolute().parent))
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Preflight: what would fail in hour three fails in minute one.
+"""Preflight: what would fail in the third hour fails in the first minute.
 
 Before its first step a run takes the largest batch that it will meet forward and backward, and the largest things that
-it will be measured on forward, and looks whether its checkpoints will fit on the disk. That costs a batch at most; what
+it will be measured on forward, and checks that its checkpoints will fit on the disk. That costs at most a batch; what
 the first step or evaluation shows anyway is left to them. Nothing that a step depends on is changed.
 
 Where memory runs out, here or later, shortage.py says which settings would have fitted.
@@ -31,10 +31,10 @@ TIGHT = 0.25  # share of the free memory below which nothing need be tried
 
 
 def short_form(opened: Opened, learner: Learner, run: Run, general: Sequence[Example] = ()) -> None:
-    """Try what the run will come to, before its first step in this process. `general`: the text of forgetting.
+    """Try the run's largest work before its first step in this process. `general`: the text of forgetting.
 
-    Left out is what the first step shows anyway, and the general text where its logits would take little of the memory
-    that is free. Raises RunError where the disk is too small, and whatever PyTorch raises where memory is.
+    It leaves out what the first step shows anyway, and the general text where its logits would take little of the
+    memory that is free. Raises RunError where the disk is too small, and whatever PyTorch raises where memory runs out.
     """
     check_disk(opened, learner, run)
     model, held_out, work = opened.model, opened.dataset.eval, work_of(opened, learner)

@@ -1,8 +1,8 @@
 """One optimiser step of a run's learners, from batches to records.
 
 A learner's loss is the sum over its documents of the step, divided once by its own supervised tokens: so gradient
-accumulation is exact to the token, and whoever else has documents in a batch changes nothing. A step is applied only if
-its loss and its gradient are finite (watch.py). What it does depends on the state before it and on nothing else, so
+accumulation is exact to the token, and other learners' documents in a batch change nothing. A step is applied only if
+its loss and its gradient are finite (watch.py). It depends on the state before it and on nothing else, so
 stopping anywhere and resuming gives the same bits (on a CPU).
 
 Dropout is drawn anew for each batch, from a seed that is the first eight bytes of SHA-256 over "seed step batch" (in
@@ -34,7 +34,7 @@ def step(
     forward: Forward, learners: Sequence[Learner], batches: Sequence[Batch], position: LoaderState
 ) -> list[dict[str, Any]]:
     """A record for each learner: its update, or why there was none. Its documents are those that take its adapter;
-    where batches don't say which, there is one learner.
+    where batches don't say whose they are, there is one learner.
 
     `position`: where the data stands afterwards. Raises TooManySkips where a learner may leave out no step more, with
     its state as it was; RunError where its updates have taught it nothing; ValueError for documents of nobody here.
@@ -100,7 +100,7 @@ def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None
 
 
 class _Share:
-    """What of a step is one learner's: its documents, its loss in nats per token, why it can't be an update."""
+    """One learner's part of a step: its documents, its loss in nats per token, and why it can't be an update."""
 
     def __init__(self, learner: Learner, batches: Sequence[Batch]) -> None:
         self.learner, number = learner, learner.attached.number

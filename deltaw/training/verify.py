@@ -1,8 +1,8 @@
-"""verify-resume: that a run stopped anywhere ends with the same bits, shown on the user's own run file and machine.
+"""verify-resume: shows on the user's own run file and machine that a run stopped anywhere ends with the same bits.
 
 `steps` steps are taken straight through, with a checkpoint after each. Then, for every k, a fresh adapter and a fresh
-optimiser take up checkpoint k and go the rest of the way. Compared are the bytes of the last factors and moments, and
-every line of metrics.jsonl but for the times.
+optimiser restore checkpoint k and take the remaining steps. The comparison is of the bytes of the last factors and
+moments, and every line of metrics.jsonl but for the times.
 
 To keep it to about a minute the base is loaded once, nothing is measured on held-out rows, and a step has at most two
 batches: enough to be accumulated. The schedule is that of a run of `steps` steps.

@@ -178,7 +178,8 @@ def _fitting(
     long = [prompt for n, prompt in enumerate(prompts) if n not in set(fit)]
     if long:
         a.notes.append(
-            f"{len(long)} of {len(prompts)} prompts leave no room for an answer in a context of {room}, so only their ids "
+            f"{len(long)} of {len(prompts)} prompts leave no room for an answer in a context of {room}, so only "
+            "their ids "
             "are compared"
         )
     return [prompts[n] for n in fit], [ids[n] for n in fit], long
