@@ -281,7 +281,7 @@ def parse_config(
     raw: Mapping[str, Any], *, source: str = "config", node: yaml.Node | None = None, begun: bool = False
 ) -> RunConfig:
     """Validate a plain mapping. `node` (the YAML tree) lends the line numbers. `begun`: a run's own, accepted already,
-    so a setting without an effect is no reason not to read it."""
+    so a setting without an effect doesn't keep it from being read."""
     try:
         # JSON mode: a list is a tuple, an int is a float, and nothing else converts.
         return RunConfig.model_validate_json(json.dumps(raw), context=BEGUN if begun else None)

@@ -15,7 +15,7 @@ others are overrides by full path, and each alpha is chosen such that the divisi
 float is a quotient by r; where none is, the scale moves by one unit in the last place of float64, 2⁻⁵³ of it. Signs and
 zeros go into B, exactly, because an alpha is positive.
 
-vLLM drops both patterns without a word. `uniform` pads with rows of zeros instead: the same update, one rank, one
+vLLM silently drops both patterns. `uniform` pads with rows of zeros instead: the same update, one rank, one
 alpha. Cut factors keep their module's scale, which costs nothing here and makes that exact in the usual case of one
 scale for all modules.
 

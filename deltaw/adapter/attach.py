@@ -38,8 +38,8 @@ class Attached:
     """An adapter on a model, and its `number` there. `spec.targets` names the adapted modules exactly, whatever group
     asked for them; `layers` are its updates of them.
 
-    `unmatched` are weights that stay as they are although they are no embedding, head or norm; `left_out` says why of
-    those among them that a group asked for.
+    `unmatched` are weights that stay as they are although they aren't an embedding, a head or a norm; `left_out` says
+    why of those among them that a group asked for.
     """
 
     model: nn.Module

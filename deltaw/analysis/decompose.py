@@ -38,7 +38,7 @@ from deltaw.show.table import table
 DEFAULT_RANK = 8
 PIVOT_WORK = 2e9  # R M N of picking columns, some ten seconds
 LONG_WORK = 1e8  # R M N that takes a second; an SVD does ten times as much in that time
-DENSE_SIDE = 512  # the 2-norm of an error of at most as many rows or columns is no estimate
+DENSE_SIDE = 512  # the 2-norm of an error of at most as many rows or columns isn't an estimate
 SHOWN_SIDE = 6  # factors of a matrix of at most 6 x 6 are shown
 
 UNROUNDED = Rounding()
@@ -114,8 +114,8 @@ def decompose(
     """All of it for one float32 or float64 matrix; `rank` is k, else 8 or the matrix's rank if that is less.
     `rounding`: of the entries, before they were float32 or float64. `integers`: the entries, if they are.
 
-    `say` gets a line before what takes long. Raises InputError unless 1 ≤ `rank` ≤ K, ValueError for what is no matrix
-    of finite numbers.
+    `say` gets a line before what takes long. Raises InputError unless 1 ≤ `rank` ≤ K, ValueError for what isn't a
+    matrix of finite numbers.
     """
     (m, n), dtype = ranks.checked(x_MN).shape, str(x_MN.dtype).removeprefix("torch.")
     if rank is not None and not 1 <= rank <= min(m, n):

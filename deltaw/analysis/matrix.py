@@ -10,7 +10,7 @@ rounded to before is kept beside them, since it decides what of a matrix is nois
 file; a narrower one that has every entry, for somebody widened them; in a text the decimals that its numbers have.
 Integers that float64 can't hold are kept as they are, too, for a small matrix; for a large one it is said.
 
-Sizes are looked at before numbers are read, and what is no matrix of finite numbers is one InputError that names the
+Sizes are looked at before numbers are read, and what isn't a matrix of finite numbers is one InputError that names the
 place. An .npy file is mapped, so a pickle inside is refused by its type and never opened; other formats than these are
 not guessed at.
 
@@ -61,7 +61,7 @@ class Matrix(NamedTuple):
 def read_matrix(name: str, display: Display = QUIET) -> Matrix:
     """`display` shows a line before a base is converted.
 
-    Raises InputError: a name that leads to no matrix (with near misses), an unreadable file, what is no matrix of
+    Raises InputError: a name that leads to no matrix (with near misses), an unreadable file, what isn't a matrix of
     finite real numbers, more than 20 GB as float32.
     """
     if match := re.fullmatch(r"(.+?\.safetensors)(?::(.*))?", name, re.DOTALL):

@@ -37,7 +37,7 @@ from deltaw.files.gguf_parts import join, parts_of, read_model
 from deltaw.files.lock import LOCK, locked
 from deltaw.show.progress import QUIET, Display
 
-FORMAT = "v2"  # of the converted folder; a change makes every file convert anew
+FORMAT = "v2"  # of the converted folder; a change makes every file convert again
 MODEL_TYPES = {
     "gemma3": "gemma3_text",
     "qwen2moe": "qwen2_moe",

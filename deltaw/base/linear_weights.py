@@ -35,7 +35,7 @@ class LinearWeights(Mapping[str, Weight]):
 
     `transposed`: the linear layers of this base store [N, M] (GPT-2's Conv1D), so every matrix is turned; only ask for
     linear layers then. Raises InputError: at once for a folder that `shards` refuses, at a read for an unknown path
-    (also by `get`), a weight that is no floating matrix, and NaN or infinity in it.
+    (also by `get`), a weight that isn't a floating-point matrix, and NaN or infinity in it.
     """
 
     def __init__(self, folder: Path, transposed: bool = False) -> None:
@@ -76,7 +76,7 @@ class LinearWeights(Mapping[str, Weight]):
         return len(candidates) == 1 and len(self._shapes[candidates[0]]) == 2
 
     def shape(self, path: str) -> tuple[int, int]:
-        """(M, N), from the header alone. Raises InputError for an unknown path and for what is no matrix."""
+        """(M, N), from the header alone. Raises InputError for an unknown path and for what isn't a matrix."""
         shape = self._shapes[stored := self._stored(path)]
         if len(shape) != 2:
             raise InputError(

@@ -147,7 +147,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
             raise InputError(f"{folder}: is an adapter, not a base", fix="name the base that it was trained on")
         raise InputError(f"{folder}: has no config.json, so it isn't a model folder", fix=_inside(folder))
     if (folder / "adapter_config.json").is_file():
-        # Where PEFT is installed, transformers puts the adapter into the model without a word.
+        # Where PEFT is installed, transformers silently puts the adapter into the model.
         raise InputError(
             f"{folder}: holds a model and an adapter, so which of the two is the base can't be told",
             fix="move adapter_config.json and adapter_model.safetensors into a separate folder",

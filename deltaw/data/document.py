@@ -23,7 +23,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Document:
-    """`unused`: the row's columns that say something and are no part of the document."""
+    """`unused`: the row's columns that say something but aren't part of the document."""
 
     unused: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
 

@@ -38,7 +38,7 @@ class Failed(Exception):
 
 
 class Worker:
-    """This end of a worker: started when something is asked, killed when something goes wrong, then started anew."""
+    """This end of a worker: started when something is asked, killed when something goes wrong, then started again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

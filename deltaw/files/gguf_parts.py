@@ -6,7 +6,7 @@ part says anything that the first doesn't. Readers of single files then get one:
 byte, all tensors' entries, and all their data, copied in pieces, so that no part is held in memory.
 
 Rejected: handing tensors to transformers one by one (its reader takes a path), and joining with gguf-py's writer (it
-reads each value and writes it anew, where the bytes are there).
+reads each value and writes it again, where the bytes are there).
 """
 
 import re

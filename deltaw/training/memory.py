@@ -201,7 +201,7 @@ def _control_groups() -> Iterator[int]:
 def _left_in(group: Path) -> int:
     """What a control group's limit leaves, dropping cached files included."""
     for limit, usage, cached in GROUP_FILES:
-        with suppress(OSError, ValueError):  # "max" is no number
+        with suppress(OSError, ValueError):  # "max" isn't a number
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             taken = int((group / usage).read_text()) - int(stat.get(cached, 0))
             return int((group / limit).read_text()) - taken

@@ -5,7 +5,7 @@ accumulation is exact to the token, and other learners' documents in a batch cha
 its loss and its gradient are finite (watch.py). It depends on the state before it and on nothing else, so
 stopping anywhere and resuming gives the same bits (on a CPU).
 
-Dropout is drawn anew for each batch, from a seed that is the first eight bytes of SHA-256 over "seed step batch" (in
+Dropout is drawn afresh for each batch, from a seed that is the first eight bytes of SHA-256 over "seed step batch" (in
 decimal, steps and batches from 0). PyTorch's dropout takes no generator of its own, so its global one is borrowed for
 the length of a batch and put back as it was. Rejected: Python's hash, which is a detail of the interpreter.
 """
@@ -62,7 +62,7 @@ def step(
         learner, state = share.learner, share.learner.state
         record: dict[str, Any] = {"step": state.step + 1}
         try:
-            # 2. A loss that isn't a number, or a spike, is no update; neither is such a gradient.
+            # 2. A loss that isn't a number, or is a spike, isn't applied; nor is such a gradient.
             if share.unfit:
                 raise share.unfit
             # 3. Clip.

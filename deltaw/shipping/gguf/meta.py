@@ -36,7 +36,7 @@ SQUARE = ("qwen2", "phi3")  # llama.cpp takes their heads together to be as wide
 
 class Meta(NamedTuple):
     """`keys` without the architecture's prefix: numbers, texts and flags (an int is an unsigned one); `tensors`: those
-    that are settings, not weights; `notes`: where llama.cpp does otherwise than the file says."""
+    that are settings, not weights; `notes`: where llama.cpp does something other than the file says."""
 
     keys: dict[str, Any]
     tensors: dict[str, list[float]]

@@ -121,7 +121,7 @@ class GgufModel(Destination):
         return keys | block | self._trained_keys(block)
 
     def _trained_keys(self, block: dict[str, Typed]) -> dict[str, Typed]:
-        """What was trained otherwise than the base's own tokenizer block says."""
+        """Where training differed from the base's own tokenizer block."""
         renderer, keys = self.trained.renderer, dict[str, Typed]()
         own = block.get(TEMPLATE)
         if renderer.template and (own is None or text(own) != renderer.template):

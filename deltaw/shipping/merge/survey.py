@@ -5,7 +5,7 @@ Two things happen to an update in weights of few digits, and they are judged apa
     lost        `kept` says how much arrives along the update itself. Less than all of it arrives where the base's
                 numbers lie on the target's own grid, since whatever is below half a step is gone: a weak update in a
                 bfloat16 base, any update in blocks that are quantised as the base's were
-    noise       `cosine` falls with it, too. A block that is quantised anew moves every entry by up to half a step,
+    noise       `cosine` falls with it, too. A block that is quantised again moves every entry by up to half a step,
                 whatever the update is. That is the noise that the quantised base has beside the base, no more of it:
                 it points everywhere, and isn't the update's loss
 

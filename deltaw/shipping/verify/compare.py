@@ -71,7 +71,7 @@ def verify(
     display: Display | None = None,
 ) -> Verification:
     """Whether two sides (sides/open.py says how they are written) answer alike. Raises InputError, RunError; sides that
-    answer differently are no error but the result's `agree`.
+    answer differently aren't an error but the result's `agree`.
 
     `base`: what adapters go on, in place of the one that they name. `tokens`: the longest answer.
     """
