@@ -297,7 +297,7 @@ def verified(n: int, scratch: Path) -> None:
 RANDOM = torch.Generator().manual_seed(0)
 
 
-@fault(14, "a run that is finished, or no run: refused, nothing touched", tries=2)
+@fault(14, "a run that is finished, or isn't a run: refused, nothing touched", tries=2)
 def finished_or_none(n: int, scratch: Path) -> None:
     if n == 0:
         run = copy(finished_run(), scratch / "run")
