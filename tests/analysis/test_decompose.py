@@ -106,7 +106,7 @@ def test_where_picking_columns_would_take_minutes_the_svd_gives_the_factors(monk
     d = decompose(x)
     assert (d.rank, d.column_rank, d.row_rank, d.full_rank.rank) == (3, None, None, 3)
     assert d.full_rank.error_two < 1e-5
-    assert "not picked" in describe(d, "it") and "None" not in describe(d, "it")
+    assert "weren't picked" in describe(d, "it") and "None" not in describe(d, "it")
 
 
 def test_a_large_matrixs_errors_are_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
