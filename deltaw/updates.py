@@ -61,7 +61,7 @@ class Update(abc.ABC):
 
     @abc.abstractmethod
     def low_rank(self) -> Any:
-        """The two factors that this is, a `LowRank`. Raises InputError, with what to do instead, where it isn't that."""
+        """The two factors that this is, a `LowRank`. Raises InputError, with what to do instead, for another kind."""
 
     @property
     def parameters(self) -> int:
