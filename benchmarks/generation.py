@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +31,33 @@ def work(adapter: str, cache: str) -> None:
     """One side: opens the model, then does what standard input says, and answers with times."""
     from deltaw.adapter.attach import attach
     from deltaw.config import AdapterSpec
-    from deltaw.generate import engine
-    from deltaw.generate.engine import generate, stream
     from deltaw.model import open_model
 
     try:
-        from deltaw.generate.sampling import Sampling
-    except ImportError:  # an older tree
-        Sampling: Any = engine.Sampling  # type: ignore[no-redef, attr-defined]
+        generation: Any = import_module("deltaw.base.generate")  # a tree from before there was an engine
+        sampling: Any = generation.Sampling
+    except ImportError:
+        generation, sampling = (
+            import_module("deltaw.generate.engine"),
+            import_module("deltaw.generate.sampling").Sampling,
+        )
 
     opened = open_model(adapter or BASE)
     model = opened.base.model
     if not adapter:
         attach(model, AdapterSpec(rank=16, alpha=32))
     if cache == "theirs":
-        engine.Slots.hold = staticmethod(lambda model: False)  # type: ignore[method-assign]
+        generation.Slots.hold = staticmethod(lambda model: False)
     texts = [" ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(1 + i % 12)) for i in range(128)]
     prompts = [opened.renderer.prompt_ids(text) for text in texts]
-    list(stream(model, prompts[0], Sampling(max_new_tokens=2), set()))
+    list(generation.stream(model, prompts[0], sampling(max_new_tokens=2), set()))
     print("ready", flush=True)
     for line in sys.stdin:
         began, used = time.perf_counter(), time.process_time()
         if line.strip() == "one stream":
-            answers = [list(stream(model, prompts[3], Sampling(max_new_tokens=40), set()))]
+            answers = [list(generation.stream(model, prompts[3], sampling(max_new_tokens=40), set()))]
         else:
-            answers = generate(model, prompts, Sampling(max_new_tokens=16), set())
+            answers = generation.generate(model, prompts, sampling(max_new_tokens=16), set())
         seconds = time.perf_counter() - began, time.process_time() - used
         print(json.dumps([*seconds, hashlib.sha256(json.dumps(answers).encode()).hexdigest()]), flush=True)
 

@@ -82,7 +82,7 @@ class Run:
         it lacks is what couldn't be measured. Raises InputError."""
         if not self.config.is_file():
             fix = "start one: deltaw train run.yaml"
-            raise InputError(f"{self.folder} is no run: it has no config.yaml", fix=fix)
+            raise InputError(f"{self.folder} isn't a run: it has no config.yaml", fix=fix)
         with self.claimed(new=False):
             finished = self.result.is_file()
             if finished and not self.read_json(self.result).get("failed"):
@@ -165,7 +165,7 @@ class Run:
         return self.scan_metrics()[0]
 
     def scan_metrics(self) -> tuple[list[dict[str, Any]], int]:
-        """The lines of metrics.jsonl, without what in them is no figure, and how many were left out or lost a part."""
+        """The lines of metrics.jsonl, without what isn't a figure, and how many were left out or lost a part."""
         records = [_record(line) for line in self._metrics_lines()]
         return [record for record, _ in records if record], sum(not whole for _, whole in records)
 

@@ -184,8 +184,10 @@ def test_a_terminal_that_lacks_letters_gets_question_marks(trained: Path, encodi
 
     code, out, err = encoded("train", file)
     assert code == 0 and (output / "result.json").is_file() and "deltaw eval" in out, err
-    for verb in (["preview", file], ["eval", output], ["inspect", output], ["plan", file, f"output={output}2"],
-                 ["generate", output, "ΔW"], ["resize", output, "--rank", 2, "-o", f"{output}-small"]):  # fmt: skip
+    verbs = [["preview", file], ["eval", output], ["resize", output, "--rank", 2, "-o", f"{output}-small"]]
+    if encoding == "ascii":  # what it can print the others can
+        verbs += [["inspect", output], ["plan", file, f"output={output}2"], ["generate", output, "ΔW"]]
+    for verb in verbs:
         code, out, err = encoded(*verb)
         assert code == 0, err
         assert "?" in out or verb[0] in ("plan", "eval", "generate")

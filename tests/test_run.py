@@ -56,7 +56,7 @@ def test_replacing_takes_all_that_was_there(tmp_path: Path) -> None:
 
 def test_only_what_can_go_on_is_resumable(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
-    with pytest.raises(InputError, match="no run"):
+    with pytest.raises(InputError, match=r"config\.yaml"):
         run.check_resumable()
     with run.claimed(new=True):
         run.create(config(run.folder))

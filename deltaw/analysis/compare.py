@@ -20,7 +20,7 @@ most; an update of nought has none, so its φ are empty and its cosine is None.
 Letters: M outputs, N inputs, R rank, I and J directions of the first and the second.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -36,6 +36,7 @@ from deltaw.factors import Plain
 from deltaw.linalg.rank import tolerance
 from deltaw.linalg.subspace import principal_angles, random_similarity, similarity
 from deltaw.linalg.threads import one_thread
+from deltaw.show.progress import Progress, unseen
 
 DIRECTIONS = 64  # compared, at most
 PAIRS = (1, 4)  # φ(i, i) picked out of the grid, besides the last
@@ -148,7 +149,7 @@ class Comparison:
         }
 
 
-def compare(first: Adapter, second: Adapter, *, progress: Callable[[int], None] | None = None) -> Comparison:
+def compare(first: Adapter, second: Adapter, *, progress: Progress = unseen) -> Comparison:
     """All modules that both adapt. `progress` gets the number of modules done.
 
     Raises InputError: bases of different fingerprints, no module in common, updates of different shapes.
@@ -174,8 +175,7 @@ def compare(first: Adapter, second: Adapter, *, progress: Callable[[int], None] 
     with one_thread():
         for path in common:
             modules[path] = compare_updates(_plain(path, first), _plain(path, second))
-            if progress:
-                progress(len(modules))
+            progress(len(modules))
     return Comparison(modules, (only[0], only[1]))
 
 

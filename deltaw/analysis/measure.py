@@ -51,7 +51,7 @@ Letters: M outputs, N inputs, R rank available, K = min(M, N) or fewer direction
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -69,6 +69,7 @@ from deltaw.linalg.rounding import survival
 from deltaw.linalg.subspace import random_overlap
 from deltaw.linalg.svd import randomised_svd
 from deltaw.linalg.threads import one_thread
+from deltaw.show.progress import Progress, unseen
 
 SPECTRUM = 256  # singular values kept
 ENERGY = 0.9
@@ -148,7 +149,7 @@ def in_order(paths: Iterable[str]) -> list[str]:
 
 
 def measure_adapter(
-    adapter: Adapter, weights: Mapping[str, Weight] | None, *, progress: Callable[[int], None] | None = None
+    adapter: Adapter, weights: Mapping[str, Weight] | None, *, progress: Progress = unseen
 ) -> dict[str, Measures]:
     """By module path, layer by layer. `weights[path]` gives W, read at its turn; None: ΔW alone.
 
@@ -170,8 +171,7 @@ def measure_adapter(
     with one_thread(), ThreadPoolExecutor(workers) as pool:
         for path, measured in zip(paths, pool.map(of, paths), strict=True):
             measures[path] = measured
-            if progress:
-                progress(len(measures))
+            progress(len(measures))
     return measures
 
 

@@ -10,7 +10,7 @@ Letters: T tokens of a batch, S documents + 1, B documents of a padded batch, L 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -28,6 +28,7 @@ from deltaw.base.probe import REFUSALS, Probe, borders, masks_are_told, uncrosse
 from deltaw.base.small import small_copy
 from deltaw.errors import InputError
 from deltaw.kernels.logprobs import Logprobs, logprobs_of
+from deltaw.show.progress import Progress
 
 PACKED, PADDED, APART = "packed documents", "padded batches", "one document at a time"
 
@@ -80,7 +81,7 @@ class Forward:
         hidden_TX = self.rows(batch)
         return hidden_TX.float() if self.head is None else self.head.logits(hidden_TX)
 
-    def above(self, layers: str, first: int, batches: Iterable[Batch], progress: Callable[[int], None]) -> "Forward":
+    def above(self, layers: str, first: int, batches: Iterable[Batch], progress: Progress) -> "Forward":
         """This forward for passes over the documents of `batches`, begun at layer `first` of the module list `layers`.
 
         Right as long as nothing below changes. Itself where that can't be done.

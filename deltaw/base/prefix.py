@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from deltaw.base.batch import Batch, Passing, passing_of
 from deltaw.base.stand_in import StandIn
+from deltaw.show.progress import Progress
 
 Rows = Callable[[Batch], Tensor]  # the model on a batch: a row per token
 
@@ -39,7 +40,7 @@ class Prefix:
             model.set_submodule(path, below)
 
     @torch.no_grad()
-    def fill(self, rows: Rows, batches: Iterable[Batch], progress: Callable[[int], None]) -> bool:
+    def fill(self, rows: Rows, batches: Iterable[Batch], progress: Progress) -> bool:
         """Keep what enters the first adapted layer. False, with nothing kept, where that is not all that the layers
         above need: the first batch, begun there, must come to the same bits as begun at the bottom."""
         for number, batch in enumerate(batches):

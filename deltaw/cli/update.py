@@ -22,7 +22,9 @@ def inspect(
     base: BaseName = None,
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", help="The page to write. Without it, report.html there.", callback=as_path),
+        typer.Option(
+            "--output", "-o", help="The page to write. Without it, report.html in that folder.", callback=as_path
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -43,15 +43,15 @@ def talk(model: Model, *, system: str | None, use_adapter: bool, sampling: dict[
             print(HELP, file=sys.stderr)
         elif line:
             question = {"role": "user", "content": line}
-            kept, why = ([], None) if plain else _recent(model, start, turns, question, sampling["max_new_tokens"])
-            prompt = line if plain else [*start, *kept, question]
+            recent, why = ([], None) if plain else _recent(model, start, turns, question, sampling["max_new_tokens"])
+            prompt = line if plain else [*start, *recent, question]
             if problem := _problem(model, prompt):
                 print(problem, file=sys.stderr)
                 continue
             if why and not forgot:
                 print(f"(the oldest turns are left out: {why})", file=sys.stderr)
                 forgot = True
-            turns = [*kept, question, {"role": "assistant", "content": _answer(model, prompt, use_adapter, sampling)}]
+            turns = [*recent, question, {"role": "assistant", "content": _answer(model, prompt, use_adapter, sampling)}]
 
 
 def _recent(

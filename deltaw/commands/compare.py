@@ -15,8 +15,8 @@ def compare_named(one: str, other: str, page: str, *, display: Display) -> Resul
     """Writes the page. Raises InputError: adapters of other bases, no module in common."""
     with claimed_file(Path(page)):
         first, second = (load_adapter(Path(name)) for name in (one, other))
-        with display.task("comparing", len(first.factors.keys() & second.factors.keys())) as update:
-            comparison = compare(first, second, progress=update)
+        with display.task("comparing", len(first.factors.keys() & second.factors.keys())) as progress:
+            comparison = compare(first, second, progress=progress)
         write(page_of(comparison, one, other), Path(page))
     text = "\n".join([*in_words(comparison, one, other), "", f"page: {page}"])
     return Result({"one": one, "other": other, **comparison.to_json()}, text)

@@ -42,7 +42,7 @@ def merge_named(
     """Merge a run or an adapter into its base. Raises InputError and RunError; then there is no folder `output`."""
     display = display or Display(quiet=True)
     if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype}: no type of a merged model", fix=f"one of {', '.join(DTYPES)}")
+        raise InputError(f"--dtype {dtype}: not a type that a merged model can have", fix=f"one of {', '.join(DTYPES)}")
     number = None if dtype is None else getattr(torch, dtype)
     check_output(output, replace)
     trained = open_trained(name, base=base, display=display)

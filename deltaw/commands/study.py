@@ -1,24 +1,19 @@
-"""`deltaw study`: run studies, write a page and the figures of each.
+"""`deltaw study`: the list of studies, or one or all of them run, each written as soon as it is done.
 
-<output>/NAME.html     the claim, the rule, the data, the verdict; self-contained
-<output>/NAME.json     the verdict and the figures
-<output>/trials/       the runs, shared by all studies
+<output>/small/NAME.html, NAME.json     a study's page and figures (studies/page.py); full/ of the full grid
+<output>/small/trials/                  the runs, shared by all studies
 """
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from deltaw.analysis.page import Page, Section, Table, Text, Verdict, write
-from deltaw.files.atomic import write_text_atomic
 from deltaw.files.lock import claimed_file
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
-from deltaw.show.text import clock
 from deltaw.studies.lab import Lab
-from deltaw.studies.study import NAMES, Claim, Outcome, find_study
+from deltaw.studies.page import write_outcome
+from deltaw.studies.study import NAMES, find_study
 
 
 def list_studies() -> Result:
@@ -46,28 +41,3 @@ def run_studies(name: str, output: str, full: bool, display: Display) -> Result:
             results[claim.name] = write_outcome(claim, outcome, lab, seconds)
         lines.append(f"{claim.name:9} {outcome.verdict}: {outcome.because}\n{'':9} {folder / claim.name}.html")
     return Result({"studies": results}, "\n".join(lines))
-
-
-def write_outcome(claim: Claim, outcome: Outcome, lab: Lab, seconds: float) -> dict[str, Any]:
-    """The page and the JSON; returns the latter."""
-    scale = "the full grid" if lab.full else "the small grid"
-    subtitle = f"{scale}, {clock(seconds)} on this machine (runs that were there already took no time)"
-    sections = [
-        Section("Verdict", [Verdict(outcome.verdict, outcome.because)]),
-        Section(
-            "The claim",
-            [Table(["", ""], [["Claim", claim.claim], ["Source", claim.source], ["How it is tried", claim.method],
-                              ["Rule, fixed before the run", claim.rule]])],
-        ),
-        Section("What came out", outcome.blocks or [Text("Nothing was drawn.")]),
-    ]  # fmt: skip
-    write(Page(claim.title, subtitle, sections), lab.folder / f"{claim.name}.html")
-    record = {
-        "claim": asdict(claim),
-        "verdict": outcome.verdict,
-        "because": outcome.because,
-        "full": lab.full,
-        "figures": outcome.figures,
-    }
-    write_text_atomic(lab.folder / f"{claim.name}.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    return record

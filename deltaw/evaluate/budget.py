@@ -62,14 +62,14 @@ def resize_to_loss(
     check_rows(examples)
     shares_K = energy_shares(adapter)
     best, trials = adapter, list[Trial]()
-    with carrying(model, adapter) as attached, display.task("resizing", STEPS + 1) as update:
+    with carrying(model, adapter) as attached, display.task("resizing", STEPS + 1) as progress:
 
         def measured(smaller: Adapter, energy: float) -> float:
             wear(attached, smaller)
             loss, _ = held_out_loss(model.forward, examples)
             ranks = [factors.rank for factors in smaller.factors.values()]
             trials.append(Trial(energy, smaller.parameters, sum(ranks) / len(ranks), loss))
-            update(len(trials), f"{smaller.parameters:,} parameters, loss {loss:.4f}")
+            progress(len(trials), f"{smaller.parameters:,} parameters, loss {loss:.4f}")
             return loss
 
         full = measured(adapter, 1.0)
@@ -83,7 +83,7 @@ def resize_to_loss(
                 best, enough = smaller, k
             else:
                 too_few = k
-        update(STEPS + 1)
+        progress(STEPS + 1)
     return best, trials
 
 

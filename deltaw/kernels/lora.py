@@ -36,7 +36,8 @@ Letters: T rows of a pass or a segment, N inputs, M outputs, R rank, K the sum o
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -57,8 +58,7 @@ class Factors(NamedTuple):
     scale: float
 
 
-@dataclass(frozen=True)
-class Projection:
+class Projection(NamedTuple):
     """A frozen linear layer and the updates beside it, by their numbers.
 
     `segments`: which rows take which; None: all rows take the only one. Rows whose update isn't here are the base's.
@@ -66,7 +66,7 @@ class Projection:
 
     weight: Weight
     bias_M: Tensor | None = None
-    updates: Mapping[int, Factors] = field(default_factory=dict)
+    updates: Mapping[int, Factors] = MappingProxyType({})
     segments: Segments | None = None
 
 

@@ -1,4 +1,4 @@
-"""Going on with a run whose settings were changed: what may change, and what would make another run of it.
+"""Going on with a run: what of it may have changed, what would make another run of it, and its checkpoint put back.
 
     fixed            what decides which numbers there are, in which order the rows come, and how it is computed
     with --allow     all the rest: the rate and its schedule, how long (no shorter than it is), how much at a time, what

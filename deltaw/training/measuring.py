@@ -30,14 +30,13 @@ from deltaw.evaluate.held_out import (
 )
 from deltaw.model import Model
 from deltaw.run import Run
-from deltaw.show.progress import Display
+from deltaw.show.progress import QUIET, Display
 from deltaw.show.text import one_line
 from deltaw.training.learner import Learner
 from deltaw.training.memory import OutOfMemory, release, working_on
 from deltaw.training.opening import Opened
 
 FORGOTTEN, ANSWERS, LOSS = "measuring what was forgotten", "answering rows", "measuring the loss on held-out rows"
-QUIET = Display(quiet=True)
 Result = TypeVar("Result")
 
 

@@ -159,18 +159,13 @@ class Steps:
 
     def _due(self) -> None:
         """What comes after a step: an evaluation, samples, a checkpoint. What raises there costs no step."""
-        every, state, total, rows = (
-            self.opened.config.train,
-            self.learner.state,
-            self.opened.total,
-            self.opened.dataset.eval,
-        )
+        every, state, total = self.opened.config.train, self.learner.state, self.opened.total
         if not state.step:
             return
         try:
             due = every.eval_every and (state.step % every.eval_every == 0 or state.step == total)
-            if due and rows and state.evaluated < state.step:
-                loss = plain_loss(self.opened.model, rows)
+            if due and self.opened.dataset.eval and state.evaluated < state.step:
+                loss = plain_loss(self.opened.model, self.opened.dataset.eval)
                 with self.stop.held():
                     self._write(note_evaluation(loss, self.learner, self.run, self.display))
             if every.sample_every and state.step % every.sample_every == 0 and self._saved_step < state.step:

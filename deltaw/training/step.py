@@ -37,8 +37,9 @@ def step(
     where batches don't say which, there is one learner.
 
     `position`: where the data stands afterwards. Raises TooManySkips where a learner may leave out no step more, with
-    its state as it was; RunError where its updates have taught it nothing.
+    its state as it was; RunError where its updates have taught it nothing; ValueError for documents of nobody here.
     """
+    _check_owners(learners, batches)
     began, device = time.monotonic(), learners[0].attached.parameters[0].device
     shares = [_Share(learner, batches) for learner in learners]
 
@@ -86,6 +87,16 @@ def step(
         figures = {"tokens": state.tokens, "supervised_tokens": state.supervised_tokens}
         records.append({**record, **figures, "seconds": round(state.seconds, 3)})
     return records
+
+
+def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None:
+    """Raise ValueError where a document has no learner here, or could have two."""
+    numbers, first = {learner.attached.number for learner in learners}, learners[0].attached.carried.first
+    unknown = {update for batch in batches for update in batch.updates or (first,)} - numbers
+    if unknown:
+        raise ValueError(f"documents take update {min(unknown)}, and the learners are of {sorted(numbers)}")
+    if len(learners) > 1 and not all(batch.updates for batch in batches):
+        raise ValueError(f"{len(learners)} learners, and a batch doesn't say which documents are whose")
 
 
 class _Share:
@@ -139,6 +150,8 @@ def _losses(forward: Forward, batch: Batch, learners: Sequence[Learner]) -> Sequ
         (_,) = learners
         return [forward.loss(batch)[0]]
     loss_D = -batch.by_document(forward.logprobs(batch))
+    if batch.weights:
+        loss_D = loss_D * loss_D.new_tensor(batch.weights)
     update_D = torch.tensor(batch.updates, device=loss_D.device)
     return [loss_D[update_D == learner.attached.number].sum() for learner in learners]
 

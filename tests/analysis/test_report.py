@@ -92,7 +92,7 @@ def test_an_adapter_of_another_shape_is_refused(folder: Path, tmp_path: Path) ->
 def test_what_is_no_adapter_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such adapter"):
         inspect(tmp_path / "nowhere", display=QUIET)
-    with pytest.raises(InputError, match="an adapter: adapter"):
+    with pytest.raises(InputError, match=r"adapter_config\.json"):
         inspect(folder / "base", display=QUIET)
     with pytest.raises(RunError, match="no folder"):
         inspect(folder / "run", display=QUIET).write(tmp_path / "none" / "page.html")

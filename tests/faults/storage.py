@@ -153,7 +153,7 @@ def _write_adapter(folder: Path) -> Callable[[], object]:
 WRITERS: list[Callable[[Path], Callable[[], object]]] = [
     _write_adapter,
     lambda folder: lambda: Run(folder).append_metrics({"step": 7, "loss": 1.0}),
-    lambda folder: lambda: Run(folder).write_config(trained().config),
+    lambda folder: lambda: Run(folder).write_config(trained()[0].config),
     lambda folder: lambda: Run(folder).write_json(Run(folder).result, {"steps": 6}),
 ]
 

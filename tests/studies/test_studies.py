@@ -15,13 +15,13 @@ from deltaw.adapter.targets import linear_paths
 from deltaw.base.forward import plan_forward
 from deltaw.base.load import open_base, open_skeleton
 from deltaw.base.source import find_base
-from deltaw.commands.study import write_outcome
 from deltaw.config import parse_config
 from deltaw.data.builtin import pronunciation
 from deltaw.data.row import Row
 from deltaw.model import open_dataset
 from deltaw.studies import bf16, compress, lr10, pretrain, rank, where
 from deltaw.studies.lab import RATES, Lab
+from deltaw.studies.page import write_outcome
 from deltaw.studies.study import NAMES, Outcome, find_study
 
 VERDICTS = ("held", "did not hold", "too noisy")

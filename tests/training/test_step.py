@@ -118,6 +118,15 @@ def test_a_learner_that_is_lost_costs_the_other_nothing(forward: Forward) -> Non
     same_gradient(learners[1], expected)
 
 
+def test_a_document_of_nobody_or_of_anybody_is_refused(forward: Forward) -> None:
+    learners = [learner(forward.model, number) for number in (0, 1)]
+    with pytest.raises(ValueError, match="update 1"):
+        step(forward, learners[:1], shared(), END)
+    with pytest.raises(ValueError, match="whose"):
+        step(forward, learners, [batch(documents(LENGTHS[0], 0))], END)
+    assert all(one.state.step == 0 for one in learners)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_what_is_random_depends_on_the_seed_the_step_and_the_batch_alone(forward: Forward, dropout: float) -> None:
     one = learner(forward.model, 0, dropout=dropout)

@@ -195,15 +195,15 @@ def _answers(
     side: Side, prompts: Sequence[Prompt], ids: Sequence[tuple[int, ...] | None], tokens: int, display: Display
 ) -> list[Answer]:
     asked = [Asked(prompt, one) for prompt, one in zip(prompts, ids, strict=True)]
-    with display.task(f"{side.name}: answers", len(asked)) as update:
-        return side.answers(asked, tokens, update)
+    with display.task(f"{side.name}: answers", len(asked)) as progress:
+        return side.answers(asked, tokens, progress)
 
 
 def _logs(side: Side, rows: Sequence[Row], display: Display) -> list[Logs] | None:
     if not rows:
         return None
-    with display.task(f"{side.name}: log-probabilities", len(rows)) as update:
-        return side.logs(rows, update)
+    with display.task(f"{side.name}: log-probabilities", len(rows)) as progress:
+        return side.logs(rows, progress)
 
 
 def _same_words(a: Side, b: Side, heard: _Heard) -> bool:
@@ -219,10 +219,10 @@ def _draws(a: Side, b: Side, side: Side, rows: Sequence[Row], display: Display) 
     if not side.measurable or not rows:
         return []
     chosen, draws = spread(rows, NOISY_ROWS), list[list[Logs]]()
-    with display.task("what rounding does", SEEDS) as update:
+    with display.task("what rounding does", SEEDS) as progress:
         for seed in range(SEEDS):
             draws.append(side.noisy_logs(chosen, (a.numbers, b.numbers), seed) or [])
-            update(seed + 1)
+            progress(seed + 1)
     return draws
 
 
