@@ -36,7 +36,7 @@ TECHNIQUES = ("packing", "loss", "norm", "attention", "mlp")
 ROUNDS = 3
 TRAIN = "deltaw train"
 WITHOUT_ROWS = ("data.eval=null", "evaluate.metrics=[]", "train.sample_every=null")  # the demo's, and what needs them
-# For the first guess of how long a job takes: tokens a step, tokens/s of an arm, seconds to get going.
+# For the first guess of how long a job takes: tokens per step, tokens/s of an arm, seconds to get going.
 TOKENS = {"dense": 2048, "words": 768, "chats": 860, "long": 3600}
 RATES = {"deltaw": 400, "peft": 200, "peft-trainer": 190, "peft-compile": 280, "trl": 140, "trl-free": 140}
 START, COMPILE, GATES = 8, 130, 100
@@ -94,7 +94,7 @@ def plan(only: Sequence[str], dtype: str, other: str | None, *, quick: bool = Fa
 
 
 def run(jobs: Sequence[Job], seconds: float, *, quick: bool) -> tuple[list[Row], list[Job]]:
-    """(a row a process, the jobs for which no time was left)."""
+    """(one row per process, the jobs for which no time was left)."""
     began, rows, left_out = time.monotonic(), [], []
     taken: dict[Job, float] = {}
     machine, flags = results.cpu(), settings()

@@ -3,9 +3,9 @@
     python -m benchmarks.curves [--steps 200]        (make bench-curves; some ten minutes; exits 1 on curves outside)
     python -m benchmarks.curves --read curves.csv    judge curves that are there
 
-A seed draws the first factors and the order of the data (7 words a step). PEFT runs with seeds 0, 1 and 2, deltaw with
-the same three; losses are smoothed by a running mean over 20 steps. At every step deltaw's three curves must lie in
-
+A seed draws the first factors and the order of the data (7 words per step). PEFT runs with seeds 0, 1 and 2, deltaw
+with the same three; losses are smoothed by a running mean over 20 steps. At every step deltaw's three curves must lie
+in
     [lowest PEFT curve − tol, highest PEFT curve + tol],    tol = the median width of that band over the run
 
 that is, deltaw may differ from PEFT by as much as PEFT differs from itself. Three curves make a poor band: a fourth
@@ -62,7 +62,7 @@ def leaving(band_of: Sequence[Curve], curves: Sequence[Curve]) -> tuple[int, flo
 
 
 def judge(peft: Sequence[Sequence[float]], deltaw: Sequence[Sequence[float]]) -> Verdict:
-    """Hold deltaw's curves to the band of PEFT's: raw losses, one curve a seed, seeds in the same order."""
+    """Hold deltaw's curves to the band of PEFT's: raw losses, one curve per seed, seeds in the same order."""
     reference, ours = [smooth(curve) for curve in peft], [smooth(curve) for curve in deltaw]
     outside, tolerance = leaving(reference, ours)
     own = sum(leaving([*reference[:n], *reference[n + 1 :]], [curve])[0] for n, curve in enumerate(reference))
@@ -81,7 +81,7 @@ def curve(arm: str, seed: int, steps: int, dtype: str) -> Curve:
 
 
 def write(path: Path, curves: dict[tuple[str, int], Curve]) -> None:
-    """A row a step, a column a run."""
+    """One row per step, one column per run."""
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["step", *(f"{arm} seed {seed}" for arm, seed in curves)])

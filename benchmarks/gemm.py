@@ -1,9 +1,9 @@
 """The bare matrix products of a step: what the machine could do if there were nothing else.
 
 Every linear layer of the model and its head, forward (x Wᵀ) and backward to the input (G W), at the workload's count of
-tokens, the head at the count of supervised ones: 4 (N_blocks + f N_head) FLOPs a token, f the supervised share. No dW,
-since the base is frozen; no low-rank products, which a perfect trainer would hide. A layer's shape is timed once and
-counts as often as the model has it.
+tokens, the head at the count of supervised ones: 4 (N_blocks + f N_head) FLOPs per token, f the supervised share. No
+dW, since the base is frozen; no low-rank products, which a perfect trainer would hide. A layer's shape is timed once
+and counts as often as the model has it.
 
 Letters: T tokens, N inputs, M outputs.
 """
@@ -40,7 +40,7 @@ def flops_per_token(share: float) -> float:
 
 
 def measure(steps: list[Step], dtype: torch.dtype, rounds: int) -> tuple[list[float], float]:
-    """(rate in FLOP/s, one a round; supervised share) at the mean batch of `steps`."""
+    """(rate in FLOP/s, one per round; supervised share) at the mean batch of `steps`."""
     count = sum(len(batches(step)) for step in steps)
     rows, labels = sum(map(tokens, steps)) // count, sum(map(supervised, steps)) // count
     blocks, head = shapes()

@@ -64,7 +64,7 @@ from torch import Tensor, nn
 RANK, ALPHA, LR, CLIP, IGNORE = 16, 32.0, 1e-4, 1.0, -100
 BUDGET = 530  # seconds for everything
 LEAST = 20  # seconds that must be left to start a process
-LONGEST_RUN = 150  # seconds a process may take
+LONGEST_RUN = 150  # seconds that a process may take
 LOSS_GATE, COSINE_GATE = 1e-3, 0.999
 LONGEST = 2048  # tokens of a document
 
@@ -576,7 +576,7 @@ def run_gemm(models: Sequence[str], effort: Effort, device: str) -> Iterator[Row
 
 
 def run_arm(arm: str, shape: str, effort: Effort, device: str, truth: str | None) -> Iterator[Row]:
-    """Rows of one arm on one model: its gate, if there is a truth, then a row a size. Errors are rows."""
+    """Rows of one arm on one model: its gate, if there is a truth, then one row per size. Errors are rows."""
     where: Row = {"arm": arm, "model": shape}
     try:
         make, way = ARMS[arm]

@@ -15,10 +15,10 @@ from benchmarks.tables import shown, table
 
 ROOT = Path(__file__).parents[1]
 WORKLOADS = {
-    "dense": "4 x 512 tokens a step, all supervised",
-    "words": "45 words a step, about 768 tokens, half supervised",
-    "chats": "16 chats of 42-78 tokens a step, two tokens of each supervised",
-    "long": "texts of 512-2048 tokens, about 4096 a step, all supervised",
+    "dense": "4 x 512 tokens per step, all supervised",
+    "words": "45 words per step, about 768 tokens, half supervised",
+    "chats": "16 chats of 42-78 tokens per step, two tokens of each supervised",
+    "long": "texts of 512-2048 tokens, about 4096 per step, all supervised",
 }
 NAMES = {
     "peft": "PEFT, bare loop, eager",
@@ -40,7 +40,7 @@ of their padding. A row of a table pools the timed steps of its processes; arms 
 are real ones, never padding. Each process's first step is not in its rate; "first step" is the time from the start of
 the process to that step's end, with imports, loading and, where there is any, compiling. Peak memory is the process's
 high-water mark. "Limit" is the rate at which this machine, in the same run, does the matrix products of a step and
-nothing else: 4 (N_blocks + f N_head) FLOPs a token, f the supervised share. Before anything was timed, deltaw's first
+nothing else: 4 (N_blocks + f N_head) FLOPs per token, f the supervised share. Before anything was timed, deltaw's first
 loss and gradients were held to PEFT's in float32 (`benchmarks/gates.py`); `make bench-curves` holds 200 steps to the
 band of PEFT's seeds.
 """

@@ -1,4 +1,4 @@
-"""What was measured, as rows: one a process, in benchmarks/results.csv, and the arithmetic on them.
+"""What was measured, as rows: one per process, in benchmarks/results.csv, and the arithmetic on them.
 
 A row is flat text, so that the file can be read by eye and by any other tool; the rate of every timed step is in it
 (`rates`), so medians, quartiles and the slowest steps are worked out here and nowhere else. Rounds are pooled: a

@@ -20,7 +20,7 @@ ORDER = ("rank", "lr10", "where", "phi", "amp", "fullrank", "pretrain", "forget"
 
 
 def table(records: dict[str, dict]) -> str:
-    """A row a study: name, claim, verdict, why."""
+    """One row per study: name, claim, verdict, why."""
     lines = ["| study | claim | verdict | measured |", "|---|---|---|---|"]
     for name, record in records.items():
         cells = (f"`{name}`", record["claim"]["claim"], f"**{record['verdict']}**", record["because"])

@@ -1,12 +1,12 @@
 """What the benchmarks train on: real text at its real lengths, as fixed token lists, the same for every arm.
 
-    dense    4 x 512 tokens a step, all supervised                 Python's language reference, cut to size
-    words    45 words a step, about 768 tokens, half supervised    the demo's rows
+    dense    4 x 512 tokens per step, all supervised                 Python's language reference, cut to size
+    words    45 words per step, about 768 tokens, half supervised    the demo's rows
     chats    16 short chats a step, 42-78 tokens each, only the    headlines, sarcastic or not
              answer (two tokens) supervised
-    long     texts of 512-2048 tokens, about 4096 a step, all      the language reference again, a text a topic
+    long     texts of 512-2048 tokens, about 4096 per step, all      the language reference again, one text per topic
              supervised
-    few      7 words a step, about 120 tokens                      for curves.py
+    few      7 words per step, about 120 tokens                      for curves.py
 
 A workload is a list of steps, a step a list of examples; both depend on (name, seed) and nothing else. The language
 reference is the one long English text that ships with Python itself (`pydoc_data`), so no network is needed.
@@ -147,7 +147,7 @@ def _rows(source: str, limit: int) -> list[Example]:
 
 
 def _reference() -> list[list[int]]:
-    """The language reference, a list of tokens a topic, by topic."""
+    """The language reference, a list of tokens per topic, by topic."""
     directory: Path = find_base(BASE).directory
     encode = open_tokenizer(directory)
     return [list(encode(text)["input_ids"]) for _, text in sorted(topics.items())]

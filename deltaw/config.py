@@ -133,7 +133,7 @@ class AdapterSpec(Strict):
 def names_module(name: str, path: str) -> bool:
     """True where `name` is the module's path or its dotted end: `q_proj` names `model.layers.0.self_attn.q_proj`.
 
-    Literal, never a regular expression; what a trained adapter's patterns mean is `adapter/patterns.py`'s to say.
+    Literal, never a regular expression; what a trained adapter's patterns mean is `files/patterns.py`'s to say.
     """
     return path == name or path.endswith("." + name)
 
@@ -325,7 +325,7 @@ def _override(raw: dict[str, Any], item: str) -> None:
 
 
 def _problems(error: ValidationError, source: str, node: yaml.Node | None) -> list[str]:
-    """One line a field, names before values: a misspelt key explains the missing one, and only the first few show."""
+    """One line per field, names before values: a misspelt key explains the missing one, and only the first few show."""
     by_field: dict[tuple[Any, ...], Any] = {}
     for problem in error.errors():
         # A union's branch name (`str`, `int`) isn't a field of the file; its branches' problems are one problem.

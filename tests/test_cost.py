@@ -134,7 +134,7 @@ def test_down_proj_alone_in_the_lowest_layer_costs_no_gradient_of_its_input() ->
 
 @pytest.mark.parametrize("length", [64, 256])
 def test_bytes_kept_for_the_backward(length: int) -> None:
-    """bfloat16: at most 14 KiB a token and layer, P of short documents (at most Q, K and V once more) aside."""
+    """bfloat16: at most 14 KiB per token and layer, P of short documents (at most Q, K and V once more) aside."""
     short = 9 * 64 * 2 if length == 64 else 0
     got = kept_per_token_and_layer(KINDS, length) - short
     assert 10 * 1024 < got < 14.5 * 1024

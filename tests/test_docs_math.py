@@ -193,7 +193,7 @@ class CountProducts(TorchDispatchMode):
 
 
 def test_flops_of_a_layer() -> None:
-    """4 mn + 6 r (m + n) a token where W is frozen, 6 mn where it is trained."""
+    """4 mn + 6 r (m + n) per token where W is frozen, 6 mn where it is trained."""
     t, m, n, r = 8, 20, 28, 3
     x, w, a, b = problem(t, m, n, r)
     with CountProducts() as lora:

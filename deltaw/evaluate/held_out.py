@@ -41,7 +41,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss in nats a supervised token, its exponential, and the task's metrics by name. `unanswered`: why this model
+    """Loss in nats per supervised token, its exponential, and the task's metrics by name. `unanswered`: why this model
     can't be asked these rows, where that is so."""
 
     loss: float
@@ -170,7 +170,7 @@ def _split(example: Example) -> tuple[list[int], list[int]]:
 
 
 def _batches(examples: Sequence[Example]) -> list[list[Example]]:
-    """Rows of like length together, at most TOKENS_AT_ONCE tokens a batch."""
+    """Rows of like length together, at most TOKENS_AT_ONCE tokens per batch."""
     batches: list[list[Example]] = []
     room = 0
     for example in sorted(examples, key=lambda e: len(e.tokens)):

@@ -137,7 +137,7 @@ def save_safetensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapp
 
 
 def corrupt(path: Path, reason: str) -> NoReturn:
-    raise InputError(f"{path}: {reason}", fix="get the file again from where it came")
+    raise InputError(f"{path}: {reason}", fix="download the file again")
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], str, tuple[int, int]]:

@@ -55,7 +55,7 @@ def parse_object(path: Path, data: bytes, *, allow_nan: bool = False) -> dict[st
         value = parse(data.removeprefix(MARK), allow_nan=allow_nan)
     except NotJSON as error:
         where = f"{path}:{error.line}" if error.line else path
-        fix = "mend it, or get the file again from where it came"
+        fix = "mend it, or download the file again"
         raise InputError(f"{where}: not valid JSON: {error}", fix=fix) from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: must be a JSON object, not {type(value).__name__}")

@@ -10,8 +10,8 @@
 company; greedy decoding may differ where two tokens nearly tie, since the kernels round differently for another number
 of rows, and sampling draws from a generator per prompt (sampling.py).
 
-What the model keeps of a row's tokens is a `Cache`'s to know (cache.py). There are two, and which one a row goes to is
-found by trying the model: slots of our own, where attention stands in (slots.py), and batches on transformers' own
+What the model keeps of a row's tokens is a `Cache`'s to know (cache.py). There are two, and which one a row goes to
+is found by trying the model: slots of our own, where attention stands in (slots.py), and batches on transformers' own
 caches (batches.py), also for a row that goes beyond the border of rotary frequencies that a model keeps changing.
 
 A step runs every row's last token and then, where there is room, the prompts of those that join. Rows join in the order

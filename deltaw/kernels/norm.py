@@ -3,9 +3,9 @@
     y = x · r ∘ (offset + w),   r = (mean(x²) + ε)^−½        per row; offset is 1 where a model keeps w − 1 (Gemma)
     ∂L/∂x = r · (h − x · r² · mean(h ∘ x)),   h = ∂L/∂y ∘ (offset + w)
 
-w is frozen. Only x and r (one number a row) are kept; x is the residual stream, which is there anyway. All sums are in
-float32 and y is rounded once; the module that this stands in for rounds twice or makes five float32 copies (a forward
-and backward of 2048 x 576 float32 in transformers' Llama: 3.7 ms on two cores, here 1.5 ms).
+w is frozen. Only x and r (one number per row) are kept; x is the residual stream, which is there anyway. All sums are
+in float32 and y is rounded once; the module that this stands in for rounds twice or makes five float32 copies (a
+forward and backward of 2048 x 576 float32 in transformers' Llama: 3.7 ms on two cores, here 1.5 ms).
 
 Letters: T rows, D features.
 """

@@ -12,15 +12,15 @@ these are tested against. What a GPU adds is the cost of a pass: the gated MLP's
 or writes a [T, I] tensor fourteen times, here six. Everything is float32 inside and rounded once, on the way out.
 
 Layout. Norm: a program takes whole rows, as many as fill a tile (rows of 64 come 64 at a time, one of 16384 alone); a
-row is one block, so mean and result need no second pass. Rotation: a program a token, so that its angles are read once
-for all heads. Gated MLP: flat. Cross-entropy: a program a row, in two passes over blocks of the vocabulary: running
-maximum and sum (Milakov & Gimelshein 2018), then the gradient in place; at 262144 bf16 logits a row is 512 KiB, which
-the second pass should find in the L2 cache.
+row is one block, so mean and result need no second pass. Rotation: one program per token, so that its angles are read
+once for all heads. Gated MLP: flat. Cross-entropy: one program per row, in two passes over blocks of the vocabulary:
+running maximum and sum (Milakov & Gimelshein 2018), then the gradient in place; at 262144 bf16 logits per row is 512
+KiB, which the second pass should find in the L2 cache.
 
 Rejected. A matrix product fused with the loss (Apple's cut cross-entropy): saves the chunk of logits but makes the
 products twice, and chunks already bound the memory. Norm fused with the residual's addition: saves a read and a write
 of five, but needs the decoder layer rewritten. libdevice's tanh: not in the interpreter that
-tests these on a CPU. Autotuning: its search costs seconds a shape, and these kernels wait for memory. `/` where a
+tests these on a CPU. Autotuning: its search costs seconds per shape, and these kernels wait for memory. `/` where a
 result's last bits count: a GPU makes it of an approximate reciprocal, off by up to two units in the last place, which
 1 − tanh² hands on to the gradient whole; `div_rn` rounds once, and where a row has one divisor it is a factor.
 
@@ -38,7 +38,7 @@ from torch import Tensor
 
 from deltaw.kernels.device import WIDEST
 
-TILE = 4096  # elements a program of the norm takes, in whole rows
+TILE = 4096  # elements that a program of the norm takes, in whole rows
 FLAT = 1024
 VOCABULARY = 8192  # logits at a time
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen
 
-FILL = 1.25  # padded places a token, at most
+FILL = 1.25  # padded places per token, at most
 HALF = (torch.bfloat16, torch.float16)
 AMPERE = (8, 0)  # FlashAttention-2 needs it
 

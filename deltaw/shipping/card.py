@@ -134,7 +134,7 @@ def _settings(training: Training) -> Iterator[str]:
     trained_on = f" ({result['supervised_tokens']:,} of them trained on)" if result.get("supervised_tokens") else ""
     tokens = f"{result['tokens']:,} tokens{trained_on}" if result.get("tokens") else ""
     yield "length: " + ", ".join(part for part in (epochs, steps, tokens) if part)
-    yield f"learning rate: {train.lr:g}, {train.schedule}, {train.tokens_per_step:,} tokens a step"
+    yield f"learning rate: {train.lr:g}, {train.schedule}, {train.tokens_per_step:,} tokens per step"
     spec = training.config.adapter
     if not spec.full and (spec.init, spec.dropout) != ("lora", 0.0):
         yield f"initialised by {spec.init}, dropout {spec.dropout:g}"

@@ -5,7 +5,7 @@ is below ε (analysis/measure.py). The paper's ε is 0.5. Short trainings of a s
 count of nought says nothing about what it depends on, so the ε of the verdict is fixed by the counts' size alone: 0.5,
 or the next of 0.7 and 0.9 at which all trainings together have a few. The page shows all three.
 
-Counts of at most 10 a module add up over the model. Two counts a and b differ when they are further apart than
+Counts of at most 10 per module add up over the model. Two counts a and b differ when they are further apart than
 2 √(a + b), twice what a Poisson count's difference scatters by.
 """
 

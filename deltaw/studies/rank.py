@@ -47,7 +47,7 @@ def run(lab: Lab) -> Outcome:
             curves, x_label="learning rate", y_label="held-out loss, nats per token", log_x=True, log_y=True
         ),
         "Held-out loss against the learning rate. Full fine-tuning's rates are a tenth of LoRA's.",
-        "One curve a rank, and one of full fine-tuning",
+        "One curve per rank, and one of full fine-tuning",
         Table(head, rows, "Held-out loss; full fine-tuning at a tenth of the rates"),
     )
     figures = {

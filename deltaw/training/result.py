@@ -162,7 +162,7 @@ def _figures(result: dict[str, Any]) -> str:
     if lost := result.get("forgetting"):
         lines.append(
             f"{'general text, loss':20} {lost['loss_before']:9.4f} → {lost['loss_after']:.4f}, "
-            f"KL from the base {lost['kl']:.4f} nats a token"
+            f"KL from the base {lost['kl']:.4f} nats per token"
         )
         if interval := lost.get("rise_interval"):
             lines.append(f"{'':20} the rise lies in {interval[0]:+.4f} … {interval[1]:+.4f} (95 %, over passages)")

@@ -53,7 +53,7 @@ class Verified:
         return {"exact": self.exact, **dataclasses.asdict(self)}
 
     def text(self) -> str:
-        """A line a stop, and the verdict."""
+        """One line per stop, and the verdict."""
         lines = [
             f"stopped after step {one.stopped_after} of {self.steps}: "
             + ("the same bits" if one.same_bits else f"other bits, by up to {one.largest_difference:.2g}")

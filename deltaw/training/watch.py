@@ -17,8 +17,8 @@ with it. That costs at most the time, so it is said once and the run goes on. Wh
 parameter has moved since the process began (or the run was resumed: then an earlier process has seen it move).
 
 The median is over losses of steps that were applied: a spike that is let into its own window would hide the next one,
-and a NaN would hide them all (OLMo's trainer met that). Below `NOTHING` nats a token there is nothing to lose, so there
-no step is a spike: a memorised run's median is 0, and everything is many times 0.
+and a NaN would hide them all (OLMo's trainer met that). Below `NOTHING` nats per token there is nothing to lose, so
+there no step is a spike: a memorised run's median is 0, and everything is many times 0.
 
 Too small is seldom B, which begins at zero, where any step is exact; A's numbers are some hundredths, of which float32
 keeps 3e-9.
@@ -47,8 +47,8 @@ EVERY = 100  # updates between two looks at rounding
 MOVED = 0.01  # share of a parameter's numbers that an update must change
 WINDOW, ENOUGH = 64, 16  # losses the median is over, and how many it needs
 IN_A_ROW = 10  # skipped steps for another reason than NaN
-NOTHING = 0.01  # nats a token: what a loss is held to at least, before it is called a spike
-KNOWN = 1e-6  # nats a token: rows that the model knows already
+NOTHING = 0.01  # nats per token: what a loss is held to at least, before it is called a spike
+KNOWN = 1e-6  # nats per token: rows that the model knows already
 SAMPLE = 1024  # of a parameter's numbers, kept from the process's beginning
 
 
@@ -69,7 +69,7 @@ class TooManySkips(RunError):
 
 
 def check_loss(loss: float, rows: Sequence[str], state: TrainState, config: TrainConfig) -> None:
-    """Raise Unfit on a spike. `loss`: of the whole step, finite, in nats a token."""
+    """Raise Unfit on a spike. `loss`: of the whole step, finite, in nats per token."""
     if config.skip_spikes is None or len(state.recent) < ENOUGH:
         return
     usual = max(NOTHING, median(state.recent))

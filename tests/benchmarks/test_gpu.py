@@ -89,7 +89,7 @@ def test_an_error_at_one_size_leaves_the_others(monkeypatch: pytest.MonkeyPatch)
 
 
 def of_arms(answers: dict[str, tuple[list[Row], str]], asked: list[list[str]]) -> Any:
-    """A stand-in for the processes: an answer an arm; timed rows a thousand tokens a second."""
+    """A stand-in for the processes: one answer per arm; timed rows a thousand tokens per second."""
 
     def spawn(arguments: list[str], seconds: float) -> tuple[list[Row], str]:
         asked.append(arguments)

@@ -21,7 +21,7 @@ from typing import Any
 from tests.faults.fault import SEEN, Fault, Outcome, load_faults, run_tries
 from tests.faults.report import write_page
 
-CHUNK_LIMIT = 900.0  # seconds a worker may take for one chunk before it is killed
+CHUNK_LIMIT = 900.0  # seconds that a worker may take for one chunk before it is killed
 ROOT = Path(__file__).parents[2]
 
 

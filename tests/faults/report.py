@@ -28,7 +28,7 @@ wasn't tried, or where they have no counterpart.
 def write_page(
     faults: Sequence[Fault], outcomes: Mapping[str, Outcome], said: Mapping[int, str], seconds: float
 ) -> Path:
-    """Write the page; a row a check, the others' behaviour beside the first check of a fault."""
+    """Write the page; one row per check, the others' behaviour beside the first check of a fault."""
     import os
 
     head = HEAD.format(

@@ -140,7 +140,7 @@ def moved_data(n: int, scratch: Path) -> None:
     expect(digest(run) == digest(finished_run()), "other bits")
 
 
-@fault(17, "another number of batches a step (accumulation): every step has the same rows in the same order", tries=6)
+@fault(17, "another number of batches per step (accumulation): every step has the same rows in the same order", tries=6)
 def same_rows_in_any_batches(n: int, scratch: Path) -> None:
     _, _, dataset = open_dataset(config(scratch / "run"), QUIET)
 
@@ -172,7 +172,7 @@ def missing_state(n: int, scratch: Path) -> None:
 
 
 def _settings(n: int) -> tuple[int, dict[str, Any]]:
-    """(steps, changes): mid-epoch and over its end, several batches a step, dropout, every kind of start."""
+    """(steps, changes): mid-epoch and over its end, several batches per step, dropout, every kind of start."""
     adapters: list[dict[str, Any]] = [
         {"rank": 4, "alpha": 8},
         {"rank": 4, "alpha": 8, "dropout": 0.3},
@@ -185,7 +185,7 @@ def _settings(n: int) -> tuple[int, dict[str, Any]]:
 
 @fault(
     19,
-    "stopped after every step k, mid-epoch and beyond an epoch, several batches a step, five kinds of adapter: the "
+    "stopped after every step k, mid-epoch and beyond an epoch, several batches per step, five kinds of adapter: the "
     "same bits and the same metrics as the run that wasn't",
     tries=75,
     sample=3,

@@ -12,7 +12,7 @@ from deltaw.shipping.lint.finding import CODES, DESTINATIONS, Code, Effect
 from deltaw.shipping.lint.rules_config import KINDS, TASKS
 
 DOCS = Path(__file__).parents[2] / "docs/lint.md"
-HEAD = "| code | what | what comes of it | how to mend it |\n| --- | --- | --- | --- |\n"
+HEAD = "| code | what | what comes of it | how to fix it |\n| --- | --- | --- | --- |\n"
 SECTIONS = {
     "1": "Files",
     "2": "Tensors",

@@ -1,7 +1,7 @@
 """What lint can find: codes, what each does to an adapter at each destination, and the findings that carry them.
 
 A code is data: its number, what it is in a few words, what comes of it at each destination unless a rule knows better,
-and how to mend it. Codes are never reused. docs/lint.md lists them all, and a test holds that list to this table; the
+and how to fix it. Codes are never reused. docs/lint.md lists them all, and a test holds that list to this table; the
 rules that find them stand beside their codes in rules_*.py.
 
     DW1xx  files         DW3xx  the config      DW5xx  the base             DW7xx  GGUF files
@@ -10,7 +10,7 @@ rules that find them stand beside their codes in rules_*.py.
 What can become of an adapter somewhere, from best to worst:
 
     LOADS     it loads and answers as it was trained
-    UNSURE    nothing speaks against it, but something that it hangs on can't be seen from here
+    UNSURE    nothing speaks against it, but something that matters can't be seen from here
     WRONG     it loads, and answers otherwise than it was trained, mostly without a word
     REFUSED   it doesn't load
 
@@ -63,7 +63,7 @@ def everywhere(effect: Effect) -> Effects:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is so with an adapter: `what` and where, what comes of it, how to mend it."""
+    """One thing that is so with an adapter: `what` and where, what comes of it, how to fix it."""
 
     code: str
     what: str

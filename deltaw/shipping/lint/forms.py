@@ -42,7 +42,7 @@ OTHER_FORM = code(
     "DW108",
     "a form that isn't the destination's: mlx-lm reads no folder in PEFT's layout, PEFT and vLLM read no GGUF",
     {MLX: REFUSED},
-    "export it to where it is to run",
+    "export it for the place where it is to run",
 )
 
 

@@ -40,7 +40,7 @@ NOT_PUBLIC = code(
 )
 NOT_HERE = code(
     "DW503",
-    "the base isn't on this machine: names, sizes, template and stop tokens were not held to it",
+    "the base isn't on this machine: names, sizes, template and stop tokens weren't checked against it",
     dict.fromkeys((PEFT, TRANSFORMERS, VLLM, LLAMA_CPP, OLLAMA), UNSURE),
     "name it with --base",
 )
@@ -76,7 +76,7 @@ OLLAMA_ROTARY = code(
 )
 NOT_CAUSAL = code(
     "DW509",
-    "the base is no causal language model",
+    "the base isn't a causal language model",
     {VLLM: REFUSED, LLAMA_CPP: UNSURE, OLLAMA: REFUSED, MLX: REFUSED},
     "serve it with transformers",
 )
@@ -93,7 +93,7 @@ def named(s: Subject) -> Iterator[Finding]:
     elif s.recorded.name not in BUILTINS and (not HUB_ID.fullmatch(s.recorded.name) or s.recorded.name[0] in "./~"):
         yield NOT_PUBLIC.finding(f"base_model_name_or_path is {s.recorded.name!r:.100}, not of the form org/name")
     if s.base is None and s.recorded.name:
-        yield NOT_HERE.finding(f"{s.no_base}, so nothing was held to it")
+        yield NOT_HERE.finding(f"{s.no_base}, so nothing was checked against it")
 
 
 def own(s: Subject) -> Iterator[Finding]:
@@ -110,7 +110,7 @@ def own(s: Subject) -> Iterator[Finding]:
         )
     revisions = s.recorded.revision, s.base.source.revision
     if not trained and all(revisions) and not str(revisions[1]).startswith(str(revisions[0])):
-        yield REVISION.finding(f"trained on revision {revisions[0]:.40}, here is {revisions[1]:.40}")
+        yield REVISION.finding(f"trained on revision {revisions[0]:.40}, but this is revision {revisions[1]:.40}")
 
 
 def architecture(s: Subject) -> Iterator[Finding]:
@@ -130,7 +130,7 @@ def architecture(s: Subject) -> Iterator[Finding]:
 
 def unknown_to_llama_cpp(kind: str) -> Iterator[Finding]:
     if llama_cpp_name(kind) is None:
-        yield ARCHITECTURE.finding(f"the base is a {kind:.40}, no architecture of that name is known in llama.cpp")
+        yield ARCHITECTURE.finding(f"the base is a {kind:.40}, and llama.cpp has no architecture of that name")
 
 
 def causal(s: Subject) -> Iterator[Finding]:

@@ -48,25 +48,25 @@ OTHER_TEMPLATE = code(
 )
 STOP_UNKNOWN = code(
     "DW603",
-    "the token that ends an answer isn't among the base's stop tokens: answers go on",
+    "the token that ends an answer isn't among the base's stop tokens, so answers go on",
     {PEFT: WRONG, TRANSFORMERS: WRONG, VLLM: WRONG, LLAMA_CPP: UNSURE, OLLAMA: UNSURE, MLX: WRONG},
     "name it as a stop token to whoever serves it; deltaw's exports write it",
 )
 STOP_UNTRAINED = code(
     "DW604",
-    "the base's row for the token that ends an answer was never trained, and the adapter can't mend that",
+    "the base's row for the token that ends an answer was never trained, and the adapter can't fix that",
     everywhere(WRONG),
     "train with a template whose end-of-turn token the base knows",
 )
 STOP_UNSEEN = code(
     "DW605",
-    "the run's rows train no token that ends an answer: answers go on",
+    "the run's rows train no token that ends an answer, so answers go on",
     everywhere(WRONG),
     "end each answer with a stop token in the data, and train again",
 )
 ADDED_TOKENS = code(
     "DW606",
-    "the tokenizer beside it has tokens that the base hasn't, and the adapter holds no embeddings for them",
+    "the tokenizer beside it has tokens that the base doesn't have, and the adapter holds no embeddings for them",
     everywhere(WRONG),
     "ask its author for the embeddings, or use the base's own tokenizer if the tokens aren't needed",
 )

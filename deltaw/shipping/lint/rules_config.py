@@ -55,13 +55,13 @@ KIND = code(
 )
 RANK = code(
     "DW302",
-    "a rank that is 0, negative or no whole number",
+    "a rank that is 0, negative or not a whole number",
     dict.fromkeys((PEFT, TRANSFORMERS, VLLM), REFUSED),
     "write the tensors' own rank into r",
 )
 ALPHA = code(
     "DW303",
-    "an alpha that is 0, NaN, infinite or no number",
+    "an alpha that is 0, NaN, infinite or not a number",
     {PEFT: WRONG, TRANSFORMERS: WRONG, VLLM: WRONG, LLAMA_CPP: WRONG, OLLAMA: WRONG},
     "write the alpha that it was trained with",
 )
@@ -81,7 +81,7 @@ RSLORA = code(
     "DW306",
     "rsLoRA: converters that copy lora_alpha give alpha / r for alpha / sqrt(r)",
     {LLAMA_CPP: WRONG, OLLAMA: WRONG},
-    "let deltaw write the GGUF, which bakes the scale in",
+    "let deltaw write the GGUF, with the scale in B",
 )
 ALPHA_PATTERN = code(
     "DW307",
@@ -163,7 +163,7 @@ def alpha(s: Subject) -> Iterator[Finding]:
     numbers = {name: number(value) for name, value in given.items()}
     if refused := [f"{name} = {given[name]!r:.40}" for name, value in numbers.items() if value is None]:
         effects = dict.fromkeys((PEFT, TRANSFORMERS, VLLM, *CONVERTERS), REFUSED)
-        yield ALPHA.finding(f"{CONFIG}: no number, {some(refused)}", effects=effects)
+        yield ALPHA.finding(f"{CONFIG}: not a number: {some(refused)}", effects=effects)
     zero = [name for name, value in numbers.items() if value == 0]
     if zero:
         yield ALPHA.finding(f"{some(zero)} is 0, so nothing is changed by it; llama.cpp takes 0 for scale 1")
@@ -226,7 +226,7 @@ def max_rank(s: Subject) -> Iterator[Finding]:
 def fan(s: Subject) -> Iterator[Finding]:
     given = bool(s.get("fan_in_fan_out", False))
     if s.base and s.layers and given != s.base.transposed:
-        yield FAN.finding(f"fan_in_fan_out is {str(given).lower()}, and {s.base.source.name} wants the contrary")
+        yield FAN.finding(f"fan_in_fan_out is {str(given).lower()}, and {s.base.source.name} wants the opposite")
 
 
 def unknown(s: Subject) -> Iterator[Finding]:

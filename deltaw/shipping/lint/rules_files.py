@@ -28,9 +28,9 @@ from deltaw.shipping.lint.finding import (
 from deltaw.shipping.lint.forms import PICKLED_WEIGHTS, other_form
 from deltaw.shipping.lint.subject import Subject, read_config
 
-AGAIN = "get the file again from where it came"
+AGAIN = "download the file again"
 CONFIG_UNREADABLE = code(
-    "DW101", "adapter_config.json is missing or can't be read", everywhere(REFUSED), "get the folder again, whole"
+    "DW101", "adapter_config.json is missing or can't be read", everywhere(REFUSED), "download the whole folder again"
 )
 CONFIG_AMBIGUOUS = code(
     "DW102",
@@ -38,7 +38,7 @@ CONFIG_AMBIGUOUS = code(
     everywhere(UNSURE),
     "take out all but one of the entries",
 )
-WEIGHTS_MISSING = code("DW103", "there is no file with weights", everywhere(REFUSED), "get the folder again, whole")
+WEIGHTS_MISSING = code("DW103", "there is no file with weights", everywhere(REFUSED), "download the whole folder again")
 PICKLED = code(
     "DW104",
     "the weights are a pickle only, which runs code when it is opened; lint doesn't open it",
@@ -46,13 +46,13 @@ PICKLED = code(
     "ask its author for safetensors, or convert it in a sandbox",
 )
 WEIGHTS_UNREADABLE = code(
-    "DW105", "adapter_model.safetensors is cut short or no safetensors file", everywhere(REFUSED), AGAIN
+    "DW105", "adapter_model.safetensors is cut short or not a safetensors file", everywhere(REFUSED), AGAIN
 )
 FULL_TUNE = code(
     "DW106",
     "full fine-tuning (delta.safetensors), which only deltaw reads",
     everywhere(REFUSED),
-    "merge it into a model folder, or extract a LoRA of it",
+    "merge it into a model folder, or extract a LoRA from it",
 )
 UNSHARED = code(
     "DW107",

@@ -49,7 +49,7 @@ MLX_CONFIG = code("DW802", "a config that mlx-lm can't make layers of", {MLX: RE
 MLX_STRANGE = code(
     "DW803", "tensors for which mlx-lm's config makes no layer, or of another rank", {MLX: REFUSED}, EXPORT
 )
-MLX_HALF = code("DW804", "lora_a without its lora_b, or the contrary", {MLX: WRONG}, EXPORT)
+MLX_HALF = code("DW804", "lora_a without its lora_b, or the other way round", {MLX: WRONG}, EXPORT)
 MLX_SCALE = code("DW805", "a scale that is 0, NaN or infinite", {MLX: WRONG}, EXPORT)
 MODEL_UNREADABLE = code(
     "DW811",
@@ -100,7 +100,7 @@ class MlxFolder:
 
 def look_mlx(folder: Path, base: str | None, display: Display) -> Iterator[Finding]:
     """All that is found of a folder with adapters.safetensors. Raises InputError for a --base that is none."""
-    yield other_form("mlx", "export the adapter that it was made from to where it is to run")
+    yield other_form("mlx", "export the adapter that it was made from for the place where it is to run")
     source = find_base(base, display=display) if base else None
     try:
         config = read_json(folder / CONFIG, max_bytes=1_000_000, allow_nan=True)

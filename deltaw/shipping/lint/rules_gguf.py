@@ -33,10 +33,10 @@ EXPORT = "let deltaw write it: deltaw export --to gguf"
 UNREADABLE = code("DW701", "no usable GGUF file", REFUSE, "get the file again")
 KIND = code("DW702", "a GGUF that is neither a model nor an adapter of type lora", REFUSE, EXPORT)
 OTHER_ARCHITECTURE = code("DW703", "an adapter for another architecture than the base's", REFUSE, "name its own base")
-STRANGE = code("DW704", "tensors that are no lora_a or lora_b", REFUSE, EXPORT)
-HALF = code("DW705", "a lora_a without its lora_b, or the contrary", REFUSE, EXPORT)
-UNFIT = code("DW706", "tensors that the base hasn't got, or of other sizes", REFUSE, "name its own base")
-NORMS = code("DW707", "norms: llama.cpp leaves them out without a word", CHANGE, "export the whole model: --merged")
+STRANGE = code("DW704", "tensors that are neither lora_a nor lora_b", REFUSE, EXPORT)
+HALF = code("DW705", "a lora_a without its lora_b, or the other way round", REFUSE, EXPORT)
+UNFIT = code("DW706", "tensors that the base doesn't have, or of other sizes", REFUSE, "name its own base")
+NORMS = code("DW707", "norms: llama.cpp silently leaves them out", CHANGE, "export the whole model: --merged")
 ALPHA = code("DW708", "adapter.lora.alpha is missing or 0 (which llama.cpp takes for scale 1), or NaN", CHANGE, EXPORT)
 ALPHA_TYPE = code("DW709", "adapter.lora.alpha isn't a float32", REFUSE, EXPORT)
 RANKS = code(
@@ -60,7 +60,7 @@ NO_SPLITTING = code(
 NO_END = code("DW724", "no end-of-sequence token", CHANGE, "write tokenizer.ggml.eos_token_id")
 MAY_BEGIN = code(
     "DW725",
-    "a beginning-of-sequence token, and not whether a text begins with it (add_bos_token)",
+    "a beginning-of-sequence token, but not whether a text begins with it (add_bos_token)",
     DOUBT,
     "write tokenizer.ggml.add_bos_token",
 )
@@ -117,7 +117,7 @@ def kind(f: GgufFile) -> Iterator[Finding]:
 def architecture(f: GgufFile) -> Iterator[Finding]:
     own = str(f["general.architecture"] or "")
     if f.architecture and own != f.architecture:
-        yield OTHER_ARCHITECTURE.finding(f"it is for {own[:40] or 'none'}, the base is {f.architecture}")
+        yield OTHER_ARCHITECTURE.finding(f"it is for {own[:40] or 'none'}, but the base is {f.architecture}")
 
 
 def tensors(f: GgufFile) -> Iterator[Finding]:
@@ -142,7 +142,7 @@ def _sizes(f: GgufFile, stems: list[str]) -> Iterator[Finding]:
         if not embedding and a[1] != b[0]:
             wrong.append(f"{stem}: lora_a {a} and lora_b {b} have no rank in common")
         elif f.base and own is None:
-            wrong.append(f"{stem}: the base hasn't got it")
+            wrong.append(f"{stem}: the base doesn't have it")
         elif own and (own[0], own[1]) != ((b[1], a[1]) if embedding else (a[0], b[1])):
             wrong.append(f"{stem}: lora_a {a} and lora_b {b}, the base's is {list(own)}")
     if wrong:

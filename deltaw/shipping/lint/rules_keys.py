@@ -27,7 +27,7 @@ from deltaw.shipping.lint.finding import (
 from deltaw.shipping.lint.keys import EMBEDDING_A, EMBEDDING_B, FULL, NORM, PREFIX, UNKNOWN, A, B
 from deltaw.shipping.lint.subject import Subject, Undecided
 
-AGAIN = "save it again with PEFT's save_pretrained, or get it again from where it came"
+AGAIN = "save it again with PEFT's save_pretrained, or download it again"
 CONVERTED = {LLAMA_CPP: REFUSED, OLLAMA: REFUSED}
 NO_PREFIX = code(
     "DW201",
@@ -49,19 +49,19 @@ HALF = code(
 )
 RANK = code(
     "DW204",
-    "tensors of another rank than the config's",
+    "tensors whose rank isn't the config's",
     {PEFT: REFUSED, TRANSFORMERS: REFUSED, VLLM: WRONG, LLAMA_CPP: UNSURE, OLLAMA: UNSURE},
     "write the tensors' own rank into r or rank_pattern, and the alpha that goes with it",
 )
 SHAPE = code(
     "DW205",
-    "tensors of other sizes than the base's layer",
+    "tensors whose size isn't that of the base's layer",
     {PEFT: REFUSED, TRANSFORMERS: REFUSED, VLLM: WRONG, **CONVERTED},
     "name the base that it was trained on",
 )
 NO_LAYER = code(
     "DW206",
-    "tensors for layers that the base hasn't got",
+    "tensors for layers that the base doesn't have",
     {PEFT: WRONG, TRANSFORMERS: WRONG, VLLM: WRONG, **CONVERTED},
     "name the base that it was trained on",
 )
@@ -73,26 +73,26 @@ UNTARGETED = code(
 )
 NO_TARGET = code(
     "DW208",
-    "target_modules names no layer of the base",
+    "target_modules matches no layer of the base",
     {PEFT: REFUSED, TRANSFORMERS: REFUSED},
     "name the layers that the tensors are for in target_modules",
 )
 UNTRAINED_LAYERS = code(
     "DW209",
-    "layers of the base that target_modules names and that have no tensors: they stay as they are",
+    "layers of the base that target_modules names but that have no tensors: they stay as they are",
     dict.fromkeys((PEFT, TRANSFORMERS), LOADS),
     "nothing, if it was trained that way; else get the whole file",
 )
 STRANGE = code(
     "DW210",
-    "tensors that are no part of a LoRA as PEFT writes it",
+    "tensors that don't belong to a LoRA as PEFT writes it",
     {PEFT: WRONG, TRANSFORMERS: WRONG, VLLM: REFUSED, **CONVERTED},
     AGAIN,
 )
 EMPTY = code("DW211", "no factors at all", {**everywhere(WRONG)}, AGAIN)
 NO_MATRIX = code(
     "DW212",
-    "factors that are no matrices of floating numbers",
+    "factors that aren't matrices of floating-point numbers",
     {PEFT: WRONG, TRANSFORMERS: WRONG, VLLM: UNSURE, LLAMA_CPP: UNSURE, OLLAMA: UNSURE},
     AGAIN,
 )
@@ -127,7 +127,7 @@ def halves(s: Subject) -> Iterator[Finding]:
     single = [parts for parts in s.factors.values() if not any(pair <= parts.keys() for pair in pairs)]
     if single:
         names = [key.name for parts in single for key in parts.values()]
-        yield HALF.finding(f"{len(single)} of {len(s.factors)} modules have but one factor: {some(names)}")
+        yield HALF.finding(f"{len(single)} of {len(s.factors)} modules have only one factor: {some(names)}")
 
 
 def ranks(s: Subject) -> Iterator[Finding]:
@@ -146,7 +146,7 @@ def ranks(s: Subject) -> Iterator[Finding]:
             if key is None or len(shape := s.shapes[key.name]) != 2 or type(wanted) is not int:
                 continue
             if shape[side] != wanted:
-                wrong.append(f"{key.name} is {shape}, the config says rank {wanted}")
+                wrong.append(f"{key.name} is {shape}, but the config says rank {wanted}")
     if wrong:
         yield RANK.finding(f"{len(wrong)} tensors: {some(wrong)}")
 
@@ -156,7 +156,7 @@ def matrices(s: Subject) -> Iterator[Finding]:
     wrong = [name for name in factors if len(s.shapes[name]) != 2]
     wrong += [name for name in factors if name in s.numbers and not s.numbers[name].floating]
     if wrong:
-        yield NO_MATRIX.finding(f"{len(wrong)} factors are no matrices of floating numbers: {some(wrong)}")
+        yield NO_MATRIX.finding(f"{len(wrong)} factors aren't matrices of floating-point numbers: {some(wrong)}")
 
 
 def strange(s: Subject) -> Iterator[Finding]:
@@ -196,12 +196,12 @@ def layers_of_the_base(s: Subject) -> Iterator[Finding]:
         ):
             key = parts.get(part)
             if key and len(shape := s.shapes[key.name]) == 2 and shape[side] != wanted:
-                wrong.append(f"{key.name} is {shape}, the base's layer {places[path]}")
+                wrong.append(f"{key.name} is {shape}, but the base's layer is {places[path]}")
                 larger |= shape[side] > wanted
     for key in s.keys:
         own = s.base.parameters.get(f"{key.path}.{key.name.rpartition('.')[2]}")
         if key.part in (FULL, NORM) and own not in (None, s.shapes[key.name]):
-            wrong, larger = [*wrong, f"{key.name} is {s.shapes[key.name]}, the base's {own}"], True
+            wrong, larger = [*wrong, f"{key.name} is {s.shapes[key.name]}, but the base's is {own}"], True
     if wrong:  # vLLM copies into a buffer of the layer's size: what is smaller fits
         words = f"{len(wrong)} tensors don't fit {s.base.source.name}: {some(wrong)}"
         mend = _resized(s) if len(wrong) == len(_ends(s)) else None
@@ -234,7 +234,7 @@ def targets(s: Subject) -> Iterator[Finding]:
         return
     if s.base and not known and not s.get("target_parameters"):
         names = some(s.texts("target_modules")) or "target_modules"
-        yield NO_TARGET.finding(f"{names} names no layer of {s.base.source.name}")
+        yield NO_TARGET.finding(f"{names} matches no layer of {s.base.source.name}")
         return
     missed = [path for path in s.factors if path not in covered and not _experts(s, path)]
     if missed:
@@ -244,7 +244,7 @@ def targets(s: Subject) -> Iterator[Finding]:
         )
     bare = sorted(known - covered - set(s.factors)) if s.factors else []
     if bare:
-        yield UNTRAINED_LAYERS.finding(f"{len(bare)} layers are named and have no tensors: {some(bare)}")
+        yield UNTRAINED_LAYERS.finding(f"{len(bare)} layers are named but have no tensors: {some(bare)}")
 
 
 def undecided(s: Subject) -> Iterator[Finding]:
@@ -278,7 +278,7 @@ def renamed(s: Subject) -> Iterator[Finding]:
     if taken or missed:
         words, effects = f"{len(taken) + len(missed)} modules: {some([*taken, *missed])}", dict(RENAMED.effects)
         if not missed and not is_rewritten_here(s.base.files.skeleton):
-            words += "; not with the transformers that is installed here, but with others"
+            words += "; not with the version of transformers that is installed here, but with others"
             effects = dict.fromkeys(effects, UNSURE)
         yield RENAMED.finding(words, s.export("peft") if taken else s.merge(), effects)
 

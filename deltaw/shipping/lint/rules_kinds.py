@@ -87,7 +87,7 @@ COPIED = code(
 TRAINED_TOKENS = code("DW331", "trained token embeddings (trainable_token_indices)", PLAIN_ONLY, MERGE_THERE)
 NORMS = code(
     "DW332",
-    "trained norms: llama.cpp leaves them out without a word",
+    "trained norms: llama.cpp silently leaves them out",
     {VLLM: REFUSED, LLAMA_CPP: WRONG, OLLAMA: REFUSED},
     MERGE_THERE,
 )
@@ -119,13 +119,13 @@ START_UNKNOWN = code(
 ACTIVATED = code("DW337", "activated LoRA (aLoRA)", {VLLM: REFUSED, OLLAMA: WRONG}, "serve it with PEFT or llama.cpp")
 VARIANT = code(
     "DW338",
-    "a variant of LoRA that servers refuse, or that only its own trainer reads (QALoRA, BD-LoRA, replicated layers …)",
+    "a variant of LoRA that servers refuse or only its own trainer reads (QALoRA, BD-LoRA, replicated layers …)",
     {PEFT: UNSURE, TRANSFORMERS: UNSURE, VLLM: REFUSED, LLAMA_CPP: UNSURE, OLLAMA: UNSURE},
     MERGE_THERE,
 )
 TIED = code(
     "DW339",
-    "an update of the embedding or the head alone, on a base where the two are one",
+    "an update of only the embedding or only the head, on a base where the two are one",
     {PEFT: LOADS, TRANSFORMERS: LOADS, VLLM: UNSURE, LLAMA_CPP: REFUSED, OLLAMA: REFUSED},
     "merge it with PEFT, untied (tie_word_embeddings: false)",
 )
@@ -140,7 +140,7 @@ def dora(s: Subject) -> Iterator[Finding]:
     on = bool(s.get("use_dora"))
     magnitudes = named(s.keys, MAGNITUDE)
     if on and magnitudes:
-        yield DORA.finding(f"it is DoRA, {len(magnitudes)} magnitudes", s.merge())
+        yield DORA.finding(f"it is DoRA, with {len(magnitudes)} magnitudes", s.merge())
     elif on and s.layers:
         yield DORA_TORN.finding("use_dora is on, and the file holds no magnitudes")
     elif magnitudes:
@@ -190,7 +190,7 @@ def embeddings(s: Subject) -> Iterator[Finding]:
     if names := named(s.keys, EMBEDDING_A):
         yield EMBEDDING.finding(f"LoRA on {some(names)}")
     if names := named(s.keys, COPY):
-        yield COPIED.finding(f"{some(names)}: vLLM and llama.cpp leave it out without a word")
+        yield COPIED.finding(f"{some(names)}: vLLM and llama.cpp silently leave it out")
     if names := named(s.keys, TOKENS):
         yield TRAINED_TOKENS.finding(f"{some(names)}")
 
@@ -229,7 +229,7 @@ def start(s: Subject) -> Iterator[Finding]:
 
 def variants(s: Subject) -> Iterator[Finding]:
     if s.get("alora_invocation_tokens"):
-        yield ACTIVATED.finding("it is to be active from its invocation tokens on only")
+        yield ACTIVATED.finding("it is to be active only from its invocation tokens on")
     for field, words in VARIANTS.items():
         if s.get(field):
             effects = {**VARIANT.effects, **({VLLM: UNSURE} if field in READ_BY_VLLM else {})}

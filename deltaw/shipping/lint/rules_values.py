@@ -8,7 +8,7 @@ from deltaw.shipping.lint.subject import Subject
 
 HALF_MOST = 65504.0  # the largest number of float16
 NOT_FINITE = code(
-    "DW401", "NaN or infinity in the tensors", everywhere(WRONG), "train it again, from a checkpoint before"
+    "DW401", "NaN or infinity in the tensors", everywhere(WRONG), "train it again, from an earlier checkpoint"
 )
 UNTRAINED = code(
     "DW402", "every B is zero: it was never trained, and nothing is changed by it", everywhere(WRONG), "train it"

@@ -132,7 +132,7 @@ class Subject:
         """module path -> what `rank_pattern` or `alpha_pattern` gives it. Raises Undecided."""
         pattern = self.get(field_name, {})
         if not isinstance(pattern, dict):
-            raise Undecided(f"{field_name} is {pattern!r:.60}, no mapping")
+            raise Undecided(f"{field_name} is {pattern!r:.60}, not a mapping")
         called = {path: f"{path}{WEIGHT}" if self.by_weight(path) else path for path in self.layers}
         taken = self._first(list(pattern), called.values())
         return {path: pattern[taken[name]] for path, name in called.items() if name in taken}
@@ -192,7 +192,7 @@ class Subject:
     def _first(keys: list[str], paths: Iterable[str]) -> dict[str, str]:
         paths = list(paths)
         if len(keys) * sum(map(len, paths)) > MANY_MATCHES or any(len(key) > LONG_PATTERN for key in keys):
-            raise Undecided(f"{len(keys):,} patterns on {len(paths):,} modules are more than are looked at")
+            raise Undecided(f"{len(keys):,} patterns on {len(paths):,} modules are too many to try")
         try:
             return first_matches(keys, paths)
         except InputError as error:
@@ -214,7 +214,7 @@ class Subject:
         seen = {}
         names = list(self.shapes)
         # An error: it is gone, or was changed, since its header was read.
-        with self.display.task("looking at the numbers", max(1, len(names))) as progress, suppress(InputError):
+        with self.display.task("checking the numbers", max(1, len(names))) as progress, suppress(InputError):
             for done, (name, tensor) in enumerate(readable_tensors(self.folder / WEIGHTS, names), 1):
                 seen[name] = _seen(tensor)
                 progress(done)

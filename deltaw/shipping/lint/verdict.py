@@ -104,7 +104,7 @@ class Verdict:
         }
 
     def text(self) -> str:
-        """A line for each destination, then what was found and how to mend it."""
+        """A line for each destination, then what was found and how to fix it."""
         width = max(map(len, DESTINATIONS.values()))
         lines = [f"{DESTINATIONS[place]:{width}}  {self._line(place)}" for place in self._asked]
         for finding in self.shown:
@@ -114,9 +114,9 @@ class Verdict:
             }
             touched = "; ".join(f"{', '.join(names)}: {effect.words}" for effect, names in places.items() if names)
             lines += ["", *_wrapped(f"{finding.code}  ", finding.what), *_wrapped("       ", touched)]
-            lines.append(f"       mend: {finding.mend}")
+            lines.append(f"       fix: {finding.mend}")
         if not self.shown:
-            lines += ["", "nothing was found that speaks against it"]
+            lines += ["", "nothing speaks against it"]
         return "\n".join(lines)
 
     def _line(self, place: str) -> str:
