@@ -1,4 +1,4 @@
-"""What can go wrong that the user can mend.
+"""What can go wrong that the user can fix.
 
 One root, two kinds: `InputError` (exit code 2: what was asked for is wrong) and `RunError` (exit code 1: it went
 wrong while running). Each says what is wrong, then what to do next; the CLI prints that in at most five lines and
@@ -13,7 +13,7 @@ MAX_LISTED = 3  # problems shown in full, so that the message keeps within five 
 
 
 class DeltawError(Exception):
-    """Root of every error that a user can mend. `what` states the problem, `fix` the next action."""
+    """Root of every error that a user can fix. `what` states the problem, `fix` the next action."""
 
     exit_code = 1
 

@@ -127,8 +127,10 @@ def open_model(
         return model
     wrong = adapter.base.mismatch(model.id)
     if wrong:
-        raise InputError(f"{named.name} does not belong to this base: {wrong}", fix="name its own base with --base")
+        raise InputError(f"{named.name} doesn't belong to this base: {wrong}", fix="name its own base with --base")
     if adapter.base.template not in ("", PLAIN, renderer.template_fingerprint):
-        display.say(f"{named.name} was trained under another chat template than this tokenizer's: answers may suffer")
+        display.say(
+            f"{named.name} was trained under another chat template than this tokenizer's, so answers may suffer"
+        )
     attached = attach(opened.model, adapter)
     return Model(opened, renderer, model.forward, attached, trained_plain=adapter.base.template == PLAIN)

@@ -86,5 +86,5 @@ def template_beside(path: Path) -> Path | None:
 def base_name(adapter: Adapter, path: Path) -> str:
     """A name that `find_base` may know: the builtin for its upstream id, else what the adapter says."""
     if not adapter.base.name:
-        raise InputError(f"{path} does not say which base it belongs to", fix="name it with --base")
+        raise InputError(f"{path} doesn't say which base it belongs to", fix="name it with --base")
     return found_as(adapter.base.name)

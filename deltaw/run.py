@@ -86,8 +86,8 @@ class Run:
         with self.claimed(new=False):
             finished = self.result.is_file()
             if finished and not self.read_json(self.result).get("failed"):
-                fix = "to train anew use another output"
-                raise InputError(f"{self.folder} is finished: its adapter is {self.adapter}", fix=fix)
+                fix = "to train again, choose another output"
+                raise InputError(f"{self.folder} is finished; its adapter is {self.adapter}", fix=fix)
             yield finished
 
     @contextmanager
@@ -108,7 +108,7 @@ class Run:
         if not holds_anything(self.folder):
             return
         if not self.config.is_file():
-            raise InputError(f"output {self.folder} exists and is not a run", fix="choose another output")
+            raise InputError(f"output {self.folder} exists and isn't a run", fix="choose another output")
         if not replace:
             raise InputError(
                 f"output {self.folder} already holds a run",
@@ -141,7 +141,7 @@ class Run:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise RunError(f"{self.metrics}: {error}", fix="nothing was lost; free space, then resume") from None
+            raise RunError(f"{self.metrics}: {error}", fix="nothing was lost; free some space, then resume") from None
 
     def sync_metrics(self) -> None:
         """Make the lines so far outlive a power cut. Raises RunError when the disk refuses."""
@@ -150,7 +150,7 @@ class Run:
                 fsync(self.metrics)
                 fsync(self.folder)
         except OSError as error:
-            raise RunError(f"{self.metrics}: {error}", fix="nothing was lost; free space, then resume") from None
+            raise RunError(f"{self.metrics}: {error}", fix="nothing was lost; free some space, then resume") from None
 
     def cut_metrics(self, lines: int) -> int:
         """Keep the first `lines` lines, as they are: a resumed run writes the others again. How many of them can't be

@@ -38,8 +38,8 @@ class Attached:
     """An adapter on a model, and its `number` there. `spec.targets` names the adapted modules exactly, whatever group
     asked for them; `layers` are its updates of them.
 
-    `unmatched` are weights that stay as they are although they are no embedding, head or norm; `left_out` says why of
-    those among them that a group asked for.
+    `unmatched` are weights that stay as they are although they aren't an embedding, a head or a norm; `left_out` says
+    why of those among them that a group asked for.
     """
 
     model: nn.Module
@@ -73,7 +73,8 @@ class Attached:
         lines = [f"not adapted: {line}" for line in lines_of(self.left_out) + first]
         if missed := missed_by_peft(self.model, self.paths):
             lines.append(
-                f"warning: when PEFT loads an adapter of this model, also one that it saved, it renames {len(missed)} "
+                "warning: when PEFT loads an adapter of this model, even one that it saved itself, it renames "
+                f"{len(missed)} "
                 f"of the modules and leaves them out: {missed[0]}" + (" …" if len(missed) > 1 else "")
             )
         return lines

@@ -89,12 +89,12 @@ def extract_adapter(
 ) -> tuple[Adapter, list[Loss]]:
     """A LoRA out of an adapter that holds full fine-tuning. Raises InputError if it doesn't, or holds only zeros."""
     if not adapter.spec.full:
-        raise InputError("this adapter is a LoRA already", fix="make it smaller with resize")
+        raise InputError("this adapter is already a LoRA", fix="make it smaller with resize")
     deltas = {path: update.plain().dense() for path, update in adapter.factors.items()}
     _check_room(rank, [tuple(delta.shape) for delta in deltas.values()])
     factors, losses, _ = _nearest_all(deltas, lambda path: (deltas[path], NONE), rank, energy, display)
     if not factors:
-        raise InputError("the adapter changes nothing: there is nothing to extract")
+        raise InputError("the adapter changes nothing, so there is nothing to extract")
     return adapter_of(factors, adapter), losses
 
 
@@ -115,7 +115,7 @@ def extract_folders(
     source = base if isinstance(base, Source) else find_base(str(base))
     kinds = [check_folder(folder)["model_type"] for folder in (tuned, source.directory)]
     if kinds[0] != kinds[1]:
-        raise InputError(f"{tuned} and {source.name} are different architectures: {' and '.join(kinds)}")
+        raise InputError(f"{tuned} and {source.name} have different architectures: {' and '.join(kinds)}")
     skeleton = open_skeleton(source)
     tuned_skeleton = open_skeleton(Source(str(tuned), tuned))
     config = _settings(tuned_skeleton, skeleton)
@@ -138,7 +138,9 @@ def extract_folders(
     )
     report = Report(losses, unadapted, config, share)
     if not factors:
-        raise InputError(f"{tuned}: no linear layer differs from {source.name}, nothing to extract", report.warning())
+        raise InputError(
+            (f"{tuned}: no linear layer differs from {source.name}, so there is nothing to extract"), report.warning()
+        )
     spec = AdapterSpec(targets=explicit_targets(skeleton, tuple(factors)))
     return adapter_of(factors, Adapter(spec, factors, identity, transposed, rewritten_names(skeleton))), report
 
@@ -180,7 +182,7 @@ def _difference(path: str, tuned: Weight, base: Weight) -> tuple[Tensor, Noise]:
 def _check_room(rank: int | None, shapes: Iterable[tuple[int, ...]]) -> None:
     most = max((min(shape) for shape in shapes), default=0)
     if rank is not None and rank > most:
-        raise InputError(f"rank {rank} is more than any of the modules can have, {most}")
+        raise InputError(f"rank {rank} is more than any of the modules can have ({most})")
 
 
 def _settings(tuned: nn.Module, base: nn.Module) -> list[str]:

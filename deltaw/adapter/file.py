@@ -83,10 +83,10 @@ class Adapter:
         directory = Path(directory)
         for path, update in self.factors.items():
             if not describes(self.spec, path, update):
-                raise ValueError(f"{path}: rank {update.rank}, scale {update.scale} are not what the spec says")
+                raise ValueError(f"{path}: rank {update.rank}, scale {update.scale} aren't what the spec says")
         tensors = to_tensors(self.factors)
         if bad := not_finite(tensors):
-            raise RunError(f"the adapter holds NaN or infinity, it was not saved:\n{listed(bad)}")
+            raise RunError(f"the adapter holds NaN or infinity and wasn't saved:\n{listed(bad)}")
         directory.mkdir(parents=True, exist_ok=True)
         if self.spec.full:
             save_safetensors(tensors, directory / DELTAS)
@@ -140,7 +140,7 @@ class Adapter:
         if self.spec.full:
             return (
                 f"# Full fine-tuning of {base}\n\nWhat {len(self.factors)} weights changed by, {self.parameters:,} "
-                f"numbers in {DELTAS}. Made by deltaw {VERSION}; `deltaw extract` makes a LoRA of it.\n"
+                f"numbers in {DELTAS}. Made by deltaw {VERSION}; `deltaw extract` makes a LoRA from it.\n"
             )
         by_weight = sum(path.rpartition(".")[2] in self.rewritten for path in self.factors)
         newer = f"{by_weight} of them are named by their weights, which PEFT reads from 0.17 on.\n" if by_weight else ""
@@ -200,7 +200,7 @@ def _base_of(directory: Path, config: dict[str, Any]) -> BaseId:
         raw = read_json(directory / RECORD, max_bytes=1_000_000).get("base")
         known = {name: raw.get(name) for name in BaseId.__dataclass_fields__} if isinstance(raw, dict) else {}
         if not known or not all(isinstance(value, str | None) for value in known.values()):
-            raise InputError(f"{directory / RECORD}: its base is not name, revision, fingerprint, template")
+            raise InputError(f"{directory / RECORD}: its base must have name, revision, fingerprint and template")
         return BaseId(**{name: value for name, value in known.items() if value is not None})
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     return BaseId(name if isinstance(name, str) else "", revision if isinstance(revision, str) else None)

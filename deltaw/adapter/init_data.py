@@ -162,4 +162,6 @@ class _Gradient(_Sum):
 def _check(total: Tensor, path: str) -> None:
     if not total.any() or not torch.isfinite(total).all():
         wrong = "NaN or infinity" if total.any() else "nothing but zeros"
-        raise RunError(f"{path}: the first batches give {wrong}, no start can be made of that", fix="use init: lora")
+        raise RunError(
+            (f"{path}: the first batches give {wrong}, and no start can be made from that"), fix="use init: lora"
+        )

@@ -102,7 +102,7 @@ def check_known(model: nn.Module) -> None:
         raise InputError("this is what torch.compile made of a model", fix="give the model itself: compiled._orig_mod")
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise InputError(
-            "this model already carries an adapter of PEFT's",
+            "this model already carries one of PEFT's adapters",
             fix="take it out first: model = model.unload(), or load the base again",
         )
 

@@ -48,7 +48,7 @@ def check_adapter(measures: Mapping[str, Measures]) -> list[Finding]:
 def check_run(training: Training) -> list[Finding]:
     """What can be told from a run's figures, as far as they are there."""
     return [
-        *(Finding("warning", f"read with gaps: {fault}") for fault in training.faults),
+        *(Finding("warning", f"read in part: {fault}") for fault in training.faults),
         *_held_out(training.result),
         *_capacity(training),
         *_rate(training.config),
@@ -60,10 +60,10 @@ def check_run(training: Training) -> list[Finding]:
 def _zero(measures: Mapping[str, Measures]) -> Iterator[Finding]:
     zero = [path for path, m in measures.items() if m.numerical_rank == 0]
     if len(zero) == len(measures):
-        yield Finding("problem", "the update is zero in every module: nothing was learnt, the base answers")
+        yield Finding("problem", "the update is zero in every module: nothing was learnt, and the base answers")
     elif zero:
         shown = ", ".join(zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
-        what = f"{len(zero)} of {len(measures)} modules learnt nothing, their update is exactly zero: {shown}"
+        what = f"{len(zero)} of {len(measures)} modules learnt nothing (their update is exactly zero): {shown}"
         yield Finding("problem", f"{what}; no gradient reaches them")
     else:
         yield Finding("ok", f"all {len(measures)} modules learnt something")
@@ -77,7 +77,7 @@ def _idle(measures: Mapping[str, Measures]) -> Iterator[Finding]:
     nine_tenths = in_use[min(len(in_use) - 1, math.ceil(0.9 * len(in_use)))]
     if nine_tenths <= IDLE * rank:
         what = f"in nine modules of ten, {nine_tenths} of {rank} directions hold 90 % of the update's energy"
-        how = "Energy doesn't say what the others do: `deltaw resize --max-loss-increase` measures it"
+        how = "Energy doesn't say what the other directions do; `deltaw resize --max-loss-increase` measures that"
         yield Finding("note", f"{what}: a lower rank might do. {how}")
 
 
@@ -97,7 +97,9 @@ def _merging(measures: Mapping[str, Measures]) -> Iterator[Finding]:
 def _held_out(result: Mapping[str, Any]) -> Iterator[Finding]:
     sides = [result.get("eval", {}).get(side) for side in ("before", "after")]
     if sides == [{}, {}]:
-        yield Finding("note", "no held-out rows: nothing tells whether it learnt what was meant; set data.eval")
+        yield Finding(
+            "note", ("no held-out rows, so nothing shows whether it learnt what it was meant to; set data.eval")
+        )
     if not all(side and "loss" in side for side in sides):
         return
     before, after = (side["loss"] for side in sides)
@@ -123,7 +125,7 @@ def _capacity(training: Training) -> Iterator[Finding]:
     nats = sum(line["loss"] * (after - before) for line, before, after in zip(first, counts, counts[1:], strict=False))
     bits, room = nats / math.log(2), BITS_PER_PARAMETER * parameters
     seen = "in its first epoch" if epochs >= 1 else f"in the {epochs:.0%} of it that was seen"
-    what = f"the data held {bits:,.0f} bits {seen}, the adapter has room for about {room:,.0f}"
+    what = f"the data held {bits:,.0f} bits {seen}, and the adapter has room for about {room:,.0f}"
     if bits <= room:
         yield Finding("ok", what)
     elif training.result.get("form") == "text":
@@ -143,7 +145,7 @@ def _rate(config: RunConfig) -> Iterator[Finding]:
     if not math.isclose(reach, 1):
         what += f" moves the update as {lr * reach:.2g} would at s · r = {USUAL:g}, which"
     what += f" is below the usual range, which begins at {low:g}"
-    yield Finding("note", f"{what}: so low, every rank learns the same, and little; try ten times as much")
+    yield Finding("note", f"{what}: at so low a rate every rank learns the same, and little; try ten times as much")
 
 
 def _batch(training: Training) -> Iterator[Finding]:
@@ -167,7 +169,7 @@ def _forgetting(lost: Mapping[str, Any] | None) -> Iterator[Finding]:
         how = "a lower train.lr, or `deltaw scale`, gives up some of the task and forgets less"
         yield Finding("warning", f"{what}: it forgot a good deal; {how}")
     elif rise > FORGOT or kl > MOVED:
-        yield Finding("note", f"{what}: it may have forgotten a good deal; so few passages can't tell")
+        yield Finding("note", f"{what}: it may have forgotten a good deal, but so few passages can't tell")
     else:
         yield Finding("ok", what)
 

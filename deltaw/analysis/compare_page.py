@@ -18,7 +18,7 @@ ABOUT = """
 `φ(i, j)` is the share of the first `i` directions of the one update and the first `j` of the other that lies in the
 smaller of the two (LoRA §7.2): 1 is the same subspace, and two random ones have `max(i, j)` over the dimension on
 average. The *cosine* compares the updates themselves: 1 is the same direction in the space of all weights, 0 unrelated,
-below 0 contrary. Two adapters may share their directions and say opposite things in them.
+below 0 opposite. Two adapters may share their directions and do opposite things in them.
 """
 
 
@@ -45,7 +45,7 @@ def page_of(comparison: Comparison, one: str, other: str) -> Page:
     cosines = layer_map(
         {path: m.cosine for path, m in comparison.modules.items()},
         "cosine of the updates",
-        "Do the two updates say the same?",
+        "Do the two updates agree?",
         diverging=True,
     )
     sections = [
@@ -60,7 +60,7 @@ def page_of(comparison: Comparison, one: str, other: str) -> Page:
 def in_words(comparison: Comparison, one: str, other: str) -> list[str]:
     """The gist, in sentences."""
     if comparison.cosine is None:
-        return [f"One of {one} and {other} is zero in every module: there is nothing to compare."]
+        return [f"One of {one} and {other} is zero in every module, so there is nothing to compare."]
     middle = comparison.medians
     norms = f"{comparison.frobenius[0]:.3g} and {comparison.frobenius[1]:.3g}"
     over = f"Over {len(comparison.modules)} modules the updates have a cosine of {comparison.cosine:.3f}"

@@ -133,13 +133,13 @@ def _check_base(adapter: Adapter, source: Source, display: Display) -> None:
     known = adapter.base.fingerprint
     if not known:
         return
-    display.say(f"looking whether {source.name} is the base that the adapter was trained on")
+    display.say(f"checking that the adapter fits {source.name}")
     fingerprint = fingerprint_of_files(source)
     if not same_base(fingerprint, known):
         fingerprint = open_base(source, dtype="bfloat16", device="cpu").fingerprint
     if not same_base(fingerprint, known):
         raise InputError(
             f"the adapter was trained on {adapter.base.name or 'another base'} ({describe(known)}), "
-            f"{source.name} is another ({describe(fingerprint)})",
+            f"but {source.name} is another base ({describe(fingerprint)})",
             fix="name its own base with --base",
         )

@@ -153,7 +153,7 @@ def _attention(
 
 
 def _rows(query: Tensor, position_ids: Tensor | None) -> Documents:
-    """The documents of a model that is simply called: its rows, cut where positions begin anew, as by transformers."""
+    """The documents of a model that is simply called: its rows, cut where positions start over, as by transformers."""
     rows, length = query.shape[0], query.shape[2]
     starts = {row * length for row in range(rows + 1)}
     if position_ids is not None and position_ids.shape[1:] == (length,):

@@ -121,7 +121,7 @@ def read_meaning(path: Path, header: Header) -> Meaning:
     architecture = keys.architecture
     if architecture not in OWN:
         raise InputError(
-            f"{path}: GGUF of the architecture {architecture[:40]!r} is not one that deltaw reads",
+            f"{path}: deltaw doesn't read GGUF files of the architecture {architecture[:40]!r}",
             fix=f"use a safetensors version of the model; as GGUF: {', '.join(OWN)}",
         )
     _check_others(path, header.metadata, architecture)

@@ -10,7 +10,7 @@ def language_part(model: nn.Module) -> Callable[[str], bool]:
     """Whether the module of a path lies in the language model.
 
     It is built from the text config where the config has one; where it hasn't, models within the model that have a
-    config of another kind are no part of it. Found by that and not by names. Without a config everything is.
+    config of another kind don't belong to it. Found by that and not by names. Without a config everything is.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):

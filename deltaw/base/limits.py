@@ -61,16 +61,16 @@ class Limits:
         beyond = [(row, largest) for row, largest in beyond if largest >= (self.vocabulary or 0)]
         if beyond:
             raise InputError(
-                f"{name}: {_rows(len(beyond))} with a token that the base has no embedding for (it has "
+                f"{name}: {_rows(len(beyond))} with a token for which the base has no embedding (it has "
                 f"{self.vocabulary:,})\n" + listed([f"{row.origin}: token id {largest}" for row, largest in beyond], 2),
-                fix="the tokenizer has more tokens than the weights: take this base's own, or leave these rows out",
+                fix="the tokenizer has more tokens than the weights: use this base's own, or leave these rows out",
             )
         long = [row for row in rows if self.table and len(row.tokens) > self.table]
         if long:
             raise InputError(
-                f"{name}: {_rows(len(long))} longer than the {self.table:,} positions that the base has a table of\n"
+                f"{name}: {_rows(len(long))} longer than the base's table of {self.table:,} positions\n"
                 + listed([f"{row.origin}: {len(row.tokens):,} tokens" for row in long], 2),
-                fix=f"set data.max_length to {self.table}: data.too_long says whether they are left out or cut",
+                fix=f"set data.max_length to {self.table}: data.too_long decides whether they are left out or cut",
             )
 
     def warnings(self, rows: Sequence[Row]) -> list[str]:

@@ -109,7 +109,7 @@ class _Below(StandIn):
 
 
 def lowest_layer(paths: Sequence[str]) -> tuple[str, int] | None:
-    """("model.layers", 22) for modules none of which lies below layer 22; None where they are no numbered layers."""
+    """("model.layers", 22) for modules none of which lies below layer 22; None where they aren't numbered layers."""
     found = [re.match(r"(.*?)\.(\d+)\.", path) for path in paths]
     lists = {match.group(1) if match else None for match in found}
     if len(lists) != 1 or None in lists:

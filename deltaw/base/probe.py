@@ -205,7 +205,7 @@ class Probe:
 
     def fits_apart(self, logits: Logits) -> bool:
         """Whether each document, run alone, gets them: then only the head can differ, and rounding between batches
-        (a state space's, or experts chosen by a hair) is no matter."""
+        (a state space's, or experts chosen by a hair) doesn't matter."""
         try:
             got = [logits(Batch.of(tokens, [0, len(tokens)])) for tokens in _parts(self.batch)]
         except RuntimeError:

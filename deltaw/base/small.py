@@ -18,7 +18,7 @@ from deltaw.base.probe import CONTEXTS
 
 BORDER, CONTEXT, VOCABULARY, HEADS, LAYERS = 16, 64, 61, 4, 4
 KINDS = 8  # different entries of a list by layer that may be kinds; more are numbers of layers
-KEPT = ("dim", "rank", "head", "layer", "expert", "_id")  # in the names of what is no length
+KEPT = ("dim", "rank", "head", "layer", "expert", "_id")  # in the names of sizes that aren't lengths
 COUNTS = ("num_", "n_")  # before them
 
 

@@ -54,7 +54,7 @@ class ChatWriter:
         alone, instructed, *called = template.render_rows([trial(), trial(system=True), *calls])
         texts = instructed if isinstance(alone, Rejected) else alone
         if isinstance(alone, Unfinished):
-            raise InputError(f"already two short messages are too much: {texts}", fix=NO_TEMPLATE)
+            raise InputError(f"it fails on two short messages already: {texts}", fix=NO_TEMPLATE)
         self._frame = Frame() if isinstance(texts, Rejected) else find_frame(texts, encoder.controls, stops)
         self._calls_as_text = bool(called) and not isinstance(called[1], Rejected) and not _is_json(called[0])
         self.end_of_turn = "" if isinstance(texts, Rejected) else self._find_end_of_turn(texts)

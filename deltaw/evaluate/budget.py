@@ -94,7 +94,7 @@ def carrying(model: Model, adapter: Adapter) -> Iterator[Attached]:
     Raises InputError for an adapter of another base, and where the model carries another one.
     """
     if wrong := adapter.base.mismatch(model.id):
-        raise InputError(f"the adapter does not belong to this base: {wrong}")
+        raise InputError(f"the adapter doesn't belong to this base: {wrong}")
     if model.attached is None:
         check_bare(model.base.model)  # rows that say nothing take an adapter that was there before
         attached = attach(model.base.model, adapter)

@@ -11,7 +11,7 @@ what rotary frequencies that depend on the longest position (longrope, dynamic N
 
 "Gets what it gets alone" is two things: its logits have exactly no gradient at the padding or at the other row, which
 finds a faint leak (into a state space, say) in any number format, and they are near those of the row alone, which finds
-wrong positions. How near is measured: rounding between batches, and experts that are chosen by a hair, are no matter.
+wrong positions. How near is measured: rounding between batches, and experts that are chosen by a hair, don't matter.
 
 The trial takes some fifteen passes over a few tokens, once per model and way of attention.
 """

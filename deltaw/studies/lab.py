@@ -71,7 +71,7 @@ class Trial:
         return [line["loss"] for line in self.run.read_metrics() if "loss" in line]
 
     def adapter(self) -> Adapter:
-        """Read anew each time: a full fine-tune's takes half a gigabyte."""
+        """Read again each time: a full fine-tune's takes half a gigabyte."""
         return Adapter.load(self.run.adapter)
 
 

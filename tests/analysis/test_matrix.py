@@ -144,7 +144,7 @@ def test_csv(tmp_path: Path, text: str, rows: list[list[float]]) -> None:
         ("a,b\n", "is empty"),
         ("1,2\n3\n", "line 2: has 1 numbers, the first row has 2"),
         ("1,2\n\n3,4,5\n", "line 3: has 3 numbers"),
-        ("a,b\nc,d\n1,2\n", "line 2: 'c' is no finite number"),
+        ("a,b\nc,d\n1,2\n", "line 2: 'c' isn't a finite number"),
         ("1,x\n", "line 1: 'x' is no"),
         ("1,2\n3,four\n", "line 2: 'four' is no"),
         ("1,5;2\n", "line 1: '1,5' is no"),

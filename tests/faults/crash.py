@@ -314,7 +314,7 @@ def two_runs(n: int, scratch: Path) -> None:
     expect(all(path.read_bytes() == data for path, data in before.items()), "it was touched")
 
 
-@fault(11, "the owner of a run killed with SIGKILL: its lock is no obstacle", tries=10, sample=1, at_once=10)
+@fault(11, "the owner of a run killed with SIGKILL: its lock isn't an obstacle", tries=10, sample=1, at_once=10)
 def stale_lock(n: int, scratch: Path) -> None:
     run = copy(stopped_run(), scratch / "run")
 

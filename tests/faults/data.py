@@ -268,7 +268,7 @@ ROWS: tuple[tuple[dict[str, Any], str], ...] = (
 )
 
 
-@fault(48, "a row of another schema, without role, with content that is no text, …", tries=26, sample=26, at_once=26)
+@fault(48, "a row of another schema, without role, with content that isn't text, …", tries=26, sample=26, at_once=26)
 def odd_row(n: int, scratch: Path) -> None:
     row, reason = ROWS[n]
     rows = [*[chat("q", "a")] * n, row, *[chat("q", "a")] * (50 - n)]

@@ -357,8 +357,8 @@ def foreign_keys(n: int, scratch: Path) -> None:
 @fault(41, "the right shapes, another base: refused by fingerprint, whatever it is called", tries=3, sample=3)
 def wrong_base(n: int, scratch: Path) -> None:
     other = tiny_base(scratch / "base", seed=1 + n)  # the name is the same
-    clear_error(lambda: open_model(finished_run() / "adapter", base=str(other)), "does not belong to this base")
-    clear_error(lambda: open_model(finished_run(), base=str(other)), "does not belong to this base")
+    clear_error(lambda: open_model(finished_run() / "adapter", base=str(other)), "doesn't belong to this base")
+    clear_error(lambda: open_model(finished_run(), base=str(other)), "doesn't belong to this base")
 
 
 def _archive(kind: str, path: Path) -> Path:

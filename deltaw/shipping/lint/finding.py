@@ -11,7 +11,7 @@ What can become of an adapter somewhere, from best to worst:
 
     LOADS     it loads and answers as it was trained
     UNSURE    nothing speaks against it, but something that matters can't be seen from here
-    WRONG     it loads, and answers otherwise than it was trained, mostly without a word
+    WRONG     it loads, mostly in silence, but doesn't answer as it was trained to
     REFUSED   it doesn't load
 
 A destination's verdict is the worst of its findings. REFUSED is the last of them not since it is worse than WRONG, but

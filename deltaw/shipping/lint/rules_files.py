@@ -1,8 +1,8 @@
 """What is wrong with the files themselves, before anything in them is looked at.
 
 `read` gives a Subject whatever state the folder is in; what keeps it from being read is among its first findings. The
-JSON may be one that deltaw refuses (a key that stands twice) and other tools read: then it is read as they do, and that
-is a finding.
+JSON may be one that deltaw refuses (a key that appears twice) and other tools read: then it is read as they do, and
+that is a finding.
 """
 
 import json
@@ -34,7 +34,7 @@ CONFIG_UNREADABLE = code(
 )
 CONFIG_AMBIGUOUS = code(
     "DW102",
-    "adapter_config.json is read differently by different tools (a key stands twice)",
+    "adapter_config.json is read differently by different tools (a key appears twice)",
     everywhere(UNSURE),
     "take out all but one of the entries",
 )

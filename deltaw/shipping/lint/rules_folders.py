@@ -1,7 +1,7 @@
 """Folders for other readers: an adapter as mlx-lm has it, and a whole model as transformers does.
 
 mlx-lm makes LoRA layers by its config (the last `num_layers` blocks, in each what `keys` names) and then loads the
-file; 0.32 refuses a tensor that finds no place (tried), older versions left it out without a word. A model folder is
+file; 0.32 refuses a tensor that finds no place (tried), older versions silently left it out. A model folder is
 loaded by transformers with random numbers for what the files lack, and without what its config has no place for, both
 with a line in the log.
 """

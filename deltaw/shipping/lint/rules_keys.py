@@ -221,7 +221,7 @@ def _resized(s: Subject) -> str | None:
 
 
 def _experts(s: Subject, path: str) -> bool:
-    """Whether a path's factors are of experts, which are no layer."""
+    """Whether a path's factors are of experts, which aren't a layer."""
     return any(key.expert for key in s.factors[path].values())
 
 

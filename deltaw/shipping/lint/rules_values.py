@@ -17,7 +17,7 @@ CONSTANT = code(
     "DW403",
     "tensors that are one number over and over, or all modules' alike: no training leaves that",
     everywhere(UNSURE),
-    "get the file again, or train it again",
+    "download the file again, or train it again",
 )
 OVERFLOW = code(
     "DW404",

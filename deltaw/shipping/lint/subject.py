@@ -119,13 +119,13 @@ class Subject:
 
     @property
     def default_rank(self) -> int | None:
-        """`r`, which PEFT takes for 8 where it isn't given; None for what is no rank."""
+        """`r`, which PEFT takes for 8 where it isn't given; None where it isn't a rank."""
         rank = self.config.get("r", 8)
         return rank if type(rank) is int and rank > 0 else None
 
     @property
     def default_alpha(self) -> float | None:
-        """`lora_alpha`, 8 where it isn't given; None for what is no number."""
+        """`lora_alpha`, 8 where it isn't given; None where it isn't a number."""
         return number(self.config.get("lora_alpha", 8))
 
     def pattern(self, field_name: str) -> dict[str, Any]:
@@ -220,7 +220,7 @@ class Subject:
                 progress(done)
         return seen
 
-    # Mending
+    # Fixing
 
     @cached_property
     def readable(self) -> bool:

@@ -2,7 +2,7 @@
 
 The exit code is for a build that shouldn't ship what answers wrongly. Without `--to` it looks at the destinations that
 read what was given as it is (READERS; a folder in PEFT's layout: PEFT, transformers, vLLM): 1 if the first of them
-refuses it, or if any of them would answer wrongly. A loud refusal by the others is no failure, since nobody ships by
+refuses it, or if any of them would answer wrongly. A loud refusal by the others isn't a failure, since nobody ships by
 accident what doesn't load; and what llama.cpp, Ollama and mlx-lm would make of another's form isn't either, since
 deltaw's exports are how it gets there. With `--to` it is 1 unless each of the named destinations loads it and answers
 rightly.

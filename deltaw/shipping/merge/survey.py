@@ -5,7 +5,7 @@ Two things happen to an update in weights of few digits, and they are judged apa
     lost        `kept` says how much arrives along the update itself. Less than all of it arrives where the base's
                 numbers lie on the target's own grid, since whatever is below half a step is gone: a weak update in a
                 bfloat16 base, any update in blocks that are quantised as the base's were
-    noise       `cosine` falls with it, too. A block that is quantised anew moves every entry by up to half a step,
+    noise       `cosine` falls with it, too. A block that is quantised again moves every entry by up to half a step,
                 whatever the update is. That is the noise that the quantised base has beside the base, no more of it:
                 it points everywhere, and isn't the update's loss
 
@@ -51,7 +51,7 @@ def said(survivals: Mapping[str, Survival], type_name: str) -> list[str]:
     least = sorted((s.cosine, path) for path, s in survivals.items() if s.true)[:SHOWN]
     return [
         f"in {type_name}, {total.share:.1%} of the {total.entries:,} entries change; the cosine between the rounded "
-        f"and the true update is {total.cosine:.4f}, and {total.kept:.1%} of it arrives along itself",
+        f"and the true update is {total.cosine:.4f}, and {total.kept:.1%} of it survives along its own direction",
         "least survives in " + ", ".join(f"{path} ({cosine:.4f})" for cosine, path in least),
     ]
 
@@ -75,7 +75,7 @@ def check_floating(survivals: Mapping[str, Survival], type_name: str, *, force: 
     total = whole(survivals)
     if total.true and not total.changed and not force:
         raise InputError(
-            f"nothing of the update survives in {type_name}: no weight changes, the merged model would be the base",
+            f"nothing of the update survives in {type_name}: no weight changes, so the merged model would be the base",
             fix=f"merge with {wider} (or --force to write it anyway)",
         )
 
@@ -85,7 +85,7 @@ def check_quantised(survivals: Mapping[str, Survival], type_name: str, *, force:
     total = whole(survivals)
     if total.true and total.kept < LITTLE and not force:
         raise InputError(
-            f"little of the update survives in {type_name}: {total.kept:.0%} of it arrives along itself, "
+            f"little of the update survives in {type_name}: {total.kept:.0%} of it survives along its own direction, "
             f"the cosine between the rounded and the true update is {total.cosine:.2f}",
-            fix="take a type of more bits (Q8_0, F16), or add --force to write it anyway",
+            fix="choose a type with more bits (Q8_0, F16), or add --force to write it anyway",
         )

@@ -71,7 +71,7 @@ def verify(
     display: Display | None = None,
 ) -> Verification:
     """Whether two sides (sides/open.py says how they are written) answer alike. Raises InputError, RunError; sides that
-    answer differently are no error but the result's `agree`.
+    answer differently aren't an error but the result's `agree`.
 
     `base`: what adapters go on, in place of the one that they name. `tokens`: the longest answer.
     """
@@ -101,7 +101,7 @@ def _opened(a: str, b: str, base: str | None, closing: ExitStack, display: Displ
                 side = open_side(name, base=known, display=display)
             except InputError:
                 raise error from None
-            side.notes.append(f"{name} doesn't name a base that is here: it goes on {known}")
+            side.notes.append(f"{name} names no base on this machine, so it goes on {known}")
         sides[name] = side
         closing.callback(side.close)
     return sides[a], sides[b]
@@ -115,7 +115,7 @@ def _prompts(sides: Sequence[Side], data: str | None, count: int, display: Displ
         if side.trained.config is not None:
             return held_out_prompts(side.trained.config, side.trained.renderer, count, display)
     chats = all(side.chats for side in adapted) if adapted else any(side.chats for side in sides)
-    display.say("no run among them and no --data: asking built-in text")
+    display.say("neither side is a run and --data isn't given, so built-in text is asked")
     return general_prompts(count, chats=chats)
 
 
@@ -173,12 +173,13 @@ def _fitting(
     if not fit:
         raise InputError(
             f"no prompt leaves room for {tokens} tokens of answer in a context of {room}",
-            fix="name shorter ones: --data",
+            fix="give shorter ones: --data",
         )
     long = [prompt for n, prompt in enumerate(prompts) if n not in set(fit)]
     if long:
         a.notes.append(
-            f"{len(long)} of {len(prompts)} prompts leave no room for an answer in a context of {room}: only their ids "
+            f"{len(long)} of {len(prompts)} prompts leave no room for an answer in a context of {room}, so only "
+            "their ids "
             "are compared"
         )
     return [prompts[n] for n in fit], [ids[n] for n in fit], long
@@ -188,7 +189,7 @@ def _long_parting(a: Side, b: Side, prompts: list[Prompt]) -> str:
     """Whether prompts that can't be asked are at least written the same."""
     pairs = [_prompts_alike(a, b, x, y, True) for x, y in zip(a.ids(prompts), b.ids(prompts), strict=True)]
     wrong = [words for same, words in pairs if same is False]
-    return f"{len(wrong)} prompts that were too long to ask are written differently: {wrong[0]}" if wrong else ""
+    return f"{len(wrong)} prompts that were too long to ask are encoded differently: {wrong[0]}" if wrong else ""
 
 
 def _answers(
@@ -252,11 +253,11 @@ def _judged(
         effect = _effect(one, other, kl)
         count = next((logs.ids_PK.shape[1] for logs in (*one.logs, *other.logs) if logs.ids_PK is not None), None)
         if count is not None:
-            notes.append(f"compared are the {count:,} likeliest tokens and the rest as one: KL is a lower bound")
+            notes.append(f"the {count:,} likeliest tokens and the rest as one are compared, so KL is a lower bound")
         if effect is not None and effect.kl <= NO_EFFECT:
-            notes.append("the adapter changes nothing here, so whether it is applied can't be seen")
+            notes.append("the adapter changes nothing on these prompts, so whether it is applied can't be seen")
     else:
-        notes.append("no log-probabilities to compare: the verdict rests on prompts and answers alone")
+        notes.append("there are no log-probabilities to compare, so the verdict rests on prompts and answers alone")
     rows = [_row(a, b, n, prompts[n], one, other, allowed, known) for n in range(len(prompts))]
     reasons = reasons_of(rows, kl, largest, allowed, effect, _stops_parting(a, b) if known else "")
     return Verification(

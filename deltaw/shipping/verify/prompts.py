@@ -30,7 +30,7 @@ def held_out_prompts(config: RunConfig, renderer: Renderer, count: int, display:
     """`count` of a run's held-out rows. Raises InputError where it held none out."""
     data = config.data
     if data.eval is None:
-        raise InputError("this run held no rows out, so there is nothing to ask", fix="name a file: --data")
+        raise InputError("this run held no rows out, so there is nothing to ask", fix="give a file: --data")
     with display.task("reading held-out rows", 1) as progress:
         origins = [row.origin for row in prepare_held_out(data, renderer) if not row.names]
         source = data.eval if isinstance(data.eval, str) else data.train
@@ -46,7 +46,7 @@ def file_prompts(source: str, count: int, renderers: Sequence[Renderer], display
     if len(alike) < len(prompts):
         display.say(f"{source}: {len(prompts) - len(alike)} rows that name a control token aren't asked")
         if not alike:
-            raise InputError(f"{source}: all its rows name a control token", fix="name another file: --data")
+            raise InputError(f"{source}: all its rows name a control token", fix="give another file: --data")
     return _chosen(alike, count, source)
 
 
@@ -66,7 +66,7 @@ def prompts_of(source: str, data: DataConfig, only: set[str] | None = None) -> l
     rows, problems = read_rows(source)
     if not rows:
         unreadable = f" that can be read:\n{listed([str(problem) for problem in problems])}" if problems else ""
-        raise InputError(f"{source}: no rows in it{unreadable}", fix="name another file: --data")
+        raise InputError(f"{source}: no rows in it{unreadable}", fix="give another file: --data")
     form = detect_form(rows, data.form)
     prompts = []
     for row in rows:
@@ -99,6 +99,6 @@ def _chosen(prompts: Sequence[Prompt], count: int, source: str) -> list[Prompt]:
     if not chosen:
         raise InputError(
             f"{source}: none of its rows asks anything in at most {MOST_CHARACTERS:,} characters",
-            fix="name another file: --data",
+            fix="give another file: --data",
         )
     return chosen

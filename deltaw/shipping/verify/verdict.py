@@ -139,7 +139,7 @@ class Verification:
         lines += [f"  {'because' if n == 0 else '    and'} {reason}" for n, reason in enumerate(self.reasons)]
         unknown = sum(row.same_prompt is None for row in self.rows)
         prompts = f"{total - self.count('prompt') - unknown} of {total} with the same token ids"
-        lines.append(f"prompts    {prompts}" + (f", of {unknown} one side tells no ids" if unknown else ""))
+        lines.append(f"prompts    {prompts}" + (f", for {unknown} one side gives no ids" if unknown else ""))
         ties = self.count("near tie")
         lines.append(
             f"answers    {self.count('same')} of {total} the same"
@@ -233,7 +233,7 @@ def reasons_of(
     reasons = []
     if wrong := [row for row in rows if row.same_prompt is False]:
         reasons.append(
-            f"{len(wrong)} of {len(rows)} prompts are written differently (a changed template or tokenizer): "
+            f"{len(wrong)} of {len(rows)} prompts are encoded differently (a changed template or tokenizer): "
             f"{wrong[0].prompt_parting}"
         )
     if stops:
@@ -243,10 +243,14 @@ def reasons_of(
         if kl > allowed.kl and effect.strength > 0.9:
             reasons.append("the other side answers as the base does without the adapter: it isn't applied there")
         elif abs(effect.strength) > STRENGTH:
-            way = "is a scale lost, or are modules left out?" if effect.strength > 0 else "is its scale too large?"
+            way = (
+                ("has a scale been lost, or have modules been left out?")
+                if effect.strength > 0
+                else "is its scale too large?"
+            )
             reasons.append(f"the other side carries {1 - effect.strength:.0%} of what the adapter changes: {way}")
     if kl is not None and kl > allowed.kl:
-        cause = "" if reasons else ": wrong rows (a permutation), modules left out, or another base?"
+        cause = "" if reasons else ": are rows permuted, modules left out, or is it another base?"
         reasons.append(f"KL {kl:.2g} nats per token is more than rounding explains ({allowed.kl:.2g}){cause}")
     elif kl is not None and effect is not None and acting and effect.share > SHARE:
         reasons.append(
@@ -254,7 +258,7 @@ def reasons_of(
             "coarse a type for this adapter, or prompts on which it does too little"
         )
     if largest is not None and largest > allowed.largest:
-        reasons.append(f"a log-probability differs by {largest:.2g}, rounding explains up to {allowed.largest:.2g}")
+        reasons.append(f"a log-probability differs by {largest:.2g}, but rounding explains up to {allowed.largest:.2g}")
     if other := [row for row in rows if row.differs and row.same_prompt is not False]:
         reasons.append(
             f"{len(other)} of {len(rows)} answers differ where it isn't a near tie: {other[0].parting_words}"
