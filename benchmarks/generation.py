@@ -1,7 +1,7 @@
 """Generation by two trees, or by the two caches of this one, in turns: how many times as long the second takes.
 
     python benchmarks/generation.py                            slots of our own against transformers' caches
-    python benchmarks/generation.py --old ../before            this tree against that one
+    python benchmarks/generation.py --old ../before            this tree against that one (with --adapter, an older one)
     python benchmarks/generation.py --adapter runs/demo        with that adapter instead of a fresh one
 
 A batch of 128 prompts of 3 to 60 tokens, 16 new tokens each, and one prompt of 40 new tokens. Each side is a process of
@@ -29,8 +29,6 @@ BASE = "builtin:smollm2-135m"
 
 def work(adapter: str, cache: str) -> None:
     """One side: opens the model, then does what standard input says, and answers with times."""
-    from deltaw.adapter.attach import attach
-    from deltaw.config import AdapterSpec
     from deltaw.model import open_model
 
     try:
@@ -45,6 +43,9 @@ def work(adapter: str, cache: str) -> None:
     opened = open_model(adapter or BASE)
     model = opened.base.model
     if not adapter:
+        from deltaw.adapter.attach import attach
+        from deltaw.config import AdapterSpec
+
         attach(model, AdapterSpec(rank=16, alpha=32))
     if cache == "theirs":
         generation.Slots.hold = staticmethod(lambda model: False)

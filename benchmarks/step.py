@@ -18,7 +18,7 @@ from deltaw.base.load import open_base
 from deltaw.commands.demo import DEMO
 from deltaw.config import parse_config
 from deltaw.data.loader import Loader
-from deltaw.model import open_dataset
+from deltaw.data.opening import open_dataset
 from deltaw.show.progress import Display
 from deltaw.training.optim import make_optimizer
 

@@ -29,8 +29,8 @@ from deltaw.base.source import find_base
 from deltaw.commands.demo import DEMO
 from deltaw.config import parse_config
 from deltaw.data.example import Example
+from deltaw.data.opening import open_dataset
 from deltaw.data.render import open_tokenizer
-from deltaw.model import open_dataset
 from deltaw.show.progress import Display
 
 Step = list[Example]

@@ -133,7 +133,7 @@ class AdapterSpec(Strict):
 def names_module(name: str, path: str) -> bool:
     """True where `name` is the module's path or its dotted end: `q_proj` names `model.layers.0.self_attn.q_proj`.
 
-    Literal, never a regular expression; what a trained adapter's patterns mean is `adapter/patterns.py`'s to say.
+    Literal, never a regular expression; what a trained adapter's patterns mean is `files/patterns.py`'s to say.
     """
     return path == name or path.endswith("." + name)
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import InputError
-from deltaw.factors import LowRank, Plain, Svd, Update, count_terms
+from deltaw.factors import LowRank, count_terms
 from deltaw.kernels.weight import Weight
 from deltaw.linalg.row_norms import norms_of_sum, over_norms, squared_norms
+from deltaw.updates import Plain, Svd, Update
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ LEVELS = [
     {"errors", "version"},
     {"files", "linalg"},
     {"config", "show", "kernels"},
+    {"updates"},
     {"factors"},
     {"base", "kinds"},
     {"data"},

@@ -23,14 +23,14 @@ from torch import nn
 
 from deltaw.adapter import stand_ins as fused
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.layer import Carried, LayerUpdate
+from deltaw.adapter.layer_update import Carried, LayerUpdate
 from deltaw.adapter.peft_config import missed_by_peft, rewritten_names
 from deltaw.adapter.place import put_on, take_off
 from deltaw.adapter.targets import lines_of
 from deltaw.base.batch import Batch
 from deltaw.base.stand_in import StandIn, disabled
 from deltaw.config import AdapterSpec
-from deltaw.factors import Update
+from deltaw.updates import Update
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.adapter.layer import LayerUpdate
+from deltaw.adapter.layer_update import LayerUpdate
 from deltaw.base.frozen import FrozenLinear
 from deltaw.factors import LowRank
 from deltaw.kernels.lora import Factors, Projection, lora_linears

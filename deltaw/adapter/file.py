@@ -32,11 +32,11 @@ from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.source import PICKLES
 from deltaw.config import TARGET_GROUPS, AdapterSpec
 from deltaw.errors import InputError, RunError, listed
-from deltaw.factors import Update
 from deltaw.files.atomic import write_text_atomic
 from deltaw.files.safetensors import load_safetensors, save_safetensors
 from deltaw.files.strict_json import read_json
 from deltaw.kinds import Dense
+from deltaw.updates import Update
 from deltaw.version import VERSION
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from deltaw.adapter.layer import LayerUpdate
+from deltaw.adapter.layer_update import LayerUpdate
 from deltaw.base.frozen import FrozenLinear
 from deltaw.kernels.lora import Projection, lora_linears
 from deltaw.kinds import Dense

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from deltaw.adapter.attach import Attached
 from deltaw.adapter.dora import DoRAUpdate
 from deltaw.adapter.init import eva_directions, lora_ga_factors
-from deltaw.adapter.layer import LoRAUpdate
+from deltaw.adapter.layer import LowRankUpdate
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
 from deltaw.base.frozen import FrozenLinear
@@ -70,7 +70,7 @@ def initialise_from_data(
                     hook.remove()
             for path in list(sums):
                 layer = attached.layers[path]
-                assert isinstance(layer, LoRAUpdate | DoRAUpdate)
+                assert isinstance(layer, LowRankUpdate | DoRAUpdate)
                 layer.start(*sums.pop(path).factors(layer.lora_a.shape[0], path))
 
 

@@ -19,13 +19,13 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from deltaw.adapter.layer import LayerUpdate
+from deltaw.adapter.layer_update import LayerUpdate
 from deltaw.adapter.place import check_bare, put_on, take_off
 from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.load import fingerprint as fingerprint_of
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, listed
-from deltaw.factors import Update
+from deltaw.updates import Update
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,8 +19,8 @@ from torch import Tensor
 from deltaw.adapter.peft_config import CONFIG
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, command, listed
-from deltaw.factors import Update
 from deltaw.kinds import KINDS
+from deltaw.updates import Update
 
 PREFIX, A, B, MAGNITUDE = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 WEIGHTS = "adapter_model.safetensors"

@@ -23,14 +23,16 @@ from deltaw.adapter import stand_ins as fused
 from deltaw.adapter.dora import DoRAUpdate
 from deltaw.adapter.full import FullUpdate
 from deltaw.adapter.init import fresh_factors, olora_factors, pissa_factors
-from deltaw.adapter.layer import AdaptedLinear, Carried, LayerUpdate, LoRAUpdate
+from deltaw.adapter.layer import AdaptedLinear, LoRAUpdate, LowRankUpdate
+from deltaw.adapter.layer_update import Carried, LayerUpdate
+from deltaw.adapter.moving import MovingUpdate
 from deltaw.adapter.targets import Targets, explicit_targets, find_targets, targets_of
 from deltaw.adapter.trial import Observed, differences, holds, observe
 from deltaw.base.batch import passing_of
 from deltaw.base.frozen import FrozenLinear
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, listed
-from deltaw.factors import Update
+from deltaw.updates import Update
 
 
 class Placed(NamedTuple):
@@ -65,7 +67,7 @@ def put_on(
             for path, update in updates.items():
                 if trained is not None:
                     update.set_factors(trained[path])
-                elif isinstance(update, LoRAUpdate | DoRAUpdate) and start is not None:
+                elif isinstance(update, LowRankUpdate | DoRAUpdate) and start is not None:
                     update.start(*_start(update, spec, start))
         except BaseException:
             place.clear()
@@ -225,10 +227,11 @@ def _update(path: str, spec: AdapterSpec, base: FrozenLinear) -> LayerUpdate:
         return FullUpdate(base)
     if spec.magnitude:
         return DoRAUpdate(base, spec.rank_of(path), spec.scale(path), spec.dropout)
-    return LoRAUpdate(base, spec.rank_of(path), spec.scale(path), spec.dropout, moves=spec.moves_base)
+    kind = MovingUpdate if spec.moves_base else LoRAUpdate
+    return kind(base, spec.rank_of(path), spec.scale(path), spec.dropout)
 
 
-def _start(update: LoRAUpdate | DoRAUpdate, spec: AdapterSpec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _start(update: LowRankUpdate | DoRAUpdate, spec: AdapterSpec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A and B to begin at, as far as they need no data."""
     rank, weight = update.lora_a.shape[0], update.base.weight
     if spec.init == "pissa":

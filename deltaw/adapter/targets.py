@@ -31,7 +31,7 @@ from deltaw.base.frozen import FrozenLinear
 from deltaw.base.language import language_part
 from deltaw.config import TARGET_GROUPS, AdapterSpec, names_module
 from deltaw.errors import InputError, listed
-from deltaw.factors import Update
+from deltaw.updates import Update
 
 ATTENTION_PARTS = {"self_attn", "attn", "attention", "self_attention", "cross_attn", "self_attn_layer"}
 MLP_PARTS = {

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from deltaw.adapter.layer import AdaptedLinear, LayerUpdate
+from deltaw.adapter.layer import AdaptedLinear
+from deltaw.adapter.layer_update import LayerUpdate
 from deltaw.base.attention import is_packed
 from deltaw.base.batch import Pass, passing_of
 from deltaw.base.frozen import FrozenLinear

@@ -32,11 +32,11 @@ from deltaw.adapter.file import Adapter
 from deltaw.analysis.measure import in_order
 from deltaw.base.fingerprint import describe
 from deltaw.errors import InputError, listed
-from deltaw.factors import Plain
 from deltaw.linalg.rank import tolerance
 from deltaw.linalg.subspace import principal_angles, random_similarity, similarity
 from deltaw.linalg.threads import one_thread
 from deltaw.show.progress import Progress, unseen
+from deltaw.updates import Plain
 
 DIRECTIONS = 64  # compared, at most
 PAIRS = (1, 4)  # φ(i, i) picked out of the grid, besides the last

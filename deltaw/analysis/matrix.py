@@ -12,7 +12,8 @@ Integers that float64 can't hold are kept as they are, too, for a small matrix; 
 
 Sizes are looked at before numbers are read, and what isn't a matrix of finite numbers is one InputError that names the
 place. An .npy file is mapped, so a pickle inside is refused by its type and never opened; other formats than these are
-not guessed at.
+not guessed at. Text is read by hand: pyarrow, numpy and csv give numbers or cells, but not which line is at fault and
+how many decimals a number was written with, and csv has no blanks as a separator.
 
 Letters: M rows, N columns.
 """

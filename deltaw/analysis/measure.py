@@ -62,7 +62,6 @@ from torch import Tensor
 
 from deltaw.adapter.file import Adapter
 from deltaw.errors import InputError
-from deltaw.factors import Plain, Update
 from deltaw.kernels.weight import DenseWeight, Weight
 from deltaw.linalg.rank import effective_rank, energy_rank, stable_rank, tolerance
 from deltaw.linalg.rounding import survival
@@ -70,6 +69,7 @@ from deltaw.linalg.subspace import random_overlap
 from deltaw.linalg.svd import randomised_svd
 from deltaw.linalg.threads import one_thread
 from deltaw.show.progress import Progress, unseen
+from deltaw.updates import Plain, Update
 
 SPECTRUM = 256  # singular values kept
 ENERGY = 0.9

@@ -303,7 +303,7 @@ def _finish(
 ) -> None:
     """Ticks, the dashed level, the legend under the y label. `xs`, the data's own: whole numbers have no ticks between
     them, and of a logarithmic axis a few are the ticks themselves (ranks 1, 4, 16, 64; learning rates)."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     if baseline and math.isfinite(level := _columns(([baseline[1]],), (axes.get_yscale() == "log",))[0][0]):
         line = axes.axhline(level, color=INK, alpha=0.75, linewidth=1.3, linestyle=DASHES[2], clip_on=False)
@@ -315,7 +315,7 @@ def _finish(
             axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,), numticks=8))
             axis.set_minor_locator(NullLocator())
     if axes.get_xscale() == "linear":
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=all(float(x).is_integer() for x in xs)))
+        axes.locator_params(axis="x", integer=all(float(x).is_integer() for x in xs))
     elif 1 < len(xs) <= 8 and min(b / a for a, b in pairwise(xs)) > (xs[-1] / xs[0]) ** 0.08:
         axes.xaxis.set_major_locator(FixedLocator(xs))
     shown = picture.entries if len(picture.entries) > 1 else []

@@ -92,6 +92,27 @@ class Batch:
         sums = values_K.new_zeros(len(self.starts) - 1, *values_K.shape[1:])
         return sums.index_add(0, document_K, values_K)
 
+    def tokens_of(self, update: int) -> int:
+        """How many tokens the documents of `update` have."""
+        if not self.updates:
+            return len(self.tokens_T)
+        return sum(
+            b - a
+            for owner, (a, b) in zip(self.updates, itertools.pairwise(self.starts), strict=True)
+            if owner == update
+        )
+
+    def labelled_for(self, update: int) -> "Batch":
+        """The batch with the labels and the origins of `update`'s documents alone."""
+        if not self.updates:
+            return self
+        labels_T = self.labels_T.clone()
+        for owner, (start, end) in zip(self.updates, itertools.pairwise(self.starts), strict=True):
+            if owner != update:
+                labels_T[start:end] = IGNORE
+        origins = tuple(o for o, owner in zip(self.origins, self.updates, strict=True) if owner == update)
+        return replace(self, labels_T=labels_T, supervised=int((labels_T != IGNORE).sum()), origins=origins)
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
         tensors = {name: getattr(self, name).to(device) for name in ("tokens_T", "labels_T", "positions_T")}

@@ -25,6 +25,7 @@ Letters: N in, M out, T rows.
 """
 
 import copy
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -61,6 +62,16 @@ def weight_of(module: nn.Module) -> Weight:
     if isinstance(module, Conv1D):
         return DenseWeight(module.weight.t())
     raise TypeError(f"{type(module).__name__} has no linear layer's weight")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight's description. No tensor, so that using it past its layer, and the update, is an error (products with a
+    tensor on the meta device, for one, give whatever lies in memory)."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: torch.Size
 
 
 class FrozenLinear(nn.Module):
@@ -138,6 +149,12 @@ class FrozenLinear(nn.Module):
         """x Wᵀ + b as the wrapped module computes it. x: [..., in] -> [..., out]."""
         y_TM: Tensor = self.module(x_TN)
         return y_TM
+
+    @property
+    def stored(self) -> Stored:
+        """How the module stores its weight, as a model may ask of it."""
+        shape = self.weight.shape[::-1] if self.transposed else self.weight.shape
+        return Stored(self.weight.dtype, self.weight.device, torch.Size(shape))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -12,8 +12,8 @@ from deltaw.show.result import Result
 def preview_named(run: Path, overrides: Sequence[str], *, rows: int, display: Display) -> Result:
     """The first `rows` examples, the counts, and the warnings that the run would give. Loads no model."""
     config = load_config(run, overrides)
+    from deltaw.data.opening import limits_of, open_dataset
     from deltaw.data.preview import printed
-    from deltaw.model import limits_of, open_dataset
 
     source, renderer, dataset = open_dataset(config, display)
     dataset.report.warnings.extend(limits_of(source, dataset))

@@ -17,10 +17,11 @@ from deltaw.base.fingerprint import same_base
 from deltaw.base.load import open_base
 from deltaw.base.source import Source, find_base
 from deltaw.config import RunConfig
+from deltaw.data.opening import open_renderer
 from deltaw.data.render import TEMPLATE as TEMPLATE
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
-from deltaw.model import PLAIN, open_renderer
+from deltaw.model import PLAIN
 from deltaw.named import Named
 from deltaw.run import Run
 from deltaw.shipping.base_files import BaseFiles

@@ -22,11 +22,11 @@ from deltaw.analysis import pictures
 from deltaw.analysis.measure import ENERGY, in_order
 from deltaw.analysis.page import Picture, Table
 from deltaw.analysis.words import place
-from deltaw.factors import Update
 from deltaw.linalg.rank import energy_rank
 from deltaw.linalg.threads import one_thread
 from deltaw.studies.lab import Lab
 from deltaw.studies.study import Claim, Judgement, Outcome, majority
+from deltaw.updates import Update
 
 RATE, LORA_RATE, RANK = 3e-4, 3e-3, 16
 MORE = 10  # times LoRA's energy rank

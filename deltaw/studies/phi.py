@@ -21,10 +21,11 @@ from deltaw.adapter.file import Adapter
 from deltaw.analysis import pictures
 from deltaw.analysis.compare import Comparison, ModuleComparison, Side, compare
 from deltaw.analysis.page import Block, Cell, Picture, Table
-from deltaw.factors import LowRank, Update
+from deltaw.factors import LowRank
 from deltaw.linalg.threads import one_thread
 from deltaw.studies.lab import Lab
 from deltaw.studies.study import Claim, Judgement, Outcome, majority
+from deltaw.updates import Update
 
 LOWER, MIDDLE, HIGH = 4, 16, 64
 RATE = 3e-3  # of all of them

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.adapter.attach import Attached, attach, detach
-from deltaw.adapter.layer import LoRAUpdate
+from deltaw.adapter.layer import LowRankUpdate
 from deltaw.adapter.targets import linear_paths
 from deltaw.analysis import pictures
 from deltaw.analysis.page import Cell, Picture, Table
@@ -251,7 +251,7 @@ def _attach(model: nn.Module, way: str, generator: torch.Generator) -> Attached:
     attached = attach(model, AdapterSpec(rank=RANK, alpha=alpha), generator=generator, fuse=())
     if way == "low rank":
         for layer in attached.layers.values():
-            assert isinstance(layer, LoRAUpdate)
+            assert isinstance(layer, LowRankUpdate)
             m, n = layer.base.weight.shape
             layer.base.module.weight.zero_()  # type: ignore[operator]  # the model is this study's own
             a_RN, b_MR = torch.randn(RANK, n, generator=generator), torch.randn(m, RANK, generator=generator)

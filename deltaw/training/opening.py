@@ -23,10 +23,11 @@ from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
 from deltaw.data.example import Example
 from deltaw.data.loader import Loader, LoaderState, fill
+from deltaw.data.opening import open_dataset
 from deltaw.data.pack import pack
 from deltaw.errors import InputError
 from deltaw.evaluate.forgetting import general_text
-from deltaw.model import PLAIN, Model, open_dataset
+from deltaw.model import PLAIN, Model
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.checkpoint import TrainState, conditions

@@ -19,8 +19,9 @@ from typing import Any
 
 from deltaw.adapter.file import Adapter
 from deltaw.config import RunConfig
+from deltaw.data.opening import open_dataset
 from deltaw.errors import command
-from deltaw.model import open_dataset, open_model
+from deltaw.model import open_model
 from deltaw.named import load_adapter
 from deltaw.run import Run
 from deltaw.show.progress import Display

@@ -15,8 +15,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +23,6 @@ from torch import Tensor
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
 from deltaw.data.loader import LoaderState
-from deltaw.kernels.logprobs import IGNORE
 from deltaw.training.learner import Learner
 from deltaw.training.watch import Unfit, check_loss
 
@@ -104,9 +101,9 @@ class _Share:
 
     def __init__(self, learner: Learner, batches: Sequence[Batch]) -> None:
         self.learner, number = learner, learner.attached.number
-        self.batches = [_own(batch, number) for batch in batches]
+        self.batches = [batch.labelled_for(number) for batch in batches]
         self.rows = [origin for batch in self.batches for origin in batch.origins]
-        self.tokens = sum(_tokens(batch, number) for batch in batches)
+        self.tokens = sum(batch.tokens_of(number) for batch in batches)
         self.supervised = sum(batch.supervised for batch in self.batches)
         self._sum = 0.0
         self.unfit = None if self.supervised else Unfit("none of its tokens is trained", self.rows)
@@ -124,24 +121,6 @@ class _Share:
             return None
         self._sum += value
         return loss / self.supervised if batch.supervised else None
-
-
-def _own(batch: Batch, number: int) -> Batch:
-    """The batch with the labels and the origins of update `number`'s documents alone."""
-    if not batch.updates:
-        return batch
-    labels_T = batch.labels_T.clone()
-    for update, (start, end) in zip(batch.updates, pairwise(batch.starts), strict=True):
-        if update != number:
-            labels_T[start:end] = IGNORE
-    origins = tuple(o for o, update in zip(batch.origins, batch.updates, strict=True) if update == number)
-    return replace(batch, labels_T=labels_T, supervised=int((labels_T != IGNORE).sum()), origins=origins)
-
-
-def _tokens(batch: Batch, number: int) -> int:
-    """How many are of update `number`'s documents."""
-    documents = zip(batch.updates, pairwise(batch.starts), strict=True)
-    return sum(b - a for update, (a, b) in documents if update == number) if batch.updates else len(batch.tokens_T)
 
 
 def _losses(forward: Forward, batch: Batch, learners: Sequence[Learner]) -> Sequence[Tensor]:

@@ -21,6 +21,7 @@ from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.init import eva_directions, leading, lora_ga_factors, olora_factors, pissa_factors
 from deltaw.adapter.init_data import initialise_from_data
 from deltaw.adapter.layer import LoRAUpdate
+from deltaw.adapter.moving import MovingUpdate
 from deltaw.base.batch import Batch
 from deltaw.base.forward import plan_forward
 from deltaw.base.frozen import FrozenLinear
@@ -146,8 +147,8 @@ def base(request: pytest.FixtureRequest) -> nn.Module:
     return plain(*request.param)
 
 
-def moving(base: nn.Module, dropout: float = 0.0) -> LoRAUpdate:
-    layer = LoRAUpdate(FrozenLinear(base), R, SCALE, dropout, moves=True)
+def moving(base: nn.Module, dropout: float = 0.0) -> MovingUpdate:
+    layer = MovingUpdate(FrozenLinear(base), R, SCALE, dropout)
     layer.start(torch.randn(R, N), torch.randn(M, R))
     return layer
 
@@ -208,7 +209,7 @@ def test_factors_are_of_twice_the_rank_and_go_back_in(base: nn.Module) -> None:
     exact = (b0 + layer.lora_b).double() @ (a0 + layer.lora_a).double() - b0.double() @ a0.double()
     assert update.rank == 2 * R
     torch.testing.assert_close(update.dense().double(), SCALE * exact, rtol=1e-5, atol=1e-5)
-    other = LoRAUpdate(FrozenLinear(base), R, SCALE, moves=True)
+    other = MovingUpdate(FrozenLinear(base), R, SCALE)
     other.start(a0, b0)
     other.set_factors(update)
     assert torch.equal(other(x), layer(x)) and torch.equal(other.lora_a, layer.lora_a)

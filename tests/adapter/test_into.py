@@ -12,8 +12,9 @@ from deltaw.adapter.layer import AdaptedLinear
 from deltaw.base.load import fingerprint
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
-from deltaw.factors import LowRank, Update
+from deltaw.factors import LowRank
 from deltaw.kinds import Dense, DoRA
+from deltaw.updates import Update
 from tests.architectures import PACKED, tiny
 
 IDS = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(0))

@@ -12,8 +12,9 @@ from deltaw.adapter.file import Adapter, BaseId
 from deltaw.analysis.compare import Comparison, compare, compare_updates
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
-from deltaw.factors import LowRank, Update
+from deltaw.factors import LowRank
 from deltaw.kinds import Dense, DoRA
+from deltaw.updates import Update
 
 sizes = st.integers(1, 12)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from deltaw.data.loader import Loader
+from deltaw.data.opening import open_dataset
 from deltaw.files.safetensors import load_safetensors, save_safetensors
-from deltaw.model import open_dataset
 from deltaw.training.checkpoint import MANIFEST, MOMENTS, _manifest, list_checkpoints
 from deltaw.training.run import resume, train
 from tests.faults.common import (

@@ -11,9 +11,10 @@ from deltaw.adapter.attach import attach
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.base.source import Source
 from deltaw.config import AdapterSpec
-from deltaw.factors import LowRank, Update
+from deltaw.factors import LowRank
 from deltaw.kinds import Dense, DoRA
 from deltaw.shipping.trained import Trained, open_trained
+from deltaw.updates import Update
 from tests.architectures import COMMON, GPT2, MOE, PACKED
 from tests.data.toys import toy
 

@@ -15,12 +15,13 @@ from deltaw.base.fingerprint import settings as mathematics
 from deltaw.base.gguf import to_folder
 from deltaw.base.load import open_base
 from deltaw.base.source import find_base
+from deltaw.data.opening import open_renderer
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError, RunError
 from deltaw.factors import LowRank
 from deltaw.files.gguf_header import read_metadata
 from deltaw.files.gguf_parts import read_model
-from deltaw.model import open_model, open_renderer
+from deltaw.model import open_model
 from deltaw.shipping.base_files import BaseFiles
 from deltaw.shipping.destination import Options
 from deltaw.shipping.gguf.meta import metadata

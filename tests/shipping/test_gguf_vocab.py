@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from deltaw.base.gguf import to_folder
 from deltaw.base.gguf_tokens import GPT4O, SPLITTINGS
 from deltaw.base.source import find_base
+from deltaw.data.opening import open_renderer
 from deltaw.data.render import Renderer, open_tokenizer
 from deltaw.errors import InputError
 from deltaw.files.gguf_header import read_metadata
-from deltaw.model import open_renderer
 from deltaw.shipping.destination import Options
 from deltaw.shipping.gguf.file import typed
 from deltaw.shipping.gguf.model import GgufModel

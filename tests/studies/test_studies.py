@@ -17,8 +17,8 @@ from deltaw.base.load import open_base, open_skeleton
 from deltaw.base.source import find_base
 from deltaw.config import parse_config
 from deltaw.data.builtin import pronunciation
+from deltaw.data.opening import open_dataset
 from deltaw.data.row import Row
-from deltaw.model import open_dataset
 from deltaw.studies import bf16, compress, lr10, pretrain, rank, where
 from deltaw.studies.lab import RATES, Lab
 from deltaw.studies.page import write_outcome

@@ -14,7 +14,7 @@ from torch import Tensor
 from deltaw.adapter.file import Adapter
 from deltaw.analysis.measure import Measures, measure, measure_adapter
 from deltaw.config import AdapterSpec
-from deltaw.factors import LowRank, Update
+from deltaw.factors import LowRank
 from deltaw.kernels.weight import DenseWeight, Weight
 from deltaw.kinds import Dense
 from deltaw.show.progress import Display
@@ -23,6 +23,7 @@ from deltaw.studies.forget import Noise, Point
 from deltaw.studies.intruder import Spot
 from deltaw.studies.lab import RATES, Lab
 from deltaw.studies.study import Outcome, majority
+from deltaw.updates import Update
 
 M, N = 96, 112
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from deltaw.adapter.file import Adapter
-from deltaw.analysis import page, report
+from deltaw.analysis import report
 from deltaw.config import parse_config
 from deltaw.errors import InputError, RunError
 from deltaw.evaluate import held_out
@@ -85,7 +85,7 @@ FAILURES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str], str]] 
         "ValueError: no axis",
     ),
     "the disk is full at the page": (
-        lambda patch: patch.setattr(page, "write", raising(OSError(errno.ENOSPC, "No space left on device"))),
+        lambda patch: patch.setattr(report, "write", raising(OSError(errno.ENOSPC, "No space left on device"))),
         {"report"},
         "No space left",
     ),

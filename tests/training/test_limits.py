@@ -9,8 +9,8 @@ import transformers as T
 
 from deltaw.commands.eval import eval_named
 from deltaw.config import RunConfig, parse_config
+from deltaw.data.opening import limits_of, open_dataset
 from deltaw.errors import InputError
-from deltaw.model import limits_of, open_dataset
 from deltaw.show.progress import Display
 from deltaw.training import opening
 from deltaw.training.plan import plan

@@ -14,11 +14,12 @@ from typing import Any
 
 from deltaw.adapter.file import BaseId
 from deltaw.config import RunConfig
+from deltaw.data.opening import open_renderer
 from deltaw.data.render import TEMPLATE, Renderer, open_tokenizer
 from deltaw.errors import DeltawError, InputError
 from deltaw.files.strict_json import read_json
 from deltaw.files.template import MAX_TEMPLATE
-from deltaw.model import PLAIN, open_renderer
+from deltaw.model import PLAIN
 from deltaw.shipping.lint.base import Base
 
 NO_TEMPLATE = "none"  # a renderer's fingerprint without one

@@ -37,11 +37,11 @@ from deltaw.adapter.targets import head_path, targets_of
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.names import places
 from deltaw.errors import InputError, listed
-from deltaw.factors import Update
 from deltaw.files.safetensors import read_tensor
 from deltaw.files.shards import shards
 from deltaw.kernels.weight import DenseWeight
 from deltaw.shipping.trained import Trained
+from deltaw.updates import Update
 
 Fate = Literal["changed", "copied", "untied"]
 FLOATS = ("F64", "F32", "F16", "BF16")  # types whose numbers can take an update

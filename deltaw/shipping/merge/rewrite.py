@@ -36,7 +36,7 @@ from torch import Tensor
 
 from deltaw.base.linear_weights import HEADER_BYTES, TENSORS
 from deltaw.errors import InputError
-from deltaw.factors import LowRank, Update
+from deltaw.factors import LowRank
 from deltaw.files.safetensors import Header, check_readable, read_header
 from deltaw.files.stream import Entry, Stream, stream_size, streamed
 from deltaw.kernels.weight import DenseWeight
@@ -44,6 +44,7 @@ from deltaw.linalg.rounding import Survival, survived, survived_of
 from deltaw.linalg.threads import one_thread
 from deltaw.shipping.merge.plan import FLOATS, MergePlan, Planned, not_finite
 from deltaw.show.progress import Progress, unseen
+from deltaw.updates import Update
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WORDS = {dtype: word for word, dtype in TYPES.items()}

@@ -1,0 +1,92 @@
+"""What trains beside one frozen layer (`LayerUpdate`), and which of them a model carries (`Carried`).
+
+A model carries one update per layer or several: those of a sweep's learners, those that a server holds. They have
+numbers, and a pass says which of its rows take which (`Segment`, read from the model's `Passing`); where it doesn't
+say, all rows take the first.
+
+Letters: N inputs, M outputs.
+"""
+
+import abc
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.base.batch import Passing
+from deltaw.base.frozen import FrozenLinear
+from deltaw.kernels.lora import Factors
+
+
+class Carried:
+    """Which updates a model carries, one for all its adapted layers. `first` is what rows take where a pass doesn't
+    say."""
+
+    def __init__(self, passing: Passing) -> None:
+        self.passing = passing
+        self.numbers: list[int] = []
+        self.first = 0
+
+    def free(self) -> int:
+        """The lowest number that isn't taken."""
+        return next(number for number in range(len(self.numbers) + 1) if number not in self.numbers)
+
+    def add(self, number: int) -> None:
+        """One more update is there."""
+        self.numbers = sorted([*self.numbers, number])
+        self.first = self.numbers[0]
+
+    def remove(self, number: int) -> None:
+        """And gone."""
+        self.numbers = [other for other in self.numbers if other != number]
+        self.first = self.numbers[0] if self.numbers else 0
+
+
+class LayerUpdate(nn.Module, abc.ABC):
+    """What trains beside one frozen layer. Called, it is that layer with this update alone; `enabled = False` leaves
+    the base."""
+
+    def __init__(self, base: FrozenLinear) -> None:
+        super().__init__()
+        self._base = (base,)  # in a tuple, or it would become a child: it is the layer's
+        self.enabled = True
+
+    @property
+    def base(self) -> FrozenLinear:
+        """The frozen layer that this is an update of."""
+        return self._base[0]
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., N] -> [..., M] in x's dtype."""
+
+    def kernel_factors(self) -> Factors | None:
+        """The update as the kernels take it now; None where they don't know it."""
+        return None
+
+    @property
+    def for_kernels(self) -> bool:
+        """Whether the kernels know it in training, too."""
+        return False
+
+    @abc.abstractmethod
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by the names that checkpoints use."""
+
+    def constants(self) -> dict[str, Tensor]:
+        """What an initialiser left that doesn't train, by the names that checkpoints use."""
+        return {}
+
+    @abc.abstractmethod
+    def factors(self) -> Any:
+        """The update as a value (factors.py): copies, detached, on the layer's device."""
+
+    @abc.abstractmethod
+    def set_factors(self, update: Any) -> None:
+        """Take an update's numbers. Raises ValueError when it is of another kind or shape."""
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """A new layer of the base's own kind whose weight is W + ΔW, summed in float32 and rounded once."""
+        weight = self.base.weight
+        return self.base.with_weight(weight.dense().float() + self.factors().relative_to(weight).dense())
