@@ -1,7 +1,7 @@
-"""GGUF in: a `.gguf` file -> an ordinary model folder in the cache, once.
+"""Reading GGUF: a `.gguf` file -> an ordinary model folder in the cache, made once.
 
 Three steps, kept apart. The header is walked with every count checked (gguf_header.py), so that a hostile file costs
-milliseconds and no memory. What it says is turned into the fields of a config, all of it or none (gguf_meaning.py,
+milliseconds and no memory. Its contents are turned into the fields of a config, all or nothing (gguf_meaning.py,
 gguf_tokens.py). Only a file that passes both is given to transformers, which dequantises it (about 20 s for 135M
 parameters, nearly all of it parsing metadata); every number in the file must have become one of the model's, and
 that is written to the cache as safetensors + config + tokenizer.

@@ -1,4 +1,4 @@
-"""What a GGUF says of rotary positions -> the `rope_parameters` of a transformers config that mean the same.
+"""A GGUF's keys for rotary positions -> the `rope_parameters` of a transformers config that mean the same.
 
     no scaling   ω_i = θ^(−2i/d)
     linear       ω_i / F

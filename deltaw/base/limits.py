@@ -1,10 +1,10 @@
-"""What a model can be given at all: which token ids, and how many of them in a row. Known before the weights are read.
+"""A model's limits: which token ids it can be given, and how many in a row. They are known before the weights are read.
 
     vocabulary    rows of the embedding table, or of the head where that has fewer; an id beyond it is an index error
     table         positions of a table (learned, or computed once): a row beyond it is an index error
     context       positions that the config says the model was made for: beyond them rotary models give something, badly
 
-Rows are looked at before the first step, all of them, since one of them alone may come in hour three. A table is found
+All rows are checked before the first step, since a single one may come in the third hour. A table is found
 on the modules of the model (without weights, on the meta device) by being one: an embedding that isn't the tokens', or
 a buffer, named for positions. Some of its rows may be spoken for: OPT's first two (`offset`), RoBERTa's up to its
 padding. What shows neither in the modules nor in the config shows when the longest row beyond the context is tried
@@ -74,7 +74,7 @@ class Limits:
             )
 
     def warnings(self, rows: Sequence[Row]) -> list[str]:
-        """What can be given, but is more than the model was made for."""
+        """A warning for rows that can be given but are longer than the model was made for."""
         long = [row for row in rows if self.context and len(row.tokens) > self.context]
         if not long:
             return []

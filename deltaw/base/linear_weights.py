@@ -1,6 +1,6 @@
 """The weights of a model folder by module path, one at a time: no transformers model is built, nothing stays in memory.
 
-What compares an update with its base (amplification, intruder directions, the difference of two checkpoints) needs each
+Comparing an update with its base (amplification, intruder directions, the difference of two checkpoints) needs each
 weight once and alone, so a base of any size costs its largest tensor in float32. The safetensors files are opened for
 each read: that costs a header, and no file stays mapped that somebody may truncate.
 

@@ -1,6 +1,6 @@
 """open_base: a name -> a frozen transformers model, checked. The only file that builds transformers models.
 
-What can go silently wrong with `from_pretrained` is made loud here:
+What can silently go wrong in `from_pretrained` is made loud here:
 
     weights missing from the files (random values in their place), or left over: an error, not a log line
     an encoder-decoder, a classifier, an unknown architecture: refused, by name
@@ -115,7 +115,7 @@ def pick_device(name: str) -> torch.device:
 
 @functools.cache
 def fast_dtype(device: str = "cpu") -> torch.dtype:
-    """bfloat16 where it is clearly faster than float32, else float32. About 0.12 s, once a process."""
+    """bfloat16 where it is clearly faster than float32, else float32. About 0.12 s, once per process."""
     if device == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     if device != "cpu":

@@ -1,4 +1,4 @@
-"""What every loading through transformers needs: silence, and a check that all weights found their places."""
+"""What every load through transformers needs: silence, and a check that all weights found their places."""
 
 import contextlib
 from collections.abc import Iterator, Mapping

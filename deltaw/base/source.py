@@ -1,4 +1,4 @@
-"""A base's name -> a local folder, by cheap checks only.
+"""A base's name -> a local folder, with cheap checks only.
 
 Four kinds of name, tried in this order:
 
