@@ -1,10 +1,10 @@
 """The run file: YAML -> frozen, strict values.
 
-Everything a run depends on stands in one `RunConfig`, which is saved with the run and never passed into a layer.
+Everything a run depends on is in one `RunConfig`, which is saved with the run and never passed into a layer.
 Strict means: an unknown key, a wrong type or an impossible number is an error that names the file, the line and the
 field, and the nearest name that exists. All problems are reported at once.
 
-A setting that does nothing beside others is well formed, but it says something else than its writer thinks. A file with
+A setting that has no effect beside others is well formed, but doesn't do what its writer thinks. A file with
 settings that need something more is refused (`without_effect`); those that were switched off elsewhere, as one does to
 cut a run short, are named (`switched_off`). Only a value other than the default counts, since a run's own config.yaml
 has every default written out; and 0 samples, which is what one gets. Bounds that aren't reached (`data.max_length`,

@@ -1,4 +1,4 @@
-"""An opened model: base, tokenizer and adapter together, ready to train, measure or talk to.
+"""An opened model: base, tokenizer and adapter together, ready to be trained, measured or asked.
 
 `open_model` is where the pieces meet, so it is where mismatches are caught: an adapter of another base is refused by
 fingerprint, and one trained under another chat template is named.

@@ -1,4 +1,4 @@
-"""Adapters as values: smaller, padded, scaled; and the spec that describes whatever factors come out.
+"""Adapters as values: cut, padded, scaled; and the spec that describes the resulting factors.
 
 Everything works on the two thin factors. The SVD of each ΔW comes from them in float64, once per update however many
 sizes are tried (`LowRank.wide_svd`), and the best update of a rank keeps its first terms, at an error that is stated

@@ -1,4 +1,4 @@
-"""attach and detach: an adapter onto a model and off it again.
+"""attach and detach: putting an adapter on a model and taking it off again.
 
 attach puts updates into the model (place.py) and says what is there (`Attached`); detach puts the very same modules
 back and returns what was learnt as an `Adapter`. The base's weights are the same objects throughout, so the model
@@ -8,7 +8,7 @@ A model may carry several adapters: those of a sweep's learners, or of a server.
 documents take it (`Batch.updates`); those that say nothing take the lowest number. Detaching takes its own updates off,
 and the layers and stand-ins with the last one.
 
-What comes off is what any tool can load: where training began at B A ≠ 0 the update is a LoRA of rank 2R (layer.py),
+What comes off can be loaded by any tool: where training began at B A ≠ 0 the update is a LoRA of rank 2R (layer.py),
 and its spec says so, with alpha such that the scale stays. It is exact, so it isn't cut back to R here; `deltaw resize`
 does that and says what it costs.
 """

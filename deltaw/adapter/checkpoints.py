@@ -1,4 +1,4 @@
-"""Two checkpoints side by side: which tensors of theirs are one and the same parameter, and how far each one moved.
+"""Two checkpoints side by side: which of their tensors are the same parameter, and how far each one moved.
 
 Every tensor of either folder has one of three fates: it is compared (or handed on to be extracted), it is reported as
 being in one of the two only, or the pair is refused. The rules:

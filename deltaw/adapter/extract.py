@@ -1,10 +1,10 @@
-"""A LoRA out of full fine-tuning: the nearest low-rank update to what each weight changed by.
+"""Extracting a LoRA from full fine-tuning: the low-rank update nearest to each weight's change.
 
-    Δ = W_tuned − W_base ≈ B A,   ‖Δ − B A‖_F the least there is at that rank
+    Δ = W_tuned − W_base ≈ B A,   ‖Δ − B A‖_F the least possible at that rank
 
 One pair of weights is in memory at a time; `nearest` (cut.py) makes the factors.
 
-What a LoRA on linear layers can't say is not dropped in silence: `Report.unadapted` lists every other parameter that
+What a LoRA on linear layers can't express isn't silently dropped: `Report.unadapted` lists every other parameter that
 differs (norms, embeddings, the head, biases) with its relative change, `Report.config` the settings that do
 (checkpoints.py).
 
@@ -87,7 +87,7 @@ def extract(
 def extract_adapter(
     adapter: Adapter, *, rank: int | None = None, energy: float | None = None, display: Display = QUIET
 ) -> tuple[Adapter, list[Loss]]:
-    """A LoRA out of an adapter that holds full fine-tuning. Raises InputError if it doesn't, or holds only zeros."""
+    """A LoRA from an adapter that holds full fine-tuning. Raises InputError if it doesn't, or holds only zeros."""
     if not adapter.spec.full:
         raise InputError("this adapter is already a LoRA", fix="make it smaller with resize")
     deltas = {path: update.plain().dense() for path, update in adapter.factors.items()}
@@ -106,7 +106,7 @@ def extract_folders(
     energy: float | None = None,
     display: Display = QUIET,
 ) -> tuple[Adapter, Report]:
-    """A LoRA out of a fine-tuned model's folder and the base it came from, and what it can't hold.
+    """A LoRA from a fine-tuned model's folder and the base it came from, and what it can't hold.
 
     The base is opened once for its fingerprint, in bfloat16. Raises InputError where the two are not one architecture
     with the same tensors, and where no linear layer differs.

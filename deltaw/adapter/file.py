@@ -8,7 +8,7 @@
     README.md                    how to use it, for people
 
 PEFT, vLLM and the rest read the first two. deltaw.json is beside them because PEFT's config has no place for a
-fingerprint, and without one an adapter on the wrong base of the right shapes answers nonsense without an error.
+fingerprint, and without one an adapter on a wrong base of the right shapes would answer nonsense without an error.
 
 Loading refuses what it can't represent or can't match, naming it; a silent no-op load is the commonest complaint about
 other tools. Shapes are checked against the config, and every number against NaN, before a model is touched.
@@ -55,7 +55,7 @@ class BaseId:
     template: str = ""
 
     def mismatch(self, other: "BaseId") -> str | None:
-        """Why an adapter of this base may not go on `other`, or None. Weights and settings count, names don't."""
+        """Why an adapter of this base may not be put on `other`, or None. Weights and settings count, names don't."""
         if self.fingerprint and other.fingerprint and not same_base(self.fingerprint, other.fingerprint):
             return (
                 f"it was trained on {self.name or 'another base'} ({describe(self.fingerprint)}), "
@@ -108,7 +108,7 @@ class Adapter:
 
     def _peft_config(self) -> dict[str, Any]:
         names = {self.spec.targets} if isinstance(self.spec.targets, str) else set(self.spec.targets)
-        # A group is a word of deltaw's own: to other tools it is spelt out.
+        # A group is deltaw's own word, so it is spelt out for other tools.
         spec = self.spec.model_copy(update={"targets": tuple(self.factors)} if names & set(TARGET_GROUPS) else {})
         return from_spec(
             spec,
@@ -135,7 +135,7 @@ class Adapter:
         return Adapter(spec, factors, _base_of(directory, config), transposed, weight_names(config))
 
     def _card(self) -> str:
-        """A few words; what goes out into the world gets a whole card (shipping/card.py)."""
+        """A few words; what is exported gets a full card (shipping/card.py)."""
         base = self.base.name or "unknown"
         if self.spec.full:
             return (
@@ -153,7 +153,7 @@ class Adapter:
 
 
 def describes(spec: AdapterSpec, path: str, update: Update) -> bool:
-    """Whether a reader of the spec takes the update's numbers for what they are."""
+    """Whether a reader of the spec gets the update's rank and scale right."""
     same = spec.full or (update.rank, update.scale) == (spec.rank_of(path), spec.scale(path))
     return update.kind == spec.kind and same
 

@@ -1,4 +1,4 @@
-"""Updates into a model and out of it again: layers and stand-ins in the places of a model's own modules.
+"""Putting updates into a model and taking them out: layers and stand-ins in the places of a model's own modules.
 
 Each targeted layer gets an adapted one (layer.py) in its place, on this instance alone, with an update in it (layer.py,
 dora.py, full.py), and norms, attention blocks and MLPs get the kernels' stand-ins (stand_ins.py). What was done is
@@ -8,7 +8,7 @@ throughout.
 Updates that come beside others add themselves to the layers that are there and their own layers to those; they are
 tried on the bare model like the first, the others put aside meanwhile.
 
-This knows updates by their paths, not adapters: `attach` (attach.py) and `merge_into` (into.py) are made of it.
+This file knows updates by path, not adapters: `attach` (attach.py) and `merge_into` (into.py) are built on it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -52,8 +52,8 @@ OUTSIDE = "lies outside the language model: name it by its path"
 
 @dataclass(frozen=True)
 class Targets:
-    """What a spec comes to: the paths to adapt, what holds weights but can't be or isn't adapted, and why a group left
-    a layer out."""
+    """What a spec amounts to: the paths to adapt, what holds weights but can't be or isn't adapted, and why a group
+    left a layer out."""
 
     paths: tuple[str, ...]
     unmatched: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Whether a model with a fresh adapter in it is still the model, and can learn: tried before it is called attached.
+"""Trying a fresh adapter before it counts as attached: is the model unchanged, and can the adapter learn?
 
 An adapted layer computes x Wᵀ + b itself. What it stands for may do more than its class says: a hook may change what it
 returns, and the model may read `.weight` beside it or instead of it. Neither shows in the modules, so the model runs on

@@ -1,5 +1,4 @@
-"""The keys of one architecture in a GGUF's metadata, each handed out once, so that what nobody asked for is left
-over."""
+"""The keys of one architecture in a GGUF's metadata, each handed out once; what nobody asked for is left over."""
 
 from pathlib import Path
 from typing import Any

@@ -3,7 +3,7 @@
 Rows are taken in the order of a hash of (seed, content): first the held-out ones, then those to train on, as far as
 `limit`; afterwards both stand in file order again. So the choice is random (a sorted dictionary isn't cut to the words
 in a) and doesn't change when the file is sorted otherwise; copies of a row stand together, so that hardly any is on
-both sides of the border; and rows that aren't used aren't tokenised either. So the held-out rows can be had alone, the
+both sides of the border; and rows that aren't used aren't tokenised. So the held-out rows can be prepared alone, the
 very same ones (`prepare_held_out`). Rejected: a seeded shuffle of row numbers, which is random and nothing else.
 
 A row can fail to be read, to have the source's form, or to be rendered; all three are *unusable*, and more
@@ -39,7 +39,7 @@ SHOWN = 10  # problems and origins kept in the report
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of every row. Plain values: `dataclasses.asdict` is JSON. `share` is supervised over all tokens.
+    """What became of each row, in plain values: `dataclasses.asdict` is JSON. `share` is supervised over all tokens.
 
     `unused`, `left_out`: the columns and the fields of messages that no token comes of, with the share of rows in which
     they say something. `named_…`: rows in whose text names of control tokens stand, how many, and the first such row.

@@ -1,4 +1,4 @@
-"""The three kinds of document that a row becomes, and what must hold of a chat.
+"""The three kinds of document that a row can become, and what must hold for a chat.
 
     Text         one text, all of it trained
     Completion   a prompt and what must follow it

@@ -1,4 +1,4 @@
-"""What a chat template doesn't write of what a row says, found by what comes out.
+"""What a chat template leaves out of a row, found from its output.
 
 A template is a program: which fields of a message it reads can't be told from its source, and one that has never heard
 of `reasoning_content` or of tool calls silently leaves them out. So a marker is planted in every field of every
