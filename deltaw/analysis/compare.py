@@ -15,7 +15,7 @@ the factors, whatever the ranks:
 
 in float64. The distance is the norm of the difference as a value (stacked factors), since ‖ΔW₁‖² + ‖ΔW₂‖² − 2⟨ΔW₁, ΔW₂⟩
 loses half of the digits where the two are nearly equal. Only directions that can be told from zero are compared, 64 at
-most; an update of nought has none, so its φ are empty and its cosine is None.
+most; a zero update has none, so its φ are empty and its cosine is None.
 
 Letters: M outputs, N inputs, R rank, I and J directions of the first and the second.
 """
@@ -66,7 +66,7 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class ModuleComparison:
-    """One module in both adapters. `cosine` and `distance` are None where an update that they divide by is nought."""
+    """One module in both adapters. `cosine` and `distance` are None where an update that they divide by is zero."""
 
     shape: tuple[int, int]
     ranks: tuple[int, int]
@@ -123,7 +123,7 @@ class Comparison:
     def kinds(self) -> dict[str, dict[str, Side]]:
         """{"q_proj": {"right": …, "left": …}, …}: means over the modules of each kind, the last part of their paths.
 
-        Cut to the directions that all of a kind's modules have; modules whose update is nought don't count.
+        Cut to the directions that all of a kind's modules have; modules whose update is zero don't count.
         """
         groups: dict[str, list[ModuleComparison]] = {}
         for path, module in self.modules.items():

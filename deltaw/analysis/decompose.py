@@ -1,4 +1,4 @@
-"""What a matrix is made of: its rank, counted in every way that is of use, its spectrum, and three factorisations.
+"""What a matrix is made of: its rank, counted in every useful way, its spectrum, and three factorisations.
 
     full rank        X = P Qᵀ, lossless, R columns each. P is columns of X (linalg/rank.py), for a small matrix of
                      integers also in fractions, without rounding (linalg/exact.py); then the rank is exact, too,

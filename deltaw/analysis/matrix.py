@@ -8,11 +8,12 @@
 float32 stays, narrower types become it; float64, integers, booleans and text become float64. What the entries were
 rounded to before is kept beside them, since it decides what of a matrix is noise (linalg/rank.py): the type in the
 file; a narrower one that has every entry, for somebody widened them; in a text the decimals that its numbers have.
-Integers that float64 can't hold are kept as they are, too, for a small matrix; for a large one it is said.
+Integers that float64 can't hold are kept as they are, too, for a small matrix; for a large one the description says
+that they aren't.
 
 Sizes are looked at before numbers are read, and what isn't a matrix of finite numbers is one InputError that names the
 place. An .npy file is mapped, so a pickle inside is refused by its type and never opened; other formats than these are
-not guessed at. Text is read by hand: pyarrow, numpy and csv give numbers or cells, but not which line is at fault and
+not guessed. Text is read by hand: pyarrow, numpy and csv give numbers or cells, but not which line is at fault and
 how many decimals a number was written with, and csv has no blanks as a separator.
 
 Letters: M rows, N columns.

@@ -7,10 +7,10 @@
 
 A run folder adds what the training did: the loss curve, held-out figures before and after, answers, forgetting. An
 adapter of any tool is measured as it is. Without the base's weights (an adapter that doesn't say which base it has, or
-one that isn't here) what can be told from the update alone is told, and the page says what is missing.
+one that isn't here) everything that the update alone can tell is reported, and the page says what is missing.
 
-The base is held to the adapter's fingerprint before anything is measured: amplification against the wrong weights would
-look like a result.
+The base is checked against the adapter's fingerprint before anything is measured: amplification against the wrong
+weights would look like a result.
 """
 
 from collections.abc import Mapping

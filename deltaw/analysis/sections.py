@@ -1,7 +1,7 @@
 """The sections of a report's page (report.py puts them together): which pictures, in which words.
 
 Pictures are maps of layers (down) by kinds of module (across), since that is how a reader knows the model; a module
-whose path has no layer stands in a row of its own. Every map's table is the map's numbers.
+whose path has no layer has its own row. Every map's table holds the map's numbers.
 """
 
 from collections.abc import Callable, Mapping

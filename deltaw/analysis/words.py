@@ -2,8 +2,8 @@
 
 A path is read for its layer (its first number) and its kind (its last part): `model.layers.12.mlp.down_proj` is layer
 12's down_proj. Directions "in use" are those that hold 90 % of ‖ΔW‖²_F. That is energy, not function: what a model does
-with the rest only a trial tells. How strong an update is beside W in its directions means something only beside what it
-would be in random ones, so that stands next to it.
+with the rest only a trial can tell. How strong an update is beside W in its directions means something only next to
+what it would be in random ones, so both are given.
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Rank: how many directions a matrix has, counted in the ways that are of use, and factors of exactly that width.
+"""Rank: how many directions a matrix has, counted in several useful ways, and factors of exactly that width.
 
 Column rank and row rank are one number (`docs/math.md` §1). In floating point a singular value below the rounding of
 the entries can't be told from zero, so what is counted is

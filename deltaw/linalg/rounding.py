@@ -1,4 +1,4 @@
-"""What rounding does to a matrix: the most that it can do to a singular value, what it does on average, and what it
+"""What rounding does to a matrix: at most to a singular value, on average, and what it
 leaves of an update.
 
 At most (`Rounding`), where it is known what the entries were rounded to before they were widened. ε max(M, N) σ₁ of

@@ -7,7 +7,7 @@ The last part is weaker than it looks. More directions hold more of any W: rando
 ‖ΔW‖_F over *that* falls like 1 / k whatever was learnt. It is shown beside the amplification, and so is the
 amplification of the few directions that carry 90 % of the energy, whose number hardly grows with the rank.
 
-Random directions are drawn, once a module: their root mean square (analysis/measure.py) lies above two thirds of the
+Random directions are drawn, once per module: their root mean square (analysis/measure.py) lies above two thirds of the
 draws at k = 1, so that ΔW would seem to avoid W where it only ignores it.
 
 Letters: M outputs, N inputs, k directions of ΔW: all that can be told from zero.

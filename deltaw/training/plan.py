@@ -13,7 +13,7 @@ the run's own functions, and its peak and its seconds are taken.
 
 Memory is the largest of these peaks. Time is the sum of the seconds, each by how often it comes and how many tokens or
 rows it has; steps are counted, not estimated (data/loader.py). What is left out: report.html, which is written when the
-run is finished, and that frozen layers may be computed once a run (opening.py), which makes it faster.
+run is finished, and that frozen layers may be computed once per run (opening.py), which makes it faster.
 """
 
 import math
