@@ -165,7 +165,7 @@ def _figures(training: Training | None, with_report: bool) -> str:
 
 def _limits(trained: Trained, training: Training | None, form: Form) -> Iterator[str]:
     if training is not None:
-        yield from (found.words for found in check_run(training) if found.level in ("warning", "problem"))
+        yield from (finding.words for finding in check_run(training) if finding.level in ("warning", "problem"))
         failed = training.raw.get("failed")
         yield from (
             f"no {name.replace('_', ' ')} was measured" for name in (failed if isinstance(failed, dict) else {})

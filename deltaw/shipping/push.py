@@ -96,9 +96,9 @@ class Push:
         except Exception as error:
             self._failed(error)
         if info.private is self.public:
-            there, wanted = ("private", "without --public") if info.private else ("public", "with --public")
+            visibility, wanted = ("private", "without --public") if info.private else ("public", "with --public")
             fix = f"push {wanted}, choose another name, or change it on the hub"
-            raise InputError(f"--push {self.repository} exists already and is {there}", fix=fix)
+            raise InputError(f"--push {self.repository} exists already and is {visibility}", fix=fix)
         files = {file.rfilename for file in info.siblings or ()} - ALWAYS
         if files and not self.replace:
             what = f"--push {self.repository} exists already and holds {counted(len(files), 'file')}"
