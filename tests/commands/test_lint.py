@@ -51,7 +51,7 @@ def test_the_command_that_it_prints_mends(folder: Path, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     verdict = deltaw.lint(folder / "one", to=["mlx"])
     (found,) = verdict.shown
-    verb, *arguments = found.mend.split()[1:]
+    verb, *arguments = found.fix.split()[1:]
     code, _, err = call(verb, *arguments)
     assert verdict.exit_code == 1 and code == 0, err
     assert deltaw.lint(tmp_path / "one-mlx", to=["mlx"], base=str(folder / "base")).exit_code == 0

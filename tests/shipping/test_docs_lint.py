@@ -33,7 +33,7 @@ def row(code: Code) -> str:
     ]
     if len(code.effects) == len(DESTINATIONS) and len(places) == 1:
         places = [f"{WORDS[next(iter(code.effects.values()))]} everywhere"]
-    cells = (code.number, code.title, "; ".join(places), code.mend)
+    cells = (code.number, code.title, "; ".join(places), code.fix)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -52,7 +52,7 @@ def test_the_list_is_the_codes() -> None:
 def test_each_code_has_a_test_that_makes_such_an_adapter() -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_lint*.py"))
     assert set(CODES) - set(re.findall(r'"(DW\d{3})"', tests)) == set()
-    assert {number[2] for number in CODES} == set(SECTIONS) and all(c.title and c.mend for c in CODES.values())
+    assert {number[2] for number in CODES} == set(SECTIONS) and all(c.title and c.fix for c in CODES.values())
 
 
 def test_the_versions_that_it_was_tried_with_are_named() -> None:

@@ -58,7 +58,7 @@ def check(verdict: Verdict, code: str, effects: dict[str, Effect]) -> None:
     (found, *_) = [found for found in verdict.findings if found.code == code]
     assert {place: found.effects.get(place, LOADS) for place in effects} == effects
     assert all(verdict.at(place) >= effect for place, effect in effects.items())
-    assert found.what and found.mend
+    assert found.what and found.fix
 
 
 FIELDS: list[tuple[str, dict[str, Any], str, dict[str, Effect]]] = [
@@ -298,7 +298,7 @@ def test_the_rank_that_vllm_is_started_with(base: Path, tmp_path: Path) -> None:
     folder = write(tmp_path / "a", *good(opened(base), rank=32, names=("down_proj",)))
     verdict = lint(folder, base=str(base), to=["vllm"])
     check(verdict, "DW309", {VLLM: REFUSED})
-    assert verdict.exit_code == 1 and "--max-lora-rank 32" in verdict.shown[0].mend
+    assert verdict.exit_code == 1 and "--max-lora-rank 32" in verdict.shown[0].fix
     assert lint(folder, base=str(base), to=["vllm"], max_lora_rank=32).exit_code == 0
     with pytest.raises(InputError):
         lint(folder, max_lora_rank=33)

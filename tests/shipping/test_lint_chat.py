@@ -88,7 +88,7 @@ def test_a_template_that_the_folder_brings(base: Path, tmp_path: Path) -> None:
     verdict = lint(folder, base=str(base))
     found = effects(verdict, "DW602")
     assert found[PEFT] is LOADS and found[VLLM] is found[LLAMA_CPP] is found[MLX] is WRONG
-    assert all("--chat-template" in found.mend for found in verdict.findings if found.code == "DW602")
+    assert all("--chat-template" in found.fix for found in verdict.findings if found.code == "DW602")
 
 
 def test_a_strangers_template(base: Path, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_stop_token_that_the_base_does_not_stop_at(base: Path, tmp_path: Path)
     found = effects(verdict, "DW603")
     assert found[PEFT] is found[VLLM] is WRONG and found[LLAMA_CPP] is UNSURE
     token = toy("chatml").convert_tokens_to_ids("<|endoftext|>")
-    assert any(f"[{token}]" in f.mend for f in verdict.findings if f.code == "DW603")
+    assert any(f"[{token}]" in f.fix for f in verdict.findings if f.code == "DW603")
 
 
 def test_a_stop_token_that_was_never_trained(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_run_and_its_template(tmp_path: Path) -> None:
     verdict = lint(tmp_path / "run")
     assert codes(verdict) - {"DW502"} == {"DW602"} and effects(verdict, "DW602")[PEFT] is WRONG
     (found,) = [found for found in verdict.findings if found.code == "DW602"]
-    assert "--to peft" in found.mend
+    assert "--to peft" in found.fix
 
 
 def test_rows_that_train_no_stop_token(tmp_path: Path) -> None:

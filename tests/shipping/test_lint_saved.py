@@ -152,8 +152,8 @@ def test_a_byte_order_mark_is_read_by_none(base: Path, tmp_path: Path) -> None:
 def test_a_templates_path_can_be_pasted(base: Path, tmp_path: Path) -> None:
     folder = write(tmp_path / "my adapter", *good(opened(base)))
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    (mend,) = [found.mend for found in lint(folder, base=str(base)).findings if found.code == "DW602"]
-    assert str(folder / "chat_template.jinja") in shlex.split(mend.partition(";")[0])
+    (fix,) = [found.fix for found in lint(folder, base=str(base)).findings if found.code == "DW602"]
+    assert str(folder / "chat_template.jinja") in shlex.split(fix.partition(";")[0])
 
 
 def test_added_tokens_ask_for_a_resized_base(base: Path, tmp_path: Path) -> None:
@@ -165,9 +165,9 @@ def test_added_tokens_ask_for_a_resized_base(base: Path, tmp_path: Path) -> None
         peft.get_peft_model(model, peft.LoraConfig(r=4, **TARGETS)).save_pretrained(tmp_path / "a")
         verdict = lint(tmp_path / "a", base=str(base))
         assert effect(by_peft, base, tmp_path / "a", torch.zeros(1)) is REFUSED is verdict.at(PEFT)
-        (mend,) = [found.mend for found in verdict.findings if found.code == "DW205"]
+        (fix,) = [found.fix for found in verdict.findings if found.code == "DW205"]
         again = opened(base)
-        exec(mend.partition(": ")[2], {"model": again})
+        exec(fix.partition(": ")[2], {"model": again})
         peft.PeftModel.from_pretrained(again, tmp_path / "a")
 
 

@@ -1,8 +1,8 @@
-"""What lint knows of an adapter's base: its modules with their shapes, its numbers' places, its tokenizer and template.
+"""What lint knows about an adapter's base: its modules and their shapes, where its numbers are, tokenizer and template.
 
-The modules are those of a skeleton (no weights are read for them), since that is what PEFT goes through when it looks
-for targets. The base is the one that was named with --base, or the one that the adapter names, if that is on this
-machine: lint never downloads what it wasn't told to.
+The modules are those of a skeleton (no weights are read for them), since PEFT looks for targets among modules. The base
+is the one named with --base, or the one that the adapter names, if that is on this machine: lint downloads only what it
+is told to.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ from deltaw.show.progress import Display
 
 @dataclass(frozen=True)
 class Base:
-    """A base that is here. `linear`: (outputs, inputs) by path of all linear layers, the head too; `embeddings`: (rows,
-    size) by path; `kind`: transformers' model_type; `head`, `embedding`: the paths of the two ends, or ""."""
+    """A base on this machine. `linear`: (outputs, inputs) of all linear layers by path, the head's too; `embeddings`:
+    (rows, size) by path; `kind`: transformers' model_type; `head`, `embedding`: the paths of the two ends, or ""."""
 
     files: BaseFiles
     linear: Mapping[str, tuple[int, int]]
@@ -36,7 +36,7 @@ class Base:
 
     @property
     def tied(self) -> bool:
-        """Whether the embedding's and the head's numbers are the same."""
+        """Whether the embedding and the head share their numbers."""
         named = dict(self.files.skeleton.named_parameters(remove_duplicate=False))
         ends = [named.get(f"{end}.weight") for end in (self.head, self.embedding)]
         return ends[0] is not None and ends[0] is ends[1]
@@ -48,10 +48,10 @@ class Base:
 
 @dataclass(frozen=True)
 class Looked:
-    """A base, or the reason why there is none to be looked at."""
+    """A base, or the reason why none is available."""
 
     base: Base | None = None
-    kind: str = ""  # its model_type, known even where it can't be opened
+    kind: str = ""  # its model_type, known even if it can't be opened
     reason: str = ""
 
 
@@ -73,7 +73,7 @@ def look(named: str | None, recorded: str, revision: str | None, display: Displa
 
 
 def base_of(source: Source) -> Base:
-    """Raises InputError for what transformers can't open, or isn't a causal language model."""
+    """Raises InputError for what transformers can't open or isn't a causal language model."""
     files = BaseFiles(source)
     skeleton: Any = files.skeleton
     linear: dict[str, tuple[int, int]] = {}

@@ -1,4 +1,4 @@
-"""What an adapter's folder and its base say of chats: whose template, which tokens stop, which tokens were added.
+"""What an adapter's folder and its base say about chats: whose template, which tokens stop, which tokens were added.
 
 Templates are compared as texts, by the fingerprint that deltaw records. What ends a turn is found by deltaw's renderer
 on the base's tokenizer; the template runs in its own process there (data/template.py). The adapter's tokenizer files
@@ -27,13 +27,13 @@ TOKENIZER_BYTES = 100_000_000
 
 
 def fingerprint(template: str) -> str:
-    """As data/template.py has it."""
+    """A template's fingerprint, as deltaw records it (data/template.py)."""
     return sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
 class Chat:
-    """The facts, each found when it is asked for."""
+    """The facts, each worked out when it is first asked for."""
 
     folder: Path
     recorded: BaseId
@@ -42,22 +42,22 @@ class Chat:
 
     @property
     def plain(self) -> bool:
-        """Whether it is known to have been trained without chats."""
+        """Whether it is recorded as trained without chats."""
         return self.recorded.template in (PLAIN, NO_TEMPLATE)
 
     @property
     def trained_under(self) -> str:
-        """The fingerprint of the template that it was trained under; "" where nothing is recorded."""
+        """The fingerprint of the template that it was trained under; "" if none is recorded."""
         return "" if self.plain else self.recorded.template
 
     @cached_property
     def own(self) -> str:
-        """The fingerprint of the template in the adapter's folder, or "" ."""
+        """The fingerprint of the template in the adapter's folder, else ""."""
         return template_of(self.folder)
 
     @cached_property
     def bases(self) -> str:
-        """The fingerprint of the base's own template, "none" where it has none, "" where the base can't be asked."""
+        """The fingerprint of the base's own template, "none" if it has none, "" if the base can't be opened."""
         return self.tokenizers.template_fingerprint if self.tokenizers else ""
 
     @cached_property
@@ -72,7 +72,7 @@ class Chat:
 
     @cached_property
     def renderer(self) -> Renderer | None:
-        """The base's tokenizer with the template that it was trained under, as far as that is to be had."""
+        """The base's tokenizer with the template that it was trained under, if that is available."""
         if self.base is None:
             return None
         wanted = self.trained_under or self.own
@@ -103,7 +103,7 @@ def template_of(folder: Path) -> str:
     """The fingerprint of the chat template beside an adapter or a model, or ""."""
     try:
         with (folder / TEMPLATE).open(encoding="utf-8") as file:
-            if (template := file.read(MAX_TEMPLATE + 1)).strip():  # an empty file is none
+            if (template := file.read(MAX_TEMPLATE + 1)).strip():  # an empty file doesn't count
                 return fingerprint(template)
     except (OSError, ValueError):
         pass

@@ -1,21 +1,21 @@
 """What lint can find: codes, what each does to an adapter at each destination, and the findings that carry them.
 
-A code is data: its number, what it is in a few words, what comes of it at each destination unless a rule knows better,
-and how to fix it. Codes are never reused. docs/lint.md lists them all, and a test holds that list to this table; the
+A code is data: its number, a title of a few words, its effect at each destination unless a rule knows better, and how
+to fix it. Codes are never reused. docs/lint.md lists them all, and a test holds that list to this table; the
 rules that find them stand beside their codes in rules_*.py.
 
     DW1xx  files         DW3xx  the config      DW5xx  the base             DW7xx  GGUF files
     DW2xx  tensors       DW4xx  numbers         DW6xx  chat and tokenizer   DW8xx  MLX's and merged models' folders
 
-What can become of an adapter somewhere, from best to worst:
+What a destination makes of an adapter, from best to worst:
 
-    LOADS     it loads and answers as it was trained
+    LOADS     it loads and answers as it was trained to
     UNSURE    nothing speaks against it, but something that matters can't be seen from here
     WRONG     it loads, mostly in silence, but doesn't answer as it was trained to
     REFUSED   it doesn't load
 
-A destination's verdict is the worst of its findings. REFUSED is the last of them not since it is worse than WRONG, but
-since what doesn't load doesn't answer.
+A destination's verdict is the worst of its findings. REFUSED ranks last not because it is worse than WRONG, but
+because what doesn't load can't answer.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 PEFT, TRANSFORMERS, VLLM, LLAMA_CPP, OLLAMA, MLX = "peft", "transformers", "vllm", "llama.cpp", "ollama", "mlx"
-DESTINATIONS = {  # and how they spell themselves
+DESTINATIONS = {  # each as its project spells it
     PEFT: "PEFT",
     TRANSFORMERS: "transformers",
     VLLM: "vLLM",
@@ -34,7 +34,7 @@ DESTINATIONS = {  # and how they spell themselves
 
 
 class Effect(IntEnum):
-    """What becomes of an adapter at a destination."""
+    """What a destination makes of an adapter."""
 
     LOADS = 0
     UNSURE = 1
@@ -63,39 +63,39 @@ def everywhere(effect: Effect) -> Effects:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is so with an adapter: `what` and where, what comes of it, how to fix it."""
+    """One fact about an adapter: `what` it is and where, its effects, and the `fix`."""
 
     code: str
     what: str
     effects: Effects
-    mend: str
+    fix: str
 
     def worst_of(self, places: Iterable[str]) -> Effect:
-        """The worst that comes of it at any of these destinations."""
+        """Its worst effect at any of these destinations."""
         return max((self.effects.get(place, LOADS) for place in places), default=LOADS)
 
 
 @dataclass(frozen=True)
 class Code:
-    """A kind of finding. `title` and `mend` are for the list in the docs, `effects` hold unless a rule says others."""
+    """A kind of finding. `title` and `fix` are for the list in the docs, `effects` hold unless a rule says others."""
 
     number: str
     title: str
     effects: Effects
-    mend: str
+    fix: str
 
-    def finding(self, what: str, mend: str | None = None, effects: Effects | None = None) -> Finding:
-        return Finding(self.number, what, self.effects if effects is None else effects, mend or self.mend)
+    def finding(self, what: str, fix: str | None = None, effects: Effects | None = None) -> Finding:
+        return Finding(self.number, what, self.effects if effects is None else effects, fix or self.fix)
 
 
 CODES: dict[str, Code] = {}
 
 
-def code(number: str, title: str, effects: Effects, mend: str) -> Code:
+def code(number: str, title: str, effects: Effects, fix: str) -> Code:
     """A new code, entered into the table. Raises ValueError for a number that is taken."""
     if number in CODES:
-        raise ValueError(f"{number} is {CODES[number].title!r} already")
-    CODES[number] = Code(number, title, effects, mend)
+        raise ValueError(f"{number} is already {CODES[number].title!r}")
+    CODES[number] = Code(number, title, effects, fix)
     return CODES[number]
 
 

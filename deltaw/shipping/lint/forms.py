@@ -1,4 +1,4 @@
-"""Which form of an adapter or a model a name stands for, and what is common to all forms.
+"""Which form of an adapter or a model a name stands for, and what all forms have in common.
 
 peft     a run, or a folder with adapter_config.json, adapter_model.safetensors or delta.safetensors
 gguf     a .gguf file, an adapter's or a whole model's
@@ -28,7 +28,7 @@ from deltaw.shipping.lint.finding import (
 )
 
 Form = Literal["peft", "gguf", "mlx", "model"]
-READERS: dict[Form, tuple[str, ...]] = {  # who reads it as it is, the one that it is made for first
+READERS: dict[Form, tuple[str, ...]] = {  # the programs that read it as it is, the one that it was made for first
     "peft": (PEFT, TRANSFORMERS, VLLM),
     "gguf": (LLAMA_CPP, OLLAMA),
     "mlx": (MLX,),
@@ -37,23 +37,23 @@ READERS: dict[Form, tuple[str, ...]] = {  # who reads it as it is, the one that 
 CONVERTS: dict[Form, tuple[str, ...]] = {"peft": (LLAMA_CPP, OLLAMA), "model": (PEFT, LLAMA_CPP, OLLAMA, MLX)}
 MLX_WEIGHTS = "adapters.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"  # PEFT's before safetensors
-FILES = (CONFIG, WEIGHTS, DELTAS, PICKLED_WEIGHTS)  # each of them is a sign of PEFT's layout
+FILES = (CONFIG, WEIGHTS, DELTAS, PICKLED_WEIGHTS)  # any of them is a sign of PEFT's layout
 OTHER_FORM = code(
     "DW108",
-    "a form that isn't the destination's: mlx-lm reads no folder in PEFT's layout, PEFT and vLLM read no GGUF",
+    "a form that the destination can't read: mlx-lm reads no folder in PEFT's layout, PEFT and vLLM read no GGUF",
     {MLX: REFUSED},
-    "export it for the place where it is to run",
+    "export it for the place where it will run",
 )
 
 
 def form_of(path: Path) -> Form:
-    """Of a run, too. Raises InputError for what is none of them."""
+    """The form of what lies at `path`, a run's included. Raises InputError for anything else."""
     if is_run(path):
         return "peft"
     if path.is_file():
         if path.suffix == ".gguf":
             return "gguf"
-        raise InputError(f"{path}: is a file", fix=f"name its folder: {path.parent}")
+        raise InputError(f"{path} is a file, not a folder", fix=f"name its folder: {path.parent}")
     if not path.is_dir():
         download = f"from the hub: hf download {path} --local-dir {path.name}" if HUB_ID.fullmatch(str(path)) else None
         raise InputError(f"{path}: no such adapter", fix=download)
@@ -71,10 +71,10 @@ def form_of(path: Path) -> Form:
     raise InputError(f"{path}: holds no adapter", fix=fix)
 
 
-def other_form(form: Form, mend: str) -> Finding:
-    """What destinations of another form make of it."""
+def other_form(form: Form, fix: str) -> Finding:
+    """The finding for destinations that read only other forms."""
     strangers = [place for place in DESTINATIONS if place not in READERS[form] + CONVERTS.get(form, ())]
     kind = {"peft": "in PEFT's layout", "gguf": "a GGUF", "mlx": "in mlx-lm's layout", "model": "a whole model"}[form]
     *most, last = [DESTINATIONS[place] for place in strangers]
     names = f"{', '.join(most)} and {last}" if most else last
-    return OTHER_FORM.finding(f"it is {kind}, which {names} can't read", mend, dict.fromkeys(strangers, REFUSED))
+    return OTHER_FORM.finding(f"it is {kind}, which {names} can't read", fix, dict.fromkeys(strangers, REFUSED))

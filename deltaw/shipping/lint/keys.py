@@ -1,10 +1,10 @@
-"""The name of a tensor in an adapter's file -> what it is for.
+"""What a tensor in an adapter's file is for, read off its name.
 
     base_model.model.<module path>.lora_A.weight
     ^ prefix                       ^ part
 
 Tools that save a model's own state dict rather than PEFT's leave the prefix out, or leave the adapter's name in
-(`.lora_A.default.weight`); both are read here and told apart, since destinations differ in whether they do.
+(`.lora_A.default.weight`); both are read here and told apart, since not every destination reads both.
 """
 
 import re
@@ -20,7 +20,7 @@ _PART = re.compile(
     rf"\.(?P<part>{A}|{B}|{EMBEDDING_A}|{EMBEDDING_B}|{MAGNITUDE}|{TOKENS})"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<kind>weight|bias))?$"
 )
-LORA_MARK = re.compile(r"lora_|_delta|magnitude|ia3|hada|lokr|oft_|vera_")  # names of adapters' tensors, ours or not
+LORA_MARK = re.compile(r"lora_|_delta|magnitude|ia3|hada|lokr|oft_|vera_")  # in the names of any tool's adapter tensors
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Key:
     path: str
     part: str
     prefixed: bool
-    adapter: str = ""  # the adapter's name, where it was left in
+    adapter: str = ""  # the adapter's name, if it was left in
 
     @property
     def expert(self) -> bool:
-        """Whether it is of experts that are one parameter, not of a layer."""
+        """Whether it belongs to experts stored as one parameter, not to a layer."""
         *parents, last = ["", *self.path.split(".")]
         return last == "experts" or (last == COPY and parents[-1] == "experts")
 
@@ -57,7 +57,7 @@ def parse(name: str) -> Key:
 
 
 class Names:
-    """Names of modules, as a config lists them: paths or their dotted ends (`config.names_module`), many for many."""
+    """Names of modules as a config lists them, paths or their dotted ends (`config.names_module`), looked up fast."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.all = set(names)
@@ -73,5 +73,5 @@ class Names:
 
 
 def named(keys: Iterable[Key], *parts: str) -> list[str]:
-    """The names of those that are one of `parts`."""
+    """The names of the tensors whose part is one of `parts`."""
     return [key.name for key in keys if key.part in parts]

@@ -1,4 +1,4 @@
-"""A name -> which form of an adapter or a model it is, what the rules find, a verdict per destination."""
+"""From a name to a verdict: which form of an adapter or a model it is, and what the rules find at each destination."""
 
 from collections.abc import Sequence
 from os import fspath
@@ -45,7 +45,7 @@ ANY_KIND = (
     rules_base.named,
     rules_base.own,
     *rules_chat.RULES,
-)  # what there is to say of an adapter of PEFT's that isn't a LoRA
+)  # what can be checked of a PEFT adapter that isn't a LoRA
 
 
 def lint(
@@ -56,21 +56,22 @@ def lint(
     max_lora_rank: int = 16,
     display: Display | None = None,
 ) -> Verdict:
-    """What becomes of an adapter at each destination, deltaw's own or another tool's: a run, a folder in PEFT's or
-    mlx-lm's layout, a .gguf file, a merged model's folder.
+    """What each destination makes of an adapter, deltaw's own or another tool's: a run, a folder in PEFT's or mlx-lm's
+    layout, a .gguf file or a merged model's folder.
 
-    `base`: what it goes on, where it doesn't say or that isn't here; `to`: one destination that matters, or several;
-    all without it; `max_lora_rank`: that of the vLLM it is for. Raises InputError where there is no adapter.
+    `base`: what it goes on, if it doesn't say or that isn't available; `to`: the destinations that matter, one or
+    several (default: all); `max_lora_rank`: the limit of the vLLM that will serve it. Raises InputError if there is no
+    adapter.
     """
     display = display or Display(quiet=True)
     base = fspath(base) if base else None
     to = destinations([to] if isinstance(to, str) else to)
     if max_lora_rank not in MAX_RANKS:
-        raise InputError(f"--max-lora-rank {max_lora_rank}: vLLM takes {', '.join(map(str, MAX_RANKS))}")
+        raise InputError(f"--max-lora-rank {max_lora_rank}: vLLM accepts only {', '.join(map(str, MAX_RANKS))}")
     path, name = Path(adapter).expanduser(), str(adapter)
     try:
         run, form = is_run(path), form_of(path)
-    except OSError as error:  # a name too long for a path, a folder that mustn't be looked into
+    except OSError as error:  # a name too long for a path, a folder that may not be read
         raise InputError(f"{name:.200}: {error.strerror}") from None
     if run:
         config = load_config(path / "config.yaml")
@@ -95,7 +96,7 @@ def _folder(
     max_rank: int,
     display: Display,
 ) -> Verdict:
-    """Of an adapter's folder in PEFT's layout, a run's or any."""
+    """The verdict on an adapter's folder in PEFT's layout, a run's or any other."""
     if run and not folder.is_dir():
         raise InputError(f"{name} has no finished adapter yet", fix=f"finish it: {command('train', name)}")
     config, shapes, findings = rules_files.read(folder)

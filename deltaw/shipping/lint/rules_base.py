@@ -1,4 +1,4 @@
-"""Which base it goes with, whether that is the one it was trained on, and who knows its architecture."""
+"""Which base it goes with, whether it was trained on that one, and who knows the base's architecture."""
 
 from collections.abc import Iterator
 
@@ -35,9 +35,9 @@ UNNAMED = code(
 )
 NOT_PUBLIC = code(
     "DW502",
-    "the base is named by a path or a bare name, which mean nothing on another machine",
+    "the base is named by a path or a bare name, which means nothing on another machine",
     dict.fromkeys((PEFT, TRANSFORMERS, VLLM, LLAMA_CPP), LOADS),
-    "write the base's hub id into base_model_name_or_path, or give the base beside it",
+    "write the base's hub id into base_model_name_or_path, or ship the base with it",
 )
 NOT_HERE = code(
     "DW503",
@@ -47,31 +47,31 @@ NOT_HERE = code(
 )
 OTHER_BASE = code(
     "DW504",
-    "it was trained on other weights than this base's (fingerprint)",
+    "it was trained on weights other than this base's (by fingerprint)",
     everywhere(WRONG),
     "name its own base with --base",
 )
 REVISION = code(
     "DW505",
-    "it was trained on another revision of the base than the one that is here",
+    "it was trained on a revision of the base other than the one available here",
     everywhere(UNSURE),
-    "load the base at the revision that it records",
+    "load the base at the recorded revision",
 )
 ARCHITECTURE = code(
     "DW506",
-    "llama.cpp isn't known to have the base's architecture",
+    "llama.cpp isn't known to support the base's architecture",
     dict.fromkeys((LLAMA_CPP, OLLAMA), UNSURE),
-    "see whether llama.cpp's convert_hf_to_gguf.py takes the base",
+    "check whether llama.cpp's convert_hf_to_gguf.py accepts the base",
 )
 OLLAMA_KIND = code(
     "DW507",
-    "Ollama's own reader of adapter folders knows llama and gemma2 only",
+    "Ollama's own reader of adapter folders knows only llama and gemma2",
     {OLLAMA: REFUSED},
     "give Ollama a GGUF",
 )
 OLLAMA_ROTARY = code(
     "DW508",
-    "q_proj and k_proj of the llama family: Ollama's own reader shuffles their A, where it is B that has to be",
+    "q_proj and k_proj of the llama family: Ollama's own reader permutes their A, but B is what must be permuted",
     {OLLAMA: WRONG},
     "give Ollama a GGUF",
 )
@@ -90,7 +90,7 @@ def named(s: Subject) -> Iterator[Finding]:
         effects = dict(UNNAMED.effects)
         if s.base:
             effects = {TRANSFORMERS: LOADS, LLAMA_CPP: LOADS}
-        yield UNNAMED.finding("base_model_name_or_path says nothing", effects=effects)
+        yield UNNAMED.finding("base_model_name_or_path is missing or empty", effects=effects)
     elif s.recorded.name not in BUILTINS and (not HUB_ID.fullmatch(s.recorded.name) or s.recorded.name[0] in "./~"):
         yield NOT_PUBLIC.finding(f"base_model_name_or_path is {s.recorded.name!r:.100}, not of the form org/name")
     if s.base is None and s.recorded.name:
@@ -106,7 +106,7 @@ def own(s: Subject) -> Iterator[Finding]:
         present = s.base.files.fingerprint
     if trained and present and not same_base(trained, present):
         yield OTHER_BASE.finding(
-            f"trained on {s.recorded.name or 'another base'} ({describe(trained)}), this is {s.base.source.name} "
+            f"trained on {s.recorded.name or 'another base'} ({describe(trained)}), but this is {s.base.source.name} "
             f"({describe(present)})"
         )
     revisions = s.recorded.revision, s.base.source.revision
@@ -131,7 +131,7 @@ def architecture(s: Subject) -> Iterator[Finding]:
 
 def unknown_to_llama_cpp(kind: str) -> Iterator[Finding]:
     if llama_cpp_name(kind) is None:
-        yield ARCHITECTURE.finding(f"the base is a {kind:.40}, and llama.cpp has no architecture of that name")
+        yield ARCHITECTURE.finding(f"the base is a {kind:.40}, and llama.cpp has no architecture by that name")
 
 
 def causal(s: Subject) -> Iterator[Finding]:

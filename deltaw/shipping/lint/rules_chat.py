@@ -1,7 +1,7 @@
-"""The chat template, what ends an answer, and tokens of one's own: why a right update may answer wrongly all the same.
+"""The chat template, stop tokens and added tokens: why a correct update may still answer wrongly.
 
 Servers take template, tokenizer and stop tokens from the base that they serve, not from the adapter's folder. So what
-counts is whether those are the ones that it was trained with.
+counts is whether it was trained with those.
 """
 
 import shlex
@@ -32,9 +32,9 @@ from deltaw.shipping.lint.subject import Subject
 from deltaw.show.text import counted
 
 SERVERS = (VLLM, LLAMA_CPP, OLLAMA, MLX)
-ROWS = 200  # of a run's data that are looked at
-SAMPLE = 256  # rows of the head
-FAINT = 0.01  # of the usual length of a row: one that no training has touched
+ROWS = 200  # of a run's data that are checked
+SAMPLE = 256  # about so many rows of the head
+FAINT = 0.01  # of the rows' median length: a shorter row was never trained
 NO_CHAT_TEMPLATE = code(
     "DW601",
     "it was trained on chats, and neither its folder nor the base has the chat template",
@@ -51,7 +51,7 @@ STOP_UNKNOWN = code(
     "DW603",
     "the token that ends an answer isn't among the base's stop tokens, so answers go on",
     {PEFT: WRONG, TRANSFORMERS: WRONG, VLLM: WRONG, LLAMA_CPP: UNSURE, OLLAMA: UNSURE, MLX: WRONG},
-    "name it as a stop token to whoever serves it; deltaw's exports write it",
+    "name it as a stop token to the server; deltaw's exports write it",
 )
 STOP_UNTRAINED = code(
     "DW604",
@@ -67,7 +67,7 @@ STOP_UNSEEN = code(
 )
 ADDED_TOKENS = code(
     "DW606",
-    "the tokenizer beside it has tokens that the base doesn't have, and the adapter holds no embeddings for them",
+    "the tokenizer beside it has tokens that the base lacks, and the adapter holds no embeddings for them",
     everywhere(WRONG),
     "ask its author for the embeddings, or use the base's own tokenizer if the tokens aren't needed",
 )
@@ -79,15 +79,17 @@ def template(s: Subject) -> Iterator[Finding]:
     if chat.plain or not wanted or not chat.bases or wanted == chat.bases:
         return
     if wanted == chat.own:
-        words = f"{s.folder.name}/ has a chat template of its own, the base has {_its(chat)}: servers use the base's"
+        words = (
+            f"{s.folder.name}/ has a chat template of its own, the base has {_its(chat)}, and servers use the base's"
+        )
         file = shlex.quote(str(s.folder / TEMPLATE))
-        mend = f"vLLM: --chat-template {file}; llama.cpp: --chat-template-file {file}; or export it to gguf, mlx"
-        yield OTHER_TEMPLATE.finding(words, mend, dict.fromkeys(SERVERS, WRONG) | {PEFT: LOADS, TRANSFORMERS: LOADS})
+        fix = f"vLLM: --chat-template {file}; llama.cpp: --chat-template-file {file}; or export it to gguf, mlx"
+        yield OTHER_TEMPLATE.finding(words, fix, dict.fromkeys(SERVERS, WRONG) | {PEFT: LOADS, TRANSFORMERS: LOADS})
     elif chat.renderer is not None:
-        words = f"its run has the template that it was trained under, the base has {_its(chat)}"
+        words = f"its run has the template that it was trained under, but the base has {_its(chat)}"
         yield OTHER_TEMPLATE.finding(words, s.export("peft"))
     elif chat.bases == NO_TEMPLATE and not chat.own:
-        yield NO_CHAT_TEMPLATE.finding("the template that it records is neither in its folder nor the base's")
+        yield NO_CHAT_TEMPLATE.finding("the template that it records is neither in its folder nor in the base")
     else:
         yield OTHER_TEMPLATE.finding(
             f"the template that it records is neither its folder's nor {s.base and s.base.source.name}'s"
@@ -104,8 +106,8 @@ def stop_unknown(s: Subject) -> Iterator[Finding]:
         return
     if renderer.end_of_turn is not None and renderer.end_of_turn not in renderer.model_stop_ids:
         name = renderer.tokenizer.convert_ids_to_tokens(renderer.end_of_turn)
-        words = f"answers end with {name!r:.60} ({renderer.end_of_turn}), the base stops at {_names(renderer)}"
-        yield STOP_UNKNOWN.finding(words, f"vLLM: stop_token_ids [{renderer.end_of_turn}]; {STOP_UNKNOWN.mend}")
+        words = f"answers end with {name!r:.60} ({renderer.end_of_turn}), but the base stops at {_names(renderer)}"
+        yield STOP_UNKNOWN.finding(words, f"vLLM: stop_token_ids [{renderer.end_of_turn}]; {STOP_UNKNOWN.fix}")
 
 
 def _names(renderer: Renderer) -> str:
@@ -114,7 +116,7 @@ def _names(renderer: Renderer) -> str:
 
 
 def stop_untrained(s: Subject) -> Iterator[Finding]:
-    """A row of the head that is as good as zero gives the token the same logit whatever is asked."""
+    """A row of the head that is almost zero gives its token the same logit after any prompt."""
     renderer = s.chat.renderer
     if renderer is None or s.base is None or {s.base.head, s.base.embedding} & {key.path for key in s.keys}:
         return
@@ -132,19 +134,19 @@ def stop_untrained(s: Subject) -> Iterator[Finding]:
     if usual > 0 and max(lengths) < FAINT * usual:
         names = some([repr(name) for name in renderer.tokenizer.convert_ids_to_tokens(ids)])
         yield STOP_UNTRAINED.finding(
-            f"{names}: its row in {stored.name} is {max(lengths) / usual:.2%} of the usual length"
+            f"{names}: its row in {stored.name} is {max(lengths) / usual:.2%} of the median length"
         )
 
 
 def stop_unseen(s: Subject) -> Iterator[Finding]:
-    """Of a run: whether its first rows, as its data is now, train a stop token."""
+    """Whether the first rows of a run's data, as the files are now, train a stop token."""
     renderer = s.chat.renderer
     if s.run is None or renderer is None:
         return
     few = s.run.data.model_copy(update={"limit": min(ROWS, s.run.data.limit or ROWS), "eval": None})
     try:
         examples = prepare(few, renderer).train
-    except DeltawError:  # its data is elsewhere by now
+    except DeltawError:  # its data has been moved since
         return
     endless = sum(renderer.stop_ids.isdisjoint(e.tokens[e.loss_mask].tolist()) for e in examples)
     if endless:

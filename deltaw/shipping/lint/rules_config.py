@@ -1,9 +1,9 @@
-"""What the config says of a LoRA's scale and rank, and who reads it how.
+"""What the config says about a LoRA's scale and rank, and how each destination reads it.
 
 scale of module i      alpha_i / r_i, or alpha_i / sqrt(r_i) (rsLoRA)
 PEFT, vLLM             r_i and alpha_i by rank_pattern and alpha_pattern
 llama.cpp, Ollama      their converters copy lora_alpha, one number; the runtime divides it by each tensor's own rank,
-                       and takes an alpha of 0 for "scale 1". So rank_pattern alone comes out right, rsLoRA and
+                       and takes an alpha of 0 to mean scale 1. So rank_pattern alone comes out right, but rsLoRA and
                        alpha_pattern don't.
 """
 
@@ -39,8 +39,14 @@ KINDS = {  # peft_type of PEFT 0.21
     "P_TUNING", "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA",
     "VBLORA", "VERA", "WAVEFT", "XLORA",
 }  # fmt: skip
-PROMPTS = {"CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}  # transformers takes none
-SHARED = {"FROD", "PVERA", "TINYLORA", "UNILORA", "VBLORA", "VERA"}  # nor state that all layers share
+PROMPTS = {
+    "CPT",
+    "MULTITASK_PROMPT_TUNING",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+}  # transformers reads none of them
+SHARED = {"FROD", "PVERA", "TINYLORA", "UNILORA", "VBLORA", "VERA"}  # nor these, whose layers share state
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 NEEDED = ("r", "lora_alpha", "target_modules")  # by vLLM
@@ -51,7 +57,7 @@ KIND = code(
     "DW301",
     "peft_type isn't LORA",
     {PEFT: UNSURE, TRANSFORMERS: UNSURE, VLLM: REFUSED, LLAMA_CPP: REFUSED, OLLAMA: REFUSED},
-    "merge it with PEFT (merge_and_unload), where that kind of adapter can be",
+    "merge it with PEFT (merge_and_unload), if that kind of adapter can be merged",
 )
 RANK = code(
     "DW302",
@@ -67,33 +73,33 @@ ALPHA = code(
 )
 ALPHA_INTEGER = code(
     "DW304",
-    "lora_alpha isn't written as a whole number, which Ollama's own reader wants",
+    "lora_alpha isn't written as a whole number, which Ollama's own reader requires",
     {OLLAMA: REFUSED},
     "give Ollama a GGUF",
 )
 MISSING = code(
     "DW305",
-    "r, lora_alpha or target_modules isn't given: PEFT has a default, vLLM and the converters don't",
+    "r, lora_alpha or target_modules is missing: PEFT has defaults, vLLM and the converters don't",
     {VLLM: REFUSED},
-    "write what it was trained with",
+    "write the values that it was trained with",
 )
 RSLORA = code(
     "DW306",
-    "rsLoRA: converters that copy lora_alpha give alpha / r for alpha / sqrt(r)",
+    "rsLoRA: converters that copy lora_alpha turn alpha / sqrt(r) into alpha / r",
     {LLAMA_CPP: WRONG, OLLAMA: WRONG},
     "let deltaw write the GGUF, with the scale in B",
 )
 ALPHA_PATTERN = code(
     "DW307",
-    "alpha_pattern: converters that copy lora_alpha give all modules the same, and so does older vLLM",
+    "alpha_pattern: converters that copy lora_alpha give all modules the same alpha, and so does older vLLM",
     {VLLM: LOADS, LLAMA_CPP: WRONG, OLLAMA: WRONG},
-    "let deltaw write the GGUF, and for older vLLM export with --plain",
+    "let deltaw write the GGUF; for older vLLM, export with --plain",
 )
 RANK_PATTERN = code(
     "DW308",
-    "rank_pattern: older vLLM takes r for all modules' scales",
+    "rank_pattern: older vLLM computes every module's scale from r",
     {VLLM: LOADS},
-    "for older vLLM export with --plain",
+    "for older vLLM, export with --plain",
 )
 MAX_RANK = code(
     "DW309",
@@ -103,13 +109,13 @@ MAX_RANK = code(
 )
 FAN = code(
     "DW310",
-    "fan_in_fan_out doesn't suit the base (GPT-2 wants true, others false): PEFT corrects it with a warning",
+    "fan_in_fan_out doesn't match the base (GPT-2 needs true, others false): PEFT corrects it with a warning",
     dict.fromkeys(LOADERS, LOADS),
-    "write what the base is, for tools that don't correct it",
+    "set it to match the base, for tools that don't correct it",
 )
 UNKNOWN = code(
     "DW311",
-    "config fields that deltaw doesn't know: what they do, and who reads them, can't be told",
+    "config fields that deltaw doesn't know: what they do and who reads them can't be told",
     everywhere(UNSURE),
     "look them up in the tool that wrote them",
 )
@@ -119,14 +125,14 @@ TASK = code(
 
 SCALE = code(
     "DW313",
-    "the config gives another scale than the one that deltaw recorded when it saved the adapter (deltaw.json)",
+    "the config's scale isn't the one that deltaw recorded when it saved the adapter (deltaw.json)",
     {PEFT: WRONG, TRANSFORMERS: WRONG, VLLM: WRONG, LLAMA_CPP: WRONG, OLLAMA: WRONG},
-    "write the rank, alpha and use_rslora that deltaw.json has into adapter_config.json",
+    "copy rank, alpha and use_rslora from deltaw.json into adapter_config.json",
 )
 
 
 def other_kind(config: Mapping[str, Any]) -> bool:
-    """Whether it is one of PEFT's adapters that aren't LoRA, whose config and tensors are of other names."""
+    """Whether it is one of PEFT's adapters that aren't LoRA, whose config and tensors have other names."""
     given = config.get("peft_type")
     return isinstance(given, str) and given in KINDS - {"LORA"}
 
@@ -143,7 +149,7 @@ def kind(s: Subject) -> Iterator[Finding]:
         effects[TRANSFORMERS] = REFUSED
     if s.layers and all(key.part in (A, B) for key in s.keys):  # the others go by the tensors' names
         effects |= dict.fromkeys((VLLM, *CONVERTERS), WRONG if known else LOADS)
-    words = f"peft_type is {given!r:.60}" + ("; lint looks at LORA only" if known else ", which PEFT doesn't know")
+    words = f"peft_type is {given!r:.60}" + ("; lint checks only LORA" if known else ", which PEFT doesn't know")
     yield KIND.finding(words, effects=effects)
 
 
@@ -166,7 +172,7 @@ def alpha(s: Subject) -> Iterator[Finding]:
         yield ALPHA.finding(f"{CONFIG}: not a number: {some(refused)}", effects=effects)
     zero = [name for name, value in numbers.items() if value == 0]
     if zero:
-        yield ALPHA.finding(f"{some(zero)} is 0, so nothing is changed by it; llama.cpp takes 0 for scale 1")
+        yield ALPHA.finding(f"{some(zero)} is 0, so the adapter changes nothing; llama.cpp takes 0 to mean scale 1")
     wild = [f"{name} is {value}" for name, value in numbers.items() if value is not None and not math.isfinite(value)]
     if wild:
         yield ALPHA.finding(f"{some(wild)}, and so is every answer")
@@ -176,7 +182,8 @@ def alpha_integer(s: Subject) -> Iterator[Finding]:
     given = s.config.get("lora_alpha")
     if isinstance(given, float) or (type(given) is int and not 0 <= given < 2**32):
         yield ALPHA_INTEGER.finding(
-            f"lora_alpha is written {json.dumps(given)}, Ollama's reader wants 16", s.export("gguf")
+            f"lora_alpha is written as {json.dumps(given)}, but Ollama's reader needs a whole number such as 16",
+            s.export("gguf"),
         )
 
 
@@ -189,12 +196,12 @@ def missing(s: Subject) -> Iterator[Finding]:
         effects |= {LLAMA_CPP: REFUSED, OLLAMA: WRONG}
     if "target_modules" in gone and not s.get("target_parameters"):
         effects |= dict.fromkeys(LOADERS, UNSURE)
-    yield MISSING.finding(f"{CONFIG} doesn't give {' and '.join(gone)}", effects=effects)
+    yield MISSING.finding(f"{CONFIG} lacks {' and '.join(gone)}", effects=effects)
 
 
 def rslora(s: Subject) -> Iterator[Finding]:
     if s.get("use_rslora") and any((s.rank(path) or 2) > 1 for path in s.layers):
-        yield RSLORA.finding("use_rslora is on, and converters copy lora_alpha as it is", s.export("gguf"))
+        yield RSLORA.finding("use_rslora is on, but converters copy lora_alpha as it is", s.export("gguf"))
 
 
 def patterns(s: Subject) -> Iterator[Finding]:
@@ -207,26 +214,26 @@ def patterns(s: Subject) -> Iterator[Finding]:
         except Undecided:
             continue
         if own:
-            mend = s.export("gguf") if which is ALPHA_PATTERN else s.export("vllm", "--plain")
-            yield which.finding(f"{field} gives {len(own)} modules their own: {some(list(own))}", mend)
+            fix = s.export("gguf") if which is ALPHA_PATTERN else s.export("vllm", "--plain")
+            yield which.finding(f"{field} gives {len(own)} modules values of their own: {some(list(own))}", fix)
 
 
 def max_rank(s: Subject) -> Iterator[Finding]:
-    """Of the config, which vLLM goes by."""
+    """The config's largest rank, which is what vLLM goes by."""
     pattern = s.get("rank_pattern", {})
     values = [s.default_rank or 0, *(pattern.values() if isinstance(pattern, dict) else ())]
     most = max((value for value in values if _natural(value)), default=0)
     if most <= s.max_rank:
         return
     enough = next((allowed for allowed in MAX_RANKS if allowed >= most), None)
-    mend = f"start vLLM with --max-lora-rank {enough}" if enough else s.merge()
-    yield MAX_RANK.finding(f"rank {most} is above --max-lora-rank {s.max_rank}", mend)
+    fix = f"start vLLM with --max-lora-rank {enough}" if enough else s.merge()
+    yield MAX_RANK.finding(f"rank {most} is above --max-lora-rank {s.max_rank}", fix)
 
 
 def fan(s: Subject) -> Iterator[Finding]:
     given = bool(s.get("fan_in_fan_out", False))
     if s.base and s.layers and given != s.base.transposed:
-        yield FAN.finding(f"fan_in_fan_out is {str(given).lower()}, and {s.base.source.name} wants the opposite")
+        yield FAN.finding(f"fan_in_fan_out is {str(given).lower()}, but {s.base.source.name} needs the opposite")
 
 
 def unknown(s: Subject) -> Iterator[Finding]:
@@ -234,7 +241,7 @@ def unknown(s: Subject) -> Iterator[Finding]:
         return
     names = sorted(name for name in s.config.keys() - UNSUPPORTED.keys() - IGNORED - READ if s.config[name])
     if names:
-        yield UNKNOWN.finding(f"{CONFIG}: {some(names, 4)}")
+        yield UNKNOWN.finding(f"{CONFIG} has {some(names, 4)}")
 
 
 def task(s: Subject) -> Iterator[Finding]:
@@ -251,7 +258,7 @@ def recorded_scale(s: Subject) -> Iterator[Finding]:
     except Undecided:
         return
     wrong = [
-        f"{path}: {scale:g} for {s.spec.scale(path):g}"
+        f"{path}: {scale:g} instead of {s.spec.scale(path):g}"
         for path, scale in scales.items()
         if not math.isclose(scale, s.spec.scale(path), rel_tol=1e-6)
     ]

@@ -1,8 +1,7 @@
-"""What is wrong with the files themselves, before anything in them is looked at.
+"""What is wrong with the files themselves, before their contents are checked.
 
-`read` gives a Subject whatever state the folder is in; what keeps it from being read is among its first findings. The
-JSON may be one that deltaw refuses (a key that appears twice) and other tools read: then it is read as they do, and
-that is a finding.
+`read` works whatever state the folder is in; whatever can't be read becomes one of the first findings. JSON that deltaw
+refuses but other tools read (a key that appears twice) is read as they read it, and that is a finding.
 """
 
 import json
@@ -30,18 +29,21 @@ from deltaw.shipping.lint.subject import Subject, read_config
 
 AGAIN = "download the file again"
 CONFIG_UNREADABLE = code(
-    "DW101", "adapter_config.json is missing or can't be read", everywhere(REFUSED), "download the whole folder again"
+    "DW101",
+    "adapter_config.json is missing or can't be read",
+    everywhere(REFUSED),
+    "download the complete folder again",
 )
 CONFIG_AMBIGUOUS = code(
     "DW102",
     "adapter_config.json is read differently by different tools (a key appears twice)",
     everywhere(UNSURE),
-    "take out all but one of the entries",
+    "remove all but one of the entries",
 )
-WEIGHTS_MISSING = code("DW103", "there is no file with weights", everywhere(REFUSED), "download the whole folder again")
+WEIGHTS_MISSING = code("DW103", "there is no weights file", everywhere(REFUSED), "download the complete folder again")
 PICKLED = code(
     "DW104",
-    "the weights are a pickle only, which runs code when it is opened; lint doesn't open it",
+    "the weights come only as a pickle, which runs code when it is opened; lint doesn't open it",
     everywhere(UNSURE),
     "ask its author for safetensors, or convert it in a sandbox",
 )
@@ -56,17 +58,17 @@ FULL_TUNE = code(
 )
 UNSHARED = code(
     "DW107",
-    "only its owner can read the weights' file (safetensors writes files that way)",
+    "only its owner can read the weights file (safetensors writes files that way)",
     dict.fromkeys((VLLM, LLAMA_CPP, OLLAMA), LOADS),
-    "chmod 644 the file where a server runs as another user",
+    "chmod 644 the file if a server runs as another user",
 )
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], list[Finding]]:
     """(config, shapes by tensor name, findings) of an adapter's folder; what can't be read is empty."""
     if (folder / DELTAS).is_file():
-        mend = command("merge", folder, options=["-o", f"{folder.name}-merged"])
-        return {}, {}, [FULL_TUNE.finding(f"{DELTAS} holds full fine-tuning, which no other tool reads", mend)]
+        fix = command("merge", folder, options=["-o", f"{folder.name}-merged"])
+        return {}, {}, [FULL_TUNE.finding(f"{DELTAS} holds full fine-tuning, which no other tool reads", fix)]
     config, findings = _config(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     if (folder / WEIGHTS).is_file():
@@ -74,8 +76,8 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], list
             shapes = dict(read_header(folder / WEIGHTS).shapes)
         except InputError as error:
             findings.append(WEIGHTS_UNREADABLE.finding(f"{WEIGHTS}: {_reason(error)}"))
-    elif (folder / PICKLED_WEIGHTS).is_file():  # other pickles are a trainer's state
-        findings.append(PICKLED.finding(f"{PICKLED_WEIGHTS} is a pickle and there is no {WEIGHTS}"))
+    elif (folder / PICKLED_WEIGHTS).is_file():  # any other pickle is a trainer's state
+        findings.append(PICKLED.finding(f"{PICKLED_WEIGHTS} is a pickle, and there is no {WEIGHTS}"))
     else:
         findings.append(WEIGHTS_MISSING.finding(f"{WEIGHTS} is missing"))
     return config, shapes, findings
@@ -86,17 +88,17 @@ def _config(folder: Path) -> tuple[dict[str, Any], list[Finding]]:
         config = read_config(folder)
         with (folder / CONFIG).open("rb") as file:
             marked = file.read(len(BOM_UTF8)) == BOM_UTF8
-        what = f"{CONFIG} begins with a byte-order mark, which no other tool's JSON reader takes"
+        what = f"{CONFIG} begins with a byte-order mark, which no other tool's JSON reader accepts"
         return config, [CONFIG_UNREADABLE.finding(what, "save it as UTF-8 without the mark")] * marked
     except InputError as error:
         try:
             with (folder / CONFIG).open("rb") as file:
-                lenient = json.loads(file.read(1_000_001))  # a longer one is cut, and no JSON
+                lenient = json.loads(file.read(1_000_001))  # a longer one is cut off and so isn't JSON
         except (OSError, ValueError, RecursionError):
             lenient = None
         if not isinstance(lenient, dict):
             return {}, [CONFIG_UNREADABLE.finding(f"{CONFIG}: {_reason(error)}")]
-        return lenient, [CONFIG_AMBIGUOUS.finding(f"{CONFIG}: {_reason(error)}; the last one is what most tools take")]
+        return lenient, [CONFIG_AMBIGUOUS.finding(f"{CONFIG}: {_reason(error)}; most tools take the last one")]
 
 
 def _reason(error: InputError) -> str:
@@ -117,7 +119,9 @@ def unshared(s: Subject) -> Iterator[Finding]:
 
 def form(s: Subject) -> Iterator[Finding]:
     if s.shapes:
-        yield other_form("peft", s.export("mlx") or "what deltaw can't load it can't convert: see the other findings")
+        yield other_form(
+            "peft", s.export("mlx") or "deltaw can't load it, so it can't convert it: see the other findings"
+        )
 
 
 RULES = (early, unshared, form)

@@ -1,9 +1,9 @@
 """Folders for other readers: an adapter as mlx-lm has it, and a whole model as transformers does.
 
-mlx-lm makes LoRA layers by its config (the last `num_layers` blocks, in each what `keys` names) and then loads the
-file; 0.32 refuses a tensor that finds no place (tried), older versions silently left it out. A model folder is
-loaded by transformers with random numbers for what the files lack, and without what its config has no place for, both
-with a line in the log.
+mlx-lm makes LoRA layers by its config (in the last `num_layers` blocks, those that `keys` names) and then loads the
+file; 0.32 refuses a tensor that matches no layer (tried), older versions silently ignored it. transformers fills in
+random numbers for what a model folder's files lack, and drops what its config has no place for, both with only a line
+in the log.
 """
 
 import math
@@ -46,7 +46,7 @@ from deltaw.show.text import counted
 
 EXPORT = "let deltaw write it: deltaw export --to mlx"
 MLX_UNREADABLE = code("DW801", "mlx-lm's files are missing or can't be read", {MLX: REFUSED}, EXPORT)
-MLX_CONFIG = code("DW802", "a config that mlx-lm can't make layers of", {MLX: REFUSED}, EXPORT)
+MLX_CONFIG = code("DW802", "a config from which mlx-lm can't make layers", {MLX: REFUSED}, EXPORT)
 MLX_STRANGE = code(
     "DW803", "tensors for which mlx-lm's config makes no layer, or of another rank", {MLX: REFUSED}, EXPORT
 )
@@ -54,12 +54,15 @@ MLX_HALF = code("DW804", "lora_a without its lora_b, or the other way round", {M
 MLX_SCALE = code("DW805", "a scale that is 0, NaN or infinite", {MLX: WRONG}, EXPORT)
 MODEL_UNREADABLE = code(
     "DW811",
-    "a model folder whose weights are missing, cut short or not for its config",
+    "a model folder whose weights are missing, cut short or don't fit its config",
     everywhere(REFUSED),
-    "get it again, whole",
+    "get the complete folder again",
 )
 MODEL_UNSEEN = code(
-    "DW812", "a model folder that lint doesn't open (pickles, code, quantised weights)", everywhere(UNSURE), "see why"
+    "DW812",
+    "a model folder that lint doesn't open (pickles, code, quantised weights)",
+    everywhere(UNSURE),
+    "nothing in general: the finding says why",
 )
 MODEL_LACKS = code(
     "DW813",
@@ -69,13 +72,13 @@ MODEL_LACKS = code(
 )
 MODEL_DROPS = code(
     "DW814",
-    "tensors that the config has no place for: they are left out",
+    "tensors that the config has no place for: they are dropped",
     {TRANSFORMERS: WRONG, PEFT: WRONG, VLLM: UNSURE, LLAMA_CPP: UNSURE, OLLAMA: UNSURE, MLX: UNSURE},
     "merge it again: deltaw merge",
 )
 MODEL_HEAD = code(
     "DW815",
-    "a head of its own in the files, and tie_word_embeddings in the config: vLLM and others drop the head",
+    "a separate head in the files, but tie_word_embeddings in the config: vLLM and others drop the head",
     {VLLM: WRONG, LLAMA_CPP: UNSURE, OLLAMA: UNSURE, MLX: UNSURE},
     "write tie_word_embeddings: false",
 )
@@ -86,7 +89,7 @@ MODEL_OTHER_TEMPLATE = code(
     "DW817",
     "another chat template than the base's",
     everywhere(UNSURE),
-    "right if it was trained under that one; else merge again",
+    "nothing, if it was trained under that one; otherwise merge again",
 )
 BLOCK = re.compile(r"(?:.*\.)?(?:layers|h)\.(?P<number>\d{1,6})\.(?P<key>.+)")
 
@@ -100,8 +103,8 @@ class MlxFolder:
 
 
 def look_mlx(folder: Path, base: str | None, display: Display) -> Iterator[Finding]:
-    """All that is found of a folder with adapters.safetensors. Raises InputError for a --base that is none."""
-    yield other_form("mlx", "export the adapter that it was made from for the place where it is to run")
+    """All findings about a folder with adapters.safetensors. Raises InputError for a --base that isn't one."""
+    yield other_form("mlx", "export the adapter that it was made from for the place where it will run")
     source = find_base(base, display=display) if base else None
     try:
         config = read_json(folder / CONFIG, max_bytes=1_000_000, allow_nan=True)
@@ -144,7 +147,7 @@ def mlx_tensors(f: MlxFolder) -> Iterator[Finding]:
         elif match and f.blocks and type(layers) is int and int(match["number"]) < f.blocks - max(layers, 0):
             strange.append(f"{name}: num_layers is {layers} of {f.blocks}")
         elif part != "m" and len(shape) == 2 and type(rank) is int and shape[part == "lora_a"] != rank:
-            strange.append(f"{name} is {shape}, rank is {rank}")
+            strange.append(f"{name} is {shape}, but rank is {rank}")
     if strange:
         yield MLX_STRANGE.finding(f"{len(strange)} of {len(f.shapes)} tensors: {some(strange)}")
     stems = {name.rpartition(".")[0] for name in f.shapes if name.endswith((".lora_a", ".lora_b"))}
@@ -167,7 +170,7 @@ def _blocks(source: Source | None) -> int | None:
 
 
 def look_model(name: str, folder: Path, base: str | None, display: Display) -> Iterator[Finding]:
-    """All that is found of a merged model's folder. Raises InputError for a --base that is none."""
+    """All findings about a merged model's folder. Raises InputError for a --base that isn't one."""
     other = base_of(find_base(base, display=display)) if base else None
     try:
         shards(folder)
@@ -194,7 +197,7 @@ def look_model(name: str, folder: Path, base: str | None, display: Display) -> I
 
 
 def _parameters(own: Base) -> Iterator[Finding]:
-    """The model's parameters against the files' tensors."""
+    """Compares the model's parameters with the files' tensors."""
     try:
         checkpoint = own.files.checkpoint
         parts = {name for names in checkpoint.converted.values() for name in names}
@@ -204,7 +207,7 @@ def _parameters(own: Base) -> Iterator[Finding]:
         head = f"{own.head}.weight"
         untied = own.tied and checkpoint.apart(head) and head in checkpoint.stored
         wrong = [
-            f"{parameter} is {stored.shape}, the config says {own.parameters[parameter]}"
+            f"{parameter} is {stored.shape}, but the config says {own.parameters[parameter]}"
             for parameter in own.parameters
             if (stored := checkpoint.find(parameter)) and tuple(stored.shape) != own.parameters[parameter]
         ]
@@ -221,4 +224,4 @@ def _parameters(own: Base) -> Iterator[Finding]:
     if wrong:
         yield MODEL_UNREADABLE.finding(f"{counted(len(wrong), 'tensor')}: {some(wrong)}")
     if untied:
-        yield MODEL_HEAD.finding(f"{head} has numbers of its own")
+        yield MODEL_HEAD.finding(f"{head} has numbers of its own, not the embedding's")

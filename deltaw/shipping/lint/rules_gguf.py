@@ -3,8 +3,8 @@
     <tensor of the base>.lora_a [R, N], .lora_b [M, R]; GGUF says the sides the other way round, the fastest first
     scale of each = adapter.lora.alpha / its own R, or 1 where alpha is 0
 
-Held to the base's own GGUF where that is named with --base, or to the base's architecture. What llama.cpp does was
-tried in llama.cpp (tests/shipping/test_lint_gguf.py). Whether the rows of q and k stand in llama.cpp's order can't be
+Held to the base's own GGUF if that is named with --base, or to the base's architecture. What llama.cpp does was
+tried in llama.cpp (tests/shipping/test_lint_gguf.py). Whether the rows of q and k are in llama.cpp's order can't be
 told from a file: `deltaw verify` asks for answers.
 """
 
@@ -31,37 +31,42 @@ BOTH = (LLAMA_CPP, OLLAMA)
 REFUSE, CHANGE, DOUBT = dict.fromkeys(BOTH, REFUSED), dict.fromkeys(BOTH, WRONG), dict.fromkeys(BOTH, UNSURE)
 A, B = ".lora_a", ".lora_b"
 EXPORT = "let deltaw write it: deltaw export --to gguf"
-UNREADABLE = code("DW701", "no usable GGUF file", REFUSE, "download the file again")
+UNREADABLE = code("DW701", "not a usable GGUF file", REFUSE, "get the file again")
 KIND = code("DW702", "a GGUF that is neither a model nor an adapter of type lora", REFUSE, EXPORT)
 OTHER_ARCHITECTURE = code("DW703", "an adapter for another architecture than the base's", REFUSE, "name its own base")
 STRANGE = code("DW704", "tensors that are neither lora_a nor lora_b", REFUSE, EXPORT)
 HALF = code("DW705", "a lora_a without its lora_b, or the other way round", REFUSE, EXPORT)
-UNFIT = code("DW706", "tensors that the base doesn't have, or of other sizes", REFUSE, "name its own base")
-NORMS = code("DW707", "norms: llama.cpp silently leaves them out", CHANGE, "export the whole model: --merged")
-ALPHA = code("DW708", "adapter.lora.alpha is missing or 0 (which llama.cpp takes for scale 1), or NaN", CHANGE, EXPORT)
+UNFIT = code("DW706", "tensors that the base lacks, or has in other sizes", REFUSE, "name its own base")
+NORMS = code("DW707", "norms, which llama.cpp silently ignores", CHANGE, "export the whole model: --merged")
+ALPHA = code(
+    "DW708", "adapter.lora.alpha is missing, NaN, or 0 (which llama.cpp takes to mean scale 1)", CHANGE, EXPORT
+)
 ALPHA_TYPE = code("DW709", "adapter.lora.alpha isn't a float32", REFUSE, EXPORT)
 RANKS = code(
     "DW710",
     "several ranks under one alpha: llama.cpp divides it by each tensor's own rank",
     DOUBT,
-    "right if that was meant; deltaw's exports pad to one rank",
+    "nothing, if that was meant; deltaw's exports pad to one rank",
 )
-NO_TEMPLATE_THERE = code(
-    "DW721", "a model without a chat template: chats are asked for in ChatML", DOUBT, "write tokenizer.chat_template"
+NO_TEMPLATE_KEY = code(
+    "DW721", "a model without a chat template: chats are written in ChatML", DOUBT, "write tokenizer.chat_template"
 )
 OTHER_TEMPLATE = code(
-    "DW722", "another chat template than the base's", DOUBT, "right if it was trained under that one; else export again"
+    "DW722",
+    "another chat template than the base's",
+    DOUBT,
+    "nothing, if it was trained under that one; otherwise export again",
 )
 NO_SPLITTING = code(
     "DW723",
-    "a byte-level tokenizer without tokenizer.ggml.pre: text is split by a rule that fits no model in particular",
+    "a byte-level tokenizer without tokenizer.ggml.pre: text is split by a default rule that fits no particular model",
     CHANGE,
     "write tokenizer.ggml.pre, as llama.cpp's converter does",
 )
 NO_END = code("DW724", "no end-of-sequence token", CHANGE, "write tokenizer.ggml.eos_token_id")
 MAY_BEGIN = code(
     "DW725",
-    "a beginning-of-sequence token, but not whether a text begins with it (add_bos_token)",
+    "a beginning-of-sequence token, without saying whether texts begin with it (add_bos_token)",
     DOUBT,
     "write tokenizer.ggml.add_bos_token",
 )
@@ -69,7 +74,7 @@ MAY_BEGIN = code(
 
 @dataclass(frozen=True)
 class GgufFile:
-    """`base`: the header of the base's GGUF; `architecture`: llama.cpp's name of the base's, "" unknown."""
+    """`base`: the header of the base's GGUF; `architecture`: llama.cpp's name for the base's, "" if unknown."""
 
     path: Path
     header: Header
@@ -82,7 +87,7 @@ class GgufFile:
 
 
 def look(path: Path, base: str | None, display: Display) -> Iterator[Finding]:
-    """All that is found of a file. Raises InputError for a --base that is none."""
+    """All findings about a file. Raises InputError for a --base that isn't one."""
     source = find_base(base, display=display) if base else None
     yield other_form("gguf", "give them the folder in PEFT's layout that it was made from")
     try:
@@ -112,7 +117,7 @@ def _base(source: Source | None) -> tuple[Header | None, str]:
 
 def kind(f: GgufFile) -> Iterator[Finding]:
     if f["adapter.type"] != "lora":
-        yield KIND.finding(f"adapter.type is {str(f['adapter.type'])[:40]!r}, llama.cpp wants 'lora'")
+        yield KIND.finding(f"adapter.type is {str(f['adapter.type'])[:40]!r}, but llama.cpp needs 'lora'")
 
 
 def architecture(f: GgufFile) -> Iterator[Finding]:
@@ -134,7 +139,7 @@ def tensors(f: GgufFile) -> Iterator[Finding]:
 
 
 def _sizes(f: GgufFile, stems: list[str]) -> Iterator[Finding]:
-    """The rule of llama.cpp; an embedding's A is the other way round."""
+    """Checks sizes by llama.cpp's rule; an embedding's A is the other way round."""
     wrong = []
     for stem in stems:
         a, b = ([*f.header.shapes[stem + part], 1][:2] for part in (A, B))
@@ -143,9 +148,9 @@ def _sizes(f: GgufFile, stems: list[str]) -> Iterator[Finding]:
         if not embedding and a[1] != b[0]:
             wrong.append(f"{stem}: lora_a {a} and lora_b {b} have no rank in common")
         elif f.base and own is None:
-            wrong.append(f"{stem}: the base doesn't have it")
+            wrong.append(f"{stem}: the base lacks it")
         elif own and (own[0], own[1]) != ((b[1], a[1]) if embedding else (a[0], b[1])):
-            wrong.append(f"{stem}: lora_a {a} and lora_b {b}, the base's is {list(own)}")
+            wrong.append(f"{stem}: lora_a {a} and lora_b {b}, but the base's is {list(own)}")
     if wrong:
         yield UNFIT.finding(f"{len(wrong)} of {len(stems)} tensors: {some(wrong)}")
     ranks = sorted({f.header.shapes[stem + B][0] for stem in stems})
@@ -164,7 +169,7 @@ def alpha(f: GgufFile) -> Iterator[Finding]:
 def template(f: GgufFile) -> Iterator[Finding]:
     own = f["tokenizer.chat_template"]
     if not isinstance(own, str) or not own:
-        yield NO_TEMPLATE_THERE.finding("the file has no tokenizer.chat_template")
+        yield NO_TEMPLATE_KEY.finding("the file has no tokenizer.chat_template")
     if f.source is not None:
         bases = Chat(f.path.parent, BaseId(), base_of(f.source)).bases
         if bases not in ("", NO_TEMPLATE) and bases != (fingerprint(own) if isinstance(own, str) else ""):
@@ -177,7 +182,7 @@ def tokenizer(f: GgufFile) -> Iterator[Finding]:
     if f["tokenizer.ggml.eos_token_id"] is None:
         yield NO_END.finding("the file has no tokenizer.ggml.eos_token_id")
     if f["tokenizer.ggml.bos_token_id"] is not None and f["tokenizer.ggml.add_bos_token"] is None:
-        yield MAY_BEGIN.finding("the file has a bos_token_id and no add_bos_token: defaults differ")
+        yield MAY_BEGIN.finding("the file has a bos_token_id but no add_bos_token: defaults differ")
 
 
 RULES = {"adapter": (kind, architecture, tensors, alpha), "model": (architecture, template, tokenizer)}

@@ -1,9 +1,9 @@
-"""What the file holds: names, halves, shapes, held to the config and to the base.
+"""What the file holds: names, factors without their partners, and shapes, checked against the config and the base.
 
-What comes of it in PEFT and in transformers was tried for each of these (tests/shipping/test_lint_peft.py does it
-again); what vLLM, llama.cpp's converter and Ollama's do was read in their sources (docs/lint.md names the versions).
-PEFT loads with `strict=False`: what doesn't fit a name is left out, with a warning at most, and the model answers as if
-it weren't there."""
+What PEFT and transformers do with each of these was tried (tests/shipping/test_lint_peft.py tries it again); what vLLM,
+llama.cpp's converter and Ollama's do was read in their sources (docs/lint.md names the versions).
+PEFT loads with `strict=False`: a tensor that fits no name is ignored, with a warning at most, and the model answers
+as if it didn't exist."""
 
 from collections.abc import Iterator
 
@@ -32,31 +32,31 @@ AGAIN = "save it again with PEFT's save_pretrained, or download it again"
 CONVERTED = {LLAMA_CPP: REFUSED, OLLAMA: REFUSED}
 NO_PREFIX = code(
     "DW201",
-    "tensors' names lack PEFT's prefix base_model.model.: PEFT leaves them out",
+    "tensor names without PEFT's prefix base_model.model.: PEFT ignores those tensors",
     {PEFT: WRONG},
     "put base_model.model. in front of each name, or save it with PEFT's save_pretrained",
 )
 ADAPTER_NAME = code(
     "DW202",
-    "tensors' names hold the adapter's name (.lora_A.default.weight)",
+    "tensor names that contain the adapter's name (.lora_A.default.weight)",
     {TRANSFORMERS: WRONG, VLLM: REFUSED, **CONVERTED},
-    "take the name out, or save it with PEFT's save_pretrained",
+    "remove that name, or save it with PEFT's save_pretrained",
 )
 HALF = code(
     "DW203",
-    "A without its B, or B without its A",
+    "an A without its B, or a B without its A",
     {PEFT: WRONG, TRANSFORMERS: WRONG, VLLM: REFUSED, **CONVERTED},
     AGAIN,
 )
 RANK = code(
     "DW204",
-    "tensors whose rank isn't the config's",
+    "tensors whose rank differs from the config's",
     {PEFT: REFUSED, TRANSFORMERS: REFUSED, VLLM: WRONG, LLAMA_CPP: UNSURE, OLLAMA: UNSURE},
     "write the tensors' own rank into r or rank_pattern, and the alpha that goes with it",
 )
 SHAPE = code(
     "DW205",
-    "tensors whose size isn't that of the base's layer",
+    "tensors whose size differs from the base's layer",
     {PEFT: REFUSED, TRANSFORMERS: REFUSED, VLLM: WRONG, **CONVERTED},
     "name the base that it was trained on",
 )
@@ -68,25 +68,25 @@ NO_LAYER = code(
 )
 UNTARGETED = code(
     "DW207",
-    "tensors for layers that target_modules doesn't name: PEFT leaves them out",
+    "tensors for layers that target_modules doesn't name: PEFT ignores them",
     {PEFT: WRONG, TRANSFORMERS: WRONG},
-    "name them in target_modules",
+    "add them to target_modules",
 )
 NO_TARGET = code(
     "DW208",
     "target_modules matches no layer of the base",
     {PEFT: REFUSED, TRANSFORMERS: REFUSED},
-    "name the layers that the tensors are for in target_modules",
+    "name in target_modules the layers that the tensors are for",
 )
 UNTRAINED_LAYERS = code(
     "DW209",
-    "layers of the base that target_modules names but that have no tensors: they stay as they are",
+    "layers of the base that target_modules names but that have no tensors: they stay unchanged",
     dict.fromkeys((PEFT, TRANSFORMERS), LOADS),
-    "nothing, if it was trained that way; else get the whole file",
+    "nothing, if it was trained that way; otherwise get the complete file",
 )
 STRANGE = code(
     "DW210",
-    "tensors that don't belong to a LoRA as PEFT writes it",
+    "tensors that aren't part of a LoRA as PEFT writes it",
     {PEFT: WRONG, TRANSFORMERS: WRONG, VLLM: REFUSED, **CONVERTED},
     AGAIN,
 )
@@ -101,11 +101,11 @@ UNDECIDED = code(
     "DW213",
     "patterns or target_modules that can't be matched, or not in reasonable time",
     {PEFT: REFUSED, TRANSFORMERS: REFUSED, VLLM: REFUSED},
-    "write plain names in their place",
+    "write plain names instead",
 )
 RENAMED = code(
     "DW214",
-    "layers that PEFT takes for experts', or renames, on this base: their updates are dropped with a warning",
+    "layers that PEFT takes for experts, or renames, on this base: it drops their updates with a warning",
     {PEFT: WRONG, TRANSFORMERS: WRONG},
     "name them by their weights in target_parameters, as deltaw writes it",
 )
@@ -120,7 +120,7 @@ def prefix(s: Subject) -> Iterator[Finding]:
 def adapter_name(s: Subject) -> Iterator[Finding]:
     named = [key.name for key in s.keys if key.adapter]
     if named:
-        yield ADAPTER_NAME.finding(f"{len(named)} of {len(s.keys)} names hold the adapter's name: {some(named)}")
+        yield ADAPTER_NAME.finding(f"{len(named)} of {len(s.keys)} names contain the adapter's name: {some(named)}")
 
 
 def halves(s: Subject) -> Iterator[Finding]:
@@ -169,12 +169,12 @@ def strange(s: Subject) -> Iterator[Finding]:
 def empty(s: Subject) -> Iterator[Finding]:
     if not s.factors and not s.early:
         yield EMPTY.finding(
-            "the file holds no factors, so nothing is changed by it" if s.keys else "it holds no tensors"
+            "the file holds no factors, so it changes nothing" if s.keys else "the file holds no tensors"
         )
 
 
 def layers_of_the_base(s: Subject) -> Iterator[Finding]:
-    """Names and sizes against the base's own."""
+    """Compares names and sizes with the base's own."""
     if s.base is None:
         return
     places = {**s.base.embeddings, **s.base.linear}
@@ -205,12 +205,12 @@ def layers_of_the_base(s: Subject) -> Iterator[Finding]:
             wrong, larger = [*wrong, f"{key.name} is {s.shapes[key.name]}, but the base's is {own}"], True
     if wrong:  # vLLM copies into a buffer of the layer's size: what is smaller fits
         words = f"{len(wrong)} tensors don't fit {s.base.source.name}: {some(wrong)}"
-        mend = _resized(s) if len(wrong) == len(_ends(s)) else None
-        yield SHAPE.finding(words, mend, {**SHAPE.effects, VLLM: REFUSED if larger else WRONG})
+        fix = _resized(s) if len(wrong) == len(_ends(s)) else None
+        yield SHAPE.finding(words, fix, {**SHAPE.effects, VLLM: REFUSED if larger else WRONG})
 
 
 def _ends(s: Subject) -> list[tuple[int, ...]]:
-    """The sizes of whole embeddings and heads that have another number of rows than the base's: tokens were added."""
+    """The sizes of whole embeddings and heads with more or fewer rows than the base's: tokens were added."""
     ends = [key for key in s.keys if s.base and key.part == FULL and key.path in (s.base.head, s.base.embedding)]
     own = {key.name: s.base.parameters.get(f"{key.path}.weight", ()) for key in ends if s.base}
     return [s.shapes[name] for name, size in own.items() if s.shapes[name] != size and s.shapes[name][1:] == size[1:]]
@@ -218,16 +218,16 @@ def _ends(s: Subject) -> list[tuple[int, ...]]:
 
 def _resized(s: Subject) -> str | None:
     rows = {size[0] for size in _ends(s)}
-    return f"give the base as many rows first: model.resize_token_embeddings({rows.pop()})" if len(rows) == 1 else None
+    return f"first give the base as many rows: model.resize_token_embeddings({rows.pop()})" if len(rows) == 1 else None
 
 
 def _experts(s: Subject, path: str) -> bool:
-    """Whether a path's factors are of experts, which aren't a layer."""
+    """Whether a path's factors belong to experts, which aren't a layer."""
     return any(key.expert for key in s.factors[path].values())
 
 
 def targets(s: Subject) -> Iterator[Finding]:
-    """What PEFT's own targets leave out, and what they name beside."""
+    """Tensors that PEFT's targets don't name, and targets without tensors."""
     try:
         covered = s.covered(s.factors)
         known = s.covered({**s.base.linear, **s.base.embeddings}) if s.base else covered
@@ -240,7 +240,7 @@ def targets(s: Subject) -> Iterator[Finding]:
     missed = [path for path in s.factors if path not in covered and not _experts(s, path)]
     if missed:
         yield UNTARGETED.finding(
-            f"{len(missed)} of {len(s.factors)} modules have tensors and aren't named: {some(missed)}",
+            f"{len(missed)} of {len(s.factors)} modules have tensors but aren't named: {some(missed)}",
             f"add to target_modules: {some(sorted({path.rpartition('.')[2] for path in missed}), 8)}",
         )
     bare = sorted(known - covered - set(s.factors)) if s.factors else []
@@ -249,7 +249,7 @@ def targets(s: Subject) -> Iterator[Finding]:
 
 
 def undecided(s: Subject) -> Iterator[Finding]:
-    """Patterns that PEFT and vLLM would hang on, or die of."""
+    """Patterns on which PEFT and vLLM would hang or crash."""
     for field in ("rank_pattern", "alpha_pattern"):
         try:
             s.pattern(field)
@@ -279,7 +279,7 @@ def renamed(s: Subject) -> Iterator[Finding]:
     if taken or missed:
         words, effects = f"{len(taken) + len(missed)} modules: {some([*taken, *missed])}", dict(RENAMED.effects)
         if not missed and not is_rewritten_here(s.base.files.skeleton):
-            words += "; not with the version of transformers that is installed here, but with others"
+            words += "; not with the version of transformers installed here, but with others"
             effects = dict.fromkeys(effects, UNSURE)
         yield RENAMED.finding(words, s.export("peft") if taken else s.merge(), effects)
 

@@ -1,7 +1,7 @@
-"""What is more than a plain LoRA on linear layers, or another start than none, and what destinations make of it.
+"""What goes beyond a plain LoRA on linear layers, or starts from a moved base, and what destinations make of it.
 
-PEFT reads all of it. vLLM says no to most of it by the config, and to any tensor whose name isn't lora_A or lora_B;
-llama.cpp's converter stops at such a tensor, but takes norms and leaves them out when the model runs.
+PEFT reads all of it. vLLM refuses most of it by the config, and any tensor whose name isn't lora_A or lora_B;
+llama.cpp's converter stops at such a tensor, but accepts norms, which are then ignored when the model runs.
 """
 
 from collections.abc import Iterator
@@ -39,10 +39,10 @@ from deltaw.show.text import counted
 
 PLAIN_ONLY = {VLLM: REFUSED, LLAMA_CPP: REFUSED, OLLAMA: REFUSED}  # refuse tensors that they don't know by name
 LOADERS = (PEFT, TRANSFORMERS)
-MERGE_THERE = "merge it with PEFT (merge_and_unload), which reads it"
+MERGE_THERE = "merge it with PEFT (merge_and_unload), which can read it"
 DORA = code(
     "DW321",
-    "DoRA: servers refuse it, and transformers' load_adapter drops its magnitudes with a line in the log",
+    "DoRA: servers refuse it, and transformers' load_adapter drops its magnitudes with only a line in the log",
     {TRANSFORMERS: WRONG, **PLAIN_ONLY},
     "load it with PEFT's PeftModel, or merge it into a model folder",
 )
@@ -50,12 +50,12 @@ DORA_TORN = code(
     "DW322",
     "use_dora without magnitudes in the file, or magnitudes without use_dora",
     {PEFT: WRONG, TRANSFORMERS: WRONG, **PLAIN_ONLY},
-    "write use_dora as it was trained, or get the whole file",
+    "set use_dora as it was trained, or get the complete file",
 )
 LORA_BIAS = code("DW323", "a bias on B (lora_bias)", PLAIN_ONLY, MERGE_THERE)
 BIAS_TORN = code(
     "DW324",
-    "biases of B in the file without lora_bias in the config: PEFT leaves them out",
+    "biases of B in the file without lora_bias in the config: PEFT ignores them",
     {PEFT: WRONG, TRANSFORMERS: WRONG, **PLAIN_ONLY},
     "write lora_bias: true",
 )
@@ -65,11 +65,11 @@ SAVED_MISSING = code(
     "DW327",
     "modules_to_save names modules that the file doesn't hold",
     {PEFT: REFUSED, TRANSFORMERS: WRONG, VLLM: REFUSED},
-    "get the whole file",
+    "get the complete file",
 )
 UNLISTED = code(
     "DW328",
-    "whole tensors that modules_to_save doesn't name: PEFT writes them over the base's own",
+    "whole tensors that modules_to_save doesn't name: PEFT overwrites the base's own with them",
     PLAIN_ONLY,
     "name them in modules_to_save",
 )
@@ -81,33 +81,33 @@ EMBEDDING = code(
 )
 COPIED = code(
     "DW330",
-    "a copy of a base layer's weight beside its LoRA; servers leave it out",
+    "a copy of a base layer's weight beside its LoRA, which servers ignore",
     {VLLM: UNSURE, LLAMA_CPP: UNSURE, OLLAMA: REFUSED},
-    "if the embedding was resized or trained, merge it with PEFT; else take the copy out",
+    "if the embedding was resized or trained, merge it with PEFT; otherwise remove the copy",
 )
 TRAINED_TOKENS = code("DW331", "trained token embeddings (trainable_token_indices)", PLAIN_ONLY, MERGE_THERE)
 NORMS = code(
     "DW332",
-    "trained norms: llama.cpp silently leaves them out",
+    "trained norms, which llama.cpp silently ignores",
     {VLLM: REFUSED, LLAMA_CPP: WRONG, OLLAMA: REFUSED},
     MERGE_THERE,
 )
 EXPERTS = code(
     "DW333",
-    "LoRA on experts that are one parameter (target_parameters): PEFT reads it from 0.17 on",
+    "LoRA on experts that are stored as one parameter (target_parameters): PEFT reads it from 0.17 on",
     {VLLM: UNSURE, LLAMA_CPP: UNSURE, OLLAMA: REFUSED},
     MERGE_THERE,
 )
 BY_WEIGHT = code(
     "DW334",
-    "layers that are named by their weights (target_parameters): PEFT before 0.17 leaves them out",
+    "layers that are named by their weights (target_parameters): PEFT before 0.17 ignores them",
     {PEFT: LOADS, TRANSFORMERS: LOADS},
     "use PEFT 0.17 or newer",
 )
 START = code(
     "DW335",
-    "an initialisation that moves the base (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), saved unconverted: the factors go "
-    "with a base that nobody else has; PEFT makes it again, with PiSSA and OLoRA from the same weights rightly",
+    "an initialisation that moves the base (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), saved unconverted: the factors "
+    "belong to a base that nobody else has; PEFT recomputes it, correctly for PiSSA and OLoRA on the same weights",
     {PEFT: WRONG, TRANSFORMERS: WRONG, VLLM: REFUSED, LLAMA_CPP: WRONG, OLLAMA: WRONG},
     "save it with PEFT's path_initial_model_for_weight_conversion; if it was, write init_lora_weights: true",
 )
@@ -120,19 +120,19 @@ START_UNKNOWN = code(
 ACTIVATED = code("DW337", "activated LoRA (aLoRA)", {VLLM: REFUSED, OLLAMA: WRONG}, "serve it with PEFT or llama.cpp")
 VARIANT = code(
     "DW338",
-    "a variant of LoRA that servers refuse or only its own trainer reads (QALoRA, BD-LoRA, replicated layers …)",
+    "a variant of LoRA that servers refuse, or that only its own trainer reads (QALoRA, BD-LoRA, replicated layers …)",
     {PEFT: UNSURE, TRANSFORMERS: UNSURE, VLLM: REFUSED, LLAMA_CPP: UNSURE, OLLAMA: UNSURE},
     MERGE_THERE,
 )
 TIED = code(
     "DW339",
-    "an update of only the embedding or only the head, on a base where the two are one",
+    "an update of only the embedding or only the head, on a base where the two share one matrix",
     {PEFT: LOADS, TRANSFORMERS: LOADS, VLLM: UNSURE, LLAMA_CPP: REFUSED, OLLAMA: REFUSED},
     "merge it with PEFT, untied (tie_word_embeddings: false)",
 )
-# init_lora_weights that are a start only, and what PEFT refuses without more
+# init_lora_weights that only choose the factors' first values
 STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-REMADE = ("pissa", "olora")  # that PEFT makes of the base's weights alone
+REMADE = ("pissa", "olora")  # that PEFT recomputes from the base's weights alone
 READ_BY_VLLM = ("arrow_config", "kasa_config", "monteclora_config", "velora_config", "megatron_config")  # not refused
 VARIANTS = {name: UNSUPPORTED[name] for name in ("layer_replication", "use_qalora", "use_bdlora", *READ_BY_VLLM)}
 
@@ -143,11 +143,9 @@ def dora(s: Subject) -> Iterator[Finding]:
     if on and magnitudes:
         yield DORA.finding(f"it is DoRA, with {len(magnitudes)} magnitudes", s.merge())
     elif on and s.layers:
-        yield DORA_TORN.finding("use_dora is on, and the file holds no magnitudes")
+        yield DORA_TORN.finding("use_dora is on, but the file holds no magnitudes")
     elif magnitudes:
-        yield DORA_TORN.finding(
-            f"the file holds {len(magnitudes)} magnitudes, and use_dora isn't on: {some(magnitudes)}"
-        )
+        yield DORA_TORN.finding(f"the file holds {len(magnitudes)} magnitudes, but use_dora is off: {some(magnitudes)}")
 
 
 def biases(s: Subject) -> Iterator[Finding]:
@@ -172,7 +170,7 @@ def whole_tensors(s: Subject) -> Iterator[Finding]:
             f"{counted(len(saved), 'whole tensor')}: {some([key.name for key in saved])}", effects=effects
         )
     if (gone := sorted(listed.all.difference(present))) and s.shapes:
-        yield SAVED_MISSING.finding(f"modules_to_save names {some(gone)}, and the file doesn't hold it")
+        yield SAVED_MISSING.finding(f"modules_to_save names {some(gone)}, missing from the file")
     if unlisted := [key for key in tensors if listed.of(key.path) is None]:
         yield from _unlisted(s, [key.path for key in unlisted], [key.name for key in unlisted])
 
@@ -185,7 +183,7 @@ def _unlisted(s: Subject, paths: list[str], names: list[str]) -> Iterator[Findin
         words += f"; the base has no {some(strays)}"
     elif s.base and s.base.tied and len({s.base.head, s.base.embedding} & set(paths)) == 1:
         effects |= dict.fromkeys(LOADERS, WRONG)
-        words += "; in this base embedding and head are one, so both are overwritten"
+        words += "; in this base the embedding and the head share one matrix, so both are overwritten"
     yield UNLISTED.finding(words, effects=effects)
 
 
@@ -193,7 +191,7 @@ def embeddings(s: Subject) -> Iterator[Finding]:
     if names := named(s.keys, EMBEDDING_A):
         yield EMBEDDING.finding(f"LoRA on {some(names)}")
     if names := named(s.keys, COPY):
-        yield COPIED.finding(f"{some(names)}: vLLM and llama.cpp silently leave it out")
+        yield COPIED.finding(f"{some(names)}: vLLM and llama.cpp silently ignore it")
     if names := named(s.keys, TOKENS):
         yield TRAINED_TOKENS.finding(f"{some(names)}")
 
@@ -205,7 +203,7 @@ def norms(s: Subject) -> Iterator[Finding]:
 
 def parameters(s: Subject) -> Iterator[Finding]:
     if names := [key.name for key in s.keys if key.expert and key.part == A]:
-        yield EXPERTS.finding(f"{len(names)} experts' parameters: {some(names)}")
+        yield EXPERTS.finding(f"{len(names)} expert parameters: {some(names)}")
     elif entries := s.texts("target_parameters"):
         yield BY_WEIGHT.finding(f"target_parameters names {some(entries)}")
 
@@ -219,12 +217,12 @@ def start(s: Subject) -> Iterator[Finding]:
         effects = dict(START.effects)
         if name == "lora_ga":  # vLLM doesn't look at it
             effects[VLLM] = WRONG
-        elif name.startswith("corda"):  # PEFT wants what it was made of
+        elif name.startswith("corda"):  # PEFT needs what it was computed from
             effects |= dict.fromkeys(LOADERS, REFUSED)
         words = f"init_lora_weights is {given!r:.40}"
         if name.startswith(REMADE):
             effects |= dict.fromkeys(LOADERS, UNSURE)
-            words += ": PEFT moves the base again as it loads it, which is right unless it was converted when saved"
+            words += ": PEFT moves the base again on loading, which is right unless it was converted when it was saved"
         yield START.finding(words, effects=effects)
     elif name not in STARTS:
         yield START_UNKNOWN.finding(f"init_lora_weights is {given!r:.40}")
@@ -232,7 +230,7 @@ def start(s: Subject) -> Iterator[Finding]:
 
 def variants(s: Subject) -> Iterator[Finding]:
     if s.get("alora_invocation_tokens"):
-        yield ACTIVATED.finding("it is to be active only from its invocation tokens on")
+        yield ACTIVATED.finding("it is meant to act only from its invocation tokens on")
     for field, words in VARIANTS.items():
         if s.get(field):
             effects = {**VARIANT.effects, **({VLLM: UNSURE} if field in READ_BY_VLLM else {})}
@@ -248,7 +246,10 @@ def tied(s: Subject) -> Iterator[Finding]:
         (path,) = updated
         head = path == s.base.head
         effects = {**TIED.effects, LLAMA_CPP: REFUSED if head else UNSURE}
-        yield TIED.finding(f"{path} is updated, and {s.base.source.name} has one matrix for both ends", effects=effects)
+        yield TIED.finding(
+            f"{path} is updated, but in {s.base.source.name} the head and the embedding share one matrix",
+            effects=effects,
+        )
 
 
 RULES = (dora, biases, whole_tensors, embeddings, norms, parameters, start, variants, tied)

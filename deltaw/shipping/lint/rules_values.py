@@ -1,4 +1,4 @@
-"""What the numbers are: broken, untrained, made of one number, or too large for float16."""
+"""Numbers that are broken, untrained, all the same, or too large for float16."""
 
 from collections.abc import Iterator
 
@@ -10,18 +10,16 @@ HALF_MOST = 65504.0  # the largest number of float16
 NOT_FINITE = code(
     "DW401", "NaN or infinity in the tensors", everywhere(WRONG), "train it again, from an earlier checkpoint"
 )
-UNTRAINED = code(
-    "DW402", "every B is zero: it was never trained, and nothing is changed by it", everywhere(WRONG), "train it"
-)
+UNTRAINED = code("DW402", "every B is zero: it was never trained and changes nothing", everywhere(WRONG), "train it")
 CONSTANT = code(
     "DW403",
-    "tensors that are one number over and over, or all modules' alike: no training leaves that",
+    "tensors that repeat one number, or modules that are all alike: training never leaves that",
     everywhere(UNSURE),
     "download the file again, or train it again",
 )
 OVERFLOW = code(
     "DW404",
-    "numbers that float16 can't hold: infinite where it is served in float16",
+    "numbers that float16 can't hold: they become infinite if it is served in float16",
     dict.fromkeys((VLLM, LLAMA_CPP, OLLAMA, MLX), UNSURE),
     "serve it in bfloat16 or float32",
 )
@@ -40,7 +38,7 @@ def untrained(s: Subject) -> Iterator[Finding]:
         if part in (B, EMBEDDING_B)
     ]
     if seen and all(numbers is not None and numbers.zero for numbers in seen):
-        yield UNTRAINED.finding(f"all {len(seen)} B are zero")
+        yield UNTRAINED.finding(f"all {len(seen)} B factors are zero")
 
 
 def constant(s: Subject) -> Iterator[Finding]:
@@ -52,7 +50,7 @@ def constant(s: Subject) -> Iterator[Finding]:
         if s.shapes[key.name] != (1, 1)
     ]
     if names:
-        yield CONSTANT.finding(f"{len(names)} tensors hold one number only: {some(names)}")
+        yield CONSTANT.finding(f"{len(names)} tensors repeat a single number: {some(names)}")
         return
     alike: dict[str, set[tuple[float, float]]] = {A: set(), B: set()}
     for parts in s.factors.values():
@@ -67,7 +65,7 @@ def overflow(s: Subject) -> Iterator[Finding]:
     if names := [name for name, seen in s.numbers.items() if seen.finite and seen.peak > HALF_MOST]:
         peak = max(s.numbers[name].peak for name in names)
         yield OVERFLOW.finding(
-            f"{len(names)} tensors reach {peak:.3g}, float16 ends at {HALF_MOST:,.0f}: {some(names)}"
+            f"{len(names)} tensors reach {peak:.3g}, but float16 ends at {HALF_MOST:,.0f}: {some(names)}"
         )
 
 

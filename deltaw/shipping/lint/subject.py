@@ -1,9 +1,9 @@
-"""What lint looks at: an adapter's folder in PEFT's layout, read leniently and without trusting a byte of it.
+"""What lint checks: an adapter's folder in PEFT's layout, read leniently and without trusting a byte of it.
 
-`Adapter.load` refuses what deltaw can't represent; here such a folder is what has to be read. So the config stays the
-JSON that it is, the tensors are their names and shapes from the header, and numbers are read one tensor at a time and
-only when a rule asks for them. Pickles are never opened, and a stranger's regular expressions are matched where they
-can do no harm (adapter/patterns.py), or not at all.
+`Adapter.load` refuses what deltaw can't represent, but lint has to read just such folders. So the config stays raw
+JSON, the tensors are their names and shapes from the header, and numbers are read one tensor at a time and only when a
+rule asks for them. Pickles are never opened, and a stranger's regular expressions are matched in a process where they
+can do no harm (files/patterns.py), or not at all.
 """
 
 import json
@@ -31,14 +31,14 @@ from deltaw.shipping.lint.finding import Finding
 from deltaw.shipping.lint.keys import EMBEDDING_A, EMBEDDING_B, A, B, Key, Names, parse
 from deltaw.show.progress import Display
 
-MANY_MATCHES = 400_000_000  # patterns times letters of paths that are gone through
-MANY_NAMES = 5_000_000  # names times paths, for what deltaw itself loads
+MANY_MATCHES = 400_000_000  # patterns times letters of paths: more aren't tried
+MANY_NAMES = 5_000_000  # names times paths: with more, deltaw doesn't try to load it
 LONG_PATTERN = 2_000  # characters
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What was seen of a tensor's numbers."""
+    """A summary of a tensor's numbers."""
 
     floating: bool
     finite: bool
@@ -56,12 +56,12 @@ class Numbers:
 
 
 class Undecided(Exception):
-    """What a config's patterns say of the modules can't be told; the reason is for people."""
+    """Raised if a config's patterns can't be matched against the modules; the message is for people."""
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """An adapter's folder. `name` is what the user typed; `early`, what was found while it was read."""
+    """An adapter's folder. `name` is what the user typed; `early` are the findings made while it was read."""
 
     name: str
     folder: Path
@@ -71,7 +71,7 @@ class Subject:
     base: Base | None = None
     base_option: str | None = None
     kind: str = ""  # the base's model_type
-    no_base: str = ""  # why the base isn't here
+    no_base: str = ""  # why the base isn't available
     recorded: BaseId = field(default_factory=BaseId)
     spec: AdapterSpec | None = None  # as deltaw recorded it
     run: RunConfig | None = None
@@ -88,7 +88,7 @@ class Subject:
 
     @cached_property
     def factors(self) -> dict[str, dict[str, Key]]:
-        """module path -> part -> the tensor, for what holds factors, whole or half."""
+        """module path -> part -> the tensor, for all factors, with or without their partners."""
         by_path: dict[str, dict[str, Key]] = {}
         for key in self.keys:
             if key.part in (A, B, EMBEDDING_A, EMBEDDING_B):
@@ -105,27 +105,27 @@ class Subject:
         ]
 
     def get(self, field_name: str, default: Any = None) -> Any:
-        """A field of the config; null is the default, too."""
+        """A field of the config; null counts as missing."""
         value = self.config.get(field_name)
         return default if value is None else value
 
     def texts(self, field_name: str) -> list[str]:
-        """The texts of a field that is a list of names, or one."""
+        """The texts of a field that holds a name or a list of names."""
         value = self.get(field_name, [])
         given = value if isinstance(value, list) else [value]
         return [text for text in given if isinstance(text, str)]
 
-    # What PEFT makes of the config
+    # How PEFT reads the config
 
     @property
     def default_rank(self) -> int | None:
-        """`r`, which PEFT takes for 8 where it isn't given; None where it isn't a rank."""
+        """`r`, 8 if it is missing as in PEFT; None if it isn't a rank."""
         rank = self.config.get("r", 8)
         return rank if type(rank) is int and rank > 0 else None
 
     @property
     def default_alpha(self) -> float | None:
-        """`lora_alpha`, 8 where it isn't given; None where it isn't a number."""
+        """`lora_alpha`, 8 if it is missing; None if it isn't a number."""
         return number(self.config.get("lora_alpha", 8))
 
     def pattern(self, field_name: str) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class Subject:
         return {path: pattern[taken[name]] for path, name in called.items() if name in taken}
 
     def scales(self) -> dict[str, float]:
-        """module path -> the factor in front of B A that PEFT takes, where it is a number. Raises Undecided."""
+        """module path -> the scale that PEFT gives B A, where it is a number. Raises Undecided."""
         ranks, alphas, scales = self.pattern("rank_pattern"), self.pattern("alpha_pattern"), {}
         for path in self.layers:
             rank, alpha = ranks.get(path, self.default_rank), number(alphas.get(path, self.default_alpha))
@@ -147,11 +147,11 @@ class Subject:
         return scales
 
     def covered(self, paths: Iterable[str]) -> set[str]:
-        """Those of `paths` that PEFT makes an adapter for, by its targets. Raises Undecided."""
+        """The `paths` that PEFT would adapt, by its targets. Raises Undecided."""
         paths = list(paths)
         asked = self.get("target_modules")
         if asked is None and not self.get("target_parameters"):
-            raise Undecided("target_modules isn't there, so PEFT takes what it knows of the architecture")
+            raise Undecided("target_modules is missing, so PEFT goes by its own list for the architecture")
         if asked == "all-linear":
             chosen = {path for path in paths if self.base is None or path != self.base.head}
         elif isinstance(asked, str):
@@ -210,25 +210,25 @@ class Subject:
 
     @cached_property
     def numbers(self) -> dict[str, Numbers]:
-        """What was seen of every tensor's numbers, one in memory at a time; tensors that can't be read are left out."""
+        """A summary of every tensor's numbers, one in memory at a time; tensors that can't be read are left out."""
         seen = {}
         names = list(self.shapes)
-        # An error: it is gone, or was changed, since its header was read.
+        # An error means that the file was removed or changed after its header was read.
         with self.display.task("checking the numbers", max(1, len(names))) as progress, suppress(InputError):
             for done, (name, tensor) in enumerate(readable_tensors(self.folder / WEIGHTS, names), 1):
                 seen[name] = _seen(tensor)
                 progress(done)
         return seen
 
-    # Fixing
+    # Fixes
 
     @cached_property
     def readable(self) -> bool:
-        """Whether deltaw itself can load it, so that its commands are of help."""
+        """Whether deltaw itself can load it, so that its commands help."""
         lists = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
         names = sum(len(value) for field_name in lists if isinstance(value := self.get(field_name), list | dict))
         if self.config.get("task_type") == "SEQ_2_SEQ_LM" or names * len(self.shapes) > MANY_NAMES:
-            return False  # no base of deltaw's; a file that nobody trained
+            return False  # a base that deltaw doesn't train; a file that nobody trained
         try:
             Adapter.load(self.folder)
         except (InputError, ValueError):
@@ -240,7 +240,7 @@ class Subject:
         return self._command("export", "--to", to, *options, end=to)
 
     def merge(self) -> str | None:
-        """The command that makes a model folder of it with its base."""
+        """The command that merges it with its base into a model folder."""
         return self._command("merge", end="merged")
 
     def _command(self, verb: str, *options: str, end: str) -> str | None:
@@ -261,7 +261,7 @@ def number(value: Any) -> float | None:
 
 
 def read_spec(folder: Path) -> AdapterSpec | None:
-    """The spec in deltaw.json, if there is one that can be read."""
+    """The spec in deltaw.json, or None if it can't be read."""
     try:
         return AdapterSpec.model_validate_json(json.dumps(_record(folder).get("spec")))
     except (ValidationError, ValueError):
@@ -269,7 +269,7 @@ def read_spec(folder: Path) -> AdapterSpec | None:
 
 
 def read_record(folder: Path) -> BaseId:
-    """The base in deltaw.json, as far as it can be read; nothing of it is needed."""
+    """The base in deltaw.json, as far as it can be read; all of it is optional."""
     raw = _record(folder).get("base")
     known = raw if isinstance(raw, dict) else {}
     texts = {name: known[name] for name in BaseId.__dataclass_fields__ if isinstance(known.get(name), str)}
@@ -277,7 +277,7 @@ def read_record(folder: Path) -> BaseId:
 
 
 def recorded_base(folder: Path, config: Mapping[str, Any]) -> BaseId:
-    """Which base an adapter says it is for: deltaw's record, else PEFT's config."""
+    """The base that an adapter names: in deltaw's record, else in PEFT's config."""
     if (record := read_record(folder)) != BaseId():
         return record
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
@@ -292,7 +292,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json as it stands. Raises InputError."""
+    """adapter_config.json as it is. Raises InputError."""
     return read_json(folder / CONFIG, max_bytes=1_000_000, allow_nan=True)
 
 

@@ -1,10 +1,10 @@
-"""Findings -> a verdict per destination, an exit code, and what is shown.
+"""From findings to a verdict per destination, an exit code, and the text that is printed.
 
-The exit code is for a build that shouldn't ship what answers wrongly. Without `--to` it looks at the destinations that
-read what was given as it is (READERS; a folder in PEFT's layout: PEFT, transformers, vLLM): 1 if the first of them
-refuses it, or if any of them would answer wrongly. A loud refusal by the others isn't a failure, since nobody ships by
-accident what doesn't load; and what llama.cpp, Ollama and mlx-lm would make of another's form isn't either, since
-deltaw's exports are how it gets there. With `--to` it is 1 unless each of the named destinations loads it and answers
+The exit code is for a build that shouldn't ship what answers wrongly. Without `--to` it depends on the destinations
+that read the given form as it is (READERS; for a folder in PEFT's layout: PEFT, transformers, vLLM): 1 if the first of
+them refuses it, or if any of them would answer wrongly. A loud refusal by the others isn't a failure, since nobody
+ships by accident what doesn't load; nor is what llama.cpp, Ollama and mlx-lm would make of another form, since
+deltaw's exports are the way there. With `--to` it is 1 unless each of the named destinations loads it and answers
 rightly.
 """
 
@@ -29,14 +29,14 @@ from deltaw.shipping.lint.forms import READERS, Form
 
 
 def destinations(names: Iterable[str]) -> tuple[str, ...]:
-    """The names as lint has them; one of no destination mustn't pass for one of which nothing was found."""
+    """The names in lint's spelling. An unknown one is refused: it mustn't look like one without findings."""
     lowered = tuple(name.lower() for name in names)
     if strange := [name for name in lowered if name not in DESTINATIONS]:
-        raise InputError(f"{strange[0]!r}: no such destination", fix=f"one of {', '.join(DESTINATIONS)}")
+        raise InputError(f"{strange[0]!r} isn't a destination", fix=f"one of {', '.join(DESTINATIONS)}")
     return lowered
 
 
-ROUTES = {  # what a verdict on another's form is about
+ROUTES = {  # how a form that isn't its own reaches a destination
     ("peft", LLAMA_CPP): "through its own converter",
     ("peft", OLLAMA): "given this folder",
     ("model", LLAMA_CPP): "through its own converter",
@@ -47,7 +47,7 @@ WIDTH = 110
 
 @dataclass(frozen=True)
 class Verdict:
-    """All that was found. `form`: what it is; `asked`: the destinations of --to, none for all of them."""
+    """All findings. `form`: what it is; `asked`: the destinations of --to, empty for all of them."""
 
     name: str
     form: Form
@@ -59,20 +59,20 @@ class Verdict:
         return self.text()
 
     def at(self, destination: str) -> Effect:
-        """The worst that was found for a destination. Raises InputError for what is none."""
+        """The worst effect at a destination. Raises InputError for an unknown one."""
         (destination,) = destinations([destination])
         return max((f.effects.get(destination, LOADS) for f in self.findings), default=LOADS)
 
     @property
     def shown(self) -> list[Finding]:
-        """The findings that concern what was asked for, the worst first, above all for those who read it as it is."""
+        """The findings about the destinations asked for, those worst for programs that read it as it is first."""
         readers = [place for place in self._asked if place in READERS[self.form]]
         concern = [finding for finding in self.findings if set(self._asked) & finding.effects.keys()]
         return sorted(concern, key=lambda f: (-f.worst_of(readers), -f.worst_of(self._asked), f.code))
 
     @property
     def exit_code(self) -> int:
-        """0, or 1 for what shouldn't be shipped."""
+        """0, or 1 for an adapter that shouldn't be shipped."""
         if self.asked:
             return int(any(self.at(place) > UNSURE for place in self.asked))
         readers = READERS[self.form]
@@ -95,7 +95,7 @@ class Verdict:
                 {
                     "code": f.code,
                     "what": f.what,
-                    "mend": f.mend,
+                    "mend": f.fix,
                     "effects": {place: effect.name.lower() for place, effect in f.effects.items()},
                 }
                 for f in self.shown
@@ -104,7 +104,7 @@ class Verdict:
         }
 
     def text(self) -> str:
-        """A line for each destination, then what was found and how to fix it."""
+        """A line for each destination, then each finding and how to fix it."""
         width = max(map(len, DESTINATIONS.values()))
         lines = [f"{DESTINATIONS[place]:{width}}  {self._line(place)}" for place in self._asked]
         for finding in self.shown:
@@ -114,7 +114,7 @@ class Verdict:
             }
             touched = "; ".join(f"{', '.join(names)}: {effect.words}" for effect, names in places.items() if names)
             lines += ["", *_wrapped(f"{finding.code}  ", finding.what), *_wrapped("       ", touched)]
-            lines.append(f"       fix: {finding.mend}")
+            lines.append(f"       fix: {finding.fix}")
         if not self.shown:
             lines += ["", "nothing speaks against it"]
         return "\n".join(lines)
