@@ -68,13 +68,14 @@ def in_words(comparison: Comparison, one: str, other: str) -> list[str]:
     lines = [f"{over}; ‖ΔW‖ is {norms}."]
     if (top := middle.get("right_phi_1")) is not None:
         chance = top - (middle.get("right_excess_1") or 0.0)
-        lines.append(f"Their first input directions have φ = {top:.2f} (median), by chance {chance:.3f}.")
+        lines.append(f"Their first input directions have φ = {top:.2f} (median); chance gives {chance:.3f}.")
     if (last := middle.get("right_phi_last")) is not None:
         excess = middle.get("right_excess_last") or 0.0
-        lines.append(f"All directions that both have: φ = {last:.2f}, by chance {last - excess:.2f}.")
+        lines.append(f"All directions that both have: φ = {last:.2f}; chance gives {last - excess:.2f}.")
     for name, paths in zip((one, other), comparison.only, strict=True):
         if paths:
-            lines.append(f"{len(paths)} modules are in {name} alone, {title(paths[0])} for example.")
+            are = counted(len(paths), "module is", "modules are")
+            lines.append(f"{are} only in {name}, for example {title(paths[0])}.")
     return lines
 
 
