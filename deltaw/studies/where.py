@@ -71,7 +71,7 @@ def run(lab: Lab) -> Outcome:
             y_label="held-out loss, nats per token",
         ),
         "Held-out loss where LoRA sits in all layers, in attention alone, in the MLP alone, with as many parameters.",
-        "A group of bars for each place, a bar a learning rate",
+        "A group of bars for each place, one bar per learning rate",
         Table(head, rows, f"Held-out loss by place; best: the mean of {len(lab.seeds)} seeds"),
     )
     figures = {
