@@ -108,16 +108,16 @@ class Comparison:
     @property
     def medians(self) -> dict[str, float | None]:
         """Over the modules, of cosine, distance and each side's pairs; None where no module has the number."""
-        found: dict[str, list[float | None]] = {"cosine": [], "distance": []}
+        numbers_by_name: dict[str, list[float | None]] = {"cosine": [], "distance": []}
         for module in self.modules.values():
-            found["cosine"].append(module.cosine)
-            found["distance"].append(module.distance)
+            numbers_by_name["cosine"].append(module.cosine)
+            numbers_by_name["distance"].append(module.distance)
             for name, side in (("right", module.right), ("left", module.left)):
                 for pair, numbers in side.pairs.items():
                     for of, value in numbers.items():
-                        found.setdefault(f"{name}_{of}_{pair}", []).append(value)
-        there = {name: [value for value in values if value is not None] for name, values in found.items()}
-        return {name: median(values) if values else None for name, values in there.items()}
+                        numbers_by_name.setdefault(f"{name}_{of}_{pair}", []).append(value)
+        measured = {name: [value for value in values if value is not None] for name, values in numbers_by_name.items()}
+        return {name: median(values) if values else None for name, values in measured.items()}
 
     @property
     def kinds(self) -> dict[str, dict[str, Side]]:

@@ -77,5 +77,5 @@ def _clean(trained: Trained, file: Path) -> None:
     gone = [key for key in PATHS if Path(str(config.get(key) or "")).is_absolute()]
     gone += ["chat_template"] if not trained.renderer.own_template and "chat_template" in config else []
     if gone:
-        kept = {key: value for key, value in config.items() if key not in gone}
-        write_text_atomic(file, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+        rest = {key: value for key, value in config.items() if key not in gone}
+        write_text_atomic(file, json.dumps(rest, indent=2, ensure_ascii=False) + "\n")

@@ -83,16 +83,16 @@ def run(lab: Lab) -> Outcome:
     for rank in RANKS:
         adapter = {"rank": rank, "alpha": 32}
         rates[rank] = best(lab.sweep(adapter))[0]
-        found: dict[tuple[int, str], Row] = {}
+        by_module: dict[tuple[int, str], Row] = {}
         for seed in lab.seeds:
             name = f"rank {rank}, seed {seed}"
             trial = lab.train(name, seed=seed, adapter=adapter, lr=rates[rank])
-            found |= {(seed, path): row for path, row in rows_of(lab, name, trial.adapter()).items()}
-        modules[rank] = found
+            by_module |= {(seed, path): row for path, row in rows_of(lab, name, trial.adapter()).items()}
+        modules[rank] = by_module
     middle = {rank: medians(rows) for rank, rows in modules.items()}
     low, high = middle[RANKS[0]], middle[RANKS[-1]]
     fell, of = falls(list(modules.values()))
-    said = "; ".join(
+    in_words = "; ".join(
         f"{row.on_update / row.on_random:.2f} and {row.on_update / row.on_base:.1%} at rank {rank}"
         for rank, row in middle.items()
     )
@@ -100,7 +100,7 @@ def run(lab: Lab) -> Outcome:
         f"The amplification is {low.factor:.3g} at rank {RANKS[0]} and {high.factor:.3g} at rank {RANKS[-1]} "
         f"(medians), and falls in {fell} of {of} modules; over random directions it would have gone from "
         f"{low.random_factor:.3g} to {high.random_factor:.3g}. What W has in ΔW's directions is a multiple of what it "
-        f"has in random ones, and a share of what it has in its own: {said}."
+        f"has in random ones, and a share of what it has in its own: {in_words}."
     )
     figures = {
         "rows": {str(rank): {"lr": rates[rank], **row._asdict()} for rank, row in middle.items()},
@@ -115,9 +115,9 @@ def run(lab: Lab) -> Outcome:
 def rows_of(lab: Lab, name: str, adapter: Adapter) -> dict[str, Row]:
     """By module path, without the updates that are nought: they amplify nothing."""
     rows, generator = {}, torch.Generator().manual_seed(0)
-    found = lab.measured(name, adapter)
+    measures = lab.measured(name, adapter)
     with one_thread():
-        for path, m in found.items():
+        for path, m in measures.items():
             if m.base and m.base.amplification.factor:
                 chance = on_random(lab.weights[path].dense(), m.base.amplification.directions, generator)
                 rows[path] = row_of(m.base, chance)
@@ -185,7 +185,7 @@ def blocks(middle: Mapping[int, Row], rates: Mapping[int, float], modules: Mappi
 
 def by_kind(modules: Mapping[int, Rows]) -> Table:
     rows: list[list[Cell]] = []
-    for kind in dict.fromkeys(place(path)[1] for found in modules.values() for _, path in found):
-        mine = [{at: row for at, row in found.items() if place(at[1])[1] == kind} for found in modules.values()]
-        rows.append([kind, *(medians(found).factor if found else None for found in mine)])
+    for kind in dict.fromkeys(place(path)[1] for of_rank in modules.values() for _, path in of_rank):
+        mine = [{at: row for at, row in of_rank.items() if place(at[1])[1] == kind} for of_rank in modules.values()]
+        rows.append([kind, *(medians(of_rank).factor if of_rank else None for of_rank in mine)])
     return Table(["", *(f"rank {rank}" for rank in modules)], rows, "The amplification by kind of module, medians")

@@ -68,28 +68,30 @@ def run(lab: Lab) -> Outcome:
     base = open_base(source, dtype=config.train.dtype, device=config.train.device, display=lab.display)
     forward = plan_forward(base.model)
     before, _ = held_out_loss(forward, dataset.eval)
-    found = {}
+    trainings = {}
     for rate in RATES:
         for dtype in (torch.float32, torch.bfloat16):
             lab.display.say(f"training {_name(dtype)}, lr {rate:g}")
-            found[rate, _name(dtype)] = train(forward, config, dataset, rate, dtype, FULL_STEPS if lab.full else STEPS)
-    narrow, wide = found[RATES[0], "bfloat16"], found[RATES[0], "float32"]
+            trainings[rate, _name(dtype)] = train(
+                forward, config, dataset, rate, dtype, FULL_STEPS if lab.full else STEPS
+            )
+    narrow, wide = trainings[RATES[0], "bfloat16"], trainings[RATES[0], "float32"]
     because = (
         f"At {RATES[0]:g} {narrow.a_changed:.1%} of A's entries changed in bfloat16, {wide.a_changed:.1%} in float32 "
         f"(of B's, which begins at zero, {narrow.b_changed:.1%} and {wide.b_changed:.1%}); at {RATES[1]:g} "
-        f"{found[RATES[1], 'bfloat16'].a_changed:.1%} of A's in bfloat16. The loss went from {before:.3f} nats to "
+        f"{trainings[RATES[1], 'bfloat16'].a_changed:.1%} of A's in bfloat16. The loss went from {before:.3f} nats to "
         f"{narrow.loss:.3f} in bfloat16, {wide.loss:.3f} in float32, both at {RATES[0]:g}."
     )
     rows: list[list[Cell]] = [
         [f"{dtype}, lr {rate:g}", m.a_changed, m.b_changed, m.a_relative, m.b_norm, m.loss]
-        for (rate, dtype), m in found.items()
+        for (rate, dtype), m in trainings.items()
     ]
     head = ["", "A's entries changed", "B's entries changed", "‖A − A₀‖ / ‖A₀‖", "‖B‖", "held-out loss"]
     picture = Picture(
         pictures.bars(
             [f"lr {rate:g}" for rate in RATES],
             {
-                f"{side}, {dtype}": [getattr(found[rate, dtype], f"{side.lower()}_changed") for rate in RATES]
+                f"{side}, {dtype}": [getattr(trainings[rate, dtype], f"{side.lower()}_changed") for rate in RATES]
                 for side in "AB"
                 for dtype in ("float32", "bfloat16")
             },
@@ -99,9 +101,9 @@ def run(lab: Lab) -> Outcome:
         "A group of bars for each learning rate; in each, A and B in float32 and in bfloat16",
         Table(head, rows, f"After training; the loss before it is {before:.3f} nats per token. Shares are of 1"),
     )
-    figures = {"before": before, "moved": {f"{d}, {rate:g}": asdict(m) for (rate, d), m in found.items()}}
+    figures = {"before": before, "moved": {f"{d}, {rate:g}": asdict(m) for (rate, d), m in trainings.items()}}
     return Outcome(
-        verdict({d: m.a_changed for (r, d), m in found.items() if r == RATES[0]}), because, [picture], figures
+        verdict({d: m.a_changed for (r, d), m in trainings.items() if r == RATES[0]}), because, [picture], figures
     )
 
 

@@ -36,7 +36,7 @@ def run(lab: Lab) -> Outcome:
     trained = {rank: _at_best_rate(lab, rank) for rank in RANKS}
     losses = {rank: statistics.mean(trial.loss for trial in trials) for rank, trials in trained.items()}
     each = [cut_losses(trial, lab) for trial in trained[HIGH]]
-    cut = {rank: statistics.mean(found[rank] for found in each) for rank in LOW}
+    cut = {rank: statistics.mean(losses_of[rank] for losses_of in each) for rank in LOW}
     tie = lab.margin(len(lab.seeds))
     because = (
         f"Rank {HIGH} ends at {losses[HIGH]:.3f} nats. "

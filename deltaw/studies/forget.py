@@ -79,10 +79,10 @@ def at_best(lora: Sequence[Point], full: Sequence[Point]) -> tuple[Point, Point]
 
 def at_loss(points: Sequence[Point], loss: float) -> Point | None:
     """Where a sweep, in the order of its rates, first reaches `loss`."""
-    found = crossing([point.loss for point in points], loss)
-    if found is None:
+    crossed = crossing([point.loss for point in points], loss)
+    if crossed is None:
         return None
-    n, t = found
+    n, t = crossed
     a, b = points[n], points[min(n + 1, len(points) - 1)]
     return Point(a.rate ** (1 - t) * b.rate**t, loss, a.rise + t * (b.rise - a.rise), a.kl ** (1 - t) * b.kl**t)
 
@@ -104,7 +104,7 @@ def run(lab: Lab) -> Outcome:
         statistics.stdev(point.rise for point in seeds), statistics.stdev(math.log(point.kl) for point in seeds)
     )
     matched = {name: at_best(sweeps[name], full) for name in ranks}
-    said = [
+    sentences = [
         f"At a task loss of {pair[0].loss:.3f} {name} has moved general text by a KL of {pair[0].kl:.3g} and a rise of "
         f"{pair[0].rise:+.3g}, full fine-tuning by {pair[1].kl:.3g} and {pair[1].rise:+.3g}."
         if pair
@@ -113,7 +113,7 @@ def run(lab: Lab) -> Outcome:
     ]
     best = ", ".join(f"{name} {min(point.loss for point in points):.3f}" for name, points in sweeps.items())
     because = (
-        f"{' '.join(said)} Seeds alone change KL by a factor of {math.exp(noise.log_kl):.2f} and the rise by "
+        f"{' '.join(sentences)} Seeds alone change KL by a factor of {math.exp(noise.log_kl):.2f} and the rise by "
         f"{noise.rise:.2g}. The least task losses are: {best}."
     )
     figures = {

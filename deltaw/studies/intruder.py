@@ -82,10 +82,10 @@ def at_best(lora: Sequence[Spot], full: Sequence[Spot], epsilon: float) -> tuple
     loss = max(min(spot.loss for spot in spots) for spots in (lora, full))
     counts = []
     for spots in (lora, full):
-        found = crossing([spot.loss for spot in spots], loss)
-        if found is None:
+        crossed = crossing([spot.loss for spot in spots], loss)
+        if crossed is None:
             return None
-        n, t = found
+        n, t = crossed
         before, after = (spots[min(at, len(spots) - 1)].counts[epsilon] for at in (n, n + 1))
         counts.append(before + t * (after - before))
     return counts[0], counts[1]

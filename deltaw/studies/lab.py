@@ -102,9 +102,10 @@ class Lab:
         """Trials by learning rate; `"full"` at a tenth of LoRA's rates."""
         share = 0.1 if adapter == "full" else 1.0
         rates = [float(f"{rate * share:.0e}") for rate in RATES]
-        said = "full" if adapter == "full" else " ".join(f"{k} {v}" for k, v in adapter.items())  # type: ignore[union-attr]
+        settings = "full" if adapter == "full" else " ".join(f"{k} {v}" for k, v in adapter.items())  # type: ignore[union-attr]
         return {
-            rate: self.train(f"{said}, lr {rate:g}, seed {seed}", seed=seed, adapter=adapter, lr=rate) for rate in rates
+            rate: self.train(f"{settings}, lr {rate:g}, seed {seed}", seed=seed, adapter=adapter, lr=rate)
+            for rate in rates
         }
 
     def sweeps(self) -> dict[str, dict[float, Trial]]:

@@ -75,9 +75,9 @@ def run(lab: Lab) -> Outcome:
         f"{ranks}, of A alone": [(changed(a, of_a), changed(b, of_a)) for a, b in same],
         random: [(changed(a, gaussian(0)), changed(b, gaussian(1))) for a, b in same[:1]],
     }
-    found = {name: compared(lab, name, each) for name, each in pairs.items()}
-    tops = [float(m.right.phi_IJ[0, 0]) for m in found[ranks].modules.values() if m.right.phi_IJ.numel()]
-    medians = {name: comparison.medians for name, comparison in found.items()}
+    comparisons = {name: compared(lab, name, each) for name, each in pairs.items()}
+    tops = [float(m.right.phi_IJ[0, 0]) for m in comparisons[ranks].modules.values() if m.right.phi_IJ.numel()]
+    medians = {name: comparison.medians for name, comparison in comparisons.items()}
     ours = medians[ranks]
     top, rest = ours["right_excess_1"] or 0.0, ours["right_excess_last"] or 0.0
     seeds_top = medians[f"rank {HIGH}, two seeds"]["right_phi_1"] or 0.0
@@ -86,12 +86,12 @@ def run(lab: Lab) -> Outcome:
         f"{SHARED:g} in {sum(phi > SHARED for phi in tops)}), {top:.2f} more than random directions have; at "
         f"({MIDDLE}, {MIDDLE}) the excess is {rest:.2f}. Two seeds of rank {HIGH} have a φ(1, 1) of {seeds_top:.2f}."
     )
-    blocks: list[Block] = [*pictures_of(found, (ranks, f"rank {HIGH}, two seeds", random)), table_of(medians)]
+    blocks: list[Block] = [*pictures_of(comparisons, (ranks, f"rank {HIGH}, two seeds", random)), table_of(medians)]
     figures = {
         "medians": medians,
         "above": sum(phi > SHARED for phi in tops),
         "modules": len(tops),
-        "grids": {name: {kind: grid(s["right"])[2] for kind, s in c.kinds.items()} for name, c in found.items()},
+        "grids": {name: {kind: grid(s["right"])[2] for kind, s in c.kinds.items()} for name, c in comparisons.items()},
     }
     return Outcome(verdict(tops, top, rest), because, blocks, figures)
 
@@ -107,8 +107,8 @@ def compared(lab: Lab, name: str, pairs: Pairs) -> Comparison:
     total = sum(len(first.factors) for first, _ in pairs)
     with lab.display.task(f"comparing {name}", total) as progress, one_thread():
         for number, (first, second) in enumerate(pairs):
-            found = compare(first, second).modules
-            modules |= {f"{number}.{path}": module for path, module in found.items()}
+            shared = compare(first, second).modules
+            modules |= {f"{number}.{path}": module for path, module in shared.items()}
             progress(len(modules))
     return Comparison(modules, ([], []))
 
@@ -141,10 +141,10 @@ def grid(side: Side) -> tuple[list[int], list[int], list[list[float]]]:
     return rows, columns, [[float(side.excess_IJ[i - 1, j - 1]) for j in columns] for i in rows]
 
 
-def pictures_of(found: Mapping[str, Comparison], names: Sequence[str]) -> list[Picture]:
+def pictures_of(comparisons: Mapping[str, Comparison], names: Sequence[str]) -> list[Picture]:
     """φ(1, 1) by kind, then a heat map for some kinds in each of the comparisons named."""
-    kinds = list(found[names[0]].kinds)
-    tops = {name: [float(found[name].kinds[kind]["right"].phi_IJ[0, 0]) for kind in kinds] for name in names}
+    kinds = list(comparisons[names[0]].kinds)
+    tops = {name: [float(comparisons[name].kinds[kind]["right"].phi_IJ[0, 0]) for kind in kinds] for name in names}
     rows: list[list[Cell]] = [[kind, *(tops[name][at] for name in names)] for at, kind in enumerate(kinds)]
     bars = Picture(
         pictures.bars(kinds, tops, y_label="φ(1, 1)", baseline=(f"φ = {SHARED:g}", SHARED)),
@@ -152,7 +152,10 @@ def pictures_of(found: Mapping[str, Comparison], names: Sequence[str]) -> list[P
         "A bar for each kind and comparison",
         Table(["", *names], rows, "φ(1, 1)"),
     )
-    return [bars, *(heat_map(name, k, found[name]) for name in names for k in KINDS if k in found[name].kinds)]
+    return [
+        bars,
+        *(heat_map(name, k, comparisons[name]) for name in names for k in KINDS if k in comparisons[name].kinds),
+    ]
 
 
 def heat_map(name: str, kind: str, comparison: Comparison) -> Picture:

@@ -77,14 +77,14 @@ class Server(Side):
     def logs(self, rows: Sequence[Row], progress: Progress) -> list[Logs] | None:
         if not self.tells_ids:
             return None
-        found = []
+        all_logs = []
         for number, row in enumerate(rows, 1):
             tops = [self._top((*row.prompt, *row.answer[:at])) for at in range(len(row.answer))]
             if not all(tops):
                 return None
-            found.append(_logs([top for top in tops if top]))
+            all_logs.append(_logs([top for top in tops if top]))
             progress(number)
-        return found
+        return all_logs
 
     def decode(self, ids: Sequence[int]) -> str | None:
         if not self.tells_ids:
