@@ -2,11 +2,11 @@
 
 LoRA §7.2 compares adapters of rank 8 and 64 by φ(i, j), the share of the first i directions of one that lies in the
 first j of the other (linalg/subspace.py). Here they are the right singular vectors of ΔW, what it reads. The paper's
-are those of A alone, most of whose directions are where training started; these are shown beside. Random directions
-of N dimensions have φ = max(i, j) / N, which in a small model is a tenth at 64, so it is taken off.
+are those of A alone, most of whose directions are where training started; they are shown beside ours. Random directions
+in N dimensions have φ = max(i, j) / N, a tenth at 64 in a small model, so that is subtracted.
 
-Two ranks are trained on the same rows in the same order. Whether they agree because of it shows in the pair of other
-seeds, whose order and start differ.
+Two ranks are trained on the same rows in the same order. The pair with other seeds, whose order and start
+differ, shows whether they agree because of that.
 
 Letters: N inputs of a module, R the lower rank, i and j numbers of directions.
 """
@@ -75,9 +75,9 @@ def run(lab: Lab) -> Outcome:
         f"{ranks}, of A alone": [(changed(a, of_a), changed(b, of_a)) for a, b in same],
         random: [(changed(a, gaussian(0)), changed(b, gaussian(1))) for a, b in same[:1]],
     }
-    found = {name: compared(lab, name, each) for name, each in pairs.items()}
-    tops = [float(m.right.phi_IJ[0, 0]) for m in found[ranks].modules.values() if m.right.phi_IJ.numel()]
-    medians = {name: comparison.medians for name, comparison in found.items()}
+    comparisons = {name: compared(lab, name, each) for name, each in pairs.items()}
+    tops = [float(m.right.phi_IJ[0, 0]) for m in comparisons[ranks].modules.values() if m.right.phi_IJ.numel()]
+    medians = {name: comparison.medians for name, comparison in comparisons.items()}
     ours = medians[ranks]
     top, rest = ours["right_excess_1"] or 0.0, ours["right_excess_last"] or 0.0
     seeds_top = medians[f"rank {HIGH}, two seeds"]["right_phi_1"] or 0.0
@@ -86,12 +86,12 @@ def run(lab: Lab) -> Outcome:
         f"{SHARED:g} in {sum(phi > SHARED for phi in tops)}), {top:.2f} more than random directions have; at "
         f"({MIDDLE}, {MIDDLE}) the excess is {rest:.2f}. Two seeds of rank {HIGH} have a φ(1, 1) of {seeds_top:.2f}."
     )
-    blocks: list[Block] = [*pictures_of(found, (ranks, f"rank {HIGH}, two seeds", random)), table_of(medians)]
+    blocks: list[Block] = [*pictures_of(comparisons, (ranks, f"rank {HIGH}, two seeds", random)), table_of(medians)]
     figures = {
         "medians": medians,
         "above": sum(phi > SHARED for phi in tops),
         "modules": len(tops),
-        "grids": {name: {kind: grid(s["right"])[2] for kind, s in c.kinds.items()} for name, c in found.items()},
+        "grids": {name: {kind: grid(s["right"])[2] for kind, s in c.kinds.items()} for name, c in comparisons.items()},
     }
     return Outcome(verdict(tops, top, rest), because, blocks, figures)
 
@@ -102,13 +102,13 @@ def adapter_of(lab: Lab, rank: int, seed: int) -> Adapter:
 
 
 def compared(lab: Lab, name: str, pairs: Pairs) -> Comparison:
-    """The modules of all pairs as those of one."""
+    """The comparison of all pairs, with their modules put together."""
     modules: dict[str, ModuleComparison] = {}
     total = sum(len(first.factors) for first, _ in pairs)
     with lab.display.task(f"comparing {name}", total) as progress, one_thread():
         for number, (first, second) in enumerate(pairs):
-            found = compare(first, second).modules
-            modules |= {f"{number}.{path}": module for path, module in found.items()}
+            compared_modules = compare(first, second).modules
+            modules |= {f"{number}.{path}": module for path, module in compared_modules.items()}
             progress(len(modules))
     return Comparison(modules, ([], []))
 
@@ -118,7 +118,7 @@ def changed(adapter: Adapter, how: Callable[[Update], LowRank]) -> Adapter:
 
 
 def of_a(update: Update) -> LowRank:
-    """A with a B that turns nothing: the same right singular vectors as A, whose left ones say nothing."""
+    """A with an identity for B: the right singular vectors are A's, and the left ones mean nothing."""
     low = update.low_rank()
     return LowRank(low.a_RN, torch.eye(*low.b_MR.shape))
 
@@ -141,18 +141,21 @@ def grid(side: Side) -> tuple[list[int], list[int], list[list[float]]]:
     return rows, columns, [[float(side.excess_IJ[i - 1, j - 1]) for j in columns] for i in rows]
 
 
-def pictures_of(found: Mapping[str, Comparison], names: Sequence[str]) -> list[Picture]:
+def pictures_of(comparisons: Mapping[str, Comparison], names: Sequence[str]) -> list[Picture]:
     """φ(1, 1) by kind, then a heat map for some kinds in each of the comparisons named."""
-    kinds = list(found[names[0]].kinds)
-    tops = {name: [float(found[name].kinds[kind]["right"].phi_IJ[0, 0]) for kind in kinds] for name in names}
+    kinds = list(comparisons[names[0]].kinds)
+    tops = {name: [float(comparisons[name].kinds[kind]["right"].phi_IJ[0, 0]) for kind in kinds] for name in names}
     rows: list[list[Cell]] = [[kind, *(tops[name][at] for name in names)] for at, kind in enumerate(kinds)]
     bars = Picture(
         pictures.bars(kinds, tops, y_label="φ(1, 1)", baseline=(f"φ = {SHARED:g}", SHARED)),
-        "How much of the one's top direction is the other's, means over the modules of a kind.",
+        "How much the two top directions have in common, averaged over the modules of a kind.",
         "A bar for each kind and comparison",
         Table(["", *names], rows, "φ(1, 1)"),
     )
-    return [bars, *(heat_map(name, k, found[name]) for name in names for k in KINDS if k in found[name].kinds)]
+    return [
+        bars,
+        *(heat_map(name, k, comparisons[name]) for name in names for k in KINDS if k in comparisons[name].kinds),
+    ]
 
 
 def heat_map(name: str, kind: str, comparison: Comparison) -> Picture:
