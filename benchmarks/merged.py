@@ -1,4 +1,4 @@
-"""Would it pay to merge, y = x (W + s B A)ᵀ once a step, and leave out the low-rank branch?
+"""Would it pay to merge, y = x (W + s B A)ᵀ once per step, and leave out the low-rank branch?
 
     python benchmarks/merged.py
 

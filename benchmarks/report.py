@@ -29,20 +29,20 @@ NAMES = {
     "deltaw": "deltaw",
 }
 ABLATIONS = """
-deltaw with one technique taken out, its plain twin in its place. Both take every step in turns in one process, and the
-share is of those pairs. Peak memory is that of the first step.
+deltaw with one technique replaced by its plain twin. The two take turns at every step in one process, and the share is
+over those pairs. Peak memory is that of the first step.
 """
 BAR = 0.18  # the width of a bar; a group is 1 wide
 METHOD = """
 SmolLM2-135M, rank 16 on all linear layers, AdamW, clip 1. Every arm starts from the same base bytes and the same
-factors and sees the same rows in the same steps; rows of like length share a step, which spares the padding arms most
-of their padding. A row of a table pools the timed steps of its processes; arms take turns, a fresh process each. Tokens
-are real ones, never padding. Each process's first step is not in its rate; "first step" is the time from the start of
-the process to that step's end, with imports, loading and, where there is any, compiling. Peak memory is the process's
-high-water mark. "Limit" is the rate at which this machine, in the same run, does the matrix products of a step and
-nothing else: 4 (N_blocks + f N_head) FLOPs per token, f the supervised share. Before anything was timed, deltaw's first
-loss and gradients were held to PEFT's in float32 (`benchmarks/gates.py`); `make bench-curves` holds 200 steps to the
-band of PEFT's seeds.
+factors and sees the same rows in the same steps; rows of similar length share a step, which spares the padding arms
+most of their padding. A row of a table pools the timed steps of its processes; the arms take turns, each in a fresh
+process. Tokens are real ones, never padding. A process's first step doesn't count in its rate; "first step" is the time
+from the start of the process to the end of that step, including imports, loading and any compiling. Peak memory is the
+process's high-water mark. "Limit" is the rate at which this machine, in the same run, does the matrix products of a
+step and nothing else: 4 (N_blocks + f N_head) FLOPs per token, where f is the supervised share. Before anything was
+timed, deltaw's first loss and gradients were compared with PEFT's in float32 (`benchmarks/gates.py`);
+`make bench-curves` checks 200 steps against the band of PEFT's seeds.
 """
 
 
@@ -126,7 +126,7 @@ def _ablations(found: Mapping[Key, Figure]) -> list[list[str]]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Bars of tokens/s, a group a workload, with the limit as a line over each group."""
+    """Bars of tokens/s, one group per workload, with the limit as a line over each group."""
     import matplotlib
 
     matplotlib.use("Agg")

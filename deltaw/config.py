@@ -1,10 +1,10 @@
 """The run file: YAML -> frozen, strict values.
 
-Everything a run depends on stands in one `RunConfig`, which is saved with the run and never passed into a layer.
+Everything a run depends on is in one `RunConfig`, which is saved with the run and never passed into a layer.
 Strict means: an unknown key, a wrong type or an impossible number is an error that names the file, the line and the
 field, and the nearest name that exists. All problems are reported at once.
 
-A setting that does nothing beside others is well formed, but it says something else than its writer thinks. A file with
+A setting that has no effect beside others is well formed, but doesn't do what its writer thinks. A file with
 settings that need something more is refused (`without_effect`); those that were switched off elsewhere, as one does to
 cut a run short, are named (`switched_off`). Only a value other than the default counts, since a run's own config.yaml
 has every default written out; and 0 samples, which is what one gets. Bounds that aren't reached (`data.max_length`,
@@ -90,13 +90,13 @@ class AdapterSpec(Strict):
         if self.full:
             given = [name for name in FACTOR_FIELDS if getattr(self, name) != AdapterSpec.model_fields[name].default]
             if given:
-                raise ValueError(f"full fine-tuning has no {', '.join(given)}: leave out full, or these")
+                raise ValueError(f"full fine-tuning has no {', '.join(given)}: leave these out, or full")
         return self
 
     @model_validator(mode="after")
     def _magnitude_starts_at_the_base(self) -> "AdapterSpec":
         if self.magnitude and self.moves_base:
-            raise ValueError(f"magnitude (DoRA) starts at B = 0, init {self.init} doesn't: use init lora or eva")
+            raise ValueError(f"magnitude (DoRA) starts at B = 0, but init {self.init} doesn't: use init lora or eva")
         return self
 
     @property
@@ -142,20 +142,21 @@ class DataConfig(Strict):
     """Where the rows are and how they become tokens and masks."""
 
     train: PathText
-    eval: Count | PathText | None = Field(None, description="rows held out of train, or a file of its own")
+    eval: Count | PathText | None = Field(None, description="rows held out of train, or a separate file")
     form: Literal["auto", "text", "chat", "completion", "alpaca", "sharegpt"] = "auto"
     train_on: Literal["auto", "assistant", "completion", "all"] = "auto"
     template: PathText | None = Field(
         None, description="chatml, or a .jinja file, for a base that has no chat template"
     )
     rendered: bool = Field(
-        False, description="text, prompts and completions hold control tokens, bos and eos: taken as tokens"
+        False,
+        description="text, prompts and completions already hold control tokens, bos and eos: they are taken as tokens",
     )
     max_length: int = Field(2048, ge=2, le=MANY)
     too_long: Literal["drop", "truncate"] = "drop"
-    bad_rows: float = Field(0.01, ge=0, le=1, description="share of unusable rows that is tolerated")
+    bad_rows: float = Field(0.01, ge=0, le=1, description="share of rows that may be unusable")
     limit: Count | None = None
-    seed: Seed = Field(0, description="which rows are held out")
+    seed: Seed = Field(0, description="seed of the choice of held-out rows")
 
 
 class TrainConfig(Strict):
@@ -165,8 +166,8 @@ class TrainConfig(Strict):
     steps: Count | None = Field(None, description="stop after this many steps, whatever epochs says")
     lr: PositiveFloat = Field(5e-4, le=1.0)
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: int | None = Field(None, ge=0, le=MANY, description="null: 10, of a short run a tenth")
-    lr_ratio_b: PositiveFloat = Field(1.0, le=1e6, description="LoRA+: learning rate of B over that of A")
+    warmup_steps: int | None = Field(None, ge=0, le=MANY, description="null: 10, or a tenth of a short run")
+    lr_ratio_b: PositiveFloat = Field(1.0, le=1e6, description="LoRA+: learning rate of B divided by that of A")
     weight_decay: float = Field(0.0, ge=0, le=1)
     clip: PositiveFloat = 1.0
     tokens_per_step: Count = 4096
@@ -179,10 +180,10 @@ class TrainConfig(Strict):
     save_every: Count = 100
     keep: Count = Field(2, description="checkpoints kept besides the best")
     skip_nonfinite: int = Field(
-        0, ge=0, le=MANY, description="steps with a NaN that may be left out before the run stops"
+        0, ge=0, le=MANY, description="steps with a NaN that may be skipped before the run stops"
     )
     skip_spikes: float | None = Field(
-        None, gt=1, allow_inf_nan=False, description="leave out steps whose loss is so many times the recent median"
+        None, gt=1, allow_inf_nan=False, description="skip steps whose loss is this many times the recent median"
     )
 
 
@@ -191,7 +192,7 @@ class EvaluateConfig(Strict):
 
     metrics: tuple[Metric, ...] = ()
     general: PathText | None = Field(
-        "builtin:general", description="text on which forgetting is measured; null: it isn't"
+        "builtin:general", description="text on which forgetting is measured; null: not measured"
     )
     max_new_tokens: int = Field(64, ge=1, le=65536)
     samples: int = Field(3, ge=0, le=100)
@@ -238,7 +239,7 @@ class RunConfig(Strict):
         if self.adapter.full and train.lr_ratio_b != 1:
             needs["train.lr_ratio_b"] = "factors, and adapter: full has none"
         if data.seed and not isinstance(data.eval, int) and data.limit is None:
-            needs["data.seed"] = "rows to choose: data.eval as a number, or data.limit"
+            needs["data.seed"] = "rows to choose from: data.eval as a number, or data.limit"
         return [f"{name} does nothing without {what}" for name, what in needs.items()]
 
     def switched_off(self) -> list[str]:
@@ -247,7 +248,7 @@ class RunConfig(Strict):
         answered = self.data.eval is not None and (evaluate.metrics or evaluate.samples)
         lines = []
         if train.steps and train.epochs != _default(train, "epochs"):
-            lines.append(f"train.steps: {train.steps} says how long, not train.epochs: {train.epochs:g}")
+            lines.append(f"train.steps: {train.steps} sets the length, so train.epochs: {train.epochs:g} does nothing")
         if train.sample_every and not evaluate.samples:
             lines.append(f"train.sample_every: {train.sample_every} shows nothing: evaluate.samples is 0")
         if not answered and evaluate.max_new_tokens != _default(evaluate, "max_new_tokens"):
@@ -280,7 +281,7 @@ def parse_config(
     raw: Mapping[str, Any], *, source: str = "config", node: yaml.Node | None = None, begun: bool = False
 ) -> RunConfig:
     """Validate a plain mapping. `node` (the YAML tree) lends the line numbers. `begun`: a run's own, accepted already,
-    so a setting without an effect is no reason not to read it."""
+    so a setting without an effect doesn't keep it from being read."""
     try:
         # JSON mode: a list is a tuple, an int is a float, and nothing else converts.
         return RunConfig.model_validate_json(json.dumps(raw), context=BEGUN if begun else None)

@@ -1,4 +1,4 @@
-"""What can go wrong that the user can mend.
+"""What can go wrong that the user can fix.
 
 One root, two kinds: `InputError` (exit code 2: what was asked for is wrong) and `RunError` (exit code 1: it went
 wrong while running). Each says what is wrong, then what to do next; the CLI prints that in at most five lines and
@@ -13,7 +13,7 @@ MAX_LISTED = 3  # problems shown in full, so that the message keeps within five 
 
 
 class DeltawError(Exception):
-    """Root of every error that a user can mend. `what` states the problem, `fix` the next action."""
+    """Root of every error that a user can fix. `what` states the problem, `fix` the next action."""
 
     exit_code = 1
 
@@ -37,7 +37,7 @@ class Rejected(Exception):
 
 
 def listed(problems: Sequence[str], limit: int = MAX_LISTED) -> str:
-    """One problem a line, indented, the first `limit` of them and a count of the rest."""
+    """One problem per line, indented: the first `limit` of them and a count of the rest."""
     more = len(problems) - limit
     shown = [f"  {problem}" for problem in problems[: limit if more > 0 else None]]
     if more > 0:
@@ -46,7 +46,7 @@ def listed(problems: Sequence[str], limit: int = MAX_LISTED) -> str:
 
 
 def command(verb: str, *words: object, options: Sequence[str] = ()) -> str:
-    """A command line of deltaw that a shell takes as it stands, whatever its folders are called."""
+    """A command line of deltaw that can be pasted into a shell, whatever its folders are called."""
     # A folder called ~ isn't home: str(Path("./~")) has lost what says so.
     given = [f"./{word}" if isinstance(word, Path) and str(word).startswith("~") else str(word) for word in words]
     dashes = ["--"] if any(word.startswith("-") for word in given) else []  # else taken for options

@@ -74,7 +74,7 @@ class Dense(Plain):
         return Dense(self.delta_MN[start:stop])
 
     def low_rank(self) -> LowRank:
-        raise InputError("full fine-tuning has no factors", fix="extract a LoRA of it first")
+        raise InputError("full fine-tuning has no factors", fix="extract a LoRA from it first")
 
     def turned(self) -> "Dense":
         return Dense(self.delta_MN.T)

@@ -1,4 +1,4 @@
-"""An opened model: base, tokenizer and adapter together, ready to train, measure or talk to.
+"""An opened model: base, tokenizer and adapter together, ready to be trained, measured or asked.
 
 `open_model` is where the pieces meet, so it is where mismatches are caught: an adapter of another base is refused by
 fingerprint, and one trained under another chat template is named.
@@ -127,8 +127,10 @@ def open_model(
         return model
     wrong = adapter.base.mismatch(model.id)
     if wrong:
-        raise InputError(f"{named.name} does not belong to this base: {wrong}", fix="name its own base with --base")
+        raise InputError(f"{named.name} doesn't belong to this base: {wrong}", fix="name its own base with --base")
     if adapter.base.template not in ("", PLAIN, renderer.template_fingerprint):
-        display.say(f"{named.name} was trained under another chat template than this tokenizer's: answers may suffer")
+        display.say(
+            f"{named.name} was trained under another chat template than this tokenizer's, so answers may suffer"
+        )
     attached = attach(opened.model, adapter)
     return Model(opened, renderer, model.forward, attached, trained_plain=adapter.base.template == PLAIN)

@@ -1,7 +1,7 @@
-"""What a name on the command line stands for: a run, an adapter's folder, or a base.
+"""What a name on the command line means: a run, an adapter's folder, or a base.
 
     a run        a folder with config.yaml; its adapter lies in adapter/, and its config says which base that goes on
-    an adapter   a folder in PEFT's layout, of any tool; it says itself which base it goes on, or doesn't
+    an adapter   a folder in PEFT's layout, from any tool; it may say which base it goes on
     a base       anything else, for `find_base` to know
 
 A command makes one `Named` and hands it on, so that a config and an adapter's factors are read once, when they are
@@ -86,5 +86,5 @@ def template_beside(path: Path) -> Path | None:
 def base_name(adapter: Adapter, path: Path) -> str:
     """A name that `find_base` may know: the builtin for its upstream id, else what the adapter says."""
     if not adapter.base.name:
-        raise InputError(f"{path} does not say which base it belongs to", fix="name it with --base")
+        raise InputError(f"{path} doesn't say which base it belongs to", fix="name it with --base")
     return found_as(adapter.base.name)

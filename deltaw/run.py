@@ -1,4 +1,4 @@
-"""A run folder: what lies where, and what may be written there.
+"""A run folder: where everything is, and what may be written there.
 
     config.yaml      the resolved run file            checkpoints/    step-000100/ …  (training/checkpoint.py)
     before.json      the base on the held-out rows    adapter/        the result, PEFT layout
@@ -6,7 +6,7 @@
     result.json      the figures                      .lock           who writes here (lock.py)
 
 Everything in it is named relative to the folder, so it can be moved. result.json is written when everything else is
-safe (the report only shows what lies there), so a folder that has it is finished; `failed` in it names what couldn't be
+safe (the report only shows what is there), so a folder that has it is finished; `failed` in it names what couldn't be
 measured. A folder that is not a run is never touched. Files rot on disks and are edited by hand: a line of
 metrics.jsonl that can't be read is left out and counted.
 """
@@ -66,19 +66,19 @@ class Run:
 
     @staticmethod
     def check(config: RunConfig, *, replace: bool = False) -> "Run":
-        """See that `output` can hold a new run, before any work is done or library loaded. Raises InputError."""
+        """Check that `output` can hold a new run, before any work is done or library loaded. Raises InputError."""
         run = Run(Path(config.output))
         with run.claimed(new=True, replace=replace):
             return run
 
     def check_resumable(self) -> None:
-        """See that a run lies here that lacks something, and that no other process is at it. Raises InputError."""
+        """Check that here is a run that lacks something and that no other process is using it. Raises InputError."""
         with self.resumed():
             pass
 
     @contextmanager
     def resumed(self) -> Iterator[bool]:
-        """The folder, which has a run that lacks something, is this process's alone inside the block. Whether all that
+        """Inside the block the folder, whose run lacks something, belongs to this process alone. Gives whether all that
         it lacks is what couldn't be measured. Raises InputError."""
         if not self.config.is_file():
             fix = "start one: deltaw train run.yaml"
@@ -86,14 +86,14 @@ class Run:
         with self.claimed(new=False):
             finished = self.result.is_file()
             if finished and not self.read_json(self.result).get("failed"):
-                fix = "to train anew use another output"
-                raise InputError(f"{self.folder} is finished: its adapter is {self.adapter}", fix=fix)
+                fix = "to train again, choose another output"
+                raise InputError(f"{self.folder} is finished; its adapter is {self.adapter}", fix=fix)
             yield finished
 
     @contextmanager
     def claimed(self, *, new: bool, replace: bool = False) -> Iterator[None]:
-        """The folder is this process's alone inside the block. `new`: it must not hold a run yet, unless it may be
-        replaced. Raises InputError. A folder that was made for the block and stays empty goes again."""
+        """Inside the block the folder belongs to this process alone. `new`: it must not hold a run yet, unless it may
+        be replaced. Raises InputError. A folder that was made for the block and stays empty is removed again."""
         with claimed(self.folder, lambda: self._check_new(replace) if new else None):
             for folder in (self.folder, self.adapter, self.checkpoints):
                 sweep(folder)
@@ -108,7 +108,7 @@ class Run:
         if not holds_anything(self.folder):
             return
         if not self.config.is_file():
-            raise InputError(f"output {self.folder} exists and is not a run", fix="choose another output")
+            raise InputError(f"output {self.folder} exists and isn't a run", fix="choose another output")
         if not replace:
             raise InputError(
                 f"output {self.folder} already holds a run",
@@ -116,7 +116,7 @@ class Run:
             )
 
     def create(self, config: RunConfig) -> None:
-        """Put the resolved config into the folder, which is claimed; what an earlier run left there goes."""
+        """Write the resolved config into the claimed folder; whatever an earlier run left there is removed."""
         old = temporary_name(self.folder / "earlier")
         # The old config goes last: until then the folder is a run that can be replaced.
         earlier = sorted(self.folder.iterdir(), key=lambda path: path == self.config)
@@ -141,16 +141,16 @@ class Run:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise RunError(f"{self.metrics}: {error}", fix="nothing was lost; free space, then resume") from None
+            raise RunError(f"{self.metrics}: {error}", fix="nothing was lost; free some space, then resume") from None
 
     def sync_metrics(self) -> None:
-        """Make the lines so far outlive a power cut. Raises RunError when the disk refuses."""
+        """Make the lines so far survive a power cut. Raises RunError when the disk refuses."""
         try:
             if self.metrics.is_file():
                 fsync(self.metrics)
                 fsync(self.folder)
         except OSError as error:
-            raise RunError(f"{self.metrics}: {error}", fix="nothing was lost; free space, then resume") from None
+            raise RunError(f"{self.metrics}: {error}", fix="nothing was lost; free some space, then resume") from None
 
     def cut_metrics(self, lines: int) -> int:
         """Keep the first `lines` lines, as they are: a resumed run writes the others again. How many of them can't be
@@ -175,7 +175,7 @@ class Run:
         return text.removesuffix(b"\n").split(b"\n") if text else []
 
     def write_json(self, path: Path, value: dict[str, Any]) -> None:
-        """A whole JSON file or none."""
+        """Write a JSON file, whole or not at all."""
         write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def read_json(self, path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A row is examined, not looked up: the model is built with random weights, planned, given an adapter, and the loss and
 gradients of a packed batch, with documents longer than every window and chunk, are held to PEFT's on the untouched
-model, document by document. `python -m tests.every_causal_type > docs/models.md` writes the table anew; a test holds
+model, document by document. `python -m tests.every_causal_type > docs/models.md` writes the table again; a test holds
 the table to the code (tests/base/test_every_architecture.py).
 """
 

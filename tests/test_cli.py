@@ -116,7 +116,7 @@ def test_an_adapter_folder_opens_with_its_base_named(trained: Path) -> None:
 def test_a_wrong_base_is_refused(trained: Path, tmp_path: Path) -> None:
     tiny_base(tmp_path / "other", seed=1)
     code, _, err = call("generate", trained / "run", "x", "--base", tmp_path / "other")
-    assert code == 2 and "does not belong to this base" in err
+    assert code == 2 and "doesn't belong to this base" in err
 
 
 def test_users_mistakes_exit_with_2_and_few_lines(trained: Path, tmp_path: Path) -> None:

@@ -217,7 +217,9 @@ def test_to_yaml_round_trips(tmp_path_factory, names, targets, ranks, alphas, lr
 @pytest.mark.parametrize("init", ["pissa", "olora", "lora-ga"])
 def test_dora_starts_at_the_base(init: str, tmp_path: Path) -> None:
     said = refusal(tmp_path, MINIMAL + f"adapter: {{init: {init}, magnitude: true}}")
-    assert f"run.yaml:5: adapter: magnitude (DoRA) starts at B = 0, init {init} doesn't: use init lora or eva" in said
+    assert (
+        f"run.yaml:5: adapter: magnitude (DoRA) starts at B = 0, but init {init} doesn't: use init lora or eva" in said
+    )
     assert load(tmp_path, MINIMAL + f"adapter: {{init: {init}}}").adapter.moves_base
     assert not load(tmp_path, MINIMAL + "adapter: {init: eva, magnitude: true}").adapter.moves_base
 

@@ -1,4 +1,4 @@
-"""Adapters as values: smaller, padded, scaled; and the spec that describes whatever factors come out.
+"""Adapters as values: cut, padded, scaled; and the spec that describes the resulting factors.
 
 Everything works on the two thin factors. The SVD of each ΔW comes from them in float64, once per update however many
 sizes are tried (`LowRank.wide_svd`), and the best update of a rank keeps its first terms, at an error that is stated
@@ -15,7 +15,7 @@ others are overrides by full path, and each alpha is chosen such that the divisi
 float is a quotient by r; where none is, the scale moves by one unit in the last place of float64, 2⁻⁵³ of it. Signs and
 zeros go into B, exactly, because an alpha is positive.
 
-vLLM drops both patterns without a word. `uniform` pads with rows of zeros instead: the same update, one rank, one
+vLLM silently drops both patterns. `uniform` pads with rows of zeros instead: the same update, one rank, one
 alpha. Cut factors keep their module's scale, which costs nothing here and makes that exact in the usual case of one
 scale for all modules.
 
@@ -56,7 +56,7 @@ def resize(
     check_size(rank, energy)
     largest = max(update.rank for update in updates.values())
     if rank is not None and rank > largest:
-        raise InputError(f"rank {rank} is above the adapter's own {largest}: nothing would be gained by it")
+        raise InputError(f"rank {rank} is above the adapter's own {largest}, and nothing would be gained")
     ranks = {path: wanted_rank(update.wide_svd[1], rank, energy) for path, update in updates.items()}
     smaller, losses = _cut_all(adapter, updates, ranks)
     return (pad_all(smaller) if uniform else smaller), losses
@@ -92,7 +92,9 @@ def scaled(adapter: Adapter, factor: float) -> Adapter:
     """
     updates = low_rank_updates(adapter, "scaled")
     if not math.isfinite(factor):
-        raise InputError(f"an adapter can't be scaled by {factor}", fix="give a finite number; 1 is as trained")
+        raise InputError(
+            f"an adapter can't be scaled by {factor}", fix=("give a finite number; 1 leaves it as it was trained")
+        )
     return adapter_of({path: update.times(factor) for path, update in updates.items()}, adapter)
 
 
@@ -107,7 +109,9 @@ def pad_all(adapter: Adapter) -> Adapter:
     narrow = next((path for path, update in updates.items() if min(update.shape) < rank > update.rank), None)
     if narrow:
         limit = min(updates[narrow].shape)
-        raise InputError(f"{narrow} has no room for rank {rank}, at most {limit}", fix=f"resize to rank {limit} first")
+        raise InputError(
+            (f"{narrow} has no room for rank {rank}; the most is {limit}"), fix=f"resize to rank {limit} first"
+        )
     scale = _commonest({path: update.scale for path, update in updates.items()})
     padded = {path: pad(_rescaled(update, scale), rank) for path, update in updates.items()}
     plain = adapter.spec.model_copy(update={"rank_overrides": {}, "alpha_overrides": {}})
@@ -137,7 +141,7 @@ def mixed(adapter: Adapter) -> str | None:
     if all(describes(plain, path, update) for path, update in adapter.factors.items()):
         return None
     ranks = sorted({update.rank for update in adapter.factors.values()})
-    differing = f"ranks from {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else "alphas of their own"
+    differing = f"ranks from {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else "different alphas"
     return f"the modules have {differing}; vLLM ignores that and would answer wrongly: make them uniform for it"
 
 
@@ -171,11 +175,11 @@ def adapter_of(factors: Mapping[str, LowRank], like: Adapter) -> Adapter:
 def low_rank_updates(adapter: Adapter, verb: str) -> dict[str, LowRank]:
     """The adapter's factors. Raises InputError for full fine-tuning, DoRA, and an adapter of nothing."""
     if not adapter.factors:
-        raise InputError(f"the adapter has no modules, it can't be {verb}")
+        raise InputError(f"the adapter has no modules, so it can't be {verb}")
     try:
         return {path: update.low_rank() for path, update in adapter.factors.items()}
     except InputError as error:
-        raise InputError(f"{error.what}, it can't be {verb}", error.fix) from None
+        raise InputError(f"{error.what}, so it can't be {verb}", error.fix) from None
 
 
 def _cut_all(adapter: Adapter, updates: Mapping[str, LowRank], ranks: Mapping[str, int]) -> tuple[Adapter, list[Loss]]:

@@ -1,4 +1,4 @@
-"""attach and detach: an adapter onto a model and off it again.
+"""attach and detach: putting an adapter on a model and taking it off again.
 
 attach puts updates into the model (place.py) and says what is there (`Attached`); detach puts the very same modules
 back and returns what was learnt as an `Adapter`. The base's weights are the same objects throughout, so the model
@@ -8,7 +8,7 @@ A model may carry several adapters: those of a sweep's learners, or of a server.
 documents take it (`Batch.updates`); those that say nothing take the lowest number. Detaching takes its own updates off,
 and the layers and stand-ins with the last one.
 
-What comes off is what any tool can load: where training began at B A ≠ 0 the update is a LoRA of rank 2R (layer.py),
+What comes off can be loaded by any tool: where training began at B A ≠ 0 the update is a LoRA of rank 2R (layer.py),
 and its spec says so, with alpha such that the scale stays. It is exact, so it isn't cut back to R here; `deltaw resize`
 does that and says what it costs.
 """
@@ -38,8 +38,8 @@ class Attached:
     """An adapter on a model, and its `number` there. `spec.targets` names the adapted modules exactly, whatever group
     asked for them; `layers` are its updates of them.
 
-    `unmatched` are weights that stay as they are although they are no embedding, head or norm; `left_out` says why of
-    those among them that a group asked for.
+    `unmatched` are weights that stay as they are although they aren't an embedding, a head or a norm; `left_out` says
+    why of those among them that a group asked for.
     """
 
     model: nn.Module
@@ -73,7 +73,8 @@ class Attached:
         lines = [f"not adapted: {line}" for line in lines_of(self.left_out) + first]
         if missed := missed_by_peft(self.model, self.paths):
             lines.append(
-                f"warning: when PEFT loads an adapter of this model, also one that it saved, it renames {len(missed)} "
+                "warning: when PEFT loads an adapter of this model, even one that it saved itself, it renames "
+                f"{len(missed)} "
                 f"of the modules and leaves them out: {missed[0]}" + (" …" if len(missed) > 1 else "")
             )
         return lines

@@ -1,4 +1,4 @@
-"""Two checkpoints side by side: which tensors of theirs are one and the same parameter, and how far each one moved.
+"""Two checkpoints side by side: which of their tensors are the same parameter, and how far each one moved.
 
 Every tensor of either folder has one of three fates: it is compared (or handed on to be extracted), it is reported as
 being in one of the two only, or the pair is refused. The rules:
@@ -31,7 +31,7 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constan
 @dataclass(frozen=True)
 class Change:
     """A parameter that differs: ‖tuned − base‖_F / ‖base‖_F over the rows of both, None where that would divide by 0.
-    `rows`: how many more the tuned one has. `only_in`: "tuned" or "base", for one that the other hasn't got."""
+    `rows`: how many more the tuned one has. `only_in`: "tuned" or "base", for one that the other doesn't have."""
 
     name: str
     relative: float | None
@@ -111,7 +111,7 @@ def compared(tuned: Checkpoint, base: Checkpoint) -> list[str]:
         elif name in (base if old is None else tuned).places:
             problems.append(f"{name}: not in {(base if old is None else tuned).folder}")
     if problems:
-        where = f"{tuned.folder} was not made from {base.folder}"
+        where = f"{tuned.folder} wasn't made from {base.folder}"
         raise InputError(f"{where}, {len(problems)} tensors don't fit:\n{listed(problems)}")
     return names
 

@@ -1,4 +1,4 @@
-"""One adapter out of several: the weighted sum, exactly; TIES and DARE on the entries of ΔW.
+"""Combining adapters into one: the weighted sum, exactly; TIES and DARE on the entries of ΔW.
 
 linear. Σ wᵢ ΔWᵢ is one product of stacked factors,
 

@@ -1,10 +1,10 @@
-"""How small an update is to be, what that loses, and the nearest small update of a dense change.
+"""Cutting an update: to which rank, at what loss, and the nearest low-rank update of a dense change.
 
 With singular values σ₁ ≥ σ₂ ≥ … the best update of rank k keeps the first k terms, at the relative error
 
     ‖ΔW − ΔW_k‖_F / ‖ΔW‖_F = √(Σ_{i>k} σᵢ²) / √(Σ σᵢ²)              (Eckart & Young 1936)
 
-Whatever cuts (resize, combine, extract) states it as a `Loss` per module, so that nothing is lost in silence.
+Every verb that cuts (resize, combine, extract) states it as a `Loss` per module, so that nothing is silently lost.
 
 `nearest` is for a change that is given as a matrix. With an energy to keep, the whole spectrum is needed and the full
 SVD is taken. With a rank well below min(M, N) a randomised one does (linalg/svd.py). Its error is measured, not

@@ -11,10 +11,10 @@ and everything below z is LoRA's own backward: the layer is `lora_linears` and a
     y = (z + bias) + (g − 1) ∘ z
 
 written this way, as in PEFT, so that a fresh layer has the base's bits: m and ‖V‖ are then one number computed once
-(factors.py), g is 1 and B A is 0. With dropout p the input of both is another one than the base's, x̃ = dropout(x):
+(factors.py), g is 1 and B A is 0. With dropout p the input of both differs from the base's, x̃ = dropout(x):
 y = W x + bias + (g − 1) ∘ W x̃ + g ∘ s B A x̃, PEFT's formula again.
 
-The norms of V are made anew in each pass without the sum W + s B A (factors.py): M N R multiplications, next to
+The norms of V are computed again in each pass without the sum W + s B A (factors.py): M N R multiplications, next to
 nothing in a training step of T ≫ R tokens, but as much as the layer itself where a single token is computed. They
 are not kept from one pass to the next, since only the optimiser's way of changing A and B could be noticed;
 `fuse()` is the way to a layer that is fast on single tokens.

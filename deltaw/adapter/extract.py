@@ -1,10 +1,10 @@
-"""A LoRA out of full fine-tuning: the nearest low-rank update to what each weight changed by.
+"""Extracting a LoRA from full fine-tuning: the low-rank update nearest to each weight's change.
 
-    Δ = W_tuned − W_base ≈ B A,   ‖Δ − B A‖_F the least there is at that rank
+    Δ = W_tuned − W_base ≈ B A,   ‖Δ − B A‖_F the least possible at that rank
 
 One pair of weights is in memory at a time; `nearest` (cut.py) makes the factors.
 
-What a LoRA on linear layers can't say is not dropped in silence: `Report.unadapted` lists every other parameter that
+What a LoRA on linear layers can't express isn't silently dropped: `Report.unadapted` lists every other parameter that
 differs (norms, embeddings, the head, biases) with its relative change, `Report.config` the settings that do
 (checkpoints.py).
 
@@ -87,14 +87,14 @@ def extract(
 def extract_adapter(
     adapter: Adapter, *, rank: int | None = None, energy: float | None = None, display: Display = QUIET
 ) -> tuple[Adapter, list[Loss]]:
-    """A LoRA out of an adapter that holds full fine-tuning. Raises InputError if it doesn't, or holds only zeros."""
+    """A LoRA from an adapter that holds full fine-tuning. Raises InputError if it doesn't, or holds only zeros."""
     if not adapter.spec.full:
-        raise InputError("this adapter is a LoRA already", fix="make it smaller with resize")
+        raise InputError("this adapter is already a LoRA", fix="make it smaller with resize")
     deltas = {path: update.plain().dense() for path, update in adapter.factors.items()}
     _check_room(rank, [tuple(delta.shape) for delta in deltas.values()])
     factors, losses, _ = _nearest_all(deltas, lambda path: (deltas[path], NONE), rank, energy, display)
     if not factors:
-        raise InputError("the adapter changes nothing: there is nothing to extract")
+        raise InputError("the adapter changes nothing, so there is nothing to extract")
     return adapter_of(factors, adapter), losses
 
 
@@ -106,7 +106,7 @@ def extract_folders(
     energy: float | None = None,
     display: Display = QUIET,
 ) -> tuple[Adapter, Report]:
-    """A LoRA out of a fine-tuned model's folder and the base it came from, and what it can't hold.
+    """A LoRA from a fine-tuned model's folder and the base it came from, and what it can't hold.
 
     The base is opened once for its fingerprint, in bfloat16. Raises InputError where the two are not one architecture
     with the same tensors, and where no linear layer differs.
@@ -115,7 +115,7 @@ def extract_folders(
     source = base if isinstance(base, Source) else find_base(str(base))
     kinds = [check_folder(folder)["model_type"] for folder in (tuned, source.directory)]
     if kinds[0] != kinds[1]:
-        raise InputError(f"{tuned} and {source.name} are different architectures: {' and '.join(kinds)}")
+        raise InputError(f"{tuned} and {source.name} have different architectures: {' and '.join(kinds)}")
     skeleton = open_skeleton(source)
     tuned_skeleton = open_skeleton(Source(str(tuned), tuned))
     config = _settings(tuned_skeleton, skeleton)
@@ -138,7 +138,9 @@ def extract_folders(
     )
     report = Report(losses, unadapted, config, share)
     if not factors:
-        raise InputError(f"{tuned}: no linear layer differs from {source.name}, nothing to extract", report.warning())
+        raise InputError(
+            (f"{tuned}: no linear layer differs from {source.name}, so there is nothing to extract"), report.warning()
+        )
     spec = AdapterSpec(targets=explicit_targets(skeleton, tuple(factors)))
     return adapter_of(factors, Adapter(spec, factors, identity, transposed, rewritten_names(skeleton))), report
 
@@ -180,7 +182,7 @@ def _difference(path: str, tuned: Weight, base: Weight) -> tuple[Tensor, Noise]:
 def _check_room(rank: int | None, shapes: Iterable[tuple[int, ...]]) -> None:
     most = max((min(shape) for shape in shapes), default=0)
     if rank is not None and rank > most:
-        raise InputError(f"rank {rank} is more than any of the modules can have, {most}")
+        raise InputError(f"rank {rank} is more than any of the modules can have ({most})")
 
 
 def _settings(tuned: nn.Module, base: nn.Module) -> list[str]:

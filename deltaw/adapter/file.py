@@ -8,7 +8,7 @@
     README.md                    how to use it, for people
 
 PEFT, vLLM and the rest read the first two. deltaw.json is beside them because PEFT's config has no place for a
-fingerprint, and without one an adapter on the wrong base of the right shapes answers nonsense without an error.
+fingerprint, and without one an adapter on a wrong base of the right shapes would answer nonsense without an error.
 
 Loading refuses what it can't represent or can't match, naming it; a silent no-op load is the commonest complaint about
 other tools. Shapes are checked against the config, and every number against NaN, before a model is touched.
@@ -55,7 +55,7 @@ class BaseId:
     template: str = ""
 
     def mismatch(self, other: "BaseId") -> str | None:
-        """Why an adapter of this base may not go on `other`, or None. Weights and settings count, names don't."""
+        """Why an adapter of this base may not be put on `other`, or None. Weights and settings count, names don't."""
         if self.fingerprint and other.fingerprint and not same_base(self.fingerprint, other.fingerprint):
             return (
                 f"it was trained on {self.name or 'another base'} ({describe(self.fingerprint)}), "
@@ -83,10 +83,10 @@ class Adapter:
         directory = Path(directory)
         for path, update in self.factors.items():
             if not describes(self.spec, path, update):
-                raise ValueError(f"{path}: rank {update.rank}, scale {update.scale} are not what the spec says")
+                raise ValueError(f"{path}: rank {update.rank}, scale {update.scale} aren't what the spec says")
         tensors = to_tensors(self.factors)
         if bad := not_finite(tensors):
-            raise RunError(f"the adapter holds NaN or infinity, it was not saved:\n{listed(bad)}")
+            raise RunError(f"the adapter holds NaN or infinity and wasn't saved:\n{listed(bad)}")
         directory.mkdir(parents=True, exist_ok=True)
         if self.spec.full:
             save_safetensors(tensors, directory / DELTAS)
@@ -108,7 +108,7 @@ class Adapter:
 
     def _peft_config(self) -> dict[str, Any]:
         names = {self.spec.targets} if isinstance(self.spec.targets, str) else set(self.spec.targets)
-        # A group is a word of deltaw's own: to other tools it is spelt out.
+        # A group is deltaw's own word, so it is spelt out for other tools.
         spec = self.spec.model_copy(update={"targets": tuple(self.factors)} if names & set(TARGET_GROUPS) else {})
         return from_spec(
             spec,
@@ -135,12 +135,12 @@ class Adapter:
         return Adapter(spec, factors, _base_of(directory, config), transposed, weight_names(config))
 
     def _card(self) -> str:
-        """A few words; what goes out into the world gets a whole card (shipping/card.py)."""
+        """A few words; what is exported gets a full card (shipping/card.py)."""
         base = self.base.name or "unknown"
         if self.spec.full:
             return (
                 f"# Full fine-tuning of {base}\n\nWhat {len(self.factors)} weights changed by, {self.parameters:,} "
-                f"numbers in {DELTAS}. Made by deltaw {VERSION}; `deltaw extract` makes a LoRA of it.\n"
+                f"numbers in {DELTAS}. Made by deltaw {VERSION}; `deltaw extract` makes a LoRA from it.\n"
             )
         by_weight = sum(path.rpartition(".")[2] in self.rewritten for path in self.factors)
         newer = f"{by_weight} of them are named by their weights, which PEFT reads from 0.17 on.\n" if by_weight else ""
@@ -153,7 +153,7 @@ class Adapter:
 
 
 def describes(spec: AdapterSpec, path: str, update: Update) -> bool:
-    """Whether a reader of the spec takes the update's numbers for what they are."""
+    """Whether a reader of the spec gets the update's rank and scale right."""
     same = spec.full or (update.rank, update.scale) == (spec.rank_of(path), spec.scale(path))
     return update.kind == spec.kind and same
 
@@ -200,7 +200,7 @@ def _base_of(directory: Path, config: dict[str, Any]) -> BaseId:
         raw = read_json(directory / RECORD, max_bytes=1_000_000).get("base")
         known = {name: raw.get(name) for name in BaseId.__dataclass_fields__} if isinstance(raw, dict) else {}
         if not known or not all(isinstance(value, str | None) for value in known.values()):
-            raise InputError(f"{directory / RECORD}: its base is not name, revision, fingerprint, template")
+            raise InputError(f"{directory / RECORD}: its base must have name, revision, fingerprint and template")
         return BaseId(**{name: value for name, value in known.items() if value is not None})
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     return BaseId(name if isinstance(name, str) else "", revision if isinstance(revision, str) else None)

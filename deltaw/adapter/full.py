@@ -5,8 +5,8 @@
 The sum is formed in float32 and rounded once to W's dtype, so that ΔW keeps what bfloat16 weights could not take
 (a step of 1e-5 on a weight of 0.1 is below their rounding). Keeping ΔW apart rather than W + ΔW costs one matrix more
 than the usual way, and gives what this is for: the update as a value that can be looked at, compared with a LoRA's and
-extracted into one. A weight in a form of its own (quantised) has no room for the sum: x ΔWᵀ is added to the layer's own
-product there. It is a reference, not a fast path: attention and MLP run by the model's own code.
+extracted into one. A weight in another form (quantised) has no room for the sum: there x ΔWᵀ is added to the layer's
+own product. It is a reference, not a fast path: attention and MLP run by the model's own code.
 
 Letters: N inputs, M outputs.
 """

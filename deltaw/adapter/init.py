@@ -1,4 +1,4 @@
-"""Where training starts: A and B of nothing, of the weight, of what the layer is given, or of the weight's gradient.
+"""Where training starts: A and B at random, or from the weight, the layer's inputs or the weight's gradient.
 
     lora      A uniform in ±1/√N, B = 0                                   Hu et al. 2021
     pissa     s B A = the R leading terms of W's SVD, √(S/s) in each      Meng et al. 2024

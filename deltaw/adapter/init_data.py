@@ -1,4 +1,4 @@
-"""Starts that need data: what a layer was given (eva), what the loss wants of its weight (lora-ga).
+"""Initialisers that need data: a layer's inputs (eva), the gradient of its weight (lora-ga).
 
 Both watch the base, its adapter switched off, on a few batches: hooks on the frozen layers add up
 
@@ -10,7 +10,7 @@ as in Chan, Golub & LeVeque (1983): XᵀX − T μμᵀ would lose the small dir
 that are a thousand times the others. No weight gets a gradient of its own: the embeddings' output is made the leaf that
 the backward goes down to, and Gᵀ x is formed where G passes by.
 
-What is held is bounded: layers are taken in groups whose sums fit into `BUDGET` bytes, each group with passes of its
+Memory is bounded: layers are taken in groups whose sums fit into `BUDGET` bytes, each group with passes of its
 own, so a large model costs time and not memory. The batches are the caller's, and the same ones give the same bits.
 
 On padded batches (a model that mixes packed documents) eva counts the padding's inputs, too. Labels don't matter to
@@ -162,4 +162,6 @@ class _Gradient(_Sum):
 def _check(total: Tensor, path: str) -> None:
     if not total.any() or not torch.isfinite(total).all():
         wrong = "NaN or infinity" if total.any() else "nothing but zeros"
-        raise RunError(f"{path}: the first batches give {wrong}, no start can be made of that", fix="use init: lora")
+        raise RunError(
+            (f"{path}: the first batches give {wrong}, and no start can be made from that"), fix="use init: lora"
+        )

@@ -1,6 +1,6 @@
-"""An adapter merged into a loaded model, and taken out of it again: `adapter.merge_into(model)`.
+"""Merging an adapter into a loaded model, and taking it out again: `adapter.merge_into(model)`.
 
-Each adapted layer has a new one of its own kind in its place, whose weight is W + ΔW rounded once (`fuse`, layer.py).
+Each adapted layer is replaced by a new one of the same kind, whose weight is W + ΔW rounded once (`fuse`, layer.py).
 The model then runs by its own code, with nothing of deltaw in it, and `save_pretrained` writes a plain model. `undo`
 puts the very same layers back, so that the base is what it was, bit for bit: subtracting ΔW again would leave its
 rounding. The price is a second copy of the adapted weights while both are there.
@@ -38,7 +38,7 @@ class MergedInto:
     _undone: list[bool] = field(default_factory=list, repr=False)
 
     def undo(self) -> nn.Module:
-        """The model as it was. Raises InputError where a merged layer isn't in its place any more."""
+        """Make the model what it was. Raises InputError where a merged layer is no longer in its place."""
         if self._undone:
             return self.model
         moved = [path for path, layer in self.layers.items() if self.model.get_submodule(path) is not layer]

@@ -67,7 +67,7 @@ def module_paths(tensors: Mapping[str, Tensor], file: Path) -> list[str]:
     if problems:
         raise InputError(
             f"{file}: {len(problems)} of {len(names)} tensors don't fit:\n{listed(problems, 2)}",
-            fix=f"what each place makes of it, and what mends it: {command('lint', file.parent)}",
+            fix=f"what each program makes of it, and how to fix it: {command('lint', file.parent)}",
         )
     return list(halves)
 
@@ -119,7 +119,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], paths: Iterable[str], spec: Ada
         rank, a_RN, b_MR = spec.rank_of(path), tensors[PREFIX + path + A], tensors[PREFIX + path + B]
         if (a_RN.shape[0], b_MR.shape[1]) != (rank, rank):
             shapes = f"A is {tuple(a_RN.shape)}, B is {tuple(b_MR.shape)}"
-            problems.append(f"{path:.120}: {shapes}, the config says rank {rank}")
+            problems.append(f"{path:.120}: {shapes}, but the config says rank {rank}")
     if problems:
         raise InputError(f"{file}: shapes and config disagree:\n{listed(problems)}")
 

@@ -1,4 +1,4 @@
-"""Updates into a model and out of it again: layers and stand-ins in the places of a model's own modules.
+"""Putting updates into a model and taking them out: layers and stand-ins in the places of a model's own modules.
 
 Each targeted layer gets an adapted one (layer.py) in its place, on this instance alone, with an update in it (layer.py,
 dora.py, full.py), and norms, attention blocks and MLPs get the kernels' stand-ins (stand_ins.py). What was done is
@@ -8,7 +8,7 @@ throughout.
 Updates that come beside others add themselves to the layers that are there and their own layers to those; they are
 tried on the bare model like the first, the others put aside meanwhile.
 
-This knows updates by their paths, not adapters: `attach` (attach.py) and `merge_into` (into.py) are made of it.
+This file knows updates by path, not adapters: `attach` (attach.py) and `merge_into` (into.py) are built on it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,7 +102,7 @@ def check_known(model: nn.Module) -> None:
         raise InputError("this is what torch.compile made of a model", fix="give the model itself: compiled._orig_mod")
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise InputError(
-            "this model already carries an adapter of PEFT's",
+            "this model already carries one of PEFT's adapters",
             fix="take it out first: model = model.unload(), or load the base again",
         )
 

@@ -52,8 +52,8 @@ OUTSIDE = "lies outside the language model: name it by its path"
 
 @dataclass(frozen=True)
 class Targets:
-    """What a spec comes to: the paths to adapt, what holds weights but can't be or isn't adapted, and why a group left
-    a layer out."""
+    """What a spec amounts to: the paths to adapt, what holds weights but can't be or isn't adapted, and why a group
+    left a layer out."""
 
     paths: tuple[str, ...]
     unmatched: tuple[str, ...]
@@ -90,7 +90,7 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unfit: Mapping[str, str] |
     left_out = {path: reasons[path] for path in asked if path in reasons and path not in named}
     wrong = [f"{path} {reasons[path]}" for path in asked if path in reasons and (path in named or not paths)]
     if wrong:
-        fix = "leave them out" if paths else "name others, or lower the rank"
+        fix = "leave them out" if paths else "choose others, or lower the rank"
         raise InputError(f"adapter.targets: these can't be adapted:\n{listed(wrong)}", fix=fix)
     wide = _narrow(model, spec, paths, 2 if spec.moves_base else 1)
     if wide:
@@ -111,7 +111,7 @@ def targets_of(
         raise InputError(f"{head} is the output head, which can't be adapted yet")
     names = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
     if not any(_matches(name, path) for name in names for path in linear):
-        raise InputError(f"the adapter is another model's: {_unknown(list(names), linear)}")
+        raise InputError(f"the adapter belongs to another model: {_unknown(list(names), linear)}")
     problems = [f"{path:.120}: no such linear layer in this model" for path in updates if path not in linear]
     problems += [f"{path} {why}" for path, why in (unfit or {}).items() if path in updates]
     problems += [
@@ -124,7 +124,7 @@ def targets_of(
         if shape != (layer.out_features, layer.in_features):
             problems.append(f"{path}: update is {shape}, the layer {(layer.out_features, layer.in_features)}")
     if problems:
-        raise InputError(f"the adapter does not fit this model, {len(problems)} mismatches:\n{listed(problems)}")
+        raise InputError(f"the adapter doesn't fit this model; {len(problems)} mismatches:\n{listed(problems)}")
     paths = tuple(path for path in linear if path in updates)
     return Targets(paths, _unmatched(model, set(paths)))
 
@@ -154,7 +154,7 @@ def _narrow(model: nn.Module, spec: AdapterSpec, paths: Sequence[str], times: in
 def _unwritable(model: nn.Module, spec: AdapterSpec, paths: Sequence[str]) -> dict[str, str]:
     """The layers that have no form in the file."""
     by_weight = rewritten_names(model) if spec.magnitude else frozenset()
-    reason = "is taken for the experts' by PEFT, which can't read DoRA of it then"
+    reason = "is taken for the experts' by PEFT, which then can't read DoRA on it"
     return dict.fromkeys([path for path in paths if path.rpartition(".")[2] in by_weight], reason)
 
 
@@ -214,7 +214,7 @@ def _other_kinds(model: nn.Module) -> str:
     kinds = {
         type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear) and module is not head
     }
-    return f": {', '.join(sorted(kinds))} computes something else than x Wᵀ + b" if kinds else ""
+    return f": {', '.join(sorted(kinds))} computes something other than x Wᵀ + b" if kinds else ""
 
 
 def _unmatched(model: nn.Module, adapted: set[str]) -> tuple[str, ...]:

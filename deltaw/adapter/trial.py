@@ -1,4 +1,4 @@
-"""Whether a model with a fresh adapter in it is still the model, and can learn: tried before it is called attached.
+"""Trying a fresh adapter before it counts as attached: is the model unchanged, and can the adapter learn?
 
 An adapted layer computes x Wᵀ + b itself. What it stands for may do more than its class says: a hook may change what it
 returns, and the model may read `.weight` beside it or instead of it. Neither shows in the modules, so the model runs on
@@ -36,7 +36,7 @@ from deltaw.errors import InputError
 NOT_TEXT = "doesn't run on text"
 SILENT = "gets no gradient from the model's answers"
 READ = "has its weight read by the model itself, past the layer"
-CHANGED = "gives something else than its weight and bias make of its input"
+CHANGED = "gives something other than what its weight and bias make of its input"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def differences(model: nn.Module, layers: Mapping[str, AdaptedLinear], base: Obs
             raise
         return {path: READ}
     if not wrong and not _near(logits_TV, base.logits_TV, next(iter(layers.values())).base.weight.dtype):
-        raise InputError("with a fresh adapter in it the model gives other answers than without, so none is attached")
+        raise InputError("with a fresh adapter the model doesn't answer as it does without one, so none is attached")
     return wrong
 
 
@@ -124,11 +124,11 @@ def holds(model: nn.Module, updates: Mapping[str, LayerUpdate], base: Observed |
         raise InputError(
             f"this model can't {'be trained' if to_train else 'run'} with an adapter in it "
             f"({type(error).__name__}: {reason:.200})",
-            fix="name fewer adapter.targets, or use another base" if to_train else "use another base",
+            fix="choose fewer adapter.targets, or use another base" if to_train else "use another base",
         ) from None
     if to_train and not (reached and all(gradient.isfinite().all() for gradient in reached)):
         what = "no gradient reaches the adapter" if not reached else "the gradient isn't finite"
-        raise InputError(f"{what} in a pass over text", fix="name other adapter.targets")
+        raise InputError(f"{what} in a pass over text", fix="choose other adapter.targets")
     return _near(logits_TV.detach(), base.logits_TV, next(iter(updates.values())).base.weight.dtype)
 
 

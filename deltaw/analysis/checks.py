@@ -60,7 +60,7 @@ def check_run(training: Training) -> list[Finding]:
 def _zero(measures: Mapping[str, Measures]) -> Iterator[Finding]:
     zero = [path for path, m in measures.items() if m.numerical_rank == 0]
     if len(zero) == len(measures):
-        yield Finding("problem", "the update is zero in every module: nothing was learnt, the base answers")
+        yield Finding("problem", "the update is zero in every module: nothing was learnt, and the base answers")
     elif zero:
         shown = ", ".join(zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
         what = f"{len(zero)} of {len(measures)} modules learnt nothing (their update is exactly zero): {shown}"

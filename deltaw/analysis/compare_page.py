@@ -60,7 +60,7 @@ def page_of(comparison: Comparison, one: str, other: str) -> Page:
 def in_words(comparison: Comparison, one: str, other: str) -> list[str]:
     """The main results, in sentences."""
     if comparison.cosine is None:
-        return [f"One of {one} and {other} is zero in every module: there is nothing to compare."]
+        return [f"One of {one} and {other} is zero in every module, so there is nothing to compare."]
     middle = comparison.medians
     norms = f"{comparison.frobenius[0]:.3g} and {comparison.frobenius[1]:.3g}"
     over = f"Over {len(comparison.modules)} modules the updates have a cosine of {comparison.cosine:.3f}"

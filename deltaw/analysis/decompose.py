@@ -1,4 +1,4 @@
-"""What a matrix is made of: its rank, counted in every way that is of use, its spectrum, and three factorisations.
+"""What a matrix is made of: its rank, counted in every useful way, its spectrum, and three factorisations.
 
     full rank        X = P Qᵀ, lossless, R columns each. P is columns of X (linalg/rank.py), for a small matrix of
                      integers also in fractions, without rounding (linalg/exact.py); then the rank is exact, too,
@@ -38,7 +38,7 @@ from deltaw.show.table import table
 DEFAULT_RANK = 8
 PIVOT_WORK = 2e9  # R M N of picking columns, some ten seconds
 LONG_WORK = 1e8  # R M N that takes a second; an SVD does ten times as much in that time
-DENSE_SIDE = 512  # the 2-norm of an error of at most as many rows or columns is no estimate
+DENSE_SIDE = 512  # the 2-norm of an error of at most as many rows or columns isn't an estimate
 SHOWN_SIDE = 6  # factors of a matrix of at most 6 x 6 are shown
 
 UNROUNDED = Rounding()
@@ -114,8 +114,8 @@ def decompose(
     """All of it for one float32 or float64 matrix; `rank` is k, else 8 or the matrix's rank if that is less.
     `rounding`: of the entries, before they were float32 or float64. `integers`: the entries, if they are.
 
-    `say` gets a line before what takes long. Raises InputError unless 1 ≤ `rank` ≤ K, ValueError for what is no matrix
-    of finite numbers.
+    `say` gets a line before what takes long. Raises InputError unless 1 ≤ `rank` ≤ K, ValueError for what isn't a
+    matrix of finite numbers.
     """
     (m, n), dtype = ranks.checked(x_MN).shape, str(x_MN.dtype).removeprefix("torch.")
     if rank is not None and not 1 <= rank <= min(m, n):
@@ -201,7 +201,7 @@ def spectrum(sigma: Sequence[float], width: int = 64, height: int = 8) -> str:
 def _ranks(d: Decomposition) -> str:
     picked = f"column rank {d.column_rank}, row rank {d.row_rank}, picked down to ε max(M, N) times the longest"
     if d.column_rank is None:
-        picked = "columns and rows were not picked one by one: that would take minutes"
+        picked = "columns and rows weren't picked one by one, which would take minutes"
     if d.exact:
         picked = f"column rank {d.column_rank}, row rank {d.row_rank}"
     elif d.stored not in (d.dtype, INTEGERS) and d.column_rank is not None:
@@ -210,7 +210,7 @@ def _ranks(d: Decomposition) -> str:
     condition = f"{d.condition:.3g}" if math.isfinite(d.condition) else unknown
     above = f"σ above {d.tolerance:.2e} = ε max(M, N) σ₁, ε of {d.dtype}"
     if d.tolerance > torch.finfo(getattr(torch, d.dtype)).eps * max(d.rows, d.columns) * d.singular_values[0]:
-        above = f"σ above {d.tolerance:.2e}, the most that rounding to {d.stored} makes of zero"
+        above = f"σ above {d.tolerance:.2e}, the most that rounding to {d.stored} makes of a zero"
     if d.exact:
         above = f"exactly, by elimination in fractions; {d.numerical_rank} {above}"
     lines = [
@@ -246,7 +246,7 @@ def _table(d: Decomposition) -> str:
 def _remarks(d: Decomposition) -> str:
     k, noise = d.truncated.rank, d.tolerance / (d.singular_values[0] or 1.0)
     saves = "stores fewer" if d.full_rank.share < 1 else "saves none"
-    lines = [f"R (M + N) numbers are fewer than M N for R below M N / (M + N) = {d.saves_below:.4g}: P Qᵀ {saves} here"]
+    lines = [f"R (M + N) numbers are fewer than M N for R below M N / (M + N) = {d.saves_below:.4g}: here P Qᵀ {saves}"]
     if d.best_frobenius <= noise:
         lines.append(f"rank {k} leaves nothing but rounding")
     else:

@@ -1,7 +1,7 @@
 """A map of a model: a number for each module, layers down, kinds of module across.
 
-Modules that share a place (the experts of a layer, say) share its cell, with their mean. So do neighbouring layers,
-where there are more than a page should hold: it must not grow with the model.
+Modules that share a place (say, the experts of a layer) share its cell, which shows their mean. So do neighbouring
+layers, where there are more than a page should hold: it must not grow with the model.
 """
 
 import math

@@ -8,11 +8,12 @@
 float32 stays, narrower types become it; float64, integers, booleans and text become float64. What the entries were
 rounded to before is kept beside them, since it decides what of a matrix is noise (linalg/rank.py): the type in the
 file; a narrower one that has every entry, for somebody widened them; in a text the decimals that its numbers have.
-Integers that float64 can't hold are kept as they are, too, for a small matrix; for a large one it is said.
+Integers that float64 can't hold are kept as they are, too, for a small matrix; for a large one the description says
+that they aren't.
 
-Sizes are looked at before numbers are read, and what is no matrix of finite numbers is one InputError that names the
+Sizes are looked at before numbers are read, and what isn't a matrix of finite numbers is one InputError that names the
 place. An .npy file is mapped, so a pickle inside is refused by its type and never opened; other formats than these are
-not guessed at. Text is read by hand: pyarrow, numpy and csv give numbers or cells, but not which line is at fault and
+not guessed. Text is read by hand: pyarrow, numpy and csv give numbers or cells, but not which line is at fault and
 how many decimals a number was written with, and csv has no blanks as a separator.
 
 Letters: M rows, N columns.
@@ -62,7 +63,7 @@ class Matrix(NamedTuple):
 def read_matrix(name: str, display: Display = QUIET) -> Matrix:
     """`display` shows a line before a base is converted.
 
-    Raises InputError: a name that leads to no matrix (with near misses), an unreadable file, what is no matrix of
+    Raises InputError: a name that leads to no matrix (with near misses), an unreadable file, what isn't a matrix of
     finite real numbers, more than 20 GB as float32.
     """
     if match := re.fullmatch(r"(.+?\.safetensors)(?::(.*))?", name, re.DOTALL):
@@ -156,10 +157,12 @@ def _npy(path: Path) -> Matrix:
         x_MN = numpy.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # a stranger's header makes NumPy raise nearly anything
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise InputError(f"{path}: no array of plain numbers: {reason:.200}", fix="write it with numpy.save") from None
+        raise InputError(
+            (f"{path}: not an array of plain numbers: {reason:.200}"), fix="write it with numpy.save"
+        ) from None
     _size(x_MN.shape, path)
     if x_MN.dtype.kind not in "fiub":
-        raise InputError(f"{path}: holds {x_MN.dtype} values, no real numbers")
+        raise InputError(f"{path}: holds {x_MN.dtype} values, not real numbers")
     if x_MN.dtype.kind in "iub":
         return _of_integers(numpy.array(x_MN, order="C", subok=False), path.name)
     wide = numpy.float32 if x_MN.dtype.itemsize <= 4 else numpy.float64
@@ -181,7 +184,7 @@ def _csv(path: Path) -> Matrix:
                 continue
             for cell, value in zip(cells, row, strict=True):
                 if value is None or not math.isfinite(value):
-                    said = f"{cell!r:.60} is no finite number" if cell else f"cell {cells.index(cell) + 1} is empty"
+                    said = f"{cell!r:.60} isn't a finite number" if cell else f"cell {cells.index(cell) + 1} is empty"
                     fix = "write numbers with a decimal point; only the first line may hold names"
                     raise InputError(f"{path}, line {number}: {said}", fix=fix)
                 places[_decimals(cell)] += value != 0
@@ -252,12 +255,12 @@ def _safetensors(path: Path, name: str) -> Matrix:
     if name not in shapes:
         near = difflib.get_close_matches(name, shapes, n=2, cutoff=0.6)
         some = near or [key for key, shape in shapes.items() if len(shape) == 2] or list(shapes)
-        what = f"holds no tensor {name!r:.120}" if name else "which of its tensors?"
+        what = f"holds no tensor {name!r:.120}" if name else "name one of its tensors"
         raise InputError(f"{path}: {what}", fix="name one like this:\n" + listed([f"{path}:{key}" for key in some], 2))
     _size(shapes[name], f"{path}: {name}")
     x_MN, source = read_tensor(path, name), f"{name} of {path.name}"
     if x_MN.is_complex():
-        raise InputError(f"{path}: {name} holds {str(x_MN.dtype).removeprefix('torch.')} values, no real numbers")
+        raise InputError(f"{path}: {name} holds {str(x_MN.dtype).removeprefix('torch.')} values, not real numbers")
     if not x_MN.is_floating_point():
         return _of_integers(x_MN.numpy(), source)
     with contextlib.suppress(RuntimeError):  # types of less than a byte
@@ -276,7 +279,7 @@ def _of_base(name: str, display: Display) -> Matrix:
     weights = LinearWeights(find_base(base, display=display).directory)
     if not path:
         some = listed([f"{base}:{path}" for path in weights], 2)
-        raise InputError(f"{name}: is a base; which of its weights?", fix="name one like this:\n" + some)
+        raise InputError(f"{name}: is a base; name one of its weights", fix="name one like this:\n" + some)
     _size(weights.shape(path), name)
     return _of_floats(*weights.read(path), f"{path} of {base}")
 

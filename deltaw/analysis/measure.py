@@ -1,4 +1,4 @@
-"""What a fine-tune did to the weights, module by module: from the update ΔW and, where it is given, the base weight W.
+"""What fine-tuning did to the weights, module by module: from the update ΔW and, where it is given, the base weight W.
 
 From ΔW alone, by its singular values σ₁ ≥ σ₂ ≥ …, which come from the factors (linalg/svd.py); those that can't be
 told from zero (linalg/rank.py) count as 0, so the same ΔW measures the same as factors and as a matrix:

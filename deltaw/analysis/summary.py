@@ -1,4 +1,4 @@
-"""An adapter in a few numbers: each module's by name, and what they come to over the whole model.
+"""An adapter in a few numbers: each module's by name, and their totals over the whole model.
 
 Norms add up as √Σ‖·‖²_F, shares by their entries, so the totals are those of one large block-diagonal matrix.
 """
@@ -34,7 +34,7 @@ def noise_of(kept: float, error: float) -> float:
 def summarise(measures: Mapping[str, Measures]) -> dict[str, Any]:
     """Over the model: totals, then `median`, `largest` and `smallest` {module, value} of each of its `quantities`.
 
-    `zero` lists the modules whose update is nought. What needs W is absent without it. ValueError for no modules.
+    `zero` lists the modules whose update is zero. What needs W is absent without it. ValueError for no modules.
     """
     if not measures:
         raise ValueError("no modules")

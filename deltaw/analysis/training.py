@@ -1,8 +1,8 @@
-"""What a run folder says of its training, as far as it can be read.
+"""What a run folder says about its training, as far as it can be read.
 
 result.json and metrics.jsonl come from a disk that may have failed, from an older deltaw, from an editor. So each field
-is taken where it has the kind that it should have; one that lacks is lacking, one of another kind is left out, too, and
-named among `faults`. Whoever reads a `Training` therefore asks for a field with `get`, and never for its type.
+is used where it has the kind that it should have; one that is missing stays missing, one of another kind is left out
+and named among `faults`. Whoever reads a `Training` therefore asks for a field with `get`, and never for its type.
 """
 
 import json

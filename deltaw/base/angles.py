@@ -1,13 +1,13 @@
-"""Rotary angles that each document is asked for alone.
+"""Rotary angles, computed for each document alone.
 
 Some models scale their rotary frequencies by the longest position in the pass (longrope, dynamic NTK), and some
-remember the longest that they ever saw. Beside a long document a short one then gets other angles than alone, and so do
-the documents after it. `Angles` stands in for such a module: it asks the module for the angles of every run of
+remember the longest that they have seen. Beside a long document, a short one then gets other angles than alone, and so
+do the documents after it. `Angles` stands in for such a module: it asks the module for the angles of every run of
 consecutive positions (a document of a packed batch, a row of a padded one, a row's next token in generation) by itself,
-having shown it position 0 first, on which what it remembers is forgotten.
+after showing it position 0, which makes it forget what it remembers.
 
-Which modules need that is found by trying and not by the name of a scaling: one whose angles for the first positions
-change beside a far one, or after it. For any other nothing is put in, so that ordinary models pay nothing.
+Which modules need this is found by trying, not by the name of a scaling: those whose angles for the first positions
+change beside a far one, or after it. All others are left alone, so that ordinary models pay nothing.
 """
 
 import inspect

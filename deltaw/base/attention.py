@@ -29,8 +29,8 @@ from deltaw.kernels.attention import Documents, packed_attention
 
 NAME = "deltaw-"  # and a number, in transformers' registry
 SEES = "deltaw_sees"  # the attribute by which a mask that was asked for carries its function
-# What reaches attention without a meaning there: options of the model's own forward, handed down through its layers.
-# Whatever else arrives (sinks, a bias, the indices of a sparse selection) would be lost, so that it isn't packed.
+# Arguments that mean nothing to attention: options of the model's own forward, handed down through its layers.
+# Anything else (sinks, a bias, the indices of a sparse selection) would be lost, so such a model isn't packed.
 MEANINGLESS = {"position_ids", "cache_position", "use_cache", "return_dict"}
 
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head, query, key -> whether the query sees the key
@@ -38,7 +38,7 @@ Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head, query,
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What a module asks of attention beside its queries, keys and values. Window in tokens, itself included.
+    """What a module asks of attention besides its queries, keys and values. Window in tokens, itself included.
 
     `sees`: what its mask lets through, where the pass ran under masks that say so; None where none did.
     """
@@ -80,7 +80,7 @@ class Calls(dict[nn.Module, AttentionCall]):
         self.ask = ask
 
     def note(self, module: nn.Module, call: AttentionCall, more: dict[str, Any]) -> None:
-        """Write down a call. Raises NotImplementedError for one that attention here doesn't do justice to."""
+        """Write down a call. Raises NotImplementedError for one that attention here can't reproduce."""
         given = {name for name, value in more.items() if value is not None and not (name == "is_causal" and value)}
         strange = sorted(name for name in given - MEANINGLESS if not name.startswith("output_"))
         if strange:
@@ -153,7 +153,7 @@ def _attention(
 
 
 def _rows(query: Tensor, position_ids: Tensor | None) -> Documents:
-    """The documents of a model that is simply called: its rows, cut where positions begin anew, as by transformers."""
+    """The documents of a model that is simply called: its rows, cut where positions start over, as by transformers."""
     rows, length = query.shape[0], query.shape[2]
     starts = {row * length for row in range(rows + 1)}
     if position_ids is not None and position_ids.shape[1:] == (length,):

@@ -1,4 +1,4 @@
-"""What a model is given: `Batch`, documents laid end to end, and `Pass`, what a forward carries to layers beside x.
+"""What a model is given: `Batch`, documents laid end to end, and `Pass`, what a forward carries to layers besides x.
 
 Three documents of 3, 2 and 4 tokens:
 
@@ -10,14 +10,15 @@ Three documents of 3, 2 and 4 tokens:
 Labels are already shifted: the model's output at t is compared with labels_T[t]. Shifting where the documents are still
 known is what keeps a label from crossing into the next one.
 
-How the documents are grouped for attention (`Documents`) and how many labels count is worked out once, by whoever packs
-them, and travels with the batch: a forward neither repeats it nor waits for the device to be told.
+How the documents are grouped for attention (`Documents`) and how many labels count are worked out once, by whoever
+packs them, and travels with the batch: a forward neither repeats it nor waits for the device to be told.
 
-A layer deep inside one of transformers' models is given its input and little else. What else it needs of a pass stands
-in a `Pass`, and reaches it through the model's `Passing`: one small holder per model, which attention, stand-ins and
-adapted layers keep from the moment they are put in place. Rejected: keyword arguments handed down through the model's
-own code (linear layers never see them, and an unknown name may be refused on the way), a global (two models run side by
-side in one process), and a thread-local (the backward, and what is recomputed in it, runs on another thread).
+A layer deep inside one of transformers' models is given its input and little else. Whatever more it needs to know of a
+pass is in a `Pass`, and reaches it through the model's `Passing`: one small holder per model, which attention,
+stand-ins and adapted layers keep from the moment they are put in place. Rejected: keyword arguments handed down through
+the model's own code (linear layers never see them, and an unknown name may be refused on the way), a global (two models
+run side by side in one process), and a thread-local (the backward, and what is recomputed in it, runs on another
+thread).
 
 Letters: T tokens, S documents + 1.
 """

@@ -1,18 +1,18 @@
-"""Which base an adapter was trained on: its weights, and what its config does with them.
+"""The fingerprint of a base: of its weights, and of what its config does with them.
 
-    sha256:<64 hex digits>                    of the weights alone: how adapters and runs were marked until decision 10
+    sha256:<64 hex digits>                    of the weights alone: the mark of adapters and runs until decision 10
     sha256:<64 hex digits>+<16 hex digits>    the same, and the mathematics
 
 The first part must not depend on how weights were stored or loaded, so it hashes bfloat16 samples of every parameter
 and no names (transformers renames modules between versions). Rejected: the hash of the files (a GGUF, shards and a
 single file would differ), and of all the weights (14 GB to read).
 
-The second is of every field that the text config's class declares and that isn't known to carry no mathematics: a
-field that is invented tomorrow counts, a note that some tool left in config.json doesn't. So the same weights with
+The second covers every field that the text config's class declares, except those known to carry no mathematics: a
+field that is invented tomorrow counts; a note that some tool left in config.json doesn't. So the same weights with
 another rope scaling, window, cap or epsilon are another base. It must not depend either on who wrote the config: a
 field that is off (None, false, 0, empty) is as good as absent, numbers are compared as float32 (a GGUF holds 1e-6 as
-9.99999997e-07), and a window that no layer has is none. Two marks of the old kind and the new are compared by what
-both have.
+9.99999997e-07), and a window that no layer has doesn't count. A mark of the old kind and one of the new are compared by
+what both have.
 
 This module imports no transformers: a config is handed in as it is.
 """

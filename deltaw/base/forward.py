@@ -1,9 +1,9 @@
 """Running a causal LM on documents laid end to end: the loss and the logits of a packed batch.
 
-Not every architecture plays along (state-space layers mix neighbours, ALiBi rides on the mask, attention sinks are an
-argument of their own, some windows stand in the mask alone), and not every head is a plain product. Nothing is taken on
+Not every architecture can be packed (state-space layers mix neighbours, ALiBi is part of the mask, attention sinks are
+a separate argument, some windows are only in the mask), and not every head is a plain product. Nothing is taken on
 trust: `plan_forward` tries what it would do on two documents (probe.py) and takes the first way that gives the model's
-own answers: all documents packed into one row (attention.py), a row each padded to the longest, or each in a pass of
+own answers: all documents packed into one row (attention.py), one row each, padded to the longest, or each in a pass of
 its own. `Forward.describe()` says which it is, and why no faster one.
 
 Letters: T tokens of a batch, S documents + 1, B documents of a padded batch, L the longest, D hidden, V vocabulary.

@@ -1,19 +1,19 @@
-"""FrozenLinear: what an adapter needs to know of the layer underneath, and no more.
+"""FrozenLinear: what an adapter needs to know about the layer underneath, and no more.
 
 `torch.nn.Linear` stores its weight `[out, in]`, GPT-2's `Conv1D` stores it `[in, out]`, and a quantised layer stores no
-matrix at all. The adapter's mathematics (y = x Wᵀ + b) should meet that difference in one place, so this module gives
-all of them the same face: `weight` is a `Weight` (kernels/weight.py), for the first two a *view* and never a copy, and
-`forward` calls the wrapped module itself, so that a fresh adapter is exactly the base, bit for bit, whatever kernel the
-base's own forward picks.
+matrix at all. The adapter's mathematics (y = x Wᵀ + b) should see that difference in only one place, so this module
+gives all of them the same face: `weight` is a `Weight` (kernels/weight.py), for the first two a *view* and never a
+copy, and `forward` calls the wrapped module itself, so that a fresh adapter is exactly the base, bit for bit, whatever
+kernel the base's own forward picks.
 
-A module of another kind takes part by saying itself what its weight is: it `BringsWeight`. That it computes x Wᵀ + b
-is its word, and attach tries it (adapter/trial.py).
+A module of another kind takes part by saying what its weight is: it `BringsWeight`. Its claim to compute x Wᵀ + b
+is tried by attach (adapter/trial.py).
 
 Wrapping writes nothing, `requires_grad` included: the base was frozen once, in `open_base`. `.module` is the
-original object, so unwrapping is putting it back.
+original object, so unwrapping means putting it back.
 
 Otherwise only what computes x Wᵀ + b from its own weight can be wrapped, since an adapted layer computes that itself:
-the two classes, their subclasses that leave `forward` as it is, and those whose own comes to the same (Falcon's). That
+the two classes, their subclasses that leave `forward` as it is, and those whose own gives the same (Falcon's). That
 is found by value, on a copy of a few numbers in float64, where a quantising layer can't pass for rounding. A router or
 such a layer, though it inherits from nn.Linear, is refused, as is one whose weight is neither brought nor a plain
 matrix.

@@ -1,7 +1,7 @@
-"""GGUF in: a `.gguf` file -> an ordinary model folder in the cache, once.
+"""Reading GGUF: a `.gguf` file -> an ordinary model folder in the cache, made once.
 
 Three steps, kept apart. The header is walked with every count checked (gguf_header.py), so that a hostile file costs
-milliseconds and no memory. What it says is turned into the fields of a config, all of it or none (gguf_meaning.py,
+milliseconds and no memory. Its contents are turned into the fields of a config, all or nothing (gguf_meaning.py,
 gguf_tokens.py). Only a file that passes both is given to transformers, which dequantises it (about 20 s for 135M
 parameters, nearly all of it parsing metadata); every number in the file must have become one of the model's, and
 that is written to the cache as safetensors + config + tokenizer.
@@ -37,7 +37,7 @@ from deltaw.files.gguf_parts import join, parts_of, read_model
 from deltaw.files.lock import LOCK, locked
 from deltaw.show.progress import QUIET, Display
 
-FORMAT = "v2"  # of the converted folder; a change makes every file convert anew
+FORMAT = "v2"  # of the converted folder; a change makes every file convert again
 MODEL_TYPES = {
     "gemma3": "gemma3_text",
     "qwen2moe": "qwen2_moe",
@@ -98,7 +98,7 @@ def to_folder(path: Path, cache: Path, *, display: Display = QUIET) -> Path:
         if not folder.is_dir():
             display.say(f"converting {path.name} to safetensors, once (about 20 s for 135M parameters)")
             if splitting == SPLITTINGS["default"]:
-                display.say(f"{path.name} doesn't say how its tokenizer splits text: as llama.cpp does without a word")
+                display.say(f"{path.name} doesn't say how its tokenizer splits text: it is split as in llama.cpp")
             with replacing_folder(folder, fix="free some space, or set DELTAW_CACHE to another disk") as temporary:
                 _convert(parts, header, meaning, splitting, temporary)
     return folder
@@ -195,7 +195,7 @@ def _config(path: Path, file: Path, header: Header, meaning: Meaning, model_type
         arrived = getattr(config, name, None)
         if not (arrived == wanted or (isinstance(wanted, dict) and _within(wanted, arrived))):
             raise InputError(
-                f"{path}: {name} is {str(wanted)[:80]}, but {model_type} made {str(arrived)[:80]} of it",
+                f"{path}: {name} is {str(wanted)[:80]}, but {model_type} turned it into {str(arrived)[:80]}",
                 fix="use the safetensors version of the model",
             )
     return config

@@ -1,4 +1,4 @@
-"""The keys of one architecture in a GGUF's metadata, handed out once each: what nobody asked for is left."""
+"""The keys of one architecture in a GGUF's metadata, each handed out once; what nobody asked for is left over."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ FLAGS = {"use_parallel_residual", "expert_weights_norm"}  # true or false where 
 
 
 class Keys:
-    """`<architecture>.<suffix>` by suffix. Whatever is neither taken nor refused by `finish` was forgotten: there is no
+    """`<architecture>.<suffix>` by suffix. Whatever is neither taken nor refused is named by `finish`: there is no
     third way for a key to go."""
 
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
@@ -22,7 +22,7 @@ class Keys:
         return suffix in self._left
 
     def refuse(self, problem: str) -> None:
-        """Note what this file says and no config of transformers can."""
+        """Note something that this file says and no transformers config can."""
         self._problems.append(problem)
 
     def refuse_key(self, suffix: str, value: Any) -> None:

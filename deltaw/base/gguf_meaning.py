@@ -1,7 +1,7 @@
-"""What the keys and tensors of a GGUF mean, by architecture: each is mapped, known to carry no mathematics, or refused.
+"""The meaning of a GGUF's keys and tensors, by architecture: each is mapped, known to carry no mathematics, or refused.
 
 transformers' reader looks up the keys it knows and passes over the rest, so a file may say "scale the rotary
-frequencies by 8" or "cap the logits at 30" and the model that comes out does neither. Here it is the other way round:
+frequencies by 8" or "cap the logits at 30", and the resulting model does neither. Here it is the other way round:
 every key of the architecture is handed out once (gguf_keys.py) to whatever turns it into a field of the config, and
 what is left over is refused by name. So a key that is invented tomorrow is refused tomorrow.
 
@@ -11,9 +11,9 @@ what is left over is refused by name. So a key that is invented tomorrow is refu
     no numbers   `general.*`, sizes of quantisation, ids of tokens for other uses, and namespaces of other tools
     tensors      the factors of rotary scaling become fields; all others must become weights, number by number (gguf.py)
 
-An architecture without a table here is refused, also where transformers has a reader for it: nobody has held its keys
-to the mathematics. `llama` with a sliding window is Mistral's model: the same weights, and a config that has the
-window.
+An architecture without a table here is refused, even where transformers has a reader for it: nobody has checked its
+keys against the mathematics. `llama` with a sliding window is Mistral's model: the same weights, and a config that has
+the window.
 """
 
 from pathlib import Path
@@ -121,7 +121,7 @@ def read_meaning(path: Path, header: Header) -> Meaning:
     architecture = keys.architecture
     if architecture not in OWN:
         raise InputError(
-            f"{path}: GGUF of the architecture {architecture[:40]!r} is not one that deltaw reads",
+            f"{path}: deltaw doesn't read GGUF files of the architecture {architecture[:40]!r}",
             fix=f"use a safetensors version of the model; as GGUF: {', '.join(OWN)}",
         )
     _check_others(path, header.metadata, architecture)

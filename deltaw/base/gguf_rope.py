@@ -1,4 +1,4 @@
-"""What a GGUF says of rotary positions -> the `rope_parameters` of a transformers config that mean the same.
+"""A GGUF's keys for rotary positions -> the `rope_parameters` of a transformers config that mean the same.
 
     no scaling   ω_i = θ^(−2i/d)
     linear       ω_i / F
@@ -57,7 +57,7 @@ def rope_parameters(keys: Keys, theta: float, dim: int, context: int, tensors: d
     if FREQS in tensors:
         found = llama3(tensors[FREQS], theta, dim, context)
         if found is None or rope["rope_type"] != "default":
-            keys.refuse(f"{FREQS}: its factors are those of no rope scaling that transformers has")
+            keys.refuse(f"{FREQS}: its factors don't belong to any rope scaling in transformers")
         else:
             rope |= found
     return rope

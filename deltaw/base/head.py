@@ -1,7 +1,7 @@
 """The output head, fused with the log-probabilities of the labels: the logits of a whole batch are never formed.
 
-A head is taken for the product with its weight, with the scale and the soft cap that the config names. Whether the
-model does that is for the probe to say (probe.py), which asks for `logits`: made of the same weight as `logprobs`, so
+A head is taken to be the product with its weight, with the scale and the soft cap that the config names. Whether the
+model does that is for the probe to say (probe.py), which asks for `logits`: made from the same weight as `logprobs`, so
 that a head which does something else is found out, and left to the model.
 
 Letters: T tokens, D hidden, V vocabulary.

@@ -1,4 +1,4 @@
-"""Which part of a model is the language model: what reads text, beside towers for pictures or sound."""
+"""Which part of a model is the language model: the part that reads text, beside towers for pictures or sound."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,8 @@ def language_part(model: nn.Module) -> Callable[[str], bool]:
     """Whether the module of a path lies in the language model.
 
     It is built from the text config where the config has one; where it hasn't, models within the model that have a
-    config of another kind are no part of it. Found by that and not by names. Without a config everything is.
+    config of another kind don't belong to it. This is found by config, not by name. Without a config everything belongs
+    to it.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):

@@ -1,10 +1,10 @@
-"""What a model can be given at all: which token ids, and how many of them in a row. Known before the weights are read.
+"""A model's limits: which token ids it can be given, and how many in a row. They are known before the weights are read.
 
     vocabulary    rows of the embedding table, or of the head where that has fewer; an id beyond it is an index error
     table         positions of a table (learned, or computed once): a row beyond it is an index error
     context       positions that the config says the model was made for: beyond them rotary models give something, badly
 
-Rows are looked at before the first step, all of them, since one of them alone may come in hour three. A table is found
+All rows are checked before the first step, since a single one may come in the third hour. A table is found
 on the modules of the model (without weights, on the meta device) by being one: an embedding that isn't the tokens', or
 a buffer, named for positions. Some of its rows may be spoken for: OPT's first two (`offset`), RoBERTa's up to its
 padding. What shows neither in the modules nor in the config shows when the longest row beyond the context is tried
@@ -61,20 +61,20 @@ class Limits:
         beyond = [(row, largest) for row, largest in beyond if largest >= (self.vocabulary or 0)]
         if beyond:
             raise InputError(
-                f"{name}: {_rows(len(beyond))} with a token that the base has no embedding for (it has "
+                f"{name}: {_rows(len(beyond))} with a token for which the base has no embedding (it has "
                 f"{self.vocabulary:,})\n" + listed([f"{row.origin}: token id {largest}" for row, largest in beyond], 2),
-                fix="the tokenizer has more tokens than the weights: take this base's own, or leave these rows out",
+                fix="the tokenizer has more tokens than the weights: use this base's own, or leave these rows out",
             )
         long = [row for row in rows if self.table and len(row.tokens) > self.table]
         if long:
             raise InputError(
-                f"{name}: {_rows(len(long))} longer than the {self.table:,} positions that the base has a table of\n"
+                f"{name}: {_rows(len(long))} longer than the base's table of {self.table:,} positions\n"
                 + listed([f"{row.origin}: {len(row.tokens):,} tokens" for row in long], 2),
-                fix=f"set data.max_length to {self.table}: data.too_long says whether they are left out or cut",
+                fix=f"set data.max_length to {self.table}: data.too_long decides whether they are left out or cut",
             )
 
     def warnings(self, rows: Sequence[Row]) -> list[str]:
-        """What can be given, but is more than the model was made for."""
+        """A warning for rows that can be given but are longer than the model was made for."""
         long = [row for row in rows if self.context and len(row.tokens) > self.context]
         if not long:
             return []

@@ -1,6 +1,6 @@
 """The weights of a model folder by module path, one at a time: no transformers model is built, nothing stays in memory.
 
-What compares an update with its base (amplification, intruder directions, the difference of two checkpoints) needs each
+Comparing an update with its base (amplification, intruder directions, the difference of two checkpoints) needs each
 weight once and alone, so a base of any size costs its largest tensor in float32. The safetensors files are opened for
 each read: that costs a header, and no file stays mapped that somebody may truncate.
 
@@ -35,7 +35,7 @@ class LinearWeights(Mapping[str, Weight]):
 
     `transposed`: the linear layers of this base store [N, M] (GPT-2's Conv1D), so every matrix is turned; only ask for
     linear layers then. Raises InputError: at once for a folder that `shards` refuses, at a read for an unknown path
-    (also by `get`), a weight that is no floating matrix, and NaN or infinity in it.
+    (also by `get`), a weight that isn't a floating-point matrix, and NaN or infinity in it.
     """
 
     def __init__(self, folder: Path, transposed: bool = False) -> None:
@@ -57,10 +57,12 @@ class LinearWeights(Mapping[str, Weight]):
         stored, shape = self._stored(path), self.shape(path)
         weight = read_tensor(self._files[stored], stored + SUFFIX)
         if not weight.is_floating_point():
-            raise InputError(f"{self.folder}: {stored} holds {weight.dtype} numbers, no floating ones")
+            raise InputError(f"{self.folder}: {stored} holds {weight.dtype} numbers, not floating-point ones")
         weight_MN = (weight.T if self.transposed else weight).float().contiguous()
         if not torch.isfinite(weight_MN).all():
-            raise InputError(f"{self.folder}: {stored}, shape {shape}, holds NaN or infinity", fix="get the base again")
+            raise InputError(
+                (f"{self.folder}: {stored}, shape {shape}, holds NaN or infinity"), fix="download the base again"
+            )
         return weight_MN, weight.dtype
 
     def __iter__(self) -> Iterator[str]:
@@ -74,10 +76,12 @@ class LinearWeights(Mapping[str, Weight]):
         return len(candidates) == 1 and len(self._shapes[candidates[0]]) == 2
 
     def shape(self, path: str) -> tuple[int, int]:
-        """(M, N), from the header alone. Raises InputError for an unknown path and for what is no matrix."""
+        """(M, N), from the header alone. Raises InputError for an unknown path and for what isn't a matrix."""
         shape = self._shapes[stored := self._stored(path)]
         if len(shape) != 2:
-            raise InputError(f"{self.folder}: {stored} has shape {shape}, it is no matrix", fix="name a linear layer")
+            raise InputError(
+                (f"{self.folder}: {stored} has shape {shape}, which isn't a matrix"), fix="name a linear layer"
+            )
         return shape[::-1] if self.transposed else shape
 
     def _stored(self, path: str) -> str:

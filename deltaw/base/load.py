@@ -1,6 +1,6 @@
 """open_base: a name -> a frozen transformers model, checked. The only file that builds transformers models.
 
-What can go silently wrong with `from_pretrained` is made loud here:
+What can silently go wrong in `from_pretrained` is made loud here:
 
     weights missing from the files (random values in their place), or left over: an error, not a log line
     an encoder-decoder, a classifier, an unknown architecture: refused, by name
@@ -115,7 +115,7 @@ def pick_device(name: str) -> torch.device:
 
 @functools.cache
 def fast_dtype(device: str = "cpu") -> torch.dtype:
-    """bfloat16 where it is clearly faster than float32, else float32. About 0.12 s, once a process."""
+    """bfloat16 where it is clearly faster than float32, else float32. About 0.12 s, once per process."""
     if device == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     if device != "cpu":
@@ -147,7 +147,7 @@ def check_finite(model: nn.Module, where: Path) -> None:
     broken = [name for name, weight in model.named_parameters() if not _finite(weight.detach())]
     if broken:
         raise InputError(
-            f"{where}: {len(broken)} tensors hold NaN or Inf:\n{listed(broken, 2)}", fix="get the model again"
+            f"{where}: {len(broken)} tensors hold NaN or Inf:\n{listed(broken, 2)}", fix="download the model again"
         )
 
 
@@ -160,14 +160,14 @@ def read_config(source: Source) -> Any:
         raise _unreadable(source, error) from None
     if getattr(config, "is_encoder_decoder", False) or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise InputError(
-            f"{source.name}: {config.model_type!r} is no causal language model that transformers knows",
+            f"{source.name}: {config.model_type!r} isn't a causal language model that transformers knows",
             fix="use a decoder-only model: Llama, Qwen, Gemma, Mistral, SmolLM, GPT-2, …",
         )
     named = config.architectures
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     if named and not (isinstance(named, list) and named[0] in known):
         raise InputError(
-            f"{source.name}: config.json's architectures, {str(named)[:80]}, is no causal language model",
+            f"{source.name}: config.json's architectures, {str(named)[:80]}, isn't a causal language model",
             fix="use the checkpoint with a language-model head (…ForCausalLM)",
         )
     return config

@@ -1,4 +1,4 @@
-"""What every loading through transformers needs: silence, and a check that all weights found their places."""
+"""What every load through transformers needs: silence, and a check that all weights found their places."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ def check_loading(where: Path, info: Mapping[str, Any]) -> None:
     if problems:
         raise InputError(
             f"{where}: the weights don't fit config.json:\n{listed(problems, 2)}",
-            fix="get the whole model again",
+            fix="download the whole model again",
         )
 
 

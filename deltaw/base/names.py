@@ -1,4 +1,4 @@
-"""Which parameter of a model a checkpoint's tensor is, by the rules by which transformers loads it.
+"""The names of a checkpoint's tensors: which parameter of the model each one is, by the rules of transformers' loading.
 
 A checkpoint's names are not always the model's own. transformers 5 renames by patterns (a Gemma 3 with a tower stores
 `language_model.model.…` for `model.language_model.…`), stacks or cuts tensors (a file with one matrix for each expert,

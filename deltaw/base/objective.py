@@ -1,9 +1,9 @@
-"""What a run makes small: from the log-probabilities of a batch's labels to one number.
+"""The objective that a run minimises: from the log-probabilities of a batch's labels to one number.
 
 An objective is called with what the head says of the labels (kernels/logprobs.py) and with the batch, and answers
 with a scalar to go backward from. It may be any differentiable function of the log-probabilities: the kernel's backward
 takes whatever comes, and what it costs doesn't depend on the objective. The answer is a sum over what it counts, never
-a mean: who knows all the batches of a step divides once.
+a mean: whoever knows all the batches of a step divides once.
 
     sft            −Σ_d w_d Σ_{t in d} logp_t                  w_d = 1 unless the batch has weights
     by document    batch.by_document(logprobs.logp_K)          Σ_{t in d} logp_t, what preferences and rewards speak of

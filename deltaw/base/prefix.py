@@ -1,11 +1,11 @@
-"""Prefix: the frozen layers below the lowest adapter, computed once and not once an epoch.
+"""Prefix: the frozen layers below the lowest adapter, computed once instead of once per epoch.
 
-What a document is when it enters the first adapted layer depends on its tokens and on nothing that trains. So it is
+A document's hidden states at the first adapted layer depend on its tokens and on nothing that trains. So they are
 computed before the first step, for all documents, and kept (2 D bytes per token in bfloat16); from then on a pass
 starts at that layer: what was kept is in the `Pass` (batch.py), the layers below hand their input on, and the last of
 them hands out what was kept.
 
-The documents are gone through in a fixed order and in fixed batches, not as the steps happen to meet them: a sum's last
+The documents are processed in a fixed order and in fixed batches, not as the steps happen to meet them: a sum's last
 bits depend on the shape of the product that it is part of, and a resumed run, which starts with nothing kept, must come
 to the same bits as one that was never stopped.
 
@@ -109,7 +109,7 @@ class _Below(StandIn):
 
 
 def lowest_layer(paths: Sequence[str]) -> tuple[str, int] | None:
-    """("model.layers", 22) for modules none of which lies below layer 22; None where they are no numbered layers."""
+    """("model.layers", 22) for modules none of which lies below layer 22; None where they aren't numbered layers."""
     found = [re.match(r"(.*?)\.(\d+)\.", path) for path in paths]
     lists = {match.group(1) if match else None for match in found}
     if len(lists) != 1 or None in lists:

@@ -1,8 +1,8 @@
-"""Trying a model when it is opened: what nobody can know of an architecture by its name is found out here.
+"""Trying a model when it is opened: this finds out what nobody can know about an architecture from its name.
 
 Two documents are run through the model apart, by its own code, and whatever deltaw would do in its place must come to
-the same. They are short where a pass is dear, but a model may do something else from some length on (a window, a chunk,
-another scaling), and what it states of that stands in its config as a number. So every border is crossed:
+the same. They are short where a pass is expensive, but a model may behave differently beyond some length (a window, a
+chunk, another scaling), and its config states that length as a number. So every border is crossed:
 
 * the second document is longer than each number in the config that a pass of a second or so allows (all of them, in a
   small model);
@@ -205,7 +205,7 @@ class Probe:
 
     def fits_apart(self, logits: Logits) -> bool:
         """Whether each document, run alone, gets them: then only the head can differ, and rounding between batches
-        (a state space's, or experts chosen by a hair) is no matter."""
+        (a state space's, or experts chosen by a hair) doesn't matter."""
         try:
             got = [logits(Batch.of(tokens, [0, len(tokens)])) for tokens in _parts(self.batch)]
         except RuntimeError:

@@ -1,11 +1,11 @@
-"""A small copy of a model, whose config states the same things at a length that is cheap to cross.
+"""A small copy of a model, whose config says the same at lengths that are cheap to cross.
 
-A window of 4,096 tokens would take a pass of 4,096 tokens to see, too dear on the model itself. Its copy has the same
-class, the same switches, a layer of each kind at least, few heads and narrow MLPs, and every number that could be a
-length (all that isn't a count, a head's size, a rank or a token's id) is `BORDER`. Weights are random: what is tried on
-it is how documents are kept apart, not what they say.
+A window of 4,096 tokens would take a pass of 4,096 tokens to see, too expensive on the model itself. Its copy has the
+same class, the same switches, a layer of each kind at least, few heads and narrow MLPs, and every number that could be
+a length (all that isn't a count, a head's size, a rank or a token's id) is `BORDER`. Weights are random: what is tried
+on it is how documents are kept apart, not what they say.
 
-A copy that can't be built or run so proves nothing: None.
+A copy that can't be built or run like this proves nothing and gives None.
 """
 
 import copy
@@ -18,7 +18,7 @@ from deltaw.base.probe import CONTEXTS
 
 BORDER, CONTEXT, VOCABULARY, HEADS, LAYERS = 16, 64, 61, 4, 4
 KINDS = 8  # different entries of a list by layer that may be kinds; more are numbers of layers
-KEPT = ("dim", "rank", "head", "layer", "expert", "_id")  # in the names of what is no length
+KEPT = ("dim", "rank", "head", "layer", "expert", "_id")  # in the names of sizes that aren't lengths
 COUNTS = ("num_", "n_")  # before them
 
 

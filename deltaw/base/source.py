@@ -1,4 +1,4 @@
-"""A base's name -> a local folder, by cheap checks only.
+"""A base's name -> a local folder, with cheap checks only.
 
 Four kinds of name, tried in this order:
 
@@ -144,13 +144,13 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """config.json of a model folder, after checking it and the weight files' headers. Raises InputError."""
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise InputError(f"{folder}: is an adapter, not a base", fix="name the base it was trained on")
-        raise InputError(f"{folder}: has no config.json, so it is no model folder", fix=_inside(folder))
+            raise InputError(f"{folder}: is an adapter, not a base", fix="name the base that it was trained on")
+        raise InputError(f"{folder}: has no config.json, so it isn't a model folder", fix=_inside(folder))
     if (folder / "adapter_config.json").is_file():
-        # Where PEFT is installed, transformers puts the adapter into the model without a word.
+        # Where PEFT is installed, transformers silently puts the adapter into the model.
         raise InputError(
             f"{folder}: holds a model and an adapter, so which of the two is the base can't be told",
-            fix="move adapter_config.json and adapter_model.safetensors into a folder of their own",
+            fix="move adapter_config.json and adapter_model.safetensors into a separate folder",
         )
     # Infinity is a legal value in real configs (Mamba's time_step_limit).
     config = read_json(folder / "config.json", allow_nan=True)
@@ -161,7 +161,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         if re.search(r"[/:.|]", value):
             raise InputError(f"{folder / 'config.json'}: {key} names code, {value[:80]!r}", fix=f"remove {key}")
     if "quantization_config" in config:
-        raise InputError(f"{folder}: holds quantised weights", fix="use the model it was made from, or its GGUF")
+        raise InputError(f"{folder}: holds quantised weights", fix="use the model that it was made from, or its GGUF")
     if weights_file(folder) is None:
         if any(next(folder.glob(pattern), None) for pattern in PICKLES):
             raise InputError(
@@ -217,7 +217,8 @@ def _download(name: str, repo: str, revision: str | None, display: Display) -> P
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise InputError(
-            f"{name}: no such folder here, and not from the hub ({type(error).__name__}: {reason[:200]})",
+            f"{name}: no such folder here, and it can't be fetched from the hub ({type(error).__name__}: "
+            f"{reason[:200]})",
             fix=_near_misses(Path(name), name) + "; offline, a folder or a .gguf file works",
         ) from None
     return Path(folder)

@@ -1,7 +1,7 @@
 """StandIn: a module in the place of another, with the very same contents and a `forward` of its own.
 
 Children, parameters and buffers are the original's own dictionaries, so paths, state dict and whatever is attached
-below are as before; taking the stand-in out again is putting the original back.
+below are as before; taking the stand-in out means putting the original back.
 """
 
 import contextlib

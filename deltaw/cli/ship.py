@@ -103,7 +103,7 @@ def lint(
     max_lora_rank: Annotated[int, typer.Option(help="The setting of that name of the vLLM server.")] = 16,
     as_json: Json = False,
 ) -> None:
-    """Check where an adapter loads and answers correctly. Says how to mend what is wrong."""
+    """Check where an adapter loads and answers correctly. Says how to fix what is wrong."""
     from deltaw.commands.lint import lint_named
 
     places = [place.strip() for place in to.split(",")] if to else []

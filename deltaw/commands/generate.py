@@ -40,4 +40,4 @@ def _stdin() -> str:
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise InputError(f"stdin is not {error.encoding} text", fix="send the prompt as UTF-8") from None
+        raise InputError(f"stdin isn't {error.encoding} text", fix="send the prompt as UTF-8") from None

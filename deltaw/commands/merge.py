@@ -39,7 +39,7 @@ def merge_named(
     force: bool = False,
     display: Display | None = None,
 ) -> Result:
-    """Merge a run or an adapter into its base. Raises InputError and RunError; then there is no folder `output`."""
+    """Merge a run or an adapter into its base. Raises InputError and RunError; there is then no folder `output`."""
     display = display or Display(quiet=True)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: not a type that a merged model can have", fix=f"one of {', '.join(DTYPES)}")
@@ -96,7 +96,7 @@ def _planned(plan: MergePlan, word: str) -> list[str]:
     if plan.unties:
         names = [planned.name for planned in plan.tensors if planned.fate == "untied"]
         lines.append(
-            f"the update goes to one of two tied weights, so they are tied no more: {', '.join(names)} is written"
+            f"the update goes to one of two tied weights, so they are no longer tied: {', '.join(names)} is written"
         )
     return lines
 

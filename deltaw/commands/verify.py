@@ -22,7 +22,7 @@ def verify_named(
 ) -> Result:
     """Exit code 1 where they don't agree. Raises InputError and RunError, as `verify` does."""
     if page is not None and not Path(page).parent.is_dir():
-        raise InputError(f"{page}: no such folder to write the page into", fix="make it, or choose another")
+        raise InputError(f"{page}: the page's folder doesn't exist", fix="make it, or choose another")
     if page is not None and Path(page).is_dir():
         raise InputError(f"{page} is a folder, and the page is a file", fix="name a file in it: -o page.html")
     with claimed_file(Path(page)) if page is not None else nullcontext():

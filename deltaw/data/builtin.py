@@ -9,8 +9,8 @@
   written for this project: what a fine-tune has forgotten is measured on it.
 - `builtin:sarcasm`: headlines, sarcastic or not, from the `evals` package, as chat.
 
-The files are found without importing their packages: `evals` would import half of the world. Rows keep the
-file's order; whoever takes only some of them must choose at random (`dataset.prepare` does), or he gets
+The files are found without importing their packages: `evals` would import half the world. Rows keep the
+file's order; whoever takes only some of them must choose at random (`dataset.prepare` does) or gets only
 words in a and b.
 """
 

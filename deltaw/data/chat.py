@@ -1,7 +1,7 @@
 """A chat -> pieces, by one chat template.
 
-What the template writes of a chat and of its beginnings is asked for in one go; `turns.py` finds the answers in it, and
-`left_out.py` what it doesn't write. The texts and not their ids are compared, because the parts are encoded apart: a
+The template writes a chat and its beginnings in one go; `turns.py` finds the answers in that, and
+`left_out.py` finds what it doesn't write. Texts are compared, not their ids, because the parts are encoded apart: a
 border is then a border between tokens by construction, also where an answer begins with a newline that would melt into
 the prompt's last token.
 
@@ -54,7 +54,7 @@ class ChatWriter:
         alone, instructed, *called = template.render_rows([trial(), trial(system=True), *calls])
         texts = instructed if isinstance(alone, Rejected) else alone
         if isinstance(alone, Unfinished):
-            raise InputError(f"already two short messages are too much: {texts}", fix=NO_TEMPLATE)
+            raise InputError(f"it fails on two short messages already: {texts}", fix=NO_TEMPLATE)
         self._frame = Frame() if isinstance(texts, Rejected) else find_frame(texts, encoder.controls, stops)
         self._calls_as_text = bool(called) and not isinstance(called[1], Rejected) and not _is_json(called[0])
         self.end_of_turn = "" if isinstance(texts, Rejected) else self._find_end_of_turn(texts)
@@ -65,7 +65,7 @@ class ChatWriter:
         return self._frame.header
 
     def ask(self, chat: Chat, train_on: str) -> Asked:
-        """What the template has to write of a chat: all of it, then p and q (`turns.py`) of every answer wanted."""
+        """What the template is asked to write: the whole chat, then p and q (`turns.py`) for every answer wanted."""
         turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
         wanted = {"all": [], "completion": turns[-1:]}.get(train_on, turns)
         prefixes = [(len(chat.messages), False)]

@@ -3,7 +3,7 @@
 Rows are taken in the order of a hash of (seed, content): first the held-out ones, then those to train on, as far as
 `limit`; afterwards both stand in file order again. So the choice is random (a sorted dictionary isn't cut to the words
 in a) and doesn't change when the file is sorted otherwise; copies of a row stand together, so that hardly any is on
-both sides of the border; and rows that aren't used aren't tokenised either. So the held-out rows can be had alone, the
+both sides of the border; and rows that aren't used aren't tokenised. So the held-out rows can be prepared alone, the
 very same ones (`prepare_held_out`). Rejected: a seeded shuffle of row numbers, which is random and nothing else.
 
 A row can fail to be read, to have the source's form, or to be rendered; all three are *unusable*, and more
@@ -31,7 +31,7 @@ from deltaw.data.render import Renderer
 from deltaw.data.row import Problem, Row
 from deltaw.errors import InputError, Rejected, listed
 from deltaw.show.progress import QUIET, Display, Progress, unseen
-from deltaw.show.text import one_line
+from deltaw.show.text import counted, one_line
 
 CHUNK = 512  # rows tokenised in one call
 SHOWN = 10  # problems and origins kept in the report
@@ -39,7 +39,7 @@ SHOWN = 10  # problems and origins kept in the report
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of every row. Plain values: `dataclasses.asdict` is JSON. `share` is supervised over all tokens.
+    """What became of each row, in plain values: `dataclasses.asdict` is JSON. `share` is supervised over all tokens.
 
     `unused`, `left_out`: the columns and the fields of messages that no token comes of, with the share of rows in which
     they say something. `named_…`: rows in whose text names of control tokens stand, how many, and the first such row.
@@ -134,9 +134,10 @@ def prepare(config: DataConfig, renderer: Renderer, *, display: Display = QUIET)
     _check(source, config, found=bool(train or held_out))
     if not train:
         what = (
-            f"{source.name}: {len(held_out)} usable rows, and data.eval takes {config.eval}: none is left to train on"
+            f"{source.name}: {len(held_out)} usable rows, and data.eval takes {config.eval}, so none is left to train "
+            "on"
         )
-        raise InputError(what, fix="set data.eval lower, or name a file of its own there")
+        raise InputError(what, fix="set data.eval lower, or give it a separate file")
     if isinstance(config.eval, str):
         other = _open(config.eval, config)
         with display.task("reading held-out rows", len(other.rows)) as progress:
@@ -173,8 +174,8 @@ def _open(name: str, config: DataConfig) -> _Source:
     rows, problems = read_rows(name)
     if not rows:
         if problems:
-            what = f"{name}: no line of it can be read\n{listed([str(p) for p in problems])}"
-            raise InputError(what, fix="mend them, or name another file")
+            what = f"{name}: none of its lines can be read\n{listed([str(p) for p in problems])}"
+            raise InputError(what, fix="fix them, or name another file")
         raise InputError(f"{name}: no rows in it", fix="put rows into it, or name another file")
     return _Source(name, rows, problems, detect_form(rows, config.form))
 
@@ -249,8 +250,8 @@ def _check(source: _Source, config: DataConfig, *, found: bool) -> None:
     table = listed([str(problem) for problem in source.problems])
     if source.problems and (source.bad_share > config.bad_rows or not found):
         what = f"{source.name}: {len(source.problems)} of {_read(source)} rows can't be used"
-        fix = ", or set data.bad_rows to the share that may be left out" if found else ": no other row is left"
-        raise InputError(f"{what} ({source.form.description})\n{table}", fix=f"mend them{fix}")
+        fix = ", or set data.bad_rows to the share that may be left out" if found else ": no usable row is left"
+        raise InputError(f"{what} ({source.form.description})\n{table}", fix=f"fix them{fix}")
     if not found:
         lost = source.too_long_dropped + source.untrained
         what = (
@@ -324,26 +325,30 @@ def _key(example: Example) -> bytes:
 
 def _warnings(report: DataReport) -> list[str]:
     lines = {
-        f"{report.unusable} rows can't be used; the first: {one_line(''.join(report.problems[:1]))}": report.unusable,
-        f"{report.too_long_dropped} rows are longer than data.max_length and were left out": report.too_long_dropped,
-        f"{report.truncated} rows were cut at data.max_length": report.truncated,
-        f"{report.untrained} rows have nothing to train within data.max_length": report.untrained,
-        f"{report.untrained_turns} answers aren't trained: the template rewrites earlier turns": report.untrained_turns,
-        f"{report.duplicates} training rows are copies of another": report.duplicates,
-        f"{report.overlap} held-out rows are also trained on": report.overlap,
-        f"columns that aren't used: {_listed(report.unused)}": len(report.unused),
-        f"the chat template doesn't write: {_listed(report.left_out)}": len(report.left_out),
+        "row can't|rows can't": (report.unusable, f"be used; the first: {one_line(''.join(report.problems[:1]))}"),
+        "row was|rows were": (report.too_long_dropped, "longer than data.max_length and left out"),
+        "long row was|long rows were": (report.truncated, "cut at data.max_length"),
+        "row has|rows have": (report.untrained, "nothing to train within data.max_length"),
+        "answer isn't|answers aren't": (report.untrained_turns, "trained: the template rewrites earlier turns"),
+        "training row is a copy|training rows are copies": (report.duplicates, "of another"),
+        "held-out row is|held-out rows are": (report.overlap, "also trained on"),
     }
-    return [line for line, count in lines.items() if count]
+    said = [f"{counted(count, *words.split('|'))} {what}" for words, (count, what) in lines.items() if count]
+    if report.unused:
+        said.append(f"columns that aren't used: {_listed(report.unused)}")
+    if report.left_out:
+        said.append(f"the chat template leaves out: {_listed(report.left_out)}")
+    return said
 
 
 def _named(report: DataReport, names: Sequence[str], chat: bool) -> str:
-    where = f"{report.named_rows} rows name control tokens in their text, {report.named_tokens} in all"
-    which = f"{one_line(', '.join(names), 60)}; the first: {report.named_origin}"
-    how = "they are characters to the model, shown with a backslash in the preview"
-    return f"{where} ({which}): {how}" + (
-        "" if chat else "; are the rows rendered already? Then set data.rendered: true"
+    where = (
+        f"{counted(report.named_rows, 'row names', 'rows name')} control tokens in the text, {report.named_tokens} in "
+        "all"
     )
+    which = f"{one_line(', '.join(names), 60)}; the first: {report.named_origin}"
+    how = "the model sees plain characters, which the preview shows with a backslash"
+    return f"{where} ({which}): {how}" + ("" if chat else "; if the rows are rendered already, set data.rendered: true")
 
 
 def _percent(share: float) -> str:

@@ -1,4 +1,4 @@
-"""The three kinds of document that a row becomes, and what must hold of a chat.
+"""The three kinds of document that a row can become, and what must hold for a chat.
 
     Text         one text, all of it trained
     Completion   a prompt and what must follow it
@@ -15,6 +15,7 @@ from typing import Any
 
 from deltaw.errors import Rejected
 from deltaw.files import strict_json
+from deltaw.files.strict_json import json_kind
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = dict[str, Any]
@@ -22,7 +23,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Document:
-    """`unused`: the row's columns that say something and are no part of the document."""
+    """`unused`: the row's columns that say something but aren't part of the document."""
 
     unused: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
 
@@ -73,7 +74,7 @@ def _message(message: Message, number: int) -> Message:
     if content is None and calls:
         content = ""
     if not isinstance(content, str):
-        what = "has no content" if content is None else f"has a {type(content).__name__} as content, not a text"
+        what = "has no content" if content is None else f"has {json_kind(content)} as its content, not a text"
         raise Rejected(f"{where} {what}")
     if role == "assistant" and not content.strip() and not calls:
         raise Rejected(f"{where} is an empty answer")
@@ -87,7 +88,7 @@ def _calls(calls: Any, where: str) -> list[Any]:
     """Tool calls with their arguments as objects."""
     calls = parsed(calls, f"{where}: tool_calls") or []
     if not isinstance(calls, list):
-        raise Rejected(f"{where}: tool_calls is a {type(calls).__name__}, not a list")
+        raise Rejected(f"{where}: tool_calls is {json_kind(calls)}, not a list")
     return [_with_object(call) for call in calls]
 
 
@@ -123,10 +124,10 @@ def parsed(value: Any, name: str) -> Any:
 
 def list_of_objects(value: Any, name: str) -> list[dict[str, Any]]:
     if not isinstance(value, list):
-        raise Rejected(f"{name} is a {type(value).__name__}, not a list")
+        raise Rejected(f"{name} is {json_kind(value)}, not a list")
     if not value:
         raise Rejected(f"{name} is empty")
     wrong = next((number for number, item in enumerate(value, 1) if not isinstance(item, dict)), None)
     if wrong:
-        raise Rejected(f"{name}: item {wrong} is a {type(value[wrong - 1]).__name__}, not an object")
+        raise Rejected(f"{name}: item {wrong} is {json_kind(value[wrong - 1])}, not an object")
     return value

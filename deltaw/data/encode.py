@@ -84,7 +84,7 @@ class Encoder:
             return [self.guard_all(item) for item in value]
         if value is None or isinstance(value, bool | int | float):
             return value
-        raise Rejected(f"a {type(value).__name__} is no JSON value")
+        raise Rejected(f"a {type(value).__name__} isn't a JSON value")
 
     def names(self, text: str) -> list[str]:
         """The names of control tokens that a user wrote, in guarded text: one at every mark."""

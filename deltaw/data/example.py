@@ -1,6 +1,6 @@
-"""What a row has become: tokens, and which of them are trained.
+"""An example, which a row has become: tokens, and which of them are trained.
 
-In a file of its own so that packing and loading need no tokenizer: `render.py` makes examples, `pack.py` uses them.
+It is in a separate file so that packing and loading need no tokenizer: `render.py` makes examples, `pack.py` uses them.
 """
 
 from dataclasses import dataclass, replace

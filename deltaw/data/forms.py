@@ -32,6 +32,7 @@ from typing import Any
 from deltaw.data.document import ROLES, Chat, Completion, Document, Message, Text, checked_chat, list_of_objects, parsed
 from deltaw.data.row import Row, says_something
 from deltaw.errors import InputError, Rejected
+from deltaw.files.strict_json import json_kind
 
 SHAREGPT_ROLES = {
     **dict(zip(ROLES, ROLES, strict=True)),
@@ -126,7 +127,7 @@ def detect_form(rows: Sequence[Row], wanted: str = "auto") -> Form:
         raise InputError("no rows, so no form to recognise")
     if 2 * sum("chosen" in value and "rejected" in value for value in sample) > len(sample):
         fix = "train on the chosen answers: rename chosen to completion and drop rejected"
-        raise InputError(f"{rows[0].origin}: preference data (chosen, rejected) is not supported yet", fix=fix)
+        raise InputError(f"{rows[0].origin}: preference data (chosen, rejected) isn't supported yet", fix=fix)
     told = any(says_something(value.get("history")) for value in sample)
     forms = [form for form in FORMS if wanted in ("auto", form.name, _also(form))]
     forms = [form for form in forms if told or "history" not in form.columns]
@@ -135,7 +136,9 @@ def detect_form(rows: Sequence[Row], wanted: str = "auto") -> Form:
         columns = ", ".join(sorted({str(column) for value in sample for column in value})[:12]) or "none"
         kind = "known form" if wanted == "auto" else f"{wanted} form"
         known = "; ".join(sorted({" + ".join(form.columns) for form in forms}))
-        raise InputError(f"{rows[0].origin}: no {kind} in the columns {columns}", fix=f"name them {known}")
+        raise InputError(
+            f"{rows[0].origin}: no {kind} in the columns {columns}", fix=f"rename the columns to one of: {known}"
+        )
     form = forms[counts.index(max(counts))]
     also = [name for name in form.also if any(says_something(value.get(name)) for value in sample)]
     return replace(form, description=f"{form.description} (with {', '.join(also)})") if also else form
@@ -183,7 +186,7 @@ def _evals(row: Fields) -> Chat:
 def _alpaca(row: Fields) -> Chat:
     instruction, output = _string(row, "instruction"), _string(row, "output")
     if not isinstance(row.peek("input") or "", str):
-        raise Rejected(f"input is a {type(row.peek('input')).__name__}, not a text")
+        raise Rejected(f"input is {json_kind(row.peek('input'))}, not a text")
     extra = row.take_text("input", "context")
     return _talk(row, f"{instruction}\n\n{extra}" if extra else instruction, output)
 
@@ -268,7 +271,7 @@ def _string(row: Fields, column: str) -> str:
 
 def _checked_string(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise Rejected(f"{column} is a {type(value).__name__}, not a text")
+        raise Rejected(f"{column} is {json_kind(value)}, not a text")
     return value
 
 

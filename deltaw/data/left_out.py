@@ -1,7 +1,7 @@
-"""What a chat template doesn't write of what a row says, found by what comes out.
+"""What a chat template leaves out of a row, found from its output.
 
 A template is a program: which fields of a message it reads can't be told from its source, and one that has never heard
-of `reasoning_content` or of tool calls leaves them out without a word. So a marker is planted in every field of every
+of `reasoning_content` or of tool calls silently leaves them out. So a marker is planted in every field of every
 turn and the template writes the row: a marker that comes out is a field that is written. What doesn't come out is
 suspected only, since a marker may send a template another way (`type` must be `function`, an id must have nine
 letters). It is left out if the row *as it stands* is written the same when nothing but that field is changed; many are

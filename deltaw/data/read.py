@@ -37,7 +37,7 @@ from typing import Any, BinaryIO
 from deltaw.data.builtin import BUILTINS, read_builtin
 from deltaw.data.row import Problem, Row
 from deltaw.errors import InputError, Rejected
-from deltaw.files.strict_json import NotJSON, parse
+from deltaw.files.strict_json import NotJSON, json_kind, parse
 
 MAX_LINE = 32 * 2**20  # bytes; a longer line is a fault of the file, not a document
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
@@ -67,7 +67,7 @@ def _items(source: str) -> Iterator[Item]:
     if source.startswith("builtin:"):
         return read_builtin(source.removeprefix("builtin:"))
     if "\0" in source or not source:
-        raise InputError(f"{source!r} is not the name of a data source")
+        raise InputError(f"{source!r} isn't the name of a data source")
     path = Path(source)
     if path.is_dir():
         return _read_folder(path)
@@ -95,7 +95,7 @@ def _read_file(path: Path, name: str) -> Iterator[Item]:
     """The rows of one file. `name` is how origins call it."""
     suffix = path.suffix.lower()
     if suffix in COMPRESSED:
-        raise InputError(f"{path}: compressed files are not read", fix="decompress it first and name the result")
+        raise InputError(f"{path}: compressed files can't be read", fix="decompress it first and name the result")
     if suffix not in READERS:
         raise InputError(f"{path}: unknown kind of file {suffix!r}", fix=f"known kinds: {' '.join(READERS)}")
     if not path.is_file():
@@ -136,7 +136,7 @@ def _object(line: bytes) -> dict[str, Any]:
     except NotJSON as error:
         raise Rejected(str(error)) from None
     if not isinstance(value, dict):
-        raise Rejected(f"an object is expected, this is {_kind(value)}")
+        raise Rejected(f"expected an object, but this is {json_kind(value)}")
     return value
 
 
@@ -151,16 +151,16 @@ def _read_json(file: BinaryIO, name: str) -> Iterator[Item]:
             yield from _read_jsonl(file, name)
             return
         where = f"{name}:{error.line}" if error.line else name
-        raise InputError(f"{where}: {error}", fix="mend it there, or save it as UTF-8 JSON") from None
+        raise InputError(f"{where}: {error}", fix="fix it there, or save it as UTF-8 JSON") from None
     if not isinstance(values, list):
         fix = "write [ {…}, {…} ], or one object per line in a .jsonl file"
-        raise InputError(f"{name}: an array of objects is expected, this is {_kind(values)}", fix=fix)
+        raise InputError(f"{name}: expected an array of objects, but this is {json_kind(values)}", fix=fix)
     for number, value in enumerate(values, 1):
         origin = f"{name}:{number}"
         if isinstance(value, dict):
             yield Row(value, origin)
         else:
-            yield Problem(origin, f"an object is expected, this is {_kind(value)}")
+            yield Problem(origin, f"expected an object, but this is {json_kind(value)}")
 
 
 def _read_csv(file: BinaryIO, name: str) -> Iterator[Item]:
@@ -180,7 +180,7 @@ def _read_csv(file: BinaryIO, name: str) -> Iterator[Item]:
             else:
                 yield Row(dict(value), origin)
     except csv.Error as error:
-        fix = "mend the quotes there: a quote inside a quoted field is written twice"
+        fix = "fix the quotes there: a quote inside a quoted field is written twice"
         raise InputError(f"{name}:{number + 1}: not CSV: {error}", fix=fix) from None
     finally:
         csv.field_size_limit(limit)
@@ -299,8 +299,3 @@ def _near_miss(path: Path) -> str:
         return f"did you mean {path.parent / near[0]}?"
     builtins = ", ".join(f"builtin:{name}" for name in BUILTINS)
     return f"name a file ({' '.join(READERS)}), a folder of such files, {builtins}, or a hub id org/name"
-
-
-def _kind(value: Any) -> str:
-    names = {list: "a list", str: "a text", bool: "true or false", type(None): "null", dict: "one object"}
-    return names.get(type(value), "a number")

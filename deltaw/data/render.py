@@ -43,11 +43,11 @@ RENDERED = "leave data.rendered out: the chat template writes the control tokens
 def open_tokenizer(directory: Path) -> Any:
     """The tokenizer in `directory`. No code from it is run, nothing is fetched. Raises InputError."""
     if not directory.is_dir():
-        raise InputError(f"{directory}: no such folder, a tokenizer is expected there")
+        raise InputError(f"{directory}: no such folder, where a tokenizer is expected")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # what a broken folder raises is not documented and differs by version
-        fix = "the folder needs tokenizer.json and tokenizer_config.json; code that a tokenizer brings is not run"
+        fix = "the folder needs tokenizer.json and tokenizer_config.json; a tokenizer's own code isn't run"
         raise InputError(f"{directory}: no usable tokenizer: {one_line(str(error), 200)}", fix=fix) from None
 
 
@@ -157,7 +157,8 @@ class Renderer:
         endless = sum(stops.isdisjoint(example.tokens[example.loss_mask].tolist()) for example in examples)
         if endless:
             problems.append(
-                f"{endless} of {len(examples)} rows train no end-of-turn token: the model doesn't learn to stop there"
+                f"{endless} of {len(examples)} rows train no end-of-turn token: the model won't learn to stop "
+                "after them"
             )
         if self.end_of_turn is not None and self.end_of_turn not in self.model_stop_ids:
             token = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
@@ -169,7 +170,10 @@ class Renderer:
     def header_problems(self) -> list[str]:
         """Whether servers that use the template ask the model for an answer as it is trained here."""
         header = self._chats.header if self._chats else ""
-        said = f"the chat template never asks for an answer: it is trained behind {header!r}, which servers don't write"
+        said = (
+            f"the chat template never asks for an answer: the answer is trained after {header!r}, which servers don't "
+            "write"
+        )
         return [said] if header else []
 
     def _layouts(self, documents: Sequence[Document]) -> list[Layout | Rejected]:
@@ -226,7 +230,7 @@ class Renderer:
         for piece, piece_ids in zip(layout.pieces, ids, strict=True):
             controls = [index for index, id in enumerate(piece_ids) if id in control_ids]
             if len(controls) != len(self._encoder.controls(piece.text)):
-                raise Rejected("the tokenizer makes a control token out of plain text in it")
+                raise Rejected("the tokenizer turns plain text in it into a control token")
             trained = len(piece_ids) if piece.trained is None else 0
             if piece.trained:
                 trained = controls[piece.trained - 1] + 1
@@ -252,10 +256,10 @@ class Renderer:
     def _writer(self) -> ChatWriter:
         if self._rendered:
             raise InputError(
-                "data.rendered is for text and for prompt / completion, and the rows are chat", fix=RENDERED
+                "data.rendered is for text and for prompt / completion, but the rows are chats", fix=RENDERED
             )
         if self._chats is None:
-            raise InputError("this base has no chat template, and the rows are chat", fix=NO_TEMPLATE)
+            raise InputError("this base has no chat template, but the rows are chats", fix=NO_TEMPLATE)
         return self._chats
 
     def _encode(self, text: str) -> list[int]:
@@ -264,7 +268,7 @@ class Renderer:
 
 def _nothing_trained(untrained_turns: int) -> str:
     if untrained_turns:
-        return "no answer can be told from its prompt in what the chat template writes"
+        return "in what the chat template writes, no answer can be told from its prompt"
     return "nothing in it is trained"
 
 

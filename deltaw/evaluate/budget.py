@@ -1,6 +1,6 @@
-"""The smallest adapter that still does as well: ranks chosen by the loss on held-out rows.
+"""The smallest adapter that still does as well, with ranks chosen by the loss on held-out rows.
 
-What a direction of ΔW is worth to the task is not its σ: an energy says how much of the update is kept, only a loss
+A direction's worth to the task isn't its σ: an energy says how much of the update is kept, and only a loss
 says whether that was enough. So the global budget of `resize_global` (the largest singular values of all modules, most
 energy for the least rank) is bisected by measuring:
 
@@ -94,7 +94,7 @@ def carrying(model: Model, adapter: Adapter) -> Iterator[Attached]:
     Raises InputError for an adapter of another base, and where the model carries another one.
     """
     if wrong := adapter.base.mismatch(model.id):
-        raise InputError(f"the adapter does not belong to this base: {wrong}")
+        raise InputError(f"the adapter doesn't belong to this base: {wrong}")
     if model.attached is None:
         check_bare(model.base.model)  # rows that say nothing take an adapter that was there before
         attached = attach(model.base.model, adapter)

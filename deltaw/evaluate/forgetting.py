@@ -1,4 +1,4 @@
-"""What a fine-tune forgot: the base and the adapted model on general text that it was not trained on.
+"""What fine-tuning forgot: the base and the adapted model on general text that it wasn't trained on.
 
     cross-entropy   of the text under each; the rise is what was lost     ("LoRA Learns Less and Forgets Less", §3)
     KL(base ‖ adapted)   over the whole vocabulary at each token: how far the model's own beliefs have moved, whether or

@@ -1,4 +1,4 @@
-"""Held-out rows: the loss on them, and what the model answers where the truth is known.
+"""Held-out rows: the loss on them, and the model's answers, whose truth is known.
 
 The loss is a sum over supervised tokens divided once by their count, so it does not depend on how rows are batched
 (but for rounding). An answer is generated from the tokens before the last trained span of a row and compared with the

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 
 def exact_match(given: Sequence[str], wanted: Sequence[str]) -> float:
-    """Share of answers equal to the truth, white space at the ends aside."""
+    """Share of answers equal to the truth, apart from white space at the ends."""
     return sum(g.strip() == w.strip() for g, w in zip(given, wanted, strict=True)) / max(1, len(wanted))
 
 

@@ -1,4 +1,4 @@
-"""The slider: how much of an adapter, between the base (0) and what was trained (1), or beyond either.
+"""The scale of an adapter as a slider: between the base (0) and what was trained (1), or beyond either.
 
     W + f ΔW
 

@@ -38,7 +38,7 @@ class Failed(Exception):
 
 
 class Worker:
-    """This end of a worker: started when something is asked, killed when something goes wrong, then started anew."""
+    """This end of a worker: started when something is asked, killed when something goes wrong, then started again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -124,7 +124,7 @@ class Worker:
             self.answer()
         except (OSError, Failed) as error:
             raise RunError(
-                f"the process for templates and patterns doesn't start: {error}",
+                f"the process for templates and patterns can't be started: {error}",
                 fix=f"try: {sys.executable} -I -c 'import jinja2'",
             ) from None
 

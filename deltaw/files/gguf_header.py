@@ -152,7 +152,7 @@ class _Cursor:
 
 
 def unusable(path: Path, reason: str) -> InputError:
-    return InputError(f"{path}: not a usable GGUF file: {reason}", fix="get the file again")
+    return InputError(f"{path}: not a usable GGUF file: {reason}", fix="download the file again")
 
 
 def architecture(header: Header) -> str:
@@ -184,7 +184,7 @@ def _opened(path: Path) -> Iterator[_Cursor]:
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < 24:
-                raise InputError(f"{path}: too short for a GGUF file", fix="get the file again")
+                raise InputError(f"{path}: too short for a GGUF file", fix="download the file again")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 yield _Cursor(path, data)
     except (OSError, ValueError) as error:
@@ -195,7 +195,9 @@ def read_floats(path: Path, header: Header, name: str) -> tuple[float, ...]:
     """The values of a short float32 tensor of a file whose header was read. Raises InputError for any other."""
     place = header.places[name]
     if place.kind != FLOAT32 or place.size > 4 * MAX_KEPT:
-        raise InputError(f"{path}: tensor {name!r} holds no short list of float32 numbers", fix="get the file again")
+        raise InputError(
+            (f"{path}: tensor {name!r} isn't a short list of float32 numbers"), fix="download the file again"
+        )
     try:
         with place.file.open("rb") as file:
             file.seek(place.start)
@@ -217,14 +219,14 @@ def _walk(cursor: _Cursor) -> Header:
     for _ in range(keys):
         name = cursor.name()
         if name in metadata:
-            raise cursor.fail(f"metadata {name!r} stands twice")
+            raise cursor.fail(f"metadata {name!r} appears twice")
         metadata[name] = cursor.value()
     entries, places = cursor.at, dict[str, Place]()
     shapes: dict[str, tuple[int, ...]] = {}
     for _ in range(tensors):
         name = cursor.name()
         if name in shapes:
-            raise cursor.fail(f"tensor {name!r} stands twice")
+            raise cursor.fail(f"tensor {name!r} appears twice")
         shapes[name], places[name] = _tensor(cursor, name)
     start = _check_data(cursor, metadata.get(ALIGNMENT, 32), places)
     return Header(metadata, shapes, {name: at._replace(start=start + at.start) for name, at in places.items()}, entries)
@@ -262,5 +264,5 @@ def _check_data(cursor: _Cursor, alignment: Any, places: dict[str, Place]) -> in
             raise cursor.fail(f"tensor {name!r} is misaligned or overlaps another")
         taken = offset + size
         if start + taken > cursor.end:
-            raise cursor.fail(f"tensor {name!r} ends {start + taken - cursor.end:,} bytes behind the file")
+            raise cursor.fail(f"tensor {name!r} ends {start + taken - cursor.end:,} bytes past the end of the file")
     return start

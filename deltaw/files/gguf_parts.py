@@ -1,12 +1,12 @@
 """A GGUF in parts: `m-00001-of-00003.gguf` and its siblings, any of which may be named, are one model.
 
 The first part holds the metadata, each part some of the tensors. Every part says `split.no`, `split.count` and
-`split.tensors.count`; a set is taken only if all of that agrees with the names, no tensor stands twice, and no later
+`split.tensors.count`; a set is taken only if all of that agrees with the names, no tensor appears twice, and no later
 part says anything that the first doesn't. Readers of single files then get one: the first part's metadata byte for
 byte, all tensors' entries, and all their data, copied in pieces, so that no part is held in memory.
 
 Rejected: handing tensors to transformers one by one (its reader takes a path), and joining with gguf-py's writer (it
-reads each value and writes it anew, where the bytes are there).
+reads each value and writes it again, where the bytes are there).
 """
 
 import re
@@ -30,7 +30,7 @@ def parts_of(path: Path) -> list[Path]:
     if match is None or count == 1:
         return [path]
     if not 1 <= int(match["part"]) <= count <= MAX_PARTS:
-        raise InputError(f"{path}: by its name it is part {int(match['part'])} of {count}, which can't be")
+        raise InputError(f"{path}: from its name it is part {int(match['part'])} of {count}, which is impossible")
     parts = [path.with_name(f"{match['stem']}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
@@ -49,7 +49,7 @@ def read_model(parts: list[Path]) -> Header:
     shapes: dict[str, Any] = {}
     for part, header in zip(parts, headers, strict=True):
         if twice := sorted(shapes.keys() & header.shapes.keys()):
-            raise _unfit(part, f"tensor {twice[0]!r} stands in an earlier part, too")
+            raise _unfit(part, f"tensor {twice[0]!r} is also in an earlier part")
         repeated = {
             key: value for key, value in header.metadata.items() if key != ALIGNMENT and not key.startswith("split.")
         }
@@ -70,7 +70,7 @@ def _check_numbers(parts: list[Path], headers: list[Header]) -> None:
         if len(parts) == 1 and count not in (0, 1):
             raise InputError(
                 f"{part}: is one of {str(count)[:20]} parts, but isn't called …-00001-of-0000N.gguf as they are",
-                fix="give the parts the names back that they came with",
+                fix="give the parts back the names that they came with",
             )
         if len(parts) > 1 and [index, count] != [number, len(parts)]:
             raise _unfit(part, f"it says that it is number {str(index)[:20]} (from 0) of {str(count)[:20]}")
@@ -85,7 +85,9 @@ def _check_total(parts: list[Path], headers: list[Header], total: int) -> None:
 
 
 def _unfit(part: Path, reason: str) -> InputError:
-    return InputError(f"{part}: doesn't fit the other parts: {reason}", fix="get all the parts again, from one place")
+    return InputError(
+        (f"{part}: doesn't fit the other parts: {reason}"), fix="download all the parts again, from one place"
+    )
 
 
 def join(parts: list[Path], header: Header, path: Path) -> None:

@@ -41,7 +41,7 @@ def check_sizes(path: Path, header: Header) -> None:
     if not isinstance(architecture, str) or not shapes:
         raise unusable(path, "it holds no model (no architecture or no tensors)")
     if metadata.get("general.type", "model") != "model":
-        raise unusable(path, f"it holds no model but {str(metadata['general.type'])[:40]!r}")
+        raise unusable(path, f"it doesn't hold a model but {str(metadata['general.type'])[:40]!r}")
     limits = dict.fromkeys(SIZES, max(max(shape) for shape in shapes.values()))
     limits["block_count"] = len(shapes)
     routers = [shape for name, shape in shapes.items() if name.endswith("ffn_gate_inp.weight")]

@@ -8,7 +8,7 @@ process of this host, or any process of another host, is taken for the owner.
 A target is claimed before the work and not checked before and written after: in between, another command may have
 finished there. A run's lock file stays in its folder; beside what is to be shared (an adapter, a page) it is removed by
 its owner while it is held. A process that opened it a moment earlier then holds a file without a name, sees that, and
-opens it anew.
+opens it again.
 
 Rejected: the library filelock, which takes the same flock but doesn't say who holds a lock, has nothing to fall back on
 where a network mount answers ENOLCK or EOPNOTSUPP, and leaves its file beside what is shared (all but ten lines here

@@ -5,7 +5,7 @@ PEFT finds the rank and the alpha of a module by the first key of `rank_pattern`
     re.match(rf"(.*\\.)?({key})$", path)
 
 holds. So a dot is any character, `^q_proj` is a module whose whole path is q_proj, and everything that `re` knows means
-what `re` makes of it. Any rule of our own that is simpler means another scale for somebody, without a word; so `re`
+what `re` makes of it. Any rule of our own that is simpler means another scale for somebody, silently; so `re`
 itself decides here, too. A key of letters, dots and anchors is matched in this process: it has nothing that could be
 repeated, and takes time proportional to the path's length. Any other may take exponential time or all memory, and is
 matched in the bounded process (bounded.py), in `SECONDS` of computing time. What isn't decided there is refused by

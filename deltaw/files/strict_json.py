@@ -55,10 +55,10 @@ def parse_object(path: Path, data: bytes, *, allow_nan: bool = False) -> dict[st
         value = parse(data.removeprefix(MARK), allow_nan=allow_nan)
     except NotJSON as error:
         where = f"{path}:{error.line}" if error.line else path
-        fix = "mend it, or download the file again"
+        fix = "fix it, or download the file again"
         raise InputError(f"{where}: not valid JSON: {error}", fix=fix) from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: must be a JSON object, not {type(value).__name__}")
+        raise InputError(f"{path}: must be a JSON object, not {json_kind(value)}")
     return value
 
 
@@ -82,3 +82,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         name, count = Counter(name for name, _ in pairs).most_common(1)[0]
         raise NotJSON(f"the key {name!r} appears {'twice' if count == 2 else f'{count} times'}")
     return value
+
+
+def json_kind(value: object) -> str:
+    """What JSON calls a value, with its article: "a list", "an object", "a number"."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")

@@ -90,7 +90,7 @@ class Template:
             except Failed as failed:
                 self._failures += 1
                 if self._failures == PATIENCE:
-                    raise self._unusable(f"can't be used: {failed}, {PATIENCE} rows one after the other") from None
+                    raise self._unusable(f"can't be used: {failed}, {PATIENCE} rows in a row") from None
                 results.append(Unfinished(f"the chat template can't render it: {failed}"))
         return results
 
@@ -109,7 +109,7 @@ class Template:
                 yield process.answer()
 
     def _unusable(self, reason: str) -> InputError:
-        return InputError(f"{self._name} {reason}", fix="set data.template: chatml, or a .jinja file that is right")
+        return InputError(f"{self._name} {reason}", fix="set data.template to chatml, or to a .jinja file that works")
 
 
 def _alarm() -> int:

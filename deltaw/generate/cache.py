@@ -133,8 +133,8 @@ class State:
             out = self._run()
         if not self.carried:
             raise InputError(
-                f"{type(self.model).__name__} has no cache that deltaw can go on from, so it can't generate with it",
-                fix="leave answers out: evaluate.samples=0 and no evaluate.metrics",
+                f"{type(self.model).__name__} has no cache that deltaw can continue from, so it can't generate with it",
+                fix="turn answers off: evaluate.samples=0 and no evaluate.metrics",
             )
         self.begun = True
         logits_RV: Tensor = out.logits[:, -1]

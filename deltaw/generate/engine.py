@@ -85,7 +85,7 @@ class Engine:
         check(self.model, prompt, number)
         room = min(sampling.max_new_tokens, context(self.model) - len(prompt))
         if any((row.update is None) != (update is None) for row in (*self._waiting[-1:], *self._live)):
-            raise ValueError("either all rows of an engine name their update, or none does")
+            raise ValueError("either all rows of an engine name their update, or none do")
         row = Row(self._added, prompt, sampling, stop_ids, number, room, update)
         self._added += 1
         self._waiting.append(row)
@@ -233,7 +233,8 @@ def check(model: nn.Module, prompt: Sequence[int], number: int) -> None:
         raise InputError(f"prompt {number} is empty", fix="begin with at least one token, such as bos")
     if len(prompt) >= most:
         raise InputError(
-            f"prompt {number} has {len(prompt):,} tokens; the context, answer included, is {most:,}", fix="shorten it"
+            (f"prompt {number} has {len(prompt):,} tokens; the context, including the answer, holds {most:,}"),
+            fix="shorten it",
         )
     if min(prompt) < 0 or max(prompt) >= vocabulary:
         raise InputError(f"prompt {number} holds ids outside the model's vocabulary of {vocabulary:,}")

@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits.
+"""How the next token is chosen from the logits.
 
 Sampling is reproducible for each prompt, not for each batch: a prompt draws its uniform numbers from a generator of its
 own, seeded by (seed, number of the prompt), and each token is the inverse of the cumulative distribution at one such
@@ -28,7 +28,7 @@ class Sampling(Strict):
 
     @property
     def rule(self) -> tuple[float, float, int]:
-        """What two rows must have alike to be chosen for at once."""
+        """What two rows must share for their tokens to be chosen together."""
         return self.temperature, self.top_p, self.top_k
 
 

@@ -1,4 +1,4 @@
-"""Slots of our own for keys and values: rows of any length join, go on side by side and leave, and none is padded.
+"""Our own slots for keys and values: rows of any length join, decode side by side and leave, and none is padded.
 
 Where attention stands in (adapter/stand_ins.py), a pass carries one of two things to it (`Pass.cache`):
 

@@ -1,7 +1,7 @@
-"""Which prompts may be decoded side by side: tried on the model at hand, not read off a list of architectures.
+"""Which prompts may be decoded side by side: found by trying the model, not from a list of architectures.
 
 Rows of one length are safe with nearly every model: nothing is padded, and all rows are at the same place, which is
-what rotary frequencies that depend on the longest position (longrope, dynamic NTK) go by. What may be more is tried:
+what rotary frequencies that depend on the longest position (longrope, dynamic NTK) need. Anything more is tried:
 
     company   two rows of one length get what each gets alone;
     padding   a short row beside a long one gets it, too;
@@ -11,7 +11,8 @@ what rotary frequencies that depend on the longest position (longrope, dynamic N
 
 "Gets what it gets alone" is two things: its logits have exactly no gradient at the padding or at the other row, which
 finds a faint leak (into a state space, say) in any number format, and they are near those of the row alone, which finds
-wrong positions. How near is measured: rounding between batches, and experts that are chosen by a hair, are no matter.
+wrong positions. How near is near enough is measured: rounding between batches, and experts that are chosen by a hair,
+don't matter.
 
 The trial takes some fifteen passes over a few tokens, once per model and way of attention.
 """

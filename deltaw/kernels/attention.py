@@ -75,7 +75,7 @@ class Layout:
 
 
 class Documents:
-    """Where each document lies and how they are grouped: built once a batch, used by every layer.
+    """Where each document lies and how they are grouped: built once per batch, used by every layer.
 
     `starts` are the documents' offsets with the total length as the last entry. Raises ValueError for an empty one.
     """

@@ -1,7 +1,7 @@
-"""Which tensors the GPU kernels of triton.py take.
+"""Which tensors the GPU kernels of triton.py accept.
 
 Float64 stays with PyTorch's own operations (truth in tests, and those kernels sum in float32), and so does a GPU
-without triton (Windows builds of PyTorch come without it). Asked once a call, so the answer about triton is kept.
+without triton (Windows builds of PyTorch come without it). Asked once per call, so the answer about triton is kept.
 """
 
 import importlib.util

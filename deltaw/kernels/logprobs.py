@@ -17,7 +17,7 @@ place of n_k, which is of the same size, and reads the head a third time. Two ke
 everything else: the same products in the same order. Rounding n_k · ∂L/∂logp_k once, from float32: a wide copy of
 [K, D], against a number that is off by half a unit of the rows' own dtype.
 
-Sums and counts are returned, never a mean: who knows all the batches of a step divides once, which is what makes
+Sums and counts are returned, never a mean: whoever knows all the batches of a step divides once, which is what makes
 gradient accumulation exact to the token.
 
 Letters: T rows, D hidden size, V vocabulary, C rows of one chunk, B rows of one block, K rows with a label.
@@ -34,10 +34,10 @@ from deltaw.kernels.device import on_gpu
 from deltaw.kernels.weight import DenseWeight, Weight
 
 IGNORE = -100  # the label of a row that is not trained, PyTorch's convention
-# Logits held at a time: the head is read once a chunk, so a chunk of few rows is slow (measured on a CPU: half the rate
-# at 64 rows of bfloat16, all of it from 512 on), and a long one is memory. A GPU's was not measured yet.
+# Logits in memory at a time: the head is read once per chunk, so a chunk of few rows is slow (measured on a CPU: half
+# the rate at 64 rows of bfloat16, all of it from 512 on), and a long one is memory. A GPU's was not measured yet.
 CHUNK_BYTES, GPU_CHUNK_BYTES = 32 << 20, 512 << 20
-BLOCK_BYTES = 4 << 20  # logits made wide at a time: what stays in a CPU's cache between one operation and the next
+BLOCK_BYTES = 4 << 20  # logits widened at a time: as many as stay in a CPU's cache from one operation to the next
 
 
 class Logprobs(NamedTuple):

@@ -46,7 +46,7 @@ def applies(
     window: int | None = None,
     softcap: float | None = None,
 ) -> bool:
-    """Whether `varlen_attention` does this call, and well."""
+    """Whether `varlen_attention` can do this call, and well."""
     return _way(q_THE, k_TKE, documents, longest, scale, window, softcap) is not None
 
 

@@ -1,4 +1,4 @@
-"""`Weight`: a frozen matrix W [M, N], known by what is done with it and not by how it is stored.
+"""`Weight`: a frozen matrix W [M, N], known by what can be done with it, not by how it is stored.
 
     matmul(x)    x Wᵀ (+ bias)   the layer's own product
     matmul_t(g)  g W             its backward, added onto what is there where that is given: sums of several layers ride
@@ -15,7 +15,7 @@ None of these is differentiated: a weight gets no gradient, and ∂L/∂x is wri
 Weight needs no autograd, and one whose `matmul` has none, or the wrong one (rounding), still trains right.
 
 Rejected: a tensor subclass that dequantises itself (every operation would have to be thought of, and one that was not
-would be slow in silence), and `forward(x)` alone (∂L/∂x needs W itself, and a decomposition needs the matrix).
+would be silently slow), and `forward(x)` alone (∂L/∂x needs W itself, and a decomposition needs the matrix).
 
 Letters: T rows of an input, N inputs, M outputs, R columns.
 """

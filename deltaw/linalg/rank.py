@@ -1,4 +1,4 @@
-"""Rank: how many directions a matrix has, counted in the ways that are of use, and factors of exactly that width.
+"""Rank: how many directions a matrix has, counted in several useful ways, and factors of exactly that width.
 
 Column rank and row rank are one number (`docs/math.md` §1). In floating point a singular value below the rounding of
 the entries can't be told from zero, so what is counted is
@@ -87,7 +87,7 @@ def energy_rank(sigma_K: Tensor, share: float) -> Tensor:
 def independent_columns(x_MN: Tensor, most: int | None = None) -> list[int]:
     """The numbers of R columns that span all of them, the largest first; of at most `most`. One matrix, not a batch."""
     if checked(x_MN).ndim != 2:
-        raise ValueError(f"one matrix is wanted, not a batch: shape {tuple(x_MN.shape)}")
+        raise ValueError(f"expected one matrix, not a batch: shape {tuple(x_MN.shape)}")
     rest_MN = x_MN.double() / (x_MN.abs().max().double() or 1)
     basis_MR = rest_MN.new_empty(len(rest_MN), 0)
     chosen: list[int] = []

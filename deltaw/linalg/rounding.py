@@ -1,4 +1,4 @@
-"""What rounding does to a matrix: the most that it can do to a singular value, what it does on average, and what it
+"""What rounding does to a matrix: at most to a singular value, on average, and what it
 leaves of an update.
 
 At most (`Rounding`), where it is known what the entries were rounded to before they were widened. ε max(M, N) σ₁ of
@@ -23,7 +23,7 @@ rounded to bfloat16. The bound on ‖E‖₂ is tight where all entries are of o
 
 What is left (`Survival`): weights of a type Q that take an update Δ see Δ̂ = Q(W + Δ) − Q(W), the difference between
 the two models that are served. Where W lies on Q's own grid (a bfloat16 base), whatever is below half a step is gone,
-Δ̂ = 0; where it doesn't (a block that is quantised anew), it moves some entries by a whole step, and Δ̂ is Δ on average
+Δ̂ = 0; where it doesn't (a block that is quantised again), it moves some entries by a whole step, and Δ̂ is Δ on average
 with noise beside it. Hence two figures:
 
     kept      ⟨Δ̂, Δ⟩ / ‖Δ‖²                 what arrives along Δ itself; 1 but for what is rounded away

@@ -53,7 +53,7 @@ def generation_config(trained: Trained) -> dict[str, Any]:
     """The base's generation config, with all tokens at which an answer ends."""
     file = trained.base.directory / GENERATION_CONFIG
     config = read_json(file, allow_nan=True) if file.is_file() else {}
-    config.pop("_from_model_config", None)  # that it is: transformers may then make it anew, without our stops
+    config.pop("_from_model_config", None)  # that it is: transformers might make it again, without our stops
     stops = stop_ids(trained)
     return {**config, "eos_token_id": stops[0] if len(stops) == 1 else stops}
 

@@ -110,7 +110,9 @@ def _what(trained: Trained, form: Form) -> str:
 
 def _training(trained: Trained, training: Training | None) -> str:
     asked = (
-        "prompts as they are, no chat template" if not chats(trained) else "through the chat template that comes along"
+        ("prompts as they are, without a chat template")
+        if not chats(trained)
+        else "through the chat template in this folder"
     )
     lines = [f"prompts: {asked}"]
     if training is not None:
@@ -156,7 +158,7 @@ def _figures(training: Training | None, with_report: bool) -> str:
     if len(table) == 2:
         return ""
     if with_report:
-        notes.append(f"The whole report: [{REPORT}]({REPORT}).")
+        notes.append(f"The full report: [{REPORT}]({REPORT}).")
     return "\n".join(f"| {' | '.join(row)} |" for row in table) + "\n\n" + " ".join(notes)
 
 
@@ -169,7 +171,10 @@ def _limits(trained: Trained, training: Training | None, form: Form) -> Iterator
         )
     quantised = trained.base.name in BUILTINS or trained.base.name.endswith(".gguf")
     if quantised and form.relation == "adapter" and form.library != "gguf":
-        yield "trained on the numbers of a quantised GGUF of the base: on the base's own, answers may differ a little"
+        yield (
+            "trained on the weights of a quantised GGUF of the base, so on the original weights answers may differ a "
+            "little"
+        )
     by_weight = sum(path.rpartition(".")[2] in trained.adapter.rewritten for path in trained.adapter.factors)
     if by_weight and form.library == "peft":
         yield f"{by_weight} modules are named by their weights, which PEFT reads from 0.17 on"

@@ -8,7 +8,7 @@ holds real mlx_lm to it).
 
 Which modules get factors is said twice: `num_layers` blocks counted from the last one, and in each of them the modules
 whose paths within the block are in `keys`. A module that both name and the file doesn't hold starts with lora_b = 0 and
-changes nothing. Other versions load tensors that match nothing without a word (mlx_lm 0.32 refuses them), so the names
+changes nothing. Other versions silently load tensors that match nothing (mlx_lm 0.32 refuses them), so the names
 are held here to what its classes have. They are transformers' own for most types; KNOWN has those for which real mlx_lm
 gave the same logits as transformers with an adapter on every layer, and a type that isn't there is refused: a merged
 model, which mlx_lm converts itself, is the safe way then.
@@ -61,7 +61,8 @@ class MlxAdapter(Destination):
         kind = str(skeleton.config.model_type)  # type: ignore[union-attr]
         if kind not in KNOWN:
             raise InputError(
-                f"how mlx_lm names the layers of {kind} isn't known here, and it may ignore what it doesn't know",
+                f"mlx_lm's names for the layers of {kind} aren't known here, and it may ignore names that it "
+                "doesn't know",
                 fix=f"convert the whole model: {remade('merge', trained)}   then: mlx_lm.convert --hf-path …",
             )
         check_fits(trained, skeleton)
@@ -111,7 +112,7 @@ class MlxAdapter(Destination):
 
 
 def mlx_name(path: str, kind: str) -> str:
-    """What mlx_lm calls the module of a path in a model of a known type; "" for one that it hasn't got."""
+    """What mlx_lm calls the module of a path in a model of a known type; "" for one that it doesn't have."""
     ours, theirs = KNOWN[kind]
     return theirs + path.removeprefix(ours) if path.startswith(ours) else ""
 

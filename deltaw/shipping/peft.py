@@ -47,11 +47,11 @@ class PeftAdapter(Destination):
 
 
 def refuse_full(trained: Trained) -> None:
-    """Raise InputError for full fine-tuning, which no adapter holds."""
+    """Raise InputError for full fine-tuning, which an adapter can't hold."""
     if trained.adapter.spec.full:
         extract = remade("extract", trained, "--energy", "0.99")
         raise InputError(
-            f"{trained.name} is full fine-tuning, which no adapter holds",
+            f"{trained.name} is full fine-tuning, which an adapter can't hold",
             fix=f"the whole model: {remade('merge', trained)}   a LoRA close to it: {extract}",
         )
 

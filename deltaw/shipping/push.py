@@ -47,7 +47,7 @@ class Push:
             raise InputError(f"--push {self.repository}: {error}", fix="name it org/name") from None
         owner, slash, _ = self.repository.partition("/")
         if not slash:
-            raise InputError(f"--push {self.repository} doesn't say whose it is", fix="name it org/name")
+            raise InputError(f"--push {self.repository} doesn't name an owner", fix="name it org/name")
         if not get_token():
             raise InputError(f"--push {self.repository}: there is no token for the hub", fix=LOGIN)
         api = HfApi()
@@ -118,7 +118,7 @@ class Push:
             raise RunError(f"{what}: the hub answered {status}: {reason:.200}", fix="try again" + later) from None
         # Of what can go wrong on the way, the client's own errors aren't OSErrors.
         if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
-            fix = "is the network there, and HF_HUB_OFFLINE not set?"
+            fix = "is the network up, and HF_HUB_OFFLINE not set?"
             raise RunError(f"{what}: the hub can't be reached: {reason:.200}", fix=fix + later) from None
         raise RunError(f"{what} failed: {type(error).__name__}: {reason:.200}", fix="try again" + later) from None
 

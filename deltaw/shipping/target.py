@@ -46,14 +46,14 @@ def target(
         recover(final)  # what a killed process had moved away
         _check(final, replace, sources)
         _room(final, needed)
-        with replacing_folder(final, fix="free space, or choose another") as hidden:
+        with replacing_folder(final, fix="free some space, or choose another") as hidden:
             yield hidden
             write_text_atomic(hidden / MARK, json.dumps({"deltaw": VERSION, **what}, indent=2) + "\n")
 
 
 def _place(output: str | Path) -> Path:
     if not str(output):
-        raise InputError("output: no name", fix="name a folder that isn't there yet")
+        raise InputError("output: it has no name", fix="name a folder that doesn't exist yet")
     try:
         return Path(output).resolve()
     except (OSError, RuntimeError):  # which of the two, for links in a circle, Python's version decides
@@ -74,12 +74,13 @@ def _check(final: Path, replace: bool, sources: Sequence[Path]) -> None:
     if not (final / MARK).is_file():
         raise InputError(f"output {final} was not written by deltaw, so it isn't replaced", fix="choose another folder")
     if within := [source for source in sources if source.resolve().is_relative_to(final)]:
-        raise InputError(f"output {final} is what this is made of ({within[0]})", fix="choose another folder")
+        raise InputError(f"output {final} is what this is made from ({within[0]})", fix="choose another folder")
 
 
 def _room(final: Path, needed: int) -> None:
     free = shutil.disk_usage(final.parent).free
     if needed + SPARE > free:
         raise RunError(
-            f"output {final}: needs {needed:,} bytes, {free:,} are free there", fix="free space, or choose another"
+            f"output {final}: needs {needed:,} bytes, but only {free:,} are free there",
+            fix="free some space, or choose another",
         )

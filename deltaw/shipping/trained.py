@@ -69,7 +69,7 @@ def open_trained(name: str | Path, *, base: str | None = None, display: Display 
     if adapter.base.template not in ("", PLAIN, renderer.template_fingerprint):
         raise InputError(
             f"{name} was trained under another chat template than the tokenizer's of {source.name}",
-            fix=f"put the one it was trained under beside its weights, as {TEMPLATE}",
+            fix=f"put the one that it was trained under beside its weights, as {TEMPLATE}",
         )
     return Trained(str(name), adapter, files, renderer, Run(named.path) if config else None, config)
 
@@ -81,6 +81,6 @@ def _check_base(name: str | Path, adapter: Adapter, files: BaseFiles) -> None:
     here = open_base(source, dtype="bfloat16", device="cpu").fingerprint
     if not same_base(recorded, here):
         raise InputError(
-            f"{name} was trained on {adapter.base.name or 'another base'}, {source.name} is not that one",
+            f"{name} was trained on {adapter.base.name or 'another base'}, and {source.name} isn't that base",
             fix="name its own base with --base",
         )

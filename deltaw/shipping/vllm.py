@@ -82,7 +82,7 @@ def _problems(trained: Trained) -> list[tuple[str, str]]:
     adapter, merge = trained.adapter, f"the whole model: {remade('merge', trained)}"
     problems = []
     if adapter.spec.magnitude:
-        problems.append(("DoRA isn't supported there", merge))
+        problems.append(("DoRA isn't supported", merge))
     ranks = [update.rank for update in adapter.factors.values()]
     if max(ranks) > RANKS[-1]:
         smaller = remade("resize", trained, "--rank", str(RANKS[-1]))

@@ -1,4 +1,4 @@
-"""Values as people read them: a text on one line, bytes, a time."""
+"""Values as people read them: a text on one line, a count, bytes, a time."""
 
 LINE = 120  # characters that an error message or a log line may quote of the data
 
@@ -11,6 +11,11 @@ def one_line(text: str, limit: int = LINE, *, end: bool = False) -> str:
     if len(text) <= limit:
         return text
     return "…" + text[1 - limit :] if end else text[: limit - 1] + "…"
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """ "1 row", "1,200 rows"; `many` where an s doesn't make the plural: counted(2, "row was", "rows were")."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def gib(count: float) -> str:

@@ -1,10 +1,10 @@
-"""Going on with a run: what of it may have changed, what would make another run of it, and its checkpoint put back.
+"""Resuming a run: which settings may have changed, which would make it a different run, restoring its checkpoint.
 
     fixed            what decides which numbers there are, in which order the rows come, and how it is computed
-    with --allow     all the rest: the rate and its schedule, how long (no shorter than it is), how much at a time, what
-                     is measured and kept; of a finished run only what is measured
+    with --allow     all the rest: the rate and its schedule, the length (no shorter than it is), how much at a time,
+                     what is measured and kept; of a finished run only what is measured
 
-`base`, `data.train` and `data.eval` may have other names (files move); that they are the same is for the fingerprints
+`base`, `data.train` and `data.eval` may have new names (files move); whether they are the same is for the fingerprints
 of weights, rows and template to say, which are compared once these are read. `tokens_per_batch` changes how a step is
 divided, not which rows it trains on.
 """
@@ -22,16 +22,16 @@ from deltaw.training.learner import Learner
 from deltaw.training.optim import WARMUP
 
 FIXED = ("adapter", "data", "train.seed", "train.tokens_per_step", "train.dtype")
-NAMES = ("data.train", "data.eval")  # of FIXED, what is only a name
+NAMES = ("data.train", "data.eval")  # those of FIXED that are only names
 FREE = ("output",)  # the run folder was moved
-MEASURING = "evaluate."  # all that a finished run can still be asked
+MEASURING = "evaluate."  # all that a finished run can still measure
 
 
 def settled(
     run: Run, saved: Saved | None, overrides: Iterable[str], *, allow: bool, finished: bool, display: Display
 ) -> tuple[RunConfig, bool]:
-    """The settings that the run goes on with, and whether they are others than its config.yaml says. Raises InputError
-    where it can't go on with them."""
+    """The settings that the run resumes with, and whether they differ from its config.yaml. Raises InputError
+    where it can't resume with them."""
     written = load_config(run.config)
     # The checkpoint knows what it was made with, whatever was written into config.yaml since.
     began = parse_config(saved.state.config, source="the checkpoint", begun=True) if saved else written
@@ -53,12 +53,12 @@ def _as_begun(config: RunConfig, saved: Saved | None) -> RunConfig:
 
 
 def restore(learner: Learner, saved: Saved, run: Run, display: Display) -> None:
-    """Take up a checkpoint. Raises InputError when it belongs to another base, data, template or adapter."""
+    """Restore a checkpoint. Raises InputError when it belongs to another base, data, template or adapter."""
     now, then = learner.state.fingerprints, saved.state.fingerprints
     changed = [name for name, value in now.items() if not same_base(then.get(name, ""), value)]
     if changed:
         raise InputError(
-            f"{run.folder} can't go on: its {' and '.join(changed)} changed since it was stopped",
+            f"{run.folder} can't be resumed: its {' and '.join(changed)} changed after it stopped",
             fix="put it back as it was, or start a new run",
         )
     check_length(learner.total, saved.state.step, run=str(run.folder))
@@ -66,10 +66,12 @@ def restore(learner: Learner, saved: Saved, run: Run, display: Display) -> None:
     learner.restore(saved)
     other = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
     if other:
-        display.say(f"warning: it goes on with {', '.join(other)}: the last bits will differ")
+        display.say(f"warning: it resumes with {', '.join(other)}, so the last bits will differ")
     state = learner.state
     if state.best_step and not is_whole(checkpoint_at(run.checkpoints, state.best_step)):
-        display.say(f"warning: step {state.best_step} was the best, but its checkpoint is gone: what comes now decides")
+        display.say(
+            f"warning: step {state.best_step} was the best, but its checkpoint is gone; the steps to come decide"
+        )
         state.best_step, state.best_loss = 0, None
     if missing := run.cut_metrics(state.metrics_lines):
         display.say(f"{run.metrics} lacks {missing} of the {state.metrics_lines} lines it had")
@@ -84,7 +86,7 @@ def differences(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any, Any
 
 
 def check_changes(before: RunConfig, after: RunConfig, *, allow: bool, run: str, finished: bool = False) -> list[str]:
-    """The changes in words. Raises InputError with them where they can't be made, or weren't allowed. `finished`: all
+    """The changes in words. Raises InputError with them where they can't be made or weren't allowed. `finished`: all
     steps are taken."""
     changed = differences(before, after)
     words = {name: f"{name}: {_word(old)} -> {_word(new)}" for name, (old, new) in changed.items()}
@@ -92,25 +94,25 @@ def check_changes(before: RunConfig, after: RunConfig, *, allow: bool, run: str,
     refused = [line for name, line in words.items() if name in late or _is_fixed(name, *changed[name])]
     if refused:
         raise InputError(
-            f"{run} can't go on with other settings than it began with:\n{listed(refused)}",
+            f"{run} can't be resumed with these settings, which differ from its own:\n{listed(refused)}",
             fix="put them back, or start a new run with another output",
         )
     if idle := [line for line in after.without_effect() if line not in before.without_effect()]:
         raise InputError("; ".join(idle))
     if words and not allow:
         raise InputError(
-            f"{run} was begun with other settings:\n{listed(list(words.values()))}",
-            fix="--allow goes on with the new ones; without them, put the old ones back",
+            f"{run} was started with other settings:\n{listed(list(words.values()))}",
+            fix="to resume with the new ones, add --allow; otherwise put the old ones back",
         )
     return list(words.values())
 
 
 def check_length(total: int, taken: int, *, run: str) -> None:
-    """Raise InputError where a run would be shorter than it is: then nothing could be said of its schedule."""
+    """Raise InputError where a run would become shorter than it already is, which its schedule can't describe."""
     if total < taken:
         raise InputError(
-            f"{run} has taken {taken} steps already, more than the {total} that are asked for",
-            fix=f"train.steps={taken} ends it as it is, more go on; for fewer start a new run",
+            f"{run} has taken {taken} steps already, more than the {total} asked for",
+            fix=f"train.steps={taken} ends it here, a higher number continues it; for fewer steps start a new run",
         )
 
 

@@ -13,7 +13,7 @@ above it fsynced. So what is named step-… is complete, after a kill as after a
 returned it stays. Removing goes the other way: first the name, then the files.
 
 Reading. The manifest is worked out again from the files and must be the same to the byte: whichever bit of whichever
-file flipped, it shows, and nothing of a damaged file is ever parsed. A broken one is reported and the one before it is
+file flipped, it shows, and no part of a damaged file is ever parsed. A broken one is reported and the one before it is
 taken.
 
 Rotation is by step, not by the clock. What stays: the newest `keep`, and the best one of each of them.
@@ -45,10 +45,10 @@ FACTORS, MOMENTS, STATE, MANIFEST = "factors.safetensors", "moments.safetensors"
 
 @dataclass
 class TrainState:
-    """What a run has become after `step` updates, factors and moments aside. All of it is JSON."""
+    """What a run has become after `step` updates, without factors and moments. All of it is JSON."""
 
     step: int = 0
-    epoch: int = 0  # where the data stands: the next step is number `step_in_epoch` of `epoch`
+    epoch: int = 0  # the position in the data: the next step is number `step_in_epoch` of `epoch`
     step_in_epoch: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
@@ -56,14 +56,14 @@ class TrainState:
     evaluated: int = 0  # the step of the last evaluation
     best_step: int = 0
     best_loss: float | None = None
-    skipped: int = 0  # steps that were no update
-    not_finite: int = 0  # of those, for a loss or a gradient that was no number
+    skipped: int = 0  # steps that weren't applied
+    not_finite: int = 0  # of those, because a loss or a gradient wasn't a number
     in_a_row: int = 0  # skipped steps since the last update
-    recent: list[float] = field(default_factory=list)  # losses of the last updates, where spikes are looked for
+    recent: list[float] = field(default_factory=list)  # losses of the last updates, to find spikes
     metrics_lines: int = 0  # of metrics.jsonl
     fingerprints: dict[str, str] = field(default_factory=dict)  # of base, data and template
     config: dict[str, Any] = field(default_factory=dict)
-    conditions: dict[str, Any] = field(default_factory=dict)  # on which the last bits depend
+    conditions: dict[str, Any] = field(default_factory=dict)  # what the last bits depend on
 
     @property
     def tokens_per_second(self) -> float:
@@ -86,9 +86,9 @@ class Saved(NamedTuple):
 
 
 def save_checkpoint(folder: Path, saved: Saved, keep: int) -> Path:
-    """Write step-NNNNNN, then rotate. When this has returned, the checkpoint outlives a power cut.
+    """Write step-NNNNNN, then rotate. Once this has returned, the checkpoint survives a power cut.
 
-    Raises RunError when the disk refuses; then everything that was there is as it was.
+    Raises RunError when the disk refuses, and then everything is as it was before.
     """
     state, factors, moments = saved
     final = checkpoint_at(folder, state.step)
@@ -96,7 +96,7 @@ def save_checkpoint(folder: Path, saved: Saved, keep: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
         _check_room(folder, [*factors.values(), *moments.values()])
-        # What stands there is a broken one, after which this run went on from the one before.
+        # A broken checkpoint has this name; the run resumed from the one before it.
         with replacing_folder(final, fix="") as temporary:
             save_safetensors(factors, temporary / FACTORS)
             save_safetensors(moments, temporary / MOMENTS)
@@ -105,7 +105,7 @@ def save_checkpoint(folder: Path, saved: Saved, keep: int) -> Path:
         fsync(folder.parent)
     except (OSError, RunError) as error:
         reason = error.what if isinstance(error, RunError) else f"{final}: {error}"
-        raise RunError(reason, fix="nothing was lost; free space, then resume the run") from None
+        raise RunError(reason, fix="nothing was lost; free some space, then resume the run") from None
     _rotate(folder, keep)
     return final
 
@@ -122,7 +122,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: Path, display: Display) -> Saved | None:
-    """The newest checkpoint that is whole, or None when there is none at all.
+    """The newest intact checkpoint, or None when there is none at all.
 
     Raises InputError when there are some and all are broken: never a silent fresh start.
     """
@@ -136,13 +136,13 @@ def latest_checkpoint(folder: Path, display: Display) -> Saved | None:
     if problems:
         raise InputError(
             f"{folder}: all {len(problems)} checkpoints are broken:\n{listed(problems)}",
-            fix="put a whole one back, or start over with --replace",
+            fix="put an intact one back, or start over with --replace",
         )
     return None
 
 
 def read_checkpoint(path: Path) -> Saved:
-    """A checkpoint, proven whole. Raises InputError that names what is missing or damaged."""
+    """A checkpoint, proven intact. Raises an InputError that names what is missing or damaged."""
     _check_manifest(path)
     raw = read_json(path / STATE)
     if raw.keys() != asdict(TrainState()).keys():
@@ -151,7 +151,7 @@ def read_checkpoint(path: Path) -> Saved:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint lies there with every file as it was written."""
+    """Whether this checkpoint exists, with every file as it was written."""
     with contextlib.suppress(DeltawError):
         _check_manifest(path)
         return True
@@ -159,7 +159,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _manifest(folder: Path) -> str:
-    """What manifest.sha256 must say of the files that lie there now. Raises OSError where one can't be read."""
+    """What manifest.sha256 must say about the files that are here now. Raises OSError where one can't be read."""
     lines = []
     for name in (STATE, FACTORS, MOMENTS):
         with (folder / name).open("rb") as file:
@@ -177,25 +177,29 @@ def _check_manifest(path: Path) -> None:
         raise InputError(f"{path}: can't be read: {error}") from None
     if written != found:
         bad = [line[66:].decode() for line in found.splitlines() if line not in written.splitlines()]
-        said = f"{', '.join(bad)} without the SHA-256 that {MANIFEST} says" if bad else f"{MANIFEST} says too much"
+        said = (
+            f"{', '.join(bad)} whose SHA-256 isn't the one in {MANIFEST}"
+            if bad
+            else f"{MANIFEST} lists more than the files"
+        )
         raise InputError(f"{path} is damaged: {said}")
 
 
 def _check_room(folder: Path, tensors: list[Tensor]) -> None:
-    """Raise RunError before a byte is written where the disk is too full anyway."""
+    """Raise RunError, before a byte is written, where the disk is too full anyway."""
     needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(folder).free
     if needed > free:
-        raise RunError(f"{folder}: the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free")
+        raise RunError(f"{folder}: the disk is full: a checkpoint needs {needed:,} bytes, but only {free:,} are free")
 
 
 def _rotate(folder: Path, keep: int) -> None:
-    """Remove what is neither one of the newest `keep` nor the best of one of them."""
+    """Remove every checkpoint that is neither one of the newest `keep` nor the best of one of them."""
     found = list_checkpoints(folder)
     kept = found[-keep:]
     try:
         kept += [checkpoint_at(folder, read_json(path / STATE)["best_step"]) for path in kept]
     except (InputError, KeyError):
-        return  # one of them is damaged: then none is too many
+        return  # one of them is damaged, so none is superfluous
     for old in found:
         if old not in kept:
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What comes after the last step: the adapter is saved, then it is measured, then there is a page.
+"""What comes after the last step: the adapter is saved, then measured, then the report is written.
 
     adapter/          before anything else
     held-out loss     ┐
@@ -7,10 +7,10 @@
     result.json       what is known, and in `failed` what isn't and why: from here on the run is finished
     report.html       tried as well
 
-So a run that has taken its steps is whole whatever becomes of it afterwards: its exit code is 0, a failed measurement
-is a warning. What failed can be had later: `deltaw train RUN` on a finished run measures what `failed` names and
-nothing else, on the adapter as it was saved. Rejected: exit code 1 for a measurement that failed (a script would take
-a whole adapter for none), and measuring first (a crash in an answer took the whole training with it).
+So a run that has taken its steps is complete whatever happens afterwards: its exit code is 0, and a failed measurement
+is a warning. What failed can be made up for later: `deltaw train RUN` on a finished run measures what `failed` names
+and nothing else, on the adapter as it was saved. Rejected: exit code 1 for a measurement that failed (a script would
+take a complete adapter for none), and measuring first (a crash in an answer took the whole training with it).
 """
 
 import time
@@ -52,7 +52,7 @@ def finish(
     try:
         write_result(opened, learner.state, run, measured, time.monotonic() - began)
     except RunError as error:
-        fix = f"the adapter is saved: {run.adapter}; free space, then resume the run"
+        fix = f"the adapter is saved: {run.adapter}; free some space, then resume the run"
         raise RunError(error.what, fix) from None
     return adapter
 
@@ -65,13 +65,14 @@ def measure_again(
     attempts: Attempts,
     display: Display,
 ) -> None:
-    """What a finished run lacks, on the adapter that `opened` has. Raises InputError where its data has changed."""
+    """Measure what a finished run lacks, on the adapter that `opened` has. Raises InputError where its data has
+    changed."""
     result = run.read_json(run.result)
     then = result.get("fingerprints", {})
     changed = [name for name, value in then.items() if fingerprints.get(name) != value]
     if changed:
         raise InputError(
-            f"{run.folder} can't be measured: its {' and '.join(changed)} changed since it was trained",
+            f"{run.folder} can't be measured: its {' and '.join(changed)} changed after it was trained",
             fix="put it back as it was",
         )
     before = measure_base(opened, run, attempts, display)
@@ -80,7 +81,7 @@ def measure_again(
 
 
 def save_adapter(opened: Opened, learner: Learner, run: Run, display: Display) -> Adapter:
-    """The adapter, in its folder: the best one where held-out rows were watched."""
+    """Save the adapter in its folder: the best one where held-out rows were evaluated."""
     state = learner.state
     if state.best_step and state.best_step != state.step:
         try:
@@ -88,7 +89,7 @@ def save_adapter(opened: Opened, learner: Learner, run: Run, display: Display) -
             display.say(f"best on the held-out rows: step {state.best_step}")
         except InputError as error:
             best, state.best_step = state.best_step, state.step
-            display.say(f"warning: step {best} was the best, but {error.what}: the last step's adapter is saved")
+            display.say(f"warning: step {best} was the best, but {error.what}, so the last step's adapter is saved")
     adapter = learner.attached.adapter(opened.id)
     _save_template(opened, run)  # before the weights: an adapter that is there has what it needs
     adapter.save(run.adapter)
@@ -108,20 +109,20 @@ def _save_template(opened: Opened, run: Run) -> None:
 def _measured(
     opened: Opened, run: Run, known: Measured, general: Sequence[Example], attempts: Attempts, display: Display
 ) -> Measured:
-    """`known` with what is wanted beside it, as far as it can be had; `failed` says what can't."""
+    """`known`, completed with what is wanted as far as it can be measured; `failed` names the rest."""
     before, after, answers, lost = known.before, known.after, known.answers, known.forgetting
     model, rows, wanted = opened.model, opened.dataset.eval, opened.config.evaluate
     if before and not after:
         after = attempts(
-            "held_out_loss", lambda: loss_on(model, rows, display, "after"), what="no held-out loss of the adapter"
+            "held_out_loss", lambda: loss_on(model, rows, display, "after"), what="no held-out loss for the adapter"
         )
     if before and after and not answers and not before.unanswered and (wanted.metrics or wanted.samples):
         pair = before, after
-        both = attempts("answers", lambda: _answers(opened, run, *pair, display), what="no answers of the adapter")
+        both = attempts("answers", lambda: _answers(opened, run, *pair, display), what="no answers from the adapter")
         before, after = both or pair
     if general and not lost:
         lost = attempts(
-            "forgetting", lambda: _forgetting(opened, general, display), what="what was forgotten isn't known"
+            "forgetting", lambda: _forgetting(opened, general, display), what="no measure of what was forgotten"
         )
     return replace(known, before=before, after=after, forgetting=lost, failed=attempts.failed)
 
@@ -129,7 +130,7 @@ def _measured(
 def _answers(
     opened: Opened, run: Run, before: Evaluation, after: Evaluation, display: Display
 ) -> tuple[Evaluation, Evaluation]:
-    """Both with answers; the base's anew where it gave none (it failed, then)."""
+    """Both with answers; the base answers again where it gave none (because that failed)."""
     model, rows, wanted = opened.model, opened.dataset.eval, opened.config.evaluate
     if not before.answers:
         with opened.attached.disabled():
@@ -146,11 +147,11 @@ def _forgetting(opened: Opened, general: Sequence[Example], display: Display) ->
 
 
 def report(run: Run, attempts: Attempts, display: Display, *, wanted: bool) -> None:
-    """report.html; where that fails, result.json says so. The last line says how to have what failed."""
+    """Write report.html; where that fails, result.json says so. The last line says how to get what failed."""
     if wanted:
         attempts(REPORT, lambda: write_report(run, display), what="no report")
         if REPORT in attempts.failed:
-            attempts("result", lambda: _note(run, attempts.failed), what=f"{run.result} doesn't say so")
+            attempts("result", lambda: _note(run, attempts.failed), what=f"{run.result} doesn't say that it is")
     if attempts.failed:
         display.say(f"the adapter is saved: {run.adapter}; to measure what failed: {command('train', run.folder)}")
 

@@ -1,8 +1,8 @@
-"""What a batch takes, measured on smaller ones.
+"""The memory that a batch takes, estimated from smaller ones.
 
     memory = a + b · tokens + c · supervised tokens        of one batch, forward and backward
 
-a: weights, factors, their gradients and moments, and the process itself; b: activations kept for the backward; c: rows
+a is weights, factors, their gradients and moments, and the process itself; b activations kept for the backward; c rows
 that meet the head. The three are fitted to the measured peaks of a few small batches, by least squares, so nothing is
 assumed about the model. Rejected: a formula from the config (kernels, recomputation and the allocator decide).
 """
@@ -47,7 +47,7 @@ class Fit:
 
 
 def fit_memory(points: Sequence[Point]) -> Fit:
-    """Least squares over two sizes at least; over fewer than four points, or where noise would make it negative, a
+    """Least squares over at least two sizes; with fewer than four points, or where noise would make it negative, a
     supervised token costs nothing more."""
     columns = np.array([(1, point.tokens, point.supervised) for point in points], float)
     peaks = np.array([point.peak for point in points], float)
@@ -60,10 +60,10 @@ def fit_memory(points: Sequence[Point]) -> Fit:
 
 
 def one_pass(forward: Forward, learner: Learner, batch: Batch, *, accumulating: bool) -> None:
-    """Forward and backward of a batch as a step makes them, with a step's gradients and moments in memory.
+    """Forward and backward of a batch as in a step, with a step's gradients and moments in memory.
 
-    Nothing of it stays: no gradient, no random number drawn, no weight changed. `forward` is the model's and not one
-    begun above frozen layers, which knows a run's rows: these may be cut.
+    It leaves nothing behind: no gradient, no random number drawn, no weight changed. `forward` is the model's and not
+    one begun above frozen layers, which knows a run's rows: these may be cut.
     """
     parameters = learner.attached.parameters
     device = parameters[0].device
@@ -92,7 +92,7 @@ def measure(
     seconds: float = math.inf,
 ) -> Iterator[Point]:
     """Passes over batches of `sizes` tokens cut out of `examples`, ascending, the largest once more with half of its
-    labels. Two at least; then those are left out that would take more than `seconds` each, if time goes with the square
+    labels. At least two; after those, any that would take more than `seconds` is left out, if time goes with the square
     of the tokens as attention's does. Raises whatever PyTorch raises where memory runs out."""
 
     def measured(batch: Batch) -> Point:

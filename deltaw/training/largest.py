@@ -1,6 +1,6 @@
-"""The largest pieces of work that a run will come to, known from the lengths of its rows, without the model.
+"""The largest pieces of work that a run will meet, known from the lengths of its rows, without the model.
 
-What step k trains on is a function of these lengths (data/loader.py), and so are the batches in which rows are
+The rows of step k are a function of these lengths (data/loader.py), and so are the batches in which rows are
 evaluated. Memory is decided by the largest of each.
 """
 
@@ -14,7 +14,7 @@ from deltaw.data.example import Example
 from deltaw.data.loader import LoaderState, fill, plan
 from deltaw.evaluate import forgetting, held_out
 
-LOOKING = 5.0  # seconds in which the largest batch of the run is looked for
+LOOKING = 5.0  # seconds spent looking for the largest batch of the run
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Work:
 def work_left(examples: Sequence[Example], config: TrainConfig, position: LoaderState, steps: int) -> Work:
     """The next `steps` steps from `position`. No step left: all zeros, and no longest batch.
 
-    Every step is looked at, for up to `LOOKING` seconds; of a longer run those that were stand for the others.
+    Every step is looked at, for up to `LOOKING` seconds; in a longer run those that were seen stand for the others.
     """
     lengths = [len(example.tokens) for example in examples]
     trained = [int(example.loss_mask.sum()) for example in examples]
@@ -70,14 +70,14 @@ def _steps(lengths: list[int], config: TrainConfig, position: LoaderState) -> It
 
 
 def largest_chunk(general: Sequence[Example]) -> list[Example]:
-    """What `forgetting` takes at a time, at its largest."""
+    """The largest batch that `forgetting` takes."""
     lengths = [len(example.tokens) for example in general]
     groups = fill(range(len(general)), lengths, forgetting.TOKENS_AT_ONCE)
     return [general[n] for n in max(groups, key=lambda group: sum(lengths[n] for n in group))]
 
 
 def largest_evaluation(examples: Sequence[Example]) -> list[Example]:
-    """What `held_out_loss` takes at a time, at its largest: it sorts by length."""
+    """The largest batch that `held_out_loss` takes; it sorts by length."""
     taken, room = list[Example](), held_out.TOKENS_AT_ONCE
     for example in sorted(examples, key=lambda example: -len(example.tokens)):
         room -= len(example.tokens)

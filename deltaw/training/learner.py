@@ -5,8 +5,8 @@
     state                  counts, sums and the best step so far (checkpoint.py)
     watch                  whether it learns at all (watch.py)
 
-A run is one forward and one learner or more; a step (step.py) takes them together. A learner knows nothing of the
-forward, the run folder or the other learners, so what it does with a gradient depends on that gradient and its own
+A run is one forward and one or more learners; a step (step.py) takes them together. A learner knows nothing of the
+forward, the run folder or the other learners, so what it does with a gradient depends only on that gradient and its own
 state alone. `saved` and `restore` are each other's inverse, to the bit.
 """
 
@@ -49,11 +49,12 @@ class Learner:
             self._dropout(False)
 
     def clip(self) -> float:
-        """Scale the gradient down to at most `clip`; its norm before."""
+        """Scale the gradient down to a norm of at most `clip`; returns its norm before."""
         return float(nn.utils.clip_grad_norm_(self.attached.parameters, self.config.clip))
 
     def update(self, loss: float, batches: Sequence[Batch]) -> float:
-        """Take the optimiser's step; its rate. Raises RunError where the updates so far have taught nothing."""
+        """Take the optimiser's step and return its rate. Raises RunError where the updates so far have taught
+        nothing."""
         rate = learning_rate(self.state.step, self.total, self.config)
         set_rate(self.optimizer, rate)
         if self._watch is None:
@@ -65,12 +66,12 @@ class Learner:
         return rate
 
     def skip(self, unfit: Unfit) -> None:
-        """Leave this step out. Raises TooManySkips, with the state as it was, where that was once too often."""
+        """Skip this step. Raises TooManySkips, with the state as it was, where that would be one too many."""
         note_skip(unfit, self.state, self.config)
         self.say(f"skipped step {self.state.step + 1}: {unfit}")
 
     def note_evaluation(self, loss: float) -> bool:
-        """The held-out loss at this step; whether it is the best so far."""
+        """Record the held-out loss at this step; returns whether it is the best so far."""
         state = self.state
         state.evaluated = state.step
         best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
@@ -79,7 +80,7 @@ class Learner:
         return best
 
     def saved(self) -> Saved:
-        """All of it, as a checkpoint holds it. The tensors are the learner's own."""
+        """The learner as a checkpoint holds it. The tensors are the learner's own."""
         moments = {}
         for name, parameter in self._parameters().items():
             state = self.optimizer.state[parameter]  # empty before the first update
@@ -88,11 +89,11 @@ class Learner:
         return Saved(self.state, self._factors(), moments)
 
     def restore(self, saved: Saved) -> None:
-        """Put a checkpoint's numbers back. Raises InputError when they are not this adapter's."""
+        """Restore a checkpoint's numbers. Raises InputError when they aren't this adapter's."""
         self.put_factors_back(saved)
         parameters = self._parameters()
         if saved.moments.keys() != {name + moment for name in parameters for moment in (FIRST, SECOND)}:
-            raise InputError("the checkpoint's moments are not of this adapter's parameters")
+            raise InputError("the checkpoint's optimiser state belongs to other parameters than this adapter's")
         updates = saved.state.step - saved.state.skipped
         for name, parameter in parameters.items():
             self.optimizer.state[parameter] = {

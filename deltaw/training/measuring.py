@@ -1,11 +1,11 @@
-"""What a run is measured by: the loss on held-out rows, answers to them, what was forgotten.
+"""How a run is measured: by the loss on held-out rows, by answers to them, and by what was forgotten.
 
-Measuring is tried. What a run has earned can't be lost to what is only looked at, so everything that is measured once
+A measurement may fail. A run's work must not be lost to something that only looks at it, so whatever is measured once
 there is something to lose (answers beside the base's loss, samples on the way, the adapter at the end, the page) goes
-through `Attempts`. What raises there is said in a line and noted by name, for result.json's `failed`. A signal is no
-Exception and gets through: then the run stops, and goes on where it was.
+through `Attempts`. What raises there is reported in a line and noted by name, for result.json's `failed`. A signal
+isn't an Exception and gets through: then the run stops, and can be resumed from there.
 
-The work has names, so that an error for want of memory says what was too large (memory.py).
+The work has names, so that an out-of-memory error says what was too large (memory.py).
 """
 
 import math
@@ -50,7 +50,7 @@ class Attempts:
         self._device, self._say, self._explain = device, say, explain
 
     def __call__(self, name: str, work: Callable[[], Result], *, what: str) -> Result | None:
-        """What `work` returns, or None where it raised. `what`: who lacks it then, for people."""
+        """What `work` returns, or None where it raised. `what`: what is then missing, in words."""
         release(self._device)
         self.failed.pop(name, None)
         try:
@@ -73,8 +73,8 @@ class Attempts:
 
 
 def measure_base(opened: Opened, run: Run, attempts: Attempts, display: Display) -> Evaluation | None:
-    """The base on the held-out rows, once a run. What fails here has cost nothing yet, so it is an error, unless it is
-    answers that no metric needs."""
+    """Measure the base on the held-out rows, once per run. Nothing has been spent yet, so a failure is an error, unless
+    it is answers that no metric needs."""
     rows, config = opened.dataset.eval, opened.config.evaluate
     if not rows:
         return None
@@ -93,7 +93,7 @@ def measure_base(opened: Opened, run: Run, attempts: Attempts, display: Display)
         except Exception as error:
             if config.metrics:
                 raise
-            attempts.note("answers", error, what="no answers of the base")
+            attempts.note("answers", error, what="no answers from the base")
     run.write_json(run.before, before.to_json())
     return before
 
@@ -144,7 +144,7 @@ def note_evaluation(loss: float, learner: Learner, run: Run, display: Display) -
     what = f"step {step}: the held-out loss is {loss}"
     if step < learner.total:
         without = command("train", run.folder, "train.eval_every=null", options=["--allow"])
-        raise RunError(what, fix=f"lower train.lr, or look at data.eval; to the adapter without it: {without}")
+        raise RunError(what, fix=f"lower train.lr, or look at data.eval; to keep the adapter without it: {without}")
     display.say(f"warning: {what}")
     learner.note_evaluation(loss)
     return {"step": step, "eval_not_finite": str(loss)}

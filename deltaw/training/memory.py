@@ -1,15 +1,15 @@
-"""Memory: what there is, what a stretch of work takes of it, and a name for the work in which it ran out.
+"""Memory: how much there is, how much a piece of work takes, and a name for the work in which it ran out.
 
-Memory is measured as the peak of the process on a CPU (Linux lets it be set back) and of its tensors on a GPU. On a CPU
+Memory is measured as the peak of the process on a CPU (Linux lets it be reset) and of its tensors on a GPU. On a CPU
 two things let it grow with every new shape of a batch, until it is twice what a step needs: oneDNN keeps 1,024 compiled
 kernels at half a megabyte each, and the C library keeps the holes that tensors of other sizes left. `bound_caches` and
-`Heap` keep both small, so that what was measured at first is what is held at the end.
+`Heap` keep both small, so that what was measured at first still holds at the end.
 
-On Linux too little memory is no error but a kill, by the kernel. Inside `bounded` it is an error.
+On Linux, too little memory isn't an error but a kill by the kernel. Inside `bounded` it is an error.
 
-Whoever starts an evaluation names it (`working_on`), and so an error for want of memory says what was too large. What
+Whoever starts an evaluation names it (`working_on`), and so an out-of-memory error says what was too large. What
 has no name is a training step, or its rehearsal. Rejected: reading the name off the modules in the traceback, which a
-renamed file breaks without a sound.
+renamed file silently breaks.
 
 Read by hand and not through psutil, which has the process's size but neither its data segment, which `bounded` limits,
 nor the control groups' limits: it would replace ten lines of these.
@@ -201,7 +201,7 @@ def _control_groups() -> Iterator[int]:
 def _left_in(group: Path) -> int:
     """What a control group's limit leaves, dropping cached files included."""
     for limit, usage, cached in GROUP_FILES:
-        with suppress(OSError, ValueError):  # "max" is no number
+        with suppress(OSError, ValueError):  # "max" isn't a number
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             taken = int((group / usage).read_text()) - int(stat.get(cached, 0))
             return int((group / limit).read_text()) - taken

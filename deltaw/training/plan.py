@@ -13,7 +13,7 @@ the run's own functions, and its peak and its seconds are taken.
 
 Memory is the largest of these peaks. Time is the sum of the seconds, each by how often it comes and how many tokens or
 rows it has; steps are counted, not estimated (data/loader.py). What is left out: report.html, which is written when the
-run is finished, and that frozen layers may be computed once a run (opening.py), which makes it faster.
+run is finished, and that frozen layers may be computed once per run (opening.py), which makes it faster.
 """
 
 import math
@@ -36,7 +36,7 @@ from deltaw.evaluate.held_out import answer, rows_asked
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.show.table import table
-from deltaw.show.text import clock, gib
+from deltaw.show.text import clock, counted, gib
 from deltaw.training import fit, memory
 from deltaw.training.checkpoint import save_checkpoint
 from deltaw.training.fit import Fit, Point
@@ -65,7 +65,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take. Bytes, seconds, counts; `what_if`: the training's peak by tokens in a batch."""
+    """What a run will take, in bytes, seconds and counts; `what_if`: the training's peak by tokens in a batch."""
 
     output: str
     computed: str  # "bfloat16 on cpu"
@@ -100,22 +100,25 @@ class Plan:
             ("run", f"{self.output}, in {self.computed}"),
             ("steps", f"{self.steps:,}, the largest batch of {self.longest_batch:,} tokens"),
             ("tokens", f"{self.tokens:,}, of which {self.supervised_tokens:,} are trained ({self.data.share:.1%})"),
-            ("memory", f"{gib(self.largest.peak)} at its peak, in {self.largest.name}; {gib(self.memory_there)} there"),
-            ("time", f"{clock(self.seconds)}, training at {self.tokens_per_second:.0f} tokens/s; the report aside"),
+            (
+                "memory",
+                f"{gib(self.largest.peak)} at its peak, in {self.largest.name}; {gib(self.memory_there)} available",
+            ),
+            ("time", f"{clock(self.seconds)}, training at {self.tokens_per_second:.0f} tokens/s, without the report"),
             ("disk", f"{gib(self.disk_needed)}; {gib(self.disk_free)} free"),
             *_rows(self.data),
         ]
         head = [f"{name:8} {text}".rstrip() for name, text in lines]
         phases = [(phase.name, gib(phase.peak), clock(phase.seconds)) for phase in self.phases]
-        fit = f"{gib(self.fit.fixed)} + {gib(self.fit.token * 1000)} for 1,000 tokens"
-        fit += f" + {gib(self.fit.supervised * 1000)} for 1,000 trained ones"
+        fit = f"{gib(self.fit.fixed)} + {gib(self.fit.token * 1000)} per 1,000 tokens"
+        fit += f" + {gib(self.fit.supervised * 1000)} per 1,000 trained ones"
         what_if = [(f"{tokens:,} tokens", gib(peak)) for tokens, peak in self.what_if.items()]
         tables = table(phases, ("", "peak", "time"), align="lr"), table(what_if, align="lr")
         return "\n".join([*head, "", tables[0], "", f"a batch takes {fit}:", tables[1]])
 
 
 def plan(config: RunConfig, display: Display | None = None) -> Plan:
-    """Rehearse a run; nothing of it stays. Raises InputError as `train` does, RunError where memory is too small."""
+    """Rehearse a run, leaving nothing behind. Raises InputError as `train` does, RunError where memory is too small."""
     display = display or Display()
     device = pick_device(config.train.device)
     with window(device) as opening:
@@ -131,7 +134,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
                 check_longest(opened.model, [*rows, *opened.dataset.eval])
                 rehearsal.play(general)
         except Exception as error:
-            fix = "plan with one of these, then train with it"
+            fix = "plan again with one of these, then train with it"
             raise explain(error, opened, learner, Run(folder), fix=fix) or error from None
     needs = fit.fit_memory(rehearsal.points)
     share, longest = work.supervised / work.tokens, max(len(example.tokens) for example in rows)
@@ -155,7 +158,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
 
 
 class Rehearsal:
-    """Every kind of work at its largest, in the order of the run."""
+    """Each kind of work at its largest, in the order of the run."""
 
     def __init__(self, opened: Opened, learner: Learner, work: Work, run: Run, display: Display) -> None:
         self.opened, self.learner, self.work, self.run, self.display = opened, learner, work, run, display
@@ -239,8 +242,8 @@ class Rehearsal:
         if most < longest:
             peak = max(peak, fit.fit_memory(self.points).bytes_at(longest, supervised))
             self.display.say(
-                f"a batch of {longest:,} tokens takes too long to try: its memory is worked out from batches of up to "
-                f"{most:,}, and it may take longer than the time says"
+                f"a batch of {longest:,} tokens takes too long to try: its memory is estimated from batches of up to "
+                f"{most:,}, and the run may take longer than predicted"
             )
         if self.device.type == "cpu":  # what steps of other shapes add: holes as far as Heap lets them, kernels
             holes = (memory.GROWTH - 1) * min(1, self.work.steps / SETTLED)
@@ -279,7 +282,7 @@ def _most(config: Any, name: str) -> int:
 
 
 def _rows(data: DataReport) -> list[tuple[str, str]]:
-    """What becomes of the rows, those that are lost by number."""
+    """What becomes of the rows; those that are lost are named by number."""
     lines = [("rows", f"{data.train_rows:,} to train on, {data.eval_rows:,} held out, of {data.rows_read:,} read")]
     kinds = {"left out": data.too_long_dropped, "cut": data.truncated, "with nothing left to train": data.untrained}
     long = ", ".join(f"{count:,} {what}" for what, count in kinds.items() if count)
@@ -288,7 +291,13 @@ def _rows(data: DataReport) -> list[tuple[str, str]]:
     if data.unusable:
         lines.append(("", f"unusable, {data.unusable:,}: {_listed(data.problems, data.unusable, '; ')}"))
     if data.duplicates or data.overlap:
-        lines.append(("", f"{data.duplicates:,} copies of another; {data.overlap:,} held out that are trained on, too"))
+        lines.append(
+            (
+                "",
+                f"{counted(data.duplicates, 'copy', 'copies')} of another; "
+                f"{counted(data.overlap, 'held-out row is', 'held-out rows are')} also trained on",
+            )
+        )
     return lines
 
 
@@ -299,7 +308,7 @@ def _listed(found: Sequence[str], count: int, between: str) -> str:
 
 @contextmanager
 def _folder_beside(output: Path) -> Iterator[Path]:
-    """A folder on the disk that the run will be on, gone when the block ends. Raises InputError."""
+    """A folder on the run's disk, gone when the block ends. Raises InputError."""
     try:
         folder = tempfile.TemporaryDirectory(prefix=".deltaw-plan-", dir=existing(output.absolute().parent))
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Preflight: what would fail in hour three fails in minute one.
+"""Preflight: what would fail in the third hour fails in the first minute.
 
 Before its first step a run takes the largest batch that it will meet forward and backward, and the largest things that
-it will be measured on forward, and looks whether its checkpoints will fit on the disk. That costs a batch at most; what
+it will be measured on forward, and checks that its checkpoints will fit on the disk. That costs at most a batch; what
 the first step or evaluation shows anyway is left to them. Nothing that a step depends on is changed.
 
 Where memory runs out, here or later, shortage.py says which settings would have fitted.
@@ -31,10 +31,10 @@ TIGHT = 0.25  # share of the free memory below which nothing need be tried
 
 
 def short_form(opened: Opened, learner: Learner, run: Run, general: Sequence[Example] = ()) -> None:
-    """Try what the run will come to, before its first step in this process. `general`: the text of forgetting.
+    """Try the run's largest work before its first step in this process. `general`: the text of forgetting.
 
-    Left out is what the first step shows anyway, and the general text where its logits would take little of the memory
-    that is free. Raises RunError where the disk is too small, and whatever PyTorch raises where memory is.
+    It leaves out what the first step shows anyway, and the general text where its logits would take little of the
+    memory that is free. Raises RunError where the disk is too small, and whatever PyTorch raises where memory runs out.
     """
     check_disk(opened, learner, run)
     model, held_out, work = opened.model, opened.dataset.eval, work_of(opened, learner)
@@ -69,8 +69,8 @@ def check_longest(model: Model, rows: Sequence[Example]) -> None:
         if is_out_of_memory(error):
             raise
         raise InputError(
-            f"{row.origin}: {len(row.tokens):,} tokens, more than {context:,} this base can't be given: {error!s:.80}",
-            fix=f"set data.max_length to {context}: data.too_long says whether such rows are left out or cut",
+            f"{row.origin}: {len(row.tokens):,} tokens, and this base takes no more than {context:,}: {error!s:.80}",
+            fix=f"set data.max_length to {context}: data.too_long decides whether longer rows are left out or cut",
         ) from None
 
 
@@ -97,8 +97,8 @@ def check_disk(opened: Opened, learner: Learner, run: Run) -> None:
     needed, free = disk_needed(opened, learner) - written, shutil.disk_usage(existing(run.folder)).free
     if needed > free:
         raise RunError(
-            f"output {run.folder}: its checkpoints and adapter need {needed:,} bytes, {free:,} are free",
-            fix=f"free space, choose another output, or set train.keep lower than {opened.config.train.keep}",
+            f"output {run.folder}: its checkpoints and adapter need {needed:,} bytes, but only {free:,} are free",
+            fix=f"free some space, choose another output, or set train.keep lower than {opened.config.train.keep}",
         )
 
 

@@ -1,4 +1,4 @@
-"""result.json: a run's figures, and how they are shown at its end."""
+"""result.json: a run's figures, and how they are shown when it ends."""
 
 import math
 import platform
@@ -26,7 +26,8 @@ SHOWN = 10  # answers kept in result.json
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of the adapter: None (and no answers) where it wasn't asked, or where `failed` says why not."""
+    """What is known about the adapter: None (and no answers) where it wasn't asked for, or where `failed` says why
+    not."""
 
     before: Evaluation | None = None
     after: Evaluation | None = None
@@ -111,7 +112,7 @@ def write_report(run: Run, display: Display) -> None:
 
 
 def summary(run: Run) -> str:
-    """What a person reads at the end of a run: answers before and after, the loss curve, figures, what next."""
+    """What a person reads at the end of a run: answers before and after, the loss curve, figures, what to do next."""
     result = run.read_json(run.result)
     parts = []
     if result["answers"]:
@@ -125,7 +126,7 @@ def summary(run: Run) -> str:
 
 
 def _next(run: Run, result: dict[str, Any]) -> list[str]:
-    """Commands worth trying, with a prompt that this run knows."""
+    """Commands worth trying, with a prompt from this run."""
     prompts = [row["prompt"] for row in result["answers"] if len(row["prompt"]) < 40 and "\n" not in row["prompt"]]
     prompt = prompts[0] if prompts else "a prompt"
     return [command("chat", run.folder), command("eval", run.folder), command("generate", run.folder, prompt)]
@@ -165,7 +166,9 @@ def _figures(result: dict[str, Any]) -> str:
             f"KL from the base {lost['kl']:.4f} nats per token"
         )
         if interval := lost.get("rise_interval"):
-            lines.append(f"{'':20} the rise lies in {interval[0]:+.4f} … {interval[1]:+.4f} (95 %, over passages)")
+            lines.append(
+                f"{'':20} the rise lies between {interval[0]:+.4f} and {interval[1]:+.4f} (95 %, over passages)"
+            )
     lines += [f"no {name.replace('_', ' ')}: {why}" for name, why in result.get("failed", {}).items()]
     if why := result["eval"].get("unanswered"):
         lines.append(f"no answers to held-out rows: {why}")

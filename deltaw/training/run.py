@@ -1,4 +1,4 @@
-"""train(config): the whole run, top to bottom. What one step is stands in step.py.
+"""train(config): the whole run, top to bottom. One step is in step.py.
 
     claim the run folder; check everything that can be checked before the model is loaded
     open base, rows and adapter (opening.py); or put a checkpoint back
@@ -6,8 +6,8 @@
     take the steps; after each what is due: an evaluation on held-out rows, samples, a checkpoint
     save the adapter, measure it, write result.json and the report (finish.py)
 
-A signal that comes during a step, or while something is written, waits for its end; an evaluation is cut off. Then the
-step is saved. An evaluation that was cut off is made up for when the run goes on: `state.evaluated` is behind.
+A signal that comes during a step or a write waits for its end; an evaluation is cut off. Then the
+step is saved. An evaluation that was cut off is made up for when the run resumes: `state.evaluated` is behind.
 """
 
 import time
@@ -54,9 +54,10 @@ def train(config: RunConfig, *, replace: bool = False, display: Display | None =
 def resume(
     folder: str | Path, overrides: Iterable[str] = (), *, allow: bool = False, display: Display | None = None
 ) -> Adapter:
-    """Go on with an interrupted run from its newest whole checkpoint; or measure what a finished one lacks.
+    """Resume an interrupted run from its newest intact checkpoint, or measure what a finished one lacks.
 
-    `overrides` (`train.lr=1e-4`) need `allow`. Raises InputError when it is no run, is finished, or can't go on so.
+    `overrides` (`train.lr=1e-4`) need `allow`. Raises InputError when it isn't a run, is finished, or can't be resumed
+    like this.
     """
     run, display = Run(Path(folder)), display or Display()
     with run.resumed() as finished:
@@ -65,12 +66,12 @@ def resume(
         if finished:
             return _measure_again(config, run, display)
         if saved is None:
-            display.say(f"{folder} has no checkpoint yet: it starts from its beginning")
+            display.say(f"{folder} has no checkpoint yet, so it starts from the beginning")
         return _run(config, run, saved, display, changed=changed)
 
 
 def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, changed: bool = False) -> Adapter:
-    """A run from its beginning or from a checkpoint to its end, in a folder that is claimed."""
+    """Take a run from its beginning or a checkpoint to its end, in a folder that is claimed."""
     began = time.monotonic()
     with StopRequest() as stop:
         opened = open_run(config, display)
@@ -82,15 +83,15 @@ def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, 
                 begin(opened, run, display)
             else:
                 restore(learner, saved, run, display)
-                if changed:  # and it is known now that it can go on so
+                if changed:  # and now it is certain that it can be resumed like this
                     run.write_config(config)
-            stop.advice = f"go on with: {command('train', run.folder)}"
+            stop.advice = f"resume with: {command('train', run.folder)}"
             short_form(opened, learner, run, general)
             on_the_way, attempts = (Attempts(opened.device, display.say, shortage) for _ in range(2))
             before = measure_base(opened, run, on_the_way, display)
             Steps(opened, learner, run, stop, display, on_the_way).take()
             adapter = finish(opened, learner, run, before, general, attempts, display, began)
-            stop.advice = f"the run is finished, its report is not: {command('inspect', run.folder)}"
+            stop.advice = f"the run is finished, but its report isn't: {command('inspect', run.folder)}"
             report(run, attempts, display, wanted=config.evaluate.report)
             return adapter
         except Exception as error:
@@ -98,8 +99,8 @@ def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, 
 
 
 def _measure_again(config: RunConfig, run: Run, display: Display) -> Adapter:
-    """What result.json says that failed, on the adapter as it was saved."""
-    with StopRequest("the run is finished, what it lacks is not measured yet") as stop:
+    """Measure what result.json lists as failed, on the adapter as it was saved."""
+    with StopRequest("the run is finished, but some measurements are missing") as stop:
         bound_caches()
         model = open_model(run.folder, device=config.train.device, display=display)
         _, _, dataset = open_dataset(config, display, model.base.source)
@@ -109,13 +110,13 @@ def _measure_again(config: RunConfig, run: Run, display: Display) -> Adapter:
         learner = opened.learner(display)
         attempts = Attempts(opened.device, display.say, partial(explain, opened=opened, learner=learner, run=run))
         measure_again(opened, run, learner.state.fingerprints, general, attempts, display)
-        stop.advice = f"the run is finished, its report is not: {command('inspect', run.folder)}"
+        stop.advice = f"the run is finished, but its report isn't: {command('inspect', run.folder)}"
         report(run, attempts, display, wanted=config.evaluate.report)
     return load_adapter(run.folder)
 
 
 class Steps:
-    """The steps that are left of a run, and what is due after each."""
+    """A run's remaining steps, and what is due after each."""
 
     def __init__(
         self, opened: Opened, learner: Learner, run: Run, stop: StopRequest, display: Display, attempts: Attempts
@@ -159,7 +160,7 @@ class Steps:
             self._log.close()
 
     def _due(self) -> None:
-        """What comes after a step: an evaluation, samples, a checkpoint. What raises there costs no step."""
+        """Do what comes after a step: an evaluation, samples, a checkpoint. If it raises, no step is lost."""
         every, state, total = self.opened.config.train, self.learner.state, self.opened.total
         if not state.step:
             return
@@ -178,7 +179,7 @@ class Steps:
             self._save()
 
     def _save(self) -> None:
-        """A checkpoint of this step, unless there is one: it was resumed from, then."""
+        """Write a checkpoint of this step, unless there is one (the run was then resumed from it)."""
         if self._saved_step == self.learner.state.step:
             return
         with self.stop.held():

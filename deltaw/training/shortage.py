@@ -1,7 +1,7 @@
-"""What to say where memory ran out: how much it would have taken, and settings of the run file that would have fitted.
+"""What to say when memory ran out: how much it would have taken, and settings that would have fitted.
 
-Of a training step both are worked out from smaller batches that are run now (fit.py). Of an evaluation only what takes
-less is named: its smallest piece was too large.
+For a training step, both are estimated from smaller batches that are run now (fit.py). For an evaluation, only what
+takes less is named: its smallest piece was too large.
 """
 
 import math
@@ -23,14 +23,14 @@ from deltaw.training.memory import OutOfMemory, bounded, free_memory, held_memor
 from deltaw.training.opening import Opened
 from deltaw.training.preflight import work_of
 
-HEADROOM = 0.7  # of what is free beside the fixed part: as much a setting may take to be called one that fits
+HEADROOM = 0.7  # a setting fits if it takes at most this share of the memory left beside the fixed part
 PER_PARAMETER = 16  # bytes: float32 master, gradient and two moments
 
 
 def explain(
     error: BaseException, opened: Opened, learner: Learner, run: Run, fix: str | None = None
 ) -> RunError | None:
-    """The estimate and up to three settings that would fit; None for another error than want of memory.
+    """The estimate and up to three settings that would fit; None for an error other than out of memory.
 
     `fix`: the last line, in place of how to go on with the run.
     """
@@ -43,7 +43,7 @@ def explain(
     if isinstance(error, OutOfMemory):
         settings = _settings_of_evaluation(opened, error.work)
         after = f"after step {learner.state.step} of {opened.total}"
-        what = f"{error.what} {after}: it takes more than the {gib(there)} there are"
+        what = f"{error.what} {after}: it takes more than the {gib(there)} available"
         return RunError("\n  ".join([what, *settings]), fix or _go_on(run, settings[0]))
     work, settings_fitting = work_of(opened, learner), list[Setting]()
     takes = "takes more than that, and so do smaller ones"
@@ -51,7 +51,7 @@ def explain(
         takes = f"takes about {gib(fit.bytes_at(work.longest_tokens, work.longest_supervised))}"
         settings_fitting = settings_that_fit(opened, work, fit, there)
     at = f"step {learner.state.step + 1} of {opened.total}"
-    what = f"out of memory in {at}: {gib(there)} are there, a batch of {work.longest_tokens:,} tokens {takes}"
+    what = f"out of memory in {at}: {gib(there)} are available, and a batch of {work.longest_tokens:,} tokens {takes}"
     lines = [f"{setting.text}: about {gib(setting.bytes)}" for setting in settings_fitting]
     lines = lines or ["only a smaller base would fit"]
     return RunError(
@@ -140,15 +140,15 @@ def _settings_of_evaluation(opened: Opened, work: str) -> list[str]:
     }[work]
     if opened.model.base.dtype == torch.float32:
         settings.append("train.dtype=bfloat16")
-    return [*settings, "base=…, a smaller one"][:3]
+    return [*settings, "base=… (a smaller one)"][:3]
 
 
 def _go_on(run: Run, setting: str | None) -> str:
-    """How to go on with the run that just failed: with a setting that may be changed on the way, else anew."""
+    """How to continue the run that just failed: with a setting that may change on resuming, otherwise as a new run."""
     folder, saved = run.folder, list_checkpoints(run.checkpoints)
-    remains = f"{saved[-1].name} remains" if saved else "nothing was trained yet"
+    remains = f"{saved[-1].name} remains" if saved else "nothing has been trained yet"
     if setting and " " not in setting and setting.startswith(("train.tokens_per_batch", "evaluate.")):
-        return f"{remains}; go on with: {command('train', folder, setting, options=['--allow'])}"
+        return f"{remains}; resume with: {command('train', folder, setting, options=['--allow'])}"
     words = [
         folder / "config.yaml",
         setting or "base=…",

@@ -1,11 +1,11 @@
 """One optimiser step of a run's learners, from batches to records.
 
 A learner's loss is the sum over its documents of the step, divided once by its own supervised tokens: so gradient
-accumulation is exact to the token, and whoever else has documents in a batch changes nothing. A step is applied only if
-its loss and its gradient are finite (watch.py). What it does depends on the state before it and on nothing else, so
+accumulation is exact to the token, and other learners' documents in a batch change nothing. A step is applied only if
+its loss and its gradient are finite (watch.py). It depends on the state before it and on nothing else, so
 stopping anywhere and resuming gives the same bits (on a CPU).
 
-Dropout is drawn anew for each batch, from a seed that is the first eight bytes of SHA-256 over "seed step batch" (in
+Dropout is drawn afresh for each batch, from a seed that is the first eight bytes of SHA-256 over "seed step batch" (in
 decimal, steps and batches from 0). PyTorch's dropout takes no generator of its own, so its global one is borrowed for
 the length of a batch and put back as it was. Rejected: Python's hash, which is a detail of the interpreter.
 """
@@ -31,7 +31,7 @@ def step(
     forward: Forward, learners: Sequence[Learner], batches: Sequence[Batch], position: LoaderState
 ) -> list[dict[str, Any]]:
     """A record for each learner: its update, or why there was none. Its documents are those that take its adapter;
-    where batches don't say which, there is one learner.
+    where batches don't say whose they are, there is one learner.
 
     `position`: where the data stands afterwards. Raises TooManySkips where a learner may leave out no step more, with
     its state as it was; RunError where its updates have taught it nothing; ValueError for documents of nobody here.
@@ -59,7 +59,7 @@ def step(
         learner, state = share.learner, share.learner.state
         record: dict[str, Any] = {"step": state.step + 1}
         try:
-            # 2. A loss that isn't a number, or a spike, is no update; neither is such a gradient.
+            # 2. A loss that isn't a number, or is a spike, isn't applied; nor is such a gradient.
             if share.unfit:
                 raise share.unfit
             # 3. Clip.
@@ -93,11 +93,11 @@ def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None
     if unknown:
         raise ValueError(f"documents take update {min(unknown)}, and the learners are of {sorted(numbers)}")
     if len(learners) > 1 and not all(batch.updates for batch in batches):
-        raise ValueError(f"{len(learners)} learners, and a batch doesn't say which documents are whose")
+        raise ValueError(f"{len(learners)} learners, and the batch doesn't say which documents belong to which")
 
 
 class _Share:
-    """What of a step is one learner's: its documents, its loss in nats per token, why it can't be an update."""
+    """One learner's part of a step: its documents, its loss in nats per token, and why it can't be an update."""
 
     def __init__(self, learner: Learner, batches: Sequence[Batch]) -> None:
         self.learner, number = learner, learner.attached.number
@@ -106,7 +106,7 @@ class _Share:
         self.tokens = sum(batch.tokens_of(number) for batch in batches)
         self.supervised = sum(batch.supervised for batch in self.batches)
         self._sum = 0.0
-        self.unfit = None if self.supervised else Unfit("not one token of it is trained", self.rows)
+        self.unfit = None if self.supervised else Unfit("none of its tokens is trained", self.rows)
 
     @property
     def loss(self) -> float:

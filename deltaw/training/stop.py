@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 class Stopped(BaseException):
     """A run was asked to stop. `exit_code` is 130 for Ctrl-C, 143 for SIGTERM; the message says how to go on.
 
-    No Exception: like KeyboardInterrupt it must get through a library's `except Exception`.
+    Not an Exception: like KeyboardInterrupt, it must get through a library's `except Exception`.
     """
 
     def __init__(self, number: int, message: str, at_once: bool = False) -> None:
@@ -26,7 +26,7 @@ class Stopped(BaseException):
 class StopRequest:
     """Turns SIGINT and SIGTERM into `Stopped` inside its block. `advice`: what to do next, for the message."""
 
-    def __init__(self, advice: str = "nothing was trained yet") -> None:
+    def __init__(self, advice: str = "nothing has been trained yet") -> None:
         self.advice = advice
         self.signal: int | None = None  # the last one that came
         self._holding = False

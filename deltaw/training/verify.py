@@ -1,8 +1,8 @@
-"""verify-resume: that a run stopped anywhere ends with the same bits, shown on the user's own run file and machine.
+"""verify-resume: shows on the user's own run file and machine that a run stopped anywhere ends with the same bits.
 
 `steps` steps are taken straight through, with a checkpoint after each. Then, for every k, a fresh adapter and a fresh
-optimiser take up checkpoint k and go the rest of the way. Compared are the bytes of the last factors and moments, and
-every line of metrics.jsonl but for the times.
+optimiser restore checkpoint k and take the remaining steps. The comparison is of the bytes of the last factors and
+moments, and every line of metrics.jsonl but for the times.
 
 To keep it to about a minute the base is loaded once, nothing is measured on held-out rows, and a step has at most two
 batches: enough to be accumulated. The schedule is that of a run of `steps` steps.
@@ -56,7 +56,7 @@ class Verified:
         """One line per stop, and the verdict."""
         lines = [
             f"stopped after step {one.stopped_after} of {self.steps}: "
-            + ("the same bits" if one.same_bits else f"other bits, by up to {one.largest_difference:.2g}")
+            + ("the same bits" if one.same_bits else f"different bits, by up to {one.largest_difference:.2g}")
             + (", the same metrics" if one.same_metrics else ", OTHER METRICS")
             for one in self.resumed
         ]

@@ -1,20 +1,20 @@
-"""What tells a run that learns from one that only looks like it, looked at in every run.
+"""The watchdog: tells a run that learns from one that only seems to. It watches every run.
 
-A step that is no update; it is left out as often as the config allows, then the run stops:
+A step that can't be applied is skipped, as often as the config allows; then the run stops:
 
     not finite     a loss or a gradient that is NaN or infinite
     spike          a loss many times the recent median (where `train.skip_spikes` asks for it)
     nothing        not one token of the step is trained
 
-An update that is none, at which a run stops that never learnt:
+An update that changes nothing stops a run that has never learnt:
 
     no gradient    a module whose gradient was zero at each of the run's first updates
     still zero     a factor B that has not left zero after them
     too small      below the rounding of nearly all of a parameter's numbers, at no less than half the full rate
 
-A run that has learnt comes to the last as well, when nothing is left to learn: the gradient vanishes, and Adam's step
-with it. That costs at most the time, so it is said once and the run goes on. What tells the two apart is whether the
-parameter has moved since the process began (or the run was resumed: then an earlier process has seen it move).
+A run that has learnt reaches the last case as well, when nothing is left to learn: the gradient vanishes, and Adam's
+step with it. That costs only time, so a warning is given once and the run goes on. The two are told apart by whether
+the parameter has moved since the process began (or the run was resumed: then an earlier process has seen it move).
 
 The median is over losses of steps that were applied: a spike that is let into its own window would hide the next one,
 and a NaN would hide them all (OLMo's trainer met that). Below `NOTHING` nats per token there is nothing to lose, so
@@ -24,7 +24,7 @@ Too small is seldom B, which begins at zero, where any step is exact; A's number
 keeps 3e-9.
 
 The queries and keys of attention have no gradient from a token that sees itself alone, the first of its row. Rows whose
-trained tokens are all their second teach them nothing: where that is why a module is silent, it is said.
+trained tokens are all their second teach them nothing: where that is why a module is silent, the error says so.
 """
 
 import math
@@ -53,7 +53,7 @@ SAMPLE = 1024  # of a parameter's numbers, kept from the process's beginning
 
 
 class Unfit(Exception):
-    """This step can't be an update: `what` is the matter, `rows` it trained on."""
+    """This step can't be applied: `what` says why, `rows` are what it trained on."""
 
     def __init__(self, what: str, rows: Sequence[str], not_finite: bool = False) -> None:
         super().__init__(what)
@@ -65,7 +65,7 @@ class Unfit(Exception):
 
 
 class TooManySkips(RunError):
-    """One step more would have to be left out than may be; nothing was counted yet."""
+    """One more step would have to be skipped than is allowed; nothing has been counted yet."""
 
 
 def check_loss(loss: float, rows: Sequence[str], state: TrainState, config: TrainConfig) -> None:
@@ -74,7 +74,7 @@ def check_loss(loss: float, rows: Sequence[str], state: TrainState, config: Trai
         return
     usual = max(NOTHING, median(state.recent))
     if loss > config.skip_spikes * usual:
-        raise Unfit(f"the loss, {loss:.3f}, is {loss / usual:.1f} times the recent {usual:.3f}", rows)
+        raise Unfit(f"the loss, {loss:.3f}, is {loss / usual:.1f} times the recent median of {usual:.3f}", rows)
 
 
 def note_update(loss: float, state: TrainState, config: TrainConfig) -> None:
@@ -85,15 +85,15 @@ def note_update(loss: float, state: TrainState, config: TrainConfig) -> None:
 
 
 def note_skip(unfit: Unfit, state: TrainState, config: TrainConfig) -> None:
-    """A step is left out. Raises TooManySkips, before anything is counted, where that was once too often."""
+    """A step is skipped. Raises TooManySkips, before anything is counted, where that would be one too many."""
     step = f"step {state.step + 1}: {unfit}"
     if unfit.not_finite and state.not_finite >= config.skip_nonfinite:
         raise TooManySkips(
-            step, fix="look at these rows, or lower train.lr; train.skip_nonfinite: 3 leaves out three such"
+            step, fix="look at these rows, or lower train.lr; train.skip_nonfinite: 3 would skip three such steps"
         )
     if not unfit.not_finite and state.in_a_row >= IN_A_ROW:
         raise TooManySkips(
-            step, fix=f"{IN_A_ROW} steps in a row were left out before it: look at the data, or train.lr"
+            step, fix=f"{IN_A_ROW} steps in a row were skipped before it: look at the data, or at train.lr"
         )
     state.skipped += 1
     state.not_finite += unfit.not_finite
@@ -101,7 +101,7 @@ def note_skip(unfit: Unfit, state: TrainState, config: TrainConfig) -> None:
 
 
 class Watch:
-    """Looks at the updates of one process. `with watch.update(rate, loss, batches): optimizer.step()`.
+    """Watches the updates of one process. `with watch.update(rate, loss, batches): optimizer.step()`.
 
     `steps`: of the whole run; `taken`: updates of it before this process; `say`: where a warning goes.
     """
@@ -119,7 +119,7 @@ class Watch:
 
     @contextmanager
     def update(self, rate: float, loss: float, batches: Sequence[Batch]) -> Iterator[None]:
-        """Around the optimiser's step, gradients at hand. Raises RunError where the run learns nothing."""
+        """Around the optimiser's step, while the gradients exist. Raises RunError where the run learns nothing."""
         self._updates += 1
         if self._updates <= self._patience:
             self._known &= loss < KNOWN
@@ -160,18 +160,19 @@ class Watch:
         if still:
             raise RunError(
                 f"{len(still)} factors are still zero after {seen} updates\n{listed(still, 1)}",
-                fix="raise train.lr, or name other adapter.targets",
+                fix="raise train.lr, or choose other adapter.targets",
             )
 
     def _why_silent(self) -> str:
         if self._known:
-            return "the loss was 0 in all of them: the base knows these rows, there is nothing to learn"
+            return "the loss was 0 in all of them: the base already knows these rows, so there is nothing to learn"
         if self._alone:
             return (
-                "only second tokens of rows are trained, which see one token, so attention has nothing to choose: "
+                "only the second token of each row is trained, and it sees a single token, so attention has "
+                "nothing to choose: "
                 "give the rows longer prompts, or set adapter.targets to mlp"
             )
-        return "name other adapter.targets: these don't reach the loss"
+        return "choose other adapter.targets: these don't reach the loss"
 
     def _check_moved(self, before: dict[str, dict[str, Tensor]]) -> None:
         stuck = [
@@ -191,8 +192,8 @@ class Watch:
         if stuck and not self._warned:
             self._warned = True
             self._say(
-                f"warning: since update {self._updates} at the latest, {len(stuck)} parameters that did move don't any "
-                "more: at this rate nothing is left to learn from these rows"
+                f"warning: since update {self._updates} at the latest, {len(stuck)} parameters that used to move have "
+                "stopped: at this rate nothing is left to learn from these rows"
             )
 
     def _has_moved(self, path: str, name: str) -> bool:

@@ -106,7 +106,7 @@ def test_where_picking_columns_would_take_minutes_the_svd_gives_the_factors(monk
     d = decompose(x)
     assert (d.rank, d.column_rank, d.row_rank, d.full_rank.rank) == (3, None, None, 3)
     assert d.full_rank.error_two < 1e-5
-    assert "not picked" in describe(d, "it") and "None" not in describe(d, "it")
+    assert "weren't picked" in describe(d, "it") and "None" not in describe(d, "it")
 
 
 def test_a_large_matrixs_errors_are_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def test_from_a_name_to_what_is_read(tmp_path: Path) -> None:
     assert text.startswith("x.npy: 40 x 50 = 2,000 entries, float32\n\nrank            3 ")
     assert "singular values σ₁ … σ₃, log scale; the other 37 are rounding" in text
     assert "no matrix of rank 2 has errors below" in text and "σ₃ / σ₁" in text
-    assert "R below M N / (M + N) = 22.22: P Qᵀ stores fewer here" in text
+    assert "R below M N / (M + N) = 22.22: here P Qᵀ stores fewer" in text
     assert f"{100 * 270 / 2000:.3g} %" in text
     assert all(len(line) <= 110 for line in text.splitlines())
     with pytest.raises(InputError, match="rank 41"):

@@ -57,7 +57,7 @@ def test_npy_of_every_real_type(tmp_path: Path, given: str, wanted: torch.dtype,
         (numpy.array(1.0), "0 dimensions"),
         (numpy.ones((0, 3)), "empty"),
         (numpy.ones((2, 2), dtype=complex), "complex128 values"),
-        (numpy.array([["a", "b"]]), "no real numbers"),
+        (numpy.array([["a", "b"]]), "not real numbers"),
         (numpy.array([[1.0, math.nan], [math.inf, 1.0]]), "row 1, column 2 is nan; 2 entries"),
         (numpy.array([[1.0, 1.0], [-math.inf, 1.0]]), "row 2, column 1 is -inf; 1 entries"),
     ],
@@ -83,7 +83,7 @@ def test_pickles_are_never_opened(tmp_path: Path) -> None:
     (tmp_path / "bare.npy").write_bytes(pickle.dumps(trap))
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(trap))
     for file in ("objects.npy", "bare.npy"):
-        refused(tmp_path / file, "no array of plain numbers")
+        refused(tmp_path / file, "not an array of plain numbers")
     refused(tmp_path / "bare.pt", "pickles run code")
     assert not (tmp_path / "sprung").exists()
     pickle.loads((tmp_path / "bare.npy").read_bytes())
@@ -144,14 +144,14 @@ def test_csv(tmp_path: Path, text: str, rows: list[list[float]]) -> None:
         ("a,b\n", "is empty"),
         ("1,2\n3\n", "line 2: has 1 numbers, the first row has 2"),
         ("1,2\n\n3,4,5\n", "line 3: has 3 numbers"),
-        ("a,b\nc,d\n1,2\n", "line 2: 'c' is no finite number"),
-        ("1,x\n", "line 1: 'x' is no"),
-        ("1,2\n3,four\n", "line 2: 'four' is no"),
-        ("1,5;2\n", "line 1: '1,5' is no"),
+        ("a,b\nc,d\n1,2\n", "line 2: 'c' isn't a finite number"),
+        ("1,x\n", "line 1: 'x' isn't"),
+        ("1,2\n3,four\n", "line 2: 'four' isn't"),
+        ("1,5;2\n", "line 1: '1,5' isn't"),
         ("1,2,\n", "line 1: cell 3 is empty"),
-        ("nan,nan\n1,2\n", "line 1: 'nan' is no finite"),
-        ("1,2\n3,-inf\n", "line 2: '-inf' is no finite"),
-        ("1,1e999\n", "line 1: '1e999' is no finite"),
+        ("nan,nan\n1,2\n", "line 1: 'nan' isn't a finite"),
+        ("1,2\n3,-inf\n", "line 2: '-inf' isn't a finite"),
+        ("1,1e999\n", "line 1: '1e999' isn't a finite"),
         ("1,1+2j\n", "line 1"),
     ],
 )
@@ -178,7 +178,7 @@ def test_safetensors_without_a_tensor_or_a_wrong_one(tmp_path: Path) -> None:
     tensors = {"layer.a": torch.ones(2, 2), "layer.b": torch.ones(2), "i": torch.ones(1, 1, dtype=torch.int32)}
     save_file({**tensors, "n": torch.tensor([[math.nan]])}, file)
     for name in (str(file), f"{file}:"):
-        assert f"{file}:" in str(refused(name, "which of its tensors"))
+        assert f"{file}:" in str(refused(name, "name one of its tensors"))
     assert "layer.a" in str(refused(f"{file}:layer.c", r"no tensor 'layer.c'"))
     refused(f"{file}:layer.b", r"layer.b: has 1 dimensions, \(2,\)")
     assert read_matrix(f"{file}:i").x_MN.dtype == torch.float64
@@ -190,9 +190,9 @@ def test_a_weight_of_a_base(tmp_path: Path) -> None:
     got, said, *_ = read_matrix(f"{base}:model.layers.0.mlp.down_proj")
     assert got.shape == (32, 48) and got.dtype == torch.float32
     assert said == f"model.layers.0.mlp.down_proj of {base}"
-    assert f"{base}:model." in str(refused(base, "is a base; which of its weights"))
+    assert f"{base}:model." in str(refused(base, "is a base; name one of its weights"))
     refused(f"{base}:model.layers.0.mlp.down", "no weight of a module")
-    refused(f"{base}:model.norm", "is no matrix")
+    refused(f"{base}:model.norm", "isn't a matrix")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_iteration_gives_matrices_alone(tmp_path: Path) -> None:
     weights = LinearWeights(stored(tmp_path, tensors))
     assert list(weights) == ["a"] and len(weights) == 1
     assert "norm" not in weights and 7 not in weights
-    with pytest.raises(InputError, match=r"norm has shape \(3,\), it is no matrix"):
+    with pytest.raises(InputError, match=r"norm has shape \(3,\), which isn't a matrix"):
         weights["norm"]
 
 

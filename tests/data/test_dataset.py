@@ -265,7 +265,7 @@ def test_untrained_turns_are_reported(tmp_path):
     chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
     report = prepare(DataConfig(train=write(tmp_path, [chat])), Renderer(toy("thinking"))).report
     assert report.untrained_turns == 1
-    assert report.warnings == ["1 answers aren't trained: the template rewrites earlier turns"]
+    assert report.warnings == ["1 answer isn't trained: the template rewrites earlier turns"]
 
 
 def test_columns_without_use_are_reported_with_their_share(tmp_path):
@@ -292,7 +292,7 @@ def test_names_of_control_tokens_are_counted_and_the_setting_named(tmp_path):
     assert (rendered.named_rows, rendered.named_tokens, rendered.warnings) == (0, 0, [])
     chat = [{"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "a"}]}]
     (warning,) = prepare(DataConfig(train=write(tmp_path, chat)), RENDERER).report.warnings
-    assert "1 rows" in warning
+    assert "1 row " in warning
     assert "data.rendered" not in warning
 
 

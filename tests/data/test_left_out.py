@@ -194,7 +194,7 @@ def test_the_losses_are_counted_and_said(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = prepare(DataConfig(train=str(path)), Renderer(toy("chatml"))).report
     assert report.left_out == {"messages[].reasoning_content": 0.25}
-    assert report.warnings[-1] == "the chat template doesn't write: messages[].reasoning_content (25% of rows)"
+    assert report.warnings[-1] == "the chat template leaves out: messages[].reasoning_content (25% of rows)"
     path.write_text("".join(json.dumps({"messages": [user(), answer(tool_calls=[CALL])]}) + "\n" for _ in rows))
     with pytest.raises(InputError, match="20 of 20 rows can't be used") as raised:
         prepare(DataConfig(train=str(path)), Renderer(toy("chatml")))

@@ -1,4 +1,4 @@
-"""The loader: every example once an epoch, and the same continuation from every position."""
+"""The loader: every example once per epoch, and the same continuation from every position."""
 
 import dataclasses
 import json

@@ -29,7 +29,7 @@ def test_without_colour_trained_text_stands_in_brackets(tmp_path):
     text = shown(tmp_path, ROWS)
     assert "[b]q ->[/b]⟦ a<|im_end|>⟧" in text
     assert "2 rows read, 2 to train on, 0 held out" in text
-    assert "warning: 1 training rows are copies of another" in text
+    assert "warning: 1 training row is a copy of another" in text
     assert text.count("train.jsonl:1 (") == 1
     assert "train.jsonl:2 (" not in text
 

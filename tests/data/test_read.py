@@ -94,7 +94,7 @@ def test_limit_stops_reading(tmp_path):
 def test_json_array_and_json_lines_under_the_wrong_name(tmp_path):
     rows, problems = read_rows(write(tmp_path, b'[{"text": "a"}, 3, {"text": "b"}]', "a.json"))
     assert origins(rows) == ["a.json:1", "a.json:3"]
-    assert [str(problem) for problem in problems] == ["a.json:2: an object is expected, this is a number"]
+    assert [str(problem) for problem in problems] == ["a.json:2: expected an object, but this is a number"]
     rows, _ = read_rows(write(tmp_path, GOOD + b"\n" + GOOD, "b.json"))
     assert origins(rows) == ["b.json:1", "b.json:2"]
 
@@ -172,8 +172,8 @@ def test_sources_that_cannot_be_read(tmp_path):
         (write(tmp_path, b"", "t.pdf"), "unknown kind"),
         ("data/missing.jsonl", "no such file"),
         ("squad", "no such file"),
-        ("a\0b", "not the name"),
-        ("", "not the name"),
+        ("a\0b", "isn't the name"),
+        ("", "isn't the name"),
         ("builtin:nothing", "known: cmudict, general, sarcasm"),
     ]:
         with pytest.raises(InputError, match=reason):

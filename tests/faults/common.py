@@ -1,4 +1,4 @@
-"""What the faults share: tiny bases and runs, made once a process; children that are forked, signalled and killed.
+"""What the faults share: tiny bases and runs, made once per process; children that are forked, signalled and killed.
 
 A child is a fork of this process, which has torch, transformers and the tiny base's files at hand, so that it is up in
 milliseconds where a fresh `deltaw` would take five seconds: two hundred kills are a minute's work. It runs the same

@@ -85,7 +85,7 @@ def usual_seconds() -> float:
 
 @fault(
     1,
-    "SIGKILL at a random moment from start to end, gone on with, killed again one time in three: at most the "
+    "SIGKILL at a random moment from start to end, resumed, killed again one time in three: at most the "
     "save interval "
     "is lost, nothing half-made has a final name, the same bits and metrics at the end",
     tries=200,
@@ -152,7 +152,7 @@ def signalled(run: Path, n: int, *numbers: int) -> Ended:
 
 @fault(
     2,
-    "SIGTERM at a random moment: exit 143, the step that was running is saved (0 lost), the same bits after going on",
+    "SIGTERM at a random moment: exit 143, the step that was running is saved (0 lost), the same bits after resuming",
     tries=50,
     sample=3,
     at_once=10,
@@ -162,7 +162,7 @@ def terminated(n: int, scratch: Path) -> None:
 
 
 @fault(
-    3, "Ctrl-C once at a random moment: exit 130, saved, the same bits after going on", tries=50, sample=3, at_once=10
+    3, "Ctrl-C once at a random moment: exit 130, saved, the same bits after resuming", tries=50, sample=3, at_once=10
 )
 def interrupted(n: int, scratch: Path) -> None:
     _stopped(signalled(scratch / "run", 1000 + n, signal.SIGINT), scratch / "run", 130)
@@ -183,7 +183,7 @@ def _stopped(ended: Ended, run: Path, code: int) -> None:
 
 @fault(
     3,
-    "Ctrl-C twice, or SIGTERM twice: stops at once, nothing that was committed is lost, the same bits after going on",
+    "Ctrl-C twice, or SIGTERM twice: stops at once, nothing that was committed is lost, the same bits after resuming",
     tries=50,
     sample=3,
     at_once=10,
@@ -314,7 +314,7 @@ def two_runs(n: int, scratch: Path) -> None:
     expect(all(path.read_bytes() == data for path, data in before.items()), "it was touched")
 
 
-@fault(11, "the owner of a run killed with SIGKILL: its lock is no obstacle", tries=10, sample=1, at_once=10)
+@fault(11, "the owner of a run killed with SIGKILL: its lock isn't an obstacle", tries=10, sample=1, at_once=10)
 def stale_lock(n: int, scratch: Path) -> None:
     run = copy(stopped_run(), scratch / "run")
 

@@ -73,7 +73,8 @@ def power_cut_in_a_save(n: int, scratch: Path) -> None:
 
 @fault(
     6,
-    "the power is cut at the kth fsync of a whole run: it goes on, from its last checkpoint or anew, to the same bits",
+    "the power is cut at the kth fsync of a whole run: it goes on, from its last checkpoint or from the start, "
+    "to the same bits",
     tries=50,
     sample=2,
     at_once=10,
@@ -158,7 +159,7 @@ def damaged_run(n: int, scratch: Path) -> None:
 
 
 @fault(
-    8, "all checkpoints damaged: exit 2, each named and why, nothing begun anew, nothing touched", tries=12, sample=3
+    8, "all checkpoints damaged: exit 2, each named and why, nothing started over, nothing touched", tries=12, sample=3
 )
 def all_damaged(n: int, scratch: Path) -> None:
     run = copy(stopped_run(), scratch / "run")

@@ -98,8 +98,8 @@ LINES: tuple[tuple[bytes, str | None], ...] = (
     (b'{"prompt": "p", "completion": "c", "completion": "d"}', "twice"),
     (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
     (b'{"prompt": ' + b"9" * 5000 + b"}", "too many digits"),
-    (b'["p", "c"]', "an object is expected"),
-    (b"null", "an object is expected"),
+    (b'["p", "c"]', "expected an object"),
+    (b"null", "expected an object"),
     (b'{"prompt": "p", "completion": "\xef\xb7\x90"}', "U+FDD0"),
 )
 
@@ -268,7 +268,7 @@ ROWS: tuple[tuple[dict[str, Any], str], ...] = (
 )
 
 
-@fault(48, "a row of another schema, without role, with content that is no text, …", tries=26, sample=26, at_once=26)
+@fault(48, "a row of another schema, without role, with content that isn't text, …", tries=26, sample=26, at_once=26)
 def odd_row(n: int, scratch: Path) -> None:
     row, reason = ROWS[n]
     rows = [*[chat("q", "a")] * n, row, *[chat("q", "a")] * (50 - n)]
@@ -359,7 +359,7 @@ def copies_and_overlap(n: int, scratch: Path) -> None:
     prompts = {row["prompt"] for row in train}
     duplicates, overlap = len(train) - len(prompts), sum(row["prompt"] in prompts for row in held_out)
     expect((report.duplicates, report.overlap) == (duplicates, overlap), report)
-    wanted = {f"{duplicates} training rows are copies": duplicates, f"{overlap} held-out rows are also": overlap}
+    wanted = {f"{duplicates} training row": duplicates, f"{overlap} held-out row": overlap}
     for words, count in wanted.items():
         expect(any(words in warning for warning in report.warnings) == (count > 0), report.warnings)
     split = read(scratch, train + train, eval=7)

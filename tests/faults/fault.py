@@ -5,7 +5,7 @@
 
 A try is a pure function of its number, so one that failed can be run again: `python -m tests.faults --only 7 --try 12`.
 `scratch` is an empty folder, shared by the tries of one chunk. What every try needs (a tiny base, a run to damage) is
-made once a process by the cached functions of `common.py`.
+made once per process by the cached functions of `common.py`.
 
     @peer(7, "Trainer")
     def trainer_bit_flip(scratch: Path) -> str: ...       # does the same to another tool, says in a few words what came

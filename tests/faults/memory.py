@@ -94,7 +94,9 @@ def first_batch(n: int, scratch: Path) -> None:
     room, run = (40 + 8 * (n // 2)) * MIB, scratch / f"first-{n}"
     settings = wide_config(run)
     ended = child(under(room, limit, command_for(settings)))
-    found = advised(ended, "out of memory in step 1 of 1", "a batch of 8,", "takes about", "nothing was trained yet")
+    found = advised(
+        ended, "out of memory in step 1 of 1", "a batch of 8,", "takes about", "nothing has been trained yet"
+    )
     expect(len(found) == 3 and all("about" in line and "=" in line for line in found), found)
     needed, there = _amounts(ended.output)
     expect(there < needed < 6 * there, (there, needed))
@@ -107,7 +109,7 @@ def gpu_first_batch(n: int, scratch: Path) -> None:
     most, run = (10, 18, 24, 36, 48)[n], scratch / f"gpu-{n}"
     with changed(Forward, "loss", _at_most(most)):
         ended = child(command_for(config(run, evaluate=NOTHING)))
-        found = advised(ended, "out of memory in step 1 of 6", "takes about", "nothing was trained yet")
+        found = advised(ended, "out of memory in step 1 of 6", "takes about", "nothing has been trained yet")
         expect(len(found) == 3, found)
         fitting = [line for line in found if _tokens(line) <= most]
         if fitting:
@@ -129,7 +131,7 @@ def later_step(n: int, scratch: Path) -> None:
     with changed(loop, "step", failing):
         ended = child(command_for(config(run)))
     saved = (0, 2, 3, 4, 4)[n]  # every second step, and the third, the best so far
-    remains = f"step-{saved:06} remains" if saved else "nothing was trained yet"
+    remains = f"step-{saved:06} remains" if saved else "nothing has been trained yet"
     found = advised(ended, f"out of memory in step {step} of 6", "takes about", remains)
     expect(len(found) == 3, found)
     expect(

@@ -125,7 +125,7 @@ def stopped_before(step: int, call: int, harm: Callable[[Tensor], Tensor], scrat
 
 @fault(
     23,
-    "a loss that is NaN or infinite at step k: no update, the step and its rows named, resumable",
+    "a loss that is NaN or infinite at step k: not applied, the step and its rows named, resumable",
     tries=18,
     sample=2,
 )

@@ -11,14 +11,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 HEAD = """# What it survives
 
 `make torture` makes every one of these faults happen, the given number of times, and writes this page
-({minutes:.0f} minutes on {cores} cores of a {machine} machine). A try passes if deltaw does what the row says: nothing
-lost, the same adapter to the bit, or an error of at most five lines before work is wasted. `make test` runs a sample of
-the same checks. One try again: `python -m tests.faults --only 7 --try 12`. Faults of the server (55 and on) come with
-the server.
+({minutes:.0f} minutes on {cores} cores of a machine of type {machine}). A try passes if deltaw does what the row says:
+nothing is lost, the adapter is the same to the bit, or there is an error of at most five lines before work is wasted.
+`make test` runs a sample of the same checks. To repeat one try: `python -m tests.faults --only 7 --try 12`. Faults of
+the server (55 and on) come with the server.
 
-The last column is what other tools did when the same happened to them in the same run
-({versions}); empty where it
-wasn't tried, or where they have no counterpart.
+The last column says what other tools did when the same thing happened to them in the same run
+({versions}); it is empty where nothing
+was tried, or where they have no counterpart.
 
 | | fault, and what is expected | passed / tries | other tools |
 |---|---|---|---|

@@ -79,7 +79,7 @@ def changed_setting(n: int, scratch: Path) -> None:
     said = clear_error(
         lambda: resume(run, [override], display=QUIET), field, "->", "--allow" if allowed else "put them"
     )
-    expect(("other settings than it began" in said) != allowed, said)
+    expect(("can't be resumed with these settings" in said) != allowed, said)
     if allowed:
         resume(run, [override], allow=True, display=QUIET)
         expect((run / "result.json").is_file(), "it didn't finish")
@@ -102,7 +102,7 @@ def other_base(n: int, scratch: Path) -> None:
     tiny_base(scratch / "other", seed=1)
     override = [f"base={scratch / 'other'}"]
     if n == 0:
-        clear_error(lambda: resume(run, override, allow=True, display=QUIET), "base", "changed since")
+        clear_error(lambda: resume(run, override, allow=True, display=QUIET), "base", "changed after")
         return
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace(str(place() / "base"), str(scratch / "other")))
@@ -127,7 +127,7 @@ def other_data(n: int, scratch: Path) -> None:
     run = copy(stopped_run(), scratch / "run")
     _other_rows(scratch / "train.jsonl", n)
     override = [f"data.train={scratch / 'train.jsonl'}"]
-    clear_error(lambda: resume(run, override, allow=True, display=QUIET), "data", "changed since")
+    clear_error(lambda: resume(run, override, allow=True, display=QUIET), "data", "changed after")
 
 
 @fault(16, "the same data under another name: goes on, with --allow, to the same bits")
@@ -297,7 +297,7 @@ def verified(n: int, scratch: Path) -> None:
 RANDOM = torch.Generator().manual_seed(0)
 
 
-@fault(14, "a run that is finished, or no run: refused, nothing touched", tries=2)
+@fault(14, "a run that is finished, or isn't a run: refused, nothing touched", tries=2)
 def finished_or_none(n: int, scratch: Path) -> None:
     if n == 0:
         run = copy(finished_run(), scratch / "run")
@@ -306,7 +306,7 @@ def finished_or_none(n: int, scratch: Path) -> None:
         expect(all(path.read_bytes() == data for path, data in before.items()), "it was touched")
     else:
         (scratch / "mine").mkdir()
-        clear_error(lambda: resume(scratch / "mine", display=QUIET), "no run")
+        clear_error(lambda: resume(scratch / "mine", display=QUIET), "isn't a run")
         expect(not any((scratch / "mine").iterdir()), "something was left there")
 
 

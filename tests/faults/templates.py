@@ -181,7 +181,7 @@ def peak(process: int | str = "self") -> int:
 @contextmanager
 def bounds(said: str) -> Iterator[None]:
     """The block takes no longer, and no more of this process's memory, than it may."""
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts over
     before, began = peak(), time.monotonic()
     yield
     took, grown = time.monotonic() - began, (peak() - before) / 2**20

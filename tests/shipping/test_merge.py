@@ -293,7 +293,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     adapter = random_adapter(base)
     of_base = open_base(str(base), dtype="float32", device="cpu").fingerprint
     marked = Adapter(adapter.spec, adapter.factors, BaseId("base", fingerprint=of_base))
-    with pytest.raises(InputError, match="is not that one"):
+    with pytest.raises(InputError, match="isn't that base"):
         merged(other, marked, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     merged(base, marked, tmp_path / "merged")

@@ -180,4 +180,4 @@ def test_two_files_with_templates_are_asked_chats(place: Path, tmp_path: Path) -
         )
     assert verify(files[0], files[0], prompts=2, tokens=4).agree
     result = verify(*files, prompts=2, tokens=4)
-    assert any("written differently" in reason for reason in result.reasons)
+    assert any("encoded differently" in reason for reason in result.reasons)

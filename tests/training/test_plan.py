@@ -85,7 +85,7 @@ def test_a_plan_names_rows_by_number(folder: Path) -> None:
     data = {"train": str(folder / "train.jsonl"), "max_length": 30, "bad_rows": 0.5}
     said = plan(config(folder, data=data, evaluate={"general": None}), QUIET).text()
     assert "too long, 2 left out: train.jsonl:6, train.jsonl:10" in said
-    assert "unusable, 1: train.jsonl:21" in said and "1 copies of another" in said
+    assert "unusable, 1: train.jsonl:21" in said and "1 copy of another" in said
     said = plan(config(folder, data={**data, "too_long": "truncate"}, evaluate={"general": None}), QUIET).text()
     assert "too long, 2 cut: train.jsonl:6, train.jsonl:10" in said
 
@@ -103,7 +103,7 @@ def test_a_plan_that_runs_out_of_memory_says_what_would_fit(folder: Path, monkey
         plan(config(folder), QUIET)
     said = str(caught.value).splitlines()
     assert "a batch of 64 tokens takes about" in said[0] and said[1].strip().startswith("train.tokens_per_batch=32:")
-    assert len(said) == 5 and said[4] == "plan with one of these, then train with it"
+    assert len(said) == 5 and said[4] == "plan again with one of these, then train with it"
     assert not [path for path in folder.iterdir() if path.name.startswith(".deltaw")]
 
 

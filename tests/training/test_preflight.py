@@ -163,7 +163,7 @@ def test_an_explanation_has_the_estimate_three_settings_and_what_next(folder: Pa
     said = str(explain(MemoryError(), run, learner, place)).splitlines()
     assert len(said) == 5 and "step 1 of 6" in said[0] and "a batch of 64 tokens takes about" in said[0]
     assert all(line.endswith("iB") and "train.tokens_per_batch=" in line for line in said[1:4])
-    assert said[4].startswith("nothing was trained yet") and "--allow" in said[4]
+    assert said[4].startswith("nothing has been trained yet") and "--allow" in said[4]
     saved = learner.saved()
     save_checkpoint(place.checkpoints, saved._replace(state=dataclasses.replace(saved.state, step=4)), 1)
     last = str(explain(MemoryError(), run, learner, place)).splitlines()[4]

@@ -8,8 +8,8 @@ of them get the largest rank R by rows of zeros, scales go into B, and alpha = R
 converter copies PEFT's lora_alpha instead, with which rsLoRA and modules of their own rank or alpha come out wrong. The
 rows of B are where GGUF has the rows of W (names.py).
 
-What llama.cpp would pass over without a word is refused here, as is what it refuses: full fine-tuning, DoRA, anything
-but linear layers, and a head that the base's GGUF hasn't got. A base whose head is tied to its embedding has no
+What llama.cpp would silently ignore is refused here, as is what it refuses: full fine-tuning, DoRA, anything
+but linear layers, and a head that the base's GGUF doesn't have. A base whose head is tied to its embedding has no
 `output.weight`, and an update of one tensor can't be two things. There is no largest rank.
 
 float32, since B holds the scales: float16 ends at 6·10⁻⁸ and 65,504, and the file is small beside any base.
@@ -108,7 +108,7 @@ def _check_kind(trained: Trained) -> None:
     merge = _whole(trained)
     if trained.adapter.spec.full:
         raise InputError(
-            f"{trained.name} is full fine-tuning, which no adapter holds",
+            f"{trained.name} is full fine-tuning, which an adapter can't hold",
             fix=f"{merge}   a LoRA: {command('extract', trained.name, options=['--rank', '16', '-o', 'lora'])}",
         )
     if trained.adapter.spec.magnitude:

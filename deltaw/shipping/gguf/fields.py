@@ -33,7 +33,8 @@ class Fields:
         self._problems += [f"{name} = {str(getattr(self.config, name))[:60]}" for name in sorted(self._left)]
         if self._problems:
             raise InputError(
-                f"a GGUF of a {self.config.model_type} can't say {len(self._problems)} things that its config says:\n"
+                f"a GGUF of a {self.config.model_type} can't express {len(self._problems)} things that its config "
+                "says:\n"
                 f"{listed(self._problems, 2)}",
                 fix="use another destination: deltaw merge writes a folder for transformers and vLLM",
             )

@@ -36,7 +36,7 @@ SQUARE = ("qwen2", "phi3")  # llama.cpp takes their heads together to be as wide
 
 class Meta(NamedTuple):
     """`keys` without the architecture's prefix: numbers, texts and flags (an int is an unsigned one); `tensors`: those
-    that are settings, not weights; `notes`: where llama.cpp does otherwise than the file says."""
+    that are settings, not weights; `notes`: where llama.cpp does something other than the file says."""
 
     keys: dict[str, Any]
     tensors: dict[str, list[float]]
@@ -81,7 +81,7 @@ def metadata(config: Any, rows: int) -> Meta:
         keys |= _window(fields, architecture, keys["context_length"])
     turn, tensors = rotary(fields, architecture, head_dim, keys["context_length"], notes)
     if architecture in PARTIAL and turn["rope.dimension_count"] % 2:
-        fields.refuse(f"partial_rotary_factor: it turns {turn['rope.dimension_count']} numbers, an odd count")
+        fields.refuse(f"partial_rotary_factor: it rotates {turn['rope.dimension_count']} numbers, an odd count")
     fields.finish()
     return Meta(keys | turn, tensors, notes)
 
@@ -101,7 +101,7 @@ def _gpt2(fields: Fields, rows: int) -> Meta:
     fields.expect("scale_attn_weights", True)
     fields.finish()
     if not fields.config.scale_attn_weights:
-        raise InputError("a GGUF of a gpt2 can't say scale_attn_weights = False", fix="use another destination")
+        raise InputError("a gpt2 GGUF can't express scale_attn_weights = False", fix="use another destination")
     return Meta(keys, {}, [])
 
 
@@ -134,7 +134,7 @@ def _layers(fields: Fields, architecture: str, layers: int) -> dict[str, Any]:
         (n for n in (usual, *range(1, max(layers, 6) + 1)) if near == [(at + 1) % n != 0 for at in range(layers)]), 0
     )
     if not period:
-        fields.refuse("layer_types: full attention in no regular distance")
+        fields.refuse("layer_types: full attention at irregular distances")
     elif not any(near):
         fields.refuse("layer_types: no layer has a window (llama.cpp's Gemma fails without)")
     keys = {"attention.sliding_window": window}

@@ -65,8 +65,8 @@ class GgufModel(Destination):
         self.notes += notes
         if self.tensors.left_out:
             self.notes.append(
-                f"{self.tensors.left_out} tensors of the part that sees pictures aren't in it: llama.cpp reads that "
-                "from a file of its own, the base's mmproj"
+                f"{self.tensors.left_out} tensors of the vision part aren't in it: llama.cpp reads those from a "
+                "separate file, the base's mmproj"
             )
         if self.quantizer is not None and (note := fallbacks(shapes)):
             self.notes.append(note)
@@ -121,18 +121,20 @@ class GgufModel(Destination):
         return keys | block | self._trained_keys(block)
 
     def _trained_keys(self, block: dict[str, Typed]) -> dict[str, Typed]:
-        """What was trained otherwise than the base's own tokenizer block says."""
+        """Where training differed from the base's own tokenizer block."""
         renderer, keys = self.trained.renderer, dict[str, Typed]()
         own = block.get(TEMPLATE)
         if renderer.template and (own is None or text(own) != renderer.template):
             keys[TEMPLATE] = typed(renderer.template)
-            self.notes.append("the tokenizer is the base file's own, but the chat template the one trained under")
+            self.notes.append(
+                "the tokenizer is the base file's own, but the chat template is the one it was trained under"
+            )
         uses = {f"tokenizer.ggml.{use}_token_id" for use in ("eos", *SLOTS)}
         known = {block[key].value for key in uses if key in block}
         end = renderer.tokenizer.eos_token_id if self.trained.plain else renderer.end_of_turn
         if end is not None and end not in known:
             keys["tokenizer.ggml.eot_token_id"] = typed(end)
-            self.notes.append(f"the end of a turn is token {end}, which the base's own block doesn't say")
+            self.notes.append(f"the end of a turn is token {end}, which isn't in the base's own block")
         return keys
 
     def _general(self) -> dict[str, Any]:

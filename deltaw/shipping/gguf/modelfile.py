@@ -97,7 +97,7 @@ def modelfile(trained: Trained, model: str, *, adapter: str = "", about: str = "
         notes += more
     except InputError as error:
         notes.append(f"no TEMPLATE for Ollama (llama.cpp runs the template itself): {error.what}")
-        lines.append("# The chat template has no form in Go: Ollama takes what it thinks fits, answers may suffer.")
+        lines.append("# The chat template has no form in Go: Ollama chooses one itself, so answers may suffer.")
     for stop in (renderer.decode([id], skip_special=False) for id in sorted(renderer.stop_ids)):
         if not stop or not stop.isprintable() or '"' in stop:
             notes.append(f"no PARAMETER stop for the token {stop!r}: a Modelfile can't hold it")

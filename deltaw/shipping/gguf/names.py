@@ -132,7 +132,9 @@ def _window(architecture: str, config: Any) -> str:
         return ""
     if window >= config.max_position_embeddings:
         return ""
-    return f"llama.cpp attends to all tokens where the model sees the last {window:,}: it answers otherwise behind them"
+    return (
+        f"llama.cpp attends to all tokens where the model sees the last {window:,}: it answers differently after them"
+    )
 
 
 def _split(parameter: str) -> tuple[str, str]:

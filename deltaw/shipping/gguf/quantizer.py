@@ -87,6 +87,6 @@ def fallbacks(shapes: dict[str, tuple[int, ...]]) -> str | None:
         return None
     rows = ", ".join(str(row) for row in sorted({shape[-1] for shape in odd}))
     return (
-        f"{len(odd)} of {len(matrices)} matrices have rows of {rows} numbers, no multiple of {SUPER}: "
+        f"{len(odd)} of {len(matrices)} matrices have rows of {rows} numbers, not a multiple of {SUPER}: "
         "llama.cpp gives them Q5_0, Q5_1 or Q8_0 instead, and the file is larger than its type says"
     )

@@ -110,7 +110,7 @@ def _yarn(fields: Fields, rope: dict[str, Any], grown: float, context: int) -> d
 def _longrope(rope: dict[str, Any], grown: float, notes: list[str]) -> dict[str, Any]:
     original = int(rope["original_max_position_embeddings"])
     notes.append(
-        f"llama.cpp turns by the long factors wherever it is run with a context above {original:,}: "
+        f"llama.cpp rotates by the long factors whenever it is run with a context above {original:,}: "
         f"run it with -c {original} unless longer texts are meant"
     )
     return {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": grown}

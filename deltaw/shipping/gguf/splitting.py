@@ -49,7 +49,7 @@ def splitting_name(tokenizer: dict[str, Any]) -> str:
     name = NAMES.get((patterns, whole))
     if name is None:
         raise unknown(
-            f"text is split by {' then '.join(patterns)[:120]!r}" + (", whole words without merging" if whole else "")
+            f"text is split by {' then '.join(patterns)[:120]!r}" + (", and whole words aren't merged" if whole else "")
         )
     return name
 
@@ -57,8 +57,8 @@ def splitting_name(tokenizer: dict[str, Any]) -> str:
 def unknown(what: str) -> InputError:
     """The refusal of a tokenizer that llama.cpp would not run as it is."""
     return InputError(
-        f"this tokenizer has no form in GGUF: {what}",
-        fix="llama.cpp would split text otherwise in silence; use another destination (deltaw merge)",
+        f"this tokenizer can't be written as GGUF: {what}",
+        fix="llama.cpp would silently split text differently; use another destination (deltaw merge)",
     )
 
 
@@ -71,13 +71,13 @@ def _patterns(step: Any) -> tuple[str, ...]:
             return tuple(pattern for part in step["pretokenizers"] for pattern in _patterns(part))
         case "ByteLevel":
             if step.get("add_prefix_space"):
-                raise unknown("it puts a blank before every text")
+                raise unknown("it puts a space before every text")
             return (canonical(GPT2),) if step.get("use_regex", True) else ()
         case "Digits":
             return (r"\p{N}" if step["individual_digits"] else r"\p{N}+",)
         case "Split" if isinstance(pattern := step["pattern"].get("Regex"), str) and _cuts(step, pattern):
             return (canonical(pattern),)
-    raise unknown(f"text is split by a step {str(step)[:100]}")
+    raise unknown(f"text is split by the step {str(step)[:100]}")
 
 
 def _cuts(step: dict[str, Any], pattern: str) -> bool:

@@ -47,7 +47,7 @@ class Tensors:
         """How many tensors belong to what sees pictures, which a GGUF of its own has."""
         if lost := [name for name in plan.adapter.factors if f"{name}.weight" not in names]:
             raise InputError(
-                f"{len(lost)} of {len(plan.adapter.factors)} updates are of the part that sees, which llama.cpp reads "
+                f"{len(lost)} of {len(plan.adapter.factors)} updates belong to the vision part, which llama.cpp reads "
                 f"from another file:\n{listed(lost, 2)}",
                 fix="use another destination: deltaw merge",
             )
@@ -59,7 +59,7 @@ class Tensors:
         self.planned = {family.tensor(name): plan.by_parameter[name] for name in names}
         if HEAD in self.planned and family.architecture in HEADLESS:
             raise InputError(
-                f"the head isn't the embedding any more, and llama.cpp's {family.architecture} has no place for one",
+                f"the head is no longer the embedding, and llama.cpp's {family.architecture} has no place for one",
                 fix="train without the head (lm_head), or use another destination: deltaw merge",
             )
 
@@ -98,7 +98,7 @@ class Tensors:
         if not torch.isfinite(value).all():
             raise not_finite(planned)
         if place.type == "F16" and float(value.abs().max()) > torch.finfo(torch.float16).max:
-            raise InputError(f"{planned.name}: holds numbers beyond 65,504, the largest of F16", fix="take BF16")
+            raise InputError(f"{planned.name}: holds numbers beyond 65,504, the largest in F16", fix="take BF16")
         rows, parts = value.reshape(-1, value.shape[-1]), []
         step = max(1, CHUNK // rows.shape[1])
         for at in range(0, len(rows), step):

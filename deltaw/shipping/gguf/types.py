@@ -53,7 +53,7 @@ def type_named(name: str | None) -> str:
     known = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     asked = known.get(name or USUAL, (name or USUAL).upper())
     if asked not in PLAIN and not MIXED.fullmatch(asked):
-        raise InputError(f"--type {name}: no type of numbers in a GGUF", fix=f"{', '.join(PLAIN)}, Q4_K_M, Q6_K, …")
+        raise InputError(f"--type {name}: not a type that a GGUF can hold", fix=f"{', '.join(PLAIN)}, Q4_K_M, Q6_K, …")
     return asked
 
 

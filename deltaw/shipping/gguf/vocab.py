@@ -49,7 +49,7 @@ def vocabulary(renderer: Renderer, rows: int, *, chats: bool = False) -> Vocabul
     tokenizer = renderer.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise unknown(f"a {type(tokenizer).__name__} is made of code, not of a tokenizer.json")
+        raise unknown(f"a {type(tokenizer).__name__} consists of code, not of a tokenizer.json")
     described = json.loads(backend.to_str())
     model, notes = described["model"], list[str]()
     odd = [name for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
@@ -58,7 +58,7 @@ def vocabulary(renderer: Renderer, rows: int, *, chats: bool = False) -> Vocabul
     tokens, types = _tokens(tokenizer, described, rows)
     if greedy := [item["content"] for item in described["added_tokens"] if any(item[how] for how in STRIPS)]:
         notes.append(
-            f"blanks beside {', '.join(greedy)[:80]} belong to the token, and llama.cpp leaves them in the text"
+            f"spaces beside {', '.join(greedy)[:80]} belong to the token, but llama.cpp leaves them in the text"
         )
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
     keys: dict[str, Any] = {}
@@ -66,7 +66,7 @@ def vocabulary(renderer: Renderer, rows: int, *, chats: bool = False) -> Vocabul
         keys |= {"model": BYTE_LEVEL, "pre": splitting_name(described), "tokens": tokens, "token_type": types}
         keys["merges"] = [" ".join(pair) for pair in merges]
         if not merges:
-            raise unknown("it has no merges, which llama.cpp wants to see")
+            raise unknown("it has no merges, which llama.cpp needs")
         _check_normalizer(described.get("normalizer"), notes)
     else:
         prefix = _blank_before(described, notes, chats and _begins_with_control(renderer))
@@ -138,7 +138,7 @@ def _check_normalizer(step: Any, notes: list[str]) -> None:
     for part in (step or {}).get("normalizers", [step] if step else []):
         if part["type"] != "NFC":
             raise unknown(f"text is changed before it is split, by {part['type']}")
-        notes.append("llama.cpp doesn't compose accents (NFC): decomposed text gets other tokens there")
+        notes.append("llama.cpp doesn't compose accents (NFC): decomposed text gets other tokens")
 
 
 def _begins_with_control(renderer: Renderer) -> bool:
@@ -170,19 +170,17 @@ def _blank_before(described: dict[str, Any], notes: list[str], none_in_chats: bo
     if pre and pre["type"] == "Metaspace" and pre["replacement"] == BLANK and not pre.get("split", True):
         scheme = pre.get("prepend_scheme", "always")
         if scheme == "first" and none_in_chats:
-            notes.append(
-                "llama.cpp puts no blank before a text here, as in chats: a text without the template lacks one"
-            )
+            notes.append("as in chats, llama.cpp puts no space before a text: a text without the template lacks one")
             return before
         if scheme == "first":
             notes.append(
-                "llama.cpp puts a blank behind every control token, this tokenizer only before a text: "
-                "chats have more tokens there"
+                "llama.cpp puts a space after every control token, this tokenizer only before a text, "
+                "so chats have more tokens in llama.cpp"
             )
         return before or scheme != "never"
     by_blanks = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
     if not replaced or (pre and pre != by_blanks):  # there are no blanks left for Gemma's to split by
-        raise unknown(f"blanks are treated by {str(pre)[:80]}")
+        raise unknown(f"spaces are treated by {str(pre)[:80]}")
     return before
 
 
@@ -198,7 +196,7 @@ def _scores(tokens: list[str], types: list[int], merges: list[list[str]]) -> lis
     for pair in merges:
         text = "".join(pair)
         if text != last and place.setdefault(text, len(place)) != len(place) - 1:
-            raise unknown(f"the merges that give {text!r} don't stand together, as SentencePiece's do")
+            raise unknown(f"the merges that give {text!r} aren't next to each other, as SentencePiece's do")
         last = text
     listed = {(left, right) for left, right in merges}
     normal = {text for text, kind in zip(tokens, types, strict=True) if kind == NORMAL}

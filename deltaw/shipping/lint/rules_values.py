@@ -15,7 +15,7 @@ CONSTANT = code(
     "DW403",
     "tensors that repeat one number, or modules that are all alike: training never leaves that",
     everywhere(UNSURE),
-    "get the file again, or train it again",
+    "download the file again, or train it again",
 )
 OVERFLOW = code(
     "DW404",

@@ -64,7 +64,7 @@ def needed_bytes(trained: Trained, plan: MergePlan, dtype: torch.dtype | None) -
 
 
 def _config(base: Path, plan: MergePlan, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The base's config with what is no longer so: its type, if another was asked for, and what is tied."""
+    """The base's config with what changes: its type, if another was asked for, and what is tied."""
     config = read_json(base / "config.json", allow_nan=True)
     config = {key: value for key, value in config.items() if key not in LOCAL}
     word = type_name(plan, dtype)

@@ -154,14 +154,14 @@ def plan_merge(trained: Trained) -> MergePlan:
         _check_names(skeleton, left_out)
     files = shards(base.directory)
     if len(checkpoint.stored) < sum(map(len, files.values())):
-        raise InputError(f"{base.name}: its files hold a parameter under several names", fix="get the base again")
+        raise InputError(f"{base.name}: its files hold a parameter under several names", fix="download the base again")
     order = {file: number for number, file in enumerate(files)}
     return MergePlan(tuple(sorted(tensors, key=lambda p: order[p.file])), adapter, skeleton, bool(tied))
 
 
 def not_finite(planned: Planned) -> InputError:
     """The error for a base whose numbers are broken."""
-    return InputError(f"{planned.file}: {planned.source} holds NaN or infinity", fix="get the base again")
+    return InputError(f"{planned.file}: {planned.source} holds NaN or infinity", fix="download the base again")
 
 
 def _check_targets(skeleton: nn.Module, adapter: Adapter, name: str) -> None:
@@ -207,7 +207,7 @@ def _partner(group: list[str], checkpoint: Checkpoint) -> Stored:
     """Where the numbers of tied parameters are."""
     stored = next((checkpoint.stored[name] for name in group if name in checkpoint.stored), None)
     if stored is None:
-        raise InputError(f"{checkpoint.folder}: holds none of {', '.join(group):.200}", fix="get the base again")
+        raise InputError(f"{checkpoint.folder}: holds none of {', '.join(group):.200}", fix="download the base again")
     return stored
 
 

@@ -307,7 +307,7 @@ def _fill(buffer: Tensor, source: int, at: int) -> None:
     while view:
         read = os.preadv(source, [view], at)
         if not read:
-            raise InputError("a file of the base was cut short while it was read", fix="get the base again")
+            raise InputError("a file of the base was cut short while it was read", fix="download the base again")
         view, at = view[read:], at + read
 
 

@@ -85,7 +85,7 @@ def check_quantised(survivals: Mapping[str, Survival], type_name: str, *, force:
     total = whole(survivals)
     if total.true and total.kept < LITTLE and not force:
         raise InputError(
-            f"little of the update survives in {type_name}: {total.kept:.0%} of it arrives along itself, "
+            f"little of the update survives in {type_name}: {total.kept:.0%} of it survives along its own direction, "
             f"the cosine between the rounded and the true update is {total.cosine:.2f}",
             fix="choose a type with more bits (Q8_0, F16), or add --force to write it anyway",
         )

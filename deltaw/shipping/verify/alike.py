@@ -68,7 +68,7 @@ def distance(a: Logs, b: Logs, ids_PK: Tensor | None = None) -> Distance:
     ids_PK = compared_ids(a, b) if ids_PK is None else ids_PK
     if ids_PK is None:
         shared = min(a.values_PK.shape[1], b.values_PK.shape[1])
-        # Summed anew in float64: the sums of float32 are off by more than two right sides are apart.
+        # Summed again in float64: the sums of float32 are off by more than two right sides are apart.
         a_PK, b_PK = (logs.values_PK.double().log_softmax(-1)[:, :shared] for logs in (a, b))
     else:
         a_PK, b_PK = (logs.of(ids_PK).double() for logs in (a, b))

@@ -178,7 +178,8 @@ def _fitting(
     long = [prompt for n, prompt in enumerate(prompts) if n not in set(fit)]
     if long:
         a.notes.append(
-            f"{len(long)} of {len(prompts)} prompts leave no room for an answer in a context of {room}: only their ids "
+            f"{len(long)} of {len(prompts)} prompts leave no room for an answer in a context of {room}, so only "
+            "their ids "
             "are compared"
         )
     return [prompts[n] for n in fit], [ids[n] for n in fit], long
@@ -188,7 +189,7 @@ def _long_parting(a: Side, b: Side, prompts: list[Prompt]) -> str:
     """Why prompts that are too long to ask aren't at least written the same, or ""."""
     pairs = [_prompts_alike(a, b, x, y, True) for x, y in zip(a.ids(prompts), b.ids(prompts), strict=True)]
     wrong = [words for same, words in pairs if same is False]
-    return f"{len(wrong)} prompts that were too long to ask are written differently: {wrong[0]}" if wrong else ""
+    return f"{len(wrong)} prompts that were too long to ask are encoded differently: {wrong[0]}" if wrong else ""
 
 
 def _answers(
@@ -254,9 +255,9 @@ def _judged(
         if count is not None:
             notes.append(f"the {count:,} likeliest tokens are compared, and the rest as one: KL is a lower bound")
         if effect is not None and effect.kl <= NO_EFFECT:
-            notes.append("the adapter changes nothing here, so whether it is applied can't be seen")
+            notes.append("the adapter changes nothing on these prompts, so whether it is applied can't be seen")
     else:
-        notes.append("no log-probabilities to compare: the verdict rests on prompts and answers alone")
+        notes.append("there are no log-probabilities to compare, so the verdict rests on prompts and answers alone")
     rows = [_row(a, b, n, prompts[n], one, other, allowed, known) for n in range(len(prompts))]
     reasons = reasons_of(rows, kl, largest, allowed, effect, _stops_parting(a, b) if known else "")
     return Verification(

@@ -233,7 +233,7 @@ def reasons_of(
     reasons = []
     if wrong := [row for row in rows if row.same_prompt is False]:
         reasons.append(
-            f"{len(wrong)} of {len(rows)} prompts are written differently (a changed template or tokenizer): "
+            f"{len(wrong)} of {len(rows)} prompts are encoded differently (a changed template or tokenizer): "
             f"{wrong[0].prompt_parting}"
         )
     if stops:
@@ -243,7 +243,11 @@ def reasons_of(
         if kl > allowed.kl and effect.strength > 0.9:
             reasons.append("the other side answers like the base without the adapter: it isn't applied there")
         elif abs(effect.strength) > STRENGTH:
-            way = "is a scale lost, or are modules left out?" if effect.strength > 0 else "is its scale too large?"
+            way = (
+                ("has a scale been lost, or have modules been left out?")
+                if effect.strength > 0
+                else "is its scale too large?"
+            )
             reasons.append(f"the other side carries {1 - effect.strength:.0%} of what the adapter changes: {way}")
     if kl is not None and kl > allowed.kl:
         cause = "" if reasons else ": are rows in the wrong order, modules left out, or is it another base?"

@@ -41,7 +41,7 @@ class Client:
     def __init__(self, root: str, *, key: str | None = None, seconds: float = SECONDS) -> None:
         parts = urllib.parse.urlsplit(root)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"{root}: no address of a server", fix="write http://host:port/v1, or …/v1#model")
+            raise InputError(f"{root}: not the address of a server", fix="write http://host:port/v1, or …/v1#model")
         self.root, self.seconds = root.rstrip("/"), seconds
         key = key if key is not None else os.environ.get(KEY)
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -57,7 +57,7 @@ class Client:
         except Refused as refused:
             if refused.status in (401, 403):
                 raise InputError(
-                    f"{self.root}: the server wants a key ({refused})", fix=f"put it into the environment: {KEY}"
+                    f"{self.root}: the server wants a key ({refused})", fix=f"set it in the environment: {KEY}"
                 ) from None
             raise InputError(f"{self.root}{path}: {refused}", fix="is it an OpenAI-compatible server?") from None
         except DeltawError as error:
@@ -85,11 +85,11 @@ class Client:
 
     def _parsed(self, data: bytes, path: str) -> Any:
         if len(data) > MAX_BYTES:
-            raise RunError(f"{self.root}{path}: an answer of more than {MAX_BYTES:,} bytes")
+            raise RunError(f"{self.root}{path}: the answer has more than {MAX_BYTES:,} bytes")
         try:
             return json.loads(data)
         except (ValueError, RecursionError):
-            raise RunError(f"{self.root}{path}: its answer is no JSON: {data[:80]!r}") from None
+            raise RunError(f"{self.root}{path}: its answer isn't JSON: {data[:80]!r}") from None
 
 
 def _words(data: bytes) -> str:

@@ -108,7 +108,7 @@ class LlamaCpp:
             time.sleep(0.02)
         if not line.endswith(b"\n"):
             which = " + ".join(file.name for file in files)
-            raise InputError(f"{which}: llama.cpp doesn't take it:\n{self.why()}", fix="write it anew, or mend it")
+            raise InputError(f"{which}: llama.cpp doesn't take it:\n{self.why()}", fix="write it again, or fix it")
         return line.decode().strip()
 
 

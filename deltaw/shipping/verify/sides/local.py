@@ -159,7 +159,7 @@ class Words:
         if self._template is None:
             raise InputError(
                 f"{self.tokenizer.name_or_path}: no chat template, and the prompts are chats",
-                fix="put the one it was trained under there, as chat_template.jinja",
+                fix="put the one that it was trained under into that folder, as chat_template.jinja",
             )
         text = self._template.render(prompt.content, prompt.tools, generation_prompt=True)
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -6,7 +6,7 @@
 Everything is computed in float32 but for a quantised model, since it's the files that are asked about. Prompts are
 written by the folder's own tokenizer where it has one, else the base's.
 
-mlx_lm (0.32) reads `rope_theta` from the top of config.json and takes 10,000 where it isn't there, without a word; what
+mlx_lm (0.32) reads `rope_theta` from the top of config.json and silently takes 10,000 where it is missing; what
 transformers 5 writes has it under `rope_parameters`. A folder like that answers wrongly in MLX, and that is to be seen
 here. Only a base that deltaw made of a GGUF, which nobody gives to mlx_lm, is read as it is meant.
 """
@@ -41,7 +41,7 @@ class Mlx(Side):
         if self._adapter is None and not (folder / "config.json").is_file():
             raise InputError(f"{name}: holds neither {ADAPTER} nor config.json")
         if self._adapter is not None and base is None:
-            raise InputError(f"{name} does not say which base it belongs to", fix="name it with --base")
+            raise InputError(f"{name} doesn't say which base it belongs to", fix="name it with --base")
         # A quantised model isn't one that find_base takes, and needn't be.
         self._model, self._meant = folder, dict[str, Any]()
         if self._adapter is not None:

@@ -91,5 +91,5 @@ class Peft(Running):
 
 def _base_of(name: object, folder: Path) -> str:
     if not isinstance(name, str) or not name:
-        raise InputError(f"{folder} does not say which base it belongs to", fix="name it with --base")
+        raise InputError(f"{folder} doesn't say which base it belongs to", fix="name it with --base")
     return found_as(name)

@@ -59,7 +59,7 @@ class Server(Side):
             numbers_of_type(ftype, f"llama.cpp says that it runs {ftype}", cache="float16") if ftype else UNKNOWN
         )
         if not self.tells_ids:
-            self.notes.append(f"{name} tells no token ids: prompts can't be held against each other")
+            self.notes.append(f"{name} gives no token ids, so prompts can't be compared")
 
     def ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | None]:
         return [self._ids(prompt) if self.tells_ids else None for prompt in prompts]
@@ -127,7 +127,7 @@ class Server(Side):
         if model in known or (not model and len(known) == 1):
             return model or known[0]
         what = f"doesn't know the model {model!r:.80}" if model else f"has {len(known)} models"
-        raise InputError(f"{self.name}: the server {what}; it has:\n{listed(known, 2)}", fix="write it behind a #")
+        raise InputError(f"{self.name}: the server {what}; it has:\n{listed(known, 2)}", fix="write it after a #")
 
     def _ids(self, prompt: Prompt) -> tuple[int, ...] | None:
         """The server's own ids. A template that it can't apply is an error of the side, not of the prompt."""
@@ -145,7 +145,7 @@ class Server(Side):
                 body = self._named(prompt=prompt.content, add_special_tokens=True)
             return tuple(map(int, self._client.ask("/tokenize", body)["tokens"]))
         except (Refused, KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{self.name}: it can't take the prompt {prompt.origin}: {error}") from None
+            raise RunError(f"{self.name}: it doesn't accept the prompt {prompt.origin}: {error}") from None
 
     def _completed(self, ids: tuple[int, ...], tokens: int) -> Answer:
         """Its answer to ids, with what it would have said beside each token kept."""
