@@ -48,7 +48,7 @@ def check_adapter(measures: Mapping[str, Measures]) -> list[Finding]:
 def check_run(training: Training) -> list[Finding]:
     """What a run's figures tell, as far as they are available."""
     return [
-        *(Finding("warning", f"this run has gaps: {fault}") for fault in training.faults),
+        *(Finding("warning", f"read in part: {fault}") for fault in training.faults),
         *_held_out(training.result),
         *_capacity(training),
         *_rate(training.config),
@@ -77,7 +77,7 @@ def _idle(measures: Mapping[str, Measures]) -> Iterator[Finding]:
     nine_tenths = in_use[min(len(in_use) - 1, math.ceil(0.9 * len(in_use)))]
     if nine_tenths <= IDLE * rank:
         what = f"in nine modules of ten, {nine_tenths} of {rank} directions hold 90 % of the update's energy"
-        how = "Energy doesn't say what the others do; `deltaw resize --max-loss-increase` measures it"
+        how = "Energy doesn't say what the others do; `deltaw resize --max-loss-increase` measures that"
         yield Finding("note", f"{what}: a lower rank might do. {how}")
 
 
@@ -97,7 +97,7 @@ def _merging(measures: Mapping[str, Measures]) -> Iterator[Finding]:
 def _held_out(result: Mapping[str, Any]) -> Iterator[Finding]:
     sides = [result.get("eval", {}).get(side) for side in ("before", "after")]
     if sides == [{}, {}]:
-        yield Finding("note", "no held-out rows, so nothing shows whether it learnt what was meant; set data.eval")
+        yield Finding("note", "no held-out rows, so nothing shows whether it learnt what it should; set data.eval")
     if not all(side and "loss" in side for side in sides):
         return
     before, after = (side["loss"] for side in sides)
@@ -167,7 +167,7 @@ def _forgetting(lost: Mapping[str, Any] | None) -> Iterator[Finding]:
         how = "a lower train.lr, or `deltaw scale`, gives up some of the task and forgets less"
         yield Finding("warning", f"{what}: it forgot a lot; {how}")
     elif rise > FORGOT or kl > MOVED:
-        yield Finding("note", f"{what}: it may have forgotten a lot; so few passages can't tell")
+        yield Finding("note", f"{what}: it may have forgotten a lot, but so few passages can't tell")
     else:
         yield Finding("ok", what)
 

@@ -226,7 +226,7 @@ def _plain(path: str, adapter: Adapter) -> Plain:
     try:
         return adapter.factors[path].plain()
     except InputError as error:
-        raise InputError(f"{path}: {error.what}, and it can't be compared without it") from None
+        raise InputError(f"{path}: {error.what}, so it can't be compared without the base") from None
 
 
 def _cosine(product: float, one: float, other: float) -> float | None:

@@ -165,9 +165,7 @@ def test_a_late_row_is_rejected_and_the_next_one_rendered(hurried):
 
 
 def test_a_template_that_is_always_late_is_an_error(hurried):
-    with pytest.raises(
-        InputError, match=r"^my\.jinja can't be used: it takes more than 0.3 s, 3 rows in a row"
-    ):
+    with pytest.raises(InputError, match=r"^my\.jinja can't be used: it takes more than 0.3 s, 3 rows in a row"):
         Template(ENDLESS, {}, name="my.jinja").render_rows(asked(*["loop"] * 1000))
 
 

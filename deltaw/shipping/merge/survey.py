@@ -2,9 +2,9 @@
 
 Two things happen to an update in weights of few digits, and they are judged apart:
 
-    lost        `kept` says how much arrives along the update itself. Less than all of it arrives if the base's numbers
-                lie on the target's own grid, since anything below half a step is gone: a weak update in a
-                bfloat16 base, any update in blocks that are quantised as the base's were
+    lost        `kept` says how much survives along the update's own direction. That is less than all of it if
+                the base's numbers lie on the target's own grid, since anything below half a step is gone: a weak
+                update in a bfloat16 base, any update in blocks that are quantised as the base's were
     noise       `cosine` falls with it, too. A block that is quantised again moves every entry by up to half a step,
                 whatever the update is. A quantised base has just as much of that noise relative to the base: it
                 points everywhere and isn't a loss of the update
@@ -51,7 +51,7 @@ def said(survivals: Mapping[str, Survival], type_name: str) -> list[str]:
     least = sorted((s.cosine, path) for path, s in survivals.items() if s.true)[:SHOWN]
     return [
         f"in {type_name}, {total.share:.1%} of the {total.entries:,} entries change; the cosine between the rounded "
-        f"and the true update is {total.cosine:.4f}, and {total.kept:.1%} of it arrives along itself",
+        f"and the true update is {total.cosine:.4f}, and {total.kept:.1%} of it survives along its own direction",
         "the least survives in " + ", ".join(f"{path} ({cosine:.4f})" for cosine, path in least),
     ]
 

@@ -253,7 +253,7 @@ def _judged(
         effect = _effect(one, other, kl)
         count = next((logs.ids_PK.shape[1] for logs in (*one.logs, *other.logs) if logs.ids_PK is not None), None)
         if count is not None:
-            notes.append(f"the {count:,} likeliest tokens are compared, and the rest as one: KL is a lower bound")
+            notes.append(f"the {count:,} likeliest tokens and the rest as one are compared, so KL is a lower bound")
         if effect is not None and effect.kl <= NO_EFFECT:
             notes.append("the adapter changes nothing on these prompts, so whether it is applied can't be seen")
     else:
