@@ -60,7 +60,7 @@ class MadeUp:
 
 def study(module: Any, make: Make, weights: Mapping[str, Weight] | None = None) -> Outcome:
     outcome: Outcome = module.run(cast(Lab, MadeUp(make, weights)))
-    assert outcome.blocks and "<svg" in render(Page("", "", [Section("", list(outcome.blocks))]))
+    assert outcome.blocks and render(Page("Study", "", [Section("Results", outcome.blocks)]))
     return outcome
 
 
