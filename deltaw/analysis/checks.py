@@ -1,24 +1,24 @@
-"""Checks that cost nothing and are always on: does a finished run look like what it was meant to be?
+"""Checks that cost nothing and always run: does a finished run look as it should?
 
-Each is a rule over figures that were taken anyway. It says what they show, why that matters and what to do:
+Each is a rule over figures that were measured anyway. It says what they show, why that matters and what to do:
 
     learnt nothing    modules whose ΔW is exactly 0: their gradient was 0 in every step
     got worse         held-out loss above the base's
-    gaps              figures of the run that can't be read, and are left out of everything else here
+    gaps              figures of the run that can't be read; nothing else here uses them
     capacity          nats of the first epoch's labels, in bits, against 2 bits per trained parameter: beyond that, LoRA
                       falls behind full fine-tuning ("LoRA Without Regret", Schulman et al. 2025)
-    idle ranks        a few of the rank's directions hold 90 % of ΔW: a lower rank would have given the same
-    low rate          a learning rate below LoRA's usual range, where all ranks give the same. Adam moves every entry of
-                      B by about the rate, LoRA+'s by `lr_ratio_b` of it, so ΔW = s B A moves by rate · s · r: what is
-                      judged is the rate that would move ΔW as far at the default's s · r = 32. (Initialisers that move
-                      the base begin with factors of other sizes; there it is the rate alone)
+    idle ranks        a few of the rank's directions hold 90 % of ΔW's energy: a lower rank might do
+    low rate          a learning rate below LoRA's usual range, where all ranks learn the same. Adam moves every entry
+                      of B by about the rate, LoRA+ by `lr_ratio_b` times it, so ΔW = s B A moves by rate · s · r: the
+                      check judges the rate that would move ΔW as far at the default's s · r = 32. (Initialisers that
+                      move the base begin with factors of other sizes; there the rate alone is judged)
     large batch       more than 64 documents per step, which LoRA tolerates worse than full fine-tuning
-    forgetting        general text got much worse, or the model's beliefs moved far from the base's; a warning where the
-                      whole interval says so, a note where the figure alone does
-    merging           what a merge into bfloat16 weights keeps along ΔW. The noise that rounding adds beside it is
-                      stated, not judged: it points everywhere, as the rounding of W itself does
+    forgetting        general text got much worse, or the model's predictions moved far from the base's; a warning if
+                      the whole interval says so, a note if only the figure itself does
+    merging           how much of ΔW survives a merge into bfloat16 weights. The noise that rounding adds is stated, not
+                      judged: it points everywhere, as the rounding of W itself does
 
-No check stops anything: what must stop a run is found while it runs.
+No check stops anything: what must stop a run is caught while it runs.
 """
 
 import math
@@ -41,12 +41,12 @@ USUAL = 32.0  # s r of the default, rank 16 at alpha 32
 
 
 def check_adapter(measures: Mapping[str, Measures]) -> list[Finding]:
-    """What can be told from the update alone, and from W where it was measured against it."""
+    """What the update alone tells, and W if it was measured against W."""
     return [*_zero(measures), *_idle(measures), *_merging(measures)]
 
 
 def check_run(training: Training) -> list[Finding]:
-    """What can be told from a run's figures, as far as they are there."""
+    """What a run's figures tell, as far as they are available."""
     return [
         *(Finding("warning", f"read in part: {fault}") for fault in training.faults),
         *_held_out(training.result),
@@ -77,7 +77,7 @@ def _idle(measures: Mapping[str, Measures]) -> Iterator[Finding]:
     nine_tenths = in_use[min(len(in_use) - 1, math.ceil(0.9 * len(in_use)))]
     if nine_tenths <= IDLE * rank:
         what = f"in nine modules of ten, {nine_tenths} of {rank} directions hold 90 % of the update's energy"
-        how = "Energy doesn't say what the other directions do; `deltaw resize --max-loss-increase` measures that"
+        how = "Energy doesn't say what the others do; `deltaw resize --max-loss-increase` measures that"
         yield Finding("note", f"{what}: a lower rank might do. {how}")
 
 
@@ -97,9 +97,7 @@ def _merging(measures: Mapping[str, Measures]) -> Iterator[Finding]:
 def _held_out(result: Mapping[str, Any]) -> Iterator[Finding]:
     sides = [result.get("eval", {}).get(side) for side in ("before", "after")]
     if sides == [{}, {}]:
-        yield Finding(
-            "note", ("no held-out rows, so nothing shows whether it learnt what it was meant to; set data.eval")
-        )
+        yield Finding("note", "no held-out rows, so nothing shows whether it learnt what it should; set data.eval")
     if not all(side and "loss" in side for side in sides):
         return
     before, after = (side["loss"] for side in sides)
@@ -114,7 +112,7 @@ def _held_out(result: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _capacity(training: Training) -> Iterator[Finding]:
-    """The first epoch's labels; of a run that ended within it, those that it saw."""
+    """The bits of the first epoch's labels; if a run ended within it, of those that it saw."""
     parameters, epochs = training.result.get("trained_parameters"), training.epochs
     lines = [line for line in training.metrics if math.isfinite(line.get("loss", math.nan))]
     lines = [line for line in lines if "supervised_tokens" in line]
@@ -124,10 +122,10 @@ def _capacity(training: Training) -> Iterator[Finding]:
     counts = [0, *(line["supervised_tokens"] for line in lines)]
     nats = sum(line["loss"] * (after - before) for line, before, after in zip(first, counts, counts[1:], strict=False))
     bits, room = nats / math.log(2), BITS_PER_PARAMETER * parameters
-    seen = "in its first epoch" if epochs >= 1 else f"in the {epochs:.0%} of it that was seen"
-    what = f"the data held {bits:,.0f} bits {seen}, and the adapter has room for about {room:,.0f}"
+    seen = "the first epoch's labels hold" if epochs >= 1 else f"the labels seen ({epochs:.0%} of the data) hold"
+    what = f"{seen} {bits:,.0f} bits, and the adapter has room for about {room:,.0f}"
     if bits <= room:
-        yield Finding("ok", what)
+        yield Finding("ok", f"{what}: the rank shouldn't limit what it learns")
     elif training.result.get("form") == "text":
         why = "this is continued pretraining, where LoRA falls behind"
         yield Finding("warning", f"{what}: {why}; raise adapter.rank, or train all weights (adapter: full)")
@@ -167,9 +165,9 @@ def _forgetting(lost: Mapping[str, Any] | None) -> Iterator[Finding]:
     what += f"{_between('', lost.get('kl_interval'))} nats per token"
     if rises[0] > FORGOT or kls[0] > MOVED:
         how = "a lower train.lr, or `deltaw scale`, gives up some of the task and forgets less"
-        yield Finding("warning", f"{what}: it forgot a good deal; {how}")
+        yield Finding("warning", f"{what}: it forgot a lot; {how}")
     elif rise > FORGOT or kl > MOVED:
-        yield Finding("note", f"{what}: it may have forgotten a good deal, but so few passages can't tell")
+        yield Finding("note", f"{what}: it may have forgotten a lot, but so few passages can't tell")
     else:
         yield Finding("ok", what)
 

@@ -1,4 +1,4 @@
-"""Two adapters on one base, module by module: do they write and read the same directions, do they say the same thing?
+"""Two adapters on one base, module by module: do they read and write the same directions, and do the same in them?
 
     φ(i, j)       share of the smaller one of the first i directions of ΔW₁ and the first j of ΔW₂ that lies in the
                   other (LoRA §7.2, eq. 4; linalg/subspace.py): of the right singular vectors (what an update reads)
@@ -8,14 +8,14 @@
     cosine        ⟨ΔW₁, ΔW₂⟩_F / (‖ΔW₁‖_F ‖ΔW₂‖_F)
     distance      ‖ΔW₁ − ΔW₂‖_F / ‖ΔW₁‖_F
 
-Two adapters may use one subspace to say opposite things, which φ doesn't see and the cosine does. All of it comes from
+Two adapters may do opposite things in one subspace, which φ doesn't see but the cosine does. All of it comes from
 the factors, whatever the ranks:
 
     ⟨s₁B₁A₁, ΔW₂⟩_F = s₁ tr(A₁ᵀB₁ᵀΔW₂) = s₁ Σ B₁ ∘ (ΔW₂A₁ᵀ)      both [M, R₁], ΔW₂A₁ᵀ = s₂ B₂(A₂A₁ᵀ)
 
 in float64. The distance is the norm of the difference as a value (stacked factors), since ‖ΔW₁‖² + ‖ΔW₂‖² − 2⟨ΔW₁, ΔW₂⟩
-loses half of the digits where the two are nearly equal. Only directions that can be told from zero are compared, 64 at
-most; a zero update has none, so its φ are empty and its cosine is None.
+loses half of the digits if the two are nearly equal. Only directions that can be told from zero are compared, at most
+64; a zero update has none, so its φ are empty and its cosine is None.
 
 Letters: M outputs, N inputs, R rank, I and J directions of the first and the second.
 """
@@ -66,7 +66,7 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class ModuleComparison:
-    """One module in both adapters. `cosine` and `distance` are None where an update that they divide by is zero."""
+    """One module in both adapters. `cosine` and `distance` are None if an update that they divide by is zero."""
 
     shape: tuple[int, int]
     ranks: tuple[int, int]
@@ -84,14 +84,14 @@ class ModuleComparison:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """`modules` by path, layer by layer; `only` lists what just the first and just the second adapter adapts."""
+    """`modules` by path, layer by layer; `only`: the modules of the first and of the second adapter alone."""
 
     modules: Mapping[str, ModuleComparison]
     only: tuple[list[str], list[str]]
 
     @property
     def cosine(self) -> float | None:
-        """Of the two adapters as wholes, over the modules that they share."""
+        """The cosine of the two adapters as wholes, over the modules that they share."""
         return _cosine(sum(m.inner for m in self.modules.values()), *self.frobenius)
 
     @property
@@ -107,17 +107,17 @@ class Comparison:
 
     @property
     def medians(self) -> dict[str, float | None]:
-        """Over the modules, of cosine, distance and each side's pairs; None where no module has the number."""
-        numbers_by_name: dict[str, list[float | None]] = {"cosine": [], "distance": []}
+        """Medians over the modules of cosine, distance and each side's pairs; None if no module has the number."""
+        values_of: dict[str, list[float | None]] = {"cosine": [], "distance": []}
         for module in self.modules.values():
-            numbers_by_name["cosine"].append(module.cosine)
-            numbers_by_name["distance"].append(module.distance)
+            values_of["cosine"].append(module.cosine)
+            values_of["distance"].append(module.distance)
             for name, side in (("right", module.right), ("left", module.left)):
                 for pair, numbers in side.pairs.items():
                     for of, value in numbers.items():
-                        numbers_by_name.setdefault(f"{name}_{of}_{pair}", []).append(value)
-        measured = {name: [value for value in values if value is not None] for name, values in numbers_by_name.items()}
-        return {name: median(values) if values else None for name, values in measured.items()}
+                        values_of.setdefault(f"{name}_{of}_{pair}", []).append(value)
+        known = {name: [value for value in values if value is not None] for name, values in values_of.items()}
+        return {name: median(values) if values else None for name, values in known.items()}
 
     @property
     def kinds(self) -> dict[str, dict[str, Side]]:
@@ -158,7 +158,7 @@ def compare(first: Adapter, second: Adapter, *, progress: Progress = unseen) -> 
         names = [f"{base.name or 'unnamed'} ({describe(base.fingerprint)})" for base in (first.base, second.base)]
         raise InputError(
             f"the two adapters have different bases: {names[0]} and {names[1]}",
-            fix="only updates of the same weights can be compared",
+            fix="compare adapters of one base: only updates of the same weights can be compared",
         )
     common = in_order(first.factors.keys() & second.factors.keys())
     only = tuple(in_order(x.factors.keys() - y.factors.keys()) for x, y in ((first, second), (second, first)))

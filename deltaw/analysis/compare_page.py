@@ -1,7 +1,7 @@
 """What two adapters have in common (compare.py), as a page and in a few lines.
 
-φ is shown less what chance gives (compare.py): on 576 dimensions the first 64 directions of any two updates share a
-tenth by chance alone, which looks like something.
+φ is shown above chance (compare.py): in 576 dimensions the first 64 directions of any two updates share a tenth by
+chance alone, which would look like a result.
 """
 
 from pathlib import Path
@@ -16,15 +16,15 @@ from deltaw.show.text import counted
 SHOWN, ROWS = 20, 300  # directions of a picture, modules of the table: a page must not grow with the adapters
 
 ABOUT = """
-`φ(i, j)` is the share of the first `i` directions of the one update and the first `j` of the other that lies in the
-smaller of the two (LoRA §7.2): 1 is the same subspace, and two random ones have `max(i, j)` over the dimension on
+`φ(i, j)` is how much the first `i` directions of one update and the first `j` of the other have in common, as a share
+of the smaller number (LoRA §7.2): 1 is the same subspace, and two random ones have `max(i, j)` over the dimension on
 average. The *cosine* compares the updates themselves: 1 is the same direction in the space of all weights, 0 unrelated,
-below 0 opposite. Two adapters may share their directions and do opposite things in them.
+below 0 opposed. Two adapters may share their directions and do opposite things in them.
 """
 
 
 def page_of(comparison: Comparison, one: str, other: str) -> Page:
-    """The page on two adapters, which are called `one` and `other`."""
+    """The page on two adapters, named `one` and `other`."""
 
     def grid(values: list[list[float]], label: str, caption: str) -> Picture:
         i, j = (evenly(n, SHOWN) for n in (len(values), len(values[0])))
@@ -39,14 +39,14 @@ def page_of(comparison: Comparison, one: str, other: str) -> Page:
         grid(
             side["right"].excess_IJ.tolist(),
             f"{short(kind)}: φ above chance",
-            f"Input directions of `{kind}`, mean of the modules.",
+            f"Input directions of `{kind}`, averaged over the modules.",
         )
         for kind, side in sorted(comparison.kinds.items(), key=lambda item: order.index(item[0]))[:KINDS]
     ]
     cosines = layer_map(
         {path: m.cosine for path, m in comparison.modules.items()},
         "cosine of the updates",
-        "Do the two updates agree?",
+        "Do the two updates do the same?",
         diverging=True,
     )
     sections = [
@@ -59,7 +59,7 @@ def page_of(comparison: Comparison, one: str, other: str) -> Page:
 
 
 def in_words(comparison: Comparison, one: str, other: str) -> list[str]:
-    """The gist, in sentences."""
+    """The main results, in sentences."""
     if comparison.cosine is None:
         return [f"One of {one} and {other} is zero in every module, so there is nothing to compare."]
     middle = comparison.medians
@@ -68,14 +68,13 @@ def in_words(comparison: Comparison, one: str, other: str) -> list[str]:
     lines = [f"{over}; ‖ΔW‖ is {norms}."]
     if (top := middle.get("right_phi_1")) is not None:
         chance = top - (middle.get("right_excess_1") or 0.0)
-        lines.append(f"Their first input directions have φ = {top:.2f} (median); chance gives {chance:.3f}.")
+        lines.append(f"Their first input directions have φ = {top:.2f} (median), by chance {chance:.3f}.")
     if (last := middle.get("right_phi_last")) is not None:
         excess = middle.get("right_excess_last") or 0.0
-        lines.append(f"All directions that both have: φ = {last:.2f}; chance gives {last - excess:.2f}.")
+        lines.append(f"Over all directions that both have, φ = {last:.2f}, by chance {last - excess:.2f}.")
     for name, paths in zip((one, other), comparison.only, strict=True):
         if paths:
-            are = counted(len(paths), "module is", "modules are")
-            lines.append(f"{are} only in {name}, for example {title(paths[0])}.")
+            lines.append(f"{len(paths)} modules are only in {name}, such as {title(paths[0])}.")
     return lines
 
 

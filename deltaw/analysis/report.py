@@ -6,8 +6,8 @@
     report.gist()                   a dozen lines for a terminal
 
 A run folder adds what the training did: the loss curve, held-out figures before and after, answers, forgetting. An
-adapter of any tool is measured as it is. Without the base's weights (an adapter that doesn't say which base it has, or
-one that isn't here) everything that the update alone can tell is reported, and the page says what is missing.
+adapter from any tool is measured as it is. Without the base's weights (the adapter doesn't name its base, or it isn't
+available) the page shows what the update alone tells and says what is missing.
 
 The base is checked against the adapter's fingerprint before anything is measured: amplification against the wrong
 weights would look like a result.
@@ -39,7 +39,7 @@ PAGE = "report.html"
 
 @dataclass(frozen=True)
 class Report:
-    """An adapter measured. `base` names the weights it was measured against, or says why there were none."""
+    """A measured adapter. `base` names the weights it was measured against, or says why there were none."""
 
     folder: Path
     adapter: Adapter
@@ -55,7 +55,7 @@ class Report:
         return [sentence(path, m) for path, m in self.measures.items()]
 
     def gist(self) -> str:
-        """What a terminal shows."""
+        """The summary that a terminal shows."""
         signs = {"ok": "✓", "note": "·", "warning": "!", "problem": "✗"}
         checks = [f"{signs[level]} {words}" for level, words in self.findings]
         return "\n".join([*gist(self.measures, self.summary), "", *checks])
@@ -76,7 +76,7 @@ class Report:
         }
 
     def page(self) -> Page:
-        """All of it, for people (sections.py)."""
+        """The whole report, for people (sections.py)."""
         spec = self.adapter.spec
         kind = "full fine-tuning" if spec.full else f"LoRA, rank {spec.rank}, alpha {spec.alpha:g}"
         sections = [in_short(self.measures, self.summary, self.training), Section("Checks", [Findings(self.findings)])]
@@ -84,7 +84,7 @@ class Report:
         return Page(f"{self.folder.name}: what the fine-tune did", f"{kind}, on {self.base}", sections)
 
     def write(self, path: str | Path | None = None) -> Path:
-        """The page, into the folder unless a path is given. Raises RunError when the disk refuses."""
+        """Write the page, into the folder unless a path is given. Raises RunError if it can't be written."""
         target = Path(path) if path else self.folder / PAGE
         if not target.parent.is_dir():
             raise RunError(f"{target}: no folder {target.parent}", fix="choose another --output")
@@ -95,7 +95,7 @@ class Report:
 def inspect(name: str | Path, *, base: str | None = None, base_is_known: bool = False, display: Display) -> Report:
     """Measure a run's adapter, or any adapter's. Raises InputError: no adapter, NaN in it, another base's weights.
 
-    `base_is_known`: spares looking whether it is the right base, which reads all of it (a run has just trained on it).
+    `base_is_known`: skip checking the base, which reads all of it (a run has just trained on it).
     """
     folder = Path(name)
     adapter, training = load_adapter(folder), read_training(folder)
@@ -118,7 +118,7 @@ def inspect(name: str | Path, *, base: str | None = None, base_is_known: bool = 
 def _source(
     adapter: Adapter, folder: Path, training: Training | None, base: str | None, display: Display
 ) -> tuple[Source | None, str]:
-    """(the base's files, ""), or (None, why there are none). A base that was asked for by name must be there."""
+    """(the base's files, ""), or (None, why there are none). A base that was asked for by name must be available."""
     if base is not None:
         return find_base(base, display=display), ""
     try:
@@ -129,11 +129,11 @@ def _source(
 
 
 def _check_base(adapter: Adapter, source: Source, display: Display) -> None:
-    """Raise InputError unless the files are those of the base that the adapter was trained on, if it tells."""
+    """Raise InputError unless the adapter was trained on these files' base, as far as its record tells."""
     known = adapter.base.fingerprint
     if not known:
         return
-    display.say(f"checking that the adapter fits {source.name}")
+    display.say(f"checking that the adapter was trained on {source.name}")
     fingerprint = fingerprint_of_files(source)
     if not same_base(fingerprint, known):
         fingerprint = open_base(source, dtype="bfloat16", device="cpu").fingerprint

@@ -1,7 +1,7 @@
-"""The sections of a report's page (report.py puts them together): which pictures, in which words.
+"""The sections of a report's page (report.py puts them together): its pictures, tables and sentences.
 
 Pictures are maps of layers (down) by kinds of module (across), since that is how a reader knows the model; a module
-whose path has no layer has its own row. Every map's table holds the map's numbers.
+whose path has no layer gets a row of its own. Every map's table holds the map's numbers.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,41 +33,41 @@ from deltaw.analysis.words import columns_of, gist
 from deltaw.show.text import counted
 
 LOSSES = {"training": "loss", "held out": "eval_loss"}
-ROWS, FIGURES, INDICES = 300, 40, 64  # of a table in the page; a page must not grow with the run
+ROWS, FIGURES, INDICES = 300, 40, 64  # in a table of the page; a page must not grow with the run
 
 Of = Callable[[Measures], float | None]
 
 HOW_TO_READ = """
 A fine-tune adds `ΔW` to a weight `W`. The singular values of `ΔW` say how strongly it acts in each of its directions:
 the *directions in use* are the fewest that hold 90 % of the energy `‖ΔW‖²`. Energy is not function: cut to 16, 4 and 1
-of its 64 directions, the adapter of deltaw's study `compress` lost 0.005, 0.021 and 0.128 nats per token. What the
-faint directions do, only a trial tells: `deltaw resize --max-loss-increase` makes it.
+of its 64 directions, the adapter of deltaw's study `compress` lost 0.005, 0.021 and 0.128 nats per token. Only a
+trial tells what the faint directions do: `deltaw resize --max-loss-increase` runs one.
 
 *Amplification* (LoRA §7.3) is what `ΔW` has in its directions in use over what `W` has there. By itself it says how
-strong `ΔW` is, not how it chose: in as many random directions it would be what stands beside it as *by chance*. The
+strong `ΔW` is, not which directions it chose: *by chance* is what it would be in as many random directions. The
 *percentile* tells the two apart: the share of random directions in which `W` has less than in those of `ΔW`. Far above
-50 %, the update works where `W` is strong already; far below, where `W` is weak; near 50 %, it doesn't depend on `W`.
-A single module's percentile can be anything from 0 to 100 % by chance alone; the mean of many modules is what counts.
+50 %, the update works where `W` is already strong; far below, where `W` is weak; near 50 %, it doesn't depend on `W`.
+A single module's percentile can be anything from 0 to 100 % by chance alone; only the mean of many modules counts.
 
-*Reads* is the share of the update that looks at the top tenth of `W`'s input directions, *writes* the share that goes
-into its top tenth of outputs, each less what chance would give.
+*Reads* is the share of the update that reads from the top tenth of `W`'s input directions, *writes* the share that goes
+into the top tenth of its output directions, each minus what chance would give.
 
 *Intruders* are leading directions of `W + ΔW` that resemble none of `W`'s (largest |cosine| below 0.5).
 
-Merged into bfloat16 weights, the update is rounded together with `W`. What is *kept* of it is the part that still
+Merged into bfloat16 weights, the update is rounded together with `W`. The part *kept* still
 points along `ΔW`; the *noise* that rounding adds points everywhere and is given as a share of `‖ΔW‖`.
 """
 
 
 def in_short(measures: Mapping[str, Measures], summary: Mapping[str, Any], training: Training | None) -> Section:
-    """The headline numbers, and the gist in sentences."""
+    """The headline numbers, and the main results in sentences."""
     used = [m for m in measures.values() if m.numerical_rank]
     facts = [Fact("parameters trained", summary["parameters"], f"in {counted(summary['modules'], 'module')}")]
     if used:
         middle = median(m.energy_rank for m in used)
         middle = int(middle) if middle == int(middle) else middle
         most = max(m.rank for m in used)
-        facts.append(Fact("directions in use", middle, f"of {most}, median: 90 % of the energy, not of the function"))
+        facts.append(Fact("directions in use", middle, f"of {most} (median): 90 % of the energy, not of the function"))
     if "relative" in summary:
         facts.append(Fact("weights changed by", f"{summary['relative']:.2%}", "‖ΔW‖ over ‖W‖, all modules"))
         medians = summary["median"]
@@ -99,7 +99,7 @@ def _run_facts(result: Mapping[str, Any]) -> list[Fact]:
 
 
 def of_training(training: Training) -> list[Section]:
-    """What a run's own figures show: learning, forgetting, answers."""
+    """Sections on a run's own figures: learning, forgetting, answers."""
     result = training.result
     sections = [Section("Learning", [*_curve(training.metrics), *_before_after(result)])]
     if lost := result.get("forgetting"):
@@ -121,9 +121,9 @@ def _forgot(lost: Mapping[str, Any]) -> list[Block]:
     tokens = f"{passages}{number(lost.get('tokens'))} tokens of `{lost.get('source', '–')}`"
     words = [
         "The loss and KL(base ‖ adapted) on general text, in nats per token.",
-        f"They were measured on {tokens}, which was not trained on.",
-        "Other passages of its kind would give changes within the interval in 95 % of cases (bootstrap over passages).",
-        "`deltaw scale` shows what a smaller factor would keep and cost.",
+        f"They were measured on {tokens}, which it wasn't trained on.",
+        "On other passages of this kind, 95 % of changes would lie within the interval (bootstrap over passages).",
+        "`deltaw scale` shows what a smaller factor would keep and what it would cost.",
     ]
     return [Table(["", "base", "adapted", "change", "95 % from", "to"], rows), Text(" ".join(words))]
 
@@ -138,7 +138,7 @@ def _curve(metrics: Metrics) -> list[Block]:
             series[label] = ([line["step"] for line in lines], [line[name] for line in lines])
     shown = [steps[i] for i in thinned([line["loss"] for line in steps], ROWS)]
     rows: list[list[Cell]] = [[line.get(name) for name in ("step", "loss", "lr", "grad_norm")] for line in shown]
-    some = f"{len(shown)} of {number(len(steps))} steps, the highest and the lowest loss of each stretch"
+    some = f"{len(shown)} of {number(len(steps))} steps: the highest and the lowest loss of each stretch"
     caption = f"{some}; all of them: `metrics.jsonl`, `deltaw inspect --json`" if len(shown) < len(steps) else ""
     table = Table(["step", "loss", "learning rate", "gradient norm"], rows, caption)
     svg = pictures.lines(series, x_label="step", y_label="loss, nats per token")
@@ -154,12 +154,12 @@ def _before_after(result: Mapping[str, Any]) -> list[Block]:
 
 
 def against(of: Callable[[BaseMeasures], float | None]) -> Of:
-    """The same of a module, None where it wasn't measured against its base."""
+    """The same quantity for a module, None if it wasn't measured against its base."""
     return lambda m: None if m.base is None else of(m.base)
 
 
 def of_weights(measures: Mapping[str, Measures]) -> list[Section]:
-    """Where the weights changed, in which directions, and every number of each module."""
+    """Sections on the weights: where they changed, in which directions, and each module's numbers."""
     return [
         Section("Where it changed", _where(measures)),
         Section("Directions", _directions(measures)),
@@ -190,7 +190,12 @@ def _where(measures: Mapping[str, Measures]) -> list[Block]:
 
 def _directions(measures: Mapping[str, Measures]) -> list[Block]:
     blocks: list[Block] = [
-        _map(measures, lambda m: m.energy_rank, "directions in use", "The fewest with 90 % of the energy."),
+        _map(
+            measures,
+            lambda m: m.energy_rank,
+            "directions in use",
+            "The fewest directions that hold 90 % of the energy.",
+        ),
         _spectra(measures),
     ]
     if any(m.base for m in measures.values()):
@@ -199,7 +204,7 @@ def _directions(measures: Mapping[str, Measures]) -> list[Block]:
                 measures,
                 against(lambda b: None if (p := b.amplification_top.percentile) is None else 100 * (p - 0.5)),
                 "W there, percentile − 50",
-                "Has `W` more in the directions in use than in random ones? Chance gives anything from −50 to 50.",
+                "Does `W` have more in the directions in use than in random ones? Chance alone gives −50 to 50.",
                 diverging=True,
             ),
             _map(
@@ -218,7 +223,9 @@ def _directions(measures: Mapping[str, Measures]) -> list[Block]:
             ),
         ]
     if any(m.base and m.base.intruders for m in measures.values()):
-        blocks.append(_map(measures, against(lambda b: b.intruders), "intruders", "New leading directions, of ten."))
+        blocks.append(
+            _map(measures, against(lambda b: b.intruders), "intruders", "New leading directions, out of ten.")
+        )
     return blocks
 
 
@@ -242,7 +249,7 @@ def _spectra(measures: Mapping[str, Measures]) -> Picture:
     shown = {kind: [value for value in mean if value > 0] for kind, mean in means.items()}
     return Picture(
         pictures.spectrum(shown),
-        "Singular values of the updates over the largest, mean of each kind: how the energy falls, not what it does.",
+        "Singular values relative to the largest, averaged per kind: how the energy falls, not what it does.",
         "One falling curve per kind of module",
         Table(["index", *means], rows),
     )

@@ -1,9 +1,9 @@
 """What was measured, in plain words: one sentence per module, a few for the model.
 
-A path is read for its layer (its first number) and its kind (its last part): `model.layers.12.mlp.down_proj` is layer
-12's down_proj. Directions "in use" are those that hold 90 % of ‖ΔW‖²_F. That is energy, not function: what a model does
-with the rest only a trial can tell. How strong an update is beside W in its directions means something only next to
-what it would be in random ones, so both are given.
+A path gives its layer (its first number) and its kind (its last part): `model.layers.12.mlp.down_proj` is layer 12's
+down_proj. Directions "in use" are those that hold 90 % of ‖ΔW‖²_F. That is energy, not function: only a trial tells
+what a model does with the rest. How strong an update is beside W in its directions means something only when compared
+with random directions, so both are given.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ ORDER = (
 
 
 def place(path: str) -> tuple[int | None, str]:
-    """(layer, kind): (12, "down_proj"); the layer is None where the path has no number."""
+    """(layer, kind): (12, "down_proj"); the layer is None if the path has no number."""
     parts = path.split(".")
     layer = next((int(part) for part in parts if part.isdigit()), None)
     return layer, parts[-1]
@@ -34,13 +34,13 @@ def short(kind: str) -> str:
 
 
 def kinds_of(paths: Iterable[str]) -> list[str]:
-    """The kinds of module, in the order in which a layer computes them as far as their names are known."""
+    """The kinds of module, in the order in which a layer computes them, unknown names last."""
     kinds = sorted({place(path)[1] for path in paths})
     return sorted(kinds, key=lambda kind: ORDER.index(kind) if kind in ORDER else len(ORDER))
 
 
 def columns_of(paths: Iterable[str]) -> dict[str, str]:
-    """The kind of each path, in the order of the kinds; of very many the rarer ones are "other"."""
+    """The kind of each path, in the order of the kinds; if there are very many, the rarer ones become "other"."""
     named = {path: place(path)[1] for path in paths}
     counts, kinds = Counter(named.values()), kinds_of(named)
     if len(kinds) > KINDS:
@@ -57,7 +57,7 @@ def title(path: str) -> str:
 
 
 def sentence(path: str, m: Measures) -> str:
-    """What one module's update is like."""
+    """One module's update in a sentence."""
     if not m.numerical_rank:
         return f"{title(path)} learnt nothing: its update is zero"
     words = f"{title(path)} uses {m.energy_rank} of {m.rank} directions"
@@ -68,7 +68,7 @@ def sentence(path: str, m: Measures) -> str:
     if top.factor is not None and top.chance is not None:
         words += f" and has {top.factor:.3g} times what W has in its main directions (by chance {top.chance:.3g})"
     if m.base.intruders:
-        words += f"; {m.base.intruders} of W's first {m.base.intruders_of} directions are new"
+        words += f"; {m.base.intruders} of the tuned weight's first {m.base.intruders_of} directions are new"
     return words
 
 
@@ -94,7 +94,7 @@ def gist(measures: Mapping[str, Measures], summary: Mapping[str, Any]) -> list[s
 
 
 def _amplified(used: list[Measures], percentile: float | None) -> str:
-    """LoRA §7.3 over the modules: what ΔW has in its directions against what W has there, and in random ones."""
+    """LoRA §7.3 over the modules: ΔW in its own directions, beside W there and W in random directions."""
     tops = [m.base.amplification_top for m in used if m.base]
     factors = [top.factor for top in tops if top.factor is not None]
     chances = [top.chance for top in tops if top.chance is not None]

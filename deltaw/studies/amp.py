@@ -4,11 +4,11 @@ LoRA §7.3 looks at W in the directions of ΔW, U and V: ‖UᵀW V‖_F lies fa
 directions and above what it has in random ones, and ‖ΔW‖_F over it, the amplification, falls with the rank.
 
 The last part is weaker than it looks. More directions hold more of any W: random ones about k ‖W‖_F / √(M N), so
-‖ΔW‖_F over *that* falls like 1 / k whatever was learnt. It is shown beside the amplification, and so is the
-amplification of the few directions that carry 90 % of the energy, whose number hardly grows with the rank.
+‖ΔW‖_F over *that* falls like 1 / k whatever was learnt. It is shown beside the amplification, as is the amplification
+of the few directions that carry 90 % of the energy, whose number hardly grows with the rank.
 
 Random directions are drawn, once per module: their root mean square (analysis/measure.py) lies above two thirds of the
-draws at k = 1, so that ΔW would seem to avoid W where it only ignores it.
+draws at k = 1, so ΔW would seem to avoid W when it only ignores it.
 
 Letters: M outputs, N inputs, k directions of ΔW: all that can be told from zero.
 """
@@ -83,16 +83,16 @@ def run(lab: Lab) -> Outcome:
     for rank in RANKS:
         adapter = {"rank": rank, "alpha": 32}
         rates[rank] = best(lab.sweep(adapter))[0]
-        by_module: dict[tuple[int, str], Row] = {}
+        of_rank: dict[tuple[int, str], Row] = {}
         for seed in lab.seeds:
             name = f"rank {rank}, seed {seed}"
             trial = lab.train(name, seed=seed, adapter=adapter, lr=rates[rank])
-            by_module |= {(seed, path): row for path, row in rows_of(lab, name, trial.adapter()).items()}
-        modules[rank] = by_module
+            of_rank |= {(seed, path): row for path, row in rows_of(lab, name, trial.adapter()).items()}
+        modules[rank] = of_rank
     middle = {rank: medians(rows) for rank, rows in modules.items()}
     low, high = middle[RANKS[0]], middle[RANKS[-1]]
     fell, of = falls(list(modules.values()))
-    in_words = "; ".join(
+    beside = "; ".join(
         f"{row.on_update / row.on_random:.2f} and {row.on_update / row.on_base:.1%} at rank {rank}"
         for rank, row in middle.items()
     )
@@ -100,7 +100,7 @@ def run(lab: Lab) -> Outcome:
         f"The amplification is {low.factor:.3g} at rank {RANKS[0]} and {high.factor:.3g} at rank {RANKS[-1]} "
         f"(medians), and falls in {fell} of {of} modules; over random directions it would have gone from "
         f"{low.random_factor:.3g} to {high.random_factor:.3g}. What W has in ΔW's directions is a multiple of what it "
-        f"has in random ones, and a share of what it has in its own: {in_words}."
+        f"has in random ones, and a share of what it has in its own: {beside}."
     )
     figures = {
         "rows": {str(rank): {"lr": rates[rank], **row._asdict()} for rank, row in middle.items()},
@@ -113,7 +113,7 @@ def run(lab: Lab) -> Outcome:
 
 
 def rows_of(lab: Lab, name: str, adapter: Adapter) -> dict[str, Row]:
-    """By module path, without the updates that are nought: they amplify nothing."""
+    """By module path, without zero updates: they amplify nothing."""
     rows, generator = {}, torch.Generator().manual_seed(0)
     measures = lab.measured(name, adapter)
     with one_thread():
@@ -164,18 +164,18 @@ def blocks(middle: Mapping[int, Row], rates: Mapping[int, float], modules: Mappi
     return [
         Picture(
             pictures.lines(curves[0], x_label="rank", y_label="Frobenius norm", log_x=True, log_y=True),
-            "The size of ΔW, and of W in three sets of as many directions.",
+            "The size of ΔW, and of W in three sets of equally many directions.",
             "Four curves over the rank",
             table,
         ),
         Picture(
             pictures.lines(curves[1], x_label="rank", y_label="amplification", log_x=True, log_y=True),
-            "How many times what W has there ΔW has in its directions.",
+            "ΔW in its own directions, as a multiple of what W has there.",
             "Three curves over the rank",
             table,
         ),
         Text(
-            "More directions hold more of any matrix, so part of the fall comes by counting: the curve of random "
+            "More directions hold more of any matrix, so part of the fall is mere counting: the curve of random "
             "directions falls as well."
         ),
         table,
@@ -185,7 +185,7 @@ def blocks(middle: Mapping[int, Row], rates: Mapping[int, float], modules: Mappi
 
 def by_kind(modules: Mapping[int, Rows]) -> Table:
     rows: list[list[Cell]] = []
-    for kind in dict.fromkeys(place(path)[1] for of_rank in modules.values() for _, path in of_rank):
-        mine = [{at: row for at, row in of_rank.items() if place(at[1])[1] == kind} for of_rank in modules.values()]
-        rows.append([kind, *(medians(of_rank).factor if of_rank else None for of_rank in mine)])
-    return Table(["", *(f"rank {rank}" for rank in modules)], rows, "The amplification by kind of module, medians")
+    for kind in dict.fromkeys(place(path)[1] for rows in modules.values() for _, path in rows):
+        mine = [{at: row for at, row in rows.items() if place(at[1])[1] == kind} for rows in modules.values()]
+        rows.append([kind, *(medians(rows).factor if rows else None for rows in mine)])
+    return Table(["", *(f"rank {rank}" for rank in modules)], rows, "Median amplification by kind of module")

@@ -8,10 +8,10 @@ entry can move only if
 
 A begins uniform in ±1/√N. At η = 1e-5 and N = 576 only the entries below about 0.004 of 0.042 can move, a tenth; at
 1e-4 most can. That is why the rule asks for four fifths to stand still and not for all. B begins at zero, where numbers
-are as dense as anybody wants: it moves, until it reaches some hundred η. So such an adapter does learn, through B and
-up to a point, and a falling loss is no sign that all is well.
+are dense enough: it moves until it reaches some hundred η. So such an adapter does learn, through B and up to a point,
+and a falling loss doesn't show that all is well.
 
-The loop is the plainest there is (torch's AdamW, one rate, no warm-up), since what is measured is its arithmetic.
+The loop is as plain as possible (torch's AdamW, one rate, no warm-up), since its arithmetic is what is measured.
 """
 
 from collections.abc import Mapping
@@ -68,30 +68,28 @@ def run(lab: Lab) -> Outcome:
     base = open_base(source, dtype=config.train.dtype, device=config.train.device, display=lab.display)
     forward = plan_forward(base.model)
     before, _ = held_out_loss(forward, dataset.eval)
-    trainings = {}
+    moved = {}
     for rate in RATES:
         for dtype in (torch.float32, torch.bfloat16):
             lab.display.say(f"training {_name(dtype)}, lr {rate:g}")
-            trainings[rate, _name(dtype)] = train(
-                forward, config, dataset, rate, dtype, FULL_STEPS if lab.full else STEPS
-            )
-    narrow, wide = trainings[RATES[0], "bfloat16"], trainings[RATES[0], "float32"]
+            moved[rate, _name(dtype)] = train(forward, config, dataset, rate, dtype, FULL_STEPS if lab.full else STEPS)
+    narrow, wide = moved[RATES[0], "bfloat16"], moved[RATES[0], "float32"]
     because = (
         f"At {RATES[0]:g} {narrow.a_changed:.1%} of A's entries changed in bfloat16, {wide.a_changed:.1%} in float32 "
         f"(of B's, which begins at zero, {narrow.b_changed:.1%} and {wide.b_changed:.1%}); at {RATES[1]:g} "
-        f"{trainings[RATES[1], 'bfloat16'].a_changed:.1%} of A's in bfloat16. The loss went from {before:.3f} nats to "
+        f"{moved[RATES[1], 'bfloat16'].a_changed:.1%} of A's in bfloat16. The loss went from {before:.3f} nats to "
         f"{narrow.loss:.3f} in bfloat16, {wide.loss:.3f} in float32, both at {RATES[0]:g}."
     )
     rows: list[list[Cell]] = [
         [f"{dtype}, lr {rate:g}", m.a_changed, m.b_changed, m.a_relative, m.b_norm, m.loss]
-        for (rate, dtype), m in trainings.items()
+        for (rate, dtype), m in moved.items()
     ]
     head = ["", "A's entries changed", "B's entries changed", "‖A − A₀‖ / ‖A₀‖", "‖B‖", "held-out loss"]
     picture = Picture(
         pictures.bars(
             [f"lr {rate:g}" for rate in RATES],
             {
-                f"{side}, {dtype}": [getattr(trainings[rate, dtype], f"{side.lower()}_changed") for rate in RATES]
+                f"{side}, {dtype}": [getattr(moved[rate, dtype], f"{side.lower()}_changed") for rate in RATES]
                 for side in "AB"
                 for dtype in ("float32", "bfloat16")
             },
@@ -99,21 +97,23 @@ def run(lab: Lab) -> Outcome:
         ),
         "The share of A's and B's entries that training changed at all.",
         "A group of bars for each learning rate; in each, A and B in float32 and in bfloat16",
-        Table(head, rows, f"After training; the loss before it is {before:.3f} nats per token. Shares are of 1"),
+        Table(
+            head, rows, f"After training; the loss before it is {before:.3f} nats per token. Shares are fractions of 1"
+        ),
     )
-    figures = {"before": before, "moved": {f"{d}, {rate:g}": asdict(m) for (rate, d), m in trainings.items()}}
+    figures = {"before": before, "moved": {f"{d}, {rate:g}": asdict(m) for (rate, d), m in moved.items()}}
     return Outcome(
-        verdict({d: m.a_changed for (r, d), m in trainings.items() if r == RATES[0]}), because, [picture], figures
+        verdict({d: m.a_changed for (r, d), m in moved.items() if r == RATES[0]}), because, [picture], figures
     )
 
 
 def verdict(changed: Mapping[str, float]) -> Judgement:
-    """The share of A's entries that changed at the lower rate, by dtype."""
+    """`changed`: the share of A's entries that changed at the lower rate, by dtype."""
     return "held" if changed["bfloat16"] < STILL and changed["float32"] > MOVED else "did not hold"
 
 
 def train(forward: Forward, config: RunConfig, dataset: Dataset, rate: float, dtype: torch.dtype, steps: int) -> Moved:
-    """A fresh adapter with factors of `dtype` on the base, trained, measured and taken off again."""
+    """Attach a fresh adapter with factors of `dtype`, train it, measure it and detach it again."""
     attached = attach(forward.model, config.adapter, generator=torch.Generator().manual_seed(config.train.seed))
     for parameter in attached.parameters:
         parameter.data = parameter.data.to(dtype)
@@ -145,7 +145,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _share(masks: list[Tensor]) -> float:
-    """Of all entries."""
+    """The share of all entries."""
     return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 

@@ -1,6 +1,6 @@
 """compress: training at a high rank and cutting the adapter afterwards beats training at the low rank.
 
-The cut is the best there is in the Frobenius norm (adapter/algebra.py). Whether what the task needs lies in the largest
+The cut is the best there is in the Frobenius norm (adapter/algebra.py). Whether the task needs only the largest
 singular values is another matter, and the question here. The cut adapter is measured in the layers of the high one, its
 factors padded with zeros: the update is the same and the base is opened once.
 """
@@ -39,8 +39,8 @@ def run(lab: Lab) -> Outcome:
     cut = {rank: statistics.mean(losses_of[rank] for losses_of in each) for rank in LOW}
     tie = lab.margin(len(lab.seeds))
     because = (
-        f"Rank {HIGH} ends at {losses[HIGH]:.3f} nats. "
-        + "; ".join(f"cut to {rank} {cut[rank]:.3f}, trained at {rank} {losses[rank]:.3f}" for rank in LOW)
+        f"Rank {HIGH} ends at {losses[HIGH]:.3f} nats; "
+        + "; ".join(f"cut to {rank} at {cut[rank]:.3f}, rank {rank} itself at {losses[rank]:.3f}" for rank in LOW)
         + f". Seeds alone make a difference of up to {tie:.3f}."
     )
     rows: list[list[Cell]] = [[rank, cut[rank], losses[rank], cut[rank] - losses[rank]] for rank in LOW]
@@ -50,7 +50,7 @@ def run(lab: Lab) -> Outcome:
     }
     picture = Picture(
         pictures.lines(curves, x_label="rank", y_label="held-out loss, nats per token", log_x=True, log_y=True),
-        "Held-out loss against the rank, of adapters trained at it and of one cut to it.",
+        "Held-out loss against the rank, for adapters trained at it and for one cut to it.",
         "Two curves that meet at the highest rank",
         Table(
             ["rank", "cut", "trained", "difference"],
@@ -67,7 +67,7 @@ def run(lab: Lab) -> Outcome:
 
 
 def verdict(cut: Mapping[int, float], trained: Mapping[int, float], tie: float) -> Judgement:
-    """Losses by rank; differences of up to `tie` are what seeds do."""
+    """Losses by rank; differences of up to `tie` come from seeds alone."""
     wins = [rank for rank in LOW if trained[rank] - cut[rank] > tie]
     losses = [rank for rank in LOW if cut[rank] - trained[rank] > tie]
     if not wins and not losses:
@@ -90,7 +90,7 @@ def cut_losses(trial: Trial, lab: Lab) -> dict[int, float]:
 
 
 def _at_best_rate(lab: Lab, rank: int) -> list[Trial]:
-    """A trial a seed, at the rate that does best with the first one."""
+    """A trial per seed, at the rate that does best with the first seed."""
     adapter = {"rank": rank, "alpha": 32}
     rate, _ = best(lab.sweep(adapter))
     return [

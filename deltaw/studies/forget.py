@@ -1,13 +1,12 @@
 """forget: at the same task loss, LoRA has forgotten less than full fine-tuning.
 
-That a method which learns less forgets less says little. What matters is the price: how much is forgotten at one and
-the same task loss. Over a sweep of learning rates each method draws a path of (task loss, forgetting), so two methods
-can be compared where their paths reach one loss, by the first place along the rates where they do: a higher rate that
-ends at that loss again has overshot. Between two rates of the grid the loss and the rise of general text are taken as
-straight lines, KL and the rate as powers.
+That a method which learns less forgets less says little. What matters is the price: how much is forgotten at the same
+task loss. Over a sweep of learning rates each method draws a path of (task loss, forgetting), so two methods can be
+compared where their paths first reach the same loss: a higher rate that ends at that loss again has overshot. Between
+two rates of the grid the task's loss and general text's rise are interpolated linearly, KL and the rate as powers.
 
-The loss that is asked for is the larger of both methods' best: the hardest one that both reach, and a point that was
-trained for one of them.
+The loss chosen is the larger of the two methods' best: the hardest one that both reach, and a trained point of one of
+them.
 """
 
 import math
@@ -23,7 +22,7 @@ from deltaw.studies.study import Claim, Judgement, Outcome
 
 COMPARED = (16, 64)  # ranks
 SIGMAS = 2 * 2**0.5  # twice the noise of a difference
-LEAST = 1e-9  # of KL, which rounding may bring to 0
+LEAST = 1e-9  # the lowest KL, which rounding may bring to 0
 
 CLAIM = Claim(
     name="forget",
@@ -43,7 +42,7 @@ CLAIM = Claim(
 
 
 class Point(NamedTuple):
-    """What a training ended with, nats per token."""
+    """The end of a training, in nats per token."""
 
     rate: float
     loss: float  # of the task, held out
@@ -59,7 +58,7 @@ class Noise(NamedTuple):
 
 
 def verdict(matched: Sequence[tuple[Point, Point] | None], noise: Noise) -> Judgement:
-    """(LoRA, full fine-tuning) at one task loss, a pair for each rank; None where there is no such loss."""
+    """(LoRA, full fine-tuning) at one task loss, a pair for each rank; None if there is no such loss."""
     pairs = [pair for pair in matched if pair is not None]
     if not pairs or len(pairs) < len(matched):
         return "too noisy"
@@ -71,7 +70,7 @@ def verdict(matched: Sequence[tuple[Point, Point] | None], noise: Noise) -> Judg
 
 
 def at_best(lora: Sequence[Point], full: Sequence[Point]) -> tuple[Point, Point] | None:
-    """Both at the larger of their best losses."""
+    """Both methods at the larger of their best losses."""
     loss = max(min(point.loss for point in points) for points in (lora, full))
     one, other = at_loss(lora, loss), at_loss(full, loss)
     return (one, other) if one and other else None
@@ -79,10 +78,10 @@ def at_best(lora: Sequence[Point], full: Sequence[Point]) -> tuple[Point, Point]
 
 def at_loss(points: Sequence[Point], loss: float) -> Point | None:
     """Where a sweep, in the order of its rates, first reaches `loss`."""
-    crossed = crossing([point.loss for point in points], loss)
-    if crossed is None:
+    place = crossing([point.loss for point in points], loss)
+    if place is None:
         return None
-    n, t = crossed
+    n, t = place
     a, b = points[n], points[min(n + 1, len(points) - 1)]
     return Point(a.rate ** (1 - t) * b.rate**t, loss, a.rise + t * (b.rise - a.rise), a.kl ** (1 - t) * b.kl**t)
 
@@ -114,7 +113,7 @@ def run(lab: Lab) -> Outcome:
     best = ", ".join(f"{name} {min(point.loss for point in points):.3f}" for name, points in sweeps.items())
     because = (
         f"{' '.join(sentences)} Seeds alone change KL by a factor of {math.exp(noise.log_kl):.2f} and the rise by "
-        f"{noise.rise:.2g}. The least task losses are: {best}."
+        f"{noise.rise:.2g}. The lowest task losses are: {best}."
     )
     figures = {
         "sweeps": {name: [point._asdict() for point in points] for name, points in sweeps.items()},
@@ -129,7 +128,7 @@ def run(lab: Lab) -> Outcome:
 
 
 def sweep_of(lab: Lab, adapter: Mapping[str, int] | str) -> list[Point]:
-    """A point for each rate, its seeds averaged."""
+    """A point for each rate, averaged over the seeds."""
     by_seed = [lab.sweep(adapter, seed=seed) for seed in lab.seeds]
     return [point_of([trials[rate] for trials in by_seed], rate) for rate in sorted(by_seed[0])]
 
@@ -163,7 +162,7 @@ def scatters(sweeps: Mapping[str, Sequence[Point]]) -> list[Picture]:
                 log_y=log,
                 labels=labels,
             ),
-            f"What was learnt (to the left is better) against the {label} (lower is better); the numbers are rates.",
+            f"What was learnt (further left is better) against the {label} (lower is better); the numbers are rates.",
             "A dot for each training",
             table,
         )
@@ -172,7 +171,7 @@ def scatters(sweeps: Mapping[str, Sequence[Point]]) -> list[Picture]:
 
 
 def beside(sweeps: Mapping[str, Sequence[Point]], ranks: Sequence[str]) -> Table:
-    """Every training of full fine-tuning beside LoRA at its task loss, where LoRA's sweep reaches it."""
+    """Every full fine-tuning beside LoRA at the same task loss, if LoRA's sweep reaches it."""
     rows: list[list[Cell]] = []
     for point in sweeps["full"]:
         loras = [at_loss(sweeps[name], point.loss) for name in ranks]

@@ -3,10 +3,10 @@
 How many directions a ΔW needs is its energy rank at 90 % (linalg/rank.py), as in the paper. It is counted for full
 fine-tuning after a quarter, a half and all of the task's steps (three trainings, each with its own schedule, at one
 learning rate) and for LoRA at ten times the rate. The paper's "10 to 100 times" is against the ranks that people give
-to LoRA; against what LoRA uses of its rank the bar is lower, so both are said.
+to LoRA; against what LoRA uses of its rank the bar is lower, so both are given.
 
-The squares σ² are the eigenvalues of the smaller Gram matrix in float64: of a float32 matrix they are as good as an
-SVD's, in less than half of the time.
+The squares σ² are the eigenvalues of the smaller Gram matrix in float64: for a float32 matrix they are as good as an
+SVD's, in less than half the time.
 
 Letters: M outputs, N inputs, K = min(M, N).
 """
@@ -88,7 +88,7 @@ def run(lab: Lab) -> Outcome:
         f"{len(paths)} modules), {middle[last] / max(1, middle[lora]):.1f} times the {middle[lora]:g} that LoRA uses "
         f"and {middle[last] / RANK:.1f} times the {RANK} it was given; after {min(names)} steps it took "
         f"{middle[names[min(names)]]:g}, and it grew in {grows} modules. "
-        + "; ".join(f"{part}: {rank:g}, {share:.0%} of those there are" for part, (rank, share) in by_part.items())
+        + "; ".join(f"{part}: {rank:g}, {share:.0%} of all directions" for part, (rank, share) in by_part.items())
         + "."
     )
     chosen = verdict([ranks[lora][p] for p in paths], [shortest[p] for p in paths], [longest[p] for p in paths])
@@ -123,7 +123,7 @@ def singular_values(update: Update) -> Tensor:
 
 
 def part_of(path: str) -> str:
-    """mlp, self_attn: what the module is part of."""
+    """The block that a module is part of: mlp, self_attn."""
     return path.split(".")[-2] if "." in path else path
 
 
@@ -142,7 +142,7 @@ def bars(ranks: Mapping[str, Mapping[str, int]]) -> Picture:
             y_label="directions that hold 90 %",
             log_y=True,
         ),
-        "Rank at 90 % of the energy, medians over the modules of a kind.",
+        "Rank at 90 % of the energy, median over the modules of a kind.",
         "A bar for each kind and training",
         Table(
             ["", *by_kinds], [[kind, *(each[kind] for each in by_kinds.values())] for kind in kinds], "Ranks at 90 %"
@@ -151,7 +151,7 @@ def bars(ranks: Mapping[str, Mapping[str, int]]) -> Picture:
 
 
 def pictures_of(spectra: Mapping[str, Mapping[str, Tensor]]) -> list[Picture]:
-    """σ / σ₁ of a kind's modules, their mean."""
+    """The mean of σ / σ₁ over a kind's modules."""
     drawn = []
     for kind in KINDS:
         curves: dict[str, list[float]] = {}
@@ -163,7 +163,7 @@ def pictures_of(spectra: Mapping[str, Mapping[str, Tensor]]) -> list[Picture]:
             continue
         points = [at for at in POINTS if at <= max(map(len, curves.values()))]
         rows = [[at, *(c[at - 1] if at <= len(c) else None for c in curves.values())] for at in points]
-        caption = f"{kind}: singular values over the largest, means over the modules."
+        caption = f"{kind}: singular values relative to the largest, averaged over the modules."
         numbered = {name: (range(1, len(sigma_K) + 1), sigma_K) for name, sigma_K in curves.items()}
         svg = pictures.lines(numbered, x_label="index", y_label="σ / σ₁", log_x=True, log_y=True)
         drawn.append(Picture(svg, caption, "A curve for each training", Table(["index", *curves], rows, caption)))

@@ -2,8 +2,8 @@
 
 An intruder is one of the first ten left singular vectors of W + ΔW whose cosine with every left singular vector of W
 is below ε (analysis/measure.py). The paper's ε is 0.5. Short trainings of a small model may bring none at all, and a
-count of nought says nothing about what it depends on, so the ε of the verdict is fixed by the counts' size alone: 0.5,
-or the next of 0.7 and 0.9 at which all trainings together have a few. The page shows all three.
+count of zero shows nothing about what it depends on, so the ε of the verdict is fixed by the counts' size alone: 0.5,
+or else the first of 0.7 and 0.9 at which all trainings together have a few. The page shows all three.
 
 Counts of at most 10 per module add up over the model. Two counts a and b differ when they are further apart than
 2 √(a + b), twice what a Poisson count's difference scatters by.
@@ -45,7 +45,7 @@ CLAIM = Claim(
 
 @dataclass(frozen=True)
 class Spot:
-    """One rate's trainings, seeds averaged."""
+    """The trainings at one rate, averaged over the seeds."""
 
     rate: float
     loss: float
@@ -65,12 +65,12 @@ def verdict(epsilon: float | None, rhos: Sequence[float], matched: Sequence[tupl
 
 
 def threshold(totals: Mapping[float, float]) -> float | None:
-    """The first ε with enough intruders, None where none has."""
+    """The first ε with enough intruders, or None."""
     return next((epsilon for epsilon, total in totals.items() if total >= FEW), None)
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """The correlation of the ranks, equal numbers sharing theirs; 0 where all of one are equal."""
+    """The correlation of the ranks, equal numbers sharing theirs; 0 if all numbers of one are equal."""
     if len(set(x)) < 2 or len(set(y)) < 2:
         return 0.0
     ranks = ([sum(b < a for b in z) + (z.count(a) + 1) / 2 for a in z] for z in (list(x), list(y)))
@@ -82,10 +82,10 @@ def at_best(lora: Sequence[Spot], full: Sequence[Spot], epsilon: float) -> tuple
     loss = max(min(spot.loss for spot in spots) for spots in (lora, full))
     counts = []
     for spots in (lora, full):
-        crossed = crossing([spot.loss for spot in spots], loss)
-        if crossed is None:
+        place = crossing([spot.loss for spot in spots], loss)
+        if place is None:
             return None
-        n, t = crossed
+        n, t = place
         before, after = (spots[min(at, len(spots) - 1)].counts[epsilon] for at in (n, n + 1))
         counts.append(before + t * (after - before))
     return counts[0], counts[1]

@@ -1,11 +1,11 @@
 """The lab: runs the trainings that studies ask for, each once.
 
-Every training is an ordinary run (`training.loop.train`) of a run file that differs from the lab's task in what the
-study varies. Its folder is named by the hash of the resolved config, so studies that want the same run share it, and an
-interrupted study goes on: finished runs are read, an unfinished one is resumed, the rest is trained.
+Every training is an ordinary run (`training.run.train`) whose run file differs from the lab's task in what the study
+varies. Its folder is named by the hash of the resolved config, so studies that want the same run share it, and an
+interrupted study continues: finished runs are read, an unfinished one is resumed, the rest are trained.
 
-The task is the demo's: letters to phonemes, which the base can't do at all, so that what is measured is learning and
-not a difference in phrasing. Held-out loss is the measure: task metrics on few rows are too coarse to compare runs.
+The task is the demo's: letters to phonemes, which the base can't do at all, so that learning is measured and not a
+difference in phrasing. Held-out loss is the measure: task metrics on few rows are too coarse to compare runs.
 """
 
 import hashlib
@@ -71,12 +71,12 @@ class Trial:
         return [line["loss"] for line in self.run.read_metrics() if "loss" in line]
 
     def adapter(self) -> Adapter:
-        """Read again each time: a full fine-tune's takes half a gigabyte."""
+        """The adapter, read again each time: a full fine-tune's takes half a gigabyte."""
         return Adapter.load(self.run.adapter)
 
 
 class Lab:
-    """Where studies run. `full`: the real grid with three seeds. `task`: another run file than the scale's own."""
+    """Where studies run. `full`: the real grid with three seeds. `task`: a run file in place of the scale's own."""
 
     def __init__(
         self, folder: Path, display: Display, *, full: bool = False, task: Mapping[str, Any] | None = None
@@ -86,7 +86,7 @@ class Lab:
         self.seeds = (0, 1, 2) if full else (0,)
 
     def train(self, name: str, *, seed: int = 0, adapter: Any = None, **changes: Any) -> Trial:
-        """The task with `adapter` in place of its own and `changes` to its train section. `name` is for people."""
+        """Train the task with another `adapter` and `changes` to its train section. `name` is for people."""
         config = self._config(seed, adapter, changes)
         run = Run(Path(config.output))
         if not run.result.is_file():
@@ -95,16 +95,16 @@ class Lab:
                 resume(run.folder, display=self.display)
             else:
                 train(config, display=self.display)
-            shutil.rmtree(run.checkpoints, ignore_errors=True)  # moments of a full fine-tune: a gigabyte a run
+            shutil.rmtree(run.checkpoints, ignore_errors=True)  # moments of a full fine-tune: a gigabyte per run
         return Trial(run)
 
     def sweep(self, adapter: Mapping[str, Any] | str, *, seed: int = 0) -> dict[float, Trial]:
         """Trials by learning rate; `"full"` at a tenth of LoRA's rates."""
         share = 0.1 if adapter == "full" else 1.0
         rates = [float(f"{rate * share:.0e}") for rate in RATES]
-        settings = "full" if adapter == "full" else " ".join(f"{k} {v}" for k, v in adapter.items())  # type: ignore[union-attr]
+        label = "full" if adapter == "full" else " ".join(f"{k} {v}" for k, v in adapter.items())  # type: ignore[union-attr]
         return {
-            rate: self.train(f"{settings}, lr {rate:g}, seed {seed}", seed=seed, adapter=adapter, lr=rate)
+            rate: self.train(f"{label}, lr {rate:g}, seed {seed}", seed=seed, adapter=adapter, lr=rate)
             for rate in rates
         }
 
@@ -115,7 +115,7 @@ class Lab:
 
     @cached_property
     def noise(self) -> float:
-        """How far held-out losses of one setting lie apart by the seed alone: the standard deviation at rank 16."""
+        """How much held-out losses of one setting vary with the seed alone: the standard deviation at rank 16."""
         losses = [self.train(f"rank 16, seed {seed}", seed=seed).loss for seed in range(3)]
         return statistics.stdev(losses)
 
@@ -124,7 +124,7 @@ class Lab:
         return abs(one - other) <= self.margin()
 
     def margin(self, seeds: int = 1) -> float:
-        """What seeds do to a difference of two held-out losses, each a mean over `seeds`: twice its deviation."""
+        """How far seeds move a difference of two held-out losses, each a mean over `seeds`: twice its deviation."""
         return 2 * 2**0.5 * self.noise / seeds**0.5
 
     @cached_property
@@ -133,7 +133,7 @@ class Lab:
         return LinearWeights(find_base(self.task["base"], display=self.display).directory)
 
     def measured(self, name: str, adapter: Adapter) -> dict[str, Measures]:
-        """Every module of an adapter against the base's weights."""
+        """Every module of an adapter, measured against the base's weights."""
         with self.display.task(f"measuring {name}", len(adapter.factors)) as progress:
             return measure_adapter(adapter, self.weights, progress=progress)
 

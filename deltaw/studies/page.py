@@ -1,4 +1,4 @@
-"""What a study came to, written: claim, rule, data and verdict as a page, the figures as JSON beside it."""
+"""Writes a study's outcome: claim, rule, data and verdict as a page, and the figures as JSON beside it."""
 
 import json
 from dataclasses import asdict
@@ -12,17 +12,17 @@ from deltaw.studies.study import Claim, Outcome
 
 
 def write_outcome(claim: Claim, outcome: Outcome, lab: Lab, seconds: float) -> dict[str, Any]:
-    """The page and the JSON; returns the latter."""
+    """Write the page and the JSON; returns the latter."""
     scale = "the full grid" if lab.full else "the small grid"
-    subtitle = f"{scale}, {clock(seconds)} on this machine (runs that were there already took no time)"
+    subtitle = f"{scale}, {clock(seconds)} on this machine (runs from earlier studies took no time)"
     sections = [
         Section("Verdict", [Verdict(outcome.verdict, outcome.because)]),
         Section(
             "The claim",
-            [Table(["", ""], [["Claim", claim.claim], ["Source", claim.source], ["How it is tried", claim.method],
+            [Table(["", ""], [["Claim", claim.claim], ["Source", claim.source], ["How it is tested", claim.method],
                               ["Rule, fixed before the run", claim.rule]])],
         ),
-        Section("What came out", outcome.blocks or [Text("Nothing was drawn.")]),
+        Section("Results", outcome.blocks or [Text("There are no pictures.")]),
     ]  # fmt: skip
     write(Page(claim.title, subtitle, sections), lab.folder / f"{claim.name}.html")
     record = {

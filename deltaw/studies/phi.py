@@ -2,11 +2,11 @@
 
 LoRA §7.2 compares adapters of rank 8 and 64 by φ(i, j), the share of the first i directions of one that lies in the
 first j of the other (linalg/subspace.py). Here they are the right singular vectors of ΔW, what it reads. The paper's
-are those of A alone, most of whose directions are where training started; these are shown beside. Random directions
-of N dimensions have φ = max(i, j) / N, which in a small model is a tenth at 64, so it is taken off.
+are those of A alone, most of whose directions are where training started; they are shown beside ours. Random directions
+in N dimensions have φ = max(i, j) / N, a tenth at 64 in a small model, so that is subtracted.
 
-Two ranks are trained on the same rows in the same order. Whether they agree because of it shows in the pair of other
-seeds, whose order and start differ.
+Two ranks are trained on the same rows in the same order. The pair with other seeds, whose order and start
+differ, shows whether they agree because of that.
 
 Letters: N inputs of a module, R the lower rank, i and j numbers of directions.
 """
@@ -102,13 +102,13 @@ def adapter_of(lab: Lab, rank: int, seed: int) -> Adapter:
 
 
 def compared(lab: Lab, name: str, pairs: Pairs) -> Comparison:
-    """The modules of all pairs as those of one."""
+    """The comparison of all pairs, with their modules put together."""
     modules: dict[str, ModuleComparison] = {}
     total = sum(len(first.factors) for first, _ in pairs)
     with lab.display.task(f"comparing {name}", total) as progress, one_thread():
         for number, (first, second) in enumerate(pairs):
-            shared = compare(first, second).modules
-            modules |= {f"{number}.{path}": module for path, module in shared.items()}
+            compared_modules = compare(first, second).modules
+            modules |= {f"{number}.{path}": module for path, module in compared_modules.items()}
             progress(len(modules))
     return Comparison(modules, ([], []))
 
@@ -118,7 +118,7 @@ def changed(adapter: Adapter, how: Callable[[Update], LowRank]) -> Adapter:
 
 
 def of_a(update: Update) -> LowRank:
-    """A with a B that turns nothing: the same right singular vectors as A, whose left ones say nothing."""
+    """A with an identity for B: the right singular vectors are A's, and the left ones mean nothing."""
     low = update.low_rank()
     return LowRank(low.a_RN, torch.eye(*low.b_MR.shape))
 
@@ -148,7 +148,7 @@ def pictures_of(comparisons: Mapping[str, Comparison], names: Sequence[str]) -> 
     rows: list[list[Cell]] = [[kind, *(tops[name][at] for name in names)] for at, kind in enumerate(kinds)]
     bars = Picture(
         pictures.bars(kinds, tops, y_label="φ(1, 1)", baseline=(f"φ = {SHARED:g}", SHARED)),
-        "How much of the one's top direction is the other's, means over the modules of a kind.",
+        "How much the two top directions have in common, averaged over the modules of a kind.",
         "A bar for each kind and comparison",
         Table(["", *names], rows, "φ(1, 1)"),
     )

@@ -1,22 +1,22 @@
 """pretrain: learning from scratch needs weights of full rank, fine-tuning doesn't.
 
 Both are tried on a Llama small enough to be pretrained in a minute: bytes as tokens, random weights of variance 1 / N
-for N inputs. It is pretrained on words and their pronunciations, "cat>KAET". Fine-tuning is what it mostly knows, in an
-accent: a few sounds become others, "cat>KAAT". Beside it stands the way back, "KAET<cat", a task that it has never seen
-(and in the rule's first draft the fine-tuning; LoRA lagged by a quarter there). Three ways, embeddings, norms and head
-training in all of them, so that the linear layers are the only difference:
+for N inputs. It is pretrained on words and their pronunciations, "cat>KAET". Fine-tuning teaches what it mostly knows,
+in an accent: a few sounds become others, "cat>KAAT". A new task is the way back, "KAET<cat", which it has never seen
+(that was the fine-tuning in the rule's first draft; LoRA lagged by a quarter there). It is trained in three ways; in
+all of them embeddings, norms and head train, so that only the linear layers differ:
 
     full       W trains
     LoRA       W + s B A, W as it was: random in pretraining, pretrained in fine-tuning; B = 0 at first
     low rank   B A alone, W = 0, begun at the variance of a random W: A of variance 1 / N, B of 1 / R
-               (in pretraining only: later it would have to throw the pretrained W away)
+               (in pretraining only: later it would have to discard the pretrained W)
 
-The learning rate that each way may choose is the linear layers' alone. Embeddings, norms and head keep one fixed rate,
-or a rate that suits LoRA's factors, ten times full training's, would be theirs, too, and LoRA be blamed for it.
+Each way chooses the learning rate of the linear layers only. Embeddings, norms and head keep one fixed rate. Else a
+rate that suits LoRA's factors, ten times full training's, would be theirs, too, and LoRA would be blamed for it.
 
-What is compared is how far a way ends behind full training, as a share of full training's loss. Everything is run by
-deltaw's own parts but for the head and the norms, whose kernels give no gradient to weights: they run by the model's
-own code, here with gradients.
+The measure is how far a way ends behind full training, as a share of full training's loss. Everything runs on deltaw's
+own parts except the head and the norms, whose kernels give weights no gradient: they run on the model's own code, here
+with gradients.
 
 Letters: N inputs, R rank.
 """
@@ -103,7 +103,7 @@ CLAIM = Claim(
 
 @dataclass(frozen=True)
 class Stage:
-    """What is trained on and for how many steps, what is measured on."""
+    """The examples trained on and for how many steps, and those measured on."""
 
     train: Sequence[Example]
     held_out: Sequence[Example]
@@ -112,7 +112,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Learnt:
-    """The held-out loss, nats per trained byte, and the model's weights (an adapter's update is not in them)."""
+    """The held-out loss, nats per trained byte, and the model's weights (without the adapter's update)."""
 
     loss: float
     weights: Weights
@@ -135,7 +135,7 @@ class Trainings:
         return self.done[key]
 
     def start(self, stage: str, seed: int) -> Weights:
-        """Random weights, or those of the best full pretraining."""
+        """The weights to start from: random, or those of the best full pretraining."""
         if stage == "pretraining":
             return random_weights(self.forward.model, seed)
         return self.run("pretraining", "full", self.rate("pretraining", "full")).weights
@@ -150,7 +150,7 @@ class Trainings:
         return min(RATES, key=lambda rate: self.run(stage, way, rate).loss)
 
     def losses(self, stage: str, way: str, seeds: Iterable[int]) -> list[float]:
-        """At the best rate, one per seed."""
+        """The trainings at the best rate, one per seed."""
         return [self.run(stage, way, self.rate(stage, way), seed).loss for seed in seeds]
 
 
@@ -201,7 +201,7 @@ def run(lab: Lab) -> Outcome:
 
 
 def gap(losses: Losses, way: str) -> float:
-    """By how much a way's loss is above full training's, as a share of that."""
+    """How far a way's loss is above full training's, as a share of that."""
     return losses[way] / losses["full"] - 1
 
 
@@ -214,7 +214,7 @@ def verdict(pretraining: Losses, fine_tuning: Losses, noise: float) -> Judgement
 
 
 def learn(forward: Forward, start: Weights, way: str, rate: float, stage: Stage, seed: int) -> Learnt:
-    """Train the model from `start` in one of the ways and measure it. It carries no adapter before and after."""
+    """Train the model from `start` in one of the ways and measure it. It has no adapter before and after."""
     model = forward.model
     model.load_state_dict(start)
     model.requires_grad_(True)
@@ -281,7 +281,7 @@ def random_weights(model: nn.Module, seed: int) -> Weights:
 
 
 def read_stages(steps: Mapping[str, int]) -> dict[str, Stage]:
-    """Each on words of its own, all measured on the same other ones."""
+    """The stages, each trained on words of its own, all measured on the same held-out words."""
     rows = list(read_builtin("cmudict"))
     order = np.random.RandomState(0).permutation(len(rows))
     stages, begin = {}, HELD_OUT
@@ -295,7 +295,7 @@ def read_stages(steps: Mapping[str, int]) -> dict[str, Stage]:
 
 
 def _example(row: Row, stage: str) -> Example:
-    """A line, and which of it is to be learnt: all of "cat>KAET", what follows the sign in "cat>KAAT" or "KAET<cat"."""
+    """A line, and which of it is learnt: all of "cat>KAET", what follows the sign in "cat>KAAT" or "KAET<cat"."""
     word = row.value["prompt"].removesuffix("->").replace(" ", "")
     heard = row.value["completion"].split()
     sounds, accent = "".join(heard), "".join(ACCENT.get(sound, sound) for sound in heard)

@@ -1,11 +1,11 @@
-"""A study: a published claim about LoRA, tried on this machine, and a verdict.
+"""A study: a published claim about LoRA, put to the test on this machine, and a verdict.
 
 The order is fixed: the claim and its source; what is run; the *rule* that decides, in numbers, written before anything
 runs; then the data, and the verdict that the rule computes from them. A claim that does not hold is reported as such,
-and where the differences are no larger than those between two seeds the verdict is that it can't be told.
+and if the differences are no larger than those between two seeds, the verdict is "too noisy".
 
 Small by default (minutes on two cores); `--full` runs the real grid with three seeds. Either way the trained runs are
-ordinary run folders, kept and shared between studies (lab.py), so a study that was interrupted goes on where it was.
+ordinary run folders, kept and shared between studies (lab.py), so an interrupted study continues where it stopped.
 """
 
 import importlib
@@ -25,7 +25,7 @@ Judgement = Literal["held", "did not hold", "too noisy"]
 
 @dataclass(frozen=True)
 class Claim:
-    """What is claimed, by whom, how it is tried, and the rule of the verdict."""
+    """What is claimed, by whom, how it is tested, and the rule that decides."""
 
     name: str
     title: str
@@ -37,7 +37,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the rule says of the data: the verdict, why in a sentence or two, pictures and tables, the bare figures."""
+    """The rule applied to the data: the verdict, its reason in a sentence or two, pictures and tables, the figures."""
 
     verdict: Judgement
     because: str
@@ -46,7 +46,7 @@ class Outcome:
 
 
 class Study(Protocol):
-    """What each file of studies/ has."""
+    """The interface of each file in studies/."""
 
     CLAIM: Claim
 
@@ -55,12 +55,12 @@ class Study(Protocol):
 
 
 def find_study(name: str) -> Any:
-    """The module of a study. Raises InputError for a name that is none."""
+    """The module of a study. Raises InputError for an unknown name."""
     if name not in NAMES:
-        raise InputError(f"no study {name!r}", fix=f"studies: {', '.join(NAMES)}")
+        raise InputError(f"there is no study {name!r}", fix=f"studies: {', '.join(NAMES)}")
     return importlib.import_module(f"deltaw.studies.{name}")
 
 
 def majority(count: int, of: int) -> bool | None:
-    """Whether `count` of `of` is more than half; None where coins fall so: within two deviations of √of / 2."""
+    """Whether `count` of `of` is more than half; None if coins could fall so: within two deviations of √of / 2."""
     return None if abs(count - of / 2) <= of**0.5 else count > of / 2

@@ -46,7 +46,7 @@ def run(lab: Lab) -> Outcome:
     ranks = equal_ranks(open_skeleton(find_base(lab.task["base"], display=lab.display)))
     rates = RATES if lab.full else SMALL_RATES
     trials = {group: {rate: _train(lab, group, rank, rate) for rate in rates} for group, rank in ranks.items()}
-    tops = {group: best(found)[0] for group, found in trials.items()}
+    tops = {group: best(of_group)[0] for group, of_group in trials.items()}
     losses = {
         group: statistics.mean(_train(lab, group, ranks[group], rate, seed).loss for seed in lab.seeds)
         for group, rate in tops.items()
@@ -70,14 +70,14 @@ def run(lab: Lab) -> Outcome:
             {f"lr {rate:g}": [trials[group][rate].loss for group in ranks] for rate in rates},
             y_label="held-out loss, nats per token",
         ),
-        "Held-out loss where LoRA sits in all layers, in attention alone, in the MLP alone, with as many parameters.",
-        "A group of bars for each place, one bar per learning rate",
+        "Held-out loss with LoRA in all layers, in attention alone and in the MLP alone, at equal parameters.",
+        "A group of bars for each place, a bar for each learning rate",
         Table(head, rows, f"Held-out loss by place; best: the mean of {len(lab.seeds)} seeds"),
     )
     figures = {
         "ranks": ranks,
         "parameters": parameters,
-        "losses": {group: {f"{rate:g}": t.loss for rate, t in found.items()} for group, found in trials.items()},
+        "losses": {group: {f"{rate:g}": t.loss for rate, t in of_group.items()} for group, of_group in trials.items()},
         "best": losses,
         "tie": tie,
     }
@@ -85,7 +85,7 @@ def run(lab: Lab) -> Outcome:
 
 
 def equal_ranks(model: nn.Module) -> dict[str, int]:
-    """The rank of each group of layers at which it trains as many numbers as all of them at `RANK`, or nearly."""
+    """The rank at which each group of layers trains about as many numbers as all layers at `RANK`."""
     sizes = {}
     for group in TARGET_GROUPS:
         paths = find_targets(model, AdapterSpec(targets=group, rank=1)).paths
@@ -95,7 +95,7 @@ def equal_ranks(model: nn.Module) -> dict[str, int]:
 
 
 def verdict(losses: Mapping[str, float], tie: float) -> Judgement:
-    """By group of layers; differences of up to `tie` are what seeds do."""
+    """`losses` by group of layers; differences of up to `tie` come from seeds alone."""
     if losses["all-linear"] - min(losses["attention"], losses["mlp"]) > tie:
         return "did not hold"
     if abs(losses["attention"] - losses["mlp"]) <= tie:

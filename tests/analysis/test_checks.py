@@ -54,14 +54,14 @@ def test_a_good_run_has_nothing_to_object_to() -> None:
     ("result", "level", "words"),
     [
         ({"eval": {"before": {"loss": 1.0}, "after": {"loss": 1.5}}}, "problem", "held-out loss rose"),
-        ({"eval": {"before": {}, "after": {}}}, "note", "no held-out rows"),
+        ({"eval": {"before": {}, "after": {}}}, "note", "data.eval"),
         ({"best_step": 4}, "note", "best at step 4 of 10"),
         ({"trained_parameters": 10}, "warning", "raise adapter.rank"),
         ({"trained_parameters": 10, "form": "text"}, "warning", "continued pretraining"),
         ({"train_rows": 900}, "note", "90 documents per step"),
         ({"train_rows": 9000}, "warning", "900 documents per step"),
-        ({"forgetting": {**RESULT["forgetting"], "loss_after": 2.5}}, "warning", "forgot a good deal"),
-        ({"forgetting": {**RESULT["forgetting"], "kl": 0.9}}, "warning", "forgot a good deal"),
+        ({"forgetting": {**RESULT["forgetting"], "loss_after": 2.5}}, "warning", "forgot a lot"),
+        ({"forgetting": {**RESULT["forgetting"], "kl": 0.9}}, "warning", "forgot a lot"),
     ],
 )
 def test_what_a_run_shows(result: dict[str, Any], level: str, words: str) -> None:

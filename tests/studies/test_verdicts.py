@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deltaw.adapter.file import Adapter
 from deltaw.analysis.measure import Measures, measure, measure_adapter
+from deltaw.analysis.page import Page, Section, render
 from deltaw.config import AdapterSpec
 from deltaw.factors import LowRank
 from deltaw.kernels.weight import DenseWeight, Weight
@@ -59,7 +60,7 @@ class MadeUp:
 
 def study(module: Any, make: Make, weights: Mapping[str, Weight] | None = None) -> Outcome:
     outcome: Outcome = module.run(cast(Lab, MadeUp(make, weights)))
-    assert outcome.blocks and all(block.html() for block in outcome.blocks)
+    assert outcome.blocks and render(Page("Study", "", [Section("Results", outcome.blocks)]))
     return outcome
 
 

@@ -1,19 +1,19 @@
-"""What a merge leaves of the update, in words, and what follows from it. The figures are those of linalg/rounding.py.
+"""How much of the update survives a merge, in words, and what follows. The figures come from linalg/rounding.py.
 
 Two things happen to an update in weights of few digits, and they are judged apart:
 
-    lost        `kept` says how much arrives along the update itself. Less than all of it arrives where the base's
-                numbers lie on the target's own grid, since whatever is below half a step is gone: a weak update in a
-                bfloat16 base, any update in blocks that are quantised as the base's were
+    lost        `kept` says how much survives along the update's own direction. That is less than all of it if
+                the base's numbers lie on the target's own grid, since anything below half a step is gone: a weak
+                update in a bfloat16 base, any update in blocks that are quantised as the base's were
     noise       `cosine` falls with it, too. A block that is quantised again moves every entry by up to half a step,
-                whatever the update is. That is the noise that the quantised base has beside the base, no more of it:
-                it points everywhere, and isn't the update's loss
+                whatever the update is. A quantised base has just as much of that noise relative to the base: it
+                points everywhere and isn't a loss of the update
 
 So a quantised target is refused by what is lost (`LITTLE`), not by noise, which would refuse every model of 4 bits: the
 demo's adapter, in Q4_0, has a cosine of 0.34 and keeps 0.95; in the Q4_1 that its base came in it keeps 0.28. In
-floating types there is hardly any noise that isn't loss, and the cosine says both: below `FAINT` what is wrong is half
-as large as what was learnt (tan of the angle), so it is said loudly. Where nothing changes at all the merged model
-would be the base, which nobody can have meant: refused, too.
+floating types nearly all noise is loss, and the cosine measures both: below `FAINT` the error is half as large as what
+was learnt (tan of the angle), so a warning is printed. If nothing changes at all, the merged model would be the base,
+which nobody can have meant: that is refused, too.
 """
 
 from collections.abc import Mapping
@@ -25,26 +25,26 @@ from deltaw.linalg.rounding import Survival
 
 FAINT = 0.9  # cosine of all updates together, of floating types
 LITTLE = 0.5  # of the update, along itself, in quantised types
-SHOWN = 3  # modules of which least survives
+SHOWN = 3  # modules that lose most
 
 
 def whole(survivals: Mapping[str, Survival]) -> Survival:
-    """Of all modules together."""
+    """The survival of all modules together."""
     return sum(survivals.values(), Survival())
 
 
 def figures(survival: Survival) -> dict[str, float]:
-    """For machines."""
+    """The figures as JSON."""
     return {name: getattr(survival, name) for name in ("share", "cosine", "kept", "error")} | asdict(survival)
 
 
 def to_json(survivals: Mapping[str, Survival]) -> dict[str, Any]:
-    """In all, and by module."""
+    """The total, and each module."""
     return figures(whole(survivals)) | {"modules": {path: figures(s) for path, s in survivals.items()}}
 
 
 def said(survivals: Mapping[str, Survival], type_name: str) -> list[str]:
-    """A line on all of it, and one on the modules of which least survives."""
+    """A line on the whole update, and one on the modules that lose most."""
     total = whole(survivals)
     if not total.true:
         return ["the update is zero: the merged model is the base"]
@@ -52,7 +52,7 @@ def said(survivals: Mapping[str, Survival], type_name: str) -> list[str]:
     return [
         f"in {type_name}, {total.share:.1%} of the {total.entries:,} entries change; the cosine between the rounded "
         f"and the true update is {total.cosine:.4f}, and {total.kept:.1%} of it survives along its own direction",
-        "least survives in " + ", ".join(f"{path} ({cosine:.4f})" for cosine, path in least),
+        "the least survives in " + ", ".join(f"{path} ({cosine:.4f})" for cosine, path in least),
     ]
 
 
@@ -60,7 +60,7 @@ WIDER = "--dtype float32"
 
 
 def warning(survivals: Mapping[str, Survival], type_name: str, *, wider: str = WIDER) -> str | None:
-    """What is to be said loudly of a merge into a floating type, or None. `wider`: the option that keeps more."""
+    """The warning about a merge into a floating type, or None. `wider`: the option that keeps more."""
     total = whole(survivals)
     if not total.true or total.cosine >= FAINT:
         return None
@@ -71,17 +71,17 @@ def warning(survivals: Mapping[str, Survival], type_name: str, *, wider: str = W
 
 
 def check_floating(survivals: Mapping[str, Survival], type_name: str, *, force: bool, wider: str = WIDER) -> None:
-    """Raise InputError where nothing of an update survives, unless that is what is wanted."""
+    """Raise InputError if nothing of an update survives, unless `force`."""
     total = whole(survivals)
     if total.true and not total.changed and not force:
         raise InputError(
-            f"nothing of the update survives in {type_name}: no weight changes, so the merged model would be the base",
+            f"nothing of the update survives in {type_name}: no weight changes, and the merged model would be the base",
             fix=f"merge with {wider} (or --force to write it anyway)",
         )
 
 
 def check_quantised(survivals: Mapping[str, Survival], type_name: str, *, force: bool) -> None:
-    """Raise InputError where little of an update survives in quantised weights, unless that is what is wanted."""
+    """Raise InputError if little of an update survives in quantised weights, unless `force`."""
     total = whole(survivals)
     if total.true and total.kept < LITTLE and not force:
         raise InputError(

@@ -1,16 +1,16 @@
-"""Two sides' answers held against each other: pure functions of ids, texts and log-probabilities.
+"""Comparing two sides' answers: pure functions of ids, texts and log-probabilities.
 
-    KL(A ‖ B)   of the next token at each position of A's answers, in nats, mean over the positions
-    largest     the largest difference of two log-probabilities of one token at one position, over the tokens compared
+    KL(A ‖ B)   of the next token, in nats, averaged over the positions of A's answers
+    largest     the largest difference between the sides in one token's log-probability at one position
     gap         of two answers at their first differing token, where A took a and B took b:
                 (log A(a) − log A(b)) + (log B(b) − log B(a)), how far the odds of the two moved from one side to the
-                other. Each term is the margin by which a side chose. A gap that rounding makes is a near tie and no
-                fault; both margins must be small for that, and a confident answer that changed has a large gap
+                other. Each term is the margin by which a side chose. A gap that rounding could make is a near tie, not
+                a fault; that takes two small margins, and a confident answer that changed has a large gap
 
-Where a side gives the likeliest K alone, the tokens that both give are compared and the rest of each distribution is
-one token more. By the log-sum inequality that KL is a lower bound of the whole one, and nearly all of it where K tokens
-hold nearly all of the probability. llama.cpp sums a vocabulary in float32, so that all its log-probabilities may be off
-by 1e-5, which is more than F16 makes: how likely the rest is counts only where it differs by more than SLACK.
+If a side gives only the likeliest K, the tokens that both give are compared, and the rest of each distribution counts
+as one more token. By the log-sum inequality that KL is a lower bound of the whole one, and nearly all of it if K tokens
+hold nearly all of the probability. llama.cpp sums over the vocabulary in float32, so all its log-probabilities may be
+off by 1e-5, more than F16 causes: the rest's probability counts only if it differs by more than SLACK.
 
 Letters: P positions, K tokens compared, V vocabulary.
 """
@@ -23,12 +23,12 @@ from torch import Tensor
 
 from deltaw.shipping.verify.sides.side import Answer, Logs
 
-SMALLEST, SLACK = 1e-6, 1e-4  # of a rest: what float32 sums leave, and by how much a server's are off
+SMALLEST, SLACK = 1e-6, 1e-4  # of the rest's probability: the least that float32 sums leave, and a server's error
 
 
 @dataclass(frozen=True, eq=False)
 class Distance:
-    """KL and largest difference at each position, float64."""
+    """The KL and the largest difference at each position, in float64."""
 
     kl_P: Tensor
     largest_P: Tensor
@@ -48,7 +48,7 @@ class Distance:
 
 @dataclass(frozen=True)
 class Parting:
-    """Where two answers part: the position in the answer, what each side took there, and the gap (None: not known)."""
+    """Where two answers part: the position in the answer, each side's token there, and the gap (None: unknown)."""
 
     position: int
     token_a: int | None
@@ -57,14 +57,14 @@ class Parting:
 
 
 def compared_ids(a: Logs, b: Logs) -> Tensor | None:
-    """The tokens that both give at each position, [P, K]; None for all."""
+    """The tokens that both sides give at each position, [P, K]; None for the whole vocabulary."""
     if a.ids_PK is None or b.ids_PK is None:
         return b.ids_PK if a.ids_PK is None else a.ids_PK
     return a.ids_PK
 
 
 def distance(a: Logs, b: Logs, ids_PK: Tensor | None = None) -> Distance:
-    """How far B is from A at each position, over the tokens `ids_PK` (without: those that both give)."""
+    """How far B is from A at each position, over the tokens `ids_PK` (default: those that both give)."""
     ids_PK = compared_ids(a, b) if ids_PK is None else ids_PK
     if ids_PK is None:
         shared = min(a.values_PK.shape[1], b.values_PK.shape[1])
@@ -82,7 +82,7 @@ def distance(a: Logs, b: Logs, ids_PK: Tensor | None = None) -> Distance:
 
 
 def _with_rest(a_PK: Tensor, b_PK: Tensor) -> Tensor:
-    """KL over some of the tokens and the rest as one, by the chain rule: that of being among them, and within them."""
+    """KL over some tokens and the rest as one, by the chain rule: of being among them, plus the KL within them."""
     mass_a_P, mass_b_P = (values_PK.exp().sum(1).clamp(SMALLEST, 1 - SMALLEST) for values_PK in (a_PK, b_PK))
     mass_b_P = torch.where((mass_a_P - mass_b_P).abs() < SLACK, mass_a_P, mass_b_P)
     among_P = mass_a_P * (mass_a_P / mass_b_P).log() + (1 - mass_a_P) * ((1 - mass_a_P) / (1 - mass_b_P)).log()
@@ -92,7 +92,7 @@ def _with_rest(a_PK: Tensor, b_PK: Tensor) -> Tensor:
 
 
 def odds_moved(a: Logs, b: Logs) -> Tensor:
-    """How far the odds of A's two likeliest tokens moved at each position, [P]: what a near tie is measured by."""
+    """How far the odds of A's two likeliest tokens moved at each position, [P]; near ties are judged by it."""
     top_P2 = a.values_PK.topk(2).indices if a.ids_PK is None else a.ids_PK[:, :2]
     first, second = a.of(top_P2), b.of(top_P2)
     moved_P = ((first[:, 0] - first[:, 1]) - (second[:, 0] - second[:, 1])).abs().double()
@@ -100,7 +100,7 @@ def odds_moved(a: Logs, b: Logs) -> Tensor:
 
 
 def parting(a: Answer, b: Answer, logs_a: Logs | None, logs_b: Logs | None, decode: Callable) -> Parting | None:
-    """Where B's answer leaves A's, None where it doesn't. Both were asked the same."""
+    """Where B's answer departs from A's, or None. Both were asked the same."""
     assert a.ids is not None
     if b.ids is None:
         return _text_parting(a, b, logs_a, decode)
@@ -112,7 +112,7 @@ def parting(a: Answer, b: Answer, logs_a: Logs | None, logs_b: Logs | None, deco
 
 
 def gap(a: Logs | None, b: Logs | None, at: int, token_a: int | None, token_b: int | None) -> float | None:
-    """How far the odds of the two tokens moved at a position, None where one of them isn't known there."""
+    """How far the odds of the two tokens moved at a position, None if one of them isn't known there."""
     if a is None or b is None or token_a is None or token_b is None or at >= min(len(a.values_PK), len(b.values_PK)):
         return None
     pair_P2 = torch.tensor([[token_a, token_b]]).expand(max(len(a.values_PK), len(b.values_PK)), 2)
@@ -122,7 +122,7 @@ def gap(a: Logs | None, b: Logs | None, at: int, token_a: int | None, token_b: i
 
 
 def _text_parting(a: Answer, b: Answer, logs: Logs | None, decode: Callable) -> Parting | None:
-    """By text alone: A's token at which its own text stops being the beginning of B's, and A's own margin there."""
+    """By text alone: the token at which A's text stops being a prefix of B's, and A's own margin there."""
     assert a.ids is not None
     text = decode(a.ids[:-1] if a.ended else a.ids)
     if b.text.strip() == text.strip():

@@ -1,18 +1,18 @@
-"""Two sides held against each other: the same held-out prompts go through both, and both must answer alike.
+"""Comparing two sides: the same held-out prompts go through both, and both must answer alike.
 
-    1  both sides are opened, which is cheap and finds what can't work
+    1  both sides are opened, which is cheap and shows what can't work
     2  each side's own tokenizer writes the prompts: ids against ids
     3  each answers its own prompts greedily: ids against ids
-    4  log-probabilities along A's answers, on A's ids for both, so that one token that flipped, or a template that
-       changed, doesn't hide whether the weights are the same
+    4  log-probabilities along A's answers, on A's ids for both, so that a flipped token or a changed template
+       doesn't hide whether the weights are the same
     5  rounding errors of both sides' formats put into whichever model runs here, and the adapter switched off: what is
        allowed (verdict.py)
 
-One torch model is in memory at a time: everything that is asked of A is asked before B is loaded. Rounding is measured
-on A where it runs here: B may be what is wrong, and a broken model can be more sensitive than a right one.
+One torch model is in memory at a time: A is asked everything before B is loaded. Rounding is measured on A if it runs
+here: B may be what is wrong, and a broken model can be more sensitive than a correct one.
 
 The prompts come from A if it is a run, else from B, else from `data`, else from built-in text (prompts.py). Not to be
-mixed up with training/verify.py, which is about resuming.
+confused with training/verify.py, which is about resuming.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,12 +47,12 @@ from deltaw.show.progress import Display
 
 PROMPTS, TOKENS = 20, 32
 SEEDS, NOISY_ROWS = 3, 8
-WORDS = 48  # tokens that are asked for by name, to see whether two vocabularies are one
+WORDS = 48  # tokens that are decoded on both sides, to see whether the vocabularies are the same
 
 
 @dataclass
 class _Heard:
-    """What one side said to all prompts."""
+    """One side's answers to all prompts."""
 
     ids: list[tuple[int, ...] | None] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
@@ -71,12 +71,12 @@ def verify(
     display: Display | None = None,
 ) -> Verification:
     """Whether two sides (sides/open.py says how they are written) answer alike. Raises InputError, RunError; sides that
-    answer differently aren't an error but the result's `agree`.
+    answer differently aren't an error: the result's `agree` is False.
 
-    `base`: what adapters go on, in place of the one that they name. `tokens`: the longest answer.
+    `base`: the base for adapters, instead of the one that they name. `tokens`: the longest answer.
     """
     if prompts < 1 or tokens < 1:
-        raise InputError(f"{prompts} prompts of {tokens} tokens: at least 1 of each is needed")
+        raise InputError(f"{prompts} prompts of {tokens} tokens: at least one of each is needed")
     display = display or Display(quiet=True)
     with ExitStack() as closing:
         one, other = _opened(fspath(a), fspath(b), fspath(base) if base else None, closing, display)
@@ -87,8 +87,8 @@ def verify(
 
 
 def _opened(a: str, b: str, base: str | None, closing: ExitStack, display: Display) -> tuple[Side, Side]:
-    """Both sides. Those that don't name their base (MLX's folders), or by a name that means nothing here (what a run on
-    a local file is shipped as), go on the other side's."""
+    """Both sides. One that doesn't name its base (an MLX folder), or names one that isn't available here (from a run on
+    a local file), goes on the other side's base."""
     sides: dict[str, Side] = {}
     for name in sorted(dict.fromkeys((a, b)), key=lambda name: (name.startswith(("mlx:", "peft:")), name != a)):
         known = next((side.source.name for side in sides.values() if side.source), None)
@@ -101,7 +101,7 @@ def _opened(a: str, b: str, base: str | None, closing: ExitStack, display: Displ
                 side = open_side(name, base=known, display=display)
             except InputError:
                 raise error from None
-            side.notes.append(f"{name} names no base on this machine, so it goes on {known}")
+            side.notes.append(f"{name} doesn't name a base that is available here: it goes on {known}")
         sides[name] = side
         closing.callback(side.close)
     return sides[a], sides[b]
@@ -115,7 +115,7 @@ def _prompts(sides: Sequence[Side], data: str | None, count: int, display: Displ
         if side.trained.config is not None:
             return held_out_prompts(side.trained.config, side.trained.renderer, count, display)
     chats = all(side.chats for side in adapted) if adapted else any(side.chats for side in sides)
-    display.say("neither side is a run and --data isn't given, so built-in text is asked")
+    display.say("neither side is a run and --data isn't given: asking built-in text")
     return general_prompts(count, chats=chats)
 
 
@@ -153,8 +153,8 @@ def _compared(a: Side, b: Side, prompts: list[Prompt], tokens: int, display: Dis
 
 
 def _same_gguf(adapted: Side, server: Side) -> None:
-    """Where a side goes on the very GGUF that the other was made from, its weights are the same numbers but for the
-    bfloat16 that deltaw reads them as."""
+    """If one side goes on the very GGUF that the other was made from, their weights differ only by the bfloat16 that
+    deltaw reads them in."""
     source = adapted.source
     if source is None or source.gguf is None or not isinstance(server, Server) or server.file is None:
         return
@@ -172,8 +172,8 @@ def _fitting(
     fit = [n for n, one in enumerate(ids) if one is None or room is None or len(one) + tokens <= room]
     if not fit:
         raise InputError(
-            f"no prompt leaves room for {tokens} tokens of answer in a context of {room}",
-            fix="give shorter ones: --data",
+            f"no prompt leaves room for an answer of {tokens} tokens in a context of {room}",
+            fix="give shorter ones with --data",
         )
     long = [prompt for n, prompt in enumerate(prompts) if n not in set(fit)]
     if long:
@@ -186,7 +186,7 @@ def _fitting(
 
 
 def _long_parting(a: Side, b: Side, prompts: list[Prompt]) -> str:
-    """Whether prompts that can't be asked are at least written the same."""
+    """Why prompts that are too long to ask aren't at least written the same, or ""."""
     pairs = [_prompts_alike(a, b, x, y, True) for x, y in zip(a.ids(prompts), b.ids(prompts), strict=True)]
     wrong = [words for same, words in pairs if same is False]
     return f"{len(wrong)} prompts that were too long to ask are encoded differently: {wrong[0]}" if wrong else ""
@@ -208,7 +208,7 @@ def _logs(side: Side, rows: Sequence[Row], display: Display) -> list[Logs] | Non
 
 
 def _same_words(a: Side, b: Side, heard: _Heard) -> bool:
-    """Whether both sides mean the same by a token id, tried on those in use."""
+    """Whether token ids mean the same on both sides, tried on those in use."""
     ids = {token for one in heard.ids for token in one or ()} | {t for one in heard.answers for t in one.ids or ()}
     tried = [(a.decode([token]), b.decode([token])) for token in spread(sorted(ids), WORDS)]
     known = [(x.strip(), y.strip()) for x, y in tried if x is not None and y is not None and "\ufffd" not in x + y]
@@ -216,11 +216,11 @@ def _same_words(a: Side, b: Side, heard: _Heard) -> bool:
 
 
 def _draws(a: Side, b: Side, side: Side, rows: Sequence[Row], display: Display) -> list[list[Logs]]:
-    """What rounding does to `side`, if that is a model that runs here, on some of the rows."""
+    """Draws of rounding errors in `side`, if its model runs here, on some of the rows."""
     if not side.measurable or not rows:
         return []
     chosen, draws = spread(rows, NOISY_ROWS), list[list[Logs]]()
-    with display.task("what rounding does", SEEDS) as progress:
+    with display.task("measuring rounding errors", SEEDS) as progress:
         for seed in range(SEEDS):
             draws.append(side.noisy_logs(chosen, (a.numbers, b.numbers), seed) or [])
             progress(seed + 1)
@@ -228,7 +228,7 @@ def _draws(a: Side, b: Side, side: Side, rows: Sequence[Row], display: Display) 
 
 
 def _tolerance(a: Side, b: Side, one: _Heard, other: _Heard, draws: Sequence[Sequence[Logs]]) -> Tolerance:
-    """From the draws of A, else of B: over the tokens that are compared."""
+    """The tolerance from the draws of A, else of B, over the tokens that are compared."""
     numbers = (a.numbers, b.numbers)
     clean = one.logs if a.measurable else other.logs
     if not draws or clean is None or one.logs is None:
@@ -244,7 +244,7 @@ def _judged(
 ) -> Verification:
     notes = [*a.notes, *b.notes]
     if not known:
-        notes.append("the two sides have different vocabularies: compared as text, without log-probabilities")
+        notes.append("the two sides have different vocabularies: they are compared as text, without log-probabilities")
     kl = largest = effect = None
     positions = sum(len(answer.ids or ()) for answer in one.answers)
     if one.logs is not None and other.logs is not None:
@@ -266,19 +266,19 @@ def _judged(
 
 
 def _stops_parting(a: Side, b: Side) -> str:
-    """How the tokens differ at which answers end, "" where they don't or a side doesn't say."""
+    """How the sides' stop tokens differ, "" if they don't or a side doesn't say."""
     if a.stops is None or b.stops is None:
         return ""
     ways = [(a, b, a.stops - b.stops), (b, a, b.stops - a.stops)]
     return "; ".join(
-        f"{', '.join(repr(one.decode([token])) for token in sorted(ids))} in {one.name} and not in {other.name}"
+        f"{', '.join(repr(one.decode([token])) for token in sorted(ids))} in {one.name} but not in {other.name}"
         for one, other, ids in ways
         if ids
     )
 
 
 def _effect(one: _Heard, other: _Heard, kl: float) -> Effect | None:
-    """What the adapter does, on whichever side it can be switched off."""
+    """The adapter's effect, measured on a side where it can be switched off."""
     assert one.logs is not None and other.logs is not None
     if one.base is not None:
         return effect_of(one.logs, other.logs, one.base, kl)
@@ -313,7 +313,7 @@ def _row(
 def _prompts_alike(
     a: Side, b: Side, x: tuple[int, ...] | None, y: tuple[int, ...] | None, known: bool
 ) -> tuple[bool | None, str]:
-    """(whether two sides wrote a prompt the same, where they part)."""
+    """(whether both sides wrote a prompt the same, and where they part)."""
     if x is None or y is None:
         return None, ""
     if not known:

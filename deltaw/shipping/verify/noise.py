@@ -1,16 +1,16 @@
-"""What rounding does to *this* model's answers, measured: random errors of the right size put into a torch model.
+"""How rounding moves *this* model's answers, measured: random errors of the right size put into a torch model.
 
 A tolerance for log-probabilities can't be read off a table. The same rounding moves one model a hundred times further
-than another, by its depth, its norms, its outliers. So the sizes of the errors are taken from the formats (formats.py),
-and what they come to is measured on the model, on the very positions that are compared:
+than another, by its depth, its norms, its outliers. So the sizes of the errors come from the formats (formats.py), and
+their effect is measured on the model, at the very positions that are compared:
 
     x ← x + σ_a(x) · n          what flows into each linear layer, as the activations' format rounds it
-    y ← y + x (σ_w(W) ∘ n')ᵀ    its weight's errors: of one seed the same at every position, as rounding's are
+    y ← y + x (σ_w(W) ∘ n')ᵀ    its weight's errors: for one seed the same at every position, as in rounding
     y ← y + σ_a(y) · n          what comes out of every module, where activations are kept in a floating type
     y ← y + σ_w(y) · n          what comes out of an embedding, and of experts whose weights are stacked
 
-with n, n' standard normal. Both sides' errors are put in, each with its own formats. That is what two right sides are
-expected to differ by; SEEDS draws of it show how much that varies.
+with n, n' standard normal. Both sides' errors are put in, each with its own formats: two correct sides are expected to
+differ by that much; SEEDS draws show how much it varies.
 
 Rejected: rounding for real (one draw instead of several, and another side's kernels round elsewhere), noise on the
 logits alone (its size is the question), and bounds from theory (a thousand times too wide after 30 layers).
@@ -77,7 +77,7 @@ def noisy(model: nn.Module, sides: Sequence[Numbers], seed: int) -> Iterator[Non
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that multiply by a weight of the base; what stands inside an adapted layer isn't one of its own."""
+    """The layers that multiply by a weight of the base; the parts of an adapted layer don't count on their own."""
     inside: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLinear):

@@ -1,5 +1,5 @@
-"""The page of a verification: the verdict and why, the figures against what is allowed, and every answer that differs,
-both sides' words next to each other. One file, offline, light and dark (analysis/page.py)."""
+"""The page of a verification: the verdict and its reasons, the figures beside what is allowed, and every answer that
+differs, both sides' words next to each other. One file, offline, light and dark (analysis/page.py)."""
 
 from pathlib import Path
 
@@ -24,21 +24,21 @@ from deltaw.shipping.verify.verdict import FACTOR, KL_FACTOR, SHARE, STRENGTH, V
 SHOWN = 60  # answers
 
 HOW = f"""
-Rounding makes two right sides differ, and by how much depends on the model. So it is measured: random errors, as large
-as each side's formats make them, are put into every layer of the model that runs here, on the positions that are
-compared. The KL may be {KL_FACTOR:g} times their mean, a single difference {FACTOR:g} times their largest.
+Rounding makes two correct sides differ, and by how much depends on the model. So it is measured: random errors, as
+large as each side's formats make them, are put into every layer of the model that runs here, at the positions that are
+compared. The KL may be {KL_FACTOR:g} times their mean, and a single difference {FACTOR:g} times their largest.
 
 Where two answers part, each side chose its token by some margin. Both margins together say how far the odds of the two
-tokens moved from one side to the other. A move that rounding makes, too, is a *near tie* and no fault.
+tokens moved from one side to the other. A move that rounding could make is a *near tie*, not a fault.
 
 A coarse type could explain anything, so the adapter's own effect is measured on the same positions. The difference may
-be {SHARE:.0%} of it at most, and the other side must carry all of the change but {STRENGTH:.0%}: rounding has no
-direction, a lost scale has.
+be at most {SHARE:.0%} of it, and the other side may lose at most {STRENGTH:.0%} of the change: rounding has no
+direction, but a lost scale has.
 """
 
 
 def write_page(result: Verification, path: Path) -> None:
-    """The page as a file. Raises RunError when the disk refuses."""
+    """Write the page to a file. Raises RunError if it can't be written."""
     write(page_of(result), path)
 
 
@@ -64,21 +64,25 @@ def _facts(result: Verification) -> Block:
     total, allowed = len(result.rows), result.tolerance
     facts = [
         Fact("Prompts that differ", result.count("prompt"), f"of {total}"),
-        Fact("Same answers", result.count("same"), f"of {total}, {result.count('near tie')} more part at a near tie"),
+        Fact(
+            "Same answers",
+            result.count("same"),
+            f"of {total}, {result.count('near tie')} more differ only at a near tie",
+        ),
     ]
     if result.kl is not None:
         facts.append(Fact("KL, nats per token", result.kl, f"allowed {allowed.kl:.2g}"))
         facts.append(Fact("Largest difference", result.largest, f"of a log-probability; allowed {allowed.largest:.2g}"))
     if result.effect is not None:
         facts.append(Fact("The adapter changes", result.effect.kl, "nats per token"))
-        facts.append(Fact("Carried by the other", f"{1 - result.effect.strength:.1%}", "of that change"))
+        facts.append(Fact("Carried over to the other side", f"{1 - result.effect.strength:.1%}", "of that change"))
     return Facts(facts)
 
 
 def _answers(result: Verification) -> list[Block]:
     parted = [row for row in result.rows if row.parting is not None]
     if not parted:
-        return [Text("None: all answers are the same, token by token.")]
+        return [Text("None: all answers are the same, token for token.")]
     blocks: list[Block] = []
     for row in sorted(parted, key=lambda row: row.near_tie)[:SHOWN]:
         kind = "A near tie" if row.near_tie else "Different" if row.same_prompt is not False else "Another prompt"
@@ -93,11 +97,11 @@ def _formats(result: Verification) -> Block:
         [name, described(numbers.weights), ", ".join(map(described, numbers.activations)), numbers.why]
         for name, numbers in zip((result.a, result.b), result.numbers, strict=True)
     ]
-    return Table(["Side", "Weights, against the trained", "What flows", "How it is known"], rows)
+    return Table(["Side", "Weights, relative to the trained ones", "Activations", "How it is known"], rows)
 
 
 def _all(result: Verification) -> Block:
-    words = {True: "same", False: "differs", None: "not known"}
+    words = {True: "same", False: "differs", None: "unknown"}
     rows = [
         [
             row.origin,

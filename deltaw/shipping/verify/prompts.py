@@ -5,8 +5,8 @@
     neither          the first words of the built-in passages of general text, every other one as a chat where the
                      adapter wasn't trained on plain prompts
 
-Of a completion row the prompt as it is, of a chat what stands before its last answer, of a text its first half. A row
-whose text names a control token is left out: deltaw takes that as characters, servers take it as the token.
+A completion row gives its prompt as it is, a chat everything before its last answer, a text its first half. A row whose
+text contains a control token is left out: deltaw reads it as characters, servers read it as the token.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ from deltaw.shipping.verify.sides.side import Prompt
 from deltaw.show.progress import Display
 
 GENERAL, FIRST_WORDS = "builtin:general", 24
-MOST_CHARACTERS = 6_000  # of a prompt: a comparison needs no long ones, and servers have small contexts
+MOST_CHARACTERS = 6_000  # of a prompt: a comparison doesn't need long ones, and servers have small contexts
 
 
 def held_out_prompts(config: RunConfig, renderer: Renderer, count: int, display: Display) -> list[Prompt]:
-    """`count` of a run's held-out rows. Raises InputError where it held none out."""
+    """`count` of a run's held-out rows. Raises InputError if it held none out."""
     data = config.data
     if data.eval is None:
-        raise InputError("this run held no rows out, so there is nothing to ask", fix="give a file: --data")
+        raise InputError("this run held no rows out, so there is nothing to ask", fix="name a file with --data")
     with display.task("reading held-out rows", 1) as progress:
         origins = [row.origin for row in prepare_held_out(data, renderer) if not row.names]
         source = data.eval if isinstance(data.eval, str) else data.train
@@ -40,13 +40,13 @@ def held_out_prompts(config: RunConfig, renderer: Renderer, count: int, display:
 
 
 def file_prompts(source: str, count: int, renderers: Sequence[Renderer], display: Display) -> list[Prompt]:
-    """`count` rows of a data file; of those that name a control token of one of `renderers`, none."""
+    """`count` rows of a data file, without those that contain a control token of one of `renderers`."""
     prompts = prompts_of(source, DataConfig(train=source))
     alike = [one for one in prompts if not any(renderer.controls(str(one.content)) for renderer in renderers)]
     if len(alike) < len(prompts):
-        display.say(f"{source}: {len(prompts) - len(alike)} rows that name a control token aren't asked")
+        display.say(f"{source}: {len(prompts) - len(alike)} rows contain a control token and aren't asked")
         if not alike:
-            raise InputError(f"{source}: all its rows name a control token", fix="give another file: --data")
+            raise InputError(f"{source}: all its rows contain a control token", fix="name another file with --data")
     return _chosen(alike, count, source)
 
 
@@ -62,11 +62,11 @@ def general_prompts(count: int, *, chats: bool) -> list[Prompt]:
 
 
 def prompts_of(source: str, data: DataConfig, only: set[str] | None = None) -> list[Prompt]:
-    """What the rows of `source` ask, those of `only` where it is given; a row that asks nothing is left out."""
+    """The prompts of the rows of `source` (only those whose origin is in `only`, if given); empty ones are left out."""
     rows, problems = read_rows(source)
     if not rows:
         unreadable = f" that can be read:\n{listed([str(problem) for problem in problems])}" if problems else ""
-        raise InputError(f"{source}: no rows in it{unreadable}", fix="give another file: --data")
+        raise InputError(f"{source} has no rows{unreadable}", fix="name another file with --data")
     form = detect_form(rows, data.form)
     prompts = []
     for row in rows:
@@ -98,7 +98,7 @@ def _chosen(prompts: Sequence[Prompt], count: int, source: str) -> list[Prompt]:
     chosen = spread(prompts, count)
     if not chosen:
         raise InputError(
-            f"{source}: none of its rows asks anything in at most {MOST_CHARACTERS:,} characters",
-            fix="give another file: --data",
+            f"{source}: none of its rows has a prompt of at most {MOST_CHARACTERS:,} characters",
+            fix="name another file with --data",
         )
     return chosen

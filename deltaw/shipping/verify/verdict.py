@@ -1,20 +1,20 @@
-"""Whether two sides answer alike: what was seen, what was allowed, and the reasons where they don't.
+"""Whether two sides answer alike: what was measured, what is allowed, and why they don't, if they don't.
 
 The tolerance has three parts, each measured on the positions that are compared:
 
-    rounding    two right sides differ by rounding, and noise.py measures by how much in a few draws. Allowed are
-                KL_FACTOR times their mean KL, FACTOR times their largest difference. On SmolLM2 with a rank-16
-                adapter llama.cpp was 1.1 times the mean draw away, a wrong permutation 90 times, a single dropped
+    rounding    two correct sides differ by rounding; noise.py measures by how much, in a few draws. Allowed are
+                KL_FACTOR times their mean KL and FACTOR times their largest difference. On SmolLM2 with a rank-16
+                adapter, llama.cpp was 1.1 times the mean draw away, a wrong permutation 90 times, a single dropped
                 module of the last layer 14 times (docs/log.md)
-    effect      a rounding may be so coarse that everything passes. So the difference may be no more than SHARE of what
+    effect      rounding may be so coarse that everything passes. So the difference may be at most SHARE of what
                 the adapter itself changes, KL(adapted ‖ base) on the same positions
-    strength    t, how far the other side has moved back to the base along what the adapter changes: 0 for a right side,
-                1 for one without the adapter. It is the least squares of log B − log A on log base − log A, both
+    strength    t, how far the other side has moved back to the base along what the adapter changes: 0 for a correct
+                side, 1 for one without the adapter. It is the least squares of log B − log A on log base − log A, both
                 centred, each token weighted by the mean of A's and the base's probability. Rounding has no direction,
-                so |t| stays small under any; a lost scale moves it to 0.2 and more. Allowed is STRENGTH
+                so |t| stays small under any type; a lost scale moves it to 0.2 and more. STRENGTH is allowed
 
-Where no side runs here nothing can be measured, and the tolerance is ASSUMED from the formats alone: 16 times what was
-measured on SmolLM2, where KL is 30 ε² for errors of relative size ε. It is said so.
+If neither side runs here, nothing can be measured, and the tolerance is ASSUMED from the formats alone: 16 times what
+was measured on SmolLM2, where KL is 30 ε² for errors of relative size ε. The verdict then says so.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from deltaw.shipping.verify.sides.side import Logs, Numbers
 
 KL_FACTOR, FACTOR = 6.0, 2.5
 SHARE, STRENGTH = 0.25, 0.15
-NO_EFFECT = 1e-6  # nats: an adapter that changes nothing here
+NO_EFFECT = 1e-6  # nats: an adapter that changes less changes nothing here
 FLOOR = (1e-6, 1e-3)  # KL and single differences that a server's float32 log-probabilities leave
 ASSUMED = (400.0, 700.0, 360.0)  # allowed KL / ε², largest / ε, gap / ε
 
@@ -37,7 +37,7 @@ ASSUMED = (400.0, 700.0, 360.0)  # allowed KL / ε², largest / ε, gap / ε
 @dataclass(frozen=True)
 class Tolerance:
     """What is allowed: KL in nats per position, the largest difference of a log-probability, the gap of a near tie.
-    `draws`: the KL of each draw of rounding, none where it was assumed."""
+    `draws`: the KL of each draw of rounding, empty if it was assumed."""
 
     kl: float
     largest: float
@@ -52,7 +52,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Effect:
-    """What the adapter changes: KL(adapted ‖ base), the difference's share of it, and t of this file's head."""
+    """What the adapter changes: KL(adapted ‖ base), the difference's share of it, and t (top of this file)."""
 
     kl: float
     share: float
@@ -61,8 +61,8 @@ class Effect:
 
 @dataclass(frozen=True)
 class Compared:
-    """One prompt: what was asked, what each side said, where their prompts and answers part. `near_tie`: whether that
-    is rounding's doing."""
+    """One prompt: what was asked, what each side answered, where their prompts and answers part. `near_tie`: whether
+    rounding explains it."""
 
     origin: str
     prompt: str
@@ -81,7 +81,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Verification:
-    """The verdict on two sides, with what it rests on. `kl` and `largest` are None where no numbers could be had."""
+    """The verdict on two sides, and what it rests on. `kl` and `largest` are None without log-probabilities."""
 
     a: str
     b: str
@@ -100,7 +100,7 @@ class Verification:
         return not self.reasons
 
     def count(self, what: str) -> int:
-        """Of rows: "same", "near tie" or "different" answers, or "prompt" for prompts that differ."""
+        """How many rows have "same", "near tie" or "different" answers, or, for "prompt", prompts that differ."""
         kinds = {
             "same": lambda row: row.parting is None,
             "near tie": lambda row: row.parting is not None and row.near_tie,
@@ -110,7 +110,7 @@ class Verification:
         return sum(map(kinds[what], self.rows))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, whole."""
+        """The whole verification as plain values."""
         return {
             "agree": self.agree,
             "a": self.a,
@@ -133,7 +133,7 @@ class Verification:
         }
 
     def text(self) -> str:
-        """The verdict, why, and where, in a few lines."""
+        """The verdict and its reasons, in a few lines."""
         total = len(self.rows)
         lines = [f"{'AGREE' if self.agree else 'DIFFERENT'}: {self.a}  and  {self.b}"]
         lines += [f"  {'because' if n == 0 else '    and'} {reason}" for n, reason in enumerate(self.reasons)]
@@ -174,7 +174,7 @@ def measured(
     kls = tuple(one.kl for one in apart)
     why = (
         f"rounding errors of {_formats(sides)} put into the model {len(draws)} times moved it by KL {min(kls):.2g} to "
-        f"{max(kls):.2g}; allowed is {KL_FACTOR:g} times their mean, and {FACTOR:g} times the largest single difference"
+        f"{max(kls):.2g}; allowed: {KL_FACTOR:g} times their mean, and {FACTOR:g} times the largest single difference"
     )
     kl, largest, gap = KL_FACTOR * sum(kls) / len(kls), FACTOR * max(one.largest for one in apart), FACTOR * moved
     if any(chosen is not None for chosen in ids):
@@ -189,7 +189,7 @@ def assumed(sides: Sequence[Numbers]) -> Tolerance:
     kl = max(ASSUMED[0] * size**2, FLOOR[0])
     largest, gap = (max(factor * size, FLOOR[1]) for factor in ASSUMED[1:])
     what = _formats(sides)
-    return Tolerance(kl, largest, gap, (), f"neither side runs here, so what rounding does is assumed for {what}")
+    return Tolerance(kl, largest, gap, (), f"neither side runs here, so the effect of rounding is assumed for {what}")
 
 
 def effect_of(a: Sequence[Logs], b: Sequence[Logs], base: Sequence[Logs], kl: float) -> Effect:
@@ -199,7 +199,7 @@ def effect_of(a: Sequence[Logs], b: Sequence[Logs], base: Sequence[Logs], kl: fl
 
 
 def strength(a: Sequence[Logs], b: Sequence[Logs], base: Sequence[Logs]) -> float:
-    """t of this file's head."""
+    """t (top of this file)."""
     above, below = 0.0, 0.0
     for logs_a, logs_b, logs_base in zip(a, b, base, strict=True):
         ids_PK = logs_b.ids_PK
@@ -228,8 +228,8 @@ def reasons_of(
     effect: Effect | None,
     stops: str = "",
 ) -> list[str]:
-    """Why two sides don't answer alike, the likeliest cause first; nothing when they do. `stops`: how the tokens differ
-    at which their answers end, which few short answers show."""
+    """Why two sides don't answer alike, the likeliest cause first; empty if they do. `stops`: how their stop tokens
+    differ, which few short answers show."""
     reasons = []
     if wrong := [row for row in rows if row.same_prompt is False]:
         reasons.append(
@@ -237,11 +237,11 @@ def reasons_of(
             f"{wrong[0].prompt_parting}"
         )
     if stops:
-        reasons.append(f"answers end at other tokens: {stops}")
+        reasons.append(f"answers end at different tokens: {stops}")
     acting = effect is not None and effect.kl > NO_EFFECT
     if kl is not None and effect is not None and acting:
         if kl > allowed.kl and effect.strength > 0.9:
-            reasons.append("the other side answers as the base does without the adapter: it isn't applied there")
+            reasons.append("the other side answers like the base without the adapter: it isn't applied there")
         elif abs(effect.strength) > STRENGTH:
             way = (
                 ("has a scale been lost, or have modules been left out?")
@@ -250,24 +250,24 @@ def reasons_of(
             )
             reasons.append(f"the other side carries {1 - effect.strength:.0%} of what the adapter changes: {way}")
     if kl is not None and kl > allowed.kl:
-        cause = "" if reasons else ": are rows permuted, modules left out, or is it another base?"
+        cause = "" if reasons else ": are rows in the wrong order, modules left out, or is it another base?"
         reasons.append(f"KL {kl:.2g} nats per token is more than rounding explains ({allowed.kl:.2g}){cause}")
     elif kl is not None and effect is not None and acting and effect.share > SHARE:
         reasons.append(
-            f"rounding explains it, but the difference is {_percent(effect.share)} of what the adapter changes: too "
-            "coarse a type for this adapter, or prompts on which it does too little"
+            f"rounding explains the difference, but that is {_percent(effect.share)} of what the adapter changes: the "
+            "type is too coarse for this adapter, or the adapter does too little on these prompts"
         )
     if largest is not None and largest > allowed.largest:
-        reasons.append(f"a log-probability differs by {largest:.2g}, but rounding explains up to {allowed.largest:.2g}")
-    if other := [row for row in rows if row.differs and row.same_prompt is not False]:
         reasons.append(
-            f"{len(other)} of {len(rows)} answers differ where it isn't a near tie: {other[0].parting_words}"
+            f"a log-probability differs by {largest:.2g}, but rounding explains only up to {allowed.largest:.2g}"
         )
+    if other := [row for row in rows if row.differs and row.same_prompt is not False]:
+        reasons.append(f"{len(other)} of {len(rows)} answers differ, and not at a near tie: {other[0].parting_words}")
     return reasons
 
 
 def _formats(sides: Sequence[Numbers]) -> str:
-    """What rounds anything, in words; exact numbers only where there are no others."""
+    """The formats that round, in words; exact ones only if there are no others."""
     names = dict.fromkeys(name for side in sides for name in (side.weights, *side.activations))
     return " and ".join(described(name) for name in [name for name in names if not exact(name)] or names)
 
