@@ -310,7 +310,7 @@ def test_mixed_ranks_and_alphas_are_named() -> None:
 
 
 def test_a_module_too_narrow_for_the_largest_rank_is_named() -> None:
-    with pytest.raises(InputError, match=r"h\.0\.q has no room for rank 6, at most 5\nresize to rank 5"):
+    with pytest.raises(InputError, match=r"h\.0\.q has no room for rank 6; the most is 5\nresize to rank 5"):
         pad_all(drawn(AdapterSpec(rank=2, rank_overrides={"up": 6})))
 
 

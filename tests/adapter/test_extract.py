@@ -184,7 +184,7 @@ def test_adapters_with_nothing_to_extract_are_refused() -> None:
     full = Adapter(AdapterSpec(full=True), {"a": Dense(torch.zeros(4, 3))})
     with pytest.raises(InputError, match="changes nothing"):
         extract_adapter(full, rank=1)
-    with pytest.raises(InputError, match="rank 4 is more than any of the modules can have, 3"):
+    with pytest.raises(InputError, match="rank 4 is more than any of the modules can have \(3\)"):
         extract_adapter(full, rank=4)
 
 
@@ -454,5 +454,5 @@ def test_sizes_are_refused_before_a_weight_is_read(tmp_path: Path) -> None:
     model = tiny_llama()
     model.save_pretrained(tmp_path / "base")
     tune(model).save_pretrained(tmp_path / "tuned")
-    assert "rank 17 is more than any of the modules can have, 16" in refusal(tmp_path, rank=17)
+    assert "rank 17 is more than any of the modules can have (16)" in refusal(tmp_path, rank=17)
     assert "not 1.5" in refusal(tmp_path, energy=1.5)
