@@ -42,6 +42,7 @@ from deltaw.base.fingerprint import describe
 from deltaw.errors import InputError, listed
 from deltaw.factors import LowRank
 from deltaw.show.progress import Progress, unseen
+from deltaw.show.text import counted
 
 METHODS = ("linear", "ties", "dare")
 DENSITY = 0.5  # of entries kept; TIES's authors take 0.2, for full fine-tuning
@@ -167,7 +168,10 @@ def _check(
     if not adapters:
         raise InputError("no adapters to combine")
     if len(weights) != len(adapters):
-        raise InputError(f"{len(adapters)} adapters but {len(weights)} weights", fix="give one weight per adapter")
+        raise InputError(
+            f"{counted(len(adapters), 'adapter')} but {counted(len(weights), 'weight')}",
+            fix="give one weight per adapter",
+        )
     if wrong := [weight for weight in weights if not math.isfinite(weight)]:
         raise InputError(f"a weight must be a finite number, not {wrong[0]}")
     if method not in METHODS:

@@ -36,6 +36,7 @@ from deltaw.files.atomic import write_text_atomic
 from deltaw.files.safetensors import load_safetensors, save_safetensors
 from deltaw.files.strict_json import read_json
 from deltaw.kinds import Dense
+from deltaw.show.text import counted
 from deltaw.updates import Update
 from deltaw.version import VERSION
 
@@ -146,8 +147,9 @@ class Adapter:
         newer = f"{by_weight} of them are named by their weights, which PEFT reads from 0.17 on.\n" if by_weight else ""
         return (
             f"# {'DoRA' if self.spec.magnitude else 'LoRA'} adapter for {base}\n\n"
-            f"Rank {self.spec.rank}, alpha {self.spec.alpha:g}, {len(self.factors)} modules, "
-            f"{self.parameters:,} parameters. Made by deltaw {VERSION}; `deltaw export` writes it for other programs, "
+            f"Rank {self.spec.rank}, alpha {self.spec.alpha:g}, {counted(len(self.factors), 'module')}, "
+            f"{counted(self.parameters, 'parameter')}. Made by deltaw {VERSION}; `deltaw export` writes it for "
+            "other programs, "
             f"with a card that says how it was trained.\n{newer}"
         )
 

@@ -59,7 +59,7 @@ def initialise_from_data(
     with display.task(f"init {attached.spec.init}", len(groups) * len(batches)) as progress:
         for number, group in enumerate(groups):
             sums = {paths[index]: kind(attached.layers[paths[index]].base) for index in group}
-            hooks = [attached.layers[path].base.register_forward_hook(held.watch) for path, held in sums.items()]
+            hooks = [attached.layers[path].base.register_forward_hook(total.watch) for path, total in sums.items()]
             hooks += [_leaf(attached.model)] if kind is _Gradient else []
             try:
                 for done, batch in enumerate(batches, 1 + number * len(batches)):

@@ -11,6 +11,7 @@ from deltaw.analysis.compare import Comparison
 from deltaw.analysis.maps import layer_map
 from deltaw.analysis.page import Block, Cell, Fact, Facts, Page, Picture, Section, Table, Text, evenly, number
 from deltaw.analysis.words import KINDS, kinds_of, short, title
+from deltaw.show.text import counted
 
 SHOWN, ROWS = 20, 300  # directions of a picture, modules of the table: a page must not grow with the adapters
 
@@ -63,7 +64,7 @@ def in_words(comparison: Comparison, one: str, other: str) -> list[str]:
         return [f"One of {one} and {other} is zero in every module, so there is nothing to compare."]
     middle = comparison.medians
     norms = f"{comparison.frobenius[0]:.3g} and {comparison.frobenius[1]:.3g}"
-    over = f"Over {len(comparison.modules)} modules the updates have a cosine of {comparison.cosine:.3f}"
+    over = f"Over {counted(len(comparison.modules), 'module')} the updates have a cosine of {comparison.cosine:.3f}"
     lines = [f"{over}; ‖ΔW‖ is {norms}."]
     if (top := middle.get("right_phi_1")) is not None:
         chance = top - (middle.get("right_excess_1") or 0.0)
@@ -80,7 +81,7 @@ def in_words(comparison: Comparison, one: str, other: str) -> list[str]:
 def _facts(comparison: Comparison) -> list[Fact]:
     middle = comparison.medians
     facts = [
-        Fact("cosine of the updates", comparison.cosine, f"over {len(comparison.modules)} modules"),
+        Fact("cosine of the updates", comparison.cosine, f"over {counted(len(comparison.modules), 'module')}"),
         Fact("distance", comparison.distance, "‖ΔW₁ − ΔW₂‖ over ‖ΔW₁‖"),
     ]
     for pair, label in (("1", "first directions"), ("4", "first four"), ("last", "all directions")):

@@ -67,21 +67,21 @@ def read_matrix(name: str, display: Display = QUIET) -> Matrix:
     finite real numbers, more than 20 GB as float32.
     """
     if match := re.fullmatch(r"(.+?\.safetensors)(?::(.*))?", name, re.DOTALL):
-        found = _safetensors(_file(match[1]), match[2] or "")
+        matrix = _safetensors(_file(match[1]), match[2] or "")
     elif name.endswith(".npy"):
-        found = _npy(_file(name))
+        matrix = _npy(_file(name))
     elif name.endswith(".csv"):
-        found = _csv(_file(name))
+        matrix = _csv(_file(name))
     else:
-        found = _of_base(name, display)
-    bad = ~torch.isfinite(found.x_MN)
+        matrix = _of_base(name, display)
+    bad = ~torch.isfinite(matrix.x_MN)
     if bad.any():
         row, column = (int(place) for place in bad.nonzero()[0])
-        value = float(found.x_MN[row, column])
+        value = float(matrix.x_MN[row, column])
         raise InputError(
             f"{name}: row {row + 1}, column {column + 1} is {value}; {int(bad.sum()):,} entries aren't finite"
         )
-    return found
+    return matrix
 
 
 def _of_floats(x_MN: Tensor, stored: torch.dtype, source: str) -> Matrix:
@@ -122,8 +122,8 @@ def _of_integers(x_MN: numpy.ndarray, source: str) -> Matrix:
 
 def _integers(x_MN: Tensor, source: str, rows: list[list[int]] | None, exact: bool) -> Matrix:
     """`rows`: the entries of a small matrix; `exact`: float64 has them, too."""
-    said = "" if rows or exact else ", integers above 2⁵³ rounded to float64"
-    return Matrix(x_MN, source + said, Rounding(INTEGERS), rows)
+    note = "" if rows or exact else ", integers above 2⁵³ rounded to float64"
+    return Matrix(x_MN, source + note, Rounding(INTEGERS), rows)
 
 
 def _file(name: str) -> Path:
@@ -135,10 +135,10 @@ def _file(name: str) -> Path:
 
 def _near(name: str) -> str:
     """What to do about a file that isn't there."""
-    path, there = Path(name).expanduser(), []
+    path, names = Path(name).expanduser(), []
     with contextlib.suppress(OSError, ValueError):
-        there = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
-    near = difflib.get_close_matches(path.name, there, n=2, cutoff=0.6)
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
+    near = difflib.get_close_matches(path.name, names, n=2, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else FORMS
 
 
@@ -184,9 +184,11 @@ def _csv(path: Path) -> Matrix:
                 continue
             for cell, value in zip(cells, row, strict=True):
                 if value is None or not math.isfinite(value):
-                    said = f"{cell!r:.60} isn't a finite number" if cell else f"cell {cells.index(cell) + 1} is empty"
+                    problem = (
+                        f"{cell!r:.60} isn't a finite number" if cell else f"cell {cells.index(cell) + 1} is empty"
+                    )
                     fix = "write numbers with a decimal point; only the first line may hold names"
-                    raise InputError(f"{path}, line {number}: {said}", fix=fix)
+                    raise InputError(f"{path}, line {number}: {problem}", fix=fix)
                 places[_decimals(cell)] += value != 0
                 if abs(value) >= EXACT and (whole := _integer(cell)) is not None:
                     large[len(values)] = whole

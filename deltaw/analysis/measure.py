@@ -218,10 +218,10 @@ class _Directions:
         """[J]: the largest |cosine| of each column with a left vector of X."""
         m, n = self.x_MN.shape
         if m <= n or not self.exact:
-            found = u_MJ.T @ self.smaller
+            cosines_LJ = u_MJ.T @ self.smaller
         else:  # u_i = X v_i / σ_i, without forming all of them
-            found = (u_MJ.T @ self.x_MN) @ self.smaller / self.sigma_K[: self.smaller.shape[1]]
-        return found.abs().amax(1) if found.shape[1] else found.new_zeros(len(found))
+            cosines_LJ = (u_MJ.T @ self.x_MN) @ self.smaller / self.sigma_K[: self.smaller.shape[1]]
+        return cosines_LJ.abs().amax(1) if cosines_LJ.shape[1] else cosines_LJ.new_zeros(len(cosines_LJ))
 
 
 def _directions(x_MN: Tensor, p: int, sketch: int) -> _Directions:

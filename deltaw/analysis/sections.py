@@ -30,6 +30,7 @@ from deltaw.analysis.page import (
 from deltaw.analysis.summary import noise_of
 from deltaw.analysis.training import ANSWER, Metrics, Training
 from deltaw.analysis.words import columns_of, gist
+from deltaw.show.text import counted
 
 LOSSES = {"training": "loss", "held out": "eval_loss"}
 ROWS, FIGURES, INDICES = 300, 40, 64  # in a table of the page; a page must not grow with the run
@@ -61,7 +62,7 @@ points along `ΔW`; the *noise* that rounding adds points everywhere and is give
 def in_short(measures: Mapping[str, Measures], summary: Mapping[str, Any], training: Training | None) -> Section:
     """The headline numbers, and the main results in sentences."""
     used = [m for m in measures.values() if m.numerical_rank]
-    facts = [Fact("parameters trained", summary["parameters"], f"in {summary['modules']} modules")]
+    facts = [Fact("parameters trained", summary["parameters"], f"in {counted(summary['modules'], 'module')}")]
     if used:
         middle = median(m.energy_rank for m in used)
         middle = int(middle) if middle == int(middle) else middle
@@ -141,7 +142,7 @@ def _curve(metrics: Metrics) -> list[Block]:
     caption = f"{some}; all of them: `metrics.jsonl`, `deltaw inspect --json`" if len(shown) < len(steps) else ""
     table = Table(["step", "loss", "learning rate", "gradient norm"], rows, caption)
     svg = pictures.lines(series, x_label="step", y_label="loss, nats per token")
-    return [Picture(svg, "Loss by step.", f"Training loss over {len(steps)} steps", table)]
+    return [Picture(svg, "Loss by step.", f"Training loss over {counted(len(steps), 'step')}", table)]
 
 
 def _before_after(result: Mapping[str, Any]) -> list[Block]:

@@ -140,7 +140,7 @@ def _tidied(element: ElementTree.Element, names: Mapping[str, str]) -> list[Elem
 
 
 def _attributes(element: ElementTree.Element, names: Mapping[str, str]) -> dict[str, str]:
-    kept = {}
+    attributes = {}
     for key, value in element.attrib.items():
         if key == "id" and value == HALO:
             key, value = "style", "paint-order:stroke;stroke:var(--paper,Canvas);stroke-width:3px;stroke-linejoin:round"
@@ -158,8 +158,8 @@ def _attributes(element: ElementTree.Element, names: Mapping[str, str]) -> dict[
         else:
             value = _rounded(value)
         if value:
-            kept[key] = value
-    return kept
+            attributes[key] = value
+    return attributes
 
 
 def _rounded(numbers: str) -> str:

@@ -88,8 +88,10 @@ def _sound(raw: Mapping[str, Any], fault: Fault) -> Iterator[tuple[str, Any]]:
         yield "form", form
     if (evaluation := _object(raw, "eval", fault)) is not None:
         sides = {side: _object(evaluation, side, fault) for side in ("before", "after")}
-        known = {side: found for side, found in sides.items() if found is not None}
-        figures = {side: _numbers(found, tuple(found), f"eval.{side}.", fault) for side, found in known.items()}
+        known = {side: figures_of for side, figures_of in sides.items() if figures_of is not None}
+        figures = {
+            side: _numbers(figures_of, tuple(figures_of), f"eval.{side}.", fault) for side, figures_of in known.items()
+        }
         yield "eval", {**figures, **_numbers(evaluation, ("rows",), "eval.", fault)}
     if lost := _object(raw, "forgetting", fault):
         named = {"source": lost["source"]} if isinstance(lost.get("source"), str) else {}
@@ -110,13 +112,13 @@ def _answers(raw: Any, fault: Fault) -> list[dict[str, str | None]]:
 
 
 def _numbers(raw: Mapping[str, Any], names: tuple[str, ...], where: str, fault: Fault) -> dict[str, float]:
-    found = {}
+    figures = {}
     for name in names:
         if is_number(value := raw.get(name)) and math.isfinite(value):
-            found[name] = value
+            figures[name] = value
         elif value is not None:
             fault(f"{where}{name if name.isprintable() else repr(name)}"[:60])
-    return found
+    return figures
 
 
 def _object(raw: Mapping[str, Any], name: str, fault: Fault) -> Mapping[str, Any] | None:

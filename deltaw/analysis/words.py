@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from deltaw.analysis.measure import Measures
+from deltaw.show.text import counted
 
 KINDS = 16  # columns of a map
 ORDER = (
@@ -79,7 +80,7 @@ def gist(measures: Mapping[str, Measures], summary: Mapping[str, Any]) -> list[s
     ranks = sorted({m.rank for m in used})
     available = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     middle = median(m.energy_rank for m in used)
-    size = f"{summary['modules']} modules, {summary['parameters']:,} parameters."
+    size = f"{counted(summary['modules'], 'module')}, {counted(summary['parameters'], 'parameter')}."
     half = f"Half of the modules hold 90 % of the energy ‖ΔW‖² in {middle:g} or fewer of {available} directions"
     paragraphs = [f"{size} {half}; energy doesn't say what the others do for the task."]
     if "relative" in summary:

@@ -102,19 +102,19 @@ class _Below(StandIn):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own."""
-        kept = self.passing.current.below
-        if kept is None:
+        hidden = self.passing.current.below
+        if hidden is None:
             return self.original(hidden_states, *args, **kwargs)
-        return kept.view_as(hidden_states) if self.last else hidden_states
+        return hidden.view_as(hidden_states) if self.last else hidden_states
 
 
 def lowest_layer(paths: Sequence[str]) -> tuple[str, int] | None:
     """("model.layers", 22) for modules none of which lies below layer 22; None where they aren't numbered layers."""
-    found = [re.match(r"(.*?)\.(\d+)\.", path) for path in paths]
-    lists = {match.group(1) if match else None for match in found}
+    matches = [re.match(r"(.*?)\.(\d+)\.", path) for path in paths]
+    lists = {match.group(1) if match else None for match in matches}
     if len(lists) != 1 or None in lists:
         return None
-    return str(lists.pop()), min(int(match.group(2)) for match in found if match)
+    return str(lists.pop()), min(int(match.group(2)) for match in matches if match)
 
 
 def _documents(batch: Batch) -> list[tuple[bytes, int, int]]:

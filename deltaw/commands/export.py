@@ -20,6 +20,7 @@ from deltaw.shipping.target import check_output, target
 from deltaw.shipping.trained import open_trained
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
+from deltaw.show.text import counted
 
 MERGED = "merged"  # after the name of a destination that has a form for the whole model
 DESTINATIONS = {
@@ -64,7 +65,7 @@ def export_named(
             str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()
         }
     data: dict[str, Any] = {**written.more, "output": output, "to": to, "files": files, "pushed": None}
-    lines = [f"{output}: {sum(files.values()):,} bytes, {len(files)} files", *written.lines]
+    lines = [f"{output}: {sum(files.values()):,} bytes, {counted(len(files), 'file')}", *written.lines]
     if hub:
         if REPORT in files:
             display.say(f"{REPORT} goes along, which shows rows of the data")

@@ -16,6 +16,7 @@ from deltaw.adapter.file import Adapter
 from deltaw.files.atomic import write_text_atomic
 from deltaw.named import template_beside
 from deltaw.show.result import Result
+from deltaw.show.text import counted
 
 WORST = 5  # modules shown
 
@@ -54,7 +55,7 @@ def saved(made: Made, folder: Path, before: Adapter | None, source: str = "") ->
 def _head(made: Made, folder: Path, ranks: Sequence[int], before: Adapter | None) -> list[str]:
     rank = f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
     was = f" (before: {before.parameters:,})" if before else ""
-    return [f"{folder}: {len(ranks)} modules, {rank}, {made.adapter.parameters:,} parameters{was}"]
+    return [f"{folder}: {counted(len(ranks), 'module')}, {rank}, {counted(made.adapter.parameters, 'parameter')}{was}"]
 
 
 def _lost(losses: Sequence[Loss]) -> list[str]:

@@ -24,6 +24,7 @@ from deltaw.shipping.target import check_output, target
 from deltaw.shipping.trained import open_trained
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
+from deltaw.show.text import counted
 
 DTYPES = ("bfloat16", "float16", "float32")
 MILLION = 1_000_000
@@ -74,7 +75,7 @@ def merge_named(
         "warning": warning,
         "files": files,
     }
-    return Result(data, f"{output}: a model in {word}, {sum(files.values()):,} bytes, {len(files)} files")
+    return Result(data, f"{output}: a model in {word}, {sum(files.values()):,} bytes, {counted(len(files), 'file')}")
 
 
 def _write_weights(
@@ -90,7 +91,7 @@ def _write_weights(
 def _planned(plan: MergePlan, word: str) -> list[str]:
     fates = dict(counts(plan))
     lines = [
-        f"plan: {len(plan.tensors)} tensors in {len(plan.by_file)} file(s), in {word}: "
+        f"plan: {counted(len(plan.tensors), 'tensor')} in {counted(len(plan.by_file), 'file')}, in {word}: "
         f"{fates['changed']} changed, {fates['copied']} copied, {fates['untied']} untied"
     ]
     if plan.unties:

@@ -131,7 +131,7 @@ def prepare(config: DataConfig, renderer: Renderer, *, display: Display = QUIET)
             held_out = list(islice(stream, config.eval))
         train = list(islice(stream, config.limit))
         progress(len(source.rows))  # rows beyond data.limit are never looked at
-    _check(source, config, found=bool(train or held_out))
+    _check(source, config, usable=bool(train or held_out))
     if not train:
         what = (
             f"{source.name}: {len(held_out)} usable rows, and data.eval takes {config.eval}, so none is left to train "
@@ -142,7 +142,7 @@ def prepare(config: DataConfig, renderer: Renderer, *, display: Display = QUIET)
         other = _open(config.eval, config)
         with display.task("reading held-out rows", len(other.rows)) as progress:
             held_out = list(_examples(other, renderer, config, progress))
-        _check(other, config, found=bool(held_out))
+        _check(other, config, usable=bool(held_out))
         sources.append(other)
     chat = isinstance(source.form.normalise(source.rows[train[0][0]]), Chat)
     parts = _in_file_order(train), _in_file_order(held_out)
@@ -156,7 +156,7 @@ def prepare_held_out(config: DataConfig, renderer: Renderer) -> list[Example]:
     if isinstance(config.eval, str):
         source = _open(config.eval, config)
         held_out = list(_examples(source, renderer, config, unseen))
-        _check(source, config, found=bool(held_out))
+        _check(source, config, usable=bool(held_out))
         return _in_file_order(held_out)
     count = config.eval or 0
     source = _open(config.train, config)
@@ -243,16 +243,16 @@ def _fit(result: Example | Rejected, source: _Source, origin: str, config: DataC
     return result.cut(config.max_length)
 
 
-def _check(source: _Source, config: DataConfig, *, found: bool) -> None:
+def _check(source: _Source, config: DataConfig, *, usable: bool) -> None:
     """Put what was left out in file order. Raises InputError when too many rows are unusable, or none is usable."""
     source.problems.sort(key=lambda problem: _place(problem.origin))
     source.too_long.sort(key=_place)
     table = listed([str(problem) for problem in source.problems])
-    if source.problems and (source.bad_share > config.bad_rows or not found):
+    if source.problems and (source.bad_share > config.bad_rows or not usable):
         what = f"{source.name}: {len(source.problems)} of {_read(source)} rows can't be used"
-        fix = ", or set data.bad_rows to the share that may be left out" if found else ": no usable row is left"
+        fix = ", or set data.bad_rows to the share that may be left out" if usable else ": no usable row is left"
         raise InputError(f"{what} ({source.form.description})\n{table}", fix=f"fix them{fix}")
-    if not found:
+    if not usable:
         lost = source.too_long_dropped + source.untrained
         what = (
             f"{source.name}: nothing to train on: all {lost} rows are longer than data.max_length {config.max_length}"
@@ -333,12 +333,12 @@ def _warnings(report: DataReport) -> list[str]:
         "training row is a copy|training rows are copies": (report.duplicates, "of another"),
         "held-out row is|held-out rows are": (report.overlap, "also trained on"),
     }
-    said = [f"{counted(count, *words.split('|'))} {what}" for words, (count, what) in lines.items() if count]
+    warnings = [f"{counted(count, *words.split('|'))} {what}" for words, (count, what) in lines.items() if count]
     if report.unused:
-        said.append(f"columns that aren't used: {_listed(report.unused)}")
+        warnings.append(f"columns that aren't used: {_listed(report.unused)}")
     if report.left_out:
-        said.append(f"the chat template leaves out: {_listed(report.left_out)}")
-    return said
+        warnings.append(f"the chat template leaves out: {_listed(report.left_out)}")
+    return warnings
 
 
 def _named(report: DataReport, names: Sequence[str], chat: bool) -> str:

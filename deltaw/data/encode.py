@@ -88,8 +88,8 @@ class Encoder:
 
     def names(self, text: str) -> list[str]:
         """The names of control tokens that a user wrote, in guarded text: one at every mark."""
-        found = (self._name.match(text[mark.start() - 1 :].replace(MARK, "")) for mark in re.finditer(MARK, text))
-        return [name[0] for name in found if name]
+        matches = (self._name.match(text[mark.start() - 1 :].replace(MARK, "")) for mark in re.finditer(MARK, text))
+        return [name[0] for name in matches if name]
 
     def name_starts(self, text: str) -> list[int]:
         """Where the names of control tokens begin in a text."""

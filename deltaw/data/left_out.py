@@ -239,8 +239,8 @@ def _verdict(row: Asked, leaves: Sequence[Leaf], unwritten: Sequence[Leaf]) -> L
 
 def _reason(row: Asked, number: int, field: str) -> str:
     role = row.messages[number].get("role")
-    said = "the answer's" if role == "assistant" else f"the {role} message's"
-    what = field.replace("messages[].", f"{said} ", 1)
+    whose = "the answer's" if role == "assistant" else f"the {role} message's"
+    what = field.replace("messages[].", f"{whose} ", 1)
     return f"message {number + 1}: the chat template doesn't write {what}; see data.template"
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from deltaw.data.dataset import DataReport, Dataset
 from deltaw.data.encode import Encoder
 from deltaw.data.example import Example
+from deltaw.show.text import counted
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -46,7 +47,7 @@ def summary(report: DataReport) -> list[str]:
     """The counts, a line each."""
     return [
         f"{report.source}: {report.form}",
-        f"{report.rows_read:,} rows read, {report.train_rows:,} to train on, {report.eval_rows:,} held out",
+        f"{counted(report.rows_read, 'row')} read, {report.train_rows:,} to train on, {report.eval_rows:,} held out",
         f"{report.tokens:,} tokens, {report.supervised_tokens:,} of them trained ({report.share:.1%}); "
         f"the longest row has {report.longest_row:,} ({report.longest_origin})",
     ]
@@ -92,7 +93,7 @@ class Marked:
         from rich.text import Text
 
         colour = console.color_system is not None and not console.no_color
-        counts = f"{len(self.example.tokens)} tokens, {int(self.example.loss_mask.sum())} trained"
+        counts = f"{counted(len(self.example.tokens), 'token')}, {int(self.example.loss_mask.sum())} trained"
         text = Text().append(f"{self.example.origin} ({counts})\n", style="bold")
         text.append_text(_marked(spans(self.example, self.tokenizer), colour))
         yield text

@@ -170,11 +170,11 @@ class Renderer:
     def header_problems(self) -> list[str]:
         """Whether servers that use the template ask the model for an answer as it is trained here."""
         header = self._chats.header if self._chats else ""
-        said = (
+        problem = (
             f"the chat template never asks for an answer: the answer is trained after {header!r}, which servers don't "
             "write"
         )
-        return [said] if header else []
+        return [problem] if header else []
 
     def _layouts(self, documents: Sequence[Document]) -> list[Layout | Rejected]:
         """How every document is cut into pieces; the chats after the template has written them all."""
@@ -212,8 +212,8 @@ class Renderer:
 
     def _opening(self, text: str) -> tuple[int, ...]:
         """What goes in front of `text`: bos, if the tokenizer has one there and the text doesn't."""
-        there = self._rendered and text.startswith(self.opening)
-        return () if there else self._bos
+        begins = self._rendered and text.startswith(self.opening)
+        return () if begins else self._bos
 
     def _stop_names(self) -> tuple[str, ...]:
         return tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)))

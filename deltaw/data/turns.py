@@ -77,10 +77,10 @@ def find_frame(texts: Sequence[str | Rejected], controls: Controls, stops: Colle
 
 
 def _closing(after: str, longer: str, controls: Controls, stops: Collection[str]) -> str:
-    found = re.fullmatch(f"(.*){USER}.*{ANSWER}(.*){NEXT}.*", longer, re.DOTALL)
-    if not found or found[2].startswith(after):
+    match = re.fullmatch(f"(.*){USER}.*{ANSWER}(.*){NEXT}.*", longer, re.DOTALL)
+    if not match or match[2].startswith(after):
         return ""
-    first, between = found.groups()
+    first, between = match.groups()
     shared = _common(after, between)
     end = len(between) - _common(first[::-1], between[::-1])
     if not 0 < end <= shared:

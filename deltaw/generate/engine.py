@@ -140,8 +140,8 @@ class Engine:
             return None
         if cache is self._slots:
             window = [row for row in window if not self._batches.crosses(row)]
-        held = self._batches.tokens + (self._slots.tokens if self._slots else 0)
-        rows = cache.first(window, TOKENS_AT_ONCE - held)
+        in_use = self._batches.tokens + (self._slots.tokens if self._slots else 0)
+        rows = cache.first(window, TOKENS_AT_ONCE - in_use)
         return (cache, rows) if rows else None
 
     def _go_on(self, rows: Sequence[Row], logits_RV: Tensor) -> None:

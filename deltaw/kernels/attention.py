@@ -110,12 +110,12 @@ class Documents:
         """The same on `device`: itself where it is there."""
         if torch.device(device) == torch.device(self.device):
             return self
-        there = copy.copy(self)
-        there.device, there._layouts = device, {}
-        there.starts_S, there.token_P, there.real_P = (
+        moved = copy.copy(self)
+        moved.device, moved._layouts = device, {}
+        moved.starts_S, moved.token_P, moved.real_P = (
             x.to(device, non_blocking=True) for x in (self.starts_S, self.token_P, self.real_P)
         )
-        return there
+        return moved
 
     def layout(self, heads: int, *, in_chunks: bool = False) -> Layout:
         """Where the rows of [T, heads] go. `in_chunks`: the documents of a group advance together, chunk by chunk."""
@@ -244,7 +244,7 @@ class _PackedAttention(torch.autograd.Function):
         k = k.reshape(T * K, E).index_select(0, keys_and_values.gather)
         v = v.reshape(T * K, E).index_select(0, keys_and_values.gather)
         o = torch.empty_like(q)
-        kept: list[Tensor] = []
+        saved: list[Tensor] = []
         for group in documents.groups:
             k_BLE, v_BLE = group.whole(k, K), group.whole(v, K)
             if scores.softcap is None:
@@ -255,8 +255,8 @@ class _PackedAttention(torch.autograd.Function):
                 p, _ = scores.probabilities(group.rows(q, H, K, rows), k_BLE[:, keys], H // K)
                 torch.baddbmm(mean_B1E, p, v_BLE[:, keys], out=group.rows(o, H, K, rows))
                 if scores.keeps(group.length, H, K, E):
-                    kept.append(p)
-        ctx.save_for_backward(q, k, v, *kept)
+                    saved.append(p)
+        ctx.save_for_backward(q, k, v, *saved)
         ctx.documents, ctx.scores, ctx.heads = documents, scores, (H, K)
         return o.index_select(0, queries.scatter)
 

@@ -22,7 +22,7 @@ from deltaw.kernels.device import on_gpu
 def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """[..., D] in x's dtype. Only x can get a gradient."""
     if not torch.is_grad_enabled():  # a Function's own cost is felt where a pass is one token
-        return _normed(x_TD, w_D, eps, offset)[0]
+        return _normed(x_TD, w_D, eps, offset, on_gpu(x_TD, x_TD.shape[-1]))[0]
     out: Tensor = _RMSNorm.apply(x_TD, w_D, eps, offset)
     return out
 
@@ -39,9 +39,9 @@ def _gain(w_D: Tensor, offset: float, wide: torch.dtype) -> Tensor:
     return w_D.to(wide) + offset if offset else w_D.to(wide)
 
 
-def _normed(x: Tensor, w_D: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+def _normed(x: Tensor, w_D: Tensor, eps: float, offset: float, gpu: bool) -> tuple[Tensor, Tensor]:
     """(y, r)."""
-    if on_gpu(x, x.shape[-1]):
+    if gpu:
         from deltaw.kernels.triton import rms_norm_forward
 
         return rms_norm_forward(x, w_D, eps, offset)
@@ -56,8 +56,8 @@ def _normed(x: Tensor, w_D: Tensor, eps: float, offset: float) -> tuple[Tensor, 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_D: Tensor, eps: float, offset: float) -> Tensor:
-        y, r_T1 = _normed(x, w_D, eps, offset)
         ctx.offset, ctx.gpu = offset, on_gpu(x, x.shape[-1])
+        y, r_T1 = _normed(x, w_D, eps, offset, ctx.gpu)
         ctx.save_for_backward(x, w_D, r_T1)
         return y
 

@@ -222,8 +222,8 @@ def _rotary_turn(
     tl.store(y_row + HALF + i, two * cos + one * sin, mask=seen)
     if REST > 0:
         j = 2 * HALF + tl.arange(0, REST)[None, :]
-        kept = (head < H) & (j < E)
-        tl.store(y_row + j, tl.load(x_row + j, mask=kept, other=0.0), mask=kept)
+        inside = (head < H) & (j < E)
+        tl.store(y_row + j, tl.load(x_row + j, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit

@@ -31,6 +31,7 @@ from deltaw.files.atomic import write_text_atomic
 from deltaw.shipping.beside import missing_stop
 from deltaw.shipping.trained import Trained
 from deltaw.shipping.usage import base_name, chats
+from deltaw.show.text import counted
 from deltaw.version import VERSION
 
 CARD, REPORT = "README.md", "report.html"
@@ -98,13 +99,13 @@ def _what(trained: Trained, form: Form) -> str:
     adapter, spec = trained.adapter, trained.adapter.spec
     modules = len(adapter.factors)
     if spec.full:
-        return f"Full fine-tuning: {modules} weights changed, {adapter.parameters:,} numbers."
+        return f"Full fine-tuning: {counted(modules, 'weight')} changed, {adapter.parameters:,} numbers."
     ranks = sorted({update.rank for update in adapter.factors.values()})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     names = sorted({path.rpartition(".")[2] for path in adapter.factors})
     kind = "DoRA" if spec.magnitude else "rsLoRA" if spec.scaling == "rslora" else "LoRA"
     where = "" if form.relation == "adapter" else ", merged into the weights"
-    size = f"{modules} modules ({', '.join(names)}), {adapter.parameters:,} parameters"
+    size = f"{counted(modules, 'module')} ({', '.join(names)}), {counted(adapter.parameters, 'parameter')}"
     return f"{kind}, {rank}, alpha {spec.alpha:g}: {size}{where}."
 
 
@@ -122,8 +123,8 @@ def _training(trained: Trained, training: Training | None) -> str:
 
 def _data(training: Training) -> Iterator[str]:
     result, data = training.result, training.config.data
-    rows = f", {result['train_rows']:,} rows" if result.get("train_rows") else ""
-    tokens = f", {result['epoch_tokens']:,} tokens" if result.get("epoch_tokens") else ""
+    rows = f", {counted(result['train_rows'], 'row')}" if result.get("train_rows") else ""
+    tokens = f", {counted(result['epoch_tokens'], 'token')}" if result.get("epoch_tokens") else ""
     yield f"data: {_public(data.train)}{rows}{tokens}"
     if form := result.get("form"):
         yield f"form: {form}"
@@ -132,9 +133,9 @@ def _data(training: Training) -> Iterator[str]:
 def _settings(training: Training) -> Iterator[str]:
     result, train = training.result, training.config.train
     epochs = f"{training.epochs:.3g} x the data" if training.epochs else ""
-    steps = f"{result['steps']:,} steps" if result.get("steps") else ""
+    steps = f"{counted(result['steps'], 'step')}" if result.get("steps") else ""
     trained_on = f" ({result['supervised_tokens']:,} of them trained on)" if result.get("supervised_tokens") else ""
-    tokens = f"{result['tokens']:,} tokens{trained_on}" if result.get("tokens") else ""
+    tokens = f"{counted(result['tokens'], 'token')}{trained_on}" if result.get("tokens") else ""
     yield "length: " + ", ".join(part for part in (epochs, steps, tokens) if part)
     yield f"learning rate: {train.lr:g}, {train.schedule}, {train.tokens_per_step:,} tokens per step"
     spec = training.config.adapter
@@ -150,10 +151,10 @@ def _figures(training: Training | None, with_report: bool) -> str:
     before, after = measured.get("before") or {}, measured.get("after") or {}
     table += [(name.replace("_", " "), _number(before.get(name)), _number(after[name])) for name in after]
     rows = measured.get("rows")
-    notes = [f"Measured on {rows:,} held-out rows."] if after and rows else []
+    notes = [f"Measured on {counted(rows, 'held-out row')}."] if after and rows else []
     if lost := training.result.get("forgetting"):
         table.append(("general text, loss", _number(lost.get("loss_before")), _number(lost.get("loss_after"))))
-        size = f"{lost['tokens']:,} tokens of " if lost.get("tokens") else ""
+        size = f"{counted(lost['tokens'], 'token')} of " if lost.get("tokens") else ""
         notes.append(f"General text: {size}{_public(lost.get('source', 'an unknown file'))}.")
     if len(table) == 2:
         return ""

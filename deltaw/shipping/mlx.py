@@ -36,6 +36,7 @@ from deltaw.shipping.peft import adapter_size, check_fits, refuse_full, remade
 from deltaw.shipping.trained import Trained
 from deltaw.shipping.usage import mlx_usage
 from deltaw.show.progress import Display
+from deltaw.show.text import counted
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 # By model type: what transformers' paths begin with, and mlx_lm's.
@@ -86,7 +87,7 @@ class MlxAdapter(Destination):
         write_beside(self.trained, folder)
         kind = "DoRA" if self.trained.adapter.spec.magnitude else "LoRA"
         rank = next(iter(lows.values())).rank
-        return Written(mlx_usage(self.trained), [f"{kind} for mlx_lm: {len(lows)} modules, rank {rank}"])
+        return Written(mlx_usage(self.trained), [f"{kind} for mlx_lm: {counted(len(lows), 'module')}, rank {rank}"])
 
     def _tensors(self, lows: Mapping[str, LowRank]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}

@@ -23,6 +23,7 @@ from deltaw.shipping.destination import Destination, Options, Written
 from deltaw.shipping.trained import Trained
 from deltaw.shipping.usage import base_name, peft_usage
 from deltaw.show.progress import Display
+from deltaw.show.text import counted
 
 CONFIG_BYTES = 1_000_000  # more than config, record and card take
 
@@ -42,7 +43,10 @@ class PeftAdapter(Destination):
         self.adapter.save(folder)
         write_beside(self.trained, folder)
         kind = "DoRA" if self.adapter.spec.magnitude else "LoRA"
-        lines = [f"{kind} for PEFT: {len(self.adapter.factors)} modules, {self.adapter.parameters:,} parameters"]
+        lines = [
+            f"{kind} for PEFT: {counted(len(self.adapter.factors), 'module')}, "
+            f"{counted(self.adapter.parameters, 'parameter')}"
+        ]
         return Written(peft_usage(self.trained), lines)
 
 

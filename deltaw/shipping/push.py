@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from deltaw.errors import InputError, RunError
 from deltaw.shipping.target import MARK
 from deltaw.show.progress import Display
+from deltaw.show.text import counted
 
 ALWAYS = {".gitattributes"}  # the hub puts it into an empty repository
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -99,7 +100,7 @@ class Push:
             raise InputError(f"--push {self.repository} exists already and is {visibility}", fix=fix)
         files = {file.rfilename for file in info.siblings or ()} - ALWAYS
         if files and not self.replace:
-            what = f"--push {self.repository} exists already and holds {len(files)} files"
+            what = f"--push {self.repository} exists already and holds {counted(len(files), 'file')}"
             raise InputError(what, fix="choose another name, or add --replace: then it holds the new files only")
 
     def _failed(self, error: Exception, folder: Path | None = None) -> NoReturn:

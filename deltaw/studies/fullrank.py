@@ -68,10 +68,12 @@ def run(lab: Lab) -> Outcome:
     for steps, name in names.items():
         trial = lab.train(name, adapter="full", lr=RATE, steps=steps)
         spectra[name] = spectra_of(lab, name, trial.adapter())
-    ranks = {name: {p: int(energy_rank(s_K, ENERGY)) for p, s_K in found.items()} for name, found in spectra.items()}
+    ranks = {
+        name: {p: int(energy_rank(s_K, ENERGY)) for p, s_K in by_path.items()} for name, by_path in spectra.items()
+    }
     paths = list(ranks[lora])
     shortest, longest = (ranks[names[end]] for end in (min(names), max(names)))
-    middle = {name: median(found.values()) for name, found in ranks.items()}
+    middle = {name: median(by_path.values()) for name, by_path in ranks.items()}
     last = names[max(names)]
     grows = sum(longest[path] > shortest[path] for path in paths)
     by_part = {
@@ -95,19 +97,19 @@ def run(lab: Lab) -> Outcome:
         "grows": grows,
         "modules": len(paths),
         "parts": {part: {"rank": rank, "share": share} for part, (rank, share) in by_part.items()},
-        "by_kind": {name: by_kind(found) for name, found in ranks.items()},
+        "by_kind": {name: by_kind(by_path) for name, by_path in ranks.items()},
     }
     return Outcome(chosen, because, [bars(ranks), *pictures_of(spectra)], figures)
 
 
 def spectra_of(lab: Lab, name: str, adapter: Adapter) -> dict[str, Tensor]:
     """Singular values by module path, float64 [K] (LoRA: [R]), descending."""
-    found = {}
+    sigmas = {}
     with lab.display.task(f"spectra of {name}", len(adapter.factors)) as progress, one_thread():
         for path in in_order(adapter.factors):
-            found[path] = singular_values(adapter.factors[path])
-            progress(len(found))
-    return found
+            sigmas[path] = singular_values(adapter.factors[path])
+            progress(len(sigmas))
+    return sigmas
 
 
 def singular_values(update: Update) -> Tensor:
@@ -131,18 +133,20 @@ def by_kind(ranks: Mapping[str, int]) -> dict[str, float]:
 
 
 def bars(ranks: Mapping[str, Mapping[str, int]]) -> Picture:
-    found = {name: by_kind(each) for name, each in ranks.items()}
-    kinds = list(next(iter(found.values())))
+    by_kinds = {name: by_kind(each) for name, each in ranks.items()}
+    kinds = list(next(iter(by_kinds.values())))
     return Picture(
         pictures.bars(
             kinds,
-            {name: [each[kind] for kind in kinds] for name, each in found.items()},
+            {name: [each[kind] for kind in kinds] for name, each in by_kinds.items()},
             y_label="directions that hold 90 %",
             log_y=True,
         ),
         "Rank at 90 % of the energy, median over the modules of a kind.",
         "A bar for each kind and training",
-        Table(["", *found], [[kind, *(each[kind] for each in found.values())] for kind in kinds], "Ranks at 90 %"),
+        Table(
+            ["", *by_kinds], [[kind, *(each[kind] for each in by_kinds.values())] for kind in kinds], "Ranks at 90 %"
+        ),
     )
 
 
@@ -151,8 +155,8 @@ def pictures_of(spectra: Mapping[str, Mapping[str, Tensor]]) -> list[Picture]:
     drawn = []
     for kind in KINDS:
         curves: dict[str, list[float]] = {}
-        for name, found in spectra.items():
-            mine = [s_K / s_K[0] for path, s_K in found.items() if place(path)[1] == kind and s_K[0] > 0]
+        for name, sigmas in spectra.items():
+            mine = [s_K / s_K[0] for path, s_K in sigmas.items() if place(path)[1] == kind and s_K[0] > 0]
             if mine:
                 curves[name] = torch.stack(mine).mean(0).tolist()
         if not curves:

@@ -162,7 +162,7 @@ def run(lab: Lab) -> Outcome:
     }
     by_seed = trainings.losses("pretraining", "full", range(3))
     noise = statistics.stdev(by_seed) / statistics.mean(by_seed) / len(lab.seeds) ** 0.5
-    gaps = {stage: {way: gap(found, way) for way in found} for stage, found in losses.items()}
+    gaps = {stage: {way: gap(by_way, way) for way in by_way} for stage, by_way in losses.items()}
     because = (
         f"In pretraining full training ends at {losses['pretraining']['full']:.3f} nats per byte, LoRA "
         f"{gaps['pretraining']['LoRA']:+.1%}, low-rank weights {gaps['pretraining']['low rank']:+.1%}; in fine-tuning "

@@ -123,10 +123,10 @@ def _is_fixed(name: str, old: Any, new: Any) -> bool:
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    fields: list[tuple[str, Any]] = []
     for name, item in value.items():
-        found += _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else [(prefix + name, item)]
-    return found
+        fields += _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else [(prefix + name, item)]
+    return fields
 
 
 def _word(value: Any) -> str:

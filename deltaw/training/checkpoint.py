@@ -117,8 +117,8 @@ def checkpoint_at(folder: Path, step: int) -> Path:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first, by step and not by the clock."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    folders = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name[5:]))
 
 
 def latest_checkpoint(folder: Path, display: Display) -> Saved | None:
@@ -172,17 +172,17 @@ def _check_manifest(path: Path) -> None:
     if gone:
         raise InputError(f"{path}: {', '.join(gone)} missing")
     try:
-        written, found = (path / MANIFEST).read_bytes(), _manifest(path).encode()
+        written, computed = (path / MANIFEST).read_bytes(), _manifest(path).encode()
     except OSError as error:
         raise InputError(f"{path}: can't be read: {error}") from None
-    if written != found:
-        bad = [line[66:].decode() for line in found.splitlines() if line not in written.splitlines()]
-        said = (
+    if written != computed:
+        bad = [line[66:].decode() for line in computed.splitlines() if line not in written.splitlines()]
+        problem = (
             f"{', '.join(bad)} whose SHA-256 isn't the one in {MANIFEST}"
             if bad
             else f"{MANIFEST} lists more than the files"
         )
-        raise InputError(f"{path} is damaged: {said}")
+        raise InputError(f"{path} is damaged: {problem}")
 
 
 def _check_room(folder: Path, tensors: list[Tensor]) -> None:
@@ -194,13 +194,13 @@ def _check_room(folder: Path, tensors: list[Tensor]) -> None:
 
 def _rotate(folder: Path, keep: int) -> None:
     """Remove every checkpoint that is neither one of the newest `keep` nor the best of one of them."""
-    found = list_checkpoints(folder)
-    kept = found[-keep:]
+    checkpoints = list_checkpoints(folder)
+    needed = checkpoints[-keep:]
     try:
-        kept += [checkpoint_at(folder, read_json(path / STATE)["best_step"]) for path in kept]
+        needed += [checkpoint_at(folder, read_json(path / STATE)["best_step"]) for path in needed]
     except (InputError, KeyError):
         return  # one of them is damaged, so none is superfluous
-    for old in found:
-        if old not in kept:
+    for old in checkpoints:
+        if old not in needed:
             with contextlib.suppress(OSError):
                 remove(old.rename(temporary_name(old)))

@@ -63,10 +63,10 @@ class Heap:
         """Release where the process has grown since the first step after the last release."""
         if self._device.type != "cpu":
             return
-        held = held_memory(self._device)
+        size = held_memory(self._device)
         if not self._limit:
-            self._limit = GROWTH * held
-        elif held > self._limit:
+            self._limit = GROWTH * size
+        elif size > self._limit:
             release(self._device)
             self._limit = 0.0
 
@@ -96,11 +96,11 @@ def free_memory(device: torch.device) -> int:
 def bounded(device: torch.device) -> Iterator[None]:
     """Inside, taking more memory than there is raises an error; without it, Linux kills the process."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    held, free = _status("VmData"), free_memory(device)
-    if device.type != "cpu" or not held or free >= UNLIMITED:
+    size, free = _status("VmData"), free_memory(device)
+    if device.type != "cpu" or not size or free >= UNLIMITED:
         yield
         return
-    resource.setrlimit(resource.RLIMIT_DATA, (held + free, before[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (size + free, before[1]))
     try:
         yield
     finally:

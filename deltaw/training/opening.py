@@ -104,7 +104,7 @@ def count_steps(config: RunConfig, dataset: Dataset) -> int:
     warmup = warmup_steps(total, config.train)
     if warmup >= total:
         raise InputError(
-            f"train.warmup_steps is {warmup} of {total} steps: so the run would never reach train.lr",
+            f"train.warmup_steps is {warmup} of {total} steps, so the run would never reach train.lr",
             fix="lower it, or leave it out (null): a short run then takes a tenth of its steps",
         )
     return total

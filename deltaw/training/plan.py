@@ -124,7 +124,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
     with window(device) as opening:
         opened = open_run(config, display)
         general = general_rows(config, opened.model)
-    there = memory.held_memory(device) + memory.free_memory(device)
+    available = memory.held_memory(device) + memory.free_memory(device)
     learner, rows = opened.learner(display), opened.dataset.train
     work = work_of(opened, learner)
     with _folder_beside(Path(config.output)) as folder:
@@ -147,7 +147,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
         supervised_tokens=work.supervised,
         longest_batch=work.longest_tokens,
         phases=[Phase("opening", opening.peak, opening.seconds), *rehearsal.phases],
-        memory_there=there,
+        memory_there=available,
         fit=needs,
         what_if={size: needs.bytes_at(size, share * size) for size in sizes},
         tokens_per_second=1 / max(rehearsal.seconds_a_token, 1e-9),
@@ -301,9 +301,9 @@ def _rows(data: DataReport) -> list[tuple[str, str]]:
     return lines
 
 
-def _listed(found: Sequence[str], count: int, between: str) -> str:
-    shown = between.join(found)
-    return shown if count <= len(found) else f"{shown}{between}and {count - len(found):,} more"
+def _listed(names: Sequence[str], count: int, between: str) -> str:
+    shown = between.join(names)
+    return shown if count <= len(names) else f"{shown}{between}and {count - len(names):,} more"
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from deltaw.run import Run
 from deltaw.show.chart import columns
 from deltaw.show.progress import Display
 from deltaw.show.table import table
-from deltaw.show.text import gib, one_line
+from deltaw.show.text import counted, gib, one_line
 from deltaw.training.checkpoint import TrainState
 from deltaw.training.memory import peak_memory
 from deltaw.training.opening import Opened
@@ -152,14 +152,15 @@ def _answers(rows: list[dict[str, str]]) -> str:
 
 def _figures(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['steps']} steps, {result['tokens']:,} tokens ({result['supervised_tokens']:,} trained on) in "
+        f"{counted(result['steps'], 'step')}, {counted(result['tokens'], 'token')} "
+        f"({result['supervised_tokens']:,} trained on) in "
         f"{result['seconds']:.0f} s: {result['tokens_per_second']:.0f} tokens/s, "
         f"{gib(result['peak_memory_bytes'])}, {result['trained_parameters']:,} parameters trained"
     ]
     before, after = result["eval"]["before"], result["eval"]["after"]
     if before and after:
         lines += [f"{name.replace('_', ' '):20} {before[name]:9.4f} → {after[name]:.4f}" for name in after]
-        lines.append(f"{'':20} measured on {result['eval']['rows']} held-out rows")
+        lines.append(f"{'':20} measured on {counted(result['eval']['rows'], 'held-out row')}")
     if lost := result.get("forgetting"):
         lines.append(
             f"{'general text, loss':20} {lost['loss_before']:9.4f} → {lost['loss_after']:.4f}, "

@@ -39,19 +39,19 @@ def explain(
     traceback.clear_frames(error.__traceback__)  # they hold the tensors that were too many
     learner.optimizer.zero_grad()
     release(opened.device)
-    there = held_memory(opened.device) + free_memory(opened.device)
+    room = held_memory(opened.device) + free_memory(opened.device)
     if isinstance(error, OutOfMemory):
         settings = _settings_of_evaluation(opened, error.work)
         after = f"after step {learner.state.step} of {opened.total}"
-        what = f"{error.what} {after}: it takes more than the {gib(there)} available"
+        what = f"{error.what} {after}: it takes more than the {gib(room)} available"
         return RunError("\n  ".join([what, *settings]), fix or _go_on(run, settings[0]))
     work, settings_fitting = work_of(opened, learner), list[Setting]()
     takes = "takes more than that, and so do smaller ones"
     if fit := _fitted(opened, learner, work):
         takes = f"takes about {gib(fit.bytes_at(work.longest_tokens, work.longest_supervised))}"
-        settings_fitting = settings_that_fit(opened, work, fit, there)
+        settings_fitting = settings_that_fit(opened, work, fit, room)
     at = f"step {learner.state.step + 1} of {opened.total}"
-    what = f"out of memory in {at}: {gib(there)} are available, and a batch of {work.longest_tokens:,} tokens {takes}"
+    what = f"out of memory in {at}: {gib(room)} are available, and a batch of {work.longest_tokens:,} tokens {takes}"
     lines = [f"{setting.text}: about {gib(setting.bytes)}" for setting in settings_fitting]
     lines = lines or ["only a smaller base would fit"]
     return RunError(
@@ -83,7 +83,7 @@ class Setting:
     bytes: int
 
 
-def settings_that_fit(opened: Opened, work: Work, fit: Fit, there: float) -> list[Setting]:
+def settings_that_fit(opened: Opened, work: Work, fit: Fit, available: float) -> list[Setting]:
     """Up to three changes under which the largest batch stays well below the `there` bytes that it didn't fit into.
 
     Each comes with as many tokens per batch as fit. Fewer tokens alone come first: they change the speed, not the run.
@@ -91,8 +91,8 @@ def settings_that_fit(opened: Opened, work: Work, fit: Fit, there: float) -> lis
     """
     tokens, longest = work.longest_tokens, max(len(example.tokens) for example in opened.dataset.train)
     token = fit.token + fit.supervised * work.longest_supervised / tokens
-    explained = fit.fixed + tokens * token > there
-    limit = fit.fixed + HEADROOM * (there - fit.fixed) if explained else math.inf
+    explained = fit.fixed + tokens * token > available
+    limit = fit.fixed + HEADROOM * (available - fit.fixed) if explained else math.inf
 
     def setting(change: str, saved: float, factor: float, at_most: float) -> Setting | None:
         fixed, per_token = fit.fixed - saved, max(1.0, factor * token)

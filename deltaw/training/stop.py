@@ -29,7 +29,7 @@ class StopRequest:
     def __init__(self, advice: str = "nothing has been trained yet") -> None:
         self.advice = advice
         self.signal: int | None = None  # the last one that came
-        self._holding = False
+        self._holding = self._raised = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -43,6 +43,10 @@ class StopRequest:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._raised and isinstance(error, Exception):
+            # A library that calls back into Python may wrap what is raised there, whatever it is (pydantic's does).
+            assert self.signal is not None
+            raise Stopped(self.signal, f"stopped; {self.advice}") from error
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -62,6 +66,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again, self.signal = self.signal is not None, number
+        self._raised = again or not self._holding
         if again:
             raise Stopped(number, f"stopped at once; {self.advice}", at_once=True)
         if not self._holding:

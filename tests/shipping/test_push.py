@@ -34,7 +34,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def push(adapter: Path, output: Path, name: str, **options: bool) -> dict:
     base = str(adapter.parent / "base")
-    return export_named(str(adapter), "peft", str(output), base=base, push=name, **options)[0]
+    return export_named(str(adapter), "peft", str(output), base=base, push=name, **options).data
 
 
 def refused(adapter: Path, output: Path, name: str, **options: bool) -> DeltawError:

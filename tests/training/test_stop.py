@@ -62,3 +62,13 @@ def test_afterwards_signals_are_what_they_were() -> None:
     with StopRequest():
         pass
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_library_that_wraps_it_doesnt_hide_it() -> None:
+    """pydantic calls back into Python, and makes an error of its own of whatever is raised there."""
+    with pytest.raises(Stopped) as stopped, StopRequest():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:
+            raise ValueError("wrapped") from error
+    assert stopped.value.exit_code == 143

@@ -34,6 +34,7 @@ from deltaw.shipping.gguf.names import Family, family
 from deltaw.shipping.trained import TEMPLATE, Trained
 from deltaw.shipping.usage import base_name, chats, gguf_usage
 from deltaw.show.progress import Display
+from deltaw.show.text import counted
 
 ADAPTER = "adapter.gguf"
 HEAD = "output.weight"
@@ -67,7 +68,7 @@ class GgufAdapter(Destination):
             write_text_atomic(folder / TEMPLATE, self.template)
         file, about = _base_file(self.trained)
         kind = f"LoRA of rank {self.rank} for a {self.family.architecture} GGUF"
-        lines = [f"{ADAPTER}: {kind}, {len(self.tensors)} modules, all scales in B", *self.notes]
+        lines = [f"{ADAPTER}: {kind}, {counted(len(self.tensors), 'module')}, all scales in B", *self.notes]
         if self.trained.base.gguf is not None:
             lines.append(f"the base's GGUF, which Ollama wants beside it: {self.trained.base.gguf}")
         more = {"file": ADAPTER, "rank": self.rank, "architecture": self.family.architecture, "notes": self.notes}

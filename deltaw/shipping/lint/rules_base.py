@@ -23,6 +23,7 @@ from deltaw.shipping.lint.finding import (
 )
 from deltaw.shipping.lint.keys import A
 from deltaw.shipping.lint.subject import Subject
+from deltaw.show.text import counted
 
 OLLAMAS = {"llama", "mistral", "mixtral", "gemma2"}  # whose adapters its own reader takes: llama.cpp's llama and gemma2
 PERMUTED = {"llama", "mistral", "mixtral"}
@@ -124,7 +125,7 @@ def architecture(s: Subject) -> Iterator[Finding]:
         last = ("q_proj", "k_proj")
         paths = [path for path in s.layers if path.rpartition(".")[2] in last and A in s.factors[path]]
         if paths:
-            words = f"{len(paths)} modules ({some(paths)}): `ADAPTER <this folder>` answers wrongly"
+            words = f"{counted(len(paths), 'module')} ({some(paths)}): `ADAPTER <this folder>` answers wrongly"
             yield OLLAMA_ROTARY.finding(words, gguf)
 
 

@@ -29,6 +29,7 @@ from deltaw.shipping.lint.finding import (
 )
 from deltaw.shipping.lint.keys import NORM
 from deltaw.shipping.lint.subject import Subject
+from deltaw.show.text import counted
 
 SERVERS = (VLLM, LLAMA_CPP, OLLAMA, MLX)
 ROWS = 200  # of a run's data that are checked
@@ -163,7 +164,7 @@ def added_tokens(s: Subject) -> Iterator[Finding]:
     new = [token for token, id in chat.added.items() if known.get(token) != id]
     shipped = any(key.path == s.base.embedding and key.part != NORM for key in s.keys)
     if new and not shipped:
-        yield ADDED_TOKENS.finding(f"{len(new)} tokens: {some([repr(token) for token in new], 3)}")
+        yield ADDED_TOKENS.finding(f"{counted(len(new), 'token')}: {some([repr(token) for token in new], 3)}")
 
 
 RULES = (template, stop_unknown, stop_untrained, stop_unseen, added_tokens)

@@ -42,6 +42,7 @@ from deltaw.shipping.lint.forms import MLX_WEIGHTS, other_form
 from deltaw.shipping.lint.rules_base import unknown_to_llama_cpp
 from deltaw.shipping.lint.subject import Subject, number
 from deltaw.show.progress import Display
+from deltaw.show.text import counted
 
 EXPORT = "let deltaw write it: deltaw export --to mlx"
 MLX_UNREADABLE = code("DW801", "mlx-lm's files are missing or can't be read", {MLX: REFUSED}, EXPORT)
@@ -152,7 +153,7 @@ def mlx_tensors(f: MlxFolder) -> Iterator[Finding]:
     stems = {name.rpartition(".")[0] for name in f.shapes if name.endswith((".lora_a", ".lora_b"))}
     single = sorted(stem for stem in stems if (f"{stem}.lora_a" in f.shapes) != (f"{stem}.lora_b" in f.shapes))
     if single:
-        yield MLX_HALF.finding(f"{len(single)} modules: {some(single)}")
+        yield MLX_HALF.finding(f"{counted(len(single), 'module')}: {some(single)}")
 
 
 def mlx_scale(f: MlxFolder) -> Iterator[Finding]:
@@ -217,10 +218,10 @@ def _parameters(own: Base) -> Iterator[Finding]:
         effects = dict(MODEL_LACKS.effects)
         if absent == [head]:  # llama.cpp then takes the embedding for it
             effects |= {LLAMA_CPP: WRONG, OLLAMA: WRONG}
-        yield MODEL_LACKS.finding(f"{len(absent)} parameters: {some(absent)}", effects=effects)
+        yield MODEL_LACKS.finding(f"{counted(len(absent), 'parameter')}: {some(absent)}", effects=effects)
     if strays:
-        yield MODEL_DROPS.finding(f"{len(strays)} tensors: {some(strays)}")
+        yield MODEL_DROPS.finding(f"{counted(len(strays), 'tensor')}: {some(strays)}")
     if wrong:
-        yield MODEL_UNREADABLE.finding(f"{len(wrong)} tensors: {some(wrong)}")
+        yield MODEL_UNREADABLE.finding(f"{counted(len(wrong), 'tensor')}: {some(wrong)}")
     if untied:
         yield MODEL_HEAD.finding(f"{head} has numbers of its own, not the embedding's")

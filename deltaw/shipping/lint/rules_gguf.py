@@ -25,6 +25,7 @@ from deltaw.shipping.lint.chat import NO_TEMPLATE, Chat, fingerprint
 from deltaw.shipping.lint.finding import LLAMA_CPP, OLLAMA, REFUSED, UNSURE, WRONG, Finding, code, some
 from deltaw.shipping.lint.forms import other_form
 from deltaw.show.progress import Display
+from deltaw.show.text import counted
 
 BOTH = (LLAMA_CPP, OLLAMA)
 REFUSE, CHANGE, DOUBT = dict.fromkeys(BOTH, REFUSED), dict.fromkeys(BOTH, WRONG), dict.fromkeys(BOTH, UNSURE)
@@ -128,12 +129,12 @@ def architecture(f: GgufFile) -> Iterator[Finding]:
 def tensors(f: GgufFile) -> Iterator[Finding]:
     names = list(f.header.shapes)
     if norms := [name for name in names if name.endswith("_norm.weight")]:
-        yield NORMS.finding(f"{len(norms)} norms: {some(norms)}")
+        yield NORMS.finding(f"{counted(len(norms), 'norm')}: {some(norms)}")
     if odd := [name for name in names if not name.endswith((A, B, "_norm.weight"))]:
-        yield STRANGE.finding(f"{len(odd)} tensors: {some(odd)}")
+        yield STRANGE.finding(f"{counted(len(odd), 'tensor')}: {some(odd)}")
     stems = {name.removesuffix(A).removesuffix(B) for name in names if name.endswith((A, B))}
     if single := sorted(stem for stem in stems if (stem + A in f.header.shapes) != (stem + B in f.header.shapes)):
-        yield HALF.finding(f"{len(single)} tensors: {some(single)}")
+        yield HALF.finding(f"{counted(len(single), 'tensor')}: {some(single)}")
     yield from _sizes(f, sorted(stems.difference(single)))
 
 

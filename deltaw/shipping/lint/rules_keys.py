@@ -26,6 +26,7 @@ from deltaw.shipping.lint.finding import (
 )
 from deltaw.shipping.lint.keys import EMBEDDING_A, EMBEDDING_B, FULL, NORM, PREFIX, UNKNOWN, A, B
 from deltaw.shipping.lint.subject import Subject, Undecided
+from deltaw.show.text import counted
 
 AGAIN = "save it again with PEFT's save_pretrained, or download it again"
 CONVERTED = {LLAMA_CPP: REFUSED, OLLAMA: REFUSED}
@@ -148,7 +149,7 @@ def ranks(s: Subject) -> Iterator[Finding]:
             if shape[side] != wanted:
                 wrong.append(f"{key.name} is {shape}, but the config says rank {wanted}")
     if wrong:
-        yield RANK.finding(f"{len(wrong)} tensors: {some(wrong)}")
+        yield RANK.finding(f"{counted(len(wrong), 'tensor')}: {some(wrong)}")
 
 
 def matrices(s: Subject) -> Iterator[Finding]:

@@ -35,6 +35,7 @@ from deltaw.shipping.lint.keys import (
     named,
 )
 from deltaw.shipping.lint.subject import Subject
+from deltaw.show.text import counted
 
 PLAIN_ONLY = {VLLM: REFUSED, LLAMA_CPP: REFUSED, OLLAMA: REFUSED}  # refuse tensors that they don't know by name
 LOADERS = (PEFT, TRANSFORMERS)
@@ -150,9 +151,9 @@ def dora(s: Subject) -> Iterator[Finding]:
 def biases(s: Subject) -> Iterator[Finding]:
     names = named(s.keys, BIAS)
     if names and s.get("lora_bias"):
-        yield LORA_BIAS.finding(f"{len(names)} biases: {some(names)}")
+        yield LORA_BIAS.finding(f"{counted(len(names), 'bias', 'biases')}: {some(names)}")
     elif names:
-        yield BIAS_TORN.finding(f"{len(names)} biases: {some(names)}")
+        yield BIAS_TORN.finding(f"{counted(len(names), 'bias', 'biases')}: {some(names)}")
     if s.get("bias", "none") != "none":
         yield TRAINED_BIAS.finding(f"bias is {s.get('bias')!r:.40}")
 
@@ -165,7 +166,9 @@ def whole_tensors(s: Subject) -> Iterator[Finding]:
     if saved:
         last = {key.path.rpartition(".")[2] for key in saved}
         effects = {**PLAIN_ONLY, VLLM: LOADS if last <= {"classifier", "score"} else REFUSED}
-        yield SAVED.finding(f"{len(saved)} whole tensors: {some([key.name for key in saved])}", effects=effects)
+        yield SAVED.finding(
+            f"{counted(len(saved), 'whole tensor')}: {some([key.name for key in saved])}", effects=effects
+        )
     if (gone := sorted(listed.all.difference(present))) and s.shapes:
         yield SAVED_MISSING.finding(f"modules_to_save names {some(gone)}, missing from the file")
     if unlisted := [key for key in tensors if listed.of(key.path) is None]:
@@ -174,7 +177,7 @@ def whole_tensors(s: Subject) -> Iterator[Finding]:
 
 def _unlisted(s: Subject, paths: list[str], names: list[str]) -> Iterator[Finding]:
     effects: dict[str, Effect] = dict(PLAIN_ONLY)
-    words = f"{len(names)} whole tensors that modules_to_save doesn't name: {some(names)}"
+    words = f"{counted(len(names), 'whole tensor')} that modules_to_save doesn't name: {some(names)}"
     if s.base and (strays := [path for path in paths if f"{path}.weight" not in s.base.parameters]):
         effects |= dict.fromkeys(LOADERS, WRONG)
         words += f"; the base has no {some(strays)}"
@@ -195,7 +198,7 @@ def embeddings(s: Subject) -> Iterator[Finding]:
 
 def norms(s: Subject) -> Iterator[Finding]:
     if names := named(s.keys, NORM):
-        yield NORMS.finding(f"{len(names)} norms: {some(names)}")
+        yield NORMS.finding(f"{counted(len(names), 'norm')}: {some(names)}")
 
 
 def parameters(s: Subject) -> Iterator[Finding]:

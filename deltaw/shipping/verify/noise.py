@@ -39,8 +39,8 @@ def noisy(model: nn.Module, sides: Sequence[Numbers], seed: int) -> Iterator[Non
     handles = []
     weights = [side.weights for side in sides if not exact(side.weights)]
     activations = [name for side in sides for name in side.activations if not exact(name)] or ["float32"]
-    kept = [side.activations[0] for side in sides if known(side.activations[0]) in UNIT]
-    kept = [name for name in kept if not exact(name)] or ["float32"]
+    formats = [side.activations[0] for side in sides if known(side.activations[0]) in UNIT]
+    formats = [name for name in formats if not exact(name)] or ["float32"]
     linears = dict(_linears(model))
     inside = {id(child) for layer in linears.values() for child in layer.modules()} - {id(x) for x in linears.values()}
 
@@ -48,7 +48,7 @@ def noisy(model: nn.Module, sides: Sequence[Numbers], seed: int) -> Iterator[Non
         return (_shaken(given[0], activations, generator), *given[1:]) if given and _floats(given[0]) else None
 
     def out_of(_: nn.Module, __: Any, y: Any) -> Any:
-        return _shaken(y, kept, generator) if _floats(y) else None
+        return _shaken(y, formats, generator) if _floats(y) else None
 
     def looked_up(_: nn.Module, __: Any, y: Any) -> Any:
         return _shaken(y, weights, generator) if _floats(y) else None

@@ -127,11 +127,11 @@ def numbers_of(header: Header) -> Numbers:
 def numbers_of_type(weights: str, why: str, *, cache: str = "float32") -> Numbers:
     """The same from the type's name ("Q8_0", "Q4_K - Medium"). `cache`: what keys and values are kept as."""
     weights = weights.split(" ")[0].upper()
-    kept = () if cache == "float32" else (cache,)
+    stored = () if cache == "float32" else (cache,)
     if weights in ("F32", "F16", "BF16"):
         name = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[weights]
-        return Numbers(name, (name, *kept), why)
-    return Numbers(weights, ("Q8_0", *kept), f"{why}; llama.cpp rounds what meets such weights to 8 bits")
+        return Numbers(name, (name, *stored), why)
+    return Numbers(weights, ("Q8_0", *stored), f"{why}; llama.cpp rounds what meets such weights to 8 bits")
 
 
 def free_cores() -> int:

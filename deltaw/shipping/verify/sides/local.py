@@ -67,7 +67,7 @@ class Local:
 
     def logs(self, rows: Sequence[Row], progress: Progress) -> list[Logs]:
         """At every position of the answers, over the whole vocabulary."""
-        found: list[Logs | None] = [None] * len(rows)
+        logs_of: list[Logs | None] = [None] * len(rows)
         device = next(self.model.parameters()).device
         done = 0
         with evaluating(self.model):
@@ -78,10 +78,10 @@ class Local:
                 for number, row, logits_LV in zip(numbers, chosen, logits_BLV, strict=True):
                     first = len(row.prompt) - 1
                     logits_PV = logits_LV[first : first + len(row.answer)].float()
-                    found[number] = Logs(logits_PV.log_softmax(-1).cpu())
+                    logs_of[number] = Logs(logits_PV.log_softmax(-1).cpu())
                 done += len(chosen)
                 progress(done)
-        return [logs for logs in found if logs is not None]
+        return [logs for logs in logs_of if logs is not None]
 
     def noisy_logs(self, rows: Sequence[Row], sides: Sequence[Numbers], seed: int) -> list[Logs]:
         """The same with the rounding errors of `sides` put in."""

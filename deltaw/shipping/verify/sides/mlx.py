@@ -93,14 +93,14 @@ class Mlx(Side):
     def logs(self, rows: Sequence[Row], progress: Progress) -> list[Logs] | None:
         import mlx.core as mx
 
-        found = []
+        all_logs = []
         for number, row in enumerate(rows, 1):
             logits_LV = self._loaded(mx.array([[*row.prompt, *row.answer]]))[0]
             first = len(row.prompt) - 1
             logits_PV = logits_LV[first : first + len(row.answer)].astype(mx.float32)
-            found.append(Logs(torch.tensor(logits_PV.tolist()).log_softmax(-1)))
+            all_logs.append(Logs(torch.tensor(logits_PV.tolist()).log_softmax(-1)))
             progress(number)
-        return found
+        return all_logs
 
     def decode(self, ids: Sequence[int]) -> str | None:
         return self._words.decode(ids)

@@ -76,8 +76,8 @@ class Peft(Running):
             except Exception as error:  # whatever PEFT makes of the folder
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(f"{self.folder}: PEFT can't load it ({type(error).__name__}: {reason})") from None
-        said = [" ".join(str(one.message).split())[:200] for one in told if issubclass(one.category, UserWarning)]
-        self.notes += [f"PEFT warns: {words}" for words in said[:3]]
+        warned = [" ".join(str(one.message).split())[:200] for one in told if issubclass(one.category, UserWarning)]
+        self.notes += [f"PEFT warns: {words}" for words in warned[:3]]
         inner = cast(nn.Module, model.base_model.model)
         self.local = Local(inner.eval(), stops, self._words.decode, off=model.disable_adapter)
         self.context = context(opened.model)
