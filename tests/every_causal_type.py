@@ -238,16 +238,16 @@ def _named(paths: tuple[str, ...]) -> str:
     return f"{', '.join(names)} ({len(paths)})" if names else ""
 
 
-HEADER = """# What runs how
+HEADER = """# How each model runs
 
-Every type of causal language model in transformers {version}, built in small with random weights. For each one that
-trains, loss and gradients of a batch of documents equal PEFT's on the untouched model, document by document.
-`python -m tests.every_causal_type > docs/models.md` writes this page, and a test holds it to the code.
+Every type of causal language model in transformers {version}, built small with random weights. For each one that
+trains, the loss and the gradients of a batch of documents equal PEFT's on the untouched model, document by document.
+`python -m tests.every_causal_type > docs/models.md` writes this page, and a test checks it against the code.
 
-*Documents* are packed (end to end, nothing padded), padded (a row each: slower, equally right) or run one at a time;
-the reason against something faster is named. *Head*: whether it is fused into the loss. *Stand-ins*: which modules the
-hand-written kernels do. *Adapted*: what `all-linear` adapts, and what else it leaves as it is, weights that aren't
-those of plain linear layers.
+*Documents* are packed (end to end, without padding), padded (one row each: slower, equally right) or run one at a time;
+where a faster way is ruled out, the reason is given. *Head* says whether it is fused into the loss, *stand-ins* which
+modules run on the hand-written kernels. *Adapted* is what `all-linear` adapts, and the last column what it leaves as it
+is: weights that don't belong to plain linear layers.
 
 | type | documents | head | stand-ins | adapted | left as it is |
 |---|---|---|---|---|---|"""

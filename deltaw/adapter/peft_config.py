@@ -1,7 +1,7 @@
 """adapter_config.json <-> AdapterSpec: PEFT's description of a LoRA.
 
-Reading. What a trained adapter adapts is what it holds tensors for; the config gives each of them its scale. PEFT
-ignores names and patterns that nothing answers to (a list made for many architectures, the rank of a module that isn't
+Reading. A trained adapter adapts the modules that it has tensors for; the config gives each of them its scale. PEFT
+ignores names and patterns that match nothing (a list made for many architectures, the rank of a module that isn't
 targeted), and so does this. A field that would change the mathematics and that deltaw does not have (a bias, trained
 tokens, saved modules ...) is refused by name; a field that this file has never heard of is refused unless it is empty,
 since what it means is unknown and dropping it silently would load another adapter than was trained. Fields that name
@@ -11,11 +11,11 @@ code or only steer PEFT's own targeting are ignored and never imported.
 names: PEFT's keys stay where, as names, they say the same of every module, and are full paths otherwise.
 
 Writing. PEFT (0.21, on transformers 5) takes gate_proj, up_proj, down_proj, gate (w1, w2, w3) in `target_modules` of
-certain models with experts for those of the experts, which are parameters there and no layers, even in a full path or a
-regular expression. The dense MLPs and the shared experts of the same names then stay as they are, with a warning. What
-PEFT doesn't touch is `target_parameters`: for "<path>.weight" of a linear layer it makes factors of the same names and
-shapes and the same sum W + s B A, and so these layers are named there (decision 9). DoRA and dropout PEFT doesn't know
-for parameters: the dropout of a trained adapter is written as 0, and DoRA leaves such layers out (spec.py).
+certain models with experts for those of the experts, which are parameters there and not layers, even in a full path or
+a regular expression. The dense MLPs and the shared experts of the same names then stay as they are, with a warning.
+What PEFT doesn't touch is `target_parameters`: for "<path>.weight" of a linear layer it makes factors of the same names
+and shapes and the same sum W + s B A, and so these layers are named there (decision 9). DoRA and dropout PEFT doesn't
+know for parameters: the dropout of a trained adapter is written as 0, and DoRA leaves such layers out (spec.py).
 """
 
 import math
@@ -72,7 +72,7 @@ WEIGHT = ".weight"  # of a layer that PEFT is told of as a parameter
 
 
 def rewritten_names(model: nn.Module) -> frozenset[str]:
-    """The last names of layers that PEFT has to be told of by their weights on this model."""
+    """The last names of the layers that PEFT must be told about by their weights on this model."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     # A table that PEFT reads, too; the families themselves are in it whatever its version.
     families: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})

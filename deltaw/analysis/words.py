@@ -100,8 +100,8 @@ def _amplified(used: list[Measures], percentile: float | None) -> str:
     chances = [top.chance for top in tops if top.chance is not None]
     if not factors or not chances:
         return "In the directions that carry 90 % of the update, W has nothing."
-    words = f"In the directions that carry 90 % of the update, it is {median(factors):.3g} times what W has there"
-    words += f"; in random directions it would be {median(chances):.3g} times."
+    words = f"In the directions that carry 90 % of the update, it has {median(factors):.3g} times what W has"
+    words += f"; in random directions it would have {median(chances):.3g} times."
     if percentile is not None:
         more = f"W has more there than in {percentile:.0%} of random directions"
         words += f" {more} (mean of the modules; chance is 50 %)."

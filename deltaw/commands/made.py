@@ -67,7 +67,7 @@ def _lost(losses: Sequence[Loss]) -> list[str]:
     middle = f"{statistics.median(errors):.1%}"
     worst = sorted(losses, key=lambda loss: -loss.relative_error)[:WORST]
     return [
-        f"lost of each update, ‖ΔW − ΔW'‖ / ‖ΔW‖: {middle} (median); the worst modules:",
+        f"lost from each update, ‖ΔW − ΔW'‖ / ‖ΔW‖: {middle} (median); the worst modules:",
         *(f"  {lo.relative_error:6.1%}  rank {lo.old_rank} → {lo.new_rank}  {lo.module}" for lo in worst),
     ]
 

@@ -1,6 +1,6 @@
-"""What a run will train on, for the eye: some examples with their trained tokens marked, and the counts.
+"""What a run will train on, made visible: some examples with their trained tokens marked, and the counts.
 
-Wrong masks and templates are seen in a second here, and else only after the run. Trained text is coloured;
+Wrong masks and templates show here in a second, and otherwise only after the run. Trained text is coloured;
 where colour is off (a pipe, `NO_COLOR`) it stands in ⟦brackets⟧, since without either the preview would
 show nothing. The name of a control token that stands in a text, and is characters to the model, is shown with a
 backslash (`<\\|im_end|>`): a real one looks the same otherwise.
@@ -44,7 +44,7 @@ def printed(dataset: Dataset, tokenizer: Any, n: int) -> str:
 
 
 def summary(report: DataReport) -> list[str]:
-    """The counts, a line each."""
+    """The counts, one line each."""
     return [
         f"{report.source}: {report.form}",
         f"{counted(report.rows_read, 'row')} read, {report.train_rows:,} to train on, {report.eval_rows:,} held out",

@@ -14,7 +14,7 @@ the tokens in front of a mask.
 
 Which part of a chat is an answer is proven on what the template writes of its beginnings (`turns.py`), and an answer
 for which that fails isn't trained. What the template leaves out of a row is found, too (`left_out.py`), and the row
-refused or the loss said.
+refused or the loss reported.
 
 Rows that come rendered (`data.rendered`) hold the control tokens already: they are encoded as they stand, bos goes in
 front where they don't begin with it, and eos behind where they don't end with a token that ends a turn.

@@ -1,4 +1,4 @@
-"""Where an answer begins and ends in what a chat template writes.
+"""Where an answer begins and ends in a chat template's output.
 
 It is proven on prefixes, for each assistant turn i, from three texts the template writes:
 

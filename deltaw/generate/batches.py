@@ -1,4 +1,4 @@
-"""Rows on transformers' own caches: for hybrids, state spaces, and whatever else has attention that isn't stood in.
+"""Rows on transformers' own caches: for hybrids, state spaces, and any other model whose attention has no stand-in.
 
 Such a cache can let go of a row and takes no new one, so rows that begin together stay together: each joining makes a
 batch of its own, which is a pass of its own in every step. Each prompt gets what it gets alone: prompts of different

@@ -1,9 +1,9 @@
-"""What decoding carries from step to step: the rows, and what the model keeps of their tokens.
+"""The state of decoding, carried from step to step: the rows, and what the model keeps of their tokens.
 
 `Cache` is the engine's view of it, of which there are two: our own slots, where attention stands in (slots.py), and
 batches on transformers' own caches for everything else (batches.py).
 
-`State` is one such batch, on any causal language model that carries something from step to step. The model says itself
+`State` is one such batch, on any causal language model that carries something from step to step. The model itself says
 how a step's inputs are made (`prepare_inputs_for_generation`: Phi-3 forgets what it has cached when it goes over to its
 long rotary frequencies, a state space takes no mask after the first pass) and what it carries: whatever its output
 holds that its forward takes, be it keys and values, the state of a recurrence, or both. So there is no list of caches

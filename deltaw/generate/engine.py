@@ -10,7 +10,7 @@
 company; greedy decoding may differ where two tokens nearly tie, since the kernels round differently for another number
 of rows, and sampling draws from a generator per prompt (sampling.py).
 
-What the model keeps of a row's tokens is a `Cache`'s to know (cache.py). There are two, and which one a row goes to
+A `Cache` knows what the model keeps of a row's tokens (cache.py). There are two, and which one a row goes to
 is found by trying the model: slots of our own, where attention stands in (slots.py), and batches on transformers' own
 caches (batches.py), also for a row that goes beyond the border of rotary frequencies that a model keeps changing.
 

@@ -15,7 +15,7 @@ The model is run with one row per sequence ([R, 1]) and not with all rows as one
 document's company (base/angles.py) are asked for by row.
 
 `Slots.hold` tries it, like everything here: the model's own decoding, a row at a time, must come to the same logits
-when rows join, grow and leave. Where one attention isn't stood in, it shows there, too: it would see one token alone.
+when rows join, grow and leave. An attention without a stand-in shows there, too: it would see one token alone.
 
 Rejected: pages of fixed size with a table per row (PagedAttention): on a CPU gathering the pages costs what reading
 them costs, and on a GPU it takes a kernel of its own.

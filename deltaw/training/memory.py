@@ -7,9 +7,9 @@ kernels at half a megabyte each, and the C library keeps the holes that tensors 
 
 On Linux, too little memory isn't an error but a kill by the kernel. Inside `bounded` it is an error.
 
-Whoever starts an evaluation names it (`working_on`), and so an out-of-memory error says what was too large. What
-has no name is a training step, or its rehearsal. Rejected: reading the name off the modules in the traceback, which a
-renamed file silently breaks.
+Whoever starts an evaluation names it (`working_on`), so an out-of-memory error says what was too large. Work
+without a name is a training step, or its rehearsal. Rejected: reading the name off the modules in the traceback, which
+a renamed file silently breaks.
 
 Read by hand and not through psutil, which has the process's size but neither its data segment, which `bounded` limits,
 nor the control groups' limits: it would replace ten lines of these.
@@ -46,7 +46,7 @@ def bound_caches() -> None:
 
 
 def release(device: torch.device) -> None:
-    """Give what is free inside the process back to the machine."""
+    """Give memory that is free inside the process back to the machine."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
@@ -117,7 +117,7 @@ class Window:
 
 @contextmanager
 def window(device: torch.device) -> Iterator[Window]:
-    """Measure a stretch of work. Where a peak can't be set back (macOS) it is the process's so far."""
+    """Measure a piece of work. Where a peak can't be reset (macOS), it is the process's so far."""
     release(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -162,7 +162,7 @@ def working_on(work: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory ran out, in the words of Python, PyTorch, oneDNN, cuBLAS or the C library."""
+    """Whether an error says that memory ran out, in the words of Python, PyTorch, oneDNN, cuBLAS or the C library."""
     words = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "ALLOC_FAILED")
     made = isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in (*words, "could not create a"))
     return isinstance(error, OutOfMemory | MemoryError | torch.OutOfMemoryError) or made

@@ -1,4 +1,5 @@
-"""What a run works with: opened and checked before its first step, the cheapest checks first, and the same to its end.
+"""Opening a run: what it works with, opened and checked before its first step, cheapest checks first, and unchanged to
+its end.
 
 The layers' start is drawn when the adapter is attached. An initialiser that wants data gets the first batches of the
 run, in the order in which it will train on them; a run that is resumed has its start in the checkpoint.
@@ -41,7 +42,7 @@ FROZEN_SHARE = 0.25  # of the free memory, that what frozen layers give may take
 
 @dataclass(frozen=True)
 class Opened:
-    """A run's settings, with what `auto` came to; its base with an adapter on it; its rows; its length in steps."""
+    """A run's settings, with `auto` resolved; its base with an adapter on it; its rows; its length in steps."""
 
     config: RunConfig
     model: Model
@@ -117,7 +118,7 @@ def attach_fresh(model: nn.Module, config: RunConfig) -> Attached:
 
 
 def begin(opened: Opened, run: Run, display: Display) -> None:
-    """Make the folder a run's, and the start that an initialiser wants of the data."""
+    """Write the run's files into the folder, and make the start for an initialiser that needs data."""
     run.create(opened.config)
     warmup = warmup_steps(opened.total, opened.config.train)
     if warmup < WARMUP and opened.config.train.warmup_steps is None:
@@ -136,7 +137,7 @@ def start_from_data(opened: Opened, display: Display) -> None:
 
 def above_the_frozen(opened: Opened, display: Display) -> Forward:
     """The forward of training steps. Where a run passes its documents more than once, the frozen layers below the
-    lowest adapter are computed once for all of them, if what they give fits into `FROZEN_SHARE` of the free memory."""
+    lowest adapter are computed once for all of them, if their output fits into `FROZEN_SHARE` of the free memory."""
     forward, rows, capacity = opened.model.forward, opened.dataset.train, opened.config.train.tokens_per_batch
     lowest = lowest_layer(opened.attached.paths)
     if lowest is None or not lowest[1] or opened.total <= opened.loader(TrainState()).steps_in_epoch(0):
@@ -172,7 +173,7 @@ def make_loader(config: RunConfig, dataset: Dataset, position: LoaderState) -> L
 
 
 def _pinned(config: RunConfig, model: Model) -> RunConfig:
-    """The config with what `auto` and a hub's branch came to: a resumed run must not choose otherwise."""
+    """The config with `auto` and a hub's branch resolved: a resumed run must not choose differently."""
     source, dtype = model.base.source, str(model.base.dtype).removeprefix("torch.")
     base = config.base if source.revision is None else f"{source.public_name}@{source.revision}"
     return config.model_copy(update={"base": base, "train": config.train.model_copy(update={"dtype": dtype})})

@@ -1,7 +1,7 @@
 """The optimiser and its learning rate.
 
 AdamW (Loshchilov & Hutter 2019) on the float32 factors. The learning rate is a pure function of the step, so a resumed
-run has no scheduler state to restore or to lose. LoRA+ (Hayou et al. 2024) is one group more: B learns `lr_ratio_b`
+run has no scheduler state to restore or to lose. LoRA+ (Hayou et al. 2024) adds a group: B learns `lr_ratio_b`
 times as fast as A.
 
 Weight decay pulls ΔW towards 0, the base: A and B of plain LoRA, and what an initialiser's factors have changed by

@@ -1,4 +1,5 @@
-"""plan(config): the run rehearsed in a minute, and what it will take: memory, time, disk, and what becomes of the rows.
+"""plan(config): a rehearsal of the run in half a minute: the memory, time and disk that it will take, and what becomes
+of its rows.
 
 Nothing is computed from the model's shape: each kind of work that the run consists of is done once at its largest, with
 the run's own functions, and its peak and its seconds are taken.
@@ -12,8 +13,8 @@ the run's own functions, and its peak and its seconds are taken.
     saving          a checkpoint and the adapter, into a temporary folder beside the run's
 
 Memory is the largest of these peaks. Time is the sum of the seconds, each by how often it comes and how many tokens or
-rows it has; steps are counted, not estimated (data/loader.py). What is left out: report.html, which is written when the
-run is finished, and that frozen layers may be computed once per run (opening.py), which makes it faster.
+rows it has; steps are counted, not estimated (data/loader.py). Left out are report.html, which is written when the
+run is finished, and the gain where frozen layers are computed once per run (opening.py).
 """
 
 import math

@@ -137,7 +137,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_first_step(folder: Path, mo
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(0, 0, needed))
     check_disk(run, learner, place)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
-    with pytest.raises(RunError, match=f"{needed:,} bytes, {needed - 1:,} are free"):
+    with pytest.raises(RunError, match=f"{needed:,} bytes, but only {needed - 1:,} are free"):
         short_form(run, learner, place)
     save_checkpoint(place.checkpoints, learner.saved(), 1)
     check_disk(run, learner, place)  # what lies there already needs no more room
@@ -167,7 +167,7 @@ def test_an_explanation_has_the_estimate_three_settings_and_what_next(folder: Pa
     saved = learner.saved()
     save_checkpoint(place.checkpoints, saved._replace(state=dataclasses.replace(saved.state, step=4)), 1)
     last = str(explain(MemoryError(), run, learner, place)).splitlines()[4]
-    assert last.startswith("step-000004 remains; go on with: deltaw train")
+    assert last.startswith("step-000004 remains; resume with: deltaw train")
 
 
 def test_settings_fit_and_name_what_helps(folder: Path) -> None:

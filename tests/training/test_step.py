@@ -122,7 +122,7 @@ def test_a_document_of_nobody_or_of_anybody_is_refused(forward: Forward) -> None
     learners = [learner(forward.model, number) for number in (0, 1)]
     with pytest.raises(ValueError, match="update 1"):
         step(forward, learners[:1], shared(), END)
-    with pytest.raises(ValueError, match="whose"):
+    with pytest.raises(ValueError, match="which documents"):
         step(forward, learners, [batch(documents(LENGTHS[0], 0))], END)
     assert all(one.state.step == 0 for one in learners)
 
