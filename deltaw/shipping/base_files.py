@@ -1,11 +1,11 @@
-"""A base that is found and not loaded: merging, exporting and linting work on its files, so that a base of any size
-costs its largest tensor.
+"""A base that is found but not loaded: merging, exporting and linting work on its files, so a base of any size needs
+memory for its largest tensor only.
 
     skeleton      its modules without weights (on the meta device)
     checkpoint    where its files have each of the skeleton's parameters
     fingerprint   of these parameters by the model's own names, from the files, one in memory at a time
 
-Each is made when it is first asked for, and once per command.
+Each is made when first asked for, once per command.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,7 @@ from deltaw.files.shards import read_tensors
 
 @dataclass(frozen=True, eq=False)
 class BaseFiles:
-    """Raises InputError, when one of these is asked for, for what transformers can't open or isn't a causal language
-    model."""
+    """Each property raises InputError for a base that transformers can't open or that isn't a causal language model."""
 
     source: Source
 
@@ -37,8 +36,8 @@ class BaseFiles:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The one that the opened model has; "" where the files don't hold the model's parameters one by one (experts
-        that transformers stacks when it loads them)."""
+        """The fingerprint that the opened model has; "" if the files don't hold the model's parameters one by one
+        (experts that transformers stacks when it loads them)."""
         stored = [self.checkpoint.find(name) for name, _ in self.skeleton.named_parameters()]
         places = [place for place in stored if place is not None]
         if len(places) < len(stored):

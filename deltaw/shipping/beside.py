@@ -1,13 +1,13 @@
-"""What lies beside exported weights so that answers come out as they were trained: tokenizer, chat template, stops.
+"""The files beside exported weights, so that answers come out as trained: tokenizer, chat template, stop tokens.
 
-    tokenizer.json, …         the base's own files, byte for byte; local paths that a tokenizer_config.json remembers go
-    chat_template.jinja       the template that was trained under, where that isn't the tokenizer's own; the tokenizer's
-                              config then says nothing of one, since loaders differ in which of the two they take
+    tokenizer.json, …         the base's own files, byte for byte; local paths in tokenizer_config.json are removed
+    chat_template.jinja       the template that was trained under, if it isn't the tokenizer's own; the tokenizer's
+                              config then names none, since loaders differ in which of the two they take
     generation_config.json    the base's, with every token that ends an answer: its own, the tokenizer's eos, and the
-                              template's end of turn, which many a base's file forgets
+                              template's end of turn, which many bases' files forget
 
-Servers take what an adapter's or a model's folder has before what the base has, so a tokenizer that isn't there is the
-base's, and with it the base's template.
+Servers prefer the files in an adapter's or a model's folder to the base's, so a missing tokenizer means the base's,
+with the base's template.
 """
 
 import json
@@ -25,7 +25,7 @@ TOKENIZER = (
     "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", TEMPLATE,
 )  # fmt: skip
 MORE_TEMPLATES = "additional_chat_templates"  # of a tokenizer that has several
-PATHS = ("name_or_path", "tokenizer_file", "special_tokens_map_file")  # where somebody once had it
+PATHS = ("name_or_path", "tokenizer_file", "special_tokens_map_file")  # where it once lay on somebody's machine
 
 
 def write_beside(trained: Trained, folder: Path) -> None:
@@ -44,13 +44,13 @@ def write_beside(trained: Trained, folder: Path) -> None:
 
 
 def beside_size(trained: Trained) -> int:
-    """Bytes of what `write_beside` writes, and a few more."""
+    """At least the bytes that `write_beside` writes."""
     files = [trained.base.directory / name for name in (*TOKENIZER, GENERATION_CONFIG)]
     return sum(file.stat().st_size for file in files if file.is_file()) + len(trained.renderer.template or "") * 4
 
 
 def generation_config(trained: Trained) -> dict[str, Any]:
-    """The base's generation config, with all tokens at which an answer ends."""
+    """The base's generation config, with all tokens that end an answer."""
     file = trained.base.directory / GENERATION_CONFIG
     config = read_json(file, allow_nan=True) if file.is_file() else {}
     config.pop("_from_model_config", None)  # that it is: transformers might make it again, without our stops
@@ -59,13 +59,13 @@ def generation_config(trained: Trained) -> dict[str, Any]:
 
 
 def stop_ids(trained: Trained) -> list[int]:
-    """The tokens at which an answer ends, the tokenizer's eos first: it is what some pad with."""
+    """The tokens that end an answer, the tokenizer's eos first: some programs pad with the first."""
     eos = trained.renderer.tokenizer.eos_token_id
     return [eos, *sorted(trained.renderer.stop_ids - {eos})]
 
 
 def missing_stop(trained: Trained) -> str | None:
-    """The token that ends a turn, as text, where the base alone wouldn't stop at it."""
+    """The token that ends a turn, as text, if the base alone wouldn't stop at it."""
     end = trained.renderer.end_of_turn
     if trained.plain or end is None or end in trained.renderer.model_stop_ids:
         return None
@@ -74,8 +74,8 @@ def missing_stop(trained: Trained) -> str | None:
 
 def _clean(trained: Trained, file: Path) -> None:
     config = read_json(file)
-    gone = [key for key in PATHS if Path(str(config.get(key) or "")).is_absolute()]
-    gone += ["chat_template"] if not trained.renderer.own_template and "chat_template" in config else []
-    if gone:
-        rest = {key: value for key, value in config.items() if key not in gone}
-        write_text_atomic(file, json.dumps(rest, indent=2, ensure_ascii=False) + "\n")
+    dropped = [key for key in PATHS if Path(str(config.get(key) or "")).is_absolute()]
+    dropped += ["chat_template"] if not trained.renderer.own_template and "chat_template" in config else []
+    if dropped:
+        cleaned = {key: value for key, value in config.items() if key not in dropped}
+        write_text_atomic(file, json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n")

@@ -1,18 +1,18 @@
 """The model card: README.md as the hub reads it, and the report beside it.
 
-    front matter    base_model and its relation, licence where it is known, library, tags: the hub files a repository by
-                    these. base_model only where the base is on the hub
+    front matter    base_model and its relation, licence if it is known, library, tags: the hub sorts repositories by
+                    these. base_model only if the base is on the hub
     what it is      kind, rank, modules, parameters
     training        data, form and the settings that matter, from the run
     figures         before and after, and on how many rows
     loading         the destination's own code
-    limits          what was noticed: by the run's checks, by the run itself, and what differs from what was trained on
+    limits          what the run's checks and the run itself noticed, and what differs from the base it was trained on
     made with       versions
 
-Of an adapter without a run, what its folder tells. Nothing of the machine it was made on: a file of the user's is named
-by its last part, and the report that goes along loses such paths, too.
+An adapter without a run gets what its folder tells. Nothing reveals the machine it was made on: a user's file is named
+by its last part, and the report beside the card loses such paths, too.
 
-The folder that training writes has a line or two of its own (adapter/file.py); this card takes their place.
+This card replaces the line or two that training writes (adapter/file.py).
 """
 
 import html
@@ -75,7 +75,7 @@ def card(trained: Trained, form: Form, usage: str, *, with_report: bool = False)
 
 
 def _front_matter(trained: Trained, form: Form) -> str:
-    """YAML by way of JSON, whose strings and lists YAML reads the same."""
+    """YAML written as JSON, whose strings and lists YAML reads the same way."""
     fields: dict[str, Any] = {}
     if HUB_ID.fullmatch(base_name(trained)):
         fields |= {"base_model": base_name(trained), "base_model_relation": form.relation}
@@ -201,7 +201,7 @@ def _number(value: Any) -> str:
 
 
 def _public(name: str) -> str:
-    """What may be said of a file: a builtin's name, a file's last part."""
+    """The public name of a file: a builtin's name, or the last part of a path."""
     return name if name.startswith("builtin:") else Path(name).name
 
 
@@ -213,7 +213,7 @@ def _text(file: Path) -> str:
 
 
 def _without_paths(page: str, config: RunConfig | None) -> str:
-    """The page with each file of the run's named by its last part."""
+    """The page with each of the run's files named by its last part."""
     if config is None:
         return page
     names = (

@@ -1,8 +1,8 @@
-"""What every destination of an export is: refused or accepted whole, then written.
+"""The interface of every export destination: an adapter is refused or accepted as a whole, then written.
 
-    PEFT(trained, options)     looks at everything that the destination can't hold or take, and raises InputError that
-                               lists it, before a byte is written
-    .size()                    bytes that it will need on the disk, not less
+    PEFT(trained, options)     looks for everything that the destination can't hold or read, and raises one InputError
+                               that lists it, before a byte is written
+    .size()                    bytes that it will need on the disk, at most
     .write(folder, display)    writes into a folder that is hidden until it is whole (target.py)
 
 The command (command.py) chooses one by name and adds the card, the report and the mark.
@@ -19,9 +19,9 @@ from deltaw.show.progress import Display
 
 @dataclass(frozen=True)
 class Options:
-    """What may be asked of a destination. `plain`: nothing that older servers don't read (scales in B, one rank).
-    `merged`: the whole model instead of the adapter. `type`: the numbers of a merged model ("Q8_0"). `force`: also
-    where little of the update survives their rounding."""
+    """Options for a destination. `plain`: only what older servers read (scales in B, one rank).
+    `merged`: the whole model instead of the adapter. `type`: the numbers of a merged model ("Q8_0"). `force`: even
+    if little of the update survives their rounding."""
 
     plain: bool = False
     merged: bool = False
@@ -31,8 +31,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Written:
-    """`lines`: what is to be said of it, for people. `usage`: how to load it there, Markdown for the card. `more`: for
-    machines."""
+    """`lines`: the printed summary. `usage`: how to load it there, Markdown for the card. `more`: JSON fields."""
 
     usage: str
     lines: list[str] = field(default_factory=list)
@@ -40,15 +39,15 @@ class Written:
 
 
 class Destination(abc.ABC):
-    """One form of an adapter or a merged model. Raises InputError where it can't hold this adapter."""
+    """One form of an adapter or a merged model. Raises InputError if it can't hold this adapter."""
 
     def __init__(self, trained: Trained, options: Options) -> None:
         self.trained, self.options = trained, options
 
     @abc.abstractmethod
     def size(self) -> int:
-        """Bytes of what `write` writes, or a few more."""
+        """At least the bytes that `write` writes."""
 
     @abc.abstractmethod
     def write(self, folder: Path, display: Display) -> Written:
-        """Write all files into `folder`, which is there and empty."""
+        """Write all files into `folder`, which exists and is empty."""

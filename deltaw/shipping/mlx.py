@@ -2,15 +2,15 @@
 
     lora_a [N, R] = Aᵀ      lora_b [R, M] = s Bᵀ      m [M], DoRA's magnitudes
 
-both transposed against PEFT; y += scale · (x lora_a) lora_b with one scale and one rank for all modules, so the scales
+transposed relative to PEFT; y += scale · (x lora_a) lora_b with one scale and one rank for all modules, so the scales
 go into B, scale is 1, and rows of zeros make one rank. DoRA is the same formula there, m ∘ V / ‖V‖ by rows (a test
 holds real mlx_lm to it).
 
 Which modules get factors is said twice: `num_layers` blocks counted from the last one, and in each of them the modules
-whose paths within the block are in `keys`. A module that both name and the file doesn't hold starts with lora_b = 0 and
+whose paths within the block are in `keys`. A module that both name but the file lacks starts with lora_b = 0 and
 changes nothing. Other versions silently load tensors that match nothing (mlx_lm 0.32 refuses them), so the names
-are held here to what its classes have. They are transformers' own for most types; KNOWN has those for which real mlx_lm
-gave the same logits as transformers with an adapter on every layer, and a type that isn't there is refused: a merged
+are checked here against its classes. They are transformers' own for most types; KNOWN has those for which real mlx_lm
+gave the same logits as transformers with an adapter on every layer, and a type that isn't listed is refused: a merged
 model, which mlx_lm converts itself, is the safe way then.
 
 GPT-2's Conv1D is an ordinary linear layer there, and A, B are the same for both. Phi-3's fused layers are fused there.
@@ -39,7 +39,7 @@ from deltaw.show.progress import Display
 from deltaw.show.text import counted
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
-# What a path begins with: transformers' -> mlx_lm's, by model type.
+# By model type: what transformers' paths begin with, and mlx_lm's.
 KNOWN: dict[str, tuple[str, str]] = {
     **dict.fromkeys((
         "cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "helium",

@@ -1,11 +1,11 @@
 """PEFT's folder: the adapter on the original base, with the tokenizer and the template that it was trained under.
 
-LoRA stays LoRA and DoRA stays DoRA; both as adapter/file.py has them. An initialiser that moved the base (PiSSA …) has
-been turned back to the original base by training, so nothing special is left to say of it. The names in
+LoRA stays LoRA and DoRA stays DoRA, both as adapter/file.py writes them. An initialiser that moved the base (PiSSA …)
+needs no mention: training has converted it back to the original base. The names in
 `target_modules` are last parts wherever those mean the same modules, since readers differ in what else they take.
 
-The base is named as the world knows it. A stranger's config may have the path of a folder on his machine there: then it
-is the name of the base that was found for it.
+The base has its public name. A stranger's config may give a path on another machine instead: then the name is that of
+the base that was found for it.
 """
 
 from dataclasses import replace
@@ -61,17 +61,17 @@ def refuse_full(trained: Trained) -> None:
 
 
 def remade(verb: str, trained: Trained, *options: str) -> str:
-    """The command that makes something else of it, in a folder next to it."""
+    """The command that makes another form of it, in a folder next to it."""
     return command(verb, trained.name, options=[*options, "-o", f"{trained.name.rstrip('/')}-{verb}"])
 
 
 def adapter_size(adapter: Adapter) -> int:
-    """Bytes of its folder, at most."""
+    """The most bytes that its folder can take."""
     return 4 * adapter.parameters + 2_000 * len(adapter.factors) + CONFIG_BYTES
 
 
 def for_peft(trained: Trained) -> Adapter:
-    """The adapter with its base's public name, and its modules by last names where those mean the same."""
+    """The adapter with its base's public name, and modules named by their last part if that is unambiguous."""
     adapter = trained.adapter
     skeleton = trained.base_files.skeleton
     check_fits(trained, skeleton)

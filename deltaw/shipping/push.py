@@ -1,13 +1,12 @@
-"""A folder -> a repository of the hub, in one commit: what is there afterwards is all of it or what was before.
+"""Pushes a folder to a repository on the hub in one commit: all of it arrives, or nothing changes.
 
-`Push.check` comes before the export's work: is the name one that the hub takes, is there a token, may it write there,
-what is in the repository already. A repository is made private unless it is to be public, and one that exists is only
-written to when its visibility is the one that was asked for: what somebody takes for private mustn't turn out to be
-public. One that holds files is written to with `replace` alone; then it holds the folder's files afterwards and no
-others.
+`Push.check` comes before the export's work: does the hub accept the name, is there a token, may it write there, what is
+already in the repository? A new repository is private unless `public`, and an existing one is written to only if its
+visibility is the one asked for: what somebody takes for private mustn't turn out to be public. One that holds files is
+written to only with `replace`; afterwards it holds the folder's files and no others.
 
-The token is the one that huggingface_hub finds (HF_TOKEN, or `hf auth login`), the address HF_ENDPOINT. The mark of a
-folder that deltaw wrote stays at home.
+The token is the one that huggingface_hub finds (HF_TOKEN, or `hf auth login`), the address is HF_ENDPOINT. The file
+that marks deltaw's folders isn't pushed.
 
 Rejected: deleting a repository that was made for a push which then failed: an empty one harms nobody, and a command
 that deletes on the hub might.
@@ -30,7 +29,7 @@ LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 @dataclass(frozen=True)
 class Push:
-    """Where to, and how."""
+    """The repository to push to, and how."""
 
     repository: str
     public: bool = False
@@ -60,7 +59,7 @@ class Push:
         self._check_repository(api)
 
     def run(self, folder: Path, display: Display) -> str:
-        """Push the files of `folder`; the address of what was made. Raises RunError."""
+        """Push the files of `folder`; returns the repository's address. Raises RunError."""
         from huggingface_hub import HfApi
         from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -86,7 +85,7 @@ class Push:
         return str(url)
 
     def _check_repository(self, api: Any) -> None:
-        """That it isn't there, or is what was asked for."""
+        """Raise InputError unless the repository doesn't exist or is as asked for."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
         try:
@@ -105,7 +104,7 @@ class Push:
             raise InputError(what, fix="choose another name, or add --replace: then it holds the new files only")
 
     def _failed(self, error: Exception, folder: Path | None = None) -> NoReturn:
-        """What the hub, or the way there, said. `folder`: what is written by now and can be pushed later."""
+        """Raise the error that the hub or the connection gave. `folder`: already written, so it can be pushed later."""
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         what = f"--push {self.repository}"
@@ -125,7 +124,7 @@ class Push:
 
 
 def _check_rights(who: dict[str, Any], owner: str) -> None:
-    """That the token may write for `owner`, as far as it says; a fine-grained one doesn't."""
+    """Raise InputError unless the token may write for `owner`, as far as it tells; a fine-grained one doesn't."""
     token = (who.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
         raise InputError("--push: the hub's token may only read", fix="make one with write access")

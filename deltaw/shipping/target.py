@@ -1,11 +1,11 @@
-"""The folder that a command writes: all of it under the final name, or nothing.
+"""The folder that a command writes: complete under its final name, or absent.
 
-It is written hidden beside its final name, fsynced and renamed, so that whoever sees it sees it whole, also after a
-kill or on a full disk. What is known to be too large for the disk is refused before the first byte. An existing folder
-is replaced only when that was asked for *and* it is one that deltaw wrote (it holds the mark): `--replace` with a
-slip of the finger must not cost a home directory. Nor is one that holds what is read (`sources`: the base, the
-adapter): a merge over its own base would leave an adapter that goes on nothing. The old one goes when the new one is
-there. A link is followed: what it names is written, the link stays.
+It is written hidden beside its final name, fsynced and renamed, so whoever sees it sees it complete, even after
+a kill or on a full disk. What is known to be too large for the disk is refused before the first byte. An existing
+folder is replaced only if that was asked for *and* deltaw wrote it (it holds the mark): `--replace` with a slip of the
+finger must not cost a home directory. Nor is one replaced that holds what is read (`sources`: the base, the adapter): a
+merge over its own base would leave an adapter without a base. The old one is removed once the new one is in place. A
+link is followed: its target is written, the link stays.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from deltaw.files.lock import holds_anything, locked
 from deltaw.version import VERSION
 
 MARK = "deltaw-export.json"  # what was written here, by which version, from what
-SPARE = 1 << 20  # bytes beyond what is asked for: the small files
+SPARE = 1 << 20  # bytes added to what is asked for, for the small files
 
 
 @contextlib.contextmanager
@@ -31,8 +31,8 @@ def target(
     """A folder to write into that becomes `output` when the block ends, or vanishes when it fails.
 
     `what` is recorded in it (MARK); `needed` is its size in bytes; `sources` are the files and folders that it is made
-    of. Raises InputError for an `output` that can't be taken, RunError for what the disk refuses, before and while it
-    is written.
+    from. Raises InputError for an `output` that can't be used, RunError if it can't be written, before and during
+    writing.
     """
     final = _place(output)
     try:
@@ -43,7 +43,7 @@ def target(
             f"output {output!s:.200}: can't be made: {error.strerror}", fix="choose another output"
         ) from None
     with locked(final.with_name(f".{final.name}.lock"), f"output {output}", remove=lambda: True):
-        recover(final)  # what a killed process had moved away
+        recover(final)  # what a killed process had moved aside
         _check(final, replace, sources)
         _room(final, needed)
         with replacing_folder(final, fix="free some space, or choose another") as hidden:
@@ -61,7 +61,7 @@ def _place(output: str | Path) -> Path:
 
 
 def check_output(output: str | Path, replace: bool) -> None:
-    """Raise InputError for an `output` that can't be taken: before anything is read for it."""
+    """Raise InputError for an `output` that can't be used, before anything is read for it."""
     with contextlib.suppress(OSError):  # a name that no folder can have is `target`'s to say
         _check(_place(output), replace, ())
 

@@ -1,12 +1,11 @@
-"""What is shipped: a trained adapter with the folder of its base and its tokenizer, found and held to each other.
+"""What is shipped: a trained adapter with its base's folder and tokenizer, found and checked against each other.
 
 No model is built and no adapter attached: merging, exporting and linting work on files (base_files.py) and values. The
-base is opened only where its files hold other tensors than the model does, so that they can't tell which base it is.
+base is opened only if its files hold other tensors than the model, so that they can't tell which base it is.
 
 The chat template that ships is the one that was trained under. A run knows it by its settings, an adapter's folder by
-the `chat_template.jinja` beside the weights (written where it isn't the tokenizer's own). One that is neither there nor
-the tokenizer's is an error: a template that changes on the way is the commonest reason why a shipped adapter answers
-worse than it was measured.
+the `chat_template.jinja` beside the weights (written if it isn't the tokenizer's own). If neither has it, that is an
+error: a template that changes on the way is the commonest reason why a shipped adapter answers worse than measured.
 """
 
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from deltaw.show.progress import Display
 
 @dataclass(frozen=True)
 class Trained:
-    """An adapter and what it goes with. `name` is what the user typed, `run` the run that it comes from, if it does."""
+    """An adapter and what belongs to it. `name` is what the user typed, `run` the run that it comes from, if any."""
 
     name: str
     adapter: Adapter
@@ -57,7 +56,7 @@ class Trained:
 def open_trained(name: str | Path, *, base: str | None = None, display: Display | None = None) -> Trained:
     """A run or an adapter folder, with its base (`base` instead of the one it names).
 
-    Raises InputError: no adapter there, another base (by fingerprint), a chat template that is not to be had.
+    Raises InputError: no adapter, another base (by fingerprint), a chat template that isn't available.
     """
     display = display or Display(quiet=True)
     named = Named.of(name)

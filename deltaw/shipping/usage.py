@@ -1,6 +1,6 @@
 """How to load what was exported, as Markdown for its card: code that runs as it stands, in the folder itself.
 
-A block begins with the folder as "."; on the hub its name goes there. A prompt is asked as it was trained: through the
+A block begins with the folder as "."; on the hub, put its name there. A prompt is asked as in training: through the
 chat template, or as it is. Stop tokens are spelt out, since a base's own settings often lack the one that ends a turn.
 """
 
@@ -48,7 +48,7 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 
 
 def answer_lines(trained: Trained) -> str:
-    """One answer of `model`, asked as it was trained. With a mask: without one, `generate` makes one that leaves
+    """Code for one answer of `model`, asked as in training. With a mask: without one, `generate` makes one that leaves
     out whatever is the pad token, and that may be a token of the prompt."""
     if chats(trained):
         ids = f"""messages = [{{"role": "user", "content": "{QUESTION}"}}]

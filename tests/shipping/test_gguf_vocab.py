@@ -249,7 +249,7 @@ REFUSED = {
     "another model": (lowercasing, "WordLevel"),
     "an unknown rule": (lambda: by_pairs(split_by(r"\p{L}+|\s+")), "split by"),
     "whole words": (lambda: by_pairs(LEVEL, whole=True), "whole words"),
-    "a blank before": (lambda: by_pairs(pre_tokenizers.ByteLevel(add_prefix_space=True)), "a space before every text"),
+    "a blank before": (lambda: by_pairs(pre_tokenizers.ByteLevel(add_prefix_space=True)), "space before every text"),
     "a step": (lambda: by_pairs(pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), LEVEL])), "Punctuation"),
     "lower case": (lambda: by_pairs(LEVEL, normalizer=normalizers.Lowercase()), "Lowercase"),
     "no merges": (bytes_alone, "no merges"),

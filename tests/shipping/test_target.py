@@ -85,7 +85,7 @@ def test_what_it_is_made_of_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("base")
     for source in (tmp_path / "base", tmp_path / "link", tmp_path / "base/file"):
         with (
-            pytest.raises(InputError, match="made of"),
+            pytest.raises(InputError, match="made from"),
             target(tmp_path / "base", what=WHAT, needed=0, replace=True, sources=[source]),
         ):
             raise AssertionError("not reached")

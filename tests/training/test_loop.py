@@ -213,9 +213,9 @@ def test_output_is_checked_before_anything_is_read(folder: Path) -> None:
     (folder / "mine/thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="not a folder"):
         run(folder, output=str(folder / "file/run"), base="nowhere")
-    with pytest.raises(InputError, match="isn.t a run"):
+    with pytest.raises(InputError, match="isn't a run"):
         run(folder, output=str(folder / "mine"), base="nowhere")
-    with pytest.raises(InputError, match="isn.t a run"):
+    with pytest.raises(InputError, match="isn't a run"):
         train(parse_config(run_file(folder, output=str(folder / "mine"))), replace=True, display=QUIET)
     assert (folder / "mine/thesis.txt").read_text() == "precious"
     run(folder)

@@ -3,9 +3,9 @@
     general.type = adapter, general.architecture = the base's, adapter.type = lora, adapter.lora.alpha = R
     <tensor of the base>.lora_a [R, N], .lora_b [M, R], each a right before its b, float32
 
-llama.cpp multiplies each update by alpha / its own rank, and by 1 where alpha is 0; other readers know one rank. So all
-of them get the largest rank R by rows of zeros, scales go into B, and alpha = R is the scale 1 exactly. Its own
-converter copies PEFT's lora_alpha instead, with which rsLoRA and modules of their own rank or alpha come out wrong. The
+llama.cpp multiplies each update by alpha / its own rank, and by 1 where alpha is 0; other readers know one rank. So
+rows of zeros give all updates the largest rank R, scales go into B, and alpha = R makes the scale exactly 1. Its own
+converter copies PEFT's lora_alpha instead, so rsLoRA and modules with their own rank or alpha come out wrong. The
 rows of B are where GGUF has the rows of W (names.py).
 
 What llama.cpp would silently ignore is refused here, as is what it refuses: full fine-tuning, DoRA, anything

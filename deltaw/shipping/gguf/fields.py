@@ -20,12 +20,12 @@ class Fields:
         return default if value is None else value
 
     def expect(self, name: str, *neutral: Any) -> None:
-        """A field that may stand there as long as it says one of these."""
+        """Accept a field if its value is one of these, else refuse it."""
         if name in self._left and self.take(name) not in neutral:
             self.refuse(f"{name} = {str(getattr(self.config, name))[:60]}")
 
     def refuse(self, problem: str) -> None:
-        """Note what the config says and a GGUF can't."""
+        """Note a setting of the config that a GGUF can't express."""
         self._problems.append(problem)
 
     def finish(self) -> None:

@@ -1,18 +1,18 @@
-"""A transformers config -> the metadata of a GGUF that mean the same: base/gguf_meaning.py the other way round.
+"""From a transformers config to the GGUF metadata that means the same: base/gguf_meaning.py in reverse.
 
-The rule is the reader's, turned: there every key must find a field, here every field that counts must find a key. What
-counts is what the fingerprint says (base/fingerprint.py), each field is handed out once (`Fields`), and what nobody
-asked for is refused by name, before anything is written. So a setting that is invented tomorrow is refused tomorrow.
+The rule is the reader's in reverse: there every key must find a field, here every field that counts must find a key.
+The fingerprint decides what counts (base/fingerprint.py), each field is handed out once (`Fields`), and any left over
+is refused by name, before anything is written. So a setting that is invented tomorrow is refused tomorrow.
 
     key          the field's number, under the architecture's name
     by tensors   biases of a llama: the file says them by having them
     implied      what llama.cpp does for this architecture whatever the file says: the activation, Gemma's scale of
                  queries, its caps. The config must say the same, or it is refused
 
-Where llama.cpp passes over what the file says (a window in a llama or in Phi-3), the key is written, since others read
-it, and the user is told.
+If llama.cpp ignores what the file says (a window in a llama or in Phi-3), the key is written all the same, since others
+read it, and the user is told.
 
-The property that holds it all together: what is written, read by base/gguf_meaning.py and written again is the same
+One property guards it all: what is written, then read by base/gguf_meaning.py and written again, is the same
 (`check_read_back`, on every file, before it gets its name).
 """
 

@@ -1,15 +1,15 @@
 """The whole model, base and adapter together, as one GGUF for llama.cpp and Ollama, with a Modelfile.
 
     general.*       what it is and what it was made from, never a path
-    <arch>.*        the config, all that counts of it (meta.py)
-    tokenizer.*     the tokenizer that was trained with (vocab.py); where the base is a GGUF its own block, as it
-                    stands there, but for the chat template and the end of a turn, where others were trained
+    <arch>.*        everything in the config that counts (meta.py)
+    tokenizer.*     the tokenizer that was trained with (vocab.py); if the base is a GGUF, its own block unchanged,
+                    except for the chat template and the end of a turn, if others were trained
     tensors         the merge's values (merge/plan.py), under GGUF's names and in its layout (names.py)
 
-All that can be refused is refused before a byte is written: the plan, the keys, the tokenizer and every tensor's type
-follow from headers. Then one tensor after the other is made and written (tensors.py), so that the peak is about
-one tensor. The finished file is read by deltaw's own reader, and refused if little of the update survived in it, before
-it gets its name.
+Whatever can be refused is refused before a byte is written: the plan, the keys, the tokenizer and every tensor's type
+follow from headers. Then tensors are made and written one at a time (tensors.py), so that the peak is about one tensor.
+The finished file is read by deltaw's own reader, and refused if little of the update survived in it, before it gets
+its name.
 """
 
 import re
@@ -155,7 +155,7 @@ class GgufModel(Destination):
 
 
 def _bytes(value: Typed) -> int:
-    """Bytes of a value of the metadata, at most."""
+    """The most bytes that a value of the metadata can take."""
     items = value.value if isinstance(value.value, list) else [value.value]
     sizes = (
         len(item.encode() if isinstance(item, str) else item) if isinstance(item, (str, bytes)) else 8 for item in items

@@ -2,24 +2,24 @@
 
 Ollama doesn't run a GGUF's Jinja template. It wants a Go template, and without one it takes whichever of its own looks
 most like the Jinja text, or none. So one is derived from what the template that was trained under *writes*, whoever's
-it is. Three questions with two answers, each text a word of its own that can be told in the output, give
+it is. Three questions with two answers, each a word that can be recognised in the output, give
 
     bare    user₁  turn  answer₁  next  user₂  turn  answer₂  next  user₃  ask
     opens  system  closes user₁  turn  …                                            with a system message
 
-`bare` holds a default system message where a template has one, and both ends of a system message may lie within the
+`bare` holds a default system message if the template has one, and both ends of a system message may lie within the
 first user's turn (Llama 2, Gemma). As a Go template:
 
     {{ if .System }}opens{{ .System }}closes{{ else }}bare{{ end }}
     {{ range }} user: {{ .Content }}turn, in the last message ask    assistant: {{ .Content }}next, not in the last one
 
 A template that writes anything else (the system message at the end, what depends on a message's number or text) doesn't
-fit: the parts read off are put together again for conversations of other lengths and texts, and compared with what
-the template writes. Where they differ no TEMPLATE is written, and it is said so.
+fit: the parts are put together again for conversations of other lengths and texts, and compared with what the
+template writes. If they differ, no TEMPLATE is written, and a note says so.
 
-The server puts the token in front that the tokenizer has there (`Renderer.opening`), so it is taken off `opens` and
-`bare`. Quoting: a Modelfile's text ends at three quotes and loses what isn't printable, Go's ends at two braces; such
-pieces are written as Go's string literals. A Modelfile has no escapes outside of that.
+The server itself adds the tokenizer's first token (`Renderer.opening`), so it is removed from `opens` and `bare`.
+Quoting: a Modelfile's text ends at three quotes and loses what isn't printable, Go's ends at two braces; such pieces
+are written as Go's string literals. A Modelfile has no escapes outside of that.
 
 Rejected: a table of families by name (a template may be the user's own), and translating Jinja (a language into a
 smaller one).

@@ -1,6 +1,6 @@
 """What a transformers model's tensors are called in GGUF, and how they are stored there.
 
-The names are gguf's own table, one for each architecture. The numbers are the model's own, but for these, which
+The names come from gguf's own table for each architecture. The numbers are the model's own, except for these, which
 llama.cpp's mathematics expects (letters: H heads, E size of a head, M outputs, N inputs):
 
     llama, Mistral     rows of q and k, and their biases, in pairs (i, i + E/2) of each head: llama.cpp rotates
@@ -14,8 +14,8 @@ Phi-3's fused q, k, v and gate, up stay fused in the same order, and in other ar
 rotate halves. An update ΔW = scale · B A of W's rows has its rows in B, so what is done to W's rows is done to B's, and
 A stays. deltaw's reader of GGUF (base/gguf_meaning.py) is the other direction, through transformers.
 
-A model that isn't in `TYPES` is refused: a name alone would find a place in many an architecture, and nobody has held
-its numbers to llama.cpp's.
+A model that isn't in `TYPES` is refused: its names would fit many architectures, and nobody has checked its numbers
+against llama.cpp's.
 """
 
 from dataclasses import replace

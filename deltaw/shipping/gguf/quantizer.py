@@ -2,7 +2,7 @@
 
 A K type is a mixture: which tensor gets how many bits depends on its place in the model, and the search for the scales
 of a block of 256 is llama.cpp's art. So a float32 GGUF is written beside (one rounding, not two), given to the
-quantiser, and what comes back is believed only if it is the same model: every tensor with its shape, every key but
+quantiser, and its result is accepted only if it is the same model: every tensor with its shape, every key but
 those of the types. It is run without a shell, and its numbers of the finished tensors are the progress.
 
 Rejected: gguf-py (it reads K types, and can't write them), and bindings of llama.cpp as a library: the struct that they

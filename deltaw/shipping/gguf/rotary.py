@@ -1,4 +1,4 @@
-"""A config's rope_parameters -> what a GGUF says of rotary positions: base/gguf_rope.py the other way round.
+"""From a config's rope_parameters to a GGUF's keys for rotary positions: base/gguf_rope.py in reverse.
 
     linear      rope.scaling.type, .factor
     YaRN        the same, and .original_context_length, .yarn_beta_fast / _slow where they are set, and .attn_factor
@@ -6,7 +6,7 @@
     llama3      rope_freqs.weight: by how much each frequency is smaller than unscaled
     longrope    rope_factors_long.weight, rope_factors_short.weight, .original_context_length, .attn_factor
 
-The divisors of llama3 and the factor on cos and sin are asked of transformers' own functions, which the model runs by.
+The divisors of llama3 and the factor on cos and sin come from transformers' own functions, which the model itself uses.
 Gemma 3 has two sets: layers with a window are not scaled, and their base is .freq_base_swa. Refused: scalings that
 llama.cpp has no form for (dynamic NTK), or not in this architecture.
 """

@@ -1,8 +1,8 @@
-"""How a tokenizer splits text before it merges -> llama.cpp's name for that rule (`tokenizer.ggml.pre`).
+"""llama.cpp's name (`tokenizer.ggml.pre`) for the rule by which a tokenizer splits text before merging.
 
-base/gguf_tokens.py knows what each name stands for; here its table is turned round. A rule is compared as patterns in
-one spelling (`canonical`): published tokenizers write the same pattern in several ways. One that isn't in the table is
-refused, never guessed: llama.cpp splits by whatever name it is given and answers wrongly in silence.
+base/gguf_tokens.py knows what each name stands for; here its table is used in reverse. A rule is compared as patterns
+in one spelling (`canonical`): published tokenizers write the same pattern in several ways. One that isn't in the table
+is refused, never guessed: llama.cpp splits by whatever name it is given and answers wrongly in silence.
 
     Split by a pattern     the pattern                            Digits, one by one     \\p{N}
     ByteLevel              GPT-2's, if it splits at all           Digits, in runs        \\p{N}+

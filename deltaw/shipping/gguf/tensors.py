@@ -1,13 +1,13 @@
-"""The tensors of a merged model as a GGUF holds them: which there are, and each one's bytes when its turn comes.
+"""The tensors of a merged model as a GGUF holds them: their list, and each one's bytes when its turn comes.
 
     one tensor at a time   read, summed in float32, put in GGUF's layout, rounded once to its type
     survival               Q(W + Δ) − Q(W) against Δ, from the same pass (linalg/rounding.py, merge/survey.py)
 
-A tied head has no tensor: llama.cpp takes the embedding where `output.weight` is missing. It has one where the merge
-untied it, and an architecture whose head llama.cpp doesn't read is refused then.
+A tied head has no tensor: llama.cpp uses the embedding if `output.weight` is missing. It has one if the merge untied
+it; then an architecture whose head llama.cpp doesn't read is refused.
 
-Of what llama.cpp's quantiser makes (K types) there is no Q(W), since it only knows whole files: W itself stands in, so
-that the cosine counts its noise, too, while `kept`, by which a type is refused, doesn't.
+For K types there is no Q(W), since llama.cpp's quantiser handles only whole files: W itself is used, so the cosine
+counts its noise, too, while `kept`, by which a type is refused, doesn't.
 """
 
 from collections.abc import Iterator, Mapping
@@ -89,7 +89,7 @@ class Tensors:
                 self._count(planned, now - base, value - base)
 
     def _bytes(self, place: Place) -> "np.ndarray":
-        """A share of the rows at a time: what the survey needs beside the numbers is several times as large."""
+        """The bytes, made from a few rows at a time: the survey needs several times the memory of the numbers."""
         import numpy as np
 
         planned = self.planned[place.name]

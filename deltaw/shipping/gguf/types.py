@@ -1,14 +1,14 @@
 """The numbers of a GGUF's tensors: which type each one gets, and the bytes.
 
-What llama.cpp's own quantiser does for a plain type is done here, so that a file is what people expect of its name:
+For a plain type this does what llama.cpp's own quantiser does, so that a file is what its name promises:
 
     F32             one-dimensional tensors, norms, GPT-2's positions, tables of rotary factors
     the type        every other tensor, but
     Q8_0            the head (or the embedding, where it is the head, too) in a Q4 or Q5 file. llama.cpp takes Q6_K
                     there, or Q8_0 where rows aren't a multiple of 256; gguf-py can't write Q6_K, and Q8_0 is finer
 
-A type holds blocks of 32 numbers of a row. What has other rows is refused before anything is written, as llama.cpp
-refuses it. The K types (blocks of 256, and a mixture of them by tensor) are llama.cpp's to make: quantizer.py.
+A type holds blocks of 32 numbers of a row. Rows of any other length are refused before anything is written, as by
+llama.cpp. The K types (blocks of 256, and a mixture of them by tensor) are llama.cpp's to make: quantizer.py.
 """
 
 import math
@@ -106,7 +106,7 @@ def name_of(number: int) -> str:
 
 
 def general_keys(kind: str) -> dict[str, int]:
-    """What a file says of the type of its numbers."""
+    """The keys that name the type of a file's numbers."""
     from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
 
     file_type = LlamaFileType.ALL_F32 if kind == "F32" else LlamaFileType[f"MOSTLY_{kind}"]
@@ -130,7 +130,7 @@ def decoded(data: "np.ndarray", kind: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def rounded(value: Tensor, kind: str) -> Tensor:
-    """What is left of a tensor once it was written in a type."""
+    """A tensor after rounding to a type."""
     return decoded(encoded(value, kind), kind, tuple(value.shape))
 
 

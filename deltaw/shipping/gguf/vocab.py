@@ -1,10 +1,10 @@
-"""A transformers tokenizer -> the `tokenizer.*` keys of a GGUF, for the two kinds that llama.cpp has a tokenizer for.
+"""From a transformers tokenizer to a GGUF's `tokenizer.*` keys, for the two kinds that llama.cpp can run.
 
     gpt2     byte-level BPE: tokens, merges, and the name of the rule by which text is split (splitting.py)
     llama    SentencePiece's BPE (Llama 2, Mistral, Gemma, Phi-3): tokens with scores, bytes as <0x00> … <0xFF>
 
-Everything is asked of the living tokenizer, not of its files: transformers rewrites some of them when it reads them,
-and what was trained on is what it runs. What it adds before and after a text is found by encoding one.
+Everything comes from the loaded tokenizer, not from its files: transformers rewrites some of them on reading, and the
+loaded one was trained with. What it adds before and after a text is found by encoding one.
 
 SentencePiece's scores aren't in a tokenizer.json, its merges are, made of them: for each token all pairs that give it,
 in the order of the scores. So a token's score is minus the place of its pairs. llama.cpp merges whatever is a token,
@@ -211,7 +211,7 @@ def _scores(tokens: list[str], types: list[int], merges: list[list[str]]) -> lis
 
 
 def _additions(tokenizer: Any) -> dict[str, bool]:
-    """What it puts around a text. Raises InputError for anything but bos before and eos behind."""
+    """What it adds around a text. Raises InputError for anything but bos before and eos after it."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     dressed = tokenizer("a")["input_ids"]
     at = next((at for at in range(len(dressed)) if dressed[at : at + len(bare)] == bare), 0)

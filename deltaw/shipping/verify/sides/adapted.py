@@ -1,7 +1,7 @@
 """A run or an adapter folder as a side: the base with the adapter on it, as deltaw itself answers.
 
 Prompts are written as they were in training (data/render.py), with the template that the adapter was trained under, and
-answers end where that template's turns end. This is the side that the others are usually held against.
+answers end where that template's turns end. The others are usually compared with this side.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from deltaw.show.progress import Display
 
 
 class Adapted(Running):
-    """What `open_trained` finds. Raises InputError: no adapter, another base, a template that isn't to be had."""
+    """What `open_trained` opens. Raises InputError: no adapter, another base, a template that isn't available."""
 
     def __init__(self, name: str, *, base: str | None, display: Display) -> None:
         self.name, self.notes = name, []

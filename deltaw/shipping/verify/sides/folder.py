@@ -1,7 +1,7 @@
-"""A model folder (a merged one, or any base) as a side: loaded and run by transformers, nothing of deltaw in between.
+"""A model folder (a merged one, or any base) as a side: loaded and run by transformers, without any of deltaw's code.
 
-Its prompts are those of the folder's own tokenizer and template, its answers end at its own generation config's stop
-tokens: what a stranger gets who loads the folder.
+Its prompts come from the folder's own tokenizer and template, and its answers end at its own generation config's stop
+tokens: it shows what anyone gets who loads the folder.
 """
 
 from collections.abc import Sequence

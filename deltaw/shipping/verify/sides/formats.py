@@ -1,4 +1,4 @@
-"""How far off a number is that was rounded to a format: the standard deviation of its error, entry by entry.
+"""How far off rounding to a format leaves a number: the standard deviation of its error, entry by entry.
 
     floats      |x| u / √6. The error is spread evenly over ± u · 2^⌊log₂|x|⌋, a third of whose square is its variance,
                 and x is 1 to 2 times the power, evenly in its logarithm: u/√3 · √0.54. u is the unit roundoff, half of
@@ -8,7 +8,7 @@
                 either symmetric about 0 (largest |x| / 2^(b−1)) or between the smallest and the largest
 
 K-quants and IQ types round their steps once more and choose them better than by the extremes; their steps here are what
-their bits allow, which is the right size and no more. A format that isn't known is taken for bfloat16 by who asks.
+their bits allow, which is the right size and no more. An unknown format is taken for bfloat16.
 """
 
 import math
@@ -55,7 +55,7 @@ def known(name: str) -> str:
 
 
 def exact(name: str) -> bool:
-    """Whether nothing is lost but in the order of sums."""
+    """Whether only the order of sums loses anything."""
     return known(name) == "float32"
 
 

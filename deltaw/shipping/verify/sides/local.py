@@ -1,8 +1,8 @@
-"""What all sides that run here in torch share: greedy answers, log-probabilities along an answer, and both measurements
-that a tolerance needs, the same with rounding errors put in and without the adapter.
+"""The part that all sides running here in torch share: greedy answers, log-probabilities along an answer, and the two
+measurements that a tolerance needs, the same with rounding errors put in and without the adapter.
 
-Everything is computed in float32 where memory allows, so that a difference is the other side's or the file's and not
-this one's rounding. Rows are padded on the right: what comes behind a position changes nothing at it.
+Everything is computed in float32 if memory allows, so that a difference comes from the other side or the file and not
+from rounding here. Rows are padded on the right: what comes after a position doesn't change it.
 
 Letters: B rows of a batch, L their longest, P positions, V vocabulary.
 """

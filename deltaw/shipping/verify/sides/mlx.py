@@ -3,12 +3,12 @@
     mlx:adapter/   adapters.safetensors on a base that `--base` or the other side names
     mlx:model/     a folder with config.json, quantised or not
 
-Everything is computed in float32 but for a quantised model, since it's the files that are asked about. Prompts are
+Everything is computed in float32 except a quantised model, since the question is about the files. Prompts are
 written by the folder's own tokenizer where it has one, else the base's.
 
 mlx_lm (0.32) reads `rope_theta` from the top of config.json and silently takes 10,000 where it is missing; what
-transformers 5 writes has it under `rope_parameters`. A folder like that answers wrongly in MLX, and that is to be seen
-here. Only a base that deltaw made of a GGUF, which nobody gives to mlx_lm, is read as it is meant.
+transformers 5 writes has it under `rope_parameters`. A folder like that answers wrongly in MLX, and this must show
+it. Only a base that deltaw made of a GGUF, which nobody gives to mlx_lm, is read as it is meant.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""What is written on the command line -> a side.
+"""From a name on the command line to a side.
 
     runs/demo, adapter/               base + adapter, as deltaw answers
     merged/, builtin:…, org/name      a model folder, as transformers answers
@@ -8,7 +8,7 @@
     model.gguf+adapter.gguf           with an adapter; builtin:…+adapter.gguf on the builtin's own GGUF
     http://host:port/v1#model         a running server
 
-A file or a folder whose name could be read otherwise is meant where it exists.
+A name that could be read in several ways means the file or folder, if that exists.
 """
 
 from pathlib import Path

@@ -2,8 +2,8 @@
 
 The base is the one that its config names, or `--base`. The tokenizer is the adapter folder's where it has one, else the
 base's with the folder's chat_template.jinja; answers end where the folder's generation config says, else the base's.
-What PEFT is given was looked at first: safetensors only, and a config
-without fields that would import code or match by a stranger's regular expression (peft_config.py).
+What PEFT is given is checked first: safetensors only, and a config without
+fields that would import code or match by a stranger's regular expression (peft_config.py).
 """
 
 import importlib.util

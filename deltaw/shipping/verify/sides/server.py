@@ -1,6 +1,6 @@
-"""A server as a side: llama.cpp's, vLLM's, or whatever speaks OpenAI's routes.
+"""A server as a side: llama.cpp's, vLLM's, or any that speaks OpenAI's routes.
 
-What can be had differs, so it is found by asking once, when the side is opened:
+Servers offer different things, so the side asks once, when it is opened:
 
     llama.cpp   GET /props answers. /apply-template and /tokenize give its own prompt ids, /completion takes ids and
                 gives the likeliest K tokens with their ids, but nothing of a token that is half a character: what is
@@ -9,8 +9,8 @@ What can be had differs, so it is found by asking once, when the side is opened:
     others      /v1/completions or /v1/chat/completions as text: no ids, so answers are compared as text
 
 Log-probabilities along a given answer are asked for position by position, `max_tokens: 1` behind the ids so far. Those
-along the server's own answer come with it, so that nothing is asked twice: two sides that agree cost one request a
-prompt. Where a server gives the likeliest K alone, the rest of the distribution is one bucket (alike.py).
+along the server's own answer come with it, so that nothing is asked twice: two sides that agree cost one request
+per prompt. Where a server gives the likeliest K alone, the rest of the distribution is one bucket (alike.py).
 """
 
 import urllib.parse
@@ -77,14 +77,14 @@ class Server(Side):
     def logs(self, rows: Sequence[Row], progress: Progress) -> list[Logs] | None:
         if not self.tells_ids:
             return None
-        all_logs = []
+        logs = []
         for number, row in enumerate(rows, 1):
             tops = [self._top((*row.prompt, *row.answer[:at])) for at in range(len(row.answer))]
             if not all(tops):
                 return None
-            all_logs.append(_logs([top for top in tops if top]))
+            logs.append(_logs([top for top in tops if top]))
             progress(number)
-        return all_logs
+        return logs
 
     def decode(self, ids: Sequence[int]) -> str | None:
         if not self.tells_ids:
@@ -109,7 +109,7 @@ class Server(Side):
         return {"model": self._model, **fields}
 
     def _try(self, path: str, body: Any) -> dict[str, Any] | None:
-        """What a route says, None where there is none."""
+        """A route's answer, None if the server doesn't have it."""
         try:
             answer = self._client.ask(path, body, seconds=30)
         except (Refused, RunError):
@@ -117,7 +117,7 @@ class Server(Side):
         return answer if isinstance(answer, dict) else None
 
     def _known(self, models: Any, model: str) -> str:
-        """The model's name, after looking whether the server has it. Raises InputError."""
+        """The model's name, checked against the server's list. Raises InputError."""
         try:
             known = [str(entry["id"]) for entry in models["data"]]
         except (TypeError, KeyError):
@@ -148,7 +148,7 @@ class Server(Side):
             raise RunError(f"{self.name}: it doesn't accept the prompt {prompt.origin}: {error}") from None
 
     def _completed(self, ids: tuple[int, ...], tokens: int) -> Answer:
-        """Its answer to ids, with what it would have said beside each token kept."""
+        """Its answer to ids; the likeliest tokens at each position are remembered."""
         steps, text, ended = self._complete(ids, tokens)
         answer: list[int] = []
         for token, top in steps:
@@ -168,7 +168,7 @@ class Server(Side):
         return self._likeliest[ids]
 
     def _complete(self, ids: tuple[int, ...], tokens: int, whole: bool = False) -> Completed:
-        """What it goes on with. `whole`: made to be a letter."""
+        """Its continuation. `whole`: forced to be a letter."""
         if self._props is not None:
             return self._complete_llama(ids, tokens, whole)
         for count in LIKELIEST_OPENAI:
@@ -231,7 +231,7 @@ def open_server(name: str) -> Server:
 
 
 def _logs(tops: Sequence[Top]) -> Logs:
-    """As many as the position with the fewest has, the likeliest first."""
+    """As many tokens per position as the position with the fewest has, the likeliest first."""
     count = min(map(len, tops))
     best = [sorted(top.items(), key=lambda item: -item[1])[:count] for top in tops]
     ids_PK = torch.tensor([[token for token, _ in row] for row in best])

@@ -1,20 +1,20 @@
-"""A side: one place where a model answers, asked so that two of them can be held against each other.
+"""A side: one place where a model answers, asked so that two of them can be compared.
 
-    ids(prompt)            its own tokenizer's token ids of a prompt, its own chat template applied; None: not to be had
-    answers(prompts)       what it says, greedily: ids where it gives any, and text
+    ids(prompt)            a prompt's token ids by its own tokenizer and chat template; None: not available
+    answers(prompts)       its greedy answers: text, and ids if it gives them
     logs(rows)             next-token log-probabilities at the positions of a *given* answer, whoever gave it
     decode(ids)            text, special tokens shown
-    numbers                in which formats its weights and what flows between its layers are rounded
+    numbers                the formats to which its weights and activations are rounded
 
 The prompt goes to a side as text or as messages, never as ids, because the way from one to the other is what changes
 silently when a model is shipped. The log-probabilities are asked for along one side's answer, token by token: free
-answers part for good at the first near tie, and everything behind it would say nothing.
+answers part for good at the first near tie, and everything after it would show nothing.
 
 `Logs` are float64-ready log-probabilities of all tokens, or of the likeliest K of each position where a server gives no
 more. Sides whose model runs here (`Running`, local.py) can also say what rounding does to it (`noisy_logs`, noise.py),
-and what it would say without its adapter (`base_logs`).
+and what it would answer without its adapter (`base_logs`).
 
-Opening a side is cheap and finds what can't work; `load` reads weights. `close` leaves nothing running.
+Opening a side is cheap and shows what can't work; `load` reads weights. `close` leaves nothing running.
 """
 
 import abc
@@ -46,7 +46,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt as one side is given it: `ids` where they are known, else the prompt itself."""
+    """A prompt as one side gets it: `ids` if they are known, else the prompt itself."""
 
     prompt: Prompt
     ids: tuple[int, ...] | None
@@ -124,20 +124,20 @@ class Side(abc.ABC):
 
     @abc.abstractmethod
     def logs(self, rows: Sequence[Row], progress: Progress) -> list[Logs] | None:
-        """What it would say at each position of the answers; None where it doesn't tell."""
+        """Its log-probabilities at each position of the answers; None if it doesn't give any."""
 
     def noisy_logs(self, rows: Sequence[Row], sides: Sequence[Numbers], seed: int) -> list[Logs] | None:
-        """The same with the rounding errors of `sides` put in; None where the model doesn't run here."""
+        """The same with the rounding errors of `sides` put in; None if the model doesn't run here."""
         return None
 
     def base_logs(self, rows: Sequence[Row]) -> list[Logs] | None:
-        """The same without the adapter; None where that can't be had."""
+        """The same without the adapter; None if that isn't available."""
         return None
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str | None:
-        """The text of `ids`, special tokens included; None where it can't be asked."""
+        """The text of `ids`, special tokens included; None if it can't be asked."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Let go of everything."""
+        """Release everything."""
