@@ -275,7 +275,7 @@ def odd_row(n: int, scratch: Path) -> None:
     report = read(scratch, rows, renderer(template=TOOLS), bad_rows=0.02).report
     expect((report.train_rows, report.unusable) == (50, 1), report)
     expect(lines_of(report.problems) == [n + 1] and reason in report.problems[0], report.problems)
-    expect("1 rows can't be used" in report.warnings[0], report.warnings)
+    expect("1 row can't be used" in report.warnings[0], report.warnings)
     words = (f"train.jsonl:{n + 1}:", "1 of 51", "bad_rows")
     stopped = clear_error(lambda: read(scratch, rows, renderer(template=TOOLS), bad_rows=0.01), *words)
     expect(reason in stopped, stopped)
@@ -295,7 +295,10 @@ def odd_rows(n: int, scratch: Path) -> None:
     report = read(scratch, rows).report
     expect((report.rows_read, report.unusable, report.train_rows) == (40, len(bad), 40 - len(bad)), report)
     expect(lines_of(report.problems) == bad[:10], f"{report.problems} of {bad}")
-    expect(f"{len(bad)} rows can't be used; the first: train.jsonl:{bad[0]}:" in report.warnings[0], report.warnings)
+    expect(
+        f"{len(bad)} row{'s' * (len(bad) > 1)} can't be used; the first: train.jsonl:{bad[0]}:" in report.warnings[0],
+        report.warnings,
+    )
     clear_error(
         lambda: read(scratch, rows, bad_rows=len(bad) / 40 - 0.02), f"{len(bad)} of 40", f"train.jsonl:{bad[0]}:"
     )

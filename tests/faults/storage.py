@@ -110,7 +110,7 @@ def full_at_byte(n: int, scratch: Path) -> None:
     with shim.full_after(scratch, at):
         said = clear_error(lambda: save(folder, 3), "step-000003")
     expect(shim.written() == at, f"{shim.written()} bytes were written, not {at}")
-    expect(re.search(r"needs [\d,]+ bytes, [\d,]+ (are )?free", said), said)
+    expect(re.search(r"needs [\d,]+ bytes, (but only )?[\d,]+ (are )?free", said), said)
     expect(contents(scratch) == before and newest(folder) == 2, os.listdir(folder))
 
 
@@ -135,7 +135,7 @@ if can_mount():
             try:
                 save(folder, 3)
             except RunError as error:
-                expect(re.search(r"needs [\d,]+ bytes, [\d,]+ (are )?free", str(error)), error)
+                expect(re.search(r"needs [\d,]+ bytes, (but only )?[\d,]+ (are )?free", str(error)), error)
                 expect(len(os.listdir(folder)) == 2 and newest(folder) == 2, os.listdir(folder))
                 expect(n < 18, f"{n} pages didn't suffice: {error}")
             else:
