@@ -168,7 +168,7 @@ def missing_state(n: int, scratch: Path) -> None:
     moments.popitem()
     save_safetensors(moments, newest / MOMENTS)
     (newest / MANIFEST).write_text(_manifest(newest))
-    clear_error(lambda: resume(run, display=QUIET), "moments")
+    clear_error(lambda: resume(run, display=QUIET), "optimiser state")
 
 
 def _settings(n: int) -> tuple[int, dict[str, Any]]:
