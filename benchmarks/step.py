@@ -1,10 +1,11 @@
 """Training steps of the demo on this machine: tokens/s, idle and with one core taken by another program.
 
-    python benchmarks/step.py [--busy]         OMP_WAIT_POLICY=passive python benchmarks/step.py --busy
+    python -m benchmarks.step [--busy]         OMP_WAIT_POLICY=passive python -m benchmarks.step --busy
 
 For settings of the machine (docs/log.md); the comparison with other trainers is `make bench`.
 """
 
+import itertools
 import multiprocessing
 import statistics
 import sys
@@ -13,10 +14,11 @@ import time
 import torch
 
 from deltaw.adapter.attach import attach
-from deltaw.base.forward import plan_forward
+from deltaw.base.batch import Batch
+from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.load import open_base
 from deltaw.commands.demo import DEMO
-from deltaw.config import parse_config
+from deltaw.config import RunConfig, parse_config
 from deltaw.data.loader import Loader
 from deltaw.data.opening import open_dataset
 from deltaw.show.progress import Display
@@ -40,32 +42,42 @@ def gemm_gigaflops(rows: int) -> float:
     return 200 * 2 * rows * 576 * 1536 / (time.perf_counter() - began) / 1e9
 
 
-def main() -> None:
+def demo_steps(count: int) -> tuple[RunConfig, Forward, list[list[Batch]]]:
+    """The demo's settings, its base ready to run, and the batches of its first `count` steps."""
     sections = {"data": {**DEMO["data"], "limit": 2000, "eval": None}, "train": {**DEMO["train"], "sample_every": None}}
     config = parse_config({**DEMO, **sections, "evaluate": {}})
     _, _, dataset = open_dataset(config, Display(quiet=True))
-    base = open_base(config.base)
-    forward = plan_forward(base.model)
-    attached = attach(base.model, config.adapter)
-    optimizer = make_optimizer(attached, config.train)
+    sizes = config.train
+    loader = Loader(dataset.train, sizes.tokens_per_step, sizes.tokens_per_batch, 0)
+    return (
+        config,
+        plan_forward(open_base(config.base).model),
+        [batches for batches, _ in itertools.islice(loader, count)],
+    )
+
+
+def take(forward: Forward, batches: list[Batch], optimizer: torch.optim.Optimizer) -> float:
+    """One step: its seconds."""
+    began = time.perf_counter()
+    for batch in batches:
+        loss, count = forward.loss(batch)
+        (loss / count).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    config, forward, steps = demo_steps(WARM + STEPS)
+    optimizer = make_optimizer(attach(forward.model, config.adapter), config.train)
     other = multiprocessing.Process(target=spin, daemon=True)
     if "--busy" in sys.argv:
         other.start()
-    sizes = config.train
-    rates = []
-    for number, (batches, _) in enumerate(Loader(dataset.train, sizes.tokens_per_step, sizes.tokens_per_batch, 0)):
-        if number == WARM + STEPS:
-            break
-        began = time.perf_counter()
-        for batch in batches:
-            loss, count = forward.loss(batch)
-            (loss / count).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if number >= WARM:
-            rates.append(sum(len(batch.tokens_T) for batch in batches) / (time.perf_counter() - began))
+    seconds = [take(forward, batches, optimizer) for batches in steps]
+    counts = [sum(len(batch.tokens_T) for batch in batches) for batches in steps]
+    rates = [count / taken for count, taken in zip(counts[WARM:], seconds[WARM:], strict=True)]
     low, middle, high = statistics.quantiles(rates, n=4)
-    rate = gemm_gigaflops(sizes.tokens_per_step)
+    rate = gemm_gigaflops(config.train.tokens_per_step)
     print(f"{middle:.0f} tokens/s (quartiles {low:.0f}, {high:.0f}) over {STEPS} steps; {forward.describe()}")
     print(f"bf16 products alone: {rate:.0f} GFLOP/s")
 

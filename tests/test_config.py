@@ -191,7 +191,7 @@ def test_a_config_is_frozen(tmp_path: Path) -> None:
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(str.strip)
-PATHS = NAMES.filter(lambda text: not text.startswith("~")).map(written)  # tests/test_paths.py has the others
+PATHS = NAMES.filter(lambda text: not text.startswith("~")).map(written)  # tests/files/test_paths.py has the others
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 
 

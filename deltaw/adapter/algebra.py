@@ -110,7 +110,7 @@ def pad_all(adapter: Adapter) -> Adapter:
     if narrow:
         limit = min(updates[narrow].shape)
         raise InputError(
-            (f"{narrow} has no room for rank {rank}; the most is {limit}"), fix=f"resize to rank {limit} first"
+            f"{narrow} has no room for rank {rank}; the most is {limit}", fix=f"resize to rank {limit} first"
         )
     scale = _commonest({path: update.scale for path, update in updates.items()})
     padded = {path: pad(_rescaled(update, scale), rank) for path, update in updates.items()}

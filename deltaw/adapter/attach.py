@@ -74,8 +74,7 @@ class Attached:
         if missed := missed_by_peft(self.model, self.paths):
             lines.append(
                 "warning: when PEFT loads an adapter of this model, even one that it saved itself, it renames "
-                f"{len(missed)} "
-                f"of the modules and leaves them out: {missed[0]}" + (" …" if len(missed) > 1 else "")
+                f"{len(missed)} of the modules and leaves them out: {missed[0]}" + (" …" if len(missed) > 1 else "")
             )
         return lines
 

@@ -139,7 +139,7 @@ def extract_folders(
     report = Report(losses, unadapted, config, share)
     if not factors:
         raise InputError(
-            (f"{tuned}: no linear layer differs from {source.name}, so there is nothing to extract"), report.warning()
+            f"{tuned}: no linear layer differs from {source.name}, so there is nothing to extract", report.warning()
         )
     spec = AdapterSpec(targets=explicit_targets(skeleton, tuple(factors)))
     return adapter_of(factors, Adapter(spec, factors, identity, transposed, rewritten_names(skeleton))), report

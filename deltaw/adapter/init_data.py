@@ -163,5 +163,5 @@ def _check(total: Tensor, path: str) -> None:
     if not total.any() or not torch.isfinite(total).all():
         wrong = "NaN or infinity" if total.any() else "nothing but zeros"
         raise RunError(
-            (f"{path}: the first batches give {wrong}, and no start can be made from that"), fix="use init: lora"
+            f"{path}: the first batches give {wrong}, and no start can be made from that", fix="use init: lora"
         )

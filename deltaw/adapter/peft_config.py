@@ -15,7 +15,7 @@ certain models with experts for those of the experts, which are parameters there
 a regular expression. The dense MLPs and the shared experts of the same names then stay as they are, with a warning.
 What PEFT doesn't touch is `target_parameters`: for "<path>.weight" of a linear layer it makes factors of the same names
 and shapes and the same sum W + s B A, and so these layers are named there (decision 9). DoRA and dropout PEFT doesn't
-know for parameters: the dropout of a trained adapter is written as 0, and DoRA leaves such layers out (spec.py).
+know for parameters: the dropout of a trained adapter is written as 0, and DoRA leaves such layers out (targets.py).
 """
 
 import math

@@ -158,7 +158,7 @@ def _npy(path: Path) -> Matrix:
     except Exception as error:  # a stranger's header makes NumPy raise nearly anything
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise InputError(
-            (f"{path}: not an array of plain numbers: {reason:.200}"), fix="write it with numpy.save"
+            f"{path}: not an array of plain numbers: {reason:.200}", fix="write it with numpy.save"
         ) from None
     _size(x_MN.shape, path)
     if x_MN.dtype.kind not in "fiub":

@@ -74,7 +74,7 @@ class Batch:
         start_S = torch.tensor(documents.starts, device=device)
         positions_T = torch.arange(len(tokens_T), device=device) - start_S[:-1].repeat_interleave(start_S.diff())
         labels_T = torch.full_like(tokens_T, IGNORE) if labels_T is None else labels_T
-        supervised = int((labels_T != IGNORE).sum())
+        supervised = _count(labels_T)
         return Batch(tokens_T, labels_T, positions_T, documents, supervised, origins, tuple(updates), tuple(weights))
 
     @property
@@ -112,12 +112,21 @@ class Batch:
             if owner != update:
                 labels_T[start:end] = IGNORE
         origins = tuple(o for o, owner in zip(self.origins, self.updates, strict=True) if owner == update)
-        return replace(self, labels_T=labels_T, supervised=int((labels_T != IGNORE).sum()), origins=origins)
+        return replace(self.relabelled(labels_T), origins=origins)
+
+    def relabelled(self, labels_T: Tensor) -> "Batch":
+        """The batch with other labels, counted."""
+        return replace(self, labels_T=labels_T, supervised=_count(labels_T))
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
         tensors = {name: getattr(self, name).to(device) for name in ("tokens_T", "labels_T", "positions_T")}
         return replace(self, **tensors, documents=self.documents.to(device))
+
+
+def _count(labels_T: Tensor) -> int:
+    """How many labels count."""
+    return int((labels_T != IGNORE).sum())
 
 
 def segments_of(updates: Sequence[int], starts: Sequence[int]) -> Segments | None:

@@ -61,7 +61,7 @@ class LinearWeights(Mapping[str, Weight]):
         weight_MN = (weight.T if self.transposed else weight).float().contiguous()
         if not torch.isfinite(weight_MN).all():
             raise InputError(
-                (f"{self.folder}: {stored}, shape {shape}, holds NaN or infinity"), fix="download the base again"
+                f"{self.folder}: {stored}, shape {shape}, holds NaN or infinity", fix="download the base again"
             )
         return weight_MN, weight.dtype
 
@@ -80,7 +80,7 @@ class LinearWeights(Mapping[str, Weight]):
         shape = self._shapes[stored := self._stored(path)]
         if len(shape) != 2:
             raise InputError(
-                (f"{self.folder}: {stored} has shape {shape}, which isn't a matrix"), fix="name a linear layer"
+                f"{self.folder}: {stored} has shape {shape}, which isn't a matrix", fix="name a linear layer"
             )
         return shape[::-1] if self.transposed else shape
 

@@ -196,7 +196,7 @@ def read_floats(path: Path, header: Header, name: str) -> tuple[float, ...]:
     place = header.places[name]
     if place.kind != FLOAT32 or place.size > 4 * MAX_KEPT:
         raise InputError(
-            (f"{path}: tensor {name!r} isn't a short list of float32 numbers"), fix="download the file again"
+            f"{path}: tensor {name!r} isn't a short list of float32 numbers", fix="download the file again"
         )
     try:
         with place.file.open("rb") as file:

@@ -86,7 +86,7 @@ def _check_total(parts: list[Path], headers: list[Header], total: int) -> None:
 
 def _unfit(part: Path, reason: str) -> InputError:
     return InputError(
-        (f"{part}: doesn't fit the other parts: {reason}"), fix="download all the parts again, from one place"
+        f"{part}: doesn't fit the other parts: {reason}", fix="download all the parts again, from one place"
     )
 
 

@@ -233,7 +233,7 @@ def check(model: nn.Module, prompt: Sequence[int], number: int) -> None:
         raise InputError(f"prompt {number} is empty", fix="begin with at least one token, such as bos")
     if len(prompt) >= most:
         raise InputError(
-            (f"prompt {number} has {len(prompt):,} tokens; the context, including the answer, holds {most:,}"),
+            f"prompt {number} has {len(prompt):,} tokens; the context, including the answer, holds {most:,}",
             fix="shorten it",
         )
     if min(prompt) < 0 or max(prompt) >= vocabulary:

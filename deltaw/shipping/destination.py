@@ -5,7 +5,7 @@
     .size()                    bytes that it will need on the disk, at most
     .write(folder, display)    writes into a folder that is hidden until it is whole (target.py)
 
-The command (command.py) chooses one by name and adds the card, the report and the mark.
+The command (commands/export.py) chooses one by name and adds the card, the report and the mark.
 """
 
 import abc

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deltaw.data.loader import LoaderState
 from deltaw.errors import DeltawError, InputError, RunError, listed
 from deltaw.files.atomic import fsync, remove, replacing_folder, sweep, temporary_name, write_text_atomic
 from deltaw.files.safetensors import load_safetensors, save_safetensors
@@ -64,6 +65,11 @@ class TrainState:
     fingerprints: dict[str, str] = field(default_factory=dict)  # of base, data and template
     config: dict[str, Any] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)  # what the last bits depend on
+
+    @property
+    def position(self) -> LoaderState:
+        """Where the next step's data begins."""
+        return LoaderState(self.epoch, self.step_in_epoch)
 
     @property
     def tokens_per_second(self) -> float:

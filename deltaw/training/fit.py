@@ -125,4 +125,4 @@ def _cut(examples: Sequence[Example], tokens: int) -> list[Example]:
 def _half_trained(batch: Batch) -> Batch:
     labels_T = batch.labels_T.clone()
     labels_T[::2] = IGNORE
-    return replace(batch, labels_T=labels_T, supervised=int((labels_T != IGNORE).sum()))
+    return batch.relabelled(labels_T)

@@ -72,7 +72,7 @@ class Opened:
 
     def loader(self, state: TrainState) -> Loader:
         """The batches of the steps after `state`."""
-        return make_loader(self.config, self.dataset, LoaderState(state.epoch, state.step_in_epoch))
+        return make_loader(self.config, self.dataset, state.position)
 
 
 def open_run(config: RunConfig, display: Display) -> Opened:

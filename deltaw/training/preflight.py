@@ -13,7 +13,6 @@ from pathlib import Path
 
 from deltaw.base.limits import Limits
 from deltaw.data.example import Example
-from deltaw.data.loader import LoaderState
 from deltaw.data.pack import pack
 from deltaw.errors import InputError, RunError
 from deltaw.model import Model
@@ -51,9 +50,8 @@ def short_form(opened: Opened, learner: Learner, run: Run, general: Sequence[Exa
 
 def work_of(opened: Opened, learner: Learner) -> Work:
     """What is left of the run for `learner`."""
-    state = learner.state
-    position, left = LoaderState(state.epoch, state.step_in_epoch), max(0, learner.total - state.step)
-    return work_left(opened.dataset.train, learner.config, position, left)
+    left = max(0, learner.total - learner.state.step)
+    return work_left(opened.dataset.train, learner.config, learner.state.position, left)
 
 
 def check_longest(model: Model, rows: Sequence[Example]) -> None:

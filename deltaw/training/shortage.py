@@ -84,7 +84,7 @@ class Setting:
 
 
 def settings_that_fit(opened: Opened, work: Work, fit: Fit, available: float) -> list[Setting]:
-    """Up to three changes under which the largest batch stays well below the `there` bytes that it didn't fit into.
+    """Up to three changes under which the largest batch stays well below the `available` bytes that it didn't fit into.
 
     Each comes with as many tokens per batch as fit. Fewer tokens alone come first: they change the speed, not the run.
     Where the batch should have fitted, by the fit, only what is surely smaller is named.

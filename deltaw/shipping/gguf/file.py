@@ -1,6 +1,6 @@
 """A GGUF of a whole model, written tensor by tensor.
 
-A value of the metadata comes with GGUF's type of it (base/gguf_header.py), so that what is copied from a file stays
+A value of the metadata comes with GGUF's type of it (files/gguf_header.py), so that what is copied from a file stays
 what it was, byte for byte: tokens that aren't UTF-8, integers of every width. What is rewritten has one type for
 each of Python's:
 

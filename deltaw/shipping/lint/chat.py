@@ -1,7 +1,7 @@
 """What an adapter's folder and its base say about chats: whose template, which tokens stop, which tokens were added.
 
 Templates are compared as texts, by the fingerprint that deltaw records. What ends a turn is found by deltaw's renderer
-on the base's tokenizer; the template runs in its own process there (data/template.py). The adapter's tokenizer files
+on the base's tokenizer; the template runs in its own process there (files/template.py). The adapter's tokenizer files
 are read as the JSON that they are and never opened as a tokenizer.
 """
 
@@ -27,7 +27,7 @@ TOKENIZER_BYTES = 100_000_000
 
 
 def fingerprint(template: str) -> str:
-    """A template's fingerprint, as deltaw records it (data/template.py)."""
+    """A template's fingerprint, as deltaw records it (files/template.py)."""
     return sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
 
 

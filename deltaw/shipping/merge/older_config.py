@@ -4,7 +4,7 @@ transformers 5 writes rotary positions as `rope_parameters`. Before it, and in w
 models, older servers), they were `rope_theta`, `rope_scaling` and `partial_rotary_factor` at the top; a reader that
 finds none of these takes a default of its own, 10,000 as a rule, and silently answers wrongly. So both are
 written, where the older form can say the same. transformers 5 reads the two together as it reads the new one alone
-(command.py holds the folder to that).
+(folder.py holds the folder to that).
 """
 
 from typing import Any

@@ -4,7 +4,7 @@ It runs as a server in a child process (llama_server.py), on a port of its own a
 side is `Server` (server.py) asked about a machine of ours. Nothing of it outlives `close`, nor this process.
 
     weights        the type that most of the file's numbers have; where the other side's base is this very GGUF,
-                   command.py says that they are the same numbers
+                   compare.py says that they are the same numbers
     activations    what llama.cpp's CPU kernels turn a layer's input into: 8-bit blocks for quantised weights, the
                    weight's own type for F16 and BF16. Keys and values, F16 in other servers, stay as they are
 """
