@@ -1,0 +1,26 @@
+"""The run file: a value per section (`adapter`, `data`, `train`, `evaluate`), all in `run`, read by `load`."""
+
+from deltaw.config.adapter import TARGET_GROUPS, AdapterSpec, names_module
+from deltaw.config.data import DataConfig
+from deltaw.config.evaluate import EvaluateConfig
+from deltaw.config.load import load_config, parse_config, read_text
+from deltaw.config.problems import fields_at
+from deltaw.config.run import RunConfig
+from deltaw.config.strict import Strict
+from deltaw.config.train import Dtype, TrainConfig
+
+__all__ = [
+    "TARGET_GROUPS",
+    "AdapterSpec",
+    "DataConfig",
+    "Dtype",
+    "EvaluateConfig",
+    "RunConfig",
+    "Strict",
+    "TrainConfig",
+    "fields_at",
+    "load_config",
+    "names_module",
+    "parse_config",
+    "read_text",
+]

@@ -1,0 +1,83 @@
+"""Reading a run file: YAML and overrides in, a `RunConfig` out, or every problem at once with its line."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from deltaw.config.problems import problems, similar_file
+from deltaw.config.run import BEGUN, RunConfig
+from deltaw.errors import InputError, listed
+from deltaw.files.run_yaml import PROBLEMS, Loader, not_yaml
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run file and apply `key.sub=value` overrides. Raises InputError that lists every problem."""
+    path = Path(path)
+    text = read_text(path)
+    try:
+        node = yaml.compose(text, Loader=Loader)
+        raw = yaml.load(text, Loader=Loader)
+    except PROBLEMS as error:
+        raise InputError(not_yaml(error, str(path), text)) from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a run file is a mapping with base, data and output; this is {_kind(raw)}")
+    begun = path.name == "config.yaml" and any((path.parent / name).exists() for name in BEGUN)
+    for item in overrides:
+        _override(raw, item)
+    return parse_config(raw, source=str(path), node=node, begun=begun)
+
+
+def parse_config(
+    raw: Mapping[str, Any], *, source: str = "config", node: yaml.Node | None = None, begun: bool = False
+) -> RunConfig:
+    """Validate a plain mapping. `node` (the YAML tree) lends the line numbers. `begun`: a run's own, accepted already,
+    so a setting without an effect doesn't keep it from being read."""
+    try:
+        # JSON mode: a list is a tuple, an int is a float, and nothing else converts.
+        return RunConfig.model_validate_json(json.dumps(raw), context=BEGUN if begun else None)
+    except ValidationError as error:
+        lines = problems(error, source, node)
+    except (TypeError, ValueError) as problem:
+        lines = [f"{source}: {problem}"]
+    raise InputError("\n".join([f"{source} has {len(lines)} problem{'s' * (len(lines) > 1)}:", listed(lines)]))
+
+
+def read_text(path: Path) -> str:
+    """A small text file the user wrote. Raises InputError when it is missing, a folder, huge or not UTF-8."""
+    try:
+        if path.stat().st_size > 10_000_000:
+            raise InputError(f"{path}: {path.stat().st_size:,} bytes is too large for a run file")
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file", fix=similar_file(path)) from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder, not a file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text", fix="save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+        raise InputError(f"{item!r} is not an override", fix="write key=value, for example train.lr=1e-3")
+    *parents, last = key.split(".")
+    for name in parents:
+        if raw.get(name) is None:  # absent, or a section whose lines are all commented out
+            raw[name] = {}
+        raw = raw[name]
+        if not isinstance(raw, dict):
+            raise InputError(f"{item!r}: {name} is a single value, it has no fields")
+    try:
+        raw[last] = yaml.load(value, Loader=Loader)
+    except PROBLEMS:
+        raise InputError(f"{item!r:.200}: the value is not valid YAML") from None
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a text", type(None): "empty"}.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,85 @@
+"""The run file: YAML -> frozen, strict values.
+
+Everything a run depends on is in one `RunConfig`, which is saved with the run and never passed into a layer.
+Strict means: an unknown key, a wrong type or an impossible number is an error that names the file, the line and the
+field, and the nearest name that exists. All problems are reported at once.
+
+A setting that has no effect beside others is well formed, but doesn't do what its writer thinks. A file with
+settings that need something more is refused (`without_effect`); those that were switched off elsewhere, as one does to
+cut a run short, are named (`switched_off`). Only a value other than the default counts, since a run's own config.yaml
+has every default written out; and 0 samples, which is what one gets. Bounds that aren't reached (`data.max_length`,
+`train.keep`, …) aren't looked at.
+
+Rejected: dataclasses with hand-written checks (the messages were the larger half).
+"""
+
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from deltaw.config.adapter import AdapterSpec
+from deltaw.config.data import DataConfig
+from deltaw.config.evaluate import EvaluateConfig
+from deltaw.config.strict import Strict, default_of
+from deltaw.config.train import TrainConfig
+from deltaw.files.paths import PathText
+from deltaw.files.run_yaml import Dumper
+
+BEGUN = ("before.json", "metrics.jsonl", "checkpoints", "adapter", "result.json")  # beside the config.yaml of a run
+
+
+class RunConfig(Strict):
+    """A whole run: `base`, `adapter`, `data`, `train`, `evaluate`, `output`."""
+
+    base: PathText = Field(min_length=1)
+    adapter: AdapterSpec = AdapterSpec()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    output: PathText = Field(min_length=1)
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _full(cls, value: Any) -> Any:
+        return {"full": True} if value == "full" else value
+
+    @model_validator(mode="after")
+    def _all_has_an_effect(self, info: ValidationInfo) -> "RunConfig":
+        idle = [] if info.context == BEGUN else self.without_effect()
+        if idle:
+            raise ValueError("; ".join(idle))
+        return self
+
+    def without_effect(self) -> list[str]:
+        """Each setting that does nothing, and what it would need."""
+        data, train, evaluate = self.data, self.train, self.evaluate
+        no_rows = {
+            "train.eval_every": train.eval_every is not None,
+            "train.sample_every": train.sample_every is not None,
+            "evaluate.metrics": bool(evaluate.metrics),
+            "evaluate.samples": evaluate.samples not in (0, default_of(evaluate, "samples")),
+        }
+        needs = {name: "held-out rows: set data.eval" for name, given in no_rows.items() if given and data.eval is None}
+        if self.adapter.full and train.lr_ratio_b != 1:
+            needs["train.lr_ratio_b"] = "factors, and adapter: full has none"
+        if data.seed and not isinstance(data.eval, int) and data.limit is None:
+            needs["data.seed"] = "rows to choose from: data.eval as a number, or data.limit"
+        return [f"{name} does nothing without {what}" for name, what in needs.items()]
+
+    def switched_off(self) -> list[str]:
+        """Each setting that others switch off, in words."""
+        train, evaluate = self.train, self.evaluate
+        answered = self.data.eval is not None and (evaluate.metrics or evaluate.samples)
+        lines = []
+        if train.steps and train.epochs != default_of(train, "epochs"):
+            lines.append(f"train.steps: {train.steps} sets the length, so train.epochs: {train.epochs:g} does nothing")
+        if train.sample_every and not evaluate.samples:
+            lines.append(f"train.sample_every: {train.sample_every} shows nothing: evaluate.samples is 0")
+        if not answered and evaluate.max_new_tokens != default_of(evaluate, "max_new_tokens"):
+            lines.append(f"evaluate.max_new_tokens: {evaluate.max_new_tokens} does nothing: no row is answered")
+        return lines
+
+    def to_yaml(self) -> str:
+        """The resolved run file, every default written out."""
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
