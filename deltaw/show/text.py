@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 LINE = 120  # characters that an error message or a log line may quote of the data
-FRAME = 12  # characters that texts must share at an end before these are left out
+FRAME = 8  # characters that texts must share at an end before these are left out
 
 
 def one_line(text: str, limit: int = LINE, *, end: bool = False) -> str:
