@@ -44,7 +44,7 @@ HOMES = {
     "jinja2": {"analysis/page.py", "files/bounded_worker.py"},
     "rich": {"show/progress.py", "show/table.py", "data/preview.py"},
     "typer": {f"cli/{name}.py" for name in VERBS},
-    "yaml": {"config/load.py", "config/run.py", "config/problems.py", "files/run_yaml.py"},
+    "yaml": {"config/load.py", "config/run.py", "files/run_yaml.py"},
     "gguf": {
         "base/gguf.py",
         "files/gguf_header.py",

@@ -1,6 +1,6 @@
 """`train:` of a run file: how long, how fast, how much at a time."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ Dtype = Literal["auto", "bfloat16", "float32"]
 class TrainConfig(Strict):
     """How long, how fast, how much at a time."""
 
+    section: ClassVar[str] = "train"
     epochs: PositiveFloat = Field(1.0, le=1e9)
     steps: Count | None = Field(None, description="stop after this many steps, whatever epochs says")
     lr: PositiveFloat = Field(5e-4, le=1.0)
