@@ -31,6 +31,18 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     return parse_config(raw, source=str(path), node=node, begun=begun)
 
 
+def config_of(given: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
+    """A config, what would stand in a run file as a mapping, or a run file. Raises InputError."""
+    if isinstance(given, RunConfig):
+        return given
+    if isinstance(given, Mapping):
+        return parse_config(given)
+    path = Path(given).expanduser()
+    if (path / "config.yaml").is_file():
+        raise InputError(f"{path} is a run already", fix=f"resume it: deltaw.resume({str(path)!r})")
+    return load_config(path)
+
+
 def parse_config(
     raw: Mapping[str, Any], *, source: str = "config", node: yaml.Node | None = None, begun: bool = False
 ) -> RunConfig:
