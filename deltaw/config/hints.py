@@ -53,6 +53,8 @@ MEANT = {  # ours: theirs
     "train.dtype": "bf16 fp16 tf32 bfloat16 float16 torch_dtype precision mixed_precision compute_dtype pure_bf16",
     "train.device": "device_map accelerator",
     "train.save_every": "save_steps save_interval checkpointing_steps",
+    "train.log_to": "report_to wandb use_wandb wandb_project wandb_name wandb_run_name wandb_entity logger loggers "
+    "log_with tensorboard use_tensorboard metric_logger",
     "train.keep": "save_total_limit",
     "evaluate": "evaluation eval_args",
     "evaluate.metrics": "compute_metrics metric metric_for_best_model",

@@ -28,7 +28,7 @@ from deltaw.training.changes import restore, settled
 from deltaw.training.checkpoint import Saved, latest_checkpoint, save_checkpoint
 from deltaw.training.finish import finish, measure_again, report
 from deltaw.training.learner import Learner
-from deltaw.training.log import EventLog
+from deltaw.training.log import EventLog, open_log
 from deltaw.training.measuring import Attempts, measure_base, note_evaluation, plain_loss, samples
 from deltaw.training.memory import Heap, bound_caches, bounded
 from deltaw.training.opening import Opened, above_the_frozen, begin, count_steps, general_rows, open_run
@@ -112,8 +112,9 @@ def _run(
             stop.advice = f"resume with: {command('train', run.folder)}"
             short_form(opened, learner, run, general)
             on_the_way, attempts = (Attempts(opened.device, display.say, shortage) for _ in range(2))
-            before = measure_base(opened, run, on_the_way, display)
-            Steps(opened, learner, run, stop, display, on_the_way, on_step).take()
+            with open_log(run, opened.config, learner.state.step, display.say) as log:
+                before = measure_base(opened, run, on_the_way, display)
+                Steps(opened, learner, run, stop, display, on_the_way, log, on_step).take()
             adapter = finish(opened, learner, run, before, general, attempts, display, began)
             stop.advice = f"the run is finished, but its report isn't: {command('inspect', run.folder)}"
             report(run, attempts, display, wanted=config.evaluate.report)
@@ -150,13 +151,13 @@ class Steps:
         stop: StopRequest,
         display: Display,
         attempts: Attempts,
+        log: EventLog,
         on_step: OnStep | None = None,
     ) -> None:
         self.opened, self.learner, self.run = opened, learner, run
         self.stop, self.display, self.attempts = stop, display, attempts
-        self._on_step, self._figures = on_step, dict[str, Any]()
+        self._log, self._on_step, self._figures = log, on_step, dict[str, Any]()
         self._saved_step = learner.state.step
-        self._log = EventLog(run, learner.state.step)
 
     def take(self) -> None:
         """All of them. Raises Stopped when a signal came, after saving."""
@@ -190,8 +191,6 @@ class Steps:
             if state.step:
                 self._save()
             raise
-        finally:
-            self._log.close()
 
     def _due(self) -> None:
         """Do what comes after a step: an evaluation, samples, a checkpoint. If it raises, no step is lost."""
