@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deltaw.adapter.file import is_run
 from deltaw.config import RunConfig, load_config
 from deltaw.errors import InputError
-from deltaw.named import is_run
 from deltaw.run import Run, is_number
 
 Metrics = list[dict[str, Any]]
