@@ -14,7 +14,8 @@ class Example:
 
     What isn't trained or isn't in them: `untrained_turns`, answers not provable; `unused`, columns of the row that went
     nowhere; `left_out`, fields of its chat that the template doesn't write. `names` are those of control tokens that
-    stand in it as plain text. `context`: so many of its first tokens are shown again, in a piece of a long text.
+    stand in it as plain text. `context`: so many of its first tokens are shown again, in a piece of a long text;
+    `goes_on`: another piece follows.
     `glued`: its prompt and its completion meet without a blank.
     """
 
@@ -26,6 +27,7 @@ class Example:
     left_out: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     context: int = 0
+    goes_on: bool = False
     glued: bool = False
 
     def cut(self, length: int) -> "Example":

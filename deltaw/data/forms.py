@@ -168,7 +168,7 @@ def _with_all(forms: Sequence[Form], columns: Columns) -> list[Form]:
 
 
 def _unknown(rows: Sequence[Row], forms: Sequence[Form], wanted: str) -> InputError:
-    there = sorted({str(column) for row in rows[:SAMPLE] for column in row.value})
+    there = list(dict.fromkeys(str(column) for row in rows[:SAMPLE] for column in row.value))
     kind = "known form" if wanted == "auto" else f"{wanted} form"
     roles = ["text"] if wanted == "text" else list(LAID_OUT)
     example = ", ".join(f"{role}: {column}" for role, column in zip(roles, there, strict=False))

@@ -168,6 +168,7 @@ class Renderer:
         """Why the trained model may not stop, in words for the user; nothing when all is well."""
         problems = []
         stops = self.stop_ids
+        examples = [example for example in examples if not example.goes_on]
         endless = sum(stops.isdisjoint(example.tokens[example.loss_mask].tolist()) for example in examples)
         if endless:
             problems.append(

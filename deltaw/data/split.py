@@ -11,11 +11,13 @@ exactly once. eos stands at the document's end alone.
 
 Where a piece ends: of the places within reach the best kind, of that kind the latest.
 
-    kind        paragraph (a blank line)    line        sentence    word        character
-    reach       the last half of a piece    a quarter   a quarter   an eighth   all
+    kind        section     paragraph    line         sentence     word         character
+    reach       a quarter   a half       a quarter    a quarter    an eighth    all of the piece
 
-The reach ends early enough that the document's last piece isn't a scrap (`TAIL`). A token that is only a part of a
-character (byte-level tokenizers cut them in several) is never parted from the rest while there is another place.
+A blank line ends a paragraph, two of them or a Markdown heading behind it a section: so a heading, if it can be told,
+stays with what it is the heading of. The reach ends early enough that the document's last piece isn't a scrap (`TAIL`).
+A token that is only a part of a character (byte-level tokenizers cut them in several) is never parted from the rest
+while there is another place.
 
 Rejected: pieces of equal length (they end anywhere); filling each piece to the last token (cuts sentences, and gains
 nothing: packing fills the batches); tokenising each paragraph alone (other tokens at the borders).
@@ -28,8 +30,8 @@ import numpy as np
 
 from deltaw.data.example import Example
 
-INSIDE, CHARACTER, WORD, SENTENCE, LINE, PARAGRAPH = range(6)
-REACH = {PARAGRAPH: 2, LINE: 4, SENTENCE: 4, WORD: 8}  # the last half of a piece, quarter, …
+INSIDE, CHARACTER, WORD, SENTENCE, LINE, PARAGRAPH, SECTION = range(7)
+REACH = {SECTION: 4, PARAGRAPH: 2, LINE: 4, SENTENCE: 4, WORD: 8}  # the last quarter of a piece, half, …
 TAIL = 4  # the last piece is at least a quarter of a full one
 ENDS, WIDE_ENDS, CLOSING = ".!?…", "。！？｡", "\"'”’»)]}』」）"  # wide ones need no blank behind them
 
@@ -42,16 +44,18 @@ def split(example: Example, kinds: np.ndarray, length: int, overlap: int = 0, bo
         return [example]
     opening = np.array(bos, np.int32)[: max(0, length - 2)]
     shown = max(0, min(max(overlap, 1), length - len(opening) - 1))
+    first = len(opening) if np.array_equal(tokens[: len(opening)], opening) else 0  # bos isn't shown twice
     pieces, begin = [], 0
     while begin < count:
-        context = tokens[begin - shown : begin] if begin else tokens[:0]
+        context = tokens[max(first, begin - shown) : begin] if begin else tokens[:0]
         head = np.concatenate([opening, context]) if begin else context
         end = _end(kinds, begin, length - len(head))
         mask = np.concatenate([np.zeros(len(head), bool), example.loss_mask[begin:end]])
         body = np.concatenate([head, tokens[begin:end]])
-        pieces.append(replace(example, tokens=body, loss_mask=mask, context=len(head)))
+        pieces.append(replace(example, tokens=body, loss_mask=mask, context=len(head), goes_on=end < count))
         begin = end
-    return pieces
+    names = (f"{example.origin} (piece {number} of {len(pieces)})" for number in range(1, len(pieces) + 1))
+    return [replace(piece, origin=name) for piece, name in zip(pieces, names, strict=True)]
 
 
 def _end(kinds: np.ndarray, begin: int, room: int) -> int:
@@ -82,9 +86,11 @@ def places(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
     blank = (left < starts_T) | marks.space[left] | marks.space[np.minimum(starts_T, len(text) - 1) + 1]
     kinds[blank] = WORD
     kinds[marks.sentence[before] & blank | marks.wide[before]] = SENTENCE
-    ended = ~marks.newline[marks.after[np.maximum(starts_T, left)]]  # a border inside a run of newlines is no better
+    after = marks.after[np.maximum(starts_T, left)]
+    ended = ~marks.newline[after]  # a border inside a run of newlines is no better
     kinds[ended & (newlines >= 1)] = LINE
     kinds[ended & (newlines >= 2)] = PARAGRAPH
+    kinds[ended & ((newlines >= 3) | (newlines == 2) & marks.heading[after])] = SECTION
     kinds[starts_T < left] = INSIDE
     kinds[0] = INSIDE
     return kinds
@@ -98,6 +104,7 @@ class _Marks:
         code = np.frombuffer(("\0" + text).encode("utf-32-le", "surrogatepass"), np.uint32)
         index = np.arange(len(code))
         self.newline = code == ord("\n")
+        self.heading = code == ord("#")
         self.space = self.newline | np.isin(code, [ord(c) for c in " \t\r\v\f\xa0\u3000"])
         blank = self.space & ~self.newline
         solid = np.maximum.accumulate(np.where(self.space, 0, index))  # the last that isn't white, at or before

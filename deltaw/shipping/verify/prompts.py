@@ -38,7 +38,9 @@ def held_out_prompts(config: RunConfig, renderer: Renderer, count: int, display:
     with display.task("reading held-out rows", 1) as progress:
         rows = [row for row in prepare_held_out(data, renderer) if not row.names]
         source = data.eval if isinstance(data.eval, str) else data.train
-        if any(row.context for row in rows):  # pieces of texts: the rest of a text may have been trained on
+        if any(
+            row.context or row.goes_on for row in rows
+        ):  # pieces of texts: the rest of a text may have been trained on
             prompts = [prompt for row in rows if (prompt := _beginning(row, renderer)).content]
         else:
             templated = renderer.template is not None
