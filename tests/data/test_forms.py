@@ -29,8 +29,12 @@ def normalise(value, wanted="auto"):
         ({"text": "t"}, Text("t")),
         ({"content": "t", "id": 3}, Text("t")),
         ({"prompt": "p", "completion": "c"}, Completion("p", "c")),
-        ({"question": "p", "answer": "c", "text": None}, Completion("p", "c")),
-        ({"instruction": "p", "response": "c"}, Completion("p", "c")),
+        ({"question": "q", "answer": "a", "text": None}, Chat((USER, ANSWER))),
+        ({"instruction": "q", "response": "a"}, Chat((USER, ANSWER))),
+        ({"q": "q", "A": "a"}, Chat((USER, ANSWER))),
+        ({" Question": "q", "ANSWER ": "a"}, Chat((USER, ANSWER))),
+        ({"Prompt": "p", "COMPLETION": "c"}, Completion("p", "c")),
+        ({"System Prompt": "s", "input": "q", "output": "a"}, Chat((SYSTEM, USER, ANSWER))),
         ({"messages": [USER, ANSWER], "tools": None}, Chat((USER, ANSWER))),
         ({"messages": [USER, ANSWER], "tools": [{"name": "t"}]}, Chat((USER, ANSWER), ({"name": "t"},))),
         ({"messages": [USER, ANSWER], "tools": '[{"name": "t"}]'}, Chat((USER, ANSWER), ({"name": "t"},))),
@@ -51,13 +55,15 @@ def normalise(value, wanted="auto"):
         ({"instruction": "q", "output": "a", "history": [USER, ANSWER]}, Chat((USER, ANSWER, USER, ANSWER))),
         ({"instruction": "q", "context": "c", "output": "a"}, Chat(({**USER, "content": "q\n\nc"}, ANSWER))),
         ({"query": "q", "response": "a", "history": [["q", "a"]]}, Chat((USER, ANSWER, USER, ANSWER))),
-        ({"prompt": "q", "response": "a", "history": []}, Completion("q", "a")),
-        ({"instruction": "q", "context": "c", "response": "a"}, Completion("q\n\nc", "a")),
-        ({"instruction": "q", "context": "", "response": "a"}, Completion("q", "a")),
-        ({"instruction": "q", "input": "c", "response": "a"}, Completion("q\n\nc", "a")),
-        ({"question": "q", "context": "c", "answer": "a"}, Completion("c\n\nq", "a")),
+        ({"prompt": "q", "response": "a", "history": []}, Chat((USER, ANSWER))),
+        ({"prompt": "q", "completion": "a", "history": []}, Completion("q", "a")),
+        ({"prompt": "q", "completion": "a", "history": [["q", "a"]]}, Chat((USER, ANSWER, USER, ANSWER))),
+        ({"instruction": "q", "context": "c", "response": "a"}, Chat(({**USER, "content": "q\n\nc"}, ANSWER))),
+        ({"instruction": "q", "context": "", "response": "a"}, Chat((USER, ANSWER))),
+        ({"instruction": "q", "input": "c", "response": "a"}, Chat(({**USER, "content": "q\n\nc"}, ANSWER))),
+        ({"question": "q", "context": "c", "answer": "a"}, Chat(({**USER, "content": "c\n\nq"}, ANSWER))),
         ({"prompt": "q", "completion": "a", "system": "s"}, Completion("s\n\nq", "a")),
-        ({"system_prompt": "s", "question": "q", "response": "a"}, Completion("s\n\nq", "a")),
+        ({"system_prompt": "s", "question": "q", "response": "a"}, Chat((SYSTEM, USER, ANSWER))),
         ({"prompt": [USER], "completion": [ANSWER], "system": "s"}, Chat(({**SYSTEM, "weight": 0}, *MUTED))),
         ({"messages": [USER, ANSWER], "system": "s"}, Chat((SYSTEM, USER, ANSWER))),
         (
@@ -84,9 +90,8 @@ def test_a_tool_call_may_have_no_content():
 
 
 def test_the_mapping_is_said():
-    assert detect_form(rows({"question": "q", "answer": "a"})).description == (
-        "completion: question -> prompt, answer -> completion"
-    )
+    described = detect_form(rows({"Question": "q", "answer": "a"})).description
+    assert described == "chat: Question -> user, answer -> assistant"
 
 
 @pytest.mark.parametrize(
