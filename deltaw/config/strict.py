@@ -15,7 +15,7 @@ Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 class Strict(BaseModel):
     """Frozen; unknown keys refused; no silent conversion ("4" is not 4, true is not 1)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, serialize_by_alias=True)
 
     @classmethod
     def checked(cls, **fields: Any) -> Self:
