@@ -155,10 +155,11 @@ def _with_its_spec(config: RunConfig, start: Start, skeleton: nn.Module) -> RunC
     if "targets" in asked.model_fields_set and not _same_targets(asked, start, skeleton, paths):
         wrong.append(f"targets: {_word(asked.targets)}, and its own are {_word(explicit_targets(skeleton, paths))}")
     if wrong:
-        resize = command("resize", start.name, options=["--rank", "8", "-o", "smaller"])
+        resize = command("resize", start.name, options=["--rank", str(asked.rank), "-o", f"rank-{asked.rank}"])
+        lower = "rank" in asked.model_fields_set and asked.rank < adapter.spec.rank and not adapter.spec.full
         raise InputError(
             f"adapter: these differ from those of {start.name}, which it starts from:\n{listed(wrong, 2)}",
-            fix=f"leave them out, they come from it; for a lower rank, start from what this makes: {resize}",
+            fix="leave them out: they come from it" + (f"; start from a smaller one: {resize}" if lower else ""),
         )
     own: dict[str, Any] = {"start": asked.start, "targets": explicit_targets(skeleton, paths)}
     own |= {"dropout": asked.dropout} if "dropout" in asked.model_fields_set else {}
