@@ -14,6 +14,7 @@ the user's to say).
 """
 
 import math
+from typing import Any
 
 from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
@@ -33,7 +34,7 @@ def settle_step(config: RunConfig, dataset: Dataset) -> RunConfig:
     tokens, epochs = dataset.report.tokens, 1.0 if config.train.steps else config.train.epochs
     few = math.ceil(DOCUMENTS * tokens / len(dataset.train))
     size = min(USUAL, max(few, math.ceil(tokens * epochs / WANTED)))
-    return _with_step(config, size)
+    return _with(config, tokens_per_step=size)
 
 
 def count_steps(config: RunConfig, dataset: Dataset) -> int:
@@ -71,9 +72,13 @@ def warnings(config: RunConfig, dataset: Dataset, total: int) -> list[str]:
     """Of a settled config: that its steps are few, and what would make them more. Whoever sets `train.steps` knows."""
     if total >= FEW or config.train.steps:
         return []
-    ways = [f"train.epochs={math.ceil(config.train.epochs * FEW / total)}"]
-    smaller = settle_step(_with_step(config, None), dataset)
-    if smaller.train.step_tokens < config.train.step_tokens:
+    epochs = math.ceil(config.train.epochs * FEW / total)
+    while (
+        count_steps(_with(config, epochs=float(epochs)), dataset) < FEW
+    ):  # one epoch may have a step more than another
+        epochs += 1
+    ways, smaller = [f"train.epochs={epochs}"], settle_step(_with(config, tokens_per_step=None), dataset)
+    if count_steps(smaller, dataset) > total:
         ways.append(f"train.tokens_per_step={smaller.train.step_tokens}")
     return [
         f"only {counted(total, 'step')} will be taken, and with fewer than {FEW} little is learnt: set "
@@ -81,5 +86,5 @@ def warnings(config: RunConfig, dataset: Dataset, total: int) -> list[str]:
     ]
 
 
-def _with_step(config: RunConfig, size: int | None) -> RunConfig:
-    return config.model_copy(update={"train": config.train.model_copy(update={"tokens_per_step": size})})
+def _with(config: RunConfig, **train: Any) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=train)})

@@ -1,4 +1,4 @@
-"""A finished run that goes on is the run that was longer from the beginning; whatever happens, one of the two is there."""
+"""A finished run that goes on is the run that was longer from the beginning; after a crash, one of the two is there."""
 
 import json
 import shutil

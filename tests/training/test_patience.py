@@ -1,4 +1,4 @@
-"""Early stopping: so many evaluations that aren't the best, counted across stops, and the best step is what is saved."""
+"""Early stopping: evaluations that are not the best are counted, across stops, and the best step is what is saved."""
 
 import json
 import shutil
