@@ -6,7 +6,7 @@ model.
 """
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -29,6 +29,7 @@ class AdapterSpec(Strict):
     fields come from that one (training/start.py), so none of them need be given. A trained adapter's own spec has none.
     """
 
+    section: ClassVar[str] = "adapter"
     start: PathText | None = Field(
         None, alias="from", description="a run or an adapter's folder: its adapter is trained on"
     )

@@ -35,6 +35,7 @@ from deltaw.training import length
 from deltaw.training.checkpoint import TrainState, conditions
 from deltaw.training.learner import Learner
 from deltaw.training.length import count_steps, make_loader, settle_step
+from deltaw.training.log import check_loggers
 from deltaw.training.memory import bound_caches, free_memory
 from deltaw.training.optim import WARMUP, warmup_steps
 from deltaw.training.start import Start, described, open_start
@@ -84,6 +85,7 @@ def open_run(
 ) -> Opened:
     """Raises InputError, before the weights are read where that is possible. `lineage`: the run's, if it has begun;
     the adapter that it starts from isn't needed any more where a checkpoint is there."""
+    check_loggers(config.train.log_to)
     bound_caches()
     source = find_base(config.base, display=display)
     known = read_config(source)
