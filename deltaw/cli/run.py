@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from deltaw.cli.app import Json, Quiet, app, as_path, display, examples, show
+from deltaw.cli.app import AllowCode, Json, Quiet, app, as_path, display, examples, show
 
 RunFile = Annotated[Path, typer.Argument(help="A run file.", callback=as_path)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace the run file's: key=value.")]
@@ -27,13 +27,15 @@ def train(
     overrides: Overrides = None,
     replace: Annotated[bool, typer.Option("--replace", help="Discard an earlier run in the output folder.")] = False,
     allow: Annotated[bool, typer.Option("--allow", help="Resume even though settings have changed.")] = False,
+    allow_code: AllowCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Train an adapter, or resume an interrupted run."""
     from deltaw.commands.train import train_named
 
-    show(train_named(run, overrides or (), replace=replace, allow=allow, display=display(quiet)), as_json)
+    options = {"replace": replace, "allow": allow, "allow_code": allow_code}
+    show(train_named(run, overrides or (), **options, display=display(quiet)), as_json)
 
 
 @app.command("verify-resume", epilog=examples("deltaw verify-resume run.yaml"))

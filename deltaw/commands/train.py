@@ -15,15 +15,17 @@ from deltaw.show.progress import Display
 from deltaw.show.result import Result
 
 
-def train_named(run: Path, overrides: Sequence[str], *, replace: bool, allow: bool, display: Display) -> Result:
+def train_named(
+    run: Path, overrides: Sequence[str], *, replace: bool, allow: bool, allow_code: bool, display: Display
+) -> Result:
     """A run file is trained, an interrupted run's folder is resumed. `replace` is for the former, `allow` for the
-    latter: it may go on with other settings."""
+    latter: it may go on with other settings; `allow_code`: it may run the code of a metric that it names."""
     if not run.is_dir():
         return _train(load_config(run, overrides), replace, display)
     Run(run).check_resumable()
     from deltaw.training.run import resume
 
-    resume(run, overrides, allow=allow, display=display)
+    resume(run, overrides, allow=allow, allow_code=allow_code, display=display)
     return _summary(run)
 
 

@@ -2,7 +2,7 @@
 
 from deltaw.config.adapter import TARGET_GROUPS, AdapterSpec, names_module
 from deltaw.config.data import DataConfig
-from deltaw.config.evaluate import EvaluateConfig
+from deltaw.config.evaluate import METRICS, EvaluateConfig, metric_key, own_metric
 from deltaw.config.load import load_config, parse_config, read_text
 from deltaw.config.problems import fields_at
 from deltaw.config.run import RunConfig
@@ -10,6 +10,7 @@ from deltaw.config.strict import Strict
 from deltaw.config.train import Dtype, TrainConfig
 
 __all__ = [
+    "METRICS",
     "TARGET_GROUPS",
     "AdapterSpec",
     "DataConfig",
@@ -20,7 +21,9 @@ __all__ = [
     "TrainConfig",
     "fields_at",
     "load_config",
+    "metric_key",
     "names_module",
+    "own_metric",
     "parse_config",
     "read_text",
 ]

@@ -28,6 +28,9 @@ from deltaw.data.opening import open_dataset
 from deltaw.data.pack import pack
 from deltaw.errors import InputError
 from deltaw.evaluate.forgetting import general_text
+from deltaw.evaluate.held_out import truth_of
+from deltaw.evaluate.metrics import Metric
+from deltaw.evaluate.own_metric import ASKED_FOR, Consent, open_metrics, try_out
 from deltaw.model import PLAIN, Model
 from deltaw.run import Run
 from deltaw.show.progress import Display
@@ -42,12 +45,14 @@ FROZEN_SHARE = 0.25  # of the free memory, that what frozen layers give may take
 
 @dataclass(frozen=True)
 class Opened:
-    """A run's settings, with `auto` resolved; its base with an adapter on it; its rows; its length in steps."""
+    """A run's settings, with `auto` resolved; its base with an adapter on it; its rows; its length in steps; what its
+    answers are measured by."""
 
     config: RunConfig
     model: Model
     dataset: Dataset
     total: int
+    metrics: tuple[Metric, ...]
 
     @property
     def attached(self) -> Attached:
@@ -75,9 +80,11 @@ class Opened:
         return make_loader(self.config, self.dataset, state.position)
 
 
-def open_run(config: RunConfig, display: Display) -> Opened:
-    """Raises InputError, before the weights are read where that is possible."""
+def open_run(config: RunConfig, display: Display, consent: Consent = ASKED_FOR) -> Opened:
+    """Raises InputError, before the weights are read where that is possible. `consent`: to a metric of the user's own
+    that the config names."""
     bound_caches()
+    metrics = open_metrics(config.evaluate.metrics, consent)
     source = find_base(config.base, display=display)
     known = read_config(source)
     skeleton = open_skeleton(source, known)
@@ -85,6 +92,8 @@ def open_run(config: RunConfig, display: Display) -> Opened:
     _, renderer, dataset = open_dataset(config, display, source)
     limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
     limits.check(rows)
+    for row in dataset.eval[:1]:
+        try_out(metrics, truth_of(renderer, row))
     for line in config.switched_off():
         display.say(line)
     for warning in [*dataset.report.warnings, *limits.warnings(rows)]:
@@ -96,7 +105,7 @@ def open_run(config: RunConfig, display: Display) -> Opened:
     assert model.attached is not None
     for line in model.attached.notes():
         display.say(line)
-    return Opened(_pinned(config, model), model, dataset, count_steps(config, dataset))
+    return Opened(_pinned(config, model), model, dataset, count_steps(config, dataset), metrics)
 
 
 def count_steps(config: RunConfig, dataset: Dataset) -> int:

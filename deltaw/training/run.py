@@ -21,6 +21,7 @@ from deltaw.adapter.file import Adapter
 from deltaw.config import RunConfig
 from deltaw.data.opening import open_dataset
 from deltaw.errors import command
+from deltaw.evaluate.own_metric import ASKED_FOR, Consent, open_metrics
 from deltaw.model import open_model
 from deltaw.named import load_adapter
 from deltaw.run import Run
@@ -48,33 +49,41 @@ def train(config: RunConfig, *, replace: bool = False, display: Display | None =
     """
     run = Run(Path(config.output))
     with run.claimed(new=True, replace=replace):
-        return _run(config, run, None, display or Display())
+        return _run(config, run, None, ASKED_FOR, display or Display())
 
 
 def resume(
-    folder: str | Path, overrides: Iterable[str] = (), *, allow: bool = False, display: Display | None = None
+    folder: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    allow: bool = False,
+    allow_code: bool = False,
+    display: Display | None = None,
 ) -> Adapter:
     """Resume an interrupted run from its newest intact checkpoint, or measure what a finished one lacks.
 
-    `overrides` (`train.lr=1e-4`) need `allow`. Raises InputError when it isn't a run, is finished, or can't be resumed
-    like this.
+    `overrides` (`train.lr=1e-4`) need `allow`; a metric that is a function in a file needs `allow_code`, unless that
+    very file was asked for here before. Raises InputError when it isn't a run, is finished, or can't be resumed like
+    this.
     """
-    run, display = Run(Path(folder)), display or Display()
+    run, display, consent = Run(Path(folder)), display or Display(), Consent(str(folder), allow_code)
     with run.resumed() as finished:
         saved = None if finished else latest_checkpoint(run.checkpoints, display)
         config, changed = settled(run, saved, overrides, allow=allow, finished=finished, display=display)
         if finished:
-            return _measure_again(config, run, display)
+            return _measure_again(config, run, consent, display)
         if saved is None:
             display.say(f"{folder} has no checkpoint yet, so it starts from the beginning")
-        return _run(config, run, saved, display, changed=changed)
+        return _run(config, run, saved, consent, display, changed=changed)
 
 
-def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, changed: bool = False) -> Adapter:
+def _run(
+    config: RunConfig, run: Run, saved: Saved | None, consent: Consent, display: Display, *, changed: bool = False
+) -> Adapter:
     """Take a run from its beginning or a checkpoint to its end, in a folder that is claimed."""
     began = time.monotonic()
     with StopRequest() as stop:
-        opened = open_run(config, display)
+        opened = open_run(config, display, consent)
         general = general_rows(config, opened.model)
         learner = opened.learner(display)
         shortage = partial(explain, opened=opened, learner=learner, run=run)
@@ -98,15 +107,16 @@ def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, 
             raise shortage(error) or error from None
 
 
-def _measure_again(config: RunConfig, run: Run, display: Display) -> Adapter:
+def _measure_again(config: RunConfig, run: Run, consent: Consent, display: Display) -> Adapter:
     """Measure what result.json lists as failed, on the adapter as it was saved."""
     with StopRequest("the run is finished, but some measurements are missing") as stop:
         bound_caches()
+        metrics = open_metrics(config.evaluate.metrics, consent)
         model = open_model(run.folder, device=config.train.device, display=display)
         _, _, dataset = open_dataset(config, display, model.base.source)
         general = general_rows(config, model)
         run.write_config(config)
-        opened = Opened(config, model, dataset, count_steps(config, dataset))
+        opened = Opened(config, model, dataset, count_steps(config, dataset), metrics)
         learner = opened.learner(display)
         attempts = Attempts(opened.device, display.say, partial(explain, opened=opened, learner=learner, run=run))
         measure_again(opened, run, learner.state.fingerprints, general, attempts, display)
