@@ -70,3 +70,17 @@ def plan(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> No
     from deltaw.commands.plan import plan_named
 
     show(plan_named(run, overrides or (), display=display(as_json)), as_json)
+
+
+@app.command(epilog=examples("deltaw runs", "deltaw runs experiments --sort loss"))
+def runs(
+    folder: Annotated[str, typer.Argument(help="The folder that the runs are in.", callback=as_path)] = "runs",
+    by: Annotated[
+        str, typer.Option("--sort", help="when (the newest first), name, loss, or a metric (the best first).")
+    ] = "when",
+    as_json: Json = False,
+) -> None:
+    """List the runs in a folder: settings, figures and how far each has come."""
+    from deltaw.commands.runs import runs_named
+
+    show(runs_named(folder, by=by), as_json)

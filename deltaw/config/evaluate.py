@@ -50,8 +50,9 @@ def _metric(name: str) -> str:
         return name
     near = [CALLED_ELSEWHERE.get(name.lower().replace("-", "").replace("_", ""), "")]
     near += difflib.get_close_matches(name, METRICS, n=1)
-    hint = next((f"; did you mean {word}?" for word in near if word), "")
-    raise ValueError(f"must be {', '.join(METRICS)}, or file.py:function{hint}")
+    if hint := next(filter(None, near), None):
+        raise ValueError(f"isn't a metric; did you mean {hint}?")
+    raise ValueError(f"must be {', '.join(METRICS)}, or file.py:function")
 
 
 MetricName = Annotated[str, AfterValidator(_metric), PlainSerializer(written)]

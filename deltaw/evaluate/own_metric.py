@@ -87,9 +87,12 @@ def _open(name: str, consent: Consent) -> Metric:
     with contextlib.suppress(OSError):  # without a cache it asks again
         known.parent.mkdir(parents=True, exist_ok=True)
         known.touch()
-    call = getattr(_load(file, source, code), function, None)
+    module = _load(file, source, code)
+    call = getattr(module, function, None)
     if not callable(call):
-        raise InputError(f"evaluate.metrics: {file} has no function {function}", fix="name one that it has")
+        own_ones = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        what = f"evaluate.metrics: {file} has no function {function}"
+        raise InputError(what, fix=f"it has {', '.join(own_ones[:8]) or 'none'}")
     higher = getattr(call, "higher_is_better", True)
     if not isinstance(higher, bool):
         raise InputError(f"{file}: {function}.higher_is_better is {higher!r:.60}", fix="set it to True or False")

@@ -11,6 +11,7 @@ from deltaw.config import DataConfig
 from deltaw.data.dataset import prepare, prepare_held_out
 from deltaw.data.example import Example
 from deltaw.errors import InputError, command
+from deltaw.files.paths import no_such
 from deltaw.model import Model, open_model
 from deltaw.named import Named
 from deltaw.show.progress import Display
@@ -34,6 +35,8 @@ def rows_of(
 
 def _own_data(named: Named) -> DataConfig:
     """The run's own data section, which must hold rows out."""
+    if named.config is None and not named.path.exists() and not named.name.startswith("builtin:"):
+        raise no_such(named.path)
     if named.config is None:
         raise InputError(
             f"{named.name} isn't a run, so it has no held-out rows",

@@ -146,6 +146,8 @@ def wanted(
     Raises InputError."""
     own = run.evaluate if run else EvaluateConfig()
     named = own.metrics if metrics is None else () if tuple(metrics) == NONE else tuple(metrics)
+    for one in named:  # the first that isn't a metric: the names of all that are fill a line
+        EvaluateConfig.checked(metrics=(one,))
     config = EvaluateConfig.checked(
         metrics=named, max_new_tokens=own.max_new_tokens if max_tokens is None else max_tokens, samples=0
     )
