@@ -103,10 +103,14 @@ def add_answers(
     """Answers to all rows if a task metric or `every_row` is asked for, else to `samples` of them, and the metrics.
     Answers that `before` has already aren't asked for again. Raises RunError where the user's own metric fails."""
     asked, answers = rows_asked(model, examples, config, every_row=every_row), before.answers
+    new = list(metrics)
     if before.rows != fingerprint(examples) or not before.answers_to(asked, config.max_new_tokens):
         with display.task(f"{name}: answers", len(asked)) as progress:
             answers = answer(model, asked, config.max_new_tokens, progress=progress)
-    figures = {metric.name: scored(metric, answers, display=display, name=name) for metric in metrics}
+    else:
+        new = [metric for metric in metrics if not before.scored_by([metric])]
+    fresh = {metric.name: scored(metric, answers, display=display, name=name) for metric in new}
+    figures = {metric.name: {**before.metrics, **fresh}[metric.name] for metric in metrics}
     code = {metric.name: metric.code for metric in metrics if metric.code}
     return replace(
         before,

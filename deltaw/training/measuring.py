@@ -79,7 +79,7 @@ def measure_base(opened: Opened, run: Run, attempts: Attempts, display: Display)
     if not rows:
         return None
     known = Evaluation.from_json(run.read_json(run.before)) if run.before.is_file() else None
-    if known and known.scored_by(opened.metrics):
+    if known and known.scored_by(opened.metrics) and known.max_new_tokens in (0, config.max_new_tokens):
         return known
     with opened.attached.disabled():
         release(opened.device)
