@@ -8,7 +8,7 @@ as data are; a run records the whole path, so that it is found again from anywhe
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, PlainSerializer, field_validator
 
@@ -55,12 +55,17 @@ def _metric(name: str) -> str:
     raise ValueError(f"must be {', '.join(METRICS)}, or file.py:function")
 
 
-MetricName = Annotated[str, AfterValidator(_metric), PlainSerializer(written)]
+def _written(name: str) -> str:
+    return written(name)
+
+
+MetricName = Annotated[str, AfterValidator(_metric), PlainSerializer(_written)]  # not a path, though it may hold one
 
 
 class EvaluateConfig(Strict):
     """What is measured on the held-out rows besides the loss."""
 
+    section: ClassVar[str] = "evaluate"
     metrics: tuple[MetricName, ...] = ()
     general: PathText | None = Field(
         "builtin:general", description="text on which forgetting is measured; null: not measured"

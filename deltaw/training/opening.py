@@ -36,6 +36,7 @@ from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.checkpoint import TrainState, conditions
 from deltaw.training.learner import Learner
+from deltaw.training.log import check_loggers
 from deltaw.training.memory import bound_caches, free_memory
 from deltaw.training.optim import WARMUP, warmup_steps
 
@@ -83,6 +84,7 @@ class Opened:
 def open_run(config: RunConfig, display: Display, consent: Consent = ASKED_FOR) -> Opened:
     """Raises InputError, before the weights are read where that is possible. `consent`: to a metric of the user's own
     that the config names."""
+    check_loggers(config.train.log_to)
     bound_caches()
     metrics = open_metrics(config.evaluate.metrics, consent)
     source = find_base(config.base, display=display)
