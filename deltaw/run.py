@@ -30,6 +30,7 @@ from deltaw.files.atomic import fsync, replacing, sweep, temporary_name, write_t
 from deltaw.files.lock import LOCK, claimed, holds_anything
 from deltaw.files.strict_json import NotJSON, parse, read_json
 
+LAST = 50_000  # bytes of metrics.jsonl: some 300 lines
 WORDS = ("skipped", "rows")  # of a line of metrics.jsonl; everything else in it is a number
 
 
@@ -211,6 +212,16 @@ class Run:
         """The lines of metrics.jsonl, without what isn't a figure, and how many were left out or lost a part."""
         records = [_record(line) for line in self._metrics_lines()]
         return [record for record, _ in records if record], sum(not whole for _, whole in records)
+
+    def last_metrics(self) -> list[dict[str, Any]]:
+        """The last lines of metrics.jsonl that can be read, of a long one not all: for whoever looks at many runs."""
+        try:
+            with self.metrics.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - LAST))
+                lines = file.read(LAST).split(b"\n")
+        except OSError:
+            return []
+        return [record for line in lines if (record := _record(line)[0])]
 
     def _metrics_lines(self) -> list[bytes]:
         """Only a line end ends a line: what a damaged one holds may look like one to Python."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from deltaw.cli.app import Json, Quiet, app, as_path, display, examples, show
+from deltaw.cli.app import AllowCode, Json, Quiet, app, as_path, display, examples, show
 
 RunFile = Annotated[Path, typer.Argument(help="A run file.", callback=as_path)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace the run file's: key=value.")]
@@ -35,13 +35,14 @@ def train(
     replace: Annotated[bool, typer.Option("--replace", help="Discard an earlier run in the output folder.")] = False,
     allow: Annotated[bool, typer.Option("--allow", help="Resume even though settings have changed.")] = False,
     extend: Annotated[bool, typer.Option("--extend", help="Go on with a finished run: train.epochs=3.")] = False,
+    allow_code: AllowCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Train an adapter, or resume an interrupted run."""
     from deltaw.commands.train import train_named
 
-    options = {"replace": replace, "allow": allow, "extend": extend}
+    options = {"replace": replace, "allow": allow, "extend": extend, "allow_code": allow_code}
     show(train_named(run, overrides or (), **options, display=display(quiet)), as_json)
 
 
@@ -77,3 +78,17 @@ def plan(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> No
     from deltaw.commands.plan import plan_named
 
     show(plan_named(run, overrides or (), display=display(as_json)), as_json)
+
+
+@app.command(epilog=examples("deltaw runs", "deltaw runs experiments --sort loss"))
+def runs(
+    folder: Annotated[str, typer.Argument(help="The folder that the runs are in.", callback=as_path)] = "runs",
+    by: Annotated[
+        str, typer.Option("--sort", help="when (the newest first), name, loss, or a metric (the best first).")
+    ] = "when",
+    as_json: Json = False,
+) -> None:
+    """List the runs in a folder: settings, figures and how far each has come."""
+    from deltaw.commands.runs import runs_named
+
+    show(runs_named(folder, by=by), as_json)

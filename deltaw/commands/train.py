@@ -17,10 +17,18 @@ from deltaw.show.result import Result
 
 
 def train_named(
-    run: Path, overrides: Sequence[str], *, replace: bool, allow: bool, extend: bool, display: Display
+    run: Path,
+    overrides: Sequence[str],
+    *,
+    replace: bool,
+    allow: bool,
+    extend: bool,
+    allow_code: bool,
+    display: Display,
 ) -> Result:
     """A run file is trained, an interrupted run's folder is resumed. `replace` is for the former; for the latter are
-    `allow`, to go on with other settings, and `extend`, to go on although it is finished."""
+    `allow`, to go on with other settings, `extend`, to go on although it is finished, and `allow_code`, to run the code
+    of a metric that it names."""
     if not run.is_dir():
         if extend:
             raise InputError(f"{run} isn't a run's folder, and only a finished run can be extended")
@@ -28,7 +36,7 @@ def train_named(
     Run(run).check_resumable(overrides, extend=extend)
     from deltaw.training.run import resume
 
-    resume(run, overrides, allow=allow, extend=extend, display=display)
+    resume(run, overrides, allow=allow, extend=extend, allow_code=allow_code, display=display)
     return _summary(run)
 
 

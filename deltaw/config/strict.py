@@ -41,7 +41,8 @@ class Strict(BaseModel):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            lines = [f"{e['loc'][0]}: {e['msg']} (got {e['input']!r:.60})" for e in error.errors()]
+            problems = [(e, e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+            lines = [f"{e['loc'][0]}: {words} (got {e['input']!r:.60})" for e, words in problems]
             raise InputError("; ".join(lines)) from None
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:

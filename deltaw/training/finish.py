@@ -80,7 +80,7 @@ def measure_again(
         )
     before = measure_base(opened, run, attempts, display)
     measured = _measured(opened, run, Measured.of(before, result), general, attempts, display)
-    run.write_json(run.result, {**result, **measurements(measured, run, len(opened.dataset.eval))})
+    run.write_json(run.result, {**result, **measurements(measured, run, opened)})
 
 
 def save_adapter(opened: Opened, learner: Learner, run: Run, display: Display) -> Adapter:
@@ -134,6 +134,8 @@ def _measured(
         pair = before, after
         both = attempts("answers", lambda: _answers(opened, run, *pair, display), what="no answers from the adapter")
         before, after = both or pair
+    if after and after is not known.after:
+        display.say(f"after: {after.line()}")
     if general and not lost:
         lost = attempts(
             "forgetting", lambda: _forgetting(opened, general, display), what="no measure of what was forgotten"
@@ -145,12 +147,11 @@ def _answers(
     opened: Opened, run: Run, before: Evaluation, after: Evaluation, display: Display
 ) -> tuple[Evaluation, Evaluation]:
     """Both with answers; the base answers again where it gave none (because that failed)."""
-    model, rows, wanted = opened.model, opened.dataset.eval, opened.config.evaluate
     if not before.answers:
         with opened.attached.disabled():
-            before = with_answers(before, model, rows, wanted, display, "before")
+            before = with_answers(before, opened, display, "before")
         run.write_json(run.before, before.to_json())
-    return before, with_answers(after, model, rows, wanted, display, "after")
+    return before, with_answers(after, opened, display, "after")
 
 
 def _forgetting(opened: Opened, general: Sequence[Example], display: Display) -> Forgetting:

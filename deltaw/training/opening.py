@@ -28,6 +28,9 @@ from deltaw.data.loader import Loader, LoaderState, fill
 from deltaw.data.opening import open_dataset
 from deltaw.data.pack import pack
 from deltaw.evaluate.forgetting import general_text
+from deltaw.evaluate.held_out import truth_of
+from deltaw.evaluate.metrics import Metric
+from deltaw.evaluate.own_metric import ASKED_FOR, Consent, open_metrics, try_out
 from deltaw.model import PLAIN, Model
 from deltaw.run import Run
 from deltaw.show.progress import Display
@@ -46,12 +49,14 @@ FROZEN_SHARE = 0.25  # of the free memory, that what frozen layers give may take
 
 @dataclass(frozen=True)
 class Opened:
-    """A run's settings, with `auto` resolved; its base with an adapter on it; its rows; its length in steps."""
+    """A run's settings, with `auto` resolved; its base with an adapter on it; its rows; its length in steps; what its
+    answers are measured by."""
 
     config: RunConfig
     model: Model
     dataset: Dataset
     total: int
+    metrics: tuple[Metric, ...]
     lineage: History = NOTHING  # which adapter it starts from, after which steps it was extended
 
     @property
@@ -81,12 +86,19 @@ class Opened:
 
 
 def open_run(
-    config: RunConfig, display: Display, lineage: History = NOTHING, *, start_is_needed: bool = True
+    config: RunConfig,
+    display: Display,
+    consent: Consent = ASKED_FOR,
+    lineage: History = NOTHING,
+    *,
+    start_is_needed: bool = True,
 ) -> Opened:
-    """Raises InputError, before the weights are read where that is possible. `lineage`: the run's, if it has begun;
-    the adapter that it starts from isn't needed any more where a checkpoint is there."""
+    """Raises InputError, before the weights are read where that is possible. `consent`: to a metric of the user's own
+    that the config names. `lineage`: the run's, if it has begun; the adapter that it starts from isn't needed any more
+    where a checkpoint is there."""
     check_loggers(config.train.log_to)
     bound_caches()
+    metrics = open_metrics(config.evaluate.metrics, consent)
     source = find_base(config.base, display=display)
     known = read_config(source)
     skeleton = open_skeleton(source, known)
@@ -97,6 +109,8 @@ def open_run(
     _, renderer, dataset = open_dataset(config, display, source)
     limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
     limits.check(rows)
+    for row in dataset.eval[:1]:
+        try_out(metrics, truth_of(renderer, row))
     asked, config = config, settle_step(config, dataset)
     total = count_steps(config, dataset)
     for line in [*config.switched_off(), *length.notes(asked, config, total)]:
@@ -110,7 +124,7 @@ def open_run(
     assert model.attached is not None
     for line in model.attached.notes():
         display.say(line)
-    opened = Opened(_pinned(config, model), model, dataset, total, lineage)
+    opened = Opened(_pinned(config, model), model, dataset, total, metrics, lineage)
     return opened if start is None else _started(opened, start, display)
 
 

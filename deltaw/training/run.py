@@ -25,6 +25,7 @@ from deltaw.config import RunConfig, config_of
 from deltaw.data.opening import open_dataset
 from deltaw.errors import command
 from deltaw.evaluate.held_out import perplexity
+from deltaw.evaluate.own_metric import ASKED_FOR, Consent, open_metrics
 from deltaw.model import open_model
 from deltaw.run import Run
 from deltaw.show.progress import Display
@@ -65,7 +66,7 @@ def train(
     config = config_of(config)
     run = Run(Path(config.output))
     with run.claimed(new=True, replace=replace):
-        return _run(config, run, None, display or Display(), on_step)
+        return _run(config, run, None, ASKED_FOR, display or Display(), on_step)
 
 
 def resume(
@@ -74,15 +75,18 @@ def resume(
     *,
     allow: bool = False,
     extend: bool = False,
+    allow_code: bool = False,
     on_step: OnStep | None = None,
     display: Display | None = None,
 ) -> Adapter:
     """Resume an interrupted run from its newest intact checkpoint, or measure what a finished one lacks.
 
-    `overrides` (`train.lr=1e-4`) need `allow`; `on_step` is as for `train`. With `extend` a finished run goes on
-    (`train.epochs=3`). Raises InputError when it isn't a run, is finished, or can't be resumed like this.
+    `overrides` (`train.lr=1e-4`) need `allow`; with `extend` a finished run goes on (`train.epochs=3`); a metric that
+    is a function in a file needs `allow_code`, unless that very file was asked for here before; `on_step` is as for
+    `train`. Raises InputError when it isn't a run, is finished, or can't be resumed like this.
     """
     run, display, overrides = Run(Path(folder).expanduser()), display or Display(), list(overrides)
+    consent = Consent(str(folder), allow_code)
     with run.resumed(overrides, extend=extend) as finished:
         saved = None if finished and not extend else latest_checkpoint(run.checkpoints, display)
         if extend:
@@ -90,16 +94,18 @@ def resume(
         late = finished and not extend
         config, changed = settled(run, saved, overrides, allow=allow or extend, finished=late, display=display)
         if late:
-            return _measure_again(config, run, display)
+            return _measure_again(config, run, consent, display)
         if saved is None:
             display.say(f"{folder} has no checkpoint yet, so it starts from the beginning")
-        return _run(config, run, saved, display, on_step, run.read_lineage(), changed=changed, extend=extend)
+        lineage = run.read_lineage()
+        return _run(config, run, saved, consent, display, on_step, lineage, changed=changed, extend=extend)
 
 
 def _run(
     config: RunConfig,
     run: Run,
     saved: Saved | None,
+    consent: Consent,
     display: Display,
     on_step: OnStep | None,
     lineage: History = NOTHING,
@@ -110,7 +116,7 @@ def _run(
     """Take a run from its beginning or a checkpoint to its end, in a folder that is claimed."""
     began = time.monotonic()
     with StopRequest() as stop:
-        opened = open_run(config, display, lineage, start_is_needed=saved is None)
+        opened = open_run(config, display, consent, lineage, start_is_needed=saved is None)
         general = general_rows(config, opened.model)
         learner = opened.learner(display)
         shortage = partial(explain, opened=opened, learner=learner, run=run)
@@ -137,15 +143,16 @@ def _run(
             raise shortage(error) or error from None
 
 
-def _measure_again(config: RunConfig, run: Run, display: Display) -> Adapter:
+def _measure_again(config: RunConfig, run: Run, consent: Consent, display: Display) -> Adapter:
     """Measure what result.json lists as failed, on the adapter as it was saved."""
     with StopRequest("the run is finished, but some measurements are missing") as stop:
         bound_caches()
+        metrics = open_metrics(config.evaluate.metrics, consent)
         model = open_model(run.folder, device=config.train.device, display=display)
         _, _, dataset = open_dataset(config, display, model.base.source)
         general = general_rows(config, model)
         run.write_config(config)
-        opened = Opened(config, model, dataset, count_steps(config, dataset))
+        opened = Opened(config, model, dataset, count_steps(config, dataset), metrics)
         learner = opened.learner(display)
         attempts = Attempts(opened.device, display.say, partial(explain, opened=opened, learner=learner, run=run))
         measure_again(opened, run, learner.state.fingerprints, general, attempts, display)

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from deltaw.adapter.file import Adapter
+from deltaw.config import parse_config
 from deltaw.errors import InputError
+from deltaw.evaluate.metrics import METRICS
 from deltaw.run import Run
 from deltaw.training.checkpoint import MANIFEST, STATE, _manifest, list_checkpoints
 from deltaw.training.run import resume, train
 from deltaw.training.stop import Stopped
-from tests.tiny import Said
+from tests.tiny import Said, run_file
 from tests.training.finished import KINDS, config
 from tests.training.test_length import files
 from tests.training.test_loop import QUIET, digest, metrics, stop_at
@@ -112,3 +114,18 @@ def test_a_checkpoint_of_before_there_was_patience_goes_on(place: Path, tmp_path
         (path / MANIFEST).write_text(_manifest(path))
     resume(run, [f"train.steps={STEPS + 1}"], extend=True, display=QUIET)
     assert json.loads((run / "result.json").read_text())["steps"] == STEPS + 1
+
+
+def test_what_is_asked_may_change_with_the_length(place: Path, tmp_path: Path) -> None:
+    """Fewer rows are answered without a metric, and the base's answers to all of them are there."""
+    data = {"train": str(place / "train.jsonl"), "eval": 4}
+    fields = run_file(place, data=data, output=str(tmp_path / "run"), train={"steps": 2, "tokens_per_step": 64})
+    train(parse_config(fields), display=QUIET)
+    run = tmp_path / "run"
+    asked: list[tuple[int, list[str]]] = []
+    for changed in (["evaluate.metrics=[]", "evaluate.samples=1"], ["evaluate.metrics=[exact_match]"]):
+        resume(run, [f"train.steps={3 + len(asked)}", *changed], extend=True, display=QUIET)
+        result = json.loads((run / "result.json").read_text())
+        asked.append((len(result["answers"]), [name for name in result["eval"]["after"] if name in METRICS]))
+    assert asked == [(1, []), (4, ["exact_match"])]
+    assert result["eval"]["before"].keys() == result["eval"]["after"].keys()
