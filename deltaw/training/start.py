@@ -77,8 +77,10 @@ class Start:
             yield f"{self.name} began with init {self.asked.init}, so its adapter is {rank}"
         before = self.adapter.base.template
         if before and before != template:
-            here = "on prompts as they are" if before == PLAIN else "through another chat template"
-            yield f"warning: {self.name} was trained {here}{'' if PLAIN in (before, template) else ' than this run'}"
+            ways = {PLAIN: "on prompts as they are"}
+            then, now = (ways.get(one, "through a chat template") for one in (before, template))
+            here = now if then != now else "through another one"
+            yield f"warning: {self.name} was trained {then}, and this run trains {here}"
 
 
 def open_start(
