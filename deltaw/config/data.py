@@ -1,6 +1,6 @@
 """`data:` of a run file: where the rows are and how they become tokens and masks."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ ColumnName = Literal[
 class DataConfig(Strict):
     """Where the rows are and how they become tokens and masks."""
 
+    section: ClassVar[str] = "data"
     train: PathText
     eval: Count | PathText | None = Field(None, description="rows held out of train, or a separate file")
     form: Literal["auto", "text", "chat", "completion", "alpaca", "sharegpt"] = "auto"
