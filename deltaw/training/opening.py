@@ -83,7 +83,10 @@ def open_run(config: RunConfig, display: Display) -> Opened:
     source = find_base(config.base, display=display)
     known = read_config(source)
     skeleton = open_skeleton(source, known)
-    find_targets(skeleton, config.adapter)  # on the modules alone; attach asks again, of layers that it has tried
+    # On the modules alone; attach asks again, of layers that it has tried.
+    targets = find_targets(skeleton, config.adapter)
+    if targets.words:
+        display.say(f"adapted: {targets.words}")
     _, renderer, dataset = open_dataset(config, display, source)
     limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
     limits.check(rows)
