@@ -105,7 +105,10 @@ def open_run(
     config, start = open_start(config, skeleton, lineage.started_from, needed=start_is_needed)
     if config.adapter.start is not None and start is None:
         display.say(f"{config.adapter.start}, which it started from, is gone: the checkpoint has all that is needed")
-    find_targets(skeleton, config.adapter)  # on the modules alone; attach asks again, of layers that it has tried
+    # On the modules alone; attach asks again, of layers that it has tried.
+    targets = find_targets(skeleton, config.adapter)
+    if targets.words:
+        display.say(f"adapted: {targets.words}")
     _, renderer, dataset = open_dataset(config, display, source)
     limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
     limits.check(rows)
@@ -115,6 +118,8 @@ def open_run(
     total = count_steps(config, dataset)
     for line in [*config.switched_off(), *length.notes(asked, config, total)]:
         display.say(line)
+    for note in dataset.report.notes:
+        display.say(note)
     for warning in [*dataset.report.warnings, *limits.warnings(rows), *length.warnings(config, dataset, total)]:
         display.say(f"warning: {warning}")
     dtype, device = config.train.dtype, config.train.device
