@@ -119,7 +119,7 @@ def open_run(
         display.say(line)
     for note in dataset.report.notes:
         display.say(note)
-    for warning in [*dataset.report.warnings, *limits.warnings(rows), *length.warnings(config, dataset, total)]:
+    for warning in [*dataset.report.warnings, *limits.warnings(rows), *length.warnings(asked, config, dataset, total)]:
         display.say(f"warning: {warning}")
     dtype, device = config.train.dtype, config.train.device
     base = open_base(source, dtype=dtype, device=device, display=display, config=known)

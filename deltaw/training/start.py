@@ -211,9 +211,11 @@ def _sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:
 
 def described(empty: int) -> list[str]:
     """For logs: rows that were empty in the start."""
-    return [f"{counted(empty, 'empty row of its A was', 'empty rows of its A were')} drawn afresh, to learn"] * bool(
-        empty
-    )
+    if not empty:
+        return []
+    return [
+        f"{counted(empty, 'row of its A was', 'rows of its A were')} empty, and drawn afresh so that they can learn"
+    ]
 
 
 def _word(value: Any) -> str:

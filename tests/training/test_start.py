@@ -50,6 +50,13 @@ def refused(folder: Path, adapter: dict[str, Any], **options: Any) -> str:
     return str(error.value)
 
 
+def test_the_adapter_that_comes_out_has_no_start_of_its_own(place: Path) -> None:
+    run = config(place, "value", adapter={"from": str(place / "lora")}, steps=1)
+    assert train(run, replace=True, display=QUIET).spec.start is None
+    with pytest.raises(ValueError, match=r"Adapter\.load"):
+        attach(torch.nn.Sequential(torch.nn.Linear(8, 8)), run.adapter)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_begins_at_the_other_ones_numbers_and_records_whose_they_are(place: Path, kind: str) -> None:
     start, said = Adapter.load(place / kind / "adapter"), Said()
