@@ -90,7 +90,10 @@ def open_run(config: RunConfig, display: Display, consent: Consent = ASKED_FOR) 
     source = find_base(config.base, display=display)
     known = read_config(source)
     skeleton = open_skeleton(source, known)
-    find_targets(skeleton, config.adapter)  # on the modules alone; attach asks again, of layers that it has tried
+    # On the modules alone; attach asks again, of layers that it has tried.
+    targets = find_targets(skeleton, config.adapter)
+    if targets.words:
+        display.say(f"adapted: {targets.words}")
     _, renderer, dataset = open_dataset(config, display, source)
     limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
     limits.check(rows)
@@ -98,6 +101,8 @@ def open_run(config: RunConfig, display: Display, consent: Consent = ASKED_FOR) 
         try_out(metrics, truth_of(renderer, row))
     for line in config.switched_off():
         display.say(line)
+    for note in dataset.report.notes:
+        display.say(note)
     for warning in [*dataset.report.warnings, *limits.warnings(rows)]:
         display.say(f"warning: {warning}")
     dtype, device = config.train.dtype, config.train.device
