@@ -23,7 +23,8 @@ from deltaw.adapter.file import Adapter
 from deltaw.analysis.checks import check_adapter, check_run
 from deltaw.analysis.measure import Measures, measure_adapter
 from deltaw.analysis.page import Finding, Findings, Page, Section, write
-from deltaw.analysis.sections import in_short, of_training, of_weights
+from deltaw.analysis.run_sections import of_training, the_run
+from deltaw.analysis.sections import in_short, of_weights
 from deltaw.analysis.summary import summarise
 from deltaw.analysis.training import Training, read_training
 from deltaw.analysis.words import gist, sentence
@@ -87,7 +88,9 @@ class Report:
         spec = self.adapter.spec
         kind = "full fine-tuning" if spec.full else f"LoRA, rank {spec.rank}, alpha {spec.alpha:g}"
         sections = [in_short(self.measures, self.summary, self.training), Section("Checks", [Findings(self.findings)])]
-        sections += [*(of_training(self.training) if self.training else []), *of_weights(self.measures)]
+        if self.training:
+            sections += [*of_training(self.training), the_run(self.training, self.folder)]
+        sections += of_weights(self.measures)
         return Page(f"{self.folder.name}: what the fine-tune did", f"{kind}, on {self.base}", sections)
 
     def write(self, path: str | Path | None = None) -> Path:

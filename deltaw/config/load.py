@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from deltaw.config.before import as_it_was
 from deltaw.config.problems import fields_at, meant, refusal, similar_file
 from deltaw.config.run import BEGUN, RunConfig
 from deltaw.errors import InputError
@@ -50,7 +51,8 @@ def parse_config(
     so a setting without an effect doesn't keep it from being read."""
     try:
         # JSON mode: a list is a tuple, an int is a float, and nothing else converts.
-        return RunConfig.model_validate_json(json.dumps(raw), context=BEGUN if begun else None)
+        given = json.dumps(as_it_was(raw) if begun else raw)
+        return RunConfig.model_validate_json(given, context=BEGUN if begun else None)
     except ValidationError as error:
         raise InputError(refusal(error, RunConfig, source, file=source, node=node)) from None
     except (TypeError, ValueError) as problem:

@@ -92,6 +92,8 @@ def open_run(config: RunConfig, display: Display) -> Opened:
     limits.check(rows)
     for line in config.switched_off():
         display.say(line)
+    for note in dataset.report.notes:
+        display.say(note)
     for warning in [*dataset.report.warnings, *limits.warnings(rows)]:
         display.say(f"warning: {warning}")
     dtype, device = config.train.dtype, config.train.device
