@@ -29,7 +29,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     begun = path.name == "config.yaml" and any((path.parent / name).exists() for name in BEGUN)
     for item in overrides:
         _override(raw, item)
-    return parse_config(raw, source=str(path), node=node, begun=begun)
+    config = parse_config(raw, source=str(path), node=node, begun=begun)
+    return config.model_copy(update={"evaluate": config.evaluate.located(path.parent)})
 
 
 def config_of(given: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:

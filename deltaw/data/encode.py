@@ -29,6 +29,7 @@ import numpy as np
 
 from deltaw.data.split import CHARACTER, INSIDE, places
 from deltaw.errors import Rejected
+from deltaw.files.encoding import setting
 
 MARK = "\ufdd0"
 UNASSIGNED = "\u0378"  # no tokenizer has a token for it: shows whether the model of the tokenizer emits `unk`
@@ -82,6 +83,9 @@ class Encoder:
             try:
                 text.encode()
             except UnicodeEncodeError:
+                if re.search("[\udc80-\udcff]", text):  # what a byte became that isn't UTF-8 (tables.py)
+                    wrong = setting(text.encode(errors="surrogateescape"))
+                    raise Rejected(f"not UTF-8; {wrong}") from None
                 raise Rejected("the text has a lone surrogate (a broken character)") from None
         if "\0" in text:
             raise Rejected("the text has a NUL character")
