@@ -152,6 +152,7 @@ VALUES: dict[str, dict[Any, str]] = {  # a setting: its value elsewhere: what to
     "train": {bool: "write {epochs: 1}, or leave train out"},
     "train.dtype": {
         **dict.fromkeys(("bf16", True), "write bfloat16"),
+        **dict.fromkeys(("fp16", "half"), "write float16, or bfloat16 where the machine has it"),
         **dict.fromkeys(("fp32", "float", False), "write float32"),
     },
     "train.schedule": {

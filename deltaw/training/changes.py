@@ -117,9 +117,15 @@ def check_length(total: int, taken: int, *, run: str) -> None:
 
 
 def _is_fixed(name: str, old: Any, new: Any) -> bool:
-    if name in NAMES and isinstance(old, str) and isinstance(new, str):
-        return False
+    if name in NAMES and isinstance(old, str | list) and isinstance(new, str | list):
+        return _weights(old) != _weights(new)
     return any(name == fixed or name.startswith(fixed + ".") for fixed in FIXED)
+
+
+def _weights(sources: str | list[Any]) -> list[float]:
+    """Of each source that is named."""
+    named = [sources] if isinstance(sources, str) else sources
+    return [float(one.get("weight", 1)) if isinstance(one, dict) else 1.0 for one in named]
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -125,6 +125,8 @@ def open_run(
     base = open_base(source, dtype=dtype, device=device, display=display, config=known)
     model = Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config))
     display.say(f"{source.name} in {str(base.dtype)[6:]} on {base.device}: {model.describe()}")
+    if (base.dtype, getattr(known, "dtype", None)) == (torch.bfloat16, torch.float16):
+        display.say("its weights are float16, of which bfloat16 drops the last three digits (of eleven, binary)")
     assert model.attached is not None
     for line in model.attached.notes():
         display.say(line)
