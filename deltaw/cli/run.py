@@ -21,12 +21,20 @@ def demo(
     show(demo_named(output, display=display()), as_json)
 
 
-@app.command(epilog=examples("deltaw train run.yaml train.lr=1e-3", "deltaw train runs/first    (resumes)"))
+@app.command(
+    epilog=examples(
+        "deltaw train run.yaml train.lr=1e-3",
+        "deltaw train runs/first    (resumes)",
+        "deltaw train runs/first train.epochs=3 --extend    (goes on, when it is finished)",
+        "deltaw train run.yaml adapter.from=runs/first    (starts from its adapter)",
+    )
+)
 def train(
     run: Annotated[Path, typer.Argument(help="A run file, or the folder of a run to resume.", callback=as_path)],
     overrides: Overrides = None,
     replace: Annotated[bool, typer.Option("--replace", help="Discard an earlier run in the output folder.")] = False,
     allow: Annotated[bool, typer.Option("--allow", help="Resume even though settings have changed.")] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="Go on with a finished run: train.epochs=3.")] = False,
     allow_code: AllowCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -34,7 +42,7 @@ def train(
     """Train an adapter, or resume an interrupted run."""
     from deltaw.commands.train import train_named
 
-    options = {"replace": replace, "allow": allow, "allow_code": allow_code}
+    options = {"replace": replace, "allow": allow, "extend": extend, "allow_code": allow_code}
     show(train_named(run, overrides or (), **options, display=display(quiet)), as_json)
 
 

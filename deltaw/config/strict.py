@@ -23,7 +23,7 @@ Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 class Strict(BaseModel):
     """Frozen; unknown keys refused; no silent conversion ("4" is not 4, true is not 1)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, serialize_by_alias=True)
     section: ClassVar[str] = ""  # where it stands in the run file
 
     def __init__(self, /, **fields: Any) -> None:

@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 
 from deltaw.config import DataConfig
@@ -63,20 +63,18 @@ def prepare(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", di
     source = _open(config.train, config, renderer, reads)
     sources = [source]
     held_out: list[Placed] = []
-    with display.task("reading data", len(source.rows)) as progress:
-        if long := _long(source.rows):
-            progress(0, f"{long:,} characters to tokenise")
+    with display.task("reading data", _size(source.rows)) as progress:
         stream = _units(source, renderer, config, progress)
         if isinstance(config.eval, int):
             held_out = _taken(stream, config.eval)
         train = _taken(stream, config.limit)
-        progress(len(source.rows))  # rows beyond data.limit are never looked at
+        progress(_size(source.rows))  # rows beyond data.limit are never looked at
     _check(source, config, usable=bool(train or held_out))
     if not train:
         raise _none_left(source, held_out, config)
     if isinstance(config.eval, str):
         other = _open(config.eval, config, renderer, reads)
-        with display.task("reading held-out rows", len(other.rows)) as progress:
+        with display.task("reading held-out rows", _size(other.rows)) as progress:
             held_out = _taken(_units(other, renderer, config, progress))
         _check(other, config, usable=bool(held_out))
         sources.append(other)
@@ -134,17 +132,25 @@ def _open(name: str, config: DataConfig, renderer: Renderer, reads: Reads = "aut
 def _units(source: Reading, renderer: Renderer, config: DataConfig, progress: Progress) -> Iterator[list[Placed]]:
     """The usable rows in random order, each as its pieces; of a single document each piece is one. Only what is taken
     is counted."""
-    for chunk in _chunks(source.rows, _random_order(source.rows, config.seed)):
-        results = _render([source.rows[position] for position in chunk], source, renderer, config)
+    rows, before = source.rows, 0
+    in_characters = _size(rows) > len(rows)
+    for chunk in _chunks(rows, _random_order(rows, config.seed)):
+        within = partial(_beyond, progress, before) if in_characters else unseen
+        results = _render([rows[position] for position in chunk], source, renderer, config, within)
         for position, result in zip(chunk, results, strict=True):
             source.seen += 1
-            pieces = _fit(result, source, source.rows[position].origin, config)
+            pieces = _fit(result, source, rows[position].origin, config)
             placed = [(position, number, piece) for number, piece in enumerate(pieces)]
             if source.by_piece:
                 yield from ([placed[number]] for number in _shuffled(pieces, config.seed))
             elif placed:
                 yield placed
-        progress(source.seen)
+        before += sum(_characters(rows[position]) for position in chunk) if in_characters else len(chunk)
+        progress(before)
+
+
+def _beyond(progress: Progress, before: int, done: int) -> None:
+    progress(before + done)
 
 
 def _chunks(rows: Sequence[Row], order: Sequence[int]) -> Iterator[list[int]]:
@@ -166,10 +172,10 @@ def _characters(row: Row) -> int:
     return sum(len(value) for value in row.value.values() if isinstance(value, str))
 
 
-def _long(rows: Sequence[Row]) -> int:
-    """The characters of all rows, where one of them is long."""
+def _size(rows: Sequence[Row]) -> int:
+    """What there is to read: rows, or their characters where one of them takes the tokenizer a while."""
     sizes = [_characters(row) for row in rows]
-    return sum(sizes) if max(sizes) > LONG else 0
+    return sum(sizes) if max(sizes) > LONG else len(rows)
 
 
 def _shuffled(pieces: Sequence[Example], seed: int) -> list[int]:
@@ -194,7 +200,7 @@ def _random_order(rows: Sequence[Row], seed: int) -> list[int]:
 
 
 def _render(
-    rows: Sequence[Row], source: Reading, renderer: Renderer, config: DataConfig
+    rows: Sequence[Row], source: Reading, renderer: Renderer, config: DataConfig, progress: Progress
 ) -> list[list[Example] | Rejected]:
     """Each row as an example or, where its source's texts are split, as pieces."""
     results: list[list[Example] | Rejected | None] = []
@@ -208,7 +214,7 @@ def _render(
         except Rejected as rejected:
             results.append(rejected)
     if source.splits:
-        rendered = iter(renderer.render_pieces(given, origins, config.max_length, config.overlap))
+        rendered = iter(renderer.render_pieces(given, origins, config.max_length, config.overlap, progress))
     else:
         whole = renderer.render_all(given, origins)
         rendered = iter([example if isinstance(example, Rejected) else [example] for example in whole])

@@ -73,3 +73,11 @@ def given(path: Any) -> Any:
     if path is None or ("$" in str(path) and Path(path).exists()):
         return path
     return type(path)(expand(str(path)))
+
+
+def public_name(name: str) -> str:
+    """What may be told of a file or a folder to people elsewhere: a builtin's name, or the last part of the path."""
+    if name.startswith("builtin:"):
+        return name
+    path = Path(name)
+    return path.name if path.name not in ("", "..") else path.resolve().name
