@@ -58,10 +58,13 @@ class RunConfig(Strict):
         no_rows = {
             "train.eval_every": train.eval_every is not None,
             "train.sample_every": train.sample_every is not None,
+            "train.patience": train.patience is not None,
             "evaluate.metrics": bool(evaluate.metrics),
             "evaluate.samples": evaluate.samples not in (0, default_of(evaluate, "samples")),
         }
         needs = {name: "held-out rows: set data.eval" for name, given in no_rows.items() if given and data.eval is None}
+        if train.patience is not None and train.eval_every is None and data.eval is not None:
+            needs["train.patience"] = "evaluations on the way: set train.eval_every"
         if self.adapter.full and train.lr_ratio_b != 1:
             needs["train.lr_ratio_b"] = "factors, and adapter: full has none"
         if data.seed and not isinstance(data.eval, int) and data.limit is None:

@@ -23,7 +23,7 @@ from itertools import islice
 
 from deltaw.config import DataConfig
 from deltaw.data.document import Chat, Document
-from deltaw.data.example import Example
+from deltaw.data.example import Example, fingerprint
 from deltaw.data.forms import Reads, form_of
 from deltaw.data.read import read_rows
 from deltaw.data.render import Renderer
@@ -50,15 +50,8 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over every token and mask, in order: equal where a run may be resumed."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.eval):
-            digest.update(len(part).to_bytes(8, "little"))
-            for example in part:
-                digest.update(len(example.tokens).to_bytes(8, "little"))
-                digest.update(example.tokens.tobytes())
-                digest.update(example.loss_mask.tobytes())
-        return digest.hexdigest()
+        """Of every token and mask, in order: equal where a run may be resumed."""
+        return fingerprint(self.train, self.eval)
 
 
 def prepare(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", display: Display = QUIET) -> Dataset:
