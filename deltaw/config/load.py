@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from deltaw.config.before import as_it_was
+from deltaw.config.own_rows import at_home
 from deltaw.config.problems import fields_at, meant, refusal, similar_file
 from deltaw.config.run import BEGUN, RunConfig
 from deltaw.errors import InputError
@@ -30,6 +31,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     for item in overrides:
         _override(raw, item)
     config = parse_config(raw, source=str(path), node=node, begun=begun)
+    config = at_home(config, path.parent) if begun else config
     return config.model_copy(update={"evaluate": config.evaluate.located(path.parent)})
 
 

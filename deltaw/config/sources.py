@@ -10,18 +10,17 @@ chooses). Other tools' weights are shares of what is drawn, which have no epoch 
 and the preview shows them.
 
 Rows that are given are copied through JSON, so that what is trained on can be written down: a run writes them into its
-folder and its config names that file (training/own_rows.py).
+folder and its config names that file (own_rows.py).
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, PlainSerializer, PlainValidator
 
 from deltaw.config.strict import MANY, Strict
-from deltaw.files.paths import PathText, expand, written
+from deltaw.files.paths import PathText, expand, public_name, written
 
 Row = dict[str, Any]
 ROWS = "the rows given"  # their name, in place of a path
@@ -72,7 +71,7 @@ def with_names(value: SourceValue, rename: Callable[[str], str]) -> SourceValue:
 
 def public(value: SourceValue) -> str:
     """`label` without the folders of this machine."""
-    return label(with_names(value, lambda name: name if name.startswith("builtin:") else Path(name).name))
+    return label(with_names(value, public_name))
 
 
 def _sources(value: Any) -> SourceValue:
