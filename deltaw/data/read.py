@@ -88,7 +88,7 @@ def _items(source: str, encoding: str) -> Iterator[Item]:
     if hub and ("/" in source or hub["split"]) and not source.startswith(".") and not _is_data_file(path):
         return read_hub(hub["name"], hub["split"] or "train", _near(path))
     if glob.has_magic(source):
-        raise InputError(f"{source}: no file here matches it", fix=_near(_fixed(source)) or _beside(source))
+        raise InputError(f"{source}: no file here matches it", fix=_beside(source))
     raise InputError(f"{source}: no such file or folder", fix=_near(path) or _known())
 
 
@@ -312,7 +312,7 @@ def _beside(pattern: str) -> str:
     """What is in the folder of a pattern."""
     folder = _fixed(pattern)
     if not folder.is_dir():
-        return f"{folder} doesn't exist"
+        return _near(folder) or f"there is no folder {folder}"
     names = sorted(entry.name for entry in islice(folder.iterdir(), 10_000) if not entry.name.startswith("."))
     return f"in {folder}: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}" if names else f"{folder} is empty"
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from deltaw.base.fingerprint import same_base
 from deltaw.config import RunConfig, load_config, parse_config
+from deltaw.config.own_rows import at_home
+from deltaw.config.sources import ROWS
 from deltaw.errors import InputError, listed
 from deltaw.run import Run
 from deltaw.show.progress import Display
@@ -35,6 +37,7 @@ def settled(
     written = load_config(run.config)
     # The checkpoint knows what it was made with, whatever was written into config.yaml since.
     began = parse_config(saved.state.config, source="the checkpoint", begun=True) if saved else written
+    began = at_home(began, run.folder)
     began, config = (_as_begun(one, saved) for one in (began, load_config(run.config, overrides)))
     for line in check_changes(began, config, allow=allow, run=str(run.folder), finished=finished):
         display.say(f"changed: {line}")
@@ -136,4 +139,6 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(one, str | dict) for one in value):
+        value = " + ".join(str(one.get("path", ROWS)) if isinstance(one, dict) else one for one in value)
     return "none" if value is None else f"{value:.60}" if isinstance(value, str) else f"{value!s:.60}"
