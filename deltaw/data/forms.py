@@ -118,13 +118,14 @@ def detect_form(
         raise InputError("no rows, so no form to recognise")
     columns.check(rows)
     sample = [Fields(row.value, columns) for row in rows[:SAMPLE]]
-    if 2 * sum(bool(fields.peek("chosen") and fields.peek("rejected")) for fields in sample) > len(sample):
+    if 2 * sum(None not in map(fields.peek, ("chosen", "rejected")) for fields in sample) > len(sample):
         fix = "train on the chosen answers: rename chosen to completion and drop rejected"
         raise InputError(f"{rows[0].origin}: preference data (chosen, rejected) isn't supported yet", fix=fix)
     told = any(says_something(fields.peek("history")) for fields in sample)
     chats = templated and reads != "completion"
     pairs = wanted == "chat" or told or (chats and (join is None or reads == "chat"))
-    forms = [form for form in known_forms(columns, join) if wanted in (form.name, *_choices(form, chats, pairs))]
+    alpaca = chats and (not join or reads == "chat")
+    forms = [form for form in known_forms(columns, join) if wanted in (form.name, *_choices(form, alpaca, pairs))]
     if wanted == "auto" and not told and reads != "chat" and not columns.renames(*LAID_OUT):
         forms = [form for form in forms if form.name != "chat" or form.columns != LAID_OUT]
     forms = _with_all(forms, columns)
@@ -135,7 +136,7 @@ def detect_form(
     if join and reads == "auto" and form.name != "completion":
         fix = "leave it out" + (", or set data.form: completion" if form.pair else "")
         raise InputError(f"data.join does nothing: the rows are read as {form.name}", fix=fix)
-    return _described(form, rows[: len(sample)], sample, templated)
+    return _described(form, rows[: len(sample)], sample, chosen=wanted == "auto" and templated)
 
 
 def form_of(rows: Sequence[Row], data: DataConfig, *, templated: bool, reads: Reads = "auto") -> Form:
@@ -147,12 +148,12 @@ def form_of(rows: Sequence[Row], data: DataConfig, *, templated: bool, reads: Re
     )
 
 
-def _choices(form: Form, chats: bool, pairs: bool) -> tuple[str, ...]:
-    """Words of `data.form` that let this form be chosen, beside its name. `pairs`: they may be read as chats."""
+def _choices(form: Form, alpaca: bool, pairs: bool) -> tuple[str, ...]:
+    """Words of `data.form` that let this form be chosen, beside its name. `alpaca`, `pairs`: may be read as chats."""
     if form.name == "chat" and form.pair:
         return ("auto",) if pairs else ()
     if form.name == "alpaca":
-        return ("auto", "chat") if chats else ("chat",)
+        return ("auto", "chat") if alpaca else ("chat",)
     return ("auto", "chat") if form.name == "sharegpt" else ("auto",)
 
 
@@ -181,8 +182,8 @@ def _unknown(rows: Sequence[Row], forms: Sequence[Form], wanted: str) -> InputEr
     )
 
 
-def _described(form: Form, rows: Sequence[Row], sample: Sequence[Fields], templated: bool) -> Form:
-    """The form with the source's own names in its description, and the note on how a pair is read."""
+def _described(form: Form, rows: Sequence[Row], sample: Sequence[Fields], *, chosen: bool) -> Form:
+    """The form with the source's own names in its description, and a note where it was `chosen` of two for a pair."""
     first = next(row for row, fields in zip(rows, sample, strict=True) if form.matches(fields))
     names = {name: name for name in form.columns} | form.names.of(first.value)
     description = form.description.format(**{name: one_line(str(names[name]), 40) for name in form.columns})
@@ -190,7 +191,7 @@ def _described(form: Form, rows: Sequence[Row], sample: Sequence[Fields], templa
     if also:
         description += f" (with {', '.join(also)})"
     note = ""
-    if form.pair and templated and isinstance(Fields(first.value, form.names).peek(form.columns[0]), str):
+    if form.pair and chosen and isinstance(Fields(first.value, form.names).peek(form.columns[0]), str):
         given, wanted = (one_line(str(names[name]), 40) for name in form.columns)
         note = f"{given} and {wanted} are rendered as a chat; data.form: completion joins them as text"
         if form.name == "completion":

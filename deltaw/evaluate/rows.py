@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from deltaw.base.limits import Limits
 from deltaw.config import DataConfig
+from deltaw.config.sources import SourceValue
 from deltaw.data.dataset import prepare, prepare_held_out
 from deltaw.data.example import Example
 from deltaw.data.forms import Reads
-from deltaw.errors import InputError, command
+from deltaw.errors import InputError
 from deltaw.files.paths import no_such
 from deltaw.model import Model, open_model
 from deltaw.named import Named
@@ -19,7 +20,7 @@ from deltaw.show.progress import Display
 
 
 def rows_of(
-    name: str | Named, data: str | None, *, base: str | None, rows: int | None = None, display: Display
+    name: str | Named, data: SourceValue | None, *, base: str | None, rows: int | None = None, display: Display
 ) -> tuple[Model, Sequence[Example]]:
     """A model and the rows to measure it on: all of the run's own held-out ones, or `rows` of a file. Raises
     InputError."""
@@ -50,19 +51,17 @@ def _own_data(named: Named) -> DataConfig:
         raise no_such(named.path)
     if named.config is None:
         raise InputError(
-            f"{named.name} isn't a run, so it has no held-out rows",
-            fix=f"name a file of rows to measure it on: {command('eval', named.name, 'rows.jsonl')}",
+            f"{named.name} isn't a run, so it has no held-out rows", fix="name a data file to measure it on"
         )
     if named.config.data.eval is None:
         raise InputError(
-            f"{named.name} held no rows out when it was trained, so there is nothing to measure it on",
-            fix=f"name a file that it wasn't trained on: {command('eval', named.name, 'rows.jsonl')}   "
-            "next time, hold some out: data.eval=100",
+            f"{named.name} held no rows out when it was trained, so there are none to measure it on",
+            fix="name a data file with rows that it wasn't trained on; next time, hold some out: data.eval=100",
         )
     return named.config.data
 
 
-def _of_file(named: Named, data: str, rows: int | None) -> DataConfig:
+def _of_file(named: Named, data: SourceValue, rows: int | None) -> DataConfig:
     """A data section for a file, with the run's rules of rendering."""
     if named.config is None:
         return DataConfig(train=data, limit=rows)

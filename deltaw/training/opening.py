@@ -105,10 +105,12 @@ def open_run(
     source = find_base(config.base, display=display)
     known = read_config(source)
     skeleton = open_skeleton(source, known)
-    config, start = open_start(config, skeleton, lineage.started_from, needed=start_is_needed)
-    if config.adapter.start is not None and start is None:
-        display.say(f"{config.adapter.start}, which it started from, is gone: the checkpoint has all that is needed")
-    find_targets(skeleton, config.adapter)  # on the modules alone; attach asks again, of layers that it has tried
+    recorded = lineage.started_from
+    config, start = open_start(config, skeleton, recorded, needed=start_is_needed, say=display.say)
+    # On the modules alone; attach asks again, of layers that it has tried.
+    targets = find_targets(skeleton, config.adapter)
+    if targets.words:
+        display.say(f"adapted: {targets.words}")
     _, renderer, dataset = open_dataset(config, display, source)
     limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
     limits.check(rows)
@@ -120,12 +122,14 @@ def open_run(
         display.say(line)
     for note in dataset.report.notes:
         display.say(note)
-    for warning in [*dataset.report.warnings, *limits.warnings(rows), *length.warnings(config, dataset, total)]:
+    for warning in [*dataset.report.warnings, *limits.warnings(rows), *length.warnings(asked, config, dataset, total)]:
         display.say(f"warning: {warning}")
     dtype, device = config.train.dtype, config.train.device
     base = open_base(source, dtype=dtype, device=device, display=display, config=known)
     model = Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config))
     display.say(f"{source.name} in {str(base.dtype)[6:]} on {base.device}: {model.describe()}")
+    if (base.dtype, getattr(known, "dtype", None)) == (torch.bfloat16, torch.float16):
+        display.say("its weights are float16, of which bfloat16 drops the last three digits (of eleven, binary)")
     assert model.attached is not None
     for line in model.attached.notes():
         display.say(line)
