@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from deltaw.base.forward import Forward, plan_forward
     from deltaw.base.load import Base, open_base
     from deltaw.commands.export import export
-    from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
+    from deltaw.config import (
+        AdapterSpec,
+        DataConfig,
+        EvaluateConfig,
+        RunConfig,
+        TrainConfig,
+        load_config,
+        parse_config,
+    )
     from deltaw.errors import DeltawError, InputError, RunError
     from deltaw.evaluate.side_by_side import evaluate
     from deltaw.factors import LowRank
@@ -38,9 +46,11 @@ _HOME = {
     "Attached": "adapter.attach",
     "Base": "base.load",
     "BaseId": "adapter.file",
+    "DataConfig": "config",
     "Dense": "kinds",
     "DoRA": "kinds",
     "DeltawError": "errors",
+    "EvaluateConfig": "config",
     "Forward": "base.forward",
     "InputError": "errors",
     "LowRank": "factors",
@@ -48,6 +58,7 @@ _HOME = {
     "Model": "model",
     "RunConfig": "config",
     "RunError": "errors",
+    "TrainConfig": "config",
     "attach": "adapter.attach",
     "combine": "adapter.combine",
     "detach": "adapter.attach",
