@@ -32,8 +32,10 @@ from deltaw.data.row import Problem, Row
 from deltaw.data.text_files import documents
 from deltaw.errors import InputError, Rejected, listed
 from deltaw.show.progress import QUIET, Display, Progress, unseen
+from deltaw.show.text import counted
 
 CHUNK, CHARACTERS = 512, 4_000_000  # rows and characters tokenised in one call
+SHORTEST = 16  # tokens: shorter pieces aren't advised
 LONG = 500_000  # characters of a row that take the tokenizer a while
 
 Placed = tuple[int, int, Example]  # row in the file, piece of the row
@@ -269,11 +271,12 @@ def _check(source: Reading, config: DataConfig, *, usable: bool) -> None:
 def _none_left(source: Reading, held_out: Sequence[Placed], config: DataConfig) -> InputError:
     """`data.eval` takes all there is."""
     if source.by_piece:
-        smaller = max(16, source.tokens_read // (5 * int(config.eval or 1)))
+        smaller = source.tokens_read // (5 * int(config.eval or 1))
+        shorter = f"set data.max_length to {smaller} or so for more pieces, " if smaller >= SHORTEST else ""
         return InputError(
-            f"{source.name}: one document in {len(held_out)} usable pieces, and data.eval takes {config.eval}, so none "
-            "is left to train on",
-            fix=f"set data.eval lower, set data.max_length to {smaller} or so for more pieces, or give it a file",
+            f"{source.name}: one document in {counted(len(held_out), 'piece')}, and data.eval takes {config.eval}, so "
+            "none is left to train on",
+            fix=f"set data.eval lower, {shorter}or give it a separate file",
         )
     count = len({position for position, *_ in held_out})
     whole = ": texts are held out whole" if source.split_rows else ""
