@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from deltaw.config.strict import MANY, Count, PositiveFloat, Seed, Strict
 
-Dtype = Literal["auto", "bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 Logger = Literal["tensorboard", "wandb"]
 

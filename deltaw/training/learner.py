@@ -48,6 +48,12 @@ class Learner:
         finally:
             self._dropout(False)
 
+    def divide(self, count: int) -> None:
+        """Make the gradient of a sum over `count` tokens that of their mean."""
+        for parameter in self.attached.parameters:
+            if parameter.grad is not None:
+                parameter.grad /= count
+
     def clip(self) -> float:
         """Scale the gradient down to a norm of at most `clip`; returns its norm before."""
         return float(nn.utils.clip_grad_norm_(self.attached.parameters, self.config.clip))
