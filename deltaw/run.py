@@ -3,7 +3,8 @@
     config.yaml      the resolved run file            checkpoints/    step-000100/ …  (training/checkpoint.py)
     before.json      the base on the held-out rows    adapter/        the result, PEFT layout
     metrics.jsonl    a line per step and per eval     report.html     what the run did, for people
-    result.json      the figures                      .lock           who writes here (lock.py)
+    result.json      the figures                      started.json    in which folder (config/places.py)
+                                                      .lock           who writes here (lock.py)
 
 Everything in it is named relative to the folder, so it can be moved. result.json is written when everything else is
 safe (the report only shows what is there), so a folder that has it is finished; `failed` in it names what couldn't be
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from deltaw.config import RunConfig
+from deltaw.config.places import record
 from deltaw.errors import InputError, RunError, command
 from deltaw.files.atomic import fsync, replacing, sweep, temporary_name, write_text_atomic
 from deltaw.files.lock import LOCK, claimed, holds_anything
@@ -128,6 +130,7 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.folder}: the earlier run can't be removed: {error}") from None
         shutil.rmtree(old, ignore_errors=True)
+        record(self.folder)
         self.write_config(config)
         fsync(self.folder.parent)
 

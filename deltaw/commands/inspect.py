@@ -10,7 +10,8 @@ from deltaw.show.result import Result
 
 def inspect_named(name: str, *, base: str | None, page: str | None, display: Display) -> Result:
     """The page goes into the folder that was named unless another place is given."""
-    with claimed_file(Path(page) if page else Path(name) / PAGE):
-        report = inspect(name, base=base, display=display)
+    target = Path(page) if page else Path(name) / PAGE
+    with claimed_file(target):
+        report = inspect(name, base=base, page=target, display=display)
         path = report.write(page)
     return Result(report.to_json(), f"{report.gist()}\n\npage: {path}")

@@ -5,9 +5,11 @@ out when it was trained; what it was trained on isn't rendered again for that.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from deltaw.base.limits import Limits
 from deltaw.config import DataConfig
+from deltaw.config.places import check_there
 from deltaw.data.dataset import prepare, prepare_held_out
 from deltaw.data.example import Example
 from deltaw.errors import InputError
@@ -34,16 +36,19 @@ def rows_of(
 
 def _own_data(named: Named) -> DataConfig:
     """The run's own data section, which must hold rows out."""
-    if named.config is None:
+    if named.config is None or named.local is None:
         raise InputError(f"{named.name} isn't a run, so it has no held-out rows", fix="name a data file")
     if named.config.data.eval is None:
         raise InputError(f"{named.name} held no rows out", fix="name a data file")
-    return named.config.data
+    for source in (named.config.data.train, named.config.data.eval):
+        if isinstance(source, str) and Path(source).suffix:  # else it may be on a hub
+            check_there(source, named.config, named.path, "data", "put it back, or name a data file")
+    return named.local.data
 
 
 def _of_file(named: Named, data: str, rows: int | None) -> DataConfig:
     """A data section for a file, with the run's rules of rendering."""
-    if named.config is None:
+    if named.local is None:
         return DataConfig(train=data, limit=rows)
     rules = {"form": "auto", "eval": None, "limit": rows, "train": data}
-    return named.config.data.model_copy(update=rules)
+    return named.local.data.model_copy(update=rules)

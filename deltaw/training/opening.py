@@ -7,6 +7,7 @@ run, in the order in which it will train on them; a run that is resumed has its 
 
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -62,6 +63,12 @@ class Opened:
     def id(self) -> BaseId:
         """What the adapter records of its base."""
         return self.model.id if self.dataset.chat else replace(self.model.id, template=PLAIN)
+
+    def named_as(self, config: RunConfig) -> "Opened":
+        """With the names that `config` has for what was opened (it may have been opened under longer ones)."""
+        pinned = self.config.model_copy(update={"data": config.data, "evaluate": config.evaluate})
+        local = Path(self.config.base).is_absolute() and config.base != self.config.base
+        return replace(self, config=pinned.model_copy(update={"base": config.base}) if local else pinned)
 
     def learner(self, display: Display) -> Learner:
         """Of the adapter, at its beginning."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from deltaw.adapter.file import Adapter
 from deltaw.config import RunConfig
+from deltaw.config.places import placed
 from deltaw.data.opening import open_dataset
 from deltaw.errors import command
 from deltaw.model import open_model
@@ -63,19 +64,30 @@ def resume(
     with run.resumed() as finished:
         saved = None if finished else latest_checkpoint(run.checkpoints, display)
         config, changed = settled(run, saved, overrides, allow=allow, finished=finished, display=display)
+        local = placed(config, run.folder)
         if finished:
-            return _measure_again(config, run, display)
+            return _measure_again(config, local, run, display)
         if saved is None:
             display.say(f"{folder} has no checkpoint yet, so it starts from the beginning")
-        return _run(config, run, saved, display, changed=changed)
+            return _run(local, run, None, display)  # begun anew, and here
+        return _run(config, run, saved, display, local, changed=changed)
 
 
-def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, changed: bool = False) -> Adapter:
-    """Take a run from its beginning or a checkpoint to its end, in a folder that is claimed."""
-    began = time.monotonic()
+def _run(
+    config: RunConfig,
+    run: Run,
+    saved: Saved | None,
+    display: Display,
+    local: RunConfig | None = None,
+    *,
+    changed: bool = False,
+) -> Adapter:
+    """Take a run from its beginning or a checkpoint to its end, in a folder that is claimed. `local`: the config with
+    its names where they lead from the current folder, if that isn't where the run was started."""
+    began, local = time.monotonic(), local or config
     with StopRequest() as stop:
-        opened = open_run(config, display)
-        general = general_rows(config, opened.model)
+        opened = open_run(local, display).named_as(config)
+        general = general_rows(local, opened.model)
         learner = opened.learner(display)
         shortage = partial(explain, opened=opened, learner=learner, run=run)
         try:
@@ -98,13 +110,13 @@ def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, 
             raise shortage(error) or error from None
 
 
-def _measure_again(config: RunConfig, run: Run, display: Display) -> Adapter:
+def _measure_again(config: RunConfig, local: RunConfig, run: Run, display: Display) -> Adapter:
     """Measure what result.json lists as failed, on the adapter as it was saved."""
     with StopRequest("the run is finished, but some measurements are missing") as stop:
         bound_caches()
         model = open_model(run.folder, device=config.train.device, display=display)
-        _, _, dataset = open_dataset(config, display, model.base.source)
-        general = general_rows(config, model)
+        _, _, dataset = open_dataset(local, display, model.base.source)
+        general = general_rows(local, model)
         run.write_config(config)
         opened = Opened(config, model, dataset, count_steps(config, dataset))
         learner = opened.learner(display)
