@@ -14,7 +14,6 @@ metrics.jsonl that can't be read is left out and counted.
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from deltaw.config.places import record
 from deltaw.errors import InputError, RunError, command
 from deltaw.files.atomic import fsync, replacing, sweep, temporary_name, write_text_atomic
 from deltaw.files.lock import LOCK, claimed, holds_anything
+from deltaw.files.output import check_writable
 from deltaw.files.strict_json import NotJSON, parse, read_json
 
 WORDS = ("skipped", "rows")  # of a line of metrics.jsonl; everything else in it is a number
@@ -102,11 +102,7 @@ class Run:
             yield
 
     def _check_new(self, replace: bool) -> None:
-        existing = next(path for path in [self.folder.absolute(), *self.folder.absolute().parents] if path.exists())
-        if not existing.is_dir():
-            raise InputError(f"output {self.folder}: {existing} is not a folder")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise InputError(f"output {self.folder}: no permission to write in {existing}")
+        self.check_place()
         if not holds_anything(self.folder):
             return
         if not self.config.is_file():
@@ -116,6 +112,12 @@ class Run:
                 f"output {self.folder} already holds a run",
                 fix=f"resume it: {command('train', self.folder)}   start over: --replace   or choose another output",
             )
+
+    def check_place(self) -> None:
+        """Raise InputError where no run can be written, whatever lies there."""
+        check_writable(self.folder, f"output {self.folder}")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"output {self.folder} is not a folder", fix="choose another output")
 
     def create(self, config: RunConfig) -> None:
         """Write the resolved config into the claimed folder; whatever an earlier run left there is removed."""

@@ -1,5 +1,7 @@
 """Values as people read them: a text on one line, a count, bytes, a time."""
 
+from deltaw.files.output import size
+
 LINE = 120  # characters that an error message or a log line may quote of the data
 
 
@@ -20,7 +22,7 @@ def counted(count: int, one: str, many: str | None = None) -> str:
 
 def gib(count: float) -> str:
     """Bytes: "1.5 GiB", "20 MiB"."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    return size(count)
 
 
 def clock(seconds: float) -> str:
