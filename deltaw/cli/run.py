@@ -21,7 +21,13 @@ def demo(
     show(demo_named(output, display=display()), as_json)
 
 
-@app.command(epilog=examples("deltaw train run.yaml train.lr=1e-3", "deltaw train runs/first    (resumes)"))
+@app.command(
+    epilog=examples(
+        "deltaw train run.yaml train.lr=1e-3",
+        "deltaw train runs/first    (resumes)",
+        "deltaw train recipes/demo.yaml    (comes with deltaw, and so do text and chat-classification)",
+    )
+)
 def train(
     run: Annotated[Path, typer.Argument(help="A run file, or the folder of a run to resume.", callback=as_path)],
     overrides: Overrides = None,

