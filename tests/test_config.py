@@ -255,3 +255,32 @@ def test_the_first_override_that_names_the_module_counts() -> None:
 @pytest.mark.parametrize("path", ["model.layers.11.q_proj", "q_proj_2", "my_q_proj", "q_proj.base"])
 def test_an_override_names_whole_parts_of_a_path(path: str) -> None:
     assert AdapterSpec(rank=8, rank_overrides={"layers.1.q_proj": 2, "1.q_proj": 2, "_proj": 3}).rank_of(path) == 8
+
+
+def test_a_run_of_before_a_setting_means_what_it_did(tmp_path: Path) -> None:
+    written = load(tmp_path, MINIMAL).to_yaml()
+    older = "".join(
+        line + "\n" for line in written.splitlines() if line.split(":")[0].strip() not in ("join", "split_text")
+    )
+    assert load(tmp_path, older).data == load(tmp_path, written).data
+    (tmp_path / "config.yaml").write_text(older)
+    (tmp_path / "metrics.jsonl").write_text("")
+    before = load_config(tmp_path / "config.yaml").data
+    assert (before.join, before.split_text) == ("", "blank_lines")
+    (tmp_path / "config.yaml").write_text(written)
+    assert load_config(tmp_path / "config.yaml").data.join is None
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("  overlap: 2000", "overlap"),
+        ("  overlap: 9\n  too_long: drop", "data.overlap"),
+        ("  split_text: lines\n", "data.split_text"),
+        ("  columns: {promt: a}", "data.columns.promt"),
+        ("  columns: {prompt: 3}", "data.columns.prompt"),
+    ],
+)
+def test_settings_of_long_texts_and_columns(tmp_path: Path, line: str, name: str) -> None:
+    text = MINIMAL.replace("t.jsonl", "t.jsonl" if "split_text" in line else "t.txt")
+    assert name in refusal(tmp_path, text + line)

@@ -15,6 +15,7 @@ weights would look like a result.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import fspath
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from deltaw.adapter.file import Adapter
 from deltaw.analysis.checks import check_adapter, check_run
 from deltaw.analysis.measure import Measures, measure_adapter
 from deltaw.analysis.page import Finding, Findings, Page, Section, write
-from deltaw.analysis.sections import in_short, of_training, of_weights
+from deltaw.analysis.run_sections import of_training, the_run
+from deltaw.analysis.sections import in_short, of_weights
 from deltaw.analysis.summary import summarise
 from deltaw.analysis.training import Training, read_training
 from deltaw.analysis.words import gist, sentence
@@ -33,12 +35,13 @@ from deltaw.base.source import Source, find_base
 from deltaw.errors import InputError, RunError
 from deltaw.named import Named
 from deltaw.show.progress import Display
+from deltaw.show.text import counted
 
 PAGE = "report.html"
 WITHOUT_BASE = "measured without the base"  # what a page says that lacks all that needs the base's weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """A measured adapter. `base` names the weights it was measured against, or says why there were none."""
 
@@ -50,6 +53,11 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     training: Training | None = None
     without_base: str | None = None  # why it was measured without the base's weights, if it was
+
+    def __repr__(self) -> str:
+        return (
+            f"Report({self.folder}, {counted(len(self.measures), 'module')}, {counted(len(self.findings), 'finding')})"
+        )
 
     @property
     def sentences(self) -> list[str]:
@@ -82,7 +90,9 @@ class Report:
         spec = self.adapter.spec
         kind = "full fine-tuning" if spec.full else f"LoRA, rank {spec.rank}, alpha {spec.alpha:g}"
         sections = [in_short(self.measures, self.summary, self.training), Section("Checks", [Findings(self.findings)])]
-        sections += [*(of_training(self.training) if self.training else []), *of_weights(self.measures)]
+        if self.training:
+            sections += [*of_training(self.training), the_run(self.training, self.folder)]
+        sections += of_weights(self.measures)
         return Page(f"{self.folder.name}: what the fine-tune did", f"{kind}, on {self.base}", sections)
 
     def write(self, path: str | Path | None = None) -> Path:
@@ -99,19 +109,19 @@ class Report:
 def inspect(
     name: str | Path,
     *,
-    base: str | None = None,
+    base: str | Path | None = None,
     base_is_known: bool = False,
     page: Path | None = None,
-    display: Display,
+    display: Display | None = None,
 ) -> Report:
     """Measure a run's adapter, or any adapter's. Raises InputError: no adapter, NaN in it, another base's weights, or
     none where `page`, which is to be replaced, was made with them.
 
     `base_is_known`: skip checking the base, which reads all of it (a run has just trained on it).
     """
-    folder, named = Path(name), Named(str(name))
+    folder, display, named = Path(name).expanduser(), display or Display(quiet=True), Named(str(name))
     adapter, training = named.adapter, read_training(folder, named.config)
-    source, why = _source(named, base, display)
+    source, why = _source(named, fspath(base) if base else None, display)
     if source is None and page is not None:
         check_not_poorer(page, why)
     if source is not None and not base_is_known:

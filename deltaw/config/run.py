@@ -33,10 +33,11 @@ class RunConfig(Strict):
     """A whole run: `base`, `adapter`, `data`, `train`, `evaluate`, `output`."""
 
     base: PathText = Field(min_length=1)
-    adapter: AdapterSpec = AdapterSpec()
-    data: DataConfig
-    train: TrainConfig = TrainConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    # Not strict about the sections themselves: a mapping makes one, in Python as in a file.
+    adapter: AdapterSpec = Field(AdapterSpec(), strict=False)
+    data: DataConfig = Field(strict=False)
+    train: TrainConfig = Field(TrainConfig(), strict=False)
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), strict=False)
     output: PathText = Field(min_length=1)
 
     @field_validator("adapter", mode="before")
@@ -65,6 +66,10 @@ class RunConfig(Strict):
             needs["train.lr_ratio_b"] = "factors, and adapter: full has none"
         if data.seed and not isinstance(data.eval, int) and data.limit is None:
             needs["data.seed"] = "rows to choose from: data.eval as a number, or data.limit"
+        if data.split_text and data.reads_no_text_file:
+            needs["data.split_text"] = "a .txt file"
+        if data.overlap and data.too_long not in ("auto", "split"):
+            needs["data.overlap"] = "pieces: set data.too_long: split"
         return [f"{name} does nothing without {what}" for name, what in needs.items()]
 
     def switched_off(self) -> list[str]:

@@ -22,12 +22,34 @@ front of whatever they are given. There a newline goes in front and its tokens a
 
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from deltaw.data.split import CHARACTER, INSIDE, places
 from deltaw.errors import Rejected
 
 MARK = "\ufdd0"
 UNASSIGNED = "\u0378"  # no tokenizer has a token for it: shows whether the model of the tokenizer emits `unk`
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The ids of a piece. `parts`: of each part the text that was encoded, the tokenizer's record of it (None where it
+    keeps none) and how many of its tokens don't count."""
+
+    ids: list[int] = field(default_factory=list)
+    parts: list[tuple[str, Any, int]] = field(default_factory=list)
+
+    def places(self) -> np.ndarray:
+        """What kind of place stands in front of each token (`split.py`)."""
+        if any(record is None for _, record, _ in self.parts):
+            return np.full(len(self.ids), CHARACTER, np.uint8)
+        kinds = [places(text, record.offsets)[skipped:] for text, record, skipped in self.parts]
+        for part in kinds[1:]:
+            part[:1] = INSIDE  # between them is the name of a control token
+        return np.concatenate([np.zeros(0, np.uint8), *kinds])
 
 
 class Encoder:
@@ -103,29 +125,35 @@ class Encoder:
         """The control tokens a template wrote into `text`, in order."""
         return list(self._control.finditer(text))
 
-    def encode(self, documents: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    def encode(self, documents: Sequence[Sequence[str]]) -> list[list[Encoded]]:
         """The ids of every piece of every document, in one call of the tokenizer.
 
         The pieces of a document are encoded apart from each other (no token spans two), all but the first as the
         continuation of what stands before.
         """
-        ids: list[list[list[int]]] = [[[] for _ in pieces] for pieces in documents]
+        encoded = [[Encoded() for _ in pieces] for pieces in documents]
         texts: list[str] = []
-        places: list[tuple[list[int], bool]] = []
-        for pieces, outputs in zip(documents, ids, strict=True):
+        where: list[tuple[Encoded, bool]] = []
+        for pieces, outputs in zip(documents, encoded, strict=True):
             for index, (piece, output) in enumerate(zip(pieces, outputs, strict=True)):
                 for number, part in enumerate(piece.split(MARK)):
                     continues = bool(self._anchor) and index + number > 0
                     texts.append("\n" + part if continues else part)
-                    places.append((output, continues))
-        for (output, continues), part_ids, text in zip(places, self._plain(texts), texts, strict=True):
-            if continues and part_ids[: len(self._anchor)] == self._anchor:
-                output += part_ids[len(self._anchor) :]
-            else:
-                output += self._plain([text[1:]])[0] if continues else part_ids
-        return ids
+                    where.append((output, continues))
+        for (output, continues), text, (ids, record) in zip(where, texts, self._recorded(texts), strict=True):
+            skipped = len(self._anchor) if continues else 0
+            if ids[:skipped] != self._anchor[:skipped]:
+                text, skipped = text[1:], 0
+                ((ids, record),) = self._recorded([text])
+            output.ids.extend(ids[skipped:])
+            output.parts.append((text, record, skipped))
+        return encoded
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        return [ids for ids, _ in self._recorded(texts)]
+
+    def _recorded(self, texts: Sequence[str]) -> list[tuple[list[int], Any]]:
+        """The ids of each text, and where its tokens stand in it (None from a tokenizer that can't tell)."""
         if not texts:
             return []
         encoded = self._tokenizer(
@@ -137,7 +165,8 @@ class Encoder:
             return_attention_mask=False,
             verbose=False,
         )
-        return list(encoded["input_ids"])
+        ids = encoded["input_ids"]
+        return list(zip(ids, encoded.encodings or [None] * len(ids), strict=True))
 
 
 def _any_of(names: Collection[str]) -> str:

@@ -14,7 +14,9 @@ class Example:
 
     What isn't trained or isn't in them: `untrained_turns`, answers not provable; `unused`, columns of the row that went
     nowhere; `left_out`, fields of its chat that the template doesn't write. `names` are those of control tokens that
-    stand in it as plain text.
+    stand in it as plain text. `context`: so many of its first tokens are shown again, in a piece of a long text;
+    `goes_on`: another piece follows.
+    `glued`: its prompt and its completion meet without a blank.
     """
 
     tokens: np.ndarray
@@ -24,6 +26,9 @@ class Example:
     unused: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    context: int = 0
+    goes_on: bool = False
+    glued: bool = False
 
     def cut(self, length: int) -> "Example":
         """Its first `length` tokens."""

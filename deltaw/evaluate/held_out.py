@@ -158,12 +158,12 @@ def perplexity(loss: float) -> float:
 
 
 def _split(example: Example) -> tuple[list[int], list[int]]:
-    """(tokens before the last trained span, the span). A row trained from its start: its first half asks."""
+    """(tokens before the last trained span, the span). A text: its first half asks."""
     trained = np.flatnonzero(example.loss_mask)
     end = int(trained[-1]) + 1
     gaps = np.flatnonzero(np.diff(trained) > 1)
     start = int(trained[gaps[-1] + 1]) if len(gaps) else int(trained[0])
-    if start <= 1:
+    if start <= max(1, example.context):
         start = max(1, end // 2)
     tokens = [int(t) for t in example.tokens]
     return tokens[:start], tokens[start:end]

@@ -12,6 +12,7 @@ from deltaw.config import DataConfig
 from deltaw.config.places import check_there
 from deltaw.data.dataset import prepare, prepare_held_out
 from deltaw.data.example import Example
+from deltaw.data.forms import Reads
 from deltaw.errors import InputError
 from deltaw.model import Model, open_model
 from deltaw.named import Named
@@ -25,13 +26,23 @@ def rows_of(
     named = Named.of(name)
     source = _own_data(named) if data is None else _of_file(named, data, rows)
     model = open_model(named, base=base, display=display)
-    examples = prepare_held_out(source, model.renderer) if data is None else prepare(source, model.renderer).train
+    if data is None:
+        examples = prepare_held_out(source, model.renderer)
+    else:
+        examples = prepare(source, model.renderer, reads=_trained_on(model)).train
     examples = examples[:rows]
     limits = Limits.of(model.base.model)
     limits.check(examples)
     for warning in limits.warnings(examples):
         display.say(f"warning: {warning}")
     return model, examples
+
+
+def _trained_on(model: Model) -> Reads:
+    """A pair is asked as the adapter's own rows were, whatever its columns are called."""
+    if model.attached is None:
+        return "auto"
+    return "completion" if model.plain_prompts else "chat"
 
 
 def _own_data(named: Named) -> DataConfig:
@@ -50,5 +61,7 @@ def _of_file(named: Named, data: str, rows: int | None) -> DataConfig:
     """A data section for a file, with the run's rules of rendering."""
     if named.local is None:
         return DataConfig(train=data, limit=rows)
-    rules = {"form": "auto", "eval": None, "limit": rows, "train": data}
-    return named.local.data.model_copy(update=rules)
+    own = named.local.data
+    too_long = "auto" if own.too_long == "split" else own.too_long  # the file may have other rows than texts
+    rules = {"form": "auto", "eval": None, "limit": rows, "train": data, "too_long": too_long, "overlap": 0}
+    return own.model_copy(update=rules)

@@ -34,6 +34,7 @@ from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.checkpoint import TrainState, conditions
 from deltaw.training.learner import Learner
+from deltaw.training.log import check_loggers
 from deltaw.training.memory import bound_caches, free_memory
 from deltaw.training.optim import WARMUP, warmup_steps
 
@@ -84,16 +85,22 @@ class Opened:
 
 def open_run(config: RunConfig, display: Display) -> Opened:
     """Raises InputError, before the weights are read where that is possible."""
+    check_loggers(config.train.log_to)
     bound_caches()
     source = find_base(config.base, display=display)
     known = read_config(source)
     skeleton = open_skeleton(source, known)
-    find_targets(skeleton, config.adapter)  # on the modules alone; attach asks again, of layers that it has tried
+    # On the modules alone; attach asks again, of layers that it has tried.
+    targets = find_targets(skeleton, config.adapter)
+    if targets.words:
+        display.say(f"adapted: {targets.words}")
     _, renderer, dataset = open_dataset(config, display, source)
     limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
     limits.check(rows)
     for line in config.switched_off():
         display.say(line)
+    for note in dataset.report.notes:
+        display.say(note)
     for warning in [*dataset.report.warnings, *limits.warnings(rows)]:
         display.say(f"warning: {warning}")
     dtype, device = config.train.dtype, config.train.device

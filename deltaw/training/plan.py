@@ -30,8 +30,8 @@ import torch
 
 from deltaw.base.load import pick_device
 from deltaw.config import RunConfig
-from deltaw.data.dataset import DataReport
 from deltaw.data.example import Example
+from deltaw.data.report import DataReport
 from deltaw.errors import InputError
 from deltaw.evaluate.held_out import answer, rows_asked
 from deltaw.run import Run
@@ -289,6 +289,10 @@ def _rows(data: DataReport) -> list[tuple[str, str]]:
     long = ", ".join(f"{count:,} {what}" for what, count in kinds.items() if count)
     if long:
         lines.append(("", f"too long, {long}: {_listed(data.too_long, sum(kinds.values()), ', ')}"))
+    if data.split_rows:
+        lines.append(
+            ("", f"{counted(data.split_rows, 'text')} split into {data.pieces:,} pieces, {data.kept:.1%} kept")
+        )
     if data.unusable:
         lines.append(("", f"unusable, {data.unusable:,}: {_listed(data.problems, data.unusable, '; ')}"))
     if data.duplicates or data.overlap:

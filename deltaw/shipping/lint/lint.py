@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from os import fspath
 from pathlib import Path
 
+from deltaw.adapter.file import is_run
 from deltaw.errors import InputError, command
-from deltaw.named import Named, is_run
+from deltaw.named import Named
 from deltaw.shipping.lint import (
     rules_base,
     rules_chat,
