@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deltaw.cli.verbs import Verbs
+from deltaw.errors import InputError
 from deltaw.show.result import Result
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def _options(
 ) -> None:
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
+    elif sys.platform == "win32":  # files are locked by flock, memory is bounded by setrlimit
+        raise InputError("deltaw doesn't run on Windows itself", fix="run it in WSL 2, which is a Linux")
 
 
 def examples(*lines: str) -> str:
