@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
+from deltaw.config import METRICS, AdapterSpec, RunConfig, load_config, parse_config
 from deltaw.errors import InputError
 from deltaw.files.paths import written
 
@@ -29,6 +29,7 @@ def refusal(folder: Path, text: str | bytes, *overrides: str) -> str:
     return message.replace(f"{folder}/", "")
 
 
+KNOWN = ", ".join(METRICS)
 WRONG_VALUES = {
     "train: {steps: '4'}": 'train.steps: must be a valid integer (got "4")',
     "train: {steps: true}": "train.steps: must be a valid integer (got true)",
@@ -56,7 +57,7 @@ WRONG_VALUES = {
     "adapter: {targets: [q_proj, 3]}": "adapter.targets: must be a name or a list of names",
     "adapter: {targets: []}": "adapter.targets: is empty: name at least one module, or all-linear, attention, mlp",
     "adapter: {rank_overrides: {v: 0}}": "adapter.rank_overrides.v: must be greater than or equal to 1 (got 0)",
-    "evaluate: {metrics: [bleu]}": "evaluate.metrics.0: must be 'exact_match' or 'phoneme_error_rate' (got \"bleu\")",
+    "evaluate: {metrics: [bleu]}": f'evaluate.metrics.0: must be {KNOWN}, or file.py:function (got "bleu")',
 }
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import BaseModel, PlainSerializer
 
 from deltaw.config.run import RunConfig
+from deltaw.config.sources import with_names
 from deltaw.errors import InputError
 from deltaw.files.atomic import write_text_atomic
 from deltaw.files.paths import written
@@ -41,7 +42,13 @@ def placed(config: RunConfig, folder: Path) -> RunConfig:
     places = roots(config, folder)
     if not places or _same(places[0], Path.cwd()):
         places = [Path(), *places[1:]]
-    return _replaced(config, places)
+    new: RunConfig = _replaced(config, places)
+    data = {}
+    for field in ("train", "eval"):
+        value = getattr(config.data, field)
+        if isinstance(value, str | tuple) and (to := with_names(value, lambda name: _place(name, places))) != value:
+            data[field] = to
+    return new.model_copy(update={"data": new.data.model_copy(update=data)}) if data else new
 
 
 def roots(config: RunConfig, folder: Path) -> list[Path]:

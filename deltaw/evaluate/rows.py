@@ -10,19 +10,22 @@ from pathlib import Path
 from deltaw.base.limits import Limits
 from deltaw.config import DataConfig
 from deltaw.config.places import check_there
+from deltaw.config.sources import SourceValue
 from deltaw.data.dataset import prepare, prepare_held_out
 from deltaw.data.example import Example
 from deltaw.data.forms import Reads
 from deltaw.errors import InputError
+from deltaw.files.paths import no_such
 from deltaw.model import Model, open_model
 from deltaw.named import Named
 from deltaw.show.progress import Display
 
 
 def rows_of(
-    name: str | Named, data: str | None, *, base: str | None, rows: int | None = None, display: Display
+    name: str | Named, data: SourceValue | None, *, base: str | None, rows: int | None = None, display: Display
 ) -> tuple[Model, Sequence[Example]]:
-    """A model and the rows to measure it on: the run's own held-out ones, or those of a file. Raises InputError."""
+    """A model and the rows to measure it on: all of the run's own held-out ones, or `rows` of a file. Raises
+    InputError."""
     named = Named.of(name)
     source = _own_data(named) if data is None else _of_file(named, data, rows)
     model = open_model(named, base=base, display=display)
@@ -30,7 +33,6 @@ def rows_of(
         examples = prepare_held_out(source, model.renderer)
     else:
         examples = prepare(source, model.renderer, reads=_trained_on(model)).train
-    examples = examples[:rows]
     limits = Limits.of(model.base.model)
     limits.check(examples)
     for warning in limits.warnings(examples):
@@ -47,17 +49,24 @@ def _trained_on(model: Model) -> Reads:
 
 def _own_data(named: Named) -> DataConfig:
     """The run's own data section, which must hold rows out."""
+    if named.config is None and not named.path.exists() and not named.name.startswith("builtin:"):
+        raise no_such(named.path)
     if named.config is None or named.local is None:
-        raise InputError(f"{named.name} isn't a run, so it has no held-out rows", fix="name a data file")
+        raise InputError(
+            f"{named.name} isn't a run, so it has no held-out rows", fix="name a data file to measure it on"
+        )
     if named.config.data.eval is None:
-        raise InputError(f"{named.name} held no rows out", fix="name a data file")
+        raise InputError(
+            f"{named.name} held no rows out when it was trained, so there are none to measure it on",
+            fix="name a data file with rows that it wasn't trained on; next time, hold some out: data.eval=100",
+        )
     for source in (named.config.data.train, named.config.data.eval):
         if isinstance(source, str) and Path(source).suffix:  # else it may be on a hub
             check_there(source, named.config, named.path, "data", "put it back, or name a data file")
     return named.local.data
 
 
-def _of_file(named: Named, data: str, rows: int | None) -> DataConfig:
+def _of_file(named: Named, data: SourceValue, rows: int | None) -> DataConfig:
     """A data section for a file, with the run's rules of rendering."""
     if named.local is None:
         return DataConfig(train=data, limit=rows)

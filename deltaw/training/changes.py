@@ -4,9 +4,9 @@
     with --allow     all the rest: the rate and its schedule, the length (no shorter than it is), how much at a time,
                      what is measured and kept; of a finished run only what is measured
 
-`base`, `data.train` and `data.eval` may have new names (files move); whether they are the same is for the fingerprints
-of weights, rows and template to say, which are compared once these are read. `tokens_per_batch` changes how a step is
-divided, not which rows it trains on.
+`base`, `data.train`, `data.eval` and `adapter.from` may have new names (files move); whether they are the same is for
+the fingerprints of weights, rows, template and start to say, which are compared once these are read. `tokens_per_batch`
+changes how a step is divided, not which rows it trains on.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,6 +14,8 @@ from typing import Any
 
 from deltaw.base.fingerprint import same_base
 from deltaw.config import RunConfig, load_config, parse_config
+from deltaw.config.own_rows import at_home
+from deltaw.config.sources import ROWS
 from deltaw.errors import InputError, listed
 from deltaw.run import Run
 from deltaw.show.progress import Display
@@ -22,7 +24,7 @@ from deltaw.training.learner import Learner
 from deltaw.training.optim import WARMUP
 
 FIXED = ("adapter", "data", "train.seed", "train.tokens_per_step", "train.dtype")
-NAMES = ("data.train", "data.eval")  # those of FIXED that are only names
+NAMES = ("data.train", "data.eval", "adapter.from")  # those of FIXED that are only names
 FREE = ("output",)  # the run folder was moved
 MEASURING = "evaluate."  # all that a finished run can still measure
 
@@ -35,6 +37,7 @@ def settled(
     written = load_config(run.config)
     # The checkpoint knows what it was made with, whatever was written into config.yaml since.
     began = parse_config(saved.state.config, source="the checkpoint", begun=True) if saved else written
+    began = at_home(began, run.folder)
     began, config = (_as_begun(one, saved) for one in (began, load_config(run.config, overrides)))
     for line in check_changes(began, config, allow=allow, run=str(run.folder), finished=finished):
         display.say(f"changed: {line}")
@@ -72,7 +75,7 @@ def restore(learner: Learner, saved: Saved, run: Run, display: Display) -> None:
         display.say(
             f"warning: step {state.best_step} was the best, but its checkpoint is gone; the steps to come decide"
         )
-        state.best_step, state.best_loss = 0, None
+        state.best_step, state.best_loss, state.no_better = 0, None, 0
     if missing := run.cut_metrics(state.metrics_lines):
         display.say(f"{run.metrics} lacks {missing} of the {state.metrics_lines} lines it had")
     display.say(f"resumed after step {state.step} of {learner.total}")
@@ -117,9 +120,15 @@ def check_length(total: int, taken: int, *, run: str) -> None:
 
 
 def _is_fixed(name: str, old: Any, new: Any) -> bool:
-    if name in NAMES and isinstance(old, str) and isinstance(new, str):
-        return False
+    if name in NAMES and isinstance(old, str | list) and isinstance(new, str | list):
+        return _weights(old) != _weights(new)
     return any(name == fixed or name.startswith(fixed + ".") for fixed in FIXED)
+
+
+def _weights(sources: str | list[Any]) -> list[float]:
+    """Of each source that is named."""
+    named = [sources] if isinstance(sources, str) else sources
+    return [float(one.get("weight", 1)) if isinstance(one, dict) else 1.0 for one in named]
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -130,4 +139,6 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(one, str | dict) for one in value):
+        value = " + ".join(str(one.get("path", ROWS)) if isinstance(one, dict) else one for one in value)
     return "none" if value is None else f"{value:.60}" if isinstance(value, str) else f"{value!s:.60}"
