@@ -8,7 +8,7 @@ _ASK = "ask a model: deltaw generate RUN 'a prompt', or deltaw chat RUN"
 _SERVE = "export it for a server: deltaw export RUN --to vllm -o FOLDER, or --to gguf for llama.cpp and Ollama"
 _GGUF = "for llama.cpp and Ollama: deltaw export RUN --to gguf -o FOLDER (--merged --type Q8_0: the whole model)"
 _MEASURE = "measure a model: deltaw eval RUN"
-_LOOK = "look at an adapter: deltaw inspect RUN"
+_LOOK = "look at an adapter: deltaw inspect RUN; at all runs: deltaw runs"
 _MERGE = "merge an adapter into its base: deltaw merge RUN -o FOLDER"
 _MACHINE = "what this machine has and what follows: deltaw doctor"
 
