@@ -41,7 +41,7 @@ def settled(
     began, config = (_as_begun(one, saved) for one in (began, load_config(run.config, overrides)))
     for line in check_changes(began, config, allow=allow, run=str(run.folder), finished=finished):
         display.say(f"changed: {line}")
-    config = config.model_copy(update={"output": str(run.folder)})  # it may have been moved since it was started
+    config = config.model_copy(update={"output": written.output})  # it is this run, wherever it lies by now
     if saved is not None and config.train.steps:  # `restore` looks for itself, when much has been read
         check_length(config.train.steps, saved.state.step, run=str(run.folder))
     return config, config != written

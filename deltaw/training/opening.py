@@ -8,6 +8,7 @@ run, in the order in which it will train on them; a run that is resumed has its 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -75,6 +76,13 @@ class Opened:
     def id(self) -> BaseId:
         """What the adapter records of its base."""
         return self.model.id if self.dataset.chat else replace(self.model.id, template=PLAIN)
+
+    def named_as(self, config: RunConfig) -> "Opened":
+        """With the names that `config` has for what was opened (it may have been opened under longer ones)."""
+        names = {"data": config.data, "evaluate": config.evaluate, "adapter": config.adapter}
+        pinned = self.config.model_copy(update=names)
+        local = Path(self.config.base).is_absolute() and config.base != self.config.base
+        return replace(self, config=pinned.model_copy(update={"base": config.base}) if local else pinned)
 
     def learner(self, display: Display) -> Learner:
         """Of the adapter, at its beginning."""
