@@ -94,7 +94,7 @@ def test_generate_streams_or_prints_json(trained: Path) -> None:
     assert code == 0
     code, out, _ = call("generate", trained / "run", "-", "--max-tokens", 6, "--json", stdin="say 3 ")
     assert json.loads(out)["text"] == streamed.removesuffix("\n")
-    base = json.loads(call("generate", trained / "base", "say 3 ", "--max-tokens", 6, "--json")[1])
+    base = json.loads(call("generate", trained / "base", "say 3 ", "--raw", "--max-tokens", 6, "--json")[1])
     off = json.loads(call("generate", trained / "run", "say 3 ", "--max-tokens", 6, "--json", "--no-adapter")[1])
     assert base["text"] == off["text"] and not off["adapter"]
 
@@ -208,7 +208,7 @@ def small(tmp_path_factory) -> Path:
 def talk(base: Path, lines: list[str], monkeypatch, answers: str = "yes", **more: Any) -> tuple[list[Any], str]:
     """(the prompts that the model was given, what was said on stderr) of a conversation whose answers are `answers`."""
     asked: list[Any] = []
-    model = open_model(base, dtype="float32", device="cpu")
+    model = open_model(base, dtype="float32", device="cpu", **more)
 
     def stream(self: Model, prompt: Any, **options: Any) -> Iterator[str]:
         asked.append(prompt)
@@ -219,7 +219,7 @@ def talk(base: Path, lines: list[str], monkeypatch, answers: str = "yes", **more
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     err = io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-        chat.talk(model, use_adapter=True, sampling={"max_new_tokens": 20}, **{"system": None, **more})
+        chat.talk(model, use_adapter=True, sampling={"max_new_tokens": 20})
     return asked, err.getvalue()
 
 

@@ -18,12 +18,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
 from deltaw.config import DataConfig
-from deltaw.data.document import Chat
+from deltaw.data.asking import RAW, Asking, of_training, question_of
+from deltaw.data.document import Document
 from deltaw.data.example import Example
 from deltaw.data.forms import Form, detect_form
 from deltaw.data.read import read_rows
@@ -79,7 +80,8 @@ class Dataset:
     train: list[Example]
     eval: list[Example]
     report: DataReport
-    chat: bool = False  # the rows went through the chat template
+    asking: Asking = RAW  # how a text is asked that is to be answered as these rows are
+    example: str = ""  # one that is short, of a row that was held out if any was
 
     @cached_property
     def fingerprint(self) -> str:
@@ -144,9 +146,10 @@ def prepare(config: DataConfig, renderer: Renderer, *, display: Display = QUIET)
             held_out = list(_examples(other, renderer, config, progress))
         _check(other, config, usable=bool(held_out))
         sources.append(other)
-    chat = isinstance(source.form.normalise(source.rows[train[0][0]]), Chat)
+    asking = of_training(_documents(source, train))
+    question = question_of(chain(_documents(sources[-1], held_out), _documents(source, train)))
     parts = _in_file_order(train), _in_file_order(held_out)
-    return Dataset(*parts, _report(sources, *parts, renderer, chat), chat)
+    return Dataset(*parts, _report(sources, *parts, renderer, asking.chat), asking, question)
 
 
 def prepare_held_out(config: DataConfig, renderer: Renderer) -> list[Example]:
@@ -164,6 +167,11 @@ def prepare_held_out(config: DataConfig, renderer: Renderer) -> list[Example]:
     if len(held_out) < count or source.bad_share > config.bad_rows:  # how bad they are is to be told of all of them
         return prepare(config, renderer).eval
     return _in_file_order(held_out)
+
+
+def _documents(source: _Source, part: Sequence[tuple[int, Example]]) -> Iterator[Document]:
+    """The rows that these examples come of, as they were before they were rendered."""
+    return (source.form.normalise(source.rows[position]) for position, _ in part)
 
 
 def _in_file_order(part: list[tuple[int, Example]]) -> list[Example]:
