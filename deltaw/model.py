@@ -10,6 +10,7 @@ the chat template as they are.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from os import fspath
 from pathlib import Path
 from typing import Any, overload
 
@@ -30,11 +31,12 @@ from deltaw.generate.engine import answers, generate, stream
 from deltaw.generate.sampling import Sampling
 from deltaw.named import Named
 from deltaw.show.progress import Display, Progress, unseen
+from deltaw.show.text import counted
 
 Messages = Sequence[dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A base with its tokenizer, and an adapter or none."""
 
@@ -43,6 +45,12 @@ class Model:
     forward: Forward
     attached: Attached | None = None
     asking: Asking = RAW
+
+    def __repr__(self) -> str:
+        adapted = (
+            "no adapter" if self.attached is None else f"an adapter on {counted(len(self.attached.layers), 'module')}"
+        )
+        return f"Model({self.base!r}, {adapted})"
 
     def describe(self) -> str:
         """One line for logs and results: which path a pass takes."""
@@ -147,7 +155,7 @@ class Model:
 def open_model(
     name: str | Path | Named,
     *,
-    base: str | None = None,
+    base: str | Path | None = None,
     dtype: Dtype | None = None,
     device: str = "auto",
     chat: bool | None = None,
@@ -164,7 +172,7 @@ def open_model(
     # With a base beside it, it is an adapter: else a broken adapter's folder would open as the plain base.
     adapter = named.adapter if named.holds_adapter or base is not None else None
     config = named.config
-    source = find_base(base or (named.base if adapter else named.name), display=display)
+    source = find_base(fspath(base) if base else named.base if adapter else named.name, display=display)
     dtype = dtype or (config.train.dtype if config else "auto")
     renderer = open_renderer(source, config, named.template)
     how = asked_as(adapter, renderer).changed(chat=chat, system=system, template=renderer.template is not None)

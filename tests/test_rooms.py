@@ -44,7 +44,7 @@ HOMES = {
     "jinja2": {"analysis/page.py", "files/bounded_worker.py"},
     "rich": {"show/progress.py", "show/table.py", "data/preview.py"},
     "typer": {f"cli/{name}.py" for name in VERBS},
-    "yaml": {"config/load.py", "config/run.py", "config/problems.py", "files/run_yaml.py"},
+    "yaml": {"config/load.py", "config/run.py", "files/run_yaml.py"},
     "gguf": {
         "base/gguf.py",
         "files/gguf_header.py",
@@ -61,7 +61,8 @@ HOMES = {
     "pyarrow": {"data/read.py"},
     "matplotlib": {"analysis/pictures.py", "analysis/svg.py"},
     "triton": {"kernels/triton.py"},
-    "torch.utils.tensorboard": {"training/log.py"},
+    "torch.utils.tensorboard": {"training/to_tensorboard.py"},
+    "wandb": {"training/to_wandb.py"},
     "peft": {"shipping/verify/sides/peft.py"},
     "mlx": {"shipping/verify/sides/mlx.py"},
     "mlx_lm": {"shipping/verify/sides/mlx.py"},

@@ -30,10 +30,11 @@ from deltaw.adapter.targets import lines_of
 from deltaw.base.batch import Batch
 from deltaw.base.stand_in import StandIn, disabled
 from deltaw.config import AdapterSpec
+from deltaw.show.text import counted
 from deltaw.updates import Update
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attached:
     """An adapter on a model, and its `number` there. `spec.targets` names the adapted modules exactly, whatever group
     asked for them; `layers` are its updates of them.
@@ -49,6 +50,9 @@ class Attached:
     number: int = 0
     unmatched: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Attached({self.spec!r}, {counted(len(self.layers), 'module')} of a {type(self.model).__name__})"
 
     @property
     def stand_ins(self) -> dict[str, StandIn]:

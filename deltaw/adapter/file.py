@@ -31,7 +31,7 @@ from deltaw.adapter.peft_tensors import WEIGHTS, module_paths, not_finite, to_te
 from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.source import PICKLES
 from deltaw.config import TARGET_GROUPS, AdapterSpec
-from deltaw.errors import InputError, RunError, listed
+from deltaw.errors import InputError, RunError, command, listed
 from deltaw.files.atomic import write_text_atomic
 from deltaw.files.safetensors import load_safetensors, save_safetensors
 from deltaw.files.strict_json import read_json
@@ -76,6 +76,15 @@ class Adapter:
     base: BaseId = field(default_factory=BaseId)
     fan_in_fan_out: bool = False  # PEFT's word for a base that stores its weights transposed (GPT-2's Conv1D)
     rewritten: frozenset[str] = frozenset()  # last names of layers that PEFT is told of by their weights (peft_config)
+
+    def __repr__(self) -> str:
+        of = (
+            "full fine-tuning"
+            if self.spec.full
+            else f"{'DoRA' if self.spec.magnitude else 'LoRA'}, rank {self.spec.rank}"
+        )
+        size = f"{counted(len(self.factors), 'module')}, {counted(self.parameters, 'parameter')}"
+        return f"Adapter({of}, {size}, on {self.base.name or 'a base that it does not name'})"
 
     @property
     def parameters(self) -> int:
@@ -125,8 +134,9 @@ class Adapter:
 
     @staticmethod
     def load(directory: str | Path) -> "Adapter":
-        """Read PEFT's layout, deltaw's own or another tool's. Raises InputError that lists what is wrong."""
-        directory = Path(directory)
+        """Read PEFT's layout, deltaw's own or another tool's; of a run's folder, the adapter in it. Raises InputError
+        that lists what is wrong."""
+        directory = adapter_folder(Path(directory).expanduser())
         if (directory / DELTAS).is_file():
             return _load_full(directory)
         _check_folder(directory)
@@ -161,6 +171,23 @@ def describes(spec: AdapterSpec, path: str, update: Update) -> bool:
     """Whether a reader of the spec gets the update's rank and scale right."""
     same = spec.full or (update.rank, update.scale) == (spec.rank_of(path), spec.scale(path))
     return update.kind == spec.kind and same
+
+
+def is_run(path: Path) -> bool:
+    """A folder that `deltaw train` made. Raises InputError for a name that is too long or mustn't be looked into."""
+    try:
+        return (path / "config.yaml").is_file()
+    except OSError as error:
+        raise InputError(f"{path!s:.200}: {error.strerror}") from None
+
+
+def adapter_folder(path: Path) -> Path:
+    """Where the adapter of a run lies; any other folder itself. Raises InputError for a run that has none yet."""
+    if not is_run(path):
+        return path
+    if not is_adapter(path / "adapter"):
+        raise InputError(f"{path} has no finished adapter yet", fix=f"finish it: {command('train', path)}")
+    return path / "adapter"
 
 
 def is_adapter(directory: Path) -> bool:

@@ -30,6 +30,7 @@ from deltaw.analysis.page import Finding, Level
 from deltaw.analysis.summary import noise_of, summarise
 from deltaw.analysis.training import Training
 from deltaw.config import RunConfig
+from deltaw.show.text import percent
 
 BITS_PER_PARAMETER = 2.0
 LOW_RATE, FULL_SHARE = 1e-4, 0.1  # LoRA's range begins there; full fine-tuning's at a tenth
@@ -86,8 +87,8 @@ def _merging(measures: Mapping[str, Measures]) -> Iterator[Finding]:
         return
     summary = summarise(measures)
     kept, noise = summary["merge_kept"], noise_of(summary["merge_kept"], summary["merge_error"])
-    what = f"merged into bfloat16 weights, {kept:.0%} of the update is kept along its own direction"
-    what += f"; rounding adds noise of {noise:.0%} of its size"
+    what = f"merged into bfloat16 weights, {percent(kept)} of the update is kept along its own direction"
+    what += f"; rounding adds noise of {percent(noise)} of its size"
     if kept < KEPT:
         yield Finding("warning", f"{what}: serve it as an adapter, or merge into float32")
     else:
@@ -122,7 +123,7 @@ def _capacity(training: Training) -> Iterator[Finding]:
     counts = [0, *(line["supervised_tokens"] for line in lines)]
     nats = sum(line["loss"] * (after - before) for line, before, after in zip(first, counts, counts[1:], strict=False))
     bits, room = nats / math.log(2), BITS_PER_PARAMETER * parameters
-    seen = "the first epoch's labels hold" if epochs >= 1 else f"the labels seen ({epochs:.0%} of the data) hold"
+    seen = "the first epoch's labels hold" if epochs >= 1 else f"the labels seen ({percent(epochs)} of the data) hold"
     what = f"{seen} {bits:,.0f} bits, and the adapter has room for about {room:,.0f}"
     if bits <= room:
         yield Finding("ok", f"{what}: the rank shouldn't limit what it learns")

@@ -8,7 +8,15 @@ from typing import Any
 
 from deltaw.data.prompts import prompts_of_text, read_prompts
 from deltaw.errors import InputError
-from deltaw.evaluate.answers import Answer, Asked, answer_into_file, answer_into_stream, header, summary
+from deltaw.evaluate.answers import (
+    Answer,
+    Asked,
+    answer_into_file,
+    answer_into_stream,
+    depends,
+    depends_on_model,
+    summary,
+)
 from deltaw.files.journal import Journal
 from deltaw.files.lock import claimed_file
 from deltaw.generate.sampling import Sampling
@@ -79,6 +87,7 @@ def generate_file_named(
         if file is not None:
             _check(file, source)
             stack.enter_context(claimed_file(file))
+            Journal(file, depends(rows, settings), replace=replace)  # before the weights are read
         named = Named(name)
         model = open_model(named, base=base, chat=chat, system=system, display=display)
         display.say(model.asking.words())
@@ -88,10 +97,11 @@ def generate_file_named(
             display.say(_words(asked, answers, ""))
             return Result(_data(model, use_adapter, asked, answers, STD), "")
         adapter = named.adapter if model.attached is not None and use_adapter else None
-        journal = Journal(file, header(model, adapter, rows, settings), replace=replace)
+        header = {**depends(rows, settings), **depends_on_model(model, adapter)}
+        journal = Journal(file, header, replace=replace)
         if journal.complete:
             data = {"output": str(file), "rows": len(rows), "complete": True, **_how(model, use_adapter)}
-            return Result(data, f"{file} is finished: the same prompts, model and settings. --replace asks again")
+            return Result(data, f"{file} is finished: the same prompts, model and settings (--replace asks again)")
         asked = Asked.of(model, rows, display)
         if journal.done:
             display.say(f"going on: {counted(len(journal.done), 'row is', 'rows are')} answered already")
@@ -128,13 +138,13 @@ def _data(model: Model, use_adapter: bool, asked: Asked, answers: Mapping[int, A
 def _words(asked: Asked, answers: Mapping[int, Answer], output: str) -> str:
     counts = summary(asked, answers)
     where = f"{output}: " if output else ""
-    lines = [f"{where}{counted(counts['rows'], 'row')}, {counts['answered']:,} answered, under {asked.answer!r}"]
+    lines = [f"{where}{counted(counts['rows'], 'row')}, {counts['answered']:,} answered in {asked.answer!r}"]
     if counts["cut"]:
         lines.append(f"{counted(counts['cut'], 'answer was', 'answers were')} cut short: see --max-tokens")
     if problems := asked.named():
         shown = [f"  {problem}" for problem in problems[:10]]
         more = [f"  and {len(problems) - len(shown):,} more"] if len(problems) > len(shown) else []
-        name = f"couldn't be asked, and {'says' if len(problems) == 1 else 'say'} why under {asked.error!r}:"
+        name = f"couldn't be asked, and {'says' if len(problems) == 1 else 'say'} why in {asked.error!r}:"
         lines += [f"{counted(len(problems), 'row')} {name}", *shown, *more]
     return "\n".join(lines)
 

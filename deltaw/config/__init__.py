@@ -3,7 +3,7 @@
 from deltaw.config.adapter import TARGET_GROUPS, AdapterSpec, names_module
 from deltaw.config.data import DataConfig
 from deltaw.config.evaluate import EvaluateConfig
-from deltaw.config.load import load_config, parse_config, read_text
+from deltaw.config.load import config_of, load_config, parse_config, read_text, setting_meant
 from deltaw.config.problems import fields_at
 from deltaw.config.run import RunConfig
 from deltaw.config.strict import Strict
@@ -18,9 +18,11 @@ __all__ = [
     "RunConfig",
     "Strict",
     "TrainConfig",
+    "config_of",
     "fields_at",
     "load_config",
     "names_module",
     "parse_config",
     "read_text",
+    "setting_meant",
 ]

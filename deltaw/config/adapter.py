@@ -6,7 +6,7 @@ model.
 """
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,6 +25,7 @@ class AdapterSpec(Strict):
     file `adapter: full` is short for it.
     """
 
+    section: ClassVar[str] = "adapter"
     full: bool = False
     rank: int = Field(16, ge=1, le=65536)
     alpha: PositiveFloat = 32.0

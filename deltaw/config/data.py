@@ -1,6 +1,6 @@
 """`data:` of a run file: where the rows are and how they become tokens and masks."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,7 @@ from deltaw.files.paths import PathText
 class DataConfig(Strict):
     """Where the rows are and how they become tokens and masks."""
 
+    section: ClassVar[str] = "data"
     train: PathText
     eval: Count | PathText | None = Field(None, description="rows held out of train, or a separate file")
     form: Literal["auto", "text", "chat", "completion", "alpaca", "sharegpt"] = "auto"

@@ -1,6 +1,6 @@
 """`evaluate:` of a run file: what is measured on the held-out rows besides the loss."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -13,6 +13,7 @@ Metric = Literal["exact_match", "phoneme_error_rate"]
 class EvaluateConfig(Strict):
     """What is measured on the held-out rows besides the loss."""
 
+    section: ClassVar[str] = "evaluate"
     metrics: tuple[Metric, ...] = ()
     general: PathText | None = Field(
         "builtin:general", description="text on which forgetting is measured; null: not measured"

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from deltaw.config.problems import problems, similar_file
+from deltaw.config.problems import fields_at, meant, refusal, similar_file
 from deltaw.config.run import BEGUN, RunConfig
-from deltaw.errors import InputError, listed
+from deltaw.errors import InputError
 from deltaw.files.run_yaml import PROBLEMS, Loader, not_yaml
 
 
@@ -31,6 +31,18 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     return parse_config(raw, source=str(path), node=node, begun=begun)
 
 
+def config_of(given: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
+    """A config, what would stand in a run file as a mapping, or a run file. Raises InputError."""
+    if isinstance(given, RunConfig):
+        return given
+    if isinstance(given, Mapping):
+        return parse_config(given)
+    path = Path(given).expanduser()
+    if (path / "config.yaml").is_file():
+        raise InputError(f"{path} is a run already", fix=f"resume it: deltaw.resume({str(path)!r})")
+    return load_config(path)
+
+
 def parse_config(
     raw: Mapping[str, Any], *, source: str = "config", node: yaml.Node | None = None, begun: bool = False
 ) -> RunConfig:
@@ -40,10 +52,9 @@ def parse_config(
         # JSON mode: a list is a tuple, an int is a float, and nothing else converts.
         return RunConfig.model_validate_json(json.dumps(raw), context=BEGUN if begun else None)
     except ValidationError as error:
-        lines = problems(error, source, node)
+        raise InputError(refusal(error, RunConfig, source, file=source, node=node)) from None
     except (TypeError, ValueError) as problem:
-        lines = [f"{source}: {problem}"]
-    raise InputError("\n".join([f"{source} has {len(lines)} problem{'s' * (len(lines) > 1)}:", listed(lines)]))
+        raise InputError(f"{source} has 1 problem:\n  {source}: {problem}") from None
 
 
 def read_text(path: Path) -> str:
@@ -60,6 +71,12 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: not UTF-8 text", fix="save it as UTF-8") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def setting_meant(option: str) -> str | None:
+    """What to write into a run file, or behind its name, for an option `--learning-rate` that there isn't."""
+    word = option.lstrip("-").partition("=")[0].replace("-", "_")
+    return f"did you mean {word}=…?" if word in fields_at(RunConfig, ()) else meant([word], RunConfig)
 
 
 def _override(raw: dict[str, Any], item: str) -> None:

@@ -33,10 +33,11 @@ class RunConfig(Strict):
     """A whole run: `base`, `adapter`, `data`, `train`, `evaluate`, `output`."""
 
     base: PathText = Field(min_length=1)
-    adapter: AdapterSpec = AdapterSpec()
-    data: DataConfig
-    train: TrainConfig = TrainConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    # Not strict about the sections themselves: a mapping makes one, in Python as in a file.
+    adapter: AdapterSpec = Field(AdapterSpec(), strict=False)
+    data: DataConfig = Field(strict=False)
+    train: TrainConfig = Field(TrainConfig(), strict=False)
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), strict=False)
     output: PathText = Field(min_length=1)
 
     @field_validator("adapter", mode="before")

@@ -1,17 +1,20 @@
 """`train:` of a run file: how long, how fast, how much at a time."""
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from deltaw.config.strict import MANY, Count, PositiveFloat, Seed, Strict
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 
+Logger = Literal["tensorboard", "wandb"]
+
 
 class TrainConfig(Strict):
     """How long, how fast, how much at a time."""
 
+    section: ClassVar[str] = "train"
     epochs: PositiveFloat = Field(1.0, le=1e9)
     steps: Count | None = Field(None, description="stop after this many steps, whatever epochs says")
     lr: PositiveFloat = Field(5e-4, le=1.0)
@@ -28,6 +31,7 @@ class TrainConfig(Strict):
     eval_every: Count | None = None
     sample_every: Count | None = None
     save_every: Count = 100
+    log_to: tuple[Logger, ...] = Field((), description="programs that are given each step's figures, too")
     keep: Count = Field(2, description="checkpoints kept besides the best")
     skip_nonfinite: int = Field(
         0, ge=0, le=MANY, description="steps with a NaN that may be skipped before the run stops"
@@ -35,3 +39,13 @@ class TrainConfig(Strict):
     skip_spikes: float | None = Field(
         None, gt=1, allow_inf_nan=False, description="skip steps whose loss is this many times the recent median"
     )
+
+    @field_validator("log_to", mode="before")
+    @classmethod
+    def _log_to(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        return tuple(dict.fromkeys(names)) if isinstance(names, list) and all(map(_is_text, names)) else value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)

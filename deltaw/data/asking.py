@@ -29,11 +29,13 @@ LONGEST = 60  # characters of an example
 
 @dataclass(frozen=True)
 class Asking:
-    """`chat`: through the template, behind `system` if there is one. `why`: in words that follow "asked"."""
+    """`chat`: through the template, with `system` in front if there is one. `why`, and how to have it `otherwise`: in
+    words for people."""
 
     chat: bool
     system: str = ""
     why: str = ""
+    otherwise: str = ""
 
     @property
     def start(self) -> list[Message]:
@@ -46,32 +48,46 @@ class Asking:
 
     def words(self) -> str:
         """A line for people: how a text is asked, why, and how to have it otherwise."""
-        system = f', behind the system prompt "{one_line(self.system, 60)}"' if self.system else ""
-        return f"asked {'as a chat' if self.chat else 'as plain text'}{system}: {self.why}"
+        system = f', with the system prompt "{one_line(self.system, 60)}"' if self.system else ""
+        otherwise = f" ({self.otherwise})" if self.otherwise else ""
+        return f"asked as {'a chat' if self.chat else 'plain text'}{system}: {self.why}{otherwise}"
 
     def changed(self, *, chat: bool | None = None, system: str | None = None, template: bool = True) -> "Asking":
         """The same as the user wants it; None leaves it. `template`: whether there is one. Raises InputError."""
         if chat and not template:
             raise InputError("this base has no chat template, so it can't be asked as a chat", fix="leave --chat out")
-        new = self if chat is None or chat == self.chat else Asking(chat, why="--chat" if chat else "--raw")
+        new = self
+        if chat is not None and chat != self.chat:
+            new = Asking(chat, why=f"{'--chat' if chat else '--raw'} was given, though {self.why}")
         if system is None:
             return new
         if not new.chat:
             fix = "leave --system out" + (", or ask as a chat: --chat" if template else "")
-            raise InputError(f"a system prompt needs a chat, but texts are asked as they are: {new.why}", fix=fix)
+            raise InputError(f"a system prompt needs a chat, and texts are asked as they are: {new.why}", fix=fix)
         return replace(new, system=system)
 
 
 def known(template: str, system: str, *, has_template: bool, adapter: bool) -> Asking:
     """How a text is asked of an opened model: `template` and `system` as the adapter's record has them."""
+    as_it_is = "--raw asks the text as it is"
     if not has_template:
         return Asking(False, why="the base has no chat template")
-    if template in (PLAIN, "none"):  # no template when it was trained, and one by now
-        return Asking(False, why="the adapter was trained so (--chat asks as a chat)")
+    if template in (PLAIN, "none"):  # "none": no template when it was trained, and one by now
+        return Asking(False, "", "the adapter was trained on plain text", "--chat asks as a chat")
     if template:
-        return Asking(True, system, "the adapter was trained so (--raw asks the text as it is)")
-    unknown = "the base has a chat template" + (", and the adapter doesn't say how it was trained" if adapter else "")
-    return Asking(True, system, f"{unknown} (--raw asks the text as it is)")
+        return Asking(True, system, "the adapter was trained on chats", as_it_is)
+    unknown = ", and the adapter doesn't say how it was trained" if adapter else ""
+    return Asking(True, system, f"the base has a chat template{unknown}", as_it_is)
+
+
+def as_chat(document: Document, system: str) -> Document:
+    """A prompt and its completion as a question and its answer; anything else as it is. The blanks where they meet
+    belong to plain text: a template writes its own."""
+    if not isinstance(document, Completion):
+        return document
+    question = {"role": "user", "content": document.prompt.strip()}
+    answer = {"role": "assistant", "content": document.completion.strip()}
+    return Chat((*Asking(True, system).start, question, answer), unused=document.unused)
 
 
 RAW = Asking(False)

@@ -26,6 +26,7 @@ from deltaw.data.forms import detect_form
 from deltaw.data.read import read_rows
 from deltaw.data.row import Row
 from deltaw.errors import InputError, Rejected
+from deltaw.show.text import one_line
 
 ANSWERS = {  # the columns that ask, in the order in which they are looked for, and the one that answers
     "prompt": "completion",
@@ -40,6 +41,7 @@ CHATS = {  # columns of messages, and a stand-in for the answer
     "conversations": {"from": "gpt", "value": "."},
 }
 LINES = (".txt", ".md")
+ASKS = "prompt, question, instruction, text or messages"
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,9 @@ def _asked(row: Row) -> PromptRow:
         prompt, tools = _prompt(row)
     except Rejected as rejected:
         return PromptRow(row.origin, row.value, problem=str(rejected))
-    except InputError as error:  # of a row without any column that asks
-        return PromptRow(row.origin, row.value, problem=error.what.removeprefix(f"{row.origin}: "))
+    except InputError:  # a row without any column that asks
+        why = f"none of its columns asks: they are {', '.join(map(str, row.value)) or 'none'}, not {ASKS}"
+        return PromptRow(row.origin, row.value, problem=one_line(why, 200))
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         return PromptRow(row.origin, row.value, problem="its prompt is empty")
     return PromptRow(row.origin, row.value, prompt, tools)

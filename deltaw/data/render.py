@@ -20,6 +20,7 @@ Rows that come rendered (`data.rendered`) hold the control tokens already: they 
 front where they don't begin with it, and eos behind where they don't end with a token that ends a turn.
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
+from deltaw.data.asking import as_chat
 from deltaw.data.chat import NO_TEMPLATE, ChatWriter, Layout, Piece
 from deltaw.data.document import Chat, Completion, Document, Message, Text
 from deltaw.data.encode import Encoder
@@ -67,6 +69,7 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self._train_on, self._rendered = train_on, rendered
+        self._chat_system: str | None = None  # of pairs that are rendered as chats
         self._encoder = Encoder(tokenizer)
         self._eos: int = tokenizer.eos_token_id
         self._bos = _opening(tokenizer)
@@ -81,6 +84,13 @@ class Renderer:
             self.template_fingerprint = compiled.fingerprint
             self._chats = ChatWriter(compiled, self._encoder, self._stop_names())
             self.end_of_turn = self._encoder.id_of(self._chats.end_of_turn)
+
+    def with_pairs_as_chats(self, system: str) -> "Renderer":
+        """The same, but a prompt and its completion are a question and its answer, behind this system prompt if it
+        says something: what rows are to an adapter that was trained on chats."""
+        other = copy.copy(self)
+        other._chat_system = system
+        return other
 
     @property
     def own_template(self) -> bool:
@@ -102,6 +112,8 @@ class Renderer:
 
     def render_all(self, documents: Sequence[Document], origins: Sequence[str]) -> list[Example | Rejected]:
         """Many documents with one call of the tokenizer; in place of one that can't be used, the reason."""
+        if self._chat_system is not None:
+            documents = [as_chat(document, self._chat_system) for document in documents]
         layouts = self._layouts(documents)
         good = [layout for layout in layouts if isinstance(layout, Layout)]
         encoded = iter(self._encoder.encode([[piece.text for piece in layout.pieces] for layout in good]))

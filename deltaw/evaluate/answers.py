@@ -105,17 +105,17 @@ def answer_into_stream(
     return answers
 
 
-def header(model: Model, adapter: Adapter | None, rows: Sequence[PromptRow], sampling: Sampling) -> dict[str, Any]:
-    """What answers depend on, in words that an error can name. `adapter`: None where the base is asked alone."""
-    how = {"chat": model.asking.chat, "system": model.asking.system, "template": model.renderer.template_fingerprint}
+def depends(rows: Sequence[PromptRow], sampling: Sampling) -> dict[str, Any]:
+    """What answers depend on, in words that an error can name."""
     content = [[row.origin.rpartition(":")[2], row.fields] for row in rows]
-    return {
-        "base": model.base.fingerprint,
-        "adapter": None if adapter is None else _numbers(adapter),
-        "form": how,
-        "sampling": sampling.model_dump(),
-        "prompts": {"rows": len(rows), "sha256": sha256(_json(content).encode()).hexdigest()},
-    }
+    digest = sha256(_json(content).encode()).hexdigest()
+    return {"prompts": {"rows": len(rows), "sha256": digest}, "sampling": sampling.model_dump()}
+
+
+def depends_on_model(model: Model, adapter: Adapter | None) -> dict[str, Any]:
+    """The same of the model. `adapter`: None where the base is asked alone."""
+    how = {"chat": model.asking.chat, "system": model.asking.system, "template": model.renderer.template_fingerprint}
+    return {"base": model.base.fingerprint, "adapter": None if adapter is None else _numbers(adapter), "form": how}
 
 
 def summary(asked: Asked, answers: Mapping[int, Answer]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from deltaw.config import DataConfig
 from deltaw.data.dataset import prepare, prepare_held_out
 from deltaw.data.example import Example
 from deltaw.errors import InputError
-from deltaw.model import Model, open_model
+from deltaw.model import PLAIN, Model, open_model
 from deltaw.named import Named
 from deltaw.show.progress import Display
 
@@ -23,13 +23,26 @@ def rows_of(
     named = Named.of(name)
     source = _own_data(named) if data is None else _of_file(named, data, rows)
     model = open_model(named, base=base, display=display)
-    examples = prepare_held_out(source, model.renderer) if data is None else prepare(source, model.renderer).train
+    examples = prepare_held_out(source, model.renderer) if data is None else _asked(named, model, source, display)
     examples = examples[:rows]
     limits = Limits.of(model.base.model)
     limits.check(examples)
     for warning in limits.warnings(examples):
         display.say(f"warning: {warning}")
     return model, examples
+
+
+def _asked(named: Named, model: Model, source: DataConfig, display: Display) -> list[Example]:
+    """A file's rows, in the form that the adapter was trained on where they can have it."""
+    template = named.adapter.base.template if model.attached is not None else ""
+    on_chats = model.asking.chat and template != ""
+    renderer = model.renderer.with_pairs_as_chats(model.asking.system) if on_chats else model.renderer
+    dataset = prepare(source, renderer)
+    if on_chats and not dataset.asking.chat:
+        display.say("rows with a prompt are asked as chats: the adapter was trained on chats")
+    if template == PLAIN and dataset.asking.chat:
+        display.say("warning: these rows are chats, and the adapter was trained on plain text")
+    return dataset.train
 
 
 def _own_data(named: Named) -> DataConfig:

@@ -93,7 +93,7 @@ class Journal:
         self._whole = len(head) + 1 + len(rest)
 
     def _must_match(self, header: Any, path: Path) -> None:
-        if header == self.header:
+        if isinstance(header, dict) and all(header.get(name) == value for name, value in self.header.items()):
             return
         if not isinstance(header, dict):
             raise InputError(f"{path} exists already, and nothing says how it was made", fix=ANOTHER)

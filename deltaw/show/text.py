@@ -1,6 +1,10 @@
-"""Values as people read them: a text on one line, a count, bytes, a time."""
+"""Values as people read them: a text on one line, a count, a share, bytes, a time."""
+
+import re
+from collections.abc import Sequence
 
 LINE = 120  # characters that an error message or a log line may quote of the data
+FRAME = 8  # characters that texts must share at an end before these are left out
 
 
 def one_line(text: str, limit: int = LINE, *, end: bool = False) -> str:
@@ -28,3 +32,31 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def percent(share: float, digits: int = 0, *, signed: bool = False) -> str:
+    """A share with `digits` after the point: percent(0.268) is "27 %", percent(0.268, 1, signed=True) "+26.8 %"."""
+    return f"{100 * share:{'+' if signed else ''}.{digits}f} %"
+
+
+def framed(texts: Sequence[str]) -> tuple[str, list[str], str]:
+    """(how all of them begin, what is each one's own, how all of them end): around what was asked stand a system prompt
+    and a template's marks. Empty where that would be short, or where it would leave one nothing of its own.
+    """
+    start = end = ""
+    if len(texts) > 1:
+        start = _common(texts)
+        start = start[: max(start.rfind(" "), start.rfind("\n")) + 1]  # whole words
+        start = start if len(start) >= FRAME else ""
+        end = _common([text[len(start) :][::-1] for text in texts])[::-1]
+        edge = re.search(r"[\s<\[]", end)  # where a word has ended, or a mark begins
+        end = end[edge.start() :] if edge and len(end) - edge.start() >= FRAME else ""
+    own = [text[len(start) : len(text) - len(end)] for text in texts]
+    return (start, own, end) if all(own) else ("", list(texts), "")
+
+
+def _common(texts: Sequence[str]) -> str:
+    """How all of them begin."""
+    first, last = min(texts), max(texts)
+    length = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+    return first[:length]

@@ -31,7 +31,7 @@ from deltaw.evaluate.held_out import (
 from deltaw.model import Model
 from deltaw.run import Run
 from deltaw.show.progress import QUIET, Display
-from deltaw.show.text import one_line
+from deltaw.show.text import framed, one_line
 from deltaw.training.learner import Learner
 from deltaw.training.memory import OutOfMemory, release, working_on
 from deltaw.training.opening import Opened
@@ -129,8 +129,12 @@ def samples(model: Model, rows: Sequence[Example], config: EvaluateConfig) -> li
     asked = rows_asked(model, rows, config.model_copy(update={"metrics": ()}))
     with working_on(ANSWERS):
         answers = answer(model, asked, config.max_new_tokens)
-    lines = ([one_line(text, 80, end=True) for text in (a.prompt, a.given, a.truth)] for a in answers)
-    return [f"{prompt} {given}   [truth: {truth}]" for prompt, given, truth in lines]
+    _, prompts, _ = framed([a.prompt for a in answers])
+    lines = (
+        [one_line(text, 80, end=True) for text in (prompt, a.given, a.truth)]
+        for prompt, a in zip(prompts, answers, strict=True)
+    )
+    return [f"{prompt} → {given}   [truth: {truth}]" for prompt, given, truth in lines]
 
 
 def note_evaluation(loss: float, learner: Learner, run: Run, display: Display) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.checkpoint import TrainState, conditions
 from deltaw.training.learner import Learner
+from deltaw.training.log import check_loggers
 from deltaw.training.memory import bound_caches, free_memory
 from deltaw.training.optim import WARMUP, warmup_steps
 
@@ -78,6 +79,7 @@ class Opened:
 
 def open_run(config: RunConfig, display: Display) -> Opened:
     """Raises InputError, before the weights are read where that is possible."""
+    check_loggers(config.train.log_to)
     bound_caches()
     source = find_base(config.base, display=display)
     known = read_config(source)

@@ -3,6 +3,7 @@
 import math
 import platform
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ from deltaw.run import Run
 from deltaw.show.chart import columns
 from deltaw.show.progress import Display
 from deltaw.show.table import table
-from deltaw.show.text import counted, gib, one_line
+from deltaw.show.text import counted, framed, gib, one_line
 from deltaw.training.checkpoint import TrainState
 from deltaw.training.memory import peak_memory
 from deltaw.training.opening import Opened
@@ -80,6 +81,7 @@ def write_result(opened: Opened, state: TrainState, run: Run, measured: Measured
         "supervised_tokens": state.supervised_tokens,
         "seconds": round(state.seconds, 2),
         "total_seconds": round(total_seconds, 2),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "tokens_per_second": round(state.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory(opened.device),
         **measurements(measured, len(opened.dataset.eval)),
@@ -147,7 +149,11 @@ def plot(values: list[float], width: int = 64, height: int = 8) -> str:
 
 def _answers(rows: list[dict[str, str]]) -> str:
     head = ("asked", "before", "after", "truth")
-    cells = [[one_line(row[key], 28) for key in ("prompt", "before", "after", "truth")] for row in rows]
+    _, prompts, _ = framed([row["prompt"] for row in rows])
+    cells = [
+        [one_line(prompt, 28, end=True), *(one_line(row[key], 28) for key in ("before", "after", "truth"))]
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
     return table(cells, head, rule=True)
 
 

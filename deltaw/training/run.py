@@ -11,25 +11,24 @@ step is saved. An evaluation that was cut off is made up for when the run resume
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deltaw.adapter.file import Adapter
-from deltaw.config import RunConfig
+from deltaw.config import RunConfig, config_of
 from deltaw.data.opening import open_dataset
 from deltaw.errors import command
 from deltaw.model import open_model
-from deltaw.named import load_adapter
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.changes import restore, settled
 from deltaw.training.checkpoint import Saved, latest_checkpoint, save_checkpoint
 from deltaw.training.finish import finish, measure_again, report
 from deltaw.training.learner import Learner
-from deltaw.training.log import EventLog
+from deltaw.training.log import EventLog, open_log
 from deltaw.training.measuring import Attempts, measure_base, note_evaluation, plain_loss, samples
 from deltaw.training.memory import Heap, bound_caches, bounded
 from deltaw.training.opening import Opened, above_the_frozen, begin, count_steps, general_rows, open_run
@@ -39,27 +38,44 @@ from deltaw.training.step import step
 from deltaw.training.stop import Stopped, StopRequest
 from deltaw.training.watch import TooManySkips
 
+OnStep = Callable[[dict[str, Any]], object]
 
-def train(config: RunConfig, *, replace: bool = False, display: Display | None = None) -> Adapter:
-    """Run `config` and return the adapter, which is also in `<output>/adapter`.
 
-    `replace` discards an earlier run in the same folder. Raises InputError before the weights are loaded where that is
-    possible, RunError when it fails later, `Stopped` on a signal.
+def train(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    replace: bool = False,
+    on_step: OnStep | None = None,
+    display: Display | None = None,
+) -> Adapter:
+    """Run `config`, a run file or what would stand in one, and return the adapter, which is also in `<output>/adapter`.
+
+    `replace` discards an earlier run in the same folder. `on_step` is called after each step with its figures (step,
+    loss, lr, …; eval_loss where there was an evaluation); what it raises ends the run, with the step saved.
+
+    Raises InputError before the weights are loaded where that is possible, RunError when it fails later,
+    `Stopped` on a signal.
     """
+    config = config_of(config)
     run = Run(Path(config.output))
     with run.claimed(new=True, replace=replace):
-        return _run(config, run, None, display or Display())
+        return _run(config, run, None, display or Display(), on_step)
 
 
 def resume(
-    folder: str | Path, overrides: Iterable[str] = (), *, allow: bool = False, display: Display | None = None
+    folder: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    allow: bool = False,
+    on_step: OnStep | None = None,
+    display: Display | None = None,
 ) -> Adapter:
     """Resume an interrupted run from its newest intact checkpoint, or measure what a finished one lacks.
 
-    `overrides` (`train.lr=1e-4`) need `allow`. Raises InputError when it isn't a run, is finished, or can't be resumed
-    like this.
+    `overrides` (`train.lr=1e-4`) need `allow`; `on_step` is as for `train`. Raises InputError when it isn't a run, is
+    finished, or can't be resumed like this.
     """
-    run, display = Run(Path(folder)), display or Display()
+    run, display = Run(Path(folder).expanduser()), display or Display()
     with run.resumed() as finished:
         saved = None if finished else latest_checkpoint(run.checkpoints, display)
         config, changed = settled(run, saved, overrides, allow=allow, finished=finished, display=display)
@@ -67,10 +83,18 @@ def resume(
             return _measure_again(config, run, display)
         if saved is None:
             display.say(f"{folder} has no checkpoint yet, so it starts from the beginning")
-        return _run(config, run, saved, display, changed=changed)
+        return _run(config, run, saved, display, on_step, changed=changed)
 
 
-def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, changed: bool = False) -> Adapter:
+def _run(
+    config: RunConfig,
+    run: Run,
+    saved: Saved | None,
+    display: Display,
+    on_step: OnStep | None,
+    *,
+    changed: bool = False,
+) -> Adapter:
     """Take a run from its beginning or a checkpoint to its end, in a folder that is claimed."""
     began = time.monotonic()
     with StopRequest() as stop:
@@ -88,8 +112,9 @@ def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, 
             stop.advice = f"resume with: {command('train', run.folder)}"
             short_form(opened, learner, run, general)
             on_the_way, attempts = (Attempts(opened.device, display.say, shortage) for _ in range(2))
-            before = measure_base(opened, run, on_the_way, display)
-            Steps(opened, learner, run, stop, display, on_the_way).take()
+            with open_log(run, opened.config, learner.state.step, display.say) as log:
+                before = measure_base(opened, run, on_the_way, display)
+                Steps(opened, learner, run, stop, display, on_the_way, log, on_step).take()
             adapter = finish(opened, learner, run, before, general, attempts, display, began)
             stop.advice = f"the run is finished, but its report isn't: {command('inspect', run.folder)}"
             report(run, attempts, display, wanted=config.evaluate.report)
@@ -112,19 +137,27 @@ def _measure_again(config: RunConfig, run: Run, display: Display) -> Adapter:
         measure_again(opened, run, learner.state.fingerprints, general, attempts, display)
         stop.advice = f"the run is finished, but its report isn't: {command('inspect', run.folder)}"
         report(run, attempts, display, wanted=config.evaluate.report)
-    return load_adapter(run.folder)
+    return Adapter.load(run.folder)
 
 
 class Steps:
     """A run's remaining steps, and what is due after each."""
 
     def __init__(
-        self, opened: Opened, learner: Learner, run: Run, stop: StopRequest, display: Display, attempts: Attempts
+        self,
+        opened: Opened,
+        learner: Learner,
+        run: Run,
+        stop: StopRequest,
+        display: Display,
+        attempts: Attempts,
+        log: EventLog,
+        on_step: OnStep | None = None,
     ) -> None:
         self.opened, self.learner, self.run = opened, learner, run
         self.stop, self.display, self.attempts = stop, display, attempts
+        self._log, self._on_step, self._figures = log, on_step, dict[str, Any]()
         self._saved_step = learner.state.step
-        self._log = EventLog(run, learner.state.step)
 
     def take(self) -> None:
         """All of them. Raises Stopped when a signal came, after saving."""
@@ -138,6 +171,7 @@ class Steps:
                 for batches, position in self.opened.loader(state):
                     if state.step >= total:
                         break
+                    self._figures = {}
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
                             (record,) = step(forward, [learner], batches, position)
@@ -146,6 +180,7 @@ class Steps:
                     loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
                     progress(state.step, f"{loss}  {state.tokens_per_second:.0f} tokens/s")
                     self._due()
+                    self._tell()
                     heap.tidy()
         except Stopped as stopped:
             if stopped.at_once or not state.step:
@@ -156,8 +191,6 @@ class Steps:
             if state.step:
                 self._save()
             raise
-        finally:
-            self._log.close()
 
     def _due(self) -> None:
         """Do what comes after a step: an evaluation, samples, a checkpoint. If it raises, no step is lost."""
@@ -178,6 +211,18 @@ class Steps:
         if state.step % every.save_every == 0 or state.step in (total, state.best_step):
             self._save()
 
+    def _tell(self) -> None:
+        """Call `on_step` with the step's figures. What it raises is the caller's own, with a note."""
+        try:
+            if self._on_step is not None:
+                self._on_step(self._figures)
+        except Stopped:  # a signal that came meanwhile
+            raise
+        except BaseException as error:
+            self._save()
+            error.add_note(f"on_step raised this; step {self.learner.state.step} is saved; {self.stop.advice}")
+            raise
+
     def _save(self) -> None:
         """Write a checkpoint of this step, unless there is one (the run was then resumed from it)."""
         if self._saved_step == self.learner.state.step:
@@ -189,6 +234,7 @@ class Steps:
 
     def _write(self, record: dict[str, Any]) -> None:
         self._log.write(record)
+        self._figures |= record
         self.learner.state.metrics_lines += 1
 
     def _sample(self) -> None:

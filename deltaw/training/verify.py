@@ -21,6 +21,7 @@ from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.changes import restore
 from deltaw.training.checkpoint import FACTORS, MOMENTS, Saved, checkpoint_at, read_checkpoint
+from deltaw.training.log import EventLog
 from deltaw.training.measuring import Attempts
 from deltaw.training.opening import Opened, attach_fresh, begin, open_run
 from deltaw.training.run import Steps
@@ -112,7 +113,7 @@ def _train(opened: Opened, run: Run, saved: Saved | None, display: Display) -> N
     else:
         restore(learner, saved, run, display)
     attempts = Attempts(opened.device, display.say, lambda error: None)  # of nothing: no samples are asked for
-    Steps(opened, learner, run, StopRequest(), display, attempts).take()
+    Steps(opened, learner, run, StopRequest(), display, attempts, EventLog(run, display.say)).take()
 
 
 def _fresh_adapter(opened: Opened) -> Opened:

@@ -89,7 +89,7 @@ def test_a_row_beyond_a_rotary_context_is_said_once_and_trained(folder: Path) ->
     display = Said()
     train(config(folder, data, samples=2), display=display)
     said = [line for line in display.lines if "made for" in line]
-    assert len(said) == 1 and "2 rows (9.1%)" in said[0] and "64 tokens" in said[0]
+    assert len(said) == 1 and "2 rows (9.1 %)" in said[0] and "64 tokens" in said[0]
     answers = json.loads((folder / "run/result.json").read_text())["answers"]
     assert len(answers) == 1, "the row that leaves no room for an answer isn't asked"
     with pytest.raises(InputError, match=r"e\.jsonl:1"):
