@@ -7,7 +7,7 @@ A text is asked as the adapter was trained (data/asking.py), unless whoever asks
 the chat template as they are.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from os import fspath
@@ -18,7 +18,7 @@ from deltaw.adapter.attach import Attached, attach
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.load import Base, open_base
-from deltaw.base.source import find_base
+from deltaw.base.source import Source, find_base
 from deltaw.config import Dtype
 from deltaw.data import asking
 from deltaw.data.asking import PLAIN as PLAIN
@@ -98,13 +98,13 @@ class Model:
 
     def stream(
         self, prompt: Prompt, *, adapter: bool = True, chat: bool | None = None, **sampling: Any
-    ) -> Iterator[str]:
-        """The same answer in pieces, as they come."""
-        prompt_ids = self.prompt_ids(prompt, chat=chat)
+    ) -> Generator[str, None, bool]:
+        """The same answer in pieces, as they come. What the generator returns is whether it was cut short."""
+        prompt_ids, settings = self.prompt_ids(prompt, chat=chat), Sampling.checked(**sampling)
         with self._switch(adapter):
             ids: list[int] = []
             shown = ""
-            for token in stream(self.base.model, prompt_ids, Sampling.checked(**sampling), self._stop):
+            for token in stream(self.base.model, prompt_ids, settings, self._stop):
                 ids.append(token)
                 text = self.renderer.decode(ids)
                 # Half a character (bytes of an emoji, say) decodes to U+FFFD until its other half has come.
@@ -114,6 +114,7 @@ class Model:
             rest = self.renderer.decode(ids)[len(shown) :]
             if rest:
                 yield rest
+        return len(ids) == self._room(prompt_ids, settings)
 
     def prompt_ids(self, prompt: Prompt, *, chat: bool | None = None, tools: Messages = ()) -> list[int]:
         """What the model is given of a prompt. Raises InputError where it can't be asked this."""
@@ -133,7 +134,7 @@ class Model:
         self, prompts: Mapping[int, Sequence[int]], sampling: Sampling, *, adapter: bool = True
     ) -> Iterator[tuple[int, str, bool]]:
         """(number, answer, whether it was cut short) of each tokenised prompt, as they end."""
-        room = {number: min(sampling.max_new_tokens, self.context - len(ids)) for number, ids in prompts.items()}
+        room = {number: self._room(ids, sampling) for number, ids in prompts.items()}
         with self._switch(adapter):
             for ended in answers(self.base.model, prompts, sampling, self._stop):
                 for number, ids in ended.items():
@@ -143,6 +144,10 @@ class Model:
     def context(self) -> int:
         """The most tokens of a prompt and its answer together."""
         return context(self.base.model)
+
+    def _room(self, prompt: Sequence[int], sampling: Sampling) -> int:
+        """The most tokens of an answer: one that has as many didn't end by itself."""
+        return min(sampling.max_new_tokens, self.context - len(prompt))
 
     @property
     def _stop(self) -> set[int]:
@@ -172,7 +177,7 @@ def open_model(
     # With a base beside it, it is an adapter: else a broken adapter's folder would open as the plain base.
     adapter = named.adapter if named.holds_adapter or base is not None else None
     config = named.config
-    source = find_base(fspath(base) if base else named.base if adapter else named.name, display=display)
+    source = _found(named, fspath(base) if base else named.base if adapter else None, display)
     dtype = dtype or (config.train.dtype if config else "auto")
     renderer = open_renderer(source, config, named.template)
     how = asked_as(adapter, renderer).changed(chat=chat, system=system, template=renderer.template is not None)
@@ -188,6 +193,16 @@ def open_model(
             f"{named.name} was trained under another chat template than this tokenizer's, so answers may suffer"
         )
     return replace(model, attached=attach(opened.model, adapter))
+
+
+def _found(named: Named, base: str | None, display: Display) -> Source:
+    """The base of this name, or the one that is named by itself."""
+    if base is not None:
+        return find_base(base, display=display)
+    try:
+        return find_base(named.name, display=display)
+    except InputError as error:
+        raise named.refused(error) from None
 
 
 def asked_as(adapter: Adapter | None, renderer: Renderer) -> Asking:

@@ -1,7 +1,7 @@
 """`deltaw generate`: a prompt continued, several, or a file of them."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -52,16 +52,15 @@ def generate_named(
     display.say(model.asking.words())
     answers = []
     for text in texts:
-        answer = ""
         if len(texts) > 1:
             show(f"> {text}\n")
-        for piece in model.stream(text, adapter=use_adapter, **fields):
-            answer += piece
-            show(piece)
+        answer, cut = shown(model.stream(text, adapter=use_adapter, **fields), show)
         if len(texts) > 1:
             show("\n\n")
-        answers.append({"prompt": text, "text": answer})
-    how = _how(model, use_adapter)
+        answers.append({"prompt": text, "text": answer, "cut": cut})
+    how, cuts = _how(model, use_adapter), sum(bool(answer["cut"]) for answer in answers)
+    if cuts:
+        display.say("\n" * (len(texts) == 1) + _cut(cuts))  # on a terminal the answer's line is still open
     return Result({**answers[0], **how} if len(answers) == 1 else {"answers": answers, **how}, "")
 
 
@@ -112,6 +111,22 @@ def generate_file_named(
         return Result(_data(model, use_adapter, asked, answers, str(file)), _words(asked, answers, str(file)))
 
 
+def shown(pieces: Generator[str, None, bool], show: Callable[[str], None]) -> tuple[str, bool]:
+    """The whole answer, shown piece by piece, and whether it was cut short."""
+    answer = ""
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            return answer, bool(end.value)
+        answer += piece
+        show(piece)
+
+
+def _cut(count: int) -> str:
+    return f"{counted(count, 'answer was', 'answers were')} cut short: set a higher --max-tokens"
+
+
 def _check(file: Path, source: str) -> None:
     """Raise InputError for an output that can't be written, before any work."""
     if file.is_dir():
@@ -140,7 +155,7 @@ def _words(asked: Asked, answers: Mapping[int, Answer], output: str) -> str:
     where = f"{output}: " if output else ""
     lines = [f"{where}{counted(counts['rows'], 'row')}, {counts['answered']:,} answered in {asked.answer!r}"]
     if counts["cut"]:
-        lines.append(f"{counted(counts['cut'], 'answer was', 'answers were')} cut short: see --max-tokens")
+        lines.append(_cut(counts["cut"]))
     if problems := asked.named():
         shown = [f"  {problem}" for problem in problems[:10]]
         more = [f"  and {len(problems) - len(shown):,} more"] if len(problems) > len(shown) else []

@@ -150,6 +150,22 @@ def test_lists_in_lists_out(models: dict[str, Model]) -> None:
     ]
 
 
+def test_an_answer_that_is_cut_short_is_said_to_be(folder: Path, monkeypatch) -> None:
+    for tokens, cut in ((3, True), (2, False)):  # of 3 that it may have
+        monkeypatch.setattr("deltaw.model.stream", lambda *args, n=tokens: iter([65] * n))
+        code, out, _ = call("generate", folder / "one", "a", "--json", *SHORT)
+        assert code == 0 and json.loads(out)["cut"] is cut
+        assert ("--max-tokens" in call("generate", folder / "one", "a", *SHORT)[2]) is cut
+
+
+def test_what_is_no_model_is_named_as_what_it_is(folder: Path, tmp_path: Path) -> None:
+    run = folder / "one"
+    for path, word in ((run / "config.yaml", run), (run / "adapter/README.md", run / "adapter"), (tmp_path, "adapter")):
+        for verb in (("generate", path, "x"), ("chat", path)):
+            code, out, err = call(*verb)
+            assert code == 2 and not out and str(word) in err and len(err.strip().splitlines()) <= 3
+
+
 def test_several_prompts_on_the_command_line(folder: Path, models: dict[str, Model]) -> None:
     code, out, _ = call("generate", folder / "one", "a", "say 3 ", "--json", *SHORT)
     answers = json.loads(out)["answers"]
