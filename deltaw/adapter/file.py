@@ -4,7 +4,8 @@
     adapter_config.json          PEFT's classic fields (peft_config.py)
     delta.safetensors            instead of both for full fine-tuning, which no other tool has a form for:
                                  <module path> -> ΔW [M, N], float32
-    deltaw.json                  which base it was trained on: name, revision, fingerprint, chat template, system prompt
+    deltaw.json                  which base it was trained on (name, revision, fingerprint), how it is asked (chat
+                                 template, system prompt), and how it came about (history.py)
     README.md                    how to use it, for people
 
 PEFT, vLLM and the rest read the first two. deltaw.json is beside them because PEFT's config has no place for a
@@ -16,9 +17,11 @@ other tools. Shapes are checked against the config, and every number against NaN
 Letters: N inputs, M outputs.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from deltaw.adapter.history import NOTHING, History
 from deltaw.adapter.peft_config import CONFIG, check_config, from_spec, to_spec, weight_names
 from deltaw.adapter.peft_tensors import WEIGHTS, module_paths, not_finite, to_tensors, to_updates
 from deltaw.base.fingerprint import describe, same_base
@@ -76,6 +80,7 @@ class Adapter:
     base: BaseId = field(default_factory=BaseId)
     fan_in_fan_out: bool = False  # PEFT's word for a base that stores its weights transposed (GPT-2's Conv1D)
     rewritten: frozenset[str] = frozenset()  # last names of layers that PEFT is told of by their weights (peft_config)
+    history: History = NOTHING
 
     def __repr__(self) -> str:
         of = (
@@ -89,6 +94,16 @@ class Adapter:
     @property
     def parameters(self) -> int:
         return sum(update.parameters for update in self.factors.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over every number, however it is stored: of the same adapter in another file it is the same."""
+        digest = hashlib.sha256()
+        for path, update in sorted(self.factors.items()):
+            for name, tensor in sorted(update.tensors().items()):
+                digest.update(f"{path} {name} {tuple(tensor.shape)} {update.scale!r}\n".encode())
+                digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
 
     def save(self, directory: str | Path) -> Path:
         """Write PEFT's layout into `directory`, each file whole or not at all. RunError on NaN or a full disk."""
@@ -107,7 +122,8 @@ class Adapter:
             write_text_atomic(directory / CONFIG, json.dumps(self._peft_config(), indent=2) + "\n")
         base = {name: value for name, value in asdict(self.base).items() if name != "system" or value}
         record: dict[str, Any] = {"deltaw": VERSION, "base": base}
-        record |= {"spec": self.spec.model_dump(mode="json"), "fan_in_fan_out": self.fan_in_fan_out}
+        record |= {"spec": self.spec.model_dump(mode="json", exclude={"start"}), "fan_in_fan_out": self.fan_in_fan_out}
+        record |= {"history": self.history.to_json()} if self.history.known else {}
         write_text_atomic(directory / RECORD, json.dumps(record, indent=2) + "\n")
         write_text_atomic(directory / "README.md", self._card())
         return directory
@@ -146,7 +162,8 @@ class Adapter:
         spec = to_spec(config, module_paths(tensors, directory / WEIGHTS), str(directory / CONFIG))
         factors = to_updates(tensors, spec, directory / WEIGHTS)
         transposed = bool(config.get("fan_in_fan_out"))
-        return Adapter(spec, factors, _base_of(directory, config), transposed, weight_names(config))
+        base, history = _base_of(directory, config), _history_of(directory)
+        return Adapter(spec, factors, base, transposed, weight_names(config), history)
 
     def _card(self) -> str:
         """A few words; what is exported gets a full card (shipping/card.py)."""
@@ -155,6 +172,7 @@ class Adapter:
             return (
                 f"# Full fine-tuning of {base}\n\nWhat {len(self.factors)} weights changed by, {self.parameters:,} "
                 f"numbers in {DELTAS}. Made by deltaw {VERSION}; `deltaw extract` makes a LoRA from it.\n"
+                + self._started()
             )
         by_weight = sum(path.rpartition(".")[2] in self.rewritten for path in self.factors)
         newer = f"{by_weight} of them are named by their weights, which PEFT reads from 0.17 on.\n" if by_weight else ""
@@ -163,8 +181,12 @@ class Adapter:
             f"Rank {self.spec.rank}, alpha {self.spec.alpha:g}, {counted(len(self.factors), 'module')}, "
             f"{counted(self.parameters, 'parameter')}. Made by deltaw {VERSION}; `deltaw export` writes it for "
             "other programs, "
-            f"with a card that says how it was trained.\n{newer}"
+            f"with a card that says how it was trained.\n{newer}{self._started()}"
         )
+
+    def _started(self) -> str:
+        before = self.history.started_from
+        return f"\nIts training started from {before.words()}.\n" if before else ""
 
 
 def describes(spec: AdapterSpec, path: str, update: Update) -> bool:
@@ -208,7 +230,8 @@ def _load_full(directory: Path) -> Adapter:
     if not spec.full:
         raise InputError(f"{directory / RECORD} doesn't describe full fine-tuning, but {DELTAS} lies beside it")
     factors = {path: Dense(tensor) for path, tensor in tensors.items()}
-    return Adapter(spec, factors, _base_of(directory, {}), bool(record.get("fan_in_fan_out")))
+    transposed = bool(record.get("fan_in_fan_out"))
+    return Adapter(spec, factors, _base_of(directory, {}), transposed, history=_history_of(directory))
 
 
 def _check_folder(directory: Path) -> None:
@@ -238,3 +261,11 @@ def _base_of(directory: Path, config: dict[str, Any]) -> BaseId:
         return BaseId(**{name: value for name, value in known.items() if value is not None})
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     return BaseId(name if isinstance(name, str) else "", revision if isinstance(revision, str) else None)
+
+
+def _history_of(directory: Path) -> History:
+    """The recorded one; empty where there is none, as beside another tool's adapter."""
+    if not (directory / RECORD).is_file():
+        return NOTHING
+    raw = read_json(directory / RECORD, max_bytes=1_000_000).get("history")
+    return NOTHING if raw is None else History.of(raw, directory / RECORD)

@@ -73,7 +73,7 @@ class Report:
         return {
             "folder": str(self.folder),
             "base": self.base,
-            "spec": self.adapter.spec.model_dump(mode="json"),
+            "spec": self.adapter.spec.model_dump(mode="json", exclude={"start"}),
             "summary": dict(self.summary),
             "findings": [{"level": level, "text": words} for level, words in self.findings],
             "modules": {

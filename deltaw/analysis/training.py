@@ -22,7 +22,7 @@ Fault = Callable[[str], None]
 
 FIGURES = (
     "trained_parameters", "steps", "best_step", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes",
-    "train_rows", "epoch_tokens", "total_seconds",
+    "train_rows", "epoch_tokens", "planned_steps", "total_seconds",
 )  # fmt: skip
 WORDS = ("form", "dtype", "finished")
 LOST = ("tokens", "loss_before", "loss_after", "kl", "passages")
@@ -87,7 +87,7 @@ def _sound(raw: Mapping[str, Any], fault: Fault) -> Iterator[tuple[str, Any]]:
     yield from _numbers(raw, FIGURES, "", fault).items()
     yield from ((name, value) for name in WORDS if isinstance(value := raw.get(name), str))
     if (evaluation := _object(raw, "eval", fault)) is not None:
-        sides = {side: _object(evaluation, side, fault) for side in ("before", "after")}
+        sides = {side: _object(evaluation, side, fault) for side in ("before", "start", "after")}
         known = {side: figures_of for side, figures_of in sides.items() if figures_of is not None}
         figures = {
             side: _numbers(figures_of, tuple(figures_of), f"eval.{side}.", fault) for side, figures_of in known.items()

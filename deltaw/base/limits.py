@@ -71,7 +71,8 @@ class Limits:
             raise InputError(
                 f"{name}: {_rows(len(long))} longer than the base's table of {self.table:,} positions\n"
                 + listed([f"{row.origin}: {len(row.tokens):,} tokens" for row in long], 2),
-                fix=f"set data.max_length to {self.table}: data.too_long decides whether they are left out or cut",
+                fix=f"set data.max_length to {self.table}: texts are then split; of other rows, data.too_long decides "
+                "whether they are left out or cut",
             )
 
     def warnings(self, rows: Sequence[Row]) -> list[str]:

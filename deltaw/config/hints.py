@@ -40,6 +40,10 @@ MEANT = {  # ours: theirs
     "completion_only_loss assistant_only_loss roles_to_train",
     "data.template": "chat_template chat_template_jinja",
     "data.form": "dataset_type dataset_format chat_format",
+    "data.columns": "column_mapping column_names field_mapping prompt_feature completion_feature chat_feature "
+    "text_feature dataset_text_field text_field text_column prompt_field completion_field prompt_column "
+    "response_column question_column answer_column field_instruction field_output field_input field_system "
+    "field_messages messages_field",
     "train": "training_arguments training_args trainer sft_config optimization",
     "train.lr": "learning_rate lr_rate base_lr",
     "train.lr_ratio_b": "loraplus_lr_ratio",
@@ -148,6 +152,7 @@ VALUES: dict[str, dict[Any, str]] = {  # a setting: its value elsewhere: what to
     "train": {bool: "write {epochs: 1}, or leave train out"},
     "train.dtype": {
         **dict.fromkeys(("bf16", True), "write bfloat16"),
+        **dict.fromkeys(("fp16", "half"), "write float16, or bfloat16 where the machine has it"),
         **dict.fromkeys(("fp32", "float", False), "write float32"),
     },
     "train.schedule": {

@@ -103,10 +103,10 @@ def meant(location: Sequence[Any], root: type[BaseModel], section: str = "") -> 
 def fields_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
     """The field names of the section at `location`, for near-miss hints."""
     for part in location:
-        field = model.model_fields.get(str(part))
+        field = next((f for name, f in model.model_fields.items() if str(part) in (name, f.alias)), None)
         kinds = [field.annotation, *get_args(field.annotation)] if field else []
         model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), BaseModel)
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _shown(value: Any) -> str:

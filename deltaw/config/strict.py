@@ -23,7 +23,7 @@ Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 class Strict(BaseModel):
     """Frozen; unknown keys refused; no silent conversion ("4" is not 4, true is not 1)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, serialize_by_alias=True)
     section: ClassVar[str] = ""  # where it stands in the run file
 
     def __init__(self, /, **fields: Any) -> None:
@@ -41,7 +41,8 @@ class Strict(BaseModel):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            lines = [f"{e['loc'][0]}: {e['msg']} (got {e['input']!r:.60})" for e in error.errors()]
+            problems = [(e, e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+            lines = [f"{e['loc'][0]}: {words} (got {e['input']!r:.60})" for e, words in problems]
             raise InputError("; ".join(lines)) from None
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from deltaw.config.strict import MANY, Count, PositiveFloat, Seed, Strict
 
-Dtype = Literal["auto", "bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 Logger = Literal["tensorboard", "wandb"]
 
@@ -23,12 +23,17 @@ class TrainConfig(Strict):
     lr_ratio_b: PositiveFloat = Field(1.0, le=1e6, description="LoRA+: learning rate of B divided by that of A")
     weight_decay: float = Field(0.0, ge=0, le=1)
     clip: PositiveFloat = 1.0
-    tokens_per_step: Count = 4096
+    tokens_per_step: Count | None = Field(
+        None, description="null: 4,096, and less where the data is small (training/length.py); a run's own file has it"
+    )
     tokens_per_batch: Count = Field(2048, description="tokens in one forward and backward; bounds the memory")
     seed: Seed = 0
     dtype: Dtype = "auto"
     device: str = "auto"
     eval_every: Count | None = None
+    patience: Count | None = Field(
+        None, description="stop after so many evaluations in a row that aren't the best so far"
+    )
     sample_every: Count | None = None
     save_every: Count = 100
     log_to: tuple[Logger, ...] = Field((), description="programs that are given each step's figures, too")
@@ -39,6 +44,12 @@ class TrainConfig(Strict):
     skip_spikes: float | None = Field(
         None, gt=1, allow_inf_nan=False, description="skip steps whose loss is this many times the recent median"
     )
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step. Only where the data has settled it, as it has in every run that is open."""
+        assert self.tokens_per_step is not None, "train.tokens_per_step isn't settled yet"
+        return self.tokens_per_step
 
     @field_validator("log_to", mode="before")
     @classmethod

@@ -80,14 +80,11 @@ def known(template: str, system: str, *, has_template: bool, adapter: bool) -> A
     return Asking(True, system, f"the base has a chat template{unknown}", as_it_is)
 
 
-def as_chat(document: Document, system: str) -> Document:
-    """A prompt and its completion as a question and its answer; anything else as it is. The blanks where they meet
-    belong to plain text: a template writes its own."""
-    if not isinstance(document, Completion):
+def behind(document: Document, system: str) -> Document:
+    """A chat that has no system prompt with this one; anything else as it is."""
+    if not isinstance(document, Chat) or _system(document):
         return document
-    question = {"role": "user", "content": document.prompt.strip()}
-    answer = {"role": "assistant", "content": document.completion.strip()}
-    return Chat((*Asking(True, system).start, question, answer), unused=document.unused)
+    return replace(document, messages=(*Asking(True, system).start, *document.messages))
 
 
 RAW = Asking(False)

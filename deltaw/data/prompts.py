@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.data.asking import Prompt
+from deltaw.data.columns import Columns
 from deltaw.data.document import Chat, Completion
 from deltaw.data.forms import detect_form
 from deltaw.data.read import read_rows
@@ -118,7 +119,7 @@ def _asked(row: Row) -> PromptRow:
 
 def _prompt(row: Row) -> tuple[Prompt, tuple[dict[str, Any], ...]]:
     """What is asked, and the tools with it. Raises Rejected, or InputError."""
-    value, chat = _with_answer(row.value)
+    value, chat = _with_answer({name: row.value[column] for name, column in Columns().of(row.value).items()})
     if isinstance(value.get("text"), str) and not chat and not any(name in value for name in ANSWERS):
         return value["text"], ()
     document = detect_form([Row(value, row.origin)]).normalise(Row(value, row.origin))

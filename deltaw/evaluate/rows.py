@@ -10,7 +10,9 @@ from deltaw.base.limits import Limits
 from deltaw.config import DataConfig
 from deltaw.data.dataset import prepare, prepare_held_out
 from deltaw.data.example import Example
+from deltaw.data.forms import Reads
 from deltaw.errors import InputError
+from deltaw.files.paths import no_such
 from deltaw.model import PLAIN, Model, open_model
 from deltaw.named import Named
 from deltaw.show.progress import Display
@@ -19,12 +21,12 @@ from deltaw.show.progress import Display
 def rows_of(
     name: str | Named, data: str | None, *, base: str | None, rows: int | None = None, display: Display
 ) -> tuple[Model, Sequence[Example]]:
-    """A model and the rows to measure it on: the run's own held-out ones, or those of a file. Raises InputError."""
+    """A model and the rows to measure it on: all of the run's own held-out ones, or `rows` of a file. Raises
+    InputError."""
     named = Named.of(name)
     source = _own_data(named) if data is None else _of_file(named, data, rows)
     model = open_model(named, base=base, display=display)
-    examples = prepare_held_out(source, model.renderer) if data is None else _asked(named, model, source, display)
-    examples = examples[:rows]
+    examples = prepare_held_out(source, model.renderer) if data is None else _of_form(model, named, source, display)
     limits = Limits.of(model.base.model)
     limits.check(examples)
     for warning in limits.warnings(examples):
@@ -32,14 +34,14 @@ def rows_of(
     return model, examples
 
 
-def _asked(named: Named, model: Model, source: DataConfig, display: Display) -> list[Example]:
-    """A file's rows, in the form that the adapter was trained on where they can have it."""
+def _of_form(model: Model, named: Named, source: DataConfig, display: Display) -> list[Example]:
+    """A file's rows, asked as the adapter's own rows were, whatever their columns are called."""
     template = named.adapter.base.template if model.attached is not None else ""
-    on_chats = model.asking.chat and template != ""
-    renderer = model.renderer.with_pairs_as_chats(model.asking.system) if on_chats else model.renderer
-    dataset = prepare(source, renderer)
-    if on_chats and not dataset.asking.chat:
-        display.say("rows with a prompt are asked as chats: the adapter was trained on chats")
+    reads: Reads = "auto" if model.attached is None else "chat" if model.asking.chat else "completion"
+    renderer, system = model.renderer, model.asking.system
+    dataset = prepare(source, renderer.behind(system) if system else renderer, reads=reads)
+    if system and dataset.asking.chat:
+        display.say("chats without a system prompt get the one that the adapter was trained with")
     if template == PLAIN and dataset.asking.chat:
         display.say("warning: these rows are chats, and the adapter was trained on plain text")
     return dataset.train
@@ -47,10 +49,17 @@ def _asked(named: Named, model: Model, source: DataConfig, display: Display) -> 
 
 def _own_data(named: Named) -> DataConfig:
     """The run's own data section, which must hold rows out."""
+    if named.config is None and not named.path.exists() and not named.name.startswith("builtin:"):
+        raise no_such(named.path)
     if named.config is None:
-        raise InputError(f"{named.name} isn't a run, so it has no held-out rows", fix="name a data file")
+        raise InputError(
+            f"{named.name} isn't a run, so it has no held-out rows", fix="name a data file to measure it on"
+        )
     if named.config.data.eval is None:
-        raise InputError(f"{named.name} held no rows out", fix="name a data file")
+        raise InputError(
+            f"{named.name} held no rows out when it was trained, so there are none to measure it on",
+            fix="name a data file with rows that it wasn't trained on; next time, hold some out: data.eval=100",
+        )
     return named.config.data
 
 
@@ -58,5 +67,7 @@ def _of_file(named: Named, data: str, rows: int | None) -> DataConfig:
     """A data section for a file, with the run's rules of rendering."""
     if named.config is None:
         return DataConfig(train=data, limit=rows)
-    rules = {"form": "auto", "eval": None, "limit": rows, "train": data}
-    return named.config.data.model_copy(update=rules)
+    own = named.config.data
+    too_long = "auto" if own.too_long == "split" else own.too_long  # the file may have other rows than texts
+    rules = {"form": "auto", "eval": None, "limit": rows, "train": data, "too_long": too_long, "overlap": 0}
+    return own.model_copy(update=rules)

@@ -22,6 +22,17 @@ def counted(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
+def rounded(figure: float) -> str:
+    """A loss, a metric: four decimals, fewer of a large one. "0.4689", "1,915.9"."""
+    size = abs(figure)
+    return f"{figure:.4f}" if size < 100 else f"{figure:,.1f}" if size < 1e6 else f"{figure:.3g}"
+
+
+def figure_name(name: str) -> str:
+    """A metric's name as people read it: "exact match"; of `file.py:function` the function's."""
+    return name.rpartition(":")[2].replace("_", " ")
+
+
 def gib(count: float) -> str:
     """Bytes: "1.5 GiB", "20 MiB"."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -48,6 +48,12 @@ class Learner:
         finally:
             self._dropout(False)
 
+    def divide(self, count: int) -> None:
+        """Make the gradient of a sum over `count` tokens that of their mean."""
+        for parameter in self.attached.parameters:
+            if parameter.grad is not None:
+                parameter.grad /= count
+
     def clip(self) -> float:
         """Scale the gradient down to a norm of at most `clip`; returns its norm before."""
         return float(nn.utils.clip_grad_norm_(self.attached.parameters, self.config.clip))
@@ -77,7 +83,13 @@ class Learner:
         best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
         if best:
             state.best_step, state.best_loss = state.step, loss
+        state.no_better = 0 if best else state.no_better + 1
         return best
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether as many evaluations in a row weren't the best as `train.patience` allows."""
+        return self.config.patience is not None and self.state.no_better >= self.config.patience
 
     def saved(self) -> Saved:
         """The learner as a checkpoint holds it. The tensors are the learner's own."""

@@ -4,12 +4,14 @@
     open base, rows and adapter (opening.py); or put a checkpoint back
     try the largest pieces of what is to come (preflight.py); measure the base
     take the steps; after each what is due: an evaluation on held-out rows, samples, a checkpoint
+    stop before the last one where `train.patience` evaluations in a row weren't the best so far
     save the adapter, measure it, write result.json and the report (finish.py)
 
 A signal that comes during a step or a write waits for its end; an evaluation is cut off. Then the
 step is saved. An evaluation that was cut off is made up for when the run resumes: `state.evaluated` is behind.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -18,20 +20,25 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.adapter.file import Adapter
+from deltaw.adapter.history import NOTHING, History
 from deltaw.config import RunConfig, config_of
 from deltaw.data.opening import open_dataset
 from deltaw.errors import command
+from deltaw.evaluate.held_out import perplexity
+from deltaw.evaluate.own_metric import ASKED_FOR, Consent, open_metrics
 from deltaw.model import open_model
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.changes import restore, settled
 from deltaw.training.checkpoint import Saved, latest_checkpoint, save_checkpoint
+from deltaw.training.extend import check_extension, extended
 from deltaw.training.finish import finish, measure_again, report
 from deltaw.training.learner import Learner
+from deltaw.training.length import count_steps
 from deltaw.training.log import EventLog, open_log
 from deltaw.training.measuring import Attempts, measure_base, note_evaluation, plain_loss, samples
 from deltaw.training.memory import Heap, bound_caches, bounded
-from deltaw.training.opening import Opened, above_the_frozen, begin, count_steps, general_rows, open_run
+from deltaw.training.opening import Opened, above_the_frozen, begin, general_rows, open_run
 from deltaw.training.preflight import short_form
 from deltaw.training.shortage import explain
 from deltaw.training.step import step
@@ -59,7 +66,7 @@ def train(
     config = config_of(config)
     run = Run(Path(config.output))
     with run.claimed(new=True, replace=replace):
-        return _run(config, run, None, display or Display(), on_step)
+        return _run(config, run, None, ASKED_FOR, display or Display(), on_step)
 
 
 def resume(
@@ -67,38 +74,49 @@ def resume(
     overrides: Iterable[str] = (),
     *,
     allow: bool = False,
+    extend: bool = False,
+    allow_code: bool = False,
     on_step: OnStep | None = None,
     display: Display | None = None,
 ) -> Adapter:
     """Resume an interrupted run from its newest intact checkpoint, or measure what a finished one lacks.
 
-    `overrides` (`train.lr=1e-4`) need `allow`; `on_step` is as for `train`. Raises InputError when it isn't a run, is
-    finished, or can't be resumed like this.
+    `overrides` (`train.lr=1e-4`) need `allow`; with `extend` a finished run goes on (`train.epochs=3`); a metric that
+    is a function in a file needs `allow_code`, unless that very file was asked for here before; `on_step` is as for
+    `train`. Raises InputError when it isn't a run, is finished, or can't be resumed like this.
     """
-    run, display = Run(Path(folder).expanduser()), display or Display()
-    with run.resumed() as finished:
-        saved = None if finished else latest_checkpoint(run.checkpoints, display)
-        config, changed = settled(run, saved, overrides, allow=allow, finished=finished, display=display)
-        if finished:
-            return _measure_again(config, run, display)
+    run, display, overrides = Run(Path(folder).expanduser()), display or Display(), list(overrides)
+    consent = Consent(str(folder), allow_code)
+    with run.resumed(overrides, extend=extend) as finished:
+        saved = None if finished and not extend else latest_checkpoint(run.checkpoints, display)
+        if extend:
+            check_extension(run, saved, overrides)
+        late = finished and not extend
+        config, changed = settled(run, saved, overrides, allow=allow or extend, finished=late, display=display)
+        if late:
+            return _measure_again(config, run, consent, display)
         if saved is None:
             display.say(f"{folder} has no checkpoint yet, so it starts from the beginning")
-        return _run(config, run, saved, display, on_step, changed=changed)
+        lineage = run.read_lineage()
+        return _run(config, run, saved, consent, display, on_step, lineage, changed=changed, extend=extend)
 
 
 def _run(
     config: RunConfig,
     run: Run,
     saved: Saved | None,
+    consent: Consent,
     display: Display,
     on_step: OnStep | None,
+    lineage: History = NOTHING,
     *,
     changed: bool = False,
+    extend: bool = False,
 ) -> Adapter:
     """Take a run from its beginning or a checkpoint to its end, in a folder that is claimed."""
     began = time.monotonic()
     with StopRequest() as stop:
-        opened = open_run(config, display)
+        opened = open_run(config, display, consent, lineage, start_is_needed=saved is None)
         general = general_rows(config, opened.model)
         learner = opened.learner(display)
         shortage = partial(explain, opened=opened, learner=learner, run=run)
@@ -107,7 +125,9 @@ def _run(
                 begin(opened, run, display)
             else:
                 restore(learner, saved, run, display)
-                if changed:  # and now it is certain that it can be resumed like this
+                if extend:  # and now it is certain that it can go on like this
+                    opened = extended(opened, learner, run, config, display)
+                elif changed:
                     run.write_config(config)
             stop.advice = f"resume with: {command('train', run.folder)}"
             short_form(opened, learner, run, general)
@@ -123,15 +143,16 @@ def _run(
             raise shortage(error) or error from None
 
 
-def _measure_again(config: RunConfig, run: Run, display: Display) -> Adapter:
+def _measure_again(config: RunConfig, run: Run, consent: Consent, display: Display) -> Adapter:
     """Measure what result.json lists as failed, on the adapter as it was saved."""
     with StopRequest("the run is finished, but some measurements are missing") as stop:
         bound_caches()
+        metrics = open_metrics(config.evaluate.metrics, consent)
         model = open_model(run.folder, device=config.train.device, display=display)
         _, _, dataset = open_dataset(config, display, model.base.source)
         general = general_rows(config, model)
         run.write_config(config)
-        opened = Opened(config, model, dataset, count_steps(config, dataset))
+        opened = Opened(config, model, dataset, count_steps(config, dataset), metrics)
         learner = opened.learner(display)
         attempts = Attempts(opened.device, display.say, partial(explain, opened=opened, learner=learner, run=run))
         measure_again(opened, run, learner.state.fingerprints, general, attempts, display)
@@ -166,10 +187,11 @@ class Steps:
             forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
             with self.display.task("training", total) as progress:
                 progress(state.step)
+                self._at_the_start()
                 self._due()  # the evaluation that a stop cut off
                 first = True  # the step of this process that shows whether there is memory enough
                 for batches, position in self.opened.loader(state):
-                    if state.step >= total:
+                    if state.step >= total or learner.out_of_patience:
                         break
                     self._figures = {}
                     with self.stop.held():
@@ -182,6 +204,7 @@ class Steps:
                     self._due()
                     self._tell()
                     heap.tidy()
+            self._save()  # the last step, where patience ended it
         except Stopped as stopped:
             if stopped.at_once or not state.step:
                 raise
@@ -191,6 +214,15 @@ class Steps:
             if state.step:
                 self._save()
             raise
+
+    def _at_the_start(self) -> None:
+        """What the adapter that it starts from has on these held-out rows: what there is to improve upon."""
+        rows, start = self.opened.dataset.eval, self.opened.lineage.started_from
+        if not self.learner.state.step and rows and start:
+            loss = plain_loss(self.opened.model, rows)
+            self.display.say(f"held-out loss {loss:.4f} at the start, from {start.name}")
+            if math.isfinite(loss):
+                self._write({"step": 0, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
 
     def _due(self) -> None:
         """Do what comes after a step: an evaluation, samples, a checkpoint. If it raises, no step is lost."""

@@ -1,7 +1,10 @@
 """One optimiser step of a run's learners, from batches to records.
 
 A learner's loss is the sum over its documents of the step, divided once by its own supervised tokens: so gradient
-accumulation is exact to the token, and other learners' documents in a batch change nothing. A step is applied only if
+accumulation is exact to the token, and other learners' documents in a batch change nothing. In float16 it is the
+gradient that is divided, not the loss: below 2⁻²⁴ that type has nothing, and on the demo's rows (SmolLM2-135M) the
+gradient of a mean over 3,770 tokens was off by 4.4 %, over 37,700 by 28 %, and that of the sum by 0.2 % (bfloat16's by
+1.8 %, whichever is divided: it has float32's range, and so the loss is divided as ever). A step is applied only if
 its loss and its gradient are finite (watch.py). It depends on the state before it and on nothing else, so
 stopping anywhere and resuming gives the same bits (on a CPU).
 
@@ -63,6 +66,8 @@ def step(
             if share.unfit:
                 raise share.unfit
             # 3. Clip.
+            if share.undivided:
+                learner.divide(share.supervised)
             norm = learner.clip()
             if not math.isfinite(norm):
                 raise Unfit("the gradient is NaN or infinite", share.rows, not_finite=True)
@@ -106,6 +111,7 @@ class _Share:
         self.tokens = sum(batch.tokens_of(number) for batch in batches)
         self.supervised = sum(batch.supervised for batch in self.batches)
         self._sum = 0.0
+        self.undivided = learner.config.dtype == "float16"  # whether the sum of the losses goes backward, not the mean
         self.unfit = None if self.supervised else Unfit("none of its tokens is trained", self.rows)
 
     @property
@@ -120,7 +126,7 @@ class _Share:
             self.unfit = Unfit(what, batch.origins, not_finite=True)
             return None
         self._sum += value
-        return loss / self.supervised if batch.supervised else None
+        return (loss if self.undivided else loss / self.supervised) if batch.supervised else None
 
 
 def _losses(forward: Forward, batch: Batch, learners: Sequence[Learner]) -> Sequence[Tensor]:

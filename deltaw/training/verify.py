@@ -76,10 +76,9 @@ def verify_resume(config: RunConfig, steps: int, display: Display) -> Verified:
         "eval_every": None,
         "sample_every": None,
         "warmup_steps": min(config.train.warmup_steps or 0, steps - 1),
-        "tokens_per_step": min(config.train.tokens_per_step, 2 * config.train.tokens_per_batch),
+        "patience": None,
     }
-    config = config.model_copy(update={"train": config.train.model_copy(update=train)})
-    opened = open_run(config, display)
+    opened = _short_steps(open_run(_with(config, train), display))
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as place:
         straight = Run(Path(place) / "straight")
         straight.folder.mkdir()
@@ -89,6 +88,17 @@ def verify_resume(config: RunConfig, steps: int, display: Display) -> Verified:
             opened = _fresh_adapter(opened)
             resumed.append(_resume_from(k, opened, straight, Run(Path(place) / str(k)), display))
     return Verified(steps, opened.device.type, resumed)
+
+
+def _with(config: RunConfig, train: dict[str, Any]) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=train)})
+
+
+def _short_steps(opened: Opened) -> Opened:
+    """Of two batches at most; how large a step would be is settled by the data."""
+    train = opened.config.train
+    size = min(train.step_tokens, 2 * train.tokens_per_batch)
+    return dataclasses.replace(opened, config=_with(opened.config, {"tokens_per_step": size}))
 
 
 def _resume_from(k: int, opened: Opened, straight: Run, run: Run, display: Display) -> Resumed:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from deltaw.adapter.file import Adapter
 from deltaw.config import load_config
-from deltaw.data.asking import Asking, as_chat, of_training, question_of
+from deltaw.data.asking import Asking, behind, of_training, question_of
 from deltaw.data.dataset import prepare_held_out
 from deltaw.data.document import Chat, Completion, Text
 from deltaw.data.prompts import prompts_of_text, read_prompts
@@ -123,8 +123,8 @@ def test_an_example_is_a_short_question_that_can_be_pasted() -> None:
 
 def test_pairs_of_a_file_are_measured_as_chats_where_chats_were_trained(folder: Path, tmp_path: Path) -> None:
     rows = [json.loads(line)["messages"] for line in (folder / "chats.jsonl").read_text().splitlines()[:20]]
-    pairs = [{"prompt": row[1]["content"] + " ", "completion": " " + row[2]["content"]} for row in rows]
-    assert as_chat(Completion(*pairs[0].values()), SYSTEM) == Chat(tuple(rows[0]))
+    pairs = [{"prompt": row[1]["content"], "completion": row[2]["content"]} for row in rows]
+    assert behind(Chat(tuple(rows[0][1:])), SYSTEM) == behind(Chat(tuple(rows[0])), "other") == Chat(tuple(rows[0]))
     losses = []
     for name, values in (("chats", [{"messages": row} for row in rows]), ("pairs", pairs)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
@@ -222,7 +222,7 @@ def test_other_kinds_of_files(tmp_path: Path, folder: Path) -> None:
     texts = ["Add 1", "say, 2"]
     (tmp_path / "p.txt").write_text("Add 1\r\n\nsay, 2")
     (tmp_path / "p.csv").write_text('id,prompt\n7,Add 1\n8,"say, 2"\n')
-    (tmp_path / "p.json").write_text(json.dumps([{"text": text} for text in texts]))
+    (tmp_path / "p.json").write_text(json.dumps([{"Prompt": text} for text in texts]))
     sources = [read_prompts(str(tmp_path / f"p.{kind}")) for kind in ("txt", "csv", "json")]
     sources += [prompts_of_text("Add 1\nsay, 2\n"), prompts_of_text('{"prompt": "Add 1"}\n{"instruction": "say, 2"}')]
     assert [[row.prompt for row in rows] for rows in sources] == [texts] * 5
