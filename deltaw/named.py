@@ -64,6 +64,20 @@ class Named:
             check_there(self.config.base, self.config, self.path, "base", "put it back, or name it with --base")
         return self.local.base
 
+    def refused(self, error: InputError) -> InputError:
+        """What to say of a name that is no run and no adapter, and no base because of `error`: it may be a part of
+        one."""
+        if not self.path.exists():
+            return error
+        whole = next((path for path in self.path.absolute().parents[:2] if is_run(path) or is_adapter(path)), None)
+        if whole is not None:
+            kind = "a run" if is_run(whole) else "an adapter"
+            return InputError(f"{self.name} is a part of {kind}", fix=f"name its whole folder: {whole}")
+        if self.path.suffix == ".gguf" or (self.path / "config.json").exists():
+            return error  # it is a model
+        fix = error.fix if self.path.is_dir() else "name a run's folder, an adapter's, or a base"
+        return InputError(f"{self.name} isn't a run, an adapter or a base", fix=fix)
+
     @property
     def template(self) -> Path | None:
         """The chat template that lies beside the weights, where it isn't the tokenizer's own."""

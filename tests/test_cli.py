@@ -94,7 +94,7 @@ def test_generate_streams_or_prints_json(trained: Path) -> None:
     assert code == 0
     code, out, _ = call("generate", trained / "run", "-", "--max-tokens", 6, "--json", stdin="say 3 ")
     assert json.loads(out)["text"] == streamed.removesuffix("\n")
-    base = json.loads(call("generate", trained / "base", "say 3 ", "--max-tokens", 6, "--json")[1])
+    base = json.loads(call("generate", trained / "base", "say 3 ", "--raw", "--max-tokens", 6, "--json")[1])
     off = json.loads(call("generate", trained / "run", "say 3 ", "--max-tokens", 6, "--json", "--no-adapter")[1])
     assert base["text"] == off["text"] and not off["adapter"]
 
@@ -208,18 +208,18 @@ def small(tmp_path_factory) -> Path:
 def talk(base: Path, lines: list[str], monkeypatch, answers: str = "yes", **more: Any) -> tuple[list[Any], str]:
     """(the prompts that the model was given, what was said on stderr) of a conversation whose answers are `answers`."""
     asked: list[Any] = []
-    model = open_model(base, dtype="float32", device="cpu")
+    model = open_model(base, dtype="float32", device="cpu", **more)
 
     def stream(self: Model, prompt: Any, **options: Any) -> Iterator[str]:
         asked.append(prompt)
-        assert len(self.renderer.prompt_ids(prompt)) < SMALL
+        assert len(self.renderer.prompt_ids(prompt)) < SMALL and options["chat"] is False
         yield answers
 
     monkeypatch.setattr(Model, "stream", stream)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     err = io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-        chat.talk(model, use_adapter=True, sampling={"max_new_tokens": 20}, **{"system": None, **more})
+        chat.talk(model, use_adapter=True, sampling={"max_new_tokens": 20})
     return asked, err.getvalue()
 
 
@@ -245,3 +245,23 @@ def test_a_message_that_is_too_long_does_not_end_the_session(small: Path, monkey
 def test_an_answer_that_can_not_be_sent_back_is_left_out(small: Path, monkeypatch) -> None:
     asked, said = talk(small, ["first", "last"], monkeypatch, answers="a\0b")
     assert len(asked) == 2 and said.count("left out") == 1
+
+
+@pytest.mark.parametrize("word", ["/quit", "/exit", "exit", "quit"])
+def test_words_that_leave(small: Path, monkeypatch, word: str) -> None:
+    asked, said = talk(small, ["first", word, "last"], monkeypatch)
+    assert [prompt[-1]["content"] for prompt in asked] == ["first"] and "/quit" in said and "/help" in said
+
+
+def test_commands_of_a_conversation(small: Path, monkeypatch) -> None:
+    lines = ["first", "/clear", "second", "/system be brief", "third", '"""a', "  b", '"""', "/help", "/nothing"]
+    asked, said = talk(small, lines, monkeypatch)
+    contents = [[message["content"] for message in prompt] for prompt in asked]
+    brief = ["be brief", "third"]
+    assert contents == [["first"], ["second"], brief, [*brief, "yes", "a\n  b"]]
+    assert all(f"\n  {command}" in said for command in ("/base", "/system", "/quit"))
+
+
+def test_a_plain_conversation_is_lines_by_themselves(small: Path, monkeypatch) -> None:
+    asked, said = talk(small, ["first", "/system x", "last"], monkeypatch, chat=False)
+    assert asked == ["first", "last"] and "system prompt" in said

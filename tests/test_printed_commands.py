@@ -1,6 +1,7 @@
 """Every command line that deltaw prints can be pasted: run as a shell reads it, in folders with odd names."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from deltaw.cli.app import app
 from deltaw.errors import command
 from tests.test_cli import call
-from tests.tiny import run_file, tiny_base, words
+from tests.tiny import run_file, sums, tiny_base, words
 
 ROOT = Path(__file__).parents[1] / "deltaw"
 AWKWARD = 'it\'s (2) $HOME & "more"'
@@ -72,6 +73,15 @@ def test_what_is_printed_runs(folder: Path, monkeypatch) -> None:
     assert [line[0] for line in printed(out)] == ["chat", "eval", "generate"]
     for line in printed(out):
         assert call(*line)[0] == 0, line
+    sums(folder / "chats.jsonl")
+    options = ("data.train=chats.jsonl", "data.eval=null", "train.eval_every=null", "evaluate.metrics=[]")
+    code, out, err = call("train", "run.yaml", "output=chats", "train.steps=2", *options)
+    assert code == 0, err
+    assert [line[0] for line in printed(out)] == ["chat", "generate"]  # no row was held out to measure it on
+    code, out, _ = call(*printed(out)[1], "--json")
+    questions = [json.loads(line)["messages"][1]["content"] for line in Path("chats.jsonl").read_text().splitlines()]
+    assert code == 0 and json.loads(out)["prompt"] in questions and json.loads(out)["form"] == "chat"
+
     code, _, err = call("train", "run.yaml", "output=-run (2)'s")  # finished: resume it, start over …
     (resume,) = printed(err)
     assert code == 2 and resume == ["train", "--", "-run (2)'s"]

@@ -38,6 +38,19 @@ def words(path: Path, count: int = 60) -> Path:
     return path
 
 
+SYSTEM = "You add."
+
+
+def sums(path: Path, count: int = 60) -> Path:
+    """A JSONL file of chats of one turn, all with one system prompt."""
+    rows = []
+    for i in range(count):
+        texts = {"system": SYSTEM, "user": f"Add {i} and {i % 7}", "assistant": f"It is {i + i % 7}."}
+        rows.append({"messages": [{"role": role, "content": text} for role, text in texts.items()]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def run_file(folder: Path, **changes: Any) -> dict[str, Any]:
     """A run of six small steps in float32, as a mapping; `changes` replace whole sections. Held-out rows are looked at
     where there are some."""

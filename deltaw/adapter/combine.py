@@ -89,7 +89,7 @@ def combine(
         raise InputError("the combination is zero in every module: the weights cancel, or nothing was trained")
     like = next((adapter for adapter in adapters if adapter.factors.keys() == factors.keys()), adapters[0])
     base = next((adapter.base for adapter in adapters if adapter.base.fingerprint), adapters[0].base)
-    base = replace(base, template=adapters[0].base.template)
+    base = replace(base, template=adapters[0].base.template, system=adapters[0].base.system)
     rewritten = frozenset[str]().union(*(adapter.rewritten for adapter in adapters))
     return adapter_of(factors, replace(like, base=base, rewritten=rewritten)), losses
 

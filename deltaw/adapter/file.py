@@ -4,8 +4,8 @@
     adapter_config.json          PEFT's classic fields (peft_config.py)
     delta.safetensors            instead of both for full fine-tuning, which no other tool has a form for:
                                  <module path> -> ΔW [M, N], float32
-    deltaw.json                  which base it was trained on (name, revision, fingerprint, chat template), and how it
-                                 came about (history.py)
+    deltaw.json                  which base it was trained on (name, revision, fingerprint), how it is asked (chat
+                                 template, system prompt), and how it came about (history.py)
     README.md                    how to use it, for people
 
 PEFT, vLLM and the rest read the first two. deltaw.json is beside them because PEFT's config has no place for a
@@ -52,12 +52,14 @@ DELTAS, RECORD = "delta.safetensors", "deltaw.json"
 
 @dataclass(frozen=True)
 class BaseId:
-    """Which base an adapter belongs to. Empty fields are unknown (an adapter made by another tool)."""
+    """Which base an adapter belongs to, and how it is asked. Empty fields are unknown (an adapter made by another
+    tool); `system` is the prompt that all chats of its training began with, empty where there was none."""
 
     name: str = ""
     revision: str | None = None
     fingerprint: str = ""
     template: str = ""
+    system: str = ""
 
     def mismatch(self, other: "BaseId") -> str | None:
         """Why an adapter of this base may not be put on `other`, or None. Weights and settings count, names don't."""
@@ -118,7 +120,8 @@ class Adapter:
         else:
             save_safetensors(tensors, directory / WEIGHTS, {"format": "pt"})
             write_text_atomic(directory / CONFIG, json.dumps(self._peft_config(), indent=2) + "\n")
-        record: dict[str, Any] = {"deltaw": VERSION, "base": asdict(self.base)}
+        base = {name: value for name, value in asdict(self.base).items() if name != "system" or value}
+        record: dict[str, Any] = {"deltaw": VERSION, "base": base}
         record |= {"spec": self.spec.model_dump(mode="json", exclude={"start"}), "fan_in_fan_out": self.fan_in_fan_out}
         record |= {"history": self.history.to_json()} if self.history.known else {}
         write_text_atomic(directory / RECORD, json.dumps(record, indent=2) + "\n")
@@ -252,7 +255,9 @@ def _base_of(directory: Path, config: dict[str, Any]) -> BaseId:
         raw = read_json(directory / RECORD, max_bytes=1_000_000).get("base")
         known = {name: raw.get(name) for name in BaseId.__dataclass_fields__} if isinstance(raw, dict) else {}
         if not known or not all(isinstance(value, str | None) for value in known.values()):
-            raise InputError(f"{directory / RECORD}: its base must have name, revision, fingerprint and template")
+            raise InputError(
+                f"{directory / RECORD}: its base must have name, revision, fingerprint, template and system as texts"
+            )
         return BaseId(**{name: value for name, value in known.items() if value is not None})
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     return BaseId(name if isinstance(name, str) else "", revision if isinstance(revision, str) else None)

@@ -10,6 +10,40 @@ from deltaw.config import METRICS
 
 ModelName = Annotated[str, typer.Argument(help="A run, an adapter folder or a base model.", callback=as_path)]
 NoAdapter = Annotated[bool, typer.Option("--no-adapter", help="Ask the base model without the adapter.")]
+AsChat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--raw",
+        help="Ask as a user's message, in the chat template, or the text as it is. Without either: as the adapter was "
+        "trained.",
+        show_default=False,
+    ),
+]
+System = Annotated[
+    str | None,
+    typer.Option(help="A system prompt. Without it, the one that all chats of the adapter's training had."),
+]
+Prompts = Annotated[
+    list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to answer; - reads it from stdin.")
+]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(
+        "--file",
+        help="Answer a file: JSON lines, JSON, CSV or Parquet with prompt or messages, or .txt with a prompt per line; "
+        "- is stdin.",
+        callback=as_path,
+    ),
+]
+AnswerFile = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="The file to write: the rows of --file with their answers, as JSON lines. Without it: stdout.",
+        callback=as_path,
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that together have this probability.")]
@@ -77,35 +111,58 @@ def evaluate(
     show(result, as_json)
 
 
-@app.command(epilog=examples("deltaw generate runs/demo 'h e l l o ->'    (- reads the prompt from stdin)"))
+@app.command(
+    epilog=examples(
+        "deltaw generate runs/demo 'h e l l o ->'    (- reads the prompt from stdin)",
+        "deltaw generate runs/demo --file prompts.jsonl -o answers.jsonl    (goes on where it was stopped)",
+    )
+)
 def generate(
     model: ModelName,
-    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from stdin.")],
+    prompts: Prompts = None,
+    file: PromptFile = None,
+    output: AnswerFile = None,
     base: BaseName = None,
     no_adapter: NoAdapter = False,
-    as_chat: Annotated[bool, typer.Option("--chat", help="Send it as a user's message, in the chat template.")] = False,
+    as_chat: AsChat = None,
+    system: System = None,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a file of other answers.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt. The text appears as it is generated."""
-    from deltaw.commands.generate import generate_named
-
+    """Answer a prompt, or a file of them. Asks as the adapter was trained: as a chat or as plain text."""
     stream: Callable[[str], None] = lambda piece: None if as_json else print(piece, end="", flush=True)  # noqa: E731
-    result = generate_named(
-        model,
-        prompt,
-        base=base,
-        use_adapter=not no_adapter,
-        as_chat=as_chat,
-        sampling=_sampling(max_tokens, temperature, top_p, top_k, seed),
-        show=stream,
-        display=display(as_json),
-    )
-    show(result, as_json)
+    how: dict[str, Any] = {
+        "base": base,
+        "use_adapter": not no_adapter,
+        "chat": as_chat,
+        "system": system,
+        "sampling": _sampling(max_tokens, temperature, top_p, top_k, seed),
+        "show": stream,
+        "display": display(as_json),
+    }
+    if file is None:
+        if not prompts:
+            raise typer.BadParameter("name a prompt, or a file of prompts with --file")
+        if output or replace:
+            raise typer.BadParameter("-o and --replace need --file: a prompt's answer is printed")
+        from deltaw.commands.generate import generate_named
+
+        show(generate_named(model, prompts, **how), as_json)
+        return
+    if prompts:
+        raise typer.BadParameter("give prompts or --file, not both")
+    if as_json and output in (None, "-"):
+        raise typer.BadParameter("--json needs -o: the answers are JSON lines on stdout already")
+    from deltaw.commands.generate import generate_file_named
+
+    result = generate_file_named(model, file, output, replace=replace, **how)
+    if output not in (None, "-"):
+        show(result, as_json)
 
 
 @app.command(epilog=examples("deltaw chat runs/demo"))
@@ -113,18 +170,27 @@ def chat(
     model: ModelName,
     base: BaseName = None,
     no_adapter: NoAdapter = False,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    as_chat: AsChat = None,
+    system: System = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
 ) -> None:
-    """Talk to a model. /base asks the base model, /adapter the adapter, /new starts over, Ctrl-D leaves."""
+    """Talk to a model. /help lists the commands; /base asks the base model, /adapter the adapter, /quit leaves."""
     from deltaw.commands.chat import chat_named
 
     sampling = _sampling(max_tokens, temperature, top_p, top_k, seed)
-    chat_named(model, base=base, system=system, use_adapter=not no_adapter, sampling=sampling, display=display())
+    chat_named(
+        model,
+        base=base,
+        chat=as_chat,
+        system=system,
+        use_adapter=not no_adapter,
+        sampling=sampling,
+        display=display(),
+    )
 
 
 def _sampling(max_tokens: int, temperature: float, top_p: float, top_k: int, seed: int | None) -> dict[str, Any]:

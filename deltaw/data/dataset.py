@@ -17,11 +17,12 @@ repeat a row on purpose.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import islice
+from itertools import chain, islice
 
 from deltaw.config import DataConfig
+from deltaw.data.asking import RAW, Asking, of_training, question_of
 from deltaw.data.document import Document
 from deltaw.data.example import Example, fingerprint
 from deltaw.data.forms import Reads
@@ -48,7 +49,8 @@ class Dataset:
     train: list[Example]
     eval: list[Example]
     report: DataReport
-    chat: bool = False  # the rows went through the chat template
+    asking: Asking = RAW  # how a text is asked that is to be answered as these rows are
+    example: str = ""  # one that is short, of a row that was held out if any was
 
     @cached_property
     def fingerprint(self) -> str:
@@ -79,9 +81,11 @@ def prepare(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", di
             held_out = _taken(_units(others, renderer, config, progress))
         _check(others, config, usable=bool(held_out))
     _assign(sources, others, train, held_out)
+    asking = of_training(_documents(sources, train))
+    question = question_of(chain(_documents(others, held_out), _documents(sources, train)))
     chat = any(source.is_chat for source in sources)
     parts = [example for source in sources for example in source.train], _in_file_order(held_out)
-    return Dataset(*parts, report_of(sources, others, *parts, renderer, chat), chat)
+    return Dataset(*parts, report_of(sources, others, *parts, renderer, chat), replace(asking, chat=chat), question)
 
 
 def prepare_held_out(config: DataConfig, renderer: Renderer) -> list[Example]:
@@ -100,6 +104,12 @@ def prepare_held_out(config: DataConfig, renderer: Renderer) -> list[Example]:
     if len(units) < count or bad:  # how bad they are is to be told of all of them
         return prepare(config, renderer).eval
     return _in_file_order([piece for unit in units for piece in unit])
+
+
+def _documents(sources: Sequence[Reading], part: Sequence[Placed]) -> Iterator[Document]:
+    """The rows that these examples come of, as they were before they were rendered."""
+    for number, position in dict.fromkeys(placed[:2] for placed in part):
+        yield sources[number].form.normalise(sources[number].rows[position])
 
 
 def _assign(sources: list[Reading], others: list[Reading], train: list[Placed], held_out: list[Placed]) -> None:

@@ -20,6 +20,7 @@ Rows that come rendered (`data.rendered`) hold the control tokens already: they 
 front where they don't begin with it, and eos behind where they don't end with a token that ends a turn.
 """
 
+import copy
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
+from deltaw.data.asking import behind
 from deltaw.data.chat import NO_TEMPLATE, ChatWriter, Layout, Piece
 from deltaw.data.document import Chat, Completion, Document, Message, Text
 from deltaw.data.encode import Encoded, Encoder
@@ -71,6 +73,7 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self._train_on, self._rendered = train_on, rendered
+        self._system = ""  # of chats that have none
         self._encoder = Encoder(tokenizer)
         self._eos: int = tokenizer.eos_token_id
         self._bos = _opening(tokenizer)
@@ -85,6 +88,12 @@ class Renderer:
             self.template_fingerprint = compiled.fingerprint
             self._chats = ChatWriter(compiled, self._encoder, self._stop_names())
             self.end_of_turn = self._encoder.id_of(self._chats.end_of_turn)
+
+    def behind(self, system: str) -> "Renderer":
+        """The same, but a chat without a system prompt gets this one."""
+        other = copy.copy(self)
+        other._system = system
+        return other
 
     @property
     def own_template(self) -> bool:
@@ -120,7 +129,9 @@ class Renderer:
     ) -> list[list[Example] | Rejected]:
         """The same, with texts of more than `length` tokens in pieces (`split.py`); none is split where it is 0.
         `progress` is told of characters."""
-        layouts = self._layouts(documents)
+        layouts = self._layouts(
+            [behind(document, self._system) for document in documents] if self._system else documents
+        )
         good = [layout for layout in layouts if isinstance(layout, Layout)]
         encoded = iter(self._encoder.encode([[piece.text for piece in layout.pieces] for layout in good], progress))
         results: list[list[Example] | Rejected] = []

@@ -16,7 +16,7 @@ from deltaw.data.example import Example
 from deltaw.data.forms import Reads
 from deltaw.errors import InputError
 from deltaw.files.paths import no_such
-from deltaw.model import Model, open_model
+from deltaw.model import PLAIN, Model, open_model
 from deltaw.named import Named
 from deltaw.show.progress import Display
 
@@ -29,10 +29,7 @@ def rows_of(
     named = Named.of(name)
     source = _own_data(named) if data is None else _of_file(named, data, rows)
     model = open_model(named, base=base, display=display)
-    if data is None:
-        examples = prepare_held_out(source, model.renderer)
-    else:
-        examples = prepare(source, model.renderer, reads=_trained_on(model)).train
+    examples = prepare_held_out(source, model.renderer) if data is None else _of_form(model, named, source, display)
     limits = Limits.of(model.base.model)
     limits.check(examples)
     for warning in limits.warnings(examples):
@@ -40,11 +37,17 @@ def rows_of(
     return model, examples
 
 
-def _trained_on(model: Model) -> Reads:
-    """A pair is asked as the adapter's own rows were, whatever its columns are called."""
-    if model.attached is None:
-        return "auto"
-    return "completion" if model.plain_prompts else "chat"
+def _of_form(model: Model, named: Named, source: DataConfig, display: Display) -> list[Example]:
+    """A file's rows, asked as the adapter's own rows were, whatever their columns are called."""
+    template = named.adapter.base.template if model.attached is not None else ""
+    reads: Reads = "auto" if model.attached is None else "chat" if model.asking.chat else "completion"
+    renderer, system = model.renderer, model.asking.system
+    dataset = prepare(source, renderer.behind(system) if system else renderer, reads=reads)
+    if system and dataset.asking.chat:
+        display.say("chats without a system prompt get the one that the adapter was trained with")
+    if template == PLAIN and dataset.asking.chat:
+        display.say("warning: these rows are chats, and the adapter was trained on plain text")
+    return dataset.train
 
 
 def _own_data(named: Named) -> DataConfig:

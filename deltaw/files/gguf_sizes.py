@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from deltaw.errors import InputError
 from deltaw.files.gguf_header import Header, unusable
 
 # Sizes in the metadata that would become allocations; none can be larger than the largest tensor's side.
@@ -41,7 +42,8 @@ def check_sizes(path: Path, header: Header) -> None:
     if not isinstance(architecture, str) or not shapes:
         raise unusable(path, "it holds no model (no architecture or no tensors)")
     if metadata.get("general.type", "model") != "model":
-        raise unusable(path, f"it doesn't hold a model but {str(metadata['general.type'])[:40]!r}")
+        what = f"{path}: it doesn't hold a model but {str(metadata['general.type'])[:40]!r}"
+        raise InputError(what, fix="name the model's own GGUF; an adapter is named by its run or its folder here")
     limits = dict.fromkeys(SIZES, max(max(shape) for shape in shapes.values()))
     limits["block_count"] = len(shapes)
     routers = [shape for name, shape in shapes.items() if name.endswith("ffn_gate_inp.weight")]

@@ -6,7 +6,7 @@
         for id, token in engine.step():     # (id, a new token) or (id, None) at its end
             …
 
-`generate` for many prompts and `stream` for one are its clients. Each prompt gets what it gets alone, whatever its
+`answers` for many prompts and `stream` for one are its clients. Each prompt gets what it gets alone, whatever its
 company; greedy decoding may differ where two tokens nearly tie, since the kernels round differently for another number
 of rows, and sampling draws from a generator per prompt (sampling.py).
 
@@ -27,7 +27,7 @@ repetition penalty) into what was asked for.
 Letters: R rows, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -171,6 +171,38 @@ class Engine:
         return tokens
 
 
+def answers(
+    model: nn.Module,
+    prompts: Mapping[int, Sequence[int]],
+    sampling: Sampling,
+    stop_ids: AbstractSet[int],
+    *,
+    batch_size: int = 128,
+) -> Iterator[dict[int, list[int]]]:
+    """The new tokens of the prompts that end with a step, by number; the stop token that ended one is left out.
+
+    `prompts` by number, by which errors name them and by which, with the seed, they draw. Raises InputError for an
+    empty prompt, one that fills the model's context, or an id outside its vocabulary.
+    """
+    for number, prompt in prompts.items():
+        check(model, prompt, number)
+    engine = Engine(model, batch_size=min(batch_size, max(1, len(prompts))))
+    new: dict[int, list[int]] = {number: [] for number in prompts}
+    # The longest first, so that rows that are padded are of like length.
+    order = sorted(prompts, key=lambda number: len(prompts[number]), reverse=True)
+    number_of = {engine.add(prompts[number], sampling, stop_ids, number=number): number for number in order}
+    try:
+        while engine.busy:
+            events = engine.step()
+            for id, token in events:
+                if token is not None:
+                    new[number_of[id]].append(token)
+            if ended := [number_of[id] for id, token in events if token is None]:
+                yield {number: new.pop(number) for number in ended}
+    finally:
+        engine.close()
+
+
 def generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -180,32 +212,13 @@ def generate(
     batch_size: int = 128,
     progress: Progress = unseen,
 ) -> list[list[int]]:
-    """The new tokens of every prompt, in the order of `prompts`; the stop token that ended one is left out.
-
-    `progress` is called with the number of finished prompts whenever there are more. Raises InputError for an empty
-    prompt, one that fills the model's context, or an id outside its vocabulary.
-    """
-    for number, prompt in enumerate(prompts):
-        check(model, prompt, number)
-    engine = Engine(model, batch_size=min(batch_size, max(1, len(prompts))))
-    new: list[list[int]] = [[] for _ in prompts]
-    # The longest first, so that rows that are padded are of like length.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    number_of = {engine.add(prompts[number], sampling, stop_ids, number=number): number for number in order}
-    done = 0
-    try:
-        while engine.busy:
-            before = done
-            for id, token in engine.step():
-                if token is None:
-                    done += 1
-                else:
-                    new[number_of[id]].append(token)
-            if done > before:
-                progress(done)
-    finally:
-        engine.close()
-    return new
+    """The new tokens of every prompt, in the order of `prompts`. `progress` is called with the number of finished
+    prompts whenever there are more. Raises InputError as `answers` does."""
+    new: dict[int, list[int]] = {}
+    for ended in answers(model, dict(enumerate(prompts)), sampling, stop_ids, batch_size=batch_size):
+        new |= ended
+        progress(len(new))
+    return [new[number] for number in range(len(prompts))]
 
 
 def stream(model: nn.Module, prompt: Sequence[int], sampling: Sampling, stop_ids: AbstractSet[int]) -> Iterator[int]:

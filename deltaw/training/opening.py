@@ -75,7 +75,8 @@ class Opened:
     @property
     def id(self) -> BaseId:
         """What the adapter records of its base."""
-        return self.model.id if self.dataset.chat else replace(self.model.id, template=PLAIN)
+        asking = self.dataset.asking
+        return replace(self.model.id, system=asking.system, **({} if asking.chat else {"template": PLAIN}))
 
     def named_as(self, config: RunConfig) -> "Opened":
         """With the names that `config` has for what was opened (it may have been opened under longer ones)."""

@@ -105,6 +105,7 @@ def write_result(
         "peak_memory_bytes": peak_memory(opened.device),
         **measurements(measured, run, opened),
         "form": report.form,
+        "example": opened.dataset.example,
         "dropped": report.unusable + report.too_long_dropped + report.untrained,
         "truncated": report.truncated,
         "train_rows": report.train_rows,
@@ -148,10 +149,10 @@ def summary(run: Run) -> str:
 
 
 def _next(run: Run, result: dict[str, Any]) -> list[str]:
-    """Commands worth trying, with a prompt from this run."""
-    prompts = [row["prompt"] for row in result["answers"] if len(row["prompt"]) < 40 and "\n" not in row["prompt"]]
-    prompt = prompts[0] if prompts else "a prompt"
-    return [command("chat", run.folder), command("eval", run.folder), command("generate", run.folder, prompt)]
+    """Commands worth trying: what the run can be measured on, if it held rows out, and a prompt of its own kind."""
+    measured = [command("eval", run.folder)] if result["eval"]["rows"] else []
+    prompt = result.get("example") or "a prompt"
+    return [command("chat", run.folder), *measured, command("generate", run.folder, prompt)]
 
 
 def plot(values: list[float], width: int = 64, height: int = 8) -> str:

@@ -327,7 +327,7 @@ def csv(tmp_path, head, name="t.csv", count=30) -> str:
 
 def test_a_table_of_questions_and_answers_is_a_chat_on_a_base_with_a_template(tmp_path):
     prepared = prepare(DataConfig(train=csv(tmp_path, "Question, ANSWER "), eval=5), RENDERER)
-    assert prepared.chat and len(prepared.eval) == 5 and prepared.report.glued_rows == 0
+    assert prepared.asking.chat and len(prepared.eval) == 5 and prepared.report.glued_rows == 0
     first = prepared.train[0]
     number = int(first.origin.split(":")[1]) - 1
     assert RENDERER.decode(first.tokens[first.loss_mask], skip_special=False) == f"out {number}<|im_end|>"
@@ -342,7 +342,7 @@ def test_a_table_of_questions_and_answers_is_a_chat_on_a_base_with_a_template(tm
 def test_prompt_and_completion_that_meet_without_a_blank_are_told_of(tmp_path):
     glued = csv(tmp_path, "prompt,completion")
     prepared = prepare(DataConfig(train=glued), RENDERER)
-    assert texts(prepared.train)[0] == "in 0out 0" and not prepared.chat
+    assert texts(prepared.train)[0] == "in 0out 0" and not prepared.asking.chat
     assert prepared.report.glued_rows == 30
     (warning,) = [warning for warning in prepared.report.warnings if "blank" in warning]
     assert "data.join" in warning and "data.form: chat" in warning
