@@ -140,5 +140,11 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _word(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(one, str | dict) for one in value):
-        value = " + ".join(str(one.get("path", ROWS)) if isinstance(one, dict) else one for one in value)
+        value = " + ".join(one if isinstance(one, str) else _source(one) for one in value)
     return "none" if value is None else f"{value:.60}" if isinstance(value, str) else f"{value!s:.60}"
+
+
+def _source(value: Mapping[str, Any]) -> str:
+    """A source with its weight; a row that was given has no name."""
+    weight = value.get("weight", 1)
+    return f"{value.get('path', ROWS)} x {weight:g}" if weight != 1 else str(value.get("path", ROWS))

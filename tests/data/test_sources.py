@@ -117,7 +117,7 @@ def test_patterns(tmp_path):
     assert origins("d/[x].jsonl") == ["[x].jsonl:1"]  # what exists under the very name is meant
     with pytest.raises(InputError, match=r"a\.jsonl"):
         origins("d/*.csv")
-    with pytest.raises(InputError, match="did you mean"):
+    with pytest.raises(InputError, match="no folder"):
         origins("e/*.csv")
     with pytest.raises(InputError, match="data file"):
         origins("d/*.pdf")
