@@ -33,7 +33,7 @@ LOSSES = ("loss", "perplexity")
 @dataclass(frozen=True)
 class Entry:
     """A run: its settings as they were written, its figures where it has them. `loss` and `metrics`: on the held-out
-    rows, after the training or as measured last; `train_loss`: of the last step. `when`: it last changed."""
+    rows, after the training or as measured last; `train_loss`: of the last step. `when`: it ended or last changed."""
 
     name: str
     state: str
@@ -62,7 +62,8 @@ def list_runs(folder: str | Path) -> list[Entry]:
     InputError where there is no such folder."""
     root = Path(folder)
     if not root.exists():
-        raise no_such(root)
+        missing = no_such(root)
+        raise InputError(missing.what, fix=f"{missing.fix}; a run lies where its run file's `output` says")
     if not root.is_dir():
         raise InputError(f"{root}: is a file, not a folder of runs")
     entries = [_entry(Run(path), str(path.relative_to(root)) if path != root else root.name) for path in _runs(root)]
@@ -136,7 +137,7 @@ def _entry(run: Run, name: str) -> Entry:
         adapter_bytes=_size(run.adapter / "adapter_model.safetensors"),
         failed=[str(name) for name in _mapping(result, "failed")],
         problem="; ".join(problems) or None,
-        when=max(_changed(path) for path in (run.config, run.metrics, run.result)),
+        when=_moment(result.get("finished")) or max(map(_changed, (run.config, run.metrics, run.result))),
     )
 
 
@@ -187,6 +188,14 @@ def _size(file: Path) -> int | None:
     try:
         return file.stat().st_size
     except OSError:
+        return None
+
+
+def _moment(written: Any) -> float | None:
+    """Of a finished run: a copied folder's files have the time of the copy."""
+    try:
+        return datetime.fromisoformat(written).timestamp()
+    except (TypeError, ValueError, OverflowError, OSError):
         return None
 
 

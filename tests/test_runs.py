@@ -102,7 +102,7 @@ ANYTHING = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = ("eval", "steps", "failed", "trained_parameters")
+FIELDS = ("eval", "steps", "failed", "trained_parameters", "finished")
 RESULT = st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, ANYTHING)) | ANYTHING
 AFTER = st.dictionaries(st.sampled_from(sorted(METRICS)) | st.text(max_size=5), ANYTHING, max_size=3)
 

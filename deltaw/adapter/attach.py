@@ -129,6 +129,8 @@ def attach(
         generator = None
     elif spec.from_data:
         raise ValueError(f"init {spec.init} starts from data: attach with start_later, then initialise_from_data")
+    elif spec.start is not None:
+        raise ValueError(f"from: {spec.start} is for a run to open: attach the adapter that is there, Adapter.load(…)")
     else:
         generator = generator or torch.Generator().manual_seed(0)
     placed = put_on(model, spec, trained, fuse=fuse, start=generator)
@@ -151,6 +153,7 @@ def _as_learnt(spec: AdapterSpec) -> AdapterSpec:
     wider, stronger = (2, math.sqrt(2) if spec.scaling == "rslora" else 2) if spec.moves_base else (1, 1)
     return spec.model_copy(
         update={
+            "start": None,
             "init": "lora",
             "rank": wider * spec.rank,
             "alpha": stronger * spec.alpha,

@@ -22,7 +22,7 @@ def preview_named(run: Path, overrides: Sequence[str], *, rows: int, display: Di
     source, renderer, dataset = open_dataset(config, display)
     settled = settle_step(config, dataset)
     steps, size = count_steps(settled, dataset), settled.train.step_tokens
-    dataset.report.warnings.extend([*limits_of(source, dataset), *of_few_steps(settled, dataset, steps)])
+    dataset.report.warnings.extend([*limits_of(source, dataset), *of_few_steps(config, settled, dataset, steps)])
     lines = [f"{counted(steps, 'step')} of up to {size:,} tokens", *of_length(config, settled, steps)]
     data = {**asdict(dataset.report), "steps": steps, "tokens_per_step": size, "length": lines[1:]}
     return Result(data, "\n".join([printed(dataset, renderer.tokenizer, rows), *lines]))

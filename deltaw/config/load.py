@@ -30,9 +30,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     begun = path.name == "config.yaml" and any((path.parent / name).exists() for name in BEGUN)
     for item in overrides:
         _override(raw, item)
-    config = parse_config(raw, source=str(path), node=node, begun=begun)
-    config = at_home(config, path.parent) if begun else config
-    return config.model_copy(update={"evaluate": config.evaluate.located(path.parent)})
+    config = parse_config(raw, source=str(path), node=node, begun=begun, folder=path.parent)
+    return at_home(config, path.parent) if begun else config
 
 
 def config_of(given: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
@@ -48,14 +47,20 @@ def config_of(given: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
 
 
 def parse_config(
-    raw: Mapping[str, Any], *, source: str = "config", node: yaml.Node | None = None, begun: bool = False
+    raw: Mapping[str, Any],
+    *,
+    source: str = "config",
+    node: yaml.Node | None = None,
+    begun: bool = False,
+    folder: Path = Path(),
 ) -> RunConfig:
     """Validate a plain mapping. `node` (the YAML tree) lends the line numbers. `begun`: a run's own, accepted already,
-    so a setting without an effect doesn't keep it from being read."""
+    so a setting without an effect doesn't keep it from being read. `folder`: where files of metrics are looked for."""
     try:
         # JSON mode: a list is a tuple, an int is a float, and nothing else converts.
         given = json.dumps(as_it_was(raw) if begun else raw)
-        return RunConfig.model_validate_json(given, context=BEGUN if begun else None)
+        config = RunConfig.model_validate_json(given, context=BEGUN if begun else None)
+        return config.model_copy(update={"evaluate": config.evaluate.located(folder)})
     except ValidationError as error:
         raise InputError(refusal(error, RunConfig, source, file=source, node=node)) from None
     except (TypeError, ValueError) as problem:

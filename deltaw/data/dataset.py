@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 
 from deltaw.config import DataConfig
@@ -62,20 +62,18 @@ def prepare(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", di
     """
     sources = open_sources(config.train, config, renderer, reads)
     count = sum(len(source.rows) for source in sources)
-    with display.task("reading data", count) as progress:
-        if long := _long([row for source in sources for row in source.rows]):
-            progress(0, f"{long:,} characters to tokenise")
+    with display.task("reading data", _size(sources)) as progress:
         stream = _units(sources, renderer, config, progress)
         held_out = _taken(stream, config.held_out_of(count))
         train = _taken(stream, config.limit)
-        progress(count)  # rows beyond data.limit are never looked at
+        progress(_size(sources))  # rows beyond data.limit are never looked at
     _check(sources, config, usable=bool(train or held_out))
     if not train:
         raise _none_left(sources, held_out, config)
     others = sources
     if config.eval_sources is not None:
         others = open_sources(config.eval_sources, config, renderer, reads)
-        with display.task("reading held-out rows", sum(len(source.rows) for source in others)) as progress:
+        with display.task("reading held-out rows", _size(others)) as progress:
             held_out = _taken(_units(others, renderer, config, progress))
         _check(others, config, usable=bool(held_out))
     _assign(sources, others, train, held_out)
@@ -127,8 +125,11 @@ def _units(
 ) -> Iterator[list[Placed]]:
     """The usable rows of all sources in random order, each as its pieces; of a single document each piece is one. Only
     what is taken is counted."""
+    sizes, before = [[_characters(row) for row in source.rows] for source in sources], 0
+    in_characters = _size(sources) > sum(map(len, sizes))
     for chunk in _chunks(sources, _random_order(sources, config.seed)):
-        results = _render(chunk, sources, renderer, config)
+        within = partial(_beyond, progress, before) if in_characters else unseen
+        results = _render(chunk, sources, renderer, config, within)
         for (number, position), result in zip(chunk, results, strict=True):
             source = sources[number]
             source.seen += 1
@@ -138,7 +139,12 @@ def _units(
                 yield from ([placed[at]] for at in _shuffled(pieces, config.seed))
             elif placed:
                 yield placed
-        progress(sum(source.seen for source in sources))
+        before += sum(sizes[number][position] for number, position in chunk) if in_characters else len(chunk)
+        progress(before)
+
+
+def _beyond(progress: Progress, before: int, done: int) -> None:
+    progress(before + done)
 
 
 def _chunks(sources: Sequence[Reading], order: Sequence[Place]) -> Iterator[list[Place]]:
@@ -160,10 +166,10 @@ def _characters(row: Row) -> int:
     return sum(len(value) for value in row.value.values() if isinstance(value, str))
 
 
-def _long(rows: Sequence[Row]) -> int:
-    """The characters of all rows, where one of them is long."""
-    sizes = [_characters(row) for row in rows]
-    return sum(sizes) if max(sizes) > LONG else 0
+def _size(sources: Sequence[Reading]) -> int:
+    """What there is to read: rows, or their characters where one of them takes the tokenizer a while."""
+    sizes = [_characters(row) for source in sources for row in source.rows]
+    return sum(sizes) if max(sizes) > LONG else len(sizes)
 
 
 def _shuffled(pieces: Sequence[Example], seed: int) -> list[int]:
@@ -190,7 +196,7 @@ def _random_order(sources: Sequence[Reading], seed: int) -> list[Place]:
 
 
 def _render(
-    places: Sequence[Place], sources: Sequence[Reading], renderer: Renderer, config: DataConfig
+    places: Sequence[Place], sources: Sequence[Reading], renderer: Renderer, config: DataConfig, progress: Progress
 ) -> list[list[Example] | Rejected]:
     """Each row as an example or, where its source's texts are split, as pieces."""
     results: dict[Place, list[Example] | Rejected] = {}
@@ -204,7 +210,7 @@ def _render(
         except Rejected as rejected:
             results[place] = rejected
     if split:
-        pieces = renderer.render_pieces(*_apart(split), config.max_length, config.overlap)
+        pieces = renderer.render_pieces(*_apart(split), config.max_length, config.overlap, progress)
         results |= zip(split, pieces, strict=True)
     if whole:
         for place, example in zip(whole, renderer.render_all(*_apart(whole)), strict=True):

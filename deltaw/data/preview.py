@@ -47,11 +47,14 @@ def mixture(report: DataReport) -> list[str]:
     sources = [source for source in report.sources if source.visits]
     if len(sources) == 1 and sources[0].weight == 1:
         return []
-    return [
-        f"  {source.name}: {counted(source.train_rows, 'row')}, seen {source.visits:,} times in an epoch "
-        f"(weight {source.weight:g}), {source.share:.1%} of the trained tokens; {source.form}"
+    epoch = sum(source.visits for source in sources)
+    lines = [
+        f"  {source.name}: {counted(source.train_rows, 'row')}, {source.visits:,} of an epoch's {epoch:,} "
+        f"(weight {source.weight:g}), {source.share:.1%} of the trained tokens"
         for source in sources
     ]
+    forms = {source.form for source in sources}
+    return [f"{line}; {source.form}" if len(forms) > 1 else line for line, source in zip(lines, sources, strict=True)]
 
 
 def printed(dataset: Dataset, tokenizer: Any, n: int) -> str:

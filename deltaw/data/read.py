@@ -41,6 +41,7 @@ from deltaw.data.unpack import ARCHIVES, PACKED, unpacked
 from deltaw.errors import InputError, Rejected
 from deltaw.files.encoding import UTF8, as_utf8, setting
 from deltaw.files.strict_json import MARK, NotJSON, json_kind, parse
+from deltaw.show.text import counted
 
 HUB_ID = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<split>[\w.+\[\]%:-]+))?")
 OF_A_ROW = ("messages", "conversations", "tools", "history", "prompt", "completion", "chosen", "rejected", "input")
@@ -120,7 +121,7 @@ def _read_matches(pattern: str, paths: list[Path], encoding: str) -> Iterator[It
     if not files and not saved:
         what = f"{pattern}: none of the {len(paths)} that match is a data file"
         raise InputError(what, fix=f"known kinds: {' '.join(READERS)}")
-    yield Note(f"{pattern}: {len(files) + len(saved)} of the names that match it hold data")
+    yield Note(f"{pattern} matches {counted(len(files) + len(saved), 'data file')}")
     for path in sorted([*files, *saved]):
         name = path.relative_to(base).as_posix() if base in path.parents else path.name
         yield from read_saved(path, None) if path.is_dir() else _read_file(path, name, encoding)

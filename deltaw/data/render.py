@@ -37,6 +37,7 @@ from deltaw.data.split import split
 from deltaw.errors import InputError, Rejected
 from deltaw.files.strict_json import read_json
 from deltaw.files.template import CHATML, MAX_TEMPLATE, Asked, Template
+from deltaw.show.progress import Progress, unseen
 from deltaw.show.text import one_line
 
 TEMPLATE = "chat_template.jinja"  # in a folder: the template that goes with what lies there
@@ -110,12 +111,18 @@ class Renderer:
         ]
 
     def render_pieces(
-        self, documents: Sequence[Document], origins: Sequence[str], length: int = 0, overlap: int = 0
+        self,
+        documents: Sequence[Document],
+        origins: Sequence[str],
+        length: int = 0,
+        overlap: int = 0,
+        progress: Progress = unseen,
     ) -> list[list[Example] | Rejected]:
-        """The same, with texts of more than `length` tokens in pieces (`split.py`); none is split where it is 0."""
+        """The same, with texts of more than `length` tokens in pieces (`split.py`); none is split where it is 0.
+        `progress` is told of characters."""
         layouts = self._layouts(documents)
         good = [layout for layout in layouts if isinstance(layout, Layout)]
-        encoded = iter(self._encoder.encode([[piece.text for piece in layout.pieces] for layout in good]))
+        encoded = iter(self._encoder.encode([[piece.text for piece in layout.pieces] for layout in good], progress))
         results: list[list[Example] | Rejected] = []
         for layout, document, origin in zip(layouts, documents, origins, strict=True):
             if isinstance(layout, Rejected):

@@ -38,7 +38,10 @@ from deltaw.base.source import cache_root
 from deltaw.config import metric_key, own_metric
 from deltaw.errors import InputError, RunError
 from deltaw.evaluate.metrics import METRICS, Answer, Metric, Points
+from deltaw.files.paths import no_such
 from deltaw.show.text import one_line
+
+LARGEST = 10_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,7 @@ def _open(name: str, consent: Consent) -> Metric:
     own = own_metric(name)
     assert own is not None  # EvaluateConfig has checked it
     file, function = Path(own[0]), own[1]
-    try:
-        source = file.read_bytes()
-    except OSError as error:
-        what = f"evaluate.metrics: {file}: {(error.strerror or str(error)).lower()}"
-        raise InputError(what, fix="put the file there, or name other metrics") from None
+    source = _bytes(file)
     code = hashlib.sha256(source).hexdigest()
     known = cache_root() / "code" / code
     if consent.of_run is not None and not consent.allow and not known.is_file():
@@ -98,6 +97,18 @@ def _open(name: str, consent: Consent) -> Metric:
         raise InputError(f"{file}: {function}.higher_is_better is {higher!r:.60}", fix="set it to True or False")
     of = functools.cache(_Own(file, call, _wants_prompt(file, call)))  # it may be dear, or answer otherwise next time
     return Metric(metric_key(name), higher, of, code)
+
+
+def _bytes(file: Path) -> bytes:
+    """Raises InputError. A stranger's run may name a pipe, or gigabytes."""
+    try:
+        if not file.is_file():
+            raise no_such(file) if not file.exists() else InputError(f"evaluate.metrics: {file} isn't a file")
+        if (size := file.stat().st_size) > LARGEST:
+            raise InputError(f"evaluate.metrics: {file}: {size:,} bytes is too large for a metric")
+        return file.read_bytes()
+    except OSError as error:
+        raise InputError(f"evaluate.metrics: {file}: {error.strerror or error}") from None
 
 
 def _wants_prompt(file: Path, call: Callable[..., Any]) -> bool:

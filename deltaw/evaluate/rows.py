@@ -12,7 +12,7 @@ from deltaw.config.sources import SourceValue
 from deltaw.data.dataset import prepare, prepare_held_out
 from deltaw.data.example import Example
 from deltaw.data.forms import Reads
-from deltaw.errors import InputError, command
+from deltaw.errors import InputError
 from deltaw.files.paths import no_such
 from deltaw.model import Model, open_model
 from deltaw.named import Named
@@ -51,14 +51,12 @@ def _own_data(named: Named) -> DataConfig:
         raise no_such(named.path)
     if named.config is None:
         raise InputError(
-            f"{named.name} isn't a run, so it has no held-out rows",
-            fix=f"name a file of rows to measure it on: {command('eval', named.name, 'rows.jsonl')}",
+            f"{named.name} isn't a run, so it has no held-out rows", fix="name a data file to measure it on"
         )
     if named.config.data.eval is None:
         raise InputError(
-            f"{named.name} held no rows out when it was trained, so there is nothing to measure it on",
-            fix=f"name a file that it wasn't trained on: {command('eval', named.name, 'rows.jsonl')}   "
-            "next time, hold some out: data.eval=100",
+            f"{named.name} held no rows out when it was trained, so there are none to measure it on",
+            fix="name a data file with rows that it wasn't trained on; next time, hold some out: data.eval=100",
         )
     return named.config.data
 

@@ -130,17 +130,19 @@ def _measured(
         after = attempts(
             "held_out_loss", lambda: loss_on(model, rows, display, "after"), what="no held-out loss for the adapter"
         )
-    if before and after and not answers and not before.unanswered and (wanted.metrics or wanted.samples):
+    fresh = not answers or (after is not None and not after.scored_by(opened.metrics))
+    if before and after and fresh and not before.unanswered and (wanted.metrics or wanted.samples):
         pair = before, after
         both = attempts("answers", lambda: _answers(opened, run, *pair, display), what="no answers from the adapter")
         before, after = both or pair
+        answers = [] if both else answers
     if after and after is not known.after:
         display.say(f"after: {after.line()}")
     if general and not lost:
         lost = attempts(
             "forgetting", lambda: _forgetting(opened, general, display), what="no measure of what was forgotten"
         )
-    return replace(known, before=before, after=after, forgetting=lost, failed=attempts.failed)
+    return replace(known, before=before, after=after, answers=answers, forgetting=lost, failed=attempts.failed)
 
 
 def _answers(

@@ -68,22 +68,23 @@ def notes(asked: RunConfig, config: RunConfig, total: int) -> list[str]:
     return lines
 
 
-def warnings(config: RunConfig, dataset: Dataset, total: int) -> list[str]:
-    """Of a settled config: that its steps are few, and what would make them more. Whoever sets `train.steps` knows."""
+def warnings(asked: RunConfig, config: RunConfig, dataset: Dataset, total: int) -> list[str]:
+    """That a run's steps are few, and what would make them more. Whoever sets `train.steps` knows."""
     if total >= FEW or config.train.steps:
         return []
+
+    def steps(**train: Any) -> int:
+        return count_steps(settle_step(_with(asked, **train), dataset), dataset)
+
     epochs = math.ceil(config.train.epochs * FEW / total)
-    while (
-        count_steps(_with(config, epochs=float(epochs)), dataset) < FEW
-    ):  # one epoch may have a step more than another
+    while steps(epochs=float(epochs)) < FEW:  # a step of the same size may be one more or less an epoch
         epochs += 1
-    ways, smaller = [f"train.epochs={epochs}"], settle_step(_with(config, tokens_per_step=None), dataset)
-    if count_steps(smaller, dataset) > total:
-        ways.append(f"train.tokens_per_step={smaller.train.step_tokens}")
-    return [
-        f"only {counted(total, 'step')} will be taken, and with fewer than {FEW} little is learnt: set "
-        f"{' or '.join(ways)}"
-    ]
+    ways = [f"train.epochs={epochs}"]
+    smaller = settle_step(_with(config, tokens_per_step=None), dataset).train.step_tokens
+    if smaller < config.train.step_tokens and steps(tokens_per_step=smaller) > total:
+        ways.append(f"train.tokens_per_step={smaller}")
+    few = f"only {counted(total, 'step')} will be taken, and with fewer than {FEW} little is learnt"
+    return [f"{few}: set {' or '.join(ways)}"]
 
 
 def _with(config: RunConfig, **train: Any) -> RunConfig:

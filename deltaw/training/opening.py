@@ -105,9 +105,8 @@ def open_run(
     source = find_base(config.base, display=display)
     known = read_config(source)
     skeleton = open_skeleton(source, known)
-    config, start = open_start(config, skeleton, lineage.started_from, needed=start_is_needed)
-    if config.adapter.start is not None and start is None:
-        display.say(f"{config.adapter.start}, which it started from, is gone: the checkpoint has all that is needed")
+    recorded = lineage.started_from
+    config, start = open_start(config, skeleton, recorded, needed=start_is_needed, say=display.say)
     # On the modules alone; attach asks again, of layers that it has tried.
     targets = find_targets(skeleton, config.adapter)
     if targets.words:
@@ -123,7 +122,7 @@ def open_run(
         display.say(line)
     for note in dataset.report.notes:
         display.say(note)
-    for warning in [*dataset.report.warnings, *limits.warnings(rows), *length.warnings(config, dataset, total)]:
+    for warning in [*dataset.report.warnings, *limits.warnings(rows), *length.warnings(asked, config, dataset, total)]:
         display.say(f"warning: {warning}")
     dtype, device = config.train.dtype, config.train.device
     base = open_base(source, dtype=dtype, device=device, display=display, config=known)

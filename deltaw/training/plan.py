@@ -152,7 +152,10 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
         computed=f"{str(opened.model.base.dtype).removeprefix('torch.')} on {device}",
         steps=work.steps,
         tokens_per_step=opened.config.train.step_tokens,
-        length=[*length.notes(config, opened.config, work.steps), *length.warnings(opened.config, dataset, work.steps)],
+        length=[
+            *length.notes(config, opened.config, work.steps),
+            *length.warnings(config, opened.config, dataset, work.steps),
+        ],
         tokens=work.tokens,
         supervised_tokens=work.supervised,
         longest_batch=work.longest_tokens,

@@ -41,9 +41,10 @@ class Measured:
     def of(before: Evaluation | None, result: dict[str, Any]) -> "Measured":
         """What a finished run's result.json knows, beside its base's figures."""
         after, lost = result["eval"]["after"], result["forgetting"]
+        code = result["eval"].get("code", {})
         return Measured(
             before,
-            Evaluation(after.pop("loss"), after.pop("perplexity"), 0, metrics=after) if after else None,
+            Evaluation(after.pop("loss"), after.pop("perplexity"), 0, metrics=after, code=code) if after else None,
             Forgetting(**lost) if lost else None,
             result["answers"],
         )

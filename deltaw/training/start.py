@@ -15,13 +15,13 @@ as a new one is.
     dataset     any. A chat template other than the start's is said, not refused
 
 The start's fingerprint (`Adapter.fingerprint`, over its numbers) is in the run's lineage.json, so a start that changes
-between a stop and a resume is noticed. One that is gone isn't missed once there is a checkpoint, which has all that is
-needed.
+between a stop and a resume is noticed. Without a checkpoint the run would begin at other numbers, and is refused. With
+one nothing is needed of the start, so that it changed or is gone is only said: it may have been extended meanwhile.
 
 Rejected: training a second adapter beside the first one, fused (two adapters to ship, of twice the size together).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,15 +78,22 @@ class Start:
             yield f"{self.name} began with init {self.asked.init}, so its adapter is {rank}"
         before = self.adapter.base.template
         if before and before != template:
-            here = "on prompts as they are" if before == PLAIN else "through another chat template"
-            yield f"warning: {self.name} was trained {here}{'' if PLAIN in (before, template) else ' than this run'}"
+            ways = {PLAIN: "on prompts as they are"}
+            then, now = (ways.get(one, "through a chat template") for one in (before, template))
+            here = now if then != now else "through another one"
+            yield f"warning: {self.name} was trained {then}, and this run trains {here}"
 
 
 def open_start(
-    config: RunConfig, skeleton: nn.Module, recorded: History | None = None, *, needed: bool = True
+    config: RunConfig,
+    skeleton: nn.Module,
+    recorded: History | None = None,
+    *,
+    needed: bool = True,
+    say: Callable[[str], None] = print,
 ) -> tuple[RunConfig, Start | None]:
     """The config with what its adapter has from the start, and the start; none where the config names none, or where it
-    is gone and isn't `needed`. `recorded`: the start that the run began with, if it did.
+    isn't `needed` and isn't what it was. `recorded`: the start that the run began with, if it did.
 
     Raises InputError: no such adapter, another than the recorded one, one that doesn't fit the model, a config that
     says otherwise.
@@ -94,26 +101,34 @@ def open_start(
     name = config.adapter.start
     if name is None:
         return config, None
-    named = Named(name)
-    if not named.holds_adapter:
+    try:
+        start = _opened(name, Path(config.output))
+    except InputError as error:
         if needed:
+            raise
+        say(f"warning: the checkpoint has all that is needed, but {error.what}")
+        return config, None
+    if recorded is None or recorded.fingerprint == start.history.fingerprint:
+        return _with_its_spec(config, start, skeleton), start
+    if needed:
+        raise InputError(
+            f"{config.output} can't be resumed: the adapter that it was to start from, {name}, has changed",
+            fix="put it back as it was, or begin again with the new one: deltaw train run.yaml --replace",
+        )
+    say(f"warning: {name}, which it started from, has changed since; the checkpoint has what it was")
+    return config, None
+
+
+def _opened(name: str, output: Path) -> Start:
+    """Raises InputError where there is none, or the run would be written over it."""
+    named = Named(name)
+    try:
+        if not named.holds_adapter:
             raise InputError(
-                f"adapter.from: {name!r} is neither a run nor an adapter's folder",
+                f"{name!r} is neither a run nor an adapter's folder",
                 fix="name a folder that has config.yaml (a run) or adapter_config.json (an adapter)",
             )
-        return config, None
-    _check_apart(named.path, Path(config.output))
-    start = _opened(name, named)
-    if recorded is not None and recorded.fingerprint != start.history.fingerprint:
-        raise InputError(
-            f"{config.output} can't be resumed: the adapter that it started from, {name}, changed after it stopped",
-            fix="put it back as it was, or start a new run",
-        )
-    return _with_its_spec(config, start, skeleton), start
-
-
-def _opened(name: str, named: Named) -> Start:
-    try:
+        _check_apart(named.path, output)
         adapter, run = named.adapter, named.config
     except DeltawError as error:
         raise InputError(f"adapter.from: {error.what}", fix=error.fix) from None
@@ -138,7 +153,7 @@ def _check_apart(start: Path, output: Path) -> None:
     """Raise InputError where the run would be written over its own start."""
     start, output = start.resolve(), output.resolve()
     if start == output or output in start.parents:
-        raise InputError(f"output {output} is what it starts from (adapter.from)", fix="choose another output")
+        raise InputError(f"output {output} is what it starts from", fix="choose another output")
 
 
 def _with_its_spec(config: RunConfig, start: Start, skeleton: nn.Module) -> RunConfig:
@@ -197,9 +212,11 @@ def _sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:
 
 def described(empty: int) -> list[str]:
     """For logs: rows that were empty in the start."""
-    return [f"{counted(empty, 'empty row of its A was', 'empty rows of its A were')} drawn afresh, to learn"] * bool(
-        empty
-    )
+    if not empty:
+        return []
+    return [
+        f"{counted(empty, 'row of its A was', 'rows of its A were')} empty, and drawn afresh so that they can learn"
+    ]
 
 
 def _word(value: Any) -> str:

@@ -185,9 +185,9 @@ def test_why_there_is_nothing_to_measure(judged: Path, folder: Path, tmp_path: P
     cases = {
         (none,): "data.eval",
         (judged / "rum",): str(judged / "run"),
-        (judged / "run/adapter",): "eval",
+        (judged / "run/adapter",): "data file",
         (tmp_path / "no/such",): "no such file",
-        (folder / "base",): "eval",
+        (folder / "base",): "data file",
         (judged / "run", "--metrics", "judge.py:size"): "judge.py",
         (judged / "run", "--metrics", "cer"): "character_error_rate",
         (judged / "run", "--no-base", "--no-adapter"): "--no-base",

@@ -183,3 +183,17 @@ def test_names_of_control_tokens_are_counted_once(tmp_path):
     path = write(tmp_path / "t.jsonl", "<s> " + long_text(20) + " </s> and <s> again")
     report = prepare(DataConfig(train=path, max_length=64, overlap=30), RENDERERS["bos"]).report
     assert report.named_tokens == 3
+
+
+@pytest.mark.parametrize("kind", RENDERERS)
+def test_a_text_that_is_encoded_in_portions_has_the_tokens_of_the_whole(kind, monkeypatch):
+    text = long_text(80) + " <|im_end|> Ünï 日本語。 " + "no blank here".replace(" ", "_") * 90 + long_text(40)
+    renderer = RENDERERS[kind]
+    whole, (pieces,) = renderer.render(Text(text), "t:1"), renderer.render_pieces([Text(text)], ["t:1"], 90)
+    told = []
+    for portion in (300, 500, 1700):
+        monkeypatch.setattr("deltaw.data.encode.PORTION", portion)
+        (portioned,) = renderer.render_pieces([Text(text)], ["t:1"], 90, progress=told.append)
+        assert renderer.render(Text(text), "t:1").tokens.tolist() == whole.tokens.tolist()
+        assert [piece.tokens.tolist() for piece in portioned] == [piece.tokens.tolist() for piece in pieces]
+    assert len(told) > 6 and max(told) >= len(text) - 9

@@ -23,6 +23,7 @@ from deltaw.training.verify import verify_resume
 from deltaw.training.watch import Watch
 from tests.tiny import Said, run_file, tiny_base
 from tests.training.finished import KINDS, config
+from tests.training.test_length import files
 from tests.training.test_loop import QUIET, digest, metrics, stop_at
 
 
@@ -47,6 +48,13 @@ def refused(folder: Path, adapter: dict[str, Any], **options: Any) -> str:
     assert not (folder / "refused").exists()
     assert len(str(error.value).splitlines()) <= 5
     return str(error.value)
+
+
+def test_the_adapter_that_comes_out_has_no_start_of_its_own(place: Path) -> None:
+    run = config(place, "value", adapter={"from": str(place / "lora")}, steps=1)
+    assert train(run, replace=True, display=QUIET).spec.start is None
+    with pytest.raises(ValueError, match=r"Adapter\.load"):
+        attach(torch.nn.Sequential(torch.nn.Linear(8, 8)), run.adapter)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,14 +109,20 @@ def test_a_start_that_changed_meanwhile_is_noticed(place: Path, monkeypatch: pyt
     shutil.copytree(plain(place) / "adapter", copy / "adapter", dirs_exist_ok=True)
     shutil.copytree(place / "cut", place / "not saved", dirs_exist_ok=True)
     shutil.rmtree(place / "not saved/checkpoints")
-    for run in ("cut", "not saved"):
-        with pytest.raises(InputError, match="changed after it stopped"):
-            resume(place / run, display=QUIET)
+    before, said = files(place / "not saved"), Said()
+    with pytest.raises(InputError, match="has changed"):
+        resume(place / "not saved", display=QUIET)
+    assert files(place / "not saved") == before
     moved = [f"adapter.from={place / 'lora'}"]
     with pytest.raises(InputError, match="--allow"):
         resume(place / "cut", moved, display=QUIET)
-    resume(place / "cut", moved, allow=True, display=QUIET)
+    resume(place / "cut", display=said)  # which has a checkpoint: all that it was is there
+    assert any("has changed" in line for line in said.lines)
     assert digest(place / "cut") == digest(plain(place))
+    began = Adapter.load(place / "cut/adapter").history.started_from
+    assert began and began.fingerprint == Adapter.load(place / "lora/adapter").fingerprint
+    resume(place / "not saved", moved, allow=True, display=QUIET)
+    assert digest(place / "not saved") == digest(plain(place))
 
 
 def test_another_tools_adapter_and_one_inside_a_run_are_starts_as_well(place: Path) -> None:
