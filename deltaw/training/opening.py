@@ -63,6 +63,11 @@ class Opened:
         """What the adapter records of its base."""
         return self.model.id if self.dataset.chat else replace(self.model.id, template=PLAIN)
 
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest row that is trained on."""
+        return max(len(example.tokens) for example in self.dataset.train)
+
     def learner(self, display: Display) -> Learner:
         """Of the adapter, at its beginning."""
         prints = {"base": self.id.fingerprint, "data": self.dataset.fingerprint, "template": self.id.template}

@@ -25,6 +25,7 @@ from deltaw.model import open_model
 from deltaw.named import load_adapter
 from deltaw.run import Run
 from deltaw.show.progress import Display
+from deltaw.training.captured import captured_on
 from deltaw.training.changes import restore, settled
 from deltaw.training.checkpoint import Saved, latest_checkpoint, save_checkpoint
 from deltaw.training.finish import finish, measure_again, report
@@ -131,6 +132,7 @@ class Steps:
         learner, state, total, device = self.learner, self.learner.state, self.opened.total, self.opened.device
         try:
             forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
+            captured = captured_on(device, forward, learner, self.opened.longest, self.display.say)
             with self.display.task("training", total) as progress:
                 progress(state.step)
                 self._due()  # the evaluation that a stop cut off
@@ -140,7 +142,7 @@ class Steps:
                         break
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
-                            (record,) = step(forward, [learner], batches, position)
+                            (record,) = step(forward, [learner], batches, position, captured)
                         self._write(record)
                     first = False
                     loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
