@@ -85,7 +85,7 @@ class Batch:
 
     def segments(self) -> Segments | None:
         """The rows of each update; None where all take the first."""
-        return segments_of(self.updates, self.starts)
+        return segments_of(self.updates, self.starts) if self.updates else None
 
     def by_document(self, values_K: Tensor) -> Tensor:
         """[documents, ...]: what belongs to each label [K, ...], in the order of their rows, summed by document."""

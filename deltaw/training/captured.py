@@ -11,15 +11,13 @@ always did, between the gradient and the update, from the same numbers: a captur
 Rejected: reading them a step later, with the update guarded on the device. It would save the wait, and every promise of
 watch.py would need a second version of itself; while the device works on a step the host has nothing better to do.
 
-Nothing is taken on trust. A pass that waits for the device couldn't be recorded, so the first one runs where waiting is
-an error. A recorded pass must give the loss of the pass itself to the bit, and its gradient to the rounding of sums
-whose order a GPU leaves open. Where anything fails the run goes on uncaptured, and a line says why: a step has changed
-nothing until its update.
+Nothing is taken on trust. A recorded pass must give the loss of the pass itself to the bit, and its gradient to the
+rounding of sums whose order a GPU leaves open. Where anything fails (work that waits for the device can't be recorded)
+the run goes on uncaptured, and a line says why: a step has changed nothing until its update.
 
 Without a GPU all of this runs as it is, except for recording: `Captured(..., record=None)`.
 """
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,8 +56,7 @@ class Captured:
         self.forward, self.learner, self._longest, self._say, self._record = forward, learner, longest, say, record
         self._parameters = learner.attached.parameters
         device = self._parameters[0].device
-        self._gradient = torch.zeros(sum(p.numel() for p in self._parameters), device=device)
-        self._parts = [part.view_as(p) for part, p in zip(self._split(), self._parameters, strict=True)]
+        self.gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
         self._supervised = torch.ones((), device=device)
         self._passes: dict[Size, _Pass] = {}
         self._clip, self._step = Recorded(self._clipped, record), Recorded(self._stepped, record)
@@ -70,9 +67,9 @@ class Captured:
         looks for it. None where that can't be captured, and then nothing has happened."""
         if self.why_not:
             return None
-        self._gradient.zero_()
-        for parameter, part in zip(self._parameters, self._parts, strict=True):
-            parameter.grad = part
+        torch._foreach_zero_(self.gradients)
+        for parameter, gradient in zip(self._parameters, self.gradients, strict=True):
+            parameter.grad = gradient
         self._supervised.fill_(supervised)
         try:
             with self.learner.dropping():
@@ -106,12 +103,17 @@ class Captured:
         return loss.detach()
 
     @contextmanager
-    def apart(self) -> Iterator[Tensor]:
-        """Inside, the gradient begins at 0 and is the pass's alone; afterwards what was there is added."""
-        before = self._gradient.clone()
-        self._gradient.zero_()
-        yield self._gradient
-        self._gradient.add_(before)
+    def apart(self) -> Iterator[None]:
+        """Inside, the gradients are for trying; afterwards they are what they were."""
+        before = [gradient.clone() for gradient in self.gradients]
+        yield
+        torch._foreach_copy_(self.gradients, before)
+
+    def gradient_of(self, work: Callable[[], object]) -> list[Tensor]:
+        """What `work` adds to gradients of 0, which stay where they are."""
+        torch._foreach_zero_(self.gradients)
+        work()
+        return [gradient.clone() for gradient in self.gradients]
 
     def _clipped(self) -> Tensor:
         return nn.utils.clip_grad_norm_(self._parameters, self.learner.config.clip)
@@ -119,9 +121,6 @@ class Captured:
     def _stepped(self) -> Tensor:
         self.learner.optimizer.step()
         return self._supervised
-
-    def _split(self) -> Sequence[Tensor]:
-        return self._gradient.split([p.numel() for p in self._parameters])
 
 
 class _Pass:
@@ -139,7 +138,7 @@ class _Pass:
         drawing = self._captured.learner.drawing
         filled = fill(batch, self._places.size)
         self._places.put(filled)
-        blind = self._loss.is_cuda
+        blind = self._record is not None  # a pass that will be replayed may know no batch's documents
 
         def work() -> Tensor:
             return self._captured.loss_of(self._places.batch(None if blind else filled.documents))
@@ -149,8 +148,7 @@ class _Pass:
         self._met = True
         with drawing(number):
             if self._replay is None:
-                with _no_waiting(blind):
-                    return work()
+                return work()
             self._replay()
             return self._loss.clone()
 
@@ -158,19 +156,25 @@ class _Pass:
         """The pass recorded, after it has shown that it does what the pass does."""
         drawing, record = self._captured.learner.drawing, self._record
         assert record is not None
-        with self._captured.apart() as gradient:
+        losses: list[Tensor] = []
+        with self._captured.apart():
             with drawing(number):
-                loss, truth = work(), gradient.clone()
-            gradient.zero_()
+                truth = self._captured.gradient_of(lambda: losses.append(work()))
             with drawing(number):
                 replay, place = record(work)
             with drawing(number):
-                replay()
-            off = float((gradient - truth).norm() / truth.norm().clamp_min(1e-30))
-            if not (torch.equal(place, loss) and off <= CLOSE) and bool(loss.isfinite()):
-                raise RuntimeError(f"a recorded pass isn't the pass: its gradient is off by {off:.1e}")
-            gradient.zero_()
+                replayed = self._captured.gradient_of(replay)
+            off = _difference(replayed, truth)
+            if bool(losses[0].isfinite()) and not (torch.equal(place, losses[0]) and off <= CLOSE):
+                raise RuntimeError(f"a recorded pass isn't the pass itself: its gradient is off by {off:.1e}")
         return replay, place
+
+
+def _difference(some: list[Tensor], others: list[Tensor]) -> float:
+    """‖some − others‖ / ‖others‖."""
+    sizes = torch.stack([norm.double() for norm in torch._foreach_norm(others)])
+    differences = torch.stack([norm.double() for norm in torch._foreach_norm(torch._foreach_sub(some, others))])
+    return float(differences.norm() / sizes.norm().clamp_min(1e-30))
 
 
 class Recorded:
@@ -213,25 +217,13 @@ class Recorder:
         self._pool: Any = None
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        gc.collect()
-        torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on (autograd's own, a progress display); this one does nothing that can't be recorded.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = work()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads may go on (a progress display, another run's): only this one can spoil a recording.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = work()
+        except Exception:
+            torch.cuda.set_stream(stream)  # a recording that failed leaves its own behind
+            raise
         self._pool = graph.pool()
         return graph.replay, result
-
-
-@contextmanager
-def _no_waiting(on: bool) -> Iterator[None]:
-    """Inside, an operation that waits for the GPU is an error: it couldn't be recorded."""
-    if not on:
-        yield
-        return
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
