@@ -51,15 +51,22 @@ class Captured:
     """The passes and updates of one learner. `longest`: tokens of its longest document; `say`: where a line goes."""
 
     def __init__(
-        self, forward: Forward, learner: Learner, longest: int, say: Callable[[str], None], record: Record | None
+        self,
+        forward: Forward,
+        learner: Learner,
+        longest: int,
+        say: Callable[[str], None],
+        record: Record | None,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
+        self._meanwhile = meanwhile
         self.forward, self.learner, self._longest, self._say, self._record = forward, learner, longest, say, record
         self._parameters = learner.attached.parameters
         device = self._parameters[0].device
         self.gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
         self._supervised = torch.ones((), device=device)
         self._passes: dict[Size, _Pass] = {}
-        self._clip, self._step = Recorded(self._clipped, record), Recorded(self._stepped, record)
+        self._clip, self._step = Recorded(self._clipped, record, say), Recorded(self._stepped, record, say)
         self.why_not = ""
 
     def run(self, batches: Sequence[Batch], supervised: int) -> Ran | None:
@@ -75,12 +82,12 @@ class Captured:
             with self.learner.dropping():
                 numbered = [(n, batch) for n, batch in enumerate(batches) if batch.supervised]
                 losses = {number: self._passed(number, batch) for number, batch in numbered}
-            values = torch.stack([*losses.values(), self._clip()]).tolist()  # the one wait
+            numbers = torch.stack([*losses.values(), self._clip()])
+            self._meanwhile()
+            values = numbers.tolist()  # the one wait
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                self.why_not = "there isn't memory enough to record a pass"
-            else:
-                self.why_not = next(iter(str(error).splitlines()), type(error).__name__)
+            short = isinstance(error, torch.OutOfMemoryError)
+            self.why_not = "there isn't memory enough to record a pass" if short else _first_line(error)
             self._say(f"steps aren't captured, so they are slower on this device: {self.why_not:.200}")
             self._passes.clear()
             self.learner.optimizer.zero_grad()
@@ -90,7 +97,7 @@ class Captured:
 
     def _passed(self, number: int, batch: Batch) -> Tensor:
         """The batch's loss on the device; its gradient is added."""
-        size = Size.of(batch, self.learner.config.tokens_per_batch, self._longest)
+        size = Size.of(batch, self.learner.config.batch_tokens, self._longest)
         if size not in self._passes:
             record = self._record if len(self._passes) < SIZES else None
             self._passes[size] = _Pass(self, size, record)
@@ -178,17 +185,22 @@ def _difference(some: list[Tensor], others: list[Tensor]) -> float:
 
 
 class Recorded:
-    """Work that is run as it is the first time, recorded the second, and replayed from then on."""
+    """Work that is run as it is the first time, recorded the second, and replayed from then on; where it can't be
+    recorded, it is run as it is."""
 
-    def __init__(self, work: Callable[[], Tensor], record: Record | None) -> None:
-        self._work, self._record, self._met = work, record, False
+    def __init__(self, work: Callable[[], Tensor], record: Record | None, say: Callable[[str], None]) -> None:
+        self._work, self._record, self._say, self._met = work, record, say, False
         self._replay: Callable[[], object] | None = None
         self._result = torch.empty(0)
 
     def __call__(self) -> Tensor:
         """Its result, good until the next call."""
         if self._replay is None and self._record is not None and self._met:
-            self._replay, self._result = self._record(self._work)
+            try:
+                self._replay, self._result = self._record(self._work)
+            except Exception as error:
+                self._record = None
+                self._say(f"updates aren't captured, so they are slower on this device: {_first_line(error):.200}")
         self._met = True
         if self._replay is None:
             return self._work()
@@ -197,9 +209,15 @@ class Recorded:
 
 
 def captured_on(
-    device: torch.device, forward: Forward, learner: Learner, longest: int, say: Callable[[str], None]
+    device: torch.device,
+    forward: Forward,
+    learner: Learner,
+    longest: int,
+    say: Callable[[str], None],
+    meanwhile: Callable[[], object],
 ) -> Captured | None:
-    """The captured steps of a run, where its device can record. A line says why it isn't captured on one that can."""
+    """The captured steps of a run, where its device can record; `meanwhile` is what the host does while that works. A
+    line says why a run isn't captured on a device that can."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     why = "" if forward.packed else "its documents can't be packed"
@@ -207,7 +225,11 @@ def captured_on(
     if why:
         say(f"steps aren't captured, so they are slower on this device: {why}")
         return None
-    return Captured(forward, learner, longest, say, Recorder())
+    return Captured(forward, learner, longest, say, Recorder(), meanwhile)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class Recorder:

@@ -143,7 +143,7 @@ def start_from_data(opened: Opened, display: Display) -> None:
 def above_the_frozen(opened: Opened, display: Display) -> Forward:
     """The forward of training steps. Where a run passes its documents more than once, the frozen layers below the
     lowest adapter are computed once for all of them, if their output fits into `FROZEN_SHARE` of the free memory."""
-    forward, rows, capacity = opened.model.forward, opened.dataset.train, opened.config.train.tokens_per_batch
+    forward, rows, capacity = opened.model.forward, opened.dataset.train, opened.config.train.batch_tokens
     lowest = lowest_layer(opened.attached.paths)
     if lowest is None or not lowest[1] or opened.total <= opened.loader(TrainState()).steps_in_epoch(0):
         return forward
@@ -174,7 +174,7 @@ def general_rows(config: RunConfig, model: Model) -> list[Example]:
 def make_loader(config: RunConfig, dataset: Dataset, position: LoaderState) -> Loader:
     """The steps of a run from `position` on."""
     train = config.train
-    return Loader(dataset.train, train.tokens_per_step, train.tokens_per_batch, train.seed, position)
+    return Loader(dataset.train, train.tokens_per_step, train.batch_tokens, train.seed, position)
 
 
 def _pinned(config: RunConfig, model: Model) -> RunConfig:

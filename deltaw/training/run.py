@@ -19,12 +19,14 @@ from typing import Any
 
 from deltaw.adapter.file import Adapter
 from deltaw.config import RunConfig
+from deltaw.data.loader import Ahead
 from deltaw.data.opening import open_dataset
 from deltaw.errors import command
 from deltaw.model import open_model
 from deltaw.named import load_adapter
 from deltaw.run import Run
 from deltaw.show.progress import Display
+from deltaw.training.batch_size import sized
 from deltaw.training.captured import captured_on
 from deltaw.training.changes import restore, settled
 from deltaw.training.checkpoint import Saved, latest_checkpoint, save_checkpoint
@@ -75,7 +77,7 @@ def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, 
     """Take a run from its beginning or a checkpoint to its end, in a folder that is claimed."""
     began = time.monotonic()
     with StopRequest() as stop:
-        opened = open_run(config, display)
+        opened = sized(open_run(config, display), display)
         general = general_rows(config, opened.model)
         learner = opened.learner(display)
         shortage = partial(explain, opened=opened, learner=learner, run=run)
@@ -132,12 +134,13 @@ class Steps:
         learner, state, total, device = self.learner, self.learner.state, self.opened.total, self.opened.device
         try:
             forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
-            captured = captured_on(device, forward, learner, self.opened.longest, self.display.say)
+            loader = Ahead(self.opened.loader(state))
+            captured = captured_on(device, forward, learner, self.opened.longest, self.display.say, loader.fetch)
             with self.display.task("training", total) as progress:
                 progress(state.step)
                 self._due()  # the evaluation that a stop cut off
                 first = True  # the step of this process that shows whether there is memory enough
-                for batches, position in self.opened.loader(state):
+                for batches, position in loader:
                     if state.step >= total:
                         break
                     with self.stop.held():

@@ -75,7 +75,7 @@ def verify_resume(config: RunConfig, steps: int, display: Display) -> Verified:
         "eval_every": None,
         "sample_every": None,
         "warmup_steps": min(config.train.warmup_steps or 0, steps - 1),
-        "tokens_per_step": min(config.train.tokens_per_step, 2 * config.train.tokens_per_batch),
+        "tokens_per_step": min(config.train.tokens_per_step, 2 * config.train.batch_tokens),
     }
     config = config.model_copy(update={"train": config.train.model_copy(update=train)})
     opened = open_run(config, display)
