@@ -136,10 +136,11 @@ class Ahead:
         self._items = iter(items)
         self._fetched: list[Item] = []
 
-    def fetch(self) -> None:
-        """Have the next item ready."""
+    def fetch(self) -> list[Batch]:
+        """The batches of the next item, which is kept."""
         if not self._fetched:
             self._fetched.append(next(self._items))
+        return self._fetched[0][0]
 
     def __iter__(self) -> Iterator[Item]:
         while True:

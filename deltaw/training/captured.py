@@ -30,9 +30,11 @@ from deltaw.base.batch import Batch
 from deltaw.base.filled import Places, Size, fill
 from deltaw.base.forward import Forward
 from deltaw.training.learner import Learner
+from deltaw.training.memory import release
 
 CLOSE = 1e-2  # of the gradient, by which two runs of one backward may differ: attention adds in any order
 SIZES = 32  # recorded at most; batches of others run as they are
+ROOM = 0.5  # of the free memory, that a recording must leave
 
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]  # work -> (replay, its result's place)
 
@@ -48,7 +50,8 @@ class Ran:
 
 
 class Captured:
-    """The passes and updates of one learner. `longest`: tokens of its longest document; `say`: where a line goes."""
+    """The passes and updates of one learner. `longest`: tokens of its longest document; `say`: where a line goes;
+    `following`: the batches of the next step."""
 
     def __init__(
         self,
@@ -57,15 +60,16 @@ class Captured:
         longest: int,
         say: Callable[[str], None],
         record: Record | None,
-        meanwhile: Callable[[], object] = lambda: None,
+        following: Callable[[], Sequence[Batch]] = list,
     ) -> None:
-        self._meanwhile = meanwhile
+        self._following = following
         self.forward, self.learner, self._longest, self._say, self._record = forward, learner, longest, say, record
         self._parameters = learner.attached.parameters
         device = self._parameters[0].device
         self.gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
         self._supervised = torch.ones((), device=device)
         self._passes: dict[Size, _Pass] = {}
+        self._filled: list[tuple[Batch, Batch]] = []  # of the step to come: (a batch, the same filled up)
         self._clip, self._step = Recorded(self._clipped, record, say), Recorded(self._stepped, record, say)
         self.why_not = ""
 
@@ -83,13 +87,13 @@ class Captured:
                 numbered = [(n, batch) for n, batch in enumerate(batches) if batch.supervised]
                 losses = {number: self._passed(number, batch) for number, batch in numbered}
             numbers = torch.stack([*losses.values(), self._clip()])
-            self._meanwhile()
+            self.prepare(self._following())
             values = numbers.tolist()  # the one wait
         except Exception as error:
             short = isinstance(error, torch.OutOfMemoryError)
             self.why_not = "there isn't memory enough to record a pass" if short else _first_line(error)
             self._say(f"steps aren't captured, so they are slower on this device: {self.why_not:.200}")
-            self._passes.clear()
+            self.release()
             self.learner.optimizer.zero_grad()
             return None
         by_number = dict(zip(losses, values, strict=False))
@@ -97,11 +101,23 @@ class Captured:
 
     def _passed(self, number: int, batch: Batch) -> Tensor:
         """The batch's loss on the device; its gradient is added."""
-        size = Size.of(batch, self.learner.config.batch_tokens, self._longest)
+        size = self._size_of(batch)
         if size not in self._passes:
             record = self._record if len(self._passes) < SIZES else None
             self._passes[size] = _Pass(self, size, record)
         return self._passes[size](number, batch)
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Fill up the batches of the step to come: what the host does while the device works."""
+        self._filled = [(batch, fill(batch, self._size_of(batch))) for batch in batches if batch.supervised]
+
+    def filled(self, batch: Batch) -> Batch:
+        """A batch of the step, filled up."""
+        ready = (filled for raw, filled in self._filled if raw is batch)
+        return next(ready, None) or fill(batch, self._size_of(batch))
+
+    def _size_of(self, batch: Batch) -> Size:
+        return Size.of(batch, self.learner.config.batch_tokens, self._longest)
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Forward and backward: the work of a pass."""
@@ -121,6 +137,15 @@ class Captured:
         torch._foreach_zero_(self.gradients)
         work()
         return [gradient.clone() for gradient in self.gradients]
+
+    def release(self) -> None:
+        """Give up what was recorded, and its memory."""
+        device = self._parameters[0].device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # it may be running
+        self._passes.clear()
+        self._clip, self._step = (Recorded(work, None, self._say) for work in (self._clipped, self._stepped))
+        release(device)
 
     def _clipped(self) -> Tensor:
         return nn.utils.clip_grad_norm_(self._parameters, self.learner.config.clip)
@@ -143,7 +168,7 @@ class _Pass:
     def __call__(self, number: int, batch: Batch) -> Tensor:
         """The loss of the step's batch of that number, and its gradient added."""
         drawing = self._captured.learner.drawing
-        filled = fill(batch, self._places.size)
+        filled = self._captured.filled(batch)
         self._places.put(filled)
         blind = self._record is not None  # a pass that will be replayed may know no batch's documents
 
@@ -214,10 +239,10 @@ def captured_on(
     learner: Learner,
     longest: int,
     say: Callable[[str], None],
-    meanwhile: Callable[[], object],
+    following: Callable[[], Sequence[Batch]],
 ) -> Captured | None:
-    """The captured steps of a run, where its device can record; `meanwhile` is what the host does while that works. A
-    line says why a run isn't captured on a device that can."""
+    """The captured steps of a run, where its device can record; `following` packs the batches of the next step. A line
+    says why a run isn't captured on a device that can."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     why = "" if forward.packed else "its documents can't be packed"
@@ -225,7 +250,7 @@ def captured_on(
     if why:
         say(f"steps aren't captured, so they are slower on this device: {why}")
         return None
-    return Captured(forward, learner, longest, say, Recorder(), meanwhile)
+    return Captured(forward, learner, longest, say, Recorder(), following)
 
 
 def _first_line(error: Exception) -> str:
@@ -240,6 +265,8 @@ class Recorder:
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
         try:
             # Other threads may go on (a progress display, another run's): only this one can spoil a recording.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -247,5 +274,10 @@ class Recorder:
         except Exception:
             torch.cuda.set_stream(stream)  # a recording that failed leaves its own behind
             raise
+        left, _ = torch.cuda.mem_get_info()
+        if left < free * ROOM:
+            raise RuntimeError(
+                "a recorded pass keeps its memory, and evaluations would lack it; lower tokens_per_batch"
+            )
         self._pool = graph.pool()
         return graph.replay, result

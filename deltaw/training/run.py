@@ -132,6 +132,7 @@ class Steps:
     def take(self) -> None:
         """All of them. Raises Stopped when a signal came, after saving."""
         learner, state, total, device = self.learner, self.learner.state, self.opened.total, self.opened.device
+        captured = None
         try:
             forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
             loader = Ahead(self.opened.loader(state))
@@ -163,6 +164,8 @@ class Steps:
             raise
         finally:
             self._log.close()
+            if captured is not None:
+                captured.release()
 
     def _due(self) -> None:
         """Do what comes after a step: an evaluation, samples, a checkpoint. If it raises, no step is lost."""
