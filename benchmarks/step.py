@@ -77,7 +77,7 @@ def main() -> None:
     counts = [sum(len(batch.tokens_T) for batch in batches) for batches in steps]
     rates = [count / taken for count, taken in zip(counts[WARM:], seconds[WARM:], strict=True)]
     low, middle, high = statistics.quantiles(rates, n=4)
-    rate = gemm_gigaflops(config.train.tokens_per_step)
+    rate = gemm_gigaflops(config.train.step_tokens)
     print(f"{middle:.0f} tokens/s (quartiles {low:.0f}, {high:.0f}) over {STEPS} steps; {forward.describe()}")
     print(f"bf16 products alone: {rate:.0f} GFLOP/s")
 

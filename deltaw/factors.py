@@ -24,7 +24,7 @@ from deltaw.linalg.svd import product_singular_values, product_svd
 from deltaw.updates import Plain, Svd
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LowRank(Plain):
     """ΔW = scale · B A with A [R, N] and B [M, R]; raises ValueError when the shapes do not fit."""
 

@@ -25,7 +25,7 @@ from deltaw.linalg.row_norms import norms_of_sum, over_norms, squared_norms
 from deltaw.updates import Plain, Svd, Update
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dense(Plain):
     """ΔW as the matrix itself, [M, N]: what full fine-tuning learns. Raises ValueError when it isn't a matrix."""
 
@@ -96,7 +96,7 @@ class Dense(Plain):
     __radd__ = __add__
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DoRA(Update):
     """m ∘ V / ‖V‖ with V = W + ΔV, ΔV = `low`, m [M] in its dtype. Raises ValueError when m isn't a vector of M."""
 

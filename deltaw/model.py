@@ -7,6 +7,7 @@ fingerprint, and one trained under another chat template is named.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from os import fspath
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from deltaw.generate.engine import generate, stream
 from deltaw.generate.sampling import Sampling
 from deltaw.named import Named
 from deltaw.show.progress import Display, Progress, unseen
+from deltaw.show.text import counted
 
 PLAIN = "plain"  # in place of a template's fingerprint: trained on prompts as they are
 Prompt = str | Sequence[dict[str, Any]]  # text as it is, or a chat's messages
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A base with its tokenizer, and an adapter or none."""
 
@@ -38,6 +40,12 @@ class Model:
     forward: Forward
     attached: Attached | None = None
     trained_plain: bool = False  # the adapter was trained on prompts without the chat template
+
+    def __repr__(self) -> str:
+        adapted = (
+            "no adapter" if self.attached is None else f"an adapter on {counted(len(self.attached.layers), 'module')}"
+        )
+        return f"Model({self.base!r}, {adapted})"
 
     @property
     def plain_prompts(self) -> bool:
@@ -104,7 +112,7 @@ class Model:
 def open_model(
     name: str | Path | Named,
     *,
-    base: str | None = None,
+    base: str | Path | None = None,
     dtype: Dtype | None = None,
     device: str = "auto",
     display: Display | None = None,
@@ -118,7 +126,7 @@ def open_model(
     # With a base beside it, it is an adapter: else a broken adapter's folder would open as the plain base.
     adapter = named.adapter if named.holds_adapter or base is not None else None
     config = named.config
-    source = find_base(base or (named.base if adapter else named.name), display=display)
+    source = find_base(fspath(base) if base else named.base if adapter else named.name, display=display)
     dtype = dtype or (config.train.dtype if config else "auto")
     opened = open_base(source, dtype=dtype, device=device, display=display)
     renderer = open_renderer(source, config, named.template)

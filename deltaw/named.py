@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from deltaw.adapter.file import Adapter, is_adapter
+from deltaw.adapter.file import Adapter, is_adapter, is_run
 from deltaw.base.source import found_as
 from deltaw.config import RunConfig, load_config
 from deltaw.data.render import TEMPLATE
-from deltaw.errors import InputError, command
+from deltaw.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class Named:
     @cached_property
     def adapter(self) -> Adapter:
         """Read whole. Raises InputError where there is none."""
-        return load_adapter(self.path)
+        return Adapter.load(self.path)
 
     @property
     def holds_adapter(self) -> bool:
@@ -58,23 +58,6 @@ class Named:
     def template(self) -> Path | None:
         """The chat template that lies beside the weights, where it isn't the tokenizer's own."""
         return template_beside(self.path)
-
-
-def is_run(path: Path) -> bool:
-    """A folder that `deltaw train` made. Raises InputError for a name that is too long or mustn't be looked into."""
-    try:
-        return (path / "config.yaml").is_file()
-    except OSError as error:
-        raise InputError(f"{path!s:.200}: {error.strerror}") from None
-
-
-def load_adapter(path: Path) -> Adapter:
-    """The adapter of a run or an adapter folder. Raises InputError where there is none."""
-    if not is_run(path):
-        return Adapter.load(path)
-    if not is_adapter(path / "adapter"):
-        raise InputError(f"{path} has no finished adapter yet", fix=f"finish it: {command('train', path)}")
-    return Adapter.load(path / "adapter")
 
 
 def template_beside(path: Path) -> Path | None:

@@ -4,6 +4,8 @@
     before.json      the base on the held-out rows    adapter/        the result, PEFT layout
     metrics.jsonl    a line per step and per eval     report.html     what the run did, for people
     result.json      the figures                      .lock           who writes here (lock.py)
+    lineage.json     which adapter it started from, after which steps it was extended (where it was)
+    result.step-000120.json, …    the figures of a finished run that was extended after that step
 
 Everything in it is named relative to the folder, so it can be moved. result.json is written when everything else is
 safe (the report only shows what is there), so a folder that has it is finished; `failed` in it names what couldn't be
@@ -15,18 +17,20 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from deltaw.config import RunConfig
+from deltaw.adapter.history import NOTHING, History
+from deltaw.config import RunConfig, load_config
 from deltaw.errors import InputError, RunError, command
 from deltaw.files.atomic import fsync, replacing, sweep, temporary_name, write_text_atomic
 from deltaw.files.lock import LOCK, claimed, holds_anything
 from deltaw.files.strict_json import NotJSON, parse, read_json
 
+LAST = 50_000  # bytes of metrics.jsonl: some 300 lines
 WORDS = ("skipped", "rows")  # of a line of metrics.jsonl; everything else in it is a number
 
 
@@ -53,6 +57,10 @@ class Run:
         return self.folder / "result.json"
 
     @property
+    def lineage(self) -> Path:
+        return self.folder / "lineage.json"
+
+    @property
     def report(self) -> Path:
         return self.folder / "report.html"
 
@@ -71,24 +79,60 @@ class Run:
         with run.claimed(new=True, replace=replace):
             return run
 
-    def check_resumable(self) -> None:
-        """Check that here is a run that lacks something and that no other process is using it. Raises InputError."""
-        with self.resumed():
+    def check_resumable(self, wanted: Sequence[str] = (), *, extend: bool = False) -> None:
+        """Check that here is a run that lacks something, or is finished and to `extend`, and that no other process is
+        using it. `wanted`: the settings that it is to go on with. Raises InputError."""
+        with self.resumed(wanted, extend=extend):
             pass
 
     @contextmanager
-    def resumed(self) -> Iterator[bool]:
-        """Inside the block the folder, whose run lacks something, belongs to this process alone. Gives whether all that
-        it lacks is what couldn't be measured. Raises InputError."""
+    def resumed(self, wanted: Sequence[str] = (), *, extend: bool = False) -> Iterator[bool]:
+        """Inside the block the folder, whose run lacks something or is to be extended, belongs to this process alone.
+        Gives whether all its steps are taken. Raises InputError."""
         if not self.config.is_file():
             fix = "start one: deltaw train run.yaml"
             raise InputError(f"{self.folder} isn't a run: it has no config.yaml", fix=fix)
         with self.claimed(new=False):
             finished = self.result.is_file()
-            if finished and not self.read_json(self.result).get("failed"):
-                fix = "to train again, choose another output"
-                raise InputError(f"{self.folder} is finished; its adapter is {self.adapter}", fix=fix)
+            if extend and not finished:
+                raise InputError(
+                    f"{self.folder} isn't finished, so there is nothing to extend yet",
+                    fix=f"finish it: {command('train', self.folder)}",
+                )
+            if finished and not extend and not self.read_json(self.result).get("failed"):
+                more = command("train", self.folder, *(wanted or [self.longer()]), options=["--extend"])
+                raise InputError(
+                    f"{self.folder} is finished; its adapter is {self.adapter}",
+                    fix=f"to train it further: {more}   to train again, choose another output",
+                )
             yield finished
+
+    def longer(self) -> str:
+        """A setting under which a finished run would go on."""
+        train = load_config(self.config).train
+        if self.result.is_file() and self.read_json(self.result).get("stopped_early"):
+            return "train.patience=null"
+        return f"train.steps={2 * train.steps}" if train.steps else f"train.epochs={train.epochs + 1:g}"
+
+    def extended(self, lineage: History, config: RunConfig) -> None:
+        """A finished run is one that goes on: its result becomes one of earlier times. Until the last of these writes
+        it is finished as it was."""
+        earlier = self.folder / f"result.step-{lineage.extended_after[-1]:06}.json"
+        self.write_lineage(lineage)
+        self.write_config(config)
+        try:
+            self.result.replace(earlier)
+            fsync(self.folder)
+        except OSError as error:
+            raise RunError(f"{self.result}: {error}") from None
+
+    def read_lineage(self) -> History:
+        """What lineage.json says; nothing where there is none. Raises InputError when it is broken."""
+        return History.of(self.read_json(self.lineage), self.lineage) if self.lineage.is_file() else NOTHING
+
+    def write_lineage(self, lineage: History) -> None:
+        """lineage.json, whole or not at all."""
+        self.write_json(self.lineage, lineage.to_json())
 
     @contextmanager
     def claimed(self, *, new: bool, replace: bool = False) -> Iterator[None]:
@@ -168,6 +212,16 @@ class Run:
         """The lines of metrics.jsonl, without what isn't a figure, and how many were left out or lost a part."""
         records = [_record(line) for line in self._metrics_lines()]
         return [record for record, _ in records if record], sum(not whole for _, whole in records)
+
+    def last_metrics(self) -> list[dict[str, Any]]:
+        """The last lines of metrics.jsonl that can be read, of a long one not all: for whoever looks at many runs."""
+        try:
+            with self.metrics.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - LAST))
+                lines = file.read(LAST).split(b"\n")
+        except OSError:
+            return []
+        return [record for line in lines if (record := _record(line)[0])]
 
     def _metrics_lines(self) -> list[bytes]:
         """Only a line end ends a line: what a damaged one holds may look like one to Python."""

@@ -63,6 +63,11 @@ class Update(abc.ABC):
     def low_rank(self) -> Any:
         """The two factors that this is, a `LowRank`. Raises InputError, with what to do instead, for another kind."""
 
+    def __repr__(self) -> str:
+        """What it is, not the numbers: a notebook shows the last value of a cell."""
+        (m, n), scale = self.shape, f", scale {self.scale:g}" if self.scale != 1 else ""
+        return f"{type(self).__name__}({m} x {n}, rank {self.rank}{scale})"
+
     @property
     def parameters(self) -> int:
         """The count of numbers that are stored and trained."""

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
+from deltaw.config import METRICS, AdapterSpec, RunConfig, load_config, parse_config
 from deltaw.errors import InputError
 from deltaw.files.paths import written
 
@@ -29,6 +29,7 @@ def refusal(folder: Path, text: str | bytes, *overrides: str) -> str:
     return message.replace(f"{folder}/", "")
 
 
+KNOWN = ", ".join(METRICS)
 WRONG_VALUES = {
     "train: {steps: '4'}": 'train.steps: must be a valid integer (got "4")',
     "train: {steps: true}": "train.steps: must be a valid integer (got true)",
@@ -56,7 +57,7 @@ WRONG_VALUES = {
     "adapter: {targets: [q_proj, 3]}": "adapter.targets: must be a name or a list of names",
     "adapter: {targets: []}": "adapter.targets: is empty: name at least one module, or all-linear, attention, mlp",
     "adapter: {rank_overrides: {v: 0}}": "adapter.rank_overrides.v: must be greater than or equal to 1 (got 0)",
-    "evaluate: {metrics: [bleu]}": "evaluate.metrics.0: must be 'exact_match' or 'phoneme_error_rate' (got \"bleu\")",
+    "evaluate: {metrics: [bleu]}": f'evaluate.metrics.0: must be {KNOWN}, or file.py:function (got "bleu")',
 }
 
 
@@ -255,3 +256,32 @@ def test_the_first_override_that_names_the_module_counts() -> None:
 @pytest.mark.parametrize("path", ["model.layers.11.q_proj", "q_proj_2", "my_q_proj", "q_proj.base"])
 def test_an_override_names_whole_parts_of_a_path(path: str) -> None:
     assert AdapterSpec(rank=8, rank_overrides={"layers.1.q_proj": 2, "1.q_proj": 2, "_proj": 3}).rank_of(path) == 8
+
+
+def test_a_run_of_before_a_setting_means_what_it_did(tmp_path: Path) -> None:
+    written = load(tmp_path, MINIMAL).to_yaml()
+    older = "".join(
+        line + "\n" for line in written.splitlines() if line.split(":")[0].strip() not in ("join", "split_text")
+    )
+    assert load(tmp_path, older).data == load(tmp_path, written).data
+    (tmp_path / "config.yaml").write_text(older)
+    (tmp_path / "metrics.jsonl").write_text("")
+    before = load_config(tmp_path / "config.yaml").data
+    assert (before.join, before.split_text) == ("", "blank_lines")
+    (tmp_path / "config.yaml").write_text(written)
+    assert load_config(tmp_path / "config.yaml").data.join is None
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("  overlap: 2000", "overlap"),
+        ("  overlap: 9\n  too_long: drop", "data.overlap"),
+        ("  split_text: lines\n", "data.split_text"),
+        ("  columns: {promt: a}", "data.columns.promt"),
+        ("  columns: {prompt: 3}", "data.columns.prompt"),
+    ],
+)
+def test_settings_of_long_texts_and_columns(tmp_path: Path, line: str, name: str) -> None:
+    text = MINIMAL.replace("t.jsonl", "t.jsonl" if "split_text" in line else "t.txt")
+    assert name in refusal(tmp_path, text + line)

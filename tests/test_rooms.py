@@ -26,6 +26,7 @@ LEVELS = [
     {"generate"},
     {"named"},
     {"model", "run"},
+    {"runs"},
     {"training", "evaluate", "analysis", "shipping", "serve"},
     {"studies"},
     {"commands"},
@@ -44,7 +45,7 @@ HOMES = {
     "jinja2": {"analysis/page.py", "files/bounded_worker.py"},
     "rich": {"show/progress.py", "show/table.py", "data/preview.py"},
     "typer": {f"cli/{name}.py" for name in VERBS},
-    "yaml": {"config/load.py", "config/run.py", "config/problems.py", "files/run_yaml.py"},
+    "yaml": {"config/load.py", "config/run.py", "files/run_yaml.py"},
     "gguf": {
         "base/gguf.py",
         "files/gguf_header.py",
@@ -61,7 +62,8 @@ HOMES = {
     "pyarrow": {"data/read.py"},
     "matplotlib": {"analysis/pictures.py", "analysis/svg.py"},
     "triton": {"kernels/triton.py"},
-    "torch.utils.tensorboard": {"training/log.py"},
+    "torch.utils.tensorboard": {"training/to_tensorboard.py"},
+    "wandb": {"training/to_wandb.py"},
     "peft": {"shipping/verify/sides/peft.py"},
     "mlx": {"shipping/verify/sides/mlx.py"},
     "mlx_lm": {"shipping/verify/sides/mlx.py"},
@@ -186,6 +188,8 @@ def runs_code(node: ast.AST) -> str | None:
         called = ast.unparse(node.func)
         if called in ("eval", "exec", "compile", "__import__", "torch.load", "os.system"):
             return called
+        if called.endswith((".exec_module", ".load_module", ".run_path", ".source_to_code")):
+            return called
         for keyword in node.keywords:
             if keyword.arg in ("trust_remote_code", "allow_pickle", "shell") and ast.unparse(keyword.value) != "False":
                 return f"{keyword.arg}={ast.unparse(keyword.value)}"
@@ -195,7 +199,10 @@ def runs_code(node: ast.AST) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("file", FILES)
+OWN_CODE = "evaluate/own_metric.py"  # runs a file, of which its user was asked
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != OWN_CODE])
 def test_nothing_runs_a_strangers_code(file: str) -> None:
     found = [f"{file}:{node.lineno}: {said}" for node in ast.walk(tree(file)) if (said := runs_code(node))]
     assert not found
@@ -210,6 +217,7 @@ def test_nothing_runs_a_strangers_code(file: str) -> None:
         "torch.load(p)",
         "f(trust_remote_code=True)",
         "f(shell=x)",
+        "spec.loader.exec_module(m)",
     ],
 )
 def test_the_check_for_strangers_code_sees_it(source: str) -> None:
@@ -223,7 +231,7 @@ def test_files_and_functions_stay_short(file: str) -> None:
     assert not [node.name for node in functions if node.end_lineno - node.lineno >= 60]
 
 
-@pytest.mark.parametrize("module", ["deltaw", "deltaw.cli", "deltaw.config", "deltaw.files.shards"])
+@pytest.mark.parametrize("module", ["deltaw", "deltaw.cli", "deltaw.config", "deltaw.runs", "deltaw.files.shards"])
 def test_what_answers_at_once_imports_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)

@@ -30,10 +30,11 @@ from deltaw.adapter.targets import lines_of
 from deltaw.base.batch import Batch
 from deltaw.base.stand_in import StandIn, disabled
 from deltaw.config import AdapterSpec
+from deltaw.show.text import counted
 from deltaw.updates import Update
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attached:
     """An adapter on a model, and its `number` there. `spec.targets` names the adapted modules exactly, whatever group
     asked for them; `layers` are its updates of them.
@@ -49,6 +50,9 @@ class Attached:
     number: int = 0
     unmatched: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Attached({self.spec!r}, {counted(len(self.layers), 'module')} of a {type(self.model).__name__})"
 
     @property
     def stand_ins(self) -> dict[str, StandIn]:
@@ -125,6 +129,8 @@ def attach(
         generator = None
     elif spec.from_data:
         raise ValueError(f"init {spec.init} starts from data: attach with start_later, then initialise_from_data")
+    elif spec.start is not None:
+        raise ValueError(f"from: {spec.start} is for a run to open: attach the adapter that is there, Adapter.load(…)")
     else:
         generator = generator or torch.Generator().manual_seed(0)
     placed = put_on(model, spec, trained, fuse=fuse, start=generator)
@@ -147,6 +153,7 @@ def _as_learnt(spec: AdapterSpec) -> AdapterSpec:
     wider, stronger = (2, math.sqrt(2) if spec.scaling == "rslora" else 2) if spec.moves_base else (1, 1)
     return spec.model_copy(
         update={
+            "start": None,
             "init": "lora",
             "rank": wider * spec.rank,
             "alpha": stronger * spec.alpha,

@@ -24,6 +24,7 @@ from deltaw.base.names import places
 from deltaw.errors import InputError, listed
 from deltaw.files.safetensors import read_header, read_tensor
 from deltaw.files.shards import shards
+from deltaw.show.text import percent
 
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that old checkpoints hold
 
@@ -41,7 +42,7 @@ class Change:
     def __str__(self) -> str:
         if self.only_in:
             return f"{self.name} is in the {self.only_in} model only"
-        moved = "changed from zeros" if self.relative is None else f"changed by {self.relative:.2%}"
+        moved = "changed from zeros" if self.relative is None else f"changed by {percent(self.relative, 2)}"
         if not self.rows:
             return f"{self.name} {moved}"
         more = f"{abs(self.rows)} rows {'more' if self.rows > 0 else 'fewer'} than the base's"

@@ -40,6 +40,7 @@ from deltaw.factors import LowRank
 from deltaw.kernels.weight import Weight
 from deltaw.linalg.rounding import NONE, Noise, noise
 from deltaw.show.progress import QUIET, Display
+from deltaw.show.text import percent
 
 NOTABLE = 0.01  # of ‖Δ‖²: a smaller share of rounding isn't worth a line
 HARMLESS = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}  # settings of no effect
@@ -62,7 +63,7 @@ class Report:
         parts = [f"not in the adapter, which covers linear layers only:\n{listed(lacking)}"] if lacking else []
         if self.rounding > NOTABLE:
             parts.append(
-                f"{self.rounding:.1%} of the change (‖Δ‖²) is what rounding the tuned weights alone would give"
+                f"{percent(self.rounding, 1)} of the change (‖Δ‖²) is what rounding the tuned weights alone would give"
             )
         return "\n".join(parts) or None
 

@@ -4,7 +4,8 @@
     adapter_config.json          PEFT's classic fields (peft_config.py)
     delta.safetensors            instead of both for full fine-tuning, which no other tool has a form for:
                                  <module path> -> ΔW [M, N], float32
-    deltaw.json                  which base it was trained on: name, revision, fingerprint, chat template
+    deltaw.json                  which base it was trained on (name, revision, fingerprint, chat template), and how it
+                                 came about (history.py)
     README.md                    how to use it, for people
 
 PEFT, vLLM and the rest read the first two. deltaw.json is beside them because PEFT's config has no place for a
@@ -16,9 +17,11 @@ other tools. Shapes are checked against the config, and every number against NaN
 Letters: N inputs, M outputs.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +29,13 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from deltaw.adapter.history import NOTHING, History
 from deltaw.adapter.peft_config import CONFIG, check_config, from_spec, to_spec, weight_names
 from deltaw.adapter.peft_tensors import WEIGHTS, module_paths, not_finite, to_tensors, to_updates
 from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.source import PICKLES
 from deltaw.config import TARGET_GROUPS, AdapterSpec
-from deltaw.errors import InputError, RunError, listed
+from deltaw.errors import InputError, RunError, command, listed
 from deltaw.files.atomic import write_text_atomic
 from deltaw.files.safetensors import load_safetensors, save_safetensors
 from deltaw.files.strict_json import read_json
@@ -74,10 +78,30 @@ class Adapter:
     base: BaseId = field(default_factory=BaseId)
     fan_in_fan_out: bool = False  # PEFT's word for a base that stores its weights transposed (GPT-2's Conv1D)
     rewritten: frozenset[str] = frozenset()  # last names of layers that PEFT is told of by their weights (peft_config)
+    history: History = NOTHING
+
+    def __repr__(self) -> str:
+        of = (
+            "full fine-tuning"
+            if self.spec.full
+            else f"{'DoRA' if self.spec.magnitude else 'LoRA'}, rank {self.spec.rank}"
+        )
+        size = f"{counted(len(self.factors), 'module')}, {counted(self.parameters, 'parameter')}"
+        return f"Adapter({of}, {size}, on {self.base.name or 'a base that it does not name'})"
 
     @property
     def parameters(self) -> int:
         return sum(update.parameters for update in self.factors.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over every number, however it is stored: of the same adapter in another file it is the same."""
+        digest = hashlib.sha256()
+        for path, update in sorted(self.factors.items()):
+            for name, tensor in sorted(update.tensors().items()):
+                digest.update(f"{path} {name} {tuple(tensor.shape)} {update.scale!r}\n".encode())
+                digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
 
     def save(self, directory: str | Path) -> Path:
         """Write PEFT's layout into `directory`, each file whole or not at all. RunError on NaN or a full disk."""
@@ -95,7 +119,8 @@ class Adapter:
             save_safetensors(tensors, directory / WEIGHTS, {"format": "pt"})
             write_text_atomic(directory / CONFIG, json.dumps(self._peft_config(), indent=2) + "\n")
         record: dict[str, Any] = {"deltaw": VERSION, "base": asdict(self.base)}
-        record |= {"spec": self.spec.model_dump(mode="json"), "fan_in_fan_out": self.fan_in_fan_out}
+        record |= {"spec": self.spec.model_dump(mode="json", exclude={"start"}), "fan_in_fan_out": self.fan_in_fan_out}
+        record |= {"history": self.history.to_json()} if self.history.known else {}
         write_text_atomic(directory / RECORD, json.dumps(record, indent=2) + "\n")
         write_text_atomic(directory / "README.md", self._card())
         return directory
@@ -122,8 +147,9 @@ class Adapter:
 
     @staticmethod
     def load(directory: str | Path) -> "Adapter":
-        """Read PEFT's layout, deltaw's own or another tool's. Raises InputError that lists what is wrong."""
-        directory = Path(directory)
+        """Read PEFT's layout, deltaw's own or another tool's; of a run's folder, the adapter in it. Raises InputError
+        that lists what is wrong."""
+        directory = adapter_folder(Path(directory).expanduser())
         if (directory / DELTAS).is_file():
             return _load_full(directory)
         _check_folder(directory)
@@ -133,7 +159,8 @@ class Adapter:
         spec = to_spec(config, module_paths(tensors, directory / WEIGHTS), str(directory / CONFIG))
         factors = to_updates(tensors, spec, directory / WEIGHTS)
         transposed = bool(config.get("fan_in_fan_out"))
-        return Adapter(spec, factors, _base_of(directory, config), transposed, weight_names(config))
+        base, history = _base_of(directory, config), _history_of(directory)
+        return Adapter(spec, factors, base, transposed, weight_names(config), history)
 
     def _card(self) -> str:
         """A few words; what is exported gets a full card (shipping/card.py)."""
@@ -142,6 +169,7 @@ class Adapter:
             return (
                 f"# Full fine-tuning of {base}\n\nWhat {len(self.factors)} weights changed by, {self.parameters:,} "
                 f"numbers in {DELTAS}. Made by deltaw {VERSION}; `deltaw extract` makes a LoRA from it.\n"
+                + self._started()
             )
         by_weight = sum(path.rpartition(".")[2] in self.rewritten for path in self.factors)
         newer = f"{by_weight} of them are named by their weights, which PEFT reads from 0.17 on.\n" if by_weight else ""
@@ -150,14 +178,35 @@ class Adapter:
             f"Rank {self.spec.rank}, alpha {self.spec.alpha:g}, {counted(len(self.factors), 'module')}, "
             f"{counted(self.parameters, 'parameter')}. Made by deltaw {VERSION}; `deltaw export` writes it for "
             "other programs, "
-            f"with a card that says how it was trained.\n{newer}"
+            f"with a card that says how it was trained.\n{newer}{self._started()}"
         )
+
+    def _started(self) -> str:
+        before = self.history.started_from
+        return f"\nIts training started from {before.words()}.\n" if before else ""
 
 
 def describes(spec: AdapterSpec, path: str, update: Update) -> bool:
     """Whether a reader of the spec gets the update's rank and scale right."""
     same = spec.full or (update.rank, update.scale) == (spec.rank_of(path), spec.scale(path))
     return update.kind == spec.kind and same
+
+
+def is_run(path: Path) -> bool:
+    """A folder that `deltaw train` made. Raises InputError for a name that is too long or mustn't be looked into."""
+    try:
+        return (path / "config.yaml").is_file()
+    except OSError as error:
+        raise InputError(f"{path!s:.200}: {error.strerror}") from None
+
+
+def adapter_folder(path: Path) -> Path:
+    """Where the adapter of a run lies; any other folder itself. Raises InputError for a run that has none yet."""
+    if not is_run(path):
+        return path
+    if not is_adapter(path / "adapter"):
+        raise InputError(f"{path} has no finished adapter yet", fix=f"finish it: {command('train', path)}")
+    return path / "adapter"
 
 
 def is_adapter(directory: Path) -> bool:
@@ -178,7 +227,8 @@ def _load_full(directory: Path) -> Adapter:
     if not spec.full:
         raise InputError(f"{directory / RECORD} doesn't describe full fine-tuning, but {DELTAS} lies beside it")
     factors = {path: Dense(tensor) for path, tensor in tensors.items()}
-    return Adapter(spec, factors, _base_of(directory, {}), bool(record.get("fan_in_fan_out")))
+    transposed = bool(record.get("fan_in_fan_out"))
+    return Adapter(spec, factors, _base_of(directory, {}), transposed, history=_history_of(directory))
 
 
 def _check_folder(directory: Path) -> None:
@@ -206,3 +256,11 @@ def _base_of(directory: Path, config: dict[str, Any]) -> BaseId:
         return BaseId(**{name: value for name, value in known.items() if value is not None})
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     return BaseId(name if isinstance(name, str) else "", revision if isinstance(revision, str) else None)
+
+
+def _history_of(directory: Path) -> History:
+    """The recorded one; empty where there is none, as beside another tool's adapter."""
+    if not (directory / RECORD).is_file():
+        return NOTHING
+    raw = read_json(directory / RECORD, max_bytes=1_000_000).get("history")
+    return NOTHING if raw is None else History.of(raw, directory / RECORD)

@@ -177,8 +177,8 @@ def _placed(
             targets = find_targets(model, spec, {**idle, **unfit})
         else:
             targets = targets_of(model, spec, trained, unfit)
-        exact = spec.model_copy(update={"targets": explicit_targets(model, targets.paths)})
-        updates = {path: place.add(path, partial(_update, path, spec)) for path in targets.paths}
+        exact = targets.spec.model_copy(update={"targets": explicit_targets(model, targets.paths)})
+        updates = {path: place.add(path, partial(_update, path, exact)) for path in targets.paths}
         if place.others:
             _check_all_seen({**place.others, **place.layers})
         place.put(place.layers)

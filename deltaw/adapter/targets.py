@@ -1,6 +1,6 @@
 """Which modules an `AdapterSpec` names on a given model.
 
-Targets are a group (`all-linear`, `attention`, `mlp`) or names: a module's path or its dotted end, compared literally.
+Targets are a group (`all-linear`, `attention`, `mlp`), or names and patterns (patterns.py).
 `all-linear` is every linear layer but the output head (LoRA Without Regret: adapting all layers, the MLP above all,
 is what matches full fine-tuning; the head is the one linear whose update nobody's loader expects). Which layers form
 the attention or the MLP is read off the path, the only place where all architectures say it.
@@ -21,16 +21,19 @@ A trained adapter adapts what it holds factors for, whatever its spec's names wo
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
+from deltaw.adapter.patterns import NOT, is_literal, matched, problem
 from deltaw.adapter.peft_config import rewritten_names
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.language import language_part
 from deltaw.config import TARGET_GROUPS, AdapterSpec, names_module
 from deltaw.errors import InputError, listed
+from deltaw.show.text import counted
 from deltaw.updates import Update
 
 ATTENTION_PARTS = {"self_attn", "attn", "attention", "self_attention", "cross_attn", "self_attn_layer"}
@@ -58,6 +61,8 @@ class Targets:
     paths: tuple[str, ...]
     unmatched: tuple[str, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    spec: AdapterSpec = field(default_factory=AdapterSpec)  # its overrides named to the letter
+    words: str = ""  # what is adapted, where that was chosen by more than a group
 
 
 def find_targets(model: nn.Module, spec: AdapterSpec, unfit: Mapping[str, str] | None = None) -> Targets:
@@ -68,21 +73,11 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unfit: Mapping[str, str] |
     linear = linear_paths(model)
     if not linear:
         raise InputError(f"this model has no linear layer that LoRA could adapt{_other_kinds(model)}")
-    names = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
-    head = head_path(model)
-    if head and any(names_module(name, head) for name in names):
-        raise InputError(f"adapter.targets: {head} is the output head, which can't be adapted yet")
-    missing = [name for name in names if not any(_matches(name, path) for path in linear)]
-    if missing:
-        raise InputError(f"adapter.targets: {_unknown(missing, linear)}", fix=f"could match: {_choices(linear)}")
-    asked = tuple(path for path in linear if any(_matches(name, path) for name in names))
-    overrides = [*spec.rank_overrides, *spec.alpha_overrides]
-    idle = [name for name in overrides if not any(names_module(name, path) for path in asked)]
-    if idle:
-        raise InputError(f"adapter overrides: {_unknown(idle, asked)}", fix=f"could match: {_choices(asked)}")
+    asked = _asked(model, spec, linear)
     language = language_paths(model, linear)
-    named = {path for name in names if name not in TARGET_GROUPS for path in _called(name, linear, language)}
+    named = {path for name in _names(spec) for path in _called(name, linear, language)}.intersection(asked)
     named |= {path for name in spec.rank_overrides for path in _called(name, asked, language)}
+    spec = _by_path(spec, asked)
     reasons = dict.fromkeys(set(asked).difference(language, named), OUTSIDE)
     reasons |= _narrow(model, spec, [path for path in asked if path not in named])
     reasons |= _unwritable(model, spec, asked) | dict(unfit or {})
@@ -97,7 +92,66 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unfit: Mapping[str, str] |
         more = f" for init {spec.init}, whose update has twice the rank" if spec.moves_base else ""
         lines = listed([f"{path} {reason}" for path, reason in wide.items()])
         raise InputError(f"adapter.rank is too high{more}:\n{lines}", fix="lower rank, or set rank_overrides")
-    return Targets(paths, _unmatched(model, set(paths)), left_out)
+    words = "" if set(_names(spec)) <= set(TARGET_GROUPS) else in_words(paths, len(linear))
+    return Targets(paths, _unmatched(model, set(paths)), left_out, spec, words)
+
+
+def _asked(model: nn.Module, spec: AdapterSpec, linear: tuple[str, ...]) -> tuple[str, ...]:
+    """The layers that the spec asks for. Raises InputError for names and overrides that mean nothing."""
+    names = _names(spec)
+    wanted, unwanted = ([name for name in names if name.startswith(NOT) == left_out] for left_out in (False, True))
+    unwanted = [name.removeprefix(NOT).strip() for name in unwanted]
+    overrides = [*spec.rank_overrides, *spec.alpha_overrides]
+    for name in [*wanted, *unwanted, *overrides]:
+        if reason := problem(name) if name not in TARGET_GROUPS else None:
+            raise InputError(
+                f"adapter.targets: {name!r:.80} matches no layer: {reason}", fix=f"could match: {_choices(linear)}"
+            )
+    head = head_path(model)
+    if head and any(names_module(name, head) for name in wanted):
+        raise InputError(f"adapter.targets: {head} is the output head, which can't be adapted yet")
+    if not wanted:
+        raise InputError("adapter.targets says only what isn't adapted", fix="begin with all-linear: [all-linear, …]")
+    taken = {name: _meant(name, linear) for name in [*wanted, *unwanted]}
+    # The head never is adapted: who asks for that gets it.
+    missing = [
+        name for name in taken if not taken[name] and not (head and name in unwanted and names_module(name, head))
+    ]
+    if missing:
+        raise InputError(f"adapter.targets: {_unknown(missing, linear)}", fix=f"could match: {_choices(linear)}")
+    chosen = {path for name in wanted for path in taken[name]}.difference(*(taken[name] for name in unwanted))
+    asked = tuple(path for path in linear if path in chosen)
+    if not asked:
+        raise InputError(f"adapter.targets: nothing is left without {', '.join(unwanted)}")
+    idle = [name for name in overrides if not _meant(name, asked)]
+    if idle:
+        raise InputError(f"adapter overrides: {_unknown(idle, asked)}", fix=f"could match: {_choices(asked)}")
+    return asked
+
+
+def _names(spec: AdapterSpec) -> tuple[str, ...]:
+    return (spec.targets,) if isinstance(spec.targets, str) else spec.targets
+
+
+def _meant(name: str, paths: tuple[str, ...]) -> list[str]:
+    """The layers that a group, a name or a pattern means."""
+    return [path for path in paths if _matches(name, path)] if name in TARGET_GROUPS else matched(name, paths)
+
+
+def _by_path(spec: AdapterSpec, paths: tuple[str, ...]) -> AdapterSpec:
+    """The spec whose overrides are names, to the letter: each layer's own path where there are patterns among them."""
+    changes: dict[str, dict[str, Any]] = {}
+    for given, default in (("rank_overrides", spec.rank), ("alpha_overrides", spec.alpha)):
+        overrides = getattr(spec, given)
+        if all(name not in TARGET_GROUPS and any(names_module(name, path) for path in paths) for name in overrides):
+            continue
+        layers = {name: set(_meant(name, paths)) for name in overrides}
+        values = {
+            path: next((overrides[name] for name in overrides if path in layers[name]), default) for path in paths
+        }
+        # The long ones first: one may end as another does.
+        changes[given] = {path: values[path] for path in sorted(paths, key=len, reverse=True)}
+    return spec.model_copy(update=changes)
 
 
 def targets_of(
@@ -109,7 +163,7 @@ def targets_of(
     head = head_path(model)
     if head in updates:
         raise InputError(f"{head} is the output head, which can't be adapted yet")
-    names = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
+    names = _names(spec)
     if not any(_matches(name, path) for name in names for path in linear):
         raise InputError(f"the adapter belongs to another model: {_unknown(list(names), linear)}")
     problems = [f"{path:.120}: no such linear layer in this model" for path in updates if path not in linear]
@@ -126,7 +180,7 @@ def targets_of(
     if problems:
         raise InputError(f"the adapter doesn't fit this model; {len(problems)} mismatches:\n{listed(problems)}")
     paths = tuple(path for path in linear if path in updates)
-    return Targets(paths, _unmatched(model, set(paths)))
+    return Targets(paths, _unmatched(model, set(paths)), spec=spec)
 
 
 def language_paths(model: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:
@@ -135,9 +189,13 @@ def language_paths(model: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _called(name: str, paths: tuple[str, ...], language: tuple[str, ...]) -> list[str]:
-    """The layers that a module's name means: the language model's, and the rest's only where that has none."""
-    matched = [path for path in paths if names_module(name, path)]
-    return [path for path in matched if path in language] or matched
+    """The layers that are asked for by name: the language model's, and the rest's only where that has none. A pattern
+    asks for what can be done, as a group does, unless all that it means lies outside."""
+    if name in TARGET_GROUPS or name.startswith(NOT):
+        return []
+    layers = matched(name, paths)
+    inside = [path for path in layers if path in language]
+    return (inside if is_literal(name) else []) if inside else layers
 
 
 def _narrow(model: nn.Module, spec: AdapterSpec, paths: Sequence[str], times: int = 1) -> dict[str, str]:
@@ -233,9 +291,13 @@ def _unmatched(model: nn.Module, adapted: set[str]) -> tuple[str, ...]:
 
 def _unknown(names: list[str], paths: tuple[str, ...]) -> str:
     ends = sorted({path.rpartition(".")[2] for path in paths} | set(TARGET_GROUPS))
+    parts = {part for path in paths for part in path.split(".")}
     problems = []
     for name in names:
         near = difflib.get_close_matches(name, ends, n=1)
+        if not near and "." in name:  # a part of it may be misspelt
+            strange = next((part for part in name.split(".") if is_literal(part) and part not in parts), None)
+            near = difflib.get_close_matches(strange, parts, n=1) if strange else []
         problems.append(
             f"{name!r} matches no layer that can be adapted" + (f" (did you mean {near[0]!r}?)" if near else "")
         )
@@ -244,4 +306,33 @@ def _unknown(names: list[str], paths: tuple[str, ...]) -> str:
 
 def _choices(paths: tuple[str, ...]) -> str:
     counts = Counter(path.rpartition(".")[2] for path in paths)
-    return ", ".join([*TARGET_GROUPS, *(f"{name} ({count})" for name, count in counts.items())])
+    return ", ".join([*TARGET_GROUPS, *(f"{name} ({count})" for name, count in counts.items()), *stacks(paths)])
+
+
+def stacks(paths: Iterable[str]) -> list[str]:
+    """The numbered modules that paths lie in first, as patterns: `layers.0-29`, `layers.0-3, 8`."""
+    numbers: dict[str, set[int]] = {}
+    for path in paths:
+        parts = path.split(".")
+        at = next((at for at, part in enumerate(parts) if at and part.isdecimal()), None)
+        if at:
+            numbers.setdefault(parts[at - 1], set()).add(int(parts[at]))
+    return [f"{name}.{', '.join(_runs(sorted(some)))}" for name, some in numbers.items()]
+
+
+def _runs(numbers: Sequence[int]) -> list[str]:
+    """1, 2, 3, 7 -> 1-3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+
+
+def in_words(paths: Sequence[str], of: int) -> str:
+    """What is adapted, for logs: "48 of 210 linear layers: gate_proj, up_proj, down_proj in layers.14-29"."""
+    ends = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    where = f" in {', '.join(stacks(paths))}" if stacks(paths) else ""
+    return f"{len(paths):,} of {counted(of, 'linear layer')}: {', '.join(ends)}{where}"

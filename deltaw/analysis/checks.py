@@ -3,7 +3,8 @@
 Each is a rule over figures that were measured anyway. It says what they show, why that matters and what to do:
 
     learnt nothing    modules whose ΔW is exactly 0: their gradient was 0 in every step
-    got worse         held-out loss above the base's
+    got worse         held-out loss above the base's, or above that of the adapter that it started from
+    began and ended   which adapter it started from; that it was extended, or stopped early
     gaps              figures of the run that can't be read; nothing else here uses them
     capacity          nats of the first epoch's labels, in bits, against 2 bits per trained parameter: beyond that, LoRA
                       falls behind full fine-tuning ("LoRA Without Regret", Schulman et al. 2025)
@@ -25,11 +26,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from deltaw.adapter.history import History
 from deltaw.analysis.measure import Measures
 from deltaw.analysis.page import Finding, Level
 from deltaw.analysis.summary import noise_of, summarise
 from deltaw.analysis.training import Training
 from deltaw.config import RunConfig
+from deltaw.errors import InputError
+from deltaw.show.text import percent
 
 BITS_PER_PARAMETER = 2.0
 LOW_RATE, FULL_SHARE = 1e-4, 0.1  # LoRA's range begins there; full fine-tuning's at a tenth
@@ -50,6 +54,7 @@ def check_run(training: Training) -> list[Finding]:
     return [
         *(Finding("warning", f"read in part: {fault}") for fault in training.faults),
         *_held_out(training.result),
+        *_lineage(training),
         *_capacity(training),
         *_rate(training.config),
         *_batch(training),
@@ -86,8 +91,8 @@ def _merging(measures: Mapping[str, Measures]) -> Iterator[Finding]:
         return
     summary = summarise(measures)
     kept, noise = summary["merge_kept"], noise_of(summary["merge_kept"], summary["merge_error"])
-    what = f"merged into bfloat16 weights, {kept:.0%} of the update is kept along its own direction"
-    what += f"; rounding adds noise of {noise:.0%} of its size"
+    what = f"merged into bfloat16 weights, {percent(kept)} of the update is kept along its own direction"
+    what += f"; rounding adds noise of {percent(noise)} of its size"
     if kept < KEPT:
         yield Finding("warning", f"{what}: serve it as an adapter, or merge into float32")
     else:
@@ -106,9 +111,29 @@ def _held_out(result: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("problem", f"{what}: lower train.lr, or check the data")
     else:
         yield Finding("ok", f"the held-out loss fell from {before:.3f} to {after:.3f} nats per token")
+    start = result.get("eval", {}).get("start", {}).get("loss")
+    if start is not None and after >= start:
+        what = f"the held-out loss rose from {start:.3f}, which the adapter that it started from had, to {after:.3f}"
+        yield Finding("problem", f"{what}: lower train.lr, or keep the earlier adapter")
     best, steps = result.get("best_step"), result.get("steps")
     if best is not None and steps is not None and best < steps:
         yield Finding("note", f"the held-out loss was best at step {best:g} of {steps:g}; that adapter was saved")
+
+
+def _lineage(training: Training) -> Iterator[Finding]:
+    steps, planned = (training.result.get(name) for name in ("steps", "planned_steps"))
+    if steps is not None and planned is not None and steps < planned:
+        what = f"it stopped early, after step {steps:,.0f} of {planned:,.0f}"
+        yield Finding("note", f"{what}: the held-out loss had stopped falling (train.patience)")
+    try:
+        own, *earlier = History.of(training.raw.get("history", {}), "result.json").line
+    except InputError as error:
+        yield Finding("warning", f"read in part: {error.what}")
+        return
+    if own.extension:
+        yield Finding("note", f"it was {own.extension}")
+    if earlier:
+        yield Finding("note", f"it started from {', which started from '.join(one.words() for one in earlier)}")
 
 
 def _capacity(training: Training) -> Iterator[Finding]:
@@ -122,7 +147,7 @@ def _capacity(training: Training) -> Iterator[Finding]:
     counts = [0, *(line["supervised_tokens"] for line in lines)]
     nats = sum(line["loss"] * (after - before) for line, before, after in zip(first, counts, counts[1:], strict=False))
     bits, room = nats / math.log(2), BITS_PER_PARAMETER * parameters
-    seen = "the first epoch's labels hold" if epochs >= 1 else f"the labels seen ({epochs:.0%} of the data) hold"
+    seen = "the first epoch's labels hold" if epochs >= 1 else f"the labels seen ({percent(epochs)} of the data) hold"
     what = f"{seen} {bits:,.0f} bits, and the adapter has room for about {room:,.0f}"
     if bits <= room:
         yield Finding("ok", f"{what}: the rank shouldn't limit what it learns")

@@ -31,7 +31,6 @@ from markupsafe import Markup, escape
 from deltaw.analysis.template import PAGE, STYLE
 from deltaw.files.atomic import write_text_atomic
 
-THIN = "\u202f"  # a narrow space that doesn't break, between groups of three digits
 Cell = str | int | float | None
 
 _UNSEEN = re.compile(
@@ -72,7 +71,7 @@ def thinned(values: Sequence[float | None], most: int) -> list[int]:
 
 
 def number(value: float | None) -> str:
-    """134 515 008, 1 235, 0.392, 1.25e−5, yes; "–" for None and NaN. No digit before the point is rounded away."""
+    """134,515,008, 1,235, 0.392, 1.25e−5, yes; "–" for None and NaN. No digit before the point is rounded away."""
     if value is None or value != value:
         return "–"
     if isinstance(value, bool):
@@ -89,7 +88,7 @@ def number(value: float | None) -> str:
     else:
         short = f"{value:.2e}"
     mantissa, _, power_of_ten = short.partition("e")
-    return (f"{mantissa}e{int(power_of_ten)}" if power_of_ten else mantissa).replace(",", THIN).replace("-", "−")
+    return (f"{mantissa}e{int(power_of_ten)}" if power_of_ten else mantissa).replace("-", "−")
 
 
 @dataclass(frozen=True)

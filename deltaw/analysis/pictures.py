@@ -28,7 +28,7 @@ from itertools import pairwise
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from deltaw.analysis.page import THIN, number, thinned, visible
+from deltaw.analysis.page import number, thinned, visible
 from deltaw.analysis.svg import DASHES, HALO, INK, SERIES, Figure, figure
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap, Normalize
 
 BELOW, ABOVE, MOST = "#2c73cb", "#c4570c", 0.8  # deviations; at this opacity text on them can still be read
-WIDE, TALL = 480.0, 220.0  # of a plot, without what stands around it
+WIDE, TALL = 400.0, 210.0  # of a plot, without what stands around it: shrunk as far as it can be read, a phone holds it
 LETTER = 7.0  # pixels, about, of a text's letters
 MAX_LABEL = 36  # letters
 MOST_POINTS = 1000  # of a curve, of a longer one each stretch's least and greatest
@@ -340,7 +340,7 @@ def _drawable(value: float | None, log: bool) -> float:
 def _tick(value: float, place: int | None = None) -> str:
     """A round number as one writes it: 0.001, 20 000, 3e−5."""
     mantissa, _, power = f"{value:,.10g}".partition("e")
-    return (f"{mantissa}e{int(power)}" if power else mantissa).replace(",", THIN).replace("-", "−")
+    return (f"{mantissa}e{int(power)}" if power else mantissa).replace("-", "−")
 
 
 def shortened(text: str, most: int = MAX_LABEL) -> str:

@@ -15,6 +15,7 @@ weights would look like a result.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import fspath
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from deltaw.adapter.file import Adapter
 from deltaw.analysis.checks import check_adapter, check_run
 from deltaw.analysis.measure import Measures, measure_adapter
 from deltaw.analysis.page import Finding, Findings, Page, Section, write
-from deltaw.analysis.sections import in_short, of_training, of_weights
+from deltaw.analysis.run_sections import of_training, the_run
+from deltaw.analysis.sections import in_short, of_weights
 from deltaw.analysis.summary import summarise
 from deltaw.analysis.training import Training, read_training
 from deltaw.analysis.words import gist, sentence
@@ -31,13 +33,14 @@ from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.load import fingerprint_of_files, open_base
 from deltaw.base.source import Source, find_base
 from deltaw.errors import InputError, RunError
-from deltaw.named import base_name, load_adapter
+from deltaw.named import base_name
 from deltaw.show.progress import Display
+from deltaw.show.text import counted
 
 PAGE = "report.html"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """A measured adapter. `base` names the weights it was measured against, or says why there were none."""
 
@@ -48,6 +51,11 @@ class Report:
     summary: Mapping[str, Any]
     findings: list[Finding] = field(default_factory=list)
     training: Training | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"Report({self.folder}, {counted(len(self.measures), 'module')}, {counted(len(self.findings), 'finding')})"
+        )
 
     @property
     def sentences(self) -> list[str]:
@@ -65,7 +73,7 @@ class Report:
         return {
             "folder": str(self.folder),
             "base": self.base,
-            "spec": self.adapter.spec.model_dump(mode="json"),
+            "spec": self.adapter.spec.model_dump(mode="json", exclude={"start"}),
             "summary": dict(self.summary),
             "findings": [{"level": level, "text": words} for level, words in self.findings],
             "modules": {
@@ -80,7 +88,9 @@ class Report:
         spec = self.adapter.spec
         kind = "full fine-tuning" if spec.full else f"LoRA, rank {spec.rank}, alpha {spec.alpha:g}"
         sections = [in_short(self.measures, self.summary, self.training), Section("Checks", [Findings(self.findings)])]
-        sections += [*(of_training(self.training) if self.training else []), *of_weights(self.measures)]
+        if self.training:
+            sections += [*of_training(self.training), the_run(self.training, self.folder)]
+        sections += of_weights(self.measures)
         return Page(f"{self.folder.name}: what the fine-tune did", f"{kind}, on {self.base}", sections)
 
     def write(self, path: str | Path | None = None) -> Path:
@@ -92,14 +102,16 @@ class Report:
         return target
 
 
-def inspect(name: str | Path, *, base: str | None = None, base_is_known: bool = False, display: Display) -> Report:
+def inspect(
+    name: str | Path, *, base: str | Path | None = None, base_is_known: bool = False, display: Display | None = None
+) -> Report:
     """Measure a run's adapter, or any adapter's. Raises InputError: no adapter, NaN in it, another base's weights.
 
     `base_is_known`: skip checking the base, which reads all of it (a run has just trained on it).
     """
-    folder = Path(name)
-    adapter, training = load_adapter(folder), read_training(folder)
-    source, why = _source(adapter, folder, training, base, display)
+    folder, display = Path(name).expanduser(), display or Display(quiet=True)
+    adapter, training = Adapter.load(folder), read_training(folder)
+    source, why = _source(adapter, folder, training, fspath(base) if base else None, display)
     if source is not None and not base_is_known:
         _check_base(adapter, source, display)
     weights = LinearWeights(source.directory, adapter.fan_in_fan_out) if source else None

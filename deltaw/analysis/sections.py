@@ -1,4 +1,4 @@
-"""The sections of a report's page (report.py puts them together): its pictures, tables and sentences.
+"""The sections of a report's page on the weights (report.py puts all together): pictures, tables and sentences.
 
 Pictures are maps of layers (down) by kinds of module (across), since that is how a reader knows the model; a module
 whose path has no layer gets a row of its own. Every map's table holds the map's numbers.
@@ -17,23 +17,19 @@ from deltaw.analysis.page import (
     Fact,
     Facts,
     Picture,
-    Sample,
-    Samples,
     Section,
     Table,
     Text,
     evenly,
-    excerpt,
     number,
-    thinned,
 )
+from deltaw.analysis.run_sections import figures
 from deltaw.analysis.summary import noise_of
-from deltaw.analysis.training import ANSWER, Metrics, Training
+from deltaw.analysis.training import Training
 from deltaw.analysis.words import columns_of, gist
-from deltaw.show.text import counted
+from deltaw.show.text import counted, percent
 
-LOSSES = {"training": "loss", "held out": "eval_loss"}
-ROWS, FIGURES, INDICES = 300, 40, 64  # in a table of the page; a page must not grow with the run
+ROWS, INDICES = 300, 64  # in a table of the page; a page must not grow with the model
 
 Of = Callable[[Measures], float | None]
 
@@ -60,97 +56,33 @@ points along `ΔW`; the *noise* that rounding adds points everywhere and is give
 
 
 def in_short(measures: Mapping[str, Measures], summary: Mapping[str, Any], training: Training | None) -> Section:
-    """The headline numbers, and the main results in sentences."""
+    """The headline numbers (what it learnt, what it forgot, then how), and the main results in sentences."""
+    facts = [*(figures(training.result) if training else []), *_update_facts(measures, summary)]
+    return Section("In short", [Facts(facts), Text("\n\n".join(gist(measures, summary)))])
+
+
+def _update_facts(measures: Mapping[str, Measures], summary: Mapping[str, Any]) -> list[Fact]:
+    """The update's size and directions."""
     used = [m for m in measures.values() if m.numerical_rank]
     facts = [Fact("parameters trained", summary["parameters"], f"in {counted(summary['modules'], 'module')}")]
+    if "relative" in summary:
+        facts.append(Fact("weights changed by", percent(summary["relative"], 2), "‖ΔW‖ over ‖W‖, all modules"))
     if used:
         middle = median(m.energy_rank for m in used)
         middle = int(middle) if middle == int(middle) else middle
         most = max(m.rank for m in used)
         facts.append(Fact("directions in use", middle, f"of {most} (median): 90 % of the energy, not of the function"))
     if "relative" in summary:
-        facts.append(Fact("weights changed by", f"{summary['relative']:.2%}", "‖ΔW‖ over ‖W‖, all modules"))
         medians = summary["median"]
         if "amplification_top" in medians:
             chance = number(medians.get("amplification_top_chance"))
             facts.append(Fact("amplification", medians["amplification_top"], f"by chance {chance}; medians"))
-        if (percentile := summary["percentile"]) is not None:
-            facts.append(Fact("W there, percentile", f"{percentile:.0%}", "of random directions; chance is 50 %"))
+        if (share := summary["percentile"]) is not None:
+            facts.append(Fact("W there, percentile", percent(share), "of random directions; chance is 50 %"))
         facts.append(
             Fact("intruders", summary["intruders"], f"of {number(summary['intruders_of'])} leading directions")
         )
-    if training:
-        facts += _run_facts(training.result)
-    return Section("In short", [Facts(facts), Text("\n\n".join(gist(measures, summary)))])
-
-
-def _run_facts(result: Mapping[str, Any]) -> list[Fact]:
-    sides = [result.get("eval", {}).get(side, {}).get("loss") for side in ("before", "after")]
-    facts = []
-    if None not in sides:
-        facts.append(Fact("held-out loss", sides[1], f"{number(sides[0])} before"))
-    if (kl := result.get("forgetting", {}).get("kl")) is not None:
-        facts.append(Fact("KL from the base", kl, "nats per token of general text"))
-    if (speed := result.get("tokens_per_second")) is not None:
-        facts.append(Fact("tokens per second", speed, f"{number(result.get('tokens'))} tokens"))
-    if (peak := result.get("peak_memory_bytes")) is not None:
-        facts.append(Fact("peak memory, GiB", peak / 2**30, result.get("machine", {}).get("device", "")))
     return facts
-
-
-def of_training(training: Training) -> list[Section]:
-    """Sections on a run's own figures: learning, forgetting, answers."""
-    result = training.result
-    sections = [Section("Learning", [*_curve(training.metrics), *_before_after(result)])]
-    if lost := result.get("forgetting"):
-        sections.append(Section("What it forgot", _forgot(lost)))
-    if result.get("answers"):
-        samples = [Sample(*(row[part] and excerpt(row[part]) for part in ANSWER)) for row in result["answers"]]
-        sections.append(Section("Answers", [Samples(samples)]))
-    return sections
-
-
-def _forgot(lost: Mapping[str, Any]) -> list[Block]:
-    before, after, kl = (lost.get(name) for name in ("loss_before", "loss_after", "kl"))
-    rise = None if before is None or after is None else after - before
-    rows: list[list[Cell]] = [
-        ["loss", before, after, rise, *(lost.get("rise_interval") or (None, None))],
-        ["KL", 0.0, kl, kl, *(lost.get("kl_interval") or (None, None))],
-    ]
-    passages = f"{number(lost['passages'])} passages, " if lost.get("passages") else ""
-    tokens = f"{passages}{number(lost.get('tokens'))} tokens of `{lost.get('source', '–')}`"
-    words = [
-        "The loss and KL(base ‖ adapted) on general text, in nats per token.",
-        f"They were measured on {tokens}, which it wasn't trained on.",
-        "On other passages of this kind, 95 % of changes would lie within the interval (bootstrap over passages).",
-        "`deltaw scale` shows what a smaller factor would keep and what it would cost.",
-    ]
-    return [Table(["", "base", "adapted", "change", "95 % from", "to"], rows), Text(" ".join(words))]
-
-
-def _curve(metrics: Metrics) -> list[Block]:
-    steps = [line for line in metrics if "loss" in line]
-    if len(steps) < 2:
-        return []
-    series = {}
-    for label, name in LOSSES.items():
-        if lines := [line for line in metrics if name in line]:
-            series[label] = ([line["step"] for line in lines], [line[name] for line in lines])
-    shown = [steps[i] for i in thinned([line["loss"] for line in steps], ROWS)]
-    rows: list[list[Cell]] = [[line.get(name) for name in ("step", "loss", "lr", "grad_norm")] for line in shown]
-    some = f"{len(shown)} of {number(len(steps))} steps: the highest and the lowest loss of each stretch"
-    caption = f"{some}; all of them: `metrics.jsonl`, `deltaw inspect --json`" if len(shown) < len(steps) else ""
-    table = Table(["step", "loss", "learning rate", "gradient norm"], rows, caption)
-    svg = pictures.lines(series, x_label="step", y_label="loss, nats per token")
-    return [Picture(svg, "Loss by step.", f"Training loss over {counted(len(steps), 'step')}", table)]
-
-
-def _before_after(result: Mapping[str, Any]) -> list[Block]:
-    before, after = (result.get("eval", {}).get(side, {}) for side in ("before", "after"))
-    if not before or not after:
-        return []
-    rows: list[list[Cell]] = [[name.replace("_", " "), before.get(name), after[name]] for name in list(after)[:FIGURES]]
-    return [Table(["", "base", "adapted"], rows, f"On {number(result['eval'].get('rows'))} held-out rows")]
 
 
 def against(of: Callable[[BaseMeasures], float | None]) -> Of:

@@ -3,6 +3,7 @@
 System fonts; text no wider than 42 rem; one accent, three tones for how something stands. Every colour is a variable
 with a light and a dark value, each text at a contrast of 4.5 or more to its ground (a browser test computes it). On
 paper it is always light, without navigation, and shows the details that were open. Under 40 rem columns become rows.
+What is wider than the page scrolls, and a shade at its edge says that there is more.
 
 A block's macro is called what its class is called, in lower case. Every word is escaped (autoescape) and made visible
 (page.py's `finalize`); only `marked`, `breakable` and a picture's SVG bring tags along. A line end after `<pre>` is
@@ -111,9 +112,9 @@ PAGE = """<!DOCTYPE html>
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1c1f24;--muted:#5a616c;--line:#dde0e5;--panel:#f5f6f8;
---accent:#1d5fb8;--good:#17724a;--doubt:#855700;--bad:#b3261e}
+--accent:#1d5fb8;--shade:#1c1f2433;--good:#17724a;--doubt:#855700;--bad:#b3261e}
 @media screen and (prefers-color-scheme:dark){:root{--paper:#15171c;--ink:#e3e6eb;--muted:#9da5b1;--line:#2d323a;
---panel:#1d2027;--accent:#85b4ff;--good:#6ccb95;--doubt:#e3b35c;--bad:#ff8d83}}
+--panel:#1d2027;--accent:#85b4ff;--shade:#000c;--good:#6ccb95;--doubt:#e3b35c;--bad:#ff8d83}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
 body{margin:0 auto;padding:2.5rem clamp(1rem,4vw,2.5rem) 5rem;max-width:64rem;background:var(--paper);color:var(--ink);
@@ -138,7 +139,11 @@ nav a:hover{text-decoration:underline}
 .facts dt{color:var(--muted);font-size:.84rem;line-height:1.35}
 .facts dd{margin:.2rem 0 0;font-size:1.45rem;line-height:1.25;font-weight:600;font-variant-numeric:tabular-nums}
 .facts .note{color:var(--muted);font-size:.84rem;font-weight:400;line-height:1.35}
-.wide{overflow:auto;max-width:100%}
+.wide{overflow:auto;max-width:100%;background:linear-gradient(90deg,var(--paper) 30%,transparent) left/2.5rem 100%,
+linear-gradient(270deg,var(--paper) 30%,transparent) right/2.5rem 100%,
+linear-gradient(90deg,var(--shade),transparent) left/.9rem 100%,
+linear-gradient(270deg,var(--shade),transparent) right/.9rem 100%;background-repeat:no-repeat;
+background-attachment:local,local,scroll,scroll}
 table{border-collapse:collapse;font-size:.9rem;line-height:1.4;font-variant-numeric:tabular-nums;margin-bottom:.25rem}
 caption{text-align:left;color:var(--muted);padding-bottom:.5rem}
 th,td{padding:.4rem 1.1rem .4rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line);
@@ -184,12 +189,13 @@ margin:0 0 1.25rem;overflow:hidden}
 .sample em{color:var(--muted);font-size:.84rem}
 pre{margin:0;font-size:.84rem;line-height:1.5;white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4;max-height:20rem;
 overflow:auto}
-@media (max-width:40rem){.findings li{grid-template-columns:1fr}.sample,.sample.two{grid-template-columns:1fr}}
+@media (max-width:40rem){.facts div{padding:.7rem .8rem}.facts dd{font-size:1.25rem}
+.findings li{grid-template-columns:1fr}.sample,.sample.two{grid-template-columns:1fr}}
 @media (min-width:78rem){body:has(>nav){display:grid;grid-template-columns:12rem minmax(0,1fr);column-gap:3.5rem;
 max-width:78rem}body:has(>nav)>*{grid-column:2}body>nav{grid-column:1;grid-row:1/span 2;position:sticky;top:2.5rem;
 align-self:start;margin:.6rem 0 0}nav ol{flex-direction:column;gap:.55rem}}
 @media print{html{font-size:10pt}body{max-width:none;padding:0}nav,details:not([open]){display:none}
 .wide[role=img],figure:not(:has([open])),.facts div,.verdict,.findings li,tr{break-inside:avoid}
 .row:has([open]){display:block}.row:has([open]) figure{margin-bottom:1.5rem}
-h2,dt{break-after:avoid}pre,.wide,details .wide{max-height:none;overflow:visible}}
+h2,dt{break-after:avoid}pre,.wide,details .wide{max-height:none;overflow:visible;background:none}}
 """

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deltaw.adapter.file import is_run
 from deltaw.config import RunConfig, load_config
 from deltaw.errors import InputError
-from deltaw.named import is_run
 from deltaw.run import Run, is_number
 
 Metrics = list[dict[str, Any]]
@@ -22,8 +22,9 @@ Fault = Callable[[str], None]
 
 FIGURES = (
     "trained_parameters", "steps", "best_step", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes",
-    "train_rows", "epoch_tokens",
+    "train_rows", "epoch_tokens", "planned_steps", "total_seconds",
 )  # fmt: skip
+WORDS = ("form", "dtype", "finished")
 LOST = ("tokens", "loss_before", "loss_after", "kl", "passages")
 ALWAYS = ("trained_parameters", "steps", "best_step", "tokens", "train_rows", "eval", "answers")  # by every version
 ANSWER = ("prompt", "before", "after", "truth")
@@ -84,10 +85,9 @@ def _sound(raw: Mapping[str, Any], fault: Fault) -> Iterator[tuple[str, Any]]:
         if name not in raw:
             fault(f"{name}, which is missing")
     yield from _numbers(raw, FIGURES, "", fault).items()
-    if isinstance(form := raw.get("form"), str):
-        yield "form", form
+    yield from ((name, value) for name in WORDS if isinstance(value := raw.get(name), str))
     if (evaluation := _object(raw, "eval", fault)) is not None:
-        sides = {side: _object(evaluation, side, fault) for side in ("before", "after")}
+        sides = {side: _object(evaluation, side, fault) for side in ("before", "start", "after")}
         known = {side: figures_of for side, figures_of in sides.items() if figures_of is not None}
         figures = {
             side: _numbers(figures_of, tuple(figures_of), f"eval.{side}.", fault) for side, figures_of in known.items()
@@ -97,8 +97,9 @@ def _sound(raw: Mapping[str, Any], fault: Fault) -> Iterator[tuple[str, Any]]:
         named = {"source": lost["source"]} if isinstance(lost.get("source"), str) else {}
         intervals = {name: _pair(lost, name, fault) for name in ("rise_interval", "kl_interval")}
         yield "forgetting", {**named, **_numbers(lost, LOST, "forgetting.", fault), **intervals}
-    if machine := _object(raw, "machine", fault):
-        yield "machine", {name: value for name, value in machine.items() if isinstance(value, str)}
+    for name in ("machine", "versions"):
+        if words := _object(raw, name, fault):
+            yield name, {key: value for key, value in words.items() if isinstance(value, str)}
     yield "answers", _answers(raw.get("answers") or [], fault)
 
 

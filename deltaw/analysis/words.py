@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from deltaw.analysis.measure import Measures
-from deltaw.show.text import counted
+from deltaw.show.text import counted, percent
 
 KINDS = 16  # columns of a map
 ORDER = (
@@ -63,7 +63,7 @@ def sentence(path: str, m: Measures) -> str:
     words = f"{title(path)} uses {m.energy_rank} of {m.rank} directions"
     if m.base is None:
         return words
-    words += f", changes the weight by {m.base.relative:.1%}"
+    words += f", changes the weight by {percent(m.base.relative, 1)}"
     top = m.base.amplification_top
     if top.factor is not None and top.chance is not None:
         words += f" and has {top.factor:.3g} times what W has in its main directions (by chance {top.chance:.3g})"
@@ -85,10 +85,10 @@ def gist(measures: Mapping[str, Measures], summary: Mapping[str, Any]) -> list[s
     paragraphs = [f"{size} {half}; energy doesn't say what the others do for the task."]
     if "relative" in summary:
         largest = summary["largest"]["relative"]
-        most = f"{title(largest['module'])} ({largest['value']:.1%})"
-        paragraphs.append(f"The weights changed by {summary['relative']:.2%} (‖ΔW‖ / ‖W‖), most in {most}.")
+        most = f"{title(largest['module'])} ({percent(largest['value'], 1)})"
+        paragraphs.append(f"The weights changed by {percent(summary['relative'], 2)} (‖ΔW‖ / ‖W‖), most in {most}.")
         paragraphs.append(_amplified(used, summary["percentile"]))
-        leading = f"{summary['intruders']} of {summary['intruders_of']} leading directions of the tuned weights"
+        leading = f"{summary['intruders']:,} of {summary['intruders_of']:,} leading directions of the tuned weights"
         paragraphs.append(f"{leading} are intruders, unlike any of the base's own.")
     return paragraphs
 
@@ -103,6 +103,6 @@ def _amplified(used: list[Measures], percentile: float | None) -> str:
     words = f"In the directions that carry 90 % of the update, it has {median(factors):.3g} times what W has"
     words += f"; in random directions it would have {median(chances):.3g} times."
     if percentile is not None:
-        more = f"W has more there than in {percentile:.0%} of random directions"
+        more = f"W has more there than in {percent(percentile)} of random directions"
         words += f" {more} (mean of the modules; chance is 50 %)."
     return words

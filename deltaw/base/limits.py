@@ -19,6 +19,7 @@ from torch import nn
 
 from deltaw.base.language import language_part
 from deltaw.errors import InputError, listed
+from deltaw.show.text import percent
 
 POSITIONS = ("pos", "wpe")  # in the last part of the name of a table
 STATED = ("max_position_embeddings", "max_seq_len")  # in a config
@@ -70,7 +71,8 @@ class Limits:
             raise InputError(
                 f"{name}: {_rows(len(long))} longer than the base's table of {self.table:,} positions\n"
                 + listed([f"{row.origin}: {len(row.tokens):,} tokens" for row in long], 2),
-                fix=f"set data.max_length to {self.table}: data.too_long decides whether they are left out or cut",
+                fix=f"set data.max_length to {self.table}: texts are then split; of other rows, data.too_long decides "
+                "whether they are left out or cut",
             )
 
     def warnings(self, rows: Sequence[Row]) -> list[str]:
@@ -80,8 +82,9 @@ class Limits:
             return []
         longest = max(long, key=lambda row: len(row.tokens))
         return [
-            f"{_rows(len(long))} ({len(long) / len(rows):.1%}) longer than the {self.context:,} tokens that the base "
-            f"was made for, the longest {len(longest.tokens):,} ({longest.origin}); data.max_length bounds them"
+            f"{_rows(len(long))} ({percent(len(long) / len(rows), 1)}) longer than the {self.context:,} tokens that "
+            f"the base was made for, the longest {len(longest.tokens):,} ({longest.origin}); data.max_length bounds "
+            "them",
         ]
 
 

@@ -16,6 +16,7 @@ import copy
 import functools
 import time
 from dataclasses import dataclass
+from os import fspath
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from deltaw.show.progress import QUIET, Display
 ADVANTAGE = 1.2  # bfloat16 costs digits, so it must win clearly
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Base:
     """A frozen model in eval mode and where it came from. `fingerprint`: as in fingerprint.py."""
 
@@ -45,9 +46,12 @@ class Base:
     device: torch.device
     fingerprint: str
 
+    def __repr__(self) -> str:
+        return f"Base({self.source.name}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+
 
 def open_base(
-    name: str | Source,
+    name: str | Path | Source,
     *,
     dtype: Dtype = "auto",
     device: str = "auto",
@@ -56,7 +60,7 @@ def open_base(
 ) -> Base:
     """Load a base, frozen, in eval mode, checked. `config`: its config, where it was read already (`read_config`).
     Raises InputError, or RunError when memory runs out."""
-    source = name if isinstance(name, Source) else find_base(name, display=display)
+    source = name if isinstance(name, Source) else find_base(fspath(name), display=display)
     place = pick_device(device)
     number = fast_dtype(place.type) if dtype == "auto" else getattr(torch, dtype)
     config = config or read_config(source)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deltaw.errors import InputError
+from deltaw.files.paths import no_such
 from deltaw.files.shards import INDEX, SINGLE, shards, weights_file
 from deltaw.files.strict_json import read_json
 from deltaw.show.progress import QUIET, Display
@@ -104,6 +105,8 @@ def find_base(name: str, *, display: Display = QUIET) -> Source:
     if _is(path, Path.is_dir):
         check_folder(path)
         return Source(name, path)
+    if _is(path.parent, _holds_adapters):  # then runs/nope isn't meant as org/name
+        raise no_such(path)
     match = HUB_ID.fullmatch(name)
     if match is None or path.suffix == ".gguf":
         raise InputError(f"{name!r}: no such base", fix=_near_misses(path, name))
@@ -239,6 +242,15 @@ def _is(path: Path, test: Callable[[Path], bool]) -> bool:
         return test(path)
     except (OSError, ValueError):  # a name too long for a path, or with a NUL
         return False
+
+
+def _holds_adapters(folder: Path) -> bool:
+    """A folder below the current one with runs or adapters in it."""
+    if folder == Path() or not folder.is_dir():
+        return False
+    return any(
+        (entry / name).is_file() for entry in folder.iterdir() for name in ("config.yaml", "adapter_config.json")
+    )
 
 
 def _near_misses(path: Path, name: str) -> str:

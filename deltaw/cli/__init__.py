@@ -1,7 +1,7 @@
 """The command line: verbs, no logic. What they do stands in deltaw/commands.
 
     app.py        the application, the options that verbs share, how a Result is shown
-    run.py        demo · train · verify-resume · preview · plan
+    run.py        demo · train · verify-resume · preview · plan · runs
     ask.py        eval · generate · chat
     update.py     inspect · compare · resize · extract · combine · scale
     ship.py       merge · export · lint · verify

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from deltaw.cli.app import BaseName, Json, app, as_path, display, examples, show
+from deltaw.cli.app import AllowCode, BaseName, Json, app, as_path, display, examples, show
+from deltaw.config import METRICS
 
 ModelName = Annotated[str, typer.Argument(help="A run, an adapter folder or a base model.", callback=as_path)]
 NoAdapter = Annotated[bool, typer.Option("--no-adapter", help="Ask the base model without the adapter.")]
@@ -16,7 +17,14 @@ TopK = Annotated[int, typer.Option(help="Sample from this many of the likeliest 
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 
 
-@app.command("eval", epilog=examples("deltaw eval runs/demo", "deltaw eval runs/demo data.jsonl --no-adapter --json"))
+@app.command(
+    "eval",
+    epilog=examples(
+        "deltaw eval runs/demo",
+        "deltaw eval runs/demo data.jsonl --metrics f1,rouge_l",
+        "deltaw eval runs/demo --metrics judge.py:score -o answers.jsonl",
+    ),
+)
 def evaluate(
     model: ModelName,
     data: Annotated[
@@ -24,25 +32,46 @@ def evaluate(
         typer.Argument(help="A data file. Without one, a run is measured on its own held-out rows.", callback=as_path),
     ] = None,
     base: BaseName = None,
-    no_adapter: NoAdapter = False,
-    metrics: Annotated[list[str] | None, typer.Option(help="exact_match or phoneme_error_rate.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Measure only this many rows, chosen at random.")] = None,
+    no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Measure the base alone.")] = False,
+    no_base: Annotated[bool, typer.Option("--no-base", help="Measure the adapter alone.")] = False,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"In place of the run's own, comma-separated: {', '.join(METRICS)}, a function of yours as "
+            "file.py:function, or none."
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Measure only this many rows, from all over the data.")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="The longest answer, in tokens. Without it, as the run has it.")
     ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", help="Write each row's answers and scores to this JSONL file.", callback=as_path
+        ),
+    ] = None,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """Measure loss, perplexity and task metrics. On a run's own held-out rows, or on a file."""
+    """Measure loss and task metrics, the base beside the adapter. On a run's own held-out rows, or on a file."""
     from deltaw.commands.eval import eval_named
 
+    if no_adapter and no_base:
+        raise typer.BadParameter("--no-adapter and --no-base together leave nothing to measure")
     result = eval_named(
         model,
         data,
         base=base,
         use_adapter=not no_adapter,
-        metrics=metrics,
+        use_base=not no_base,
+        metrics=[name.strip() for one in metrics for name in one.split(",")] if metrics else None,
         rows=rows,
         max_tokens=max_tokens,
+        output=output,
+        allow_code=allow_code,
         display=display(as_json),
     )
     show(result, as_json)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from deltaw.cli.app import Json, Quiet, app, as_path, display, examples, show
+from deltaw.cli.app import AllowCode, Json, Quiet, app, as_path, display, examples, show
 
 RunFile = Annotated[Path, typer.Argument(help="A run file.", callback=as_path)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace the run file's: key=value.")]
@@ -21,19 +21,29 @@ def demo(
     show(demo_named(output, display=display()), as_json)
 
 
-@app.command(epilog=examples("deltaw train run.yaml train.lr=1e-3", "deltaw train runs/first    (resumes)"))
+@app.command(
+    epilog=examples(
+        "deltaw train run.yaml train.lr=1e-3",
+        "deltaw train runs/first    (resumes)",
+        "deltaw train runs/first train.epochs=3 --extend    (goes on, when it is finished)",
+        "deltaw train run.yaml adapter.from=runs/first    (starts from its adapter)",
+    )
+)
 def train(
     run: Annotated[Path, typer.Argument(help="A run file, or the folder of a run to resume.", callback=as_path)],
     overrides: Overrides = None,
     replace: Annotated[bool, typer.Option("--replace", help="Discard an earlier run in the output folder.")] = False,
     allow: Annotated[bool, typer.Option("--allow", help="Resume even though settings have changed.")] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="Go on with a finished run: train.epochs=3.")] = False,
+    allow_code: AllowCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Train an adapter, or resume an interrupted run."""
     from deltaw.commands.train import train_named
 
-    show(train_named(run, overrides or (), replace=replace, allow=allow, display=display(quiet)), as_json)
+    options = {"replace": replace, "allow": allow, "extend": extend, "allow_code": allow_code}
+    show(train_named(run, overrides or (), **options, display=display(quiet)), as_json)
 
 
 @app.command("verify-resume", epilog=examples("deltaw verify-resume run.yaml"))
@@ -68,3 +78,17 @@ def plan(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> No
     from deltaw.commands.plan import plan_named
 
     show(plan_named(run, overrides or (), display=display(as_json)), as_json)
+
+
+@app.command(epilog=examples("deltaw runs", "deltaw runs experiments --sort loss"))
+def runs(
+    folder: Annotated[str, typer.Argument(help="The folder that the runs are in.", callback=as_path)] = "runs",
+    by: Annotated[
+        str, typer.Option("--sort", help="when (the newest first), name, loss, or a metric (the best first).")
+    ] = "when",
+    as_json: Json = False,
+) -> None:
+    """List the runs in a folder: settings, figures and how far each has come."""
+    from deltaw.commands.runs import runs_named
+
+    show(runs_named(folder, by=by), as_json)

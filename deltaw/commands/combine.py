@@ -1,12 +1,11 @@
 """`deltaw combine`: the weighted sum of several adapters on one base, exactly, by TIES or DARE (adapter/combine.py)."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from deltaw.adapter.combine import combine
+from deltaw.adapter.file import Adapter
 from deltaw.commands.made import Made, saved
 from deltaw.files.lock import new_folder
-from deltaw.named import load_adapter
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
 
@@ -25,7 +24,7 @@ def combine_named(
 ) -> Result:
     """Without weights each adapter counts once."""
     with new_folder(output) as folder:
-        adapters = [load_adapter(Path(name)) for name in names]
+        adapters = [Adapter.load(name) for name in names]
         with display.task("combining", len({path for adapter in adapters for path in adapter.factors})) as progress:
             made = combine(
                 adapters,

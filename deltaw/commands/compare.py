@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from deltaw.adapter.file import Adapter
 from deltaw.analysis.compare import compare
 from deltaw.analysis.compare_page import in_words, page_of
 from deltaw.analysis.page import write
 from deltaw.files.lock import claimed_file
-from deltaw.named import load_adapter
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
 
@@ -14,7 +14,7 @@ from deltaw.show.result import Result
 def compare_named(one: str, other: str, page: str, *, display: Display) -> Result:
     """Writes the page. Raises InputError: adapters of other bases, no module in common."""
     with claimed_file(Path(page)):
-        first, second = (load_adapter(Path(name)) for name in (one, other))
+        first, second = (Adapter.load(name) for name in (one, other))
         with display.task("comparing", len(first.factors.keys() & second.factors.keys())) as progress:
             comparison = compare(first, second, progress=progress)
         write(page_of(comparison, one, other), Path(page))

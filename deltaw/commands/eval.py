@@ -1,16 +1,19 @@
-"""`deltaw eval`: a run on its own held-out rows, or any model on any file."""
+"""`deltaw eval`: an adapter beside its base (evaluate/side_by_side.py), as a table; each row's answers as JSONL."""
 
+import json
+from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
-from deltaw.config import EvaluateConfig, RunConfig
-from deltaw.errors import InputError
-from deltaw.evaluate.held_out import evaluate
-from deltaw.evaluate.metrics import METRICS
-from deltaw.evaluate.rows import rows_of
-from deltaw.named import Named
+from deltaw.evaluate.side_by_side import SideBySide, side_by_side
+from deltaw.files.atomic import write_text_atomic
+from deltaw.files.lock import claimed_file
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
 from deltaw.show.table import table
+from deltaw.show.text import counted, figure_name, rounded
+
+LOWER = ("loss", "perplexity")  # is better
 
 
 def eval_named(
@@ -19,38 +22,60 @@ def eval_named(
     *,
     base: str | None,
     use_adapter: bool,
-    metrics: list[str] | None,
+    use_base: bool,
+    metrics: Sequence[str] | None,
     rows: int | None,
     max_tokens: int | None,
+    output: str | None,
+    allow_code: bool,
     display: Display,
 ) -> Result:
-    """Loss, perplexity and metrics. Raises InputError before the weights are read."""
-    named = Named(name)
-    config = measured(named.config, metrics, max_tokens)
-    model, examples = rows_of(named, data, base=base, rows=rows, display=display)
-    with nullcontext() if use_adapter or model.attached is None else model.attached.disabled():
-        evaluation = evaluate(model, examples, config, display=display)
-    figures = {
-        "model": name,
-        "adapter": model.attached is not None and use_adapter,
-        "rows": len(examples),
-        "supervised_tokens": evaluation.supervised_tokens,
-        **evaluation.summary(),
-    }
-    return Result(figures, table((title.replace("_", " "), str(value)) for title, value in figures.items()))
+    """`output`: a JSONL file of each row's answers and scores. Raises InputError before the weights are read."""
+    with nullcontext() if output is None else claimed_file(Path(output)):
+        measured = side_by_side(
+            name,
+            data,
+            base=base,
+            use_adapter=use_adapter,
+            use_base=use_base,
+            metrics=metrics,
+            rows=rows,
+            max_tokens=max_tokens,
+            every_answer=output is not None,
+            allow_code=allow_code,
+            display=display,
+        )
+        lines = [in_words(measured)]
+        if output is not None:
+            rows_of = [json.dumps(row, ensure_ascii=False) + "\n" for row in measured.answers()]
+            write_text_atomic(Path(output), "".join(rows_of))
+            lines += ["", f"answers: {output}"]
+    return Result({**measured.to_json(), "output": output}, "\n".join(lines))
 
 
-def measured(run: RunConfig | None, metrics: list[str] | None, max_tokens: int | None) -> EvaluateConfig:
-    """What is measured: the metrics named, else the run's own; answers as long as asked for, else as the run's."""
-    unknown = [metric for metric in metrics or () if metric not in METRICS]
-    if unknown:
-        raise InputError(f"no metric {unknown[0]!r}", fix=f"known: {', '.join(METRICS)}")
-    own = run.evaluate if run else EvaluateConfig()
-    config = EvaluateConfig.checked(
-        metrics=tuple(metrics) if metrics else own.metrics,
-        max_new_tokens=own.max_new_tokens if max_tokens is None else max_tokens,
-        samples=0,
-    )
-    if max_tokens is not None and not config.metrics:
-        raise InputError("--max-tokens does nothing without a metric: nothing is answered", fix="name one: --metrics")
-    return config
+def in_words(measured: SideBySide) -> str:
+    """A line per figure: the base's, the adapter's, and what became of it."""
+    sides = {"base": measured.base, "adapter": measured.adapter}
+    figures = {side: evaluation.summary() for side, evaluation in sides.items() if evaluation}
+    higher = {**dict.fromkeys(LOWER, False), **{m.name: m.higher_is_better for m in measured.metrics}}
+    rows = []
+    for name in measured.main.summary():
+        values = [side[name] for side in figures.values()]
+        rows.append([figure_name(name), *map(rounded, values)])
+        if len(values) == 2:
+            rows[-1] += change(*values, higher_is_better=higher[name])
+    head = ("", *figures, *(("change", "") if len(figures) == 2 else ()))
+    of = measured.data or "held-out"
+    where = f"{counted(measured.rows, 'row')} of {of}" if measured.data else counted(measured.rows, f"{of} row")
+    tokens = f"{counted(measured.main.supervised_tokens, 'token')} measured"
+    other = "" if measured.as_trained is not False else "; not the rows that the run held out when it was trained"
+    return "\n".join([table(rows, head, align="lrrrl", rule=True), "", f"{where}, {tokens}{other}"])
+
+
+def change(base: float, adapter: float, *, higher_is_better: bool) -> tuple[str, str]:
+    """By how much, and whether that is better; nothing of a change that isn't shown."""
+    text = rounded(adapter - base)
+    if not any(digit in text for digit in "123456789"):
+        return "0", ""
+    better = (adapter > base) == higher_is_better
+    return text if adapter < base else f"+{text}", "better" if better else "worse"

@@ -4,10 +4,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deltaw.adapter.extract import extract_adapter, extract_folders
+from deltaw.adapter.file import Adapter, is_run
 from deltaw.commands.made import Made, saved
 from deltaw.errors import InputError
 from deltaw.files.lock import new_folder
-from deltaw.named import is_run, load_adapter
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
 
@@ -20,7 +20,7 @@ def extract_named(
         if base is None:
             if not is_run(Path(tuned)) and (Path(tuned) / "config.json").is_file():
                 raise InputError(f"{tuned} is a model: what changed can't be told without its base", "add --base BASE")
-            full = load_adapter(Path(tuned))
+            full = Adapter.load(tuned)
             made = Made(*extract_adapter(full, rank=rank, energy=energy, display=display))
             return saved(made, folder, full, tuned)
         if not Path(tuned).is_dir():

@@ -16,7 +16,7 @@ from deltaw.adapter.file import Adapter
 from deltaw.files.atomic import write_text_atomic
 from deltaw.named import template_beside
 from deltaw.show.result import Result
-from deltaw.show.text import counted
+from deltaw.show.text import counted, percent
 
 WORST = 5  # modules shown
 
@@ -64,11 +64,11 @@ def _lost(losses: Sequence[Loss]) -> list[str]:
         return []
     if max(errors) <= 0:
         return ["nothing was lost"]
-    middle = f"{statistics.median(errors):.1%}"
+    middle = f"{percent(statistics.median(errors), 1)}"
     worst = sorted(losses, key=lambda loss: -loss.relative_error)[:WORST]
     return [
         f"lost from each update, ‖ΔW − ΔW'‖ / ‖ΔW‖: {middle} (median); the worst modules:",
-        *(f"  {lo.relative_error:6.1%}  rank {lo.old_rank} → {lo.new_rank}  {lo.module}" for lo in worst),
+        *(f"  {percent(lo.relative_error, 1):>7}  rank {lo.old_rank} → {lo.new_rank}  {lo.module}" for lo in worst),
     ]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from deltaw.config import load_config
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
+from deltaw.show.text import counted
 
 
 def preview_named(run: Path, overrides: Sequence[str], *, rows: int, display: Display) -> Result:
@@ -14,7 +15,14 @@ def preview_named(run: Path, overrides: Sequence[str], *, rows: int, display: Di
     config = load_config(run, overrides)
     from deltaw.data.opening import limits_of, open_dataset
     from deltaw.data.preview import printed
+    from deltaw.training.length import count_steps, settle_step
+    from deltaw.training.length import notes as of_length
+    from deltaw.training.length import warnings as of_few_steps
 
     source, renderer, dataset = open_dataset(config, display)
-    dataset.report.warnings.extend(limits_of(source, dataset))
-    return Result(asdict(dataset.report), printed(dataset, renderer.tokenizer, rows))
+    settled = settle_step(config, dataset)
+    steps, size = count_steps(settled, dataset), settled.train.step_tokens
+    dataset.report.warnings.extend([*limits_of(source, dataset), *of_few_steps(config, settled, dataset, steps)])
+    lines = [f"{counted(steps, 'step')} of up to {size:,} tokens", *of_length(config, settled, steps)]
+    data = {**asdict(dataset.report), "steps": steps, "tokens_per_step": size, "length": lines[1:]}
+    return Result(data, "\n".join([printed(dataset, renderer.tokenizer, rows), *lines]))

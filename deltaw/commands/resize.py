@@ -13,6 +13,7 @@ from deltaw.named import Named
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
 from deltaw.show.table import table
+from deltaw.show.text import percent
 
 
 def resize_named(
@@ -46,7 +47,7 @@ def trial_table(trials: Sequence[Trial]) -> str:
     """What each size came to, beside the full adapter's loss, which is the first."""
     full = trials[0].loss
     rows = [
-        (f"{t.energy:.3%}", f"{t.parameters:,}", f"{t.mean_rank:.1f}", f"{t.loss:.4f}", _change(t.loss, full))
+        (f"{percent(t.energy, 3)}", f"{t.parameters:,}", f"{t.mean_rank:.1f}", f"{t.loss:.4f}", _change(t.loss, full))
         for t in trials
     ]
     return table(rows, ("energy", "parameters", "mean rank", "held-out loss", ""), align="r")
@@ -54,4 +55,4 @@ def trial_table(trials: Sequence[Trial]) -> str:
 
 def _change(loss: float, full: float) -> str:
     """A share of the full adapter's loss, which is 0 where a task was learnt by heart."""
-    return f"{loss / full - 1:+.2%}" if full > 0 else f"{loss - full:+.4f}"
+    return f"{percent(loss / full - 1, 2, signed=True)}" if full > 0 else f"{loss - full:+.4f}"

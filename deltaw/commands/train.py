@@ -9,21 +9,34 @@ from pathlib import Path
 
 from deltaw.commands.demo import DEMO
 from deltaw.config import RunConfig, load_config, parse_config
+from deltaw.errors import InputError
 from deltaw.files.paths import written
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
 
 
-def train_named(run: Path, overrides: Sequence[str], *, replace: bool, allow: bool, display: Display) -> Result:
-    """A run file is trained, an interrupted run's folder is resumed. `replace` is for the former, `allow` for the
-    latter: it may go on with other settings."""
+def train_named(
+    run: Path,
+    overrides: Sequence[str],
+    *,
+    replace: bool,
+    allow: bool,
+    extend: bool,
+    allow_code: bool,
+    display: Display,
+) -> Result:
+    """A run file is trained, an interrupted run's folder is resumed. `replace` is for the former; for the latter are
+    `allow`, to go on with other settings, `extend`, to go on although it is finished, and `allow_code`, to run the code
+    of a metric that it names."""
     if not run.is_dir():
+        if extend:
+            raise InputError(f"{run} isn't a run's folder, and only a finished run can be extended")
         return _train(load_config(run, overrides), replace, display)
-    Run(run).check_resumable()
+    Run(run).check_resumable(overrides, extend=extend)
     from deltaw.training.run import resume
 
-    resume(run, overrides, allow=allow, display=display)
+    resume(run, overrides, allow=allow, extend=extend, allow_code=allow_code, display=display)
     return _summary(run)
 
 

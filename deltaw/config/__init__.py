@@ -2,14 +2,15 @@
 
 from deltaw.config.adapter import TARGET_GROUPS, AdapterSpec, names_module
 from deltaw.config.data import DataConfig
-from deltaw.config.evaluate import EvaluateConfig
-from deltaw.config.load import load_config, parse_config, read_text
+from deltaw.config.evaluate import METRICS, EvaluateConfig, metric_key, own_metric
+from deltaw.config.load import config_of, load_config, parse_config, read_text, setting_meant
 from deltaw.config.problems import fields_at
 from deltaw.config.run import RunConfig
 from deltaw.config.strict import Strict
 from deltaw.config.train import Dtype, TrainConfig
 
 __all__ = [
+    "METRICS",
     "TARGET_GROUPS",
     "AdapterSpec",
     "DataConfig",
@@ -18,9 +19,13 @@ __all__ = [
     "RunConfig",
     "Strict",
     "TrainConfig",
+    "config_of",
     "fields_at",
     "load_config",
+    "metric_key",
     "names_module",
+    "own_metric",
     "parse_config",
     "read_text",
+    "setting_meant",
 ]

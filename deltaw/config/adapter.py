@@ -6,11 +6,12 @@ model.
 """
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from deltaw.config.strict import PositiveFloat, Strict
+from deltaw.files.paths import PathText
 
 TARGET_GROUPS = ("all-linear", "attention", "mlp")
 FACTOR_FIELDS = (  # of AdapterSpec
@@ -23,8 +24,15 @@ class AdapterSpec(Strict):
 
     `full`: ΔW itself is trained, a matrix of the weight's size, and the fields about factors say nothing. In a run
     file `adapter: full` is short for it.
+
+    `start`, which a run file calls `from`: the run or the adapter's folder whose adapter is trained on. All the other
+    fields come from that one (training/start.py), so none of them need be given. A trained adapter's own spec has none.
     """
 
+    section: ClassVar[str] = "adapter"
+    start: PathText | None = Field(
+        None, alias="from", description="a run or an adapter's folder: its adapter is trained on"
+    )
     full: bool = False
     rank: int = Field(16, ge=1, le=65536)
     alpha: PositiveFloat = 32.0
@@ -45,6 +53,14 @@ class AdapterSpec(Strict):
         if not names or not all(name.strip() for name in names):
             raise ValueError("is empty: name at least one module, or all-linear, attention, mlp")
         return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _it_begins_once(self) -> "AdapterSpec":
+        if self.start is not None and self.init != "lora":
+            raise ValueError(
+                f"init {self.init} begins afresh, and from begins at a trained adapter: leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _full_has_no_factors(self) -> "AdapterSpec":

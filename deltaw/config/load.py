@@ -8,9 +8,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from deltaw.config.problems import problems, similar_file
+from deltaw.config.before import as_it_was
+from deltaw.config.problems import fields_at, meant, refusal, similar_file
 from deltaw.config.run import BEGUN, RunConfig
-from deltaw.errors import InputError, listed
+from deltaw.errors import InputError
 from deltaw.files.run_yaml import PROBLEMS, Loader, not_yaml
 
 
@@ -28,22 +29,40 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     begun = path.name == "config.yaml" and any((path.parent / name).exists() for name in BEGUN)
     for item in overrides:
         _override(raw, item)
-    return parse_config(raw, source=str(path), node=node, begun=begun)
+    return parse_config(raw, source=str(path), node=node, begun=begun, folder=path.parent)
+
+
+def config_of(given: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
+    """A config, what would stand in a run file as a mapping, or a run file. Raises InputError."""
+    if isinstance(given, RunConfig):
+        return given
+    if isinstance(given, Mapping):
+        return parse_config(given)
+    path = Path(given).expanduser()
+    if (path / "config.yaml").is_file():
+        raise InputError(f"{path} is a run already", fix=f"resume it: deltaw.resume({str(path)!r})")
+    return load_config(path)
 
 
 def parse_config(
-    raw: Mapping[str, Any], *, source: str = "config", node: yaml.Node | None = None, begun: bool = False
+    raw: Mapping[str, Any],
+    *,
+    source: str = "config",
+    node: yaml.Node | None = None,
+    begun: bool = False,
+    folder: Path = Path(),
 ) -> RunConfig:
     """Validate a plain mapping. `node` (the YAML tree) lends the line numbers. `begun`: a run's own, accepted already,
-    so a setting without an effect doesn't keep it from being read."""
+    so a setting without an effect doesn't keep it from being read. `folder`: where files of metrics are looked for."""
     try:
         # JSON mode: a list is a tuple, an int is a float, and nothing else converts.
-        return RunConfig.model_validate_json(json.dumps(raw), context=BEGUN if begun else None)
+        given = json.dumps(as_it_was(raw) if begun else raw)
+        config = RunConfig.model_validate_json(given, context=BEGUN if begun else None)
+        return config.model_copy(update={"evaluate": config.evaluate.located(folder)})
     except ValidationError as error:
-        lines = problems(error, source, node)
+        raise InputError(refusal(error, RunConfig, source, file=source, node=node)) from None
     except (TypeError, ValueError) as problem:
-        lines = [f"{source}: {problem}"]
-    raise InputError("\n".join([f"{source} has {len(lines)} problem{'s' * (len(lines) > 1)}:", listed(lines)]))
+        raise InputError(f"{source} has 1 problem:\n  {source}: {problem}") from None
 
 
 def read_text(path: Path) -> str:
@@ -60,6 +79,12 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: not UTF-8 text", fix="save it as UTF-8") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def setting_meant(option: str) -> str | None:
+    """What to write into a run file, or behind its name, for an option `--learning-rate` that there isn't."""
+    word = option.lstrip("-").partition("=")[0].replace("-", "_")
+    return f"did you mean {word}=…?" if word in fields_at(RunConfig, ()) else meant([word], RunConfig)
 
 
 def _override(raw: dict[str, Any], item: str) -> None:

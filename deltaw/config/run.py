@@ -33,10 +33,11 @@ class RunConfig(Strict):
     """A whole run: `base`, `adapter`, `data`, `train`, `evaluate`, `output`."""
 
     base: PathText = Field(min_length=1)
-    adapter: AdapterSpec = AdapterSpec()
-    data: DataConfig
-    train: TrainConfig = TrainConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    # Not strict about the sections themselves: a mapping makes one, in Python as in a file.
+    adapter: AdapterSpec = Field(AdapterSpec(), strict=False)
+    data: DataConfig = Field(strict=False)
+    train: TrainConfig = Field(TrainConfig(), strict=False)
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), strict=False)
     output: PathText = Field(min_length=1)
 
     @field_validator("adapter", mode="before")
@@ -57,14 +58,21 @@ class RunConfig(Strict):
         no_rows = {
             "train.eval_every": train.eval_every is not None,
             "train.sample_every": train.sample_every is not None,
+            "train.patience": train.patience is not None,
             "evaluate.metrics": bool(evaluate.metrics),
             "evaluate.samples": evaluate.samples not in (0, default_of(evaluate, "samples")),
         }
         needs = {name: "held-out rows: set data.eval" for name, given in no_rows.items() if given and data.eval is None}
+        if train.patience is not None and train.eval_every is None and data.eval is not None:
+            needs["train.patience"] = "evaluations on the way: set train.eval_every"
         if self.adapter.full and train.lr_ratio_b != 1:
             needs["train.lr_ratio_b"] = "factors, and adapter: full has none"
         if data.seed and not isinstance(data.eval, int) and data.limit is None:
             needs["data.seed"] = "rows to choose from: data.eval as a number, or data.limit"
+        if data.split_text and data.reads_no_text_file:
+            needs["data.split_text"] = "a .txt file"
+        if data.overlap and data.too_long not in ("auto", "split"):
+            needs["data.overlap"] = "pieces: set data.too_long: split"
         return [f"{name} does nothing without {what}" for name, what in needs.items()]
 
     def switched_off(self) -> list[str]:

@@ -4,7 +4,9 @@ Rows are taken in the order of a hash of (seed, content): first the held-out one
 `limit`; afterwards both stand in file order again. So the choice is random (a sorted dictionary isn't cut to the words
 in a) and doesn't change when the file is sorted otherwise; copies of a row stand together, so that hardly any is on
 both sides of the border; and rows that aren't used aren't tokenised. So the held-out rows can be prepared alone, the
-very same ones (`prepare_held_out`). Rejected: a seeded shuffle of row numbers, which is random and nothing else.
+very same ones (`prepare_held_out`). A text in pieces counts as one row: all its pieces are held out or none is, so that
+no model is measured on a text that it was trained on the rest of. If the source is one document there is no other way
+than to hold out some of its pieces. Rejected: a seeded shuffle of row numbers, which is random and nothing else.
 
 A row can fail to be read, to have the source's form, or to be rendered; all three are *unusable*, and more
 than `bad_rows` of them is an error before any training. A row that is too long is counted apart, since the
@@ -14,62 +16,27 @@ repeat a row on purpose.
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import islice
 
-import numpy as np
-
 from deltaw.config import DataConfig
-from deltaw.data.document import Chat
-from deltaw.data.example import Example
-from deltaw.data.forms import Form, detect_form
+from deltaw.data.document import Chat, Document
+from deltaw.data.example import Example, fingerprint
+from deltaw.data.forms import Reads, form_of
 from deltaw.data.read import read_rows
 from deltaw.data.render import Renderer
+from deltaw.data.report import DataReport, Reading, report_of
 from deltaw.data.row import Problem, Row
+from deltaw.data.text_files import documents
 from deltaw.errors import InputError, Rejected, listed
 from deltaw.show.progress import QUIET, Display, Progress, unseen
-from deltaw.show.text import counted, one_line
 
-CHUNK = 512  # rows tokenised in one call
-SHOWN = 10  # problems and origins kept in the report
+CHUNK, CHARACTERS = 512, 4_000_000  # rows and characters tokenised in one call
+LONG = 500_000  # characters of a row that take the tokenizer a while
 
-
-@dataclass(frozen=True)
-class DataReport:
-    """What became of each row, in plain values: `dataclasses.asdict` is JSON. `share` is supervised over all tokens.
-
-    `unused`, `left_out`: the columns and the fields of messages that no token comes of, with the share of rows in which
-    they say something. `named_…`: rows in whose text names of control tokens stand, how many, and the first such row.
-    """
-
-    source: str
-    form: str
-    rows_read: int
-    train_rows: int
-    eval_rows: int
-    unusable: int
-    problems: list[str]
-    too_long_dropped: int
-    truncated: int
-    too_long: list[str]
-    untrained: int
-    untrained_turns: int
-    tokens: int
-    supervised_tokens: int
-    share: float
-    duplicates: int
-    overlap: int
-    longest_row: int
-    longest_origin: str
-    unused: dict[str, float]
-    left_out: dict[str, float]
-    named_rows: int
-    named_tokens: int
-    named_origin: str
-    warnings: list[str]
+Placed = tuple[int, int, Example]  # row in the file, piece of the row
 
 
 @dataclass(frozen=True)
@@ -83,70 +50,37 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over every token and mask, in order: equal where a run may be resumed."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.eval):
-            digest.update(len(part).to_bytes(8, "little"))
-            for example in part:
-                digest.update(len(example.tokens).to_bytes(8, "little"))
-                digest.update(example.tokens.tobytes())
-                digest.update(example.loss_mask.tobytes())
-        return digest.hexdigest()
+        """Of every token and mask, in order: equal where a run may be resumed."""
+        return fingerprint(self.train, self.eval)
 
 
-@dataclass
-class _Source:
-    """One source on its way to examples, with what was left out so far."""
-
-    name: str
-    rows: list[Row]
-    problems: list[Problem]
-    form: Form
-    seen: int = 0
-    rejected: int = 0
-    too_long_dropped: int = 0
-    truncated: int = 0
-    untrained: int = 0
-    too_long: list[str] = field(default_factory=list)
-
-    @property
-    def bad_share(self) -> float:
-        """Share of unusable rows: unreadable ones of all lines, rejected ones of the rows looked at."""
-        unreadable = len(self.problems) - self.rejected
-        return unreadable / (unreadable + len(self.rows)) + self.rejected / max(self.seen, 1)
-
-
-def prepare(config: DataConfig, renderer: Renderer, *, display: Display = QUIET) -> Dataset:
-    """Read, recognise, render and split.
+def prepare(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", display: Display = QUIET) -> Dataset:
+    """Read, recognise, render and split. `reads`: how pairs are read where the config leaves it open.
 
     Raises InputError when a source can't be read, too many of its rows are unusable, nothing is left to train on, or
     there are too few rows to hold out as many as asked.
     """
-    source = _open(config.train, config)
+    source = _open(config.train, config, renderer, reads)
     sources = [source]
-    held_out: list[tuple[int, Example]] = []
-    with display.task("reading data", len(source.rows)) as progress:
-        stream = _examples(source, renderer, config, progress)
+    held_out: list[Placed] = []
+    with display.task("reading data", _size(source.rows)) as progress:
+        stream = _units(source, renderer, config, progress)
         if isinstance(config.eval, int):
-            held_out = list(islice(stream, config.eval))
-        train = list(islice(stream, config.limit))
-        progress(len(source.rows))  # rows beyond data.limit are never looked at
+            held_out = _taken(stream, config.eval)
+        train = _taken(stream, config.limit)
+        progress(_size(source.rows))  # rows beyond data.limit are never looked at
     _check(source, config, usable=bool(train or held_out))
     if not train:
-        what = (
-            f"{source.name}: {len(held_out)} usable rows, and data.eval takes {config.eval}, so none is left to train "
-            "on"
-        )
-        raise InputError(what, fix="set data.eval lower, or give it a separate file")
+        raise _none_left(source, held_out, config)
     if isinstance(config.eval, str):
-        other = _open(config.eval, config)
-        with display.task("reading held-out rows", len(other.rows)) as progress:
-            held_out = list(_examples(other, renderer, config, progress))
+        other = _open(config.eval, config, renderer, reads)
+        with display.task("reading held-out rows", _size(other.rows)) as progress:
+            held_out = _taken(_units(other, renderer, config, progress))
         _check(other, config, usable=bool(held_out))
         sources.append(other)
     chat = isinstance(source.form.normalise(source.rows[train[0][0]]), Chat)
     parts = _in_file_order(train), _in_file_order(held_out)
-    return Dataset(*parts, _report(sources, *parts, renderer, chat), chat)
+    return Dataset(*parts, report_of(sources, *parts, renderer, chat), chat)
 
 
 def prepare_held_out(config: DataConfig, renderer: Renderer) -> list[Example]:
@@ -154,46 +88,101 @@ def prepare_held_out(config: DataConfig, renderer: Renderer) -> list[Example]:
     it comes to the held-out rows; rows to train on are not judged.
     """
     if isinstance(config.eval, str):
-        source = _open(config.eval, config)
-        held_out = list(_examples(source, renderer, config, unseen))
+        source = _open(config.eval, config, renderer)
+        held_out = _taken(_units(source, renderer, config, unseen))
         _check(source, config, usable=bool(held_out))
         return _in_file_order(held_out)
     count = config.eval or 0
-    source = _open(config.train, config)
-    held_out = list(islice(_examples(source, renderer, config, unseen), count))
-    if len(held_out) < count or source.bad_share > config.bad_rows:  # how bad they are is to be told of all of them
+    source = _open(config.train, config, renderer)
+    units = list(islice(_units(source, renderer, config, unseen), count))
+    if len(units) < count or source.bad_share > config.bad_rows:  # how bad they are is to be told of all of them
         return prepare(config, renderer).eval
-    return _in_file_order(held_out)
+    return _in_file_order([piece for unit in units for piece in unit])
 
 
-def _in_file_order(part: list[tuple[int, Example]]) -> list[Example]:
-    return [example for _, example in sorted(part, key=lambda item: item[0])]
+def _taken(units: Iterator[list[Placed]], count: int | None = None) -> list[Placed]:
+    return [piece for unit in islice(units, count) for piece in unit]
 
 
-def _open(name: str, config: DataConfig) -> _Source:
+def _in_file_order(part: list[Placed]) -> list[Example]:
+    return [example for *_, example in sorted(part, key=lambda item: item[:2])]
+
+
+def _open(name: str, config: DataConfig, renderer: Renderer, reads: Reads = "auto") -> Reading:
     rows, problems = read_rows(name)
+    if config.split_text:
+        rows = documents(rows, config.split_text)
     if not rows:
         if problems:
             what = f"{name}: none of its lines can be read\n{listed([str(p) for p in problems])}"
             raise InputError(what, fix="fix them, or name another file")
         raise InputError(f"{name}: no rows in it", fix="put rows into it, or name another file")
-    return _Source(name, rows, problems, detect_form(rows, config.form))
+    form = form_of(rows, config, templated=renderer.template is not None, reads=reads)
+    splits = form.name == "text" and config.too_long in ("auto", "split")
+    if not splits and (config.too_long == "split" or config.overlap):
+        setting = "too_long: split" if config.too_long == "split" else f"overlap: {config.overlap}"
+        raise InputError(
+            f"data.{setting} is for texts, and {name} has {form.description}: a piece of an answer without its "
+            "question teaches nothing",
+            fix="leave it out, or set data.too_long: truncate to keep the beginnings of rows that are too long",
+        )
+    return Reading(name, rows, problems, form, splits)
 
 
-def _examples(
-    source: _Source, renderer: Renderer, config: DataConfig, progress: Progress
-) -> Iterator[tuple[int, Example]]:
-    """(position in the file, example) of the usable rows in random order; only what is taken is counted."""
-    order = _random_order(source.rows, config.seed)
-    for start in range(0, len(order), CHUNK):
-        positions = order[start : start + CHUNK]
-        results = _render([source.rows[position] for position in positions], source.form, renderer)
-        for position, result in zip(positions, results, strict=True):
+def _units(source: Reading, renderer: Renderer, config: DataConfig, progress: Progress) -> Iterator[list[Placed]]:
+    """The usable rows in random order, each as its pieces; of a single document each piece is one. Only what is taken
+    is counted."""
+    rows, before = source.rows, 0
+    in_characters = _size(rows) > len(rows)
+    for chunk in _chunks(rows, _random_order(rows, config.seed)):
+        within = partial(_beyond, progress, before) if in_characters else unseen
+        results = _render([rows[position] for position in chunk], source, renderer, config, within)
+        for position, result in zip(chunk, results, strict=True):
             source.seen += 1
-            example = _fit(result, source, source.rows[position].origin, config)
-            if example is not None:
-                yield position, example
-        progress(source.seen)
+            pieces = _fit(result, source, rows[position].origin, config)
+            placed = [(position, number, piece) for number, piece in enumerate(pieces)]
+            if source.by_piece:
+                yield from ([placed[number]] for number in _shuffled(pieces, config.seed))
+            elif placed:
+                yield placed
+        before += sum(_characters(rows[position]) for position in chunk) if in_characters else len(chunk)
+        progress(before)
+
+
+def _beyond(progress: Progress, before: int, done: int) -> None:
+    progress(before + done)
+
+
+def _chunks(rows: Sequence[Row], order: Sequence[int]) -> Iterator[list[int]]:
+    """`order` in runs of at most CHUNK rows and CHARACTERS characters, or of one row."""
+    chunk: list[int] = []
+    size = 0
+    for position in order:
+        more = _characters(rows[position])
+        if chunk and (len(chunk) == CHUNK or size + more > CHARACTERS):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(position)
+        size += more
+    if chunk:
+        yield chunk
+
+
+def _characters(row: Row) -> int:
+    return sum(len(value) for value in row.value.values() if isinstance(value, str))
+
+
+def _size(rows: Sequence[Row]) -> int:
+    """What there is to read: rows, or their characters where one of them takes the tokenizer a while."""
+    sizes = [_characters(row) for row in rows]
+    return sum(sizes) if max(sizes) > LONG else len(rows)
+
+
+def _shuffled(pieces: Sequence[Example], seed: int) -> list[int]:
+    """The pieces' numbers in the order of a hash of their tokens, as rows are (`_random_order`)."""
+    key = str(seed).encode()[-64:]
+    digests = [hashlib.blake2b(piece.tokens.tobytes(), digest_size=16, key=key).digest() for piece in pieces]
+    return sorted(range(len(pieces)), key=lambda number: (digests[number], number))
 
 
 def _random_order(rows: Sequence[Row], seed: int) -> list[int]:
@@ -210,46 +199,60 @@ def _random_order(rows: Sequence[Row], seed: int) -> list[int]:
     return sorted(range(len(rows)), key=digest)
 
 
-def _render(rows: Sequence[Row], form: Form, renderer: Renderer) -> list[Example | Rejected]:
-    results: list[Example | Rejected | None] = []
-    documents, origins = [], []
+def _render(
+    rows: Sequence[Row], source: Reading, renderer: Renderer, config: DataConfig, progress: Progress
+) -> list[list[Example] | Rejected]:
+    """Each row as an example or, where its source's texts are split, as pieces."""
+    results: list[list[Example] | Rejected | None] = []
+    given: list[Document] = []
+    origins = []
     for row in rows:
         try:
-            documents.append(form.normalise(row))
+            given.append(source.form.normalise(row))
             origins.append(row.origin)
             results.append(None)
         except Rejected as rejected:
             results.append(rejected)
-    rendered = iter(renderer.render_all(documents, origins))
+    if source.splits:
+        rendered = iter(renderer.render_pieces(given, origins, config.max_length, config.overlap, progress))
+    else:
+        whole = renderer.render_all(given, origins)
+        rendered = iter([example if isinstance(example, Rejected) else [example] for example in whole])
     return [next(rendered) if result is None else result for result in results]
 
 
-def _fit(result: Example | Rejected, source: _Source, origin: str, config: DataConfig) -> Example | None:
-    """The example if it can be used, cut to `max_length` where that is wanted. Counts what is lost."""
+def _fit(result: list[Example] | Rejected, source: Reading, origin: str, config: DataConfig) -> list[Example]:
+    """The examples that can be used, cut to `max_length` where that is wanted. Counts what is lost."""
     if isinstance(result, Rejected):
         source.rejected += 1
         source.problems.append(Problem(origin, str(result)))
-        return None
-    if len(result.tokens) <= config.max_length:
+        return []
+    source.tokens_read += sum(len(piece.tokens) - piece.context for piece in result)
+    if len(result) > 1:
+        source.split_rows += 1
+        source.pieces += len(result)
+    if len(result[0].tokens) <= config.max_length:
         return result
+    (example,) = result
     source.too_long.append(origin)
-    if config.too_long == "drop":
+    source.longest_dropped = max(source.longest_dropped, len(example.tokens))
+    if config.too_long != "truncate":
         source.too_long_dropped += 1
-        return None
-    if not result.loss_mask[: config.max_length].any():
+        return []
+    if not example.loss_mask[: config.max_length].any():
         source.untrained += 1
-        return None
+        return []
     source.truncated += 1
-    return result.cut(config.max_length)
+    return [example.cut(config.max_length)]
 
 
-def _check(source: _Source, config: DataConfig, *, usable: bool) -> None:
+def _check(source: Reading, config: DataConfig, *, usable: bool) -> None:
     """Put what was left out in file order. Raises InputError when too many rows are unusable, or none is usable."""
     source.problems.sort(key=lambda problem: _place(problem.origin))
     source.too_long.sort(key=_place)
     table = listed([str(problem) for problem in source.problems])
     if source.problems and (source.bad_share > config.bad_rows or not usable):
-        what = f"{source.name}: {len(source.problems)} of {_read(source)} rows can't be used"
+        what = f"{source.name}: {len(source.problems)} of {source.count} rows can't be used"
         fix = ", or set data.bad_rows to the share that may be left out" if usable else ": no usable row is left"
         raise InputError(f"{what} ({source.form.description})\n{table}", fix=f"fix them{fix}")
     if not usable:
@@ -257,105 +260,30 @@ def _check(source: _Source, config: DataConfig, *, usable: bool) -> None:
         what = (
             f"{source.name}: nothing to train on: all {lost} rows are longer than data.max_length {config.max_length}"
         )
-        raise InputError(what, fix="set data.max_length higher, or data.too_long: truncate")
+        if source.untrained:
+            what += ", and what is to be trained comes after that"
+        fix = f"set data.max_length higher: the longest row has {source.longest_dropped:,} tokens"
+        raise InputError(what, fix=fix if source.untrained else f"{fix}; or data.too_long: truncate")
+
+
+def _none_left(source: Reading, held_out: Sequence[Placed], config: DataConfig) -> InputError:
+    """`data.eval` takes all there is."""
+    if source.by_piece:
+        smaller = max(16, source.tokens_read // (5 * int(config.eval or 1)))
+        return InputError(
+            f"{source.name}: one document in {len(held_out)} usable pieces, and data.eval takes {config.eval}, so none "
+            "is left to train on",
+            fix=f"set data.eval lower, set data.max_length to {smaller} or so for more pieces, or give it a file",
+        )
+    count = len({position for position, *_ in held_out})
+    whole = ": texts are held out whole" if source.split_rows else ""
+    return InputError(
+        f"{source.name}: {count} usable rows, and data.eval takes {config.eval}, so none is left to train on",
+        fix=f"set data.eval lower{whole}, or give it a separate file",
+    )
 
 
 def _place(origin: str) -> tuple[str, int]:
     """Sorts origins as people count: `a:9` before `a:10`."""
     name, _, number = origin.rpartition(":")
     return name, int(number)
-
-
-def _read(source: _Source) -> int:
-    return len(source.rows) + len(source.problems) - source.rejected
-
-
-def _report(
-    sources: list[_Source], train: list[Example], held_out: list[Example], renderer: Renderer, chat: bool
-) -> DataReport:
-    keys = Counter(_key(example) for example in train)
-    tokens = sum(len(example.tokens) for example in train)
-    supervised = sum(int(example.loss_mask.sum()) for example in train)
-    examples = [*train, *held_out]
-    named = [example for example in examples if example.names]
-    longest = max(examples, key=lambda example: len(example.tokens))
-    report = DataReport(
-        source=sources[0].name,
-        form=sources[0].form.description,
-        rows_read=sum(_read(source) for source in sources),
-        train_rows=len(train),
-        eval_rows=len(held_out),
-        unusable=sum(len(source.problems) for source in sources),
-        problems=[str(problem) for source in sources for problem in source.problems][:SHOWN],
-        too_long_dropped=sum(source.too_long_dropped for source in sources),
-        truncated=sum(source.truncated for source in sources),
-        too_long=[origin for source in sources for origin in source.too_long][:SHOWN],
-        untrained=sum(source.untrained for source in sources),
-        untrained_turns=sum(example.untrained_turns for example in train),
-        tokens=tokens,
-        supervised_tokens=supervised,
-        share=supervised / tokens,
-        duplicates=len(train) - len(keys),
-        overlap=sum(_key(example) in keys for example in held_out),
-        longest_row=len(longest.tokens),
-        longest_origin=longest.origin,
-        unused=_shares([example.unused for example in examples]),
-        left_out=_shares([example.left_out for example in examples]),
-        named_rows=len(named),
-        named_tokens=sum(len(example.names) for example in named),
-        named_origin=named[0].origin if named else "",
-        warnings=[*renderer.end_of_turn_problems(train), *(renderer.header_problems() if chat else ())],
-    )
-    report.warnings.extend(_warnings(report))
-    if named:
-        report.warnings.append(_named(report, sorted({name for example in named for name in example.names}), chat))
-    return report
-
-
-def _shares(names: Sequence[Sequence[str]]) -> dict[str, float]:
-    """In what share of the rows each name stands, the commonest first."""
-    counts = Counter(name for some in names for name in dict.fromkeys(some))
-    return {name: count / len(names) for name, count in counts.most_common()}
-
-
-def _key(example: Example) -> bytes:
-    content = example.tokens.tobytes() + np.packbits(example.loss_mask).tobytes()
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def _warnings(report: DataReport) -> list[str]:
-    lines = {
-        "row can't|rows can't": (report.unusable, f"be used; the first: {one_line(''.join(report.problems[:1]))}"),
-        "row was|rows were": (report.too_long_dropped, "longer than data.max_length and left out"),
-        "long row was|long rows were": (report.truncated, "cut at data.max_length"),
-        "row has|rows have": (report.untrained, "nothing to train within data.max_length"),
-        "answer isn't|answers aren't": (report.untrained_turns, "trained: the template rewrites earlier turns"),
-        "training row is a copy|training rows are copies": (report.duplicates, "of another"),
-        "held-out row is|held-out rows are": (report.overlap, "also trained on"),
-    }
-    warnings = [f"{counted(count, *words.split('|'))} {what}" for words, (count, what) in lines.items() if count]
-    if report.unused:
-        warnings.append(f"columns that aren't used: {_listed(report.unused)}")
-    if report.left_out:
-        warnings.append(f"the chat template leaves out: {_listed(report.left_out)}")
-    return warnings
-
-
-def _named(report: DataReport, names: Sequence[str], chat: bool) -> str:
-    where = (
-        f"{counted(report.named_rows, 'row names', 'rows name')} control tokens in the text, {report.named_tokens} in "
-        "all"
-    )
-    which = f"{one_line(', '.join(names), 60)}; the first: {report.named_origin}"
-    how = "the model sees plain characters, which the preview shows with a backslash"
-    return f"{where} ({which}): {how}" + ("" if chat else "; if the rows are rendered already, set data.rendered: true")
-
-
-def _percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.01 else "under 1%"
-
-
-def _listed(shares: dict[str, float]) -> str:
-    """`context (40% of rows), id (100%)`."""
-    parts = [f"{one_line(name, 60)} ({_percent(share)})" for name, share in shares.items()]
-    return one_line(", ".join(parts).replace("%)", "% of rows)", 1), 1000)

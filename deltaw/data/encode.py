@@ -18,16 +18,51 @@ special (`<think>`, `<tool_call>`) stay tokens wherever they stand: answers are 
 
 A part that continues a text must be encoded as such: tokenizers of the SentencePiece family put a space in
 front of whatever they are given. There a newline goes in front and its tokens are taken off again.
+
+A text of megabytes is encoded in portions: a tokenizer's record of a token takes most of a kilobyte, and says nothing
+before it has finished. A portion ends between two words at a place where what stands around it has the same tokens
+whether it is parted there or not; where there is no such place the text is encoded whole.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
+import numpy as np
+
+from deltaw.data.split import CHARACTER, INSIDE, WORD, places
 from deltaw.errors import Rejected
+from deltaw.show.progress import Progress, unseen
 
 MARK = "\ufdd0"
 UNASSIGNED = "\u0378"  # no tokenizer has a token for it: shows whether the model of the tokenizer emits `unk`
+
+PORTION = 500_000  # characters
+SEAM = re.compile(r"\w \w")  # between two words of a sentence
+AROUND, SEAMS = 200, 20  # characters looked at on either side of a seam; seams that are tried
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The ids of a piece. `parts`: for each part of it what tells the kind of place in front of each of its tokens."""
+
+    ids: list[int] = field(default_factory=list)
+    parts: list[Callable[[], np.ndarray]] = field(default_factory=list)
+
+    def places(self) -> np.ndarray:
+        """What kind of place stands in front of each token (`split.py`)."""
+        return np.concatenate([np.zeros(0, np.uint8), *(part() for part in self.parts)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A text that is encoded by itself. `place`: what kind of place it begins at; `large`: a portion of a long text."""
+
+    text: str
+    place: int = INSIDE
+    large: bool = False
 
 
 class Encoder:
@@ -103,29 +138,58 @@ class Encoder:
         """The control tokens a template wrote into `text`, in order."""
         return list(self._control.finditer(text))
 
-    def encode(self, documents: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-        """The ids of every piece of every document, in one call of the tokenizer.
+    def encode(self, documents: Sequence[Sequence[str]], progress: Progress = unseen) -> list[list[Encoded]]:
+        """The ids of every piece of every document, in few calls of the tokenizer. `progress` is told of characters.
 
         The pieces of a document are encoded apart from each other (no token spans two), all but the first as the
         continuation of what stands before.
         """
-        ids: list[list[list[int]]] = [[[] for _ in pieces] for pieces in documents]
-        texts: list[str] = []
-        places: list[tuple[list[int], bool]] = []
-        for pieces, outputs in zip(documents, ids, strict=True):
+        encoded = [[Encoded() for _ in pieces] for pieces in documents]
+        parts: list[tuple[_Part, Encoded, bool]] = []
+        for pieces, outputs in zip(documents, encoded, strict=True):
             for index, (piece, output) in enumerate(zip(pieces, outputs, strict=True)):
-                for number, part in enumerate(piece.split(MARK)):
-                    continues = bool(self._anchor) and index + number > 0
-                    texts.append("\n" + part if continues else part)
-                    places.append((output, continues))
-        for (output, continues), part_ids, text in zip(places, self._plain(texts), texts, strict=True):
-            if continues and part_ids[: len(self._anchor)] == self._anchor:
-                output += part_ids[len(self._anchor) :]
-            else:
-                output += self._plain([text[1:]])[0] if continues else part_ids
-        return ids
+                for number, part in enumerate(self._parts(piece)):
+                    parts.append((part, output, bool(self._anchor) and index + number > 0))
+        done = 0
+        for call in _calls(parts):
+            texts = ["\n" + part.text if continues else part.text for part, _, continues in call]
+            recorded = self._recorded(texts)
+            for (part, output, continues), text, (ids, record) in zip(call, texts, recorded, strict=True):
+                skipped = len(self._anchor) if continues else 0
+                if ids[:skipped] != self._anchor[:skipped]:
+                    text, skipped = text[1:], 0
+                    ((ids, record),) = self._recorded([text])
+                output.ids.extend(ids[skipped:])
+                output.parts.append(_places(part, text, record, len(ids), skipped))
+                done += len(part.text)
+            progress(done)
+        return encoded
+
+    def _parts(self, piece: str) -> Iterator[_Part]:
+        """`piece` without its marks, a long text in portions."""
+        for text in piece.split(MARK):
+            begin = 0
+            while len(text) - begin > 2 * PORTION and (end := self._seam(text, begin + PORTION)):
+                yield _Part(text[begin:end], WORD if begin else INSIDE, large=True)
+                begin = end
+            yield _Part(text[begin:], WORD if begin else INSIDE, large=begin > 0)
+
+    def _seam(self, text: str, begin: int) -> int:
+        """A place from `begin` on where the text has a border of tokens anyway, as what stands around it shows; 0 where
+        none is found."""
+        for word in islice(SEAM.finditer(text, begin, begin + PORTION // 2), SEAMS):
+            place = word.start() + 1
+            left, right = text[place - AROUND : place], text[place : place + AROUND]
+            first, second = self.encode([[left, right]])[0]
+            if first.ids + second.ids == self._plain([left + right])[0]:
+                return place
+        return 0
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        return [ids for ids, _ in self._recorded(texts)]
+
+    def _recorded(self, texts: Sequence[str]) -> list[tuple[list[int], Any]]:
+        """The ids of each text, and where its tokens stand in it (None from a tokenizer that can't tell)."""
         if not texts:
             return []
         encoded = self._tokenizer(
@@ -137,7 +201,38 @@ class Encoder:
             return_attention_mask=False,
             verbose=False,
         )
-        return list(encoded["input_ids"])
+        ids = encoded["input_ids"]
+        return list(zip(ids, encoded.encodings or [None] * len(ids), strict=True))
+
+
+def _calls(parts: Sequence[tuple[_Part, Encoded, bool]]) -> Iterator[list[tuple[_Part, Encoded, bool]]]:
+    """`parts` in runs that the tokenizer is given at once: its record of a token takes most of a kilobyte."""
+    call: list[tuple[_Part, Encoded, bool]] = []
+    size = 0
+    for part in parts:
+        if call and size + len(part[0].text) > 2 * PORTION:
+            yield call
+            call, size = [], 0
+        call.append(part)
+        size += len(part[0].text)
+    if call:
+        yield call
+
+
+def _places(part: _Part, text: str, record: Any, count: int, skipped: int) -> Callable[[], np.ndarray]:
+    """What tells the kinds of places in a part, found at once where keeping the tokenizer's record would be dear."""
+
+    def find() -> np.ndarray:
+        if record is None:
+            return np.full(count - skipped, CHARACTER, np.uint8)
+        kinds = places(text, record.offsets)[skipped:]
+        kinds[:1] = part.place
+        return kinds
+
+    if not part.large:
+        return find
+    kinds = find()
+    return lambda: kinds
 
 
 def _any_of(names: Collection[str]) -> str:

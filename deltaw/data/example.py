@@ -3,6 +3,8 @@
 It is in a separate file so that packing and loading need no tokenizer: `render.py` makes examples, `pack.py` uses them.
 """
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +16,9 @@ class Example:
 
     What isn't trained or isn't in them: `untrained_turns`, answers not provable; `unused`, columns of the row that went
     nowhere; `left_out`, fields of its chat that the template doesn't write. `names` are those of control tokens that
-    stand in it as plain text.
+    stand in it as plain text. `context`: so many of its first tokens are shown again, in a piece of a long text;
+    `goes_on`: another piece follows.
+    `glued`: its prompt and its completion meet without a blank.
     """
 
     tokens: np.ndarray
@@ -24,7 +28,22 @@ class Example:
     unused: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    context: int = 0
+    goes_on: bool = False
+    glued: bool = False
 
     def cut(self, length: int) -> "Example":
         """Its first `length` tokens."""
         return replace(self, tokens=self.tokens[:length].copy(), loss_mask=self.loss_mask[:length].copy())
+
+
+def fingerprint(*parts: Sequence[Example]) -> str:
+    """sha256 over every token and mask of each part, in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        for example in part:
+            digest.update(len(example.tokens).to_bytes(8, "little"))
+            digest.update(example.tokens.tobytes())
+            digest.update(example.loss_mask.tobytes())
+    return digest.hexdigest()

@@ -2,19 +2,27 @@
 
     Text         one text                                 {"text"}
     Completion   a prompt and what must follow it         {"prompt", "completion"} and pairs under other names
-    Chat         messages, perhaps tools                  {"messages"}, ShareGPT, alpaca, evals' {"input", "ideal"}
+    Chat         messages, perhaps tools                  {"messages"}, ShareGPT, alpaca, evals' {"input", "ideal"}, …
 
 The form is recognised from the columns of the first rows, once for the whole source, and said in one line
-that the preview and the report show ("completion: question -> prompt, answer -> completion"): a guess that
+that the preview and the report show ("chat: question -> user, answer -> assistant"): a guess that
 is shown can be corrected with `data.form`. A row of another form is then a problem of its own, never
 guessed at row by row.
 
 Decisions.
-- Alpaca rows become chat (instruction, blank line, input -> user; output -> assistant), so that the model's
-  own template lays them out and `chat` and every server meet the trained layout. The Stanford prompt text
-  was rejected: whoever serves the adapter would have to know it.
-- Prompt and completion are joined with nothing between: a separator belongs into the data, where inference
-  sees it.
+- A pair (question and answer, instruction and response, …) is a chat where the base has a chat template, since that
+  is how such a model is asked, by `chat` and by every server. Without a template it is a prompt and a completion.
+- `prompt` and `completion`, if a file calls them so itself, are taken as they stand on any base: whoever writes these
+  names has laid the text out (TRL and the first fine-tuning services take them so), and a run on such a file goes on.
+  A file whose columns `data.columns` maps to these names has not been laid out: it is a pair like any other.
+- `data.form: chat | completion` overrules both. The note that is printed says which reading it is and how to get the
+  other. What was trained is recorded by the template in the adapter's files, so that it is asked in the same way.
+- Between such a prompt and its completion stands nothing: a separator belongs into the data, where inference sees it.
+  Other pairs aren't written to be glued ("in 0out 0"): where they meet without a blank a line break goes between. It
+  is the completion's first character: the model writes it, and a prompt is asked as it stands in the table. `data.join`
+  is another separator, for any pair.
+- Alpaca rows are pairs with an optional input (instruction, blank line, input -> user; output -> assistant). The
+  Stanford prompt text was rejected: whoever serves the adapter would have to know it.
 - Message lists under prompt / completion are a chat of which only the completion is trained. OpenAI's
   `weight: 0` on a message says the same and is how it is stored here.
 - A column beside those is used as its form's users mean it: `system` goes in front (unless the messages begin
@@ -27,12 +35,16 @@ Decisions.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import product
+from typing import Any, Literal
 
+from deltaw.config import DataConfig
+from deltaw.data.columns import UNNAMED, Columns, Fields
 from deltaw.data.document import ROLES, Chat, Completion, Document, Message, Text, checked_chat, list_of_objects, parsed
 from deltaw.data.row import Row, says_something
 from deltaw.errors import InputError, Rejected
 from deltaw.files.strict_json import json_kind
+from deltaw.show.text import one_line
 
 SHAREGPT_ROLES = {
     **dict(zip(ROLES, ROLES, strict=True)),
@@ -45,108 +57,146 @@ SHAREGPT_ROLES = {
     "observation": "tool",
 }
 TEXT_NAMES = ("text", "content", "document")
+LAID_OUT = ("prompt", "completion")
 PAIR_NAMES = (
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("question", "response"),
-    ("query", "response"),
-    ("query", "answer"),
-    ("instruction", "response"),
-    ("instruction", "completion"),
+    *product(("prompt", "question", "query", "instruction"), ("completion", "response", "answer", "output")),
     ("input", "output"),
+    ("input", "target"),
     ("source", "target"),
+    ("q", "a"),
+    ("user", "assistant"),
 )
 SYSTEM_NAMES = ("system", "system_prompt")
+Reads = Literal["auto", "chat", "completion"]
 SAMPLE = 1000  # rows looked at to recognise the form
-
-
-class Fields:
-    """A row's columns, to be taken one by one; `rest` names those that nobody took."""
-
-    def __init__(self, value: dict[str, Any]) -> None:
-        self._left = dict(value)
-        self._more: list[str] = []
-
-    def take(self, name: str) -> Any:
-        """The column's value, which is thereby used; None where there is none."""
-        return self._left.pop(name, None)
-
-    def peek(self, name: str) -> Any:
-        """The column's value, which isn't thereby used."""
-        return self._left.get(name)
-
-    def take_text(self, *names: str) -> str | None:
-        """The first of these columns that is a text, not blank; anything else stays where it is."""
-        for name in names:
-            value = self._left.get(name)
-            if isinstance(value, str) and value.strip():
-                return str(self.take(name))
-        return None
-
-    def leave(self, name: str) -> None:
-        """A part of a column that was taken isn't used."""
-        self._more.append(name)
-
-    def rest(self) -> tuple[str, ...]:
-        """What is left and says something."""
-        return (*(str(name) for name, value in self._left.items() if says_something(value)), *self._more)
 
 
 @dataclass(frozen=True)
 class Form:
-    """A recognised form. `columns` are those a row must have, `also` those it may; `description` is for people."""
+    """A recognised form. `columns` are those a row must have, `also` those it may, by the names known here; `names`
+    says what they are called in the source. `description` and `note` are for people; `pair`: of a question and its
+    answer."""
 
     name: str
     description: str
     columns: tuple[str, ...]
     convert: Callable[[Fields], Document]
     also: tuple[str, ...] = ()
+    pair: bool = False
+    names: Columns = UNNAMED
+    note: str = ""
 
-    def matches(self, value: dict[str, Any]) -> bool:
+    def matches(self, fields: Fields) -> bool:
         """Whether the row has the columns (null counts as absent: tables fill up with it)."""
-        return all(value.get(column) is not None for column in self.columns)
+        return all(fields.peek(column) is not None for column in self.columns)
 
     def normalise(self, row: Row) -> Document:
         """The row as a document. Raises Rejected, with a reason, on a row of another form or a malformed one."""
-        if not self.matches(row.value):
-            missing = [column for column in self.columns if row.value.get(column) is None]
+        fields = Fields(row.value, self.names)
+        missing = [self.names.given.get(name, name) for name in self.columns if fields.peek(name) is None]
+        if missing:
             raise Rejected(f"no {' and no '.join(missing)} (the form of this source is {self.description})")
-        fields = Fields(row.value)
         document = self.convert(fields)
         return replace(document, unused=fields.rest())
 
 
-def detect_form(rows: Sequence[Row], wanted: str = "auto") -> Form:
-    """The form that most of the first rows have; `wanted` (`data.form`) narrows the choice.
+def detect_form(
+    rows: Sequence[Row],
+    wanted: str = "auto",
+    *,
+    columns: Columns = UNNAMED,
+    join: str | None = None,
+    templated: bool = True,
+    reads: Reads = "auto",
+) -> Form:
+    """The form that most of the first rows have. `wanted` (`data.form`) narrows the choice; `columns`, `join`: those of
+    the data section; `templated`: the base has a chat template; `reads`: how pairs are read where nothing else says it.
 
     Raises InputError when no form fits, naming the columns there are, and on preference data.
     """
-    sample = [row.value for row in rows[:SAMPLE]]
-    if not sample:
+    if not rows:
         raise InputError("no rows, so no form to recognise")
-    if 2 * sum("chosen" in value and "rejected" in value for value in sample) > len(sample):
+    columns.check(rows)
+    sample = [Fields(row.value, columns) for row in rows[:SAMPLE]]
+    if 2 * sum(None not in map(fields.peek, ("chosen", "rejected")) for fields in sample) > len(sample):
         fix = "train on the chosen answers: rename chosen to completion and drop rejected"
         raise InputError(f"{rows[0].origin}: preference data (chosen, rejected) isn't supported yet", fix=fix)
-    told = any(says_something(value.get("history")) for value in sample)
-    forms = [form for form in FORMS if wanted in ("auto", form.name, _also(form))]
-    forms = [form for form in forms if told or "history" not in form.columns]
-    counts = [sum(form.matches(value) for value in sample) for form in forms]
+    told = any(says_something(fields.peek("history")) for fields in sample)
+    chats = templated and reads != "completion"
+    pairs = wanted == "chat" or told or (chats and (join is None or reads == "chat"))
+    alpaca = chats and (not join or reads == "chat")
+    forms = [form for form in known_forms(columns, join) if wanted in (form.name, *_choices(form, alpaca, pairs))]
+    if wanted == "auto" and not told and reads != "chat" and not columns.renames(*LAID_OUT):
+        forms = [form for form in forms if form.name != "chat" or form.columns != LAID_OUT]
+    forms = _with_all(forms, columns)
+    counts = [sum(form.matches(fields) for fields in sample) for form in forms]
     if not max(counts, default=0):
-        columns = ", ".join(sorted({str(column) for value in sample for column in value})[:12]) or "none"
-        kind = "known form" if wanted == "auto" else f"{wanted} form"
-        known = "; ".join(sorted({" + ".join(form.columns) for form in forms}))
-        raise InputError(
-            f"{rows[0].origin}: no {kind} in the columns {columns}", fix=f"rename the columns to one of: {known}"
-        )
+        raise _unknown(rows, forms, wanted)
     form = forms[counts.index(max(counts))]
-    also = [name for name in form.also if any(says_something(value.get(name)) for value in sample)]
-    return replace(form, description=f"{form.description} (with {', '.join(also)})") if also else form
+    if join and reads == "auto" and form.name != "completion":
+        fix = "leave it out" + (", or set data.form: completion" if form.pair else "")
+        raise InputError(f"data.join does nothing: the rows are read as {form.name}", fix=fix)
+    return _described(form, rows[: len(sample)], sample, chosen=wanted == "auto" and templated)
 
 
-def _also(form: Form) -> str:
-    """`data.form: chat` means anything that is a conversation."""
-    return "chat" if form.name == "sharegpt" else form.name
+def form_of(rows: Sequence[Row], data: DataConfig, *, templated: bool, reads: Reads = "auto") -> Form:
+    """`detect_form` with the settings of a data section. Rows that come rendered need no template and no join."""
+    join = "" if data.join is None and data.rendered else data.join
+    columns = Columns({str(name): column for name, column in data.columns.items()})
+    return detect_form(
+        rows, data.form, columns=columns, join=join, templated=templated and not data.rendered, reads=reads
+    )
+
+
+def _choices(form: Form, alpaca: bool, pairs: bool) -> tuple[str, ...]:
+    """Words of `data.form` that let this form be chosen, beside its name. `alpaca`, `pairs`: may be read as chats."""
+    if form.name == "chat" and form.pair:
+        return ("auto",) if pairs else ()
+    if form.name == "alpaca":
+        return ("auto", "chat") if alpaca else ("chat",)
+    return ("auto", "chat") if form.name == "sharegpt" else ("auto",)
+
+
+def _with_all(forms: Sequence[Form], columns: Columns) -> list[Form]:
+    """The forms that use every column which was given a name."""
+    fitting = [form for form in forms if set(columns.given) <= {*form.columns, *form.also, "tools"}]
+    if forms and not fitting:
+        raise InputError(
+            f"data.columns names {', '.join(columns.given)}, which no form has together",
+            fix="name prompt and completion, messages, or text, and perhaps system, context, history or tools",
+        )
+    return fitting
+
+
+def _unknown(rows: Sequence[Row], forms: Sequence[Form], wanted: str) -> InputError:
+    there = list(dict.fromkeys(str(column) for row in rows[:SAMPLE] for column in row.value))
+    kind = "known form" if wanted == "auto" else f"{wanted} form"
+    roles = ["text"] if wanted == "text" else list(LAID_OUT)
+    example = ", ".join(f"{role}: {column}" for role, column in zip(roles, there, strict=False))
+    known = "messages; prompt + completion; question + answer; instruction + output; text"
+    if wanted != "auto":
+        known = "; ".join(dict.fromkeys(" + ".join(form.columns) for form in forms[:4]))
+    return InputError(
+        f"{rows[0].origin}: no {kind} in the columns {one_line(', '.join(there[:12]), 300) or 'none'}",
+        fix=f"say which is which, as in data.columns: {{{one_line(example)}}}, or rename them to one of: {known}",
+    )
+
+
+def _described(form: Form, rows: Sequence[Row], sample: Sequence[Fields], *, chosen: bool) -> Form:
+    """The form with the source's own names in its description, and a note where it was `chosen` of two for a pair."""
+    first = next(row for row, fields in zip(rows, sample, strict=True) if form.matches(fields))
+    names = {name: name for name in form.columns} | form.names.of(first.value)
+    description = form.description.format(**{name: one_line(str(names[name]), 40) for name in form.columns})
+    also = [name for name in form.also if any(says_something(fields.peek(name)) for fields in sample)]
+    if also:
+        description += f" (with {', '.join(also)})"
+    note = ""
+    if form.pair and chosen and isinstance(Fields(first.value, form.names).peek(form.columns[0]), str):
+        given, wanted = (one_line(str(names[name]), 40) for name in form.columns)
+        note = f"{given} and {wanted} are rendered as a chat; data.form: completion joins them as text"
+        if form.name == "completion":
+            note = f"{given} and {wanted} are joined as text; data.form: chat renders them with the chat template"
+    return replace(form, description=description, note=note)
 
 
 def _chat(row: Fields) -> Chat:
@@ -228,7 +278,9 @@ def _text(column: str) -> Callable[[Fields], Document]:
     return convert
 
 
-def _pair(given: str, wanted: str) -> Callable[[Fields], Document]:
+def _pair(given: str, wanted: str, as_chat: bool, join: str | None) -> Callable[[Fields], Document]:
+    """`join`: None is a line break where there is no blank."""
+
     def convert(row: Fields) -> Document:
         prompt, answer = row.take(given), row.take(wanted)
         if isinstance(prompt, list):
@@ -236,19 +288,15 @@ def _pair(given: str, wanted: str) -> Callable[[Fields], Document]:
                 answer = [{"role": "assistant", "content": answer}]
             before = _untrained(_with_system(list_of_objects(prompt, given), row))
             return checked_chat([*before, *list_of_objects(answer, wanted)], row.take("tools"))
-        given_text, completion = _with_context(row, prompt, given), _checked_string(answer, wanted)
+        question, completion = _with_context(row, prompt, given), _checked_string(answer, wanted)
+        if as_chat:
+            return _talk(row, question, completion)
         if not completion.strip():
             raise Rejected(f"{wanted} is empty")
         system = row.take_text(*SYSTEM_NAMES)
-        return Completion(f"{system}\n\n{given_text}" if system else given_text, completion)
-
-    return convert
-
-
-def _told_pair(given: str, wanted: str) -> Callable[[Fields], Document]:
-    def convert(row: Fields) -> Chat:
-        question = _with_context(row, row.take(given), given)
-        return _talk(row, question, _string(row, wanted))
+        text = f"{system}\n\n{question}" if system else question
+        glued = bool(text) and not (text[-1].isspace() or completion[0].isspace())
+        return Completion(text, ("\n" if glued else "") + completion if join is None else join + completion)
 
     return convert
 
@@ -279,37 +327,40 @@ def _contexts(given: str) -> tuple[str, ...]:
     return ("context", "input") if given == "instruction" else ("context",)
 
 
-# In order of preference: a row that has the columns of two forms is the earlier one's.
-FORMS = (
-    Form("chat", "chat: messages[].role / content", ("messages",), _chat, SYSTEM_NAMES),
-    Form("sharegpt", "chat: conversations[].from / value", ("conversations",), _sharegpt, SYSTEM_NAMES),
-    Form("chat", "chat: input[] -> messages, ideal -> the answer", ("input", "ideal"), _evals, SYSTEM_NAMES),
-    Form(
-        "alpaca",
-        "alpaca: instruction (+ input) -> user, output -> assistant",
-        ("instruction", "output"),
-        _alpaca,
-        ("history", *SYSTEM_NAMES),
-    ),
-    *(
+def _pairs(given: str, wanted: str, columns: Columns, join: str | None) -> tuple[Form, Form]:
+    """A pair as a chat, and as a prompt and its completion."""
+    also = (*_contexts(given), *SYSTEM_NAMES)
+    if join is None and (given, wanted) == LAID_OUT and not columns.renames(*LAID_OUT):
+        join = ""
+    chat = f"chat: {{{given}}} -> user, {{{wanted}}} -> assistant"
+    completion = f"completion: {{{given}}} -> prompt, {{{wanted}}} -> completion"
+    return (
+        Form("chat", chat, (given, wanted), _pair(given, wanted, True, join), ("history", *also), pair=True),
+        Form("completion", completion, (given, wanted), _pair(given, wanted, False, join), also, pair=True),
+    )
+
+
+def known_forms(columns: Columns = UNNAMED, join: str | None = None) -> list[Form]:
+    """In order of preference: a row that has the columns of two forms is the earlier one's."""
+    alpaca = "alpaca: {instruction} -> user, {output} -> assistant"
+    pairs = [_pairs(given, wanted, columns, join) for given, wanted in PAIR_NAMES]
+    forms = [
+        Form("chat", "chat: {messages}[].role / content", ("messages",), _chat, SYSTEM_NAMES),
+        Form("sharegpt", "chat: {conversations}[].from / value", ("conversations",), _sharegpt, SYSTEM_NAMES),
+        Form("chat", "chat: {input}[] -> messages, {ideal} -> the answer", ("input", "ideal"), _evals, SYSTEM_NAMES),
         Form(
-            "chat",
-            f"chat: history + {given} -> user, {wanted} -> assistant",
-            (given, wanted, "history"),
-            _told_pair(given, wanted),
-            (*_contexts(given), *SYSTEM_NAMES),
-        )
-        for given, wanted in PAIR_NAMES
-    ),
-    *(
-        Form(
-            "completion",
-            f"completion: {given} -> prompt, {wanted} -> completion",
-            (given, wanted),
-            _pair(given, wanted),
-            (*_contexts(given), *SYSTEM_NAMES),
-        )
-        for given, wanted in PAIR_NAMES
-    ),
-    *(Form("text", f"text: {column}", (column,), _text(column)) for column in TEXT_NAMES),
-)
+            "alpaca",
+            alpaca,
+            ("instruction", "output"),
+            _alpaca,
+            ("input", "context", "history", *SYSTEM_NAMES),
+            pair=True,
+        ),
+        *(chat for chat, _ in pairs),
+        *(completion for _, completion in pairs),
+        *(Form("text", f"text: {{{column}}}", (column,), _text(column)) for column in TEXT_NAMES),
+    ]
+    return [replace(form, names=columns) for form in forms]
+
+
+FORMS = tuple(known_forms())

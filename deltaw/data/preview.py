@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
-from deltaw.data.dataset import DataReport, Dataset
+from deltaw.data.dataset import Dataset
 from deltaw.data.encode import Encoder
 from deltaw.data.example import Example
+from deltaw.data.report import DataReport
 from deltaw.show.text import counted
 
 if TYPE_CHECKING:
@@ -50,7 +51,16 @@ def summary(report: DataReport) -> list[str]:
         f"{counted(report.rows_read, 'row')} read, {report.train_rows:,} to train on, {report.eval_rows:,} held out",
         f"{report.tokens:,} tokens, {report.supervised_tokens:,} of them trained ({report.share:.1%}); "
         f"the longest row has {report.longest_row:,} ({report.longest_origin})",
+        *([kept(report)] if report.kept < 1 or report.form.startswith("text") else []),
+        *report.notes,
     ]
+
+
+def kept(report: DataReport) -> str:
+    """How much of what was read is trained on or held out."""
+    share = f"{report.kept:.1%}" if report.kept < 1 else "100%"
+    share = "99.9%" if share == "100.0%" else share
+    return f"kept: {share} of the {report.tokens_read:,} tokens read"
 
 
 def spans(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:

@@ -10,7 +10,7 @@ How each format becomes rows:
   editor's.
 - `.json`: an array of objects (a file that turns out to hold one object per line is read as such).
 - `.csv`: the first record names the columns; a quote that never closes is an error and not one long field.
-- `.txt`: documents are separated by blank lines, `{"text": …}` each; `.md`: the whole file is one document.
+- `.txt`, `.md`: the whole file is one document, `{"text": …}`; `text_files.py` splits one where that is asked for.
 - `.parquet` and hub sets: Arrow gives every object of a column the same fields and fills those that a row lacks
   with null, so a null in an object is taken as lacking (a tool that has no `dock` isn't shown `"dock": null`). A
   null that a row had on purpose can't be told from those and goes, too; JSON keeps it. Arrow also has one order of
@@ -238,21 +238,10 @@ def _from_json(value: Any) -> Any:
 
 
 def _read_text(file: BinaryIO, name: str) -> Iterator[Item]:
-    block: list[bytes] = []
-    start = 1
-    for number, line in enumerate([*file, b"\n"], 1):
-        if line.strip():
-            start = start if block else number
-            block.append(line)
-        elif block:
-            yield _document(b"".join(block), f"{name}:{start}")
-            block = []
-
-
-def _read_markdown(file: BinaryIO, name: str) -> Iterator[Item]:
     data = file.read()
     if data.strip():
-        yield _document(data, f"{name}:1")
+        first = 1 + data[: len(data) - len(data.lstrip(b"\r\n"))].count(b"\n")
+        yield _document(data, f"{name}:{first}")
 
 
 def _document(data: bytes, origin: str) -> Item:
@@ -269,7 +258,7 @@ READERS: dict[str, Callable[[BinaryIO, str], Iterator[Item]]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
     ".txt": _read_text,
-    ".md": _read_markdown,
+    ".md": _read_text,
 }
 
 

@@ -20,7 +20,9 @@ Rows that come rendered (`data.rendered`) hold the control tokens already: they 
 front where they don't begin with it, and eos behind where they don't end with a token that ends a turn.
 """
 
+import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,13 @@ from transformers import AutoTokenizer
 
 from deltaw.data.chat import NO_TEMPLATE, ChatWriter, Layout, Piece
 from deltaw.data.document import Chat, Completion, Document, Message, Text
-from deltaw.data.encode import Encoder
+from deltaw.data.encode import Encoded, Encoder
 from deltaw.data.example import Example
+from deltaw.data.split import split
 from deltaw.errors import InputError, Rejected
 from deltaw.files.strict_json import read_json
 from deltaw.files.template import CHATML, MAX_TEMPLATE, Asked, Template
+from deltaw.show.progress import Progress, unseen
 from deltaw.show.text import one_line
 
 TEMPLATE = "chat_template.jinja"  # in a folder: the template that goes with what lies there
@@ -102,16 +106,33 @@ class Renderer:
 
     def render_all(self, documents: Sequence[Document], origins: Sequence[str]) -> list[Example | Rejected]:
         """Many documents with one call of the tokenizer; in place of one that can't be used, the reason."""
+        return [
+            result if isinstance(result, Rejected) else result[0] for result in self.render_pieces(documents, origins)
+        ]
+
+    def render_pieces(
+        self,
+        documents: Sequence[Document],
+        origins: Sequence[str],
+        length: int = 0,
+        overlap: int = 0,
+        progress: Progress = unseen,
+    ) -> list[list[Example] | Rejected]:
+        """The same, with texts of more than `length` tokens in pieces (`split.py`); none is split where it is 0.
+        `progress` is told of characters."""
         layouts = self._layouts(documents)
         good = [layout for layout in layouts if isinstance(layout, Layout)]
-        encoded = iter(self._encoder.encode([[piece.text for piece in layout.pieces] for layout in good]))
-        results: list[Example | Rejected] = []
+        encoded = iter(self._encoder.encode([[piece.text for piece in layout.pieces] for layout in good], progress))
+        results: list[list[Example] | Rejected] = []
         for layout, document, origin in zip(layouts, documents, origins, strict=True):
             if isinstance(layout, Rejected):
                 results.append(layout)
                 continue
             try:
-                results.append(self._assemble(layout, next(encoded), document, origin))
+                pieces = next(encoded)
+                example = self._assemble(layout, [piece.ids for piece in pieces], document, origin)
+                splits = isinstance(document, Text) and 0 < length < len(example.tokens)
+                results.append(self._split(example, layout, pieces, length, overlap) if splits else [example])
             except Rejected as rejected:
                 results.append(rejected)
         return results
@@ -154,6 +175,7 @@ class Renderer:
         """Why the trained model may not stop, in words for the user; nothing when all is well."""
         problems = []
         stops = self.stop_ids
+        examples = [example for example in examples if not example.goes_on]
         endless = sum(stops.isdisjoint(example.tokens[example.loss_mask].tolist()) for example in examples)
         if endless:
             problems.append(
@@ -251,7 +273,23 @@ class Renderer:
             unused=document.unused,
             left_out=layout.left_out,
             names=names,
+            glued=isinstance(document, Completion) and not self._rendered and _meet(document),
         )
+
+    def _split(
+        self, example: Example, layout: Layout, encoded: Sequence[Encoded], length: int, overlap: int
+    ) -> list[Example]:
+        kinds = np.zeros(len(example.tokens), np.uint8)
+        body = np.concatenate([piece.places() for piece in encoded])
+        kinds[len(layout.opening) : len(layout.opening) + len(body)] = body
+        pieces = split(example, kinds, length, overlap, self._bos)
+        return [replace(piece, names=self._names_in(piece)) for piece in pieces] if example.names else pieces
+
+    def _names_in(self, piece: Example) -> tuple[str, ...]:
+        """The names of control tokens in the part of a text that a piece has of its own."""
+        own = [id for id in piece.tokens[piece.context :].tolist() if id not in self._encoder.control_ids]
+        text = self.decode(own, skip_special=False)
+        return tuple(self._encoder.names(self._encoder.guard(text.replace("\0", ""))))
 
     def _writer(self) -> ChatWriter:
         if self._rendered:
@@ -263,7 +301,14 @@ class Renderer:
         return self._chats
 
     def _encode(self, text: str) -> list[int]:
-        return self._encoder.encode([[text]])[0][0]
+        return self._encoder.encode([[text]])[0][0].ids
+
+
+def _meet(document: Completion) -> bool:
+    """Whether prompt and completion meet without a blank, in a script that puts one between words."""
+    border = document.prompt[-1:] + document.completion[:1]
+    apart = any(character.isspace() or unicodedata.east_asian_width(character) in "WF" for character in border)
+    return len(border) == 2 and not apart
 
 
 def _nothing_trained(untrained_turns: int) -> str:

@@ -3,6 +3,10 @@
 The loss is a sum over supervised tokens divided once by their count, so it does not depend on how rows are batched
 (but for rounding). An answer is generated from the tokens before the last trained span of a row and compared with the
 text of that span: training and evaluation can't differ in how a prompt is written, because there is one rendering.
+
+An evaluation says what it is of: which rows, how long an answer might be, which code scored it. So a run that is
+resumed with another metric, or measured again later, scores the base's answers that it has and doesn't ask for them
+twice.
 """
 
 import math
@@ -16,33 +20,29 @@ import numpy as np
 from deltaw.base.forward import Forward
 from deltaw.base.limits import Limits
 from deltaw.config import EvaluateConfig
+from deltaw.data.example import Example, fingerprint
 from deltaw.data.pack import pack
-from deltaw.data.render import Example
+from deltaw.data.render import Renderer
 from deltaw.errors import InputError, RunError
-from deltaw.evaluate.metrics import METRICS
+from deltaw.evaluate.metrics import Answer, Metric
 from deltaw.generate.cache import evaluating
 from deltaw.generate.sampling import Sampling
 from deltaw.model import Model
 from deltaw.show.progress import Display, Progress, unseen
+from deltaw.show.text import figure_name, rounded
 
 TOKENS_AT_ONCE = 4096
 Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One row: what was asked, what the model gave, what the data says."""
-
-    prompt: str
-    given: str
-    truth: str
-    origin: str
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """Loss in nats per supervised token, its exponential, and the task's metrics by name. `unanswered`: why this model
-    can't be asked these rows, where that is so."""
+    can't be asked these rows, where that is so.
+
+    Of what: `rows`, the fingerprint of all rows; `max_new_tokens`, of the answers; `code`, the sha256 of each metric
+    that is the user's own. An evaluation by an older deltaw doesn't say.
+    """
 
     loss: float
     perplexity: float
@@ -50,10 +50,27 @@ class Evaluation:
     metrics: dict[str, float] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     unanswered: str | None = None
+    rows: str = ""
+    max_new_tokens: int = 0
+    code: dict[str, str] = field(default_factory=dict)
+
+    def scored_by(self, metrics: Sequence[Metric]) -> bool:
+        """Whether it has all these metrics' figures, by the same code."""
+        return all(m.name in self.metrics and self.code.get(m.name, "") == m.code for m in metrics)
+
+    def answers_to(self, asked: Sequence[Example], max_new_tokens: int) -> bool:
+        """Whether its answers are to exactly these rows, and might be as long."""
+        origins = [row.origin for row in asked]
+        return self.max_new_tokens == max_new_tokens and [a.origin for a in self.answers] == origins
 
     def summary(self) -> dict[str, Any]:
         """For result.json: the figures without the answers."""
         return {"loss": self.loss, "perplexity": self.perplexity, **self.metrics}
+
+    def line(self) -> str:
+        """The loss and the metrics, for people."""
+        figures = {"held-out loss": self.loss, **self.metrics}
+        return ", ".join(f"{figure_name(name)} {rounded(value)}" for name, value in figures.items())
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,21 +80,13 @@ class Evaluation:
         return Evaluation(**{**raw, "answers": [Answer(**row) for row in raw["answers"]]})
 
 
-def evaluate(
-    model: Model, examples: Sequence[Example], config: EvaluateConfig, *, display: Display, name: str = "evaluating"
-) -> Evaluation:
-    """Loss on all rows, and the answers that the config asks for. Raises RunError where the loss isn't finite."""
-    loss = evaluate_loss(model, examples, display=display, name=name)
-    return add_answers(loss, model, examples, config, display=display, name=name)
-
-
 def evaluate_loss(model: Model, examples: Sequence[Example], *, display: Display, name: str) -> Evaluation:
     """The loss on all rows, nothing asked yet. Raises RunError where it isn't finite: it would look like a result."""
     with display.task(f"{name}: loss", len(examples)) as progress:
         loss, count = held_out_loss(model.forward, examples, progress=progress)
     if not math.isfinite(loss):
         raise RunError(f"the loss on the held-out rows is {loss}", fix="look at data.eval, or use dtype float32")
-    return Evaluation(loss, perplexity(loss), count)
+    return Evaluation(loss, perplexity(loss), count, rows=fingerprint(examples))
 
 
 def add_answers(
@@ -85,32 +94,62 @@ def add_answers(
     model: Model,
     examples: Sequence[Example],
     config: EvaluateConfig,
+    metrics: Sequence[Metric],
     *,
     display: Display,
     name: str,
+    every_row: bool = False,
 ) -> Evaluation:
-    """Answers to all rows if a task metric is asked for, else to `samples` of them."""
-    asked = rows_asked(model, examples, config)
-    with display.task(f"{name}: answers", len(asked)) as progress:
-        answers = answer(model, asked, config.max_new_tokens, progress=progress)
-    given, truth = [a.given for a in answers], [a.truth for a in answers]
-    metrics: dict[str, float] = {metric: METRICS[metric](given, truth) for metric in config.metrics}
-    return replace(before, metrics=metrics, answers=answers, unanswered=None)
+    """Answers to all rows if a task metric or `every_row` is asked for, else to `samples` of them, and the metrics.
+    Answers that `before` has already aren't asked for again. Raises RunError where the user's own metric fails."""
+    asked, answers = rows_asked(model, examples, config, every_row=every_row), before.answers
+    new = list(metrics)
+    if before.rows != fingerprint(examples) or not before.answers_to(asked, config.max_new_tokens):
+        with display.task(f"{name}: answers", len(asked)) as progress:
+            answers = answer(model, asked, config.max_new_tokens, progress=progress)
+    else:
+        new = [metric for metric in metrics if not before.scored_by([metric])]
+    fresh = {metric.name: scored(metric, answers, display=display, name=name) for metric in new}
+    figures = {metric.name: {**before.metrics, **fresh}[metric.name] for metric in metrics}
+    code = {metric.name: metric.code for metric in metrics if metric.code}
+    return replace(
+        before,
+        metrics=figures,
+        answers=answers,
+        unanswered=None,
+        rows=fingerprint(examples),
+        max_new_tokens=config.max_new_tokens,
+        code=code,
+    )
 
 
-def rows_asked(model: Model, examples: Sequence[Example], config: EvaluateConfig) -> list[Example]:
-    """The rows that are answered: all of them for a task metric, else `samples` of those with room for an answer.
-    Raises InputError where a metric asks for rows without."""
+def scored(metric: Metric, answers: Sequence[Answer], *, display: Display, name: str) -> float:
+    """A metric's figure. How long the user's own takes isn't known (it may ask a server), so its progress is shown."""
+    if not metric.code:
+        return metric.mean(answers)
+    with display.task(f"{name}: {metric.name}", len(answers)) as progress:
+        for number, row in enumerate(answers, 1):
+            metric.of(row)  # which it keeps
+            progress(number)
+    return metric.mean(answers)
+
+
+def rows_asked(
+    model: Model, examples: Sequence[Example], config: EvaluateConfig, *, every_row: bool = False
+) -> list[Example]:
+    """The rows that are answered: all of them for a task metric or `every_row`, else `samples` of those with room for
+    an answer. Raises InputError where all are asked and one has no room."""
     context = Limits.of(model.base.model).context
     long = [row for row in examples if context is not None and len(_split(row)[0]) >= context]
-    if config.metrics and long:
+    every_row = every_row or bool(config.metrics)
+    if every_row and long:
         raise InputError(
             f"evaluate.metrics: {len(long)} held-out rows leave no room for an answer in the {context:,} tokens of the "
             f"base, the first is {long[0].origin}",
             fix="set data.max_length lower, or leave evaluate.metrics out",
         )
-    if config.metrics or not long:
-        return list(examples) if config.metrics else spread(examples, config.samples)
+    if every_row or not long:
+        return list(examples) if every_row else spread(examples, config.samples)
     left_out = {id(row) for row in long}
     return spread([row for row in examples if id(row) not in left_out], config.samples)
 
@@ -147,6 +186,12 @@ def answer(
     ]
 
 
+def truth_of(renderer: Renderer, example: Example) -> Answer:
+    """A row with its truth in the place of an answer."""
+    prompt, truth = (renderer.decode(tokens) for tokens in _split(example))
+    return Answer(prompt, truth, truth, example.origin)
+
+
 def spread(rows: Sequence[Row], count: int) -> list[Row]:
     """`count` rows from all over the file: its first ones may be all alike (a dictionary's begin with a)."""
     return list(rows[:: max(1, len(rows) // max(1, count))][:count])
@@ -158,12 +203,12 @@ def perplexity(loss: float) -> float:
 
 
 def _split(example: Example) -> tuple[list[int], list[int]]:
-    """(tokens before the last trained span, the span). A row trained from its start: its first half asks."""
+    """(tokens before the last trained span, the span). A text: its first half asks."""
     trained = np.flatnonzero(example.loss_mask)
     end = int(trained[-1]) + 1
     gaps = np.flatnonzero(np.diff(trained) > 1)
     start = int(trained[gaps[-1] + 1]) if len(gaps) else int(trained[0])
-    if start <= 1:
+    if start <= max(1, example.context):
         start = max(1, end // 2)
     tokens = [int(t) for t in example.tokens]
     return tokens[:start], tokens[start:end]

@@ -10,7 +10,9 @@ from deltaw.base.limits import Limits
 from deltaw.config import DataConfig
 from deltaw.data.dataset import prepare, prepare_held_out
 from deltaw.data.example import Example
+from deltaw.data.forms import Reads
 from deltaw.errors import InputError
+from deltaw.files.paths import no_such
 from deltaw.model import Model, open_model
 from deltaw.named import Named
 from deltaw.show.progress import Display
@@ -19,12 +21,15 @@ from deltaw.show.progress import Display
 def rows_of(
     name: str | Named, data: str | None, *, base: str | None, rows: int | None = None, display: Display
 ) -> tuple[Model, Sequence[Example]]:
-    """A model and the rows to measure it on: the run's own held-out ones, or those of a file. Raises InputError."""
+    """A model and the rows to measure it on: all of the run's own held-out ones, or `rows` of a file. Raises
+    InputError."""
     named = Named.of(name)
     source = _own_data(named) if data is None else _of_file(named, data, rows)
     model = open_model(named, base=base, display=display)
-    examples = prepare_held_out(source, model.renderer) if data is None else prepare(source, model.renderer).train
-    examples = examples[:rows]
+    if data is None:
+        examples = prepare_held_out(source, model.renderer)
+    else:
+        examples = prepare(source, model.renderer, reads=_trained_on(model)).train
     limits = Limits.of(model.base.model)
     limits.check(examples)
     for warning in limits.warnings(examples):
@@ -32,12 +37,26 @@ def rows_of(
     return model, examples
 
 
+def _trained_on(model: Model) -> Reads:
+    """A pair is asked as the adapter's own rows were, whatever its columns are called."""
+    if model.attached is None:
+        return "auto"
+    return "completion" if model.plain_prompts else "chat"
+
+
 def _own_data(named: Named) -> DataConfig:
     """The run's own data section, which must hold rows out."""
+    if named.config is None and not named.path.exists() and not named.name.startswith("builtin:"):
+        raise no_such(named.path)
     if named.config is None:
-        raise InputError(f"{named.name} isn't a run, so it has no held-out rows", fix="name a data file")
+        raise InputError(
+            f"{named.name} isn't a run, so it has no held-out rows", fix="name a data file to measure it on"
+        )
     if named.config.data.eval is None:
-        raise InputError(f"{named.name} held no rows out", fix="name a data file")
+        raise InputError(
+            f"{named.name} held no rows out when it was trained, so there are none to measure it on",
+            fix="name a data file with rows that it wasn't trained on; next time, hold some out: data.eval=100",
+        )
     return named.config.data
 
 
@@ -45,5 +64,7 @@ def _of_file(named: Named, data: str, rows: int | None) -> DataConfig:
     """A data section for a file, with the run's rules of rendering."""
     if named.config is None:
         return DataConfig(train=data, limit=rows)
-    rules = {"form": "auto", "eval": None, "limit": rows, "train": data}
-    return named.config.data.model_copy(update=rules)
+    own = named.config.data
+    too_long = "auto" if own.too_long == "split" else own.too_long  # the file may have other rows than texts
+    rules = {"form": "auto", "eval": None, "limit": rows, "train": data, "too_long": too_long, "overlap": 0}
+    return own.model_copy(update=rules)

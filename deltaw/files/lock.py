@@ -111,6 +111,27 @@ def claimed_file(path: Path) -> Iterator[None]:
         yield
 
 
+def in_use(file: Path) -> bool:
+    """Whether a living process holds `file`. Looks only: an owner that has ended in order left the file empty, and only
+    what a killed one left is tried, for a moment, with a lock that others may share."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        owner = os.pread(descriptor, 300, 0).decode("utf-8", "replace").split()
+        if not owner:
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return _lives(owner)
+    finally:
+        os.close(descriptor)
+
+
 def holds_anything(folder: Path) -> bool:
     """The lock and what a killed process was still writing don't count."""
     paths = folder.iterdir() if folder.is_dir() else ()

@@ -9,12 +9,15 @@ A dollar sign that is meant is written twice in a run file. On the command line 
 exists under the very name that was given is meant, whatever it holds (commands that deltaw prints rely on that).
 """
 
+import difflib
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, PlainSerializer
+
+from deltaw.errors import InputError
 
 _VARIABLE = re.compile(r"\$(?:(?P<escaped>\$)|(?P<bare>[A-Za-z_]\w*)|\{(?P<braced>[^{}]*)\})", re.ASCII)
 
@@ -47,6 +50,19 @@ def written(path: str) -> str:
     return path.replace("$", "$$")
 
 
+def no_such(path: Path) -> InputError:
+    """That nothing lies there, with what lies beside it: the nearest names, else the first few."""
+    what, parent = f"{path}: no such file or folder", path.parent
+    try:
+        names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
+    except OSError:
+        return InputError(what, fix=f"there is no folder {parent} either; relative paths start at {Path.cwd()}")
+    if near := difflib.get_close_matches(path.name, names, n=2):
+        return InputError(what, fix=f"did you mean {' or '.join(str(parent / name) for name in near)}?")
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return InputError(what, fix=f"{'here' if parent == Path() else f'in {parent}'}: {shown or 'nothing'}")
+
+
 PathText = Annotated[str, AfterValidator(expand), PlainSerializer(written)]  # a path, or another name, in a run file
 
 
@@ -57,3 +73,11 @@ def given(path: Any) -> Any:
     if path is None or ("$" in str(path) and Path(path).exists()):
         return path
     return type(path)(expand(str(path)))
+
+
+def public_name(name: str) -> str:
+    """What may be told of a file or a folder to people elsewhere: a builtin's name, or the last part of the path."""
+    if name.startswith("builtin:"):
+        return name
+    path = Path(name)
+    return path.name if path.name not in ("", "..") else path.resolve().name

@@ -2,10 +2,14 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from deltaw.errors import InputError
+
+LARGEST = 1_000_000  # bytes of a run's config.yaml
 PROBLEMS = (yaml.YAMLError, RecursionError, ValueError)  # what reading raises
 
 
@@ -45,6 +49,20 @@ for kind in (Loader, Dumper):
         re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"),
         list("-+0123456789."),
     )
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A run file as plain values, whatever they mean: of a run that another deltaw made. Raises InputError."""
+    try:
+        with path.open("rb") as file:
+            raw = yaml.load(file.read(LARGEST).decode("utf-8-sig"), Loader=Loader)
+    except PROBLEMS as error:
+        raise InputError(not_yaml(error, str(path), "")) from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: isn't a mapping")
+    return raw
 
 
 def not_yaml(error: Exception, source: str, text: str) -> str:

@@ -28,6 +28,7 @@ from deltaw.base.source import BUILTINS, HUB_ID
 from deltaw.config import RunConfig
 from deltaw.errors import RunError
 from deltaw.files.atomic import write_text_atomic
+from deltaw.files.paths import public_name
 from deltaw.shipping.beside import missing_stop
 from deltaw.shipping.trained import Trained
 from deltaw.shipping.usage import base_name, chats
@@ -118,14 +119,23 @@ def _training(trained: Trained, training: Training | None) -> str:
     lines = [f"prompts: {asked}"]
     if training is not None:
         lines = [*_data(training), *lines, *_settings(training)]
-    return _bullets(lines)
+    return _bullets([*lines, *_lineage(trained)])
+
+
+def _lineage(trained: Trained) -> Iterator[str]:
+    """Which adapters it goes back to, the nearest first."""
+    own, *earlier = trained.adapter.history.line
+    if own.extension:
+        yield f"the run was {own.extension}"
+    yield from (f"started from the adapter {one.words()}" for one in earlier[:1])
+    yield from (f"which started from {one.words()}" for one in earlier[1:])
 
 
 def _data(training: Training) -> Iterator[str]:
     result, data = training.result, training.config.data
     rows = f", {counted(result['train_rows'], 'row')}" if result.get("train_rows") else ""
     tokens = f", {counted(result['epoch_tokens'], 'token')}" if result.get("epoch_tokens") else ""
-    yield f"data: {_public(data.train)}{rows}{tokens}"
+    yield f"data: {public_name(data.train)}{rows}{tokens}"
     if form := result.get("form"):
         yield f"form: {form}"
 
@@ -137,7 +147,8 @@ def _settings(training: Training) -> Iterator[str]:
     trained_on = f" ({result['supervised_tokens']:,} of them trained on)" if result.get("supervised_tokens") else ""
     tokens = f"{counted(result['tokens'], 'token')}{trained_on}" if result.get("tokens") else ""
     yield "length: " + ", ".join(part for part in (epochs, steps, tokens) if part)
-    yield f"learning rate: {train.lr:g}, {train.schedule}, {train.tokens_per_step:,} tokens per step"
+    size = f", {train.tokens_per_step:,} tokens per step" if train.tokens_per_step else ""
+    yield f"learning rate: {train.lr:g}, {train.schedule}{size}"
     spec = training.config.adapter
     if not spec.full and (spec.init, spec.dropout) != ("lora", 0.0):
         yield f"initialised by {spec.init}, dropout {spec.dropout:g}"
@@ -155,7 +166,7 @@ def _figures(training: Training | None, with_report: bool) -> str:
     if lost := training.result.get("forgetting"):
         table.append(("general text, loss", _number(lost.get("loss_before")), _number(lost.get("loss_after"))))
         size = f"{counted(lost['tokens'], 'token')} of " if lost.get("tokens") else ""
-        notes.append(f"General text: {size}{_public(lost.get('source', 'an unknown file'))}.")
+        notes.append(f"General text: {size}{public_name(lost.get('source', 'an unknown file'))}.")
     if len(table) == 2:
         return ""
     if with_report:
@@ -200,11 +211,6 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else ""
 
 
-def _public(name: str) -> str:
-    """The public name of a file: a builtin's name, or the last part of a path."""
-    return name if name.startswith("builtin:") else Path(name).name
-
-
 def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
@@ -223,6 +229,7 @@ def _without_paths(page: str, config: RunConfig | None) -> str:
         config.data.template,
         config.evaluate.general,
         config.output,
+        config.adapter.start,
     )
     for name in sorted({n for n in names if isinstance(n, str) and n.startswith(("/", "."))}, key=len, reverse=True):
         page = page.replace(html.escape(name), html.escape(Path(name).name))

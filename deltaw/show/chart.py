@@ -18,7 +18,7 @@ def columns(
         blocks = "".join(BLOCKS[min(EIGHTHS, max(0, height - EIGHTHS * row))] * width for height in heights)
         lines.append(f"{names.get(row, ''):>{margin}} │{blocks.rstrip()}")
     span = len(heights) * width
-    axis = f"{first}{last:>{max(0, span - len(first))}}" if last else first
+    axis = f"{first}{last:>{max(len(last) + 2, span - len(first))}}" if last else first
     return "\n".join([*lines, f"{'':{margin}} └{'─' * span}", f"{'':{margin}}  {axis}"])
 
 

@@ -1,6 +1,9 @@
 """A table in plain text, the same on a terminal, in a file and in a test. rich lays it out: it knows how wide 漢 is."""
 
 import io
+import os
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 
 SIDES = {"l": "left", "r": "right"}
@@ -33,3 +36,41 @@ def table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), *, align: str
     console = Console(file=io.StringIO(), width=100_000, color_system=None)
     console.print(grid)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+
+
+def fitted(
+    rows: Sequence[Sequence[str]], head: Sequence[str], *, align: str, drop: Sequence[str], width: int
+) -> tuple[str, list[str]]:
+    """The table with a rule, and the columns that were left out so that it fits in `width`: those of `drop`, in that
+    order, as few as need be."""
+    from rich.cells import cell_len
+
+    for count in range(len(drop) + 1):
+        kept = [n for n, name in enumerate(head) if name not in drop[:count]]
+        text = table(
+            [[row[n] for n in kept] for row in rows],
+            [head[n] for n in kept],
+            align="".join(align[n] for n in kept),
+            rule=True,
+        )
+        if max(map(cell_len, text.splitlines())) <= width:
+            break
+    return text, list(drop[:count])
+
+
+def ending(text: str, width: int) -> str:
+    """The text, or as much of its end as fits in `width` (漢 takes two): the end is what tells paths apart."""
+    from rich.cells import cell_len
+
+    if cell_len(text) <= width:
+        return text
+    while cell_len(text) > width - 1:
+        text = text[1:]
+    return f"…{text}"
+
+
+def terminal_width() -> int:
+    """Characters of a line on the terminal; without end in a file or a pipe, unless $COLUMNS says otherwise."""
+    if os.environ.get("COLUMNS") or sys.stdout.isatty():
+        return shutil.get_terminal_size().columns
+    return sys.maxsize

@@ -1,6 +1,10 @@
-"""Values as people read them: a text on one line, a count, bytes, a time."""
+"""Values as people read them: a text on one line, a count, a share, bytes, a time."""
+
+import re
+from collections.abc import Sequence
 
 LINE = 120  # characters that an error message or a log line may quote of the data
+FRAME = 8  # characters that texts must share at an end before these are left out
 
 
 def one_line(text: str, limit: int = LINE, *, end: bool = False) -> str:
@@ -18,6 +22,17 @@ def counted(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
+def rounded(figure: float) -> str:
+    """A loss, a metric: four decimals, fewer of a large one. "0.4689", "1,915.9"."""
+    size = abs(figure)
+    return f"{figure:.4f}" if size < 100 else f"{figure:,.1f}" if size < 1e6 else f"{figure:.3g}"
+
+
+def figure_name(name: str) -> str:
+    """A metric's name as people read it: "exact match"; of `file.py:function` the function's."""
+    return name.rpartition(":")[2].replace("_", " ")
+
+
 def gib(count: float) -> str:
     """Bytes: "1.5 GiB", "20 MiB"."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
@@ -28,3 +43,31 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def percent(share: float, digits: int = 0, *, signed: bool = False) -> str:
+    """A share with `digits` after the point: percent(0.268) is "27 %", percent(0.268, 1, signed=True) "+26.8 %"."""
+    return f"{100 * share:{'+' if signed else ''}.{digits}f} %"
+
+
+def framed(texts: Sequence[str]) -> tuple[str, list[str], str]:
+    """(how all of them begin, what is each one's own, how all of them end): around what was asked stand a system prompt
+    and a template's marks. Empty where that would be short, or where it would leave one nothing of its own.
+    """
+    start = end = ""
+    if len(texts) > 1:
+        start = _common(texts)
+        start = start[: max(start.rfind(" "), start.rfind("\n")) + 1]  # whole words
+        start = start if len(start) >= FRAME else ""
+        end = _common([text[len(start) :][::-1] for text in texts])[::-1]
+        edge = re.search(r"[\s<\[]", end)  # where a word has ended, or a mark begins
+        end = end[edge.start() :] if edge and len(end) - edge.start() >= FRAME else ""
+    own = [text[len(start) : len(text) - len(end)] for text in texts]
+    return (start, own, end) if all(own) else ("", list(texts), "")
+
+
+def _common(texts: Sequence[str]) -> str:
+    """How all of them begin."""
+    first, last = min(texts), max(texts)
+    length = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+    return first[:length]

@@ -4,9 +4,9 @@
     with --allow     all the rest: the rate and its schedule, the length (no shorter than it is), how much at a time,
                      what is measured and kept; of a finished run only what is measured
 
-`base`, `data.train` and `data.eval` may have new names (files move); whether they are the same is for the fingerprints
-of weights, rows and template to say, which are compared once these are read. `tokens_per_batch` changes how a step is
-divided, not which rows it trains on.
+`base`, `data.train`, `data.eval` and `adapter.from` may have new names (files move); whether they are the same is for
+the fingerprints of weights, rows, template and start to say, which are compared once these are read. `tokens_per_batch`
+changes how a step is divided, not which rows it trains on.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ from deltaw.training.learner import Learner
 from deltaw.training.optim import WARMUP
 
 FIXED = ("adapter", "data", "train.seed", "train.tokens_per_step", "train.dtype")
-NAMES = ("data.train", "data.eval")  # those of FIXED that are only names
+NAMES = ("data.train", "data.eval", "adapter.from")  # those of FIXED that are only names
 FREE = ("output",)  # the run folder was moved
 MEASURING = "evaluate."  # all that a finished run can still measure
 
@@ -72,7 +72,7 @@ def restore(learner: Learner, saved: Saved, run: Run, display: Display) -> None:
         display.say(
             f"warning: step {state.best_step} was the best, but its checkpoint is gone; the steps to come decide"
         )
-        state.best_step, state.best_loss = 0, None
+        state.best_step, state.best_loss, state.no_better = 0, None, 0
     if missing := run.cut_metrics(state.metrics_lines):
         display.say(f"{run.metrics} lacks {missing} of the {state.metrics_lines} lines it had")
     display.say(f"resumed after step {state.step} of {learner.total}")

@@ -41,6 +41,7 @@ from deltaw.files.strict_json import read_json
 from deltaw.show.progress import Display
 from deltaw.version import VERSION
 
+SINCE = {"no_better": 0}  # fields of a state that checkpoints of before don't have
 FACTORS, MOMENTS, STATE, MANIFEST = "factors.safetensors", "moments.safetensors", "state.json", "manifest.sha256"
 
 
@@ -57,6 +58,7 @@ class TrainState:
     evaluated: int = 0  # the step of the last evaluation
     best_step: int = 0
     best_loss: float | None = None
+    no_better: int = 0  # evaluations in a row since the best one
     skipped: int = 0  # steps that weren't applied
     not_finite: int = 0  # of those, because a loss or a gradient wasn't a number
     in_a_row: int = 0  # skipped steps since the last update
@@ -150,7 +152,7 @@ def latest_checkpoint(folder: Path, display: Display) -> Saved | None:
 def read_checkpoint(path: Path) -> Saved:
     """A checkpoint, proven intact. Raises an InputError that names what is missing or damaged."""
     _check_manifest(path)
-    raw = read_json(path / STATE)
+    raw = {**SINCE, **read_json(path / STATE)}
     if raw.keys() != asdict(TrainState()).keys():
         raise InputError(f"{path / STATE} is of another version of deltaw: {sorted(raw)}"[:300])
     return Saved(TrainState(**raw), load_safetensors(path / FACTORS), load_safetensors(path / MOMENTS))

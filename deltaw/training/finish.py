@@ -18,16 +18,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from deltaw.adapter.file import Adapter
+from deltaw.adapter.history import History
 from deltaw.data.example import Example
 from deltaw.data.render import TEMPLATE
 from deltaw.errors import InputError, RunError, command
 from deltaw.evaluate.forgetting import Forgetting
 from deltaw.evaluate.held_out import Evaluation
 from deltaw.files.atomic import write_text_atomic
+from deltaw.files.paths import public_name
 from deltaw.model import PLAIN
 from deltaw.run import Run
 from deltaw.show.progress import Display
-from deltaw.training.checkpoint import checkpoint_at, read_checkpoint
+from deltaw.show.text import counted
+from deltaw.training.checkpoint import TrainState, checkpoint_at, read_checkpoint
 from deltaw.training.learner import Learner
 from deltaw.training.measuring import Attempts, loss_on, measure_base, what_was_forgotten, with_answers
 from deltaw.training.opening import Opened
@@ -50,7 +53,7 @@ def finish(
     adapter = save_adapter(opened, learner, run, display)
     measured = _measured(opened, run, Measured(before), general, attempts, display)
     try:
-        write_result(opened, learner.state, run, measured, time.monotonic() - began)
+        write_result(opened, learner, run, measured, adapter.history, time.monotonic() - began)
     except RunError as error:
         fix = f"the adapter is saved: {run.adapter}; free some space, then resume the run"
         raise RunError(error.what, fix) from None
@@ -77,12 +80,17 @@ def measure_again(
         )
     before = measure_base(opened, run, attempts, display)
     measured = _measured(opened, run, Measured.of(before, result), general, attempts, display)
-    run.write_json(run.result, {**result, **measurements(measured, len(opened.dataset.eval))})
+    run.write_json(run.result, {**result, **measurements(measured, run, opened)})
 
 
 def save_adapter(opened: Opened, learner: Learner, run: Run, display: Display) -> Adapter:
     """Save the adapter in its folder: the best one where held-out rows were evaluated."""
     state = learner.state
+    if learner.out_of_patience and state.step < learner.total:
+        display.say(
+            f"stopped early, after step {state.step} of {learner.total}: {counted(state.no_better, 'evaluation')} in a "
+            "row without a better loss (train.patience)"
+        )
     if state.best_step and state.best_step != state.step:
         try:
             learner.put_factors_back(read_checkpoint(checkpoint_at(run.checkpoints, state.best_step)))
@@ -90,10 +98,16 @@ def save_adapter(opened: Opened, learner: Learner, run: Run, display: Display) -
         except InputError as error:
             best, state.best_step = state.best_step, state.step
             display.say(f"warning: step {best} was the best, but {error.what}, so the last step's adapter is saved")
-    adapter = learner.attached.adapter(opened.id)
+    adapter = replace(learner.attached.adapter(opened.id), history=history(opened, state))
     _save_template(opened, run)  # before the weights: an adapter that is there has what it needs
     adapter.save(run.adapter)
     return adapter
+
+
+def history(opened: Opened, state: TrainState) -> History:
+    """How the run's adapter came about."""
+    known = {"steps": state.step, "tokens": state.tokens, "data": public_name(opened.config.data.train)}
+    return opened.lineage.model_copy(update=known)
 
 
 def _save_template(opened: Opened, run: Run) -> None:
@@ -116,27 +130,30 @@ def _measured(
         after = attempts(
             "held_out_loss", lambda: loss_on(model, rows, display, "after"), what="no held-out loss for the adapter"
         )
-    if before and after and not answers and not before.unanswered and (wanted.metrics or wanted.samples):
+    fresh = not answers or (after is not None and not after.scored_by(opened.metrics))
+    if before and after and fresh and not before.unanswered and (wanted.metrics or wanted.samples):
         pair = before, after
         both = attempts("answers", lambda: _answers(opened, run, *pair, display), what="no answers from the adapter")
         before, after = both or pair
+        answers = [] if both else answers
+    if after and after is not known.after:
+        display.say(f"after: {after.line()}")
     if general and not lost:
         lost = attempts(
             "forgetting", lambda: _forgetting(opened, general, display), what="no measure of what was forgotten"
         )
-    return replace(known, before=before, after=after, forgetting=lost, failed=attempts.failed)
+    return replace(known, before=before, after=after, answers=answers, forgetting=lost, failed=attempts.failed)
 
 
 def _answers(
     opened: Opened, run: Run, before: Evaluation, after: Evaluation, display: Display
 ) -> tuple[Evaluation, Evaluation]:
     """Both with answers; the base answers again where it gave none (because that failed)."""
-    model, rows, wanted = opened.model, opened.dataset.eval, opened.config.evaluate
     if not before.answers:
         with opened.attached.disabled():
-            before = with_answers(before, model, rows, wanted, display, "before")
+            before = with_answers(before, opened, display, "before")
         run.write_json(run.before, before.to_json())
-    return before, with_answers(after, model, rows, wanted, display, "after")
+    return before, with_answers(after, opened, display, "after")
 
 
 def _forgetting(opened: Opened, general: Sequence[Example], display: Display) -> Forgetting:

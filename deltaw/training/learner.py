@@ -94,7 +94,13 @@ class Learner:
         best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
         if best:
             state.best_step, state.best_loss = state.step, loss
+        state.no_better = 0 if best else state.no_better + 1
         return best
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether as many evaluations in a row weren't the best as `train.patience` allows."""
+        return self.config.patience is not None and self.state.no_better >= self.config.patience
 
     def saved(self) -> Saved:
         """The learner as a checkpoint holds it. The tensors are the learner's own."""

@@ -31,7 +31,7 @@ from deltaw.evaluate.held_out import (
 from deltaw.model import Model
 from deltaw.run import Run
 from deltaw.show.progress import QUIET, Display
-from deltaw.show.text import one_line
+from deltaw.show.text import framed, one_line
 from deltaw.training.learner import Learner
 from deltaw.training.memory import OutOfMemory, release, working_on
 from deltaw.training.opening import Opened
@@ -73,18 +73,19 @@ class Attempts:
 
 
 def measure_base(opened: Opened, run: Run, attempts: Attempts, display: Display) -> Evaluation | None:
-    """Measure the base on the held-out rows, once per run. Nothing has been spent yet, so a failure is an error, unless
-    it is answers that no metric needs."""
+    """Measure the base on the held-out rows, once per run; a metric that was added since, by its answers. Nothing has
+    been spent yet, so a failure is an error, unless it is answers that no metric needs."""
     rows, config = opened.dataset.eval, opened.config.evaluate
     if not rows:
         return None
-    if run.before.is_file():
-        return Evaluation.from_json(run.read_json(run.before))
+    known = Evaluation.from_json(run.read_json(run.before)) if run.before.is_file() else None
+    if known and known.scored_by(opened.metrics) and known.max_new_tokens in (0, config.max_new_tokens):
+        return known
     with opened.attached.disabled():
         release(opened.device)
-        before = loss_on(opened.model, rows, display, "before")
+        before = known or loss_on(opened.model, rows, display, "before")
         try:
-            before = with_answers(before, opened.model, rows, config, display, "before")
+            before = with_answers(before, opened, display, "before")
         except InputError as error:  # so it will be after training, too
             if config.metrics:
                 raise
@@ -95,6 +96,7 @@ def measure_base(opened: Opened, run: Run, attempts: Attempts, display: Display)
                 raise
             attempts.note("answers", error, what="no answers from the base")
     run.write_json(run.before, before.to_json())
+    display.say(f"before: {before.line()}")
     return before
 
 
@@ -110,12 +112,11 @@ def plain_loss(model: Model, rows: Sequence[Example]) -> float:
         return held_out_loss(model.forward, rows)[0]
 
 
-def with_answers(
-    evaluation: Evaluation, model: Model, rows: Sequence[Example], config: EvaluateConfig, display: Display, name: str
-) -> Evaluation:
-    """The same with the model's answers, as it stands."""
+def with_answers(evaluation: Evaluation, opened: Opened, display: Display, name: str) -> Evaluation:
+    """The same with the answers of the model as it stands."""
+    rows, config = opened.dataset.eval, opened.config.evaluate
     with working_on(ANSWERS):
-        return add_answers(evaluation, model, rows, config, display=display, name=name)
+        return add_answers(evaluation, opened.model, rows, config, opened.metrics, display=display, name=name)
 
 
 def what_was_forgotten(model: Model, rows: Sequence[Example], source: str = "", display: Display = QUIET) -> Forgetting:
@@ -129,8 +130,12 @@ def samples(model: Model, rows: Sequence[Example], config: EvaluateConfig) -> li
     asked = rows_asked(model, rows, config.model_copy(update={"metrics": ()}))
     with working_on(ANSWERS):
         answers = answer(model, asked, config.max_new_tokens)
-    lines = ([one_line(text, 80, end=True) for text in (a.prompt, a.given, a.truth)] for a in answers)
-    return [f"{prompt} {given}   [truth: {truth}]" for prompt, given, truth in lines]
+    _, prompts, _ = framed([a.prompt for a in answers])
+    lines = (
+        [one_line(text, 80, end=True) for text in (prompt, a.given, a.truth)]
+        for prompt, a in zip(prompts, answers, strict=True)
+    )
+    return [f"{prompt} → {given}   [truth: {truth}]" for prompt, given, truth in lines]
 
 
 def note_evaluation(loss: float, learner: Learner, run: Run, display: Display) -> dict[str, Any]:

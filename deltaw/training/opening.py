@@ -13,6 +13,7 @@ from torch import nn
 
 from deltaw.adapter.attach import Attached, attach
 from deltaw.adapter.file import BaseId
+from deltaw.adapter.history import NOTHING, History
 from deltaw.adapter.init_data import initialise_from_data
 from deltaw.adapter.targets import find_targets
 from deltaw.base.forward import Forward, plan_forward
@@ -26,15 +27,21 @@ from deltaw.data.example import Example
 from deltaw.data.loader import Loader, LoaderState, fill
 from deltaw.data.opening import open_dataset
 from deltaw.data.pack import pack
-from deltaw.errors import InputError
 from deltaw.evaluate.forgetting import general_text
+from deltaw.evaluate.held_out import truth_of
+from deltaw.evaluate.metrics import Metric
+from deltaw.evaluate.own_metric import ASKED_FOR, Consent, open_metrics, try_out
 from deltaw.model import PLAIN, Model
 from deltaw.run import Run
 from deltaw.show.progress import Display
+from deltaw.training import length
 from deltaw.training.checkpoint import TrainState, conditions
 from deltaw.training.learner import Learner
+from deltaw.training.length import count_steps, make_loader, settle_step
+from deltaw.training.log import check_loggers
 from deltaw.training.memory import bound_caches, free_memory
 from deltaw.training.optim import WARMUP, warmup_steps
+from deltaw.training.start import Start, described, open_start
 
 START_BATCHES = 8  # of train.tokens_per_batch, that an initialiser gets: 16,384 tokens by default
 FROZEN_SHARE = 0.25  # of the free memory, that what frozen layers give may take
@@ -42,12 +49,15 @@ FROZEN_SHARE = 0.25  # of the free memory, that what frozen layers give may take
 
 @dataclass(frozen=True)
 class Opened:
-    """A run's settings, with `auto` resolved; its base with an adapter on it; its rows; its length in steps."""
+    """A run's settings, with `auto` resolved; its base with an adapter on it; its rows; its length in steps; what its
+    answers are measured by."""
 
     config: RunConfig
     model: Model
     dataset: Dataset
     total: int
+    metrics: tuple[Metric, ...]
+    lineage: History = NOTHING  # which adapter it starts from, after which steps it was extended
 
     @property
     def attached(self) -> Attached:
@@ -80,19 +90,41 @@ class Opened:
         return make_loader(self.config, self.dataset, state.position)
 
 
-def open_run(config: RunConfig, display: Display) -> Opened:
-    """Raises InputError, before the weights are read where that is possible."""
+def open_run(
+    config: RunConfig,
+    display: Display,
+    consent: Consent = ASKED_FOR,
+    lineage: History = NOTHING,
+    *,
+    start_is_needed: bool = True,
+) -> Opened:
+    """Raises InputError, before the weights are read where that is possible. `consent`: to a metric of the user's own
+    that the config names. `lineage`: the run's, if it has begun; the adapter that it starts from isn't needed any more
+    where a checkpoint is there."""
+    check_loggers(config.train.log_to)
     bound_caches()
+    metrics = open_metrics(config.evaluate.metrics, consent)
     source = find_base(config.base, display=display)
     known = read_config(source)
     skeleton = open_skeleton(source, known)
-    find_targets(skeleton, config.adapter)  # on the modules alone; attach asks again, of layers that it has tried
+    recorded = lineage.started_from
+    config, start = open_start(config, skeleton, recorded, needed=start_is_needed, say=display.say)
+    # On the modules alone; attach asks again, of layers that it has tried.
+    targets = find_targets(skeleton, config.adapter)
+    if targets.words:
+        display.say(f"adapted: {targets.words}")
     _, renderer, dataset = open_dataset(config, display, source)
     limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
     limits.check(rows)
-    for line in config.switched_off():
+    for row in dataset.eval[:1]:
+        try_out(metrics, truth_of(renderer, row))
+    asked, config = config, settle_step(config, dataset)
+    total = count_steps(config, dataset)
+    for line in [*config.switched_off(), *length.notes(asked, config, total)]:
         display.say(line)
-    for warning in [*dataset.report.warnings, *limits.warnings(rows)]:
+    for note in dataset.report.notes:
+        display.say(note)
+    for warning in [*dataset.report.warnings, *limits.warnings(rows), *length.warnings(asked, config, dataset, total)]:
         display.say(f"warning: {warning}")
     dtype, device = config.train.dtype, config.train.device
     base = open_base(source, dtype=dtype, device=device, display=display, config=known)
@@ -101,30 +133,30 @@ def open_run(config: RunConfig, display: Display) -> Opened:
     assert model.attached is not None
     for line in model.attached.notes():
         display.say(line)
-    return Opened(_pinned(config, model), model, dataset, count_steps(config, dataset))
-
-
-def count_steps(config: RunConfig, dataset: Dataset) -> int:
-    """Of the whole run. Raises InputError where its warm-up is no shorter."""
-    total = config.train.steps or make_loader(config, dataset, LoaderState()).total_steps(config.train.epochs)
-    warmup = warmup_steps(total, config.train)
-    if warmup >= total:
-        raise InputError(
-            f"train.warmup_steps is {warmup} of {total} steps, so the run would never reach train.lr",
-            fix="lower it, or leave it out (null): a short run then takes a tenth of its steps",
-        )
-    return total
+    opened = Opened(_pinned(config, model), model, dataset, total, metrics, lineage)
+    return opened if start is None else _started(opened, start, display)
 
 
 def attach_fresh(model: nn.Module, config: RunConfig) -> Attached:
-    """The adapter as it begins, but for a start that wants data."""
-    generator = torch.Generator().manual_seed(config.train.seed)
-    return attach(model, config.adapter, generator=generator, start_later=config.adapter.from_data)
+    """The adapter as it begins, but for a start that wants data, or that another adapter gives."""
+    generator, spec = torch.Generator().manual_seed(config.train.seed), config.adapter
+    return attach(model, spec, generator=generator, start_later=spec.from_data or spec.start is not None)
+
+
+def _started(opened: Opened, start: Start, display: Display) -> Opened:
+    """With the start's numbers in the adapter. Raises InputError for an adapter of another base."""
+    start.check_base(opened.id)
+    empty = start.put(opened.attached, opened.config.train.seed)
+    for line in [*start.notes(opened.id.template), *described(empty)]:
+        display.say(line)
+    return replace(opened, lineage=opened.lineage.model_copy(update={"started_from": start.history}))
 
 
 def begin(opened: Opened, run: Run, display: Display) -> None:
     """Write the run's files into the folder, and make the start for an initialiser that needs data."""
     run.create(opened.config)
+    if opened.lineage.known:
+        run.write_lineage(opened.lineage)
     warmup = warmup_steps(opened.total, opened.config.train)
     if warmup < WARMUP and opened.config.train.warmup_steps is None:
         display.say(f"warm-up: {warmup} of {opened.total} steps, since the run is short")
@@ -169,12 +201,6 @@ def general_rows(config: RunConfig, model: Model) -> list[Example]:
     rows = general_text(source, model.renderer, limits.longest)
     limits.check(rows, name=f"evaluate.general: {source}")
     return rows
-
-
-def make_loader(config: RunConfig, dataset: Dataset, position: LoaderState) -> Loader:
-    """The steps of a run from `position` on."""
-    train = config.train
-    return Loader(dataset.train, train.tokens_per_step, train.batch_tokens, train.seed, position)
 
 
 def _pinned(config: RunConfig, model: Model) -> RunConfig:

@@ -30,15 +30,15 @@ import torch
 
 from deltaw.base.load import pick_device
 from deltaw.config import RunConfig
-from deltaw.data.dataset import DataReport
 from deltaw.data.example import Example
+from deltaw.data.report import DataReport
 from deltaw.errors import InputError
 from deltaw.evaluate.held_out import answer, rows_asked
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.show.table import table
 from deltaw.show.text import clock, counted, gib
-from deltaw.training import fit, memory
+from deltaw.training import fit, length, memory
 from deltaw.training.batch_size import sized
 from deltaw.training.checkpoint import save_checkpoint
 from deltaw.training.fit import Fit, Point
@@ -72,6 +72,8 @@ class Plan:
     output: str
     computed: str  # "bfloat16 on cpu"
     steps: int
+    tokens_per_step: int
+    length: list[str]  # what there is to say of it (length.py)
     tokens: int
     supervised_tokens: int
     longest_batch: int
@@ -96,11 +98,16 @@ class Plan:
         peak = {"peak_memory_bytes": self.largest.peak, "peak_in": self.largest.name}
         return {**asdict(self), **peak, "seconds": round(self.seconds, 1)}
 
+    def _steps(self) -> str:
+        batch = f"the largest batch of {self.longest_batch:,}"
+        return f"{self.steps:,} of up to {self.tokens_per_step:,} tokens, {batch}"
+
     def text(self) -> str:
         """For people."""
         lines = [
             ("run", f"{self.output}, in {self.computed}"),
-            ("steps", f"{self.steps:,}, the largest batch of {self.longest_batch:,} tokens"),
+            ("steps", self._steps()),
+            *(("", line) for line in self.length),
             ("tokens", f"{self.tokens:,}, of which {self.supervised_tokens:,} are trained ({self.data.share:.1%})"),
             (
                 "memory",
@@ -128,7 +135,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
         general = general_rows(config, opened.model)
     opened = sized(opened, display)
     available = memory.held_memory(device) + memory.free_memory(device)
-    learner, rows = opened.learner(display), opened.dataset.train
+    learner, dataset, rows = opened.learner(display), opened.dataset, opened.dataset.train
     work = work_of(opened, learner)
     with _folder_beside(Path(config.output)) as folder:
         rehearsal = Rehearsal(opened, learner, work, Run(folder), display)
@@ -148,6 +155,11 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
         output=config.output,
         computed=f"{str(opened.model.base.dtype).removeprefix('torch.')} on {device}",
         steps=work.steps,
+        tokens_per_step=opened.config.train.step_tokens,
+        length=[
+            *length.notes(config, opened.config, work.steps),
+            *length.warnings(config, opened.config, dataset, work.steps),
+        ],
         tokens=work.tokens,
         supervised_tokens=work.supervised,
         longest_batch=work.longest_tokens,
@@ -293,6 +305,10 @@ def _rows(data: DataReport) -> list[tuple[str, str]]:
     long = ", ".join(f"{count:,} {what}" for what, count in kinds.items() if count)
     if long:
         lines.append(("", f"too long, {long}: {_listed(data.too_long, sum(kinds.values()), ', ')}"))
+    if data.split_rows:
+        lines.append(
+            ("", f"{counted(data.split_rows, 'text')} split into {data.pieces:,} pieces, {data.kept:.1%} kept")
+        )
     if data.unusable:
         lines.append(("", f"unusable, {data.unusable:,}: {_listed(data.problems, data.unusable, '; ')}"))
     if data.duplicates or data.overlap:

@@ -68,7 +68,8 @@ def check_longest(model: Model, rows: Sequence[Example]) -> None:
             raise
         raise InputError(
             f"{row.origin}: {len(row.tokens):,} tokens, and this base takes no more than {context:,}: {error!s:.80}",
-            fix=f"set data.max_length to {context}: data.too_long decides whether longer rows are left out or cut",
+            fix=f"set data.max_length to {context}: longer texts are then split; of other rows, data.too_long decides "
+            "whether they are left out or cut",
         ) from None
 
 

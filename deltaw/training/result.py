@@ -3,20 +3,22 @@
 import math
 import platform
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
 import torch
 
+from deltaw.adapter.history import History
 from deltaw.errors import command
 from deltaw.evaluate.forgetting import Forgetting
-from deltaw.evaluate.held_out import Evaluation, spread
+from deltaw.evaluate.held_out import Evaluation, perplexity, spread
 from deltaw.run import Run
 from deltaw.show.chart import columns
 from deltaw.show.progress import Display
 from deltaw.show.table import table
-from deltaw.show.text import counted, gib, one_line
-from deltaw.training.checkpoint import TrainState
+from deltaw.show.text import counted, figure_name, framed, gib, one_line, rounded
+from deltaw.training.learner import Learner
 from deltaw.training.memory import peak_memory
 from deltaw.training.opening import Opened
 from deltaw.version import VERSION
@@ -39,24 +41,32 @@ class Measured:
     def of(before: Evaluation | None, result: dict[str, Any]) -> "Measured":
         """What a finished run's result.json knows, beside its base's figures."""
         after, lost = result["eval"]["after"], result["forgetting"]
+        code = result["eval"].get("code", {})
         return Measured(
             before,
-            Evaluation(after.pop("loss"), after.pop("perplexity"), 0, metrics=after) if after else None,
+            Evaluation(after.pop("loss"), after.pop("perplexity"), 0, metrics=after, code=code) if after else None,
             Forgetting(**lost) if lost else None,
             result["answers"],
         )
 
 
-def measurements(measured: Measured, rows: int) -> dict[str, Any]:
-    """The part of result.json that is measured when the training is over."""
+def measurements(measured: Measured, run: Run, opened: Opened) -> dict[str, Any]:
+    """The part of result.json that is measured when the training is over. `higher_is_better` and `code`: of each
+    metric, and of those that are the user's own."""
     before, after = measured.before, measured.after
-    pairs = list(zip(before.answers, after.answers, strict=True)) if before and after and after.answers else []
+    given = (
+        {answer.origin: answer for answer in before.answers} if before else {}
+    )  # more rows or fewer, if that changed
+    pairs = [(given[a.origin], a) for a in after.answers if a.origin in given] if after else []
     return {
         "eval": {
-            "rows": rows,
+            "rows": len(opened.dataset.eval),
             "before": before.summary() if before else None,
+            "start": at_the_start(run),
             "after": after.summary() if after else None,
             "unanswered": before.unanswered if before else None,
+            "higher_is_better": {metric.name: metric.higher_is_better for metric in opened.metrics},
+            "code": {metric.name: metric.code for metric in opened.metrics if metric.code},
         },
         "forgetting": asdict(measured.forgetting) if measured.forgetting else None,
         "answers": measured.answers
@@ -67,22 +77,33 @@ def measurements(measured: Measured, rows: int) -> dict[str, Any]:
     }
 
 
-def write_result(opened: Opened, state: TrainState, run: Run, measured: Measured, total_seconds: float) -> None:
+def at_the_start(run: Run) -> dict[str, float] | None:
+    """The held-out loss of the adapter that the run started from."""
+    losses = [line["eval_loss"] for line in run.read_metrics() if line["step"] == 0 and "eval_loss" in line]
+    return {"loss": losses[0], "perplexity": perplexity(losses[0])} if losses else None
+
+
+def write_result(
+    opened: Opened, learner: Learner, run: Run, measured: Measured, history: History, total_seconds: float
+) -> None:
     """Write result.json, which marks the run as finished. Times in seconds, memory in bytes, losses in nats."""
-    model, report = opened.model, opened.dataset.report
+    model, report, state = opened.model, opened.dataset.report, learner.state
     result = {
         "base": opened.config.base,
         "adapter": str(run.adapter),
         "trained_parameters": sum(p.numel() for p in opened.attached.parameters),
         "steps": state.step,
+        "planned_steps": opened.total,
+        "stopped_early": state.step < opened.total,
         "best_step": state.best_step or state.step,
         "tokens": state.tokens,
         "supervised_tokens": state.supervised_tokens,
         "seconds": round(state.seconds, 2),
         "total_seconds": round(total_seconds, 2),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "tokens_per_second": round(state.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory(opened.device),
-        **measurements(measured, len(opened.dataset.eval)),
+        **measurements(measured, run, opened),
         "form": report.form,
         "dropped": report.unusable + report.too_long_dropped + report.untrained,
         "truncated": report.truncated,
@@ -95,6 +116,7 @@ def write_result(opened: Opened, state: TrainState, run: Run, measured: Measured
         "machine": {"device": str(model.base.device), "threads": torch.get_num_threads(), "cpu": platform.machine()},
         "versions": {"deltaw": VERSION, "torch": torch.__version__},
         "fingerprints": state.fingerprints,
+        "history": history.to_json(),
     }
     run.write_json(run.result, result)
 
@@ -146,7 +168,11 @@ def plot(values: list[float], width: int = 64, height: int = 8) -> str:
 
 def _answers(rows: list[dict[str, str]]) -> str:
     head = ("asked", "before", "after", "truth")
-    cells = [[one_line(row[key], 28) for key in ("prompt", "before", "after", "truth")] for row in rows]
+    _, prompts, _ = framed([row["prompt"] for row in rows])
+    cells = [
+        [one_line(prompt, 28, end=True), *(one_line(row[key], 28) for key in ("before", "after", "truth"))]
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
     return table(cells, head, rule=True)
 
 
@@ -159,7 +185,13 @@ def _figures(result: dict[str, Any]) -> str:
     ]
     before, after = result["eval"]["before"], result["eval"]["after"]
     if before and after:
-        lines += [f"{name.replace('_', ' '):20} {before[name]:9.4f} → {after[name]:.4f}" for name in after]
+        lines += [
+            f"{figure_name(name):20} {rounded(before[name]):>9} → {rounded(after[name])}"
+            for name in after
+            if name in before
+        ]
+        if start := result["eval"].get("start"):
+            lines.append(f"{'loss at the start':20} {rounded(start['loss']):>9}, of the adapter that it started from")
         lines.append(f"{'':20} measured on {counted(result['eval']['rows'], 'held-out row')}")
     if lost := result.get("forgetting"):
         lines.append(

@@ -4,80 +4,123 @@
     open base, rows and adapter (opening.py); or put a checkpoint back
     try the largest pieces of what is to come (preflight.py); measure the base
     take the steps; after each what is due: an evaluation on held-out rows, samples, a checkpoint
+    stop before the last one where `train.patience` evaluations in a row weren't the best so far
     save the adapter, measure it, write result.json and the report (finish.py)
 
 A signal that comes during a step or a write waits for its end; an evaluation is cut off. Then the
 step is saved. An evaluation that was cut off is made up for when the run resumes: `state.evaluated` is behind.
 """
 
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deltaw.adapter.file import Adapter
-from deltaw.config import RunConfig
+from deltaw.adapter.history import NOTHING, History
+from deltaw.config import RunConfig, config_of
 from deltaw.data.loader import Ahead
 from deltaw.data.opening import open_dataset
 from deltaw.errors import command
+from deltaw.evaluate.held_out import perplexity
+from deltaw.evaluate.own_metric import ASKED_FOR, Consent, open_metrics
 from deltaw.model import open_model
-from deltaw.named import load_adapter
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.batch_size import sized
 from deltaw.training.captured import captured_on
 from deltaw.training.changes import restore, settled
 from deltaw.training.checkpoint import Saved, latest_checkpoint, save_checkpoint
+from deltaw.training.extend import check_extension, extended
 from deltaw.training.finish import finish, measure_again, report
 from deltaw.training.learner import Learner
-from deltaw.training.log import EventLog
+from deltaw.training.length import count_steps
+from deltaw.training.log import EventLog, open_log
 from deltaw.training.measuring import Attempts, measure_base, note_evaluation, plain_loss, samples
 from deltaw.training.memory import Heap, bound_caches, bounded
-from deltaw.training.opening import Opened, above_the_frozen, begin, count_steps, general_rows, open_run
+from deltaw.training.opening import Opened, above_the_frozen, begin, general_rows, open_run
 from deltaw.training.preflight import short_form
 from deltaw.training.shortage import explain
 from deltaw.training.step import step
 from deltaw.training.stop import Stopped, StopRequest
 from deltaw.training.watch import TooManySkips
 
+OnStep = Callable[[dict[str, Any]], object]
 
-def train(config: RunConfig, *, replace: bool = False, display: Display | None = None) -> Adapter:
-    """Run `config` and return the adapter, which is also in `<output>/adapter`.
 
-    `replace` discards an earlier run in the same folder. Raises InputError before the weights are loaded where that is
-    possible, RunError when it fails later, `Stopped` on a signal.
+def train(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    replace: bool = False,
+    on_step: OnStep | None = None,
+    display: Display | None = None,
+) -> Adapter:
+    """Run `config`, a run file or what would stand in one, and return the adapter, which is also in `<output>/adapter`.
+
+    `replace` discards an earlier run in the same folder. `on_step` is called after each step with its figures (step,
+    loss, lr, …; eval_loss where there was an evaluation); what it raises ends the run, with the step saved.
+
+    Raises InputError before the weights are loaded where that is possible, RunError when it fails later,
+    `Stopped` on a signal.
     """
+    config = config_of(config)
     run = Run(Path(config.output))
     with run.claimed(new=True, replace=replace):
-        return _run(config, run, None, display or Display())
+        return _run(config, run, None, ASKED_FOR, display or Display(), on_step)
 
 
 def resume(
-    folder: str | Path, overrides: Iterable[str] = (), *, allow: bool = False, display: Display | None = None
+    folder: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    allow: bool = False,
+    extend: bool = False,
+    allow_code: bool = False,
+    on_step: OnStep | None = None,
+    display: Display | None = None,
 ) -> Adapter:
     """Resume an interrupted run from its newest intact checkpoint, or measure what a finished one lacks.
 
-    `overrides` (`train.lr=1e-4`) need `allow`. Raises InputError when it isn't a run, is finished, or can't be resumed
-    like this.
+    `overrides` (`train.lr=1e-4`) need `allow`; with `extend` a finished run goes on (`train.epochs=3`); a metric that
+    is a function in a file needs `allow_code`, unless that very file was asked for here before; `on_step` is as for
+    `train`. Raises InputError when it isn't a run, is finished, or can't be resumed like this.
     """
-    run, display = Run(Path(folder)), display or Display()
-    with run.resumed() as finished:
-        saved = None if finished else latest_checkpoint(run.checkpoints, display)
-        config, changed = settled(run, saved, overrides, allow=allow, finished=finished, display=display)
-        if finished:
-            return _measure_again(config, run, display)
+    run, display, overrides = Run(Path(folder).expanduser()), display or Display(), list(overrides)
+    consent = Consent(str(folder), allow_code)
+    with run.resumed(overrides, extend=extend) as finished:
+        saved = None if finished and not extend else latest_checkpoint(run.checkpoints, display)
+        if extend:
+            check_extension(run, saved, overrides)
+        late = finished and not extend
+        config, changed = settled(run, saved, overrides, allow=allow or extend, finished=late, display=display)
+        if late:
+            return _measure_again(config, run, consent, display)
         if saved is None:
             display.say(f"{folder} has no checkpoint yet, so it starts from the beginning")
-        return _run(config, run, saved, display, changed=changed)
+        lineage = run.read_lineage()
+        return _run(config, run, saved, consent, display, on_step, lineage, changed=changed, extend=extend)
 
 
-def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, changed: bool = False) -> Adapter:
+def _run(
+    config: RunConfig,
+    run: Run,
+    saved: Saved | None,
+    consent: Consent,
+    display: Display,
+    on_step: OnStep | None,
+    lineage: History = NOTHING,
+    *,
+    changed: bool = False,
+    extend: bool = False,
+) -> Adapter:
     """Take a run from its beginning or a checkpoint to its end, in a folder that is claimed."""
     began = time.monotonic()
     with StopRequest() as stop:
-        opened = sized(open_run(config, display), display)
+        opened = open_run(config, display, consent, lineage, start_is_needed=saved is None)
+        opened = sized(opened, display)
         general = general_rows(config, opened.model)
         learner = opened.learner(display)
         shortage = partial(explain, opened=opened, learner=learner, run=run)
@@ -86,13 +129,16 @@ def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, 
                 begin(opened, run, display)
             else:
                 restore(learner, saved, run, display)
-                if changed:  # and now it is certain that it can be resumed like this
+                if extend:  # and now it is certain that it can go on like this
+                    opened = extended(opened, learner, run, config, display)
+                elif changed:
                     run.write_config(config)
             stop.advice = f"resume with: {command('train', run.folder)}"
             short_form(opened, learner, run, general)
             on_the_way, attempts = (Attempts(opened.device, display.say, shortage) for _ in range(2))
-            before = measure_base(opened, run, on_the_way, display)
-            Steps(opened, learner, run, stop, display, on_the_way).take()
+            with open_log(run, opened.config, learner.state.step, display.say) as log:
+                before = measure_base(opened, run, on_the_way, display)
+                Steps(opened, learner, run, stop, display, on_the_way, log, on_step).take()
             adapter = finish(opened, learner, run, before, general, attempts, display, began)
             stop.advice = f"the run is finished, but its report isn't: {command('inspect', run.folder)}"
             report(run, attempts, display, wanted=config.evaluate.report)
@@ -101,33 +147,42 @@ def _run(config: RunConfig, run: Run, saved: Saved | None, display: Display, *, 
             raise shortage(error) or error from None
 
 
-def _measure_again(config: RunConfig, run: Run, display: Display) -> Adapter:
+def _measure_again(config: RunConfig, run: Run, consent: Consent, display: Display) -> Adapter:
     """Measure what result.json lists as failed, on the adapter as it was saved."""
     with StopRequest("the run is finished, but some measurements are missing") as stop:
         bound_caches()
+        metrics = open_metrics(config.evaluate.metrics, consent)
         model = open_model(run.folder, device=config.train.device, display=display)
         _, _, dataset = open_dataset(config, display, model.base.source)
         general = general_rows(config, model)
         run.write_config(config)
-        opened = Opened(config, model, dataset, count_steps(config, dataset))
+        opened = Opened(config, model, dataset, count_steps(config, dataset), metrics)
         learner = opened.learner(display)
         attempts = Attempts(opened.device, display.say, partial(explain, opened=opened, learner=learner, run=run))
         measure_again(opened, run, learner.state.fingerprints, general, attempts, display)
         stop.advice = f"the run is finished, but its report isn't: {command('inspect', run.folder)}"
         report(run, attempts, display, wanted=config.evaluate.report)
-    return load_adapter(run.folder)
+    return Adapter.load(run.folder)
 
 
 class Steps:
     """A run's remaining steps, and what is due after each."""
 
     def __init__(
-        self, opened: Opened, learner: Learner, run: Run, stop: StopRequest, display: Display, attempts: Attempts
+        self,
+        opened: Opened,
+        learner: Learner,
+        run: Run,
+        stop: StopRequest,
+        display: Display,
+        attempts: Attempts,
+        log: EventLog,
+        on_step: OnStep | None = None,
     ) -> None:
         self.opened, self.learner, self.run = opened, learner, run
         self.stop, self.display, self.attempts = stop, display, attempts
+        self._log, self._on_step, self._figures = log, on_step, dict[str, Any]()
         self._saved_step = learner.state.step
-        self._log = EventLog(run, learner.state.step)
 
     def take(self) -> None:
         """All of them. Raises Stopped when a signal came, after saving."""
@@ -139,11 +194,13 @@ class Steps:
             captured = captured_on(device, forward, learner, self.opened.longest, self.display.say, loader.fetch)
             with self.display.task("training", total) as progress:
                 progress(state.step)
+                self._at_the_start()
                 self._due()  # the evaluation that a stop cut off
                 first = True  # the step of this process that shows whether there is memory enough
                 for batches, position in loader:
-                    if state.step >= total:
+                    if state.step >= total or learner.out_of_patience:
                         break
+                    self._figures = {}
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
                             (record,) = step(forward, [learner], batches, position, captured)
@@ -152,7 +209,9 @@ class Steps:
                     loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
                     progress(state.step, f"{loss}  {state.tokens_per_second:.0f} tokens/s")
                     self._due()
+                    self._tell()
                     heap.tidy()
+            self._save()  # the last step, where patience ended it
         except Stopped as stopped:
             if stopped.at_once or not state.step:
                 raise
@@ -163,9 +222,17 @@ class Steps:
                 self._save()
             raise
         finally:
-            self._log.close()
             if captured is not None:
                 captured.release()
+
+    def _at_the_start(self) -> None:
+        """What the adapter that it starts from has on these held-out rows: what there is to improve upon."""
+        rows, start = self.opened.dataset.eval, self.opened.lineage.started_from
+        if not self.learner.state.step and rows and start:
+            loss = plain_loss(self.opened.model, rows)
+            self.display.say(f"held-out loss {loss:.4f} at the start, from {start.name}")
+            if math.isfinite(loss):
+                self._write({"step": 0, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
 
     def _due(self) -> None:
         """Do what comes after a step: an evaluation, samples, a checkpoint. If it raises, no step is lost."""
@@ -186,6 +253,18 @@ class Steps:
         if state.step % every.save_every == 0 or state.step in (total, state.best_step):
             self._save()
 
+    def _tell(self) -> None:
+        """Call `on_step` with the step's figures. What it raises is the caller's own, with a note."""
+        try:
+            if self._on_step is not None:
+                self._on_step(self._figures)
+        except Stopped:  # a signal that came meanwhile
+            raise
+        except BaseException as error:
+            self._save()
+            error.add_note(f"on_step raised this; step {self.learner.state.step} is saved; {self.stop.advice}")
+            raise
+
     def _save(self) -> None:
         """Write a checkpoint of this step, unless there is one (the run was then resumed from it)."""
         if self._saved_step == self.learner.state.step:
@@ -197,6 +276,7 @@ class Steps:
 
     def _write(self, record: dict[str, Any]) -> None:
         self._log.write(record)
+        self._figures |= record
         self.learner.state.metrics_lines += 1
 
     def _sample(self) -> None:

@@ -118,6 +118,8 @@ def _savings(opened: Opened) -> list[tuple[str, float, float]]:
     frozen = sum(weight.nbytes for weight in base.model.parameters() if id(weight) not in trained)
     learning = PER_PARAMETER * sum(parameter.numel() for parameter in parameters)
     savings = [("train.dtype=bfloat16", frozen / 2, 0.5)] if base.dtype == torch.float32 else []
+    if spec.start is not None:
+        return savings  # its sizes are those of the adapter that it starts from
     if spec.full:
         savings.append(("adapter={rank: 16}", 0.9 * learning, 1.0))
     elif spec.rank > 1:

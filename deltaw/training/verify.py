@@ -21,6 +21,7 @@ from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.changes import restore
 from deltaw.training.checkpoint import FACTORS, MOMENTS, Saved, checkpoint_at, read_checkpoint
+from deltaw.training.log import EventLog
 from deltaw.training.measuring import Attempts
 from deltaw.training.opening import Opened, attach_fresh, begin, open_run
 from deltaw.training.run import Steps
@@ -75,10 +76,9 @@ def verify_resume(config: RunConfig, steps: int, display: Display) -> Verified:
         "eval_every": None,
         "sample_every": None,
         "warmup_steps": min(config.train.warmup_steps or 0, steps - 1),
-        "tokens_per_step": min(config.train.tokens_per_step, 2 * config.train.batch_tokens),
+        "patience": None,
     }
-    config = config.model_copy(update={"train": config.train.model_copy(update=train)})
-    opened = open_run(config, display)
+    opened = _short_steps(open_run(_with(config, train), display))
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as place:
         straight = Run(Path(place) / "straight")
         straight.folder.mkdir()
@@ -88,6 +88,17 @@ def verify_resume(config: RunConfig, steps: int, display: Display) -> Verified:
             opened = _fresh_adapter(opened)
             resumed.append(_resume_from(k, opened, straight, Run(Path(place) / str(k)), display))
     return Verified(steps, opened.device.type, resumed)
+
+
+def _with(config: RunConfig, train: dict[str, Any]) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=train)})
+
+
+def _short_steps(opened: Opened) -> Opened:
+    """Of two batches at most; how large a step would be is settled by the data."""
+    train = opened.config.train
+    size = min(train.step_tokens, 2 * train.batch_tokens)
+    return dataclasses.replace(opened, config=_with(opened.config, {"tokens_per_step": size}))
 
 
 def _resume_from(k: int, opened: Opened, straight: Run, run: Run, display: Display) -> Resumed:
@@ -112,7 +123,7 @@ def _train(opened: Opened, run: Run, saved: Saved | None, display: Display) -> N
     else:
         restore(learner, saved, run, display)
     attempts = Attempts(opened.device, display.say, lambda error: None)  # of nothing: no samples are asked for
-    Steps(opened, learner, run, StopRequest(), display, attempts).take()
+    Steps(opened, learner, run, StopRequest(), display, attempts, EventLog(run, display.say)).take()
 
 
 def _fresh_adapter(opened: Opened) -> Opened:

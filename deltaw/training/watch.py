@@ -14,7 +14,8 @@ An update that changes nothing stops a run that has never learnt:
 
 A run that has learnt reaches the last case as well, when nothing is left to learn: the gradient vanishes, and Adam's
 step with it. That costs only time, so a warning is given once and the run goes on. The two are told apart by whether
-the parameter has moved since the process began (or the run was resumed: then an earlier process has seen it move).
+the parameter has moved since the process began (or the run was resumed, or begins at a trained adapter, which B tells:
+then an earlier process has seen it move).
 
 The median is over losses of steps that were applied: a spike that is let into its own window would hide the next one,
 and a NaN would hide them all (OLMo's trainer met that). Below `NOTHING` nats per token there is nothing to lose, so
@@ -49,6 +50,7 @@ WINDOW, ENOUGH = 64, 16  # losses the median is over, and how many it needs
 IN_A_ROW = 10  # skipped steps for another reason than NaN
 NOTHING = 0.01  # nats per token: what a loss is held to at least, before it is called a spike
 KNOWN = 1e-6  # nats per token: rows that the model knows already
+MOVES = ("b", "delta")  # zero where a fresh adapter begins
 SAMPLE = 1024  # of a parameter's numbers, kept from the process's beginning
 
 
@@ -113,6 +115,7 @@ class Watch:
         self._silent = set(self._layers)
         self._config, self._patience, self._say = config, min(PATIENCE, steps), say
         self._updates = self._taken = taken
+        self._learnt = bool(taken) or any(t[n].any() for t in self._layers.values() for n in MOVES if n in t)
         self._alone = self._known = True  # all labels so far: the second of their row, of rows known already
         self._warned = False
         self._first = {path: {n: _sampled(p) for n, p in trained.items()} for path, trained in self._layers.items()}
@@ -156,7 +159,7 @@ class Watch:
                 f"learn nothing\n{listed(sorted(self._silent), 1)}",
                 fix=self._why_silent(),
             )
-        still = [f"{path}.{n}" for path, t in self._layers.items() for n in ("b", "delta") if n in t and not t[n].any()]
+        still = [f"{path}.{n}" for path, t in self._layers.items() for n in MOVES if n in t and not t[n].any()]
         if still:
             raise RunError(
                 f"{len(still)} factors are still zero after {seen} updates\n{listed(still, 1)}",
@@ -165,7 +168,8 @@ class Watch:
 
     def _why_silent(self) -> str:
         if self._known:
-            return "the loss was 0 in all of them: the base already knows these rows, so there is nothing to learn"
+            who = "the adapter that it starts from" if self._learnt and not self._taken else "the base"
+            return f"the loss was 0 in all of them: {who} already knows these rows, so there is nothing to learn"
         if self._alone:
             return (
                 "only the second token of each row is trained, and it sees a single token, so attention has "
@@ -198,7 +202,7 @@ class Watch:
 
     def _has_moved(self, path: str, name: str) -> bool:
         now = _sampled(self._layers[path][name])
-        return bool(self._taken or (now != self._first[path][name]).float().mean() >= MOVED)
+        return bool(self._learnt or (now != self._first[path][name]).float().mean() >= MOVED)
 
 
 def _sampled(parameter: Tensor) -> Tensor:

@@ -447,7 +447,7 @@ def test_nothing_to_extract_is_refused_and_says_what_did_change(tmp_path: Path) 
         model.model.norm.weight.mul_(1.5)
     model.save_pretrained(tmp_path / "tuned")
     said = refusal(tmp_path)
-    assert "nothing to extract" in said and "model.norm.weight changed by 50.00%" in said
+    assert "nothing to extract" in said and "model.norm.weight changed by 50.00 %" in said
 
 
 def test_sizes_are_refused_before_a_weight_is_read(tmp_path: Path) -> None:

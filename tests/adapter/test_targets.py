@@ -76,7 +76,8 @@ def test_a_state_space_models_scan_is_left_alone() -> None:
         ("proj", "'proj' matches no layer"),
         ("layers.2.self_attn.q_proj", "matches no layer"),
         ("embed_tokens", "'embed_tokens' matches no layer"),
-        ("self_attn", "'self_attn' matches no layer"),
+        ("self_atn", "'self_atn' matches no layer"),
+        ("layers.2", "'layers.2' matches no layer"),
         (".*q_proj", "'.*q_proj' matches no layer"),
     ],
 )

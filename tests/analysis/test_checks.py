@@ -122,7 +122,7 @@ def test_idle_ranks_are_noted() -> None:
 
 
 def test_a_merge_is_judged_by_what_it_keeps_along_the_update() -> None:
-    assert "0% of the update is kept" in said(check_adapter({"a": update(4, 4, size=1e-7)}), "warning")
+    assert "0 % of the update is kept" in said(check_adapter({"a": update(4, 4, size=1e-7)}), "warning")
     light = update(4, 4, size=0.05)  # 1 % of W: noisy, and whole
     assert light.base is not None and light.base.merge_error > 0.1
     assert "noise" in said(check_adapter({"a": light}), "ok")

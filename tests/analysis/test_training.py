@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.analysis.checks import check_adapter, check_run
 from deltaw.analysis.measure import measure
-from deltaw.analysis.page import render
+from deltaw.analysis.page import Facts, Samples, Table, render
 from deltaw.analysis.report import Report
 from deltaw.analysis.summary import summarise
 from deltaw.analysis.training import Training, read_training
@@ -191,3 +192,40 @@ def test_no_mutation_stops_the_report(tmp_path_factory: pytest.TempPathFactory, 
     # A digit that became another can't be told; whatever can't be read as figures of a step must be said.
     if not all(is_whole(line) for line in bytes(metrics).split(b"\n") if line.strip()):
         assert report.training.faults, "a record can't be read and nothing is said"
+
+
+def test_the_page_leads_with_what_the_run_was_for(tmp_path: Path) -> None:
+    page = report_of(folder_of(tmp_path / "run", json.dumps(RESULT), written(STEPS))).page()
+    labels = [fact.label for block in page.sections[0].blocks if isinstance(block, Facts) for fact in block.facts]
+    assert labels[:3] == ["held-out loss", "exact match", "loss on general text"] and "amplification" in labels[3:]
+
+
+def test_the_page_says_how_the_run_was_made_and_how_to_make_it_again(tmp_path: Path) -> None:
+    finished = {
+        **RESULT,
+        "finished": "2026-01-02T03:04:05+00:00",
+        "total_seconds": 75.0,
+        "versions": {"deltaw": "9.8.7"},
+    }
+    folder = folder_of(tmp_path / "a run", json.dumps(finished), written(STEPS))
+    (section,) = [section for section in report_of(folder).page().sections if section.title == "The run"]
+    (table,) = section.blocks
+    assert isinstance(table, Table)
+    rows = {str(name): str(words) for name, words in table.rows}
+    assert rows["base"] == "b" and "100 rows" in rows["data"] and "20 steps" in rows["length"]
+    assert rows["finished"] == "2026-01-02T03:04:05+00:00, took 1:15" and rows["made with"] == "deltaw 9.8.7"
+    program, verb, config, output = shlex.split(rows["again"])
+    assert (program, verb, config) == ("deltaw", "train", str(folder / "config.yaml")) and output.startswith("output=")
+
+
+def test_what_stands_around_every_question_is_shown_once(tmp_path: Path) -> None:
+    system = "<|system|>\nAnswer as briefly as you can.\n<|user|>\n"
+    answers = [
+        {"prompt": f"{system}{asked}\n<|assistant|>\n", "before": "b", "after": "c", "truth": "t"}
+        for asked in ("One?", "Two?")
+    ]
+    page = report_of(folder_of(tmp_path / "run", json.dumps({**RESULT, "answers": answers}), written(STEPS))).page()
+    (section,) = [section for section in page.sections if section.title == "Answers"]
+    frame, samples = section.blocks
+    assert isinstance(samples, Samples) and [sample.prompt.strip() for sample in samples.samples] == ["One?", "Two?"]
+    assert isinstance(frame, Table) and frame.rows[0][1] == system

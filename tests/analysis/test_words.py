@@ -33,7 +33,7 @@ def test_a_sentence_says_what_was_measured() -> None:
     assert said == "layer 2 up_proj uses 3 of 4 directions"
     w_MN = torch.randn(20, 30)
     relative = float(update.dense().norm() / w_MN.norm())
-    assert f"changes the weight by {relative:.1%}" in sentence("layers.2.up_proj", measure(update, w_MN))
+    assert f"changes the weight by {100 * relative:.1f} %" in sentence("layers.2.up_proj", measure(update, w_MN))
     assert "learnt nothing" in sentence("x.1.q", measure(LowRank(v.T, torch.zeros(20, 4))))
 
 

@@ -91,4 +91,4 @@ def test_every_row_is_counted_and_the_first_are_named() -> None:
     )
     assert "max_length to 24" in str(refused.value.fix)
     (said,) = Limits(40, None, 24).warnings(rows)
-    assert "3 rows (30.0%)" in said and "30 (d.jsonl:3)" in said
+    assert "3 rows (30.0 %)" in said and "30 (d.jsonl:3)" in said

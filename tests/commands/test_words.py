@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.commands.eval import measured
 from deltaw.commands.resize import trial_table
 from deltaw.commands.scale import BAR, point_table
 from deltaw.config import EvaluateConfig, parse_config
 from deltaw.errors import InputError
 from deltaw.evaluate.budget import Trial
 from deltaw.evaluate.held_out import perplexity
+from deltaw.evaluate.side_by_side import wanted
 from deltaw.evaluate.slider import Point
 
 any_loss = st.floats(0, allow_infinity=True) | st.just(math.nan)
@@ -38,10 +38,10 @@ def test_a_perplexity_is_a_number(loss: float) -> None:
 def test_the_longest_answer_is_what_was_asked_for() -> None:
     fields = {"base": "b", "data": {"train": "t", "eval": 5}, "output": "o"}
     run = parse_config({**fields, "evaluate": {"metrics": ["exact_match"], "max_new_tokens": 7}})
-    assert measured(run, None, None) == EvaluateConfig(metrics=("exact_match",), max_new_tokens=7, samples=0)
-    assert measured(run, None, 5).max_new_tokens == 5 == measured(None, ["exact_match"], 5).max_new_tokens
-    assert measured(run, ["exact_match"], None).max_new_tokens == 7
+    assert wanted(run, None, None) == EvaluateConfig(metrics=("exact_match",), max_new_tokens=7, samples=0)
+    assert wanted(run, None, 5).max_new_tokens == 5 == wanted(None, ["exact_match"], 5).max_new_tokens
+    assert wanted(run, ["exact_match"], None).max_new_tokens == 7
     with pytest.raises(InputError, match="max-tokens"):
-        measured(None, None, 5)
+        wanted(None, None, 5)
     with pytest.raises(InputError, match="max_new_tokens"):
-        measured(None, ["exact_match"], 0)
+        wanted(None, ["exact_match"], 0)

@@ -317,3 +317,65 @@ def test_the_fingerprint_sees_tokens_masks_and_borders(tmp_path):
     assert fingerprint([one], eval=write(tmp_path, [two, three], "a.jsonl")) != fingerprint(
         [one, two], eval=write(tmp_path, [three], "b.jsonl")
     )
+
+
+def csv(tmp_path, head, name="t.csv", count=30) -> str:
+    path = tmp_path / name
+    path.write_text(head + "\n" + "".join(f"in {number},out {number}\n" for number in range(count)))
+    return str(path)
+
+
+def test_a_table_of_questions_and_answers_is_a_chat_on_a_base_with_a_template(tmp_path):
+    prepared = prepare(DataConfig(train=csv(tmp_path, "Question, ANSWER "), eval=5), RENDERER)
+    assert prepared.chat and len(prepared.eval) == 5 and prepared.report.glued_rows == 0
+    first = prepared.train[0]
+    number = int(first.origin.split(":")[1]) - 1
+    assert RENDERER.decode(first.tokens[first.loss_mask], skip_special=False) == f"out {number}<|im_end|>"
+    (note,) = prepared.report.notes
+    assert "data.form: completion" in note
+    plain = prepare(DataConfig(train=csv(tmp_path, "Question, ANSWER ")), Renderer(toy("plain")))
+    assert not plain.chat and plain.report.notes == [] and plain.report.glued_rows == 0
+    asked = Renderer(toy("plain")).prompt_ids("in 0")
+    assert plain.train[0].tokens[: len(asked)].tolist() == asked and plain.train[0].loss_mask.sum() > 1
+
+
+def test_prompt_and_completion_that_meet_without_a_blank_are_told_of(tmp_path):
+    glued = csv(tmp_path, "prompt,completion")
+    prepared = prepare(DataConfig(train=glued), RENDERER)
+    assert texts(prepared.train)[0] == "in 0out 0" and not prepared.chat
+    assert prepared.report.glued_rows == 30
+    (warning,) = [warning for warning in prepared.report.warnings if "blank" in warning]
+    assert "data.join" in warning and "data.form: chat" in warning
+    for join in (" ", "\n", " -> "):
+        apart = prepare(DataConfig(train=glued, join=join), RENDERER)
+        assert texts(apart.train)[0] == f"in 0{join}out 0" and apart.report.warnings == []
+    for value in ({"prompt": "你好吗？", "completion": "我很好"}, {"prompt": "", "completion": "a"}):
+        assert prepare(DataConfig(train=write(tmp_path, [value])), RENDERER).report.glued_rows == 0
+    ready = {"prompt": "<|im_start|>user<|im_end|>", "completion": "a"}
+    config = DataConfig(train=write(tmp_path, [ready]), rendered=True)
+    assert prepare(config, Renderer(toy("chatml"), rendered=True)).report.glued_rows == 0
+
+
+def test_named_columns_hold_for_a_file_of_held_out_rows_too(tmp_path):
+    names = {"prompt": "frage", "completion": "antwort"}
+    train = csv(tmp_path, "frage,antwort")
+    for head in ("frage,antwort", "prompt,completion"):
+        config = DataConfig(train=train, eval=csv(tmp_path, head, "e.csv", 4), columns=names)
+        assert prepare(config, RENDERER).report.overlap == 4
+        assert len(prepare_held_out(config, RENDERER)) == 4
+    with pytest.raises(InputError, match=r"data\.columns\.prompt: e\.csv"):
+        prepare(DataConfig(train=train, eval=csv(tmp_path, "x,antwort", "e.csv"), columns=names), RENDERER)
+
+
+def test_what_is_too_long_is_answered_with_what_would_help(tmp_path):
+    long_prompt = {"prompt": "x y " * 50, "completion": "c"}
+    config = DataConfig(train=write(tmp_path, [long_prompt, *pairs(3)]), max_length=20)
+    (warning,) = prepare(config, RENDERER).report.warnings
+    enough = int(warning.split("data.max_length: ")[1].split()[0])
+    assert prepare(config.model_copy(update={"max_length": enough}), RENDERER).report.warnings == []
+    only = DataConfig(train=write(tmp_path, [long_prompt]), max_length=20)
+    with pytest.raises(InputError) as dropped:
+        prepare(only, RENDERER)
+    with pytest.raises(InputError) as cut:
+        prepare(only.model_copy(update={"too_long": "truncate"}), RENDERER)
+    assert "truncate" in dropped.value.fix and "truncate" not in cut.value.fix

@@ -1,10 +1,14 @@
 """Forms: what is recognised, what it becomes, and that a malformed row is refused with its reason."""
 
+from typing import get_args
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.data.forms import FORMS, Chat, Completion, Text, detect_form
+from deltaw.config.data import ColumnName
+from deltaw.data.columns import Columns
+from deltaw.data.forms import FORMS, LAID_OUT, PAIR_NAMES, Chat, Completion, Text, detect_form
 from deltaw.data.row import Row
 from deltaw.errors import InputError, Rejected
 
@@ -29,8 +33,12 @@ def normalise(value, wanted="auto"):
         ({"text": "t"}, Text("t")),
         ({"content": "t", "id": 3}, Text("t")),
         ({"prompt": "p", "completion": "c"}, Completion("p", "c")),
-        ({"question": "p", "answer": "c", "text": None}, Completion("p", "c")),
-        ({"instruction": "p", "response": "c"}, Completion("p", "c")),
+        ({"question": "q", "answer": "a", "text": None}, Chat((USER, ANSWER))),
+        ({"instruction": "q", "response": "a"}, Chat((USER, ANSWER))),
+        ({"q": "q", "A": "a"}, Chat((USER, ANSWER))),
+        ({" Question": "q", "ANSWER ": "a"}, Chat((USER, ANSWER))),
+        ({"Prompt": "p", "COMPLETION": "c"}, Completion("p", "c")),
+        ({"System Prompt": "s", "input": "q", "output": "a"}, Chat((SYSTEM, USER, ANSWER))),
         ({"messages": [USER, ANSWER], "tools": None}, Chat((USER, ANSWER))),
         ({"messages": [USER, ANSWER], "tools": [{"name": "t"}]}, Chat((USER, ANSWER), ({"name": "t"},))),
         ({"messages": [USER, ANSWER], "tools": '[{"name": "t"}]'}, Chat((USER, ANSWER), ({"name": "t"},))),
@@ -51,13 +59,15 @@ def normalise(value, wanted="auto"):
         ({"instruction": "q", "output": "a", "history": [USER, ANSWER]}, Chat((USER, ANSWER, USER, ANSWER))),
         ({"instruction": "q", "context": "c", "output": "a"}, Chat(({**USER, "content": "q\n\nc"}, ANSWER))),
         ({"query": "q", "response": "a", "history": [["q", "a"]]}, Chat((USER, ANSWER, USER, ANSWER))),
-        ({"prompt": "q", "response": "a", "history": []}, Completion("q", "a")),
-        ({"instruction": "q", "context": "c", "response": "a"}, Completion("q\n\nc", "a")),
-        ({"instruction": "q", "context": "", "response": "a"}, Completion("q", "a")),
-        ({"instruction": "q", "input": "c", "response": "a"}, Completion("q\n\nc", "a")),
-        ({"question": "q", "context": "c", "answer": "a"}, Completion("c\n\nq", "a")),
+        ({"prompt": "q", "response": "a", "history": []}, Chat((USER, ANSWER))),
+        ({"prompt": "q", "completion": "a", "history": []}, Completion("q", "a")),
+        ({"prompt": "q", "completion": "a", "history": [["q", "a"]]}, Chat((USER, ANSWER, USER, ANSWER))),
+        ({"instruction": "q", "context": "c", "response": "a"}, Chat(({**USER, "content": "q\n\nc"}, ANSWER))),
+        ({"instruction": "q", "context": "", "response": "a"}, Chat((USER, ANSWER))),
+        ({"instruction": "q", "input": "c", "response": "a"}, Chat(({**USER, "content": "q\n\nc"}, ANSWER))),
+        ({"question": "q", "context": "c", "answer": "a"}, Chat(({**USER, "content": "c\n\nq"}, ANSWER))),
         ({"prompt": "q", "completion": "a", "system": "s"}, Completion("s\n\nq", "a")),
-        ({"system_prompt": "s", "question": "q", "response": "a"}, Completion("s\n\nq", "a")),
+        ({"system_prompt": "s", "question": "q", "response": "a"}, Chat((SYSTEM, USER, ANSWER))),
         ({"prompt": [USER], "completion": [ANSWER], "system": "s"}, Chat(({**SYSTEM, "weight": 0}, *MUTED))),
         ({"messages": [USER, ANSWER], "system": "s"}, Chat((SYSTEM, USER, ANSWER))),
         (
@@ -84,9 +94,8 @@ def test_a_tool_call_may_have_no_content():
 
 
 def test_the_mapping_is_said():
-    assert detect_form(rows({"question": "q", "answer": "a"})).description == (
-        "completion: question -> prompt, answer -> completion"
-    )
+    described = detect_form(rows({"Question": "q", "answer": "a"})).description
+    assert described == "chat: Question -> user, answer -> assistant"
 
 
 @pytest.mark.parametrize(
@@ -220,3 +229,108 @@ def test_arguments_are_objects_also_where_they_come_as_text():
 def test_what_stands_beside_is_checked_too(value, reason):
     with pytest.raises(Rejected, match=reason):
         normalise(value)
+
+
+def read(values, wanted="auto", **options):
+    """(form, documents) of a source."""
+    form = detect_form(rows(*values), wanted, **options)
+    return form, [form.normalise(row) for row in rows(*values)]
+
+
+@pytest.mark.parametrize("pair", PAIR_NAMES)
+def test_a_pair_is_a_chat_where_there_is_a_template_and_never_glued_where_there_is_none(pair):
+    value = dict(zip(pair, ("in 0", "out 0"), strict=True))
+    laid_out = pair == LAID_OUT
+    form, (chat,) = read([value])
+    assert isinstance(chat, Completion) == laid_out
+    assert pair[0] in form.note and ("data.form: chat" in form.note) == laid_out
+    form, (plain,) = read([value], templated=False)
+    assert plain == Completion("in 0", "out 0" if laid_out else "\nout 0") and not form.note
+    (_, (as_chat,)), (_, (as_text,)) = read([value], "chat"), read([value], "completion")
+    assert as_chat == Chat(({**USER, "content": "in 0"}, {**ANSWER, "content": "out 0"}))
+    assert as_text == plain
+    assert read([value], join=" -> ")[1] == [Completion("in 0", " -> out 0")]
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [("in ", "out"), ("in", " out"), ("in\n", "out"), ("", "out")])
+def test_what_is_apart_already_stays_as_it_is(prompt, completion):
+    value = {"question": prompt, "answer": completion}
+    assert read([value], templated=False)[1] == [Completion(prompt, completion)]
+
+
+def test_alpaca_needs_no_template():
+    value = {"instruction": "q", "input": "i", "output": "a"}
+    assert read([value], templated=False)[1] == [Completion("q\n\ni", "\na")]
+    assert read([value], "alpaca", templated=False)[1] == read([value])[1]
+
+
+def test_how_an_adapter_was_trained_decides_for_what_it_is_measured_on():
+    laid_out, pair, alpaca = (
+        {"prompt": "q", "completion": "a"},
+        {"q": "q", "a": "a"},
+        {"instruction": "q", "output": "a"},
+    )
+    for value in (laid_out, pair, alpaca):
+        assert read([value], reads="chat")[1] == [Chat((USER, ANSWER))]
+        assert isinstance(read([value], reads="completion")[1][0], Completion)
+
+
+MAPPED = [
+    ({"prompt": "frage", "completion": "antwort"}, {"frage": "q", "antwort": "a", "thema": "x"}, ("thema",)),
+    ({"prompt": "Frage", "completion": "antwort"}, {" FRAGE ": "q", "antwort": "a"}, ()),
+    ({"prompt": "completion", "completion": "prompt"}, {"completion": "q", "prompt": "a"}, ()),
+    ({"question": "frage"}, {"frage": "q", "answer": "a", "question": "another"}, ("question",)),
+    ({"instruction": "i", "output": "o"}, {"i": "q", "o": "a"}, ()),
+    ({"messages": "talk"}, {"talk": [USER, ANSWER], "text": "t"}, ("text",)),
+]
+
+
+@pytest.mark.parametrize(("names", "value", "unused"), MAPPED)
+def test_columns_under_other_names(names, value, unused):
+    _, (document,) = read([value], columns=Columns(names))
+    assert document == Chat((USER, ANSWER)) and document.unused == unused
+
+
+def test_a_named_column_decides_the_form():
+    value = {"body": "t", "question": "q", "answer": "a", "rules": "s"}
+    assert read([value], columns=Columns({"text": "body"}))[1] == [Text("t")]
+    assert read([value], columns=Columns({"system": "rules"}))[1] == [Chat((SYSTEM, USER, ANSWER))]
+    with pytest.raises(InputError, match="no form has together"):
+        read([value], columns=Columns({"text": "body", "prompt": "question"}))
+
+
+def test_a_column_that_does_not_exist_is_named_with_those_that_do():
+    values = [{"frage": "q", "antwort": "a"}]
+    for names in ({"prompt": "frge", "completion": "antwort"}, {"prompt": "frage", "completion": "x"}):
+        with pytest.raises(InputError) as refused:
+            read(values, columns=Columns(names))
+        assert "data.columns" in refused.value.what and "frage, antwort" in refused.value.fix
+        assert ("'frage'" in refused.value.fix) == ("frge" in names.values())
+    _, documents = read(
+        [{"prompt": "q", "completion": "a"}], columns=Columns(MAPPED[0][0])
+    )  # they have the names already
+    assert documents == [Chat((USER, ANSWER))]
+
+
+@given(form=st.sampled_from(FORMS), data=st.data())
+def test_capitals_and_blanks_around_a_name_do_not_matter(form, data):
+    value = {name: {"messages": [USER, ANSWER], "conversations": [{"from": "gpt", "value": "a"}]}.get(name, "q")
+             for name in form.columns}  # fmt: skip
+    value |= {"input": [USER]} if "ideal" in form.columns else {}
+    dressed = {
+        data.draw(st.sampled_from([name, name.upper(), f" {name.title()}  ", f"{name}\t"])): item
+        for name, item in value.items()
+    }
+    assert form.normalise(Row(dressed, "t:1")) == form.normalise(Row(value, "t:1"))
+    assert read([dressed])[1] == read([value])[1]
+
+
+def test_a_join_that_does_nothing_is_refused():
+    for value in ({"text": "t"}, {"messages": [USER, ANSWER]}):
+        with pytest.raises(InputError, match=r"data\.join"):
+            read([value], join=" ")
+
+
+def test_every_column_that_can_be_named_is_known_to_a_form():
+    known = {name for form in FORMS for name in (*form.columns, *form.also)} | {"tools"}
+    assert set(get_args(ColumnName)) <= known

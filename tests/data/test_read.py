@@ -10,6 +10,7 @@ import pytest
 from deltaw.data import read
 from deltaw.data.builtin import pronunciation
 from deltaw.data.read import read_rows
+from deltaw.data.text_files import documents
 from deltaw.errors import InputError
 
 GOOD = b'{"text": "good"}'
@@ -144,13 +145,22 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
         read_rows(write(tmp_path, b"PAR1", "t.parquet"))
 
 
-def test_text_files(tmp_path):
-    rows, problems = read_rows(write(tmp_path, b"\na\r\nb\n\n \n\nc\n\n\xff\n\nd", "t.txt"))
-    found = [(row.value["text"], row.origin) for row in rows]
-    assert found == [("a\nb", "t.txt:2"), ("c", "t.txt:7"), ("d", "t.txt:11")]
-    assert [problem.origin for problem in problems] == ["t.txt:9"]
-    rows, _ = read_rows(write(tmp_path, b"# a\n\nb\n", "t.md"))
-    assert [row.value["text"] for row in rows] == ["# a\n\nb"]
+def test_a_text_file_is_one_document(tmp_path):
+    for name in ("t.txt", "t.md"):
+        ((row,), problems) = read_rows(write(tmp_path, b"\na\r\nb\n\n \n\nc\n\n\n", name))
+        assert (row.value["text"], row.origin, problems) == ("a\nb\n\n \n\nc", f"{name}:2", [])
+    assert read_rows(write(tmp_path, b" \n\n", "t.txt")) == ([], [])
+    ((), (problem,)) = read_rows(write(tmp_path, b"a\n\n\xff\n", "t.txt"))
+    assert "0xff" in problem.reason
+
+
+def test_the_documents_of_a_text_file_know_their_lines(tmp_path):
+    rows, _ = read_rows(write(tmp_path, b"\na\r\nb\n\n \n\nc\n\n\nd", "t.txt"))
+    found = [[(row.value["text"], row.origin) for row in documents(rows, how)] for how in ("blank_lines", "lines")]
+    assert found[0] == [("a\nb", "t.txt:2"), ("c", "t.txt:7"), ("d", "t.txt:10")]
+    assert found[1] == [("a", "t.txt:2"), ("b", "t.txt:3"), ("c", "t.txt:7"), ("d", "t.txt:10")]
+    other, _ = read_rows(write(tmp_path, b"a\n\nb", "t.md"))
+    assert documents(other, "lines") == other
 
 
 def test_a_folder_is_read_in_name_order(tmp_path):

@@ -15,6 +15,7 @@ from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.checkpoint import is_whole, latest_checkpoint, list_checkpoints, save_checkpoint
 from deltaw.training.learner import Learner
+from deltaw.training.log import EventLog
 from deltaw.training.measuring import Attempts
 from deltaw.training.opening import Opened, begin, open_run
 from deltaw.training.run import Steps
@@ -50,7 +51,7 @@ def trained() -> tuple[Opened, Learner]:
     with run.claimed(new=True):
         begin(opened, run, QUIET)
         attempts = Attempts(opened.device, QUIET.say, lambda error: None)
-        Steps(opened, learner, run, StopRequest(), QUIET, attempts).take()
+        Steps(opened, learner, run, StopRequest(), QUIET, attempts, EventLog(run, QUIET.say)).take()
     return opened, learner
 
 

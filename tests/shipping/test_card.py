@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from deltaw.adapter.file import Adapter
+from deltaw.adapter.history import History
 from deltaw.commands.export import export_named
 from deltaw.config import parse_config
 from deltaw.model import open_model
@@ -150,3 +153,16 @@ def test_code_in_a_card_survives_a_bases_name(chat: tuple[Path, Path], tmp_path:
         assert named.name in {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
     (lines,) = re.findall(r"```sh\n(.*?)curl", shipped(adapter, "vllm", tmp_path / "vllm", named), re.S)
     assert shlex.split(lines.replace("\\\n", ""))[:3] == ["vllm", "serve", named.name]
+
+
+def test_it_tells_which_adapters_it_goes_back_to_and_the_folder_keeps_that(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    first = History(name="first", fingerprint="sha256:0123456789abcdef0123", steps=70, data="words.jsonl")
+    second = History(name="second", steps=80, started_from=first)
+    history = History(steps=20, extended_after=(12,), started_from=second)
+    replace(Adapter.load(copy / "adapter"), history=history).save(copy / "adapter")
+    text = shipped(copy, "peft", tmp_path / "out")
+    for part in ("extended after step 12", "second (80 steps)", "first (sha256:0123456789ab, 70 steps on words.jsonl)"):
+        assert part in text, part
+    assert Adapter.load(tmp_path / "out").history == history
+    assert "started from" not in shipped(run, "peft", tmp_path / "plain")

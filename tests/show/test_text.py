@@ -7,7 +7,7 @@ from rich.cells import cell_len
 
 from deltaw.show.chart import bar, columns
 from deltaw.show.table import table
-from deltaw.show.text import clock, gib, one_line
+from deltaw.show.text import clock, framed, gib, one_line, percent
 
 CELLS = st.text(st.characters(exclude_categories=["C", "Z", "M"]), min_size=1, max_size=12)
 
@@ -60,3 +60,31 @@ def test_columns_are_as_high_as_their_values() -> None:
 
 def test_a_bar_is_seen() -> None:
     assert [len(bar(share, 10)) for share in (0, 0.5, 1)] == [1, 5, 10]
+
+
+@given(st.text(max_size=40), st.lists(st.text(max_size=12), min_size=1, max_size=5), st.text(max_size=40))
+def test_a_frame_and_what_stands_in_it_are_the_texts(start: str, middles: list[str], end: str) -> None:
+    texts = [start + middle + end for middle in middles]
+    before, own, after = framed(texts)
+    assert [before + middle + after for middle in own] == texts
+
+
+def test_a_frame_is_what_a_template_and_a_system_prompt_put_around_a_question() -> None:
+    system, header = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+    )
+    asked = ["What is 1 + 2?", "What is 30 + 4?"]
+    before, own, after = framed([system + question + header for question in asked])
+    assert own == ["1 + 2?", "30 + 4?"] and before == system + "What is " and after == header
+    assert framed(["a b ->", "c d ->"]) == ("", ["a b ->", "c d ->"], "")
+    assert framed([system]) == ("", [system], "") and framed([]) == ("", [], "")
+
+
+def test_shares() -> None:
+    assert percent(0.268) == "27 %" and percent(0.0292, 2) == "2.92 %" and percent(-0.005, 1) == "-0.5 %"
+
+
+def test_the_ends_of_a_short_axis_stay_apart() -> None:
+    axis = columns([1, 2, 3], rows=1, top="1", bottom="0", first="step 1", last="step 3").splitlines()[-1]
+    assert axis.split() == ["step", "1", "step", "3"]

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import transformers as T
 
-from deltaw.commands.eval import eval_named
 from deltaw.config import RunConfig, parse_config
 from deltaw.data.opening import limits_of, open_dataset
 from deltaw.errors import InputError
+from deltaw.evaluate.side_by_side import side_by_side
 from deltaw.show.progress import Display
 from deltaw.training import opening
 from deltaw.training.plan import plan
@@ -74,10 +74,7 @@ def test_a_row_beyond_a_learned_table_is_refused_and_what_is_advised_works(folde
     result = json.loads((folder / "run/result.json").read_text())
     assert result["forgetting"]["tokens"] > 0 and result["failed"] == {}
     with pytest.raises(InputError, match=r"t\.jsonl:21"):
-        eval_named(
-            str(folder / "base"), str(folder / "t.jsonl"), base=None, use_adapter=True, metrics=None, rows=None,
-            max_tokens=None, display=QUIET,
-        )  # fmt: skip
+        side_by_side(folder / "base", str(folder / "t.jsonl"))
 
 
 def test_a_row_beyond_a_rotary_context_is_said_once_and_trained(folder: Path) -> None:
@@ -89,7 +86,7 @@ def test_a_row_beyond_a_rotary_context_is_said_once_and_trained(folder: Path) ->
     display = Said()
     train(config(folder, data, samples=2), display=display)
     said = [line for line in display.lines if "made for" in line]
-    assert len(said) == 1 and "2 rows (9.1%)" in said[0] and "64 tokens" in said[0]
+    assert len(said) == 1 and "2 rows (9.1 %)" in said[0] and "64 tokens" in said[0]
     answers = json.loads((folder / "run/result.json").read_text())["answers"]
     assert len(answers) == 1, "the row that leaves no room for an answer isn't asked"
     with pytest.raises(InputError, match=r"e\.jsonl:1"):

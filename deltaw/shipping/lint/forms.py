@@ -9,10 +9,9 @@ model    a folder with config.json: a merged model
 from pathlib import Path
 from typing import Literal
 
-from deltaw.adapter.file import CONFIG, DELTAS, WEIGHTS
+from deltaw.adapter.file import CONFIG, DELTAS, WEIGHTS, is_run
 from deltaw.base.source import HUB_ID
 from deltaw.errors import InputError
-from deltaw.named import is_run
 from deltaw.shipping.lint.finding import (
     DESTINATIONS,
     LLAMA_CPP,

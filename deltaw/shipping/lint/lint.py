@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from os import fspath
 from pathlib import Path
 
+from deltaw.adapter.file import is_run
 from deltaw.config import RunConfig, load_config
 from deltaw.errors import InputError, command
-from deltaw.named import is_run
 from deltaw.shipping.lint import (
     rules_base,
     rules_chat,

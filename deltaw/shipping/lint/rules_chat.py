@@ -29,7 +29,7 @@ from deltaw.shipping.lint.finding import (
 )
 from deltaw.shipping.lint.keys import NORM
 from deltaw.shipping.lint.subject import Subject
-from deltaw.show.text import counted
+from deltaw.show.text import counted, percent
 
 SERVERS = (VLLM, LLAMA_CPP, OLLAMA, MLX)
 ROWS = 200  # of a run's data that are checked
@@ -134,7 +134,7 @@ def stop_untrained(s: Subject) -> Iterator[Finding]:
     if usual > 0 and max(lengths) < FAINT * usual:
         names = some([repr(name) for name in renderer.tokenizer.convert_ids_to_tokens(ids)])
         yield STOP_UNTRAINED.finding(
-            f"{names}: its row in {stored.name} is {max(lengths) / usual:.2%} of the median length"
+            f"{names}: its row in {stored.name} is {percent(max(lengths) / usual, 2)} of the median length"
         )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from deltaw.errors import InputError
 from deltaw.linalg.rounding import Survival
+from deltaw.show.text import percent
 
 FAINT = 0.9  # cosine of all updates together, of floating types
 LITTLE = 0.5  # of the update, along itself, in quantised types
@@ -50,8 +51,9 @@ def said(survivals: Mapping[str, Survival], type_name: str) -> list[str]:
         return ["the update is zero: the merged model is the base"]
     least = sorted((s.cosine, path) for path, s in survivals.items() if s.true)[:SHOWN]
     return [
-        f"in {type_name}, {total.share:.1%} of the {total.entries:,} entries change; the cosine between the rounded "
-        f"and the true update is {total.cosine:.4f}, and {total.kept:.1%} of it survives along its own direction",
+        f"in {type_name}, {percent(total.share, 1)} of the {total.entries:,} entries change; the cosine between the "
+        f"rounded and the true update is {total.cosine:.4f}, and {percent(total.kept, 1)} of it survives along its own "
+        "direction",
         "the least survives in " + ", ".join(f"{path} ({cosine:.4f})" for cosine, path in least),
     ]
 
@@ -85,7 +87,7 @@ def check_quantised(survivals: Mapping[str, Survival], type_name: str, *, force:
     total = whole(survivals)
     if total.true and total.kept < LITTLE and not force:
         raise InputError(
-            f"little of the update survives in {type_name}: {total.kept:.0%} of it survives along its own direction, "
-            f"the cosine between the rounded and the true update is {total.cosine:.2f}",
+            f"little of the update survives in {type_name}: {percent(total.kept)} of it survives along its own "
+            f"direction, the cosine between the rounded and the true update is {total.cosine:.2f}",
             fix="choose a type with more bits (Q8_0, F16), or add --force to write it anyway",
         )

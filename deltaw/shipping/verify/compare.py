@@ -64,7 +64,7 @@ def verify(
     a: str | Path,
     b: str | Path,
     *,
-    data: str | None = None,
+    data: str | Path | None = None,
     prompts: int = PROMPTS,
     tokens: int = TOKENS,
     base: str | Path | None = None,
@@ -80,7 +80,7 @@ def verify(
     display = display or Display(quiet=True)
     with ExitStack() as closing:
         one, other = _opened(fspath(a), fspath(b), fspath(base) if base else None, closing, display)
-        chosen = _prompts([one, other], data, prompts, display)
+        chosen = _prompts([one, other], fspath(data) if data else None, prompts, display)
         if not one.tells_ids and other.tells_ids:  # log-probabilities are asked for along the first one's ids
             one, other = other, one
         return _compared(one, other, chosen, tokens, display)

@@ -20,6 +20,7 @@ from deltaw.analysis.page import (
 )
 from deltaw.shipping.verify.sides.formats import described
 from deltaw.shipping.verify.verdict import FACTOR, KL_FACTOR, SHARE, STRENGTH, Verification
+from deltaw.show.text import percent
 
 SHOWN = 60  # answers
 
@@ -32,8 +33,8 @@ Where two answers part, each side chose its token by some margin. Both margins t
 tokens moved from one side to the other. A move that rounding could make is a *near tie*, not a fault.
 
 A coarse type could explain anything, so the adapter's own effect is measured on the same positions. The difference may
-be at most {SHARE:.0%} of it, and the other side may lose at most {STRENGTH:.0%} of the change: rounding has no
-direction, but a lost scale has.
+be at most {percent(SHARE)} of it, and the other side may lose at most {percent(STRENGTH)} of the change: rounding
+has no direction, but a lost scale has.
 """
 
 
@@ -75,7 +76,9 @@ def _facts(result: Verification) -> Block:
         facts.append(Fact("Largest difference", result.largest, f"of a log-probability; allowed {allowed.largest:.2g}"))
     if result.effect is not None:
         facts.append(Fact("The adapter changes", result.effect.kl, "nats per token"))
-        facts.append(Fact("Carried over to the other side", f"{1 - result.effect.strength:.1%}", "of that change"))
+        facts.append(
+            Fact("Carried over to the other side", f"{percent(1 - result.effect.strength, 1)}", "of that change")
+        )
     return Facts(facts)
 
 

@@ -5,8 +5,9 @@
     neither          the first words of the built-in passages of general text, every other one as a chat where the
                      adapter wasn't trained on plain prompts
 
-A completion row gives its prompt as it is, a chat everything before its last answer, a text its first half. A row whose
-text contains a control token is left out: deltaw reads it as characters, servers read it as the token.
+A completion row gives its prompt as it is, a chat everything before its last answer, a text the MOST_WORDS it begins
+with, or its first half. A row whose text contains a control token is left out: deltaw reads it as characters, servers
+read it as the token.
 """
 
 from collections.abc import Sequence
@@ -14,15 +15,18 @@ from collections.abc import Sequence
 from deltaw.config import DataConfig, RunConfig
 from deltaw.data.dataset import prepare_held_out
 from deltaw.data.document import Chat, Completion, Document
-from deltaw.data.forms import detect_form
+from deltaw.data.example import Example
+from deltaw.data.forms import form_of
 from deltaw.data.read import read_rows
 from deltaw.data.render import Renderer
+from deltaw.data.text_files import documents
 from deltaw.errors import InputError, Rejected, listed
 from deltaw.evaluate.held_out import spread
 from deltaw.shipping.verify.sides.side import Prompt
 from deltaw.show.progress import Display
 
 GENERAL, FIRST_WORDS = "builtin:general", 24
+MOST_WORDS = 200  # of a text's first half
 MOST_CHARACTERS = 6_000  # of a prompt: a comparison doesn't need long ones, and servers have small contexts
 
 
@@ -32,16 +36,23 @@ def held_out_prompts(config: RunConfig, renderer: Renderer, count: int, display:
     if data.eval is None:
         raise InputError("this run held no rows out, so there is nothing to ask", fix="name a file with --data")
     with display.task("reading held-out rows", 1) as progress:
-        origins = [row.origin for row in prepare_held_out(data, renderer) if not row.names]
+        rows = [row for row in prepare_held_out(data, renderer) if not row.names]
         source = data.eval if isinstance(data.eval, str) else data.train
-        prompts = prompts_of(source, data, only=set(origins))
+        if any(
+            row.context or row.goes_on for row in rows
+        ):  # pieces of texts: the rest of a text may have been trained on
+            prompts = [prompt for row in rows if (prompt := _beginning(row, renderer)).content]
+        else:
+            templated = renderer.template is not None
+            prompts = prompts_of(source, data, templated=templated, only={row.origin for row in rows})
         progress(1)
     return _chosen(prompts, count, source)
 
 
 def file_prompts(source: str, count: int, renderers: Sequence[Renderer], display: Display) -> list[Prompt]:
     """`count` rows of a data file, without those that contain a control token of one of `renderers`."""
-    prompts = prompts_of(source, DataConfig(train=source))
+    templated = all(renderer.template is not None for renderer in renderers)
+    prompts = prompts_of(source, DataConfig(train=source), templated=templated)
     alike = [one for one in prompts if not any(renderer.controls(str(one.content)) for renderer in renderers)]
     if len(alike) < len(prompts):
         display.say(f"{source}: {len(prompts) - len(alike)} rows contain a control token and aren't asked")
@@ -61,13 +72,15 @@ def general_prompts(count: int, *, chats: bool) -> list[Prompt]:
     return prompts
 
 
-def prompts_of(source: str, data: DataConfig, only: set[str] | None = None) -> list[Prompt]:
+def prompts_of(source: str, data: DataConfig, *, templated: bool, only: set[str] | None = None) -> list[Prompt]:
     """The prompts of the rows of `source` (only those whose origin is in `only`, if given); empty ones are left out."""
     rows, problems = read_rows(source)
     if not rows:
         unreadable = f" that can be read:\n{listed([str(problem) for problem in problems])}" if problems else ""
         raise InputError(f"{source} has no rows{unreadable}", fix="name another file with --data")
-    form = detect_form(rows, data.form)
+    if data.split_text:
+        rows = documents(rows, data.split_text)
+    form = form_of(rows, data, templated=templated)
     prompts = []
     for row in rows:
         if only is not None and row.origin not in only:
@@ -90,8 +103,14 @@ def _prompt(document: Document, origin: str) -> Prompt | None:
             asked = tuple({k: v for k, v in message.items() if k != "weight"} for message in messages[:last])
             return Prompt(asked, origin, tuple(tools)) if asked else None
     words = document.text.split(" ")
-    half = " ".join(words[: max(1, len(words) // 2)])
+    half = " ".join(words[: max(1, min(len(words) // 2, MOST_WORDS))])
     return Prompt(half, origin) if half.strip() else None
+
+
+def _beginning(piece: Example, renderer: Renderer) -> Prompt:
+    """The beginning of what a piece of a text has of its own."""
+    own = piece.tokens[piece.context :].tolist()
+    return Prompt(renderer.decode(own[: max(1, min(len(own) // 2, MOST_WORDS))]), piece.origin)
 
 
 def _chosen(prompts: Sequence[Prompt], count: int, source: str) -> list[Prompt]:

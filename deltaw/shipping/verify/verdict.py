@@ -26,6 +26,7 @@ import torch
 from deltaw.shipping.verify.alike import Distance, Parting, distance, odds_moved
 from deltaw.shipping.verify.sides.formats import described, exact, rms
 from deltaw.shipping.verify.sides.side import Logs, Numbers
+from deltaw.show.text import percent
 
 KL_FACTOR, FACTOR = 6.0, 2.5
 SHARE, STRENGTH = 0.25, 0.15
@@ -155,7 +156,7 @@ class Verification:
         if self.effect and self.kl is not None:
             lines.append(
                 f"adapter    it changes {self.effect.kl:.2g} nats per token; the difference is "
-                f"{_percent(self.effect.share)} of that, and {1 - self.effect.strength:.0%} of it is carried over"
+                f"{_percent(self.effect.share)} of that, and {percent(1 - self.effect.strength)} of it is carried over"
             )
         lines.append(f"tolerance  {self.tolerance.why}")
         lines += [f"note       {note}" for note in self.notes]
@@ -248,7 +249,7 @@ def reasons_of(
                 if effect.strength > 0
                 else "is its scale too large?"
             )
-            reasons.append(f"the other side carries {1 - effect.strength:.0%} of what the adapter changes: {way}")
+            reasons.append(f"the other side carries {percent(1 - effect.strength)} of what the adapter changes: {way}")
     if kl is not None and kl > allowed.kl:
         cause = "" if reasons else ": are rows in the wrong order, modules left out, or is it another base?"
         reasons.append(f"KL {kl:.2g} nats per token is more than rounding explains ({allowed.kl:.2g}){cause}")

@@ -13,11 +13,10 @@ A name that could be read in several ways means the file or folder, if that exis
 
 from pathlib import Path
 
-from deltaw.adapter.file import is_adapter
+from deltaw.adapter.file import is_adapter, is_run
 from deltaw.base.source import BUILTINS, builtin_file
 from deltaw.errors import InputError
 from deltaw.files.gguf_header import read_part
-from deltaw.named import is_run
 from deltaw.shipping.verify.sides.adapted import Adapted
 from deltaw.shipping.verify.sides.folder import Folder
 from deltaw.shipping.verify.sides.llama import LlamaCpp

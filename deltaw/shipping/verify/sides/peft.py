@@ -14,7 +14,7 @@ from typing import cast
 
 from torch import nn
 
-from deltaw.adapter.file import CONFIG, WEIGHTS
+from deltaw.adapter.file import CONFIG, WEIGHTS, is_run
 from deltaw.adapter.peft_config import check_config
 from deltaw.base.load import open_base
 from deltaw.base.source import find_base, found_as
@@ -24,7 +24,6 @@ from deltaw.errors import InputError
 from deltaw.files.safetensors import read_header
 from deltaw.files.strict_json import read_json
 from deltaw.generate.cache import context
-from deltaw.named import is_run
 from deltaw.shipping.beside import GENERATION_CONFIG
 from deltaw.shipping.trained import TEMPLATE
 from deltaw.shipping.verify.sides.local import Local, Running, Words, running, stops_of, working_type
