@@ -5,15 +5,16 @@
     clip, update                                                   likewise
     one wait per step: the losses of its batches and the gradient's norm, which decide whether it is applied
 
-The gradients lie in one tensor, at addresses that stay: a pass adds to them, so several batches of a step and several
-sizes need nothing else. What the host decides (a loss that isn't a number, a spike, the watchdog) it decides where it
+The gradients lie at addresses that stay, and a pass adds to them, so several batches of a step and several sizes need
+nothing else. What the host decides (a loss that isn't a number, a spike, the watchdog) it decides where it
 always did, between the gradient and the update, from the same numbers: a captured run skips, stops and resumes as any.
 Rejected: reading them a step later, with the update guarded on the device. It would save the wait, and every promise of
 watch.py would need a second version of itself; while the device works on a step the host has nothing better to do.
 
 Nothing is taken on trust. A recorded pass must give the loss of the pass itself to the bit, and its gradient to the
 rounding of sums whose order a GPU leaves open. Where anything fails (work that waits for the device can't be recorded)
-the run goes on uncaptured, and a line says why: a step has changed nothing until its update.
+the run goes on uncaptured, and a line says why: a step has changed nothing until its update. No graph of an earlier
+pass may be alive while one is recorded (its gradients would be added on another stream): nothing here keeps one.
 
 Without a GPU all of this runs as it is, except for recording: `Captured(..., record=None)`.
 """
