@@ -4,6 +4,7 @@
     before.json      the base on the held-out rows    adapter/        the result, PEFT layout
     metrics.jsonl    a line per step and per eval     report.html     what the run did, for people
     result.json      the figures                      .lock           who writes here (lock.py)
+    data/            rows that were given as values, not as files
     lineage.json     which adapter it started from, after which steps it was extended (where it was)
     result.step-000120.json, …    the figures of a finished run that was extended after that step
 
@@ -17,7 +18,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,8 +160,9 @@ class Run:
                 fix=f"resume it: {command('train', self.folder)}   start over: --replace   or choose another output",
             )
 
-    def create(self, config: RunConfig) -> None:
-        """Write the resolved config into the claimed folder; whatever an earlier run left there is removed."""
+    def create(self, config: RunConfig, files: Mapping[str, str] | None = None) -> None:
+        """Write the resolved config and the files that belong to it into the claimed folder; whatever an earlier run
+        left there is removed."""
         old = temporary_name(self.folder / "earlier")
         # The old config goes last: until then the folder is a run that can be replaced.
         earlier = sorted(self.folder.iterdir(), key=lambda path: path == self.config)
@@ -172,6 +174,12 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.folder}: the earlier run can't be removed: {error}") from None
         shutil.rmtree(old, ignore_errors=True)
+        for name, text in (files or {}).items():
+            try:
+                (self.folder / name).parent.mkdir(exist_ok=True)
+            except OSError as error:
+                raise RunError(f"{self.folder / name}: {error}") from None
+            write_text_atomic(self.folder / name, text)
         self.write_config(config)
         fsync(self.folder.parent)
 

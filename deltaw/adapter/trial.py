@@ -102,6 +102,10 @@ def differences(model: nn.Module, layers: Mapping[str, AdaptedLinear], base: Obs
             raise
         return {path: READ}
     if not wrong and not _near(logits_TV, base.logits_TV, next(iter(layers.values())).base.weight.dtype):
+        if not base.logits_TV.isfinite().all():
+            dtype = str(next(iter(layers.values())).base.weight.dtype).removeprefix("torch.")
+            fix = "set train.dtype: bfloat16 or float32" if dtype == "float16" else "download the base again"
+            raise InputError(f"the base answers with NaN or infinity in {dtype}, without any adapter", fix=fix)
         raise InputError("with a fresh adapter the model doesn't answer as it does without one, so none is attached")
     return wrong
 

@@ -20,6 +20,7 @@ from deltaw.analysis.page import (
     thinned,
 )
 from deltaw.analysis.training import ANSWER, Metrics, Training
+from deltaw.config.sources import label
 from deltaw.errors import command
 from deltaw.show.text import clock, counted, framed, gib
 
@@ -62,7 +63,7 @@ def the_run(training: Training, folder: Path) -> Section:
     took = result.get("total_seconds")
     facts: list[tuple[str, list[str]]] = [
         ("base", [config.base, result.get("dtype", "")]),
-        ("data", [str(config.data.train), _count(result, "train_rows", "row"), f"{number(held_out or 0)} held out"]),
+        ("data", [label(config.data.train), _count(result, "train_rows", "row"), f"{number(held_out or 0)} held out"]),
         ("form", [result.get("form", "")]),
         ("length", [_times(training.epochs), _count(result, "steps", "step"), _count(result, "tokens", "token")]),
         ("learning rate", [f"{train.lr:g}", train.schedule, f"{number(train.tokens_per_step)} tokens per step"]),
@@ -124,9 +125,9 @@ def _curve(metrics: Metrics) -> list[Block]:
     if len(steps) < 2:
         return []
     series = {}
-    for label, name in LOSSES.items():
+    for kind, name in LOSSES.items():
         if lines := [line for line in metrics if name in line]:
-            series[label] = ([line["step"] for line in lines], [line[name] for line in lines])
+            series[kind] = ([line["step"] for line in lines], [line[name] for line in lines])
     shown = [steps[i] for i in thinned([line["loss"] for line in steps], ROWS)]
     rows: list[list[Cell]] = [[line.get(name) for name in ("step", "loss", "lr", "grad_norm")] for line in shown]
     some = f"{len(shown)} of {number(len(steps))} steps: the highest and the lowest loss of each stretch"

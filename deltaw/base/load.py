@@ -9,7 +9,9 @@ What can silently go wrong in `from_pretrained` is made loud here:
 
 dtype "auto" means the faster of bfloat16 and float32 on this machine, found by a race of some milliseconds
 and not by a table of CPUs: bfloat16 without hardware support was measured up to 499 times slower. The winner
-is part of what a run records, since it decides the last digits.
+is part of what a run records, since it decides the last digits. float16 isn't in the race: it is for GPUs without
+bfloat16, has three digits more, and ends at 65,504. Weights beyond that are refused here; an activation beyond it is a
+loss that isn't finite, which stops the run. A GPU that emulates bfloat16 counts as one without.
 """
 
 import copy
@@ -121,7 +123,7 @@ def pick_device(name: str) -> torch.device:
 def fast_dtype(device: str = "cpu") -> torch.dtype:
     """bfloat16 where it is clearly faster than float32, else float32. About 0.12 s, once per process."""
     if device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device != "cpu":
         return torch.float32
     # A tiny product first: where bfloat16 is emulated, the real one would take seconds.
@@ -149,6 +151,11 @@ def fingerprint_of_files(source: Source) -> str:
 def check_finite(model: nn.Module, where: Path) -> None:
     """Raise InputError naming every parameter that holds NaN or Inf. One pass, no copies."""
     broken = [name for name, weight in model.named_parameters() if not _finite(weight.detach())]
+    if broken and next(model.parameters()).dtype == torch.float16:
+        raise InputError(
+            f"{where}: {len(broken)} tensors have numbers that float16 can't hold, or no numbers:\n{listed(broken, 2)}",
+            fix="set train.dtype: bfloat16 or float32",
+        )
     if broken:
         raise InputError(
             f"{where}: {len(broken)} tensors hold NaN or Inf:\n{listed(broken, 2)}", fix="download the model again"

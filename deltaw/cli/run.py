@@ -63,7 +63,7 @@ def verify_resume(
 def preview(
     run: RunFile,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option("-n", help="How many examples to show.")] = 3,
+    rows: Annotated[int, typer.Option("-n", min=0, help="How many examples to show.")] = 3,
     as_json: Json = False,
 ) -> None:
     """Show what a run would train on. Examples with the trained tokens marked, counts, warnings; loads no model."""

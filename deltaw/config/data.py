@@ -1,10 +1,14 @@
 """`data:` of a run file: where the rows are and how they become tokens and masks."""
 
+import re
+from fractions import Fraction
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from deltaw.config.sources import HeldOut, Sources, SourceValue, sources_of
 from deltaw.config.strict import MANY, Count, Seed, Strict
+from deltaw.files.encoding import is_encoding
 from deltaw.files.paths import PathText
 
 ColumnName = Literal[
@@ -17,9 +21,12 @@ class DataConfig(Strict):
     """Where the rows are and how they become tokens and masks."""
 
     section: ClassVar[str] = "data"
-    train: PathText
-    eval: Count | PathText | None = Field(None, description="rows held out of train, or a separate file")
+    train: Sources = Field(description="a source, a list of sources (each may have a weight), or a list of rows")
+    eval: HeldOut = Field(
+        None, description="rows held out of train: how many, or which share (0.1); or sources of their own"
+    )
     form: Literal["auto", "text", "chat", "completion", "alpaca", "sharegpt"] = "auto"
+    encoding: str = Field("utf-8", description="of text files: utf-8, cp1252, gb18030, utf-16, …")
     columns: dict[ColumnName, str] = Field(
         {}, description="what your columns are called, as in {prompt: question, completion: answer}"
     )
@@ -50,6 +57,13 @@ class DataConfig(Strict):
     limit: Count | None = None
     seed: Seed = Field(0, description="seed of the choice of held-out rows")
 
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str) -> str:
+        if not is_encoding(value):
+            raise ValueError("isn't an encoding of text; known: utf-8, cp1252, latin-1, gb18030, shift_jis, utf-16, …")
+        return value
+
     @model_validator(mode="after")
     def _pieces_are_mostly_new(self) -> Self:
         if self.overlap and self.overlap > self.max_length // 2:
@@ -61,5 +75,17 @@ class DataConfig(Strict):
     @property
     def reads_no_text_file(self) -> bool:
         """Whether `train` is by its name a file of another kind than .txt."""
-        kinds = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".md")
-        return isinstance(self.train, str) and self.train.lower().endswith(kinds)
+        kinds = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".md")
+        packed = re.compile(r"\.(gz|zst|bz2|xz)$")
+        return all(packed.sub("", source.path.lower()).endswith(kinds) for source in sources_of(self.train))
+
+    @property
+    def eval_sources(self) -> SourceValue | None:
+        """Where the held-out rows are, if they aren't a part of `train`."""
+        return self.eval if isinstance(self.eval, str | tuple) else None
+
+    def held_out_of(self, rows: int) -> int:
+        """How many of `rows` rows of `train` are held out. A share is of what is used, and one row at least."""
+        if isinstance(self.eval, float):
+            return max(1, int(Fraction(repr(self.eval)) * min(rows, self.limit or rows)))
+        return self.eval if isinstance(self.eval, int) else 0

@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from deltaw.config.before import as_it_was
+from deltaw.config.own_rows import at_home
 from deltaw.config.problems import fields_at, meant, refusal, similar_file
 from deltaw.config.run import BEGUN, RunConfig
 from deltaw.errors import InputError
@@ -29,7 +30,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     begun = path.name == "config.yaml" and any((path.parent / name).exists() for name in BEGUN)
     for item in overrides:
         _override(raw, item)
-    return parse_config(raw, source=str(path), node=node, begun=begun, folder=path.parent)
+    config = parse_config(raw, source=str(path), node=node, begun=begun, folder=path.parent)
+    return at_home(config, path.parent) if begun else config
 
 
 def config_of(given: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:

@@ -67,8 +67,8 @@ class RunConfig(Strict):
             needs["train.patience"] = "evaluations on the way: set train.eval_every"
         if self.adapter.full and train.lr_ratio_b != 1:
             needs["train.lr_ratio_b"] = "factors, and adapter: full has none"
-        if data.seed and not isinstance(data.eval, int) and data.limit is None:
-            needs["data.seed"] = "rows to choose from: data.eval as a number, or data.limit"
+        if data.seed and not isinstance(data.eval, int | float) and data.limit is None:
+            needs["data.seed"] = "rows to choose from: data.eval as a number or a share, or data.limit"
         if data.split_text and data.reads_no_text_file:
             needs["data.split_text"] = "a .txt file"
         if data.overlap and data.too_long not in ("auto", "split"):

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from deltaw.config.strict import MANY, Count, PositiveFloat, Seed, Strict
 
-Dtype = Literal["auto", "bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 PLAIN_BATCH = 2048  # tokens: what a batch has where nothing speaks for another size
 
 Logger = Literal["tensorboard", "wandb"]

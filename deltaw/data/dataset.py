@@ -22,21 +22,21 @@ from functools import cached_property, partial
 from itertools import islice
 
 from deltaw.config import DataConfig
-from deltaw.data.document import Chat, Document
+from deltaw.data.document import Document
 from deltaw.data.example import Example, fingerprint
-from deltaw.data.forms import Reads, form_of
-from deltaw.data.read import read_rows
+from deltaw.data.forms import Reads
 from deltaw.data.render import Renderer
-from deltaw.data.report import DataReport, Reading, report_of
+from deltaw.data.report import DataReport, Reading, names, report_of
 from deltaw.data.row import Problem, Row
-from deltaw.data.text_files import documents
+from deltaw.data.sources import open_sources, visits
 from deltaw.errors import InputError, Rejected, listed
 from deltaw.show.progress import QUIET, Display, Progress, unseen
 
 CHUNK, CHARACTERS = 512, 4_000_000  # rows and characters tokenised in one call
 LONG = 500_000  # characters of a row that take the tokenizer a while
 
-Placed = tuple[int, int, Example]  # row in the file, piece of the row
+Place = tuple[int, int]  # source, row in it
+Placed = tuple[int, int, int, Example]  # and piece of the row
 
 
 @dataclass(frozen=True)
@@ -60,44 +60,56 @@ def prepare(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", di
     Raises InputError when a source can't be read, too many of its rows are unusable, nothing is left to train on, or
     there are too few rows to hold out as many as asked.
     """
-    source = _open(config.train, config, renderer, reads)
-    sources = [source]
-    held_out: list[Placed] = []
-    with display.task("reading data", _size(source.rows)) as progress:
-        stream = _units(source, renderer, config, progress)
-        if isinstance(config.eval, int):
-            held_out = _taken(stream, config.eval)
+    sources = open_sources(config.train, config, renderer, reads)
+    count = sum(len(source.rows) for source in sources)
+    with display.task("reading data", _size(sources)) as progress:
+        stream = _units(sources, renderer, config, progress)
+        held_out = _taken(stream, config.held_out_of(count))
         train = _taken(stream, config.limit)
-        progress(_size(source.rows))  # rows beyond data.limit are never looked at
-    _check(source, config, usable=bool(train or held_out))
+        progress(_size(sources))  # rows beyond data.limit are never looked at
+    _check(sources, config, usable=bool(train or held_out))
     if not train:
-        raise _none_left(source, held_out, config)
-    if isinstance(config.eval, str):
-        other = _open(config.eval, config, renderer, reads)
-        with display.task("reading held-out rows", _size(other.rows)) as progress:
-            held_out = _taken(_units(other, renderer, config, progress))
-        _check(other, config, usable=bool(held_out))
-        sources.append(other)
-    chat = isinstance(source.form.normalise(source.rows[train[0][0]]), Chat)
-    parts = _in_file_order(train), _in_file_order(held_out)
-    return Dataset(*parts, report_of(sources, *parts, renderer, chat), chat)
+        raise _none_left(sources, held_out, config)
+    others = sources
+    if config.eval_sources is not None:
+        others = open_sources(config.eval_sources, config, renderer, reads)
+        with display.task("reading held-out rows", _size(others)) as progress:
+            held_out = _taken(_units(others, renderer, config, progress))
+        _check(others, config, usable=bool(held_out))
+    _assign(sources, others, train, held_out)
+    chat = any(source.is_chat for source in sources)
+    parts = [example for source in sources for example in source.train], _in_file_order(held_out)
+    return Dataset(*parts, report_of(sources, others, *parts, renderer, chat), chat)
 
 
 def prepare_held_out(config: DataConfig, renderer: Renderer) -> list[Example]:
     """`prepare(config, renderer).eval` without rendering what is trained on. Raises InputError as `prepare` does where
     it comes to the held-out rows; rows to train on are not judged.
     """
-    if isinstance(config.eval, str):
-        source = _open(config.eval, config, renderer)
-        held_out = _taken(_units(source, renderer, config, unseen))
-        _check(source, config, usable=bool(held_out))
+    if config.eval_sources is not None:
+        sources = open_sources(config.eval_sources, config, renderer)
+        held_out = _taken(_units(sources, renderer, config, unseen))
+        _check(sources, config, usable=bool(held_out))
         return _in_file_order(held_out)
-    count = config.eval or 0
-    source = _open(config.train, config, renderer)
-    units = list(islice(_units(source, renderer, config, unseen), count))
-    if len(units) < count or source.bad_share > config.bad_rows:  # how bad they are is to be told of all of them
+    sources = open_sources(config.train, config, renderer)
+    count = config.held_out_of(sum(len(source.rows) for source in sources))
+    units = list(islice(_units(sources, renderer, config, unseen), count))
+    bad = any(source.bad_share > config.bad_rows for source in sources)
+    if len(units) < count or bad:  # how bad they are is to be told of all of them
         return prepare(config, renderer).eval
     return _in_file_order([piece for unit in units for piece in unit])
+
+
+def _assign(sources: list[Reading], others: list[Reading], train: list[Placed], held_out: list[Placed]) -> None:
+    """Give each source its rows: those to train on as often as its weight says, in file order."""
+    for number, source in enumerate(sources):
+        own = [placed for placed in train if placed[0] == number]
+        units = dict.fromkeys(placed[: 3 if source.by_piece else 2] for placed in own)
+        counts = dict(zip(units, visits(len(units), source.weight), strict=True))
+        for placed in sorted(own, key=lambda placed: placed[:3]):
+            source.train += [placed[3]] * counts[placed[: 3 if source.by_piece else 2]]
+    for number, source in enumerate(others):
+        source.held_out = _in_file_order([placed for placed in held_out if placed[0] == number])
 
 
 def _taken(units: Iterator[list[Placed]], count: int | None = None) -> list[Placed]:
@@ -105,47 +117,29 @@ def _taken(units: Iterator[list[Placed]], count: int | None = None) -> list[Plac
 
 
 def _in_file_order(part: list[Placed]) -> list[Example]:
-    return [example for *_, example in sorted(part, key=lambda item: item[:2])]
+    return [example for *_, example in sorted(part, key=lambda item: item[:3])]
 
 
-def _open(name: str, config: DataConfig, renderer: Renderer, reads: Reads = "auto") -> Reading:
-    rows, problems = read_rows(name)
-    if config.split_text:
-        rows = documents(rows, config.split_text)
-    if not rows:
-        if problems:
-            what = f"{name}: none of its lines can be read\n{listed([str(p) for p in problems])}"
-            raise InputError(what, fix="fix them, or name another file")
-        raise InputError(f"{name}: no rows in it", fix="put rows into it, or name another file")
-    form = form_of(rows, config, templated=renderer.template is not None, reads=reads)
-    splits = form.name == "text" and config.too_long in ("auto", "split")
-    if not splits and (config.too_long == "split" or config.overlap):
-        setting = "too_long: split" if config.too_long == "split" else f"overlap: {config.overlap}"
-        raise InputError(
-            f"data.{setting} is for texts, and {name} has {form.description}: a piece of an answer without its "
-            "question teaches nothing",
-            fix="leave it out, or set data.too_long: truncate to keep the beginnings of rows that are too long",
-        )
-    return Reading(name, rows, problems, form, splits)
-
-
-def _units(source: Reading, renderer: Renderer, config: DataConfig, progress: Progress) -> Iterator[list[Placed]]:
-    """The usable rows in random order, each as its pieces; of a single document each piece is one. Only what is taken
-    is counted."""
-    rows, before = source.rows, 0
-    in_characters = _size(rows) > len(rows)
-    for chunk in _chunks(rows, _random_order(rows, config.seed)):
+def _units(
+    sources: Sequence[Reading], renderer: Renderer, config: DataConfig, progress: Progress
+) -> Iterator[list[Placed]]:
+    """The usable rows of all sources in random order, each as its pieces; of a single document each piece is one. Only
+    what is taken is counted."""
+    sizes, before = [[_characters(row) for row in source.rows] for source in sources], 0
+    in_characters = _size(sources) > sum(map(len, sizes))
+    for chunk in _chunks(sources, _random_order(sources, config.seed)):
         within = partial(_beyond, progress, before) if in_characters else unseen
-        results = _render([rows[position] for position in chunk], source, renderer, config, within)
-        for position, result in zip(chunk, results, strict=True):
+        results = _render(chunk, sources, renderer, config, within)
+        for (number, position), result in zip(chunk, results, strict=True):
+            source = sources[number]
             source.seen += 1
-            pieces = _fit(result, source, rows[position].origin, config)
-            placed = [(position, number, piece) for number, piece in enumerate(pieces)]
+            pieces = _fit(result, source, source.rows[position].origin, config)
+            placed = [(number, position, at, piece) for at, piece in enumerate(pieces)]
             if source.by_piece:
-                yield from ([placed[number]] for number in _shuffled(pieces, config.seed))
+                yield from ([placed[at]] for at in _shuffled(pieces, config.seed))
             elif placed:
                 yield placed
-        before += sum(_characters(rows[position]) for position in chunk) if in_characters else len(chunk)
+        before += sum(sizes[number][position] for number, position in chunk) if in_characters else len(chunk)
         progress(before)
 
 
@@ -153,16 +147,16 @@ def _beyond(progress: Progress, before: int, done: int) -> None:
     progress(before + done)
 
 
-def _chunks(rows: Sequence[Row], order: Sequence[int]) -> Iterator[list[int]]:
+def _chunks(sources: Sequence[Reading], order: Sequence[Place]) -> Iterator[list[Place]]:
     """`order` in runs of at most CHUNK rows and CHARACTERS characters, or of one row."""
-    chunk: list[int] = []
+    chunk: list[Place] = []
     size = 0
-    for position in order:
-        more = _characters(rows[position])
+    for number, position in order:
+        more = _characters(sources[number].rows[position])
         if chunk and (len(chunk) == CHUNK or size + more > CHARACTERS):
             yield chunk
             chunk, size = [], 0
-        chunk.append(position)
+        chunk.append((number, position))
         size += more
     if chunk:
         yield chunk
@@ -172,10 +166,10 @@ def _characters(row: Row) -> int:
     return sum(len(value) for value in row.value.values() if isinstance(value, str))
 
 
-def _size(rows: Sequence[Row]) -> int:
+def _size(sources: Sequence[Reading]) -> int:
     """What there is to read: rows, or their characters where one of them takes the tokenizer a while."""
-    sizes = [_characters(row) for row in rows]
-    return sum(sizes) if max(sizes) > LONG else len(rows)
+    sizes = [_characters(row) for source in sources for row in source.rows]
+    return sum(sizes) if max(sizes) > LONG else len(sizes)
 
 
 def _shuffled(pieces: Sequence[Example], seed: int) -> list[int]:
@@ -185,40 +179,47 @@ def _shuffled(pieces: Sequence[Example], seed: int) -> list[int]:
     return sorted(range(len(pieces)), key=lambda number: (digests[number], number))
 
 
-def _random_order(rows: Sequence[Row], seed: int) -> list[int]:
+def _random_order(sources: Sequence[Reading], seed: int) -> list[Place]:
     key = str(seed).encode()[-64:]
 
-    def digest(position: int) -> tuple[bytes, int]:
+    def digest(place: Place) -> tuple[bytes, Place]:
+        row = sources[place[0]].rows[place[1]]
         try:
-            filled = {name: value for name, value in rows[position].value.items() if value is not None}
+            filled = {name: value for name, value in row.value.items() if value is not None}
             content = json.dumps(filled, sort_keys=True, default=str).encode()
         except (RecursionError, TypeError):  # nested too deeply, or keys of several types: no JSON row is so
-            content = rows[position].origin.encode()
-        return hashlib.blake2b(content, digest_size=16, key=key).digest(), position
+            content = row.origin.encode()
+        return hashlib.blake2b(content, digest_size=16, key=key).digest(), place
 
-    return sorted(range(len(rows)), key=digest)
+    places = [(number, position) for number, source in enumerate(sources) for position in range(len(source.rows))]
+    return sorted(places, key=digest)
 
 
 def _render(
-    rows: Sequence[Row], source: Reading, renderer: Renderer, config: DataConfig, progress: Progress
+    places: Sequence[Place], sources: Sequence[Reading], renderer: Renderer, config: DataConfig, progress: Progress
 ) -> list[list[Example] | Rejected]:
     """Each row as an example or, where its source's texts are split, as pieces."""
-    results: list[list[Example] | Rejected | None] = []
-    given: list[Document] = []
-    origins = []
-    for row in rows:
+    results: dict[Place, list[Example] | Rejected] = {}
+    whole: dict[Place, tuple[Document, str]] = {}
+    split: dict[Place, tuple[Document, str]] = {}
+    for place in places:
+        source = sources[place[0]]
+        row = source.rows[place[1]]
         try:
-            given.append(source.form.normalise(row))
-            origins.append(row.origin)
-            results.append(None)
+            (split if source.splits else whole)[place] = source.form.normalise(row), row.origin
         except Rejected as rejected:
-            results.append(rejected)
-    if source.splits:
-        rendered = iter(renderer.render_pieces(given, origins, config.max_length, config.overlap, progress))
-    else:
-        whole = renderer.render_all(given, origins)
-        rendered = iter([example if isinstance(example, Rejected) else [example] for example in whole])
-    return [next(rendered) if result is None else result for result in results]
+            results[place] = rejected
+    if split:
+        pieces = renderer.render_pieces(*_apart(split), config.max_length, config.overlap, progress)
+        results |= zip(split, pieces, strict=True)
+    if whole:
+        for place, example in zip(whole, renderer.render_all(*_apart(whole)), strict=True):
+            results[place] = example if isinstance(example, Rejected) else [example]
+    return [results[place] for place in places]
+
+
+def _apart(given: dict[Place, tuple[Document, str]]) -> tuple[list[Document], list[str]]:
+    return [document for document, _ in given.values()], [origin for _, origin in given.values()]
 
 
 def _fit(result: list[Example] | Rejected, source: Reading, origin: str, config: DataConfig) -> list[Example]:
@@ -246,39 +247,45 @@ def _fit(result: list[Example] | Rejected, source: Reading, origin: str, config:
     return [example.cut(config.max_length)]
 
 
-def _check(source: Reading, config: DataConfig, *, usable: bool) -> None:
-    """Put what was left out in file order. Raises InputError when too many rows are unusable, or none is usable."""
-    source.problems.sort(key=lambda problem: _place(problem.origin))
-    source.too_long.sort(key=_place)
-    table = listed([str(problem) for problem in source.problems])
-    if source.problems and (source.bad_share > config.bad_rows or not usable):
-        what = f"{source.name}: {len(source.problems)} of {source.count} rows can't be used"
-        fix = ", or set data.bad_rows to the share that may be left out" if usable else ": no usable row is left"
-        raise InputError(f"{what} ({source.form.description})\n{table}", fix=f"fix them{fix}")
+def _check(sources: Sequence[Reading], config: DataConfig, *, usable: bool) -> None:
+    """Put what was left out in file order. Raises InputError when too many rows of a source are unusable, or none of
+    any is usable."""
+    for source in sources:
+        source.problems.sort(key=lambda problem: _place(problem.origin))
+        source.too_long.sort(key=_place)
+        table = listed([str(problem) for problem in source.problems])
+        if source.problems and (source.bad_share > config.bad_rows or not usable):
+            what = f"{source.name}: {len(source.problems)} of {source.count} rows can't be used"
+            fix = ", or set data.bad_rows to the share that may be left out" if usable else ": no usable row is left"
+            raise InputError(f"{what} ({source.form.description})\n{table}", fix=f"fix them{fix}")
     if not usable:
-        lost = source.too_long_dropped + source.untrained
+        lost = sum(source.too_long_dropped + source.untrained for source in sources)
         what = (
-            f"{source.name}: nothing to train on: all {lost} rows are longer than data.max_length {config.max_length}"
+            f"{names(sources)}: nothing to train on: all {lost} rows are longer than data.max_length "
+            f"{config.max_length}"
         )
-        if source.untrained:
+        untrained = any(source.untrained for source in sources)
+        if untrained:
             what += ", and what is to be trained comes after that"
-        fix = f"set data.max_length higher: the longest row has {source.longest_dropped:,} tokens"
-        raise InputError(what, fix=fix if source.untrained else f"{fix}; or data.too_long: truncate")
+        longest = max(source.longest_dropped for source in sources)
+        fix = f"set data.max_length higher: the longest row has {longest:,} tokens"
+        raise InputError(what, fix=fix if untrained else f"{fix}; or data.too_long: truncate")
 
 
-def _none_left(source: Reading, held_out: Sequence[Placed], config: DataConfig) -> InputError:
+def _none_left(sources: Sequence[Reading], held_out: Sequence[Placed], config: DataConfig) -> InputError:
     """`data.eval` takes all there is."""
-    if source.by_piece:
-        smaller = max(16, source.tokens_read // (5 * int(config.eval or 1)))
+    source = sources[0]
+    if source.by_piece and len(sources) == 1:
+        smaller = max(16, source.tokens_read // (5 * config.held_out_of(1)))
         return InputError(
             f"{source.name}: one document in {len(held_out)} usable pieces, and data.eval takes {config.eval}, so none "
             "is left to train on",
             fix=f"set data.eval lower, set data.max_length to {smaller} or so for more pieces, or give it a file",
         )
-    count = len({position for position, *_ in held_out})
-    whole = ": texts are held out whole" if source.split_rows else ""
+    count = len({place[:2] for place in held_out})
+    whole = ": texts are held out whole" if any(source.split_rows for source in sources) else ""
     return InputError(
-        f"{source.name}: {count} usable rows, and data.eval takes {config.eval}, so none is left to train on",
+        f"{names(sources)}: {count} usable rows, and data.eval takes {config.eval}, so none is left to train on",
         fix=f"set data.eval lower{whole}, or give it a separate file",
     )
 

@@ -4,6 +4,8 @@
     Completion   a prompt and what must follow it
     Chat         messages, perhaps tools; `weight: 0` on a message says that it isn't trained
 
+A content may come in parts, as `[{"type": "text", "text": …}]`; all else than text in one is refused by name.
+
 Fields of a message that aren't known here are kept: the template may write them, and `left_out.py` says which of them
 it doesn't. The arguments of a tool call are an object, also where the row has them as JSON text (OpenAI's form):
 templates write them with `tojson`, and a text would be quoted once more.
@@ -18,6 +20,7 @@ from deltaw.files import strict_json
 from deltaw.files.strict_json import json_kind
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+TEXT_PARTS = ("text", "input_text", "output_text")
 Message = dict[str, Any]
 
 
@@ -70,6 +73,7 @@ def _message(message: Message, number: int) -> Message:
         raise Rejected(f"{where} has no role")
     if role not in ROLES:
         raise Rejected(f"{where}: unknown role {role!r}; known: {', '.join(ROLES)}")
+    content = _text_of(content, where) if isinstance(content, list) else content
     calls = _calls(message.get("tool_calls"), where)
     if content is None and calls:
         content = ""
@@ -82,6 +86,29 @@ def _message(message: Message, number: int) -> Message:
         raise Rejected(f"{where} has the weight {message['weight']!r}; known: 0 (not trained), 1")
     rest = {key: value for key, value in message.items() if value is not None and key != "tool_calls"}
     return {**rest, "content": content, **({"tool_calls": calls} if calls else {})}
+
+
+def _text_of(parts: list[Any], where: str) -> str:
+    """A content in parts (OpenAI's form), all of which are text: one text, with line breaks between them as servers
+    put them for templates that want a text (vLLM, llama.cpp)."""
+    texts = []
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        if not isinstance(part, dict):
+            raise Rejected(f"{where}: a part of its content is {json_kind(part)}")
+        kind = part.get("type") or "text"
+        if kind not in TEXT_PARTS:
+            known = kind if isinstance(kind, str) else json_kind(kind)
+            media = any(word in known for word in ("image", "video", "audio"))
+            why = "vision and audio aren't supported" if media else "only text is supported"
+            raise Rejected(f"{where} has a part of type {known!r:.40}: {why}")
+        text = part.get("text", part.get("content"))
+        if not isinstance(text, str):
+            raise Rejected(f"{where}: a text part without a text")
+        texts.append(text)
+    return "\n".join(texts)
 
 
 def _calls(calls: Any, where: str) -> list[Any]:

@@ -34,6 +34,7 @@ import numpy as np
 
 from deltaw.data.split import CHARACTER, INSIDE, WORD, places
 from deltaw.errors import Rejected
+from deltaw.files.encoding import setting
 from deltaw.show.progress import Progress, unseen
 
 MARK = "\ufdd0"
@@ -95,6 +96,9 @@ class Encoder:
             try:
                 text.encode()
             except UnicodeEncodeError:
+                if re.search("[\udc80-\udcff]", text):  # what a byte became that isn't UTF-8 (tables.py)
+                    wrong = setting(text.encode(errors="surrogateescape"))
+                    raise Rejected(f"not UTF-8; {wrong}") from None
                 raise Rejected("the text has a lone surrogate (a broken character)") from None
         if "\0" in text:
             raise Rejected("the text has a NUL character")

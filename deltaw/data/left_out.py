@@ -241,7 +241,7 @@ def _reason(row: Asked, number: int, field: str) -> str:
     role = row.messages[number].get("role")
     whose = "the answer's" if role == "assistant" else f"the {role} message's"
     what = field.replace("messages[].", f"{whose} ", 1)
-    return f"message {number + 1}: the chat template doesn't write {what}; see data.template"
+    return f"message {number + 1}: the chat template doesn't write {what}; set data.template to a .jinja file that does"
 
 
 def _stands(text: str, texts: Sequence[Any]) -> bool:

@@ -1,115 +1,188 @@
 """A source's name -> rows.
 
-A source is a file (.jsonl .ndjson .json .csv .parquet .txt .md), a folder of such files, `builtin:NAME`, or
-a hub id (`org/name`, `org/name:split`, `name:split`). A row that can't be read is a `Problem` with its line
-number and the reading goes on: a file of a million lines isn't thrown away for one, and the caller decides
-how many are too many. A source that can't be read at all is an `InputError`.
+A source is a file, a folder or a pattern of files (`data/*.jsonl`, `**` for any depth), a folder that `datasets` saved,
+`builtin:NAME`, or a hub id (`org/name`, `org/name:split`, `name:split`). What exists here under a name is meant before
+the hub's set of that name, which is said. A row that can't be read is a `Problem` with its line number and the reading
+goes on: a file of a million lines isn't thrown away for one, and the caller decides how many are too many. A source
+that can't be read at all is an `InputError`.
 
-How each format becomes rows:
+How each kind of file becomes rows:
 - `.jsonl`, `.ndjson`: one object per line; empty lines are skipped but counted, so that line numbers stay an
   editor's.
-- `.json`: an array of objects (a file that turns out to hold one object per line is read as such).
-- `.csv`: the first record names the columns; a quote that never closes is an error and not one long field.
+- `.json`: an array of objects, or an object with such a list inside (`{"data": […]}`; of `{"train": […], "test": […]}`
+  the one called train, or `file.json:test`). A file that turns out to hold one object per line is read as such.
+- `.csv`, `.tsv`: tables.py. `.parquet`, `.arrow`, `.feather`: arrow.py.
 - `.txt`, `.md`: the whole file is one document, `{"text": …}`; `text_files.py` splits one where that is asked for.
-- `.parquet` and hub sets: Arrow gives every object of a column the same fields and fills those that a row lacks
-  with null, so a null in an object is taken as lacking (a tool that has no `dock` isn't shown `"dock": null`). A
-  null that a row had on purpose can't be told from those and goes, too; JSON keeps it. Arrow also has one order of
-  fields for all rows, that in which it first met them.
+- any of them packed: unpack.py; text in another encoding than UTF-8: encoding.py.
 - a folder: every such file in it, in name order; the origin has the path below the folder.
 
 Lines are split at LF only, in bytes: Python's text mode would also take CR, and `str.splitlines` U+2028,
 which is legal inside a JSON string. JSON is read strictly (no NaN, no key twice): Python's default would
 let the last key win.
 
-Rejected: streaming (every later stage wants to shuffle, count and hold out, and fine-tuning sets fit in
-memory), and compressed files (a bomb to guard against, for something `gunzip` does).
+Rejected: streaming (every later stage wants to shuffle, count and hold out, and fine-tuning sets fit in memory).
 """
 
-import csv
 import difflib
+import glob
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from deltaw.data.arrow import is_saved, read_arrow, read_parquet, read_saved
 from deltaw.data.builtin import BUILTINS, read_builtin
-from deltaw.data.row import Problem, Row
+from deltaw.data.hub import read_hub
+from deltaw.data.row import MAX_LINE, Item, Note, Problem, Row
+from deltaw.data.tables import read_csv, read_tsv
+from deltaw.data.unpack import ARCHIVES, PACKED, unpacked
 from deltaw.errors import InputError, Rejected
-from deltaw.files.strict_json import NotJSON, json_kind, parse
+from deltaw.files.encoding import UTF8, as_utf8, setting
+from deltaw.files.strict_json import MARK, NotJSON, json_kind, parse
+from deltaw.show.text import counted
 
-MAX_LINE = 32 * 2**20  # bytes; a longer line is a fault of the file, not a document
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
 HUB_ID = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<split>[\w.+\[\]%:-]+))?")
+OF_A_ROW = ("messages", "conversations", "tools", "history", "prompt", "completion", "chosen", "rejected", "input")
 
-Item = Row | Problem
 
-
-def read_rows(source: str, *, limit: int | None = None) -> tuple[list[Row], list[Problem]]:
-    """All rows of `source`, or the first `limit`, and a problem for each that can't be read.
+def read_rows(
+    source: str, *, limit: int | None = None, encoding: str = UTF8, note: Callable[[str], object] = str
+) -> tuple[list[Row], list[Problem]]:
+    """All rows of `source`, or the first `limit`, and a problem for each that can't be read. `encoding`: of its text
+    files; `note` is told what was decided about the source.
 
     Raises InputError when the source is missing, of an unknown kind, or unreadable as a whole.
     """
     rows: list[Row] = []
     problems: list[Problem] = []
-    for item in _items(source):
-        if isinstance(item, Problem):
-            problems.append(item)
-            continue
-        rows.append(item)
-        if len(rows) == limit:
-            break
+    for item in _items(source, encoding):
+        match item:
+            case Note(text=text):
+                note(text)
+            case Problem():
+                problems.append(item)
+            case Row():
+                rows.append(item)
+                if len(rows) == limit:
+                    break
     return rows, problems
 
 
-def _items(source: str) -> Iterator[Item]:
+def _items(source: str, encoding: str) -> Iterator[Item]:
     if source.startswith("builtin:"):
         return read_builtin(source.removeprefix("builtin:"))
     if "\0" in source or not source:
         raise InputError(f"{source!r} isn't the name of a data source")
     path = Path(source)
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, encoding, of_hub=bool(HUB_ID.fullmatch(source)) and "/" in source)
     if path.exists():
-        return _read_file(path, path.name)
+        return _read_file(path, path.name, encoding)
+    whole, _, part = source.rpartition(":")
+    if whole and (is_saved(Path(whole)) or (Path(whole).is_file() and _kind(Path(whole)) == ".json")):
+        return _read_part(Path(whole), part, encoding)
+    if glob.has_magic(source) and (paths := sorted(glob.glob(source, recursive=True))):
+        return _read_matches(source, [Path(path) for path in paths], encoding)
     hub = HUB_ID.fullmatch(source)
     if hub and ("/" in source or hub["split"]) and not source.startswith(".") and not _is_data_file(path):
-        return _read_hub(hub["name"], hub["split"] or "train")
-    raise InputError(f"{source}: no such file or folder", fix=_near_miss(path))
+        return read_hub(hub["name"], hub["split"] or "train", _near(path))
+    if glob.has_magic(source):
+        raise InputError(f"{source}: no file here matches it", fix=_beside(source))
+    raise InputError(f"{source}: no such file or folder", fix=_near(path) or _known())
 
 
-def _read_folder(folder: Path) -> Iterator[Item]:
-    files = sorted(
+def _read_part(path: Path, part: str, encoding: str) -> Iterator[Item]:
+    """One of the sets that a saved folder or a JSON file holds."""
+    return read_saved(path, part) if path.is_dir() else _read_file(path, path.name, encoding, part)
+
+
+def _read_folder(folder: Path, encoding: str, *, of_hub: bool = False) -> Iterator[Item]:
+    if of_hub:
+        yield Note(f"{folder}: the folder here, not the hub's set of that name")
+    if is_saved(folder):
+        yield from read_saved(folder, None)
+        return
+    files = _data_files(folder)
+    if not files:
+        raise InputError(f"{folder}: no data file in this folder", fix=f"known kinds: {' '.join(READERS)}")
+    for path in files:
+        yield from _read_file(path, path.relative_to(folder).as_posix(), encoding)
+
+
+def _read_matches(pattern: str, paths: list[Path], encoding: str) -> Iterator[Item]:
+    """The data files that match a pattern, and those in folders that do; a saved folder is read as one set."""
+    base = _fixed(pattern)
+    saved = [path for path in paths if path.is_dir() and is_saved(path)]
+    files = {path for path in paths if path.is_file() and _is_data_file(path)}
+    files |= {file for path in paths if path.is_dir() and not _is_recursive(pattern) for file in _data_files(path)}
+    files = {file for file in files if not any(folder in file.parents for folder in saved)}
+    if not files and not saved:
+        what = f"{pattern}: none of the {len(paths)} that match is a data file"
+        raise InputError(what, fix=f"known kinds: {' '.join(READERS)}")
+    yield Note(f"{pattern} matches {counted(len(files) + len(saved), 'data file')}")
+    for path in sorted([*files, *saved]):
+        name = path.relative_to(base).as_posix() if base in path.parents else path.name
+        yield from read_saved(path, None) if path.is_dir() else _read_file(path, name, encoding)
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(
         path
         for path in folder.rglob("*")
         if _is_data_file(path) and path.is_file() and not path.relative_to(folder).as_posix().startswith(".")
     )
-    if not files:
-        raise InputError(f"{folder}: no data file in this folder", fix=f"known kinds: {' '.join(READERS)}")
-    for path in files:
-        yield from _read_file(path, path.relative_to(folder).as_posix())
 
 
-def _read_file(path: Path, name: str) -> Iterator[Item]:
-    """The rows of one file. `name` is how origins call it."""
-    suffix = path.suffix.lower()
-    if suffix in COMPRESSED:
-        raise InputError(f"{path}: compressed files can't be read", fix="decompress it first and name the result")
-    if suffix not in READERS:
-        raise InputError(f"{path}: unknown kind of file {suffix!r}", fix=f"known kinds: {' '.join(READERS)}")
+def _is_recursive(pattern: str) -> bool:
+    return "**" in Path(pattern).parts
+
+
+def _fixed(pattern: str) -> Path:
+    """The folder in front of a pattern's first wildcard."""
+    parts = Path(pattern).parts
+    return Path(*parts[: next(number for number, part in enumerate(parts) if glob.has_magic(part))])
+
+
+def _read_file(path: Path, name: str, encoding: str, part: str | None = None) -> Iterator[Item]:
+    """The rows of one file. `name` is how origins call it; `part`: which of the lists in a JSON file."""
+    kind, packed = _kind(path), path.suffix.lower() in PACKED
+    if path.suffix.lower() in ARCHIVES:
+        raise InputError(f"{path}: archives aren't read", fix="unpack it and name the folder or the file")
+    if packed and kind not in READERS:
+        raise InputError(
+            f"{path}: its name doesn't say what is in it", fix=f"rename it: {path.stem}.jsonl{path.suffix}"
+        )
+    if kind not in READERS:
+        raise InputError(f"{path}: unknown kind of file {kind!r}", fix=f"known kinds: {' '.join(READERS)}")
     if not path.is_file():
         raise InputError(f"{path}: not a regular file")
+    if packed and kind in BINARY:
+        raise InputError(f"{path}: a {kind} file is read only unpacked", fix="unpack it: it is packed inside already")
     try:
         with path.open("rb") as file:
-            head = file.read(4)
-            marked = head[:2] in (b"\xff\xfe", b"\xfe\xff")
-            if suffix != ".parquet" and (marked or b"\0\0" in (head[::2], head[1::2])):
-                raise InputError(f"{path}: not UTF-8 text (it looks like UTF-16)", fix="save it as UTF-8")
-            file.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
-            yield from READERS[suffix](file, name)
+            stream = unpacked(file, path) if packed else file
+            if kind not in BINARY:
+                stream = _as_utf8(stream, path, encoding)
+            if part is not None:
+                yield from _read_json(stream, name, part)
+            else:
+                yield from READERS[kind](stream, name)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
+
+
+def _as_utf8(file: Any, path: Path, encoding: str) -> BinaryIO:
+    """The text without UTF-8's mark."""
+    head = file.peek(4)[:4]
+    if head.startswith(MARK):
+        file.read(len(MARK))
+        return file
+    marked = head[:2] in (b"\xff\xfe", b"\xfe\xff")
+    if encoding == UTF8 and (marked or b"\0\0" in (head[::2], head[1::2])):
+        raise InputError(f"{path}: not UTF-8 text (it looks like UTF-16)", fix="set data.encoding: utf-16")
+    return as_utf8(file, encoding, str(path))
 
 
 def _read_jsonl(file: BinaryIO, name: str) -> Iterator[Item]:
@@ -134,24 +207,29 @@ def _object(line: bytes) -> dict[str, Any]:
     try:
         value = parse(line)
     except NotJSON as error:
-        raise Rejected(str(error)) from None
+        wrong = setting(line)
+        raise Rejected(f"{error} ({wrong})" if wrong else str(error)) from None
     if not isinstance(value, dict):
         raise Rejected(f"expected an object, but this is {json_kind(value)}")
     return value
 
 
-def _read_json(file: BinaryIO, name: str) -> Iterator[Item]:
-    start = file.tell()
+def _read_json(file: BinaryIO, name: str, part: str | None = None) -> Iterator[Item]:
     data = file.read()
     try:
         values = parse(data)
     except NotJSON as error:
         if error.more and data.lstrip().startswith(b"{"):  # JSON lines under the wrong name
-            file.seek(start)
-            yield from _read_jsonl(file, name)
+            yield from _read_jsonl(io.BytesIO(data), name)
             return
         where = f"{name}:{error.line}" if error.line else name
-        raise InputError(f"{where}: {error}", fix="fix it there, or save it as UTF-8 JSON") from None
+        raise InputError(f"{where}: {error}", fix=setting(data) or "fix it there") from None
+    if isinstance(values, dict):
+        key = _list_inside(values, name, part)
+        yield Note(f"{name}: the rows under {key!r}" + _beside_it(values, key))
+        values = values[key]
+    elif part is not None:
+        raise InputError(f"{name}: is one list, so it has no {part!r} in it", fix="name it without that")
     if not isinstance(values, list):
         fix = "write [ {…}, {…} ], or one object per line in a .jsonl file"
         raise InputError(f"{name}: expected an array of objects, but this is {json_kind(values)}", fix=fix)
@@ -163,78 +241,24 @@ def _read_json(file: BinaryIO, name: str) -> Iterator[Item]:
             yield Problem(origin, f"expected an object, but this is {json_kind(value)}")
 
 
-def _read_csv(file: BinaryIO, name: str) -> Iterator[Item]:
-    # A byte that isn't UTF-8 becomes a lone surrogate, which is refused later, in its row, if its column is used.
-    text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-    limit, number = csv.field_size_limit(MAX_LINE), 0
-    try:
-        reader = csv.DictReader(text, strict=True)
-        if not reader.fieldnames:
-            return
-        if len(set(reader.fieldnames)) < len(reader.fieldnames):
-            raise InputError(f"{name}: two columns have the same name", fix="rename one in the first line")
-        for number, value in enumerate(reader, 1):
-            origin = f"{name}:{number}"
-            if None in value or None in value.values():
-                yield Problem(origin, f"the row doesn't have {len(reader.fieldnames)} fields as the first line has")
-            else:
-                yield Row(dict(value), origin)
-    except csv.Error as error:
-        fix = "fix the quotes there: a quote inside a quoted field is written twice"
-        raise InputError(f"{name}:{number + 1}: not CSV: {error}", fix=fix) from None
-    finally:
-        csv.field_size_limit(limit)
-        text.detach()
+def _list_inside(value: dict[str, Any], name: str, part: str | None) -> str:
+    """The key of a file's rows: the only list of objects in it, or the one that is asked for, or train."""
+    lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
+    lists = [key for key in lists if key not in OF_A_ROW]
+    if part is None and (len(lists) == 1 or "train" in lists):
+        return lists[0] if len(lists) == 1 else "train"
+    if part in lists:
+        return str(part)
+    if part is None and not lists:
+        fix = "write [ {…}, {…} ], or one object per line in a .jsonl file"
+        raise InputError(f"{name}: expected an array of objects, but this is an object without one inside", fix=fix)
+    what = f"{name}: has several lists of rows" if part is None else f"{name}: has no list of rows {part!r}"
+    raise InputError(what, fix=f"name one: {' or '.join(f'{name}:{key}' for key in lists[:5]) or 'there are none'}")
 
 
-def _read_parquet(file: BinaryIO, name: str) -> Iterator[Item]:
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise InputError(f"{name}: reading Parquet needs pyarrow", fix="pip install 'deltaw[parquet]'") from None
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches():
-            for value in batch.to_pylist():
-                number += 1
-                yield Row(_columns(value, batch.schema), f"{name}:{number}")
-    except arrow.ArrowException as error:
-        raise InputError(f"{name}: not a Parquet file: {str(error).splitlines()[0]}") from None
-
-
-def _columns(value: Mapping[str, Any], schema: Any) -> dict[str, Any]:
-    """An Arrow table's row; a column that is null stays, as in any table. `schema`: its types, None if unknown."""
-    return {name: _without_filling(item, _type_of(schema, name)) for name, item in value.items()}
-
-
-def _without_filling(value: Any, kind: Any) -> Any:
-    """A value without the nulls that fill up its objects. Maps come as pairs, JSON may as text: neither is filled."""
-    if getattr(kind, "extension_name", "") == "arrow.json":
-        return _from_json(value)
-    if isinstance(value, dict):
-        filled = {name: item for name, item in value.items() if item is not None}
-        return {name: _without_filling(item, _type_of(kind, name)) for name, item in filled.items()}
-    if isinstance(value, list):
-        if hasattr(kind, "item_type"):
-            return {key: _without_filling(item, kind.item_type) for key, item in value}
-        return [_without_filling(item, getattr(kind, "value_type", None)) for item in value]
-    return value
-
-
-def _type_of(kind: Any, name: str) -> Any:
-    """The type of a field of a schema or an object; None where it isn't known."""
-    index = kind.get_field_index(name) if hasattr(kind, "get_field_index") else -1
-    return kind.field(index).type if index >= 0 else None
-
-
-def _from_json(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value  # a hub set's are read already
-    try:
-        return parse(value)
-    except NotJSON:
-        return value
+def _beside_it(value: dict[str, Any], key: str) -> str:
+    rest = [f"{name!r}" for name in value if name != key]
+    return f"; not {', '.join(rest[:5])}{' …' if len(rest) > 5 else ''}" if rest else ""
 
 
 def _read_text(file: BinaryIO, name: str) -> Iterator[Item]:
@@ -248,43 +272,52 @@ def _document(data: bytes, origin: str) -> Item:
     try:
         return Row({"text": data.decode("utf-8").replace("\r\n", "\n").strip("\n")}, origin)
     except UnicodeDecodeError as error:
-        return Problem(origin, f"not UTF-8: byte {data[error.start]:#04x}")
+        line = data.count(b"\n", 0, error.start)
+        where = f"{origin.rpartition(':')[0]}:{line + 1}"
+        return Problem(where, f"not UTF-8: byte {data[error.start]:#04x} ({setting(data)})")
 
 
 READERS: dict[str, Callable[[BinaryIO, str], Iterator[Item]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".feather": read_arrow,
     ".txt": _read_text,
     ".md": _read_text,
 }
+BINARY = (".parquet", ".arrow", ".feather")
 
 
-def _read_hub(name: str, split: str) -> Iterator[Item]:
-    try:
-        import datasets
-    except ImportError:
-        what = f"{name}: no such file or folder, and reading it from the hub needs the datasets package"
-        raise InputError(what, fix="name a file that exists, or pip install 'deltaw[hub-data]'") from None
-    try:
-        table = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library raises a dozen kinds, all of them about the name or the network
-        raise InputError(f"{name}:{split}: {str(error).strip().splitlines()[0]}") from None
-    schema = getattr(getattr(table, "features", None), "arrow_schema", None)
-    for number, value in enumerate(table, 1):
-        yield Row(_columns(value, schema), f"{name}:{split}:{number}")
+def _kind(path: Path) -> str:
+    """The suffix that says how a file is read: of a packed one, the one in front."""
+    path = path.with_suffix("") if path.suffix.lower() in PACKED else path
+    return path.suffix.lower()
 
 
 def _is_data_file(path: Path) -> bool:
-    return path.suffix.lower() in READERS or path.suffix.lower() in COMPRESSED
+    return _kind(path) in READERS or path.suffix.lower() in (*PACKED, *ARCHIVES)
 
 
-def _near_miss(path: Path) -> str:
+def _near(path: Path) -> str | None:
+    """A name beside `path` that was probably meant."""
     names = [entry.name for entry in islice(path.parent.iterdir(), 10_000)] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
-    if near:
-        return f"did you mean {path.parent / near[0]}?"
+    return f"did you mean {path.parent / near[0]}?" if near else None
+
+
+def _beside(pattern: str) -> str:
+    """What is in the folder of a pattern."""
+    folder = _fixed(pattern)
+    if not folder.is_dir():
+        return _near(folder) or f"there is no folder {folder}"
+    names = sorted(entry.name for entry in islice(folder.iterdir(), 10_000) if not entry.name.startswith("."))
+    return f"in {folder}: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}" if names else f"{folder} is empty"
+
+
+def _known() -> str:
     builtins = ", ".join(f"builtin:{name}" for name in BUILTINS)
     return f"name a file ({' '.join(READERS)}), a folder of such files, {builtins}, or a hub id org/name"

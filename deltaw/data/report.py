@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from deltaw.data.document import Chat
 from deltaw.data.example import Example
 from deltaw.data.forms import Form
 from deltaw.data.render import Renderer
@@ -36,10 +37,22 @@ class Reading:
     tokens_read: int = 0
     longest_dropped: int = 0
     too_long: list[str] = field(default_factory=list)
+    weight: float = 1.0
+    notes: list[str] = field(default_factory=list)
+    train: list[Example] = field(default_factory=list)  # each as often as an epoch sees it
+    held_out: list[Example] = field(default_factory=list)
 
     @property
     def by_piece(self) -> bool:
         return self.splits and len(self.rows) == 1
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether its rows go through the chat template; of no rows to train on it isn't asked."""
+        first = next(iter(self.train), None)
+        origin = first.origin if first else None
+        row = next((row for row in self.rows if row.origin == origin), None)
+        return row is not None and isinstance(self.form.normalise(row), Chat)
 
     @property
     def count(self) -> int:
@@ -54,6 +67,23 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A source's part in an epoch: of its `train_rows` rows to train on so many `visits`, a `share` of the tokens that
+    are trained."""
+
+    name: str
+    form: str
+    weight: float
+    rows_read: int
+    train_rows: int
+    eval_rows: int
+    visits: int
+    tokens: int
+    supervised_tokens: int
+    share: float
+
+
+@dataclass(frozen=True)
 class DataReport:
     """What became of each row, in plain values: `dataclasses.asdict` is JSON. `share` is supervised over all tokens.
 
@@ -61,6 +91,7 @@ class DataReport:
     they say something. `named_…`: rows in whose text names of control tokens stand, how many, and the first such row.
     `split_rows` texts are in `pieces` pieces. `tokens_read`: of all rows that were looked at; `kept`: the share of them
     that is in the rows to train on and held out, what a piece shows again not counted. `notes` are no warnings.
+    `tokens` and `supervised_tokens` are those of an epoch, in which weights count; rows count once.
     """
 
     source: str
@@ -93,23 +124,32 @@ class DataReport:
     named_origin: str
     glued_rows: int
     notes: list[str]
+    sources: list[Share]
     warnings: list[str]
 
 
 def report_of(
-    sources: list[Reading], train: list[Example], held_out: list[Example], renderer: Renderer, chat: bool
+    of_train: list[Reading],
+    of_eval: list[Reading],
+    epoch: list[Example],
+    held_out: list[Example],
+    renderer: Renderer,
+    chat: bool,
 ) -> DataReport:
+    """`of_eval`: the sources of the held-out rows, which may be those of the rows to train on."""
+    sources = of_train if of_eval is of_train else [*of_train, *of_eval]
+    train = list(dict.fromkeys(epoch))  # an example that is seen twice is one object
     keys = Counter(_key(example) for example in train)
-    tokens = sum(len(example.tokens) for example in train)
-    supervised = sum(int(example.loss_mask.sum()) for example in train)
+    tokens = sum(len(example.tokens) for example in epoch)
+    supervised = sum(int(example.loss_mask.sum()) for example in epoch)
     examples = [*train, *held_out]
     named = [example for example in examples if example.names]
     kept = sum(len(example.tokens) - example.context for example in examples)
     tokens_read = sum(source.tokens_read for source in sources)
     longest = max(examples, key=lambda example: len(example.tokens))
     report = DataReport(
-        source=sources[0].name,
-        form=sources[0].form.description,
+        source=names(of_train),
+        form="; ".join(dict.fromkeys(source.form.description for source in of_train)),
         rows_read=sum(source.count for source in sources),
         train_rows=len(train),
         eval_rows=len(held_out),
@@ -138,6 +178,7 @@ def report_of(
         named_origin=named[0].origin if named else "",
         glued_rows=sum(example.glued for example in examples),
         notes=_notes(sources, len(held_out)),
+        sources=[_share(source, supervised) for source in sources],
         warnings=[*renderer.end_of_turn_problems(train), *(renderer.header_problems() if chat else ())],
     )
     report.warnings.extend(_warnings(report, max(source.longest_dropped for source in sources)))
@@ -146,6 +187,27 @@ def report_of(
     if named:
         report.warnings.append(_named(report, sorted({name for example in named for name in example.names}), chat))
     return report
+
+
+def names(sources: Sequence[Reading]) -> str:
+    """The sources in a line."""
+    return " + ".join(source.name for source in sources)
+
+
+def _share(source: Reading, supervised: int) -> Share:
+    trained = sum(int(example.loss_mask.sum()) for example in source.train)
+    return Share(
+        source.name,
+        source.form.description,
+        source.weight,
+        source.count,
+        len(dict.fromkeys(source.train)),
+        len(source.held_out),
+        len(source.train),
+        sum(len(example.tokens) for example in source.train),
+        trained,
+        trained / supervised,
+    )
 
 
 def _shares(names: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -160,7 +222,8 @@ def _key(example: Example) -> bytes:
 
 
 def _notes(sources: Sequence[Reading], held_out: int) -> list[str]:
-    notes = [note for note in dict.fromkeys(source.form.note for source in sources) if note]
+    notes = [note for source in sources for note in source.notes]
+    notes += [note for note in dict.fromkeys(source.form.note for source in sources) if note]
     split_rows, pieces = sum(source.split_rows for source in sources), sum(source.pieces for source in sources)
     if split_rows:
         texts = counted(split_rows, "text was", "texts were")

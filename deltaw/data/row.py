@@ -13,6 +13,8 @@ from typing import Any
 
 from deltaw.show.text import one_line
 
+MAX_LINE = 32 * 2**20  # bytes of a line or a field; a longer one is a fault of the file, not a document
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -42,3 +44,13 @@ def says_something(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(item is not None for item in value)
     return value is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What was decided about a source as a whole, which the preview shows."""
+
+    text: str
+
+
+Item = Row | Problem | Note  # what reading gives

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from deltaw.base.limits import Limits
 from deltaw.config import DataConfig
+from deltaw.config.sources import SourceValue
 from deltaw.data.dataset import prepare, prepare_held_out
 from deltaw.data.example import Example
 from deltaw.data.forms import Reads
@@ -19,7 +20,7 @@ from deltaw.show.progress import Display
 
 
 def rows_of(
-    name: str | Named, data: str | None, *, base: str | None, rows: int | None = None, display: Display
+    name: str | Named, data: SourceValue | None, *, base: str | None, rows: int | None = None, display: Display
 ) -> tuple[Model, Sequence[Example]]:
     """A model and the rows to measure it on: all of the run's own held-out ones, or `rows` of a file. Raises
     InputError."""
@@ -60,7 +61,7 @@ def _own_data(named: Named) -> DataConfig:
     return named.config.data
 
 
-def _of_file(named: Named, data: str, rows: int | None) -> DataConfig:
+def _of_file(named: Named, data: SourceValue, rows: int | None) -> DataConfig:
     """A data section for a file, with the run's rules of rendering."""
     if named.config is None:
         return DataConfig(train=data, limit=rows)

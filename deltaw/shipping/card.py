@@ -26,6 +26,7 @@ from deltaw.analysis.checks import check_run
 from deltaw.analysis.training import Training, read_training
 from deltaw.base.source import BUILTINS, HUB_ID
 from deltaw.config import RunConfig
+from deltaw.config.sources import public, sources_of
 from deltaw.errors import RunError
 from deltaw.files.atomic import write_text_atomic
 from deltaw.files.paths import public_name
@@ -135,7 +136,7 @@ def _data(training: Training) -> Iterator[str]:
     result, data = training.result, training.config.data
     rows = f", {counted(result['train_rows'], 'row')}" if result.get("train_rows") else ""
     tokens = f", {counted(result['epoch_tokens'], 'token')}" if result.get("epoch_tokens") else ""
-    yield f"data: {public_name(data.train)}{rows}{tokens}"
+    yield f"data: {public(data.train)}{rows}{tokens}"
     if form := result.get("form"):
         yield f"form: {form}"
 
@@ -224,8 +225,8 @@ def _without_paths(page: str, config: RunConfig | None) -> str:
         return page
     names = (
         config.base,
-        config.data.train,
-        config.data.eval,
+        *(source.path for source in sources_of(config.data.train)),
+        *(source.path for source in sources_of(config.data.eval_sources or ())),
         config.data.template,
         config.evaluate.general,
         config.output,

@@ -123,7 +123,7 @@ class Captured:
     def loss_of(self, batch: Batch) -> Tensor:
         """Forward and backward: the work of a pass."""
         loss, _ = self.forward.loss(batch)
-        (loss / self._supervised).backward()
+        (loss if self.learner.undivided else loss / self._supervised).backward()
         return loss.detach()
 
     @contextmanager
@@ -149,6 +149,8 @@ class Captured:
         release(device)
 
     def _clipped(self) -> Tensor:
+        if self.learner.undivided:
+            torch._foreach_div_(self.gradients, self._supervised)
         return nn.utils.clip_grad_norm_(self._parameters, self.learner.config.clip)
 
     def _stepped(self) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 
 from deltaw.base.fingerprint import same_base
 from deltaw.config import RunConfig, load_config, parse_config
+from deltaw.config.own_rows import at_home
+from deltaw.config.sources import ROWS
 from deltaw.errors import InputError, listed
 from deltaw.run import Run
 from deltaw.show.progress import Display
@@ -35,6 +37,7 @@ def settled(
     written = load_config(run.config)
     # The checkpoint knows what it was made with, whatever was written into config.yaml since.
     began = parse_config(saved.state.config, source="the checkpoint", begun=True) if saved else written
+    began = at_home(began, run.folder)
     began, config = (_as_begun(one, saved) for one in (began, load_config(run.config, overrides)))
     for line in check_changes(began, config, allow=allow, run=str(run.folder), finished=finished):
         display.say(f"changed: {line}")
@@ -117,9 +120,15 @@ def check_length(total: int, taken: int, *, run: str) -> None:
 
 
 def _is_fixed(name: str, old: Any, new: Any) -> bool:
-    if name in NAMES and isinstance(old, str) and isinstance(new, str):
-        return False
+    if name in NAMES and isinstance(old, str | list) and isinstance(new, str | list):
+        return _weights(old) != _weights(new)
     return any(name == fixed or name.startswith(fixed + ".") for fixed in FIXED)
+
+
+def _weights(sources: str | list[Any]) -> list[float]:
+    """Of each source that is named."""
+    named = [sources] if isinstance(sources, str) else sources
+    return [float(one.get("weight", 1)) if isinstance(one, dict) else 1.0 for one in named]
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -130,4 +139,6 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(one, str | dict) for one in value):
+        value = " + ".join(str(one.get("path", ROWS)) if isinstance(one, dict) else one for one in value)
     return "none" if value is None else f"{value:.60}" if isinstance(value, str) else f"{value!s:.60}"

@@ -19,13 +19,13 @@ from dataclasses import replace
 
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.history import History
+from deltaw.config.sources import public
 from deltaw.data.example import Example
 from deltaw.data.render import TEMPLATE
 from deltaw.errors import InputError, RunError, command
 from deltaw.evaluate.forgetting import Forgetting
 from deltaw.evaluate.held_out import Evaluation
 from deltaw.files.atomic import write_text_atomic
-from deltaw.files.paths import public_name
 from deltaw.model import PLAIN
 from deltaw.run import Run
 from deltaw.show.progress import Display
@@ -106,7 +106,7 @@ def save_adapter(opened: Opened, learner: Learner, run: Run, display: Display) -
 
 def history(opened: Opened, state: TrainState) -> History:
     """How the run's adapter came about."""
-    known = {"steps": state.step, "tokens": state.tokens, "data": public_name(opened.config.data.train)}
+    known = {"steps": state.step, "tokens": state.tokens, "data": public(opened.config.data.train)}
     return opened.lineage.model_copy(update=known)
 
 

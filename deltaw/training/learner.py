@@ -65,6 +65,17 @@ class Learner:
             torch.manual_seed(int.from_bytes(hashlib.sha256(words).digest()[:8], "big"))
             yield
 
+    @property
+    def undivided(self) -> bool:
+        """Whether the sum of the losses goes backward, and not their mean (step.py)."""
+        return self.config.dtype == "float16"
+
+    def divide(self, count: int) -> None:
+        """Make the gradient of a sum over `count` tokens that of their mean."""
+        for parameter in self.attached.parameters:
+            if parameter.grad is not None:
+                parameter.grad /= count
+
     def clip(self) -> float:
         """Scale the gradient down to a norm of at most `clip`; returns its norm before."""
         return float(nn.utils.clip_grad_norm_(self.attached.parameters, self.config.clip))

@@ -35,6 +35,7 @@ from deltaw.adapter.history import History
 from deltaw.adapter.init import fresh_factors
 from deltaw.adapter.targets import explicit_targets, find_targets, targets_of
 from deltaw.config import AdapterSpec, RunConfig
+from deltaw.config.sources import public
 from deltaw.errors import DeltawError, InputError, command, listed
 from deltaw.files.paths import public_name
 from deltaw.model import PLAIN
@@ -145,7 +146,7 @@ def _told_by(run: Run, config: RunConfig) -> History:
     except InputError:
         result = {}
     counts: dict[str, Any] = {name: result[name] for name in ("steps", "tokens") if type(result.get(name)) is int}
-    return History(data=public_name(config.data.train), **counts)
+    return History(data=public(config.data.train), **counts)
 
 
 def _check_apart(start: Path, output: Path) -> None:

@@ -1,7 +1,10 @@
 """One optimiser step of a run's learners, from batches to records.
 
 A learner's loss is the sum over its documents of the step, divided once by its own supervised tokens: so gradient
-accumulation is exact to the token, and other learners' documents in a batch change nothing. A step is applied only if
+accumulation is exact to the token, and other learners' documents in a batch change nothing. In float16 it is the
+gradient that is divided, not the loss: below 2⁻²⁴ that type has nothing, and on the demo's rows (SmolLM2-135M) the
+gradient of a mean over 3,770 tokens was off by 4.4 %, over 37,700 by 28 %, and that of the sum by 0.2 % (bfloat16's by
+1.8 %, whichever is divided: it has float32's range, and so the loss is divided as ever). A step is applied only if
 its loss and its gradient are finite (watch.py). It depends on the state before it and on nothing else, so
 stopping anywhere and resuming gives the same bits (on a CPU).
 
@@ -62,6 +65,8 @@ def step(
             if share.unfit:
                 raise share.unfit
             # 3. Clip.
+            if learner.undivided and ran is None:
+                learner.divide(share.supervised)
             norm = learner.clip() if ran is None else ran.norm
             if not math.isfinite(norm):
                 raise Unfit("the gradient is NaN or infinite", share.rows, not_finite=True)
@@ -133,7 +138,9 @@ class _Share:
     def mean(self, loss: Tensor, number: int) -> Tensor | None:
         """What a batch's loss adds to the step's; None where it adds nothing to learn from."""
         self._add(float(loss.detach()), number)
-        return loss / self.supervised if self.batches[number].supervised and not self.unfit else None
+        if not self.batches[number].supervised or self.unfit:
+            return None
+        return loss if self.learner.undivided else loss / self.supervised
 
     def add(self, losses: Sequence[float]) -> None:
         """The losses of all batches, up to one that isn't a number."""

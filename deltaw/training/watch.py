@@ -90,9 +90,10 @@ def note_skip(unfit: Unfit, state: TrainState, config: TrainConfig) -> None:
     """A step is skipped. Raises TooManySkips, before anything is counted, where that would be one too many."""
     step = f"step {state.step + 1}: {unfit}"
     if unfit.not_finite and state.not_finite >= config.skip_nonfinite:
-        raise TooManySkips(
-            step, fix="look at these rows, or lower train.lr; train.skip_nonfinite: 3 would skip three such steps"
-        )
+        fix = "look at these rows, or lower train.lr; train.skip_nonfinite: 3 would skip three such steps"
+        if config.dtype == "float16":
+            fix = "float16 ends at 65,504: start again with train.dtype: bfloat16 or float32; or look at these rows"
+        raise TooManySkips(step, fix=fix)
     if not unfit.not_finite and state.in_a_row >= IN_A_ROW:
         raise TooManySkips(
             step, fix=f"{IN_A_ROW} steps in a row were skipped before it: look at the data, or at train.lr"

@@ -71,6 +71,16 @@ def test_nonfinite_weights_are_refused_by_name(folder: Path, value: float, dtype
         open_base(str(folder), dtype=dtype)
 
 
+def test_weights_that_float16_cannot_hold_are_refused_with_another_type(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e6
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight") as caught:
+        open_base(str(folder), dtype="float16")
+    assert "float32" in str(caught.value.fix)
+    assert open_base(str(folder), dtype="bfloat16").dtype == torch.bfloat16
+
+
 def test_missing_extra_and_misshapen_weights_are_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     whole = load_file(path)

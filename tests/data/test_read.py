@@ -178,7 +178,9 @@ def test_sources_that_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match=r"did you mean .*train\.jsonl"):
         read_rows(str(tmp_path / "trian.jsonl"))
     for source, reason in [
-        (write(tmp_path, b"", "t.jsonl.gz"), "compressed"),
+        (write(tmp_path, b"", "t.jsonl.gz"), "empty"),
+        (write(tmp_path, b"", "t.zip"), "archives"),
+        (write(tmp_path, b"", "t.gz"), "what is in it"),
         (write(tmp_path, b"", "t.pdf"), "unknown kind"),
         ("data/missing.jsonl", "no such file"),
         ("squad", "no such file"),

@@ -7,7 +7,7 @@ from rich.cells import cell_len
 
 from deltaw.show.chart import bar, columns
 from deltaw.show.table import table
-from deltaw.show.text import clock, framed, gib, one_line, percent
+from deltaw.show.text import clock, figure_name, framed, gib, one_line, percent, rounded
 
 CELLS = st.text(st.characters(exclude_categories=["C", "Z", "M"]), min_size=1, max_size=12)
 
@@ -88,3 +88,13 @@ def test_shares() -> None:
 def test_the_ends_of_a_short_axis_stay_apart() -> None:
     axis = columns([1, 2, 3], rows=1, top="1", bottom="0", first="step 1", last="step 3").splitlines()[-1]
     assert axis.split() == ["step", "1", "step", "3"]
+
+
+@given(st.floats(-1e9, 1e9))
+def test_a_rounded_figure_is_short_and_near(figure: float) -> None:
+    text = rounded(figure)
+    assert len(text) <= 11 and float(text.replace(",", "")) == pytest.approx(figure, rel=1e-2, abs=1e-4)
+
+
+def test_a_figures_name_is_words() -> None:
+    assert figure_name("exact_match") == "exact match" and figure_name("judge.py:as_long") == "as long"

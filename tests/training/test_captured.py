@@ -27,6 +27,7 @@ from tests.tape import Recorder, attention_by_offsets
 from tests.training.test_step import batch, documents
 
 CONFIG = TrainConfig(lr=1e-2, warmup_steps=0, schedule="constant", tokens_per_batch=64, skip_nonfinite=1)
+HALF = {"dtype": "float16"}  # in which the gradient is divided, not the loss
 STEPS = [[(9, 4, 12, 7), (5, 8, 6)], [(20, 11)], [(7, 9, 3, 13), (6, 8)], [(15, 16)], [(5, 4, 19), (9,)]]
 
 
@@ -50,7 +51,8 @@ def run(
     `said`: the lines, where there may be some."""
     forward = plan_forward(tiny("llama", torch.float64))
     assert forward.packed
-    one, lines = learner(forward, **changes), list[str]()
+    config = CONFIG.model_copy(update={"dtype": changes.pop("dtype", CONFIG.dtype)})
+    one, lines = learner(forward, config, **changes), list[str]()
     captured = Captured(forward, one, longest=24, say=lines.append, record=recorder)
     if isinstance(recorder, Recorder):
         moments = one.optimizer.state
@@ -73,7 +75,9 @@ def run(
     return records, [parameter.detach().clone() for parameter in one.attached.parameters]
 
 
-@pytest.mark.parametrize("changes", [{}, {"dropout": 0.3}, {"magnitude": True}], ids=["plain", "dropout", "dora"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"dropout": 0.3}, {"magnitude": True}, HALF], ids=["plain", "dropout", "dora", "undivided"]
+)
 def test_replayed_steps_are_the_steps_to_the_bit(changes: dict[str, Any]) -> None:
     recorder = Recorder()
     records, factors = run(recorder, **changes)

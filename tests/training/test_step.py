@@ -15,9 +15,11 @@ from deltaw.config import AdapterSpec, TrainConfig
 from deltaw.data.example import Example
 from deltaw.data.loader import LoaderState
 from deltaw.data.pack import pack
+from deltaw.errors import InputError
 from deltaw.training.checkpoint import TrainState
 from deltaw.training.learner import Learner
 from deltaw.training.step import step
+from deltaw.training.watch import TooManySkips, Unfit, note_skip
 from tests.architectures import tiny
 
 SPECS = (AdapterSpec(rank=2, alpha=6.0), AdapterSpec(rank=5, alpha=5.0))
@@ -152,3 +154,40 @@ def test_what_is_random_depends_on_the_seed_the_step_and_the_batch_alone(forward
         assert len({first, *others}) == 4
     else:
         assert others == pytest.approx([first] * 3, rel=1e-6)
+
+
+# float16
+
+
+def gradient(dtype: str, tiny_head: float) -> torch.Tensor:
+    """Of one step, on a model whose last matrix is so small that a mean's gradient has no place in float16."""
+    model = tiny("llama", torch.float32)
+    with torch.no_grad():
+        model.get_submodule("model.norm").weight.mul_(tiny_head)
+    model = model.to(getattr(torch, dtype))
+    made = learner(model, 0)
+    made.config = CONFIG.model_copy(update={"dtype": dtype})
+    batches = [batch(documents(lengths, seed)) for seed, lengths in enumerate(LENGTHS)]
+    (record,) = step(plan_forward(model), [made], batches, END)
+    assert record["grad_norm"] > 0 and "skipped" not in record
+    return torch.cat([part.flatten() for part in made.gradient])
+
+
+@pytest.mark.parametrize("tiny_head", [1.0, 1e-3])
+def test_float16_loses_no_small_gradient(tiny_head: float) -> None:
+    truth = gradient("float32", tiny_head)
+    errors = {
+        name: float((gradient(name, tiny_head) - truth).norm() / truth.norm()) for name in ("float16", "bfloat16")
+    }
+    assert errors["float16"] < errors["bfloat16"] < 0.1
+
+
+def test_what_float16_cannot_hold_is_refused_with_its_reason() -> None:
+    model = tiny("llama", torch.float32)
+    with torch.no_grad():
+        model.get_submodule("model.norm").weight.mul_(1e6)
+    with pytest.raises(InputError) as attached:
+        attach(model.to(torch.float16), SPECS[0])
+    with pytest.raises(TooManySkips) as skipped:  # or on the way
+        note_skip(Unfit("NaN", [], not_finite=True), TrainState(), CONFIG.model_copy(update={"dtype": "float16"}))
+    assert all("float32" in str(caught.value.fix) for caught in (attached, skipped))

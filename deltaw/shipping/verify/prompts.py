@@ -13,14 +13,16 @@ read it as the token.
 from collections.abc import Sequence
 
 from deltaw.config import DataConfig, RunConfig
+from deltaw.config.sources import SourceValue, label
 from deltaw.data.dataset import prepare_held_out
 from deltaw.data.document import Chat, Completion, Document
 from deltaw.data.example import Example
-from deltaw.data.forms import form_of
+from deltaw.data.forms import Form, form_of
 from deltaw.data.read import read_rows
 from deltaw.data.render import Renderer
-from deltaw.data.text_files import documents
-from deltaw.errors import InputError, Rejected, listed
+from deltaw.data.row import Row
+from deltaw.data.sources import read_sources
+from deltaw.errors import InputError, Rejected
 from deltaw.evaluate.held_out import spread
 from deltaw.shipping.verify.sides.side import Prompt
 from deltaw.show.progress import Display
@@ -37,7 +39,7 @@ def held_out_prompts(config: RunConfig, renderer: Renderer, count: int, display:
         raise InputError("this run held no rows out, so there is nothing to ask", fix="name a file with --data")
     with display.task("reading held-out rows", 1) as progress:
         rows = [row for row in prepare_held_out(data, renderer) if not row.names]
-        source = data.eval if isinstance(data.eval, str) else data.train
+        source = data.train if data.eval_sources is None else data.eval_sources
         if any(
             row.context or row.goes_on for row in rows
         ):  # pieces of texts: the rest of a text may have been trained on
@@ -46,7 +48,7 @@ def held_out_prompts(config: RunConfig, renderer: Renderer, count: int, display:
             templated = renderer.template is not None
             prompts = prompts_of(source, data, templated=templated, only={row.origin for row in rows})
         progress(1)
-    return _chosen(prompts, count, source)
+    return _chosen(prompts, count, label(source))
 
 
 def file_prompts(source: str, count: int, renderers: Sequence[Renderer], display: Display) -> list[Prompt]:
@@ -72,15 +74,18 @@ def general_prompts(count: int, *, chats: bool) -> list[Prompt]:
     return prompts
 
 
-def prompts_of(source: str, data: DataConfig, *, templated: bool, only: set[str] | None = None) -> list[Prompt]:
-    """The prompts of the rows of `source` (only those whose origin is in `only`, if given); empty ones are left out."""
-    rows, problems = read_rows(source)
-    if not rows:
-        unreadable = f" that can be read:\n{listed([str(problem) for problem in problems])}" if problems else ""
-        raise InputError(f"{source} has no rows{unreadable}", fix="name another file with --data")
-    if data.split_text:
-        rows = documents(rows, data.split_text)
-    form = form_of(rows, data, templated=templated)
+def prompts_of(
+    sources: SourceValue, data: DataConfig, *, templated: bool, only: set[str] | None = None
+) -> list[Prompt]:
+    """The prompts of the sources' rows (only those whose origin is in `only`, if given); empty ones are left out."""
+    prompts: list[Prompt] = []
+    for _, _, rows, _, _ in read_sources(sources, data):
+        form = form_of(rows, data, templated=templated)
+        prompts += _prompts(rows, form, only)
+    return prompts
+
+
+def _prompts(rows: Sequence[Row], form: Form, only: set[str] | None) -> list[Prompt]:
     prompts = []
     for row in rows:
         if only is not None and row.origin not in only:
