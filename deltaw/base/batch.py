@@ -44,7 +44,7 @@ class Batch:
 
     `supervised`: how many labels count; sums over batches divide by the sum of these, once. By document: `origins`, the
     row it was; `updates`, which of a layer's updates it takes (empty: all the first); `weights`, what it counts in the
-    loss (empty: all 1).
+    loss (empty: all 1). `rows_K`: the rows that the head is asked for, where it isn't to look for labels (filled.py).
     """
 
     tokens_T: Tensor
@@ -55,6 +55,7 @@ class Batch:
     origins: tuple[str, ...] = ()
     updates: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
+    rows_K: Tensor | None = None
 
     @staticmethod
     def of(
@@ -84,7 +85,7 @@ class Batch:
 
     def segments(self) -> Segments | None:
         """The rows of each update; None where all take the first."""
-        return segments_of(self.updates, self.starts)
+        return segments_of(self.updates, self.starts) if self.updates else None
 
     def by_document(self, values_K: Tensor) -> Tensor:
         """[documents, ...]: what belongs to each label [K, ...], in the order of their rows, summed by document."""
@@ -116,12 +117,13 @@ class Batch:
 
     def relabelled(self, labels_T: Tensor) -> "Batch":
         """The batch with other labels, counted."""
-        return replace(self, labels_T=labels_T, supervised=_count(labels_T))
+        return replace(self, labels_T=labels_T, supervised=_count(labels_T), rows_K=None)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
         tensors = {name: getattr(self, name).to(device) for name in ("tokens_T", "labels_T", "positions_T")}
-        return replace(self, **tensors, documents=self.documents.to(device))
+        rows_K = None if self.rows_K is None else self.rows_K.to(device)
+        return replace(self, **tensors, documents=self.documents.to(device), rows_K=rows_K)
 
 
 def _count(labels_T: Tensor) -> int:

@@ -73,8 +73,8 @@ class Forward:
             return Logprobs(nothing, nothing.sum())
         hidden_TX = self.rows(batch)
         if self.head is not None:
-            return self.head.logprobs(hidden_TX, batch.labels_T)
-        return logprobs_of(hidden_TX, batch.labels_T)
+            return self.head.logprobs(hidden_TX, batch.labels_T, batch.rows_K)
+        return logprobs_of(hidden_TX, batch.labels_T, batch.rows_K)
 
     def logits(self, batch: Batch) -> Tensor:
         """[T, V] in float32: for tests and small inputs; training never forms it."""
@@ -96,12 +96,13 @@ class Forward:
 
     def rows(self, batch: Batch) -> Tensor:
         """A row per token: hidden [T, D] where the head is known, else logits [T, V]."""
-        tokens_T, starts = batch.tokens_T, batch.starts
+        tokens_T = batch.tokens_T
         if self.packed:
             self._check_attention()
             below = self.prefix.kept(batch) if self.prefix else None
             this = Pass(documents=batch.documents, segments=batch.segments(), below=below)
             return self._run(this, input_ids=tokens_T[None], position_ids=batch.positions_T[None]).squeeze(0)
+        starts = batch.starts
         if self.way == APART or len(starts) == 2:  # nothing is padded
             parts = batch.updates or (None,) * (len(starts) - 1)
             return torch.cat(

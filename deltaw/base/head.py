@@ -8,6 +8,7 @@ Letters: T tokens, D hidden, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,10 +28,10 @@ class Head:
     def bias_V(self) -> Tensor | None:
         return self.module.bias  # type: ignore[return-value]
 
-    def logprobs(self, hidden_TD: Tensor, labels_T: Tensor) -> Logprobs:
-        """What it says of the labels that aren't IGNORE."""
-        head = weight_of(self.module)
-        return linear_logprobs(hidden_TD, head, labels_T, bias_V=self.bias_V, scale=self.scale, softcap=self.softcap)
+    def logprobs(self, hidden_TD: Tensor, labels_T: Tensor, rows_K: Tensor | None = None) -> Logprobs:
+        """What it says of the labels that aren't IGNORE; `rows_K`: where to look for them."""
+        options: dict[str, Any] = {"bias_V": self.bias_V, "scale": self.scale, "softcap": self.softcap}
+        return linear_logprobs(hidden_TD, weight_of(self.module), labels_T, **options, rows_K=rows_K)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, V] in float32."""

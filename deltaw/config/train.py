@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 from deltaw.config.strict import MANY, Count, PositiveFloat, Seed, Strict
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+PLAIN_BATCH = 2048  # tokens: what a batch has where nothing speaks for another size
 
 Logger = Literal["tensorboard", "wandb"]
 
@@ -26,7 +27,9 @@ class TrainConfig(Strict):
     tokens_per_step: Count | None = Field(
         None, description="null: 4,096, and less where the data is small (training/length.py); a run's own file has it"
     )
-    tokens_per_batch: Count = Field(2048, description="tokens in one forward and backward; bounds the memory")
+    tokens_per_batch: Count | Literal["auto"] = Field(
+        "auto", description="tokens in one forward and backward; bounds the memory. auto: 2048, on a GPU what fits it"
+    )
     seed: Seed = 0
     dtype: Dtype = "auto"
     device: str = "auto"
@@ -44,6 +47,11 @@ class TrainConfig(Strict):
     skip_spikes: float | None = Field(
         None, gt=1, allow_inf_nan=False, description="skip steps whose loss is this many times the recent median"
     )
+
+    @property
+    def batch_tokens(self) -> int:
+        """`tokens_per_batch` as a number: a run has one when it begins (training/batch_size.py)."""
+        return PLAIN_BATCH if self.tokens_per_batch == "auto" else self.tokens_per_batch
 
     @property
     def step_tokens(self) -> int:

@@ -20,7 +20,7 @@ spins).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -33,6 +33,7 @@ from deltaw.data.pack import pack
 
 EPOCHS, DOCUMENTS = 1_000, 2_000_000  # whose steps are counted one by one
 Step = list[list[int]]  # batches of example numbers
+Item = tuple[list[Batch], "LoaderState"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,3 +127,22 @@ class Loader:
     def _count(self, epoch: int) -> int:
         """The steps of an epoch without their batches, and without keeping them."""
         return len(fill(_shuffled(len(self._lengths), self._seed, epoch), self._lengths, self._tokens_per_step))
+
+
+class Ahead:
+    """What an iterator gives, the next item fetched early where somebody has the time (`fetch`)."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._items = iter(items)
+        self._fetched: list[Item] = []
+
+    def fetch(self) -> list[Batch]:
+        """The batches of the next item, which is kept."""
+        if not self._fetched:
+            self._fetched.append(next(self._items))
+        return self._fetched[0][0]
+
+    def __iter__(self) -> Iterator[Item]:
+        while True:
+            self.fetch()
+            yield self._fetched.pop()

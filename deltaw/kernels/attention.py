@@ -34,7 +34,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +64,40 @@ class Group:
         """[D · heads, L, E] of a tensor gathered in one piece."""
         return self.rows(x, heads, heads, slice(0, self.length))
 
+    def part(self, x_P: Tensor) -> Tensor:
+        """Its [D, L] part of a tensor over all gathered places."""
+        return x_P[self.offset : self.offset + self.docs * self.length].view(self.docs, self.length)
+
+
+class _Grouping(NamedTuple):
+    """Groups of documents, and by gathered place: the token there, and whether it is real."""
+
+    groups: list[Group]
+    token_P: Tensor
+    real_P: Tensor
+
+    @staticmethod
+    def of(starts: list[int]) -> "_Grouping":
+        lengths = [end - start for start, end in pairwise(starts)]
+        groups: list[Group] = []
+        rows: list[Tensor] = []
+        real: list[Tensor] = []
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        offset = 0
+        while order:
+            longest = lengths[order[0]]
+            members = [i for i in order if lengths[i] * FILL >= longest]
+            order = order[len(members) :]
+            first_D = torch.tensor([starts[i] for i in members])
+            length_D = torch.tensor([lengths[i] for i in members])
+            step_L = torch.arange(longest)
+            real_DL = step_L < length_D[:, None]
+            rows.append(torch.where(real_DL, first_D[:, None] + step_L, first_D[:, None]).flatten())
+            real.append(real_DL.flatten())
+            groups.append(Group(len(members), longest, offset))
+            offset += len(members) * longest
+        return _Grouping(groups, torch.cat(rows), torch.cat(real))
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -78,6 +112,7 @@ class Documents:
     """Where each document lies and how they are grouped: built once per batch, used by every layer.
 
     `starts` are the documents' offsets with the total length as the last entry. Raises ValueError for an empty one.
+    How they are grouped is worked out when it is first asked for: a GPU's attention doesn't ask.
     """
 
     def __init__(self, starts: list[int], device: torch.device | str = "cpu") -> None:
@@ -86,25 +121,16 @@ class Documents:
             raise ValueError("documents must have at least one token each")
         self.starts, self.total, self.longest, self.device = starts, starts[-1], max(lengths), device
         self.starts_S = torch.tensor(starts, dtype=torch.int32, device=device)
-        self.groups: list[Group] = []
-        rows: list[Tensor] = []  # the token in each gathered place, group after group
-        real: list[Tensor] = []
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        offset = 0
-        while order:
-            longest = lengths[order[0]]
-            members = [i for i in order if lengths[i] * FILL >= longest]
-            order = order[len(members) :]
-            first_D = torch.tensor([starts[i] for i in members])
-            length_D = torch.tensor([lengths[i] for i in members])
-            step_L = torch.arange(longest)
-            real_DL = step_L < length_D[:, None]
-            rows.append(torch.where(real_DL, first_D[:, None] + step_L, first_D[:, None]).flatten())
-            real.append(real_DL.flatten())
-            self.groups.append(Group(len(members), longest, offset))
-            offset += len(members) * longest
-        self.token_P, self.real_P = torch.cat(rows).to(device), torch.cat(real).to(device)
+        self._grouping: _Grouping | None = None
         self._layouts: dict[tuple[int, bool], Layout] = {}
+
+    def among(self, starts_S: Tensor, longest: int) -> "Documents":
+        """These documents, for a pass in which attention reads the offsets from `starts_S` (empty ones may follow) and
+        is told of `longest` tokens at most."""
+        there = copy.copy(self)
+        there.starts_S, there.longest, there.device = starts_S, longest, starts_S.device
+        there._layouts = {}
+        return there
 
     def to(self, device: torch.device | str) -> "Documents":
         """The same on `device`: itself where it is there."""
@@ -112,10 +138,18 @@ class Documents:
             return self
         moved = copy.copy(self)
         moved.device, moved._layouts = device, {}
-        moved.starts_S, moved.token_P, moved.real_P = (
-            x.to(device, non_blocking=True) for x in (self.starts_S, self.token_P, self.real_P)
-        )
+        moved.starts_S = self.starts_S.to(device, non_blocking=True)
         return moved
+
+    @property
+    def groups(self) -> list[Group]:
+        """Documents of like length, the longest first."""
+        return self._grouped().groups
+
+    def _grouped(self) -> "_Grouping":
+        if self._grouping is None:
+            self._grouping = _Grouping.of(self.starts)
+        return self._grouping
 
     def layout(self, heads: int, *, in_chunks: bool = False) -> Layout:
         """Where the rows of [T, heads] go. `in_chunks`: the documents of a group advance together, chunk by chunk."""
@@ -123,8 +157,9 @@ class Documents:
         if key not in self._layouts:
             head = torch.arange(heads, device=self.device)
             gather, filler = [], []
+            token_P, real_P = (x.to(self.device, non_blocking=True) for x in self._grouped()[1:])
             for group in self.groups:
-                token_DL, real_DL = self._part(self.token_P, group), self._part(self.real_P, group)
+                token_DL, real_DL = group.part(token_P), group.part(real_P)
                 step = CHUNK if in_chunks else group.length
                 for token_DC, real_DC in zip(token_DL.split(step, 1), real_DL.split(step, 1), strict=True):
                     gather.append((token_DC[:, None] * heads + head[:, None]).flatten())
@@ -135,9 +170,25 @@ class Documents:
             self._layouts[key] = Layout(places, scatter, is_filler.nonzero().squeeze(1))
         return self._layouts[key]
 
-    def _part(self, x_P: Tensor, group: Group) -> Tensor:
-        """A group's [D, L] part of a tensor over all gathered places."""
-        return x_P[group.offset : group.offset + group.docs * group.length].view(group.docs, group.length)
+
+class OffsetsAlone(Documents):
+    """Documents of which only a tensor knows where they lie: those of a captured pass, which will be run on others.
+
+    Attention that reads the offsets from `starts_S` can do with them; whatever asks for more is refused, since it would
+    be captured with one batch's answer.
+    """
+
+    def __init__(self, starts_S: Tensor, total: int, longest: int) -> None:
+        self.starts_S, self.total, self.longest, self.device = starts_S, total, longest, starts_S.device
+        self._layouts = {}
+
+    @property
+    def starts(self) -> list[int]:  # type: ignore[override]
+        """Nobody on the host knows them."""
+        raise NotImplementedError("where a batch's documents lie is asked within a pass")
+
+    def _grouped(self) -> "_Grouping":
+        raise NotImplementedError("its attention arranges the documents of each batch in another way")
 
 
 def packed_attention(

@@ -17,6 +17,10 @@ place of n_k, which is of the same size, and reads the head a third time. Two ke
 everything else: the same products in the same order. Rounding n_k · ∂L/∂logp_k once, from float32: a wide copy of
 [K, D], against a number that is off by half a unit of the rows' own dtype.
 
+The labelled rows are found by asking the labels, which on a GPU means waiting for it, and how many there are decides
+the shapes of all that follows. A captured pass (training/captured.py) can do neither: it brings a fixed number of
+rows, `rows_K`, the labelled ones among them; the others have no log-probability (0) and get no gradient.
+
 Sums and counts are returned, never a mean: whoever knows all the batches of a step divides once, which is what makes
 gradient accumulation exact to the token.
 
@@ -59,9 +63,13 @@ def linear_logprobs(
     bias_V: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    rows_K: Tensor | None = None,
 ) -> Logprobs:
-    """The log-probabilities of the labels that aren't IGNORE. The head, a weight of [V, D], gets no gradient."""
-    return Logprobs(*_LinearLogprobs.apply(hidden_TD, head, bias_V, labels_T, scale, softcap))
+    """The log-probabilities of the labels that aren't IGNORE. The head, a weight of [V, D], gets no gradient.
+
+    `rows_K`: the rows to look at, each once, where they are known: the labelled ones and any others.
+    """
+    return Logprobs(*_LinearLogprobs.apply(hidden_TD, head, bias_V, labels_T, scale, softcap, rows_K))
 
 
 def linear_cross_entropy(
@@ -93,8 +101,13 @@ def linear_logprobs_plain(
     return logprobs_of(capped(scale * logits_TV.to(_wide(logits_TV)), softcap), labels_T)
 
 
-def logprobs_of(logits_TV: Tensor, labels_T: Tensor) -> Logprobs:
+def logprobs_of(logits_TV: Tensor, labels_T: Tensor, rows_K: Tensor | None = None) -> Logprobs:
     """The same of logits that are formed anyway."""
+    if rows_K is not None:
+        labels_K = labels_T[rows_K]
+        logp_KV = logits_TV[rows_K].to(_wide(logits_TV)).log_softmax(1)
+        logp_K = logp_KV.gather(1, labels_K.clamp_min(0)[:, None]).squeeze(1).masked_fill(labels_K == IGNORE, 0.0)
+        return Logprobs(logp_K, -logp_K.sum())
     rows_T = labels_T != IGNORE
     labels_K, logp_KV = labels_T[rows_T], logits_TV[rows_T].to(_wide(logits_TV)).log_softmax(1)
     return Logprobs(logp_KV.gather(1, labels_K[:, None]).squeeze(1), F.nll_loss(logp_KV, labels_K, reduction="sum"))
@@ -146,28 +159,39 @@ class _LinearLogprobs(torch.autograd.Function):
         labels_T: Tensor,
         scale: float,
         softcap: float | None,
+        rows_K: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        rows_K = (labels_T != IGNORE).nonzero().squeeze(1)
+        all_labelled = rows_K is None
+        rows_K = (labels_T != IGNORE).nonzero().squeeze(1) if rows_K is None else rows_K
         logp_K = hidden_TD.new_empty(len(rows_K), dtype=_wide(hidden_TD))
         loss = logp_K.new_zeros(())
         n_KD = hidden_TD.new_empty(len(rows_K), hidden_TD.shape[1]) if ctx.needs_input_grad[0] else None
         chunk = max(1, (GPU_CHUNK_BYTES if hidden_TD.is_cuda else CHUNK_BYTES) // (head.dtype.itemsize * head.shape[0]))
         for start in range(0, len(rows_K), chunk):
             rows_C = rows_K[start : start + chunk]
+            labels_C = labels_T[rows_C]
+            without_C = None if all_labelled else labels_C == IGNORE
+            if without_C is not None:
+                labels_C = labels_C.masked_fill(without_C, 0)  # any that the vocabulary has
             z_CV = head.matmul(hidden_TD[rows_C])
             if bias_V is not None:
                 z_CV.add_(bias_V)
             if on_gpu(z_CV):
                 from deltaw.kernels.triton import cross_entropy_
 
-                losses_C = cross_entropy_(z_CV, labels_T[rows_C], scale, softcap)
+                losses_C = cross_entropy_(z_CV, labels_C, scale, softcap)
                 total = losses_C.sum()
             else:
-                losses_C, total = _cross_entropy_(z_CV, labels_T[rows_C], scale, softcap, gradient=n_KD is not None)
+                losses_C, total = _cross_entropy_(z_CV, labels_C, scale, softcap, gradient=n_KD is not None)
+            if without_C is not None:
+                total = losses_C.masked_fill_(without_C, 0).sum()
             logp_K[start : start + chunk] = -losses_C
             loss += total
             if n_KD is not None:
-                n_KD[start : start + chunk] = head.matmul_t(z_CV)
+                n_CD = n_KD[start : start + chunk]
+                n_CD.copy_(head.matmul_t(z_CV))
+                if without_C is not None:
+                    n_CD.masked_fill_(without_C[:, None], 0)
             del z_CV  # before the next chunk's is made
         if n_KD is not None:
             ctx.save_for_backward(n_KD, rows_K)
@@ -180,4 +204,4 @@ class _LinearLogprobs(torch.autograd.Function):
         n_KD, rows_K = ctx.saved_tensors
         grad_TD = n_KD.new_zeros(ctx.rows, n_KD.shape[1])
         grad_TD[rows_K] = n_KD * (grad - grad_K).to(n_KD.dtype).unsqueeze(1)  # loss is −Σ logp
-        return grad_TD, None, None, None, None, None
+        return grad_TD, None, None, None, None, None, None

@@ -62,7 +62,7 @@ def work_left(examples: Sequence[Example], config: TrainConfig, position: Loader
 
 def _steps(lengths: list[int], config: TrainConfig, position: LoaderState) -> Iterator[list[list[int]]]:
     """For ever."""
-    sizes = {"tokens_per_step": config.step_tokens, "tokens_per_batch": config.tokens_per_batch}
+    sizes = {"tokens_per_step": config.step_tokens, "tokens_per_batch": config.batch_tokens}
     epoch, start = position.epoch, position.step
     while True:
         yield from plan(lengths, **sizes, seed=config.seed, epoch=epoch)[start:]

@@ -8,9 +8,14 @@
 A run is one forward and one or more learners; a step (step.py) takes them together. A learner knows nothing of the
 forward, the run folder or the other learners, so what it does with a gradient depends only on that gradient and its own
 state alone. `saved` and `restore` are each other's inverse, to the bit.
+
+Dropout is drawn afresh for each batch, from a seed that is the first eight bytes of SHA-256 over "seed step batch" (in
+decimal, steps and batches from 0). PyTorch's dropout takes no generator of its own, so its global one is borrowed for
+the length of a batch and put back as it was. Rejected: Python's hash, which is a detail of the interpreter.
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +53,23 @@ class Learner:
         finally:
             self._dropout(False)
 
+    @contextmanager
+    def drawing(self, batch: int) -> Iterator[None]:
+        """Inside, what is random depends on the run's seed, the step and the batch's number alone."""
+        if not self.attached.spec.dropout:
+            yield
+            return
+        words = f"{self.config.seed} {self.state.step} {batch}".encode()
+        device = self.attached.parameters[0].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(int.from_bytes(hashlib.sha256(words).digest()[:8], "big"))
+            yield
+
+    @property
+    def undivided(self) -> bool:
+        """Whether the sum of the losses goes backward, and not their mean (step.py)."""
+        return self.config.dtype == "float16"
+
     def divide(self, count: int) -> None:
         """Make the gradient of a sum over `count` tokens that of their mean."""
         for parameter in self.attached.parameters:
@@ -58,16 +80,16 @@ class Learner:
         """Scale the gradient down to a norm of at most `clip`; returns its norm before."""
         return float(nn.utils.clip_grad_norm_(self.attached.parameters, self.config.clip))
 
-    def update(self, loss: float, batches: Sequence[Batch]) -> float:
-        """Take the optimiser's step and return its rate. Raises RunError where the updates so far have taught
-        nothing."""
+    def update(self, loss: float, batches: Sequence[Batch], taking: Callable[[], object] | None = None) -> float:
+        """Take the optimiser's step (by `taking`, where that is given) and return its rate. Raises RunError where the
+        updates so far have taught nothing."""
         rate = learning_rate(self.state.step, self.total, self.config)
         set_rate(self.optimizer, rate)
         if self._watch is None:
             taken = self.state.step - self.state.skipped
             self._watch = Watch(self.attached, self.config, self.total, taken=taken, say=self.say)
         with self._watch.update(rate, loss, batches):
-            self.optimizer.step()
+            (taking or self.optimizer.step)()
         note_update(loss, self.state, self.config)
         return rate
 

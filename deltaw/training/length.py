@@ -52,7 +52,7 @@ def count_steps(config: RunConfig, dataset: Dataset) -> int:
 def make_loader(config: RunConfig, dataset: Dataset, position: LoaderState) -> Loader:
     """The steps of a run from `position` on."""
     train = config.train
-    return Loader(dataset.train, train.step_tokens, train.tokens_per_batch, train.seed, position)
+    return Loader(dataset.train, train.step_tokens, train.batch_tokens, train.seed, position)
 
 
 def notes(asked: RunConfig, config: RunConfig, total: int) -> list[str]:

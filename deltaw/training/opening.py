@@ -85,6 +85,11 @@ class Opened:
         local = Path(self.config.base).is_absolute() and config.base != self.config.base
         return replace(self, config=pinned.model_copy(update={"base": config.base}) if local else pinned)
 
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest row that is trained on."""
+        return max(len(example.tokens) for example in self.dataset.train)
+
     def learner(self, display: Display) -> Learner:
         """Of the adapter, at its beginning."""
         prints = {"base": self.id.fingerprint, "data": self.dataset.fingerprint, "template": self.id.template}
@@ -184,7 +189,7 @@ def start_from_data(opened: Opened, display: Display) -> None:
 def above_the_frozen(opened: Opened, display: Display) -> Forward:
     """The forward of training steps. Where a run passes its documents more than once, the frozen layers below the
     lowest adapter are computed once for all of them, if their output fits into `FROZEN_SHARE` of the free memory."""
-    forward, rows, capacity = opened.model.forward, opened.dataset.train, opened.config.train.tokens_per_batch
+    forward, rows, capacity = opened.model.forward, opened.dataset.train, opened.config.train.batch_tokens
     lowest = lowest_layer(opened.attached.paths)
     if lowest is None or not lowest[1] or opened.total <= opened.loader(TrainState()).steps_in_epoch(0):
         return forward

@@ -6,11 +6,15 @@ times as fast as A.
 
 Weight decay pulls ΔW towards 0, the base: A and B of plain LoRA, and what an initialiser's factors have changed by
 (layer.py). DoRA's magnitudes are the lengths of W's rows at first; decayed they would shrink W itself, so they aren't.
+
+On a GPU the rate is a number there, and the count of updates too: an update that is captured (captured.py) reads them
+each time it is replayed.
 """
 
 import math
 
 import torch
+from torch import Tensor
 
 from deltaw.adapter.attach import Attached
 from deltaw.config import TrainConfig
@@ -43,14 +47,27 @@ def make_optimizer(attached: Attached, config: TrainConfig) -> torch.optim.AdamW
             ratio = config.lr_ratio_b if name == "b" else 1.0
             decay = 0.0 if name == "magnitude" else config.weight_decay
             groups.setdefault((ratio, decay), []).append(parameter)
+    device = next(iter(groups.values()))[0].device
     return torch.optim.AdamW(
-        [{"params": params, "ratio": ratio, "weight_decay": decay} for (ratio, decay), params in groups.items()],
+        [
+            {"params": params, "ratio": ratio, "weight_decay": decay, "lr": _rate_on(device, config.lr)}
+            for (ratio, decay), params in groups.items()
+        ],
         lr=config.lr,
         fused=True,
+        capturable=device.type == "cuda",
     )
 
 
 def set_rate(optimizer: torch.optim.AdamW, rate: float) -> None:
     """Set the step's learning rate in every group."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["ratio"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate * group["ratio"])
+        else:
+            group["lr"] = rate * group["ratio"]
+
+
+def _rate_on(device: torch.device, rate: float) -> float | Tensor:
+    """One for each group: they are written to."""
+    return torch.tensor(rate, device=device) if device.type == "cuda" else rate

@@ -39,6 +39,7 @@ from deltaw.show.progress import Display
 from deltaw.show.table import table
 from deltaw.show.text import clock, counted, gib
 from deltaw.training import fit, length, memory
+from deltaw.training.batch_size import sized
 from deltaw.training.checkpoint import save_checkpoint
 from deltaw.training.fit import Fit, Point
 from deltaw.training.largest import Work, count_tokens, largest_chunk, largest_evaluation
@@ -132,6 +133,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
     with window(device) as opening:
         opened = open_run(config, display)
         general = general_rows(config, opened.model)
+    opened = sized(opened, display)
     available = memory.held_memory(device) + memory.free_memory(device)
     learner, dataset, rows = opened.learner(display), opened.dataset, opened.dataset.train
     work = work_of(opened, learner)
@@ -146,7 +148,9 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
             raise explain(error, opened, learner, Run(folder), fix=fix) or error from None
     needs = fit.fit_memory(rehearsal.points)
     share, longest = work.supervised / work.tokens, max(len(example.tokens) for example in rows)
-    sizes = [work.longest_tokens if f == 1 else max(longest, int(f * config.train.tokens_per_batch)) for f in WHAT_IF]
+    sizes = [
+        work.longest_tokens if f == 1 else max(longest, int(f * opened.config.train.batch_tokens)) for f in WHAT_IF
+    ]
     return Plan(
         output=config.output,
         computed=f"{str(opened.model.base.dtype).removeprefix('torch.')} on {device}",

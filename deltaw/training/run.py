@@ -23,6 +23,7 @@ from deltaw.adapter.file import Adapter
 from deltaw.adapter.history import NOTHING, History
 from deltaw.config import RunConfig, config_of
 from deltaw.config.places import placed
+from deltaw.data.loader import Ahead
 from deltaw.data.opening import open_dataset
 from deltaw.errors import command
 from deltaw.evaluate.held_out import perplexity
@@ -30,6 +31,8 @@ from deltaw.evaluate.own_metric import ASKED_FOR, Consent, open_metrics
 from deltaw.model import open_model
 from deltaw.run import Run
 from deltaw.show.progress import Display
+from deltaw.training.batch_size import sized
+from deltaw.training.captured import captured_on
 from deltaw.training.changes import restore, settled
 from deltaw.training.checkpoint import Saved, latest_checkpoint, save_checkpoint
 from deltaw.training.extend import check_extension, extended
@@ -121,7 +124,7 @@ def _run(
     its names where they lead from the current folder, if that isn't where the run was started."""
     began, local = time.monotonic(), local or config
     with StopRequest() as stop:
-        opened = open_run(local, display, consent, lineage, start_is_needed=saved is None)
+        opened = sized(open_run(local, display, consent, lineage, start_is_needed=saved is None), display)
         if local is not config:
             opened = opened.named_as(config)
         general = general_rows(local, opened.model)
@@ -190,20 +193,23 @@ class Steps:
     def take(self) -> None:
         """All of them. Raises Stopped when a signal came, after saving."""
         learner, state, total, device = self.learner, self.learner.state, self.opened.total, self.opened.device
+        captured = None
         try:
             forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
+            loader = Ahead(self.opened.loader(state))
+            captured = captured_on(device, forward, learner, self.opened.longest, self.display.say, loader.fetch)
             with self.display.task("training", total) as progress:
                 progress(state.step)
                 self._at_the_start()
                 self._due()  # the evaluation that a stop cut off
                 first = True  # the step of this process that shows whether there is memory enough
-                for batches, position in self.opened.loader(state):
+                for batches, position in loader:
                     if state.step >= total or learner.out_of_patience:
                         break
                     self._figures = {}
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
-                            (record,) = step(forward, [learner], batches, position)
+                            (record,) = step(forward, [learner], batches, position, captured)
                         self._write(record)
                     first = False
                     loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
@@ -221,6 +227,9 @@ class Steps:
             if state.step:
                 self._save()
             raise
+        finally:
+            if captured is not None:
+                captured.release()
 
     def _at_the_start(self) -> None:
         """What the adapter that it starts from has on these held-out rows: what there is to improve upon."""

@@ -8,16 +8,14 @@ gradient of a mean over 3,770 tokens was off by 4.4 %, over 37,700 by 28 %, and 
 its loss and its gradient are finite (watch.py). It depends on the state before it and on nothing else, so
 stopping anywhere and resuming gives the same bits (on a CPU).
 
-Dropout is drawn afresh for each batch, from a seed that is the first eight bytes of SHA-256 over "seed step batch" (in
-decimal, steps and batches from 0). PyTorch's dropout takes no generator of its own, so its global one is borrowed for
-the length of a batch and put back as it was. Rejected: Python's hash, which is a detail of the interpreter.
+On a GPU the passes and updates of a single learner are recorded and replayed (captured.py): the same steps, with one
+wait for the device in each.
 """
 
-import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -26,36 +24,37 @@ from torch import Tensor
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
 from deltaw.data.loader import LoaderState
+from deltaw.training.captured import Captured
 from deltaw.training.learner import Learner
 from deltaw.training.watch import Unfit, check_loss
 
 
 def step(
-    forward: Forward, learners: Sequence[Learner], batches: Sequence[Batch], position: LoaderState
+    forward: Forward,
+    learners: Sequence[Learner],
+    batches: Sequence[Batch],
+    position: LoaderState,
+    captured: Captured | None = None,
 ) -> list[dict[str, Any]]:
     """A record for each learner: its update, or why there was none. Its documents are those that take its adapter;
     where batches don't say whose they are, there is one learner.
 
-    `position`: where the data stands afterwards. Raises TooManySkips where a learner may leave out no step more, with
-    its state as it was; RunError where its updates have taught it nothing; ValueError for documents of nobody here.
+    `position`: where the data stands afterwards. `captured`: the only learner's passes and updates, recorded. Raises
+    TooManySkips where a learner may leave out no step more, with its state as it was; RunError where its updates have
+    taught it nothing; ValueError for documents of nobody here.
     """
     _check_owners(learners, batches)
-    began, device = time.monotonic(), learners[0].attached.parameters[0].device
+    began = time.monotonic()
     shares = [_Share(learner, batches) for learner in learners]
 
     # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
-    with ExitStack() as dropout:
-        for learner in learners:
-            dropout.enter_context(learner.dropping())
-        for number in range(len(batches)):
-            fit = [share for share in shares if not share.unfit]
-            if not fit:
-                break
-            with drawn_from(learners[0], number):
-                losses = _losses(forward, batches[number].to(device), [share.learner for share in fit])
-                means = [share.mean(loss, number) for share, loss in zip(fit, losses, strict=True)]
-                if counted := [mean for mean in means if mean is not None]:
-                    sum(counted[1:], counted[0]).backward()
+    ran = None
+    if captured is not None and not shares[0].unfit:
+        ran = captured.run(shares[0].batches, shares[0].supervised)
+    if ran is not None:
+        shares[0].add(ran.losses)
+    else:
+        _passes(forward, learners, shares, batches)
 
     records = []
     for share in shares:
@@ -66,14 +65,14 @@ def step(
             if share.unfit:
                 raise share.unfit
             # 3. Clip.
-            if share.undivided:
+            if learner.undivided and ran is None:
                 learner.divide(share.supervised)
-            norm = learner.clip()
+            norm = learner.clip() if ran is None else ran.norm
             if not math.isfinite(norm):
                 raise Unfit("the gradient is NaN or infinite", share.rows, not_finite=True)
             check_loss(share.loss, share.rows, state, learner.config)
             # 4. The rate of this step, and the update.
-            rate = learner.update(share.loss, share.batches)
+            rate = learner.update(share.loss, share.batches, ran.update if ran is not None else None)
             record |= {"loss": share.loss, "lr": rate, "grad_norm": norm}
         except Unfit as unfit:
             learner.skip(unfit)
@@ -89,6 +88,25 @@ def step(
         figures = {"tokens": state.tokens, "supervised_tokens": state.supervised_tokens}
         records.append({**record, **figures, "seconds": round(state.seconds, 3)})
     return records
+
+
+def _passes(
+    forward: Forward, learners: Sequence[Learner], shares: Sequence["_Share"], batches: Sequence[Batch]
+) -> None:
+    """Forward and backward of every batch, as long as a learner has use for it."""
+    device = learners[0].attached.parameters[0].device
+    with ExitStack() as dropout:
+        for learner in learners:
+            dropout.enter_context(learner.dropping())
+        for number in range(len(batches)):
+            fit = [share for share in shares if not share.unfit]
+            if not fit:
+                break
+            with learners[0].drawing(number):
+                losses = _losses(forward, batches[number].to(device), [share.learner for share in fit])
+                means = [share.mean(loss, number) for share, loss in zip(fit, losses, strict=True)]
+                if counted := [mean for mean in means if mean is not None]:
+                    sum(counted[1:], counted[0]).backward()
 
 
 def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None:
@@ -111,7 +129,6 @@ class _Share:
         self.tokens = sum(batch.tokens_of(number) for batch in batches)
         self.supervised = sum(batch.supervised for batch in self.batches)
         self._sum = 0.0
-        self.undivided = learner.config.dtype == "float16"  # whether the sum of the losses goes backward, not the mean
         self.unfit = None if self.supervised else Unfit("none of its tokens is trained", self.rows)
 
     @property
@@ -120,13 +137,23 @@ class _Share:
 
     def mean(self, loss: Tensor, number: int) -> Tensor | None:
         """What a batch's loss adds to the step's; None where it adds nothing to learn from."""
-        batch, value = self.batches[number], float(loss.detach())
-        if not math.isfinite(value):
-            what = f"the loss of batch {number + 1} of {len(self.batches)} is NaN or infinite"
-            self.unfit = Unfit(what, batch.origins, not_finite=True)
+        self._add(float(loss.detach()), number)
+        if not self.batches[number].supervised or self.unfit:
             return None
-        self._sum += value
-        return (loss if self.undivided else loss / self.supervised) if batch.supervised else None
+        return loss if self.learner.undivided else loss / self.supervised
+
+    def add(self, losses: Sequence[float]) -> None:
+        """The losses of all batches, up to one that isn't a number."""
+        for number, value in enumerate(losses):
+            if not self.unfit:
+                self._add(value, number)
+
+    def _add(self, value: float, number: int) -> None:
+        if math.isfinite(value):
+            self._sum += value
+        else:
+            what = f"the loss of batch {number + 1} of {len(self.batches)} is NaN or infinite"
+            self.unfit = Unfit(what, self.batches[number].origins, not_finite=True)
 
 
 def _losses(forward: Forward, batch: Batch, learners: Sequence[Learner]) -> Sequence[Tensor]:
@@ -139,16 +166,3 @@ def _losses(forward: Forward, batch: Batch, learners: Sequence[Learner]) -> Sequ
         loss_D = loss_D * loss_D.new_tensor(batch.weights)
     update_D = torch.tensor(batch.updates, device=loss_D.device)
     return [loss_D[update_D == learner.attached.number].sum() for learner in learners]
-
-
-@contextmanager
-def drawn_from(learner: Learner, batch: int) -> Iterator[None]:
-    """Inside, what is random depends on the run's seed, the step and the batch's number alone."""
-    if not learner.attached.spec.dropout:
-        yield
-        return
-    words = f"{learner.config.seed} {learner.state.step} {batch}".encode()
-    device = learner.attached.parameters[0].device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(hashlib.sha256(words).digest()[:8], "big"))
-        yield

@@ -97,7 +97,7 @@ def _with(config: RunConfig, train: dict[str, Any]) -> RunConfig:
 def _short_steps(opened: Opened) -> Opened:
     """Of two batches at most; how large a step would be is settled by the data."""
     train = opened.config.train
-    size = min(train.step_tokens, 2 * train.tokens_per_batch)
+    size = min(train.step_tokens, 2 * train.batch_tokens)
     return dataclasses.replace(opened, config=_with(opened.config, {"tokens_per_step": size}))
 
 

@@ -49,8 +49,8 @@ def test_a_batch_moves_as_a_whole():
     batch = pack([Example(np.array([1, 2], np.int32), np.array([False, True]), "o")])
     assert batch.to("meta").tokens_T.is_meta
     assert batch.to("meta").origins == batch.origins
-    assert batch.to("meta").documents.token_P.is_meta and batch.to("meta").starts == batch.starts
-    assert not batch.tokens_T.is_meta and not batch.documents.token_P.is_meta
+    assert batch.to("meta").documents.starts_S.is_meta and batch.to("meta").starts == batch.starts
+    assert not batch.tokens_T.is_meta and not batch.documents.starts_S.is_meta
 
 
 def test_nothing_packs_to_nothing():

@@ -1,6 +1,6 @@
 """A step of two learners gives each what it gets alone; dropout draws from the step and leaves no trace."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,9 +45,9 @@ def batch(rows: Sequence[Example], updates: tuple[int, ...] = ()) -> Batch:
 class Watched(Learner):
     """A learner that keeps the gradient of its last update."""
 
-    def update(self, loss: float, batches: Sequence[Batch]) -> float:
+    def update(self, loss: float, batches: Sequence[Batch], taking: Callable[[], object] | None = None) -> float:
         self.gradient = [parameter.grad.clone() for parameter in self.attached.parameters if parameter.grad is not None]
-        return super().update(loss, batches)
+        return super().update(loss, batches, taking)
 
 
 def learner(model: nn.Module, number: int, **changes: Any) -> Watched:

@@ -1,0 +1,114 @@
+"""Batches filled up to one of a few sizes, and the places on a device that such a batch is put into.
+
+A pass that is captured once and replayed (training/captured.py) always does the same work on the same addresses, so
+every batch that it is to serve must have the same sizes. What fills a batch up changes nothing of it:
+
+    tokens      token 0, in documents of their own behind the real ones, so that no real token sees them
+    documents   empty ones behind all others: offsets that are T once more
+    labels      none for the filler, so it adds nothing to the loss and gets no gradient
+    rows_K      as many rows for the head as the size has labels: the labelled ones, then others, each once; a row
+                without a label costs its product and nothing else (kernels/logprobs.py)
+
+The sizes are steps of an eighth of a full batch in tokens, of an eighth of these in labels, and powers of two in
+documents: a full batch is filled by what its last document left over, and few sizes are met in a run. The longest
+document is the run's, for all of them: attention only has to know a bound. Filler is cut into documents no longer than
+that one, because a model's table of positions may end there.
+
+Rejected: padding every batch to the full size (the last of a step may be almost empty), and filler inside a real
+document (its rows would be seen).
+
+Letters: T tokens, S documents + 1, K rows that the head is asked for.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from deltaw.base.batch import Batch
+from deltaw.kernels.attention import Documents, OffsetsAlone
+from deltaw.kernels.logprobs import IGNORE
+
+PARTS = 8  # of a full batch, and of its labels
+LEAST = 64  # tokens of such a part
+FEWEST = 8  # documents
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a batch is filled up to. `longest`: a bound on its documents, filler included."""
+
+    tokens: int
+    documents: int
+    longest: int
+    labels: int
+
+    @staticmethod
+    def of(batch: Batch, capacity: int, longest: int) -> "Size":
+        """The smallest of the sizes that holds `batch`, where a full one has `capacity` tokens, and no document of the
+        run more than `longest`."""
+        step = max(LEAST, -(-capacity // PARTS))
+        tokens = _up(len(batch.tokens_T), step)
+        longest = min(tokens, max(longest, batch.documents.longest))
+        documents = len(batch.starts) - 1 + -(-(tokens - len(batch.tokens_T)) // longest)
+        labels = min(tokens, _up(max(1, batch.supervised), max(1, tokens // PARTS)))
+        return Size(tokens, max(FEWEST, 1 << (documents - 1).bit_length()), longest, labels)
+
+
+def fill(batch: Batch, size: Size) -> Batch:
+    """`batch`, which is on a CPU and of one update, filled up. Raises ValueError where it doesn't fit."""
+    T, starts = len(batch.tokens_T), list(batch.starts)
+    while starts[-1] < size.tokens:
+        starts.append(min(starts[-1] + size.longest, size.tokens))
+    fits = starts[-1] == size.tokens and len(starts) <= size.documents + 1 and batch.supervised <= size.labels
+    if not fits or batch.documents.longest > size.longest:
+        raise ValueError(f"a batch of {T} tokens, {len(batch.starts) - 1} documents doesn't fit into {size}")
+    if batch.updates or batch.weights:
+        raise ValueError("documents with updates or weights of their own aren't filled up")
+    parts = [batch]
+    if size.tokens > T:
+        filler_starts = [start - T for start in starts[len(batch.starts) - 1 :]]
+        parts.append(Batch.of(batch.tokens_T.new_zeros(size.tokens - T), filler_starts))
+    labels_T = torch.cat([part.labels_T for part in parts])
+    offsets_S = torch.full((size.documents + 1,), size.tokens, dtype=torch.int32)
+    offsets_S[: len(starts)] = torch.tensor(starts)
+    order_T = torch.argsort((labels_T == IGNORE).to(torch.uint8), stable=True)
+    return replace(
+        batch,
+        tokens_T=torch.cat([part.tokens_T for part in parts]),
+        labels_T=labels_T,
+        positions_T=torch.cat([part.positions_T for part in parts]),
+        documents=Documents(starts).among(offsets_S, size.longest),
+        rows_K=order_T[: size.labels],
+    )
+
+
+class Places:
+    """Where batches of one size are put on a device: always the same addresses. One copy per batch, nothing waits."""
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self.size, self._device = size, device
+        sizes = (size.tokens, size.tokens, size.tokens, size.labels, size.documents + 1)
+        self._all = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        self._tokens_T, self._labels_T, self._positions_T, self._rows_K, self._starts_S = self._all.split(sizes)
+
+    def put(self, filled: Batch) -> None:
+        """Copy a batch of this size here."""
+        assert filled.rows_K is not None
+        parts = (filled.tokens_T, filled.labels_T, filled.positions_T, filled.rows_K, filled.documents.starts_S.long())
+        together = torch.cat(parts)
+        if self._device.type == "cuda":
+            together = together.pin_memory()  # from other memory a copy would wait for what is running
+        self._all.copy_(together, non_blocking=True)
+
+    def batch(self, documents: Documents | None = None) -> Batch:
+        """The batch that is here. `documents`: those of the one that was put, where a pass is to know more of them than
+        their offsets; a pass that will be replayed must not."""
+        starts_S, size = self._starts_S.to(torch.int32), self.size
+        blind = OffsetsAlone(starts_S, size.tokens, size.longest)
+        seen = blind if documents is None else documents.among(starts_S, size.longest)
+        return Batch(self._tokens_T, self._labels_T, self._positions_T, seen, size.labels, rows_K=self._rows_K)
+
+
+def _up(number: int, step: int) -> int:
+    """To the next multiple of `step`."""
+    return -(-number // step) * step

@@ -1,0 +1,286 @@
+"""Passes and updates that are recorded once on a GPU and replayed: one launch, where the host made 150 per layer.
+
+    batch  ->  filled up to a size (base/filled.py)  ->  copied into that size's places on the device
+    a size's pass (forward, loss / tokens of the step, backward)   run as it is the first time, recorded the second
+    clip, update                                                   likewise
+    one wait per step: the losses of its batches and the gradient's norm, which decide whether it is applied
+
+The gradients lie at addresses that stay, and a pass adds to them, so several batches of a step and several sizes need
+nothing else. What the host decides (a loss that isn't a number, a spike, the watchdog) it decides where it
+always did, between the gradient and the update, from the same numbers: a captured run skips, stops and resumes as any.
+Rejected: reading them a step later, with the update guarded on the device. It would save the wait, and every promise of
+watch.py would need a second version of itself; while the device works on a step the host has nothing better to do.
+
+Nothing is taken on trust. A recorded pass must give the loss of the pass itself to the bit, and its gradient to the
+rounding of sums whose order a GPU leaves open. Where anything fails (work that waits for the device can't be recorded)
+the run goes on uncaptured, and a line says why: a step has changed nothing until its update. No graph of an earlier
+pass may be alive while one is recorded (its gradients would be added on another stream): nothing here keeps one.
+
+Without a GPU all of this runs as it is, except for recording: `Captured(..., record=None)`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.base.batch import Batch
+from deltaw.base.filled import Places, Size, fill
+from deltaw.base.forward import Forward
+from deltaw.training.learner import Learner
+from deltaw.training.memory import release
+
+CLOSE = 1e-2  # of the gradient, by which two runs of one backward may differ: attention adds in any order
+SIZES = 32  # recorded at most; batches of others run as they are
+ROOM = 0.5  # of the free memory, that a recording must leave
+
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]  # work -> (replay, its result's place)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a step's passes gave: each batch's loss in nats, the gradient's norm before it was clipped; and the update
+    that it is for."""
+
+    losses: list[float]
+    norm: float
+    update: Callable[[], object]
+
+
+class Captured:
+    """The passes and updates of one learner. `longest`: tokens of its longest document; `say`: where a line goes;
+    `following`: the batches of the next step."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        learner: Learner,
+        longest: int,
+        say: Callable[[str], None],
+        record: Record | None,
+        following: Callable[[], Sequence[Batch]] = list,
+    ) -> None:
+        self._following = following
+        self.forward, self.learner, self._longest, self._say, self._record = forward, learner, longest, say, record
+        self._parameters = learner.attached.parameters
+        device = self._parameters[0].device
+        self.gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+        self._supervised = torch.ones((), device=device)
+        self._passes: dict[Size, _Pass] = {}
+        self._filled: list[tuple[Batch, Batch]] = []  # of the step to come: (a batch, the same filled up)
+        self._clip, self._step = Recorded(self._clipped, record, say), Recorded(self._stepped, record, say)
+        self.why_not = ""
+
+    def run(self, batches: Sequence[Batch], supervised: int) -> Ran | None:
+        """Forward and backward of a step with so many supervised tokens; the gradient, clipped, is where the optimiser
+        looks for it. None where that can't be captured, and then nothing has happened."""
+        if self.why_not:
+            return None
+        torch._foreach_zero_(self.gradients)
+        for parameter, gradient in zip(self._parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        self._supervised.fill_(supervised)
+        try:
+            with self.learner.dropping():
+                numbered = [(n, batch) for n, batch in enumerate(batches) if batch.supervised]
+                losses = {number: self._passed(number, batch) for number, batch in numbered}
+            numbers = torch.stack([*losses.values(), self._clip()])
+            self.prepare(self._following())
+            values = numbers.tolist()  # the one wait
+        except Exception as error:
+            short = isinstance(error, torch.OutOfMemoryError)
+            self.why_not = "there isn't memory enough to record a pass" if short else _first_line(error)
+            self._say(f"steps aren't captured, so they are slower on this device: {self.why_not:.200}")
+            self.release()
+            self.learner.optimizer.zero_grad()
+            return None
+        by_number = dict(zip(losses, values, strict=False))
+        return Ran([by_number.get(number, 0.0) for number in range(len(batches))], values[-1], self._step)
+
+    def _passed(self, number: int, batch: Batch) -> Tensor:
+        """The batch's loss on the device; its gradient is added."""
+        size = self._size_of(batch)
+        if size not in self._passes:
+            record = self._record if len(self._passes) < SIZES else None
+            self._passes[size] = _Pass(self, size, record)
+        return self._passes[size](number, batch)
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Fill up the batches of the step to come: what the host does while the device works."""
+        self._filled = [(batch, fill(batch, self._size_of(batch))) for batch in batches if batch.supervised]
+
+    def filled(self, batch: Batch) -> Batch:
+        """A batch of the step, filled up."""
+        ready = (filled for raw, filled in self._filled if raw is batch)
+        return next(ready, None) or fill(batch, self._size_of(batch))
+
+    def _size_of(self, batch: Batch) -> Size:
+        return Size.of(batch, self.learner.config.batch_tokens, self._longest)
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """Forward and backward: the work of a pass."""
+        loss, _ = self.forward.loss(batch)
+        (loss if self.learner.undivided else loss / self._supervised).backward()
+        return loss.detach()
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside, the gradients are for trying; afterwards they are what they were."""
+        before = [gradient.clone() for gradient in self.gradients]
+        yield
+        torch._foreach_copy_(self.gradients, before)
+
+    def gradient_of(self, work: Callable[[], object]) -> list[Tensor]:
+        """What `work` adds to gradients of 0, which stay where they are."""
+        torch._foreach_zero_(self.gradients)
+        work()
+        return [gradient.clone() for gradient in self.gradients]
+
+    def release(self) -> None:
+        """Give up what was recorded, and its memory."""
+        device = self._parameters[0].device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # it may be running
+        self._passes.clear()
+        self._clip, self._step = (Recorded(work, None, self._say) for work in (self._clipped, self._stepped))
+        release(device)
+
+    def _clipped(self) -> Tensor:
+        if self.learner.undivided:
+            torch._foreach_div_(self.gradients, self._supervised)
+        return nn.utils.clip_grad_norm_(self._parameters, self.learner.config.clip)
+
+    def _stepped(self) -> Tensor:
+        self.learner.optimizer.step()
+        return self._supervised
+
+
+class _Pass:
+    """The pass over batches of one size."""
+
+    def __init__(self, captured: Captured, size: Size, record: Record | None) -> None:
+        device = captured.learner.attached.parameters[0].device
+        self._captured, self._places, self._record = captured, Places(size, device), record
+        self._replay: Callable[[], object] | None = None
+        self._loss = torch.zeros((), device=device)
+        self._met = False
+
+    def __call__(self, number: int, batch: Batch) -> Tensor:
+        """The loss of the step's batch of that number, and its gradient added."""
+        drawing = self._captured.learner.drawing
+        filled = self._captured.filled(batch)
+        self._places.put(filled)
+        blind = self._record is not None  # a pass that will be replayed may know no batch's documents
+
+        def work() -> Tensor:
+            return self._captured.loss_of(self._places.batch(None if blind else filled.documents))
+
+        if self._replay is None and self._record is not None and self._met:
+            self._replay, self._loss = self._recorded(number, work)
+        self._met = True
+        with drawing(number):
+            if self._replay is None:
+                return work()
+            self._replay()
+            return self._loss.clone()
+
+    def _recorded(self, number: int, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """The pass recorded, after it has shown that it does what the pass does."""
+        drawing, record = self._captured.learner.drawing, self._record
+        assert record is not None
+        losses: list[Tensor] = []
+        with self._captured.apart():
+            with drawing(number):
+                truth = self._captured.gradient_of(lambda: losses.append(work()))
+            with drawing(number):
+                replay, place = record(work)
+            with drawing(number):
+                replayed = self._captured.gradient_of(replay)
+            off = _difference(replayed, truth)
+            if bool(losses[0].isfinite()) and not (torch.equal(place, losses[0]) and off <= CLOSE):
+                raise RuntimeError(f"a recorded pass isn't the pass itself: its gradient is off by {off:.1e}")
+        return replay, place
+
+
+def _difference(some: list[Tensor], others: list[Tensor]) -> float:
+    """‖some − others‖ / ‖others‖."""
+    sizes = torch.stack([norm.double() for norm in torch._foreach_norm(others)])
+    differences = torch.stack([norm.double() for norm in torch._foreach_norm(torch._foreach_sub(some, others))])
+    return float(differences.norm() / sizes.norm().clamp_min(1e-30))
+
+
+class Recorded:
+    """Work that is run as it is the first time, recorded the second, and replayed from then on; where it can't be
+    recorded, it is run as it is."""
+
+    def __init__(self, work: Callable[[], Tensor], record: Record | None, say: Callable[[str], None]) -> None:
+        self._work, self._record, self._say, self._met = work, record, say, False
+        self._replay: Callable[[], object] | None = None
+        self._result = torch.empty(0)
+
+    def __call__(self) -> Tensor:
+        """Its result, good until the next call."""
+        if self._replay is None and self._record is not None and self._met:
+            try:
+                self._replay, self._result = self._record(self._work)
+            except Exception as error:
+                self._record = None
+                self._say(f"updates aren't captured, so they are slower on this device: {_first_line(error):.200}")
+        self._met = True
+        if self._replay is None:
+            return self._work()
+        self._replay()
+        return self._result
+
+
+def captured_on(
+    device: torch.device,
+    forward: Forward,
+    learner: Learner,
+    longest: int,
+    say: Callable[[str], None],
+    following: Callable[[], Sequence[Batch]],
+) -> Captured | None:
+    """The captured steps of a run, where its device can record; `following` packs the batches of the next step. A line
+    says why a run isn't captured on a device that can."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    why = "" if forward.packed else "its documents can't be packed"
+    why = f"the output of its {forward.prefix.first} frozen layers is kept by document" if forward.prefix else why
+    if why:
+        say(f"steps aren't captured, so they are slower on this device: {why}")
+        return None
+    return Captured(forward, learner, longest, say, Recorder(), following)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+class Recorder:
+    """Records CUDA graphs. They share memory: they never run at once, and only their results outlive a replay."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        try:
+            # Other threads may go on (a progress display, another run's): only this one can spoil a recording.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = work()
+        except Exception:
+            torch.cuda.set_stream(stream)  # a recording that failed leaves its own behind
+            raise
+        left, _ = torch.cuda.mem_get_info()
+        if left < free * ROOM:
+            raise RuntimeError(
+                "a recorded pass keeps its memory, and evaluations would lack it; lower tokens_per_batch"
+            )
+        self._pool = graph.pool()
+        return graph.replay, result
