@@ -17,8 +17,17 @@ if TYPE_CHECKING:
     from deltaw.base.forward import Forward, plan_forward
     from deltaw.base.load import Base, open_base
     from deltaw.commands.export import export
-    from deltaw.config import AdapterSpec, RunConfig, load_config, parse_config
+    from deltaw.config import (
+        AdapterSpec,
+        DataConfig,
+        EvaluateConfig,
+        RunConfig,
+        TrainConfig,
+        load_config,
+        parse_config,
+    )
     from deltaw.errors import DeltawError, InputError, RunError
+    from deltaw.evaluate.side_by_side import evaluate
     from deltaw.factors import LowRank
     from deltaw.kernels.attention import packed_attention
     from deltaw.kernels.logprobs import linear_cross_entropy
@@ -37,9 +46,11 @@ _HOME = {
     "Attached": "adapter.attach",
     "Base": "base.load",
     "BaseId": "adapter.file",
+    "DataConfig": "config",
     "Dense": "kinds",
     "DoRA": "kinds",
     "DeltawError": "errors",
+    "EvaluateConfig": "config",
     "Forward": "base.forward",
     "InputError": "errors",
     "LowRank": "factors",
@@ -47,9 +58,11 @@ _HOME = {
     "Model": "model",
     "RunConfig": "config",
     "RunError": "errors",
+    "TrainConfig": "config",
     "attach": "adapter.attach",
     "combine": "adapter.combine",
     "detach": "adapter.attach",
+    "evaluate": "evaluate.side_by_side",
     "export": "commands.export",
     "inspect": "analysis.report",
     "linear_cross_entropy": "kernels.logprobs",

@@ -176,7 +176,7 @@ def open_model(
     display, named = display or Display(quiet=True), Named.of(name)
     # With a base beside it, it is an adapter: else a broken adapter's folder would open as the plain base.
     adapter = named.adapter if named.holds_adapter or base is not None else None
-    config = named.config
+    config = named.local
     source = _found(named, fspath(base) if base else named.base if adapter else None, display)
     dtype = dtype or (config.train.dtype if config else "auto")
     renderer = open_renderer(source, config, named.template)

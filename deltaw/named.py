@@ -15,6 +15,7 @@ from pathlib import Path
 from deltaw.adapter.file import Adapter, is_adapter, is_run
 from deltaw.base.source import found_as
 from deltaw.config import RunConfig, load_config
+from deltaw.config.places import check_there, placed
 from deltaw.data.render import TEMPLATE
 from deltaw.errors import InputError
 
@@ -36,8 +37,13 @@ class Named:
 
     @cached_property
     def config(self) -> RunConfig | None:
-        """A run's; None for what isn't a run."""
+        """A run's, as it was written; None for what isn't a run."""
         return load_config(self.path / "config.yaml") if is_run(self.path) else None
+
+    @cached_property
+    def local(self) -> RunConfig | None:
+        """The same with its names where they lead from here, whatever folder the run was started in."""
+        return placed(self.config, self.path) if self.config else None
 
     @cached_property
     def adapter(self) -> Adapter:
@@ -52,7 +58,11 @@ class Named:
     @property
     def base(self) -> str:
         """The name of the base that the adapter goes on. Raises InputError where neither run nor adapter says."""
-        return self.config.base if self.config else base_name(self.adapter, self.path)
+        if self.config is None or self.local is None:
+            return base_name(self.adapter, self.path)
+        if "@" not in self.config.base:  # a hub's base is recorded with its commit
+            check_there(self.config.base, self.config, self.path, "base", "put it back, or name it with --base")
+        return self.local.base
 
     def refused(self, error: InputError) -> InputError:
         """What to say of a name that is no run and no adapter, and no base because of `error`: it may be a part of

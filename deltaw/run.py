@@ -3,9 +3,11 @@
     config.yaml      the resolved run file            checkpoints/    step-000100/ …  (training/checkpoint.py)
     before.json      the base on the held-out rows    adapter/        the result, PEFT layout
     metrics.jsonl    a line per step and per eval     report.html     what the run did, for people
-    result.json      the figures                      .lock           who writes here (lock.py)
+    result.json      the figures                      started.json    in which folder (config/places.py)
+    data/            rows that were given as values, not as files
     lineage.json     which adapter it started from, after which steps it was extended (where it was)
     result.step-000120.json, …    the figures of a finished run that was extended after that step
+    .lock            who writes here (lock.py)
 
 Everything in it is named relative to the folder, so it can be moved. result.json is written when everything else is
 safe (the report only shows what is there), so a folder that has it is finished; `failed` in it names what couldn't be
@@ -17,7 +19,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +27,11 @@ from typing import Any, TypeGuard
 
 from deltaw.adapter.history import NOTHING, History
 from deltaw.config import RunConfig, load_config
+from deltaw.config.places import record
 from deltaw.errors import InputError, RunError, command
 from deltaw.files.atomic import fsync, replacing, sweep, temporary_name, write_text_atomic
 from deltaw.files.lock import LOCK, claimed, holds_anything
+from deltaw.files.output import check_writable
 from deltaw.files.strict_json import NotJSON, parse, read_json
 
 LAST = 50_000  # bytes of metrics.jsonl: some 300 lines
@@ -144,11 +148,7 @@ class Run:
             yield
 
     def _check_new(self, replace: bool) -> None:
-        existing = next(path for path in [self.folder.absolute(), *self.folder.absolute().parents] if path.exists())
-        if not existing.is_dir():
-            raise InputError(f"output {self.folder}: {existing} is not a folder")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise InputError(f"output {self.folder}: no permission to write in {existing}")
+        self.check_place()
         if not holds_anything(self.folder):
             return
         if not self.config.is_file():
@@ -159,8 +159,15 @@ class Run:
                 fix=f"resume it: {command('train', self.folder)}   start over: --replace   or choose another output",
             )
 
-    def create(self, config: RunConfig) -> None:
-        """Write the resolved config into the claimed folder; whatever an earlier run left there is removed."""
+    def check_place(self) -> None:
+        """Raise InputError where no run can be written, whatever lies there."""
+        check_writable(self.folder, f"output {self.folder}")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"output {self.folder} is not a folder", fix="choose another output")
+
+    def create(self, config: RunConfig, files: Mapping[str, str] | None = None) -> None:
+        """Write the resolved config and the files that belong to it into the claimed folder; whatever an earlier run
+        left there is removed."""
         old = temporary_name(self.folder / "earlier")
         # The old config goes last: until then the folder is a run that can be replaced.
         earlier = sorted(self.folder.iterdir(), key=lambda path: path == self.config)
@@ -172,6 +179,13 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.folder}: the earlier run can't be removed: {error}") from None
         shutil.rmtree(old, ignore_errors=True)
+        record(self.folder)
+        for name, text in (files or {}).items():
+            try:
+                (self.folder / name).parent.mkdir(exist_ok=True)
+            except OSError as error:
+                raise RunError(f"{self.folder / name}: {error}") from None
+            write_text_atomic(self.folder / name, text)
         self.write_config(config)
         fsync(self.folder.parent)
 

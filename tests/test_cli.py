@@ -63,7 +63,7 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
 def test_train_prints_one_json_object(trained: Path) -> None:
     code, out, err = call("train", trained / "run.yaml", "--json", "--replace", "train.steps=2")
     assert code == 0 and json.loads(out)["steps"] == 2
-    assert "training: 2/2" in err
+    assert "training: 2 of 2 (100%)" in err
 
 
 def test_train_ends_with_a_table_a_curve_and_what_next(trained: Path) -> None:

@@ -28,9 +28,10 @@ LEVELS = [
     {"model", "run"},
     {"runs"},
     {"training", "evaluate", "analysis", "shipping", "serve"},
-    {"studies"},
+    {"studies", "machine"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 ]
 SIDEWAYS = {
     ("training", "evaluate"),
@@ -40,7 +41,7 @@ SIDEWAYS = {
 }
 
 # Each heavy library has its home.
-VERBS = ("__init__", "app", "ask", "run", "ship", "update", "why")
+VERBS = ("__init__", "app", "ask", "run", "ship", "update", "verbs", "why")
 HOMES = {
     "jinja2": {"analysis/page.py", "files/bounded_worker.py"},
     "rich": {"show/progress.py", "show/table.py", "data/preview.py"},

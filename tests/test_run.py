@@ -37,7 +37,7 @@ def test_what_a_killed_process_was_writing_is_no_run_and_no_stranger(tmp_path: P
     with run.claimed(new=True):
         assert {path.name for path in run.folder.iterdir()} == {".lock"}
         run.create(config(run.folder))
-    assert {path.name for path in run.folder.iterdir()} == {"config.yaml", ".lock"}
+    assert {path.name for path in run.folder.iterdir()} == {"config.yaml", "started.json", ".lock"}
 
 
 def test_replacing_takes_all_that_was_there(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_replacing_takes_all_that_was_there(tmp_path: Path) -> None:
         Run.check(config(run.folder))
     with run.claimed(new=True, replace=True):
         run.create(config(run.folder))
-    assert {path.name for path in run.folder.iterdir()} == {"config.yaml", ".lock"}
+    assert {path.name for path in run.folder.iterdir()} == {"config.yaml", "started.json", ".lock"}
 
 
 def test_only_what_can_go_on_is_resumable(tmp_path: Path) -> None:

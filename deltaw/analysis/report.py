@@ -33,11 +33,12 @@ from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.load import fingerprint_of_files, open_base
 from deltaw.base.source import Source, find_base
 from deltaw.errors import InputError, RunError
-from deltaw.named import base_name
+from deltaw.named import Named
 from deltaw.show.progress import Display
 from deltaw.show.text import counted
 
 PAGE = "report.html"
+WITHOUT_BASE = "measured without the base"  # what a page says that lacks all that needs the base's weights
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,6 +52,7 @@ class Report:
     summary: Mapping[str, Any]
     findings: list[Finding] = field(default_factory=list)
     training: Training | None = None
+    without_base: str | None = None  # why it was measured without the base's weights, if it was
 
     def __repr__(self) -> str:
         return (
@@ -98,20 +100,30 @@ class Report:
         target = Path(path) if path else self.folder / PAGE
         if not target.parent.is_dir():
             raise RunError(f"{target}: no folder {target.parent}", fix="choose another --output")
+        if self.without_base is not None:
+            check_not_poorer(target, self.without_base)
         write(self.page(), target)
         return target
 
 
 def inspect(
-    name: str | Path, *, base: str | Path | None = None, base_is_known: bool = False, display: Display | None = None
+    name: str | Path,
+    *,
+    base: str | Path | None = None,
+    base_is_known: bool = False,
+    page: Path | None = None,
+    display: Display | None = None,
 ) -> Report:
-    """Measure a run's adapter, or any adapter's. Raises InputError: no adapter, NaN in it, another base's weights.
+    """Measure a run's adapter, or any adapter's. Raises InputError: no adapter, NaN in it, another base's weights, or
+    none where `page`, which is to be replaced, was made with them.
 
     `base_is_known`: skip checking the base, which reads all of it (a run has just trained on it).
     """
-    folder, display = Path(name).expanduser(), display or Display(quiet=True)
-    adapter, training = Adapter.load(folder), read_training(folder)
-    source, why = _source(adapter, folder, training, fspath(base) if base else None, display)
+    folder, display, named = Path(name).expanduser(), display or Display(quiet=True), Named(str(name))
+    adapter, training = named.adapter, read_training(folder, named.config)
+    source, why = _source(named, fspath(base) if base else None, display)
+    if source is None and page is not None:
+        check_not_poorer(page, why)
     if source is not None and not base_is_known:
         _check_base(adapter, source, display)
     weights = LinearWeights(source.directory, adapter.fan_in_fan_out) if source else None
@@ -121,21 +133,33 @@ def inspect(
     if training:
         findings = [*check_run(training), *findings]
     if source is None:
-        findings.append(Finding("note", f"measured without the base's weights: {why}"))
+        findings.append(Finding("note", f"{WITHOUT_BASE}'s weights: {why}"))
     order = ("problem", "warning", "note", "ok")
     findings.sort(key=lambda finding: order.index(finding.level))
-    return Report(folder, adapter, source.name if source else why, measures, summarise(measures), findings, training)
+    without = why if source is None else None
+    name_of = source.name if source else why
+    return Report(folder, adapter, name_of, measures, summarise(measures), findings, training, without)
 
 
-def _source(
-    adapter: Adapter, folder: Path, training: Training | None, base: str | None, display: Display
-) -> tuple[Source | None, str]:
+def check_not_poorer(page: Path, why: str) -> None:
+    """Raise InputError where a page without the base's weights would replace one that was made with them."""
+    try:
+        poor = not page.is_file() or WITHOUT_BASE in page.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # what can't be read can't be written either, and the writer says why
+        return
+    if not poor:
+        raise InputError(
+            f"{why}\n{page} was made with the base's weights, so it isn't replaced by a page without them",
+            fix="name the base with --base, or write another page: -o page.html",
+        )
+
+
+def _source(named: Named, base: str | None, display: Display) -> tuple[Source | None, str]:
     """(the base's files, ""), or (None, why there are none). A base that was asked for by name must be available."""
     if base is not None:
         return find_base(base, display=display), ""
     try:
-        name = training.config.base if training else base_name(adapter, folder)
-        return find_base(name, display=display), ""
+        return find_base(named.base, display=display), ""
     except InputError as error:
         return None, error.what
 

@@ -35,6 +35,7 @@ from deltaw.errors import InputError, RunError, listed
 from deltaw.files.shards import read_tensors
 from deltaw.show.progress import QUIET, Display
 
+RACE_SHAPE = 576, 1536  # SmolLM2's: features in and out of a linear layer
 ADVANTAGE = 1.2  # bfloat16 costs digits, so it must win clearly
 
 
@@ -127,10 +128,10 @@ def fast_dtype(device: str = "cpu") -> torch.dtype:
     if device != "cpu":
         return torch.float32
     # A tiny product first: where bfloat16 is emulated, the real one would take seconds.
-    slow = _race(rows=8, seconds=0.01)
+    slow = race(rows=8, seconds=0.01)
     if slow[torch.bfloat16] > 8 * slow[torch.float32]:
         return torch.float32
-    times = _race(rows=512, seconds=0.1)
+    times = race(rows=512, seconds=0.1)
     return torch.bfloat16 if times[torch.bfloat16] * ADVANTAGE < times[torch.float32] else torch.float32
 
 
@@ -197,10 +198,13 @@ def _finite(weight: Tensor) -> bool:
     return weight.numel() == 0 or all(torch.isfinite(extreme) for extreme in torch.aminmax(weight))
 
 
-def _race(rows: int, seconds: float) -> dict[torch.dtype, float]:
+def race(rows: int, seconds: float) -> dict[torch.dtype, float]:
     """The best time, in seconds, of a linear layer of SmolLM2's shape in each dtype. Runs about `seconds`."""
     best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
-    pairs = {dtype: (torch.ones(rows, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)) for dtype in best}
+    pairs = {
+        dtype: (torch.ones(rows, RACE_SHAPE[0], dtype=dtype), torch.ones(*RACE_SHAPE[::-1], dtype=dtype))
+        for dtype in best
+    }
     stop = time.perf_counter() + seconds
     while True:  # in turns, so that another process's load falls on both; the first round warms up
         for dtype, (x_TN, w_MN) in pairs.items():

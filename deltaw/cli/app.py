@@ -6,19 +6,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deltaw.cli.verbs import Verbs
+from deltaw.errors import InputError
 from deltaw.show.result import Result
 
 if TYPE_CHECKING:
     from deltaw.show.progress import Display
 
 app = typer.Typer(
+    cls=Verbs,
     help="Fine-tune language models with LoRA, see why it works, ship the result.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    epilog="Errors are short; --debug before the verb shows where one came from.",
+    epilog="deltaw VERB --help explains one. Errors are short; --debug shows where one came from.",
 )
 
 
@@ -45,9 +48,26 @@ Adapter = Annotated[str, typer.Argument(help="A run or an adapter folder, made b
 Output = Annotated[str, typer.Option("--output", "-o", help="The folder to write.", callback=as_path)]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from deltaw.version import VERSION
+
+        print(f"deltaw {VERSION}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
-    pass
+def _options(
+    ctx: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+    elif sys.platform == "win32":  # files are locked by flock, memory is bounded by setrlimit
+        raise InputError("deltaw doesn't run on Windows itself", fix="run it in WSL 2, which is a Linux")
 
 
 def examples(*lines: str) -> str:

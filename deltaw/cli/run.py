@@ -27,6 +27,7 @@ def demo(
         "deltaw train runs/first    (resumes)",
         "deltaw train runs/first train.epochs=3 --extend    (goes on, when it is finished)",
         "deltaw train run.yaml adapter.from=runs/first    (starts from its adapter)",
+        "deltaw train recipes/demo.yaml    (comes with deltaw, and so do text and chat-classification)",
     )
 )
 def train(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deltaw.config import load_config
+from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
 
@@ -11,6 +12,7 @@ from deltaw.show.result import Result
 def plan_named(run: Path, overrides: Sequence[str], *, display: Display) -> Result:
     """What the run will take. Nothing stays of the rehearsal."""
     config = load_config(run, overrides)
+    Run(Path(config.output)).check_place()
     from deltaw.training.plan import plan  # torch takes seconds, a wrong run file none
 
     planned = plan(config, display)

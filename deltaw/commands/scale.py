@@ -39,7 +39,7 @@ def scale_named(
         with new_folder(output) as folder:
             return saved(Made(scaled(named.adapter, to)), folder, named.adapter, name)
     model, examples = rows_of(named, data, base=base, display=display)
-    general = general_text((named.config and named.config.evaluate.general) or "builtin:general", model.renderer)
+    general = general_text((named.local and named.local.evaluate.general) or "builtin:general", model.renderer)
     points = slide(model, factors or FACTORS, examples, general, display=display)
     return Result({"points": [asdict(point) for point in points], "rows": len(examples)}, point_table(points))
 

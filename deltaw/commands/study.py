@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deltaw.files.lock import claimed_file
+from deltaw.files.output import make_folder
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
 from deltaw.studies.lab import Lab
@@ -29,7 +30,7 @@ def run_studies(name: str, output: str, full: bool, display: Display) -> Result:
     names = NAMES if name == "all" else (name,)
     studies = [find_study(each) for each in names]
     folder = Path(output) / ("full" if full else "small")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, f"output {folder}")
     lab = Lab(folder, display, full=full)
     results, lines = {}, []
     for study in studies:

@@ -7,7 +7,7 @@ seconds: hence the imports inside functions.
 from collections.abc import Sequence
 from pathlib import Path
 
-from deltaw.commands.demo import DEMO
+from deltaw.commands.demo import DEMO, check_packages
 from deltaw.config import RunConfig, load_config, parse_config
 from deltaw.errors import InputError
 from deltaw.files.paths import written
@@ -41,7 +41,8 @@ def train_named(
 
 
 def demo_named(output: str, *, display: Display) -> Result:
-    """The demo into a run folder, in place of an earlier one there."""
+    """The demo into a run folder, in place of an earlier one there. Raises InputError where its packages aren't."""
+    check_packages()
     return _train(parse_config({**DEMO, "output": written(output)}), True, display)
 
 

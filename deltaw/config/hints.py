@@ -18,6 +18,7 @@ MEANT = {  # ours: theirs
     "pretrained_model_name_or_path pretrained_model base_model_id",
     "output": "output_dir output_path out_dir save_dir save_path adapter_path checkpoint_dir logging_dir run_name",
     "adapter": "lora peft lora_config peft_config lora_parameters lora_args adapter_config",
+    "adapter.from": "lora_model_dir resume_adapter_file adapter_name_or_path peft_path",
     "adapter.rank": "r lora_r lora_rank lora_dim peft_r",
     "adapter.alpha": "lora_alpha peft_alpha",
     "adapter.targets": "target_modules lora_target_modules lora_target lora_targets lora_target_linear "
@@ -57,6 +58,7 @@ MEANT = {  # ours: theirs
     "train.dtype": "bf16 fp16 tf32 bfloat16 float16 torch_dtype precision mixed_precision compute_dtype pure_bf16",
     "train.device": "device_map accelerator",
     "train.save_every": "save_steps save_interval checkpointing_steps",
+    "train.patience": "early_stopping_patience early_stopping early_stop_patience",
     "train.log_to": "report_to wandb use_wandb wandb_project wandb_name wandb_run_name wandb_entity logger loggers "
     "log_with tensorboard use_tensorboard metric_logger",
     "train.keep": "save_total_limit",

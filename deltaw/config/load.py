@@ -9,16 +9,19 @@ import yaml
 from pydantic import ValidationError
 
 from deltaw.config.before import as_it_was
+from deltaw.config.own_rows import at_home
 from deltaw.config.problems import fields_at, meant, refusal, similar_file
 from deltaw.config.run import BEGUN, RunConfig
 from deltaw.errors import InputError
 from deltaw.files.run_yaml import PROBLEMS, Loader, not_yaml
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a run file and apply `key.sub=value` overrides. Raises InputError that lists every problem."""
     path = Path(path)
-    text = read_text(path)
+    text = read_text(shipped(path))
     try:
         node = yaml.compose(text, Loader=Loader)
         raw = yaml.load(text, Loader=Loader)
@@ -29,7 +32,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     begun = path.name == "config.yaml" and any((path.parent / name).exists() for name in BEGUN)
     for item in overrides:
         _override(raw, item)
-    return parse_config(raw, source=str(path), node=node, begun=begun, folder=path.parent)
+    config = parse_config(raw, source=str(path), node=node, begun=begun, folder=path.parent)
+    return at_home(config, path.parent) if begun else config
 
 
 def config_of(given: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
@@ -63,6 +67,12 @@ def parse_config(
         raise InputError(refusal(error, RunConfig, source, file=source, node=node)) from None
     except (TypeError, ValueError) as problem:
         raise InputError(f"{source} has 1 problem:\n  {source}: {problem}") from None
+
+
+def shipped(path: Path) -> Path:
+    """The recipe of that name that comes with deltaw, for recipes/NAME.yaml where there is no such file."""
+    own = RECIPES / path.name
+    return own if path.parent == Path("recipes") and not path.exists() and own.is_file() else path
 
 
 def read_text(path: Path) -> str:

@@ -10,7 +10,7 @@ chooses). Other tools' weights are shares of what is drawn, which have no epoch 
 and the preview shows them.
 
 Rows that are given are copied through JSON, so that what is trained on can be written down: a run writes them into its
-folder and its config names that file (training/own_rows.py).
+folder and its config names that file (own_rows.py).
 """
 
 import json

@@ -32,8 +32,10 @@ from deltaw.data.row import Problem, Row
 from deltaw.data.sources import open_sources, visits
 from deltaw.errors import InputError, Rejected, listed
 from deltaw.show.progress import QUIET, Display, Progress, unseen
+from deltaw.show.text import counted
 
 CHUNK, CHARACTERS = 512, 4_000_000  # rows and characters tokenised in one call
+SHORTEST = 16  # tokens: shorter pieces aren't advised
 LONG = 500_000  # characters of a row that take the tokenizer a while
 
 Place = tuple[int, int]  # source, row in it
@@ -286,11 +288,12 @@ def _none_left(sources: Sequence[Reading], held_out: Sequence[Placed], config: D
     """`data.eval` takes all there is."""
     source = sources[0]
     if source.by_piece and len(sources) == 1:
-        smaller = max(16, source.tokens_read // (5 * config.held_out_of(1)))
+        smaller = source.tokens_read // (5 * config.held_out_of(1))
+        shorter = f"set data.max_length to {smaller} or so for more pieces, " if smaller >= SHORTEST else ""
         return InputError(
-            f"{source.name}: one document in {len(held_out)} usable pieces, and data.eval takes {config.eval}, so none "
-            "is left to train on",
-            fix=f"set data.eval lower, set data.max_length to {smaller} or so for more pieces, or give it a file",
+            f"{source.name}: one document in {counted(len(held_out), 'piece')}, and data.eval takes {config.eval}, so "
+            "none is left to train on",
+            fix=f"set data.eval lower, {shorter}or give it a separate file",
         )
     count = len({place[:2] for place in held_out})
     whole = ": texts are held out whole" if any(source.split_rows for source in sources) else ""

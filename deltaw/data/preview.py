@@ -8,7 +8,7 @@ backslash (`<\\|im_end|>`): a real one looks the same otherwise.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from deltaw.data.dataset import Dataset
@@ -28,10 +28,33 @@ def preview(dataset: Dataset, tokenizer: Any, n: int) -> "Group":
     from rich.console import Group
     from rich.text import Text
 
-    lines: list[Any] = [Marked(example, tokenizer) for example in dataset.train[:n]]
+    lines: list[Any] = [Marked(example, tokenizer) for example in first(dataset, n)]
     lines += [Text(line) for line in summary(dataset.report)]
     lines += [Text(f"warning: {warning}", style="yellow") for warning in dataset.report.warnings]
     return Group(*lines)
+
+
+def first(dataset: Dataset, n: int) -> list[Example]:
+    """The first `n` rows to train on; of several sources the first of each, then the second of each, and so on."""
+    rows = iter(dict.fromkeys(dataset.train))
+    by_source = [list(islice(rows, source.train_rows)) for source in dataset.report.sources]
+    turns = (row for turn in zip_longest(*by_source) for row in turn if row is not None)
+    return list(islice(turns, n))
+
+
+def mixture(report: DataReport) -> list[str]:
+    """What each source gives, where there are several or one has a weight."""
+    sources = [source for source in report.sources if source.visits]
+    if len(sources) == 1 and sources[0].weight == 1:
+        return []
+    epoch = sum(source.visits for source in sources)
+    lines = [
+        f"  {source.name}: {counted(source.train_rows, 'row')}, {source.visits:,} of an epoch's {epoch:,} "
+        f"(weight {source.weight:g}), {source.share:.1%} of the trained tokens"
+        for source in sources
+    ]
+    forms = {source.form for source in sources}
+    return [f"{line}; {source.form}" if len(forms) > 1 else line for line, source in zip(lines, sources, strict=True)]
 
 
 def printed(dataset: Dataset, tokenizer: Any, n: int) -> str:
@@ -48,6 +71,7 @@ def summary(report: DataReport) -> list[str]:
     """The counts, one line each."""
     return [
         f"{report.source}: {report.form}",
+        *mixture(report),
         f"{counted(report.rows_read, 'row')} read, {report.train_rows:,} to train on, {report.eval_rows:,} held out",
         f"{report.tokens:,} tokens, {report.supervised_tokens:,} of them trained ({report.share:.1%}); "
         f"the longest row has {report.longest_row:,} ({report.longest_origin})",

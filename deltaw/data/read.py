@@ -41,6 +41,7 @@ from deltaw.data.unpack import ARCHIVES, PACKED, unpacked
 from deltaw.errors import InputError, Rejected
 from deltaw.files.encoding import UTF8, as_utf8, setting
 from deltaw.files.strict_json import MARK, NotJSON, json_kind, parse
+from deltaw.show.text import counted
 
 HUB_ID = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<split>[\w.+\[\]%:-]+))?")
 OF_A_ROW = ("messages", "conversations", "tools", "history", "prompt", "completion", "chosen", "rejected", "input")
@@ -88,7 +89,7 @@ def _items(source: str, encoding: str) -> Iterator[Item]:
     if hub and ("/" in source or hub["split"]) and not source.startswith(".") and not _is_data_file(path):
         return read_hub(hub["name"], hub["split"] or "train", _near(path))
     if glob.has_magic(source):
-        raise InputError(f"{source}: no file here matches it", fix=_near(_fixed(source)) or _beside(source))
+        raise InputError(f"{source}: no file here matches it", fix=_beside(source))
     raise InputError(f"{source}: no such file or folder", fix=_near(path) or _known())
 
 
@@ -120,7 +121,7 @@ def _read_matches(pattern: str, paths: list[Path], encoding: str) -> Iterator[It
     if not files and not saved:
         what = f"{pattern}: none of the {len(paths)} that match is a data file"
         raise InputError(what, fix=f"known kinds: {' '.join(READERS)}")
-    yield Note(f"{pattern}: {len(files) + len(saved)} of the names that match it hold data")
+    yield Note(f"{pattern} matches {counted(len(files) + len(saved), 'data file')}")
     for path in sorted([*files, *saved]):
         name = path.relative_to(base).as_posix() if base in path.parents else path.name
         yield from read_saved(path, None) if path.is_dir() else _read_file(path, name, encoding)
@@ -312,7 +313,7 @@ def _beside(pattern: str) -> str:
     """What is in the folder of a pattern."""
     folder = _fixed(pattern)
     if not folder.is_dir():
-        return f"{folder} doesn't exist"
+        return _near(folder) or f"there is no folder {folder}"
     names = sorted(entry.name for entry in islice(folder.iterdir(), 10_000) if not entry.name.startswith("."))
     return f"in {folder}: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}" if names else f"{folder} is empty"
 

@@ -5,9 +5,12 @@ out when it was trained; what it was trained on isn't rendered again for that.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from deltaw.base.limits import Limits
 from deltaw.config import DataConfig
+from deltaw.config.places import check_there
+from deltaw.config.sources import SourceValue
 from deltaw.data.dataset import prepare, prepare_held_out
 from deltaw.data.example import Example
 from deltaw.data.forms import Reads
@@ -19,7 +22,7 @@ from deltaw.show.progress import Display
 
 
 def rows_of(
-    name: str | Named, data: str | None, *, base: str | None, rows: int | None = None, display: Display
+    name: str | Named, data: SourceValue | None, *, base: str | None, rows: int | None = None, display: Display
 ) -> tuple[Model, Sequence[Example]]:
     """A model and the rows to measure it on: all of the run's own held-out ones, or `rows` of a file. Raises
     InputError."""
@@ -51,7 +54,7 @@ def _own_data(named: Named) -> DataConfig:
     """The run's own data section, which must hold rows out."""
     if named.config is None and not named.path.exists() and not named.name.startswith("builtin:"):
         raise no_such(named.path)
-    if named.config is None:
+    if named.config is None or named.local is None:
         raise InputError(
             f"{named.name} isn't a run, so it has no held-out rows", fix="name a data file to measure it on"
         )
@@ -60,14 +63,17 @@ def _own_data(named: Named) -> DataConfig:
             f"{named.name} held no rows out when it was trained, so there are none to measure it on",
             fix="name a data file with rows that it wasn't trained on; next time, hold some out: data.eval=100",
         )
-    return named.config.data
+    for source in (named.config.data.train, named.config.data.eval):
+        if isinstance(source, str) and Path(source).suffix:  # else it may be on a hub
+            check_there(source, named.config, named.path, "data", "put it back, or name a data file")
+    return named.local.data
 
 
-def _of_file(named: Named, data: str, rows: int | None) -> DataConfig:
+def _of_file(named: Named, data: SourceValue, rows: int | None) -> DataConfig:
     """A data section for a file, with the run's rules of rendering."""
-    if named.config is None:
+    if named.local is None:
         return DataConfig(train=data, limit=rows)
-    own = named.config.data
+    own = named.local.data
     too_long = "auto" if own.too_long == "split" else own.too_long  # the file may have other rows than texts
     rules = {"form": "auto", "eval": None, "limit": rows, "train": data, "too_long": too_long, "overlap": 0}
     return own.model_copy(update=rules)

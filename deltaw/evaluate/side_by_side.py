@@ -9,13 +9,15 @@ are held out follows from the data, so some of them may since have been trained 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from os import fspath
 from pathlib import Path
 from typing import Any
 
-from deltaw.config import EvaluateConfig, RunConfig
+from deltaw.config import DataConfig, EvaluateConfig, RunConfig
+from deltaw.config.sources import SourceValue, label
 from deltaw.data.example import Example, fingerprint
 from deltaw.errors import InputError
 from deltaw.evaluate.held_out import Evaluation, add_answers, evaluate_loss, spread, truth_of
@@ -26,11 +28,12 @@ from deltaw.model import Model
 from deltaw.named import Named
 from deltaw.run import Run
 from deltaw.show.progress import QUIET, Display
+from deltaw.show.text import counted
 
 NONE = ("none",)  # in place of metrics: the loss alone
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SideBySide:
     """What was measured, one side at least. `as_trained`: whether these are the rows of the training's own figures;
     None where that can't be told, or isn't asked."""
@@ -42,6 +45,11 @@ class SideBySide:
     adapter: Evaluation | None
     base: Evaluation | None
     as_trained: bool | None
+
+    def __repr__(self) -> str:
+        sides = {"base": self.base, "adapter": self.adapter}
+        figures = [f"{side}: {_figures(evaluation)}" for side, evaluation in sides.items() if evaluation]
+        return f"SideBySide({self.name}, {counted(self.rows, 'row')}; {'; '.join(figures)})"
 
     @property
     def main(self) -> Evaluation:
@@ -77,9 +85,46 @@ class SideBySide:
             yield line
 
 
+def _figures(evaluation: Evaluation) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in evaluation.summary().items())
+
+
+def evaluate(
+    name: str | Path,
+    data: str | Path | Sequence[Mapping[str, Any]] | SourceValue | None = None,
+    *,
+    base: str | Path | None = None,
+    metrics: Sequence[str] | None = None,
+    rows: int | None = None,
+    max_tokens: int | None = None,
+    allow_code: bool = False,
+    display: Display | None = None,
+) -> SideBySide:
+    """Measure a run, an adapter or a base on a file or on rows, else on the run's own held-out rows: an adapter beside
+    its base (`.adapter`, `.base`), with each row's answers in `.answers()` where a metric asks for them.
+
+    `metrics` are those of `deltaw eval`, in place of the run's own; `rows`: only so many; `max_tokens`: the longest
+    answer; `allow_code`: run the metric's code that the run names. Raises InputError, before the weights are read where
+    that is possible.
+    """
+    if data is not None and not isinstance(data, str | Path):
+        data = DataConfig(train=data).train  # type: ignore[arg-type]  # which it looks at
+    given = fspath(data) if isinstance(data, Path) else data
+    return side_by_side(
+        name,
+        given,
+        base=fspath(base) if base else None,
+        metrics=metrics,
+        rows=rows,
+        max_tokens=max_tokens,
+        allow_code=allow_code,
+        display=display or QUIET,
+    )
+
+
 def side_by_side(
     name: str | Path | Named,
-    data: str | None = None,
+    data: SourceValue | None = None,
     *,
     base: str | None = None,
     use_adapter: bool = True,
@@ -114,7 +159,8 @@ def side_by_side(
     other = None
     if adapter is None or use_base:
         other = measuring.side(known if as_trained else None, adapter=False)
-    return SideBySide(named.name, data, len(examples), opened, adapter, other, as_trained)
+    measured_on = None if data is None else data if isinstance(data, str) else label(data)
+    return SideBySide(named.name, measured_on, len(examples), opened, adapter, other, as_trained)
 
 
 @dataclass(frozen=True)

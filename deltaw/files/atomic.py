@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deltaw.errors import RunError
+from deltaw.files.output import FULL, size
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -42,8 +43,9 @@ def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
         os.replace(temporary, path)
         fsync(path.parent)
     except OSError as error:
-        fix = "nothing was lost; free space or choose another folder, then run it again"
-        raise RunError(f"{path}: could not be written: {_disk(path, needed)}{error}", fix=fix) from None
+        remedy = "free some space" if error.errno in FULL else "free space or choose another folder"
+        fix = f"nothing was lost; {remedy}, then run it again"
+        raise RunError(f"{path}: could not be written: {refusal(error, path, needed)}", fix=fix) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -67,7 +69,7 @@ def replacing_folder(final: Path, fix: str) -> Iterator[Path]:
         new.rename(final)
         fsync(final.parent)
     except OSError as error:
-        raise RunError(f"{final}: could not be written: {error}", fix=fix) from None
+        raise RunError(f"{final}: could not be written: {refusal(error, final)}", fix=fix) from None
     finally:
         with contextlib.suppress(OSError):
             recover(final)
@@ -130,7 +132,12 @@ def _settle(folder: Path) -> None:
     fsync(folder)
 
 
-def _disk(path: Path, needed: int) -> str:
+def refusal(error: OSError, path: Path, needed: int = 0) -> str:
+    """Why the operating system wouldn't write `path`, which needs so many bytes."""
+    why = error.strerror or str(error)
+    if error.errno not in (*FULL, None):  # None: of a library that says it in words alone
+        return why
     with contextlib.suppress(OSError):
-        return f"needs {needed:,} bytes, {shutil.disk_usage(path.parent).free:,} free; "
-    return ""
+        wants = f"it needs {size(needed)}, and " if needed else ""
+        return f"{why}: {wants}{size(shutil.disk_usage(path.parent).free)} are free"
+    return why

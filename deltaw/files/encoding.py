@@ -17,11 +17,12 @@ from deltaw.errors import InputError
 UTF8 = "utf-8"
 CHUNK = 2**16
 STATEFUL = ("idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape", "utf-7")  # not of text files
+HIGH = re.compile(rb"[\x80-\xff]")
 # What a text in each encoding is mostly made of, of what isn't ASCII; the first that fits is named.
 LIKELY = (
+    ("shift_jis", r"[ぁ-ヿ]", 0.3),
     ("cp1251", r"[а-яё]", 0.6),
     ("koi8-r", r"[а-яё]", 0.6),
-    ("shift_jis", r"[ぁ-ヿ]", 0.3),
     ("euc-kr", r"[가-힣]", 0.8),
     ("gb18030", r"[一-鿿，。、？！：；“”（）《》]", 0.9),
     ("cp1252", r"[À-ÖØ-öø-ÿ‘’“”–—…€«»°£§]", 0.5),
@@ -41,7 +42,10 @@ def likely(data: bytes) -> str:
     """The encoding that bytes which aren't UTF-8 probably have."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0\0" in (data[:4:2], data[1:4:2]):
         return "utf-16"
+    latin = len(re.findall(rb"[A-Za-z][\x80-\xff]|[\x80-\xff][A-Za-z]", data)) > len(HIGH.findall(data)) / 3
     for encoding, usual, share in LIKELY:
+        if latin and encoding not in ("shift_jis", "cp1252"):
+            continue  # letters beyond ASCII stand among those of ASCII
         try:
             text = re.sub(r"[\0-\x7f]", "", data.decode(encoding))
         except UnicodeDecodeError:

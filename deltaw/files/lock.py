@@ -27,6 +27,7 @@ from pathlib import Path
 
 from deltaw.errors import InputError
 from deltaw.files import atomic
+from deltaw.files.output import check_file, make_folder
 
 NO_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
 LOCK = ".lock"
@@ -60,10 +61,7 @@ def claimed(folder: Path, check: Callable[[], None], *, keep_lock: bool = True) 
     what another process may have begun in between. A folder that was made for the block and stays empty goes again."""
     check()
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output {folder}: can't be made: {error.strerror}", fix="choose another output") from None
+    make_folder(folder, f"output {folder}")
 
     def unused() -> bool:
         return bool(made) and not holds_anything(folder)
@@ -103,10 +101,8 @@ def new_folder(output: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def claimed_file(path: Path) -> Iterator[None]:
-    """No other command writes this file inside the block. A folder that isn't there is for the writer to name."""
-    if not path.parent.is_dir():
-        yield
-        return
+    """No other command writes this file inside the block. Raises InputError where it can't be written."""
+    check_file(path, f"output {path}")
     with locked(path.with_name(f".{path.name}{LOCK}"), f"output {path}", remove=lambda: True):
         yield
 

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, PlainSerializer
 
 from deltaw.errors import InputError
 
+LONGEST = 255  # bytes of a file's name, on nearly every file system
 _VARIABLE = re.compile(r"\$(?:(?P<escaped>\$)|(?P<bare>[A-Za-z_]\w*)|\{(?P<braced>[^{}]*)\})", re.ASCII)
 
 
@@ -63,14 +64,29 @@ def no_such(path: Path) -> InputError:
     return InputError(what, fix=f"{'here' if parent == Path() else f'in {parent}'}: {shown or 'nothing'}")
 
 
-PathText = Annotated[str, AfterValidator(expand), PlainSerializer(written)]  # a path, or another name, in a run file
+def _possible(path: str) -> str:
+    """The path. Raises ValueError for what no file can be called."""
+    if not path:
+        raise ValueError("it is empty")
+    if "\0" in path:
+        raise ValueError("there is a NUL character in it")
+    if any(len(os.fsencode(part)) > LONGEST for part in path.split("/")):
+        raise ValueError(f"{path[:40]}… is too long a name: {LONGEST} bytes are what a disk takes")
+    return path
+
+
+# A path, or another name, in a run file.
+PathText = Annotated[str, AfterValidator(expand), AfterValidator(_possible), PlainSerializer(written)]
 
 
 def given(path: Any) -> Any:
     """A path, or several, from the command line. Raises ValueError."""
     if isinstance(path, list | tuple):
         return [given(each) for each in path]
-    if path is None or ("$" in str(path) and Path(path).exists()):
+    if path is None:
+        return None
+    _possible(str(path))
+    if "$" in str(path) and Path(path).exists():
         return path
     return type(path)(expand(str(path)))
 

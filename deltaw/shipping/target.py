@@ -18,6 +18,8 @@ from typing import Any
 from deltaw.errors import InputError, RunError
 from deltaw.files.atomic import recover, replacing_folder, write_text_atomic
 from deltaw.files.lock import holds_anything, locked
+from deltaw.files.output import check_writable, make_folder
+from deltaw.show.text import gib
 from deltaw.version import VERSION
 
 MARK = "deltaw-export.json"  # what was written here, by which version, from what
@@ -37,7 +39,7 @@ def target(
     final = _place(output)
     try:
         _check(final, replace, sources)
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent, f"output {output!s:.200}")
     except OSError as error:
         raise InputError(
             f"output {output!s:.200}: can't be made: {error.strerror}", fix="choose another output"
@@ -63,7 +65,9 @@ def _place(output: str | Path) -> Path:
 def check_output(output: str | Path, replace: bool) -> None:
     """Raise InputError for an `output` that can't be used, before anything is read for it."""
     with contextlib.suppress(OSError):  # a name that no folder can have is `target`'s to say
-        _check(_place(output), replace, ())
+        final = _place(output)
+        _check(final, replace, ())
+        check_writable(final.parent if final.exists() else final, f"output {output}")
 
 
 def _check(final: Path, replace: bool, sources: Sequence[Path]) -> None:
@@ -81,6 +85,6 @@ def _room(final: Path, needed: int) -> None:
     free = shutil.disk_usage(final.parent).free
     if needed + SPARE > free:
         raise RunError(
-            f"output {final}: needs {needed:,} bytes, but only {free:,} are free there",
+            f"output {final}: needs {gib(needed)}, but only {gib(free)} are free there",
             fix="free some space, or choose another",
         )

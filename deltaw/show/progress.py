@@ -58,21 +58,21 @@ class Display:
     @contextmanager
     def _rich(self, name: str, total: int) -> Iterator[Task]:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[amount]}"),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
         with RichProgress(*columns, console=Console(stderr=True)) as bar:
             self._bar = bar
-            task = bar.add_task(name, total=total, note="")
+            task = bar.add_task(name, total=total, note="", amount=amount(0, total))
             try:
-                yield lambda done, note="": bar.update(task, completed=done, note=note)
+                yield lambda done, note="": bar.update(task, completed=done, note=note, amount=amount(done, total))
             finally:
                 self._bar = None
 
@@ -90,9 +90,14 @@ class Display:
             last = now
             fresh = done - first
             left = f", {clock((now - began) * (total - done) / fresh)} left" if fresh > 0 and done < total else ""
-            self.say(f"{name}: {done}/{total}{', ' + note if note else ''}{left}")
+            self.say(f"{name}: {amount(done, total)}{', ' + note if note else ''}{left}")
 
         return progress
+
+
+def amount(done: int, total: int) -> str:
+    """ "40 of 122 (32%)": 100 % is only said of all."""
+    return f"{done:,} of {total:,} ({100 * done // max(total, 1)}%)"
 
 
 QUIET = Display(quiet=True)

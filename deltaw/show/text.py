@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from deltaw.files.output import size
+
 LINE = 120  # characters that an error message or a log line may quote of the data
 FRAME = 8  # characters that texts must share at an end before these are left out
 
@@ -35,7 +37,7 @@ def figure_name(name: str) -> str:
 
 def gib(count: float) -> str:
     """Bytes: "1.5 GiB", "20 MiB"."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    return size(count)
 
 
 def clock(seconds: float) -> str:

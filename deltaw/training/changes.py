@@ -14,6 +14,8 @@ from typing import Any
 
 from deltaw.base.fingerprint import same_base
 from deltaw.config import RunConfig, load_config, parse_config
+from deltaw.config.own_rows import at_home
+from deltaw.config.sources import ROWS
 from deltaw.errors import InputError, listed
 from deltaw.run import Run
 from deltaw.show.progress import Display
@@ -35,10 +37,11 @@ def settled(
     written = load_config(run.config)
     # The checkpoint knows what it was made with, whatever was written into config.yaml since.
     began = parse_config(saved.state.config, source="the checkpoint", begun=True) if saved else written
+    began = at_home(began, run.folder)
     began, config = (_as_begun(one, saved) for one in (began, load_config(run.config, overrides)))
     for line in check_changes(began, config, allow=allow, run=str(run.folder), finished=finished):
         display.say(f"changed: {line}")
-    config = config.model_copy(update={"output": str(run.folder)})  # it may have been moved since it was started
+    config = config.model_copy(update={"output": written.output})  # it is this run, wherever it lies by now
     if saved is not None and config.train.steps:  # `restore` looks for itself, when much has been read
         check_length(config.train.steps, saved.state.step, run=str(run.folder))
     return config, config != written
@@ -136,4 +139,12 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(one, str | dict) for one in value):
+        value = " + ".join(one if isinstance(one, str) else _source(one) for one in value)
     return "none" if value is None else f"{value:.60}" if isinstance(value, str) else f"{value!s:.60}"
+
+
+def _source(value: Mapping[str, Any]) -> str:
+    """A source with its weight; a row that was given has no name."""
+    weight = value.get("weight", 1)
+    return f"{value.get('path', ROWS)} x {weight:g}" if weight != 1 else str(value.get("path", ROWS))

@@ -5,8 +5,10 @@ The layers' start is drawn when the adapter is attached. An initialiser that wan
 run, in the order in which it will train on them; a run that is resumed has its start in the checkpoint.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ from deltaw.base.load import open_base, open_skeleton, read_config
 from deltaw.base.prefix import lowest_layer
 from deltaw.base.source import find_base
 from deltaw.config import RunConfig
+from deltaw.config.own_rows import rows_to_keep, with_names
 from deltaw.data.dataset import Dataset
 from deltaw.data.example import Example
 from deltaw.data.loader import Loader, LoaderState, fill
@@ -57,6 +60,7 @@ class Opened:
     dataset: Dataset
     total: int
     metrics: tuple[Metric, ...]
+    rows: Mapping[str, str] = field(default_factory=dict)  # that were given as values, by the name in the run's folder
     lineage: History = NOTHING  # which adapter it starts from, after which steps it was extended
 
     @property
@@ -73,6 +77,13 @@ class Opened:
         """What the adapter records of its base."""
         asking = self.dataset.asking
         return replace(self.model.id, system=asking.system, **({} if asking.chat else {"template": PLAIN}))
+
+    def named_as(self, config: RunConfig) -> "Opened":
+        """With the names that `config` has for what was opened (it may have been opened under longer ones)."""
+        names = {"data": config.data, "evaluate": config.evaluate, "adapter": config.adapter}
+        pinned = self.config.model_copy(update=names)
+        local = Path(self.config.base).is_absolute() and config.base != self.config.base
+        return replace(self, config=pinned.model_copy(update={"base": config.base}) if local else pinned)
 
     def learner(self, display: Display) -> Learner:
         """Of the adapter, at its beginning."""
@@ -131,7 +142,7 @@ def open_run(
     assert model.attached is not None
     for line in model.attached.notes():
         display.say(line)
-    opened = Opened(_pinned(config, model), model, dataset, total, metrics, lineage)
+    opened = Opened(_pinned(config, model), model, dataset, total, metrics, rows_to_keep(config.data), lineage)
     return opened if start is None else _started(opened, start, display)
 
 
@@ -152,7 +163,7 @@ def _started(opened: Opened, start: Start, display: Display) -> Opened:
 
 def begin(opened: Opened, run: Run, display: Display) -> None:
     """Write the run's files into the folder, and make the start for an initialiser that needs data."""
-    run.create(opened.config)
+    run.create(opened.config, opened.rows)
     if opened.lineage.known:
         run.write_lineage(opened.lineage)
     warmup = warmup_steps(opened.total, opened.config.train)
@@ -205,4 +216,6 @@ def _pinned(config: RunConfig, model: Model) -> RunConfig:
     """The config with `auto` and a hub's branch resolved: a resumed run must not choose differently."""
     source, dtype = model.base.source, str(model.base.dtype).removeprefix("torch.")
     base = config.base if source.revision is None else f"{source.public_name}@{source.revision}"
-    return config.model_copy(update={"base": base, "train": config.train.model_copy(update={"dtype": dtype})})
+    return with_names(config).model_copy(
+        update={"base": base, "train": config.train.model_copy(update={"dtype": dtype})}
+    )

@@ -22,6 +22,7 @@ from typing import Any
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.history import NOTHING, History
 from deltaw.config import RunConfig, config_of
+from deltaw.config.places import placed
 from deltaw.data.opening import open_dataset
 from deltaw.errors import command
 from deltaw.evaluate.held_out import perplexity
@@ -93,12 +94,14 @@ def resume(
             check_extension(run, saved, overrides)
         late = finished and not extend
         config, changed = settled(run, saved, overrides, allow=allow or extend, finished=late, display=display)
+        local = placed(config, run.folder)
         if late:
-            return _measure_again(config, run, consent, display)
+            return _measure_again(config, local, run, consent, display)
+        lineage = run.read_lineage()
         if saved is None:
             display.say(f"{folder} has no checkpoint yet, so it starts from the beginning")
-        lineage = run.read_lineage()
-        return _run(config, run, saved, consent, display, on_step, lineage, changed=changed, extend=extend)
+            return _run(local, run, None, consent, display, on_step, lineage, extend=extend)  # begun anew, and here
+        return _run(config, run, saved, consent, display, on_step, lineage, local, changed=changed, extend=extend)
 
 
 def _run(
@@ -109,15 +112,19 @@ def _run(
     display: Display,
     on_step: OnStep | None,
     lineage: History = NOTHING,
+    local: RunConfig | None = None,
     *,
     changed: bool = False,
     extend: bool = False,
 ) -> Adapter:
-    """Take a run from its beginning or a checkpoint to its end, in a folder that is claimed."""
-    began = time.monotonic()
+    """Take a run from its beginning or a checkpoint to its end, in a folder that is claimed. `local`: the config with
+    its names where they lead from the current folder, if that isn't where the run was started."""
+    began, local = time.monotonic(), local or config
     with StopRequest() as stop:
-        opened = open_run(config, display, consent, lineage, start_is_needed=saved is None)
-        general = general_rows(config, opened.model)
+        opened = open_run(local, display, consent, lineage, start_is_needed=saved is None)
+        if local is not config:
+            opened = opened.named_as(config)
+        general = general_rows(local, opened.model)
         learner = opened.learner(display)
         shortage = partial(explain, opened=opened, learner=learner, run=run)
         try:
@@ -143,14 +150,14 @@ def _run(
             raise shortage(error) or error from None
 
 
-def _measure_again(config: RunConfig, run: Run, consent: Consent, display: Display) -> Adapter:
+def _measure_again(config: RunConfig, local: RunConfig, run: Run, consent: Consent, display: Display) -> Adapter:
     """Measure what result.json lists as failed, on the adapter as it was saved."""
     with StopRequest("the run is finished, but some measurements are missing") as stop:
         bound_caches()
         metrics = open_metrics(config.evaluate.metrics, consent)
         model = open_model(run.folder, device=config.train.device, display=display)
-        _, _, dataset = open_dataset(config, display, model.base.source)
-        general = general_rows(config, model)
+        _, _, dataset = open_dataset(local, display, model.base.source)
+        general = general_rows(local, model)
         run.write_config(config)
         opened = Opened(config, model, dataset, count_steps(config, dataset), metrics)
         learner = opened.learner(display)

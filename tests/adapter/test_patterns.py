@@ -67,9 +67,10 @@ def test_what_a_pattern_means(pattern: str, path: str, means: bool) -> None:
 
 @given(st.lists(PARTS, min_size=1, max_size=7), st.data())
 def test_a_path_with_something_left_open_fits_itself(path: list[str], data: st.DataObject) -> None:
-    kept = [at for at in range(len(path)) if data.draw(st.booleans())] or [0]
-    # A number stays behind the part before it.
-    kept = [at for at in kept if not path[at].isdecimal() or at == 0 or at - 1 in kept]
+    kept: list[int] = []
+    for at in range(len(path)):  # a number stays behind the part before it
+        if data.draw(st.booleans()) and (not path[at].isdecimal() or at == 0 or at - 1 in kept):
+            kept.append(at)
     pattern = []
     for at in kept:
         part = path[at]

@@ -197,7 +197,7 @@ for limit in (0, 1, 8, 100, 4096, 100_000, 199_999):
     try:
         save_safetensors(tensors, path)
     except RunError as error:
-        assert "needs 200,000 bytes" in str(error) and "free" in str(error), error
+        assert "needs 195 KiB" in str(error) and "free" in str(error), error
     else:
         raise SystemExit(f"saved under a limit of {limit}")
 """

@@ -10,7 +10,10 @@ def test_lines_begin_and_end_and_keep_quiet_between(capsys) -> None:
     with Display().task("work", 100) as progress:
         for done in range(101):
             progress(done, "note")
-    assert capsys.readouterr().err.splitlines() == ["work: 0/100, note", "work: 100/100, note"]
+    assert capsys.readouterr().err.splitlines() == [
+        "work: 0 of 100 (0%), note",
+        "work: 100 of 100 (100%), note",
+    ]
 
 
 def test_time_left_is_told(capsys, monkeypatch) -> None:
@@ -19,7 +22,8 @@ def test_time_left_is_told(capsys, monkeypatch) -> None:
     with Display().task("work", 6) as progress:
         for done in (0, 1, 3):
             progress(done)
-    assert capsys.readouterr().err.splitlines() == ["work: 0/6", "work: 1/6, 0:50 left", "work: 3/6, 0:30 left"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["work: 0 of 6 (0%)", "work: 1 of 6 (16%), 0:50 left", "work: 3 of 6 (50%), 0:30 left"]
 
 
 def test_a_terminal_gets_a_bar_and_lines_stand_above_it(capsys, monkeypatch) -> None:
@@ -30,7 +34,7 @@ def test_a_terminal_gets_a_bar_and_lines_stand_above_it(capsys, monkeypatch) -> 
         display.say("[a line]")
         progress(2)
     err = capsys.readouterr().err
-    assert "work" in err and "2/2" in err and "[a line]" in err
+    assert "work" in err and "2 of 2 (100%)" in err and "[a line]" in err
 
 
 def test_quiet_is_quiet(capsys) -> None:

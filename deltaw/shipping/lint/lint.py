@@ -5,8 +5,8 @@ from os import fspath
 from pathlib import Path
 
 from deltaw.adapter.file import is_run
-from deltaw.config import RunConfig, load_config
 from deltaw.errors import InputError, command
+from deltaw.named import Named
 from deltaw.shipping.lint import (
     rules_base,
     rules_chat,
@@ -74,8 +74,7 @@ def lint(
     except OSError as error:  # a name too long for a path, a folder that may not be read
         raise InputError(f"{name:.200}: {error.strerror}") from None
     if run:
-        config = load_config(path / "config.yaml")
-        return _folder(name, path / "adapter", config, base, to, max_lora_rank, display)
+        return _folder(name, path / "adapter", Named(name), base, to, max_lora_rank, display)
     if form == "peft":
         return _folder(name, path, None, base, to, max_lora_rank, display)
     if form == "gguf":
@@ -90,7 +89,7 @@ def lint(
 def _folder(
     name: str,
     folder: Path,
-    run: RunConfig | None,
+    run: Named | None,
     base: str | None,
     to: tuple[str, ...],
     max_rank: int,
@@ -114,7 +113,7 @@ def _folder(
         no_base=known.reason,
         recorded=recorded,
         spec=read_spec(folder),
-        run=run,
+        run=run.local if run else None,
         max_rank=max_rank,
         display=display,
     )

@@ -24,6 +24,7 @@ from typing import Any
 
 from deltaw.base.gguf import folder_of
 from deltaw.base.source import cache_root
+from deltaw.config.places import placed
 from deltaw.errors import InputError
 from deltaw.evaluate.held_out import spread
 from deltaw.shipping.verify.alike import Distance, Parting, compared_ids, distance, parting
@@ -113,7 +114,8 @@ def _prompts(sides: Sequence[Side], data: str | None, count: int, display: Displ
         return file_prompts(data, count, [side.trained.renderer for side in adapted], display)
     for side in adapted:
         if side.trained.config is not None:
-            return held_out_prompts(side.trained.config, side.trained.renderer, count, display)
+            local = placed(side.trained.config, side.trained.sources[0])
+            return held_out_prompts(local, side.trained.renderer, count, display)
     chats = all(side.chats for side in adapted) if adapted else any(side.chats for side in sides)
     display.say("neither side is a run and --data isn't given: asking built-in text")
     return general_prompts(count, chats=chats)

@@ -18,12 +18,12 @@ from deltaw.adapter.file import CONFIG, WEIGHTS, is_run
 from deltaw.adapter.peft_config import check_config
 from deltaw.base.load import open_base
 from deltaw.base.source import find_base, found_as
-from deltaw.config import load_config
 from deltaw.data.render import open_tokenizer
 from deltaw.errors import InputError
 from deltaw.files.safetensors import read_header
 from deltaw.files.strict_json import read_json
 from deltaw.generate.cache import context
+from deltaw.named import Named
 from deltaw.shipping.beside import GENERATION_CONFIG
 from deltaw.shipping.trained import TEMPLATE
 from deltaw.shipping.verify.sides.local import Local, Running, Words, running, stops_of, working_type
@@ -41,7 +41,7 @@ class Peft(Running):
             raise InputError(f"{name}: asking PEFT needs a package that isn't installed", fix=INSTALL)
         self.name, self.notes = name, []
         if is_run(folder):
-            base = base or load_config(folder / "config.yaml").base
+            base = base or Named(str(folder)).base
             folder = folder / "adapter"
         config = read_json(folder / CONFIG, max_bytes=1_000_000, allow_nan=True)
         check_config(config, str(folder / CONFIG))
