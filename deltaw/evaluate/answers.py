@@ -115,7 +115,7 @@ def depends(rows: Sequence[PromptRow], sampling: Sampling) -> dict[str, Any]:
 def depends_on_model(model: Model, adapter: Adapter | None) -> dict[str, Any]:
     """The same of the model. `adapter`: None where the base is asked alone."""
     how = {"chat": model.asking.chat, "system": model.asking.system, "template": model.renderer.template_fingerprint}
-    return {"base": model.base.fingerprint, "adapter": None if adapter is None else _numbers(adapter), "form": how}
+    return {"base": model.base.fingerprint, "adapter": None if adapter is None else adapter.fingerprint, "form": how}
 
 
 def summary(asked: Asked, answers: Mapping[int, Answer]) -> dict[str, Any]:
@@ -147,16 +147,6 @@ def _free(name: str, columns: set[str]) -> str:
     """A name for what is added to a row: one that no column has."""
     names: Iterator[str] = (other for other in (name, f"deltaw_{name}", *(f"{name}_{n}" for n in range(2, 10**6))))
     return next(other for other in names if other not in columns)
-
-
-def _numbers(adapter: Adapter) -> str:
-    """A digest of the adapter's numbers, wherever its folder lies."""
-    digest = sha256()
-    for path, update in sorted(adapter.factors.items()):
-        digest.update(f"{path} {update.scale!r}".encode())
-        for name, tensor in sorted(update.tensors().items()):
-            digest.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _json(value: Any) -> str:

@@ -334,7 +334,7 @@ def test_a_table_of_questions_and_answers_is_a_chat_on_a_base_with_a_template(tm
     (note,) = prepared.report.notes
     assert "data.form: completion" in note
     plain = prepare(DataConfig(train=csv(tmp_path, "Question, ANSWER ")), Renderer(toy("plain")))
-    assert not plain.chat and plain.report.notes == [] and plain.report.glued_rows == 0
+    assert not plain.asking.chat and plain.report.notes == [] and plain.report.glued_rows == 0
     asked = Renderer(toy("plain")).prompt_ids("in 0")
     assert plain.train[0].tokens[: len(asked)].tolist() == asked and plain.train[0].loss_mask.sum() > 1
 
