@@ -120,6 +120,6 @@ def run(folder: Path, lines: list[str]) -> dict[str, str]:
 if __name__ == "__main__":
     install = shlex.quote(str(Path(sys.argv[1]).resolve()))
     with tempfile.TemporaryDirectory() as folder:
-        named = [line.replace("'deltaw[gguf]'", f"{install}'[gguf]'") for line in commands(GUIDE)]
+        named = [line.replace("'.[gguf]'", f"{install}'[gguf]'") for line in commands(GUIDE)]
         for line, text in run(Path(folder), named).items():
             print(f"$ {line}\n{text}")

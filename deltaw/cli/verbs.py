@@ -12,6 +12,7 @@ from typing import Any
 from typer.core import TyperGroup
 
 from deltaw.cli.elsewhere import ELSEWHERE
+from deltaw.config.hints import setting_meant
 from deltaw.errors import InputError, command
 
 GROUPS = {
@@ -77,9 +78,11 @@ def _near_option(option: str, ctx: Any) -> str:
     word = option.partition("=")[0].lower().replace("_", "-")
     if isinstance(ctx.command, TyperGroup) and any(word in _options(verb) for verb in ctx.command.commands.values()):
         return "; options of a verb stand after it"
+    settings = any(parameter.name == "overrides" for parameter in ctx.command.params)
+    if settings and (meant := setting_meant(option)):
+        return f"; settings stand behind the run file, as key=value: {meant}"
     if near := difflib.get_close_matches(word, _options(ctx.command), n=2, cutoff=0.65):
         return f"; did you mean {' or '.join(near)}?"
-    settings = any(parameter.name == "overrides" for parameter in ctx.command.params)
     return "; settings of the run file are written without dashes: train.lr=1e-3" if settings else ""
 
 
