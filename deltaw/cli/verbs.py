@@ -12,7 +12,6 @@ from typing import Any
 from typer.core import TyperGroup
 
 from deltaw.cli.elsewhere import ELSEWHERE
-from deltaw.config.hints import setting_meant
 from deltaw.errors import InputError, command
 
 GROUPS = {
@@ -75,6 +74,8 @@ def usage(error: Any) -> str:
 
 
 def _near_option(option: str, ctx: Any) -> str:
+    from deltaw.config import setting_meant  # pydantic takes a while
+
     word = option.partition("=")[0].lower().replace("_", "-")
     if isinstance(ctx.command, TyperGroup) and any(word in _options(verb) for verb in ctx.command.commands.values()):
         return "; options of a verb stand after it"
