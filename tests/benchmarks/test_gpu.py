@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_train
 from benchmarks.gpu import SHAPES, TOY, Arm, Batch, Row
 
 SCRIPT = Path(gpu.__file__)
@@ -202,3 +202,9 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.parse(["--arms", "deltaw,nobody", "--models", "9b"])
     assert "unknown: nobody, 9b" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_training_on_a_gpu_says_that_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_train.main([]) == 2
+    assert capsys.readouterr().err.startswith("no GPU here")

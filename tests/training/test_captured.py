@@ -184,3 +184,7 @@ def test_a_batch_is_a_part_of_a_step_that_fits(step_tokens: int, token: float, s
     if tokens < step_tokens:
         larger = 2 * tokens
         assert larger > MOST or fit.bytes_at(larger, larger) >= limit
+
+
+def test_a_batch_has_2048_tokens_where_nobody_says_otherwise() -> None:
+    assert TrainConfig().batch_tokens == 2048 and TrainConfig(tokens_per_batch=64).batch_tokens == 64
