@@ -197,3 +197,11 @@ def test_a_text_that_is_encoded_in_portions_has_the_tokens_of_the_whole(kind, mo
         assert renderer.render(Text(text), "t:1").tokens.tolist() == whole.tokens.tolist()
         assert [piece.tokens.tolist() for piece in portioned] == [piece.tokens.tolist() for piece in pieces]
     assert len(told) > 6 and max(told) >= len(text) - 9
+
+
+def test_a_share_of_a_single_document_is_of_its_pieces(tmp_path):
+    (tmp_path / "book.txt").write_text(long_text(200))
+    config = DataConfig(train=str(tmp_path / "book.txt"), eval=0.25, max_length=128)
+    prepared = prepare(config, RENDERERS["bos"])
+    assert len(prepared.eval) == (len(prepared.train) + len(prepared.eval)) // 4 > 1
+    assert tokens_of(prepare_held_out(config, RENDERERS["bos"])) == tokens_of(prepared.eval)
