@@ -146,7 +146,7 @@ def _units(
             source.seen += 1
             pieces = _fit(result, source, source.rows[position].origin, config)
             placed = [(number, position, at, piece) for at, piece in enumerate(pieces)]
-            if source.by_piece:
+            if source.by_piece and len(sources) == 1:
                 yield from ([placed[at]] for at in _shuffled(pieces, config.seed))
             elif placed:
                 yield placed
