@@ -65,10 +65,9 @@ def prepare(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", di
     there are too few rows to hold out as many as asked.
     """
     sources = open_sources(config.train, config, renderer, reads)
-    count = sum(len(source.rows) for source in sources)
     with display.task("reading data", _size(sources)) as progress:
-        stream = _units(sources, renderer, config, progress)
-        held_out = _taken(stream, config.held_out_of(count))
+        count, stream = _held_out_of(sources, _units(sources, renderer, config, progress), config)
+        held_out = _taken(stream, count)
         train = _taken(stream, config.limit)
         progress(_size(sources))  # rows beyond data.limit are never looked at
     _check(sources, config, usable=bool(train or held_out))
@@ -98,8 +97,8 @@ def prepare_held_out(config: DataConfig, renderer: Renderer) -> list[Example]:
         _check(sources, config, usable=bool(held_out))
         return _in_file_order(held_out)
     sources = open_sources(config.train, config, renderer)
-    count = config.held_out_of(sum(len(source.rows) for source in sources))
-    units = list(islice(_units(sources, renderer, config, unseen), count))
+    count, stream = _held_out_of(sources, _units(sources, renderer, config, unseen), config)
+    units = list(islice(stream, count))
     bad = any(source.bad_share > config.bad_rows for source in sources)
     if len(units) < count or bad:  # how bad they are is to be told of all of them
         return prepare(config, renderer).eval
@@ -110,6 +109,16 @@ def _documents(sources: Sequence[Reading], part: Sequence[Placed]) -> Iterator[D
     """The rows that these examples come of, as they were before they were rendered."""
     for number, position in dict.fromkeys(placed[:2] for placed in part):
         yield sources[number].form.normalise(sources[number].rows[position])
+
+
+def _held_out_of(
+    sources: Sequence[Reading], units: Iterator[list[Placed]], config: DataConfig
+) -> tuple[int, Iterator[list[Placed]]]:
+    """How many of the units are held out; a share of a single document is of its pieces."""
+    if isinstance(config.eval, float) and len(sources) == 1 and sources[0].by_piece:
+        pieces = list(units)
+        return config.held_out_of(len(pieces)), iter(pieces)
+    return config.held_out_of(sum(len(source.rows) for source in sources)), units
 
 
 def _assign(sources: list[Reading], others: list[Reading], train: list[Placed], held_out: list[Placed]) -> None:
@@ -147,7 +156,7 @@ def _units(
             source.seen += 1
             pieces = _fit(result, source, source.rows[position].origin, config)
             placed = [(number, position, at, piece) for at, piece in enumerate(pieces)]
-            if source.by_piece:
+            if source.by_piece and len(sources) == 1:
                 yield from ([placed[at]] for at in _shuffled(pieces, config.seed))
             elif placed:
                 yield placed

@@ -19,7 +19,7 @@ PROJECT = "deltaw"
 
 class WeightsAndBiases:
     def __init__(self, run: Run, config: RunConfig, step: int) -> None:
-        import wandb  # type: ignore[import-not-found,unused-ignore]
+        import wandb
 
         file = run.folder / "wandb" / "run-id"
         if not file.is_file():

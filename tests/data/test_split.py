@@ -197,3 +197,20 @@ def test_a_text_that_is_encoded_in_portions_has_the_tokens_of_the_whole(kind, mo
         assert renderer.render(Text(text), "t:1").tokens.tolist() == whole.tokens.tolist()
         assert [piece.tokens.tolist() for piece in portioned] == [piece.tokens.tolist() for piece in pieces]
     assert len(told) > 6 and max(told) >= len(text) - 9
+
+
+def test_a_share_of_a_single_document_is_of_its_pieces(tmp_path):
+    (tmp_path / "book.txt").write_text(long_text(200))
+    config = DataConfig(train=str(tmp_path / "book.txt"), eval=0.25, max_length=128)
+    prepared = prepare(config, RENDERERS["bos"])
+    assert len(prepared.eval) == (len(prepared.train) + len(prepared.eval)) // 4 > 1
+    assert tokens_of(prepare_held_out(config, RENDERERS["bos"])) == tokens_of(prepared.eval)
+
+
+def test_of_several_files_whole_ones_are_held_out(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(long_text(20, name))
+    config = DataConfig(train=[str(tmp_path / f"{name}.txt") for name in "abc"], eval=1, max_length=64)
+    prepared = prepare(config, RENDERERS["bos"])
+    parts = [{row.origin.split(":")[0] for row in part} for part in (prepared.train, prepared.eval)]
+    assert [len(part) for part in parts] == [2, 1] and not parts[0] & parts[1]
