@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         parse_config,
     )
     from deltaw.errors import DeltawError, InputError, RunError
-    from deltaw.evaluate.side_by_side import evaluate
+    from deltaw.evaluation.side_by_side import evaluate
     from deltaw.factors import LowRank
     from deltaw.kernels.attention import packed_attention
     from deltaw.kernels.logprobs import linear_cross_entropy
@@ -62,7 +62,7 @@ _HOME = {
     "attach": "adapter.attach",
     "combine": "adapter.combine",
     "detach": "adapter.attach",
-    "evaluate": "evaluate.side_by_side",
+    "evaluate": "evaluation.side_by_side",
     "export": "commands.export",
     "inspect": "analysis.report",
     "linear_cross_entropy": "kernels.logprobs",

@@ -27,16 +27,16 @@ LEVELS = [
     {"named"},
     {"model", "run"},
     {"runs"},
-    {"training", "evaluate", "analysis", "shipping", "serve"},
+    {"training", "evaluation", "analysis", "shipping", "serve"},
     {"studies", "machine"},
     {"commands"},
     {"cli"},
     {"__main__"},
 ]
 SIDEWAYS = {
-    ("training", "evaluate"),
+    ("training", "evaluation"),
     ("training", "analysis"),
-    ("shipping", "evaluate"),
+    ("shipping", "evaluation"),
     ("shipping", "analysis"),
 }
 
@@ -200,7 +200,7 @@ def runs_code(node: ast.AST) -> str | None:
     return None
 
 
-OWN_CODE = "evaluate/own_metric.py"  # runs a file, of which its user was asked
+OWN_CODE = "evaluation/own_metric.py"  # runs a file, of which its user was asked
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != OWN_CODE])

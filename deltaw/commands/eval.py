@@ -1,11 +1,11 @@
-"""`deltaw eval`: an adapter beside its base (evaluate/side_by_side.py), as a table; each row's answers as JSONL."""
+"""`deltaw eval`: an adapter beside its base (evaluation/side_by_side.py), as a table; each row's answers as JSONL."""
 
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from deltaw.evaluate.side_by_side import SideBySide, side_by_side
+from deltaw.evaluation.side_by_side import SideBySide, side_by_side
 from deltaw.files.atomic import write_text_atomic
 from deltaw.files.lock import claimed_file
 from deltaw.show.progress import Display

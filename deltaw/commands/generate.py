@@ -8,7 +8,7 @@ from typing import Any
 
 from deltaw.data.prompts import prompts_of_text, read_prompts
 from deltaw.errors import InputError
-from deltaw.evaluate.answers import (
+from deltaw.evaluation.answers import (
     Answer,
     Asked,
     answer_into_file,

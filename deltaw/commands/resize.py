@@ -6,8 +6,8 @@ from dataclasses import asdict
 from deltaw.adapter.algebra import pad_all, resize
 from deltaw.commands.made import Made, saved
 from deltaw.errors import InputError
-from deltaw.evaluate.budget import Trial, resize_to_loss
-from deltaw.evaluate.rows import rows_of
+from deltaw.evaluation.budget import Trial, resize_to_loss
+from deltaw.evaluation.rows import rows_of
 from deltaw.files.lock import new_folder
 from deltaw.named import Named
 from deltaw.show.progress import Display

@@ -1,4 +1,4 @@
-"""`deltaw scale`: the slider between base and fine-tune, measured (evaluate/slider.py), or one point of it written."""
+"""`deltaw scale`: the slider between base and fine-tune, measured (evaluation/slider.py), or one point of it written."""
 
 import math
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from dataclasses import asdict
 from deltaw.adapter.algebra import scaled
 from deltaw.commands.made import Made, saved
 from deltaw.errors import InputError
-from deltaw.evaluate.forgetting import general_text
-from deltaw.evaluate.rows import rows_of
-from deltaw.evaluate.slider import Point, slide
+from deltaw.evaluation.forgetting import general_text
+from deltaw.evaluation.rows import rows_of
+from deltaw.evaluation.slider import Point, slide
 from deltaw.files.lock import new_folder
 from deltaw.named import Named
 from deltaw.show.chart import bar

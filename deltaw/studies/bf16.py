@@ -30,7 +30,7 @@ from deltaw.config import RunConfig, parse_config
 from deltaw.data.dataset import Dataset
 from deltaw.data.loader import Loader
 from deltaw.data.opening import open_dataset
-from deltaw.evaluate.held_out import held_out_loss
+from deltaw.evaluation.held_out import held_out_loss
 from deltaw.studies.lab import Lab
 from deltaw.studies.study import Claim, Judgement, Outcome
 

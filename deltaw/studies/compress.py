@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from deltaw.adapter.algebra import resize
 from deltaw.analysis import pictures
 from deltaw.analysis.page import Cell, Picture, Table
-from deltaw.evaluate.budget import wear
-from deltaw.evaluate.held_out import held_out_loss
-from deltaw.evaluate.rows import rows_of
+from deltaw.evaluation.budget import wear
+from deltaw.evaluation.held_out import held_out_loss
+from deltaw.evaluation.rows import rows_of
 from deltaw.studies.lab import RANKS, Lab, Trial, best
 from deltaw.studies.study import Claim, Judgement, Outcome
 

@@ -49,7 +49,7 @@ from deltaw.data.builtin import read_builtin
 from deltaw.data.example import Example
 from deltaw.data.loader import Loader
 from deltaw.data.row import Row
-from deltaw.evaluate.held_out import held_out_loss
+from deltaw.evaluation.held_out import held_out_loss
 from deltaw.files.atomic import write_text_atomic
 from deltaw.files.safetensors import save_safetensors
 from deltaw.files.shards import SINGLE

@@ -23,8 +23,8 @@ from deltaw.config.sources import public
 from deltaw.data.example import Example
 from deltaw.data.render import TEMPLATE
 from deltaw.errors import InputError, RunError, command
-from deltaw.evaluate.forgetting import Forgetting
-from deltaw.evaluate.held_out import Evaluation
+from deltaw.evaluation.forgetting import Forgetting
+from deltaw.evaluation.held_out import Evaluation
 from deltaw.files.atomic import write_text_atomic
 from deltaw.model import PLAIN
 from deltaw.run import Run

@@ -12,7 +12,7 @@ from itertools import islice
 from deltaw.config import TrainConfig
 from deltaw.data.example import Example
 from deltaw.data.loader import LoaderState, fill, plan
-from deltaw.evaluate import forgetting, held_out
+from deltaw.evaluation import forgetting, held_out
 
 LOOKING = 5.0  # seconds spent looking for the largest batch of the run
 

@@ -18,8 +18,8 @@ import torch
 from deltaw.config import EvaluateConfig
 from deltaw.data.example import Example
 from deltaw.errors import DeltawError, InputError, RunError, command
-from deltaw.evaluate.forgetting import Forgetting, forgetting
-from deltaw.evaluate.held_out import (
+from deltaw.evaluation.forgetting import Forgetting, forgetting
+from deltaw.evaluation.held_out import (
     Evaluation,
     add_answers,
     answer,

@@ -30,10 +30,10 @@ from deltaw.data.example import Example
 from deltaw.data.loader import Loader, LoaderState, fill
 from deltaw.data.opening import open_dataset
 from deltaw.data.pack import pack
-from deltaw.evaluate.forgetting import general_text
-from deltaw.evaluate.held_out import truth_of
-from deltaw.evaluate.metrics import Metric
-from deltaw.evaluate.own_metric import ASKED_FOR, Consent, open_metrics, try_out
+from deltaw.evaluation.forgetting import general_text
+from deltaw.evaluation.held_out import truth_of
+from deltaw.evaluation.metrics import Metric
+from deltaw.evaluation.own_metric import ASKED_FOR, Consent, open_metrics, try_out
 from deltaw.model import PLAIN, Model
 from deltaw.run import Run
 from deltaw.show.progress import Display

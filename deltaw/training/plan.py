@@ -33,7 +33,7 @@ from deltaw.config import RunConfig
 from deltaw.data.example import Example
 from deltaw.data.report import DataReport
 from deltaw.errors import InputError
-from deltaw.evaluate.held_out import answer, rows_asked
+from deltaw.evaluation.held_out import answer, rows_asked
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.show.table import table

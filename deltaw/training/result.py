@@ -11,8 +11,8 @@ import torch
 
 from deltaw.adapter.history import History
 from deltaw.errors import command
-from deltaw.evaluate.forgetting import Forgetting
-from deltaw.evaluate.held_out import Evaluation, perplexity, spread
+from deltaw.evaluation.forgetting import Forgetting
+from deltaw.evaluation.held_out import Evaluation, perplexity, spread
 from deltaw.run import Run
 from deltaw.show.chart import columns
 from deltaw.show.progress import Display

@@ -26,8 +26,8 @@ from deltaw.config.places import placed
 from deltaw.data.loader import Ahead
 from deltaw.data.opening import open_dataset
 from deltaw.errors import command
-from deltaw.evaluate.held_out import perplexity
-from deltaw.evaluate.own_metric import ASKED_FOR, Consent, open_metrics
+from deltaw.evaluation.held_out import perplexity
+from deltaw.evaluation.own_metric import ASKED_FOR, Consent, open_metrics
 from deltaw.model import open_model
 from deltaw.run import Run
 from deltaw.show.progress import Display

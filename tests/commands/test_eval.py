@@ -12,7 +12,7 @@ import yaml
 from deltaw.commands.eval import change, in_words
 from deltaw.config import load_config
 from deltaw.errors import InputError
-from deltaw.evaluate.side_by_side import side_by_side
+from deltaw.evaluation.side_by_side import side_by_side
 from deltaw.show.progress import Display
 from deltaw.training.run import resume, train
 from tests.test_cli import call

@@ -10,10 +10,10 @@ from deltaw.commands.resize import trial_table
 from deltaw.commands.scale import BAR, point_table
 from deltaw.config import EvaluateConfig, parse_config
 from deltaw.errors import InputError
-from deltaw.evaluate.budget import Trial
-from deltaw.evaluate.held_out import perplexity
-from deltaw.evaluate.side_by_side import wanted
-from deltaw.evaluate.slider import Point
+from deltaw.evaluation.budget import Trial
+from deltaw.evaluation.held_out import perplexity
+from deltaw.evaluation.side_by_side import wanted
+from deltaw.evaluation.slider import Point
 
 any_loss = st.floats(0, allow_infinity=True) | st.just(math.nan)
 

@@ -149,9 +149,9 @@ def later_step(n: int, scratch: Path) -> None:
 )
 def evaluation(n: int, scratch: Path) -> None:
     target, doing, setting = (
-        ("deltaw.evaluate.forgetting.fill", "measuring what was forgotten", "evaluate.general=null"),
+        ("deltaw.evaluation.forgetting.fill", "measuring what was forgotten", "evaluate.general=null"),
         ("deltaw.generate.batches.padded", "answering rows", "evaluate.max_new_tokens=2"),
-        ("deltaw.evaluate.held_out._batches", "measuring the loss on held-out rows", "train.dtype=bfloat16"),
+        ("deltaw.evaluation.held_out._batches", "measuring the loss on held-out rows", "train.dtype=bfloat16"),
     )[n]
     module, name = target.rsplit(".", 1)
     run = scratch / f"evaluation-{n}"

@@ -10,7 +10,7 @@ import pytest
 from deltaw.adapter.file import Adapter
 from deltaw.config import parse_config
 from deltaw.errors import InputError
-from deltaw.evaluate.metrics import METRICS
+from deltaw.evaluation.metrics import METRICS
 from deltaw.run import Run
 from deltaw.training.checkpoint import MANIFEST, STATE, _manifest, list_checkpoints
 from deltaw.training.run import resume, train

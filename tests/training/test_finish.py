@@ -14,8 +14,8 @@ from deltaw.adapter.file import Adapter
 from deltaw.analysis import report
 from deltaw.config import parse_config
 from deltaw.errors import InputError, RunError
-from deltaw.evaluate import held_out
-from deltaw.evaluate.held_out import add_answers
+from deltaw.evaluation import held_out
+from deltaw.evaluation.held_out import add_answers
 from deltaw.show.progress import Display
 from deltaw.training import finish, measuring
 from deltaw.training.checkpoint import list_checkpoints
@@ -74,7 +74,7 @@ FAILURES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str], str]] 
     "an answer crashes": (answers_fail, {"answers"}, "RuntimeError: Sizes of tensors must match"),
     "no memory for forgetting": (
         lambda patch: patch.setattr(
-            "deltaw.evaluate.forgetting.fill", raising(torch.OutOfMemoryError("out of memory"))
+            "deltaw.evaluation.forgetting.fill", raising(torch.OutOfMemoryError("out of memory"))
         ),
         {"forgetting"},
         "out of memory measuring what was forgotten after step 6 of 6",

@@ -63,7 +63,7 @@ def test_it_learns_and_a_resumed_run_has_the_same_bits(folder: Path, monkeypatch
 @pytest.mark.parametrize("kind", ["pissa", "lora-ga", "eva", "dora"])
 def test_what_a_run_leaves_has_the_loss_that_the_run_measured(folder: Path, kind: str) -> None:
     from deltaw.data.opening import open_dataset
-    from deltaw.evaluate.held_out import held_out_loss
+    from deltaw.evaluation.held_out import held_out_loss
 
     run(folder, kind)
     result = json.loads((folder / "run/result.json").read_text())

@@ -10,7 +10,7 @@ import transformers as T
 from deltaw.config import RunConfig, parse_config
 from deltaw.data.opening import limits_of, open_dataset
 from deltaw.errors import InputError
-from deltaw.evaluate.side_by_side import side_by_side
+from deltaw.evaluation.side_by_side import side_by_side
 from deltaw.show.progress import Display
 from deltaw.training import opening
 from deltaw.training.plan import plan

@@ -17,7 +17,7 @@ from deltaw.base.forward import Forward
 from deltaw.config import parse_config
 from deltaw.data.loader import LoaderState
 from deltaw.errors import RunError
-from deltaw.evaluate.forgetting import general_text
+from deltaw.evaluation.forgetting import general_text
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training import largest, measuring, preflight, shortage
@@ -201,9 +201,9 @@ def test_where_only_a_smaller_base_fits_it_says_so(folder: Path, monkeypatch) ->
 @pytest.mark.parametrize(
     ("target", "doing", "setting"),
     [
-        ("deltaw.evaluate.forgetting.pack", "measuring what was forgotten", "evaluate.general=null"),
+        ("deltaw.evaluation.forgetting.pack", "measuring what was forgotten", "evaluate.general=null"),
         ("deltaw.generate.batches.padded", "answering rows", "evaluate.max_new_tokens=2"),
-        ("deltaw.evaluate.held_out.pack", "measuring the loss on held-out rows", "data.max_length="),
+        ("deltaw.evaluation.held_out.pack", "measuring the loss on held-out rows", "data.max_length="),
     ],
 )
 def test_an_evaluation_that_is_too_large_is_told_apart(

@@ -26,7 +26,7 @@ from deltaw.base.gguf import folder_of
 from deltaw.base.source import cache_root
 from deltaw.config.places import placed
 from deltaw.errors import InputError
-from deltaw.evaluate.held_out import spread
+from deltaw.evaluation.held_out import spread
 from deltaw.shipping.verify.alike import Distance, Parting, compared_ids, distance, parting
 from deltaw.shipping.verify.prompts import file_prompts, general_prompts, held_out_prompts
 from deltaw.shipping.verify.sides.adapted import Adapted

@@ -23,7 +23,7 @@ from deltaw.data.render import Renderer
 from deltaw.data.row import Row
 from deltaw.data.sources import read_sources
 from deltaw.errors import InputError, Rejected
-from deltaw.evaluate.held_out import spread
+from deltaw.evaluation.held_out import spread
 from deltaw.shipping.verify.sides.side import Prompt
 from deltaw.show.progress import Display
 

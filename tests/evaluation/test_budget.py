@@ -16,9 +16,9 @@ from deltaw.config import AdapterSpec, DataConfig
 from deltaw.data.dataset import prepare
 from deltaw.data.example import Example
 from deltaw.errors import InputError
-from deltaw.evaluate import budget
-from deltaw.evaluate.budget import STEPS, carrying, resize_to_loss
-from deltaw.evaluate.held_out import held_out_loss
+from deltaw.evaluation import budget
+from deltaw.evaluation.budget import STEPS, carrying, resize_to_loss
+from deltaw.evaluation.held_out import held_out_loss
 from deltaw.factors import LowRank
 from deltaw.model import Model, open_model
 from deltaw.show.progress import Display

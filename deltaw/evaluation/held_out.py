@@ -24,7 +24,7 @@ from deltaw.data.example import Example, fingerprint
 from deltaw.data.pack import pack
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError, RunError
-from deltaw.evaluate.metrics import Answer, Metric
+from deltaw.evaluation.metrics import Answer, Metric
 from deltaw.generate.cache import evaluating
 from deltaw.generate.sampling import Sampling
 from deltaw.model import Model

@@ -6,8 +6,8 @@ import pytest
 
 from deltaw.config import EvaluateConfig, load_config, metric_key
 from deltaw.errors import InputError, RunError
-from deltaw.evaluate.metrics import Answer, Metric
-from deltaw.evaluate.own_metric import Consent, open_metrics, try_out
+from deltaw.evaluation.metrics import Answer, Metric
+from deltaw.evaluation.own_metric import Consent, open_metrics, try_out
 
 ROW = Answer("how many?", "two words", "two", "rows.jsonl:7")
 GOOD = """

@@ -8,7 +8,7 @@ import torch
 from deltaw.adapter.attach import attach
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
-from deltaw.evaluate.forgetting import forgetting, general_text
+from deltaw.evaluation.forgetting import forgetting, general_text
 from deltaw.factors import LowRank
 from deltaw.model import Model, open_model
 from deltaw.show.progress import Display

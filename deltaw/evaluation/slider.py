@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from deltaw.data.example import Example
 from deltaw.errors import InputError
-from deltaw.evaluate.budget import check_rows, restored
-from deltaw.evaluate.held_out import held_out_loss
+from deltaw.evaluation.budget import check_rows, restored
+from deltaw.evaluation.held_out import held_out_loss
 from deltaw.model import Model
 from deltaw.show.progress import Display
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaw.config import METRICS as HIGHER_IS_BETTER
-from deltaw.evaluate.metrics import METRICS, Answer, Metric, common_subsequence, edit_distance
+from deltaw.evaluation.metrics import METRICS, Answer, Metric, common_subsequence, edit_distance
 
 texts = st.text("abc", max_size=8)
 prose = st.text("ab The a,. 漢字é\n$1", max_size=20)

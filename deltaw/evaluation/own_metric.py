@@ -37,7 +37,7 @@ from typing import Any
 from deltaw.base.source import cache_root
 from deltaw.config import metric_key, own_metric
 from deltaw.errors import InputError, RunError
-from deltaw.evaluate.metrics import METRICS, Answer, Metric, Points
+from deltaw.evaluation.metrics import METRICS, Answer, Metric, Points
 from deltaw.files.paths import no_such
 from deltaw.show.text import one_line
 

@@ -29,7 +29,7 @@ from deltaw.adapter.file import Adapter
 from deltaw.adapter.place import check_bare
 from deltaw.data.example import Example
 from deltaw.errors import InputError
-from deltaw.evaluate.held_out import held_out_loss
+from deltaw.evaluation.held_out import held_out_loss
 from deltaw.model import Model
 from deltaw.show.progress import Display
 

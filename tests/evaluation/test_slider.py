@@ -15,11 +15,11 @@ from deltaw.adapter.file import Adapter
 from deltaw.config import AdapterSpec
 from deltaw.data.example import Example
 from deltaw.errors import InputError
-from deltaw.evaluate.held_out import held_out_loss
-from deltaw.evaluate.slider import Point, slide
+from deltaw.evaluation.held_out import held_out_loss
+from deltaw.evaluation.slider import Point, slide
 from deltaw.kinds import Dense
 from deltaw.model import Model, open_model
-from tests.evaluate.test_budget import QUIET, adapter, bare, folder, logits, loss_of, rows  # noqa: F401
+from tests.evaluation.test_budget import QUIET, adapter, bare, folder, logits, loss_of, rows  # noqa: F401
 
 FACTORS = (1.0, 0.0, 0.5, -1.0, 1.5)
 

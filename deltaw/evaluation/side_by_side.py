@@ -20,10 +20,10 @@ from deltaw.config import DataConfig, EvaluateConfig, RunConfig
 from deltaw.config.sources import SourceValue, label
 from deltaw.data.example import Example, fingerprint
 from deltaw.errors import InputError
-from deltaw.evaluate.held_out import Evaluation, add_answers, evaluate_loss, spread, truth_of
-from deltaw.evaluate.metrics import Metric
-from deltaw.evaluate.own_metric import Consent, open_metrics, try_out
-from deltaw.evaluate.rows import rows_of
+from deltaw.evaluation.held_out import Evaluation, add_answers, evaluate_loss, spread, truth_of
+from deltaw.evaluation.metrics import Metric
+from deltaw.evaluation.own_metric import Consent, open_metrics, try_out
+from deltaw.evaluation.rows import rows_of
 from deltaw.model import Model
 from deltaw.named import Named
 from deltaw.run import Run

@@ -1,0 +1,1 @@
+"""How well a model does: losses, metrics, what was forgotten."""
