@@ -1,4 +1,4 @@
-"""`deltaw scale`: the slider between base and fine-tune, measured (evaluation/slider.py), or one point of it written."""
+"""`deltaw scale`: the slider between base and fine-tune, measured (evaluation/slider.py), or a point of it written."""
 
 import math
 from collections.abc import Sequence

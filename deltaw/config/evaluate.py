@@ -1,8 +1,8 @@
 """`evaluate:` of a run file: what is measured on the held-out rows besides the loss.
 
 A metric is one of `METRICS` (evaluation/metrics.py has their definitions) or a function of the user's own, written
-`file.py:function` (evaluation/own_metric.py). Its file is looked for beside the run file, then where deltaw was started,
-as data are; a run records the whole path, so that it is found again from anywhere.
+`file.py:function` (evaluation/own_metric.py). Its file is looked for beside the run file, then where deltaw was
+started, as data are; a run records the whole path, so that it is found again from anywhere.
 """
 
 import difflib
