@@ -82,7 +82,7 @@ def test_a_wrong_option_leads_to_the_verbs_own_help() -> None:
     for arguments, wanted in [
         (("train", "--replce", "x"), ("--replace", "deltaw train --help")),
         (("generate", "--max_tokens", "3"), ("--max-tokens", "deltaw generate --help")),
-        (("train", "x", "--lr", "3"), ("train.lr=", "deltaw train --help")),
+        (("train", "x", "--lr", "3"), ("train.lr", "deltaw train --help")),
         (("--json", "eval"), ("after", "deltaw --help")),
         (("eval",), ("deltaw eval --help",)),
     ]:
