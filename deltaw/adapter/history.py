@@ -50,7 +50,7 @@ class History(BaseModel):
             on = f" on {one_line(self.data, 60)}" if self.data else ""
             parts.append(counted(self.steps, "step") + on)
         parts += [self.extension] * bool(self.extended_after)
-        return one_line(self.name or "unnamed", 60) + (f" ({', '.join(parts)})" if parts else "")
+        return (one_line(self.name, 60) or "unnamed") + (f" ({', '.join(parts)})" if parts else "")
 
     @property
     def extension(self) -> str:

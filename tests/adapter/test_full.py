@@ -97,7 +97,7 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_spec_takes_no_fields_of_factors() -> None:
-    with pytest.raises(ValueError, match="full fine-tuning has no rank, dropout"):
+    with pytest.raises(InputError, match="full fine-tuning has no rank, dropout"):
         AdapterSpec(full=True, rank=4, dropout=0.1)
 
 

@@ -255,7 +255,7 @@ ROWS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"messages": [{"role": "Assistant", "content": "a"}]}, "unknown role 'Assistant'"),
     ({"messages": [USER, {"role": "assistant", "content": 7}]}, "message 2 has a number"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2 has no content"),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, ANSWER]}, "message 1 has a list"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, ANSWER]}, "vision and audio"),
     ({"messages": [{"role": "user"}, ANSWER]}, "message 1 has no content"),
     ({"messages": [USER]}, "no assistant message"),
     ({"messages": [{"role": "system", "content": "s"}, USER]}, "no assistant message"),

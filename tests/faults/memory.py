@@ -56,8 +56,8 @@ def under(room: int, limit: int | None, work: Callable[[], object]) -> Callable[
     that, else to the whole machine, which sends no error by itself but kills."""
     open_run = loop.open_run
 
-    def opened(*args: Any) -> Any:
-        made = open_run(*args)
+    def opened(*args: Any, **options: Any) -> Any:
+        made = open_run(*args, **options)
         if limit is None:
             held = memory._status("VmRSS")
             memory._available = lambda: max(0, held + room - memory._status("VmRSS"))  # type: ignore[assignment]

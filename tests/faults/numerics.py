@@ -85,9 +85,9 @@ def batches_before(step: int, tokens_per_batch: int, scratch: Path) -> int:
     counts: list[int] = []
     original = loop.step
 
-    def counting(forward: Any, learners: Any, batches: Any, position: Any) -> Any:
+    def counting(forward: Any, learners: Any, batches: Any, *more: Any) -> Any:
         counts.append(len(batches))
-        return original(forward, learners, batches, position)
+        return original(forward, learners, batches, *more)
 
     with changed(loop, "step", counting):
         train(settings, replace=True, display=QUIET)
@@ -215,11 +215,11 @@ def risen_for_good(n: int, scratch: Path) -> None:
 def nothing_trained(n: int, scratch: Path) -> None:
     original = loop.step
 
-    def unlabelled(forward: Any, learners: Any, batches: list[Batch], position: Any) -> Any:
+    def unlabelled(forward: Any, learners: Any, batches: list[Batch], *more: Any) -> Any:
         if n == 1 or learners[0].state.step == 2:
             labels = [torch.full_like(batch.labels_T, IGNORE) for batch in batches]
             batches = [replace(b, labels_T=l_T, supervised=0) for b, l_T in zip(batches, labels, strict=True)]
-        return original(forward, learners, batches, position)
+        return original(forward, learners, batches, *more)
 
     run = scratch / "run"
     with changed(loop, "step", unlabelled):

@@ -40,6 +40,9 @@ from tests.faults.fault import expect, fault
 
 FILES = ("factors.safetensors", "moments.safetensors", "state.json", "manifest.sha256")  # as they are written
 
+SIZE = r"[\d.,]+ (bytes|[KMG]iB)"
+ROOM = rf"needs {SIZE}, (but|and) (only )?{SIZE} are free"
+
 
 @cache
 def trained() -> tuple[Opened, Learner]:
@@ -111,7 +114,12 @@ def full_at_byte(n: int, scratch: Path) -> None:
     with shim.full_after(scratch, at):
         said = clear_error(lambda: save(folder, 3), "step-000003")
     expect(shim.written() == at, f"{shim.written()} bytes were written, not {at}")
-    expect(re.search(r"needs [\d,]+ bytes, (but only )?[\d,]+ (are )?free", said), said)
+    expect(
+        re.search(
+            r"needs [\d.,]+ (byte|bytes|[KMG]iB), (but|and) (only )?[\d.,]+ (byte|bytes|[KMG]iB) (are )?free", said
+        ),
+        said,
+    )
     expect(contents(scratch) == before and newest(folder) == 2, os.listdir(folder))
 
 
@@ -136,7 +144,13 @@ if can_mount():
             try:
                 save(folder, 3)
             except RunError as error:
-                expect(re.search(r"needs [\d,]+ bytes, (but only )?[\d,]+ (are )?free", str(error)), error)
+                expect(
+                    re.search(
+                        r"needs [\d.,]+ (byte|bytes|[KMG]iB), (but|and) (only )?[\d.,]+ (byte|bytes|[KMG]iB) (are )?free",
+                        str(error),
+                    ),
+                    error,
+                )
                 expect(len(os.listdir(folder)) == 2 and newest(folder) == 2, os.listdir(folder))
                 expect(n < 18, f"{n} pages didn't suffice: {error}")
             else:
