@@ -145,10 +145,7 @@ if can_mount():
                 save(folder, 3)
             except RunError as error:
                 expect(
-                    re.search(
-                        r"needs [\d.,]+ (byte|bytes|[KMG]iB), (but|and) (only )?[\d.,]+ (byte|bytes|[KMG]iB) (are )?free",
-                        str(error),
-                    ),
+                    re.search(ROOM, str(error)),
                     error,
                 )
                 expect(len(os.listdir(folder)) == 2 and newest(folder) == 2, os.listdir(folder))
