@@ -85,7 +85,7 @@ def test_sources_of_other_forms_stand_beside_each_other(tmp_path):
     chats = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
     sources = [write(tmp_path, pairs(3), "p.jsonl"), write(tmp_path, chats * 2, "c.jsonl")]
     dataset = prepare(DataConfig(train=sources), RENDERER)
-    assert dataset.chat
+    assert dataset.asking.chat
     assert [source.train_rows for source in dataset.report.sources] == [3, 2]
     assert [row.origin for row in first(dataset, 3)] == ["p.jsonl:1", "c.jsonl:1", "p.jsonl:2"]
     assert len(summary(dataset.report)) > len(summary(prepare(DataConfig(train=sources[0]), RENDERER).report))
