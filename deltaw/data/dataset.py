@@ -306,8 +306,9 @@ def _none_left(sources: Sequence[Reading], held_out: Sequence[Placed], config: D
         )
     count = len({place[:2] for place in held_out})
     whole = ": texts are held out whole" if any(source.split_rows for source in sources) else ""
+    usable = counted(count, "usable row")
     return InputError(
-        f"{names(sources)}: {count} usable rows, and data.eval takes {config.eval}, so none is left to train on",
+        f"{names(sources)}: {usable}, and data.eval takes {config.eval}, so none is left to train on",
         fix=f"set data.eval lower{whole}, or give it a separate file",
     )
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, Group, RenderResult
 
 LONGEST = 2000  # characters shown of one stretch
+PICTURES = {chr(code): chr(0x2400 + code) for code in range(32)}  # of control characters: a CR is ␍
 
 
 def preview(dataset: Dataset, tokenizer: Any, n: int) -> "Group":
@@ -148,6 +149,6 @@ def _marked(stretches: Sequence[tuple[str, bool]], colour: bool) -> Any:
 
 def _shortened(text: str) -> str:
     """The text with control characters made visible, cut in the middle when it is long."""
-    text = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+    text = "".join(c if c.isprintable() or c in "\n\t" else PICTURES.get(c, "�") for c in text)
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"

@@ -25,8 +25,9 @@ from deltaw.data.columns import Columns
 from deltaw.data.document import Chat, Completion
 from deltaw.data.forms import detect_form
 from deltaw.data.read import read_rows
-from deltaw.data.row import Row
+from deltaw.data.row import Problem, Row, says_something
 from deltaw.errors import InputError, Rejected
+from deltaw.files.encoding import without_setting
 from deltaw.show.text import one_line
 
 ANSWERS = {  # the columns that ask, in the order in which they are looked for, and the one that answers
@@ -83,7 +84,11 @@ def prompts_of_text(text: str) -> list[PromptRow]:
 
 
 def _rows(source: str) -> list[PromptRow]:
-    rows, problems = read_rows(source)
+    try:
+        rows, problems = read_rows(source)
+    except InputError as error:
+        raise InputError(without_setting(error.what), fix=without_setting(error.fix or "") or None) from None
+    problems = [Problem(problem.origin, without_setting(problem.reason)) for problem in problems]
     asked = [*map(_asked, rows), *(PromptRow(problem.origin, {}, problem=problem.reason) for problem in problems)]
     return sorted(asked, key=lambda row: int(row.origin.rpartition(":")[2]))
 
@@ -110,7 +115,8 @@ def _asked(row: Row) -> PromptRow:
     except Rejected as rejected:
         return PromptRow(row.origin, row.value, problem=str(rejected))
     except InputError:  # a row without any column that asks
-        why = f"none of its columns asks: they are {', '.join(map(str, row.value)) or 'none'}, not {ASKS}"
+        names = [str(name) for name, value in row.value.items() if says_something(value)]
+        why = f"none of its columns asks: with something in them there are {', '.join(names) or 'none'}, not {ASKS}"
         return PromptRow(row.origin, row.value, problem=one_line(why, 200))
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         return PromptRow(row.origin, row.value, problem="its prompt is empty")

@@ -8,7 +8,7 @@ that can't be read at all is an `InputError`.
 
 How each kind of file becomes rows:
 - `.jsonl`, `.ndjson`: one object per line; empty lines are skipped but counted, so that line numbers stay an
-  editor's.
+  editor's. A file that turns out to be one array is read as such.
 - `.json`: an array of objects, or an object with such a list inside (`{"data": […]}`; of `{"train": […], "test": […]}`
   the one called train, or `file.json:test`). A file that turns out to hold one object per line is read as such.
 - `.csv`, `.tsv`: tables.py. `.parquet`, `.arrow`, `.feather`: arrow.py.
@@ -16,7 +16,9 @@ How each kind of file becomes rows:
 - any of them packed: unpack.py; text in another encoding than UTF-8: encoding.py.
 - a folder: every such file in it, in name order; the origin has the path below the folder.
 
-Lines are split at LF only, in bytes: Python's text mode would also take CR, and `str.splitlines` U+2028,
+In a text and in a table a line ends as its file's lines do, so CR LF is read as LF (and CR in a text that knows no LF).
+
+Lines of JSON are split at LF only, in bytes: Python's text mode would also take CR, and `str.splitlines` U+2028,
 which is legal inside a JSON string. JSON is read strictly (no NaN, no key twice): Python's default would
 let the last key win.
 
@@ -155,7 +157,9 @@ def _read_file(path: Path, name: str, encoding: str, part: str | None = None) ->
             f"{path}: its name doesn't say what is in it", fix=f"rename it: {path.stem}.jsonl{path.suffix}"
         )
     if kind not in READERS:
-        raise InputError(f"{path}: unknown kind of file {kind!r}", fix=f"known kinds: {' '.join(READERS)}")
+        what = f"unknown kind of file {kind!r}" if kind else "its name doesn't say what kind of file it is"
+        fix = f"known kinds: {' '.join(READERS)}"
+        raise InputError(f"{path}: {what}", fix=f"save it as CSV; {fix}" if kind in SHEETS else fix)
     if not path.is_file():
         raise InputError(f"{path}: not a regular file")
     if packed and kind in BINARY:
@@ -185,7 +189,27 @@ def _as_utf8(file: Any, path: Path, encoding: str) -> BinaryIO:
     return as_utf8(file, encoding, str(path))
 
 
-def _read_jsonl(file: BinaryIO, name: str) -> Iterator[Item]:
+def _read_jsonl(file: Any, name: str) -> Iterator[Item]:
+    if file.peek(1).lstrip().startswith(b"["):
+        data = file.read()
+        if _is_array(data):  # JSON under the wrong name
+            yield Note(f"{name}: one array, not an object per line")
+            yield from _read_json(io.BytesIO(data), name)
+            return
+        file = io.BytesIO(data)
+    yield from _read_lines(file, name)
+
+
+def _is_array(data: bytes) -> bool:
+    """Whether all of it is an array with an object in it."""
+    try:
+        values = parse(data)
+    except NotJSON:
+        return False
+    return isinstance(values, list) and any(isinstance(value, dict) for value in values)
+
+
+def _read_lines(file: BinaryIO, name: str) -> Iterator[Item]:
     number = 0
     while line := file.readline(MAX_LINE + 1):
         number += 1
@@ -207,7 +231,8 @@ def _object(line: bytes) -> dict[str, Any]:
     try:
         value = parse(line)
     except NotJSON as error:
-        wrong = setting(line)
+        comma = "a comma behind the object" if error.more and line.rstrip().endswith(b"},") else ""
+        wrong = setting(line) or comma
         raise Rejected(f"{error} ({wrong})" if wrong else str(error)) from None
     if not isinstance(value, dict):
         raise Rejected(f"expected an object, but this is {json_kind(value)}")
@@ -220,7 +245,7 @@ def _read_json(file: BinaryIO, name: str, part: str | None = None) -> Iterator[I
         values = parse(data)
     except NotJSON as error:
         if error.more and data.lstrip().startswith(b"{"):  # JSON lines under the wrong name
-            yield from _read_jsonl(io.BytesIO(data), name)
+            yield from _read_lines(io.BytesIO(data), name)
             return
         where = f"{name}:{error.line}" if error.line else name
         raise InputError(f"{where}: {error}", fix=setting(data) or "fix it there") from None
@@ -270,7 +295,8 @@ def _read_text(file: BinaryIO, name: str) -> Iterator[Item]:
 
 def _document(data: bytes, origin: str) -> Item:
     try:
-        return Row({"text": data.decode("utf-8").replace("\r\n", "\n").strip("\n")}, origin)
+        text = data.decode("utf-8").replace("\r\n", "\n")
+        return Row({"text": (text if "\n" in text else text.replace("\r", "\n")).strip("\n")}, origin)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start)
         where = f"{origin.rpartition(':')[0]}:{line + 1}"
@@ -290,6 +316,7 @@ READERS: dict[str, Callable[[BinaryIO, str], Iterator[Item]]] = {
     ".md": _read_text,
 }
 BINARY = (".parquet", ".arrow", ".feather")
+SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 
 
 def _kind(path: Path) -> str:

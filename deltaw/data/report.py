@@ -278,5 +278,5 @@ def _percent(share: float) -> str:
 
 def _listed(shares: dict[str, float]) -> str:
     """`context (40% of rows), id (100%)`."""
-    parts = [f"{one_line(name, 60)} ({_percent(share)})" for name, share in shares.items()]
+    parts = [f"{one_line(name, 60) or 'one without a name'} ({_percent(share)})" for name, share in shares.items()]
     return one_line(", ".join(parts).replace("%)", "% of rows)", 1), 1000)

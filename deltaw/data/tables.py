@@ -55,7 +55,8 @@ class _long_fields:
 
 def _text(file: BinaryIO) -> str:
     # A byte that isn't UTF-8 becomes a lone surrogate, which is refused later, in its row, if its column is used.
-    return file.read().decode("utf-8", errors="surrogateescape")
+    # A line inside a field ends as the file's own lines do: that CR is the file's, not the text's.
+    return file.read().decode("utf-8", errors="surrogateescape").replace("\r\n", "\n")
 
 
 def _lines(text: str) -> io.StringIO:

@@ -17,6 +17,7 @@ from typing import Any
 from deltaw.adapter.file import Adapter
 from deltaw.data.prompts import PromptRow
 from deltaw.errors import InputError, listed
+from deltaw.files.encoding import without_setting
 from deltaw.files.journal import Journal
 from deltaw.generate.sampling import Sampling
 from deltaw.model import Model
@@ -47,7 +48,7 @@ class Asked:
                 try:
                     asked.prompts[number] = _ids(model, row)
                 except InputError as error:
-                    asked.problems[number] = error.what
+                    asked.problems[number] = without_setting(error.what)
                 progress(number + 1)
         if not asked.prompts:
             raise InputError(f"none of the prompts can be asked:\n{listed(asked.named())}")

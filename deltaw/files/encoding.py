@@ -65,6 +65,11 @@ def setting(data: bytes) -> str:
     return ""
 
 
+def without_setting(reason: str) -> str:
+    """The same reason where there is no run file to set it in."""
+    return re.sub(r"set data\.encoding: [\w-]+", "save it as UTF-8", reason)
+
+
 def as_utf8(file: BinaryIO, encoding: str, name: str) -> BinaryIO:
     """`file`, which is in `encoding`, as UTF-8."""
     if codecs.lookup(encoding).name == UTF8:

@@ -79,9 +79,13 @@ class Display:
     def _lines(self, name: str, total: int) -> Task:
         began = last = time.monotonic()
         first: int | None = None
+        ended: str | None = None  # the note at the end: whoever counts may get there twice
 
         def progress(done: int, note: str = "") -> None:
-            nonlocal last, first, began
+            nonlocal last, first, began, ended
+            if done >= total and ended == note:
+                return
+            ended = note if done >= total else None
             now = time.monotonic()
             if first is None:
                 first, began = done, now

