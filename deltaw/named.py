@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from deltaw.adapter.file import Adapter, is_adapter, is_run
-from deltaw.base.source import found_as
+from deltaw.base.source import found_as, may_be_base
 from deltaw.config import RunConfig, load_config
 from deltaw.config.places import check_there, placed
 from deltaw.data.render import TEMPLATE
@@ -57,12 +57,32 @@ class Named:
 
     @property
     def base(self) -> str:
-        """The name of the base that the adapter goes on. Raises InputError where neither run nor adapter says."""
+        """The name of the base that the adapter goes on. Raises InputError where neither run nor adapter says, and
+        where what an adapter says can't be a base's name here."""
         if self.config is None or self.local is None:
-            return base_name(self.adapter, self.path)
+            return self._base_of_run() or self._base_of_adapter()
         if "@" not in self.config.base:  # a hub's base is recorded with its commit
             check_there(self.config.base, self.config, self.path, "base", "put it back, or name it with --base")
         return self.local.base
+
+    def _base_of_run(self) -> str:
+        """What the run says whose adapter folder this is. Nothing where it is no run's, or the run can't say it: the
+        adapter may."""
+        folder = self.path.absolute()
+        if folder.name != "adapter" or not is_run(folder.parent):
+            return ""
+        try:
+            return Named(str(folder.parent)).base
+        except InputError:
+            return ""
+
+    def _base_of_adapter(self) -> str:
+        """What it says itself: of a path the last part alone, which leads nowhere from another folder."""
+        name = base_name(self.adapter, self.path)
+        if not may_be_base(name):
+            what = f"{self.name} was trained on a base called {name!r}, which isn't here"
+            raise InputError(what, fix="name its folder or file with --base")
+        return name
 
     def refused(self, error: InputError) -> InputError:
         """What to say of a name that is no run and no adapter, and no base because of `error`: it may be a part of

@@ -115,6 +115,11 @@ def find_base(name: str, *, display: Display = QUIET) -> Source:
     return Source(name, directory, revision=directory.name)
 
 
+def may_be_base(name: str) -> bool:
+    """Whether something of this name is here, built in, or may be on a hub."""
+    return name.startswith("builtin:") or _is(Path(name).expanduser(), Path.exists) or bool(HUB_ID.fullmatch(name))
+
+
 def found_as(name: str) -> str:
     """A name that `find_base` may know: the builtin for its upstream id, any other as it is."""
     return next((builtin for builtin, entry in BUILTINS.items() if entry.upstream == name), name)

@@ -33,6 +33,10 @@ def scale_named(
 ) -> Result:
     """With `to`: the adapter times a factor, written. Without: the task's loss and general text's along the slider."""
     named = Named(name)
+    if to is None and output is not None:
+        raise InputError("by which factor is the adapter to be written?", fix="add --to FACTOR, or leave out --output")
+    if to is not None and factors:
+        raise InputError("--to writes one adapter and measures nothing, --factors measures", fix="give one of the two")
     if to is not None:
         if output is None:
             raise InputError("where is the scaled adapter to go?", fix="add --output FOLDER")

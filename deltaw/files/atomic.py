@@ -7,6 +7,7 @@ so that a server run by another user couldn't read the file.
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deltaw.errors import RunError
-from deltaw.files.output import FULL, size
+from deltaw.files.output import FULL, is_special, size
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -32,6 +33,8 @@ def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
     """
     temporary = temporary_name(path)
     try:
+        if is_special(path):
+            raise OSError(errno.EINVAL, "it is a device or a pipe")
         # Creating it ourselves shows what the umask allows, without the race of reading the umask.
         with temporary.open("xb") as file:
             mode = os.fstat(file.fileno()).st_mode

@@ -48,12 +48,19 @@ def make_folder(folder: Path, what: str) -> None:
 
 
 def check_file(path: Path, what: str) -> None:
-    """Raise InputError where no file can be written at `path`: a folder is there, or none for it."""
+    """Raise InputError where no file can be written at `path`: a folder or a device is there, or no folder for it."""
     if path.is_dir():
         raise InputError(f"{what}: is a folder, and a file is to be written", fix="name a file in it")
+    if is_special(path):
+        raise InputError(f"{what}: is a device or a pipe, and a file is to be written", fix="name a file")
     if not path.parent.is_dir():
         raise InputError(f"{what}: there is no folder {path.parent}", fix="make it, or choose another output")
     check_writable(path, what)
+
+
+def is_special(path: Path) -> bool:
+    """Whether a device, a pipe or a socket is there: renamed over, it would be gone (`-o /dev/null`, as root)."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _is_read_only(folder: Path) -> bool:

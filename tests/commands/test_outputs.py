@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from deltaw.cli.app import app
+from deltaw.errors import RunError
 from deltaw.files.atomic import replacing
 from deltaw.files.output import check_writable, size
 from tests.faults.disk import can_mount, read_only, small_disk, with_mounts
@@ -114,3 +115,13 @@ def test_an_error_of_the_system_is_told_without_its_number(tmp_path: Path) -> No
 )
 def test_sizes(count: int, shown: str) -> None:
     assert size(count) == shown
+
+
+def test_a_pipe_or_a_device_is_never_replaced(folder: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for verb in FILES:
+        refused(folder, verb, pipe)
+    with pytest.raises(RunError), replacing(pipe):
+        pass
+    assert pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]

@@ -129,6 +129,9 @@ def test_verbs_open_a_run_from_anywhere(folder: Path, tmp_path: Path, monkeypatc
     for verb in (["generate", run, "say 3 ", "--max-tokens", 1], ["inspect", run], ["export", run, "--to", "peft"]):
         code, _, err = call(*verb, *(["-o", "out"] if verb[0] == "export" else []))
         assert code == 0, err
+    assert call("generate", run / "adapter", "say 3 ", "--max-tokens", 1)[0] == 0  # its run knows where its base lies
+    code, _, err = call("generate", "out", "x")  # an exported one names the base and no folder of this machine
+    assert code == 2 and "'base'" in err and "--base" in err
 
     (run / "result.json").unlink()  # as if it had been stopped: it resumes from here, and stays a run of over there
     code, _, err = call("train", run)

@@ -136,6 +136,12 @@ def test_scale_measures_and_writes(folder: Path, tmp_path: Path) -> None:
     assert call("scale", folder / "one", "--factors", "a,b")[0] == 2
 
 
+@pytest.mark.parametrize("options", [("-o", "out"), ("--to", "0.5", "-o", "out", "--factors", "1")])
+def test_scale_refuses_what_it_would_ignore(folder: Path, options: tuple[str, ...]) -> None:
+    code, out, err = call("scale", folder / "one", *options)
+    assert code == 2 and not out and "--to" in err
+
+
 def test_decompose(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("1,2\n2,4\n")
     code, out, _ = call("decompose", tmp_path / "m.csv")
