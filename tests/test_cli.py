@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -106,11 +107,12 @@ def test_chat_answers_each_line_and_switches(trained: Path) -> None:
     assert code == 0 and len(lines) >= 4 and "Ctrl-D" in err
 
 
-def test_an_adapter_folder_opens_with_its_base_named(trained: Path) -> None:
-    code, _, err = call("generate", trained / "run/adapter", "x", "--max-tokens", 2)
+def test_an_adapter_folder_opens_with_its_base_named(trained: Path, tmp_path: Path) -> None:
+    assert call("generate", trained / "run/adapter", "x", "--max-tokens", 2)[0] == 0  # the run beside it knows its base
+    alone = shutil.copytree(trained / "run/adapter", tmp_path / "adapter")
+    code, _, err = call("generate", alone, "x", "--max-tokens", 2)
     assert code == 2 and "base" in err  # a local folder's name is not recorded as a path
-    code, _, _ = call("generate", trained / "run/adapter", "x", "--max-tokens", 2, "--base", trained / "base")
-    assert code == 0
+    assert call("generate", alone, "x", "--max-tokens", 2, "--base", trained / "base")[0] == 0
 
 
 def test_a_wrong_base_is_refused(trained: Path, tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def test_the_demo_recipe_is_the_demo() -> None:
 def test_every_recipe_trains_for_two_steps(recipe: str, here: Path) -> None:
     if recipe == "chat-classification" and importlib.util.find_spec("evals") is None:
         pytest.skip("its data is not installed: pip install --no-deps evals==3.0.1.post1")
-    small = SMALL if recipe != "text" else [*SMALL[:2], "data.eval=1", "data.max_length=256"]
+    one_page = ["data.train=docs/guide.md", "data.eval=2", "data.max_length=256"]
+    small = SMALL if recipe != "text" else [*SMALL[:2], *one_page]
     config = deltaw.load_config(f"recipes/{recipe}.yaml", ["train.steps=2", *small, *BARE])
     adapter = deltaw.train(config, display=QUIET)
     assert adapter.parameters == 4_884_480

@@ -40,6 +40,7 @@ def trained(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "run", base
 
 
+@pytest.mark.slow  # twenty processes; what each does is tested by itself
 def test_it_ships_everywhere_and_every_pair_agrees(trained: tuple[Path, Path], tmp_path: Path) -> None:
     run, base = trained
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
