@@ -63,6 +63,7 @@ def test_a_job_that_would_end_too_late_is_left_out(monkeypatch: pytest.MonkeyPat
     assert "no time was left" in bench._left_out(later)["error"]
 
 
+@pytest.mark.slow  # a process that imports all that an arm needs
 def test_a_failing_arm_is_a_row_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "ROOT", Path("/"))  # where no package `benchmarks` is
     (row,), _ = bench.run([Job("peft", "dense", "bfloat16", must=True)], seconds=0, quick=True)
