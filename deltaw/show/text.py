@@ -59,7 +59,7 @@ def framed(texts: Sequence[str]) -> tuple[str, list[str], str]:
     start = end = ""
     if len(texts) > 1:
         start = _common(texts)
-        start = start[: max(start.rfind(" "), start.rfind("\n")) + 1]  # whole words
+        start = start[: (start.rfind("\n") + 1) or (start.rfind(" ") + 1)]  # whole lines, in one line whole words
         start = start if len(start) >= FRAME else ""
         end = _common([text[len(start) :][::-1] for text in texts])[::-1]
         edge = re.search(r"[\s<\[]", end)  # where a word has ended, or a mark begins

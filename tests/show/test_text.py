@@ -76,7 +76,8 @@ def test_a_frame_is_what_a_template_and_a_system_prompt_put_around_a_question() 
     )
     asked = ["What is 1 + 2?", "What is 30 + 4?"]
     before, own, after = framed([system + question + header for question in asked])
-    assert own == ["1 + 2?", "30 + 4?"] and before == system + "What is " and after == header
+    assert own == asked and before == system and after == header
+    assert framed(["Translate this: one", "Translate this: two"]) == ("Translate this: ", ["one", "two"], "")
     assert framed(["a b ->", "c d ->"]) == ("", ["a b ->", "c d ->"], "")
     assert framed([system]) == ("", [system], "") and framed([]) == ("", [], "")
 
