@@ -22,7 +22,8 @@ from deltaw.analysis.page import (
 from deltaw.analysis.training import ANSWER, Metrics, Training
 from deltaw.config.sources import label
 from deltaw.errors import command
-from deltaw.show.text import clock, counted, framed, gib
+from deltaw.files.output import gib
+from deltaw.show.text import clock, counted, framed
 
 LOSSES = {"training": "loss", "held out": "eval_loss"}
 HEADLINES = 5  # held-out figures among the headline numbers

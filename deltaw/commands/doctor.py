@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from deltaw.commands.demo import missing_packages
+from deltaw.files.output import gib
 from deltaw.machine import look
 from deltaw.machine.cores import Cores, measure_cores
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
 from deltaw.show.table import table
-from deltaw.show.text import counted, gib
+from deltaw.show.text import counted
 from deltaw.training.memory import UNLIMITED, free_memory
 
 DEMO_GFLOP = 283 * 318

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deltaw.errors import command, listed
+from deltaw.files.output import gib
 from deltaw.runs import Entry, list_runs, ranked
 from deltaw.show.result import Result
 from deltaw.show.table import ending, fitted, terminal_width
-from deltaw.show.text import counted, figure_name, gib, one_line, rounded
+from deltaw.show.text import counted, figure_name, one_line, rounded
 
 SHORT = {
     "exact_match": "exact",

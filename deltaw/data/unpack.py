@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from deltaw.data.arrow import zstd_stream
 from deltaw.errors import InputError
-from deltaw.show.text import gib
+from deltaw.files.output import gib
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")  # of several files

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deltaw.errors import RunError
-from deltaw.files.output import FULL, is_special, size
+from deltaw.files.output import FULL, gib, is_special
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -141,6 +141,6 @@ def refusal(error: OSError, path: Path, needed: int = 0) -> str:
     if error.errno not in (*FULL, None):  # None: of a library that says it in words alone
         return why
     with contextlib.suppress(OSError):
-        wants = f"it needs {size(needed)}, and " if needed else ""
-        return f"{why}: {wants}{size(shutil.disk_usage(path.parent).free)} are free"
+        wants = f"it needs {gib(needed)}, and " if needed else ""
+        return f"{why}: {wants}{gib(shutil.disk_usage(path.parent).free)} are free"
     return why

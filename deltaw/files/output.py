@@ -14,7 +14,7 @@ ANOTHER = "choose another output"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def size(count: float) -> str:
+def gib(count: float) -> str:
     """Bytes as people read them: "1.5 GiB", "20 MiB", "12 KiB"."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
         if count >= unit:

@@ -18,8 +18,7 @@ from typing import Any
 from deltaw.errors import InputError, RunError
 from deltaw.files.atomic import recover, replacing_folder, write_text_atomic
 from deltaw.files.lock import holds_anything, locked
-from deltaw.files.output import check_writable, make_folder
-from deltaw.show.text import gib
+from deltaw.files.output import check_writable, gib, make_folder
 from deltaw.version import VERSION
 
 MARK = "deltaw-export.json"  # what was written here, by which version, from what

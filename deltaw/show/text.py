@@ -1,9 +1,7 @@
-"""Values as people read them: a text on one line, a count, a share, bytes, a time."""
+"""Values as people read them: a text on one line, a count, a share, a time."""
 
 import re
 from collections.abc import Sequence
-
-from deltaw.files.output import size
 
 LINE = 120  # characters that an error message or a log line may quote of the data
 FRAME = 8  # characters that texts must share at an end before these are left out
@@ -33,11 +31,6 @@ def rounded(figure: float) -> str:
 def figure_name(name: str) -> str:
     """A metric's name as people read it: "exact match"; of `file.py:function` the function's."""
     return name.rpartition(":")[2].replace("_", " ")
-
-
-def gib(count: float) -> str:
-    """Bytes: "1.5 GiB", "20 MiB"."""
-    return size(count)
 
 
 def clock(seconds: float) -> str:

@@ -13,8 +13,8 @@ speeds: up to 8,192 tokens the larger was the faster one on every model measured
 from dataclasses import replace
 
 from deltaw.config.train import PLAIN_BATCH
+from deltaw.files.output import gib
 from deltaw.show.progress import Display
-from deltaw.show.text import gib
 from deltaw.training.fit import Fit, fit_memory, measure
 from deltaw.training.memory import free_memory, held_memory, is_out_of_memory
 from deltaw.training.opening import Opened

@@ -36,7 +36,7 @@ from torch import Tensor
 from deltaw.data.loader import LoaderState
 from deltaw.errors import DeltawError, InputError, RunError, listed
 from deltaw.files.atomic import fsync, remove, replacing_folder, sweep, temporary_name, write_text_atomic
-from deltaw.files.output import size
+from deltaw.files.output import gib
 from deltaw.files.safetensors import load_safetensors, save_safetensors
 from deltaw.files.strict_json import read_json
 from deltaw.show.progress import Display
@@ -198,7 +198,7 @@ def _check_room(folder: Path, tensors: list[Tensor]) -> None:
     """Raise RunError, before a byte is written, where the disk is too full anyway."""
     needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(folder).free
     if needed > free:
-        raise RunError(f"{folder}: the disk is full: a checkpoint needs {size(needed)}, but only {size(free)} are free")
+        raise RunError(f"{folder}: the disk is full: a checkpoint needs {gib(needed)}, but only {gib(free)} are free")
 
 
 def _rotate(folder: Path, keep: int) -> None:

@@ -34,10 +34,11 @@ from deltaw.data.example import Example
 from deltaw.data.report import DataReport
 from deltaw.errors import InputError
 from deltaw.evaluation.held_out import answer, rows_asked
+from deltaw.files.output import gib
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.show.table import table
-from deltaw.show.text import clock, counted, gib
+from deltaw.show.text import clock, counted
 from deltaw.training import fit, length, memory
 from deltaw.training.batch_size import sized
 from deltaw.training.checkpoint import save_checkpoint

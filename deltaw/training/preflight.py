@@ -15,7 +15,7 @@ from deltaw.base.limits import Limits
 from deltaw.data.example import Example
 from deltaw.data.pack import pack
 from deltaw.errors import InputError, RunError
-from deltaw.files.output import size
+from deltaw.files.output import gib
 from deltaw.model import Model
 from deltaw.run import Run
 from deltaw.training.checkpoint import list_checkpoints
@@ -97,7 +97,7 @@ def check_disk(opened: Opened, learner: Learner, run: Run) -> None:
     needed, free = disk_needed(opened, learner) - written, shutil.disk_usage(existing(run.folder)).free
     if needed > free:
         raise RunError(
-            f"output {run.folder}: its checkpoints and adapter need {size(needed)}, but only {size(free)} are free",
+            f"output {run.folder}: its checkpoints and adapter need {gib(needed)}, but only {gib(free)} are free",
             fix=f"free some space, choose another output, or set train.keep lower than {opened.config.train.keep}",
         )
 

@@ -13,11 +13,12 @@ from deltaw.adapter.history import History
 from deltaw.errors import command
 from deltaw.evaluation.forgetting import Forgetting
 from deltaw.evaluation.held_out import Evaluation, perplexity, spread
+from deltaw.files.output import gib
 from deltaw.run import Run
 from deltaw.show.chart import columns
 from deltaw.show.progress import Display
 from deltaw.show.table import table
-from deltaw.show.text import counted, figure_name, framed, gib, one_line, rounded
+from deltaw.show.text import counted, figure_name, framed, one_line, rounded
 from deltaw.training.learner import Learner
 from deltaw.training.memory import peak_memory
 from deltaw.training.opening import Opened

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from deltaw.errors import RunError, command
+from deltaw.files.output import gib
 from deltaw.files.paths import written
 from deltaw.run import Run
-from deltaw.show.text import gib
 from deltaw.training.checkpoint import list_checkpoints
 from deltaw.training.fit import Fit, Point, fit_memory, measure
 from deltaw.training.largest import Work

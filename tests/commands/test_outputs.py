@@ -9,7 +9,7 @@ import pytest
 from deltaw.cli.app import app
 from deltaw.errors import RunError
 from deltaw.files.atomic import replacing
-from deltaw.files.output import check_writable, size
+from deltaw.files.output import check_writable, gib
 from tests.faults.disk import can_mount, read_only, small_disk, with_mounts
 from tests.test_cli import call
 
@@ -114,7 +114,7 @@ def test_an_error_of_the_system_is_told_without_its_number(tmp_path: Path) -> No
     [(0, "0 bytes"), (900, "900 bytes"), (12_288, "12 KiB"), (20 << 20, "20 MiB"), (3 << 29, "1.5 GiB")],
 )
 def test_sizes(count: int, shown: str) -> None:
-    assert size(count) == shown
+    assert gib(count) == shown
 
 
 def test_a_pipe_or_a_device_is_never_replaced(folder: Path, tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from deltaw.files.output import gib
 from deltaw.show.chart import bar, columns
 from deltaw.show.table import table
-from deltaw.show.text import clock, figure_name, framed, gib, one_line, percent, rounded
+from deltaw.show.text import clock, figure_name, framed, one_line, percent, rounded
 
 CELLS = st.text(st.characters(exclude_categories=["C", "Z", "M"]), min_size=1, max_size=12)
 

@@ -18,7 +18,7 @@ from deltaw.config import parse_config
 from deltaw.data.loader import LoaderState
 from deltaw.errors import RunError
 from deltaw.evaluation.forgetting import general_text
-from deltaw.files.output import size
+from deltaw.files.output import gib
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training import largest, measuring, preflight, shortage
@@ -138,7 +138,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_first_step(folder: Path, mo
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(0, 0, needed))
     check_disk(run, learner, place)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
-    with pytest.raises(RunError, match=f"need {size(needed)}, but only {size(needed - 1)} are free"):
+    with pytest.raises(RunError, match=f"need {gib(needed)}, but only {gib(needed - 1)} are free"):
         short_form(run, learner, place)
     save_checkpoint(place.checkpoints, learner.saved(), 1)
     check_disk(run, learner, place)  # what lies there already needs no more room
