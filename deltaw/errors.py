@@ -45,6 +45,16 @@ def listed(problems: Sequence[str], limit: int = MAX_LISTED) -> str:
     return "\n".join(shown)
 
 
+def first_line(error: BaseException) -> str:
+    """What somebody else's error says, on one line; its kind, where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def with_kind(error: BaseException) -> str:
+    """Its kind and what it says, on one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+
+
 def command(verb: str, *words: object, options: Sequence[str] = ()) -> str:
     """A command line of deltaw that can be pasted into a shell, whatever its folders are called."""
     # A folder called ~ isn't home: str(Path("./~")) has lost what says so.

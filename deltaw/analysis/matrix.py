@@ -36,7 +36,7 @@ from torch import Tensor
 
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.source import PICKLES, find_base
-from deltaw.errors import InputError, listed
+from deltaw.errors import InputError, first_line, listed
 from deltaw.files.safetensors import read_header, read_tensor
 from deltaw.linalg.rounding import Rounding
 from deltaw.show.progress import QUIET, Display
@@ -156,7 +156,7 @@ def _npy(path: Path) -> Matrix:
     try:
         x_MN = numpy.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # a stranger's header makes NumPy raise nearly anything
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         raise InputError(
             f"{path}: not an array of plain numbers: {reason:.200}", fix="write it with numpy.save"
         ) from None

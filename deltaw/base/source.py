@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deltaw.errors import InputError
+from deltaw.errors import InputError, first_line
 from deltaw.files.paths import no_such
 from deltaw.files.shards import INDEX, SINGLE, shards, weights_file
 from deltaw.files.strict_json import read_json
@@ -223,7 +223,7 @@ def _download(name: str, repo: str, revision: str | None, display: Display) -> P
             repo, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED
         )  # the folder's name is the commit, whatever branch or tag was asked for
     except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         raise InputError(
             f"{name}: no such folder here, and it can't be fetched from the hub ({type(error).__name__}: "
             f"{reason[:200]})",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from deltaw.data.row import Item, Note, Row
-from deltaw.errors import InputError
+from deltaw.errors import InputError, first_line
 from deltaw.files.strict_json import NotJSON, parse, read_json
 
 SET, SPLITS = "state.json", "dataset_dict.json"
@@ -104,9 +104,9 @@ class _damage:
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
         if isinstance(error, self._arrow.ArrowException) or (isinstance(error, OSError) and error.errno is None):
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"{self._name}: not {self._kind}, or a damaged one: {reason}", fix="make or download the file again"
+                f"{self._name}: not {self._kind}, or a damaged one: {first_line(error)}",
+                fix="make or download the file again",
             ) from None
 
 

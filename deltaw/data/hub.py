@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from deltaw.data.arrow import columns
 from deltaw.data.row import Item, Row
-from deltaw.errors import InputError
+from deltaw.errors import InputError, first_line
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 SECONDS = 5.0  # for the hub to answer
@@ -35,7 +35,7 @@ def read_hub(name: str, split: str, near: str | None) -> Iterator[Item]:
     try:
         table = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen kinds, all of them about the name or the network
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if offline:
             what = f"{name}:{split}: not among the sets that were downloaded before, and {offline} is set: {reason}"
             raise InputError(what, fix=near or f"unset {offline}, or name a local file") from None

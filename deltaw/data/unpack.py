@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from deltaw.data.arrow import zstd_stream
-from deltaw.errors import InputError
+from deltaw.errors import InputError, first_line
 from deltaw.files.output import gib
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -60,9 +60,9 @@ class _Bounded(io.RawIOBase):
         try:
             data = self._stream.read(len(buffer))
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
-                f"{self._path}: damaged: what is packed in it can't be read beyond {self._count:,} bytes ({reason})",
+                f"{self._path}: damaged: what is packed in it can't be read beyond {self._count:,} bytes "
+                f"({first_line(error)})",
                 fix="make or download the file again",
             ) from None
         self._count += len(data)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deltaw.errors import InputError, RunError
+from deltaw.errors import InputError, RunError, first_line
 from deltaw.shipping.target import MARK
 from deltaw.show.progress import Display
 from deltaw.show.text import counted
@@ -106,7 +106,7 @@ class Push:
     def _failed(self, error: Exception, folder: Path | None = None) -> NoReturn:
         """Raise the error that the hub or the connection gave. `folder`: already written, so it can be pushed later."""
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         what = f"--push {self.repository}"
         upload = shlex.join(["hf", "upload", self.repository, str(folder)])
         later = f"; the folder is whole, to push it later: {upload}" if folder else ""

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from deltaw.base.batch import Batch
 from deltaw.base.filled import Places, Size, fill
 from deltaw.base.forward import Forward
+from deltaw.errors import first_line
 from deltaw.training.learner import Learner
 from deltaw.training.memory import release
 
@@ -92,7 +93,7 @@ class Captured:
             values = numbers.tolist()  # the one wait
         except Exception as error:
             short = isinstance(error, torch.OutOfMemoryError)
-            self.why_not = "there isn't memory enough to record a pass" if short else _first_line(error)
+            self.why_not = "there isn't memory enough to record a pass" if short else first_line(error)
             self._say(f"steps aren't captured, so they are slower on this device: {self.why_not:.200}")
             self.release()
             self.learner.optimizer.zero_grad()
@@ -228,7 +229,7 @@ class Recorded:
                 self._replay, self._result = self._record(self._work)
             except Exception as error:
                 self._record = None
-                self._say(f"updates aren't captured, so they are slower on this device: {_first_line(error):.200}")
+                self._say(f"updates aren't captured, so they are slower on this device: {first_line(error):.200}")
         self._met = True
         if self._replay is None:
             return self._work()
@@ -254,10 +255,6 @@ def captured_on(
         say(f"steps aren't captured, so they are slower on this device: {why}")
         return None
     return Captured(forward, learner, longest, say, Recorder(), following)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class Recorder:

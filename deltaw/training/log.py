@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from deltaw.config import RunConfig
-from deltaw.errors import InputError, RunError
+from deltaw.errors import InputError, RunError, with_kind
 from deltaw.run import Run
 from deltaw.training.to_tensorboard import TensorBoard
 from deltaw.training.to_wandb import WeightsAndBiases
@@ -48,7 +48,7 @@ def open_log(run: Run, config: RunConfig, step: int, say: Callable[[str], None])
             log.loggers[name] = LOGGERS[name](run, config, step)
         except Exception as error:  # whatever a foreign program makes of this machine
             log.close(finished=False)
-            what = f"train.log_to: {name} doesn't start: {_reason(error)}"
+            what = f"train.log_to: {name} doesn't start: {with_kind(error)}"
             raise RunError(what, fix="mend that, or leave it out of train.log_to") from None
     return log
 
@@ -83,8 +83,4 @@ class EventLog:
             work(self.loggers[name])
         except Exception as error:  # it only looks on
             del self.loggers[name]
-            self._say(f"warning: {name} failed: {_reason(error)}; the run goes on, and metrics.jsonl has its figures")
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+            self._say(f"warning: {name} failed: {with_kind(error)}; the run goes on, and metrics.jsonl has its figures")

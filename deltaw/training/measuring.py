@@ -17,7 +17,7 @@ import torch
 
 from deltaw.config import EvaluateConfig
 from deltaw.data.example import Example
-from deltaw.errors import DeltawError, InputError, RunError, command
+from deltaw.errors import DeltawError, InputError, RunError, command, with_kind
 from deltaw.evaluation.forgetting import Forgetting, forgetting
 from deltaw.evaluation.held_out import (
     Evaluation,
@@ -69,7 +69,7 @@ class Attempts:
         explained = self._explain(error) if isinstance(error, OutOfMemory) else None
         if isinstance(error := explained or error, DeltawError):
             return error.what
-        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+        return with_kind(error)
 
 
 def measure_base(opened: Opened, run: Run, attempts: Attempts, display: Display) -> Evaluation | None:
