@@ -751,6 +751,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def conditions(device: str) -> Row:
+    """The columns that say when and on what: the same in every row of a run."""
+    cuda = device == "cuda"
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "gpu": torch.cuda.get_device_name() if cuda else f"none ({platform.machine()})",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else "",
+    }
+
+
 def main(arguments: Sequence[str] | None = None, run: Spawn = spawn) -> int:
     options = parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -760,13 +771,7 @@ def main(arguments: Sequence[str] | None = None, run: Spawn = spawn) -> int:
         for row in child(options):
             print("ROW " + json.dumps(row), flush=True)
         return 0
-    cuda = options.device == "cuda"
-    fixed = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "gpu": torch.cuda.get_device_name() if cuda else f"none ({platform.machine()})",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if cuda else "",
-    }
+    fixed = conditions(options.device)
     path = Path(os.environ.get("OUT") or Path(__file__).parent) / "gpu.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:

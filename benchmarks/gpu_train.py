@@ -22,11 +22,9 @@ import argparse
 import collections
 import contextlib
 import csv
-import datetime
 import itertools
 import json
 import os
-import platform
 import random
 import signal
 import statistics
@@ -42,7 +40,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import COLUMNS, build_model, flops_per_token
+from benchmarks.gpu import COLUMNS, build_model, conditions, flops_per_token
 from deltaw.config import RunConfig, parse_config
 from deltaw.show.progress import Display
 from deltaw.training import run as running
@@ -270,13 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = time.monotonic() + options.budget
     path = Path(os.environ.get("OUT") or Path(__file__).parent) / "gpu.csv"
     new = not path.exists()
-    cuda = options.device == "cuda"
-    fixed = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "gpu": torch.cuda.get_device_name() if cuda else f"none ({platform.machine()})",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if cuda else "",
-    }
+    fixed = conditions(options.device)
     with path.open("a", newline="", encoding="utf-8") as file, tempfile.TemporaryDirectory() as folder:
         table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="")
         if new:

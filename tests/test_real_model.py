@@ -16,6 +16,7 @@ import deltaw
 from deltaw.cli import main
 from deltaw.commands.demo import DEMO
 from deltaw.show.progress import Display
+from tests.test_guide import blocks as blocks_of
 
 REPOSITORY = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
@@ -104,7 +105,7 @@ def test_an_instruct_model_answers_through_its_template(capsys, monkeypatch) -> 
 
 
 def test_the_readmes_python_runs(here: Path, capsys) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.S)
+    blocks = blocks_of(REPOSITORY / "README.md", "python")
     assert len(blocks) == 2
     small = ", ".join(f'"{item}"' for item in ["train.steps=2", *SMALL, *BARE])
     for block in blocks:
@@ -114,14 +115,14 @@ def test_the_readmes_python_runs(here: Path, capsys) -> None:
 
 
 def test_the_readmes_run_file_is_valid(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.S)
+    (block,) = blocks_of(REPOSITORY / "README.md", "yaml")
     (tmp_path / "run.yaml").write_text(block)
     config = deltaw.load_config(tmp_path / "run.yaml", ["train.lr=2e-3"])
     assert (config.train.lr, config.data.eval, config.output) == (2e-3, 500, "runs/first")
 
 
 def test_the_readmes_commands_exist() -> None:
-    blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.S)
+    blocks = blocks_of(REPOSITORY / "README.md", "sh")
     text = "\n".join(blocks)
     verbs = set(re.findall(r"^deltaw ([\w-]+)", text, re.M))
     from deltaw.cli import app

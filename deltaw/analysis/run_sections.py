@@ -23,7 +23,7 @@ from deltaw.analysis.training import ANSWER, Metrics, Training
 from deltaw.config.sources import label
 from deltaw.errors import command
 from deltaw.files.output import gib
-from deltaw.show.text import clock, counted, framed
+from deltaw.show.text import clock, counted, figure_name, framed
 
 LOSSES = {"training": "loss", "held out": "eval_loss"}
 HEADLINES = 5  # held-out figures among the headline numbers
@@ -35,9 +35,7 @@ def figures(result: Mapping[str, Any]) -> list[Fact]:
     before, after = (result.get("eval", {}).get(side, {}) for side in ("before", "after"))
     names = [name for name in after if name in before and name != "perplexity"][:HEADLINES]
     labels = {"loss": "held-out loss"}
-    facts = [
-        Fact(labels.get(name, name.replace("_", " ")), after[name], f"{number(before[name])} before") for name in names
-    ]
+    facts = [Fact(labels.get(name, figure_name(name)), after[name], f"{number(before[name])} before") for name in names]
     lost = result.get("forgetting", {})
     if None not in (sides := [lost.get("loss_before"), lost.get("loss_after")]):
         facts.append(Fact("loss on general text", sides[1], f"{number(sides[0])} before"))
@@ -142,5 +140,5 @@ def _before_after(result: Mapping[str, Any]) -> list[Block]:
     before, after = (result.get("eval", {}).get(side, {}) for side in ("before", "after"))
     if not before or not after:
         return []
-    rows: list[list[Cell]] = [[name.replace("_", " "), before.get(name), after[name]] for name in list(after)[:FIGURES]]
+    rows: list[list[Cell]] = [[figure_name(name), before.get(name), after[name]] for name in list(after)[:FIGURES]]
     return [Table(["", "base", "adapted"], rows, f"On {number(result['eval'].get('rows'))} held-out rows")]

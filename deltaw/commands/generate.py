@@ -128,11 +128,7 @@ def _cut(count: int) -> str:
 
 
 def _check(file: Path, source: str) -> None:
-    """Raise InputError for an output that can't be written, before any work."""
-    if file.is_dir():
-        raise InputError(f"output {file} is a folder", fix="name a file: -o answers.jsonl")
-    if not file.absolute().parent.is_dir():
-        raise InputError(f"output {file}: there is no folder {file.parent}", fix="make it first, or name another file")
+    """Raise InputError for an output that is the file of prompts."""
     if source != STD and file.exists() and file.samefile(source):
         raise InputError(f"output {file} is the file of prompts", fix="name another file: -o answers.jsonl")
 

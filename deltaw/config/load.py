@@ -10,9 +10,10 @@ from pydantic import ValidationError
 
 from deltaw.config.before import as_it_was
 from deltaw.config.own_rows import at_home
-from deltaw.config.problems import fields_at, meant, refusal, similar_file
+from deltaw.config.problems import fields_at, meant, refusal
 from deltaw.config.run import BEGUN, RunConfig
 from deltaw.errors import InputError
+from deltaw.files.paths import similar
 from deltaw.files.run_yaml import PROBLEMS, Loader, not_yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -82,7 +83,9 @@ def read_text(path: Path) -> str:
             raise InputError(f"{path}: {path.stat().st_size:,} bytes is too large for a run file")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file", fix=similar_file(path)) from None
+        raise InputError(
+            f"{path}: no such file", fix=similar(path, None if path.parent.is_dir() else Path("."))
+        ) from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder, not a file") from None
     except UnicodeDecodeError:

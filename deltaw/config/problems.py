@@ -8,7 +8,6 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -115,10 +114,3 @@ def _shown(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
         return repr(value)
-
-
-def similar_file(path: Path) -> str | None:
-    """A hint at the entry of the same folder whose name is nearest."""
-    folder = path.parent if path.parent.is_dir() else Path(".")
-    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1)
-    return f"did you mean {folder / near[0]}?" if near else None

@@ -58,6 +58,26 @@ class Dataset:
         return fingerprint(self.train, self.eval)
 
 
+class _Extent:
+    """How much there is to read: rows, or their characters where one of them takes the tokenizer a while."""
+
+    def __init__(self, sources: Sequence[Reading]) -> None:
+        self.characters = [[_characters(row) for row in source.rows] for source in sources]
+        every = [count for counts in self.characters for count in counts]
+        self.in_characters = max(every) > LONG
+        self.total = sum(every) if self.in_characters else len(every)
+
+    def of(self, places: Sequence[Place]) -> int:
+        """What these rows are of it."""
+        if not self.in_characters:
+            return len(places)
+        return sum(self.characters[number][position] for number, position in places)
+
+
+def _characters(row: Row) -> int:
+    return sum(len(value) for value in row.value.values() if isinstance(value, str))
+
+
 def prepare(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", display: Display = QUIET) -> Dataset:
     """Read, recognise, render and split. `reads`: how pairs are read where the config leaves it open.
 
@@ -65,19 +85,21 @@ def prepare(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", di
     there are too few rows to hold out as many as asked.
     """
     sources = open_sources(config.train, config, renderer, reads)
-    with display.task("reading data", _size(sources)) as progress:
-        count, stream = _held_out_of(sources, _units(sources, renderer, config, progress), config)
+    extent = _Extent(sources)
+    with display.task("reading data", extent.total) as progress:
+        count, stream = _held_out_of(sources, _units(sources, renderer, config, progress, extent), config)
         held_out = _taken(stream, count)
         train = _taken(stream, config.limit)
-        progress(_size(sources))  # rows beyond data.limit are never looked at
+        progress(extent.total)  # rows beyond data.limit are never looked at
     _check(sources, config, usable=bool(train or held_out))
     if not train:
         raise _none_left(sources, held_out, config)
     others = sources
     if config.eval_sources is not None:
         others = open_sources(config.eval_sources, config, renderer, reads)
-        with display.task("reading held-out rows", _size(others)) as progress:
-            held_out = _taken(_units(others, renderer, config, progress))
+        extent = _Extent(others)
+        with display.task("reading held-out rows", extent.total) as progress:
+            held_out = _taken(_units(others, renderer, config, progress, extent))
         _check(others, config, usable=bool(held_out))
     _assign(sources, others, train, held_out)
     asking = of_training(_documents(sources, train))
@@ -93,11 +115,11 @@ def prepare_held_out(config: DataConfig, renderer: Renderer) -> list[Example]:
     """
     if config.eval_sources is not None:
         sources = open_sources(config.eval_sources, config, renderer)
-        held_out = _taken(_units(sources, renderer, config, unseen))
+        held_out = _taken(_units(sources, renderer, config, unseen, _Extent(sources)))
         _check(sources, config, usable=bool(held_out))
         return _in_file_order(held_out)
     sources = open_sources(config.train, config, renderer)
-    count, stream = _held_out_of(sources, _units(sources, renderer, config, unseen), config)
+    count, stream = _held_out_of(sources, _units(sources, renderer, config, unseen, _Extent(sources)), config)
     units = list(islice(stream, count))
     bad = any(source.bad_share > config.bad_rows for source in sources)
     if len(units) < count or bad:  # how bad they are is to be told of all of them
@@ -142,14 +164,13 @@ def _in_file_order(part: list[Placed]) -> list[Example]:
 
 
 def _units(
-    sources: Sequence[Reading], renderer: Renderer, config: DataConfig, progress: Progress
+    sources: Sequence[Reading], renderer: Renderer, config: DataConfig, progress: Progress, extent: _Extent
 ) -> Iterator[list[Placed]]:
     """The usable rows of all sources in random order, each as its pieces; of a single document each piece is one. Only
     what is taken is counted."""
-    sizes, before = [[_characters(row) for row in source.rows] for source in sources], 0
-    in_characters = _size(sources) > sum(map(len, sizes))
-    for chunk in _chunks(sources, _random_order(sources, config.seed)):
-        within = partial(_beyond, progress, before) if in_characters else unseen
+    before = 0
+    for chunk in _chunks(extent, _random_order(sources, config.seed)):
+        within = partial(_beyond, progress, before) if extent.in_characters else unseen
         results = _render(chunk, sources, renderer, config, within)
         for (number, position), result in zip(chunk, results, strict=True):
             source = sources[number]
@@ -160,7 +181,7 @@ def _units(
                 yield from ([placed[at]] for at in _shuffled(pieces, config.seed))
             elif placed:
                 yield placed
-        before += sum(sizes[number][position] for number, position in chunk) if in_characters else len(chunk)
+        before += extent.of(chunk)
         progress(before)
 
 
@@ -168,12 +189,12 @@ def _beyond(progress: Progress, before: int, done: int) -> None:
     progress(before + done)
 
 
-def _chunks(sources: Sequence[Reading], order: Sequence[Place]) -> Iterator[list[Place]]:
+def _chunks(extent: _Extent, order: Sequence[Place]) -> Iterator[list[Place]]:
     """`order` in runs of at most CHUNK rows and CHARACTERS characters, or of one row."""
     chunk: list[Place] = []
     size = 0
     for number, position in order:
-        more = _characters(sources[number].rows[position])
+        more = extent.characters[number][position]
         if chunk and (len(chunk) == CHUNK or size + more > CHARACTERS):
             yield chunk
             chunk, size = [], 0
@@ -181,16 +202,6 @@ def _chunks(sources: Sequence[Reading], order: Sequence[Place]) -> Iterator[list
         size += more
     if chunk:
         yield chunk
-
-
-def _characters(row: Row) -> int:
-    return sum(len(value) for value in row.value.values() if isinstance(value, str))
-
-
-def _size(sources: Sequence[Reading]) -> int:
-    """What there is to read: rows, or their characters where one of them takes the tokenizer a while."""
-    sizes = [_characters(row) for source in sources for row in source.rows]
-    return sum(sizes) if max(sizes) > LONG else len(sizes)
 
 
 def _shuffled(pieces: Sequence[Example], seed: int) -> list[int]:

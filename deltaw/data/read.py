@@ -25,7 +25,6 @@ let the last key win.
 Rejected: streaming (every later stage wants to shuffle, count and hold out, and fine-tuning sets fit in memory).
 """
 
-import difflib
 import glob
 import io
 import re
@@ -42,6 +41,7 @@ from deltaw.data.tables import read_csv, read_tsv
 from deltaw.data.unpack import ARCHIVES, PACKED, unpacked
 from deltaw.errors import InputError, Rejected
 from deltaw.files.encoding import UTF8, as_utf8, setting
+from deltaw.files.paths import MANY, similar
 from deltaw.files.strict_json import MARK, NotJSON, json_kind, parse
 from deltaw.show.text import counted
 
@@ -89,10 +89,10 @@ def _items(source: str, encoding: str) -> Iterator[Item]:
         return _read_matches(source, [Path(path) for path in paths], encoding)
     hub = HUB_ID.fullmatch(source)
     if hub and ("/" in source or hub["split"]) and not source.startswith(".") and not _is_data_file(path):
-        return read_hub(hub["name"], hub["split"] or "train", _near(path))
+        return read_hub(hub["name"], hub["split"] or "train", similar(path))
     if glob.has_magic(source):
         raise InputError(f"{source}: no file here matches it", fix=_beside(source))
-    raise InputError(f"{source}: no such file or folder", fix=_near(path) or _known())
+    raise InputError(f"{source}: no such file or folder", fix=similar(path) or _known())
 
 
 def _read_part(path: Path, part: str, encoding: str) -> Iterator[Item]:
@@ -329,19 +329,12 @@ def _is_data_file(path: Path) -> bool:
     return _kind(path) in READERS or path.suffix.lower() in (*PACKED, *ARCHIVES)
 
 
-def _near(path: Path) -> str | None:
-    """A name beside `path` that was probably meant."""
-    names = [entry.name for entry in islice(path.parent.iterdir(), 10_000)] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"did you mean {path.parent / near[0]}?" if near else None
-
-
 def _beside(pattern: str) -> str:
     """What is in the folder of a pattern."""
     folder = _fixed(pattern)
     if not folder.is_dir():
-        return _near(folder) or f"there is no folder {folder}"
-    names = sorted(entry.name for entry in islice(folder.iterdir(), 10_000) if not entry.name.startswith("."))
+        return similar(folder) or f"there is no folder {folder}"
+    names = sorted(entry.name for entry in islice(folder.iterdir(), MANY) if not entry.name.startswith("."))
     return f"in {folder}: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}" if names else f"{folder} is empty"
 
 

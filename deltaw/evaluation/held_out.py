@@ -103,8 +103,8 @@ def add_answers(
     """Answers to all rows if a task metric or `every_row` is asked for, else to `samples` of them, and the metrics.
     Answers that `before` has already aren't asked for again. Raises RunError where the user's own metric fails."""
     asked, answers = rows_asked(model, examples, config, every_row=every_row), before.answers
-    new = list(metrics)
-    if before.rows != fingerprint(examples) or not before.answers_to(asked, config.max_new_tokens):
+    new, rows = list(metrics), fingerprint(examples)
+    if before.rows != rows or not before.answers_to(asked, config.max_new_tokens):
         with display.task(f"{name}: answers", len(asked)) as progress:
             answers = answer(model, asked, config.max_new_tokens, progress=progress)
     else:
@@ -117,7 +117,7 @@ def add_answers(
         metrics=figures,
         answers=answers,
         unanswered=None,
-        rows=fingerprint(examples),
+        rows=rows,
         max_new_tokens=config.max_new_tokens,
         code=code,
     )

@@ -12,6 +12,7 @@ exists under the very name that was given is meant, whatever it holds (commands 
 import difflib
 import os
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from pydantic import AfterValidator, PlainSerializer
 
 from deltaw.errors import InputError
 
+MANY = 10_000  # names of a folder that are looked at
 LONGEST = 255  # bytes of a file's name, on nearly every file system
 _VARIABLE = re.compile(r"\$(?:(?P<escaped>\$)|(?P<bare>[A-Za-z_]\w*)|\{(?P<braced>[^{}]*)\})", re.ASCII)
 
@@ -62,6 +64,14 @@ def no_such(path: Path) -> InputError:
         return InputError(what, fix=f"did you mean {' or '.join(str(parent / name) for name in near)}?")
     shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
     return InputError(what, fix=f"{'here' if parent == Path() else f'in {parent}'}: {shown or 'nothing'}")
+
+
+def similar(path: Path, folder: Path | None = None) -> str | None:
+    """A hint at the name beside `path`, or in `folder`, that was probably meant."""
+    folder = folder or path.parent
+    names = [entry.name for entry in islice(folder.iterdir(), MANY)] if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean {folder / near[0]}?" if near else None
 
 
 def _possible(path: str) -> str:

@@ -33,7 +33,7 @@ from deltaw.files.paths import public_name
 from deltaw.shipping.beside import missing_stop
 from deltaw.shipping.trained import Trained
 from deltaw.shipping.usage import base_name, chats
-from deltaw.show.text import counted
+from deltaw.show.text import counted, figure_name
 from deltaw.version import VERSION
 
 CARD, REPORT = "README.md", "report.html"
@@ -161,7 +161,7 @@ def _figures(training: Training | None, with_report: bool) -> str:
     table = [("", "before", "after"), ("---", "---:", "---:")]
     measured = training.result.get("eval") or {}
     before, after = measured.get("before") or {}, measured.get("after") or {}
-    table += [(name.replace("_", " "), _number(before.get(name)), _number(after[name])) for name in after]
+    table += [(figure_name(name), _number(before.get(name)), _number(after[name])) for name in after]
     rows = measured.get("rows")
     notes = [f"Measured on {counted(rows, 'held-out row')}."] if after and rows else []
     if lost := training.result.get("forgetting"):
