@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from deltaw.evaluation.side_by_side import SideBySide, side_by_side
+from deltaw.evaluation.side_by_side import SideBySide, evaluate
 from deltaw.files.atomic import write_text_atomic
 from deltaw.files.lock import claimed_file
 from deltaw.show.progress import Display
@@ -32,7 +32,7 @@ def eval_named(
 ) -> Result:
     """`output`: a JSONL file of each row's answers and scores. Raises InputError before the weights are read."""
     with nullcontext() if output is None else claimed_file(Path(output)):
-        measured = side_by_side(
+        measured = evaluate(
             name,
             data,
             base=base,

@@ -90,43 +90,10 @@ def _figures(evaluation: Evaluation) -> str:
 
 
 def evaluate(
-    name: str | Path,
+    name: str | Path | Named,
     data: str | Path | Sequence[Mapping[str, Any]] | SourceValue | None = None,
     *,
     base: str | Path | None = None,
-    metrics: Sequence[str] | None = None,
-    rows: int | None = None,
-    max_tokens: int | None = None,
-    allow_code: bool = False,
-    display: Display | None = None,
-) -> SideBySide:
-    """Measure a run, an adapter or a base on a file or on rows, else on the run's own held-out rows: an adapter beside
-    its base (`.adapter`, `.base`), with each row's answers in `.answers()` where a metric asks for them.
-
-    `metrics` are those of `deltaw eval`, in place of the run's own; `rows`: only so many; `max_tokens`: the longest
-    answer; `allow_code`: run the metric's code that the run names. Raises InputError, before the weights are read where
-    that is possible.
-    """
-    if data is not None and not isinstance(data, str | Path):
-        data = DataConfig(train=data).train  # type: ignore[arg-type]  # which it looks at
-    given = fspath(data) if isinstance(data, Path) else data
-    return side_by_side(
-        name,
-        given,
-        base=fspath(base) if base else None,
-        metrics=metrics,
-        rows=rows,
-        max_tokens=max_tokens,
-        allow_code=allow_code,
-        display=display or QUIET,
-    )
-
-
-def side_by_side(
-    name: str | Path | Named,
-    data: SourceValue | None = None,
-    *,
-    base: str | None = None,
     use_adapter: bool = True,
     use_base: bool = True,
     metrics: Sequence[str] | None = None,
@@ -134,11 +101,19 @@ def side_by_side(
     max_tokens: int | None = None,
     every_answer: bool = False,
     allow_code: bool = False,
-    display: Display = QUIET,
+    display: Display | None = None,
 ) -> SideBySide:
-    """Measure a run, an adapter or a base. Without `metrics` a run's own are computed. `rows`: only so many of them;
-    `every_answer`: also where no metric needs it. Raises InputError, before the weights are read where that is
-    possible."""
+    """Measure a run, an adapter or a base on a file or on rows, else on the run's own held-out rows: an adapter beside
+    its base (`.adapter`, `.base`), with each row's answers in `.answers()` where a metric asks for them.
+
+    `use_adapter`, `use_base`: measure that side; `metrics` are those of `deltaw eval`, in place of the run's own;
+    `rows`: only so many; `max_tokens`: the longest answer; `every_answer`: also where no metric needs it; `allow_code`:
+    run the metric's code that the run names. Raises InputError, before the weights are read where that is possible.
+    """
+    if data is not None and not isinstance(data, str | Path):
+        data = DataConfig(train=data).train  # type: ignore[arg-type]  # which it looks at
+    data = fspath(data) if isinstance(data, Path) else data
+    base, display = fspath(base) if base else None, display or QUIET
     named = Named.of(name)
     config = wanted(named.config, metrics, max_tokens, every_answer)
     own = Consent(named.name if metrics is None else None, allow_code)

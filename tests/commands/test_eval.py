@@ -12,7 +12,7 @@ import yaml
 from deltaw.commands.eval import change, in_words
 from deltaw.config import load_config
 from deltaw.errors import InputError
-from deltaw.evaluation.side_by_side import side_by_side
+from deltaw.evaluation.side_by_side import evaluate
 from deltaw.show.progress import Display
 from deltaw.training.run import resume, train
 from tests.test_cli import call
@@ -78,7 +78,7 @@ def test_a_run_records_the_metric_by_name_direction_and_content(judged: Path) ->
 
 def test_the_base_stands_beside_the_adapter_and_is_not_measured_again(judged: Path) -> None:
     display, figures = Said(), result_of(judged / "run")["eval"]
-    measured = side_by_side(judged / "run", display=display)
+    measured = evaluate(judged / "run", display=display)
     data = measured.to_json()
     assert data["base"] == figures["before"] and data["rows"] == 8 and data["rows_as_trained"] is True
     assert {name: data[name] for name in figures["after"]} == pytest.approx(figures["after"], rel=1e-5)
@@ -91,15 +91,15 @@ def test_the_base_stands_beside_the_adapter_and_is_not_measured_again(judged: Pa
 def test_another_metric_takes_the_answers_that_the_base_gave_then(judged: Path, tmp_path: Path) -> None:
     display = Said()
     metrics = ["character_error_rate"]
-    known = side_by_side(judged / "run", metrics=metrics, display=display).to_json()
+    known = evaluate(judged / "run", metrics=metrics, display=display).to_json()
     assert not any(name.startswith("base") for name in display.tasks)
     run = copied(judged / "run", tmp_path / "run")
     (run / "before.json").write_text("{rotten")
-    measured = side_by_side(run, metrics=metrics).to_json()
+    measured = evaluate(run, metrics=metrics).to_json()
     assert measured["base"] == pytest.approx(known["base"], rel=1e-6) and measured["rows_as_trained"] is None
     for more in ({"max_tokens": 2}, {"rows": 3}):  # other answers, other rows
         display = Said()
-        side_by_side(judged / "run", metrics=metrics, display=display, **more)  # type: ignore[arg-type]
+        evaluate(judged / "run", metrics=metrics, display=display, **more)  # type: ignore[arg-type]
         assert any(name.startswith("base") and name.endswith("answers") for name in display.tasks), more
 
 
@@ -109,11 +109,11 @@ def test_rows_that_the_training_did_not_measure_are_named(judged: Path, folder: 
     train_on = str(tmp_path / "train.jsonl")
     run = copied(judged / "run", tmp_path / "run", lambda raw: raw["data"].update(train=train_on))
     display = Said()
-    measured = side_by_side(run, metrics=["none"], display=display)
+    measured = evaluate(run, metrics=["none"], display=display)
     assert measured.as_trained is False and "base: loss" in display.tasks
     assert sum(line.startswith("warning") for line in display.lines) == 1
     assert measured.to_json()["base"]["loss"] != result_of(run)["eval"]["before"]["loss"]
-    assert side_by_side(run, str(folder / "train.jsonl"), metrics=["none"], rows=3).as_trained is None
+    assert evaluate(run, str(folder / "train.jsonl"), metrics=["none"], rows=3).as_trained is None
 
 
 def test_each_row_is_written_with_its_scores(judged: Path, folder: Path, tmp_path: Path) -> None:

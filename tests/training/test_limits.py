@@ -10,7 +10,7 @@ import transformers as T
 from deltaw.config import RunConfig, parse_config
 from deltaw.data.opening import limits_of, open_dataset
 from deltaw.errors import InputError
-from deltaw.evaluation.side_by_side import side_by_side
+from deltaw.evaluation.side_by_side import evaluate
 from deltaw.show.progress import Display
 from deltaw.training import opening
 from deltaw.training.plan import plan
@@ -74,7 +74,7 @@ def test_a_row_beyond_a_learned_table_is_refused_and_what_is_advised_works(folde
     result = json.loads((folder / "run/result.json").read_text())
     assert result["forgetting"]["tokens"] > 0 and result["failed"] == {}
     with pytest.raises(InputError, match=r"t\.jsonl:21"):
-        side_by_side(folder / "base", str(folder / "t.jsonl"))
+        evaluate(folder / "base", str(folder / "t.jsonl"))
 
 
 def test_a_row_beyond_a_rotary_context_is_said_once_and_trained(folder: Path) -> None:
