@@ -120,7 +120,7 @@ def test_held_out_rows_alone_are_the_ones_that_a_whole_preparation_holds_out(
 
 
 def test_held_out_rows_alone_cost_no_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "CHUNK", 10)
+    monkeypatch.setattr(preparing, "CHUNK", 10)
     rendered = []
 
     class Counting(Renderer):
