@@ -44,7 +44,7 @@ ADVANTAGE = 1.2  # bfloat16 costs digits, so it must win clearly
 @dataclass(frozen=True, repr=False)
 class Base:
     """A frozen model in eval mode and where it came from. `dtype`: of its activations, and of its weights where
-    `weights`, how they are kept, is auto. `fingerprint`: as in fingerprint.py, of the weights before they are packed."""
+    `weights`, how they are kept, is auto. `fingerprint`: as in fingerprint.py, of the weights as they were read."""
 
     model: nn.Module
     source: Source

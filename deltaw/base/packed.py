@@ -85,7 +85,7 @@ def pack_modules(model: nn.Module, pack: Callable[[str, Tensor], PackedWeight | 
         embedding = module is words and type(module) is nn.Embedding and module.max_norm is None
         if not path or not (embedding or (isinstance(module, nn.Linear | Conv1D) and FrozenLinear.can_wrap(module))):
             continue
-        own: Tensor = module.weight  # type: ignore[assignment]
+        own: Tensor = module.weight
         if own.numel() < LEAST:
             continue
         if own not in packed:
