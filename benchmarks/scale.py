@@ -2,12 +2,12 @@
 
     python -m benchmarks.scale
 
-Measured: tokens/s of one H100 at 8,192 tokens a step, and its memory (benchmarks/gpu.csv, 1B and 8B). 70B's are 8B's,
-in proportion to the parameters that a token meets, and to layers · width for what is kept. Assumed: the bandwidths.
+Measured: tokens/s of one H100 in passes of 8,192 tokens (70B: of 2,048, four a step, since what 8,192 keep is more than
+a card has), and its memory (benchmarks/gpu.csv, 1B and 8B). 70B's are 8B's, in proportion to the parameters that a token meets, and to layers · width for what is kept. Assumed: the bandwidths.
 
     compute    = 8,192 tokens per GPU / (tokens/s)
     all-reduce = 2 (N − 1) / N · 4 r Σ (in + out) / bandwidth        the adapter's gradient, float32, after the backward
-    gather     = 2 (N − 1) / N · bytes of the base / bandwidth       FSDP: once forward, once backward, while it computes
+    gather     = 2 (N − 1) / N · bytes of the base / bandwidth       FSDP: forward and backward of each pass, hidden
     step       = max(compute, gather) + all-reduce
 """
 
@@ -33,6 +33,7 @@ class Shape:
     kv: int
     words: int
     tied: bool
+    passes: int = 1  # per step
 
     @property
     def linears(self) -> list[tuple[int, int]]:
@@ -58,30 +59,30 @@ class Shape:
 SHAPES = [
     Shape("1B", 16, 2048, 8192, 512, 128256, True),
     Shape("8B", 32, 4096, 14336, 1024, 128256, False),
-    Shape("70B", 80, 8192, 28672, 1024, 128256, False),
+    Shape("70B", 80, 8192, 28672, 1024, 128256, False, 4),
 ]
 
 
-def measured(name: str) -> tuple[float, float]:
+def measured(name: str, tokens: int) -> tuple[float, float]:
     """(tokens/s, bytes beside the base) of one H100; of 70B from 8B's."""
     shape = next(shape for shape in SHAPES if shape.name == name)
     with (ROOT / "benchmarks/gpu.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if (row["arm"], row["tokens"]) == ("deltaw", str(TOKENS))]
+        rows = [row for row in csv.DictReader(file) if (row["arm"], row["tokens"]) == ("deltaw", str(tokens))]
     known = {row["model"]: row for row in rows}
     if row := known.get(name.lower()):
         return float(row["tokens_per_s"]), float(row["allocated_gib"]) * GIB - shape.base("bf16")
-    rate, beside = measured("8B")
+    rate, beside = measured("8B", tokens)
     eight = SHAPES[1]
     work = (shape.blocks + shape.embeddings / 2) / (eight.blocks + eight.embeddings / 2)
     return rate / work, beside * shape.layers * shape.width / (eight.layers * eight.width)
 
 
 def row(shape: Shape, kind: str, gpus: int, sharded: bool, network: str) -> list[str]:
-    rate, beside = measured(shape.name)
+    rate, beside = measured(shape.name, TOKENS // shape.passes)
     bandwidth = NVLINK if gpus <= NODE else BETWEEN[network]
     share = 2 * (gpus - 1) / gpus / bandwidth
     compute, reduce = TOKENS / rate, share * shape.adapter
-    gather = share * shape.base(kind) if sharded else 0.0
+    gather = shape.passes * share * shape.base(kind) if sharded else 0.0
     memory = (shape.base(kind) / (gpus if sharded else 1) + beside) / GIB
     step = max(compute, gather) + reduce
     limits = {"computing": compute, "gathering the base": gather, "the adapter's sum": reduce}
