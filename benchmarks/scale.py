@@ -3,7 +3,8 @@
     python -m benchmarks.scale
 
 Measured: tokens/s of one H100 in passes of 8,192 tokens (70B: of 2,048, four a step, since what 8,192 keep is more than
-a card has), and its memory (benchmarks/gpu.csv, 1B and 8B). 70B's are 8B's, in proportion to the parameters that a token meets, and to layers · width for what is kept. Assumed: the bandwidths.
+a card has), and its memory (benchmarks/gpu.csv, 1B and 8B). 70B's are 8B's,
+in proportion to the parameters that a token meets, and to layers · width for what is kept. Assumed: the bandwidths.
 
     compute    = 8,192 tokens per GPU / (tokens/s)
     all-reduce = 2 (N − 1) / N · 4 r Σ (in + out) / bandwidth        the adapter's gradient, float32, after the backward
@@ -87,10 +88,12 @@ def row(shape: Shape, kind: str, gpus: int, sharded: bool, network: str) -> list
     step = max(compute, gather) + reduce
     limits = {"computing": compute, "gathering the base": gather, "the adapter's sum": reduce}
     first = "memory" if memory > CARD else max(limits, key=lambda name: limits[name])
+    wire = "NVLink" if gpus <= NODE else network
+    share_of_step = "-" if memory > CARD else f"{compute / step:.0%}"
     return [
-        shape.name, kind, str(gpus), "sharded" if sharded else "whole", "NVLink" if gpus <= NODE else network if gpus else "",
+        shape.name, kind, str(gpus), "sharded" if sharded else "whole", wire,
         f"{memory:.1f}", f"{1000 * compute:.0f}", f"{1000 * reduce:.1f}", f"{1000 * gather:.0f}",
-        "-" if memory > CARD else f"{gpus * TOKENS / step:,.0f}", f"{compute / step:.0%}", first,
+        "-" if memory > CARD else f"{gpus * TOKENS / step:,.0f}", share_of_step, first,
     ]  # fmt: skip
 
 
