@@ -68,7 +68,7 @@ def test_slurm_starts_or_resumes(folder: tuple[Path, str | None], tmp_path: Path
 
 def test_slurm_saves_before_the_limit_and_queues_itself_again(tmp_path: Path) -> None:
     body = 'echo $$ >"$LOG.pid"; trap "echo saved >>\\"$LOG\\"; exit 143" TERM\n'
-        'kill -USR1 $BATCH\nwhile :; do sleep 0.05; done'
+    body += "kill -USR1 $BATCH\nwhile :; do sleep 0.05; done"
     script = f'export BATCH=$$; exec bash "{RECIPES}/slurm.sh" run.yaml runs/first'
     code, lines = shell(["bash", "-c", script], tmp_path, body, **SLURM)
     assert code == 0 and lines[1:] == ["scancel --signal=TERM 7", "saved", "scontrol requeue 7"]
