@@ -1,5 +1,5 @@
-"""Recipes that start torchrun elsewhere: what each would start, at the first start, after an interruption and when it is
-done, with stand-ins for the service; and their fields, which are those that the services' own schemas have."""
+"""Recipes that start torchrun elsewhere: what each would start, at the first start, after an interruption and when
+it is done, with stand-ins for the service; and their fields, which are those that the services' own schemas have."""
 
 import os
 import runpy
