@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deltaw.errors import DeltawError, InputError, RunError, with_kind
-from deltaw.training.stop import Stopped
+from deltaw.errors import DeltawError, InputError, with_kind
+from deltaw.training.stop import Lost, Stopped
 
 TIMEOUT = "DELTAW_TIMEOUT"  # seconds that a rank waits for another one in a step
 USUAL, STILL = 600.0, 60.0  # seconds: TIMEOUT's default; without a sign of life, until a rank is taken for dead
@@ -36,18 +36,11 @@ USES_AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun's agent holds the store
 MARKS = "deltaw/marks/"
 
 
-class Lost(RunError):
-    """Another rank is gone, or doesn't come."""
-
-
-class Elsewhere(RunError):
-    """Another rank failed, and this one ends with it."""
-
-
 class Link:
     """This process's connection to the others. `generation`: how many it had before."""
 
     def __init__(self, rank: int, size: int, generation: int) -> None:
+        self.speaks = True  # whether it is this rank that says why all end
         self.rank, self.size, self.timeout = rank, size, _timeout()
         self.still = min(STILL, self.timeout)
         if dist.is_initialized():
@@ -246,8 +239,11 @@ class Link:
             until = time.monotonic() + LEAVE
             while time.monotonic() < until and not (self._value("told") if self.rank else self._all_left()):
                 time.sleep(BEAT / 10)
-            if self.rank:
+            if self.rank and not self._value("told"):  # rank 0 is gone: one of the others says it
+                self.speaks = self._store.compare_set("speaker", "", str(self.rank)).decode() == str(self.rank)
+            elif self.rank:
                 time.sleep(GRACE)
+                self.speaks = False
         return error
 
     def _all_left(self) -> bool:
@@ -296,7 +292,7 @@ def _error_of(told: dict[str, Any]) -> DeltawError | Stopped:
     """What another rank has told, as an error here."""
     if told["code"] > 128:
         return Stopped(told["code"] - 128, told["what"], at_once=True)
-    return (InputError if told["code"] == 2 else Elsewhere)(told["what"], told["fix"])
+    return (InputError if told["code"] == 2 else Lost)(told["what"], told["fix"])
 
 
 def _again() -> str:

@@ -48,6 +48,7 @@ class World:
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
         self._link: Link | None = None
         self._depth = self._generation = 0
+        self.speaks = rank == 0  # whether it is this process that tells a person how it ends
 
     @staticmethod
     def of_environment() -> "World":
@@ -88,6 +89,7 @@ class World:
             link.leave()
         except BaseException as error:
             ended = link.fail(error)
+            self.speaks = link.speaks
             if ended is error:
                 raise
             raise ended from error
@@ -158,7 +160,8 @@ class World:
 
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
         self._linked.broadcast(flat, what)
-        self._put(flat, tensors)
+        if not self.is_first:
+            self._put(flat, tensors)
 
     @staticmethod
     def _put(flat: "Tensor", tensors: Sequence["Tensor"]) -> None:
@@ -208,6 +211,7 @@ def _of_environment() -> World:
     given = {name: os.environ[name] for name in names if name in os.environ}
     if given.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ:
         return ALONE
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that is gone is an error of ours, with no C++ frames
     try:
         rank, size, local_rank, local_size = (int(given[name]) for name in names)
     except (KeyError, ValueError):
