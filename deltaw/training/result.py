@@ -114,6 +114,7 @@ def write_result(
         "unused": report.unused,
         "left_out": report.left_out,
         "forward": model.describe(),
+        "checkpointing": opened.checkpointing,
         "dtype": str(model.base.dtype).removeprefix("torch."),
         "machine": {"device": str(model.base.device), "threads": torch.get_num_threads(), "cpu": platform.machine()},
         "versions": {"deltaw": VERSION, "torch": torch.__version__},
