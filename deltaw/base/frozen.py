@@ -64,6 +64,12 @@ def weight_of(module: nn.Module) -> Weight:
     raise TypeError(f"{type(module).__name__} has no linear layer's weight")
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The type of a model's activations: its embedding's numbers, also where they are kept in another form."""
+    dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    return dtype
+
+
 @dataclass(frozen=True)
 class Stored:
     """A weight's description. No tensor, so that using it past its layer, and the update, is an error (products with a

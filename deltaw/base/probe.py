@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from deltaw.base.attention import Calls, is_packed, packed_attention_of, pairs
 from deltaw.base.batch import Batch, Pass, passing_of
+from deltaw.base.frozen import dtype_of
 
 SHORT = (5, 7)  # tokens of the two documents where the config has no number that is dear to cross
 BUDGET = 4e9  # parameters x tokens of a pass: under half a second on two cores
@@ -194,7 +195,7 @@ class Probe:
 
     @staticmethod
     def on(model: nn.Module) -> "Probe":
-        batch, dtype = probe_documents(model), next(model.parameters()).dtype
+        batch, dtype = probe_documents(model), dtype_of(model)
         truth = [model(input_ids=part[None], use_cache=False).logits[0].float() for part in _parts(batch)]
         truth_TV = torch.cat(truth)
         return Probe(batch, truth_TV, max(rounding(dtype) * float(truth_TV.std()), 1e-6))

@@ -148,7 +148,7 @@ def open_run(
     for warning in [*dataset.report.warnings, *limits.warnings(rows), *length.warnings(asked, config, dataset, total)]:
         display.say(f"warning: {warning}")
     dtype, device = config.train.dtype, config.train.device
-    base = open_base(source, dtype=dtype, device=device, display=display, config=known)
+    base = open_base(source, dtype=dtype, device=device, display=display, config=known, weights=config.base_weights)
     model = Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config))
     display.say(f"{source.name} in {str(base.dtype)[6:]} on {base.device}: {model.describe()}")
     if (base.dtype, getattr(known, "dtype", None)) == (torch.bfloat16, torch.float16):
