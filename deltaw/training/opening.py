@@ -21,8 +21,9 @@ from deltaw.adapter.targets import find_targets
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
-from deltaw.base.load import open_base, open_skeleton, read_config
+from deltaw.base.load import open_base, open_skeleton, pick_device, read_config
 from deltaw.base.prefix import lowest_layer
+from deltaw.base.recompute import blocks_of, check_way
 from deltaw.base.source import find_base
 from deltaw.config import RunConfig
 from deltaw.config.own_rows import rows_to_keep, with_names
@@ -89,6 +90,12 @@ class Opened:
         return replace(self, config=pinned.model_copy(update={"base": config.base}) if local else pinned)
 
     @property
+    def checkpointing(self) -> str:
+        """What is done of `train.checkpointing`."""
+        recompute = self.model.forward.recompute
+        return "none" if recompute is None else recompute.way
+
+    @property
     def longest(self) -> int:
         """The tokens of the longest row that is trained on."""
         return max(len(example.tokens) for example in self.dataset.train)
@@ -129,6 +136,8 @@ def open_run(
     targets = find_targets(skeleton, config.adapter)
     if targets.words:
         display.say(f"adapted: {targets.words}")
+    if config.train.checkpointing in ("blocks", "offload"):
+        check_way(config.train.checkpointing, pick_device(config.train.device), blocks_of(skeleton, targets.paths))
     _, renderer, dataset = open_dataset(config, display, source)
     limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
     limits.check(rows)

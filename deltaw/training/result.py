@@ -121,6 +121,7 @@ def write_result(
         "unused": report.unused,
         "left_out": report.left_out,
         "forward": model.describe(),
+        "checkpointing": opened.checkpointing,
         "dtype": str(model.base.dtype).removeprefix("torch."),
         "processes": opened.world.size,
         "machine": {

@@ -47,7 +47,8 @@ from deltaw.training.log import EventLog, open_log
 from deltaw.training.measuring import Attempts, measure_base, note_evaluation, plain_loss, samples
 from deltaw.training.memory import Heap, bound_caches, bounded
 from deltaw.training.opening import Opened, above_the_frozen, begin, general_rows, open_run
-from deltaw.training.preflight import short_form
+from deltaw.training.preflight import short_form, work_of
+from deltaw.training.recomputing import choose
 from deltaw.training.shortage import explain
 from deltaw.training.step import step
 from deltaw.training.stop import Lost, Stopped, StopRequest
@@ -176,6 +177,8 @@ def _run(
                     run.write_config(config)
             world.mark(_begun(run))
             stop.advice = f"resume with: {command('train', run.folder)}"
+            opened, _ = choose(opened, learner, work_of(opened, learner), display)
+            shortage = partial(explain, opened=opened, learner=learner, run=run)
             short_form(opened, learner, run, general)
             on_the_way, attempts = (Attempts(opened.device, display.say, shortage) for _ in range(2))
             with open_log(run, opened.config, learner.state.step, display.say) as log:
