@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from deltaw.base.frozen import has_weight, weight_of
 from deltaw.kernels.logprobs import Logprobs, capped, linear_logprobs
 from deltaw.kernels.lora import Projection, lora_linears
-from deltaw.kernels.lora import Projection, lora_linears
 
 
 @dataclass(frozen=True)
