@@ -74,6 +74,10 @@ class BlockWeight(PackedWeight):
         super().__init__(parts, (m, width * kind.size), dtype)
         self.kind = kind
 
+    @property
+    def form(self) -> str:
+        return self.kind.name
+
     def unpack(self, index: Tensor | slice) -> Tensor:
         return numbers_of(self.kind, {name: part[index] for name, part in self.parts.items()})
 
