@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from deltaw.base.gguf import stored_names
 from deltaw.base.packed import LEAST, pack_modules
 from deltaw.base.source import Source
 from deltaw.errors import InputError, listed
-from deltaw.files.gguf_header import Header, architecture, type_name
+from deltaw.files.gguf_header import Header, type_name
 from deltaw.files.gguf_parts import parts_of as files_of
 from deltaw.files.gguf_parts import read_model
 from deltaw.files.safetensors import read_tensor
@@ -81,7 +82,7 @@ def load_blocks(model: nn.Module, source: Source, header: Header, dtype: torch.d
     """Give a model that was made `Unallocated` its weights, in place, frozen; the matrices that stayed dense.
 
     Raises InputError for a folder whose tensors aren't the model's."""
-    folder, blocks = Folder(source.directory), Blocks(header, _names(model, header), model.config)
+    folder, blocks = Folder(source.directory), Blocks(header, stored_names(header, list(model.state_dict())), model.config)
     dense: list[str] = []
 
     def pack(path: str, w_MN: Tensor) -> PackedWeight | None:
@@ -188,16 +189,6 @@ def _same(numbers: Tensor, wanted: Tensor) -> bool:
     """Whether, rounded as the folder's are, they are the folder's, and finite."""
     rounded = numbers.to(wanted.dtype)
     return torch.equal(rounded, wanted) and bool(torch.isfinite(torch.stack(torch.aminmax(rounded))).all())
-
-
-def _names(model: nn.Module, header: Header) -> dict[str, str]:
-    """The file's names by the model's."""
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
-
-    kind = architecture(header)
-    processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)()
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[union-attr, operator]
-    return {own: name for name, own in get_gguf_hf_weights_map(model, processor, kind, layers).items()}
 
 
 def _fill(model: nn.Module, read: Callable[[str, torch.dtype], Tensor]) -> None:
