@@ -82,7 +82,10 @@ def load_blocks(model: nn.Module, source: Source, header: Header, dtype: torch.d
     """Give a model that was made `Unallocated` its weights, in place, frozen; the matrices that stayed dense.
 
     Raises InputError for a folder whose tensors aren't the model's."""
-    folder, blocks = Folder(source.directory), Blocks(header, stored_names(header, list(model.state_dict())), model.config)
+    folder, blocks = (
+        Folder(source.directory),
+        Blocks(header, stored_names(header, list(model.state_dict())), model.config),
+    )
     dense: list[str] = []
 
     def pack(path: str, w_MN: Tensor) -> PackedWeight | None:

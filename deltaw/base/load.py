@@ -125,7 +125,9 @@ def _open_kept(source: Source, config: Any, number: torch.dtype, place: torch.de
         dense = load_blocks(model, source, header, number)
         model = model.to(place)
     except (MemoryError, torch.OutOfMemoryError):
-        raise RunError(f"{source.name}: not enough memory on {place} for its blocks", fix="use a smaller base") from None
+        raise RunError(
+            f"{source.name}: not enough memory on {place} for its blocks", fix="use a smaller base"
+        ) from None
     except InputError:
         raise
     except Exception as error:  # as in open_base
@@ -139,6 +141,17 @@ def _open_kept(source: Source, config: Any, number: torch.dtype, place: torch.de
     model.eval()
     check_finite(model, source.directory)
     return Base(model, source, number, place, fingerprint_of_files(source), "keep")
+
+
+def check_weights(source: Source, weights: BaseWeights) -> None:
+    """Raise InputError where the base's weights can't be kept like this; reads none of them."""
+    if weights == "keep":
+        check_keep(source)
+
+
+def as_kept(source: Source, weights: BaseWeights) -> BaseWeights:
+    """How to keep a base that stands in for the one that a run was on: blocks are kept where there are some."""
+    return "auto" if weights == "keep" and source.gguf is None else weights
 
 
 def open_skeleton(source: Source, config: Any = None) -> nn.Module:
