@@ -288,9 +288,8 @@ def _unmatched(model: nn.Module, adapted: set[str]) -> tuple[str, ...]:
         if isinstance(module, nn.Embedding | PackedEmbedding):
             continue
         names = [name for name, value in module.named_parameters(recurse=False) if value.ndim >= 2]
-        unmatched += (
-            [path] if names == ["weight"] or isinstance(module, PackedLinear) else [f"{path}.{name}" for name in names]
-        )
+        whole = names == ["weight"] or isinstance(module, PackedLinear)
+        unmatched += [path] if whole else [f"{path}.{name}" for name in names]
     return tuple(unmatched)
 
 

@@ -1,4 +1,4 @@
-"""`base_weights: keep`: a GGUF's matrices stay in the file's own blocks (kernels/blocks.py), on which it will be served.
+"""`base_weights: keep`: a GGUF's matrices stay in its own blocks (kernels/blocks.py), which are what will be served.
 
 The converted folder (gguf.py) is bfloat16; what it says of names, shapes and the order of rows holds for the blocks
 as well. That is checked and not assumed: a matrix is taken from the file if its numbers there, rounded to bfloat16,

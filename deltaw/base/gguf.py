@@ -93,7 +93,7 @@ def stored_names(header: Header, names: Iterable[str]) -> dict[str, str]:
     if number is None or not isinstance(blocks, int):
         return {}
     known = get_tensor_name_map(number, blocks)
-    found = {}
+    found: dict[str, str] = {}
     for name in names:
         for asked in (name, name.partition(".")[2]):
             stored = known.get_name(asked, try_suffixes=(".weight", ".bias"))

@@ -32,7 +32,7 @@ class Adapted(Running):
         self.chats = not self.trained.plain and bool(self.trained.renderer.template)
 
     def load(self) -> None:
-        opened = open_base(self.source, dtype=self._dtype, weights=self.weights)
+        opened = open_base(self.trained.base, dtype=self._dtype, weights=self.weights)
         plan_forward(opened.model)
         attached = attach(opened.model, self.trained.adapter)
         renderer = self.trained.renderer
