@@ -6,7 +6,8 @@ from deltaw.base.limits import Limits
 from deltaw.base.load import open_skeleton
 from deltaw.base.source import Source, find_base
 from deltaw.config import RunConfig
-from deltaw.data.dataset import Dataset, prepare
+from deltaw.data.dataset import Dataset
+from deltaw.data.prepare import prepare
 from deltaw.data.render import Renderer, open_tokenizer
 from deltaw.errors import InputError
 from deltaw.show.progress import Display

@@ -11,9 +11,9 @@ from deltaw.base.limits import Limits
 from deltaw.config import DataConfig
 from deltaw.config.places import check_there
 from deltaw.config.sources import SourceValue
-from deltaw.data.dataset import prepare, prepare_held_out
 from deltaw.data.example import Example
 from deltaw.data.forms import Reads
+from deltaw.data.prepare import prepare, prepare_held_out
 from deltaw.errors import InputError
 from deltaw.files.paths import no_such
 from deltaw.model import PLAIN, Model, open_model

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 from deltaw.config import DataConfig, RunConfig
 from deltaw.config.sources import SourceValue, label
-from deltaw.data.dataset import prepare_held_out
 from deltaw.data.document import Chat, Completion, Document
 from deltaw.data.example import Example
 from deltaw.data.forms import Form, form_of
+from deltaw.data.prepare import prepare_held_out
 from deltaw.data.read import read_rows
 from deltaw.data.render import Renderer
 from deltaw.data.row import Row
