@@ -32,7 +32,7 @@ def open_dataset(config: RunConfig, display: Display, source: Source | None = No
 
 def limits_of(source: Source, dataset: Dataset) -> list[str]:
     """What a run would say of rows that the base can't be given, or wasn't made for. No weights are read."""
-    rows = [*dataset.train, *dataset.eval]
+    rows = dataset.rows
     try:
         limits = Limits.of(open_skeleton(source))
         limits.check(rows)

@@ -4,7 +4,6 @@ A config that holds no such rows is refused before the weights are read. A run's
 out when it was trained; what it was trained on isn't rendered again for that.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from deltaw.base.limits import Limits
@@ -12,7 +11,7 @@ from deltaw.config import DataConfig
 from deltaw.config.places import check_there
 from deltaw.config.sources import SourceValue
 from deltaw.data.dataset import prepare, prepare_held_out
-from deltaw.data.example import Example
+from deltaw.data.examples import Examples
 from deltaw.data.forms import Reads
 from deltaw.errors import InputError
 from deltaw.files.paths import no_such
@@ -23,7 +22,7 @@ from deltaw.show.progress import Display
 
 def rows_of(
     name: str | Named, data: SourceValue | None, *, base: str | None, rows: int | None = None, display: Display
-) -> tuple[Model, Sequence[Example]]:
+) -> tuple[Model, Examples]:
     """A model and the rows to measure it on: all of the run's own held-out ones, or `rows` of a file. Raises
     InputError."""
     named = Named.of(name)
@@ -37,7 +36,7 @@ def rows_of(
     return model, examples
 
 
-def _of_form(model: Model, named: Named, source: DataConfig, display: Display) -> list[Example]:
+def _of_form(model: Model, named: Named, source: DataConfig, display: Display) -> Examples:
     """A file's rows, asked as the adapter's own rows were, whatever their columns are called."""
     template = named.adapter.base.template if model.attached is not None else ""
     reads: Reads = "auto" if model.attached is None else "chat" if model.asking.chat else "completion"

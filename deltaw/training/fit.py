@@ -115,7 +115,9 @@ def _cut(examples: Sequence[Example], tokens: int) -> list[Example]:
     """The first `tokens` tokens of `examples`, the last one cut; at least two, of which one can be trained."""
     taken, room = list[Example](), max(2, tokens)
     for example in examples:
-        if room > 1:
+        if room <= 1:
+            break
+        else:
             end = min(room, len(example.tokens))
             taken.append(replace(example, tokens=example.tokens[:end], loss_mask=example.loss_mask[:end]))
             room -= end

@@ -89,7 +89,7 @@ def settings_that_fit(opened: Opened, work: Work, fit: Fit, available: float) ->
     Each comes with as many tokens per batch as fit. Fewer tokens alone come first: they change the speed, not the run.
     Where the batch should have fitted, by the fit, only what is surely smaller is named.
     """
-    tokens, longest = work.longest_tokens, max(len(example.tokens) for example in opened.dataset.train)
+    tokens, longest = work.longest_tokens, opened.longest
     token = fit.token + fit.supervised * work.longest_supervised / tokens
     explained = fit.fixed + tokens * token > available
     limit = fit.fixed + HEADROOM * (available - fit.fixed) if explained else math.inf
