@@ -24,7 +24,6 @@ import contextlib
 import hashlib
 import io
 import math
-import re
 from pathlib import Path
 from typing import Any
 

@@ -1,11 +1,11 @@
 """Prepared rows on disk: rendered and tokenised once, mapped into memory ever after.
 
-    $DELTAW_CACHE/rows/KEY.safetensors    the arrays of `Columns`, `train` and `eval` (row numbers), and `record`: the
-                                          report and all else that a `Dataset` says, as JSON
-                       KEY.json           written last: the file's length and a CRC-32 of every 16 MiB of it; and what is
-                                          in it, for `deltaw cache`
-                       KEY.lock           held by the one process that prepares these rows while others wait
-                       known/             SHA-256 of files that were looked at (files/content.py)
+    $DELTAW_CACHE/rows/KEY.safetensors   the arrays of `Columns`, `train` and `eval` (row numbers), and `record`: the
+                                         report and all else that a `Dataset` says, as JSON
+                       KEY.json          written last: a CRC-32 of every 16 MiB of the file; and what is in it, for
+                                         `deltaw cache`
+                       KEY.lock          held by the one process that prepares these rows while others wait
+                       known/            SHA-256 of files that were looked at (files/content.py)
 
 The key is a hash over all that decides the rows: the bytes and names of the files read, the tokenizer's files, the chat
 template, the `data` section as it stands, the versions of the libraries that read and tokenise, and the source of the
@@ -199,7 +199,7 @@ def store(key: Key, dataset: Dataset, say: Callable[[str], object]) -> bool:
             temporary.unlink()
             with streamed(temporary, entries, {"format": "pt"}) as stream:
                 for name, array in arrays.items():
-                    stream.write(memoryview(array).cast("B") if array.nbytes else memoryview(b""), stream.starts[name])
+                    stream.write(array.reshape(-1).view(np.uint8).data, stream.starts[name])
             sums = _checksums(temporary)
         about = {"what": key.what, "rows": len(dataset.rows), "tokens": int(dataset.rows.lengths.sum())}
         sidecar = key.file.with_suffix(".json")
@@ -266,11 +266,12 @@ def _mapped(path: Path, file: Any) -> Dataset:
         return np.asarray(data[begin:end]).view(kinds[header.dtypes[name]])
 
     record = json.loads(array("record").tobytes())
-    tables = {
+    tables: dict[str, Any] = {
         "names": tuple(record["names"]),
-        "kinds": tuple(Kind(*(tuple(v) if isinstance(v, list) else v for v in one)) for one in record["kinds"]),
+        "kinds": tuple(Kind.of_json(one) for one in record["kinds"]),
     }
-    columns = Columns(**{name: array(name) for name in Columns.stored()}, **tables, keeps=file)
+    arrays: dict[str, Any] = {name: array(name) for name in Columns.stored()}
+    columns = Columns(**arrays, **tables, keeps=file)
     report = record["report"]
     return Dataset(
         Examples(columns, array("train")),
@@ -287,25 +288,24 @@ class Kept:
     """An entry, for whoever lists or removes it."""
 
     file: Path
-    what: str
     size: int
     used: float  # seconds since 1970
-    rows: int = 0
-    tokens: int = 0
+    what: str
+    rows: int
+    tokens: int
 
 
 def kept_rows() -> list[Kept]:
     """All entries, the one used last first."""
     entries = []
     for file in rows_folder().glob("*.safetensors"):
-        sidecar = file.with_suffix(".json")
-        about: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
+        sidecar, known = file.with_suffix(".json"), ("damaged", 0, 0)
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             about = json.loads(sidecar.read_bytes())
+            known = str(about["what"]), int(about["rows"]), int(about["tokens"])
         with contextlib.suppress(OSError):
             used = (sidecar if sidecar.exists() else file).stat().st_mtime
-            known = about.get("what", "damaged"), file.stat().st_size, used
-            entries.append(Kept(file, *known, about.get("rows", 0), about.get("tokens", 0)))
+            entries.append(Kept(file, file.stat().st_size, used, *known))
     return sorted(entries, key=lambda entry: -entry.used)
 
 

@@ -42,6 +42,11 @@ class Kind(NamedTuple):
     goes_on: bool = False
     glued: bool = False
 
+    @staticmethod
+    def of_json(values: list[Any]) -> "Kind":
+        """Of a list, as JSON has it."""
+        return Kind._make(tuple(value) if isinstance(value, list) else value for value in values)
+
 
 @dataclass(frozen=True, eq=False)
 class Columns:
@@ -57,14 +62,20 @@ class Columns:
     kind: np.ndarray
     names: tuple[str, ...] = ()
     kinds: tuple[Kind, ...] = ()
+    keeps: Any = None  # an open file that they lie in, for as long as they are used
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
+    @staticmethod
+    def stored() -> list[str]:
+        """The names of the arrays."""
+        return [field.name for field in fields(Columns)[:8]]
+
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """Those that a file keeps, by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)[:8]}
+        return {name: getattr(self, name) for name in self.stored()}
 
     @property
     def nbytes(self) -> int:
@@ -258,8 +269,8 @@ class Builder:
     """Examples, one after the other or a chunk at a time, into arrays that grow. `finish` ends it."""
 
     def __init__(self) -> None:
-        kinds = {"tokens": np.int32, "mask": bool}
-        self._columns = {field.name: _Growing(kinds.get(field.name, np.int64)) for field in fields(Columns)[:8]}
+        kinds: dict[str, Any] = {"tokens": np.int32, "mask": bool}
+        self._columns = {name: _Growing(kinds.get(name, np.int64)) for name in Columns.stored()}
         self._names: dict[str, int] = {}
         self._kinds: dict[Kind, int] = {}
         self._columns["starts"].add(np.zeros(1, np.int64))

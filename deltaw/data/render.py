@@ -97,6 +97,16 @@ class Renderer:
         return other
 
     @property
+    def rules(self) -> dict[str, Any]:
+        """All that decides what becomes of a document, beside the tokenizer's files, as JSON has it."""
+        return {
+            "train_on": self._train_on,
+            "rendered": self._rendered,
+            "template": self.template,
+            "system": self._system,
+        }
+
+    @property
     def own_template(self) -> bool:
         """Whether the template is the tokenizer's own, so that it needn't go along with what is trained under it."""
         own = self.tokenizer.chat_template

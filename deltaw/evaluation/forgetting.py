@@ -22,11 +22,11 @@ from torch import Tensor
 
 from deltaw.base.batch import Batch
 from deltaw.config import DataConfig
-from deltaw.data.dataset import prepare
 from deltaw.data.example import Example
 from deltaw.data.examples import lengths_of
 from deltaw.data.loader import fill
 from deltaw.data.pack import pack
+from deltaw.data.prepare import prepare
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
 from deltaw.generate.cache import evaluating

@@ -10,7 +10,7 @@ from deltaw.base.limits import Limits
 from deltaw.config import DataConfig
 from deltaw.config.places import check_there
 from deltaw.config.sources import SourceValue
-from deltaw.data.dataset import prepare, prepare_held_out
+from deltaw.data.cache import prepared, prepared_held_out
 from deltaw.data.examples import Examples
 from deltaw.data.forms import Reads
 from deltaw.errors import InputError
@@ -28,7 +28,11 @@ def rows_of(
     named = Named.of(name)
     source = _own_data(named) if data is None else _of_file(named, data, rows)
     model = open_model(named, base=base, display=display)
-    examples = prepare_held_out(source, model.renderer) if data is None else _of_form(model, named, source, display)
+    examples = (
+        prepared_held_out(source, model.renderer, display=display)
+        if data is None
+        else _of_form(model, named, source, display)
+    )
     limits = Limits.of(model.base.model)
     limits.check(examples)
     for warning in limits.warnings(examples):
@@ -41,7 +45,7 @@ def _of_form(model: Model, named: Named, source: DataConfig, display: Display) -
     template = named.adapter.base.template if model.attached is not None else ""
     reads: Reads = "auto" if model.attached is None else "chat" if model.asking.chat else "completion"
     renderer, system = model.renderer, model.asking.system
-    dataset = prepare(source, renderer.behind(system) if system else renderer, reads=reads)
+    dataset = prepared(source, renderer.behind(system) if system else renderer, reads=reads, display=display)
     if system and dataset.asking.chat:
         display.say("chats without a system prompt get the one that the adapter was trained with")
     if template == PLAIN and dataset.asking.chat:

@@ -29,7 +29,8 @@ def write_text_atomic(path: Path, text: str) -> None:
 def replacing(path: Path, needed: int = 0, *, private: bool = False) -> Iterator[Path]:
     """A temporary file that becomes `path` when the block ends, or vanishes when it fails.
 
-    `needed` is the size in bytes, for the message; `private`: for its owner alone. Raises RunError for whatever the operating system refuses.
+    `needed` is the size in bytes, for the message; `private`: for its owner alone. Raises RunError for whatever the
+    operating system refuses.
     """
     temporary = temporary_name(path)
     try:
