@@ -1,4 +1,4 @@
-"""How long prepared rows take to open again: so many made-up ones are written to the cache and opened, in new processes.
+"""How long prepared rows take to open again: made-up ones are written to the cache and opened, in new processes.
 
     python benchmarks/data_cache.py [--rows 1000000]
 
@@ -40,12 +40,12 @@ def _key():  # type: ignore[no-untyped-def]
 
 
 def _write(rows: int) -> None:
+    from deltaw.base.source import find_base
     from deltaw.config import DataConfig
     from deltaw.data import cache
     from deltaw.data.examples import Columns, Examples, Kind
-    from deltaw.data.prepare import prepare
     from deltaw.data.opening import open_renderer
-    from deltaw.base.source import find_base
+    from deltaw.data.prepare import prepare
 
     draw = np.random.default_rng(0)
     lengths = draw.integers(60, 190, rows)
@@ -60,7 +60,7 @@ def _write(rows: int) -> None:
     numbers = np.arange(rows)
     dataset = replace(small, train=Examples(columns, numbers[500:]), eval=Examples(columns, numbers[:500]))
     begin = time.perf_counter()
-    dataset.fingerprint
+    assert dataset.fingerprint
     printed = time.perf_counter()
     cache.rows_folder().mkdir(parents=True)
     assert cache.store(_key(), dataset, print)
@@ -84,7 +84,8 @@ def _open(rows: int) -> None:
     tokens = int(dataset.rows.lengths.sum())
     print(
         f"open {opened - begin:.2f} s, loader {steps - opened:.2f} s, {most / 1e6:.0f} MB of its own "
-        f"({most / tokens:.2f} bytes per token), at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB"
+        f"({most / tokens:.2f} bytes per token), at most "
+        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB"
     )
 
 

@@ -181,7 +181,8 @@ def open_model(
     dtype = dtype or (config.train.dtype if config else "auto")
     renderer = open_renderer(source, config, named.template)
     how = asked_as(adapter, renderer).changed(chat=chat, system=system, template=renderer.template is not None)
-    opened = open_base(source, dtype=dtype, device=device, display=display)
+    weights = config.base_weights if config else "auto"
+    opened = open_base(source, dtype=dtype, device=device, display=display, weights=weights)
     model = Model(opened, renderer, plan_forward(opened.model), asking=how)
     if adapter is None:
         return model

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from deltaw.base.frozen import has_weight, weight_of
 from deltaw.kernels.logprobs import Logprobs, capped, linear_logprobs
+from deltaw.kernels.lora import Projection, lora_linears
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Head:
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, V] in float32."""
-        z_TV = weight_of(self.module).matmul(hidden_TD, self.bias_V)
+        (z_TV,) = lora_linears(hidden_TD, [Projection(weight_of(self.module), self.bias_V)])
         return capped(self.scale * z_TV.float(), self.softcap)
 
 

@@ -29,10 +29,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from deltaw.base.fingerprint import fingerprint_of
 from deltaw.base.loading import check_loading, quiet
+from deltaw.base.packed import pack_modules
 from deltaw.base.source import Source, find_base
-from deltaw.config import Dtype
+from deltaw.config import BaseWeights, Dtype
 from deltaw.errors import InputError, RunError, listed
 from deltaw.files.shards import read_tensors
+from deltaw.kernels.packed import CastWeight
 from deltaw.show.progress import QUIET, Display
 
 RACE_SHAPE = 576, 1536  # SmolLM2's: features in and out of a linear layer
@@ -41,13 +43,15 @@ ADVANTAGE = 1.2  # bfloat16 costs digits, so it must win clearly
 
 @dataclass(frozen=True, repr=False)
 class Base:
-    """A frozen model in eval mode and where it came from. `fingerprint`: as in fingerprint.py."""
+    """A frozen model in eval mode and where it came from. `dtype`: of its activations, and of its weights where
+    `weights`, how they are kept, is auto. `fingerprint`: as in fingerprint.py, of the weights as they were read."""
 
     model: nn.Module
     source: Source
     dtype: torch.dtype
     device: torch.device
     fingerprint: str
+    weights: BaseWeights = "auto"
 
     def __repr__(self) -> str:
         return f"Base({self.source.name}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
@@ -60,9 +64,10 @@ def open_base(
     device: str = "auto",
     display: Display = QUIET,
     config: Any = None,
+    weights: BaseWeights = "auto",
 ) -> Base:
     """Load a base, frozen, in eval mode, checked. `config`: its config, where it was read already (`read_config`).
-    Raises InputError, or RunError when memory runs out."""
+    `weights`: how its matrices are kept in memory. Raises InputError, or RunError when memory runs out."""
     source = name if isinstance(name, Source) else find_base(fspath(name), display=display)
     place = pick_device(device)
     number = fast_dtype(place.type) if dtype == "auto" else getattr(torch, dtype)
@@ -72,7 +77,7 @@ def open_base(
             model, info = AutoModelForCausalLM.from_pretrained(
                 source.directory,
                 config=config,
-                dtype=number,
+                dtype=torch.bfloat16 if weights == "bfloat16" else number,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -92,7 +97,11 @@ def open_base(
     model.requires_grad_(False)
     model.eval()
     check_finite(model, source.directory)
-    return Base(model, source, number, place, fingerprint(model))
+    print_ = fingerprint(model)
+    if weights == "bfloat16" and number != torch.bfloat16:
+        pack_modules(model, lambda _, w_MN: CastWeight(w_MN, number))
+        model.to(number)  # norms, biases: parts are integers, which this leaves alone
+    return Base(model, source, number, place, print_, weights)
 
 
 def open_skeleton(source: Source, config: Any = None) -> nn.Module:

@@ -89,7 +89,7 @@ def prepared(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", d
 
     with contextlib.ExitStack() as stack:
         try:
-            rows_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_folder()
             lock = locked(key.lock, "the cache", wait=True, remove=lambda: True, waiting=waiting)
             stack.enter_context(lock)
         except (OSError, InputError) as error:
@@ -114,7 +114,13 @@ def prepared_held_out(config: DataConfig, renderer: Renderer, *, display: Displa
 
 
 def rows_folder() -> Path:
+    """Where they lie."""
     return cache_root() / "rows"
+
+
+def _make_folder() -> None:
+    rows_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+    rows_folder().chmod(0o700)
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,8 @@ class Key:
                 return None
             files += [(str(path), path) for path in read]
         files += [(f"tokenizer/{path.relative_to(folder)}", path) for path in _of_tokenizer(folder)]
+        with contextlib.suppress(OSError):
+            _make_folder()  # before what is remembered of files is written into it
         try:
             stamps = {path: stamp(path) for _, path in files}
             contents = [(name, content_hash(path, rows_folder() / "known")) for name, path in files]

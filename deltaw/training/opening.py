@@ -19,6 +19,7 @@ from deltaw.adapter.history import NOTHING, History
 from deltaw.adapter.init_data import initialise_from_data
 from deltaw.adapter.targets import find_targets
 from deltaw.base.forward import Forward, plan_forward
+from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
 from deltaw.base.load import open_base, open_skeleton, read_config
 from deltaw.base.prefix import lowest_layer
@@ -139,7 +140,7 @@ def open_run(
     for warning in [*dataset.report.warnings, *limits.warnings(rows), *length.warnings(asked, config, dataset, total)]:
         display.say(f"warning: {warning}")
     dtype, device = config.train.dtype, config.train.device
-    base = open_base(source, dtype=dtype, device=device, display=display, config=known)
+    base = open_base(source, dtype=dtype, device=device, display=display, config=known, weights=config.base_weights)
     model = Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config))
     display.say(f"{source.name} in {str(base.dtype)[6:]} on {base.device}: {model.describe()}")
     if (base.dtype, getattr(known, "dtype", None)) == (torch.bfloat16, torch.float16):
@@ -193,9 +194,8 @@ def above_the_frozen(opened: Opened, display: Display) -> Forward:
     lowest = lowest_layer(opened.attached.paths)
     if lowest is None or not lowest[1] or opened.total <= opened.loader(TrainState()).steps_in_epoch(0):
         return forward
-    lengths = rows.lengths
-    weight: torch.Tensor = opened.model.base.model.get_input_embeddings().weight  # type: ignore[operator]
-    if int(lengths.sum()) * weight.shape[1] * weight.dtype.itemsize > FROZEN_SHARE * free_memory(opened.device):
+    lengths, words = rows.lengths, embedding_of(opened.model.base.model)
+    if int(lengths.sum()) * words.shape[1] * words.dtype.itemsize > FROZEN_SHARE * free_memory(opened.device):
         return forward
     groups = fill(range(len(lengths)), lengths, capacity)
     batches = (pack([rows[n] for n in group]).to(opened.device) for group in groups)

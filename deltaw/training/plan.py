@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from deltaw.base.frozen import dtype_of
 from deltaw.base.load import pick_device
 from deltaw.config import RunConfig
 from deltaw.data.example import Example
@@ -290,7 +291,7 @@ def _cache_bytes(model: Any) -> int:
     asked = _most(config, "num_attention_heads")
     heads = _most(config, "num_key_value_heads") or asked
     size = _most(config, "head_dim") or _most(config, "hidden_size") // max(1, asked)
-    return 2 * _most(config, "num_hidden_layers") * heads * size * next(model.parameters()).itemsize
+    return 2 * _most(config, "num_hidden_layers") * heads * size * dtype_of(model).itemsize
 
 
 def _most(config: Any, name: str) -> int:

@@ -21,7 +21,9 @@ from deltaw.analysis.measure import measure_adapter
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.frozen import FrozenLinear, weight_of
+from deltaw.base.packed import PackedLinear
 from deltaw.config import AdapterSpec
+from deltaw.kernels.packed import CastWeight
 from tests.architectures import tiny
 from tests.halves import HalvesLinear, halved, whole
 
@@ -35,7 +37,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "olora": {"rank": R, "alpha": 6, "init": "olora"},
     "full": {"full": True},
 }
-WEIGHTS = ["linear", "conv1d", "halves"]
+WEIGHTS = ["linear", "conv1d", "halves", "cast"]
 KINDS = pytest.mark.parametrize("kind", list(SPECS))
 
 
@@ -47,6 +49,8 @@ def layer(weight: str, dtype: torch.dtype, bias: bool = True) -> nn.Module:
     if module.bias is not None:
         nn.init.normal_(module.bias)
     module = module.to(dtype).requires_grad_(False)
+    if weight == "cast":
+        return PackedLinear(CastWeight(module.weight.to(torch.bfloat16), dtype), module.bias)
     return HalvesLinear(module) if weight == "halves" else module
 
 

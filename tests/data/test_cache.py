@@ -19,6 +19,7 @@ from deltaw.data.cache import Key, kept_rows, prepared, prepared_held_out
 from deltaw.data.prepare import prepare
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
+from deltaw.files import content
 from tests.tiny import Said
 
 FORK = multiprocessing.get_context("fork")
@@ -157,6 +158,13 @@ def test_every_file_of_a_source_counts(place, base, kind):
         write(place / "d/c.jsonl")
         keys.append(Key.of(config, opened(base), "auto"))
     assert len({key.digest for key in keys}) == len(keys)
+
+
+def test_what_is_remembered_of_files_lies_in_the_private_folder(place, base, monkeypatch):
+    monkeypatch.setattr(content, "SETTLED", -100.0)
+    Key.of(config_of(place), opened(base), "auto")
+    assert list((cache.rows_folder() / "known").iterdir())
+    assert stat.S_IMODE(cache.rows_folder().stat().st_mode) == 0o700
 
 
 def test_a_file_changed_within_the_clocks_tick_is_not_taken_for_the_old(place, base):

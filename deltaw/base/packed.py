@@ -1,0 +1,108 @@
+"""Packed modules: linear layers and embeddings of a base whose matrices are `PackedWeight`s (kernels/packed.py).
+
+They stand in the model in the place of nn.Linear and nn.Embedding, and bring their weight as frozen.py asks. Their
+parts are parameters of the module, so that they move with the model and are found by whatever walks it; two modules
+that shared a tensor (a tied head) share its parts.
+
+Packed is what has a matrix worth it: linear layers that can be wrapped, and a plain embedding of tokens. Norms, biases,
+routers and whatever a model computes with by itself stay as they are.
+
+Rejected: bitsandbytes' and torchao's own modules and tensor classes. They store what they like when they like (the
+former packs its weight anew in eval mode), each brings an autograd of its own, and neither knows of the other's.
+
+Letters: M outputs, N inputs.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from deltaw.base.frozen import FrozenLinear, Stored
+from deltaw.kernels.lora import Projection, lora_linears
+from deltaw.kernels.packed import PackedWeight
+
+LEAST = 2**14  # numbers of a matrix that is worth packing
+
+
+class _Packed(nn.Module):
+    """What holds the parts of one matrix."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        for name, part in weight.parts.items():
+            self.register_parameter(name, _frozen(part))
+        self._kind = weight.with_parts({})
+
+    def frozen_weight(self) -> PackedWeight:
+        """The matrix, of the parts as they are now."""
+        return self._kind.with_parts({name: part for name, part in self._parameters.items() if name != "bias"})  # type: ignore[misc]
+
+    @property
+    def weight(self) -> Tensor:
+        """W itself, unpacked anew: for a model that multiplies with it by itself (Mamba's dt_proj), not for us."""
+        return self.frozen_weight().dense()
+
+    @property
+    def stored(self) -> Stored:
+        """Its type, device and shape."""
+        weight = self.frozen_weight()
+        return Stored(weight.dtype, weight.device, torch.Size(weight.shape))
+
+    def extra_repr(self) -> str:
+        m, n = self._kind.shape
+        return f"{type(self._kind).__name__}, {m} x {n}"
+
+
+class PackedLinear(_Packed):
+    """x Wᵀ + bias."""
+
+    def __init__(self, weight: PackedWeight, bias_M: Tensor | None = None) -> None:
+        super().__init__(weight)
+        self.out_features, self.in_features = weight.shape
+        self.bias = None if bias_M is None else nn.Parameter(bias_M, requires_grad=False)
+
+    def forward(self, x_TN: Tensor) -> Tensor:
+        """[..., N] -> [..., M] in x's dtype."""
+        return lora_linears(x_TN, [Projection(self.frozen_weight(), self.bias)])[0]
+
+
+class PackedEmbedding(_Packed):
+    """Rows of W by number."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__(weight)
+        self.num_embeddings, self.embedding_dim = weight.shape
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., N] in the weight's dtype."""
+        return self.frozen_weight().rows(ids.reshape(-1)).view(*ids.shape, self.embedding_dim)
+
+
+def pack_modules(model: nn.Module, pack: Callable[[str, Tensor], PackedWeight | None]) -> list[str]:
+    """Put packed modules in the place of what has a matrix, in place, and return their paths. `pack`: module path and
+    W [M, N] -> how it is kept; None: as it is. Tensors that modules share are packed once."""
+    packed: dict[Tensor, PackedWeight | None] = {}
+    words = model.get_input_embeddings()  # type: ignore[operator]
+    paths = []
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        embedding = module is words and type(module) is nn.Embedding and module.max_norm is None
+        if not path or not (embedding or (isinstance(module, nn.Linear | Conv1D) and FrozenLinear.can_wrap(module))):
+            continue
+        own: Tensor = module.weight
+        if own.numel() < LEAST:
+            continue
+        if own not in packed:
+            packed[own] = pack(path, own.detach().t() if isinstance(module, Conv1D) else own.detach())
+        if (weight := packed[own]) is None:
+            continue
+        weight = packed[own] = weight.with_parts({name: _frozen(part) for name, part in weight.parts.items()})
+        made = PackedEmbedding(weight) if embedding else PackedLinear(weight, module.bias)
+        model.set_submodule(path, made)
+        paths.append(path)
+    return paths
+
+
+def _frozen(part: Tensor) -> nn.Parameter:
+    return part if isinstance(part, nn.Parameter) else nn.Parameter(part, requires_grad=False)
