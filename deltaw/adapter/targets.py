@@ -283,9 +283,8 @@ def _unmatched(model: nn.Module, adapted: set[str]) -> tuple[str, ...]:
     holders = tuple(path for path, module in model.named_modules() if any(module.named_parameters(recurse=False)))
     language, unmatched = set(language_paths(model, holders)), list[str]()
     for path, module in model.named_modules():
-        if path in adapted or path not in language or module is head:
-            continue
-        if isinstance(module, nn.Embedding | PackedEmbedding):
+        embedding = isinstance(module, nn.Embedding | PackedEmbedding)
+        if path in adapted or path not in language or module is head or embedding:
             continue
         names = [name for name, value in module.named_parameters(recurse=False) if value.ndim >= 2]
         whole = names == ["weight"] or isinstance(module, PackedLinear)

@@ -19,9 +19,11 @@ from deltaw.adapter.history import NOTHING, History
 from deltaw.adapter.init_data import initialise_from_data
 from deltaw.adapter.targets import find_targets
 from deltaw.base.forward import Forward, plan_forward
+from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
-from deltaw.base.load import check_weights, open_base, open_skeleton, read_config
+from deltaw.base.load import check_weights, open_base, open_skeleton, pick_device, read_config
 from deltaw.base.prefix import lowest_layer
+from deltaw.base.recompute import blocks_of, check_way
 from deltaw.base.source import find_base
 from deltaw.config import RunConfig
 from deltaw.config.own_rows import rows_to_keep, with_names
@@ -45,6 +47,7 @@ from deltaw.training.log import check_loggers
 from deltaw.training.memory import bound_caches, free_memory
 from deltaw.training.optim import WARMUP, warmup_steps
 from deltaw.training.start import Start, described, open_start
+from deltaw.training.world import ALONE, World
 
 START_BATCHES = 8  # of train.tokens_per_batch, that an initialiser gets: 16,384 tokens by default
 FROZEN_SHARE = 0.25  # of the free memory, that what frozen layers give may take
@@ -62,6 +65,7 @@ class Opened:
     metrics: tuple[Metric, ...]
     rows: Mapping[str, str] = field(default_factory=dict)  # that were given as values, by the name in the run's folder
     lineage: History = NOTHING  # which adapter it starts from, after which steps it was extended
+    world: World = ALONE  # the processes that train it together
 
     @property
     def attached(self) -> Attached:
@@ -86,6 +90,12 @@ class Opened:
         return replace(self, config=pinned.model_copy(update={"base": config.base}) if local else pinned)
 
     @property
+    def checkpointing(self) -> str:
+        """What is done of `train.checkpointing`."""
+        recompute = self.model.forward.recompute
+        return "none" if recompute is None else recompute.way
+
+    @property
     def longest(self) -> int:
         """The tokens of the longest row that is trained on."""
         return max(len(example.tokens) for example in self.dataset.train)
@@ -94,12 +104,12 @@ class Opened:
         """Of the adapter, at its beginning."""
         prints = {"base": self.id.fingerprint, "data": self.dataset.fingerprint, "template": self.id.template}
         config = self.config.model_dump(mode="json")
-        state = TrainState(fingerprints=prints, config=config, conditions=conditions(self.device))
+        state = TrainState(fingerprints=prints, config=config, conditions=conditions(self.device, self.world.size))
         return Learner(self.attached, self.config.train, self.total, state, display.say)
 
     def loader(self, state: TrainState) -> Loader:
         """The batches of the steps after `state`."""
-        return make_loader(self.config, self.dataset, state.position)
+        return make_loader(self.config, self.dataset, state.position, self.world.size)
 
 
 def open_run(
@@ -109,6 +119,7 @@ def open_run(
     lineage: History = NOTHING,
     *,
     start_is_needed: bool = True,
+    world: World = ALONE,
 ) -> Opened:
     """Raises InputError, before the weights are read where that is possible. `consent`: to a metric of the user's own
     that the config names. `lineage`: the run's, if it has begun; the adapter that it starts from isn't needed any more
@@ -126,6 +137,8 @@ def open_run(
     targets = find_targets(skeleton, config.adapter)
     if targets.words:
         display.say(f"adapted: {targets.words}")
+    if config.train.checkpointing in ("blocks", "offload"):
+        check_way(config.train.checkpointing, pick_device(config.train.device), blocks_of(skeleton, targets.paths))
     _, renderer, dataset = open_dataset(config, display, source)
     limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
     limits.check(rows)
@@ -133,7 +146,8 @@ def open_run(
         try_out(metrics, truth_of(renderer, row))
     asked, config = config, settle_step(config, dataset)
     total = count_steps(config, dataset)
-    for line in [*config.switched_off(), *length.notes(asked, config, total)]:
+    together = length.for_ranks(config, dataset, world.size)
+    for line in [*config.switched_off(), *length.notes(asked, config, total), *together]:
         display.say(line)
     for note in dataset.report.notes:
         display.say(note)
@@ -150,7 +164,7 @@ def open_run(
     assert model.attached is not None
     for line in model.attached.notes():
         display.say(line)
-    opened = Opened(_pinned(config, model), model, dataset, total, metrics, rows_to_keep(config.data), lineage)
+    opened = Opened(_pinned(config, model), model, dataset, total, metrics, rows_to_keep(config.data), lineage, world)
     return opened if start is None else _started(opened, start, display)
 
 
@@ -197,8 +211,8 @@ def above_the_frozen(opened: Opened, display: Display) -> Forward:
     if lowest is None or not lowest[1] or opened.total <= opened.loader(TrainState()).steps_in_epoch(0):
         return forward
     lengths = [len(example.tokens) for example in rows]
-    weight: torch.Tensor = opened.model.base.model.get_input_embeddings().weight  # type: ignore[operator]
-    if sum(lengths) * weight.shape[1] * weight.dtype.itemsize > FROZEN_SHARE * free_memory(opened.device):
+    words = embedding_of(opened.model.base.model)
+    if sum(lengths) * words.shape[1] * words.dtype.itemsize > FROZEN_SHARE * free_memory(opened.device):
         return forward
     groups = fill(range(len(lengths)), lengths, capacity)
     batches = (pack([rows[n] for n in group]).to(opened.device) for group in groups)
