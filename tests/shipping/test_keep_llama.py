@@ -1,4 +1,4 @@
-"""A run on a GGUF's own blocks: it resumes, its adapter goes on the dense base, and llama.cpp answers as it does."""
+"""A run on a GGUF's own blocks: its adapter goes on the dense base, and llama.cpp answers as it does."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 import deltaw
-from deltaw.errors import InputError
 from deltaw.model import open_model
 from deltaw.shipping.destination import Options
 from deltaw.shipping.gguf.adapter import ADAPTER, GgufAdapter
@@ -51,7 +50,7 @@ def test_llama_cpp_answers_as_it_does_on_the_very_file(run: Path) -> None:
     result = verify(run / "run", f"{run / 'base.gguf'}+{run / 'out' / ADAPTER}", prompts=4, tokens=8)
     assert result.agree, result.text()
     assert result.numbers[1].weights == "float32"  # the same numbers to the bit
-    assert result.tolerance.measured and result.effect.kl > 100 * result.kl
+    assert result.tolerance.measured and result.effect.kl > 10 * result.kl  # x is rounded to 8 bits there
 
 
 def test_it_opens_as_it_was_trained_and_its_adapter_goes_on_the_dense_base(run: Path) -> None:
@@ -59,9 +58,3 @@ def test_it_opens_as_it_was_trained_and_its_adapter_goes_on_the_dense_base(run: 
     assert kept.base.weights == "keep" and dense.base.weights == "auto"
     assert kept.base.fingerprint == dense.base.fingerprint
     assert len(kept.attached.paths) == len(dense.attached.paths) == 7
-
-
-def test_its_weights_cant_be_kept_otherwise_when_it_goes_on(run: Path) -> None:
-    config = deltaw.load_config(run / "run" / "config.yaml").model_copy(update={"base_weights": "auto"})
-    with pytest.raises(InputError, match="base_weights"):
-        deltaw.train(config, display=QUIET, resume=True)
