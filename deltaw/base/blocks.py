@@ -79,42 +79,45 @@ class Unallocated(TorchFunctionMode):
 
 
 def load_blocks(model: nn.Module, source: Source, header: Header, dtype: torch.dtype) -> list[str]:
-    """Give a model that was made `Unallocated` its weights, in place, frozen; the matrices that stayed dense.
-
-    Raises InputError for a folder whose tensors aren't the model's."""
-    folder, blocks = (
-        Folder(source.directory),
-        Blocks(header, stored_names(header, list(model.state_dict())), model.config),
-    )
-    dense: list[str] = []
+    """Give a model that was made `Unallocated` its weights, frozen, in place. Raises InputError for a folder whose
+    tensors aren't the model's. Returns the names of its matrices that stayed dense."""
+    folder = Folder(source.directory, model)
+    blocks = Blocks(header, stored_names(header, folder.unread), model.config)
 
     def pack(path: str, w_MN: Tensor) -> PackedWeight | None:
-        name = f"{path}.weight"
-        wanted = folder.read(name)
-        weight = blocks.matrix(name, wanted if w_MN.is_contiguous() else wanted.t(), dtype)
-        dense.extend([path] if weight is None else [])
-        return weight
+        name, wanted = folder.read(f"{path}.weight")
+        return blocks.matrix(name, wanted if w_MN.is_contiguous() else wanted.t(), dtype)
 
     pack_modules(model, pack)
-    _fill(model, lambda name, kind: blocks.plain(name, folder.read(name), kind))
+    _fill(model, lambda name, kind: blocks.plain(*folder.read(name), kind))
     if left := sorted(folder.unread - {name for name, _ in model.named_buffers()}):
         raise _unfit(source.directory, [f"{name}: no place for it in the model" for name in left])
-    return dense
+    dense = ((name, one) for name, one in model.named_parameters() if one.is_floating_point() and one.ndim > 1)
+    return [name for name, parameter in dense if parameter.numel() >= LEAST]
 
 
 class Folder:
-    """The converted folder's tensors by name, one in memory at a time."""
+    """The converted folder's tensors by the model's names, one in memory at a time. A tensor that the model shares is
+    in the files under one of its names."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, model: nn.Module) -> None:
         self.path = path
         self._files = {name: file for file, names in shards(path).items() for name in names}
         self.unread = set(self._files)
+        stored: dict[nn.Parameter, str] = {}
+        named = list(model.named_parameters(remove_duplicate=False))
+        for name, parameter in named:
+            if name in self._files:
+                stored.setdefault(parameter, name)
+        self._names = {name: stored.get(parameter, name) for name, parameter in named}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> tuple[str, Tensor]:
+        """Its name in the files, and the tensor."""
+        name = self._names[name]
         if name not in self._files:
             raise _unfit(self.path, [f"{name}: not in the files"])
         self.unread.discard(name)
-        return read_tensor(self._files[name], name)
+        return name, read_tensor(self._files[name], name)
 
 
 class Blocks:
@@ -149,10 +152,13 @@ class Blocks:
         return None if w_MN is None else CastWeight(w_MN.clone(), dtype)
 
     def plain(self, name: str, wanted: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tensor in `dtype`: the file's own where that is float32, as this is, else the folder's."""
+        """A tensor in `dtype`: the file's own numbers where that is float32, else the folder's."""
         raw = self._raw(name, wanted)
-        if raw is None or dtype != torch.float32 or self._header.places[self._names[name]].kind != 0:
+        if raw is None or dtype != torch.float32:
             return wanted.to(dtype, copy=True)
+        if self._header.places[self._names[name]].kind != 0:
+            weight = self.matrix(name, wanted, dtype) if wanted.ndim == 2 else None
+            return wanted.to(dtype, copy=True) if weight is None else weight.dense()
         stored = raw.view(torch.float32)
         numbers = (some.view(wanted.shape) for plain in (stored, stored - 1) for some in self._orders(plain))
         return next((some for some in numbers if _same(some, wanted)), wanted).to(dtype, copy=True)

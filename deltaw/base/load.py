@@ -134,7 +134,7 @@ def _open_kept(source: Source, config: Any, number: torch.dtype, place: torch.de
         raise _unreadable(source, error) from None
     if dense:
         display.say(
-            f"{source.name}: {counted(len(dense), 'matrix', 'matrices')} can't be kept in blocks, so they are in "
+            f"{source.name}: {counted(len(dense), 'matrix isn', 'matrices aren')}'t kept in blocks, but in "
             f"{str(number)[6:]}: {', '.join(dense[:3])}{', …' if dense[3:] else ''}"
         )
     model.requires_grad_(False)

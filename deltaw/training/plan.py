@@ -152,14 +152,14 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
         except Exception as error:
             fix = "plan again with one of these, then train with it"
             raise explain(error, opened, learner, Run(folder), fix=fix) or error from None
-    needs = fit.fit_memory(rehearsal.points)
+    needs, base = fit.fit_memory(rehearsal.points), opened.model.base
     share, longest = work.supervised / work.tokens, opened.longest
     sizes = [
         work.longest_tokens if f == 1 else max(longest, int(f * opened.config.train.batch_tokens)) for f in WHAT_IF
     ]
     return Plan(
         output=config.output,
-        computed=f"{str(opened.model.base.dtype).removeprefix('torch.')} on {device}",
+        computed=", its base ".join(filter(None, [f"{str(base.dtype).removeprefix('torch.')} on {device}", base.kept])),
         steps=work.steps,
         tokens_per_step=opened.config.train.step_tokens,
         length=[
