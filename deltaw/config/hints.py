@@ -78,6 +78,12 @@ EXPLAINED = (  # ours, how theirs differs, theirs
         "gradient_accumulation_steps grad_accumulation_steps gradient_accumulation global_batch_size "
         "effective_batch_size total_batch_size",
     ),
+    (
+        "train.checkpointing",
+        "none, blocks or offload; left out, it is chosen where memory is short",
+        "gradient_checkpointing grad_checkpoint use_gradient_checkpointing gradient_checkpointing_kwargs "
+        "enable_activation_checkpointing activation_checkpointing enable_activation_offloading activation_offloading",
+    ),
     ("train.warmup_steps", "in steps; left out, it fits the run's length", "warmup_ratio"),
     (
         "train.eval_every",
@@ -107,9 +113,6 @@ WITHOUT = (  # what to do instead, theirs
      "adam_beta2 adam_epsilon betas"),
     ("every step is logged, in metrics.jsonl: leave it out", "logging_steps steps_per_report log_every_n_steps "
      "logging_first_step logging_strategy log_interval"),
-    ("leave it out; train.tokens_per_batch bounds a step's memory", "gradient_checkpointing grad_checkpoint "
-     "use_gradient_checkpointing gradient_checkpointing_kwargs enable_activation_checkpointing "
-     "activation_checkpointing"),
     ("the kernels are chosen for the model and the machine: leave it out", "flash_attention flash_attn "
      "use_flash_attention_2 use_flash_attn attn_implementation xformers_attention sdp_attention liger use_liger_kernel "
      "enable_liger_kernel torch_compile compile unsloth use_unsloth lora_mlp_kernel lora_qkv_kernel lora_o_kernel"),
@@ -157,6 +160,7 @@ VALUES: dict[str, dict[Any, str]] = {  # a setting: its value elsewhere: what to
         **dict.fromkeys(("fp16", "half"), "write float16, or bfloat16 where the machine has it"),
         **dict.fromkeys(("fp32", "float", False), "write float32"),
     },
+    "train.checkpointing": {True: "write blocks", False: "write none", "unsloth": "write offload"},
     "train.schedule": {
         **dict.fromkeys(("cosine_with_restarts", "cosine_annealing", "cosine_decay"), "write cosine"),
         "constant_with_warmup": "write constant: a warm-up comes with each",
