@@ -30,7 +30,7 @@ BEGUN = ("before.json", "metrics.jsonl", "checkpoints", "adapter", "result.json"
 
 
 # How a base's matrices are kept in memory (base/load.py): in `train.dtype` (auto), or packed.
-BaseWeights = Literal["auto", "bfloat16"]
+BaseWeights = Literal["auto", "bfloat16", "int8", "nf4"]
 
 
 class RunConfig(Strict):
