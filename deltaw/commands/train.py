@@ -11,6 +11,7 @@ from deltaw.commands.demo import DEMO, check_packages
 from deltaw.config import RunConfig, load_config, parse_config
 from deltaw.errors import InputError
 from deltaw.files.paths import written
+from deltaw.machine.waiting import choose_waiting
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
@@ -34,6 +35,7 @@ def train_named(
             raise InputError(f"{run} isn't a run's folder, and only a finished run can be extended")
         return _train(load_config(run, overrides), replace, display)
     Run(run).check_resumable(overrides, extend=extend)
+    choose_waiting(display.say)
     from deltaw.training.run import resume
 
     resume(run, overrides, allow=allow, extend=extend, allow_code=allow_code, display=display)
@@ -48,6 +50,7 @@ def demo_named(output: str, *, display: Display) -> Result:
 
 def _train(config: RunConfig, replace: bool, display: Display) -> Result:
     Run.check(config, replace=replace)
+    choose_waiting(display.say)
     from deltaw.training.run import train
 
     train(config, replace=replace, display=display)

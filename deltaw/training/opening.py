@@ -19,6 +19,7 @@ from deltaw.adapter.history import NOTHING, History
 from deltaw.adapter.init_data import initialise_from_data
 from deltaw.adapter.targets import find_targets
 from deltaw.base.forward import Forward, plan_forward
+from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
 from deltaw.base.load import open_base, open_skeleton, read_config
 from deltaw.base.prefix import lowest_layer
@@ -194,8 +195,8 @@ def above_the_frozen(opened: Opened, display: Display) -> Forward:
     if lowest is None or not lowest[1] or opened.total <= opened.loader(TrainState()).steps_in_epoch(0):
         return forward
     lengths = [len(example.tokens) for example in rows]
-    weight: torch.Tensor = opened.model.base.model.get_input_embeddings().weight  # type: ignore[operator]
-    if sum(lengths) * weight.shape[1] * weight.dtype.itemsize > FROZEN_SHARE * free_memory(opened.device):
+    words = embedding_of(opened.model.base.model)
+    if sum(lengths) * words.shape[1] * words.dtype.itemsize > FROZEN_SHARE * free_memory(opened.device):
         return forward
     groups = fill(range(len(lengths)), lengths, capacity)
     batches = (pack([rows[n] for n in group]).to(opened.device) for group in groups)

@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.history import NOTHING, History
 from deltaw.config import RunConfig, config_of
@@ -35,6 +37,7 @@ from deltaw.training.batch_size import sized
 from deltaw.training.captured import captured_on
 from deltaw.training.changes import restore, settled
 from deltaw.training.checkpoint import Saved, latest_checkpoint, save_checkpoint
+from deltaw.training.contention import Contention
 from deltaw.training.extend import check_extension, extended
 from deltaw.training.finish import finish, measure_again, report
 from deltaw.training.learner import Learner
@@ -144,8 +147,8 @@ def _run(
             on_the_way, attempts = (Attempts(opened.device, display.say, shortage) for _ in range(2))
             with open_log(run, opened.config, learner.state.step, display.say) as log:
                 before = measure_base(opened, run, on_the_way, display)
-                Steps(opened, learner, run, stop, display, on_the_way, log, on_step).take()
-            adapter = finish(opened, learner, run, before, general, attempts, display, began)
+                waited = Steps(opened, learner, run, stop, display, on_the_way, log, on_step).take()
+            adapter = finish(opened, learner, run, before, general, attempts, display, began, waited)
             stop.advice = f"the run is finished, but its report isn't: {command('inspect', run.folder)}"
             report(run, attempts, display, wanted=config.evaluate.report)
             return adapter
@@ -190,10 +193,12 @@ class Steps:
         self._log, self._on_step, self._figures = log, on_step, dict[str, Any]()
         self._saved_step = learner.state.step
 
-    def take(self) -> None:
-        """All of them. Raises Stopped when a signal came, after saving."""
+    def take(self) -> float | None:
+        """All of them; the share of time that their threads had no core (contention.py). Raises Stopped when a signal
+        came, after saving."""
         learner, state, total, device = self.learner, self.learner.state, self.opened.total, self.opened.device
         captured = None
+        contention = Contention(self.run.folder, torch.get_num_threads(), self.display.say)
         try:
             forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
             loader = Ahead(self.opened.loader(state))
@@ -212,6 +217,8 @@ class Steps:
                             (record,) = step(forward, [learner], batches, position, captured)
                         self._write(record)
                     first = False
+                    if device.type == "cpu":
+                        contention.stepped()
                     loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
                     progress(state.step, f"{loss}  {state.tokens_per_second:.0f} tokens/s")
                     self._due()
@@ -230,6 +237,7 @@ class Steps:
         finally:
             if captured is not None:
                 captured.release()
+        return contention.waited
 
     def _at_the_start(self) -> None:
         """What the adapter that it starts from has on these held-out rows: what there is to improve upon."""
