@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from deltaw.base.fingerprint import fingerprint_of
 from deltaw.base.loading import check_loading, quiet
 from deltaw.base.packed import matrices, pack_modules
-from deltaw.base.packing import Packing, check_packing
+from deltaw.base.packing import QUANTISED, Packing, check_packing
 from deltaw.base.source import Source, find_base
 from deltaw.base.streamed import fill, open_plan
 from deltaw.config import BaseWeights, Dtype
@@ -54,6 +54,11 @@ class Base:
     device: torch.device
     fingerprint: str
     weights: BaseWeights = "auto"
+
+    @property
+    def rounded(self) -> str:
+        """The form in which its matrices lost digits; empty where they lost none."""
+        return self.weights if self.weights in QUANTISED else ""
 
     def __repr__(self) -> str:
         return f"Base({self.source.name}, {str(self.dtype).removeprefix('torch.')} on {self.device})"

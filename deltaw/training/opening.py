@@ -22,6 +22,7 @@ from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
 from deltaw.base.load import open_base, open_skeleton, read_config
+from deltaw.base.packing import check_packing
 from deltaw.base.prefix import lowest_layer
 from deltaw.base.source import find_base
 from deltaw.config import RunConfig
@@ -120,6 +121,7 @@ def open_run(
     source = find_base(config.base, display=display)
     known = read_config(source)
     skeleton = open_skeleton(source, known)
+    check_packing(config.base_weights, skeleton)
     recorded = lineage.started_from
     config, start = open_start(config, skeleton, recorded, needed=start_is_needed, say=display.say)
     # On the modules alone; attach asks again, of layers that it has tried.
