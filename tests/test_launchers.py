@@ -1,5 +1,6 @@
 """Recipes that start torchrun elsewhere: what each would start, at the first start, after an interruption and when
-it is done, with stand-ins for the service; and their fields, which are those that the services' own schemas have."""
+it is done, with stand-ins for the service; and their fields, held to a list of names that was looked up, in part, and
+isn't the services' own schema."""
 
 import os
 import runpy

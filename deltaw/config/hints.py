@@ -92,7 +92,7 @@ EXPLAINED = (  # ours, how theirs differs, theirs
         "exclude_modules target_layers freeze_trainable_layers",
     ),
 )
-GPUS = "a run uses one device: training on several isn't supported"
+GPUS = "several GPUs or machines: torchrun --nproc-per-node N -m deltaw train run.yaml; leave it out"
 QUANTISED = "write base_weights: nf4 (or int8) at the top of the run file: the base is quantised as it is loaded"
 EIGHT = "write base_weights: int8 at the top of the run file: the base is quantised as it is loaded"
 WITHOUT = (  # what to do instead, theirs

@@ -22,6 +22,10 @@ MOST = 127
 class Int8Weight(PackedWeight):
     """A matrix [M, N] of int8 with a scale per row."""
 
+    @property
+    def form(self) -> str:
+        return "int8"
+
     def unpack(self, index: Tensor | slice) -> Tensor:
         scales_K = self.parts["scales"][index].view(torch.float32)
         return self.parts["codes"][index].float().mul_(scales_K[:, None])

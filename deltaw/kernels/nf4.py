@@ -50,6 +50,10 @@ class Nf4Weight(PackedWeight):
         super().__init__(parts, shape, dtype)
         self._mean = mean
 
+    @property
+    def form(self) -> str:
+        return "nf4"
+
     def unpack(self, index: Tensor | slice) -> Tensor:
         codes, absmax_KG = self.parts["codes"][index].contiguous(), self._absmax(index)
         shape = [len(codes), self.shape[1]]

@@ -21,9 +21,9 @@ from deltaw.adapter.targets import find_targets
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
-from deltaw.base.load import open_base, open_skeleton, read_config
-from deltaw.base.packing import check_packing
+from deltaw.base.load import check_weights, open_base, open_skeleton, pick_device, read_config
 from deltaw.base.prefix import lowest_layer
+from deltaw.base.recompute import blocks_of, check_way
 from deltaw.base.source import find_base
 from deltaw.config import RunConfig
 from deltaw.config.own_rows import rows_to_keep, with_names
@@ -47,6 +47,7 @@ from deltaw.training.log import check_loggers
 from deltaw.training.memory import bound_caches, free_memory
 from deltaw.training.optim import WARMUP, warmup_steps
 from deltaw.training.start import Start, described, open_start
+from deltaw.training.world import ALONE, World
 
 START_BATCHES = 8  # of train.tokens_per_batch, that an initialiser gets: 16,384 tokens by default
 FROZEN_SHARE = 0.25  # of the free memory, that what frozen layers give may take
@@ -64,6 +65,7 @@ class Opened:
     metrics: tuple[Metric, ...]
     rows: Mapping[str, str] = field(default_factory=dict)  # that were given as values, by the name in the run's folder
     lineage: History = NOTHING  # which adapter it starts from, after which steps it was extended
+    world: World = ALONE  # the processes that train it together
 
     @property
     def attached(self) -> Attached:
@@ -88,6 +90,12 @@ class Opened:
         return replace(self, config=pinned.model_copy(update={"base": config.base}) if local else pinned)
 
     @property
+    def checkpointing(self) -> str:
+        """What is done of `train.checkpointing`."""
+        recompute = self.model.forward.recompute
+        return "none" if recompute is None else recompute.way
+
+    @property
     def longest(self) -> int:
         """The tokens of the longest row that is trained on."""
         return max(len(example.tokens) for example in self.dataset.train)
@@ -96,12 +104,12 @@ class Opened:
         """Of the adapter, at its beginning."""
         prints = {"base": self.id.fingerprint, "data": self.dataset.fingerprint, "template": self.id.template}
         config = self.config.model_dump(mode="json")
-        state = TrainState(fingerprints=prints, config=config, conditions=conditions(self.device))
+        state = TrainState(fingerprints=prints, config=config, conditions=conditions(self.device, self.world.size))
         return Learner(self.attached, self.config.train, self.total, state, display.say)
 
     def loader(self, state: TrainState) -> Loader:
         """The batches of the steps after `state`."""
-        return make_loader(self.config, self.dataset, state.position)
+        return make_loader(self.config, self.dataset, state.position, self.world.size)
 
 
 def open_run(
@@ -111,6 +119,7 @@ def open_run(
     lineage: History = NOTHING,
     *,
     start_is_needed: bool = True,
+    world: World = ALONE,
 ) -> Opened:
     """Raises InputError, before the weights are read where that is possible. `consent`: to a metric of the user's own
     that the config names. `lineage`: the run's, if it has begun; the adapter that it starts from isn't needed any more
@@ -121,13 +130,15 @@ def open_run(
     source = find_base(config.base, display=display)
     known = read_config(source)
     skeleton = open_skeleton(source, known)
-    check_packing(config.base_weights, skeleton)
+    check_weights(source, config.base_weights, skeleton)
     recorded = lineage.started_from
     config, start = open_start(config, skeleton, recorded, needed=start_is_needed, say=display.say)
     # On the modules alone; attach asks again, of layers that it has tried.
     targets = find_targets(skeleton, config.adapter)
     if targets.words:
         display.say(f"adapted: {targets.words}")
+    if config.train.checkpointing in ("blocks", "offload"):
+        check_way(config.train.checkpointing, pick_device(config.train.device), blocks_of(skeleton, targets.paths))
     _, renderer, dataset = open_dataset(config, display, source)
     limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
     limits.check(rows)
@@ -135,7 +146,8 @@ def open_run(
         try_out(metrics, truth_of(renderer, row))
     asked, config = config, settle_step(config, dataset)
     total = count_steps(config, dataset)
-    for line in [*config.switched_off(), *length.notes(asked, config, total)]:
+    together = length.for_ranks(config, dataset, world.size)
+    for line in [*config.switched_off(), *length.notes(asked, config, total), *together]:
         display.say(line)
     for note in dataset.report.notes:
         display.say(note)
@@ -145,12 +157,14 @@ def open_run(
     base = open_base(source, dtype=dtype, device=device, display=display, config=known, weights=config.base_weights)
     model = Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config))
     display.say(f"{source.name} in {str(base.dtype)[6:]} on {base.device}: {model.describe()}")
+    if base.kept:
+        display.say(f"its weights are {base.kept}")
     if (base.dtype, getattr(known, "dtype", None)) == (torch.bfloat16, torch.float16):
         display.say("its weights are float16, of which bfloat16 drops the last three digits (of eleven, binary)")
     assert model.attached is not None
     for line in model.attached.notes():
         display.say(line)
-    opened = Opened(_pinned(config, model), model, dataset, total, metrics, rows_to_keep(config.data), lineage)
+    opened = Opened(_pinned(config, model), model, dataset, total, metrics, rows_to_keep(config.data), lineage, world)
     return opened if start is None else _started(opened, start, display)
 
 

@@ -121,7 +121,9 @@ def write_result(
         "unused": report.unused,
         "left_out": report.left_out,
         "forward": model.describe(),
+        "checkpointing": opened.checkpointing,
         "dtype": str(model.base.dtype).removeprefix("torch."),
+        "processes": opened.world.size,
         "machine": {
             "device": str(model.base.device),
             "threads": torch.get_num_threads(),
