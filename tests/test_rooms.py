@@ -59,6 +59,7 @@ HOMES = {
     "huggingface_hub": {"base/source.py", "shipping/push.py"},
     "safetensors": {"files/safetensors.py"},
     "sympy": {"linalg/exact.py"},
+    "bitsandbytes": {"kernels/nf4.py"},
     "datasets": {"data/hub.py"},
     "pyarrow": {"data/arrow.py"},
     "matplotlib": {"analysis/pictures.py", "analysis/svg.py"},

@@ -129,8 +129,8 @@ def open_run(
     metrics = open_metrics(config.evaluate.metrics, consent)
     source = find_base(config.base, display=display)
     known = read_config(source)
-    check_weights(source, config.base_weights)
     skeleton = open_skeleton(source, known)
+    check_weights(source, config.base_weights, skeleton)
     recorded = lineage.started_from
     config, start = open_start(config, skeleton, recorded, needed=start_is_needed, say=display.say)
     # On the modules alone; attach asks again, of layers that it has tried.
