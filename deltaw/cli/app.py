@@ -82,8 +82,10 @@ def display(quiet: bool = False) -> "Display":
     return Display(quiet=quiet)
 
 
-def show(result: Result, as_json: bool) -> None:
-    """A verb's Result on stdout, as JSON or as text for people, and its exit code."""
+def show(result: Result | None, as_json: bool) -> None:
+    """A verb's Result on stdout, as JSON or as text for people, and its exit code. None: another process shows it."""
+    if result is None:
+        return
     print(_json(result) if as_json else result.text)
     if result.exit_code:
         raise typer.Exit(result.exit_code)

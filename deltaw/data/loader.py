@@ -5,7 +5,8 @@
 An epoch is shuffled by (seed, epoch). A step takes documents in that order until the next would not fit
 into `tokens_per_step`; it is cut into batches of at most `tokens_per_batch`, whose gradients are summed. A
 document longer than either stands alone. So `tokens_per_batch` changes the memory and the speed and nothing
-else.
+else. Where several processes train together each takes some of the batches (`dealt`), which are cut smaller where they
+would be fewer than these; the documents of a step are the same at every number of processes.
 
 How many steps some epochs have is counted, since the order of the documents makes one epoch a step longer than
 another, in exact arithmetic: 1.1 epochs of 10 steps are 11, and not the 12 that ceil makes of 11.000000000000002.
@@ -24,6 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -44,13 +46,15 @@ class LoaderState:
     step: int = 0
 
 
-def plan(lengths: Sequence[int], *, tokens_per_step: int, tokens_per_batch: int, seed: int, epoch: int) -> list[Step]:
+def plan(
+    lengths: Sequence[int], *, tokens_per_step: int, tokens_per_batch: int, seed: int, epoch: int, ranks: int = 1
+) -> list[Step]:
     """The steps of one epoch: every example number exactly once. Raises ValueError on no lengths."""
     if not len(lengths):
         raise ValueError("an epoch needs at least one example")
     order = _shuffled(len(lengths), seed, epoch)
     steps = fill(order, lengths, tokens_per_step)
-    return [fill(step, lengths, tokens_per_batch) for step in steps]
+    return [_for_all(ranks, fill(step, lengths, tokens_per_batch), lengths) for step in steps]
 
 
 def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
@@ -72,6 +76,35 @@ def fill(numbers: Sequence[int], lengths: Sequence[int], capacity: int) -> list[
     return groups
 
 
+def _for_all(ranks: int, batches: Step, lengths: Sequence[int]) -> Step:
+    """The batches of a step; where they are fewer than the ranks, smaller ones of about equal length, at least one
+    document each: as many as there are ranks, or documents."""
+    numbers = [number for batch in batches for number in batch]
+    parts = min(ranks, len(numbers))
+    if len(batches) >= parts:
+        return batches
+    ends = np.cumsum([lengths[number] for number in numbers])
+    cuts, total = [0], int(ends[-1])
+    for part in range(1, parts):
+        nearest = int(
+            np.searchsorted(ends, total * part / parts)
+        )  # its document is cut before or after, which is nearer
+        behind = nearest + (ends[nearest] - total * part / parts <= lengths[numbers[nearest]] / 2)
+        cuts.append(min(max(int(behind), cuts[-1] + 1), len(numbers) - parts + part))
+    return [numbers[a:b] for a, b in pairwise([*cuts, len(numbers)])]
+
+
+def dealt(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """The numbers of the batches that each rank takes: the largest first, each to whom has the least so far."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for number in sorted(range(len(sizes)), key=lambda n: (-sizes[n], n)):
+        rank = min(range(ranks), key=lambda r: (tokens[r], r))
+        shares[rank].append(number)
+        tokens[rank] += sizes[number]
+    return [sorted(share) for share in shares]
+
+
 class Loader:
     """Iterates for ever over (the batches of a step, the state to resume at after it)."""
 
@@ -82,13 +115,14 @@ class Loader:
         tokens_per_batch: int,
         seed: int,
         start: LoaderState = LoaderState(),
+        ranks: int = 1,
     ) -> None:
         lengths = [len(example.tokens) for example in examples]
 
         @lru_cache(maxsize=2)
         def steps_of(epoch: int) -> list[Step]:
             sizes = {"tokens_per_step": tokens_per_step, "tokens_per_batch": tokens_per_batch}
-            return plan(lengths, **sizes, seed=seed, epoch=epoch)
+            return plan(lengths, **sizes, seed=seed, epoch=epoch, ranks=ranks)
 
         self._examples, self._steps_of, self._start = examples, steps_of, start
         self._lengths, self._seed, self._tokens_per_step = lengths, seed, tokens_per_step

@@ -37,16 +37,19 @@ class Work:
         return sum(int(example.loss_mask.sum()) for example in self.longest)
 
 
-def work_left(examples: Sequence[Example], config: TrainConfig, position: LoaderState, steps: int) -> Work:
+def work_left(
+    examples: Sequence[Example], config: TrainConfig, position: LoaderState, steps: int, ranks: int = 1
+) -> Work:
     """The next `steps` steps from `position`. No step left: all zeros, and no longest batch.
 
     Every step is looked at, for up to `LOOKING` seconds; in a longer run those that were seen stand for the others.
+    `ranks`: how many processes take the steps together.
     """
     lengths = [len(example.tokens) for example in examples]
     trained = [int(example.loss_mask.sum()) for example in examples]
     seen, tokens, supervised, until = 0, 0, 0, time.monotonic() + LOOKING
     largest, longest, batches, first = (0, 0), list[int](), 0, 0
-    for step in islice(_steps(lengths, config, position), steps):
+    for step in islice(_steps(lengths, config, position, ranks), steps):
         for batch in step:
             size = sum(lengths[n] for n in batch), sum(trained[n] for n in batch)
             tokens, supervised = tokens + size[0], supervised + size[1]
@@ -60,12 +63,12 @@ def work_left(examples: Sequence[Example], config: TrainConfig, position: Loader
     return Work(steps, tokens, supervised, [examples[n] for n in longest], batches, first)
 
 
-def _steps(lengths: list[int], config: TrainConfig, position: LoaderState) -> Iterator[list[list[int]]]:
+def _steps(lengths: list[int], config: TrainConfig, position: LoaderState, ranks: int) -> Iterator[list[list[int]]]:
     """For ever."""
     sizes = {"tokens_per_step": config.step_tokens, "tokens_per_batch": config.batch_tokens}
     epoch, start = position.epoch, position.step
     while True:
-        yield from plan(lengths, **sizes, seed=config.seed, epoch=epoch)[start:]
+        yield from plan(lengths, **sizes, seed=config.seed, epoch=epoch, ranks=ranks)[start:]
         epoch, start = epoch + 1, 0
 
 

@@ -45,6 +45,7 @@ from deltaw.training.log import check_loggers
 from deltaw.training.memory import bound_caches, free_memory
 from deltaw.training.optim import WARMUP, warmup_steps
 from deltaw.training.start import Start, described, open_start
+from deltaw.training.world import ALONE, World
 
 START_BATCHES = 8  # of train.tokens_per_batch, that an initialiser gets: 16,384 tokens by default
 FROZEN_SHARE = 0.25  # of the free memory, that what frozen layers give may take
@@ -62,6 +63,7 @@ class Opened:
     metrics: tuple[Metric, ...]
     rows: Mapping[str, str] = field(default_factory=dict)  # that were given as values, by the name in the run's folder
     lineage: History = NOTHING  # which adapter it starts from, after which steps it was extended
+    world: World = ALONE  # the processes that train it together
 
     @property
     def attached(self) -> Attached:
@@ -94,12 +96,12 @@ class Opened:
         """Of the adapter, at its beginning."""
         prints = {"base": self.id.fingerprint, "data": self.dataset.fingerprint, "template": self.id.template}
         config = self.config.model_dump(mode="json")
-        state = TrainState(fingerprints=prints, config=config, conditions=conditions(self.device))
+        state = TrainState(fingerprints=prints, config=config, conditions=conditions(self.device, self.world.size))
         return Learner(self.attached, self.config.train, self.total, state, display.say)
 
     def loader(self, state: TrainState) -> Loader:
         """The batches of the steps after `state`."""
-        return make_loader(self.config, self.dataset, state.position)
+        return make_loader(self.config, self.dataset, state.position, self.world.size)
 
 
 def open_run(
@@ -109,6 +111,7 @@ def open_run(
     lineage: History = NOTHING,
     *,
     start_is_needed: bool = True,
+    world: World = ALONE,
 ) -> Opened:
     """Raises InputError, before the weights are read where that is possible. `consent`: to a metric of the user's own
     that the config names. `lineage`: the run's, if it has begun; the adapter that it starts from isn't needed any more
@@ -132,7 +135,8 @@ def open_run(
         try_out(metrics, truth_of(renderer, row))
     asked, config = config, settle_step(config, dataset)
     total = count_steps(config, dataset)
-    for line in [*config.switched_off(), *length.notes(asked, config, total)]:
+    together = length.for_ranks(config, dataset, world.size)
+    for line in [*config.switched_off(), *length.notes(asked, config, total), *together]:
         display.say(line)
     for note in dataset.report.notes:
         display.say(note)
@@ -147,7 +151,7 @@ def open_run(
     assert model.attached is not None
     for line in model.attached.notes():
         display.say(line)
-    opened = Opened(_pinned(config, model), model, dataset, total, metrics, rows_to_keep(config.data), lineage)
+    opened = Opened(_pinned(config, model), model, dataset, total, metrics, rows_to_keep(config.data), lineage, world)
     return opened if start is None else _started(opened, start, display)
 
 

@@ -115,6 +115,7 @@ def write_result(
         "left_out": report.left_out,
         "forward": model.describe(),
         "dtype": str(model.base.dtype).removeprefix("torch."),
+        "processes": opened.world.size,
         "machine": {"device": str(model.base.device), "threads": torch.get_num_threads(), "cpu": platform.machine()},
         "versions": {"deltaw": VERSION, "torch": torch.__version__},
         "fingerprints": state.fingerprints,
