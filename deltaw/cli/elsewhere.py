@@ -10,6 +10,7 @@ _GGUF = "for llama.cpp and Ollama: deltaw export RUN --to gguf -o FOLDER (--merg
 _MEASURE = "measure a model: deltaw eval RUN"
 _LOOK = "look at an adapter: deltaw inspect RUN; at all runs: deltaw runs"
 _MERGE = "merge an adapter into its base: deltaw merge RUN -o FOLDER"
+_SEVERAL = "several processes: torchrun --nproc-per-node N -m deltaw train run.yaml"
 _MACHINE = "what this machine has and what follows: deltaw doctor"
 
 ELSEWHERE = {
@@ -46,6 +47,7 @@ ELSEWHERE = {
     ),
     **dict.fromkeys(("mix", "average", "add", "blend"), "combine adapters: deltaw combine RUN OTHER -o FOLDER"),
     **dict.fromkeys(("init", "new", "config", "create"), _TRAIN),
+    **dict.fromkeys(("torchrun", "accelerate", "ddp", "fsdp", "deepspeed", "distributed"), _SEVERAL),
     "help": "deltaw --help lists the verbs; deltaw train --help explains one",
     "version": "the version: deltaw --version",
 }

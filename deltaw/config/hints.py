@@ -92,7 +92,7 @@ EXPLAINED = (  # ours, how theirs differs, theirs
         "exclude_modules target_layers freeze_trainable_layers",
     ),
 )
-GPUS = "a run uses one device: training on several isn't supported"
+GPUS = "several GPUs or machines: torchrun --nproc-per-node N -m deltaw train run.yaml; leave it out"
 QUANTISED = (
     "training on a quantised base isn't supported yet: leave it out; train.dtype: bfloat16 halves float32's memory"
 )

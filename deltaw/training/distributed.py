@@ -234,16 +234,19 @@ class Link:
         """Tell the others, and give what this rank ends with. Rank 0 says it, so the others leave it time to: torchrun
         stops all when one has ended."""
         with suppress(Lost, dist.DistError):
-            error = self._claimed(error)
-            self.put("told" if self.rank == 0 else f"left/{self.rank}", True)
+            told = self._claimed(error)
+            error = told if isinstance(error, Lost) else error
+            if self.rank == 0:
+                self.put("told", True)
             until = time.monotonic() + LEAVE
             while time.monotonic() < until and not (self._value("told") if self.rank else self._all_left()):
                 time.sleep(BEAT / 10)
             if self.rank and not self._value("told"):  # rank 0 is gone: one of the others says it
                 self.speaks = self._store.compare_set("speaker", "", str(self.rank)).decode() == str(self.rank)
             elif self.rank:
-                time.sleep(GRACE)
                 self.speaks = False
+                self.put(f"left/{self.rank}", True)  # rank 0 may take the store with it
+                time.sleep(GRACE)
         return error
 
     def _all_left(self) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
 from deltaw.data.loader import LoaderState, dealt
-from deltaw.training.captured import Captured
+from deltaw.training.captured import Captured, Ran
 from deltaw.training.learner import Learner
 from deltaw.training.watch import Unfit, check_loss
 from deltaw.training.world import ALONE, World
@@ -55,16 +55,7 @@ def step(
     shares = [_Share(learner, batches) for learner in learners]
 
     # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
-    deal = dealt([len(batch.tokens_T) for batch in batches], world.size)
-    ran, mine = None, deal[world.rank]
-    if captured is not None and not shares[0].unfit:
-        ran = captured.run(shares[0].batches, shares[0].supervised, mine, world)
-    if ran is not None:
-        shares[0].losses |= ran.losses
-    else:
-        _passes(forward, learners, shares, batches, mine)
-        _add_up(shares, world)
-    _see_all(shares, deal, world)
+    ran = _taken(forward, shares, batches, captured, world)
 
     records = []
     for share in shares:
@@ -98,6 +89,23 @@ def step(
         figures = {"tokens": state.tokens, "supervised_tokens": state.supervised_tokens}
         records.append({**record, **figures, "seconds": round(state.seconds, 3)})
     return records
+
+
+def _taken(
+    forward: Forward, shares: Sequence["_Share"], batches: Sequence[Batch], captured: Captured | None, world: World
+) -> Ran | None:
+    """All passes of the step, each by one of the processes; what was recorded gave, where it could be."""
+    deal = dealt([len(batch.tokens_T) for batch in batches], world.size)
+    ran, mine = None, deal[world.rank]
+    if captured is not None and not shares[0].unfit:
+        ran = captured.run(shares[0].batches, shares[0].supervised, mine, world)
+    if ran is not None:
+        shares[0].losses |= ran.losses
+    else:
+        _passes(forward, [share.learner for share in shares], shares, batches, mine)
+        _add_up(shares, world)
+    _see_all(shares, deal, world)
+    return ran
 
 
 def _passes(
