@@ -25,12 +25,10 @@ can do nothing. Gathering head and embedding for the whole of a step: as much me
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from deltaw.base.batch import Batch
 from deltaw.base.source import Source
@@ -41,6 +39,9 @@ from deltaw.model import Model
 from deltaw.training.memory import free_memory, release
 from deltaw.training.world import ALONE, World
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
 ROOM = 0.7  # of the free memory, for a whole base: the rest is for its steps
 BYTES = {"bfloat16": 2.0, "int8": 1.1, "nf4": 0.6}  # of a number in a packed base, about
 OVER = -1  # in place of a unit: rank 0 has finished what it did alone
@@ -49,7 +50,7 @@ OVER = -1  # in place of a unit: rank 0 has finished what it did alone
 class Shards:
     """What of the base is sharded; nothing (`not shards`) where all of it is on every rank."""
 
-    def __init__(self, units: Sequence[FSDPModule] = (), world: World = ALONE) -> None:
+    def __init__(self, units: Sequence["FSDPModule"] = (), world: World = ALONE) -> None:
         self._units, self._world = list(units), world
         self._leads = False
         for number, unit in enumerate(self._units):
@@ -86,6 +87,9 @@ class Shards:
         return self._world.gather(whole, part, "a part of the base", in_background=in_background)
 
 
+NONE = Shards()
+
+
 class _Gather:
     """FSDP's communication of a unit, as `set_custom_all_gather` takes it."""
 
@@ -100,7 +104,12 @@ class _Gather:
 
 
 def is_wanted(
-    config: RunConfig, source: Source, skeleton: nn.Module, device: torch.device, world: World, say: Callable[[str], None]
+    config: RunConfig,
+    source: Source,
+    skeleton: nn.Module,
+    device: torch.device,
+    world: World,
+    say: Callable[[str], None],
 ) -> bool:
     """Whether the base is to be sharded, which a line says: `train.shard`, and for auto whether it fits. Raises
     InputError where it can't be, or wouldn't fit either."""
@@ -123,9 +132,7 @@ def is_wanted(
             fix="start more processes, or set base_weights: nf4",
         )
     if _layers(skeleton) is None:
-        raise InputError(
-            f"{source.name}: has no list of layers, so it can't be sharded", fix="set train.shard: never"
-        )
+        raise InputError(f"{source.name}: has no list of layers, so it can't be sharded", fix="set train.shard: never")
     why = f", and {gib(least)} are free" if wish == "auto" else ""
     say(f"base sharded over {world.size} ranks: it takes {gib(size)}{why}")
     return True
@@ -140,12 +147,14 @@ def base_bytes(config: RunConfig, source: Source, skeleton: nn.Module) -> int:
 
 
 def shard(model: Model, device: torch.device, world: World) -> tuple[Model, Shards]:
-    """Keep this rank's part of the base on `device`, and the adapter whole. By all ranks at once."""
-    inner, attached = model.base.model, model.attached
-    assert attached is not None
+    """Keep this rank's part of the base on `device`, and the adapter whole. The others needn't be there."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    inner, layers = model.base.model, _layers(model.base.model)
+    assert model.attached is not None and layers is not None
     base: nn.Module = inner.base_model  # type: ignore[assignment]
-    layers, trained = _layers(inner), {*attached.parameters, *_of(attached.layers.values())}
-    assert layers is not None
+    trained = {parameter for layer in model.attached.layers.values() for parameter in layer.parameters()}
     mesh = init_device_mesh(device.type, (world.size,))
     ends = [inner.get_input_embeddings(), inner.get_output_embeddings()]  # type: ignore[operator]
     ends = [] if set(ends[0].parameters()) & set(ends[1].parameters()) else ends
@@ -156,29 +165,16 @@ def shard(model: Model, device: torch.device, world: World) -> tuple[Model, Shar
     rest = {parameter for parameter in base.parameters() if not hasattr(parameter, "full_tensor")} | trained
     fully_shard(base, mesh=mesh, reshard_after_forward=True, ignored_params=rest)
     inner.to(device)
-    shards = Shards(units, world)
-    _begin(model, device)
-    return replace(model, base=replace(model.base, device=device)), shards
-
-
-def _of(layers: Any) -> Iterator[nn.Parameter]:
-    """All that the adapter's layers hold, beside the base."""
-    for layer in layers:
-        for name, parameter in layer.named_parameters():
-            if not name.startswith("base."):
-                yield parameter
+    return replace(model, base=replace(model.base, device=device)), Shards(units, world)
 
 
 @torch.no_grad()
-def _begin(model: Model, device: torch.device) -> None:
-    """A pass of two tokens, by which FSDP learns what belongs together. Not in inference mode: the tensors into which
+def first_pass(model: Model) -> None:
+    """By all ranks: a pass of two tokens, by which FSDP learns what belongs together. Not in inference mode: the tensors into which
     it gathers are made now, and a backward is to use them."""
-    inner = model.base.model
-    model.forward.rows(Batch.of(torch.zeros(2, dtype=torch.long, device=device), [0, 2]))
-    head = inner.get_output_embeddings()  # type: ignore[operator]
-    if isinstance(head, FSDPModule) and model.forward.head is not None:
-        width = model.forward.head.width
-        head(torch.zeros(1, width, dtype=model.base.dtype, device=device))
+    rows_TX = model.forward.rows(Batch.of(torch.zeros(2, dtype=torch.long, device=model.base.device), [0, 2]))
+    if model.forward.head is not None:  # it has been passed by
+        model.forward.head.module(rows_TX)
 
 
 def _layers(model: nn.Module) -> nn.ModuleList | None:

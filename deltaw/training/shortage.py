@@ -61,6 +61,8 @@ def explain(
 
 def _fitted(opened: Opened, learner: Learner, work: Work) -> Fit | None:
     """From a sixteenth, an eighth and a quarter of the largest batch, as far as there is memory for them."""
+    if opened.shards:  # passes take all ranks
+        return None
     points = list[Point]()
     sizes = [work.longest_tokens // part for part in (16, 8, 4)]
     try:
