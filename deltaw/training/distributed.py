@@ -121,10 +121,11 @@ class Link:
     def gather(self, whole: Tensor, part: Tensor, what: str, in_background: bool) -> Any:
         """The parts of all ranks, one after another, in `whole`. On a GPU it is queued there, and what goes wrong shows
         in the next sum. `in_background`: the work to wait for is given back."""
+        gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before
         if whole.device.type != "cpu":
-            return dist.all_gather_into_tensor(whole, part, async_op=in_background)
+            return gather(whole, part, async_op=in_background)
         whole, part = whole.view(torch.uint8), part.view(torch.uint8)  # gloo doesn't know all types
-        return self._collect(what, lambda: dist.all_gather_into_tensor(whole, part, async_op=True))
+        return self._collect(what, lambda: gather(whole, part, async_op=True))
 
     def _collect(self, what: str, begin: Callable[[], Any]) -> None:
         assert self._group, "the process group isn't open"

@@ -22,6 +22,7 @@ Rejected. One FSDP group with the adapter in it: its factors, moments and checkp
 can do nothing. Gathering head and embedding for the whole of a step: as much memory as without sharding them.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -160,18 +161,23 @@ def shard(model: Model, device: torch.device, world: World) -> tuple[Model, Shar
     ends = [] if set(ends[0].parameters()) & set(ends[1].parameters()) else ends
     units: list[Any] = []
     for module in [*layers, *ends]:
+        for parameter in set(module.parameters()) - trained:
+            parameter.data = parameter.data.contiguous()  # FSDP takes no other: packed matrices may be views
         units.append(fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=trained))
         release(device)
     rest = {parameter for parameter in base.parameters() if not hasattr(parameter, "full_tensor")} | trained
-    fully_shard(base, mesh=mesh, reshard_after_forward=True, ignored_params=rest)
+    fully_shard(
+        base, mesh=mesh, reshard_after_forward=True, ignored_params=rest
+    )  # only to tell that they are one model
+    warnings.filterwarnings("ignore", f"FSDP2-wrapped module .{type(base).__name__}")  # it has nothing to gather
     inner.to(device)
     return replace(model, base=replace(model.base, device=device)), Shards(units, world)
 
 
 @torch.no_grad()
 def first_pass(model: Model) -> None:
-    """By all ranks: a pass of two tokens, by which FSDP learns what belongs together. Not in inference mode: the tensors into which
-    it gathers are made now, and a backward is to use them."""
+    """By all ranks: a pass of two tokens, by which FSDP learns what belongs together. Not in inference mode: the
+    tensors into which it gathers are made now, and a backward is to use them."""
     rows_TX = model.forward.rows(Batch.of(torch.zeros(2, dtype=torch.long, device=model.base.device), [0, 2]))
     if model.forward.head is not None:  # it has been passed by
         model.forward.head.module(rows_TX)
