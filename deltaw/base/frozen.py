@@ -92,8 +92,14 @@ def weight_of(module: nn.Module) -> Weight:
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The type of a model's activations: its embedding's numbers, also where they are kept in another form."""
-    dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
-    return dtype
+    return embedding_of(model).dtype
+
+
+def embedding_of(model: nn.Module) -> "Stored":
+    """Type, device and shape [V, D] of a model's embedding of tokens."""
+    module = model.get_input_embeddings()  # type: ignore[operator]
+    stored: Stored | None = getattr(module, "stored", None)  # of a packed one (packed.py)
+    return stored or Stored.of(module.weight)
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,11 @@ class Stored:
     dtype: torch.dtype
     device: torch.device
     shape: torch.Size
+
+    @staticmethod
+    def of(weight: Tensor) -> "Stored":
+        """That of a tensor."""
+        return Stored(weight.dtype, weight.device, weight.shape)
 
 
 class FrozenLinear(nn.Module):

@@ -40,8 +40,13 @@ class _Packed(nn.Module):
         return self._kind.with_parts({name: part for name, part in self._parameters.items() if name != "bias"})  # type: ignore[misc]
 
     @property
-    def weight(self) -> Stored:
-        """What a model may ask of a weight: type, device and shape, and no numbers."""
+    def weight(self) -> Tensor:
+        """W itself, unpacked anew: for a model that multiplies with it by itself (Mamba's dt_proj), not for us."""
+        return self.frozen_weight().dense()
+
+    @property
+    def stored(self) -> Stored:
+        """Its type, device and shape."""
         weight = self.frozen_weight()
         return Stored(weight.dtype, weight.device, torch.Size(weight.shape))
 

@@ -11,6 +11,7 @@ from deltaw.commands.demo import DEMO, check_packages
 from deltaw.config import RunConfig, load_config, parse_config
 from deltaw.errors import DeltawError, InputError
 from deltaw.files.paths import written
+from deltaw.machine.waiting import choose_waiting
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
@@ -37,6 +38,7 @@ def train_named(
         return _train(load_config(run, overrides), replace, display)
     if World.of_environment().is_alone:
         Run(run).check_resumable(overrides, extend=extend)
+        choose_waiting(display.say)
 
     def work() -> None:
         from deltaw.training.run import resume
@@ -55,6 +57,7 @@ def demo_named(output: str, *, display: Display) -> Result | None:
 def _train(config: RunConfig, replace: bool, display: Display) -> Result | None:
     if World.of_environment().is_alone:  # else rank 0 tells the others, once they are joined
         Run.check(config, replace=replace)
+        choose_waiting(display.say)
 
     def work() -> None:
         from deltaw.training.run import train

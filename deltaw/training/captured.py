@@ -259,6 +259,10 @@ def captured_on(
         return None
     why = "" if forward.packed else "its documents can't be packed"
     why = f"the output of its {forward.prefix.first} frozen layers is kept by document" if forward.prefix else why
+    if forward.recompute is not None and forward.recompute.offload:
+        why = "its layers' inputs are moved to the machine's memory and back"
+    elif forward.recompute is not None and forward.recompute.draws:
+        why = "layers that are recomputed must draw the same dropout again"
     if why:
         say(f"steps aren't captured, so they are slower on this device: {why}")
         return None

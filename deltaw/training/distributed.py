@@ -201,7 +201,7 @@ class Link:
             return lost
         silent = [r for r in range(self.size) if r != self.rank and after.get(r) == before.get(r)]
         late = [r for r, (_, met) in after.items() if met < self._met and r not in silent]
-        self._silent |= set(silent)
+        self._silent |= {*silent, *late}  # nobody waits for them at the end
         if silent or late:
             who = ", ".join(self._named(rank) for rank in silent or late)
             what = "is gone" if silent else f"didn't come within {self.timeout:.0f} s"

@@ -21,9 +21,11 @@ from deltaw.adapter.history import NOTHING, History
 from deltaw.adapter.init_data import initialise_from_data
 from deltaw.adapter.targets import find_targets
 from deltaw.base.forward import Forward, plan_forward
+from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
 from deltaw.base.load import open_base, open_skeleton, pick_device, read_config
 from deltaw.base.prefix import lowest_layer
+from deltaw.base.recompute import blocks_of, check_way
 from deltaw.base.source import Source, find_base
 from deltaw.config import RunConfig
 from deltaw.config.own_rows import rows_to_keep, with_names
@@ -93,6 +95,12 @@ class Opened:
         return replace(self, config=pinned.model_copy(update={"base": config.base}) if local else pinned)
 
     @property
+    def checkpointing(self) -> str:
+        """What is done of `train.checkpointing`."""
+        recompute = self.model.forward.recompute
+        return "none" if recompute is None else recompute.way
+
+    @property
     def longest(self) -> int:
         """The tokens of the longest row that is trained on."""
         return max(len(example.tokens) for example in self.dataset.train)
@@ -133,6 +141,8 @@ def open_run(
     targets = find_targets(skeleton, config.adapter)
     if targets.words:
         display.say(f"adapted: {targets.words}")
+    if config.train.checkpointing in ("blocks", "offload"):
+        check_way(config.train.checkpointing, pick_device(config.train.device), blocks_of(skeleton, targets.paths))
     _, renderer, dataset = open_dataset(config, display, source)
     limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
     limits.check(rows)
@@ -225,8 +235,8 @@ def above_the_frozen(opened: Opened, display: Display) -> Forward:
     ):
         return forward
     lengths = [len(example.tokens) for example in rows]
-    weight: torch.Tensor = opened.model.base.model.get_input_embeddings().weight  # type: ignore[operator]
-    if sum(lengths) * weight.shape[1] * weight.dtype.itemsize > FROZEN_SHARE * free_memory(opened.device):
+    words = embedding_of(opened.model.base.model)
+    if sum(lengths) * words.shape[1] * words.dtype.itemsize > FROZEN_SHARE * free_memory(opened.device):
         return forward
     groups = fill(range(len(lengths)), lengths, capacity)
     batches = (pack([rows[n] for n in group]).to(opened.device) for group in groups)

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
 from deltaw.data.example import Example
 from deltaw.data.pack import pack
@@ -76,7 +77,7 @@ def check_longest(model: Model, rows: Sequence[Example]) -> None:
 
 def _logits_bytes(model: Model, examples: Sequence[Example]) -> int:
     """What `forgetting` holds of a chunk: five times its logits in float32, as far as it is most at once."""
-    vocabulary: int = model.base.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = embedding_of(model.base.model).shape[0]
     return 5 * 4 * vocabulary * count_tokens(examples)
 
 

@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.history import NOTHING, History
 from deltaw.config import RunConfig, config_of
@@ -37,6 +39,7 @@ from deltaw.training.batch_size import sized
 from deltaw.training.captured import captured_on
 from deltaw.training.changes import restore, settled
 from deltaw.training.checkpoint import Saved, latest_checkpoint, save_checkpoint
+from deltaw.training.contention import Contention
 from deltaw.training.extend import check_extension, extended
 from deltaw.training.finish import finish, measure_again, report
 from deltaw.training.learner import Learner
@@ -45,7 +48,8 @@ from deltaw.training.log import EventLog, open_log
 from deltaw.training.measuring import Attempts, measure_base, note_evaluation, plain_loss, samples
 from deltaw.training.memory import Heap, bound_caches, bounded
 from deltaw.training.opening import Opened, above_the_frozen, begin, general_rows, open_run
-from deltaw.training.preflight import short_form
+from deltaw.training.preflight import short_form, work_of
+from deltaw.training.recomputing import choose, keeping
 from deltaw.training.shortage import explain
 from deltaw.training.step import step
 from deltaw.training.stop import Lost, Stopped, StopRequest
@@ -175,15 +179,18 @@ def _run(
                         run.write_config(config)
                 world.mark(_begun(run))
                 stop.advice = f"resume with: {command('train', run.folder)}"
+                opened, choice = choose(opened, learner, work_of(opened, learner), display)
+                shortage = partial(explain, opened=opened, learner=learner, run=run)
                 short_form(opened, learner, run, general)
+            world.first(lambda: choice.way, "what activations are kept")
             on_the_way, attempts = (Attempts(opened.device, display.say, shortage) for _ in range(2))
             with open_log(run, opened.config, learner.state.step, display.say) as log:
                 with opened.shards.leads():
                     before = measure_base(opened, run, on_the_way, display)
                 hand_out(learner, world)
-                Steps(opened, learner, run, stop, display, on_the_way, log, on_step).take()
+                waited = Steps(opened, learner, run, stop, display, on_the_way, log, on_step).take()
             with opened.shards.leads():
-                adapter = finish(opened, learner, run, before, general, attempts, display, began)
+                adapter = finish(opened, learner, run, before, general, attempts, display, began, waited)
             stop.advice = f"the run is finished, but its report isn't: {command('inspect', run.folder)}"
             report(run, attempts, display, wanted=config.evaluate.report)
             _last(learner, world)
@@ -202,6 +209,7 @@ def _follow(run: Run, world: World) -> Adapter:
         shortage = partial(explain, opened=opened, learner=learner, run=run)
         try:
             opened.shards.follow()  # rank 0 prepares
+            opened = keeping(opened, world.first(lambda: "none", "what activations are kept"))
             opened.shards.follow()  # and measures the base
             hand_out(learner, world)
             Steps(opened, learner, run, stop, QUIET, Attempts(opened.device, QUIET.say, shortage)).take()
@@ -260,10 +268,12 @@ class Steps:
         self._log, self._on_step, self._figures = log, on_step, dict[str, Any]()
         self._saved_step, self._world = learner.state.step, opened.world
 
-    def take(self) -> None:
-        """All of them. Raises Stopped when a signal came, after saving."""
+    def take(self) -> float | None:
+        """All of them; the share of time that their threads had no core (contention.py). Raises Stopped when a signal
+        came, after saving."""
         learner, state, total, device = self.learner, self.learner.state, self.opened.total, self.opened.device
         captured, abreast = None, bool(self.opened.shards)
+        contention = Contention(self.run.folder, torch.get_num_threads(), self.display.say)
         try:
             forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
             loader = Ahead(self.opened.loader(state))
@@ -287,6 +297,8 @@ class Steps:
                         self._write(record)
                     self._agree()
                     first = False
+                    if device.type == "cpu":
+                        contention.stepped()
                     loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
                     progress(state.step, f"{loss}  {state.tokens_per_second:.0f} tokens/s")
                     self._due()
@@ -305,6 +317,7 @@ class Steps:
         finally:
             if captured is not None:
                 captured.release()
+        return contention.waited
 
     def _at_the_start(self) -> None:
         """What the adapter that it starts from has on these held-out rows: what there is to improve upon."""
