@@ -291,9 +291,7 @@ class Steps:
                     self._figures = {}
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
-                            (record,) = step(
-                                forward, [learner], batches, position, captured, self._world, abreast=abreast
-                            )
+                            (record,) = step(forward, [learner], batches, position, captured, self._world, abreast)
                         self._write(record)
                     self._agree()
                     first = False

@@ -41,7 +41,6 @@ def step(
     position: LoaderState,
     captured: Captured | None = None,
     world: World = ALONE,
-    *,
     abreast: bool = False,
 ) -> list[dict[str, Any]]:
     """A record for each learner: its update, or why there was none. Its documents are those that take its adapter;

@@ -22,6 +22,7 @@ from deltaw.config import AdapterSpec, config_of
 from deltaw.errors import InputError
 from deltaw.kernels.packed import CastWeight
 from deltaw.model import Model
+from deltaw.run import Run
 from deltaw.show.progress import QUIET
 from deltaw.training import run as loop
 from deltaw.training import sharding
@@ -191,32 +192,40 @@ def test_auto_shards_a_base_that_does_not_fit_and_says_so(place: Path, monkeypat
     assert wanted(place, "auto", 1, monkeypatch, World()) == (False, [])
 
 
-@pytest.mark.parametrize("poisoned", [None, 1])
-def test_ranks_stay_abreast(place: Path, poisoned: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of one short row have nothing for the second rank; a NaN on one ends both."""
-    name = f"abreast-{poisoned}"
-    made = fields(place, name, tokens_per_step=16, tokens_per_batch=8, steps=3, sample_every=None, eval_every=None)
+def three(place: Path, name: str) -> Path:
+    """A run over three rows, two of them in the first step."""
+    words(place / "three.jsonl", 3)
+    made = fields(place, name, tokens_per_step=24, tokens_per_batch=24, steps=2, sample_every=None, eval_every=None)
+    made["data"] = {"train": str(place / "three.jsonl")}
     made["evaluate"] = {"samples": 0, "general": None, "report": False}
-    del made["data"]["eval"]
+    file = place / f"{name}.yaml"
+    file.write_text(json.dumps(made))
+    return file
 
+
+def test_a_rank_without_a_batch_passes_one_for_nothing(place: Path) -> None:
+    """The last step of the epoch has one row."""
+    ended = together(2, lambda rank: command("train", three(place, "three"), "--quiet")(), timeout=10.0)
+    assert [rank.code for rank in ended] == [0, 0], ended
+    train(three(place, "three-alone"), display=QUIET)
+    same_run(place / "three", place / "three-alone")
+    counts = [line["tokens"] for line in Run(place / "three").read_metrics()]
+    assert counts[1] - counts[0] < 0.7 * counts[0]
+
+
+def test_a_loss_that_is_no_number_on_one_rank_ends_all(place: Path) -> None:
     def work(rank: int) -> None:
         original: Any = loop.step
 
         def stepping(forward: Any, learners: Any, *more: Any, **named: Any) -> Any:
-            if rank == poisoned and learners[0].state.step == 1:
+            if rank == 1 and learners[0].state.step == 1:
                 with torch.no_grad():
                     learners[0].attached.parameters[0].fill_(float("nan"))
             return original(forward, learners, *more, **named)
 
         loop.step = stepping
-        file = place / f"{name}.yaml"
-        file.write_text(json.dumps(made))
-        command("train", file, "--quiet")()
+        command("train", three(place, "nan"), "--quiet")()
 
-    ended = together(2, work)
-    assert [rank.code for rank in ended] == ([0, 0] if poisoned is None else [1, 1]), ended
-    if poisoned is None:
-        train({**made, "output": str(place / "abreast-alone")}, display=QUIET)
-        same_run(place / name, place / "abreast-alone")
-    else:
-        assert "NaN" in ended[0].output and len(ended[0].output.strip().splitlines()) <= 5, ended
+    ended = together(2, work, timeout=10.0)
+    assert [rank.code for rank in ended] == [1, 1] and "rank 1" in ended[0].output, ended
+    assert len(ended[0].output.strip().splitlines()) <= 5 and not ended[1].output, ended
