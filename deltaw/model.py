@@ -17,7 +17,7 @@ from typing import Any, overload
 from deltaw.adapter.attach import Attached, attach
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.base.forward import Forward, plan_forward
-from deltaw.base.load import Base, open_base
+from deltaw.base.load import Base, as_kept, open_base
 from deltaw.base.source import Source, find_base
 from deltaw.config import Dtype
 from deltaw.data import asking
@@ -181,7 +181,7 @@ def open_model(
     dtype = dtype or (config.train.dtype if config else "auto")
     renderer = open_renderer(source, config, named.template)
     how = asked_as(adapter, renderer).changed(chat=chat, system=system, template=renderer.template is not None)
-    weights = config.base_weights if config else "auto"
+    weights = as_kept(source, config.base_weights) if config else "auto"
     opened = open_base(source, dtype=dtype, device=device, display=display, weights=weights)
     model = Model(opened, renderer, plan_forward(opened.model), asking=how)
     if adapter is None:

@@ -27,15 +27,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from deltaw.base.blocks import Unallocated, check_keep, load_blocks
 from deltaw.base.fingerprint import fingerprint_of
 from deltaw.base.loading import check_loading, quiet
-from deltaw.base.packed import pack_modules
+from deltaw.base.packed import describe_packed, pack_modules
 from deltaw.base.source import Source, find_base
 from deltaw.config import BaseWeights, Dtype
 from deltaw.errors import InputError, RunError, listed
 from deltaw.files.shards import read_tensors
 from deltaw.kernels.packed import CastWeight
 from deltaw.show.progress import QUIET, Display
+from deltaw.show.text import counted
 
 RACE_SHAPE = 576, 1536  # SmolLM2's: features in and out of a linear layer
 ADVANTAGE = 1.2  # bfloat16 costs digits, so it must win clearly
@@ -52,6 +54,11 @@ class Base:
     device: torch.device
     fingerprint: str
     weights: BaseWeights = "auto"
+
+    @property
+    def kept(self) -> str:
+        """How its weights are kept, if packed, and what that saves; else ""."""
+        return describe_packed(self.model)
 
     def __repr__(self) -> str:
         return f"Base({self.source.name}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
@@ -72,6 +79,8 @@ def open_base(
     place = pick_device(device)
     number = fast_dtype(place.type) if dtype == "auto" else getattr(torch, dtype)
     config = config or read_config(source)
+    if weights == "keep":
+        return _open_kept(source, config, number, place, display)
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -102,6 +111,47 @@ def open_base(
         pack_modules(model, lambda _, w_MN: CastWeight(w_MN, number))
         model.to(number)  # norms, biases: parts are integers, which this leaves alone
     return Base(model, source, number, place, print_, weights)
+
+
+def _open_kept(source: Source, config: Any, number: torch.dtype, place: torch.device, display: Display) -> Base:
+    """The base in its GGUF's own blocks (blocks.py), which are never unpacked as a whole."""
+    header = check_keep(source)
+    try:
+        # A model draws its first weights from the global generator.
+        with quiet(), torch.random.fork_rng(devices=[]), Unallocated():
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=number, trust_remote_code=False
+            )
+        dense = load_blocks(model, source, header, number)
+        model = model.to(place)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise RunError(
+            f"{source.name}: not enough memory on {place} for its blocks", fix="use a smaller base"
+        ) from None
+    except InputError:
+        raise
+    except Exception as error:  # as in open_base
+        raise _unreadable(source, error) from None
+    if dense:
+        display.say(
+            f"{source.name}: {counted(len(dense), 'matrix', 'matrices')} can't be kept in blocks, so they are in "
+            f"{str(number)[6:]}: {', '.join(dense[:3])}{', …' if dense[3:] else ''}"
+        )
+    model.requires_grad_(False)
+    model.eval()
+    check_finite(model, source.directory)
+    return Base(model, source, number, place, fingerprint_of_files(source), "keep")
+
+
+def check_weights(source: Source, weights: BaseWeights) -> None:
+    """Raise InputError where the base's weights can't be kept like this; reads none of them."""
+    if weights == "keep":
+        check_keep(source)
+
+
+def as_kept(source: Source, weights: BaseWeights) -> BaseWeights:
+    """How to keep a base that stands in for the one that a run was on: blocks are kept where there are some."""
+    return "auto" if weights == "keep" and source.gguf is None else weights
 
 
 def open_skeleton(source: Source, config: Any = None) -> nn.Module:
@@ -204,7 +254,9 @@ def _unreadable(source: Source, error: Exception) -> InputError:
 
 def _finite(weight: Tensor) -> bool:
     # aminmax hands NaN on and reads each element once: 0.02 s for 135M weights; isfinite().all() takes 0.2 s.
-    return weight.numel() == 0 or all(torch.isfinite(extreme) for extreme in torch.aminmax(weight))
+    if weight.numel() == 0 or not weight.is_floating_point():
+        return True
+    return all(torch.isfinite(extreme) for extreme in torch.aminmax(weight))
 
 
 def race(rows: int, seconds: float) -> dict[torch.dtype, float]:

@@ -13,6 +13,8 @@ former packs its weight anew in eval mode), each brings an autograd of its own, 
 Letters: M outputs, N inputs.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -102,6 +104,19 @@ def pack_modules(model: nn.Module, pack: Callable[[str, Tensor], PackedWeight | 
         model.set_submodule(path, made)
         paths.append(path)
     return paths
+
+
+def describe_packed(model: nn.Module) -> str:
+    """How a base's matrices are kept and what that saves, in a line; "" where none is packed."""
+    packed = {id(next(module.parameters())): module for module in model.modules() if isinstance(module, _Packed)}
+    weights = [module.frozen_weight() for module in packed.values()]
+    if not weights:
+        return ""
+    forms = [form for form, _ in Counter(weight.form for weight in weights).most_common()]
+    plain = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    bfloat16 = 2 * (sum(math.prod(weight.shape) for weight in weights) + sum(one.numel() for one in plain))
+    held = sum(weight.nbytes for weight in weights) + sum(one.nbytes for one in plain)
+    return f"kept in {' and '.join(forms)}: {held / 1e6:,.0f} MB instead of {bfloat16 / 1e6:,.0f} in bfloat16"
 
 
 def _frozen(part: Tensor) -> nn.Parameter:

@@ -23,7 +23,7 @@ from deltaw.adapter.targets import find_targets
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
-from deltaw.base.load import open_base, open_skeleton, pick_device, read_config
+from deltaw.base.load import check_weights, open_base, open_skeleton, pick_device, read_config
 from deltaw.base.prefix import lowest_layer
 from deltaw.base.recompute import blocks_of, check_way
 from deltaw.base.source import Source, find_base
@@ -134,6 +134,7 @@ def open_run(
     metrics = open_metrics(config.evaluate.metrics, consent)
     source = find_base(config.base, display=display)
     known = read_config(source)
+    check_weights(source, config.base_weights)
     skeleton = open_skeleton(source, known)
     recorded = lineage.started_from
     config, start = open_start(config, skeleton, recorded, needed=start_is_needed, say=display.say)
@@ -168,6 +169,8 @@ def open_run(
         first_pass(model)
     base = model.base
     display.say(f"{source.name} in {str(base.dtype)[6:]} on {base.device}: {model.describe()}")
+    if base.kept:
+        display.say(f"its weights are {base.kept}")
     if (base.dtype, getattr(known, "dtype", None)) == (torch.bfloat16, torch.float16):
         display.say("its weights are float16, of which bfloat16 drops the last three digits (of eleven, binary)")
     assert model.attached is not None
