@@ -87,18 +87,24 @@ def gradients(model: Model) -> list[torch.Tensor]:
     return [loss.detach(), *(parameter.grad for parameter in model.attached.parameters if parameter.grad is not None)]
 
 
-@pytest.mark.parametrize("as_parts", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    "bases",
+    [
+        [("llama", False), ("tied llama", True)],
+        pytest.param([("gpt2", False), ("gpt2", True), ("llama", True)], marks=pytest.mark.slow),
+    ],
+)
 def test_a_pass_gives_the_same_bits_and_each_rank_holds_its_part(
-    as_parts: bool, monkeypatch: pytest.MonkeyPatch
+    bases: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three ranks, which divide none of the sizes."""
+    """Of five ranks, which divide none of the sizes."""
     monkeypatch.setattr(packed, "LEAST", 1)
 
     def work(rank: int) -> None:
         world = World.of_environment()
         with world.joined():
             world.start(CPU)
-            for kind in KINDS:
+            for kind, as_parts in bases:
                 before, model = gradients(opened(kind, as_parts)), opened(kind, as_parts)
                 base, adapter = model.base.model, model.attached.parameters  # type: ignore[union-attr]
                 ends = [base.get_input_embeddings(), base.get_output_embeddings()]  # type: ignore[operator]
@@ -119,6 +125,7 @@ def test_a_pass_gives_the_same_bits_and_each_rank_holds_its_part(
     assert [rank.code for rank in ended] == [0] * 3, "\n".join(rank.output for rank in ended)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_that_of_one_process_and_goes_on_unsharded(place: Path) -> None:
     """Two ranks measure, train, ask and evaluate; both are stopped in step 3; one goes on, with the whole base."""
     train(fields(place, "whole"), display=QUIET)
@@ -137,9 +144,8 @@ def test_a_sharded_run_is_that_of_one_process_and_goes_on_unsharded(place: Path)
 
 
 def test_rank_0_measures_with_the_others_and_all_end_with_its_adapter(place: Path) -> None:
-    """The second rank has nothing to do in a step of one row, and in the last one a NaN."""
-    if not (place / "whole").exists():
-        train(fields(place, "whole"), display=QUIET)
+    """Losses, answers and samples of a base of which rank 0 has half."""
+    train(fields(place, "alone"), display=QUIET)
 
     def work(rank: int) -> None:
         adapter = train(fields(place, "two"), display=QUIET)
@@ -147,10 +153,10 @@ def test_rank_0_measures_with_the_others_and_all_end_with_its_adapter(place: Pat
 
     ended = together(2, work)
     assert [rank.code for rank in ended] == [0, 0], "\n".join(rank.output for rank in ended)
-    same_run(place / "two", place / "whole")
+    same_run(place / "two", place / "alone")
     prints = {(place / f"two.{rank}.txt").read_text() for rank in range(2)}
     assert prints == {Adapter.load(place / "two").fingerprint}
-    one, two = (json.loads((place / name / "result.json").read_text()) for name in ("whole", "two"))
+    one, two = (json.loads((place / name / "result.json").read_text()) for name in ("alone", "two"))
     assert one["answers"] == two["answers"] and not two["failed"]
     assert one["eval"]["after"]["loss"] == pytest.approx(two["eval"]["after"]["loss"], rel=1e-6)
 
@@ -192,11 +198,11 @@ def test_auto_shards_a_base_that_does_not_fit_and_says_so(place: Path, monkeypat
     assert wanted(place, "auto", 1, monkeypatch, World()) == (False, [])
 
 
-def three(place: Path, name: str) -> Path:
-    """A run over three rows, two of them in the first step."""
-    words(place / "three.jsonl", 3)
-    made = fields(place, name, tokens_per_step=24, tokens_per_batch=24, steps=2, sample_every=None, eval_every=None)
-    made["data"] = {"train": str(place / "three.jsonl")}
+def five(place: Path, name: str) -> Path:
+    """A run over five rows, four of them in the first step."""
+    words(place / "five.jsonl", 5)
+    made = fields(place, name, tokens_per_step=52, tokens_per_batch=26, steps=2, sample_every=None, eval_every=None)
+    made["data"] = {"train": str(place / "five.jsonl")}
     made["evaluate"] = {"samples": 0, "general": None, "report": False}
     file = place / f"{name}.yaml"
     file.write_text(json.dumps(made))
@@ -205,11 +211,11 @@ def three(place: Path, name: str) -> Path:
 
 def test_a_rank_without_a_batch_passes_one_for_nothing(place: Path) -> None:
     """The last step of the epoch has one row."""
-    ended = together(2, lambda rank: command("train", three(place, "three"), "--quiet")(), timeout=10.0)
+    ended = together(2, lambda rank: command("train", five(place, "five"), "--quiet")(), timeout=10.0)
     assert [rank.code for rank in ended] == [0, 0], ended
-    train(three(place, "three-alone"), display=QUIET)
-    same_run(place / "three", place / "three-alone")
-    counts = [line["tokens"] for line in Run(place / "three").read_metrics()]
+    train(five(place, "five-alone"), display=QUIET)
+    same_run(place / "five", place / "five-alone")
+    counts = [line["tokens"] for line in Run(place / "five").read_metrics()]
     assert counts[1] - counts[0] < 0.7 * counts[0]
 
 
@@ -218,13 +224,13 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_all(place: Path) -> None:
         original: Any = loop.step
 
         def stepping(forward: Any, learners: Any, *more: Any, **named: Any) -> Any:
-            if rank == 1 and learners[0].state.step == 1:
+            if rank == 1:
                 with torch.no_grad():
                     learners[0].attached.parameters[0].fill_(float("nan"))
             return original(forward, learners, *more, **named)
 
         loop.step = stepping
-        command("train", three(place, "nan"), "--quiet")()
+        command("train", five(place, "nan"), "--quiet")()
 
     ended = together(2, work, timeout=10.0)
     assert [rank.code for rank in ended] == [1, 1] and "rank 1" in ended[0].output, ended
