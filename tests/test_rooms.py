@@ -64,7 +64,7 @@ HOMES = {
     "pyarrow": {"data/arrow.py"},
     "matplotlib": {"analysis/pictures.py", "analysis/svg.py"},
     "triton": {"kernels/triton.py"},
-    "torch.distributed": {"training/distributed.py"},
+    "torch.distributed": {"training/distributed.py", "training/sharding.py"},
     "torch.utils.tensorboard": {"training/to_tensorboard.py"},
     "wandb": {"training/to_wandb.py"},
     "peft": {"shipping/verify/sides/peft.py"},
