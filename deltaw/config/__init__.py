@@ -5,7 +5,7 @@ from deltaw.config.data import DataConfig
 from deltaw.config.evaluate import METRICS, EvaluateConfig, metric_key, own_metric
 from deltaw.config.load import config_of, load_config, parse_config, read_text, setting_meant
 from deltaw.config.problems import fields_at
-from deltaw.config.run import RunConfig
+from deltaw.config.run import BaseWeights, RunConfig
 from deltaw.config.strict import Strict
 from deltaw.config.train import Dtype, TrainConfig
 
@@ -13,6 +13,7 @@ __all__ = [
     "METRICS",
     "TARGET_GROUPS",
     "AdapterSpec",
+    "BaseWeights",
     "DataConfig",
     "Dtype",
     "EvaluateConfig",

@@ -13,7 +13,7 @@ has every default written out; and 0 samples, which is what one gets. Bounds tha
 Rejected: dataclasses with hand-written checks (the messages were the larger half).
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -29,10 +29,16 @@ from deltaw.files.run_yaml import Dumper
 BEGUN = ("before.json", "metrics.jsonl", "checkpoints", "adapter", "result.json")  # beside the config.yaml of a run
 
 
+# How a base's matrices are kept in memory (base/load.py): in `train.dtype` (auto), or packed; `keep`: in the blocks of
+# its own .gguf file.
+BaseWeights = Literal["auto", "keep", "bfloat16", "int8", "nf4"]
+
+
 class RunConfig(Strict):
-    """A whole run: `base`, `adapter`, `data`, `train`, `evaluate`, `output`."""
+    """A whole run: `base`, `base_weights`, `adapter`, `data`, `train`, `evaluate`, `output`."""
 
     base: PathText = Field(min_length=1)
+    base_weights: BaseWeights = Field("auto", description="how the base's matrices are kept in memory")
     # Not strict about the sections themselves: a mapping makes one, in Python as in a file.
     adapter: AdapterSpec = Field(AdapterSpec(), strict=False)
     data: DataConfig = Field(strict=False)

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 
 from deltaw.config import DataConfig
 from deltaw.data.asking import of_training, question_of
@@ -28,11 +28,13 @@ from deltaw.data.carry import Results, packed, unpacked
 from deltaw.data.dataset import Dataset
 from deltaw.data.document import Document
 from deltaw.data.example import Example
+from deltaw.data.examples import Builder, Examples, joined
 from deltaw.data.forms import Reads
 from deltaw.data.render import Renderer
 from deltaw.data.report import Reading, names, report_of
 from deltaw.data.row import Problem, Row
-from deltaw.data.sources import open_sources, visits
+from deltaw.data.sources import open_sources
+from deltaw.data.taken import Placed, Taken
 from deltaw.errors import InputError, Rejected, listed
 from deltaw.files.forked import cores, in_processes
 from deltaw.show.progress import QUIET, Display, Progress, unseen
@@ -46,7 +48,6 @@ SEVERAL = 8  # chunks from which on several processes render them
 CONTENT = json.JSONEncoder(sort_keys=True, default=str)
 
 Place = tuple[int, int]  # source, row in it
-Placed = tuple[int, int, int, Example]  # and piece of the row
 
 
 class _Extent:
@@ -76,13 +77,12 @@ def prepare(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", di
     Raises InputError when a source can't be read, too many of its rows are unusable, nothing is left to train on, or
     there are too few rows to hold out as many as asked.
     """
-    sources = open_sources(config.train, config, renderer, reads)
+    sources, builder = open_sources(config.train, config, renderer, reads), Builder()
     extent = _Extent(sources)
     with display.task("reading data", extent.total) as progress:
         wanted = None if config.limit is None else config.limit + config.held_out_of(extent.rows)
         count, stream = _held_out_of(sources, _units(sources, renderer, config, progress, extent, wanted), config)
-        held_out = _taken(stream, count)
-        train = _taken(stream, config.limit)
+        held_out, train = Taken(builder, stream, count), Taken(builder, stream, config.limit)
         progress(extent.total)  # rows beyond data.limit are never looked at
     _check(sources, config, usable=bool(train or held_out))
     if not train:
@@ -92,39 +92,40 @@ def prepare(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", di
         others = open_sources(config.eval_sources, config, renderer, reads)
         extent = _Extent(others)
         with display.task("reading held-out rows", extent.total) as progress:
-            held_out = _taken(_units(others, renderer, config, progress, extent))
+            held_out = Taken(builder, _units(others, renderer, config, progress, extent))
         _check(others, config, usable=bool(held_out))
-    _assign(sources, others, train, held_out)
+    _assign(sources, others, train, held_out, builder.finish())
     asking = of_training(_documents(sources, train))
     question = question_of(chain(_documents(others, held_out), _documents(sources, train)))
     chat = any(source.is_chat for source in sources)
-    parts = [example for source in sources for example in source.train], _in_file_order(held_out)
+    parts = joined([one.train for one in sources]), joined([one.held_out for one in others])
     return Dataset(*parts, report_of(sources, others, *parts, renderer, chat), replace(asking, chat=chat), question)
 
 
-def prepare_held_out(config: DataConfig, renderer: Renderer) -> list[Example]:
+def prepare_held_out(config: DataConfig, renderer: Renderer) -> Examples:
     """`prepare(config, renderer).eval` without rendering what is trained on. Raises InputError as `prepare` does where
     it comes to the held-out rows; rows to train on are not judged.
     """
     if config.eval_sources is not None:
         sources = open_sources(config.eval_sources, config, renderer)
-        held_out = _taken(_units(sources, renderer, config, unseen, _Extent(sources)))
+        builder = Builder()
+        held_out = Taken(builder, _units(sources, renderer, config, unseen, _Extent(sources)))
         _check(sources, config, usable=bool(held_out))
-        return _in_file_order(held_out)
+        return builder.finish().take(held_out.in_file_order)
     sources = open_sources(config.train, config, renderer)
-    extent = _Extent(sources)
+    extent, builder = _Extent(sources), Builder()
     wanted = config.held_out_of(extent.rows)
     count, stream = _held_out_of(sources, _units(sources, renderer, config, unseen, extent, wanted), config)
-    units = list(islice(stream, count))
+    held_out = Taken(builder, stream, count)
     bad = any(source.bad_share > config.bad_rows for source in sources)
-    if len(units) < count or bad:  # how bad they are is to be told of all of them
+    if held_out.units < count or bad:  # how bad they are is to be told of all of them
         return prepare(config, renderer).eval
-    return _in_file_order([piece for unit in units for piece in unit])
+    return builder.finish().take(held_out.in_file_order)
 
 
-def _documents(sources: Sequence[Reading], part: Sequence[Placed]) -> Iterator[Document]:
+def _documents(sources: Sequence[Reading], part: Taken) -> Iterator[Document]:
     """The rows that these examples come of, as they were before they were rendered."""
-    for number, position in dict.fromkeys(placed[:2] for placed in part):
+    for number, position in part.whole_rows():
         yield sources[number].form.normalise(sources[number].rows[position])
 
 
@@ -138,24 +139,12 @@ def _held_out_of(
     return config.held_out_of(sum(len(source.rows) for source in sources)), units
 
 
-def _assign(sources: list[Reading], others: list[Reading], train: list[Placed], held_out: list[Placed]) -> None:
+def _assign(sources: list[Reading], others: list[Reading], train: Taken, held_out: Taken, examples: Examples) -> None:
     """Give each source its rows: those to train on as often as its weight says, in file order."""
     for number, source in enumerate(sources):
-        own = [placed for placed in train if placed[0] == number]
-        units = dict.fromkeys(placed[: 3 if source.by_piece else 2] for placed in own)
-        counts = dict(zip(units, visits(len(units), source.weight), strict=True))
-        for placed in sorted(own, key=lambda placed: placed[:3]):
-            source.train += [placed[3]] * counts[placed[: 3 if source.by_piece else 2]]
+        source.train = examples.take(train.of_source(number, source.weight, by_piece=source.by_piece))
     for number, source in enumerate(others):
-        source.held_out = _in_file_order([placed for placed in held_out if placed[0] == number])
-
-
-def _taken(units: Iterator[list[Placed]], count: int | None = None) -> list[Placed]:
-    return [piece for unit in islice(units, count) for piece in unit]
-
-
-def _in_file_order(part: list[Placed]) -> list[Example]:
-    return [example for *_, example in sorted(part, key=lambda item: item[:3])]
+        source.held_out = examples.take(held_out.of_source(number))
 
 
 def _units(
@@ -335,7 +324,7 @@ def _check(sources: Sequence[Reading], config: DataConfig, *, usable: bool) -> N
         raise InputError(what, fix=fix if untrained else f"{fix}; or data.too_long: truncate")
 
 
-def _none_left(sources: Sequence[Reading], held_out: Sequence[Placed], config: DataConfig) -> InputError:
+def _none_left(sources: Sequence[Reading], held_out: Taken, config: DataConfig) -> InputError:
     """`data.eval` takes all there is."""
     source = sources[0]
     if source.by_piece and len(sources) == 1:
@@ -346,7 +335,7 @@ def _none_left(sources: Sequence[Reading], held_out: Sequence[Placed], config: D
             "none is left to train on",
             fix=f"set data.eval lower, {shorter}or give it a separate file",
         )
-    count = len({place[:2] for place in held_out})
+    count = sum(1 for _ in held_out.whole_rows())
     whole = ": texts are held out whole" if any(source.split_rows for source in sources) else ""
     usable = counted(count, "usable row")
     return InputError(

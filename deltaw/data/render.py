@@ -37,6 +37,7 @@ from deltaw.data.chat import NO_TEMPLATE, ChatWriter, Layout, Piece
 from deltaw.data.document import Chat, Completion, Document, Message, Text
 from deltaw.data.encode import Encoded, Encoder
 from deltaw.data.example import Example
+from deltaw.data.examples import Examples
 from deltaw.data.split import split
 from deltaw.errors import InputError, Rejected
 from deltaw.files.strict_json import read_json
@@ -96,6 +97,16 @@ class Renderer:
         other = copy.copy(self)
         other._system = system
         return other
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """All that decides what becomes of a document, beside the tokenizer's files, as JSON has it."""
+        return {
+            "train_on": self._train_on,
+            "rendered": self._rendered,
+            "template": self.template,
+            "system": self._system,
+        }
 
     @property
     def own_template(self) -> bool:
@@ -185,16 +196,15 @@ class Renderer:
             self.tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         )
 
-    def end_of_turn_problems(self, examples: Sequence[Example]) -> list[str]:
+    def end_of_turn_problems(self, examples: Examples) -> list[str]:
         """Why the trained model may not stop, in words for the user; nothing when all is well."""
         problems = []
-        stops = self.stop_ids
-        examples = [example for example in examples if not example.goes_on]
-        endless = sum(stops.isdisjoint(example.tokens[example.loss_mask].tolist()) for example in examples)
+        ending = ~examples.is_kind(lambda kind: kind.goes_on)
+        endless = int(np.count_nonzero(ending & ~examples.train_any(self.stop_ids)))
         if endless:
             problems.append(
-                f"{endless} of {len(examples)} rows train no end-of-turn token: the model won't learn to stop "
-                "after them"
+                f"{endless} of {np.count_nonzero(ending)} rows train no end-of-turn token: the model won't learn to "
+                "stop after them"
             )
         if self.end_of_turn is not None and self.end_of_turn not in self.model_stop_ids:
             token = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from deltaw.adapter.stand_ins import FusedAttention
 from deltaw.base.attention import is_packed
 from deltaw.base.batch import Batch, Pass, passing_of
+from deltaw.base.frozen import dtype_of
 from deltaw.base.probe import REFUSALS
 from deltaw.generate.cache import Cache, Row, segments_for
 from deltaw.generate.sampling import Sampling
@@ -283,7 +284,7 @@ class Slots(Cache):
         stand_ins = [module for module in model.modules() if isinstance(module, FusedAttention)]
         if not stand_ins or not is_packed(model) or not all(stand_in.enabled for stand_in in stand_ins):
             return False
-        dtype = next(model.parameters()).dtype
+        dtype = dtype_of(model)
         if _tried.get(stand_ins[0], (None,))[0] != dtype:
             _tried[stand_ins[0]] = dtype, _holds(model)
         return _tried[stand_ins[0]][1]

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaw.base.frozen import dtype_of
 from deltaw.base.probe import REFUSALS, rounding
 from deltaw.generate.cache import State, context, padded, text_config
 
@@ -47,7 +48,7 @@ class Together:
         border = _border(model, min(most, context(model)))
         if alone:
             return Together(border=border)
-        way = (next(model.parameters()).dtype, model.config._attn_implementation)  # type: ignore[union-attr]
+        way = (dtype_of(model), model.config._attn_implementation)  # type: ignore[union-attr]
         if _tried.get(model, (None,))[0] != way:
             _tried[model] = way, Trial(model).result()
         return dataclasses.replace(_tried[model][1], border=border)
@@ -67,7 +68,7 @@ class Trial:
         self.model, self.device = model, next(model.parameters()).device
         ids_T = (torch.arange(SHORT + 2 * LONG, device=self.device) * 7919 + 13) % text_config(model).vocab_size
         self.short, self.long, self.other = ids_T.split([SHORT, LONG, LONG])
-        self.units = max(rounding(next(model.parameters()).dtype), 1e-6)
+        self.units = max(rounding(dtype_of(model)), 1e-6)
 
     def result(self) -> Together:
         try:

@@ -35,7 +35,7 @@ def texts(examples) -> list[str]:
 def test_everything_is_used_in_file_order(tmp_path):
     prepared = prepare(DataConfig(train=write(tmp_path, pairs(1100))), RENDERER)
     assert texts(prepared.train) == [pair["prompt"] + pair["completion"] for pair in pairs(1100)]
-    assert prepared.eval == []
+    assert len(prepared.eval) == 0
     report = prepared.report
     assert (report.rows_read, report.train_rows, report.eval_rows, report.unusable) == (1100, 1100, 0, 0)
     assert report.tokens == sum(len(example.tokens) for example in prepared.train)
