@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from deltaw.data.split import CHARACTER, INSIDE, WORD, places
+from deltaw.data.words import words_of
 from deltaw.errors import Rejected
 from deltaw.files.encoding import setting
 from deltaw.show.progress import Progress, unseen
@@ -89,6 +90,7 @@ class Encoder:
         joined = self._plain(["\na", "a"])
         self._anchor = [] if joined[0] == newline + joined[1] else newline
         self._quick = _takes_no_offsets(tokenizer)
+        self._words = words_of(tokenizer) if self._quick and not self._anchor else None
         self._is_control = np.zeros(1 + max(self.control_ids, default=0), bool)
         self._is_control[list(self.control_ids)] = True
 
@@ -218,6 +220,8 @@ class Encoder:
             return []
         if not offsets and self._quick and len(texts) > 1:
             self._recorded(texts[:1])  # sets what the tokenizer remembers: nothing is cut, nothing filled up
+            if self._words is not None:
+                return [(ids, None) for ids in self._words.encode(texts)]
             encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
             return [(encoding.ids, None) for encoding in encodings]
         encoded = self._tokenizer(
