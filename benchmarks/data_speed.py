@@ -22,7 +22,19 @@ from typing import Any
 
 from deltaw.config import DataConfig
 
-WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "his", "but", "at", "are", "this", "have", "from", "or", "had", "an", "they", "which", "one", "you", "were", "all", "her", "she", "there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "no", "more", "if", "out", "so", "up", "said", "what", "its", "about", "than", "into", "them", "can", "only", "other", "time", "new", "some", "could", "these", "two", "may", "first", "then", "do", "any", "like", "my", "now", "over", "such", "our", "man", "even", "most", "made", "after", "also", "did", "many", "off", "before", "must", "well", "back", "through", "years", "much", "where", "your", "way", "down", "should", "because", "long", "each", "just", "state", "those", "people", "too", "world", "still", "between", "life", "being", "under", "never", "day", "same", "another", "know", "while", "last", "might", "us", "great", "old", "year", "come", "since", "against", "go", "came", "right", "used", "take", "three", "himself", "few", "house", "use", "during", "without", "again", "place", "around", "however", "home", "small", "found", "thought", "went", "say", "part", "once", "general", "high", "upon", "school", "every", "interpretation", "gradient", "photosynthesis", "bureaucracy", "asynchronous", "lighthouse", "marmalade", "Reykjavik", "kilowatt-hours", "café", "naïve", "Łódź", "東京", "don't", "it's", "3.14", "1,024", "HTTP/2", "foo_bar()", "<br>", "e-mail", "C++", "§12", "“quoted”", "—", "(parenthesis)"]
+TEXT = """
+the of and to in a is that for it as was with be by on not he his but at are this have from or had an they
+which one you were all her she there would their we him been has when who will no more if out so up said what
+its about than into them can only other time new some could these two may first then do any like my now over
+such our man even most made after also did many off before must well back through years much where your way
+down should because long each just state those people too world still between life being under never day same
+another know while last might us great old year come since against go came right used take three himself few
+house use during without again place around however home small found thought went say part once general high
+upon school every interpretation gradient photosynthesis bureaucracy asynchronous lighthouse marmalade
+Reykjavik kilowatt-hours café naïve Łódź 東京 don't it's 3.14 1,024 HTTP/2 foo_bar() <br> e-mail C++ §12
+“quoted” — (parenthesis)
+"""
+WORDS = TEXT.split()
 SYSTEMS = (
     "You are a helpful assistant that answers briefly and in plain words.",
     "You are a careful tutor. Explain each step before you give the answer.",
@@ -52,7 +64,7 @@ def write(path: Path, rows: int) -> None:
 
 
 class Peak:
-    """The most memory that this process and its children had at once, in bytes: proportional sets, ten times a second."""
+    """The most memory that this process and its children had at once, in bytes: proportional sets, sampled."""
 
     def __enter__(self) -> "Peak":
         self.bytes, self._stop = 0, threading.Event()
@@ -87,22 +99,27 @@ def measure(path: Path, base: str, profile: bool) -> None:
     from deltaw.base.source import find_base
     from deltaw.data.opening import open_renderer
     from deltaw.data.prepare import prepare
+    from deltaw.files import bounded
 
     renderer = open_renderer(find_base(base))
     config = DataConfig(train=str(path), eval=500)
     profiler = cProfile.Profile()
     with Peak() as peak:
+        bounded.worker().stop()
         began, used = time.perf_counter(), cpu_seconds()
         if profile:
             profiler.enable()
         dataset = prepare(config, renderer)
         profiler.disable()
-        seconds, cpu = time.perf_counter() - began, cpu_seconds() - used
+        seconds = time.perf_counter() - began
+        bounded.worker().stop()  # whose seconds are known when it has ended
+        cpu = cpu_seconds() - used
     fingerprint = dataset.fingerprint
     rows, tokens = dataset.report.rows_read, dataset.report.tokens
     print(f"{rows:,} rows, {tokens:,} tokens, {path.stat().st_size / 1e6:.0f} MB, {os.cpu_count()} cores")
     print(
-        f"prepared in {seconds:.1f} s ({rows / seconds:,.0f} rows/s), {cpu:.1f} s of CPU ({cpu / rows * 1e6:.0f} µs/row)"
+        f"prepared in {seconds:.1f} s ({rows / seconds:,.0f} rows/s), "
+        f"{cpu:.1f} s of CPU ({cpu / rows * 1e6:.0f} µs/row)"
     )
     print(f"peak {peak.bytes / 1e6:,.0f} MB, fingerprint {fingerprint[:16]}, load {os.getloadavg()[0]:.1f}")
     if profile:

@@ -25,6 +25,7 @@ from deltaw.base.head import Head, find_head
 from deltaw.base.objective import Objective, sft
 from deltaw.base.prefix import Prefix
 from deltaw.base.probe import REFUSALS, Probe, borders, masks_are_told, uncrossed
+from deltaw.base.recompute import Recompute
 from deltaw.base.small import small_copy
 from deltaw.errors import InputError
 from deltaw.kernels.logprobs import Logprobs, logprobs_of
@@ -45,6 +46,7 @@ class Forward:
     way: str
     why: str = ""  # what forbids a faster way
     prefix: Prefix | None = None  # frozen layers that are not computed again
+    recompute: Recompute | None = None  # layers that keep their input alone, and run again in the backward
     attention: str = ""  # that the model was left on, where documents are packed
     positions: bool = False  # a padded batch says where its documents end: the model's angles depend on it
 
@@ -57,7 +59,8 @@ class Forward:
         batches = f"{self.way} ({self.why})" if self.why else self.way
         head = "fused head and loss" if self.head else "the model's own head"
         below = f", {self.prefix.first} frozen layers computed once" if self.prefix else ""
-        return f"{batches}, {head}{below}"
+        again = f", {self.recompute.describe()}" if self.recompute else ""
+        return f"{batches}, {head}{below}{again}"
 
     def loss(self, batch: Batch, objective: Objective = sft) -> tuple[Tensor, int]:
         """(the objective's number, count of labelled tokens); by default the sum of their cross-entropies in nats."""

@@ -24,6 +24,7 @@ import contextlib
 import hashlib
 import io
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,28 @@ def llama_cpp_name(model_type: str) -> str | None:
     bare = model_type.removesuffix("_text")
     names = (LLAMA_CPP_NAMES.get(model_type, model_type), bare, bare.replace("_", ""), bare.replace("_", "-"))
     return next((name for name in names if name in MODEL_ARCH_NAMES.values()), None)
+
+
+def stored_names(header: Header, names: Iterable[str]) -> dict[str, str]:
+    """What a file calls a model's tensors, by the model's names; those that it isn't known to have are left out.
+
+    transformers' own table of this is made anew for each of a model's modules, which takes 10 s."""
+    from gguf.constants import MODEL_ARCH_NAMES
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    kind = architecture(header)
+    blocks = header.metadata.get(f"{kind}.block_count")
+    number = next((number for number, name in MODEL_ARCH_NAMES.items() if name == kind), None)
+    if number is None or not isinstance(blocks, int):
+        return {}
+    known = get_tensor_name_map(number, blocks)
+    found: dict[str, str] = {}
+    for name in names:
+        for asked in (name, name.partition(".")[2]):
+            stored = known.get_name(asked, try_suffixes=(".weight", ".bias"))
+            if stored in header.shapes:
+                found.setdefault(name, stored)
+    return found
 
 
 def to_folder(path: Path, cache: Path, *, display: Display = QUIET) -> Path:

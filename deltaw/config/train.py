@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 from deltaw.config.strict import MANY, Count, PositiveFloat, Seed, Strict
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Checkpointing = Literal["auto", "none", "blocks", "offload"]
 PLAIN_BATCH = 2048  # tokens: what a batch has where nothing speaks for another size
 
 Logger = Literal["tensorboard", "wandb"]
@@ -30,9 +31,17 @@ class TrainConfig(Strict):
     tokens_per_batch: Count | Literal["auto"] = Field(
         "auto", description="tokens in one forward and backward; bounds the memory. auto: 2048, on a GPU what fits it"
     )
+    checkpointing: Checkpointing = Field(
+        "auto",
+        description="blocks: layers run again in the backward; offload: from inputs in the machine's memory. "
+        "auto: where memory is short",
+    )
     seed: Seed = 0
     dtype: Dtype = "auto"
     device: str = "auto"
+    shard: Literal["auto", "never", "always"] = Field(
+        "auto", description="whether each of several processes keeps a part of the base; auto: where it doesn't fit"
+    )
     eval_every: Count | None = None
     patience: Count | None = Field(
         None, description="stop after so many evaluations in a row that aren't the best so far"

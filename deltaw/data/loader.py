@@ -5,7 +5,8 @@
 An epoch is shuffled by (seed, epoch). A step takes documents in that order until the next would not fit
 into `tokens_per_step`; it is cut into batches of at most `tokens_per_batch`, whose gradients are summed. A
 document longer than either stands alone. So `tokens_per_batch` changes the memory and the speed and nothing
-else.
+else. Where several processes train together each takes some of the batches (`dealt`), which are cut smaller where they
+would be fewer than these; the documents of a step are the same at every number of processes.
 
 How many steps some epochs have is counted, since the order of the documents makes one epoch a step longer than
 another, in exact arithmetic: 1.1 epochs of 10 steps are 11, and not the 12 that ceil makes of 11.000000000000002.
@@ -53,11 +54,18 @@ class Plan(Sequence[Step]):
     cut; a step's batches are made when it is asked for. Raises ValueError on no lengths."""
 
     def __init__(
-        self, lengths: Sequence[int] | np.ndarray, *, tokens_per_step: int, tokens_per_batch: int, seed: int, epoch: int
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        *,
+        tokens_per_step: int,
+        tokens_per_batch: int,
+        seed: int,
+        epoch: int,
+        ranks: int = 1,
     ) -> None:
         if not len(lengths):
             raise ValueError("an epoch needs at least one example")
-        self._lengths, self._tokens_per_batch = np.asarray(lengths), tokens_per_batch
+        self._lengths, self._tokens_per_batch, self._ranks = np.asarray(lengths), tokens_per_batch, ranks
         self._order = _shuffled(len(lengths), seed, epoch).astype(np.uint32)
         self._cuts = _cuts(self._lengths[self._order], tokens_per_step)
 
@@ -72,7 +80,8 @@ class Plan(Sequence[Step]):
         if isinstance(number, slice):
             return [self[one] for one in range(len(self))[number]]
         begin = range(len(self))[number]
-        return fill(self._order[self._cuts[begin] : self._cuts[begin + 1]], self._lengths, self._tokens_per_batch)
+        numbers = self._order[self._cuts[begin] : self._cuts[begin + 1]]
+        return _for_all(self._ranks, fill(numbers, self._lengths, self._tokens_per_batch), self._lengths)
 
 
 def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -99,6 +108,33 @@ def _cuts(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return np.frombuffer(cuts, np.int64)
 
 
+def _for_all(ranks: int, batches: Step, lengths: np.ndarray) -> Step:
+    """The batches of a step; where they are fewer than the ranks, smaller ones of about equal length, at least one
+    document each: as many as there are ranks, or documents."""
+    numbers = [number for batch in batches for number in batch]
+    parts = min(ranks, len(numbers))
+    if len(batches) >= parts:
+        return batches
+    ends = np.cumsum([lengths[number] for number in numbers])
+    cuts, total = [0], int(ends[-1])
+    for part in range(1, parts):
+        nearest = int(np.searchsorted(ends, total * part / parts))  # its document: cut before or after, which is nearer
+        behind = nearest + (ends[nearest] - total * part / parts <= lengths[numbers[nearest]] / 2)
+        cuts.append(min(max(int(behind), cuts[-1] + 1), len(numbers) - parts + part))
+    return [numbers[a:b] for a, b in pairwise([*cuts, len(numbers)])]
+
+
+def dealt(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """The numbers of the batches that each rank takes: the largest first, each to whom has the least so far."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for number in sorted(range(len(sizes)), key=lambda n: (-sizes[n], n)):
+        rank = min(range(ranks), key=lambda r: (tokens[r], r))
+        shares[rank].append(number)
+        tokens[rank] += sizes[number]
+    return [sorted(share) for share in shares]
+
+
 class Loader:
     """Iterates for ever over (the batches of a step, the state to resume at after it)."""
 
@@ -109,13 +145,14 @@ class Loader:
         tokens_per_batch: int,
         seed: int,
         start: LoaderState = LoaderState(),
+        ranks: int = 1,
     ) -> None:
         lengths = lengths_of(examples)
 
         @lru_cache(maxsize=2)
         def steps_of(epoch: int) -> Plan:
             sizes = {"tokens_per_step": tokens_per_step, "tokens_per_batch": tokens_per_batch}
-            return Plan(lengths, **sizes, seed=seed, epoch=epoch)
+            return Plan(lengths, **sizes, seed=seed, epoch=epoch, ranks=ranks)
 
         self._examples, self._steps_of, self._start = examples, steps_of, start
         self._lengths, self._seed, self._tokens_per_step = lengths, seed, tokens_per_step

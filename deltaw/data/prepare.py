@@ -17,12 +17,14 @@ repeat a row on purpose.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 
 from deltaw.config import DataConfig
 from deltaw.data.asking import of_training, question_of
+from deltaw.data.carry import Results, packed, unpacked
 from deltaw.data.dataset import Dataset
 from deltaw.data.document import Document
 from deltaw.data.example import Example
@@ -34,12 +36,16 @@ from deltaw.data.row import Problem, Row
 from deltaw.data.sources import open_sources
 from deltaw.data.taken import Placed, Taken
 from deltaw.errors import InputError, Rejected, listed
+from deltaw.files.forked import cores, in_processes
 from deltaw.show.progress import QUIET, Display, Progress, unseen
 from deltaw.show.text import counted
 
 CHUNK, CHARACTERS = 512, 4_000_000  # rows and characters tokenised in one call
 SHORTEST = 16  # tokens: shorter pieces aren't advised
 LONG = 500_000  # characters of a row that take the tokenizer a while
+
+SEVERAL = 8  # chunks from which on several processes render them
+CONTENT = json.JSONEncoder(sort_keys=True, default=str)
 
 Place = tuple[int, int]  # source, row in it
 
@@ -49,6 +55,7 @@ class _Extent:
 
     def __init__(self, sources: Sequence[Reading]) -> None:
         self.characters = [[_characters(row) for row in source.rows] for source in sources]
+        self.rows = sum(map(len, self.characters))
         every = [count for counts in self.characters for count in counts]
         self.in_characters = max(every) > LONG
         self.total = sum(every) if self.in_characters else len(every)
@@ -73,7 +80,8 @@ def prepare(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", di
     sources, builder = open_sources(config.train, config, renderer, reads), Builder()
     extent = _Extent(sources)
     with display.task("reading data", extent.total) as progress:
-        count, stream = _held_out_of(sources, _units(sources, renderer, config, progress, extent), config)
+        wanted = None if config.limit is None else config.limit + config.held_out_of(extent.rows)
+        count, stream = _held_out_of(sources, _units(sources, renderer, config, progress, extent, wanted), config)
         held_out, train = Taken(builder, stream, count), Taken(builder, stream, config.limit)
         progress(extent.total)  # rows beyond data.limit are never looked at
     _check(sources, config, usable=bool(train or held_out))
@@ -105,8 +113,9 @@ def prepare_held_out(config: DataConfig, renderer: Renderer) -> Examples:
         _check(sources, config, usable=bool(held_out))
         return builder.finish().take(held_out.in_file_order)
     sources = open_sources(config.train, config, renderer)
-    count, stream = _held_out_of(sources, _units(sources, renderer, config, unseen, _Extent(sources)), config)
-    builder = Builder()
+    extent, builder = _Extent(sources), Builder()
+    wanted = config.held_out_of(extent.rows)
+    count, stream = _held_out_of(sources, _units(sources, renderer, config, unseen, extent, wanted), config)
     held_out = Taken(builder, stream, count)
     bad = any(source.bad_share > config.bad_rows for source in sources)
     if held_out.units < count or bad:  # how bad they are is to be told of all of them
@@ -139,14 +148,17 @@ def _assign(sources: list[Reading], others: list[Reading], train: Taken, held_ou
 
 
 def _units(
-    sources: Sequence[Reading], renderer: Renderer, config: DataConfig, progress: Progress, extent: _Extent
+    sources: Sequence[Reading],
+    renderer: Renderer,
+    config: DataConfig,
+    progress: Progress,
+    extent: _Extent,
+    wanted: int | None = None,
 ) -> Iterator[list[Placed]]:
     """The usable rows of all sources in random order, each as its pieces; of a single document each piece is one. Only
-    what is taken is counted."""
+    what is taken is counted; `wanted` is how many that will be, None for all."""
     before = 0
-    for chunk in _chunks(extent, _random_order(sources, config.seed)):
-        within = partial(_beyond, progress, before) if extent.in_characters else unseen
-        results = _render(chunk, sources, renderer, config, within)
+    for chunk, results in _rendered(sources, renderer, config, progress, extent, wanted):
         for (number, position), result in zip(chunk, results, strict=True):
             source = sources[number]
             source.seen += 1
@@ -158,6 +170,39 @@ def _units(
                 yield placed
         before += extent.of(chunk)
         progress(before)
+
+
+def _rendered(
+    sources: Sequence[Reading],
+    renderer: Renderer,
+    config: DataConfig,
+    progress: Progress,
+    extent: _Extent,
+    wanted: int | None,
+) -> Iterator[tuple[list[Place], Results]]:
+    """The rows in random order, a chunk at a time, with what became of each. Where there are many, processes render
+    them; the tokenizer's threads do it where a single row takes it a while."""
+    chunks = _chunks(extent, _random_order(sources, config.seed))
+    processes = cores()
+    few = min(extent.rows, extent.rows if wanted is None else wanted) < SEVERAL * CHUNK
+    if processes == 1 or extent.in_characters or few:
+        before = 0
+        for chunk in chunks:
+            within = partial(_beyond, progress, before) if extent.in_characters else unseen
+            yield chunk, _render(chunk, sources, renderer, config, within)
+            before += extent.of(chunk)
+        return
+    every = list(chunks)
+
+    def origins(chunk: list[Place]) -> list[str]:
+        return [sources[number].rows[position].origin for number, position in chunk]
+
+    def work(number: int) -> bytes:
+        return packed(_render(every[number], sources, renderer, config, unseen), origins(every[number]))
+
+    with closing(in_processes(work, len(every), processes)) as results:
+        for chunk, result in zip(every, results, strict=True):
+            yield chunk, unpacked(result, origins(chunk))
 
 
 def _beyond(progress: Progress, before: int, done: int) -> None:
@@ -193,7 +238,7 @@ def _random_order(sources: Sequence[Reading], seed: int) -> list[Place]:
         row = sources[place[0]].rows[place[1]]
         try:
             filled = {name: value for name, value in row.value.items() if value is not None}
-            content = json.dumps(filled, sort_keys=True, default=str).encode()
+            content = CONTENT.encode(filled).encode()
         except (RecursionError, TypeError):  # nested too deeply, or keys of several types: no JSON row is so
             content = row.origin.encode()
         return hashlib.blake2b(content, digest_size=16, key=key).digest(), place

@@ -22,8 +22,10 @@ front where they don't begin with it, and eos behind where they don't end with a
 
 import copy
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +146,8 @@ class Renderer:
             [behind(document, self._system) for document in documents] if self._system else documents
         )
         good = [layout for layout in layouts if isinstance(layout, Layout)]
-        encoded = iter(self._encoder.encode([[piece.text for piece in layout.pieces] for layout in good], progress))
+        texts = [[piece.text for piece in layout.pieces] for layout in good]
+        encoded = iter(self._encoder.encode(texts, progress, places=length > 0))
         results: list[list[Example] | Rejected] = []
         for layout, document, origin in zip(layouts, documents, origins, strict=True):
             if isinstance(layout, Rejected):
@@ -267,28 +270,28 @@ class Renderer:
             raise InputError(f"data.train_on: {self._train_on} has no meaning for {form} rows", fix=fix)
 
     def _assemble(self, layout: Layout, ids: list[list[int]], document: Document, origin: str) -> Example:
-        tokens: list[int] = list(layout.opening)
-        mask = [self._train_on == "all"] * len(tokens)
-        control_ids = self._encoder.control_ids
+        tokens = np.array([*layout.opening, *chain.from_iterable(ids), *layout.closing], np.int32)
+        mask = np.zeros(len(tokens), bool)
+        mask[: len(layout.opening)] = self._train_on == "all"
+        mask[len(tokens) - len(layout.closing) :] = True
+        controls = self._encoder.control_places(tokens)
+        end = len(layout.opening)
         for piece, piece_ids in zip(layout.pieces, ids, strict=True):
-            controls = [index for index, id in enumerate(piece_ids) if id in control_ids]
-            if len(controls) != len(self._encoder.controls(piece.text)):
+            begin, end = end, end + len(piece_ids)
+            own = controls[bisect_left(controls, begin) : bisect_left(controls, end)]
+            if len(own) != len(self._encoder.controls(piece.text)):
                 raise Rejected("the tokenizer turns plain text in it into a control token")
-            trained = len(piece_ids) if piece.trained is None else 0
-            if piece.trained:
-                trained = controls[piece.trained - 1] + 1
-            tokens += piece_ids
-            mask += [True] * trained + [False] * (len(piece_ids) - trained)
-        tokens += layout.closing
-        mask += [True] * len(layout.closing)
-        if mask:
-            mask[0] = False
-        if not any(mask):
+            if piece.trained is None:
+                mask[begin:end] = True
+            elif piece.trained:
+                mask[begin : own[piece.trained - 1] + 1] = True
+        mask[:1] = False
+        if not mask.any():
             raise Rejected(_nothing_trained(layout.untrained_turns))
         names = tuple(name for piece in layout.pieces for name in self._encoder.names(piece.text))
         return Example(
-            np.array(tokens, np.int32),
-            np.array(mask, bool),
+            tokens,
+            mask,
             origin,
             untrained_turns=layout.untrained_turns,
             unused=document.unused,

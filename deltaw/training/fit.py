@@ -68,7 +68,8 @@ def one_pass(forward: Forward, learner: Learner, batch: Batch, *, accumulating: 
     parameters = learner.attached.parameters
     device = parameters[0].device
     fresh = [p for p in parameters if p not in learner.optimizer.state]
-    moments = [torch.empty(2 * p.numel(), device=device) for p in fresh]  # AdamW makes them in its first update
+    # AdamW makes them in its first update. Written to, or on a CPU they would take no memory yet.
+    moments = [torch.ones(2 * p.numel(), device=device) for p in fresh]
     with torch.random.fork_rng(enabled=bool(learner.attached.spec.dropout)), learner.dropping():
         try:
             if accumulating:  # a batch before this one left its gradient
@@ -102,7 +103,7 @@ def measure(
 
     points, largest = list[Point](), None
     for size in sorted(set(sizes)):
-        batch = pack(_cut(examples, size))
+        batch = pack(cut(examples, size))
         if len(points) > 1 and points[-1].seconds * (len(batch.tokens_T) / points[-1].tokens) ** 2 > seconds:
             break
         points.append(measured(largest := batch))
@@ -111,16 +112,16 @@ def measure(
         yield measured(_half_trained(largest))
 
 
-def _cut(examples: Sequence[Example], tokens: int) -> list[Example]:
-    """The first `tokens` tokens of `examples`, the last one cut; at least two, of which one can be trained."""
+def cut(examples: Sequence[Example], tokens: int) -> list[Example]:
+    """The first `tokens` tokens of `examples`, at least two. The last one lacks its beginning: what is trained of a row
+    is mostly at its end, and without it a pass would be none."""
     taken, room = list[Example](), max(2, tokens)
     for example in examples:
         if room <= 1:
             break
-        else:
-            end = min(room, len(example.tokens))
-            taken.append(replace(example, tokens=example.tokens[:end], loss_mask=example.loss_mask[:end]))
-            room -= end
+        size = min(room, len(example.tokens))
+        taken.append(replace(example, tokens=example.tokens[-size:], loss_mask=example.loss_mask[-size:]))
+        room -= size
     return taken
 
 

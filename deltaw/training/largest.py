@@ -40,15 +40,18 @@ class Work:
         return sum(int(example.loss_mask.sum()) for example in self.longest)
 
 
-def work_left(examples: Sequence[Example], config: TrainConfig, position: LoaderState, steps: int) -> Work:
+def work_left(
+    examples: Sequence[Example], config: TrainConfig, position: LoaderState, steps: int, ranks: int = 1
+) -> Work:
     """The next `steps` steps from `position`. No step left: all zeros, and no longest batch.
 
     Every step is looked at, for up to `LOOKING` seconds; in a longer run those that were seen stand for the others.
+    `ranks`: how many processes take the steps together.
     """
     lengths, trained = lengths_of(examples), supervised_of(examples)
     seen, tokens, supervised, until = 0, 0, 0, time.monotonic() + LOOKING
     largest, longest, batches, first = (0, 0), list[int](), 0, 0
-    for step in islice(_steps(lengths, config, position), steps):
+    for step in islice(_steps(lengths, config, position, ranks), steps):
         for batch in step:
             size = int(lengths[batch].sum()), int(trained[batch].sum())
             tokens, supervised = tokens + size[0], supervised + size[1]
@@ -62,12 +65,12 @@ def work_left(examples: Sequence[Example], config: TrainConfig, position: Loader
     return Work(steps, tokens, supervised, [examples[n] for n in longest], batches, first)
 
 
-def _steps(lengths: np.ndarray, config: TrainConfig, position: LoaderState) -> Iterator[list[list[int]]]:
+def _steps(lengths: np.ndarray, config: TrainConfig, position: LoaderState, ranks: int) -> Iterator[list[list[int]]]:
     """For ever."""
     sizes = {"tokens_per_step": config.step_tokens, "tokens_per_batch": config.batch_tokens}
     epoch, start = position.epoch, position.step
     while True:
-        steps = Plan(lengths, **sizes, seed=config.seed, epoch=epoch)
+        steps = Plan(lengths, **sizes, seed=config.seed, epoch=epoch, ranks=ranks)
         yield from (steps[number] for number in range(start, len(steps)))
         epoch, start = epoch + 1, 0
 

@@ -33,6 +33,7 @@ from deltaw.errors import RunError
 KERNELS = 256  # compiled by oneDNN and kept; a step of new shapes needs about 50
 KERNEL_BYTES = 1 << 19  # of one of them, about
 GROWTH = 1.1  # of what one step leaves behind, before the C library is asked for it
+SHAPES, SETTLED = 5, 16  # kernels that a step of another shape adds; steps until the holes are as large as they get
 UNLIMITED = 1 << 60
 GROUP_FILES = (  # of a control group: its limit, what it uses, and which line of memory.stat can be dropped
     ("memory.max", "memory.current", "inactive_file"),
@@ -69,6 +70,15 @@ class Heap:
         elif size > self._limit:
             release(self._device)
             self._limit = 0.0
+
+
+def of_all_steps(peak: int, steps: int, device: torch.device) -> int:
+    """The peak of so many steps, of which the largest came to `peak` by itself: on a CPU, steps of other shapes add
+    holes as far as `Heap` lets them, and kernels."""
+    if device.type != "cpu":
+        return peak
+    holes = (GROWTH - 1) * min(1, steps / SETTLED)
+    return peak + round(holes * peak) + min(KERNELS, SHAPES * steps) * KERNEL_BYTES
 
 
 def held_memory(device: torch.device) -> int:
@@ -119,6 +129,7 @@ class Window:
 def window(device: torch.device) -> Iterator[Window]:
     """Measure a piece of work. Where a peak can't be reset (macOS), it is the process's so far."""
     release(device)
+    _before[os.getpid(), str(device)] = peak_memory(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -128,11 +139,19 @@ def window(device: torch.device) -> Iterator[Window]:
     yield seen
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seen.peak, seen.seconds = peak_memory(device), time.monotonic() - began
+    seen.peak, seen.seconds = _peak(device), time.monotonic() - began
+
+
+_before: dict[tuple[int, str], int] = {}  # by process (a fork has a peak of its own) and device: when a window began
 
 
 def peak_memory(device: torch.device) -> int:
     """The most bytes held so far: the process's on a CPU, the tensors' on a GPU."""
+    return max(_peak(device), _before.get((os.getpid(), str(device)), 0))
+
+
+def _peak(device: torch.device) -> int:
+    """The same since the last window began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -50,9 +50,9 @@ from deltaw.training.measuring import ANSWERS, plain_loss, what_was_forgotten
 from deltaw.training.memory import Window, window, working_on
 from deltaw.training.opening import Opened, general_rows, open_run, start_from_data
 from deltaw.training.preflight import check_longest, disk_needed, existing, work_of
+from deltaw.training.recomputing import Choice, choose
 from deltaw.training.shortage import explain
 
-SHAPES, SETTLED = 5, 16  # kernels that a step of another shape adds; steps until the holes are as large as they get
 NEW, ROWS = 32, 128  # tokens generated for each of so many rows
 LONG, PIECE = 16_384, 10.0  # tokens from which on smaller pieces are tried first; seconds that one piece may take
 WHAT_IF = (0.5, 1, 2, 4)  # times train.tokens_per_batch
@@ -76,6 +76,8 @@ class Plan:
     steps: int
     tokens_per_step: int
     length: list[str]  # what there is to say of it (length.py)
+    checkpointing: str  # none, blocks or offload
+    recomputed: Choice  # the same, with what was measured of it
     tokens: int
     supervised_tokens: int
     longest_batch: int
@@ -115,6 +117,7 @@ class Plan:
                 "memory",
                 f"{gib(self.largest.peak)} at its peak, in {self.largest.name}; {gib(self.memory_there)} available",
             ),
+            *([("", self.recomputed.line())] if self.checkpointing != "none" else []),
             ("time", f"{clock(self.seconds)}, training at {self.tokens_per_second:.0f} tokens/s, without the report"),
             ("disk", f"{gib(self.disk_needed)}; {gib(self.disk_free)} free"),
             *_rows(self.data),
@@ -139,6 +142,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
     available = memory.held_memory(device) + memory.free_memory(device)
     learner, dataset = opened.learner(display), opened.dataset
     work = work_of(opened, learner)
+    opened, choice = choose(opened, learner, work, display)
     with _folder_beside(Path(config.output)) as folder:
         rehearsal = Rehearsal(opened, learner, work, Run(folder), display)
         try:
@@ -148,20 +152,22 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
         except Exception as error:
             fix = "plan again with one of these, then train with it"
             raise explain(error, opened, learner, Run(folder), fix=fix) or error from None
-    needs = fit.fit_memory(rehearsal.points)
+    needs, base = fit.fit_memory(rehearsal.points), opened.model.base
     share, longest = work.supervised / work.tokens, opened.longest
     sizes = [
         work.longest_tokens if f == 1 else max(longest, int(f * opened.config.train.batch_tokens)) for f in WHAT_IF
     ]
     return Plan(
         output=config.output,
-        computed=f"{str(opened.model.base.dtype).removeprefix('torch.')} on {device}",
+        computed=", its base ".join(filter(None, [f"{str(base.dtype).removeprefix('torch.')} on {device}", base.kept])),
         steps=work.steps,
         tokens_per_step=opened.config.train.step_tokens,
         length=[
             *length.notes(config, opened.config, work.steps),
             *length.warnings(config, opened.config, dataset, work.steps),
         ],
+        checkpointing=choice.way,
+        recomputed=choice,
         tokens=work.tokens,
         supervised_tokens=work.supervised,
         longest_batch=work.longest_tokens,
@@ -264,9 +270,7 @@ class Rehearsal:
                 f"a batch of {longest:,} tokens takes too long to try: its memory is estimated from batches of up to "
                 f"{most:,}, and the run may take longer than predicted"
             )
-        if self.device.type == "cpu":  # what steps of other shapes add: holes as far as Heap lets them, kernels
-            holes = (memory.GROWTH - 1) * min(1, self.work.steps / SETTLED)
-            peak += round(holes * peak) + min(memory.KERNELS, SHAPES * self.work.steps) * memory.KERNEL_BYTES
+        peak = memory.of_all_steps(peak, self.work.steps, self.device)
         self.phases.append(Phase("training", peak, self.seconds_a_token * self.work.tokens))
 
     def _saving(self) -> None:

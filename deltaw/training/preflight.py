@@ -54,7 +54,7 @@ def short_form(opened: Opened, learner: Learner, run: Run, general: Sequence[Exa
 def work_of(opened: Opened, learner: Learner) -> Work:
     """What is left of the run for `learner`."""
     left = max(0, learner.total - learner.state.step)
-    return work_left(opened.dataset.train, learner.config, learner.state.position, left)
+    return work_left(opened.dataset.train, learner.config, learner.state.position, left, opened.world.size)
 
 
 def check_longest(model: Model, rows: Sequence[Example]) -> None:

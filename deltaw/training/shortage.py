@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deltaw.base.forward import Forward
 from deltaw.errors import RunError, command
 from deltaw.files.output import gib
 from deltaw.files.paths import written
@@ -22,8 +23,14 @@ from deltaw.training.measuring import ANSWERS, FORGOTTEN, LOSS
 from deltaw.training.memory import OutOfMemory, bounded, free_memory, held_memory, is_out_of_memory, release
 from deltaw.training.opening import Opened
 from deltaw.training.preflight import work_of
+from deltaw.training.recomputing import recomputed, ways_left
 
 HEADROOM = 0.7  # a setting fits if it takes at most this share of the memory left beside the fixed part
+RESUMABLE = (
+    "train.tokens_per_batch",
+    "train.checkpointing",
+    "evaluate.",
+)  # settings that leave a run the run that it is
 PER_PARAMETER = 16  # bytes: float32 master, gradient and two moments
 
 
@@ -47,9 +54,9 @@ def explain(
         return RunError("\n  ".join([what, *settings]), fix or _go_on(run, settings[0]))
     work, settings_fitting = work_of(opened, learner), list[Setting]()
     takes = "takes more than that, and so do smaller ones"
-    if fit := _fitted(opened, learner, work):
+    if fit := _fitted(opened.model.forward, opened, learner, work):
         takes = f"takes about {gib(fit.bytes_at(work.longest_tokens, work.longest_supervised))}"
-        settings_fitting = settings_that_fit(opened, work, fit, room)
+        settings_fitting = settings_that_fit(opened, work, fit, room, _recomputed(opened, learner, work))
     at = f"step {learner.state.step + 1} of {opened.total}"
     what = f"out of memory in {at}: {gib(room)} are available, and a batch of {work.longest_tokens:,} tokens {takes}"
     lines = [f"{setting.text}: about {gib(setting.bytes)}" for setting in settings_fitting]
@@ -59,13 +66,24 @@ def explain(
     )
 
 
-def _fitted(opened: Opened, learner: Learner, work: Work) -> Fit | None:
+def _recomputed(opened: Opened, learner: Learner, work: Work) -> tuple[str, Fit] | None:
+    """The next way of keeping less (recomputing.py), and what batches take then."""
+    for way in ways_left(opened)[:1]:
+        with recomputed(opened, way) as forward:
+            if fit := _fitted(forward, opened, learner, work):
+                return way, fit
+    return None
+
+
+def _fitted(forward: Forward, opened: Opened, learner: Learner, work: Work) -> Fit | None:
     """From a sixteenth, an eighth and a quarter of the largest batch, as far as there is memory for them."""
+    if opened.shards:  # passes take all ranks
+        return None
     points = list[Point]()
     sizes = [work.longest_tokens // part for part in (16, 8, 4)]
     try:
         with bounded(opened.device):
-            passes = measure(opened.model.forward, learner, work.longest, sizes, accumulating=work.batches > 1)
+            passes = measure(forward, learner, work.longest, sizes, accumulating=work.batches > 1)
             points.extend(passes)
     except Exception as again:
         if not is_out_of_memory(again):
@@ -83,10 +101,13 @@ class Setting:
     bytes: int
 
 
-def settings_that_fit(opened: Opened, work: Work, fit: Fit, available: float) -> list[Setting]:
+def settings_that_fit(
+    opened: Opened, work: Work, fit: Fit, available: float, again: tuple[str, Fit] | None = None
+) -> list[Setting]:
     """Up to three changes under which the largest batch stays well below the `available` bytes that it didn't fit into.
 
-    Each comes with as many tokens per batch as fit. Fewer tokens alone come first: they change the speed, not the run.
+    Each comes with as many tokens per batch as fit. Fewer tokens alone come first: they change the speed, not the run;
+    so do layers that run again in the backward (`again`: how, and what batches take then).
     Where the batch should have fitted, by the fit, only what is surely smaller is named.
     """
     tokens, longest = work.longest_tokens, opened.longest
@@ -105,7 +126,12 @@ def settings_that_fit(opened: Opened, work: Work, fit: Fit, available: float) ->
 
     plain = setting("", 0, 1, tokens if explained else tokens / 2)
     enough = plain.tokens if plain else 0
-    changes = [setting(*change, tokens) for change in _savings(opened)] if explained else []
+    savings = _savings(opened)
+    if again is not None:
+        way, then = again
+        factor = (then.token + then.supervised * work.longest_supervised / tokens) / max(1.0, token)
+        savings = [(f"train.checkpointing={way}", fit.fixed - then.fixed, factor), *savings]
+    changes = [setting(*change, tokens) for change in savings] if explained else []
     smaller = [setting("", 0, 1, enough / part) for part in (2, 4)]
     candidates = [plain, *(change for change in changes if change and change.tokens > enough), *smaller]
     return [one for one in candidates if one][:3]
@@ -115,7 +141,8 @@ def _savings(opened: Opened) -> list[tuple[str, float, float]]:
     """(change, bytes that it saves whatever the batch, factor on what a token costs)."""
     base, spec, parameters = opened.model.base, opened.config.adapter, opened.attached.parameters
     trained = {id(parameter) for parameter in parameters}
-    frozen = sum(weight.nbytes for weight in base.model.parameters() if id(weight) not in trained)
+    stored = (weight for weight in base.model.parameters() if id(weight) not in trained)
+    frozen = sum(weight.nbytes for weight in stored if weight.dtype == torch.float32)
     learning = PER_PARAMETER * sum(parameter.numel() for parameter in parameters)
     savings = [("train.dtype=bfloat16", frozen / 2, 0.5)] if base.dtype == torch.float32 else []
     if spec.start is not None:
@@ -149,8 +176,8 @@ def _go_on(run: Run, setting: str | None) -> str:
     """How to continue the run that just failed: with a setting that may change on resuming, otherwise as a new run."""
     folder, saved = run.folder, list_checkpoints(run.checkpoints)
     remains = f"{saved[-1].name} remains" if saved else "nothing has been trained yet"
-    if setting and " " not in setting and setting.startswith(("train.tokens_per_batch", "evaluate.")):
-        return f"{remains}; resume with: {command('train', folder, setting, options=['--allow'])}"
+    if setting and all(word.startswith(RESUMABLE) for word in setting.split()):
+        return f"{remains}; resume with: {command('train', folder, *setting.split(), options=['--allow'])}"
     words = [
         folder / "config.yaml",
         setting or "base=…",
