@@ -60,7 +60,7 @@ from deltaw.files.safetensors import read_header
 from deltaw.files.stream import Entry, stream_size, streamed
 from deltaw.show.progress import QUIET, Display
 from deltaw.show.text import counted
-from deltaw.version import __version__
+from deltaw.version import VERSION
 
 FORMAT = 1
 WORTH = 2.0  # seconds of preparing
@@ -178,7 +178,7 @@ def _of_tokenizer(folder: Path) -> list[Path]:
 
 
 def _versions() -> list[str]:
-    versions = [__version__, sys.version]
+    versions = [VERSION, sys.version]
     for library in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{library} {importlib.metadata.version(library)}")
