@@ -111,7 +111,10 @@ class Encoder:
     def guard(self, text: str) -> str:
         """`text` with every control token's name broken by a mark. Raises Rejected on text no tokenizer can take."""
         self.checked(text)
-        if not any(character in text for character in self._first_characters):
+        for character in self._first_characters:
+            if character in text:
+                break
+        else:
             return text
         if any(name in text for name in self._single):
             raise Rejected("the text has a control token of a single character")
