@@ -16,7 +16,8 @@ One JSON value per line. First comes {"ready": true}, then the answers to
 
     {id, source, variables}   {words} or {error, line}: compile a template and keep it as `id`; `words` are the texts
                               and the names of attributes that stand in its expressions
-    {id, rows}                {unknown: true}, or as many answers as rows, each as soon as it is there: a list of texts
+    {id, rows, late}          {unknown: true}, or as many answers as rows, each a list of texts, `late` seconds after
+                              the one before at the latest or as soon as it is there
     {keys, paths, seconds}    the number of each key before it is tried (so that who waits knows which one took too
                               long), then {taken: [the number of each path's first key, or null]}, or {error: why the
                               last key is none}; a clock that counts computing time alone ends the process
@@ -44,6 +45,7 @@ import resource
 import signal
 import sys
 import textwrap  # noqa: F401
+import time
 import unicodedata  # noqa: F401
 from datetime import datetime
 from typing import Any
@@ -239,6 +241,20 @@ def lower(which: int, value: int) -> None:
     resource.setrlimit(which, (value, value))
 
 
+def write_all(compiled: Compiled, rows: list[bytes], request: dict[str, Any], most: int) -> None:
+    """Answer every row; what is quick is told together."""
+    told = time.monotonic()
+    for row in rows:
+        signal.alarm(request["alarm"])
+        answer = json.dumps(written(compiled, json.loads(row), most), ensure_ascii=False).encode()
+        signal.alarm(0)
+        sys.stdout.buffer.write(answer + b"\n")
+        if time.monotonic() - told >= request["late"]:
+            sys.stdout.buffer.flush()
+            told = time.monotonic()
+    sys.stdout.buffer.flush()
+
+
 def tell(answer: Any) -> None:
     signal.alarm(0)  # whoever waits for the answer may take his time
     write_line(answer)
@@ -268,9 +284,7 @@ def main() -> None:
         elif request["id"] not in templates:
             tell({"unknown": True})
         else:
-            for row in rows:
-                signal.alarm(request["alarm"])
-                tell(written(templates[request["id"]], json.loads(row), characters))
+            write_all(templates[request["id"]], rows, request, characters)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def fitting(step: int, fit: Fit, limit: float) -> int:
 
 def _measured(opened: Opened, display: Display) -> int:
     rows, train, device = opened.dataset.train, opened.config.train, opened.device
-    step = min(train.step_tokens, sum(len(example.tokens) for example in rows))
+    step = min(train.step_tokens, int(rows.lengths.sum()))
     held, free = held_memory(device), free_memory(device)
     try:
         sizes = [min(size, step) for size in TRIED]

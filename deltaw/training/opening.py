@@ -28,7 +28,7 @@ from deltaw.base.source import find_base
 from deltaw.config import RunConfig
 from deltaw.config.own_rows import rows_to_keep, with_names
 from deltaw.data.dataset import Dataset
-from deltaw.data.example import Example
+from deltaw.data.examples import Examples
 from deltaw.data.loader import Loader, LoaderState, fill
 from deltaw.data.opening import open_dataset
 from deltaw.data.pack import pack
@@ -98,7 +98,7 @@ class Opened:
     @property
     def longest(self) -> int:
         """The tokens of the longest row that is trained on."""
-        return max(len(example.tokens) for example in self.dataset.train)
+        return int(self.dataset.train.lengths.max())
 
     def learner(self, display: Display) -> Learner:
         """Of the adapter, at its beginning."""
@@ -140,7 +140,7 @@ def open_run(
     if config.train.checkpointing in ("blocks", "offload"):
         check_way(config.train.checkpointing, pick_device(config.train.device), blocks_of(skeleton, targets.paths))
     _, renderer, dataset = open_dataset(config, display, source)
-    limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
+    limits, rows = Limits.of(skeleton), dataset.rows
     limits.check(rows)
     for row in dataset.eval[:1]:
         try_out(metrics, truth_of(renderer, row))
@@ -210,9 +210,8 @@ def above_the_frozen(opened: Opened, display: Display) -> Forward:
     lowest = lowest_layer(opened.attached.paths)
     if lowest is None or not lowest[1] or opened.total <= opened.loader(TrainState()).steps_in_epoch(0):
         return forward
-    lengths = [len(example.tokens) for example in rows]
-    words = embedding_of(opened.model.base.model)
-    if sum(lengths) * words.shape[1] * words.dtype.itemsize > FROZEN_SHARE * free_memory(opened.device):
+    lengths, words = rows.lengths, embedding_of(opened.model.base.model)
+    if int(lengths.sum()) * words.shape[1] * words.dtype.itemsize > FROZEN_SHARE * free_memory(opened.device):
         return forward
     groups = fill(range(len(lengths)), lengths, capacity)
     batches = (pack([rows[n] for n in group]).to(opened.device) for group in groups)
@@ -223,13 +222,13 @@ def above_the_frozen(opened: Opened, display: Display) -> Forward:
     return forward
 
 
-def general_rows(config: RunConfig, model: Model) -> list[Example]:
+def general_rows(config: RunConfig, model: Model) -> Examples:
     """The text on which forgetting is measured, cut to what the model can hold; none where it isn't asked."""
     source = config.evaluate.general
     if not source:
-        return []
+        return Examples.of([])
     limits = Limits.of(model.base.model)
-    rows = general_text(source, model.renderer, limits.longest)
+    rows = Examples.of(general_text(source, model.renderer, limits.longest))
     limits.check(rows, name=f"evaluate.general: {source}")
     return rows
 

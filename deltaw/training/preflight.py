@@ -14,6 +14,7 @@ from pathlib import Path
 from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
 from deltaw.data.example import Example
+from deltaw.data.examples import lengths_of
 from deltaw.data.pack import pack
 from deltaw.errors import InputError, RunError
 from deltaw.files.output import gib
@@ -40,7 +41,7 @@ def short_form(opened: Opened, learner: Learner, run: Run, general: Sequence[Exa
     check_disk(opened, learner, run)
     model, held_out, work = opened.model, opened.dataset.eval, work_of(opened, learner)
     with bounded(opened.device):
-        check_longest(model, [*opened.dataset.train, *held_out])
+        check_longest(model, opened.dataset.rows)
         if work.first < ALIKE * work.longest_tokens:
             one_pass(model.forward, learner, pack(work.longest), accumulating=work.batches > 1)
         if general and _logits_bytes(model, largest_chunk(general)) > TIGHT * free_memory(opened.device):
@@ -60,7 +61,7 @@ def check_longest(model: Model, rows: Sequence[Example]) -> None:
     """Run the longest row forward where it is beyond what the base was made for. Raises InputError where it can't be:
     not every border shows in the model's modules (base/limits.py)."""
     context = Limits.of(model.base.model).context
-    row = max(rows, key=lambda row: len(row.tokens))
+    row = rows[int(lengths_of(rows).argmax())]
     if context is None or len(row.tokens) <= context:
         return
     try:

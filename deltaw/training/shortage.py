@@ -108,7 +108,7 @@ def settings_that_fit(
     so do layers that run again in the backward (`again`: how, and what batches take then).
     Where the batch should have fitted, by the fit, only what is surely smaller is named.
     """
-    tokens, longest = work.longest_tokens, max(len(example.tokens) for example in opened.dataset.train)
+    tokens, longest = work.longest_tokens, opened.longest
     token = fit.token + fit.supervised * work.longest_supervised / tokens
     explained = fit.fixed + tokens * token > available
     limit = fit.fixed + HEADROOM * (available - fit.fixed) if explained else math.inf

@@ -217,7 +217,7 @@ def test_a_signal_that_torchrun_hands_on_is_the_same_wish() -> None:
 
 def torchrun(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    known = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    known = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), **environment}
     return subprocess.run([*line, *map(str, arguments)], capture_output=True, text=True, env=known, timeout=300)
 
 
