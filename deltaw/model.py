@@ -61,7 +61,8 @@ class Model:
     def id(self) -> BaseId:
         """What an adapter trained here records of its base."""
         source = self.base.source
-        return BaseId(source.public_name, source.revision, self.base.fingerprint, self.renderer.template_fingerprint)
+        template = self.renderer.template_fingerprint
+        return BaseId(source.public_name, source.revision, self.base.fingerprint, template, weights=self.base.rounded)
 
     @overload
     def generate(
@@ -192,6 +193,12 @@ def open_model(
     if adapter.base.template not in ("", PLAIN, renderer.template_fingerprint):
         display.say(
             f"{named.name} was trained under another chat template than this tokenizer's, so answers may suffer"
+        )
+    if (form := adapter.base.weights) != opened.rounded:
+        here = opened.rounded or str(opened.dtype).removeprefix("torch.")
+        display.say(
+            f"{named.name} was trained on {form or 'unrounded'} weights of its base, which is in {here} here: "
+            "answers differ a little from those that were measured"
         )
     return replace(model, attached=attach(opened.model, adapter))
 

@@ -25,8 +25,10 @@ Letters: N in, M out, T rows.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,30 @@ class BringsWeight(Protocol):
 
     def frozen_weight(self) -> Weight:
         """Its weight as it is now. Asked for in every pass, so it makes no copy."""
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """A module whose parameters are whole only in its forward: FSDP's (training/sharding.py)."""
+
+    def unshard(self) -> Any:
+        """Make them whole."""
+
+    def reshard(self) -> Any:
+        """Keep only this process's part."""
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Inside, the module's parameters are whole, outside of its forward, too."""
+    if isinstance(module, InParts):
+        module.unshard()
+        try:
+            yield
+        finally:
+            module.reshard()
+    else:
+        yield
 
 
 def has_weight(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ Letters: M outputs, N inputs.
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from transformers.pytorch_utils import Conv1D
 from deltaw.base.frozen import FrozenLinear, Stored
 from deltaw.kernels.lora import Projection, lora_linears
 from deltaw.kernels.packed import PackedWeight
+from deltaw.show.progress import Progress, unseen
 
-LEAST = 2**14  # numbers of a matrix that is worth packing
+LEAST = 2**10  # numbers of a matrix that is worth packing
 
 
 class _Packed(nn.Module):
@@ -82,28 +83,51 @@ class PackedEmbedding(_Packed):
         return self.frozen_weight().rows(ids.reshape(-1)).view(*ids.shape, self.embedding_dim)
 
 
-def pack_modules(model: nn.Module, pack: Callable[[str, Tensor], PackedWeight | None]) -> list[str]:
-    """Put packed modules in the place of what has a matrix, in place, and return their paths. `pack`: module path and
-    W [M, N] -> how it is kept; None: as it is. Tensors that modules share are packed once."""
-    packed: dict[Tensor, PackedWeight | None] = {}
+def matrices(model: nn.Module) -> dict[str, Tensor]:
+    """W [M, N] of each module that can be packed, by path; modules that share a tensor have one each."""
     words = model.get_input_embeddings()  # type: ignore[operator]
-    paths = []
-    for path, module in list(model.named_modules(remove_duplicate=False)):
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
         embedding = module is words and type(module) is nn.Embedding and module.max_norm is None
         if not path or not (embedding or (isinstance(module, nn.Linear | Conv1D) and FrozenLinear.can_wrap(module))):
             continue
-        own: Tensor = module.weight
-        if own.numel() < LEAST:
-            continue
-        if own not in packed:
-            packed[own] = pack(path, own.detach().t() if isinstance(module, Conv1D) else own.detach())
-        if (weight := packed[own]) is None:
-            continue
-        weight = packed[own] = weight.with_parts({name: _frozen(part) for name, part in weight.parts.items()})
-        made = PackedEmbedding(weight) if embedding else PackedLinear(weight, module.bias)
-        model.set_submodule(path, made)
-        paths.append(path)
+        weight: Tensor = module.weight.detach()
+        if weight.numel() >= LEAST:
+            found[path] = weight.t() if isinstance(module, Conv1D) else weight
+    return found
+
+
+def pack_modules(
+    model: nn.Module, pack: Callable[[str, Tensor], PackedWeight | None], progress: Progress = unseen
+) -> list[str]:
+    """Put packed modules in the place of what has a matrix, in place, and return their paths. `pack`: module path and
+    W [M, N] -> how it is kept; None: as it is. Tensors that modules share are packed once, and each is let go when it
+    is packed. `progress`: of modules."""
+    sharing: dict[Tensor, list[str]] = {}
+    for path in matrices(model):
+        sharing.setdefault(model.get_submodule(path).weight, []).append(path)  # type: ignore[arg-type]
+    paths, done = [], 0
+    while sharing:
+        own = next(iter(sharing))
+        places = sharing.pop(own)
+        transposed = isinstance(model.get_submodule(places[0]), Conv1D)
+        if (weight := pack(places[0], own.detach().t() if transposed else own.detach())) is not None:
+            put_packed(model, places, weight)
+            paths += places
+        del own
+        progress(done := done + len(places))
     return paths
+
+
+def put_packed(model: nn.Module, paths: Iterable[str], weight: PackedWeight) -> None:
+    """Put one matrix, packed, into the place of modules that share it."""
+    weight = weight.with_parts({name: _frozen(part) for name, part in weight.parts.items()})
+    for path in paths:
+        module = model.get_submodule(path)
+        made = (
+            PackedEmbedding(weight) if isinstance(module, nn.Embedding) else PackedLinear(weight, module.bias)  # type: ignore[arg-type]
+        )
+        model.set_submodule(path, made)
 
 
 def describe_packed(model: nn.Module) -> str:

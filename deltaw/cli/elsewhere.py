@@ -25,7 +25,7 @@ ELSEWHERE = {
     **dict.fromkeys(("gguf", "convert", "ollama", "save"), _GGUF),
     **dict.fromkeys(
         ("quantize", "quantise", "quant"),
-        "a base is trained in bfloat16 or float32, a quantised one isn't supported; to quantise the result: "
+        "a base is quantised as it is loaded (base_weights: nf4 in the run file); to quantise the result: "
         "deltaw export RUN --to gguf --merged --type Q8_0 -o FOLDER",
     ),
     **dict.fromkeys(("fuse", "merge-lora", "merge-and-unload", "bake"), _MERGE),

@@ -31,7 +31,7 @@ BEGUN = ("before.json", "metrics.jsonl", "checkpoints", "adapter", "result.json"
 
 # How a base's matrices are kept in memory (base/load.py): in `train.dtype` (auto), or packed; `keep`: in the blocks of
 # its own .gguf file.
-BaseWeights = Literal["auto", "keep", "bfloat16"]
+BaseWeights = Literal["auto", "keep", "bfloat16", "int8", "nf4"]
 
 
 class RunConfig(Strict):

@@ -92,7 +92,9 @@ class Link:
     # Sums
 
     def start(self, device: torch.device) -> None:
-        """Open the process group."""
+        """Open the process group, unless it is."""
+        if self._group:
+            return
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         number = self.enter("the start")
         options: dict[str, Any] = {} if device.type == "cpu" else {"device_id": device}
@@ -115,6 +117,15 @@ class Link:
     def broadcast(self, flat: Tensor, what: str) -> None:
         """Rank 0's numbers, in place."""
         self._collect(what, lambda: dist.broadcast(flat, 0, async_op=True))
+
+    def gather(self, whole: Tensor, part: Tensor, what: str, in_background: bool) -> Any:
+        """The parts of all ranks, one after another, in `whole`. On a GPU it is queued there, and what goes wrong shows
+        in the next sum. `in_background`: the work to wait for is given back."""
+        gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before
+        if whole.device.type != "cpu":
+            return gather(whole, part, async_op=in_background)
+        whole, part = whole.view(torch.uint8), part.view(torch.uint8)  # gloo doesn't know all types
+        return self._collect(what, lambda: gather(whole, part, async_op=True))
 
     def _collect(self, what: str, begin: Callable[[], Any]) -> None:
         assert self._group, "the process group isn't open"

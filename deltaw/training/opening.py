@@ -6,9 +6,11 @@ run, in the order in which it will train on them; a run that is resumed has its 
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +26,7 @@ from deltaw.base.limits import Limits
 from deltaw.base.load import check_weights, open_base, open_skeleton, pick_device, read_config
 from deltaw.base.prefix import lowest_layer
 from deltaw.base.recompute import blocks_of, check_way
-from deltaw.base.source import find_base
+from deltaw.base.source import Source, find_base
 from deltaw.config import RunConfig
 from deltaw.config.own_rows import rows_to_keep, with_names
 from deltaw.data.dataset import Dataset
@@ -32,6 +34,7 @@ from deltaw.data.examples import Examples
 from deltaw.data.loader import Loader, LoaderState, fill
 from deltaw.data.opening import open_dataset
 from deltaw.data.pack import pack
+from deltaw.data.render import Renderer
 from deltaw.evaluation.forgetting import general_text
 from deltaw.evaluation.held_out import truth_of
 from deltaw.evaluation.metrics import Metric
@@ -46,6 +49,7 @@ from deltaw.training.length import count_steps, make_loader, settle_step
 from deltaw.training.log import check_loggers
 from deltaw.training.memory import bound_caches, free_memory
 from deltaw.training.optim import WARMUP, warmup_steps
+from deltaw.training.sharding import NONE, Shards, first_pass, is_wanted, shard
 from deltaw.training.start import Start, described, open_start
 from deltaw.training.world import ALONE, World
 
@@ -66,6 +70,7 @@ class Opened:
     rows: Mapping[str, str] = field(default_factory=dict)  # that were given as values, by the name in the run's folder
     lineage: History = NOTHING  # which adapter it starts from, after which steps it was extended
     world: World = ALONE  # the processes that train it together
+    shards: Shards = NONE  # what of the base is on other ranks
 
     @property
     def attached(self) -> Attached:
@@ -129,8 +134,8 @@ def open_run(
     metrics = open_metrics(config.evaluate.metrics, consent)
     source = find_base(config.base, display=display)
     known = read_config(source)
-    check_weights(source, config.base_weights)
     skeleton = open_skeleton(source, known)
+    check_weights(source, config.base_weights, skeleton)
     recorded = lineage.started_from
     config, start = open_start(config, skeleton, recorded, needed=start_is_needed, say=display.say)
     # On the modules alone; attach asks again, of layers that it has tried.
@@ -153,9 +158,16 @@ def open_run(
         display.say(note)
     for warning in [*dataset.report.warnings, *limits.warnings(rows), *length.warnings(asked, config, dataset, total)]:
         display.say(f"warning: {warning}")
-    dtype, device = config.train.dtype, config.train.device
-    base = open_base(source, dtype=dtype, device=device, display=display, config=known, weights=config.base_weights)
-    model = Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config))
+    place = pick_device(config.train.device)
+    sharded = is_wanted(config, source, skeleton, place, world, display.say)
+    if sharded:
+        world.start(place)
+    with world.in_turn() if sharded else nullcontext():
+        model = _opened_model(config, source, known, renderer, "cpu" if sharded else config.train.device, display)
+        model, shards = shard(model, place, world) if sharded else (model, NONE)
+    if sharded:
+        first_pass(model)
+    base = model.base
     display.say(f"{source.name} in {str(base.dtype)[6:]} on {base.device}: {model.describe()}")
     if base.kept:
         display.say(f"its weights are {base.kept}")
@@ -164,8 +176,18 @@ def open_run(
     assert model.attached is not None
     for line in model.attached.notes():
         display.say(line)
-    opened = Opened(_pinned(config, model), model, dataset, total, metrics, rows_to_keep(config.data), lineage, world)
+    pinned, rows_kept = _pinned(config, model), rows_to_keep(config.data)
+    opened = Opened(pinned, model, dataset, total, metrics, rows_kept, lineage, world, shards)
     return opened if start is None else _started(opened, start, display)
+
+
+def _opened_model(
+    config: RunConfig, source: Source, known: Any, renderer: Renderer, device: str, display: Display
+) -> Model:
+    """The base with a fresh adapter on it."""
+    dtype, weights = config.train.dtype, config.base_weights
+    base = open_base(source, dtype=dtype, device=device, display=display, config=known, weights=weights)
+    return Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config))
 
 
 def attach_fresh(model: nn.Module, config: RunConfig) -> Attached:
@@ -208,7 +230,12 @@ def above_the_frozen(opened: Opened, display: Display) -> Forward:
     lowest adapter are computed once for all of them, if their output fits into `FROZEN_SHARE` of the free memory."""
     forward, rows, capacity = opened.model.forward, opened.dataset.train, opened.config.train.batch_tokens
     lowest = lowest_layer(opened.attached.paths)
-    if lowest is None or not lowest[1] or opened.total <= opened.loader(TrainState()).steps_in_epoch(0):
+    if (
+        opened.shards
+        or lowest is None
+        or not lowest[1]
+        or opened.total <= opened.loader(TrainState()).steps_in_epoch(0)
+    ):
         return forward
     lengths, words = rows.lengths, embedding_of(opened.model.base.model)
     if int(lengths.sum()) * words.shape[1] * words.dtype.itemsize > FROZEN_SHARE * free_memory(opened.device):

@@ -14,7 +14,7 @@ An evaluation that was cut off is made up for when the run resumes: `state.evalu
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from deltaw.adapter.file import Adapter
 from deltaw.adapter.history import NOTHING, History
 from deltaw.config import RunConfig, config_of
 from deltaw.config.places import placed
+from deltaw.data.example import Example
 from deltaw.data.loader import Ahead
 from deltaw.data.opening import open_dataset
 from deltaw.errors import command
@@ -48,13 +49,13 @@ from deltaw.training.measuring import Attempts, measure_base, note_evaluation, p
 from deltaw.training.memory import Heap, bound_caches, bounded
 from deltaw.training.opening import Opened, above_the_frozen, begin, general_rows, open_run
 from deltaw.training.preflight import short_form, work_of
-from deltaw.training.recomputing import choose
+from deltaw.training.recomputing import choose, keeping
 from deltaw.training.shortage import explain
 from deltaw.training.step import step
 from deltaw.training.stop import Lost, Stopped, StopRequest
 from deltaw.training.together import alike, check_adapter, hand_out, settings, settled_dtype
 from deltaw.training.watch import TooManySkips
-from deltaw.training.world import World
+from deltaw.training.world import ALONE, World
 
 OnStep = Callable[[dict[str, Any]], object]
 
@@ -167,25 +168,29 @@ def _run(
         learner = opened.learner(display)
         shortage = partial(explain, opened=opened, learner=learner, run=run)
         try:
-            if saved is None:
-                begin(opened, run, display)
-            else:
-                restore(learner, saved, run, display)
-                if extend:  # and now it is certain that it can go on like this
-                    opened = extended(opened, learner, run, config, display)
-                elif changed:
-                    run.write_config(config)
-            world.mark(_begun(run))
-            stop.advice = f"resume with: {command('train', run.folder)}"
-            opened, _ = choose(opened, learner, work_of(opened, learner), display)
-            shortage = partial(explain, opened=opened, learner=learner, run=run)
-            short_form(opened, learner, run, general)
+            with opened.shards.leads():
+                if saved is None:
+                    begin(opened, run, display)
+                else:
+                    restore(learner, saved, run, display)
+                    if extend:  # and now it is certain that it can go on like this
+                        opened = extended(opened, learner, run, config, display)
+                    elif changed:
+                        run.write_config(config)
+                world.mark(_begun(run))
+                stop.advice = f"resume with: {command('train', run.folder)}"
+                opened, choice = choose(opened, learner, work_of(opened, learner), display)
+                shortage = partial(explain, opened=opened, learner=learner, run=run)
+                short_form(opened, learner, run, general)
+            world.first(lambda: choice.way, "what activations are kept")
             on_the_way, attempts = (Attempts(opened.device, display.say, shortage) for _ in range(2))
             with open_log(run, opened.config, learner.state.step, display.say) as log:
-                before = measure_base(opened, run, on_the_way, display)
+                with opened.shards.leads():
+                    before = measure_base(opened, run, on_the_way, display)
                 hand_out(learner, world)
                 waited = Steps(opened, learner, run, stop, display, on_the_way, log, on_step).take()
-            adapter = finish(opened, learner, run, before, general, attempts, display, began, waited)
+            with opened.shards.leads():
+                adapter = finish(opened, learner, run, before, general, attempts, display, began, waited)
             stop.advice = f"the run is finished, but its report isn't: {command('inspect', run.folder)}"
             report(run, attempts, display, wanted=config.evaluate.report)
             _last(learner, world)
@@ -203,8 +208,12 @@ def _follow(run: Run, world: World) -> Adapter:
         learner = opened.learner(QUIET)
         shortage = partial(explain, opened=opened, learner=learner, run=run)
         try:
+            opened.shards.follow()  # rank 0 prepares
+            opened = keeping(opened, world.first(lambda: "none", "what activations are kept"))
+            opened.shards.follow()  # and measures the base
             hand_out(learner, world)
             Steps(opened, learner, run, stop, QUIET, Attempts(opened.device, QUIET.say, shortage)).take()
+            opened.shards.follow()  # it measures the adapter
         except Exception as error:
             raise shortage(error) or error from None
         _last(learner, world)
@@ -263,12 +272,13 @@ class Steps:
         """All of them; the share of time that their threads had no core (contention.py). Raises Stopped when a signal
         came, after saving."""
         learner, state, total, device = self.learner, self.learner.state, self.opened.total, self.opened.device
-        captured = None
+        captured, abreast = None, bool(self.opened.shards)
         contention = Contention(self.run.folder, torch.get_num_threads(), self.display.say)
         try:
             forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
             loader = Ahead(self.opened.loader(state))
-            captured = captured_on(device, forward, learner, self.opened.longest, self.display.say, loader.fetch)
+            if not self.opened.shards:
+                captured = captured_on(device, forward, learner, self.opened.longest, self.display.say, loader.fetch)
             together = nullcontext() if self._world.is_alone else self.stop.held()
             with together, self.display.task("training", total) as progress:
                 progress(state.step)
@@ -281,7 +291,7 @@ class Steps:
                     self._figures = {}
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
-                            (record,) = step(forward, [learner], batches, position, captured, self._world)
+                            (record,) = step(forward, [learner], batches, position, captured, self._world, abreast)
                         self._write(record)
                     self._agree()
                     first = False
@@ -311,7 +321,7 @@ class Steps:
         """What the adapter that it starts from has on these held-out rows: what there is to improve upon."""
         rows, start = self.opened.dataset.eval, self.opened.lineage.started_from
         if not self.learner.state.step and rows and start:
-            loss = plain_loss(self.opened.model, rows, self._world)
+            loss = self._loss(rows)
             self.display.say(f"held-out loss {loss:.4f} at the start, from {start.name}")
             if math.isfinite(loss):
                 self._write({"step": 0, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
@@ -324,12 +334,11 @@ class Steps:
         try:
             due = every.eval_every and (state.step % every.eval_every == 0 or state.step == total)
             if due and self.opened.dataset.eval and state.evaluated < state.step:
-                loss = plain_loss(self.opened.model, self.opened.dataset.eval, self._world)
+                loss = self._loss(self.opened.dataset.eval)
                 with self.stop.held():
                     self._write(note_evaluation(loss, self.learner, self.run, self.display))
             if every.sample_every and state.step % every.sample_every == 0 and self._saved_step < state.step:
-                what = f"step {state.step}: no samples"
-                self._world.first(lambda: self.attempts("samples", self._sample, what=what), "the samples")
+                self._samples(f"step {state.step}: no samples")
         except Exception:
             self._save()
             raise
@@ -337,6 +346,19 @@ class Steps:
             self._agree()
         if state.step % every.save_every == 0 or state.step in (total, state.best_step):
             self._save(joint=True)
+
+    def _loss(self, rows: Sequence[Example]) -> float:
+        """On held-out rows: of all processes a part, or where a pass takes all of them, each all."""
+        return plain_loss(self.opened.model, rows, ALONE if self.opened.shards else self._world)
+
+    def _samples(self, what: str) -> None:
+        """Answers to held-out rows, by rank 0."""
+        if self._world.is_first:
+            with self.opened.shards.leads():
+                self.attempts("samples", self._sample, what=what)
+        else:
+            self.opened.shards.follow()
+        self._world.barrier("the samples")
 
     def _agree(self) -> None:
         """Stop here where one of several processes was asked to."""

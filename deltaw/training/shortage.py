@@ -77,6 +77,8 @@ def _recomputed(opened: Opened, learner: Learner, work: Work) -> tuple[str, Fit]
 
 def _fitted(forward: Forward, opened: Opened, learner: Learner, work: Work) -> Fit | None:
     """From a sixteenth, an eighth and a quarter of the largest batch, as far as there is memory for them."""
+    if opened.shards:  # passes take all ranks
+        return None
     points = list[Point]()
     sizes = [work.longest_tokens // part for part in (16, 8, 4)]
     try:

@@ -41,21 +41,23 @@ def step(
     position: LoaderState,
     captured: Captured | None = None,
     world: World = ALONE,
+    abreast: bool = False,
 ) -> list[dict[str, Any]]:
     """A record for each learner: its update, or why there was none. Its documents are those that take its adapter;
     where batches don't say whose they are, there is one learner.
 
     `batches`: of the whole step, whoever takes them. `position`: where the data stands afterwards. `captured`: the only
-    learner's passes and updates, recorded. `world`: the processes that take the step together. Raises TooManySkips
-    where a learner may leave out no step more, with its state as it was; RunError where its updates have taught it
-    nothing; ValueError for documents of nobody here.
+    learner's passes and updates, recorded. `world`: the processes that take the step together; `abreast`: each has to
+    make as many passes as every other (sharding.py). Raises TooManySkips where a learner may leave out no step more,
+    with its state as it was; RunError where its updates have taught it nothing; ValueError for documents of nobody
+    here.
     """
     _check_owners(learners, batches)
     began = time.monotonic()
     shares = [_Share(learner, batches) for learner in learners]
 
     # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
-    ran = _taken(forward, shares, batches, captured, world)
+    ran = _taken(forward, shares, batches, captured, world, abreast)
 
     records = []
     for share in shares:
@@ -92,7 +94,12 @@ def step(
 
 
 def _taken(
-    forward: Forward, shares: Sequence["_Share"], batches: Sequence[Batch], captured: Captured | None, world: World
+    forward: Forward,
+    shares: Sequence["_Share"],
+    batches: Sequence[Batch],
+    captured: Captured | None,
+    world: World,
+    abreast: bool,
 ) -> Ran | None:
     """All passes of the step, each by one of the processes; what was recorded gave, where it could be."""
     deal = dealt([len(batch.tokens_T) for batch in batches], world.size)
@@ -102,7 +109,8 @@ def _taken(
     if ran is not None:
         shares[0].losses |= ran.losses
     else:
-        _passes(forward, [share.learner for share in shares], shares, batches, mine)
+        passes = max(sum(bool(batches[number].supervised) for number in numbers) for numbers in deal)
+        _passes(forward, [share.learner for share in shares], shares, batches, mine, passes if abreast else 0)
         _add_up(shares, world)
     _see_all(shares, deal, world)
     return ran
@@ -114,8 +122,10 @@ def _passes(
     shares: Sequence["_Share"],
     batches: Sequence[Batch],
     numbers: Sequence[int],
+    least: int = 0,
 ) -> None:
-    """Forward and backward of the batches of these numbers, as long as a learner has use for them."""
+    """Forward and backward of the batches of these numbers, as long as a learner has use for them. `least`: passes to
+    make in any case; those of which nobody has use add nothing."""
     device = learners[0].attached.parameters[0].device
     with ExitStack() as dropout:
         for learner in learners:
@@ -127,8 +137,14 @@ def _passes(
             with learners[0].drawing(number):
                 losses = _losses(forward, batches[number].to(device), [share.learner for share in fit])
                 means = [share.mean(loss, number) for share, loss in zip(fit, losses, strict=True)]
-                if counted := [mean for mean in means if mean is not None]:
+                counted = [mean for mean in means if mean is not None]
+                if least and batches[number].supervised:
+                    least, counted = least - 1, counted or [0.0 * losses[0]]
+                if counted:
                     sum(counted[1:], counted[0]).backward()
+        for _ in range(least):
+            batch = next(batch for batch in batches if batch.supervised)
+            (0.0 * forward.loss(batch.to(device))[0]).backward()
 
 
 def _add_up(shares: Sequence["_Share"], world: World) -> None:

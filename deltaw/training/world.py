@@ -28,7 +28,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deltaw.errors import InputError, RunError
 
@@ -98,7 +98,7 @@ class World:
             link.close()
 
     def start(self, device: "torch.device") -> None:
-        """Make ready for sums of tensors on `device` (and of small ones on the CPU). Once, by every rank."""
+        """Make ready for sums of tensors on `device` (and of small ones on the CPU). By every rank."""
         if not self.is_alone:
             self._linked.start(device)
 
@@ -162,6 +162,21 @@ class World:
         self._linked.broadcast(flat, what)
         if not self.is_first:
             self._put(flat, tensors)
+
+    def gather(self, whole: "Tensor", part: "Tensor", what: str, *, in_background: bool = False) -> Any:
+        """Put the parts of all ranks into `whole`, one after another. `in_background`: the work to wait for, or None
+        where it is done."""
+        return self._linked.gather(whole, part, what, in_background)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Around what the processes of one machine do one after another."""
+        turns = max(self.gathered(self.local_size, "the turns"))
+        for _ in range(self.local_rank):
+            self.barrier("the turn of another rank")
+        yield
+        for _ in range(turns - self.local_rank):
+            self.barrier("the turn of another rank")
 
     @staticmethod
     def _put(flat: "Tensor", tensors: Sequence["Tensor"]) -> None:

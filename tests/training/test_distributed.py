@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaw.adapter.file import Adapter
-from deltaw.data.loader import dealt, plan
+from deltaw.data.loader import Plan, dealt
 from deltaw.run import Run
 from deltaw.show.progress import QUIET
 from deltaw.training.checkpoint import read_checkpoint
@@ -197,7 +197,7 @@ def test_the_documents_of_a_step_are_the_same_for_every_number_of_ranks(
     lengths: list[int], ranks: int, seed: int
 ) -> None:
     sizes = {"tokens_per_step": 100, "tokens_per_batch": 50, "seed": seed, "epoch": 0}
-    alone, several = plan(lengths, **sizes), plan(lengths, **sizes, ranks=ranks)
+    alone, several = Plan(lengths, **sizes), Plan(lengths, **sizes, ranks=ranks)
     flat = [[[n for batch in step for n in batch] for step in one] for one in (alone, several)]
     assert flat[0] == flat[1]
     for before, step in zip(alone, several, strict=True):
