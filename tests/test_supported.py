@@ -31,7 +31,9 @@ ROWS = rows()
 
 @pytest.mark.parametrize(("what", "answer", "where"), ROWS, ids=[what for what, _, _ in ROWS])
 def test_what_is_said_to_be_supported_is(what: str, answer: str, where: str) -> None:
-    names = [name for name in re.findall(r"`([^`]+)`", where) if name.startswith(("deltaw ", *SECTIONS, "base_weights"))]
+    names = [
+        name for name in re.findall(r"`([^`]+)`", where) if name.startswith(("deltaw ", *SECTIONS, "base_weights"))
+    ]
     refused_at_once = "WSL" in where  # tests/cli/test_verbs.py
     assert names or answer != "no" or refused_at_once, "a thing that isn't supported names what a user would try"
     for name in names:
