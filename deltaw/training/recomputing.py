@@ -157,7 +157,7 @@ class _Passes:
 
     @property
     def seconds(self) -> float:
-        """Of a pass over the largest of them, which was taken twice: the faster one, as other programs may be running."""
+        """Of a pass over the largest of them, taken twice: the faster one, as other programs run, too."""
         return 0.0 if self.short or not self.points else min(point.seconds for point in self.points[-2:])
 
 

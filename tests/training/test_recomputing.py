@@ -215,6 +215,7 @@ def test_layers_are_recomputed_where_memory_is_short_and_only_there(
 ) -> None:
     learner, said = opened.learner(QUIET), Said()
     work = work_of(opened, learner)
+    monkeypatch.setattr(recomputing, "PARTS", (8, 4, 2))  # a tiny base's batches are small beside its process
     for ample, free, way in ((0.5, UNLIMITED, "none"), (0.0, UNLIMITED, "none"), (0.5, 0, "blocks")):
         monkeypatch.setattr(recomputing, "AMPLE", ample)
         monkeypatch.setattr(recomputing, "free_memory", lambda device, free=free: free)
