@@ -17,7 +17,7 @@ from typing import Any, overload
 from deltaw.adapter.attach import Attached, attach
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.base.forward import Forward, plan_forward
-from deltaw.base.load import Base, open_base
+from deltaw.base.load import Base, as_kept, open_base
 from deltaw.base.source import Source, find_base
 from deltaw.config import Dtype
 from deltaw.data import asking
@@ -61,7 +61,8 @@ class Model:
     def id(self) -> BaseId:
         """What an adapter trained here records of its base."""
         source = self.base.source
-        return BaseId(source.public_name, source.revision, self.base.fingerprint, self.renderer.template_fingerprint)
+        template = self.renderer.template_fingerprint
+        return BaseId(source.public_name, source.revision, self.base.fingerprint, template, weights=self.base.rounded)
 
     @overload
     def generate(
@@ -181,7 +182,7 @@ def open_model(
     dtype = dtype or (config.train.dtype if config else "auto")
     renderer = open_renderer(source, config, named.template)
     how = asked_as(adapter, renderer).changed(chat=chat, system=system, template=renderer.template is not None)
-    weights = config.base_weights if config else "auto"
+    weights = as_kept(source, config.base_weights) if config else "auto"
     opened = open_base(source, dtype=dtype, device=device, display=display, weights=weights)
     model = Model(opened, renderer, plan_forward(opened.model), asking=how)
     if adapter is None:
@@ -192,6 +193,12 @@ def open_model(
     if adapter.base.template not in ("", PLAIN, renderer.template_fingerprint):
         display.say(
             f"{named.name} was trained under another chat template than this tokenizer's, so answers may suffer"
+        )
+    if (form := adapter.base.weights) != opened.rounded:
+        here = opened.rounded or str(opened.dtype).removeprefix("torch.")
+        display.say(
+            f"{named.name} was trained on {form or 'unrounded'} weights of its base, which is in {here} here: "
+            "answers differ a little from those that were measured"
         )
     return replace(model, attached=attach(opened.model, adapter))
 

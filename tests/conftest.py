@@ -7,6 +7,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Before anything imports triton: kernels run in its interpreter, on a CPU. 0 to run them on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# A rank that is gone is no news of torch's own: several tests kill one.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 import hypothesis
 import pytest
 import torch

@@ -13,7 +13,7 @@ from deltaw.adapter.file import Adapter
 from deltaw.analysis.compare import compare
 from deltaw.analysis.measure import measure_adapter
 from deltaw.config import AdapterSpec, DataConfig
-from deltaw.data.dataset import prepare
+from deltaw.data.prepare import prepare
 from deltaw.evaluation.budget import resize_to_loss
 from deltaw.factors import LowRank
 from deltaw.kernels.weight import DenseWeight

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import deltaw
+from deltaw.base.load import Base, open_base
 from deltaw.cli import main
 from deltaw.commands.demo import DEMO
 from deltaw.show.progress import Display
+from tests.bases import BUILTIN
 from tests.test_guide import blocks as blocks_of
 
 REPOSITORY = Path(__file__).parent.parent
@@ -132,3 +134,10 @@ def test_the_readmes_commands_exist() -> None:
     targets = set(re.findall(r"^make ([a-z-]+)", text, re.M))
     makefile = (REPOSITORY / "Makefile").read_text()
     assert targets == {"demo", "test"} and all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_its_own_blocks_take_less_than_half(builtin: Base) -> None:
+    opened = open_base(BUILTIN, dtype="float32", weights="keep")
+    held = sum(parameter.nbytes for parameter in opened.model.parameters())
+    assert held <= 0.4 * 2 * sum(parameter.numel() for parameter in builtin.model.parameters())
+    assert opened.fingerprint == builtin.fingerprint

@@ -41,7 +41,7 @@ SIDEWAYS = {
 }
 
 # Each heavy library has its home.
-VERBS = ("__init__", "app", "ask", "run", "ship", "update", "verbs", "why")
+VERBS = ("__init__", "app", "ask", "machine", "run", "ship", "update", "verbs", "why")
 HOMES = {
     "jinja2": {"analysis/page.py", "files/bounded_worker.py"},
     "rich": {"show/progress.py", "show/table.py", "data/preview.py"},
@@ -59,10 +59,12 @@ HOMES = {
     "huggingface_hub": {"base/source.py", "shipping/push.py"},
     "safetensors": {"files/safetensors.py"},
     "sympy": {"linalg/exact.py"},
+    "bitsandbytes": {"kernels/nf4.py"},
     "datasets": {"data/hub.py"},
     "pyarrow": {"data/arrow.py"},
     "matplotlib": {"analysis/pictures.py", "analysis/svg.py"},
     "triton": {"kernels/triton.py"},
+    "torch.distributed": {"training/distributed.py", "training/sharding.py"},
     "torch.utils.tensorboard": {"training/to_tensorboard.py"},
     "wandb": {"training/to_wandb.py"},
     "peft": {"shipping/verify/sides/peft.py"},

@@ -53,13 +53,15 @@ DELTAS, RECORD = "delta.safetensors", "deltaw.json"
 @dataclass(frozen=True)
 class BaseId:
     """Which base an adapter belongs to, and how it is asked. Empty fields are unknown (an adapter made by another
-    tool); `system` is the prompt that all chats of its training began with, empty where there was none."""
+    tool); `system` is the prompt that all chats of its training began with, empty where there was none. `weights`: the
+    form in which the base's matrices were rounded for its training (base/packing.py), empty where none was."""
 
     name: str = ""
     revision: str | None = None
     fingerprint: str = ""
     template: str = ""
     system: str = ""
+    weights: str = ""
 
     def mismatch(self, other: "BaseId") -> str | None:
         """Why an adapter of this base may not be put on `other`, or None. Weights and settings count, names don't."""
@@ -120,7 +122,7 @@ class Adapter:
         else:
             save_safetensors(tensors, directory / WEIGHTS, {"format": "pt"})
             write_text_atomic(directory / CONFIG, json.dumps(self._peft_config(), indent=2) + "\n")
-        base = {name: value for name, value in asdict(self.base).items() if name != "system" or value}
+        base = {name: value for name, value in asdict(self.base).items() if name not in ("system", "weights") or value}
         record: dict[str, Any] = {"deltaw": VERSION, "base": base}
         record |= {"spec": self.spec.model_dump(mode="json", exclude={"start"}), "fan_in_fan_out": self.fan_in_fan_out}
         record |= {"history": self.history.to_json()} if self.history.known else {}
@@ -256,7 +258,7 @@ def _base_of(directory: Path, config: dict[str, Any]) -> BaseId:
         known = {name: raw.get(name) for name in BaseId.__dataclass_fields__} if isinstance(raw, dict) else {}
         if not known or not all(isinstance(value, str | None) for value in known.values()):
             raise InputError(
-                f"{directory / RECORD}: its base must have name, revision, fingerprint, template and system as texts"
+                f"{directory / RECORD}: its base must have {', '.join(BaseId.__dataclass_fields__)} as texts"
             )
         return BaseId(**{name: value for name, value in known.items() if value is not None})
     name, revision = config.get("base_model_name_or_path"), config.get("revision")

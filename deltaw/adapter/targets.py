@@ -31,6 +31,7 @@ from deltaw.adapter.patterns import NOT, is_literal, matched, problem
 from deltaw.adapter.peft_config import rewritten_names
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.language import language_part
+from deltaw.base.packed import PackedEmbedding, PackedLinear
 from deltaw.config import TARGET_GROUPS, AdapterSpec, names_module
 from deltaw.errors import InputError, listed
 from deltaw.show.text import counted
@@ -282,10 +283,12 @@ def _unmatched(model: nn.Module, adapted: set[str]) -> tuple[str, ...]:
     holders = tuple(path for path, module in model.named_modules() if any(module.named_parameters(recurse=False)))
     language, unmatched = set(language_paths(model, holders)), list[str]()
     for path, module in model.named_modules():
-        if path in adapted or path not in language or module is head or isinstance(module, nn.Embedding):
+        embedding = isinstance(module, nn.Embedding | PackedEmbedding)
+        if path in adapted or path not in language or module is head or embedding:
             continue
         names = [name for name, value in module.named_parameters(recurse=False) if value.ndim >= 2]
-        unmatched += [path] if names == ["weight"] else [f"{path}.{name}" for name in names]
+        whole = names == ["weight"] or isinstance(module, PackedLinear)
+        unmatched += [path] if whole else [f"{path}.{name}" for name in names]
     return tuple(unmatched)
 
 

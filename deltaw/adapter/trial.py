@@ -146,9 +146,9 @@ class _Watch(TorchFunctionMode):
         self._running: list[str] = []
         self._owners: dict[int, set[str]] = {}  # a tied weight has several
         for path, layer in layers.items():
-            weight = getattr(layer, "weight", None)
-            if weight is not None:  # a module that brings its weight may have none by that name
-                self._owners.setdefault(id(weight), set()).add(path)
+            for parameter in layer.parameters(recurse=False):
+                if parameter.ndim >= 2:  # the weight, or the parts of a packed one
+                    self._owners.setdefault(id(parameter), set()).add(path)
 
     def on(self, path: str, module: nn.Module) -> Iterator[Any]:
         def begin(*_: Any) -> None:

@@ -25,8 +25,10 @@ Letters: N in, M out, T rows.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +50,30 @@ class BringsWeight(Protocol):
         """Its weight as it is now. Asked for in every pass, so it makes no copy."""
 
 
+@runtime_checkable
+class InParts(Protocol):
+    """A module whose parameters are whole only in its forward: FSDP's (training/sharding.py)."""
+
+    def unshard(self) -> Any:
+        """Make them whole."""
+
+    def reshard(self) -> Any:
+        """Keep only this process's part."""
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Inside, the module's parameters are whole, outside of its forward, too."""
+    if isinstance(module, InParts):
+        module.unshard()
+        try:
+            yield
+        finally:
+            module.reshard()
+    else:
+        yield
+
+
 def has_weight(module: nn.Module) -> bool:
     """Whether `weight_of` has an answer."""
     return isinstance(module, nn.Linear | Conv1D | BringsWeight)
@@ -66,8 +92,14 @@ def weight_of(module: nn.Module) -> Weight:
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The type of a model's activations: its embedding's numbers, also where they are kept in another form."""
-    dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
-    return dtype
+    return embedding_of(model).dtype
+
+
+def embedding_of(model: nn.Module) -> "Stored":
+    """Type, device and shape [V, D] of a model's embedding of tokens."""
+    module = model.get_input_embeddings()  # type: ignore[operator]
+    stored: Stored | None = getattr(module, "stored", None)  # of a packed one (packed.py)
+    return stored or Stored.of(module.weight)
 
 
 @dataclass(frozen=True)
@@ -78,6 +110,11 @@ class Stored:
     dtype: torch.dtype
     device: torch.device
     shape: torch.Size
+
+    @staticmethod
+    def of(weight: Tensor) -> "Stored":
+        """That of a tensor."""
+        return Stored(weight.dtype, weight.device, weight.shape)
 
 
 class FrozenLinear(nn.Module):

@@ -11,7 +11,7 @@ loses nothing that matters. Rounding moves a weight by at most 2^-8 of itself (m
 worst, 0.14 % of a tensor's norm), while Q4_1 itself has 16 levels for each block of 32 weights.
 
 The cache's key is the file's SHA-256 (of all parts', where it comes in parts, gguf_parts.py), so that a copied or
-renamed file is found again; the hash is remembered by (path, size, mtime), so that a second opening reads nothing. A
+renamed file is found again; the hash is remembered (files/content.py), so that a second opening reads nothing. A
 conversion runs under a file lock, in a hidden folder beside the final one, is fsynced and renamed: a folder that can
 be seen is complete, and whoever waited uses it.
 
@@ -24,14 +24,15 @@ import contextlib
 import hashlib
 import io
 import math
-import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from deltaw.base.gguf_meaning import Meaning, read_meaning
 from deltaw.base.gguf_tokens import SPLITTINGS, Splitting, read_splitting, write_tokenizer
 from deltaw.errors import InputError, RunError, listed
-from deltaw.files.atomic import replacing_folder, write_text_atomic
+from deltaw.files.atomic import replacing_folder
+from deltaw.files.content import content_hash
 from deltaw.files.gguf_header import Header, architecture
 from deltaw.files.gguf_parts import join, parts_of, read_model
 from deltaw.files.lock import LOCK, locked
@@ -79,6 +80,28 @@ def llama_cpp_name(model_type: str) -> str | None:
     return next((name for name in names if name in MODEL_ARCH_NAMES.values()), None)
 
 
+def stored_names(header: Header, names: Iterable[str]) -> dict[str, str]:
+    """What a file calls a model's tensors, by the model's names; those that it isn't known to have are left out.
+
+    transformers' own table of this is made anew for each of a model's modules, which takes 10 s."""
+    from gguf.constants import MODEL_ARCH_NAMES
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    kind = architecture(header)
+    blocks = header.metadata.get(f"{kind}.block_count")
+    number = next((number for number, name in MODEL_ARCH_NAMES.items() if name == kind), None)
+    if number is None or not isinstance(blocks, int):
+        return {}
+    known = get_tensor_name_map(number, blocks)
+    found: dict[str, str] = {}
+    for name in names:
+        for asked in (name, name.partition(".")[2]):
+            stored = known.get_name(asked, try_suffixes=(".weight", ".bias"))
+            if stored in header.shapes:
+                found.setdefault(name, stored)
+    return found
+
+
 def to_folder(path: Path, cache: Path, *, display: Display = QUIET) -> Path:
     """The model folder made from a GGUF file: out of `cache`, or converted into it now.
 
@@ -110,26 +133,9 @@ def folder_of(path: Path, cache: Path) -> Path:
         (cache / "known").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{cache}: can't be written: {error}", fix="point DELTAW_CACHE at another folder") from None
-    hashes = [_content_hash(part, cache) for part in parts_of(path)]
+    hashes = [content_hash(part, cache / "known") for part in parts_of(path)]
     key = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     return cache / f"{key[:32]}-{FORMAT}"
-
-
-def _content_hash(path: Path, cache: Path) -> str:
-    """The file's SHA-256 in hex, remembered by path, size and modification time."""
-    try:
-        status = path.stat()
-        identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-        memo = cache / "known" / hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            if re.fullmatch(r"[0-9a-f]{64}", known := memo.read_text()):
-                return known
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: {error}") from None
-    write_text_atomic(memo, digest)
-    return digest
 
 
 def _convert(parts: list[Path], header: Header, meaning: Meaning, splitting: Splitting | None, folder: Path) -> None:

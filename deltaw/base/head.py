@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltaw.base.frozen import has_weight, weight_of
+from deltaw.base.frozen import has_weight, weight_of, whole
 from deltaw.kernels.logprobs import Logprobs, capped, linear_logprobs
 from deltaw.kernels.lora import Projection, lora_linears
 
@@ -31,12 +31,14 @@ class Head:
 
     def logprobs(self, hidden_TD: Tensor, labels_T: Tensor, rows_K: Tensor | None = None) -> Logprobs:
         """What it says of the labels that aren't IGNORE; `rows_K`: where to look for them."""
-        options: dict[str, Any] = {"bias_V": self.bias_V, "scale": self.scale, "softcap": self.softcap}
-        return linear_logprobs(hidden_TD, weight_of(self.module), labels_T, **options, rows_K=rows_K)
+        with whole(self.module):  # a backward doesn't ask for the weight again
+            options: dict[str, Any] = {"bias_V": self.bias_V, "scale": self.scale, "softcap": self.softcap}
+            return linear_logprobs(hidden_TD, weight_of(self.module), labels_T, **options, rows_K=rows_K)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, V] in float32."""
-        (z_TV,) = lora_linears(hidden_TD, [Projection(weight_of(self.module), self.bias_V)])
+        with whole(self.module):
+            (z_TV,) = lora_linears(hidden_TD, [Projection(weight_of(self.module), self.bias_V)])
         return capped(self.scale * z_TV.float(), self.softcap)
 
 

@@ -11,7 +11,7 @@ padding. What shows neither in the modules nor in the config shows when the long
 (training/preflight.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,13 +25,14 @@ POSITIONS = ("pos", "wpe")  # in the last part of the name of a table
 STATED = ("max_position_embeddings", "max_seq_len")  # in a config
 
 
-class Row(Protocol):
-    """A row of data as token ids (numbers in an array), and where it came from."""
+class Rows(Protocol):
+    """Rows of data as token ids: how many each has, its largest (arrays), and where it came from."""
 
     @property
-    def tokens(self) -> Any: ...
+    def lengths(self) -> Any: ...
     @property
-    def origin(self) -> str: ...
+    def highest(self) -> Any: ...
+    def origin(self, number: int) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -56,34 +57,35 @@ class Limits:
         """The longest row that nothing speaks against."""
         return min((limit for limit in (self.table, self.context) if limit is not None), default=None)
 
-    def check(self, rows: Sequence[Row], name: str = "data") -> None:
+    def check(self, rows: Rows, name: str = "data") -> None:
         """Raise InputError where the model can't be given some of `rows`, and name them."""
-        beyond = [(row, int(row.tokens.max())) for row in rows if self.vocabulary and len(row.tokens)]
-        beyond = [(row, largest) for row, largest in beyond if largest >= (self.vocabulary or 0)]
-        if beyond:
+        beyond = (rows.highest >= self.vocabulary).nonzero()[0] if self.vocabulary else ()
+        if len(beyond):
             raise InputError(
                 f"{name}: {_rows(len(beyond))} with a token for which the base has no embedding (it has "
-                f"{self.vocabulary:,})\n" + listed([f"{row.origin}: token id {largest}" for row, largest in beyond], 2),
+                f"{self.vocabulary:,})\n"
+                + listed([f"{rows.origin(n)}: token id {rows.highest[n]}" for n in beyond], 2),
                 fix="the tokenizer has more tokens than the weights: use this base's own, or leave these rows out",
             )
-        long = [row for row in rows if self.table and len(row.tokens) > self.table]
-        if long:
+        long = (rows.lengths > self.table).nonzero()[0] if self.table else ()
+        if len(long):
             raise InputError(
                 f"{name}: {_rows(len(long))} longer than the base's table of {self.table:,} positions\n"
-                + listed([f"{row.origin}: {len(row.tokens):,} tokens" for row in long], 2),
+                + listed([f"{rows.origin(n)}: {rows.lengths[n]:,} tokens" for n in long], 2),
                 fix=f"set data.max_length to {self.table}: texts are then split; of other rows, data.too_long decides "
                 "whether they are left out or cut",
             )
 
-    def warnings(self, rows: Sequence[Row]) -> list[str]:
+    def warnings(self, rows: Rows) -> list[str]:
         """A warning for rows that can be given but are longer than the model was made for."""
-        long = [row for row in rows if self.context and len(row.tokens) > self.context]
+        lengths = rows.lengths
+        long = int((lengths > self.context).sum()) if self.context else 0
         if not long:
             return []
-        longest = max(long, key=lambda row: len(row.tokens))
+        longest = int(lengths.argmax())
         return [
-            f"{_rows(len(long))} ({percent(len(long) / len(rows), 1)}) longer than the {self.context:,} tokens that "
-            f"the base was made for, the longest {len(longest.tokens):,} ({longest.origin}); data.max_length bounds "
+            f"{_rows(long)} ({percent(long / len(lengths), 1)}) longer than the {self.context:,} tokens that "
+            f"the base was made for, the longest {lengths[longest]:,} ({rows.origin(longest)}); data.max_length bounds "
             "them",
         ]
 

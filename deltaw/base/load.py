@@ -17,6 +17,7 @@ loss that isn't finite, which stops the run. A GPU that emulates bfloat16 counts
 import copy
 import functools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import fspath
 from pathlib import Path
@@ -27,15 +28,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from deltaw.base.blocks import Unallocated, check_keep, load_blocks
 from deltaw.base.fingerprint import fingerprint_of
 from deltaw.base.loading import check_loading, quiet
-from deltaw.base.packed import pack_modules
+from deltaw.base.packed import describe_packed, matrices, pack_modules
+from deltaw.base.packing import QUANTISED, Packing, check_packing
 from deltaw.base.source import Source, find_base
+from deltaw.base.streamed import fill, open_plan
 from deltaw.config import BaseWeights, Dtype
 from deltaw.errors import InputError, RunError, listed
 from deltaw.files.shards import read_tensors
-from deltaw.kernels.packed import CastWeight
 from deltaw.show.progress import QUIET, Display
+from deltaw.show.text import counted
 
 RACE_SHAPE = 576, 1536  # SmolLM2's: features in and out of a linear layer
 ADVANTAGE = 1.2  # bfloat16 costs digits, so it must win clearly
@@ -52,6 +56,16 @@ class Base:
     device: torch.device
     fingerprint: str
     weights: BaseWeights = "auto"
+
+    @property
+    def rounded(self) -> str:
+        """The form in which its matrices lost digits; empty where they lost none."""
+        return self.weights if self.weights in QUANTISED else ""
+
+    @property
+    def kept(self) -> str:
+        """How its weights are kept, if packed, and what that saves; else ""."""
+        return describe_packed(self.model)
 
     def __repr__(self) -> str:
         return f"Base({self.source.name}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
@@ -72,45 +86,129 @@ def open_base(
     place = pick_device(device)
     number = fast_dtype(place.type) if dtype == "auto" else getattr(torch, dtype)
     config = config or read_config(source)
+    if weights == "keep":
+        return _open_kept(source, config, number, place, display)
     try:
-        with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source.directory,
-                config=config,
-                dtype=torch.bfloat16 if weights == "bfloat16" else number,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        check_loading(source.directory, info)
-        model = model.to(place)
+        if weights == "auto":
+            model, print_ = _dense(source, config, number, place)
+        else:
+            model, print_ = _packed(source, config, number, place, weights, display)
     except (MemoryError, torch.OutOfMemoryError):
+        form = number if weights == "auto" else weights
         raise RunError(
-            f"{source.name}: not enough memory on {place} for its weights in {number}",
-            fix="use a smaller base, or train.dtype: bfloat16",
+            f"{source.name}: not enough memory on {place} for its weights in {form}",
+            fix="use a smaller base, or base_weights: nf4",
         ) from None
-    except InputError:
+    except (InputError, RunError):
         raise
     except Exception as error:  # whatever a foreign reader makes of a stranger's files
         raise _unreadable(source, error) from None
-    model.requires_grad_(False)
-    model.eval()
-    check_finite(model, source.directory)
-    print_ = fingerprint(model)
-    if weights == "bfloat16" and number != torch.bfloat16:
-        pack_modules(model, lambda _, w_MN: CastWeight(w_MN, number))
-        model.to(number)  # norms, biases: parts are integers, which this leaves alone
     return Base(model, source, number, place, print_, weights)
 
 
-def open_skeleton(source: Source, config: Any = None) -> nn.Module:
+def _dense(source: Source, config: Any, dtype: torch.dtype, place: torch.device) -> tuple[nn.Module, str]:
+    """The model with all its numbers in `dtype`, as transformers loads it, and its fingerprint."""
+    with quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.directory,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    check_loading(source.directory, info)
+    model = model.to(place).requires_grad_(False).eval()
+    check_finite(model, source.directory)
+    return model, fingerprint(model)
+
+
+def _packed(
+    source: Source, config: Any, dtype: torch.dtype, place: torch.device, weights: BaseWeights, display: Display
+) -> tuple[nn.Module, str]:
+    """The model with its matrices packed, tensor by tensor where its files allow it; the dense one's fingerprint."""
+    model = open_skeleton(source, config, dtype).requires_grad_(False).eval()
+    check_packing(weights, model)
+    packing = Packing(weights, dtype, model)
+    if plan := open_plan(model, source.directory):
+        broken: list[str] = []
+        with display.task(f"reading {source.name} into {weights}, tensors", plan.count) as progress:
+            tensors = fill(plan, packing, dtype, place, progress)
+            print_ = fingerprint_of((_noted(name, tensor, dtype, broken) for name, tensor in tensors), model.config)
+        _refuse_broken(broken, source.directory, dtype)
+        model = model.to(place)  # buffers
+    else:
+        display.say(
+            f"{source.name}: transformers rearranges its files, so its weights stand in 16 bits before they are packed"
+        )
+        stored = torch.bfloat16 if dtype.itemsize > 2 else dtype
+        model, print_ = _dense(source, config, stored, place)
+        with display.task(f"packing {source.name} into {weights}, matrices", len(matrices(model))) as progress:
+            pack_modules(model, packing, progress)
+        if stored != dtype:
+            model.to(dtype)  # norms, biases: parts are integers, which this leaves alone
+    for line in packing.notes(model):
+        display.say(line)
+    return model, print_
+
+
+def _noted(name: str, tensor: Tensor, dtype: torch.dtype, broken: list[str]) -> Tensor:
+    """The tensor, which is looked at once: its name goes to the others that can't be used."""
+    if not _finite(tensor.to(dtype) if dtype == torch.float16 else tensor):
+        broken.append(name)
+    return tensor
+
+
+def _open_kept(source: Source, config: Any, number: torch.dtype, place: torch.device, display: Display) -> Base:
+    """The base in its GGUF's own blocks (blocks.py), which are never unpacked as a whole."""
+    header = check_keep(source)
+    try:
+        # A model draws its first weights from the global generator.
+        with quiet(), torch.random.fork_rng(devices=[]), Unallocated():
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=number, trust_remote_code=False
+            )
+        dense = load_blocks(model, source, header, number)
+        model = model.to(place)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise RunError(
+            f"{source.name}: not enough memory on {place} for its blocks", fix="use a smaller base"
+        ) from None
+    except InputError:
+        raise
+    except Exception as error:  # as in open_base
+        raise _unreadable(source, error) from None
+    if dense:
+        display.say(
+            f"{source.name}: {counted(len(dense), 'matrix isn', 'matrices aren')}'t kept in blocks, but in "
+            f"{str(number)[6:]}: {', '.join(dense[:3])}{', …' if dense[3:] else ''}"
+        )
+    model.requires_grad_(False)
+    model.eval()
+    check_finite(model, source.directory)
+    return Base(model, source, number, place, fingerprint_of_files(source), "keep")
+
+
+def check_weights(source: Source, weights: BaseWeights, skeleton: nn.Module) -> None:
+    """Raise InputError where the base's weights can't be kept like this; reads none of them."""
+    if weights == "keep":
+        check_keep(source)
+    check_packing(weights, skeleton)
+
+
+def as_kept(source: Source, weights: BaseWeights) -> BaseWeights:
+    """How to keep a base that stands in for the one that a run was on: blocks are kept where there are some."""
+    return "auto" if weights == "keep" and source.gguf is None else weights
+
+
+def open_skeleton(source: Source, config: Any = None, dtype: torch.dtype | None = None) -> nn.Module:
     """The base's modules without its weights (on the meta device): enough to see which layers an adapter would find,
     before gigabytes are read. `config`: as for `open_base`."""
     config = copy.deepcopy(config or read_config(source))  # the model makes it its own
     try:
         with quiet(), torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # as in open_base
         raise _unreadable(source, error) from None
     return model
@@ -161,7 +259,11 @@ def fingerprint_of_files(source: Source) -> str:
 def check_finite(model: nn.Module, where: Path) -> None:
     """Raise InputError naming every parameter that holds NaN or Inf. One pass, no copies."""
     broken = [name for name, weight in model.named_parameters() if not _finite(weight.detach())]
-    if broken and next(model.parameters()).dtype == torch.float16:
+    _refuse_broken(broken, where, next(model.parameters()).dtype)
+
+
+def _refuse_broken(broken: Sequence[str], where: Path, dtype: torch.dtype) -> None:
+    if broken and dtype == torch.float16:
         raise InputError(
             f"{where}: {len(broken)} tensors have numbers that float16 can't hold, or no numbers:\n{listed(broken, 2)}",
             fix="set train.dtype: bfloat16 or float32",
@@ -204,7 +306,9 @@ def _unreadable(source: Source, error: Exception) -> InputError:
 
 def _finite(weight: Tensor) -> bool:
     # aminmax hands NaN on and reads each element once: 0.02 s for 135M weights; isfinite().all() takes 0.2 s.
-    return weight.numel() == 0 or all(torch.isfinite(extreme) for extreme in torch.aminmax(weight))
+    if weight.numel() == 0 or not weight.is_floating_point():
+        return True
+    return all(torch.isfinite(extreme) for extreme in torch.aminmax(weight))
 
 
 def race(rows: int, seconds: float) -> dict[torch.dtype, float]:

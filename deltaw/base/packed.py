@@ -13,7 +13,9 @@ former packs its weight anew in eval mode), each brings an autograd of its own, 
 Letters: M outputs, N inputs.
 """
 
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,9 @@ from transformers.pytorch_utils import Conv1D
 from deltaw.base.frozen import FrozenLinear, Stored
 from deltaw.kernels.lora import Projection, lora_linears
 from deltaw.kernels.packed import PackedWeight
+from deltaw.show.progress import Progress, unseen
 
-LEAST = 2**14  # numbers of a matrix that is worth packing
+LEAST = 2**10  # numbers of a matrix that is worth packing
 
 
 class _Packed(nn.Module):
@@ -40,8 +43,13 @@ class _Packed(nn.Module):
         return self._kind.with_parts({name: part for name, part in self._parameters.items() if name != "bias"})  # type: ignore[misc]
 
     @property
-    def weight(self) -> Stored:
-        """What a model may ask of a weight: type, device and shape, and no numbers."""
+    def weight(self) -> Tensor:
+        """W itself, unpacked anew: for a model that multiplies with it by itself (Mamba's dt_proj), not for us."""
+        return self.frozen_weight().dense()
+
+    @property
+    def stored(self) -> Stored:
+        """Its type, device and shape."""
         weight = self.frozen_weight()
         return Stored(weight.dtype, weight.device, torch.Size(weight.shape))
 
@@ -75,28 +83,64 @@ class PackedEmbedding(_Packed):
         return self.frozen_weight().rows(ids.reshape(-1)).view(*ids.shape, self.embedding_dim)
 
 
-def pack_modules(model: nn.Module, pack: Callable[[str, Tensor], PackedWeight | None]) -> list[str]:
-    """Put packed modules in the place of what has a matrix, in place, and return their paths. `pack`: module path and
-    W [M, N] -> how it is kept; None: as it is. Tensors that modules share are packed once."""
-    packed: dict[Tensor, PackedWeight | None] = {}
+def matrices(model: nn.Module) -> dict[str, Tensor]:
+    """W [M, N] of each module that can be packed, by path; modules that share a tensor have one each."""
     words = model.get_input_embeddings()  # type: ignore[operator]
-    paths = []
-    for path, module in list(model.named_modules(remove_duplicate=False)):
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
         embedding = module is words and type(module) is nn.Embedding and module.max_norm is None
         if not path or not (embedding or (isinstance(module, nn.Linear | Conv1D) and FrozenLinear.can_wrap(module))):
             continue
-        own: Tensor = module.weight
-        if own.numel() < LEAST:
-            continue
-        if own not in packed:
-            packed[own] = pack(path, own.detach().t() if isinstance(module, Conv1D) else own.detach())
-        if (weight := packed[own]) is None:
-            continue
-        weight = packed[own] = weight.with_parts({name: _frozen(part) for name, part in weight.parts.items()})
-        made = PackedEmbedding(weight) if embedding else PackedLinear(weight, module.bias)
-        model.set_submodule(path, made)
-        paths.append(path)
+        weight: Tensor = module.weight.detach()
+        if weight.numel() >= LEAST:
+            found[path] = weight.t() if isinstance(module, Conv1D) else weight
+    return found
+
+
+def pack_modules(
+    model: nn.Module, pack: Callable[[str, Tensor], PackedWeight | None], progress: Progress = unseen
+) -> list[str]:
+    """Put packed modules in the place of what has a matrix, in place, and return their paths. `pack`: module path and
+    W [M, N] -> how it is kept; None: as it is. Tensors that modules share are packed once, and each is let go when it
+    is packed. `progress`: of modules."""
+    sharing: dict[Tensor, list[str]] = {}
+    for path in matrices(model):
+        sharing.setdefault(model.get_submodule(path).weight, []).append(path)  # type: ignore[arg-type]
+    paths, done = [], 0
+    while sharing:
+        own = next(iter(sharing))
+        places = sharing.pop(own)
+        transposed = isinstance(model.get_submodule(places[0]), Conv1D)
+        if (weight := pack(places[0], own.detach().t() if transposed else own.detach())) is not None:
+            put_packed(model, places, weight)
+            paths += places
+        del own
+        progress(done := done + len(places))
     return paths
+
+
+def put_packed(model: nn.Module, paths: Iterable[str], weight: PackedWeight) -> None:
+    """Put one matrix, packed, into the place of modules that share it."""
+    weight = weight.with_parts({name: _frozen(part) for name, part in weight.parts.items()})
+    for path in paths:
+        module = model.get_submodule(path)
+        made = (
+            PackedEmbedding(weight) if isinstance(module, nn.Embedding) else PackedLinear(weight, module.bias)  # type: ignore[arg-type]
+        )
+        model.set_submodule(path, made)
+
+
+def describe_packed(model: nn.Module) -> str:
+    """How a base's matrices are kept and what that saves, in a line; "" where none is packed."""
+    packed = {id(next(module.parameters())): module for module in model.modules() if isinstance(module, _Packed)}
+    weights = [module.frozen_weight() for module in packed.values()]
+    if not weights:
+        return ""
+    forms = [form for form, _ in Counter(weight.form for weight in weights).most_common()]
+    plain = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    bfloat16 = 2 * (sum(math.prod(weight.shape) for weight in weights) + sum(one.numel() for one in plain))
+    held = sum(weight.nbytes for weight in weights) + sum(one.nbytes for one in plain)
+    return f"kept in {' and '.join(forms)}: {held / 1e6:,.0f} MB instead of {bfloat16 / 1e6:,.0f} in bfloat16"
 
 
 def _frozen(part: Tensor) -> nn.Parameter:

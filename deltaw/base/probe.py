@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from deltaw.base.attention import Calls, is_packed, packed_attention_of, pairs
 from deltaw.base.batch import Batch, Pass, passing_of
-from deltaw.base.frozen import dtype_of
+from deltaw.base.frozen import dtype_of, embedding_of
 
 SHORT = (5, 7)  # tokens of the two documents where the config has no number that is dear to cross
 BUDGET = 4e9  # parameters x tokens of a pass: under half a second on two cores
@@ -47,7 +47,7 @@ def probe_documents(model: nn.Module) -> Batch:
     """Two documents end to end, the second beyond as many borders of the config as a pass of this model allows."""
     device = next(model.parameters()).device
     lengths = (SHORT[0], max(SHORT[1], _crossing(model)))
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = embedding_of(model).shape[0]
     tokens_T = (torch.arange(sum(lengths), device=device) * 7919 + 13) % vocabulary
     return Batch.of(tokens_T, [0, lengths[0], sum(lengths)])
 

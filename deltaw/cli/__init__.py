@@ -6,7 +6,7 @@
     update.py     inspect · compare · resize · extract · combine · scale
     ship.py       merge · export · lint · verify
     why.py        decompose · study
-    machine.py    doctor
+    machine.py    doctor · cache
     verbs.py      the groups of `deltaw --help`, hints for names that are no verb (elsewhere.py: other tools' names)
     signals.py    Ctrl-C and SIGTERM
 

@@ -9,6 +9,7 @@ import typer
 from deltaw.cli.verbs import Verbs
 from deltaw.errors import InputError
 from deltaw.show.result import Result
+from deltaw.training.world import World
 
 if TYPE_CHECKING:
     from deltaw.show.progress import Display
@@ -68,6 +69,13 @@ def _options(
         print(ctx.get_help())
     elif sys.platform == "win32":  # files are locked by flock, memory is bounded by setrlimit
         raise InputError("deltaw doesn't run on Windows itself", fix="run it in WSL 2, which is a Linux")
+    elif ctx.invoked_subcommand != "train" and not (world := World.of_environment()).is_alone:
+        if not world.is_first:
+            raise typer.Exit(2)
+        raise InputError(
+            f"{ctx.invoked_subcommand} is for one process, and torchrun started {world.size}",
+            fix="start it without torchrun: deltaw …",
+        )
 
 
 def examples(*lines: str) -> str:
@@ -82,8 +90,10 @@ def display(quiet: bool = False) -> "Display":
     return Display(quiet=quiet)
 
 
-def show(result: Result, as_json: bool) -> None:
-    """A verb's Result on stdout, as JSON or as text for people, and its exit code."""
+def show(result: Result | None, as_json: bool) -> None:
+    """A verb's Result on stdout, as JSON or as text for people, and its exit code. None: another process shows it."""
+    if result is None:
+        return
     print(_json(result) if as_json else result.text)
     if result.exit_code:
         raise typer.Exit(result.exit_code)

@@ -10,6 +10,7 @@ _GGUF = "for llama.cpp and Ollama: deltaw export RUN --to gguf -o FOLDER (--merg
 _MEASURE = "measure a model: deltaw eval RUN"
 _LOOK = "look at an adapter: deltaw inspect RUN; at all runs: deltaw runs"
 _MERGE = "merge an adapter into its base: deltaw merge RUN -o FOLDER"
+_SEVERAL = "several processes: torchrun --nproc-per-node N -m deltaw train run.yaml"
 _MACHINE = "what this machine has and what follows: deltaw doctor"
 
 ELSEWHERE = {
@@ -24,7 +25,7 @@ ELSEWHERE = {
     **dict.fromkeys(("gguf", "convert", "ollama", "save"), _GGUF),
     **dict.fromkeys(
         ("quantize", "quantise", "quant"),
-        "a base is trained in bfloat16 or float32, a quantised one isn't supported; to quantise the result: "
+        "a base is quantised as it is loaded (base_weights: nf4 in the run file); to quantise the result: "
         "deltaw export RUN --to gguf --merged --type Q8_0 -o FOLDER",
     ),
     **dict.fromkeys(("fuse", "merge-lora", "merge-and-unload", "bake"), _MERGE),
@@ -46,6 +47,7 @@ ELSEWHERE = {
     ),
     **dict.fromkeys(("mix", "average", "add", "blend"), "combine adapters: deltaw combine RUN OTHER -o FOLDER"),
     **dict.fromkeys(("init", "new", "config", "create"), _TRAIN),
+    **dict.fromkeys(("torchrun", "accelerate", "ddp", "fsdp", "deepspeed", "distributed"), _SEVERAL),
     "help": "deltaw --help lists the verbs; deltaw train --help explains one",
     "version": "the version: deltaw --version",
 }

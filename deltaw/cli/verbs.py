@@ -15,7 +15,7 @@ from deltaw.cli.elsewhere import ELSEWHERE
 from deltaw.errors import InputError, command
 
 GROUPS = {
-    "Start": ("demo", "doctor", "preview", "plan"),
+    "Start": ("demo", "doctor", "preview", "plan", "cache"),
     "Train": ("train", "runs", "eval", "verify-resume"),
     "Ask": ("chat", "generate"),
     "Understand": ("inspect", "compare", "decompose", "study"),

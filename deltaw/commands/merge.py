@@ -49,7 +49,7 @@ def merge_named(
     trained = open_trained(name, base=base, display=display)
     plan = plan_merge(trained)
     word = type_name(plan, number)
-    for line in _planned(plan, word):
+    for line in [*_planned(plan, word), *([f"warning: {trained.form_note}"] if trained.form_note else [])]:
         display.say(line)
     what = {"kind": "merge", "base": trained.adapter.base.fingerprint, "dtype": word}
     needed = needed_bytes(trained, plan, number)
@@ -71,6 +71,7 @@ def merge_named(
         "seconds": seconds,
         "fates": dict(counts(plan)),
         "tensors": [row for file in plan.by_file for row in _shown(plan, file, number)],
+        "trained_on": trained.adapter.base.weights or None,
         "survival": survey.to_json(survivals),
         "warning": warning,
         "files": files,

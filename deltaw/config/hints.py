@@ -98,17 +98,19 @@ EXPLAINED = (  # ours, how theirs differs, theirs
         "exclude_modules target_layers freeze_trainable_layers",
     ),
 )
-GPUS = "a run uses one device: training on several isn't supported"
-QUANTISED = (
-    "training on a quantised base isn't supported yet: leave it out; train.dtype: bfloat16 halves float32's memory"
-)
+GPUS = "several GPUs or machines: torchrun --nproc-per-node N -m deltaw train run.yaml; leave it out"
+QUANTISED = "write base_weights: nf4 (or int8) at the top of the run file: the base is quantised as it is loaded"
+EIGHT = "write base_weights: int8 at the top of the run file: the base is quantised as it is loaded"
 WITHOUT = (  # what to do instead, theirs
     (
         QUANTISED,
-        "load_in_4bit load_in_8bit quantization quantization_bit quantization_config quantization_method quantize "
-        "bits bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_config qlora gptq loftq "
-        "loftq_config use_qalora",
+        "load_in_4bit quantization quantization_bit quantization_config quantization_method quantize bits bnb_config "
+        "qlora",
     ),
+    (EIGHT, "load_in_8bit int8_training"),
+    ("base_weights: nf4 has double quantisation, and products in train.dtype: leave it out", "bnb_4bit_compute_dtype "
+     "bnb_4bit_quant_type bnb_4bit_use_double_quant double_quant"),
+    ("not supported; base_weights: nf4 quantises the base as it is loaded", "gptq loftq loftq_config use_qalora"),
     ("the optimiser is always AdamW: leave it out", "optim optimizer optimizer_type optimizer_config adam_beta1 "
      "adam_beta2 adam_epsilon betas"),
     ("every step is logged, in metrics.jsonl: leave it out", "logging_steps steps_per_report log_every_n_steps "
@@ -148,7 +150,13 @@ VALUES: dict[str, dict[Any, str]] = {  # a setting: its value elsewhere: what to
     "adapter": {
         "lora": "a LoRA is what is trained: write {rank: 16}, or leave adapter out",
         "dora": "write {magnitude: true}",
-        "qlora": QUANTISED.partition(":")[0],
+        "qlora": "write base_weights: nf4 at the top of the run file; the adapter is a LoRA",
+    },
+    "base_weights": {
+        **dict.fromkeys(("4bit", "4-bit", "int4", "fp4", "q4", "qlora", True), "write nf4"),
+        **dict.fromkeys(("8bit", "8-bit", "q8", "fp8"), "write int8"),
+        **dict.fromkeys(("bf16", "half", "16bit"), "write bfloat16"),
+        **dict.fromkeys(("none", "float32", "fp32", "full", False), "write auto, and train.dtype: float32"),
     },
     "adapter.init": dict.fromkeys((True, "default", "gaussian", "kaiming"), "write lora"),
     "adapter.scaling": {True: "write rslora", False: "write lora"},

@@ -29,8 +29,9 @@ from deltaw.files.run_yaml import Dumper
 BEGUN = ("before.json", "metrics.jsonl", "checkpoints", "adapter", "result.json")  # beside the config.yaml of a run
 
 
-# How a base's matrices are kept in memory (base/load.py): in `train.dtype` (auto), or packed.
-BaseWeights = Literal["auto", "bfloat16"]
+# How a base's matrices are kept in memory (base/load.py): in `train.dtype` (auto), or packed; `keep`: in the blocks of
+# its own .gguf file.
+BaseWeights = Literal["auto", "keep", "bfloat16", "int8", "nf4"]
 
 
 class RunConfig(Strict):

@@ -5,7 +5,7 @@
     train: [{prompt: …, completion: …}, …]                         the rows themselves, as Python has them
     eval: 100   eval: 0.1                                          so many of the rows of train, or such a share
 
-A weight says how often each row of a source is seen in an epoch: 2 is twice, 0.5 is half of the rows (dataset.py
+A weight says how often each row of a source is seen in an epoch: 2 is twice, 0.5 is half of the rows (prepare.py
 chooses). Other tools' weights are shares of what is drawn, which have no epoch and never end; here the shares follow,
 and the preview shows them.
 

@@ -39,6 +39,9 @@ class TrainConfig(Strict):
     seed: Seed = 0
     dtype: Dtype = "auto"
     device: str = "auto"
+    shard: Literal["auto", "never", "always"] = Field(
+        "auto", description="whether each of several processes keeps a part of the base; auto: where it doesn't fit"
+    )
     eval_every: Count | None = None
     patience: Count | None = Field(
         None, description="stop after so many evaluations in a row that aren't the best so far"

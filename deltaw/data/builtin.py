@@ -10,7 +10,7 @@
 - `builtin:sarcasm`: headlines, sarcastic or not, from the `evals` package, as chat.
 
 The files are found without importing their packages: `evals` would import half the world. Rows keep the
-file's order; whoever takes only some of them must choose at random (`dataset.prepare` does) or gets only
+file's order; whoever takes only some of them must choose at random (`prepare.prepare` does) or gets only
 words in a and b.
 """
 

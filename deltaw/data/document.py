@@ -67,8 +67,17 @@ def checked_chat(messages: Any, tools: Any) -> Chat:
 
 
 def _message(message: Message, number: int) -> Message:
-    where = f"message {number}"
     role, content = message.get("role"), message.get("content")
+    if (
+        len(message) == 2
+        and isinstance(role, str)
+        and role in ROLES
+        and isinstance(content, str)
+        and content
+        and not content.isspace()
+    ):
+        return {**message}
+    where = f"message {number}"
     if role is None:
         raise Rejected(f"{where} has no role")
     if role not in ROLES:

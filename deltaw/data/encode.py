@@ -42,6 +42,7 @@ UNASSIGNED = "\u0378"  # no tokenizer has a token for it: shows whether the mode
 
 PORTION = 500_000  # characters
 SEAM = re.compile(r"\w \w")  # between two words of a sentence
+CALL = "_encode_plus"  # what a tokenizer of the fast kind does when it is called
 AROUND, SEAMS = 200, 20  # characters looked at on either side of a seam; seams that are tried
 
 
@@ -87,6 +88,9 @@ class Encoder:
         newline = self._plain(["\n"])[0]
         joined = self._plain(["\na", "a"])
         self._anchor = [] if joined[0] == newline + joined[1] else newline
+        self._quick = _takes_no_offsets(tokenizer)
+        self._is_control = np.zeros(1 + max(self.control_ids, default=0), bool)
+        self._is_control[list(self.control_ids)] = True
 
     def checked(self, text: str) -> str:
         """`text` itself. Raises Rejected on text no tokenizer can take."""
@@ -107,7 +111,10 @@ class Encoder:
     def guard(self, text: str) -> str:
         """`text` with every control token's name broken by a mark. Raises Rejected on text no tokenizer can take."""
         self.checked(text)
-        if not any(character in text for character in self._first_characters):
+        for character in self._first_characters:
+            if character in text:
+                break
+        else:
             return text
         if any(name in text for name in self._single):
             raise Rejected("the text has a control token of a single character")
@@ -125,8 +132,16 @@ class Encoder:
             return value
         raise Rejected(f"a {type(value).__name__} isn't a JSON value")
 
+    def control_places(self, tokens_T: np.ndarray) -> list[int]:
+        """Where the ids of control tokens stand."""
+        last = len(self._is_control) - 1
+        places = np.flatnonzero(self._is_control[np.minimum(tokens_T, last)])
+        return [place for place in places.tolist() if tokens_T[place] <= last]
+
     def names(self, text: str) -> list[str]:
         """The names of control tokens that a user wrote, in guarded text: one at every mark."""
+        if MARK not in text:
+            return []
         matches = (self._name.match(text[mark.start() - 1 :].replace(MARK, "")) for mark in re.finditer(MARK, text))
         return [name[0] for name in matches if name]
 
@@ -142,8 +157,11 @@ class Encoder:
         """The control tokens a template wrote into `text`, in order."""
         return list(self._control.finditer(text))
 
-    def encode(self, documents: Sequence[Sequence[str]], progress: Progress = unseen) -> list[list[Encoded]]:
-        """The ids of every piece of every document, in few calls of the tokenizer. `progress` is told of characters.
+    def encode(
+        self, documents: Sequence[Sequence[str]], progress: Progress = unseen, *, places: bool = True
+    ) -> list[list[Encoded]]:
+        """The ids of every piece of every document, in few calls of the tokenizer. `progress` is told of characters;
+        `places`: whether the pieces' places will be asked for, which takes the tokenizer longer.
 
         The pieces of a document are encoded apart from each other (no token spans two), all but the first as the
         continuation of what stands before.
@@ -157,14 +175,15 @@ class Encoder:
         done = 0
         for call in _calls(parts):
             texts = ["\n" + part.text if continues else part.text for part, _, continues in call]
-            recorded = self._recorded(texts)
+            recorded = self._recorded(texts, places)
             for (part, output, continues), text, (ids, record) in zip(call, texts, recorded, strict=True):
                 skipped = len(self._anchor) if continues else 0
                 if ids[:skipped] != self._anchor[:skipped]:
                     text, skipped = text[1:], 0
-                    ((ids, record),) = self._recorded([text])
-                output.ids.extend(ids[skipped:])
-                output.parts.append(_places(part, text, record, len(ids), skipped))
+                    ((ids, record),) = self._recorded([text], places)
+                output.ids.extend(ids[skipped:] if skipped else ids)
+                if places:
+                    output.parts.append(_places(part, text, record, len(ids), skipped))
                 done += len(part.text)
             progress(done)
         return encoded
@@ -192,10 +211,15 @@ class Encoder:
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
         return [ids for ids, _ in self._recorded(texts)]
 
-    def _recorded(self, texts: Sequence[str]) -> list[tuple[list[int], Any]]:
-        """The ids of each text, and where its tokens stand in it (None from a tokenizer that can't tell)."""
+    def _recorded(self, texts: Sequence[str], offsets: bool = True) -> list[tuple[list[int], Any]]:
+        """The ids of each text, and where its tokens stand in it (None from a tokenizer that can't tell, and where it
+        isn't asked for)."""
         if not texts:
             return []
+        if not offsets and self._quick and len(texts) > 1:
+            self._recorded(texts[:1])  # sets what the tokenizer remembers: nothing is cut, nothing filled up
+            encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [(encoding.ids, None) for encoding in encodings]
         encoded = self._tokenizer(
             list(texts),
             add_special_tokens=False,
@@ -207,6 +231,16 @@ class Encoder:
         )
         ids = encoded["input_ids"]
         return list(zip(ids, encoded.encodings or [None] * len(ids), strict=True))
+
+
+def _takes_no_offsets(tokenizer: Any) -> bool:
+    """Whether a call of this tokenizer is nothing but one of the library's that could leave out where tokens stand."""
+    homes = [
+        next((kind.__module__ for kind in type(tokenizer).__mro__ if name in vars(kind)), "")
+        for name in ("__call__", CALL)
+    ]
+    own = not all(home.startswith("transformers.tokenization_utils") for home in homes)
+    return not own and hasattr(getattr(tokenizer, "backend_tokenizer", None), "encode_batch_fast")
 
 
 def _calls(parts: Sequence[tuple[_Part, Encoded, bool]]) -> Iterator[list[tuple[_Part, Encoded, bool]]]:

@@ -3,8 +3,6 @@
 It is in a separate file so that packing and loading need no tokenizer: `render.py` makes examples, `pack.py` uses them.
 """
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,15 +33,3 @@ class Example:
     def cut(self, length: int) -> "Example":
         """Its first `length` tokens."""
         return replace(self, tokens=self.tokens[:length].copy(), loss_mask=self.loss_mask[:length].copy())
-
-
-def fingerprint(*parts: Sequence[Example]) -> str:
-    """sha256 over every token and mask of each part, in order."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        for example in part:
-            digest.update(len(example.tokens).to_bytes(8, "little"))
-            digest.update(example.tokens.tobytes())
-            digest.update(example.loss_mask.tobytes())
-    return digest.hexdigest()

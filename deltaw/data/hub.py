@@ -10,6 +10,8 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from deltaw.data.arrow import columns
 from deltaw.data.row import Item, Row
@@ -21,6 +23,21 @@ SECONDS = 5.0  # for the hub to answer
 
 def read_hub(name: str, split: str, near: str | None) -> Iterator[Item]:
     """The rows of `name` on the hub. `near`: a name nearby that exists, if the hub has no such set."""
+    table = _table(name, split, near)
+    schema = getattr(getattr(table, "features", None), "arrow_schema", None)
+    for number, value in enumerate(table, 1):
+        yield Row(columns(value, schema), f"{name}:{split}:{number}")
+
+
+def files_of_hub(name: str, split: str) -> list[Path]:
+    """The Arrow files in which the library keeps this revision of a set; none where it can't be had or has none."""
+    try:
+        return [Path(file["filename"]) for file in getattr(_table(name, split, None), "cache_files", [])]
+    except InputError:
+        return []  # which reading tells in full
+
+
+def _table(name: str, split: str, near: str | None) -> Any:
     try:
         import datasets
     except ImportError:
@@ -33,16 +50,13 @@ def read_hub(name: str, split: str, near: str | None) -> Iterator[Item]:
             fix=near or "look at the network, or name a local file; what was downloaded before: HF_HUB_OFFLINE=1",
         )
     try:
-        table = datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen kinds, all of them about the name or the network
         reason = first_line(error)
         if offline:
             what = f"{name}:{split}: not among the sets that were downloaded before, and {offline} is set: {reason}"
             raise InputError(what, fix=near or f"unset {offline}, or name a local file") from None
         raise InputError(f"{name}:{split}: {reason}", fix=near) from None
-    schema = getattr(getattr(table, "features", None), "arrow_schema", None)
-    for number, value in enumerate(table, 1):
-        yield Row(columns(value, schema), f"{name}:{split}:{number}")
 
 
 _YES = ("1", "ON", "YES", "TRUE")  # as the library reads its variables

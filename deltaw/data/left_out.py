@@ -64,12 +64,17 @@ class Survey:
         named = [re.escape(word) for word in template.words if len(word.strip()) > 2 and MARKUP.search(word)]
         self._cut = re.compile(f"({'|'.join(sorted(named, key=len, reverse=True)) or '(?!)'})")
         self._known: dict[bytes, LeftOut] = {}
+        self._simple: dict[tuple[str, ...], bytes] = {}  # the shapes of chats of plain contents, by their roles
 
     def of(self, rows: Sequence[Asked], written: Sequence[Sequence[Any]]) -> list[LeftOut]:
         """For each row, of which `written` is what the template writes. New shapes are written first, in one call."""
         shapes = []
         new: dict[bytes, tuple[Asked, Asked, dict[Leaf, str]]] = {}
         for row in rows:
+            simple = _simple(row)
+            if simple in self._simple:
+                shapes.append(self._simple[simple])
+                continue
             planting = _Planting(self._template.words, self._cut)
             try:
                 messages, tools = planting.messages(row.messages), planting.value(row.tools, ("tools",))
@@ -78,6 +83,8 @@ class Survey:
                 self._known[b""] = LeftOut("nested too deeply")
                 continue
             shapes.append(blake2b(json.dumps([messages, tools]).encode(), digest_size=16).digest())
+            if simple:
+                self._simple[simple] = shapes[-1]
             if shapes[-1] not in self._known:
                 planted = Asked(messages, tools, _prefixes(len(messages)))
                 new.setdefault(shapes[-1], (row, planted, planting.leaves))
@@ -92,6 +99,8 @@ class Survey:
         if loss.refused or PART + CONTENT in loss.fields:
             return loss
         for number, message in enumerate(row.messages):
+            if isinstance(texts[0], str) and message["content"].strip() in texts[0]:
+                continue
             stretches = self._cut.split(message["content"])[::2]
             if all(_stands(stretch.strip(), texts) for stretch in stretches):
                 continue
@@ -185,6 +194,20 @@ class _Planting:
         keys = [other[index] for index in _distinct([value[key] for key in other])]
         names = {key: key for key in known} | {key: f"qzkey{number}" for number, key in enumerate(keys)}
         return {names[key]: self.value(value[key], (*path, key)) for key in value if key in names}
+
+
+def _simple(row: Asked) -> tuple[str, ...]:
+    """The roles of a chat whose shape they tell: no tools, no other fields, contents that say something and in which
+    nothing stands that a template may look for. Empty for any other."""
+    if row.tools:
+        return ()
+    for message in row.messages:
+        content = message.get("content")
+        if len(message) != 2 or "role" not in message or not isinstance(content, str) or not content.strip():
+            return ()
+        if "<" in content or "[" in content or "|" in content:  # MARKUP
+            return ()
+    return tuple(message["role"] for message in row.messages)
 
 
 def _distinct(values: Sequence[Any]) -> list[int]:

@@ -5,7 +5,8 @@
 An epoch is shuffled by (seed, epoch). A step takes documents in that order until the next would not fit
 into `tokens_per_step`; it is cut into batches of at most `tokens_per_batch`, whose gradients are summed. A
 document longer than either stands alone. So `tokens_per_batch` changes the memory and the speed and nothing
-else.
+else. Where several processes train together each takes some of the batches (`dealt`), which are cut smaller where they
+would be fewer than these; the documents of a step are the same at every number of processes.
 
 How many steps some epochs have is counted, since the order of the documents makes one epoch a step longer than
 another, in exact arithmetic: 1.1 epochs of 10 steps are 11, and not the 12 that ceil makes of 11.000000000000002.
@@ -20,15 +21,19 @@ spins).
 """
 
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
+from typing import overload
 
 import numpy as np
 
 from deltaw.base.batch import Batch
 from deltaw.data.example import Example
+from deltaw.data.examples import lengths_of
 from deltaw.data.pack import pack
 
 EPOCHS, DOCUMENTS = 1_000, 2_000_000  # whose steps are counted one by one
@@ -44,32 +49,90 @@ class LoaderState:
     step: int = 0
 
 
-def plan(lengths: Sequence[int], *, tokens_per_step: int, tokens_per_batch: int, seed: int, epoch: int) -> list[Step]:
-    """The steps of one epoch: every example number exactly once. Raises ValueError on no lengths."""
-    if not len(lengths):
-        raise ValueError("an epoch needs at least one example")
-    order = _shuffled(len(lengths), seed, epoch)
-    steps = fill(order, lengths, tokens_per_step)
-    return [fill(step, lengths, tokens_per_batch) for step in steps]
+class Plan(Sequence[Step]):
+    """The steps of one epoch: every example number exactly once. Kept as the numbers' order and the places where it is
+    cut; a step's batches are made when it is asked for. Raises ValueError on no lengths."""
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        *,
+        tokens_per_step: int,
+        tokens_per_batch: int,
+        seed: int,
+        epoch: int,
+        ranks: int = 1,
+    ) -> None:
+        if not len(lengths):
+            raise ValueError("an epoch needs at least one example")
+        self._lengths, self._tokens_per_batch, self._ranks = np.asarray(lengths), tokens_per_batch, ranks
+        self._order = _shuffled(len(lengths), seed, epoch).astype(np.uint32)
+        self._cuts = _cuts(self._lengths[self._order], tokens_per_step)
+
+    def __len__(self) -> int:
+        return len(self._cuts) - 1
+
+    @overload
+    def __getitem__(self, number: int) -> Step: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Step]: ...
+    def __getitem__(self, number: int | slice) -> Step | list[Step]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(len(self))[number]]
+        begin = range(len(self))[number]
+        numbers = self._order[self._cuts[begin] : self._cuts[begin + 1]]
+        return _for_all(self._ranks, fill(numbers, self._lengths, self._tokens_per_batch), self._lengths)
 
 
-def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
+def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     # RandomState and not default_rng: NumPy promises the same stream for ever only for the former.
     words = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, epoch]
-    return np.random.RandomState(words).permutation(count).tolist()
+    return np.random.RandomState(words).permutation(count)
 
 
-def fill(numbers: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def fill(numbers: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     """Consecutive groups whose lengths sum to at most `capacity`, or that hold one number."""
-    groups: list[list[int]] = []
-    room = 0
-    for number in numbers:
-        if not groups or lengths[number] > room:
-            groups.append([])
-            room = capacity
-        groups[-1].append(number)
-        room -= lengths[number]
-    return groups
+    numbers = np.asarray(numbers, np.int64)
+    cuts = _cuts(np.asarray(lengths)[numbers], capacity)
+    return [numbers[begin:end].tolist() for begin, end in pairwise(cuts.tolist())]
+
+
+def _cuts(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Where the groups of `fill` begin, and the end."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    cuts = array("q", [0])
+    while cuts[-1] < len(ends):
+        begin = cuts[-1]
+        before = int(ends[begin - 1]) if begin else 0
+        cuts.append(max(begin + 1, int(ends.searchsorted(before + capacity, "right"))))
+    return np.frombuffer(cuts, np.int64)
+
+
+def _for_all(ranks: int, batches: Step, lengths: np.ndarray) -> Step:
+    """The batches of a step; where they are fewer than the ranks, smaller ones of about equal length, at least one
+    document each: as many as there are ranks, or documents."""
+    numbers = [number for batch in batches for number in batch]
+    parts = min(ranks, len(numbers))
+    if len(batches) >= parts:
+        return batches
+    ends = np.cumsum([lengths[number] for number in numbers])
+    cuts, total = [0], int(ends[-1])
+    for part in range(1, parts):
+        nearest = int(np.searchsorted(ends, total * part / parts))  # its document: cut before or after, which is nearer
+        behind = nearest + (ends[nearest] - total * part / parts <= lengths[numbers[nearest]] / 2)
+        cuts.append(min(max(int(behind), cuts[-1] + 1), len(numbers) - parts + part))
+    return [numbers[a:b] for a, b in pairwise([*cuts, len(numbers)])]
+
+
+def dealt(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """The numbers of the batches that each rank takes: the largest first, each to whom has the least so far."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for number in sorted(range(len(sizes)), key=lambda n: (-sizes[n], n)):
+        rank = min(range(ranks), key=lambda r: (tokens[r], r))
+        shares[rank].append(number)
+        tokens[rank] += sizes[number]
+    return [sorted(share) for share in shares]
 
 
 class Loader:
@@ -82,13 +145,14 @@ class Loader:
         tokens_per_batch: int,
         seed: int,
         start: LoaderState = LoaderState(),
+        ranks: int = 1,
     ) -> None:
-        lengths = [len(example.tokens) for example in examples]
+        lengths = lengths_of(examples)
 
         @lru_cache(maxsize=2)
-        def steps_of(epoch: int) -> list[Step]:
+        def steps_of(epoch: int) -> Plan:
             sizes = {"tokens_per_step": tokens_per_step, "tokens_per_batch": tokens_per_batch}
-            return plan(lengths, **sizes, seed=seed, epoch=epoch)
+            return Plan(lengths, **sizes, seed=seed, epoch=epoch, ranks=ranks)
 
         self._examples, self._steps_of, self._start = examples, steps_of, start
         self._lengths, self._seed, self._tokens_per_step = lengths, seed, tokens_per_step
@@ -126,7 +190,8 @@ class Loader:
 
     def _count(self, epoch: int) -> int:
         """The steps of an epoch without their batches, and without keeping them."""
-        return len(fill(_shuffled(len(self._lengths), self._seed, epoch), self._lengths, self._tokens_per_step))
+        order = _shuffled(len(self._lengths), self._seed, epoch)
+        return len(_cuts(self._lengths[order], self._tokens_per_step)) - 1
 
 
 class Ahead:

@@ -6,7 +6,8 @@ from deltaw.base.limits import Limits
 from deltaw.base.load import open_skeleton
 from deltaw.base.source import Source, find_base
 from deltaw.config import RunConfig
-from deltaw.data.dataset import Dataset, prepare
+from deltaw.data.cache import prepared
+from deltaw.data.dataset import Dataset
 from deltaw.data.render import Renderer, open_tokenizer
 from deltaw.errors import InputError
 from deltaw.show.progress import Display
@@ -27,12 +28,12 @@ def open_dataset(config: RunConfig, display: Display, source: Source | None = No
     where it was found already."""
     source = source or find_base(config.base, display=display)
     renderer = open_renderer(source, config)
-    return source, renderer, prepare(config.data, renderer, display=display)
+    return source, renderer, prepared(config.data, renderer, display=display)
 
 
 def limits_of(source: Source, dataset: Dataset) -> list[str]:
     """What a run would say of rows that the base can't be given, or wasn't made for. No weights are read."""
-    rows = [*dataset.train, *dataset.eval]
+    rows = dataset.rows
     try:
         limits = Limits.of(open_skeleton(source))
         limits.check(rows)

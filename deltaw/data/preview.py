@@ -37,8 +37,10 @@ def preview(dataset: Dataset, tokenizer: Any, n: int) -> "Group":
 
 def first(dataset: Dataset, n: int) -> list[Example]:
     """The first `n` rows to train on; of several sources the first of each, then the second of each, and so on."""
-    rows = iter(dict.fromkeys(dataset.train))
-    by_source = [list(islice(rows, source.train_rows)) for source in dataset.report.sources]
+    rows, by_source, begin = dataset.train.distinct, [], 0
+    for source in dataset.report.sources:
+        by_source.append(list(rows[begin : begin + min(n, source.train_rows)]))
+        begin += source.train_rows
     turns = (row for turn in zip_longest(*by_source) for row in turn if row is not None)
     return list(islice(turns, n))
 

@@ -35,7 +35,7 @@ from typing import Any, BinaryIO
 
 from deltaw.data.arrow import is_saved, read_arrow, read_parquet, read_saved
 from deltaw.data.builtin import BUILTINS, read_builtin
-from deltaw.data.hub import read_hub
+from deltaw.data.hub import files_of_hub, read_hub
 from deltaw.data.row import MAX_LINE, Item, Note, Problem, Row
 from deltaw.data.tables import read_csv, read_tsv
 from deltaw.data.unpack import ARCHIVES, PACKED, unpacked
@@ -70,6 +70,29 @@ def read_rows(
                 if len(rows) == limit:
                     break
     return rows, problems
+
+
+def files_of(source: str) -> list[Path]:
+    """The files whose bytes decide what `read_rows` reads of `source`, or more; none where that isn't known (built-in
+    sets, names that lead nowhere)."""
+    if source.startswith("builtin:") or "\0" in source or not source:
+        return []
+    path = Path(source)
+    whole = Path(source.rpartition(":")[0] or source)
+    if not path.exists() and (is_saved(whole) or whole.is_file()):
+        path = whole
+    if path.exists():
+        return _files_in(path)
+    if glob.has_magic(source) and (paths := sorted(glob.glob(source, recursive=True))):
+        return sorted({file for match in paths for file in _files_in(Path(match))})
+    hub = HUB_ID.fullmatch(source)
+    return files_of_hub(hub["name"], hub["split"] or "train") if hub and not _is_data_file(path) else []
+
+
+def _files_in(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file()) if is_saved(path) else _data_files(path)
+    return [path] if path.is_file() else []
 
 
 def _items(source: str, encoding: str) -> Iterator[Item]:

@@ -22,8 +22,10 @@ front where they don't begin with it, and eos behind where they don't end with a
 
 import copy
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from deltaw.data.chat import NO_TEMPLATE, ChatWriter, Layout, Piece
 from deltaw.data.document import Chat, Completion, Document, Message, Text
 from deltaw.data.encode import Encoded, Encoder
 from deltaw.data.example import Example
+from deltaw.data.examples import Examples
 from deltaw.data.split import split
 from deltaw.errors import InputError, Rejected
 from deltaw.files.strict_json import read_json
@@ -96,6 +99,16 @@ class Renderer:
         return other
 
     @property
+    def rules(self) -> dict[str, Any]:
+        """All that decides what becomes of a document, beside the tokenizer's files, as JSON has it."""
+        return {
+            "train_on": self._train_on,
+            "rendered": self._rendered,
+            "template": self.template,
+            "system": self._system,
+        }
+
+    @property
     def own_template(self) -> bool:
         """Whether the template is the tokenizer's own, so that it needn't go along with what is trained under it."""
         own = self.tokenizer.chat_template
@@ -133,7 +146,8 @@ class Renderer:
             [behind(document, self._system) for document in documents] if self._system else documents
         )
         good = [layout for layout in layouts if isinstance(layout, Layout)]
-        encoded = iter(self._encoder.encode([[piece.text for piece in layout.pieces] for layout in good], progress))
+        texts = [[piece.text for piece in layout.pieces] for layout in good]
+        encoded = iter(self._encoder.encode(texts, progress, places=length > 0))
         results: list[list[Example] | Rejected] = []
         for layout, document, origin in zip(layouts, documents, origins, strict=True):
             if isinstance(layout, Rejected):
@@ -182,16 +196,15 @@ class Renderer:
             self.tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         )
 
-    def end_of_turn_problems(self, examples: Sequence[Example]) -> list[str]:
+    def end_of_turn_problems(self, examples: Examples) -> list[str]:
         """Why the trained model may not stop, in words for the user; nothing when all is well."""
         problems = []
-        stops = self.stop_ids
-        examples = [example for example in examples if not example.goes_on]
-        endless = sum(stops.isdisjoint(example.tokens[example.loss_mask].tolist()) for example in examples)
+        ending = ~examples.is_kind(lambda kind: kind.goes_on)
+        endless = int(np.count_nonzero(ending & ~examples.train_any(self.stop_ids)))
         if endless:
             problems.append(
-                f"{endless} of {len(examples)} rows train no end-of-turn token: the model won't learn to stop "
-                "after them"
+                f"{endless} of {np.count_nonzero(ending)} rows train no end-of-turn token: the model won't learn to "
+                "stop after them"
             )
         if self.end_of_turn is not None and self.end_of_turn not in self.model_stop_ids:
             token = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
@@ -257,28 +270,28 @@ class Renderer:
             raise InputError(f"data.train_on: {self._train_on} has no meaning for {form} rows", fix=fix)
 
     def _assemble(self, layout: Layout, ids: list[list[int]], document: Document, origin: str) -> Example:
-        tokens: list[int] = list(layout.opening)
-        mask = [self._train_on == "all"] * len(tokens)
-        control_ids = self._encoder.control_ids
+        tokens = np.array([*layout.opening, *chain.from_iterable(ids), *layout.closing], np.int32)
+        mask = np.zeros(len(tokens), bool)
+        mask[: len(layout.opening)] = self._train_on == "all"
+        mask[len(tokens) - len(layout.closing) :] = True
+        controls = self._encoder.control_places(tokens)
+        end = len(layout.opening)
         for piece, piece_ids in zip(layout.pieces, ids, strict=True):
-            controls = [index for index, id in enumerate(piece_ids) if id in control_ids]
-            if len(controls) != len(self._encoder.controls(piece.text)):
+            begin, end = end, end + len(piece_ids)
+            own = controls[bisect_left(controls, begin) : bisect_left(controls, end)]
+            if len(own) != len(self._encoder.controls(piece.text)):
                 raise Rejected("the tokenizer turns plain text in it into a control token")
-            trained = len(piece_ids) if piece.trained is None else 0
-            if piece.trained:
-                trained = controls[piece.trained - 1] + 1
-            tokens += piece_ids
-            mask += [True] * trained + [False] * (len(piece_ids) - trained)
-        tokens += layout.closing
-        mask += [True] * len(layout.closing)
-        if mask:
-            mask[0] = False
-        if not any(mask):
+            if piece.trained is None:
+                mask[begin:end] = True
+            elif piece.trained:
+                mask[begin : own[piece.trained - 1] + 1] = True
+        mask[:1] = False
+        if not mask.any():
             raise Rejected(_nothing_trained(layout.untrained_turns))
         names = tuple(name for piece in layout.pieces for name in self._encoder.names(piece.text))
         return Example(
-            np.array(tokens, np.int32),
-            np.array(mask, bool),
+            tokens,
+            mask,
             origin,
             untrained_turns=layout.untrained_turns,
             unused=document.unused,

@@ -1,19 +1,19 @@
 """What became of each row of the sources, in plain values and in sentences."""
 
-import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from deltaw.data.document import Chat
-from deltaw.data.example import Example
+from deltaw.data.examples import Examples, Kind
 from deltaw.data.forms import Form
 from deltaw.data.render import Renderer
 from deltaw.data.row import Problem, Row
 from deltaw.show.text import counted, one_line
 
+NONE = Examples.of([])
 SHOWN = 10  # problems and origins kept in the report
 
 
@@ -39,8 +39,8 @@ class Reading:
     too_long: list[str] = field(default_factory=list)
     weight: float = 1.0
     notes: list[str] = field(default_factory=list)
-    train: list[Example] = field(default_factory=list)  # each as often as an epoch sees it
-    held_out: list[Example] = field(default_factory=list)
+    train: Examples = NONE  # each as often as an epoch sees it
+    held_out: Examples = NONE
 
     @property
     def by_piece(self) -> bool:
@@ -49,8 +49,7 @@ class Reading:
     @property
     def is_chat(self) -> bool:
         """Whether its rows go through the chat template; of no rows to train on it isn't asked."""
-        first = next(iter(self.train), None)
-        origin = first.origin if first else None
+        origin = self.train.origin(0) if self.train else None
         row = next((row for row in self.rows if row.origin == origin), None)
         return row is not None and isinstance(self.form.normalise(row), Chat)
 
@@ -131,22 +130,22 @@ class DataReport:
 def report_of(
     of_train: list[Reading],
     of_eval: list[Reading],
-    epoch: list[Example],
-    held_out: list[Example],
+    epoch: Examples,
+    held_out: Examples,
     renderer: Renderer,
     chat: bool,
 ) -> DataReport:
     """`of_eval`: the sources of the held-out rows, which may be those of the rows to train on."""
     sources = of_train if of_eval is of_train else [*of_train, *of_eval]
-    train = list(dict.fromkeys(epoch))  # an example that is seen twice is one object
-    keys = Counter(_key(example) for example in train)
-    tokens = sum(len(example.tokens) for example in epoch)
-    supervised = sum(int(example.loss_mask.sum()) for example in epoch)
-    examples = [*train, *held_out]
-    named = [example for example in examples if example.names]
-    kept = sum(len(example.tokens) - example.context for example in examples)
+    train = epoch.distinct
+    digests = train.digests()
+    tokens, supervised = int(epoch.lengths.sum()), int(epoch.supervised.sum())
+    lengths = np.concatenate([train.lengths, held_out.lengths])
+    kinds = _Kinds(train, held_out)
+    named = kinds.first(lambda kind: bool(kind.names))
+    kept = int(lengths.sum()) - kinds.sum(lambda kind: kind.context)
     tokens_read = sum(source.tokens_read for source in sources)
-    longest = max(examples, key=lambda example: len(example.tokens))
+    longest = int(lengths.argmax())
     report = DataReport(
         source=names(of_train),
         form="; ".join(dict.fromkeys(source.form.description for source in of_train)),
@@ -163,30 +162,59 @@ def report_of(
         tokens_read=tokens_read,
         kept=kept / tokens_read,
         untrained=sum(source.untrained for source in sources),
-        untrained_turns=sum(example.untrained_turns for example in train),
+        untrained_turns=sum(kind.untrained_turns * count for kind, count, _ in train.kinds()),
         tokens=tokens,
         supervised_tokens=supervised,
         share=supervised / tokens,
-        duplicates=len(train) - len(keys),
-        overlap=sum(_key(example) in keys for example in held_out),
-        longest_row=len(longest.tokens),
-        longest_origin=longest.origin,
-        unused=_shares([example.unused for example in examples]),
-        left_out=_shares([example.left_out for example in examples]),
-        named_rows=len(named),
-        named_tokens=sum(len(example.names) for example in named),
-        named_origin=named[0].origin if named else "",
-        glued_rows=sum(example.glued for example in examples),
+        duplicates=len(train) - len(np.unique(digests)),
+        overlap=int(np.isin(held_out.digests(), digests).sum()),
+        longest_row=int(lengths[longest]),
+        longest_origin=kinds.origin(longest),
+        unused=kinds.shares("unused"),
+        left_out=kinds.shares("left_out"),
+        named_rows=kinds.sum(lambda kind: bool(kind.names)),
+        named_tokens=kinds.sum(lambda kind: len(kind.names)),
+        named_origin=named,
+        glued_rows=kinds.sum(lambda kind: kind.glued),
         notes=_notes(sources, len(held_out)),
         sources=[_share(source, supervised) for source in sources],
         warnings=[*renderer.end_of_turn_problems(train), *(renderer.header_problems() if chat else ())],
     )
     report.warnings.extend(_warnings(report, max(source.longest_dropped for source in sources)))
     if report.glued_rows:
-        report.warnings.append(_glued(report, next(example for example in examples if example.glued)))
+        report.warnings.append(_glued(report, kinds.first(lambda kind: kind.glued)))
     if named:
-        report.warnings.append(_named(report, sorted({name for example in named for name in example.names}), chat))
+        report.warnings.append(_named(report, sorted({name for kind, *_ in kinds.all for name in kind.names}), chat))
     return report
+
+
+class _Kinds:
+    """What the rows to train on and held out say beside their tokens, counted. `all`: (kind, rows, the first's number
+    among both), in the order of these."""
+
+    def __init__(self, train: Examples, held_out: Examples) -> None:
+        self._train, self._held_out = train, held_out
+        self.all = [*train.kinds(), *((kind, n, len(train) + at) for kind, n, at in held_out.kinds())]
+
+    def sum(self, figure: Callable[[Kind], int]) -> int:
+        """A figure of every row, added up."""
+        return sum(figure(kind) * count for kind, count, _ in self.all)
+
+    def first(self, wanted: Callable[[Kind], bool]) -> str:
+        """The origin of the first row of such a kind; empty where there is none."""
+        return next((self.origin(at) for kind, _, at in self.all if wanted(kind)), "")
+
+    def origin(self, number: int) -> str:
+        beyond = number - len(self._train)
+        return self._train.origin(number) if beyond < 0 else self._held_out.origin(beyond)
+
+    def shares(self, field: str) -> dict[str, float]:
+        """In what share of the rows each name stands in a field, the commonest first."""
+        counts: Counter[str] = Counter()
+        for kind, count, _ in self.all:
+            counts.update(dict.fromkeys(getattr(kind, field), count))
+        rows = len(self._train) + len(self._held_out)
+        return {name: count / rows for name, count in counts.most_common()}
 
 
 def names(sources: Sequence[Reading]) -> str:
@@ -195,30 +223,19 @@ def names(sources: Sequence[Reading]) -> str:
 
 
 def _share(source: Reading, supervised: int) -> Share:
-    trained = sum(int(example.loss_mask.sum()) for example in source.train)
+    trained = int(source.train.supervised.sum())
     return Share(
         source.name,
         source.form.description,
         source.weight,
         source.count,
-        len(dict.fromkeys(source.train)),
+        len(source.train.distinct),
         len(source.held_out),
         len(source.train),
-        sum(len(example.tokens) for example in source.train),
+        int(source.train.lengths.sum()),
         trained,
         trained / supervised,
     )
-
-
-def _shares(names: Sequence[Sequence[str]]) -> dict[str, float]:
-    """In what share of the rows each name stands, the commonest first."""
-    counts = Counter(name for some in names for name in dict.fromkeys(some))
-    return {name: count / len(names) for name, count in counts.most_common()}
-
-
-def _key(example: Example) -> bytes:
-    content = example.tokens.tobytes() + np.packbits(example.loss_mask).tobytes()
-    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _notes(sources: Sequence[Reading], held_out: int) -> list[str]:
@@ -234,10 +251,8 @@ def _notes(sources: Sequence[Reading], held_out: int) -> list[str]:
     return notes
 
 
-def _glued(report: DataReport, first: Example) -> str:
-    where = (
-        f"in {counted(report.glued_rows, 'row')} prompt and completion meet without a blank; the first: {first.origin}"
-    )
+def _glued(report: DataReport, first: str) -> str:
+    where = f"in {counted(report.glued_rows, 'row')} prompt and completion meet without a blank; the first: {first}"
     return (
         f"{where}; set data.join: ' ' or \"\\n\" to put one between, or data.form: chat on a base with a chat template"
     )

@@ -1,7 +1,7 @@
 """A row, and what is said of one that can't be used.
 
 Every stage (reading, recognising, rendering) meets rows that it must refuse. It never crashes on one and
-never drops one silently: it says which row and why, and `dataset.prepare` decides how many of those are too
+never drops one silently: it says which row and why, and `prepare.prepare` decides how many of those are too
 many.
 
 `origin` is what a person needs to find the row again: `train.jsonl:118`, the file's name and the line (for

@@ -1,7 +1,7 @@
 """What `data.train` or `data.eval` names -> one `Reading` per source, and how often its rows are seen in an epoch.
 
 A weight w of a source with n rows to train on: an epoch has each of them ⌊w⌋ times and, for what is left of w, the
-first ⌊(w − ⌊w⌋) n⌋ in the order of the seeded hash once more (dataset.py), one row at least. The choice is the same in
+first ⌊(w − ⌊w⌋) n⌋ in the order of the seeded hash once more (prepare.py), one row at least. The choice is the same in
 every epoch: so the epoch's rows are one list, which the fingerprint, the plan and the preview see as they see any
 other, and a run resumes in it as in any other. Held-out rows are taken before and count once, whatever the weight.
 

@@ -28,6 +28,7 @@ from deltaw.adapter.attach import Attached, attach, detach
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.place import check_bare
 from deltaw.data.example import Example
+from deltaw.data.examples import supervised_of
 from deltaw.errors import InputError
 from deltaw.evaluation.held_out import held_out_loss
 from deltaw.model import Model
@@ -127,7 +128,7 @@ def restored(attached: Attached) -> Iterator[None]:
 
 def check_rows(examples: Sequence[Example]) -> None:
     """Raise InputError if there is nothing to measure on."""
-    if not any(example.loss_mask.any() for example in examples):
+    if not supervised_of(examples).any():
         raise InputError("no rows to measure the loss on", fix="name a data file with at least one usable row")
 
 

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from deltaw.base.batch import Batch
 from deltaw.config import DataConfig
-from deltaw.data.dataset import prepare
 from deltaw.data.example import Example
+from deltaw.data.examples import lengths_of
 from deltaw.data.loader import fill
 from deltaw.data.pack import pack
+from deltaw.data.prepare import prepare
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
 from deltaw.generate.cache import evaluating
@@ -72,7 +73,7 @@ def forgetting(model: Model, source: str, examples: Sequence[Example], display: 
     assert model.attached is not None
     sums: list[Tensor] = []
     with evaluating(model.base.model), display.task("forgetting", len(examples)) as progress:
-        for documents in fill(range(len(examples)), [len(row.tokens) for row in examples], TOKENS_AT_ONCE):
+        for documents in fill(range(len(examples)), lengths_of(examples), TOKENS_AT_ONCE):
             sums.append(_sums(model, pack([examples[n] for n in documents])))
             progress(sum(map(len, sums)))
     sums_P4 = torch.cat(sums)

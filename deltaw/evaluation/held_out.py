@@ -11,7 +11,7 @@ twice.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -20,7 +20,9 @@ import numpy as np
 from deltaw.base.forward import Forward
 from deltaw.base.limits import Limits
 from deltaw.config import EvaluateConfig
-from deltaw.data.example import Example, fingerprint
+from deltaw.data.example import Example
+from deltaw.data.examples import fingerprint, lengths_of
+from deltaw.data.loader import fill
 from deltaw.data.pack import pack
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError, RunError
@@ -140,7 +142,11 @@ def rows_asked(
     """The rows that are answered: all of them for a task metric or `every_row`, else `samples` of those with room for
     an answer. Raises InputError where all are asked and one has no room."""
     context = Limits.of(model.base.model).context
-    long = [row for row in examples if context is not None and len(_split(row)[0]) >= context]
+
+    def is_long(row: Example) -> bool:
+        return context is not None and len(_split(row)[0]) >= context
+
+    long = [row for row in examples if is_long(row)]
     every_row = every_row or bool(config.metrics)
     if every_row and long:
         raise InputError(
@@ -150,8 +156,7 @@ def rows_asked(
         )
     if every_row or not long:
         return list(examples) if every_row else spread(examples, config.samples)
-    left_out = {id(row) for row in long}
-    return spread([row for row in examples if id(row) not in left_out], config.samples)
+    return spread([row for row in examples if not is_long(row)], config.samples)
 
 
 def held_out_loss(forward: Forward, examples: Sequence[Example], *, progress: Progress = unseen) -> tuple[float, int]:
@@ -214,14 +219,8 @@ def _split(example: Example) -> tuple[list[int], list[int]]:
     return tokens[:start], tokens[start:end]
 
 
-def _batches(examples: Sequence[Example]) -> list[list[Example]]:
+def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
     """Rows of like length together, at most TOKENS_AT_ONCE tokens per batch."""
-    batches: list[list[Example]] = []
-    room = 0
-    for example in sorted(examples, key=lambda e: len(e.tokens)):
-        if len(example.tokens) > room or not batches:
-            batches.append([])
-            room = TOKENS_AT_ONCE
-        batches[-1].append(example)
-        room -= len(example.tokens)
-    return batches
+    lengths = lengths_of(examples)
+    for numbers in fill(np.argsort(lengths, kind="stable"), lengths, TOKENS_AT_ONCE):
+        yield [examples[number] for number in numbers]

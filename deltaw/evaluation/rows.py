@@ -4,15 +4,14 @@ A config that holds no such rows is refused before the weights are read. A run's
 out when it was trained; what it was trained on isn't rendered again for that.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from deltaw.base.limits import Limits
 from deltaw.config import DataConfig
 from deltaw.config.places import check_there
 from deltaw.config.sources import SourceValue
-from deltaw.data.dataset import prepare, prepare_held_out
-from deltaw.data.example import Example
+from deltaw.data.cache import prepared, prepared_held_out
+from deltaw.data.examples import Examples
 from deltaw.data.forms import Reads
 from deltaw.errors import InputError
 from deltaw.files.paths import no_such
@@ -23,13 +22,17 @@ from deltaw.show.progress import Display
 
 def rows_of(
     name: str | Named, data: SourceValue | None, *, base: str | None, rows: int | None = None, display: Display
-) -> tuple[Model, Sequence[Example]]:
+) -> tuple[Model, Examples]:
     """A model and the rows to measure it on: all of the run's own held-out ones, or `rows` of a file. Raises
     InputError."""
     named = Named.of(name)
     source = _own_data(named) if data is None else _of_file(named, data, rows)
     model = open_model(named, base=base, display=display)
-    examples = prepare_held_out(source, model.renderer) if data is None else _of_form(model, named, source, display)
+    examples = (
+        prepared_held_out(source, model.renderer, display=display)
+        if data is None
+        else _of_form(model, named, source, display)
+    )
     limits = Limits.of(model.base.model)
     limits.check(examples)
     for warning in limits.warnings(examples):
@@ -37,12 +40,12 @@ def rows_of(
     return model, examples
 
 
-def _of_form(model: Model, named: Named, source: DataConfig, display: Display) -> list[Example]:
+def _of_form(model: Model, named: Named, source: DataConfig, display: Display) -> Examples:
     """A file's rows, asked as the adapter's own rows were, whatever their columns are called."""
     template = named.adapter.base.template if model.attached is not None else ""
     reads: Reads = "auto" if model.attached is None else "chat" if model.asking.chat else "completion"
     renderer, system = model.renderer, model.asking.system
-    dataset = prepare(source, renderer.behind(system) if system else renderer, reads=reads)
+    dataset = prepared(source, renderer.behind(system) if system else renderer, reads=reads, display=display)
     if system and dataset.asking.chat:
         display.say("chats without a system prompt get the one that the adapter was trained with")
     if template == PLAIN and dataset.asking.chat:

@@ -18,7 +18,8 @@ from typing import Any
 
 from deltaw.config import DataConfig, EvaluateConfig, RunConfig
 from deltaw.config.sources import SourceValue, label
-from deltaw.data.example import Example, fingerprint
+from deltaw.data.example import Example
+from deltaw.data.examples import fingerprint
 from deltaw.errors import InputError
 from deltaw.evaluation.held_out import Evaluation, add_answers, evaluate_loss, spread, truth_of
 from deltaw.evaluation.metrics import Metric
@@ -118,6 +119,7 @@ def evaluate(
     config = wanted(named.config, metrics, max_tokens, every_answer)
     own = Consent(named.name if metrics is None else None, allow_code)
     opened = open_metrics(config.metrics, own)
+    examples: Sequence[Example]
     model, examples = rows_of(named, data, base=base, rows=rows, display=display)
     known = _known(named) if data is None else None
     as_trained = known.rows == fingerprint(examples) if known and known.rows else None

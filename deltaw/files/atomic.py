@@ -26,10 +26,11 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
+def replacing(path: Path, needed: int = 0, *, private: bool = False) -> Iterator[Path]:
     """A temporary file that becomes `path` when the block ends, or vanishes when it fails.
 
-    `needed` is the size in bytes, for the message. Raises RunError for whatever the operating system refuses.
+    `needed` is the size in bytes, for the message; `private`: for its owner alone. Raises RunError for whatever the
+    operating system refuses.
     """
     temporary = temporary_name(path)
     try:
@@ -41,7 +42,7 @@ def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
         if path.exists():
             mode = path.stat().st_mode
         yield temporary
-        temporary.chmod(mode & 0o7777)
+        temporary.chmod(0o600 if private else mode & 0o7777)
         fsync(temporary)
         os.replace(temporary, path)
         fsync(path.parent)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Worker:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._unread = b""
+        self._lines: deque[bytes] = deque()  # read, and not asked for yet; the last is a beginning
         self._patience = START_LIMIT
 
     @contextlib.contextmanager
@@ -77,23 +78,30 @@ class Worker:
     def answer(self) -> Any:
         """The next line's value."""
         assert self._process is not None and self._process.stdout is not None
-        pipe, parts, size = self._process.stdout.fileno(), [self._unread], len(self._unread)
+        if len(self._lines) < 2:
+            self._read(self._process.stdout.fileno())
+        try:
+            return json.loads(self._lines.popleft())
+        except ValueError:  # no worker of ours writes that
+            raise Failed(_DEATH) from None
+
+    def _read(self, pipe: int) -> None:
+        """At least one whole line more."""
         until = time.monotonic() + self._patience
+        parts = [self._lines.pop() if self._lines else b""]
+        size = len(parts[0])
         while b"\n" not in parts[-1]:
             self._wait(pipe, select.POLLIN, until)
             parts.append(os.read(pipe, 2**20))
             size += len(parts[-1])
             if not parts[-1] or size > 6 * MAX_OUTPUT:  # bytes, of which JSON takes up to 6 for a character
                 raise Failed(_DEATH)
-        first, _, self._unread = b"".join(parts).partition(b"\n")
-        try:
-            return json.loads(first)
-        except ValueError:  # no worker of ours writes that
-            raise Failed(_DEATH) from None
+        self._lines.extend(b"".join(parts).split(b"\n"))
 
     def stop(self) -> None:
         """Kill it, and leave no zombie."""
-        process, self._process, self._unread = self._process, None, b""
+        process, self._process = self._process, None
+        self._lines.clear()
         if process is not None:
             process.kill()
             _close(process)
@@ -157,7 +165,8 @@ def line(value: Any) -> bytes:
 
 
 @atexit.register
-def _stop() -> None:
+def stop() -> None:
+    """End the worker of this process, if there is one."""
     if (mine := _WORKERS.get(os.getpid())) is not None:
         mine.stop()
 

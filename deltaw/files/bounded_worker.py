@@ -16,7 +16,8 @@ One JSON value per line. First comes {"ready": true}, then the answers to
 
     {id, source, variables}   {words} or {error, line}: compile a template and keep it as `id`; `words` are the texts
                               and the names of attributes that stand in its expressions
-    {id, rows}                {unknown: true}, or as many answers as rows, each as soon as it is there: a list of texts
+    {id, rows, late}          {unknown: true}, or as many answers as rows, each a list of texts, `late` seconds after
+                              the one before at the latest or as soon as it is there
     {keys, paths, seconds}    the number of each key before it is tried (so that who waits knows which one took too
                               long), then {taken: [the number of each path's first key, or null]}, or {error: why the
                               last key is none}; a clock that counts computing time alone ends the process
@@ -27,6 +28,13 @@ The rows stand on the lines that follow: [messages, tools, prefixes]. A prefix [
 with the generation prompt where p is true. A text is [length, rest]: the rest behind so much of the first text (of
 nothing for the first). The texts of a chat are mostly beginnings of one another, and this makes what is sent linear in
 the chat's length. In place of a text that the template refuses stands its reason; if it was the first, no more come.
+
+Most templates write one message after the other, and what they write of a message doesn't depend on those behind it.
+Where the source proves that (`with_marks`), a chat is written once, with a mark in front of every message, and its
+beginnings are cut at the marks; in any doubt each is written by itself.
+
+    allowed    one loop over `messages`, at the top; `messages` nowhere else but in `messages[0]`; of `loop` only first,
+               index, index0; `add_generation_prompt` behind the loop alone, and there nothing but it and what is fixed
 
 Differences from transformers' environment, both for the sake of a run that can be repeated: `strftime_now` gives a
 fixed date (a template that writes today's would change the data's fingerprint overnight), and `{% generation %}` writes
@@ -44,6 +52,7 @@ import resource
 import signal
 import sys
 import textwrap  # noqa: F401
+import time
 import unicodedata  # noqa: F401
 from datetime import datetime
 from typing import Any
@@ -61,7 +70,17 @@ TODAY = datetime(2026, 1, 1)
 KEPT = 8  # compiled templates
 NOBODY = 65534
 
-Compiled = tuple[jinja2.Template, dict[str, str]]
+MARK = os.urandom(16).hex()  # no message can know it
+OF_LOOP = ("first", "index", "index0")
+OTHERS = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends, nodes.Block, nodes.Macro, nodes.CallBlock)
+
+
+class Compiled:
+    """A template, and where that can be had the same with marks. `tails`: what it writes behind the messages."""
+
+    def __init__(self, template: jinja2.Template, marked: jinja2.Template | None, variables: dict[str, str]) -> None:
+        self.template, self.marked, self.variables = template, marked, variables
+        self.tails: dict[bool, str] = {}
 
 
 class Refused(Exception):
@@ -115,11 +134,13 @@ def compiled(environment: Sandbox, templates: dict[str, Compiled], request: dict
     try:
         template = environment.from_string(request["source"])
         words = named(environment.parse(request["source"]))
+        tree = with_marks(environment.parse(request["source"]), set(request["variables"]))
+        marked = None if tree is None else environment.from_string(tree)
     except Exception as error:  # the compiler's own, and Python's on what it made
         return {"error": reason(error), "line": getattr(error, "lineno", None)}
     if len(templates) >= KEPT:
         del templates[next(iter(templates))]
-    templates[request["id"]] = template, request["variables"]
+    templates[request["id"]] = Compiled(template, marked, request["variables"])
     return {"words": words}
 
 
@@ -130,8 +151,94 @@ def named(tree: nodes.Template) -> list[str]:
     return sorted(text for text in texts if text.encode(errors="ignore").decode() == text)
 
 
+def with_marks(tree: nodes.Template, variables: set[str]) -> nodes.Template | None:
+    """A template that writes a mark in front of every message and behind the last; None where its beginnings may not be
+    beginnings of what it writes."""
+    loops = [at for at, node in enumerate(tree.body) if isinstance(node, nodes.For) and _is(node.iter, "messages")]
+    if len(loops) != 1 or any(next(tree.find_all(kind), None) is not None for kind in OTHERS):
+        return None
+    loop, behind = tree.body[loops[0]], tree.body[loops[0] + 1 :]
+    assert isinstance(loop, nodes.For)
+    fine = {id(loop.iter)}
+    fine |= {id(node.node) for node in tree.find_all(nodes.Getitem) if _is(node.arg, 0)}
+    fine |= {id(node.node) for node in tree.find_all(nodes.Getattr) if node.attr in OF_LOOP and _is(node.node, "loop")}
+    after = {id(name): name.name for node in behind for name in [*_names(node)]}
+    for name in tree.find_all(nodes.Name):
+        if id(name) in after:
+            if (name.name != "add_generation_prompt" and name.name not in variables) or name.ctx != "load":
+                return None
+        elif name.name in ("messages", "loop", "add_generation_prompt", "self", "lipsum") and id(name) not in fine:
+            return None
+    random = any(node.name == "random" for node in tree.find_all(nodes.Filter))
+    if random or loop.test or loop.else_ or loop.recursive or not isinstance(loop.target, nodes.Name):
+        return None
+    mark = [nodes.Output([nodes.TemplateData(MARK)])]
+    loop.body[:0] = mark
+    tree.body[loops[0] + 1 : loops[0] + 1] = mark
+    assert tree.environment is not None
+    tree.set_environment(tree.environment)
+    return tree
+
+
+def _names(node: nodes.Node) -> list[nodes.Name]:
+    return [*([node] if isinstance(node, nodes.Name) else []), *node.find_all(nodes.Name)]
+
+
+def _is(node: nodes.Node, value: str | int) -> bool:
+    """Whether it is the name, or the number."""
+    if isinstance(value, str):
+        return isinstance(node, nodes.Name) and node.name == value
+    return isinstance(node, nodes.Const) and node.value == value and type(node.value) is int
+
+
 def written(compiled: Compiled, row: list[Any], most: int) -> list[Any]:
     """The texts of a row."""
+    return cut_at_marks(compiled, row, most) or written_apart(compiled, row, most)
+
+
+def cut_at_marks(compiled: Compiled, row: list[Any], most: int) -> list[Any]:
+    """The same from one text with marks; nothing where there are none, or anything is unusual."""
+    messages, tools, prefixes = row
+    if compiled.marked is None or len(prefixes) < 2 or not all(0 < n <= len(messages) for n, _ in prefixes):
+        return []
+    try:
+        whole, ends = marked(compiled, messages, tools, prefixes[0][1])
+        if prefixes[0][0] != len(messages) or len(ends) != len(messages) + 1:
+            return []
+        compiled.tails[prefixes[0][1]] = whole[ends[-1] :]
+        for _, prompt in prefixes:
+            if prompt not in compiled.tails:
+                longer, others = marked(compiled, messages, tools, prompt)
+                compiled.tails[prompt] = longer[others[-1] :]
+        if 2 * (len(whole) + len(prefixes) * max(map(len, compiled.tails.values()))) > most:
+            return []
+        whole.encode()
+    except Exception:  # whatever it is, it will be met again and said
+        return []
+    return [[0, whole], *([ends[n], compiled.tails[prompt]] for n, prompt in prefixes[1:])]
+
+
+def marked(compiled: Compiled, messages: list[Any], tools: list[Any], prompt: bool) -> tuple[str, list[int]]:
+    """What is written, and where each message begins in it and the last one ends."""
+    assert compiled.marked is not None
+    chunks, size = [], 0
+    ends: list[int] = []
+    variables = compiled.variables
+    for chunk in compiled.marked.generate(
+        messages=messages, tools=tools or None, add_generation_prompt=prompt, **variables
+    ):
+        if chunk == MARK:
+            ends.append(size)
+            continue
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > MAX_PRODUCT:
+            raise Refused("too long to be kept whole")
+    return "".join(chunks), ends
+
+
+def written_apart(compiled: Compiled, row: list[Any], most: int) -> list[Any]:
+    """The texts of a row, each written by itself."""
     messages, tools, prefixes = row
     texts: list[Any] = []
     whole, size = "", 0
@@ -155,9 +262,11 @@ def written(compiled: Compiled, row: list[Any], most: int) -> list[Any]:
 
 
 def write(compiled: Compiled, messages: list[Any], tools: list[Any], prompt: bool, most: int) -> str:
-    template, variables = compiled
     chunks, size = [], 0
-    for chunk in template.generate(messages=messages, tools=tools or None, add_generation_prompt=prompt, **variables):
+    variables = compiled.variables
+    for chunk in compiled.template.generate(
+        messages=messages, tools=tools or None, add_generation_prompt=prompt, **variables
+    ):
         chunks.append(chunk)
         size += len(chunk)
         if size > most:
@@ -239,6 +348,20 @@ def lower(which: int, value: int) -> None:
     resource.setrlimit(which, (value, value))
 
 
+def write_all(compiled: Compiled, rows: list[bytes], request: dict[str, Any], most: int) -> None:
+    """Answer every row; what is quick is told together."""
+    told = time.monotonic()
+    for row in rows:
+        signal.alarm(request["alarm"])
+        answer = json.dumps(written(compiled, json.loads(row), most), ensure_ascii=False).encode()
+        signal.alarm(0)
+        sys.stdout.buffer.write(answer + b"\n")
+        if time.monotonic() - told >= request["late"]:
+            sys.stdout.buffer.flush()
+            told = time.monotonic()
+    sys.stdout.buffer.flush()
+
+
 def tell(answer: Any) -> None:
     signal.alarm(0)  # whoever waits for the answer may take his time
     write_line(answer)
@@ -268,9 +391,7 @@ def main() -> None:
         elif request["id"] not in templates:
             tell({"unknown": True})
         else:
-            for row in rows:
-                signal.alarm(request["alarm"])
-                tell(written(templates[request["id"]], json.loads(row), characters))
+            write_all(templates[request["id"]], rows, request, characters)
 
 
 if __name__ == "__main__":

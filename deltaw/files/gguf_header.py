@@ -159,6 +159,13 @@ def architecture(header: Header) -> str:
     return str(header.metadata["general.architecture"])
 
 
+def type_name(kind: int) -> str:
+    """ggml's name of a type that a checked header has."""
+    from gguf.constants import GGMLQuantizationType
+
+    return GGMLQuantizationType(kind).name
+
+
 def read_part(path: Path) -> Header:
     """Metadata and tensor shapes of one file, every count, offset and size checked. Raises InputError.
 

@@ -35,16 +35,24 @@ WAIT = 0.1  # seconds between two looks at a lock that is waited for
 
 
 @contextlib.contextmanager
-def locked(file: Path, what: str, *, wait: bool = False, remove: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def locked(
+    file: Path,
+    what: str,
+    *,
+    wait: bool = False,
+    remove: Callable[[], bool] = lambda: False,
+    waiting: Callable[[str], object] = str,
+) -> Iterator[None]:
     """Hold `file` inside the block. Raises InputError that names the owner when another process holds it (unless the
-    caller will `wait`), and where the file can't be made. `remove`, asked at the end: whether the file goes."""
+    caller will `wait`; `waiting` is told once for whom), and where the file can't be made. `remove`, asked at the end:
+    whether the file goes."""
     descriptor = _opened(file, what)
     try:
-        _take(descriptor, file, what, wait)
+        _take(descriptor, file, what, wait, waiting)
         while os.fstat(descriptor).st_nlink == 0:
             os.close(descriptor)
             descriptor = _opened(file, what)
-            _take(descriptor, file, what, wait)
+            _take(descriptor, file, what, wait, waiting)
         try:
             yield
             os.ftruncate(descriptor, 0)
@@ -147,11 +155,15 @@ def _opened(file: Path, what: str) -> int:
         raise InputError(f"{what}: can't be written to: {error.strerror}", fix="choose another output") from None
 
 
-def _take(descriptor: int, file: Path, what: str, wait: bool) -> None:
+def _take(descriptor: int, file: Path, what: str, wait: bool, waiting: Callable[[str], object]) -> None:
+    told = False
     try:
         while not _is_free(descriptor, owner := os.pread(descriptor, 300, 0).decode("utf-8", "replace").split()):
             if not wait:
                 break
+            if not told:
+                waiting(" on ".join(owner) or "unknown")
+                told = True
             time.sleep(WAIT)
         else:
             os.ftruncate(descriptor, 0)

@@ -25,14 +25,11 @@ class NotJSON(ValueError):
 def parse(text: bytes | str, *, allow_nan: bool = False) -> Any:
     """The JSON value that `text` is. Raises NotJSON."""
 
-    def constant(name: str) -> float:
-        if not allow_nan:
-            raise NotJSON(f"{name} is not JSON")
-        return float(name)
-
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        return json.loads(decoded, parse_constant=constant, object_pairs_hook=_unique)
+        if decoded.startswith("\ufeff"):
+            raise json.JSONDecodeError("Unexpected UTF-8 BOM", decoded, 0)
+        return (_LENIENT if allow_nan else _STRICT).decode(decoded)
     except UnicodeDecodeError as error:
         before = error.object[: error.start]
         column = len(before) - (before.rfind(b"\n") + 1) + 1
@@ -82,6 +79,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         name, count = Counter(name for name, _ in pairs).most_common(1)[0]
         raise NotJSON(f"the key {name!r} appears {'twice' if count == 2 else f'{count} times'}")
     return value
+
+
+def _refused(name: str) -> float:
+    raise NotJSON(f"{name} is not JSON")
+
+
+# Made once: json.loads would make one for each text.
+_STRICT = json.JSONDecoder(parse_constant=_refused, object_pairs_hook=_unique)
+_LENIENT = json.JSONDecoder(parse_constant=float, object_pairs_hook=_unique)
 
 
 def json_kind(value: object) -> str:

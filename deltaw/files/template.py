@@ -4,8 +4,9 @@ Templates come from strangers and are programs, so none is compiled or run here.
 dies of, is rejected like any other that the template refuses; a template that does so `PATIENCE` times in a row is an
 error, since a million rows at two seconds each are three weeks.
 
-Many rows are sent at once, each with all the texts of it that masks are proven with (`render.py`), and their answers
-are read as they come: a round trip for each text would cost as much as rendering it.
+Many rows are sent at once, each with all the texts of it that masks are proven with (`render.py`): a round trip for
+each text would cost as much as rendering it. Their answers come together, too. If one is late then it isn't known which
+row that is due to; so what is missing is asked for once more, and this time each answer is told as soon as it is there.
 
 Rejected: rendering in this process, as transformers does, with bounds on `*`, `range` and the output (a loop that
 writes nothing needs a deadline, a million joined words need a limit of memory, and a signal's handler can interrupt
@@ -23,7 +24,8 @@ from deltaw.files.bounded import Failed, line, worker
 MAX_TEMPLATE = 2**20  # characters; the longest in use are under 100,000
 SECONDS = 2.0
 PATIENCE = 3
-BATCH_ROWS, BATCH_BYTES = 64, 2**20
+BATCH_ROWS, BATCH_BYTES = 256, 2**20
+TOGETHER = 0.1  # seconds in which answers are gathered before they are told
 
 CHATML = (
     "{% for message in messages %}"
@@ -82,21 +84,26 @@ class Template:
         """
         lines = [line(row) for row in rows]
         results: list[list[str | Rejected] | Rejected] = []
+        late = TOGETHER
         while len(results) < len(lines):
             try:
-                for answer in self._answers(_batch(lines[len(results) : len(results) + BATCH_ROWS])):
+                for answer in self._answers(_batch(lines[len(results) : len(results) + BATCH_ROWS]), late):
                     results.append(_texts(answer))
                     self._failures = 0
+                late = TOGETHER
             except Failed as failed:
+                if late:
+                    late = 0.0
+                    continue
                 self._failures += 1
                 if self._failures == PATIENCE:
                     raise self._unusable(f"can't be used: {failed}, {PATIENCE} rows in a row") from None
                 results.append(Unfinished(f"the chat template can't render it: {failed}"))
         return results
 
-    def _answers(self, lines: Sequence[bytes]) -> Iterator[list[Any]]:
+    def _answers(self, lines: Sequence[bytes], late: float) -> Iterator[list[Any]]:
         """The worker's answer to every row, each in time. One that has just been started is told of the template."""
-        request = b"".join([line({"id": self._id, "rows": len(lines), "alarm": _alarm()}), *lines])
+        request = b"".join([line({"id": self._id, "rows": len(lines), "late": late, "alarm": _alarm()}), *lines])
         with worker().asking(request, SECONDS) as process:
             answer = process.answer()
             if answer == {"unknown": True}:
@@ -119,9 +126,10 @@ def _alarm() -> int:
 
 def _batch(lines: Sequence[bytes]) -> list[bytes]:
     """As many of them as may be sent at once, but one at least."""
-    batch = [lines[0]]
+    batch, size = [lines[0]], len(lines[0])
     for row in lines[1:]:
-        if sum(map(len, batch)) + len(row) > BATCH_BYTES:
+        size += len(row)
+        if size > BATCH_BYTES:
             break
         batch.append(row)
     return batch

@@ -60,6 +60,11 @@ class PackedWeight(Weight):
         return next(iter(self.parts.values())).device
 
     @property
+    @abc.abstractmethod
+    def form(self) -> str:
+        """What its numbers are stored as, for people: "bfloat16", "Q4_1"."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its parts."""
         return sum(part.nbytes for part in self.parts.values())
@@ -98,6 +103,10 @@ class CastWeight(PackedWeight):
     def __init__(self, w_MN: Tensor, dtype: torch.dtype) -> None:
         super().__init__({"numbers": w_MN.view(torch.int16)}, (w_MN.shape[0], w_MN.shape[1]), dtype)
         self._stored = w_MN.dtype
+
+    @property
+    def form(self) -> str:
+        return str(self._stored).removeprefix("torch.")
 
     def unpack(self, index: Tensor | slice) -> Tensor:
         return self.parts["numbers"][index].view(self._stored)

@@ -188,6 +188,8 @@ def _limits(trained: Trained, training: Training | None, form: Form) -> Iterator
             "trained on the weights of a quantised GGUF of the base, so on the original weights answers may differ a "
             "little"
         )
+    if trained.form_note:
+        yield trained.form_note
     by_weight = sum(path.rpartition(".")[2] in trained.adapter.rewritten for path in trained.adapter.factors)
     if by_weight and form.library == "peft":
         yield f"{by_weight} modules are named by their weights, which PEFT reads from 0.17 on"

@@ -52,6 +52,16 @@ class Trained:
         """Whether it was trained on prompts as they are, without the chat template."""
         return self.adapter.base.template == PLAIN
 
+    @property
+    def form_note(self) -> str | None:
+        """That the base's files aren't quite what it was trained on, where they aren't."""
+        form = self.adapter.base.weights
+        line = (
+            f"it was trained on {form} weights of the base, and what is shipped goes on the base's own: "
+            "answers may differ a little from those that were measured"
+        )
+        return line if form else None
+
 
 def open_trained(name: str | Path, *, base: str | None = None, display: Display | None = None) -> Trained:
     """A run or an adapter folder, with its base (`base` instead of the one it names).

@@ -29,7 +29,7 @@ def sized(opened: Opened, display: Display) -> Opened:
     train = opened.config.train
     if train.tokens_per_batch != "auto":
         return opened
-    tokens = PLAIN_BATCH if opened.device.type == "cpu" else _measured(opened, display)
+    tokens = PLAIN_BATCH if opened.device.type == "cpu" else _agreed(opened, display)
     config = opened.config.model_copy(update={"train": train.model_copy(update={"tokens_per_batch": tokens})})
     return replace(opened, config=config)
 
@@ -43,9 +43,22 @@ def fitting(step: int, fit: Fit, limit: float) -> int:
     return tokens
 
 
+def _agreed(opened: Opened, display: Display) -> int:
+    """What was measured: by each process for itself, but where a pass takes all of them."""
+    if not opened.shards:
+        return _measured(opened, display)
+    tokens = LEAST
+    if opened.world.is_first:
+        with opened.shards.leads():
+            tokens = _measured(opened, display)
+    else:
+        opened.shards.follow()
+    return opened.world.first(lambda: tokens, "the size of a batch")
+
+
 def _measured(opened: Opened, display: Display) -> int:
     rows, train, device = opened.dataset.train, opened.config.train, opened.device
-    step = min(train.step_tokens, sum(len(example.tokens) for example in rows))
+    step = min(train.step_tokens, int(rows.lengths.sum()))
     held, free = held_memory(device), free_memory(device)
     try:
         sizes = [min(size, step) for size in TRIED]

@@ -33,6 +33,8 @@ from deltaw.base.forward import Forward
 from deltaw.errors import first_line
 from deltaw.training.learner import Learner
 from deltaw.training.memory import release
+from deltaw.training.stop import Lost
+from deltaw.training.world import ALONE, World
 
 CLOSE = 1e-2  # of the gradient, by which two runs of one backward may differ: attention adds in any order
 SIZES = 32  # recorded at most; batches of others run as they are
@@ -46,7 +48,7 @@ class Ran:
     """What a step's passes gave: each batch's loss in nats, the gradient's norm before it was clipped; and the update
     that it is for."""
 
-    losses: list[float]
+    losses: dict[int, float]  # by the number of the batch
     norm: float
     update: Callable[[], object]
 
@@ -75,8 +77,11 @@ class Captured:
         self._clip, self._step = Recorded(self._clipped, record, say), Recorded(self._stepped, record, say)
         self.why_not = ""
 
-    def run(self, batches: Sequence[Batch], supervised: int) -> Ran | None:
-        """Forward and backward of a step with so many supervised tokens; the gradient, clipped, is where the optimiser
+    def run(
+        self, batches: Sequence[Batch], supervised: int, mine: Sequence[int] | None = None, world: World = ALONE
+    ) -> Ran | None:
+        """Forward and backward of a step with so many supervised tokens, of the batches of the numbers `mine` (all);
+        the gradients of all processes are summed. The gradient, clipped, is where the optimiser
         looks for it. None where that can't be captured, and then nothing has happened."""
         if self.why_not:
             return None
@@ -86,11 +91,15 @@ class Captured:
         self._supervised.fill_(supervised)
         try:
             with self.learner.dropping():
-                numbered = [(n, batch) for n, batch in enumerate(batches) if batch.supervised]
+                numbers_of_mine = range(len(batches)) if mine is None else mine
+                numbered = [(n, batches[n]) for n in numbers_of_mine if batches[n].supervised]
                 losses = {number: self._passed(number, batch) for number, batch in numbered}
+            world.add(self.gradients, f"the gradients of step {self.learner.state.step + 1}")
             numbers = torch.stack([*losses.values(), self._clip()])
             self.prepare(self._following())
             values = numbers.tolist()  # the one wait
+        except Lost:
+            raise
         except Exception as error:
             short = isinstance(error, torch.OutOfMemoryError)
             self.why_not = "there isn't memory enough to record a pass" if short else first_line(error)
@@ -98,8 +107,7 @@ class Captured:
             self.release()
             self.learner.optimizer.zero_grad()
             return None
-        by_number = dict(zip(losses, values, strict=False))
-        return Ran([by_number.get(number, 0.0) for number in range(len(batches))], values[-1], self._step)
+        return Ran(dict(zip(losses, values, strict=False)), values[-1], self._step)
 
     def _passed(self, number: int, batch: Batch) -> Tensor:
         """The batch's loss on the device; its gradient is added."""

@@ -65,7 +65,7 @@ def restore(learner: Learner, saved: Saved, run: Run, display: Display) -> None:
             fix="put it back as it was, or start a new run",
         )
     check_length(learner.total, saved.state.step, run=str(run.folder))
-    now, then = learner.state.conditions, saved.state.conditions
+    now, then = learner.state.conditions, {"processes": 1} | saved.state.conditions  # it used to be always one
     learner.restore(saved)
     other = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
     if other:

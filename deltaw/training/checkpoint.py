@@ -80,9 +80,9 @@ class TrainState:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def conditions(device: torch.device) -> dict[str, Any]:
+def conditions(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """What the last bits of a sum depend on besides its terms."""
-    here = {"device": str(device), "threads": torch.get_num_threads()}
+    here = {"device": str(device), "threads": torch.get_num_threads(), "processes": processes}
     return here | {"torch": torch.__version__, "deltaw": VERSION}
 
 

@@ -48,12 +48,14 @@ def finish(
     attempts: Attempts,
     display: Display,
     began: float,
+    waited: float | None = None,
 ) -> Adapter:
-    """Save the adapter, measure it, write result.json. `before`: the base's figures; `began`: by time.monotonic."""
+    """Save the adapter, measure it, write result.json. `before`: the base's figures; `began`: by time.monotonic;
+    `waited`: the share of time that its threads had no core."""
     adapter = save_adapter(opened, learner, run, display)
     measured = _measured(opened, run, Measured(before), general, attempts, display)
     try:
-        write_result(opened, learner, run, measured, adapter.history, time.monotonic() - began)
+        write_result(opened, learner, run, measured, adapter.history, time.monotonic() - began, waited)
     except RunError as error:
         fix = f"the adapter is saved: {run.adapter}; free some space, then resume the run"
         raise RunError(error.what, fix) from None

@@ -117,10 +117,11 @@ def cut(examples: Sequence[Example], tokens: int) -> list[Example]:
     is mostly at its end, and without it a pass would be none."""
     taken, room = list[Example](), max(2, tokens)
     for example in examples:
-        if room > 1:
-            size = min(room, len(example.tokens))
-            taken.append(replace(example, tokens=example.tokens[-size:], loss_mask=example.loss_mask[-size:]))
-            room -= size
+        if room <= 1:
+            break
+        size = min(room, len(example.tokens))
+        taken.append(replace(example, tokens=example.tokens[-size:], loss_mask=example.loss_mask[-size:]))
+        room -= size
     return taken
 
 

@@ -9,9 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
+
 from deltaw.config import TrainConfig
 from deltaw.data.example import Example
-from deltaw.data.loader import LoaderState, fill, plan
+from deltaw.data.examples import lengths_of, supervised_of
+from deltaw.data.loader import LoaderState, Plan, fill
 from deltaw.evaluation import forgetting, held_out
 
 LOOKING = 5.0  # seconds spent looking for the largest batch of the run
@@ -37,18 +40,20 @@ class Work:
         return sum(int(example.loss_mask.sum()) for example in self.longest)
 
 
-def work_left(examples: Sequence[Example], config: TrainConfig, position: LoaderState, steps: int) -> Work:
+def work_left(
+    examples: Sequence[Example], config: TrainConfig, position: LoaderState, steps: int, ranks: int = 1
+) -> Work:
     """The next `steps` steps from `position`. No step left: all zeros, and no longest batch.
 
     Every step is looked at, for up to `LOOKING` seconds; in a longer run those that were seen stand for the others.
+    `ranks`: how many processes take the steps together.
     """
-    lengths = [len(example.tokens) for example in examples]
-    trained = [int(example.loss_mask.sum()) for example in examples]
+    lengths, trained = lengths_of(examples), supervised_of(examples)
     seen, tokens, supervised, until = 0, 0, 0, time.monotonic() + LOOKING
     largest, longest, batches, first = (0, 0), list[int](), 0, 0
-    for step in islice(_steps(lengths, config, position), steps):
+    for step in islice(_steps(lengths, config, position, ranks), steps):
         for batch in step:
-            size = sum(lengths[n] for n in batch), sum(trained[n] for n in batch)
+            size = int(lengths[batch].sum()), int(trained[batch].sum())
             tokens, supervised = tokens + size[0], supervised + size[1]
             if size > largest:
                 largest, longest, batches = size, batch, len(step)
@@ -60,32 +65,33 @@ def work_left(examples: Sequence[Example], config: TrainConfig, position: Loader
     return Work(steps, tokens, supervised, [examples[n] for n in longest], batches, first)
 
 
-def _steps(lengths: list[int], config: TrainConfig, position: LoaderState) -> Iterator[list[list[int]]]:
+def _steps(lengths: np.ndarray, config: TrainConfig, position: LoaderState, ranks: int) -> Iterator[list[list[int]]]:
     """For ever."""
     sizes = {"tokens_per_step": config.step_tokens, "tokens_per_batch": config.batch_tokens}
     epoch, start = position.epoch, position.step
     while True:
-        yield from plan(lengths, **sizes, seed=config.seed, epoch=epoch)[start:]
+        steps = Plan(lengths, **sizes, seed=config.seed, epoch=epoch, ranks=ranks)
+        yield from (steps[number] for number in range(start, len(steps)))
         epoch, start = epoch + 1, 0
 
 
 def largest_chunk(general: Sequence[Example]) -> list[Example]:
     """The largest batch that `forgetting` takes."""
-    lengths = [len(example.tokens) for example in general]
+    lengths = lengths_of(general)
     groups = fill(range(len(general)), lengths, forgetting.TOKENS_AT_ONCE)
-    return [general[n] for n in max(groups, key=lambda group: sum(lengths[n] for n in group))]
+    return [general[n] for n in max(groups, key=lambda group: int(lengths[group].sum()))]
 
 
 def largest_evaluation(examples: Sequence[Example]) -> list[Example]:
     """The largest batch that `held_out_loss` takes; it sorts by length."""
     taken, room = list[Example](), held_out.TOKENS_AT_ONCE
-    for example in sorted(examples, key=lambda example: -len(example.tokens)):
-        room -= len(example.tokens)
-        if taken and room < 0:
-            break
-        taken.append(example)
+    for number in np.argsort(-lengths_of(examples), kind="stable"):
+        taken.append(examples[number])
+        room -= len(taken[-1].tokens)
+        if room < 0:
+            return taken[: max(1, len(taken) - 1)]
     return taken
 
 
 def count_tokens(examples: Sequence[Example]) -> int:
-    return sum(len(example.tokens) for example in examples)
+    return int(lengths_of(examples).sum())

@@ -70,6 +70,21 @@ class Learner:
         """Whether the sum of the losses goes backward, and not their mean (step.py)."""
         return self.config.dtype == "float16"
 
+    def gradients(self) -> list[Tensor]:
+        """Of all that trains; zeros, where there is none."""
+        for parameter in self.attached.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self.attached.parameters if parameter.grad is not None]
+
+    def digest(self) -> str:
+        """SHA-256 over the factors: equal where two processes hold the same adapter, to the bit."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self._factors().items()):
+            sha.update(name.encode())
+            sha.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return sha.hexdigest()
+
     def divide(self, count: int) -> None:
         """Make the gradient of a sum over `count` tokens that of their mean."""
         for parameter in self.attached.parameters:

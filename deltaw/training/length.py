@@ -49,10 +49,29 @@ def count_steps(config: RunConfig, dataset: Dataset) -> int:
     return total
 
 
-def make_loader(config: RunConfig, dataset: Dataset, position: LoaderState) -> Loader:
-    """The steps of a run from `position` on."""
+def make_loader(config: RunConfig, dataset: Dataset, position: LoaderState, ranks: int = 1) -> Loader:
+    """The steps of a run from `position` on, for so many processes."""
     train = config.train
-    return Loader(dataset.train, train.step_tokens, train.batch_tokens, train.seed, position)
+    return Loader(dataset.train, train.step_tokens, train.batch_tokens, train.seed, position, ranks)
+
+
+def for_ranks(config: RunConfig, dataset: Dataset, ranks: int) -> list[str]:
+    """What is to be said of a run by so many processes. Raises InputError where a step hasn't a document for each."""
+    if ranks == 1:
+        return []
+    step, rows = config.train.step_tokens, len(dataset.train)
+    steps = make_loader(config, dataset, LoaderState()).steps_in_epoch(0)
+    if rows < ranks * steps:
+        each = rows / steps
+        most = f"no more than {int(each)} processes" if each >= 2 else "one process"
+        larger = math.ceil(1.2 * ranks * dataset.report.tokens / rows)
+        raise InputError(
+            f"a step of train.tokens_per_step, {step:,}, has {each:.1f} rows, and {ranks} processes want one each",
+            fix=f"start {most}" + (f", or set train.tokens_per_step to {larger:,}" if rows >= ranks else ""),
+        )
+    share, batch = math.ceil(step / ranks), config.train.batch_tokens
+    size = f"batches of about {share:,} tokens instead of {batch:,}: " if share < batch else ""
+    return [f"{ranks} processes train together, {size}a step has {step:,} tokens as with one"]
 
 
 def notes(asked: RunConfig, config: RunConfig, total: int) -> list[str]:

@@ -35,6 +35,7 @@ from deltaw.show.text import framed, one_line
 from deltaw.training.learner import Learner
 from deltaw.training.memory import OutOfMemory, release, working_on
 from deltaw.training.opening import Opened
+from deltaw.training.world import ALONE, World
 
 FORGOTTEN, ANSWERS, LOSS = "measuring what was forgotten", "answering rows", "measuring the loss on held-out rows"
 Result = TypeVar("Result")
@@ -106,10 +107,15 @@ def loss_on(model: Model, rows: Sequence[Example], display: Display, name: str) 
         return evaluate_loss(model, rows, display=display, name=name)
 
 
-def plain_loss(model: Model, rows: Sequence[Example]) -> float:
-    """The same as a number, finite or not."""
+def plain_loss(model: Model, rows: Sequence[Example], world: World = ALONE) -> float:
+    """The same as a number, finite or not. Several processes take about as many tokens each."""
+    by_length = sorted(rows, key=lambda row: len(row.tokens)) if not world.is_alone else rows
     with working_on(LOSS):
-        return held_out_loss(model.forward, rows)[0]
+        loss, count = held_out_loss(model.forward, by_length[world.rank :: world.size])
+    if world.is_alone:
+        return loss
+    total, counted = world.sums([loss * count if count else 0.0, count], "the loss on held-out rows")
+    return total / counted if counted else math.nan
 
 
 def with_answers(evaluation: Evaluation, opened: Opened, display: Display, name: str) -> Evaluation:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,18 +20,20 @@ from deltaw.adapter.history import NOTHING, History
 from deltaw.adapter.init_data import initialise_from_data
 from deltaw.adapter.targets import find_targets
 from deltaw.base.forward import Forward, plan_forward
+from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
-from deltaw.base.load import open_base, open_skeleton, pick_device, read_config
+from deltaw.base.load import check_weights, open_base, open_skeleton, pick_device, read_config
 from deltaw.base.prefix import lowest_layer
 from deltaw.base.recompute import blocks_of, check_way
-from deltaw.base.source import find_base
+from deltaw.base.source import Source, find_base
 from deltaw.config import RunConfig
 from deltaw.config.own_rows import rows_to_keep, with_names
 from deltaw.data.dataset import Dataset
-from deltaw.data.example import Example
+from deltaw.data.examples import Examples
 from deltaw.data.loader import Loader, LoaderState, fill
 from deltaw.data.opening import open_dataset
 from deltaw.data.pack import pack
+from deltaw.data.render import Renderer
 from deltaw.evaluation.forgetting import general_text
 from deltaw.evaluation.held_out import truth_of
 from deltaw.evaluation.metrics import Metric
@@ -45,7 +48,9 @@ from deltaw.training.length import count_steps, make_loader, settle_step
 from deltaw.training.log import check_loggers
 from deltaw.training.memory import bound_caches, free_memory
 from deltaw.training.optim import WARMUP, warmup_steps
+from deltaw.training.sharding import NONE, Shards, first_pass, is_wanted, shard
 from deltaw.training.start import Start, described, open_start
+from deltaw.training.world import ALONE, World
 
 START_BATCHES = 8  # of train.tokens_per_batch, that an initialiser gets: 16,384 tokens by default
 FROZEN_SHARE = 0.25  # of the free memory, that what frozen layers give may take
@@ -63,6 +68,8 @@ class Opened:
     metrics: tuple[Metric, ...]
     rows: Mapping[str, str] = field(default_factory=dict)  # that were given as values, by the name in the run's folder
     lineage: History = NOTHING  # which adapter it starts from, after which steps it was extended
+    world: World = ALONE  # the processes that train it together
+    shards: Shards = NONE  # what of the base is on other ranks
 
     @property
     def attached(self) -> Attached:
@@ -95,18 +102,18 @@ class Opened:
     @property
     def longest(self) -> int:
         """The tokens of the longest row that is trained on."""
-        return max(len(example.tokens) for example in self.dataset.train)
+        return int(self.dataset.train.lengths.max())
 
     def learner(self, display: Display) -> Learner:
         """Of the adapter, at its beginning."""
         prints = {"base": self.id.fingerprint, "data": self.dataset.fingerprint, "template": self.id.template}
         config = self.config.model_dump(mode="json")
-        state = TrainState(fingerprints=prints, config=config, conditions=conditions(self.device))
+        state = TrainState(fingerprints=prints, config=config, conditions=conditions(self.device, self.world.size))
         return Learner(self.attached, self.config.train, self.total, state, display.say)
 
     def loader(self, state: TrainState) -> Loader:
         """The batches of the steps after `state`."""
-        return make_loader(self.config, self.dataset, state.position)
+        return make_loader(self.config, self.dataset, state.position, self.world.size)
 
 
 def open_run(
@@ -116,6 +123,7 @@ def open_run(
     lineage: History = NOTHING,
     *,
     start_is_needed: bool = True,
+    world: World = ALONE,
 ) -> Opened:
     """Raises InputError, before the weights are read where that is possible. `consent`: to a metric of the user's own
     that the config names. `lineage`: the run's, if it has begun; the adapter that it starts from isn't needed any more
@@ -126,6 +134,7 @@ def open_run(
     source = find_base(config.base, display=display)
     known = read_config(source)
     skeleton = open_skeleton(source, known)
+    check_weights(source, config.base_weights, skeleton)
     recorded = lineage.started_from
     config, start = open_start(config, skeleton, recorded, needed=start_is_needed, say=display.say)
     # On the modules alone; attach asks again, of layers that it has tried.
@@ -135,29 +144,62 @@ def open_run(
     if config.train.checkpointing in ("blocks", "offload"):
         check_way(config.train.checkpointing, pick_device(config.train.device), blocks_of(skeleton, targets.paths))
     _, renderer, dataset = open_dataset(config, display, source)
-    limits, rows = Limits.of(skeleton), [*dataset.train, *dataset.eval]
+    limits, rows = Limits.of(skeleton), dataset.rows
     limits.check(rows)
     for row in dataset.eval[:1]:
         try_out(metrics, truth_of(renderer, row))
     asked, config = config, settle_step(config, dataset)
     total = count_steps(config, dataset)
-    for line in [*config.switched_off(), *length.notes(asked, config, total)]:
+    together = length.for_ranks(config, dataset, world.size)
+    for line in [*config.switched_off(), *length.notes(asked, config, total), *together]:
         display.say(line)
     for note in dataset.report.notes:
         display.say(note)
     for warning in [*dataset.report.warnings, *limits.warnings(rows), *length.warnings(asked, config, dataset, total)]:
         display.say(f"warning: {warning}")
-    dtype, device = config.train.dtype, config.train.device
-    base = open_base(source, dtype=dtype, device=device, display=display, config=known, weights=config.base_weights)
-    model = Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config))
+    sharded = is_wanted(config, source, skeleton, pick_device(config.train.device), world, display.say)
+    if sharded:
+        model, shards = _sharded_model(config, source, known, renderer, display, world)
+    else:
+        model, shards = _opened_model(config, source, known, renderer, config.train.device, display), NONE
+    _say_opened(model, known, display)
+    pinned, rows_kept = _pinned(config, model), rows_to_keep(config.data)
+    opened = Opened(pinned, model, dataset, total, metrics, rows_kept, lineage, world, shards)
+    return opened if start is None else _started(opened, start, display)
+
+
+def _say_opened(model: Model, known: Any, display: Display) -> None:
+    """Which way it is run, and in which numbers. `known`: its config."""
+    base, source = model.base, model.base.source
     display.say(f"{source.name} in {str(base.dtype)[6:]} on {base.device}: {model.describe()}")
+    if base.kept:
+        display.say(f"its weights are {base.kept}")
     if (base.dtype, getattr(known, "dtype", None)) == (torch.bfloat16, torch.float16):
         display.say("its weights are float16, of which bfloat16 drops the last three digits (of eleven, binary)")
     assert model.attached is not None
     for line in model.attached.notes():
         display.say(line)
-    opened = Opened(_pinned(config, model), model, dataset, total, metrics, rows_to_keep(config.data), lineage)
-    return opened if start is None else _started(opened, start, display)
+
+
+def _sharded_model(
+    config: RunConfig, source: Source, known: Any, renderer: Renderer, display: Display, world: World
+) -> tuple[Model, Shards]:
+    """The base with a fresh adapter, of which this process keeps its part."""
+    place = pick_device(config.train.device)
+    world.start(place)
+    with world.in_turn():
+        model, shards = shard(_opened_model(config, source, known, renderer, "cpu", display), place, world)
+    first_pass(model)
+    return model, shards
+
+
+def _opened_model(
+    config: RunConfig, source: Source, known: Any, renderer: Renderer, device: str, display: Display
+) -> Model:
+    """The base with a fresh adapter on it."""
+    dtype, weights = config.train.dtype, config.base_weights
+    base = open_base(source, dtype=dtype, device=device, display=display, config=known, weights=weights)
+    return Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config))
 
 
 def attach_fresh(model: nn.Module, config: RunConfig) -> Attached:
@@ -200,11 +242,15 @@ def above_the_frozen(opened: Opened, display: Display) -> Forward:
     lowest adapter are computed once for all of them, if their output fits into `FROZEN_SHARE` of the free memory."""
     forward, rows, capacity = opened.model.forward, opened.dataset.train, opened.config.train.batch_tokens
     lowest = lowest_layer(opened.attached.paths)
-    if lowest is None or not lowest[1] or opened.total <= opened.loader(TrainState()).steps_in_epoch(0):
+    if (
+        opened.shards
+        or lowest is None
+        or not lowest[1]
+        or opened.total <= opened.loader(TrainState()).steps_in_epoch(0)
+    ):
         return forward
-    lengths = [len(example.tokens) for example in rows]
-    weight: torch.Tensor = opened.model.base.model.get_input_embeddings().weight  # type: ignore[operator]
-    if sum(lengths) * weight.shape[1] * weight.dtype.itemsize > FROZEN_SHARE * free_memory(opened.device):
+    lengths, words = rows.lengths, embedding_of(opened.model.base.model)
+    if int(lengths.sum()) * words.shape[1] * words.dtype.itemsize > FROZEN_SHARE * free_memory(opened.device):
         return forward
     groups = fill(range(len(lengths)), lengths, capacity)
     batches = (pack([rows[n] for n in group]).to(opened.device) for group in groups)
@@ -215,13 +261,13 @@ def above_the_frozen(opened: Opened, display: Display) -> Forward:
     return forward
 
 
-def general_rows(config: RunConfig, model: Model) -> list[Example]:
+def general_rows(config: RunConfig, model: Model) -> Examples:
     """The text on which forgetting is measured, cut to what the model can hold; none where it isn't asked."""
     source = config.evaluate.general
     if not source:
-        return []
+        return Examples.of([])
     limits = Limits.of(model.base.model)
-    rows = general_text(source, model.renderer, limits.longest)
+    rows = Examples.of(general_text(source, model.renderer, limits.longest))
     limits.check(rows, name=f"evaluate.general: {source}")
     return rows
 

@@ -140,26 +140,26 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
         general = general_rows(config, opened.model)
     opened = sized(opened, display)
     available = memory.held_memory(device) + memory.free_memory(device)
-    learner, dataset, rows = opened.learner(display), opened.dataset, opened.dataset.train
+    learner, dataset = opened.learner(display), opened.dataset
     work = work_of(opened, learner)
     opened, choice = choose(opened, learner, work, display)
     with _folder_beside(Path(config.output)) as folder:
         rehearsal = Rehearsal(opened, learner, work, Run(folder), display)
         try:
             with memory.bounded(device):
-                check_longest(opened.model, [*rows, *opened.dataset.eval])
+                check_longest(opened.model, dataset.rows)
                 rehearsal.play(general)
         except Exception as error:
             fix = "plan again with one of these, then train with it"
             raise explain(error, opened, learner, Run(folder), fix=fix) or error from None
-    needs = fit.fit_memory(rehearsal.points)
-    share, longest = work.supervised / work.tokens, max(len(example.tokens) for example in rows)
+    needs, base = fit.fit_memory(rehearsal.points), opened.model.base
+    share, longest = work.supervised / work.tokens, opened.longest
     sizes = [
         work.longest_tokens if f == 1 else max(longest, int(f * opened.config.train.batch_tokens)) for f in WHAT_IF
     ]
     return Plan(
         output=config.output,
-        computed=f"{str(opened.model.base.dtype).removeprefix('torch.')} on {device}",
+        computed=", its base ".join(filter(None, [f"{str(base.dtype).removeprefix('torch.')} on {device}", base.kept])),
         steps=work.steps,
         tokens_per_step=opened.config.train.step_tokens,
         length=[

@@ -11,8 +11,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
 from deltaw.data.example import Example
+from deltaw.data.examples import lengths_of
 from deltaw.data.pack import pack
 from deltaw.errors import InputError, RunError
 from deltaw.files.output import gib
@@ -39,7 +41,7 @@ def short_form(opened: Opened, learner: Learner, run: Run, general: Sequence[Exa
     check_disk(opened, learner, run)
     model, held_out, work = opened.model, opened.dataset.eval, work_of(opened, learner)
     with bounded(opened.device):
-        check_longest(model, [*opened.dataset.train, *held_out])
+        check_longest(model, opened.dataset.rows)
         if work.first < ALIKE * work.longest_tokens:
             one_pass(model.forward, learner, pack(work.longest), accumulating=work.batches > 1)
         if general and _logits_bytes(model, largest_chunk(general)) > TIGHT * free_memory(opened.device):
@@ -52,14 +54,14 @@ def short_form(opened: Opened, learner: Learner, run: Run, general: Sequence[Exa
 def work_of(opened: Opened, learner: Learner) -> Work:
     """What is left of the run for `learner`."""
     left = max(0, learner.total - learner.state.step)
-    return work_left(opened.dataset.train, learner.config, learner.state.position, left)
+    return work_left(opened.dataset.train, learner.config, learner.state.position, left, opened.world.size)
 
 
 def check_longest(model: Model, rows: Sequence[Example]) -> None:
     """Run the longest row forward where it is beyond what the base was made for. Raises InputError where it can't be:
     not every border shows in the model's modules (base/limits.py)."""
     context = Limits.of(model.base.model).context
-    row = max(rows, key=lambda row: len(row.tokens))
+    row = rows[int(lengths_of(rows).argmax())]
     if context is None or len(row.tokens) <= context:
         return
     try:
@@ -76,7 +78,7 @@ def check_longest(model: Model, rows: Sequence[Example]) -> None:
 
 def _logits_bytes(model: Model, examples: Sequence[Example]) -> int:
     """What `forgetting` holds of a chunk: five times its logits in float32, as far as it is most at once."""
-    vocabulary: int = model.base.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = embedding_of(model.base.model).shape[0]
     return 5 * 4 * vocabulary * count_tokens(examples)
 
 

@@ -79,8 +79,15 @@ def choose(opened: Opened, learner: Learner, work: Work, display: Display) -> tu
         display.say(f"warning: memory is short, but activations can't be recomputed: {what}")
         return opened, Choice()
     display.say(choice.line())
-    forward = replace(opened.model.forward, recompute=_recompute(opened, choice.way))
-    return replace(opened, model=replace(opened.model, forward=forward)), choice
+    return keeping(opened, choice.way), choice
+
+
+def keeping(opened: Opened, way: str) -> Opened:
+    """The run with layers that keep what `way` says."""
+    if way == "none":
+        return opened
+    forward = replace(opened.model.forward, recompute=_recompute(opened, way))
+    return replace(opened, model=replace(opened.model, forward=forward))
 
 
 def ways_left(opened: Opened) -> list[str]:

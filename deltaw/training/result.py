@@ -19,6 +19,7 @@ from deltaw.show.chart import columns
 from deltaw.show.progress import Display
 from deltaw.show.table import table
 from deltaw.show.text import counted, figure_name, framed, one_line, rounded
+from deltaw.training.contention import waits_passively
 from deltaw.training.learner import Learner
 from deltaw.training.memory import peak_memory
 from deltaw.training.opening import Opened
@@ -85,7 +86,13 @@ def at_the_start(run: Run) -> dict[str, float] | None:
 
 
 def write_result(
-    opened: Opened, learner: Learner, run: Run, measured: Measured, history: History, total_seconds: float
+    opened: Opened,
+    learner: Learner,
+    run: Run,
+    measured: Measured,
+    history: History,
+    total_seconds: float,
+    waited: float | None = None,
 ) -> None:
     """Write result.json, which marks the run as finished. Times in seconds, memory in bytes, losses in nats."""
     model, report, state = opened.model, opened.dataset.report, learner.state
@@ -116,7 +123,14 @@ def write_result(
         "forward": model.describe(),
         "checkpointing": opened.checkpointing,
         "dtype": str(model.base.dtype).removeprefix("torch."),
-        "machine": {"device": str(model.base.device), "threads": torch.get_num_threads(), "cpu": platform.machine()},
+        "processes": opened.world.size,
+        "machine": {
+            "device": str(model.base.device),
+            "threads": torch.get_num_threads(),
+            "cpu": platform.machine(),
+            "waiting": "passive" if waits_passively() else "default",
+            "without_a_core": None if waited is None else round(waited, 3),
+        },
         "versions": {"deltaw": VERSION, "torch": torch.__version__},
         "fingerprints": state.fingerprints,
         "history": history.to_json(),

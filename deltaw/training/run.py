@@ -8,7 +8,8 @@
     save the adapter, measure it, write result.json and the report (finish.py)
 
 A signal that comes during a step or a write waits for its end; an evaluation is cut off. Then the
-step is saved. An evaluation that was cut off is made up for when the run resumes: `state.evaluated` is behind.
+step is saved. Where several processes train together (world.py), rank 0 does all of this and the others `_follow`.
+An evaluation that was cut off is made up for when the run resumes: `state.evaluated` is behind.
 """
 
 import math
@@ -18,6 +19,8 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.history import NOTHING, History
@@ -30,11 +33,12 @@ from deltaw.evaluation.held_out import perplexity
 from deltaw.evaluation.own_metric import ASKED_FOR, Consent, open_metrics
 from deltaw.model import open_model
 from deltaw.run import Run
-from deltaw.show.progress import Display
+from deltaw.show.progress import QUIET, Display
 from deltaw.training.batch_size import sized
 from deltaw.training.captured import captured_on
 from deltaw.training.changes import restore, settled
 from deltaw.training.checkpoint import Saved, latest_checkpoint, save_checkpoint
+from deltaw.training.contention import Contention
 from deltaw.training.extend import check_extension, extended
 from deltaw.training.finish import finish, measure_again, report
 from deltaw.training.learner import Learner
@@ -44,11 +48,13 @@ from deltaw.training.measuring import Attempts, measure_base, note_evaluation, p
 from deltaw.training.memory import Heap, bound_caches, bounded
 from deltaw.training.opening import Opened, above_the_frozen, begin, general_rows, open_run
 from deltaw.training.preflight import short_form, work_of
-from deltaw.training.recomputing import choose
+from deltaw.training.recomputing import choose, keeping
 from deltaw.training.shortage import explain
 from deltaw.training.step import step
-from deltaw.training.stop import Stopped, StopRequest
+from deltaw.training.stop import Lost, Stopped, StopRequest
+from deltaw.training.together import alike, check_adapter, hand_out, settings, settled_dtype
 from deltaw.training.watch import TooManySkips
+from deltaw.training.world import ALONE, World
 
 OnStep = Callable[[dict[str, Any]], object]
 
@@ -68,10 +74,15 @@ def train(
     Raises InputError before the weights are loaded where that is possible, RunError when it fails later,
     `Stopped` on a signal.
     """
-    config = config_of(config)
+    config, world = config_of(config), World.of_environment()
     run = Run(Path(config.output))
-    with run.claimed(new=True, replace=replace):
-        return _run(config, run, None, ASKED_FOR, display or Display(), on_step)
+    with world.joined():
+        if not world.is_first:
+            return _follow(run, world)
+        if world.is_marked(_begun(run)):  # by this very torchrun, which has started its processes again
+            return _resume(run, on_step, display or Display())
+        with run.claimed(new=True, replace=replace):
+            return _run(config, run, None, ASKED_FOR, display or Display(), on_step)
 
 
 def resume(
@@ -91,7 +102,25 @@ def resume(
     `train`. Raises InputError when it isn't a run, is finished, or can't be resumed like this.
     """
     run, display, overrides = Run(Path(folder).expanduser()), display or Display(), list(overrides)
-    consent = Consent(str(folder), allow_code)
+    consent, world = Consent(str(folder), allow_code), World.of_environment()
+    with world.joined():
+        if not world.is_first:
+            return _follow(run, world)
+        extend = extend and not world.is_marked(_begun(run))  # else it is extended already
+        return _resume(run, on_step, display, consent, overrides, allow=allow, extend=extend)
+
+
+def _resume(
+    run: Run,
+    on_step: OnStep | None,
+    display: Display,
+    consent: Consent = ASKED_FOR,
+    overrides: list[str] | None = None,
+    *,
+    allow: bool = False,
+    extend: bool = False,
+) -> Adapter:
+    folder, overrides = run.folder, overrides or []
     with run.resumed(overrides, extend=extend) as finished:
         saved = None if finished and not extend else latest_checkpoint(run.checkpoints, display)
         if extend:
@@ -123,37 +152,82 @@ def _run(
 ) -> Adapter:
     """Take a run from its beginning or a checkpoint to its end, in a folder that is claimed. `local`: the config with
     its names where they lead from the current folder, if that isn't where the run was started."""
-    began, local = time.monotonic(), local or config
-    with StopRequest() as stop:
-        opened = sized(open_run(local, display, consent, lineage, start_is_needed=saved is None), display)
+    began, world, given = time.monotonic(), World.of_environment(), local
+    if not world.is_alone:
+        config, given = settled_dtype(config), given and settled_dtype(given)
+    local = given or config
+    with StopRequest(relayed=not world.is_alone) as stop:
+        local = settings(local, world)
+        needed = saved is None
+        opened = alike(sized(open_run(local, display, consent, lineage, start_is_needed=needed, world=world), display))
+        world.start(opened.device)
         if local is not config:
             opened = opened.named_as(config)
         general = general_rows(local, opened.model)
         learner = opened.learner(display)
         shortage = partial(explain, opened=opened, learner=learner, run=run)
         try:
-            if saved is None:
-                begin(opened, run, display)
-            else:
-                restore(learner, saved, run, display)
-                if extend:  # and now it is certain that it can go on like this
-                    opened = extended(opened, learner, run, config, display)
-                elif changed:
-                    run.write_config(config)
-            stop.advice = f"resume with: {command('train', run.folder)}"
-            opened, _ = choose(opened, learner, work_of(opened, learner), display)
-            shortage = partial(explain, opened=opened, learner=learner, run=run)
-            short_form(opened, learner, run, general)
+            with opened.shards.leads():
+                if saved is None:
+                    begin(opened, run, display)
+                else:
+                    restore(learner, saved, run, display)
+                    if extend:  # and now it is certain that it can go on like this
+                        opened = extended(opened, learner, run, config, display)
+                    elif changed:
+                        run.write_config(config)
+                world.mark(_begun(run))
+                stop.advice = f"resume with: {command('train', run.folder)}"
+                opened, choice = choose(opened, learner, work_of(opened, learner), display)
+                shortage = partial(explain, opened=opened, learner=learner, run=run)
+                short_form(opened, learner, run, general)
+            world.first(lambda: choice.way, "what activations are kept")
             on_the_way, attempts = (Attempts(opened.device, display.say, shortage) for _ in range(2))
             with open_log(run, opened.config, learner.state.step, display.say) as log:
-                before = measure_base(opened, run, on_the_way, display)
-                Steps(opened, learner, run, stop, display, on_the_way, log, on_step).take()
-            adapter = finish(opened, learner, run, before, general, attempts, display, began)
+                with opened.shards.leads():
+                    before = measure_base(opened, run, on_the_way, display)
+                hand_out(learner, world)
+                waited = Steps(opened, learner, run, stop, display, on_the_way, log, on_step).take()
+            with opened.shards.leads():
+                adapter = finish(opened, learner, run, before, general, attempts, display, began, waited)
             stop.advice = f"the run is finished, but its report isn't: {command('inspect', run.folder)}"
             report(run, attempts, display, wanted=config.evaluate.report)
+            _last(learner, world)
             return adapter
         except Exception as error:
             raise shortage(error) or error from None
+
+
+def _follow(run: Run, world: World) -> Adapter:
+    """Take the steps of rank 0's run with it, and return its adapter."""
+    with StopRequest(relayed=True) as stop:
+        config = settings(None, world)
+        opened = alike(sized(open_run(config, QUIET, start_is_needed=False, world=world), QUIET))
+        world.start(opened.device)
+        learner = opened.learner(QUIET)
+        shortage = partial(explain, opened=opened, learner=learner, run=run)
+        try:
+            opened.shards.follow()  # rank 0 prepares
+            opened = keeping(opened, world.first(lambda: "none", "what activations are kept"))
+            opened.shards.follow()  # and measures the base
+            hand_out(learner, world)
+            Steps(opened, learner, run, stop, QUIET, Attempts(opened.device, QUIET.say, shortage)).take()
+            opened.shards.follow()  # it measures the adapter
+        except Exception as error:
+            raise shortage(error) or error from None
+        _last(learner, world)
+        return learner.attached.adapter(opened.id)
+
+
+def _last(learner: Learner, world: World) -> None:
+    """When all is measured: every process has the adapter that rank 0 has saved, the best one."""
+    world.barrier("the measurements at the end")
+    world.hand_out(list(learner.saved().factors.values()), "the adapter")
+
+
+def _begun(run: Run) -> str:
+    """The mark that this start of torchrun began this run."""
+    return f"begun {run.folder.resolve()}"
 
 
 def _measure_again(config: RunConfig, local: RunConfig, run: Run, consent: Consent, display: Display) -> Adapter:
@@ -185,23 +259,28 @@ class Steps:
         stop: StopRequest,
         display: Display,
         attempts: Attempts,
-        log: EventLog,
+        log: EventLog | None = None,
         on_step: OnStep | None = None,
     ) -> None:
         self.opened, self.learner, self.run = opened, learner, run
         self.stop, self.display, self.attempts = stop, display, attempts
         self._log, self._on_step, self._figures = log, on_step, dict[str, Any]()
-        self._saved_step = learner.state.step
+        self._saved_step, self._world = learner.state.step, opened.world
+        self._sharing = ALONE if opened.shards else opened.world  # evaluations; a pass of shards takes all, abreast
 
-    def take(self) -> None:
-        """All of them. Raises Stopped when a signal came, after saving."""
+    def take(self) -> float | None:
+        """All of them; the share of time that their threads had no core (contention.py). Raises Stopped when a signal
+        came, after saving."""
         learner, state, total, device = self.learner, self.learner.state, self.opened.total, self.opened.device
-        captured = None
+        captured, abreast = None, bool(self.opened.shards)
+        contention = Contention(self.run.folder, torch.get_num_threads(), self.display.say)
         try:
             forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
             loader = Ahead(self.opened.loader(state))
-            captured = captured_on(device, forward, learner, self.opened.longest, self.display.say, loader.fetch)
-            with self.display.task("training", total) as progress:
+            if not self.opened.shards:
+                captured = captured_on(device, forward, learner, self.opened.longest, self.display.say, loader.fetch)
+            together = nullcontext() if self._world.is_alone else self.stop.held()
+            with together, self.display.task("training", total) as progress:
                 progress(state.step)
                 self._at_the_start()
                 self._due()  # the evaluation that a stop cut off
@@ -212,33 +291,37 @@ class Steps:
                     self._figures = {}
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
-                            (record,) = step(forward, [learner], batches, position, captured)
+                            (record,) = step(forward, [learner], batches, position, captured, self._world, abreast)
                         self._write(record)
+                    self._agree()
                     first = False
+                    if device.type == "cpu":
+                        contention.stepped()
                     loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
                     progress(state.step, f"{loss}  {state.tokens_per_second:.0f} tokens/s")
                     self._due()
                     self._tell()
                     heap.tidy()
-            self._save()  # the last step, where patience ended it
+            self._save(joint=True)  # the last step, where patience ended it
         except Stopped as stopped:
             if stopped.at_once or not state.step:
                 raise
             self._save()
             self.stop.check(f"stopped after step {state.step} of {total} and saved")
-        except TooManySkips:
+        except (TooManySkips, Lost):
             if state.step:
                 self._save()
             raise
         finally:
             if captured is not None:
                 captured.release()
+        return contention.waited
 
     def _at_the_start(self) -> None:
         """What the adapter that it starts from has on these held-out rows: what there is to improve upon."""
         rows, start = self.opened.dataset.eval, self.opened.lineage.started_from
         if not self.learner.state.step and rows and start:
-            loss = plain_loss(self.opened.model, rows)
+            loss = plain_loss(self.opened.model, rows, self._sharing)
             self.display.say(f"held-out loss {loss:.4f} at the start, from {start.name}")
             if math.isfinite(loss):
                 self._write({"step": 0, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
@@ -251,16 +334,32 @@ class Steps:
         try:
             due = every.eval_every and (state.step % every.eval_every == 0 or state.step == total)
             if due and self.opened.dataset.eval and state.evaluated < state.step:
-                loss = plain_loss(self.opened.model, self.opened.dataset.eval)
+                loss = plain_loss(self.opened.model, self.opened.dataset.eval, self._sharing)
                 with self.stop.held():
                     self._write(note_evaluation(loss, self.learner, self.run, self.display))
             if every.sample_every and state.step % every.sample_every == 0 and self._saved_step < state.step:
-                self.attempts("samples", self._sample, what=f"step {state.step}: no samples")
+                self._samples(f"step {state.step}: no samples")
         except Exception:
             self._save()
             raise
+        if due:
+            self._agree()
         if state.step % every.save_every == 0 or state.step in (total, state.best_step):
-            self._save()
+            self._save(joint=True)
+
+    def _samples(self, what: str) -> None:
+        """Answers to held-out rows, by rank 0."""
+        if self._world.is_first:
+            with self.opened.shards.leads():
+                self.attempts("samples", self._sample, what=what)
+        else:
+            self.opened.shards.follow()
+        self._world.barrier("the samples")
+
+    def _agree(self) -> None:
+        """Stop here where one of several processes was asked to."""
+        if not self._world.is_alone:
+            self.stop.agree(int(self._world.most(self.stop.signal or 0, "the end of the step")))
 
     def _tell(self) -> None:
         """Call `on_step` with the step's figures. What it raises is the caller's own, with a note."""
@@ -274,9 +373,15 @@ class Steps:
             error.add_note(f"on_step raised this; step {self.learner.state.step} is saved; {self.stop.advice}")
             raise
 
-    def _save(self) -> None:
-        """Write a checkpoint of this step, unless there is one (the run was then resumed from it)."""
+    def _save(self, *, joint: bool = False) -> None:
+        """Write a checkpoint of this step, unless there is one (the run was then resumed from it). `joint`: all
+        processes are here, and none of them on its way out."""
         if self._saved_step == self.learner.state.step:
+            return
+        if joint:
+            check_adapter(self.learner, self._world)
+        if not self._world.is_first:
+            self._saved_step = self.learner.state.step
             return
         with self.stop.held():
             self.run.sync_metrics()
@@ -284,7 +389,8 @@ class Steps:
             self._saved_step = self.learner.state.step
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._log.write(record)
+        if self._log is not None:
+            self._log.write(record)
         self._figures |= record
         self.learner.state.metrics_lines += 1
 

@@ -77,6 +77,8 @@ def _recomputed(opened: Opened, learner: Learner, work: Work) -> tuple[str, Fit]
 
 def _fitted(forward: Forward, opened: Opened, learner: Learner, work: Work) -> Fit | None:
     """From a sixteenth, an eighth and a quarter of the largest batch, as far as there is memory for them."""
+    if opened.shards:  # passes take all ranks
+        return None
     points = list[Point]()
     sizes = [work.longest_tokens // part for part in (16, 8, 4)]
     try:
@@ -108,7 +110,7 @@ def settings_that_fit(
     so do layers that run again in the backward (`again`: how, and what batches take then).
     Where the batch should have fitted, by the fit, only what is surely smaller is named.
     """
-    tokens, longest = work.longest_tokens, max(len(example.tokens) for example in opened.dataset.train)
+    tokens, longest = work.longest_tokens, opened.longest
     token = fit.token + fit.supervised * work.longest_supervised / tokens
     explained = fit.fixed + tokens * token > available
     limit = fit.fixed + HEADROOM * (available - fit.fixed) if explained else math.inf

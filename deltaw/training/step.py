@@ -8,13 +8,17 @@ gradient of a mean over 3,770 tokens was off by 4.4 %, over 37,700 by 28 %, and 
 its loss and its gradient are finite (watch.py). It depends on the state before it and on nothing else, so
 stopping anywhere and resuming gives the same bits (on a CPU).
 
+Several processes take a step together (world.py): each the passes of its share of the batches, by their numbers in the
+step, so that dropout draws as it does in one. Then the gradients are summed over all, the losses are gathered by batch,
+and everything after that is decided by every process from the same numbers.
+
 On a GPU the passes and updates of a single learner are recorded and replayed (captured.py): the same steps, with one
 wait for the device in each.
 """
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,10 +27,11 @@ from torch import Tensor
 
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
-from deltaw.data.loader import LoaderState
-from deltaw.training.captured import Captured
+from deltaw.data.loader import LoaderState, dealt
+from deltaw.training.captured import Captured, Ran
 from deltaw.training.learner import Learner
 from deltaw.training.watch import Unfit, check_loss
+from deltaw.training.world import ALONE, World
 
 
 def step(
@@ -35,26 +40,24 @@ def step(
     batches: Sequence[Batch],
     position: LoaderState,
     captured: Captured | None = None,
+    world: World = ALONE,
+    abreast: bool = False,
 ) -> list[dict[str, Any]]:
     """A record for each learner: its update, or why there was none. Its documents are those that take its adapter;
     where batches don't say whose they are, there is one learner.
 
-    `position`: where the data stands afterwards. `captured`: the only learner's passes and updates, recorded. Raises
-    TooManySkips where a learner may leave out no step more, with its state as it was; RunError where its updates have
-    taught it nothing; ValueError for documents of nobody here.
+    `batches`: of the whole step, whoever takes them. `position`: where the data stands afterwards. `captured`: the only
+    learner's passes and updates, recorded. `world`: the processes that take the step together; `abreast`: each has to
+    make as many passes as every other (sharding.py). Raises TooManySkips where a learner may leave out no step more,
+    with its state as it was; RunError where its updates have taught it nothing; ValueError for documents of nobody
+    here.
     """
     _check_owners(learners, batches)
     began = time.monotonic()
     shares = [_Share(learner, batches) for learner in learners]
 
     # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
-    ran = None
-    if captured is not None and not shares[0].unfit:
-        ran = captured.run(shares[0].batches, shares[0].supervised)
-    if ran is not None:
-        shares[0].add(ran.losses)
-    else:
-        _passes(forward, learners, shares, batches)
+    ran = _taken(forward, shares, batches, captured, world, abreast)
 
     records = []
     for share in shares:
@@ -90,23 +93,77 @@ def step(
     return records
 
 
+def _taken(
+    forward: Forward,
+    shares: Sequence["_Share"],
+    batches: Sequence[Batch],
+    captured: Captured | None,
+    world: World,
+    abreast: bool,
+) -> Ran | None:
+    """All passes of the step, each by one of the processes; what was recorded gave, where it could be."""
+    deal = dealt([len(batch.tokens_T) for batch in batches], world.size)
+    ran, mine = None, deal[world.rank]
+    if captured is not None and not shares[0].unfit:
+        ran = captured.run(shares[0].batches, shares[0].supervised, mine, world)
+    if ran is not None:
+        shares[0].losses |= ran.losses
+    else:
+        passes = max(sum(bool(batches[number].supervised) for number in numbers) for numbers in deal)
+        _passes(forward, [share.learner for share in shares], shares, batches, mine, passes if abreast else 0)
+        _add_up(shares, world)
+    _see_all(shares, deal, world)
+    return ran
+
+
 def _passes(
-    forward: Forward, learners: Sequence[Learner], shares: Sequence["_Share"], batches: Sequence[Batch]
+    forward: Forward,
+    learners: Sequence[Learner],
+    shares: Sequence["_Share"],
+    batches: Sequence[Batch],
+    numbers: Sequence[int],
+    least: int = 0,
 ) -> None:
-    """Forward and backward of every batch, as long as a learner has use for it."""
+    """Forward and backward of the batches of these numbers, as long as a learner has use for them. `least`: passes to
+    make in any case; those of which nobody has use add nothing."""
     device = learners[0].attached.parameters[0].device
     with ExitStack() as dropout:
         for learner in learners:
             dropout.enter_context(learner.dropping())
-        for number in range(len(batches)):
-            fit = [share for share in shares if not share.unfit]
+        for number in numbers:
+            fit = [share for share in shares if share.is_fit]
             if not fit:
                 break
             with learners[0].drawing(number):
                 losses = _losses(forward, batches[number].to(device), [share.learner for share in fit])
                 means = [share.mean(loss, number) for share, loss in zip(fit, losses, strict=True)]
-                if counted := [mean for mean in means if mean is not None]:
+                counted = [mean for mean in means if mean is not None]
+                if least and batches[number].supervised:
+                    least, counted = least - 1, counted or [0.0 * losses[0]]
+                if counted:
                     sum(counted[1:], counted[0]).backward()
+        for _ in range(least):
+            batch = next(batch for batch in batches if batch.supervised)
+            (0.0 * forward.loss(batch.to(device))[0]).backward()
+
+
+def _add_up(shares: Sequence["_Share"], world: World) -> None:
+    """The gradients of all processes, in each of them."""
+    learners = [share.learner for share in shares if share.supervised]
+    if learners and not world.is_alone:
+        gradients = [gradient for learner in learners for gradient in learner.gradients()]
+        world.add(gradients, f"the gradients of step {learners[0].state.step + 1}")
+
+
+def _see_all(shares: Sequence["_Share"], deal: Sequence[Sequence[int]], world: World) -> None:
+    """The losses of all batches, in each process: what a step is judged by."""
+    count = sum(map(len, deal))
+    losses = [share.losses.get(number, 0.0) for share in shares for number in range(count)]
+    if not world.is_alone:
+        losses = world.sums(losses, f"the losses of step {shares[0].learner.state.step + 1}")
+    ranks = {number: rank for rank, numbers in enumerate(deal) for number in numbers}
+    for number, share in enumerate(shares):
+        share.judge(losses[number * count : (number + 1) * count], {} if world.is_alone else ranks)
 
 
 def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None:
@@ -128,6 +185,7 @@ class _Share:
         self.rows = [origin for batch in self.batches for origin in batch.origins]
         self.tokens = sum(batch.tokens_of(number) for batch in batches)
         self.supervised = sum(batch.supervised for batch in self.batches)
+        self.losses: dict[int, float] = {}  # in nats, by the number of the batch: of those that this process passed
         self._sum = 0.0
         self.unfit = None if self.supervised else Unfit("none of its tokens is trained", self.rows)
 
@@ -135,24 +193,29 @@ class _Share:
     def loss(self) -> float:
         return self._sum / self.supervised
 
+    @property
+    def is_fit(self) -> bool:
+        """Whether there is something to learn from, as far as this process has seen."""
+        return self.unfit is None and all(map(math.isfinite, self.losses.values()))
+
     def mean(self, loss: Tensor, number: int) -> Tensor | None:
         """What a batch's loss adds to the step's; None where it adds nothing to learn from."""
-        self._add(float(loss.detach()), number)
-        if not self.batches[number].supervised or self.unfit:
+        self.losses[number] = float(loss.detach())
+        if not self.batches[number].supervised or not self.is_fit:
             return None
         return loss if self.learner.undivided else loss / self.supervised
 
-    def add(self, losses: Sequence[float]) -> None:
-        """The losses of all batches, up to one that isn't a number."""
+    def judge(self, losses: Sequence[float], ranks: Mapping[int, int]) -> None:
+        """Take the losses of all batches, up to one that isn't a number. `ranks`: who passed which, where there are
+        several."""
         for number, value in enumerate(losses):
-            if not self.unfit:
-                self._add(value, number)
-
-    def _add(self, value: float, number: int) -> None:
-        if math.isfinite(value):
-            self._sum += value
-        else:
-            what = f"the loss of batch {number + 1} of {len(self.batches)} is NaN or infinite"
+            if self.unfit:
+                return
+            if math.isfinite(value):
+                self._sum += value
+                continue
+            where = f" on rank {ranks[number]}" if number in ranks else ""
+            what = f"the loss of batch {number + 1} of {len(losses)} is NaN or infinite{where}"
             self.unfit = Unfit(what, self.batches[number].origins, not_finite=True)
 
 

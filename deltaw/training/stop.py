@@ -4,12 +4,27 @@ with StopRequest() as stop:
     …                       a signal raises Stopped here, wherever that is
     with stop.held():
         …                   here it waits for the end of the block; a second one doesn't, and says `at_once`
+        with stop.held():
+            …               a block inside is part of it
+
+Where several processes train together, none may leave alone: the steps are one such block, and after each of them the
+processes agree on whether one was asked to stop (`agree`). torchrun hands on a Ctrl-C that its terminal has sent to
+them already, so a second signal so soon after the first isn't a second wish.
 """
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
+
+from deltaw.errors import RunError
+
+RELAY = 2.0  # seconds
+
+
+class Lost(RunError):
+    """Another process of the run failed, is gone or doesn't answer (world.py)."""
 
 
 class Stopped(BaseException):
@@ -24,12 +39,13 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into `Stopped` inside its block. `advice`: what to do next, for the message."""
+    """Turns SIGINT and SIGTERM into `Stopped` inside its block. `advice`: what to do next, for the message; `relayed`:
+    whether a signal may come twice that was sent once."""
 
-    def __init__(self, advice: str = "nothing has been trained yet") -> None:
-        self.advice = advice
+    def __init__(self, advice: str = "nothing has been trained yet", *, relayed: bool = False) -> None:
+        self.advice, self._relayed, self._came = advice, relayed, 0.0
         self.signal: int | None = None  # the last one that came
-        self._holding = self._raised = False
+        self._holding, self._raised = 0, False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -51,12 +67,13 @@ class StopRequest:
     @contextmanager
     def held(self) -> Iterator[None]:
         """A first signal that comes inside raises Stopped at the block's end, unless an error ends it."""
-        asked, self._holding = self.signal, True
+        asked = self.signal
+        self._holding += 1
         try:
             yield
         finally:
-            self._holding = False
-        if self.signal != asked:
+            self._holding -= 1
+        if self.signal != asked and not self._holding:
             self.check()
 
     def check(self, done: str = "stopped") -> None:
@@ -64,8 +81,17 @@ class StopRequest:
         if self.signal is not None:
             raise Stopped(self.signal, f"{done}; {self.advice}")
 
+    def agree(self, number: int) -> None:
+        """Raise Stopped where `number`, the signal that any of the processes was sent, isn't 0."""
+        if number:
+            self.signal, self._came = number, time.monotonic()
+            self.check()
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again, self.signal = self.signal is not None, number
+        now = time.monotonic()
+        if self._relayed and self.signal == number and now - self._came < RELAY:
+            return
+        again, self.signal, self._came = self.signal is not None, number, now
         self._raised = again or not self._holding
         if again:
             raise Stopped(number, f"stopped at once; {self.advice}", at_once=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType, quantize
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,12 +23,14 @@ from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.frozen import FrozenLinear, weight_of
 from deltaw.base.packed import PackedLinear
+from deltaw.base.packing import QUANTISED
 from deltaw.config import AdapterSpec
+from deltaw.kernels.blocks import FORMATS, BlockWeight, parts_of
 from deltaw.kernels.packed import CastWeight
 from tests.architectures import tiny
 from tests.halves import HalvesLinear, halved, whole
 
-N, M, R = 12, 8, 3
+N, M, R = 64, 8, 3  # nf4 takes rows of a multiple of 64
 SPECS: dict[str, dict[str, Any]] = {
     "lora": {"rank": R, "alpha": 6},
     "dropout": {"rank": R, "alpha": 6, "dropout": 0.3},
@@ -37,7 +40,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "olora": {"rank": R, "alpha": 6, "init": "olora"},
     "full": {"full": True},
 }
-WEIGHTS = ["linear", "conv1d", "halves", "cast"]
+WEIGHTS = ["linear", "conv1d", "halves", "cast", "blocks", "int8", "nf4"]
 KINDS = pytest.mark.parametrize("kind", list(SPECS))
 
 
@@ -51,6 +54,13 @@ def layer(weight: str, dtype: torch.dtype, bias: bool = True) -> nn.Module:
     module = module.to(dtype).requires_grad_(False)
     if weight == "cast":
         return PackedLinear(CastWeight(module.weight.to(torch.bfloat16), dtype), module.bias)
+    if weight == "blocks":
+        raw = torch.from_numpy(quantize(module.weight.float().numpy(), GGMLQuantizationType.Q4_1))
+        return PackedLinear(BlockWeight(FORMATS[3], parts_of(FORMATS[3], raw), dtype), module.bias)
+    if weight in QUANTISED:
+        if weight == "nf4":
+            pytest.importorskip("bitsandbytes")
+        return PackedLinear(QUANTISED[weight](module.weight, dtype), module.bias)
     return HalvesLinear(module) if weight == "halves" else module
 
 

@@ -1,11 +1,13 @@
 """transformers models written as the GGUF that llama.cpp's converter makes of them, to be read back."""
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quantize
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltaw.shipping.gguf.names import family
@@ -56,10 +58,21 @@ def model_of(model_type: str, **changes: Any) -> Any:
     return model
 
 
+# Every type whose blocks can be kept.
+KEPT = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16")
+
+
 def write_model(
-    path: Path, model: Any, *, keys: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None, split: int = 0
+    path: Path,
+    model: Any,
+    *,
+    keys: dict[str, Any] | None = None,
+    tensors: dict[str, Any] | None = None,
+    split: int = 0,
+    types: Sequence[str] = (),
 ) -> Path:
-    """`keys` (under the architecture, or whole after a dot; None takes one out) and `tensors` are added."""
+    """`keys` (under the architecture, or whole after a dot; None takes one out) and `tensors` are added. Matrices are
+    stored in `types`, in turn; gguf can't make K-quants, so these hold other numbers of about their size."""
     config = model.config
     architecture = family(config).architecture
     writer = GGUFWriter(path, architecture, split_max_tensors=split)
@@ -88,13 +101,34 @@ def write_model(
     writer.add_token_types([1] * (len(tokens) - 2) + [3, 3])
     writer.add_token_merges(merges)
     writer.add_eos_token_id(len(tokens) - 1)
+    turn = itertools.cycle(types)
     for name, weight in [*_weights(model), *(tensors or {}).items()]:
-        writer.add_tensor(name, np.ascontiguousarray(weight, np.float32))
+        array = np.ascontiguousarray(weight, np.float32)
+        kind = GGMLQuantizationType[next(turn)] if types and array.ndim == 2 else GGMLQuantizationType.F32
+        writer.add_tensor(name, _stored(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _stored(array: Any, kind: GGMLQuantizationType) -> Any:
+    """The array in a type, as gguf's writer takes it."""
+    if kind == GGMLQuantizationType.F32:
+        return array
+    if kind == GGMLQuantizationType.F16:
+        return array.astype(np.float16)
+    if not kind.name.endswith("_K"):
+        return quantize(array, kind)
+    size, length = GGML_QUANT_SIZES[kind]
+    random = np.random.default_rng(array.size)
+    raw = random.integers(0, 256, (len(array), array.shape[1] // size, length), dtype=np.uint8)
+    scales = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,)}[kind.name]
+    for at in scales:
+        halves = random.normal(0, 2e-4, raw.shape[:2]).astype(np.float16)
+        raw[..., at : at + 2] = halves[..., None].view(np.uint8)
+    return raw.reshape(len(array), -1)
 
 
 def _weights(model: Any) -> list[tuple[str, Any]]:

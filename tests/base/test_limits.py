@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from deltaw.base.limits import Limits
 from deltaw.data.example import Example
+from deltaw.data.examples import Examples
 from deltaw.errors import InputError
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -66,14 +67,14 @@ def test_the_limits_are_those_at_which_the_model_fails(name: str) -> None:
             with pytest.raises((IndexError, RuntimeError)):
                 model(input_ids=torch.full((1, length), 5))
             with pytest.raises(InputError, match=r"d\.jsonl:1"):
-                limits.check(rows)
+                limits.check(Examples.of(rows))
         else:
             model(input_ids=torch.full((1, length), 5))
-            limits.check(rows)
-        assert bool(limits.warnings(rows)) == (limits.context is not None and length > limits.context)
-    limits.check([row([39])])
+            limits.check(Examples.of(rows))
+        assert bool(limits.warnings(Examples.of(rows))) == (limits.context is not None and length > limits.context)
+    limits.check(Examples.of([row([39])]))
     with pytest.raises(InputError, match="token id 40"):
-        limits.check([row([1, 40, 2])])
+        limits.check(Examples.of([row([1, 40, 2])]))
 
 
 def test_a_head_smaller_than_the_embedding_bounds_the_ids() -> None:
@@ -85,10 +86,10 @@ def test_a_head_smaller_than_the_embedding_bounds_the_ids() -> None:
 def test_every_row_is_counted_and_the_first_are_named() -> None:
     rows = [row([1] * (30 if n in (3, 7, 8) else 5), f"d.jsonl:{n}") for n in range(10)]
     with pytest.raises(InputError) as refused:
-        Limits(40, 24, 24).check(rows)
+        Limits(40, 24, 24).check(Examples.of(rows))
     assert (
         "3 rows" in refused.value.what and "d.jsonl:3: 30" in refused.value.what and "and 1 more" in str(refused.value)
     )
     assert "max_length to 24" in str(refused.value.fix)
-    (said,) = Limits(40, None, 24).warnings(rows)
+    (said,) = Limits(40, None, 24).warnings(Examples.of(rows))
     assert "3 rows (30.0 %)" in said and "30 (d.jsonl:3)" in said

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from deltaw.adapter.file import Adapter
 from deltaw.config import load_config
 from deltaw.data.asking import Asking, behind, of_training, question_of
-from deltaw.data.dataset import prepare_held_out
 from deltaw.data.document import Chat, Completion, Text
+from deltaw.data.prepare import prepare_held_out
 from deltaw.data.prompts import prompts_of_text, read_prompts
 from deltaw.errors import InputError
 from deltaw.model import Model, open_model

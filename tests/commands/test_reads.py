@@ -17,7 +17,8 @@ from deltaw import commands, config, shipping
 from deltaw.adapter import checkpoints
 from deltaw.adapter.file import Adapter
 from deltaw.base import load, source
-from deltaw.data import dataset, render
+from deltaw.data import prepare as preparing
+from deltaw.data import render
 from tests.test_cli import call
 
 READERS = {
@@ -26,7 +27,7 @@ READERS = {
     "base found": (source, "find_base"),
     "skeleton": (load, "open_skeleton"),
     "tokenizer": (render, "open_tokenizer"),
-    "all rows": (dataset, "prepare"),
+    "all rows": (preparing, "prepare"),
 }
 RUN = {"config": 1, "adapter": 1, "base found": 1}
 MEASURED = {**RUN, "base": 1, "tokenizer": 1}

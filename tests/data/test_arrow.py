@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from toys import CHATML, toy
 
 from deltaw.config import DataConfig
-from deltaw.data.dataset import prepare
+from deltaw.data.prepare import prepare
 from deltaw.data.read import read_rows
 from deltaw.data.render import Renderer
 

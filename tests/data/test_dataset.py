@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from toys import toy
 
 from deltaw.config import DataConfig
-from deltaw.data import dataset
-from deltaw.data.dataset import prepare, prepare_held_out
+from deltaw.data import prepare as preparing
+from deltaw.data.prepare import prepare, prepare_held_out
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError
 from tests.tiny import Said
@@ -35,7 +35,7 @@ def texts(examples) -> list[str]:
 def test_everything_is_used_in_file_order(tmp_path):
     prepared = prepare(DataConfig(train=write(tmp_path, pairs(1100))), RENDERER)
     assert texts(prepared.train) == [pair["prompt"] + pair["completion"] for pair in pairs(1100)]
-    assert prepared.eval == []
+    assert len(prepared.eval) == 0
     report = prepared.report
     assert (report.rows_read, report.train_rows, report.eval_rows, report.unusable) == (1100, 1100, 0, 0)
     assert report.tokens == sum(len(example.tokens) for example in prepared.train)
@@ -86,7 +86,7 @@ def test_limit_takes_rows_at_random_and_renders_no_others(tmp_path):
     numbers = [int(example.origin.split(":")[1]) for example in prepared.train]
     assert numbers == sorted(numbers)
     assert numbers[-1] - numbers[0] > 1500
-    assert len(rendered) <= dataset.CHUNK
+    assert len(rendered) <= preparing.CHUNK
     smaller = prepare(config.model_copy(update={"limit": 20}), RENDERER)
     assert texts(smaller.eval) == texts(prepared.eval)
     assert set(texts(smaller.train)) < set(texts(prepared.train))
@@ -120,7 +120,7 @@ def test_held_out_rows_alone_are_the_ones_that_a_whole_preparation_holds_out(
 
 
 def test_held_out_rows_alone_cost_no_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "CHUNK", 10)
+    monkeypatch.setattr(preparing, "CHUNK", 10)
     rendered = []
 
     class Counting(Renderer):

@@ -16,7 +16,7 @@ from toys import toy
 
 from deltaw.config import DataConfig
 from deltaw.data import unpack
-from deltaw.data.dataset import prepare
+from deltaw.data.prepare import prepare
 from deltaw.data.read import read_rows
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError

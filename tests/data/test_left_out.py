@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from toys import CHATML, toy
 
 from deltaw.config import DataConfig
-from deltaw.data.dataset import prepare
 from deltaw.data.document import Chat
 from deltaw.data.forms import detect_form
 from deltaw.data.left_out import Survey
+from deltaw.data.prepare import prepare
 from deltaw.data.render import Renderer
 from deltaw.data.row import Row
 from deltaw.errors import InputError, Rejected

@@ -7,7 +7,7 @@ from rich.console import Console
 from toys import toy
 
 from deltaw.config import DataConfig
-from deltaw.data.dataset import prepare
+from deltaw.data.prepare import prepare
 from deltaw.data.preview import preview, spans
 from deltaw.data.render import Renderer
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from toys import CHATML, KINDS, TEMPLATED, lowercasing, sentencepiece, toy
 
 from deltaw.base.source import find_base
+from deltaw.data.examples import Examples
 from deltaw.data.forms import Chat, Completion, Text
 from deltaw.data.render import Renderer, open_tokenizer
 from deltaw.errors import InputError, Rejected
@@ -231,14 +232,14 @@ def test_end_of_turn_and_stops(tmp_path):
     tokens = toy("llama3").convert_ids_to_tokens(sorted(renderer.stop_ids))
     assert sorted(tokens) == ["<|eos|>", "<|eot|>"]
     example = renderer.render(chat_of("q", "a"), "o")
-    assert renderer.end_of_turn_problems([example]) == [
+    assert renderer.end_of_turn_problems(Examples.of([example])) == [
         "turns end with '<|eot|>', which is not among the model's stop tokens: name it to the server"
     ]
     tokenizer = fresh("llama3", name_or_path=str(tmp_path))
     eot = tokenizer.convert_tokens_to_ids("<|eot|>")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [eot, 77]}))
     assert Renderer(tokenizer).stop_ids == {tokenizer.eos_token_id, eot, 77}
-    assert Renderer(tokenizer).end_of_turn_problems([example]) == []
+    assert Renderer(tokenizer).end_of_turn_problems(Examples.of([example])) == []
     assert Renderer(toy("plain")).end_of_turn is None
 
 
@@ -248,7 +249,7 @@ def test_a_template_without_end_of_turn_is_reported():
     renderer = Renderer(tokenizer)
     example = renderer.render(chat_of("q", "a", "q", "b"), "o")
     assert trained(example, renderer) == "a\nb\n"
-    assert "1 of 1 rows train no end-of-turn token" in renderer.end_of_turn_problems([example])[0]
+    assert "1 of 1 rows train no end-of-turn token" in renderer.end_of_turn_problems(Examples.of([example]))[0]
 
 
 def test_templates_and_where_they_come_from(tmp_path):
@@ -313,7 +314,7 @@ def test_smollm2_renders_as_it_was_trained():
     chat = chat_of("What is <|im_end|>?", "A token.")
     example = renderer.render(chat, "o")
     assert trained(example, renderer) == "A token.<|im_end|>"
-    assert renderer.end_of_turn_problems([example]) == []
+    assert renderer.end_of_turn_problems(Examples.of([example])) == []
     assert len(renderer.prompt_ids("a b a n d o n ->")) == 8
 
 

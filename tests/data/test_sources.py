@@ -13,7 +13,7 @@ from toys import toy
 
 from deltaw.config import DataConfig, parse_config
 from deltaw.config.own_rows import at_home, rows_to_keep, with_names
-from deltaw.data.dataset import prepare, prepare_held_out
+from deltaw.data.prepare import prepare, prepare_held_out
 from deltaw.data.preview import first, summary
 from deltaw.data.read import read_rows
 from deltaw.data.render import Renderer

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from toys import KINDS, sentencepiece, toy
 
 from deltaw.config import DataConfig
-from deltaw.data.dataset import prepare, prepare_held_out
 from deltaw.data.document import Text
 from deltaw.data.example import Example
+from deltaw.data.prepare import prepare, prepare_held_out
 from deltaw.data.render import Renderer
 from deltaw.data.split import CHARACTER, LINE, PARAGRAPH, SECTION, SENTENCE, TAIL, WORD, places, split
 from deltaw.errors import InputError

@@ -13,8 +13,8 @@ from deltaw.adapter.algebra import resize_global
 from deltaw.adapter.attach import attach, detach
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.config import AdapterSpec, DataConfig
-from deltaw.data.dataset import prepare
 from deltaw.data.example import Example
+from deltaw.data.prepare import prepare
 from deltaw.errors import InputError
 from deltaw.evaluation import budget
 from deltaw.evaluation.budget import STEPS, carrying, resize_to_loss

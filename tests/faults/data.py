@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.config import DataConfig
-from deltaw.data.dataset import prepare
+from deltaw.data.prepare import prepare
 from deltaw.data.read import MAX_LINE, read_rows
 from tests.data.toys import CHATML, TEMPLATED
 from tests.faults.common import QUIET, clear_error, config, metrics

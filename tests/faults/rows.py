@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.config import DataConfig
-from deltaw.data.dataset import Dataset, prepare
+from deltaw.data.dataset import Dataset
 from deltaw.data.example import Example
 from deltaw.data.loader import Loader
+from deltaw.data.prepare import prepare
 from deltaw.data.render import Renderer
 from tests.data.toys import CHATML, KINDS, toy
 from tests.faults.common import place

@@ -174,7 +174,7 @@ def test_a_run_is_asked_its_own_held_out_rows(place: Path, tmp_path: Path, monke
     held_out = {row.origin for row in result.rows}
     assert result.agree and len(held_out) == 4
     config = deltaw.load_config(tmp_path / "run/config.yaml")
-    from deltaw.data.dataset import prepare
+    from deltaw.data.prepare import prepare
     from deltaw.data.render import Renderer, open_tokenizer
 
     dataset = prepare(config.data, Renderer(open_tokenizer(place / "base")))

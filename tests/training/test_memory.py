@@ -164,7 +164,7 @@ def test_three_small_batches_foretell_a_large_one(folder: Path) -> None:
     tiny_base(folder / "base", hidden_size=128, intermediate_size=384)
     run, learner = opened(folder)
     sizes = [1000, 2000, 4000, 8000]
-    *small, large, _ = measure(run.model.forward, learner, run.dataset.train * 20, sizes, accumulating=False)
+    *small, large, _ = measure(run.model.forward, learner, list(run.dataset.train) * 20, sizes, accumulating=False)
     grown = large.peak - small[0].peak
     foretold = fit_memory(small).bytes_at(large.tokens, large.supervised)
     assert grown > 20 * MIB and abs(foretold - large.peak) < 0.2 * grown

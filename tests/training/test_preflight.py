@@ -173,7 +173,7 @@ def test_an_explanation_has_the_estimate_three_settings_and_what_next(folder: Pa
 
 def test_settings_fit_and_name_what_helps(folder: Path) -> None:
     run, learner, _ = opened(folder, train={"tokens_per_batch": 4096, "tokens_per_step": 4096})
-    work = dataclasses.replace(work_of(run, learner), longest=run.dataset.train * 8)
+    work = dataclasses.replace(work_of(run, learner), longest=list(run.dataset.train) * 8)
     tokens = work.longest_tokens
     fit = Fit(1.0 * GIB, 3 * GIB / tokens, 0.0)
     found = settings_that_fit(run, work, fit, 2.8 * GIB)

@@ -57,7 +57,8 @@ class GgufModel(Destination):
         shapes = self.tensors.shapes
         shapes |= {name: (len(values),) for name, values in self.meta.tensors.items()}
         self.places = choose(shapes, self.type if self.quantizer is None else FLOAT)
-        self.notes = [*self.meta.notes, *([self.family.differs] if self.family.differs else [])]
+        more = (self.family.differs, trained.form_note)
+        self.notes = [*self.meta.notes, *(note for note in more if note)]
         self.keys = self._keys(shapes[EMBEDDING][0])
         name = f"{trained.base.public_name.rpartition('/')[2].removesuffix('.gguf')}-{_run_name(trained)}-{self.type}"
         self.file = re.sub(r"[^\w.-]+", "-", name) + ".gguf"  # it stands in commands and in the Modelfile

@@ -7,7 +7,7 @@ counts is whether it was trained with those.
 import shlex
 from collections.abc import Iterator
 
-from deltaw.data.dataset import prepare
+from deltaw.data.prepare import prepare
 from deltaw.data.render import TEMPLATE, Renderer
 from deltaw.errors import DeltawError
 from deltaw.files.safetensors import read_rows

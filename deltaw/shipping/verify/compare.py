@@ -156,13 +156,15 @@ def _compared(a: Side, b: Side, prompts: list[Prompt], tokens: int, display: Dis
 
 def _same_gguf(adapted: Side, server: Side) -> None:
     """If one side goes on the very GGUF that the other was made from, their weights differ only by the bfloat16 that
-    deltaw reads them in."""
+    deltaw reads them in, and not even by that where it keeps the GGUF's blocks."""
     source = adapted.source
     if source is None or source.gguf is None or not isinstance(server, Server) or server.file is None:
         return
     if folder_of(server.file, cache_root() / "gguf") == source.directory:
-        why = "the other side's base is this very GGUF, read as bfloat16"
-        server.numbers = replace(server.numbers, weights="bfloat16", why=f"{server.numbers.why}; {why}")
+        kept = isinstance(adapted, Adapted) and adapted.weights == "keep"
+        weights, how = ("float32", "in its own blocks") if kept else ("bfloat16", "read as bfloat16")
+        why = f"the other side's base is this very GGUF, {how}"
+        server.numbers = replace(server.numbers, weights=weights, why=f"{server.numbers.why}; {why}")
 
 
 def _fitting(

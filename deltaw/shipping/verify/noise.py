@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from deltaw.adapter.layer import AdaptedLinear
 from deltaw.base.frozen import has_weight, weight_of
+from deltaw.base.packed import PackedEmbedding
 from deltaw.kernels.weight import AT_ONCE, Weight
 from deltaw.shipping.verify.sides.formats import UNIT, error, exact, known
 from deltaw.shipping.verify.sides.side import Numbers
@@ -68,7 +69,7 @@ def noisy(model: nn.Module, sides: Sequence[Numbers], seed: int) -> Iterator[Non
             if id(module) not in inside and module is not model:
                 handles.append(module.register_forward_hook(out_of))
             stacked = any(weight.ndim == 3 for weight in module.parameters(recurse=False))  # experts
-            if weights and (stacked or isinstance(module, nn.Embedding)):
+            if weights and (stacked or isinstance(module, nn.Embedding | PackedEmbedding)):
                 handles.append(module.register_forward_hook(looked_up))
         yield
     finally:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from deltaw.config import DataConfig, RunConfig
 from deltaw.config.sources import SourceValue, label
-from deltaw.data.dataset import prepare_held_out
+from deltaw.data.cache import prepared_held_out
 from deltaw.data.document import Chat, Completion, Document
 from deltaw.data.example import Example
 from deltaw.data.forms import Form, form_of
@@ -38,7 +38,7 @@ def held_out_prompts(config: RunConfig, renderer: Renderer, count: int, display:
     if data.eval is None:
         raise InputError("this run held no rows out, so there is nothing to ask", fix="name a file with --data")
     with display.task("reading held-out rows", 1) as progress:
-        rows = [row for row in prepare_held_out(data, renderer) if not row.names]
+        rows = [row for row in prepared_held_out(data, renderer, display=display) if not row.names]
         source = data.train if data.eval_sources is None else data.eval_sources
         if any(
             row.context or row.goes_on for row in rows

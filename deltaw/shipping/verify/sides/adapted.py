@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from deltaw.adapter.attach import attach
 from deltaw.base.forward import plan_forward
-from deltaw.base.load import open_base
+from deltaw.base.load import as_kept, open_base
 from deltaw.base.stand_in import disabled
 from deltaw.generate.cache import context
 from deltaw.shipping.trained import open_trained
@@ -24,12 +24,15 @@ class Adapted(Running):
         self.name, self.notes = name, []
         self.trained = open_trained(name, base=base, display=display)
         self.source = self.trained.base
+        # On the weights that it was trained on, as they are kept there.
+        config = self.trained.config
+        self.weights = as_kept(self.source, config.base_weights) if config else "auto"
         self._dtype = working_type(self.source)
         self.numbers = running(self._dtype, "float32")
         self.chats = not self.trained.plain and bool(self.trained.renderer.template)
 
     def load(self) -> None:
-        opened = open_base(self.trained.base, dtype=self._dtype)
+        opened = open_base(self.trained.base, dtype=self._dtype, weights=self.weights)
         plan_forward(opened.model)
         attached = attach(opened.model, self.trained.adapter)
         renderer = self.trained.renderer

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaw.base.frozen import embedding_of
 from deltaw.base.linear_weights import HEADER_BYTES, TENSORS
 from deltaw.base.source import Source
 from deltaw.config import Dtype
@@ -104,7 +105,7 @@ class Local:
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[list[int]]:
         """Numbers of rows of like length, few enough that their logits fit."""
-        vocabulary = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        vocabulary = embedding_of(self.model).shape[0]
         lengths = [len(row.prompt) + len(row.answer) for row in rows]
         batch: list[int] = []
         for number in sorted(range(len(rows)), key=lambda n: lengths[n]):
