@@ -41,7 +41,7 @@ SIDEWAYS = {
 }
 
 # Each heavy library has its home.
-VERBS = ("__init__", "app", "ask", "run", "ship", "update", "verbs", "why")
+VERBS = ("__init__", "app", "ask", "machine", "run", "ship", "update", "verbs", "why")
 HOMES = {
     "jinja2": {"analysis/page.py", "files/bounded_worker.py"},
     "rich": {"show/progress.py", "show/table.py", "data/preview.py"},

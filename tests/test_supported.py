@@ -31,7 +31,9 @@ ROWS = rows()
 
 @pytest.mark.parametrize(("what", "answer", "where"), ROWS, ids=[what for what, _, _ in ROWS])
 def test_what_is_said_to_be_supported_is(what: str, answer: str, where: str) -> None:
-    names = [name for name in re.findall(r"`([^`]+)`", where) if name.startswith(("deltaw ", *SECTIONS))]
+    names = [
+        name for name in re.findall(r"`([^`]+)`", where) if name.startswith(("deltaw ", *SECTIONS, "base_weights"))
+    ]
     refused_at_once = "WSL" in where  # tests/cli/test_verbs.py
     assert names or answer != "no" or refused_at_once, "a thing that isn't supported names what a user would try"
     for name in names:
@@ -42,6 +44,8 @@ def exists(name: str) -> bool:
     if name.startswith("deltaw "):
         _, verb, *options = name.split()
         return verb in VERBS and all(any(option in p.opts for p in VERBS[verb].params) for option in options)
+    if name.startswith("base_weights: "):
+        return parse_config({**RUN, "base_weights": name.partition(": ")[2]}) is not None
     section, _, field = name.partition(".")
     fields = RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
     known = field in fields or field in {one.alias for one in fields.values()}

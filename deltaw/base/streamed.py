@@ -63,19 +63,24 @@ def open_plan(skeleton: nn.Module, folder: Path) -> StreamPlan | None:
         for name in some:
             if header.shapes[name] != tuple(parameters[name].shape) or header.dtypes[name] not in TYPES:
                 return None
-    if _is_converted(skeleton, names) or not _make_buffers(skeleton):
+    if _is_converted(skeleton, names) or not make_buffers(skeleton):
         return None
     return StreamPlan(skeleton, files, places)
 
 
 def fill(
-    plan: StreamPlan, pack: Pack, dtype: torch.dtype, device: torch.device, progress: Progress
+    plan: StreamPlan,
+    pack: Pack,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+    read: Callable[[Path, str], Tensor] = read_tensor,
 ) -> Iterator[tuple[str, Tensor]]:
     """Read every tensor into its place, in `pack`'s form or in `dtype`, and yield its name and its numbers as the file
     has them."""
     model, packable = plan.skeleton, set(matrices(plan.skeleton))
     for number, (file, name) in enumerate((file, name) for file, some in plan.files.items() for name in some):
-        tensor = read_tensor(file, name)
+        tensor = read(file, name)
         yield name, tensor
         tensor, owners = tensor.to(device), [place.rpartition(".")[::2] for place in plan.places[name]]
         paths = [path for path, attribute in owners if path in packable and attribute == "weight"]
@@ -99,7 +104,7 @@ def _is_converted(skeleton: nn.Module, names: list[str]) -> bool:
 
 
 @torch.no_grad()
-def _make_buffers(skeleton: nn.Module) -> bool:
+def make_buffers(skeleton: nn.Module) -> bool:
     """Give the skeleton's buffers their numbers, on the CPU. False where the model doesn't make one of them."""
     owners: dict[str, nn.Module] = {}
     model, models = skeleton, dict[str, nn.Module]()

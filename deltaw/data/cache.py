@@ -40,7 +40,6 @@ from typing import Any
 
 import numpy as np
 
-import deltaw
 from deltaw.base.source import cache_root
 from deltaw.config import DataConfig
 from deltaw.config.sources import rows_given, sources_of
@@ -61,6 +60,7 @@ from deltaw.files.safetensors import read_header
 from deltaw.files.stream import Entry, stream_size, streamed
 from deltaw.show.progress import QUIET, Display
 from deltaw.show.text import counted
+from deltaw.version import VERSION
 
 FORMAT = 1
 WORTH = 2.0  # seconds of preparing
@@ -178,7 +178,7 @@ def _of_tokenizer(folder: Path) -> list[Path]:
 
 
 def _versions() -> list[str]:
-    versions = [deltaw.__version__, sys.version]
+    versions = [VERSION, sys.version]
     for library in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{library} {importlib.metadata.version(library)}")
@@ -187,7 +187,7 @@ def _versions() -> list[str]:
 
 def _code() -> str:
     """A hash of the source that prepares."""
-    root, digest = Path(deltaw.__file__).parent, hashlib.sha256()
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(path for room in CODE for path in (root / room).rglob("*.*") if path.suffix != ".pyc"):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return digest.hexdigest()

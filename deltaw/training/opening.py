@@ -6,7 +6,6 @@ run, in the order in which it will train on them; a run that is resumed has its 
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -158,16 +157,20 @@ def open_run(
         display.say(note)
     for warning in [*dataset.report.warnings, *limits.warnings(rows), *length.warnings(asked, config, dataset, total)]:
         display.say(f"warning: {warning}")
-    place = pick_device(config.train.device)
-    sharded = is_wanted(config, source, skeleton, place, world, display.say)
+    sharded = is_wanted(config, source, skeleton, pick_device(config.train.device), world, display.say)
     if sharded:
-        world.start(place)
-    with world.in_turn() if sharded else nullcontext():
-        model = _opened_model(config, source, known, renderer, "cpu" if sharded else config.train.device, display)
-        model, shards = shard(model, place, world) if sharded else (model, NONE)
-    if sharded:
-        first_pass(model)
-    base = model.base
+        model, shards = _sharded_model(config, source, known, renderer, display, world)
+    else:
+        model, shards = _opened_model(config, source, known, renderer, config.train.device, display), NONE
+    _say_opened(model, known, display)
+    pinned, rows_kept = _pinned(config, model), rows_to_keep(config.data)
+    opened = Opened(pinned, model, dataset, total, metrics, rows_kept, lineage, world, shards)
+    return opened if start is None else _started(opened, start, display)
+
+
+def _say_opened(model: Model, known: Any, display: Display) -> None:
+    """Which way it is run, and in which numbers. `known`: its config."""
+    base, source = model.base, model.base.source
     display.say(f"{source.name} in {str(base.dtype)[6:]} on {base.device}: {model.describe()}")
     if base.kept:
         display.say(f"its weights are {base.kept}")
@@ -176,9 +179,18 @@ def open_run(
     assert model.attached is not None
     for line in model.attached.notes():
         display.say(line)
-    pinned, rows_kept = _pinned(config, model), rows_to_keep(config.data)
-    opened = Opened(pinned, model, dataset, total, metrics, rows_kept, lineage, world, shards)
-    return opened if start is None else _started(opened, start, display)
+
+
+def _sharded_model(
+    config: RunConfig, source: Source, known: Any, renderer: Renderer, display: Display, world: World
+) -> tuple[Model, Shards]:
+    """The base with a fresh adapter, of which this process keeps its part."""
+    place = pick_device(config.train.device)
+    world.start(place)
+    with world.in_turn():
+        model, shards = shard(_opened_model(config, source, known, renderer, "cpu", display), place, world)
+    first_pass(model)
+    return model, shards
 
 
 def _opened_model(

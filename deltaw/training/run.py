@@ -14,7 +14,7 @@ An evaluation that was cut off is made up for when the run resumes: `state.evalu
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from deltaw.adapter.file import Adapter
 from deltaw.adapter.history import NOTHING, History
 from deltaw.config import RunConfig, config_of
 from deltaw.config.places import placed
-from deltaw.data.example import Example
 from deltaw.data.loader import Ahead
 from deltaw.data.opening import open_dataset
 from deltaw.errors import command
@@ -267,6 +266,7 @@ class Steps:
         self.stop, self.display, self.attempts = stop, display, attempts
         self._log, self._on_step, self._figures = log, on_step, dict[str, Any]()
         self._saved_step, self._world = learner.state.step, opened.world
+        self._sharing = ALONE if opened.shards else opened.world  # evaluations; a pass of shards takes all, abreast
 
     def take(self) -> float | None:
         """All of them; the share of time that their threads had no core (contention.py). Raises Stopped when a signal
@@ -321,7 +321,7 @@ class Steps:
         """What the adapter that it starts from has on these held-out rows: what there is to improve upon."""
         rows, start = self.opened.dataset.eval, self.opened.lineage.started_from
         if not self.learner.state.step and rows and start:
-            loss = self._loss(rows)
+            loss = plain_loss(self.opened.model, rows, self._sharing)
             self.display.say(f"held-out loss {loss:.4f} at the start, from {start.name}")
             if math.isfinite(loss):
                 self._write({"step": 0, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
@@ -334,7 +334,7 @@ class Steps:
         try:
             due = every.eval_every and (state.step % every.eval_every == 0 or state.step == total)
             if due and self.opened.dataset.eval and state.evaluated < state.step:
-                loss = self._loss(self.opened.dataset.eval)
+                loss = plain_loss(self.opened.model, self.opened.dataset.eval, self._sharing)
                 with self.stop.held():
                     self._write(note_evaluation(loss, self.learner, self.run, self.display))
             if every.sample_every and state.step % every.sample_every == 0 and self._saved_step < state.step:
@@ -346,10 +346,6 @@ class Steps:
             self._agree()
         if state.step % every.save_every == 0 or state.step in (total, state.best_step):
             self._save(joint=True)
-
-    def _loss(self, rows: Sequence[Example]) -> float:
-        """On held-out rows: of all processes a part, or where a pass takes all of them, each all."""
-        return plain_loss(self.opened.model, rows, ALONE if self.opened.shards else self._world)
 
     def _samples(self, what: str) -> None:
         """Answers to held-out rows, by rank 0."""

@@ -169,7 +169,8 @@ def shard(model: Model, device: torch.device, world: World) -> tuple[Model, Shar
     fully_shard(
         base, mesh=mesh, reshard_after_forward=True, ignored_params=rest
     )  # only to tell that they are one model
-    warnings.filterwarnings("ignore", f"FSDP2-wrapped module .{type(base).__name__}")  # it has nothing to gather
+    for module in (base, *ends):  # nothing is written onto what they give
+        warnings.filterwarnings("ignore", f"FSDP2-wrapped module .{type(module).__name__}")
     inner.to(device)
     return replace(model, base=replace(model.base, device=device)), Shards(units, world)
 

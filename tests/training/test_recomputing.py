@@ -188,7 +188,7 @@ def test_a_recorded_pass_recomputes_as_well(monkeypatch: pytest.MonkeyPatch) -> 
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base whose activations outweigh its process, and long rows."""
     folder = tmp_path_factory.mktemp("wide")
-    tiny_base(folder / "base", hidden_size=192, intermediate_size=768, num_hidden_layers=4, max_position_embeddings=512)
+    tiny_base(folder / "base", hidden_size=192, intermediate_size=768, num_hidden_layers=3, max_position_embeddings=512)
     rows = [json.dumps({"prompt": f"say {n} ", "completion": "ab" * (40 + n % 60)}) for n in range(200)]
     (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
     return folder
@@ -215,6 +215,7 @@ def test_layers_are_recomputed_where_memory_is_short_and_only_there(
 ) -> None:
     learner, said = opened.learner(QUIET), Said()
     work = work_of(opened, learner)
+    monkeypatch.setattr(recomputing, "PARTS", (8, 4, 2))  # a tiny base's batches are small beside its process
     for ample, free, way in ((0.5, UNLIMITED, "none"), (0.0, UNLIMITED, "none"), (0.5, 0, "blocks")):
         monkeypatch.setattr(recomputing, "AMPLE", ample)
         monkeypatch.setattr(recomputing, "free_memory", lambda device, free=free: free)
@@ -222,7 +223,7 @@ def test_layers_are_recomputed_where_memory_is_short_and_only_there(
         assert now.checkpointing == choice.way == way and bool(said.lines) == (way != "none")
     assert choice.peak is not None and choice.instead_of is not None and choice.slower is not None
     assert choice.peak < choice.instead_of - 30 * MIB and choice.line() == said.lines[-1]
-    assert now.model.forward.recompute is not None and "4 layers recomputed" in now.model.describe()
+    assert now.model.forward.recompute is not None and "3 layers recomputed" in now.model.describe()
     now.model.forward.recompute.remove()
 
 
@@ -231,7 +232,7 @@ def test_a_run_ends_with_the_same_bits_and_a_resumed_one_may_change_how(wide: Pa
     for way in ways:
         train(config(wide, way, checkpointing=way, **SMALL), display=QUIET)
     kept, again = (json.loads((wide / way / "result.json").read_text()) for way in ways)
-    assert (kept["checkpointing"], again["checkpointing"]) == ways and "4 layers recomputed" in again["forward"]
+    assert (kept["checkpointing"], again["checkpointing"]) == ways and "3 layers recomputed" in again["forward"]
     adapters = [(wide / way / "adapter/adapter_model.safetensors").read_bytes() for way in ways]
     assert adapters[0] == adapters[1]
     before, after = (config(wide, checkpointing=way) for way in ways)
@@ -240,21 +241,19 @@ def test_a_run_ends_with_the_same_bits_and_a_resumed_one_may_change_how(wide: Pa
     assert check_changes(before, after, allow=True, run="run")
 
 
-def test_a_plan_says_how(wide: Path) -> None:
-    planned = plan(config(wide, checkpointing="blocks", **SMALL), QUIET)
-    said = json.loads(json.dumps(planned.to_json()))
-    assert said["checkpointing"] == "blocks" and "recomputed by block" in planned.text()
-
-
 def test_the_peak_with_recomputed_layers_is_the_runs_within_a_tenth(wide: Path) -> None:
-    settings = config(wide, "peak", checkpointing="blocks", steps=3)
-    planned, ran = (
-        child(lambda: print(plan(settings, QUIET).largest.peak)),
-        child(lambda: train(settings, display=QUIET)),
-    )
-    assert ran.code == planned.code == 0, ran.output + planned.output
+    settings = config(wide, "peak", checkpointing="blocks", steps=2)
+
+    def planned() -> None:
+        found = plan(settings, QUIET)
+        print(json.dumps([found.to_json(), found.text()]))
+
+    foretold, ran = child(planned), child(lambda: train(settings, display=QUIET))
+    assert ran.code == foretold.code == 0, ran.output + foretold.output
+    said, text = json.loads(foretold.output)
     real = json.loads((wide / "peak/result.json").read_text())["peak_memory_bytes"]
-    assert int(planned.output) == pytest.approx(real, rel=0.1)
+    assert said["peak_memory_bytes"] == pytest.approx(real, rel=0.1)
+    assert said["checkpointing"] == "blocks" and "recomputed by block" in text
 
 
 def test_too_little_memory_names_recomputation_which_a_run_resumes_with(
