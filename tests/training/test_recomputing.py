@@ -2,6 +2,7 @@
 have to be."""
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from deltaw.show.progress import QUIET
 from deltaw.training import recomputing
 from deltaw.training.captured import captured_on
 from deltaw.training.changes import check_changes
-from deltaw.training.memory import UNLIMITED
+from deltaw.training.fit import Point
 from deltaw.training.opening import Opened, open_run
 from deltaw.training.plan import plan
 from deltaw.training.preflight import work_of
@@ -210,21 +211,34 @@ def config(folder: Path, output: str = "run", **options: Any) -> Any:
     return parse_config({**fields, "train": {**fields["train"], **large, **options}})
 
 
+def by_hand(
+    forward: Forward, learner: Any, examples: Any, sizes: Sequence[int], *, accumulating: bool
+) -> Iterator[Point]:
+    """What `measure` would say of a base of 500 MiB, a token of which takes 100 KiB, or 20 where layers run again."""
+    token = (20 if forward.recompute is not None else 100) << 10
+    for size in sorted(sizes):
+        yield Point(size, size, 500 * MIB + token * size, 1.4 if forward.recompute is not None else 1.0)
+
+
 def test_layers_are_recomputed_where_memory_is_short_and_only_there(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner, said = opened.learner(QUIET), Said()
     work = work_of(opened, learner)
-    monkeypatch.setattr(recomputing, "PARTS", (8, 4, 2))  # a tiny base's batches are small beside its process
-    for ample, free, way in ((0.5, UNLIMITED, "none"), (0.0, UNLIMITED, "none"), (0.5, 0, "blocks")):
-        monkeypatch.setattr(recomputing, "AMPLE", ample)
-        monkeypatch.setattr(recomputing, "free_memory", lambda device, free=free: free)
+    monkeypatch.setattr(recomputing, "measure", by_hand)
+    monkeypatch.setattr(recomputing, "held_memory", lambda device: 500 * MIB)
+    takes = 100 * work.longest_tokens / 1024  # MiB, about 400; a tenth of all and the kernels come on top
+    for free, way in ((3 * takes, "none"), (takes + 120, "none"), (takes - 20, "blocks"), (10, "blocks")):
+        monkeypatch.setattr(recomputing, "free_memory", lambda device, free=free: int(free * MIB))
         now, choice = choose(opened, learner, work, said)
         assert now.checkpointing == choice.way == way and bool(said.lines) == (way != "none")
-    assert choice.peak is not None and choice.instead_of is not None and choice.slower is not None
-    assert choice.peak < choice.instead_of - 30 * MIB and choice.line() == said.lines[-1]
-    assert now.model.forward.recompute is not None and "3 layers recomputed" in now.model.describe()
-    now.model.forward.recompute.remove()
+        assert choice.way == "none" or (choice.peak and choice.instead_of and choice.line() == said.lines[-1])
+        assert choice.way == "none" or choice.slower == pytest.approx(0.4)
+        if choice.peak and choice.instead_of:
+            assert choice.instead_of - choice.peak == pytest.approx(0.8 * takes * MIB, rel=0.05)
+        if now.model.forward.recompute is not None:
+            assert "3 layers recomputed" in now.model.describe()
+            now.model.forward.recompute.remove()
 
 
 def test_a_run_ends_with_the_same_bits_and_a_resumed_one_may_change_how(wide: Path) -> None:
@@ -259,7 +273,9 @@ def test_the_peak_with_recomputed_layers_is_the_runs_within_a_tenth(wide: Path) 
 def test_too_little_memory_names_recomputation_which_a_run_resumes_with(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deltaw.training.shortage.free_memory", lambda device: 60 * MIB)
+    monkeypatch.setattr("deltaw.training.shortage.measure", by_hand)
+    monkeypatch.setattr("deltaw.training.shortage.held_memory", lambda device: 500 * MIB)
+    monkeypatch.setattr("deltaw.training.shortage.free_memory", lambda device: 200 * MIB)
     said = str(explain(MemoryError(), opened, opened.learner(QUIET), Run(tmp_path / "run"), fix="-")).splitlines()
     assert any("train.checkpointing=blocks" in line for line in said[1:4])
 
