@@ -36,6 +36,7 @@ class Package(NamedTuple):
 PACKAGES = {
     "gguf": Package("gguf", "GGUF bases, and export to GGUF", "pip install 'deltaw[gguf]'"),
     "accelerate": Package("accelerate", "GGUF bases, the builtin one, too", "pip install 'deltaw[gguf]'"),
+    "bitsandbytes": Package("bitsandbytes", "nf4 bases", "pip install 'deltaw[quant]'"),
     "pyarrow": Package("pyarrow", "Parquet files", "pip install 'deltaw[parquet]'"),
     "datasets": Package("datasets", "data sets from the hub", "pip install 'deltaw[hub-data]'"),
     "tensorboard": Package("tensorboard", "curves in TensorBoard", "pip install 'deltaw[tensorboard]'"),

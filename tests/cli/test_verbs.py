@@ -109,17 +109,18 @@ def test_recipes_come_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_wheel_has_what_is_no_code() -> None:
-    """By what setuptools is told: all files of the package that aren't code are packed, but for a shell's script."""
+    """By what setuptools is told: all files of the package that aren't code are packed, and all recipes."""
     told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     packed = {
         path
         for package, patterns in told.items()
         for pattern in patterns
         for path in (ROOT / package.replace(".", "/")).glob(pattern)
+        if path.is_file()
     }
     folder = ROOT / "deltaw"
-    others = {p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc", ".sh")}
-    assert packed == others and folder / "py.typed" in packed
+    others = {p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert packed == others | set((folder / "recipes").glob("*.py")) and folder / "py.typed" in packed
 
 
 def test_doctor_knows_every_extra() -> None:
