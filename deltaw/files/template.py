@@ -86,13 +86,14 @@ class Template:
         results: list[list[str | Rejected] | Rejected] = []
         late = TOGETHER
         while len(results) < len(lines):
+            batch = _batch(lines[len(results) : len(results) + BATCH_ROWS])
             try:
-                for answer in self._answers(_batch(lines[len(results) : len(results) + BATCH_ROWS]), late):
+                for answer in self._answers(batch, late):
                     results.append(_texts(answer))
                     self._failures = 0
                 late = TOGETHER
             except Failed as failed:
-                if late:
+                if late and len(batch) > 1:
                     late = 0.0
                     continue
                 self._failures += 1

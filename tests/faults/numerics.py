@@ -23,6 +23,7 @@ from deltaw.training import run as loop
 from deltaw.training.checkpoint import FACTORS, TrainState, list_checkpoints
 from deltaw.training.run import resume, train
 from deltaw.training.watch import Unfit, check_loss, note_skip, note_update
+from deltaw.training.recomputing import Choice
 from tests.faults.common import (
     QUIET,
     changed,
@@ -72,10 +73,11 @@ class InfiniteGradient(torch.autograd.Function):
 
 @contextmanager
 def poisoned(call: int, harm: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside the block, a run's forward is Poisoned. The short form before it is left out: it would count."""
+    """Inside the block, a run's forward is Poisoned. What is tried before it is left out: it would count."""
     original = opening.plan_forward
     model = changed(opening, "plan_forward", lambda model: Poisoned(original(model), call, harm))
-    with model, changed(loop, "short_form", lambda *args: None):
+    untried = changed(loop, "choose", lambda opened, *more: (opened, Choice()))
+    with model, untried, changed(loop, "short_form", lambda *args: None):
         yield
 
 

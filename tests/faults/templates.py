@@ -237,14 +237,14 @@ def template_without_sandbox(n: int, scratch: Path) -> None:
     own = bounded.SCRIPT.read_text()
     script.write_text(own.replace("class Sandbox(ImmutableSandboxedEnvironment)", "class Sandbox(jinja2.Environment)"))
     expect(script.read_text() != own, "the sandbox is still there")
-    bounded._stop()
+    bounded.stop()
     try:
         with changed(bounded, "SCRIPT", script):
             free = attempt("{{ cycler.__init__.__globals__.os.getpid() }}")
             expect(free.isdigit(), f"the sandbox is still there: {free!r:.100}")
             text = attempt(BEHIND[n].replace("CANARY", str(canary)))
     finally:
-        bounded._stop()
+        bounded.stop()
     expect(text in ("", "32512"), f"{BEHIND[n]}: {text:.300}")  # system()'s word for a shell that doesn't start
     expect(not canary.exists(), f"{BEHIND[n]} made a file")
     next_row_is_fine()
