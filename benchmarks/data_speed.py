@@ -80,7 +80,7 @@ class Peak:
         import psutil
 
         me = psutil.Process()
-        while not self._stop.wait(0.1):
+        while not self._stop.wait(1.0):
             total = 0
             for process in [me, *me.children(recursive=True)]:
                 try:

@@ -20,7 +20,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
+
+import numpy as np
 
 from deltaw.config import DataConfig
 from deltaw.data.asking import of_training, question_of
@@ -45,26 +47,52 @@ SHORTEST = 16  # tokens: shorter pieces aren't advised
 LONG = 500_000  # characters of a row that take the tokenizer a while
 
 SEVERAL = 8  # chunks from which on several processes render them
+LOOKS = 8 * CHUNK  # rows that a process looks at in one go
+SIZE = 16  # bytes of a digest
 CONTENT = json.JSONEncoder(sort_keys=True, default=str)
 
 Place = tuple[int, int]  # source, row in it
 
 
 class _Extent:
-    """How much there is to read: rows, or their characters where one of them takes the tokenizer a while."""
+    """How much there is to read: rows, or their characters where one of them takes the tokenizer a while. `order`: the
+    rows in random order."""
 
-    def __init__(self, sources: Sequence[Reading]) -> None:
-        self.characters = [[_characters(row) for row in source.rows] for source in sources]
-        self.rows = sum(map(len, self.characters))
-        every = [count for counts in self.characters for count in counts]
+    def __init__(self, sources: Sequence[Reading], seed: int) -> None:
+        places = [(number, position) for number, source in enumerate(sources) for position in range(len(source.rows))]
+        every, digests = _looked_at(sources, places, str(seed).encode()[-64:])
+        firsts = np.cumsum([0, *(len(source.rows) for source in sources)]).tolist()
+        self.characters = [every[begin:end] for begin, end in pairwise(firsts)]
+        self.rows = len(places)
         self.in_characters = max(every) > LONG
         self.total = sum(every) if self.in_characters else len(every)
+        ranks = sorted(range(len(places)), key=lambda at: (digests[SIZE * at : SIZE * (at + 1)], at))
+        self.order = [places[at] for at in ranks]
 
     def of(self, places: Sequence[Place]) -> int:
         """What these rows are of it."""
         if not self.in_characters:
             return len(places)
         return sum(self.characters[number][position] for number, position in places)
+
+
+def _looked_at(sources: Sequence[Reading], places: Sequence[Place], key: bytes) -> tuple[list[int], bytes]:
+    """How many characters each row has, and the digests of their contents, end to end."""
+
+    def work(number: int) -> bytes:
+        part = [sources[of].rows[position] for of, position in places[LOOKS * number : LOOKS * (number + 1)]]
+        counts = np.array(list(map(_characters, part)), np.int64)
+        return counts.tobytes() + b"".join(_digest(row, key) for row in part)
+
+    parts, processes = -(-len(places) // LOOKS), cores()
+    alone = processes == 1 or len(places) < SEVERAL * CHUNK
+    results = map(work, range(parts)) if alone else in_processes(work, parts, processes)
+    counts, digests = [], []
+    for result in results:
+        size = len(result) * 8 // (8 + SIZE)
+        counts += np.frombuffer(result[:size], np.int64).tolist()
+        digests.append(bytes(result[size:]))
+    return counts, b"".join(digests)
 
 
 def _characters(row: Row) -> int:
@@ -78,7 +106,7 @@ def prepare(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", di
     there are too few rows to hold out as many as asked.
     """
     sources, builder = open_sources(config.train, config, renderer, reads), Builder()
-    extent = _Extent(sources)
+    extent = _Extent(sources, config.seed)
     with display.task("reading data", extent.total) as progress:
         wanted = None if config.limit is None else config.limit + config.held_out_of(extent.rows)
         count, stream = _held_out_of(sources, _units(sources, renderer, config, progress, extent, wanted), config)
@@ -90,7 +118,7 @@ def prepare(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", di
     others = sources
     if config.eval_sources is not None:
         others = open_sources(config.eval_sources, config, renderer, reads)
-        extent = _Extent(others)
+        extent = _Extent(others, config.seed)
         with display.task("reading held-out rows", extent.total) as progress:
             held_out = Taken(builder, _units(others, renderer, config, progress, extent))
         _check(others, config, usable=bool(held_out))
@@ -109,11 +137,11 @@ def prepare_held_out(config: DataConfig, renderer: Renderer) -> Examples:
     if config.eval_sources is not None:
         sources = open_sources(config.eval_sources, config, renderer)
         builder = Builder()
-        held_out = Taken(builder, _units(sources, renderer, config, unseen, _Extent(sources)))
+        held_out = Taken(builder, _units(sources, renderer, config, unseen, _Extent(sources, config.seed)))
         _check(sources, config, usable=bool(held_out))
         return builder.finish().take(held_out.in_file_order)
     sources = open_sources(config.train, config, renderer)
-    extent, builder = _Extent(sources), Builder()
+    extent, builder = _Extent(sources, config.seed), Builder()
     wanted = config.held_out_of(extent.rows)
     count, stream = _held_out_of(sources, _units(sources, renderer, config, unseen, extent, wanted), config)
     held_out = Taken(builder, stream, count)
@@ -162,7 +190,7 @@ def _units(
         for (number, position), result in zip(chunk, results, strict=True):
             source = sources[number]
             source.seen += 1
-            pieces = _fit(result, source, source.rows[position].origin, config)
+            pieces = _fit(result, source, source.rows.origin(position), config)
             placed = [(number, position, at, piece) for at, piece in enumerate(pieces)]
             if source.by_piece and len(sources) == 1:
                 yield from ([placed[at]] for at in _shuffled(pieces, config.seed))
@@ -182,7 +210,7 @@ def _rendered(
 ) -> Iterator[tuple[list[Place], Results]]:
     """The rows in random order, a chunk at a time, with what became of each. Where there are many, processes render
     them; the tokenizer's threads do it where a single row takes it a while."""
-    chunks = _chunks(extent, _random_order(sources, config.seed))
+    chunks = _chunks(extent, extent.order)
     processes = cores()
     few = min(extent.rows, extent.rows if wanted is None else wanted) < SEVERAL * CHUNK
     if processes == 1 or extent.in_characters or few:
@@ -195,7 +223,7 @@ def _rendered(
     every = list(chunks)
 
     def origins(chunk: list[Place]) -> list[str]:
-        return [sources[number].rows[position].origin for number, position in chunk]
+        return [sources[number].rows.origin(position) for number, position in chunk]
 
     def work(number: int) -> bytes:
         return packed(_render(every[number], sources, renderer, config, unseen), origins(every[number]))
@@ -225,26 +253,20 @@ def _chunks(extent: _Extent, order: Sequence[Place]) -> Iterator[list[Place]]:
 
 
 def _shuffled(pieces: Sequence[Example], seed: int) -> list[int]:
-    """The pieces' numbers in the order of a hash of their tokens, as rows are (`_random_order`)."""
+    """The pieces' numbers in the order of a hash of their tokens, as rows are (`_digest`)."""
     key = str(seed).encode()[-64:]
     digests = [hashlib.blake2b(piece.tokens.tobytes(), digest_size=16, key=key).digest() for piece in pieces]
     return sorted(range(len(pieces)), key=lambda number: (digests[number], number))
 
 
-def _random_order(sources: Sequence[Reading], seed: int) -> list[Place]:
-    key = str(seed).encode()[-64:]
-
-    def digest(place: Place) -> tuple[bytes, Place]:
-        row = sources[place[0]].rows[place[1]]
-        try:
-            filled = {name: value for name, value in row.value.items() if value is not None}
-            content = CONTENT.encode(filled).encode()
-        except (RecursionError, TypeError):  # nested too deeply, or keys of several types: no JSON row is so
-            content = row.origin.encode()
-        return hashlib.blake2b(content, digest_size=16, key=key).digest(), place
-
-    places = [(number, position) for number, source in enumerate(sources) for position in range(len(source.rows))]
-    return sorted(places, key=digest)
+def _digest(row: Row, key: bytes) -> bytes:
+    """What the order of the choice is sorted by."""
+    try:
+        filled = {name: value for name, value in row.value.items() if value is not None}
+        content = CONTENT.encode(filled).encode()
+    except (RecursionError, TypeError):  # nested too deeply, or keys of several types: no JSON row is so
+        content = row.origin.encode()
+    return hashlib.blake2b(content, digest_size=SIZE, key=key).digest()
 
 
 def _render(

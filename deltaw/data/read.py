@@ -22,7 +22,8 @@ Lines of JSON are split at LF only, in bytes: Python's text mode would also take
 which is legal inside a JSON string. JSON is read strictly (no NaN, no key twice): Python's default would
 let the last key win.
 
-Rejected: streaming (every later stage wants to shuffle, count and hold out, and fine-tuning sets fit in memory).
+Rejected: streaming (every later stage wants to shuffle, count and hold out, and fine-tuning sets fit in memory: as
+lines, rows.py).
 """
 
 import glob
@@ -37,6 +38,7 @@ from deltaw.data.arrow import is_saved, read_arrow, read_parquet, read_saved
 from deltaw.data.builtin import BUILTINS, read_builtin
 from deltaw.data.hub import files_of_hub, read_hub
 from deltaw.data.row import MAX_LINE, Item, Note, Problem, Row
+from deltaw.data.rows import Rows
 from deltaw.data.tables import read_csv, read_tsv
 from deltaw.data.unpack import ARCHIVES, PACKED, unpacked
 from deltaw.errors import InputError, Rejected
@@ -58,6 +60,19 @@ def read_rows(
     Raises InputError when the source is missing, of an unknown kind, or unreadable as a whole.
     """
     rows: list[Row] = []
+    problems = read_into(rows, source, limit=limit, encoding=encoding, note=note)
+    return rows, problems
+
+
+def read_into(
+    rows: list[Row] | Rows,
+    source: str,
+    *,
+    limit: int | None = None,
+    encoding: str = UTF8,
+    note: Callable[[str], object] = str,
+) -> list[Problem]:
+    """The same, the rows appended to `rows`."""
     problems: list[Problem] = []
     for item in _items(source, encoding):
         match item:
@@ -69,7 +84,7 @@ def read_rows(
                 rows.append(item)
                 if len(rows) == limit:
                     break
-    return rows, problems
+    return problems
 
 
 def files_of(source: str) -> list[Path]:
@@ -243,7 +258,7 @@ def _read_lines(file: BinaryIO, name: str) -> Iterator[Item]:
             yield Problem(origin, f"the line is longer than {MAX_LINE // 2**20} MiB")
         elif line.strip():
             try:
-                yield Row(_object(line), origin)
+                yield Row(_object(line), origin, line)
             except Rejected as rejected:
                 cut = "" if line.endswith(b"\n") else " (the file ends here: cut off?)"
                 yield Problem(origin, f"{rejected}{cut}")

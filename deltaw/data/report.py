@@ -10,7 +10,8 @@ from deltaw.data.document import Chat
 from deltaw.data.examples import Examples, Kind
 from deltaw.data.forms import Form
 from deltaw.data.render import Renderer
-from deltaw.data.row import Problem, Row
+from deltaw.data.row import Problem
+from deltaw.data.rows import Rows
 from deltaw.show.text import counted, one_line
 
 NONE = Examples.of([])
@@ -23,7 +24,7 @@ class Reading:
     `by_piece`: it is one document, of which pieces are held out."""
 
     name: str
-    rows: list[Row]
+    rows: Rows
     problems: list[Problem]
     form: Form
     splits: bool = False
@@ -50,8 +51,8 @@ class Reading:
     def is_chat(self) -> bool:
         """Whether its rows go through the chat template; of no rows to train on it isn't asked."""
         origin = self.train.origin(0) if self.train else None
-        row = next((row for row in self.rows if row.origin == origin), None)
-        return row is not None and isinstance(self.form.normalise(row), Chat)
+        number = next((number for number, one in enumerate(self.rows.origins()) if one == origin), None)
+        return number is not None and isinstance(self.form.normalise(self.rows[number]), Chat)
 
     @property
     def count(self) -> int:

@@ -8,7 +8,7 @@ many.
 CSV, Parquet and JSON arrays the row, counted from 1).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from deltaw.show.text import one_line
@@ -18,10 +18,11 @@ MAX_LINE = 32 * 2**20  # bytes of a line or a field; a longer one is a fault of 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One object as it stood in the file, before anything is known about its form."""
+    """One object as it stood in the file, before anything is known about its form. `line`: its JSON, if it is one."""
 
     value: dict[str, Any]
     origin: str
+    line: bytes = field(default=b"", compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,14 +18,15 @@ from pathlib import Path, PurePath
 from deltaw.config import DataConfig
 from deltaw.config.sources import ROWS, SourceValue, label, rows_given, sources_of
 from deltaw.data.forms import Reads, form_of
-from deltaw.data.read import read_rows
+from deltaw.data.read import read_into
 from deltaw.data.render import Renderer
 from deltaw.data.report import Reading
 from deltaw.data.row import Problem, Row
+from deltaw.data.rows import Rows
 from deltaw.data.text_files import documents
 from deltaw.errors import InputError, listed
 
-Raw = tuple[str, float, list[Row], list[Problem], list[str]]  # name, weight, rows, problems, notes
+Raw = tuple[str, float, Rows, list[Problem], list[str]]  # name, weight, rows, problems, notes
 
 
 def open_sources(value: SourceValue, config: DataConfig, renderer: Renderer, reads: Reads = "auto") -> list[Reading]:
@@ -43,23 +44,21 @@ def read_sources(value: SourceValue, config: DataConfig) -> list[Raw]:
             raise InputError(what, fix="fix them, or name another file")
         if not rows:
             raise InputError(f"{name}: no rows in it", fix="put rows into it, or name another file")
-    names = [
-        {_file(row.origin) for row in rows} | {_file(one.origin) for one in problems}
-        for _, _, rows, problems, _ in raws
-    ]
+    names = [rows.files() | {_file(one.origin) for one in problems} for _, _, rows, problems, _ in raws]
     alike = {name for one in names for name in one if sum(name in other for other in names) > 1}
     return [_distinct(raw, alike) for raw in raws] if alike else raws
 
 
 def _raw(value: SourceValue, config: DataConfig) -> Iterator[Raw]:
     if given := rows_given(value):
-        yield label(value), 1.0, [Row(row, f"{ROWS}:{number}") for number, row in enumerate(given, 1)], [], []
+        yield label(value), 1.0, Rows(Row(row, f"{ROWS}:{number}") for number, row in enumerate(given, 1)), [], []
         return
     for source in sources_of(value):
         notes: list[str] = []
-        rows, problems = read_rows(source.path, encoding=config.encoding, note=notes.append)
+        rows = Rows()
+        problems = read_into(rows, source.path, encoding=config.encoding, note=notes.append)
         if config.split_text:
-            rows = documents(rows, config.split_text)
+            rows = Rows(documents(rows, config.split_text))
         yield source.path, source.weight, rows, problems, notes
 
 
@@ -70,7 +69,7 @@ def _distinct(raw: Raw, alike: set[str]) -> Raw:
     def called(origin: str) -> str:
         return f"{folder}/{origin}" if _file(origin) in alike else origin
 
-    rows = [replace(row, origin=called(row.origin)) for row in rows]
+    rows.rename(folder, alike)
     return name, weight, rows, [replace(one, origin=called(one.origin)) for one in problems], notes
 
 

@@ -13,7 +13,9 @@ from deltaw.config import DataConfig
 from deltaw.data import left_out, prepare
 from deltaw.data.dataset import Dataset
 from deltaw.data.encode import MARK, Encoder
+from deltaw.data.read import read_into, read_rows
 from deltaw.data.render import Renderer
+from deltaw.data.rows import Rows
 from deltaw.errors import InputError, RunError
 from deltaw.files import forked
 from deltaw.files.forked import in_processes
@@ -170,3 +172,23 @@ def test_processes_end_when_nobody_reads_on(monkeypatch: pytest.MonkeyPatch) -> 
     for process in started:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
+
+
+def test_rows_are_what_was_read(tmp_path: Any) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        lines = [json.dumps({"text": f"{folder} {number} é\u2028"}, ensure_ascii=False) for number in range(5)]
+        (tmp_path / folder / "t.jsonl").write_text("\n\n".join([*lines, "{bad"]))
+        (tmp_path / folder / "t.csv").write_text("text\nx\ny\n")
+    for folder in (f"{tmp_path}/a", f"{tmp_path}"):
+        listed, problems = read_rows(folder)
+        rows = Rows()
+        assert read_into(rows, folder) == problems
+        assert list(rows) == listed and rows[2:4] == listed[2:4] and rows[-1] == listed[-1]
+        assert list(rows.origins()) == [row.origin for row in listed]
+        assert rows.files() == {row.origin.rpartition(":")[0] for row in listed}
+    rows.rename("up", {"a/t.csv", "b/t.jsonl"})
+    names = {"a/t.csv": "up/a/t.csv", "b/t.jsonl": "up/b/t.jsonl"}
+    expected = [row.origin.rpartition(":") for row in listed]
+    assert list(rows.origins()) == [f"{names.get(file, file)}:{number}" for file, _, number in expected]
+    assert [row.value for row in rows] == [row.value for row in listed]
