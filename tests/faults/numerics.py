@@ -21,9 +21,9 @@ from deltaw.model import open_model
 from deltaw.training import learner, opening
 from deltaw.training import run as loop
 from deltaw.training.checkpoint import FACTORS, TrainState, list_checkpoints
+from deltaw.training.recomputing import Choice
 from deltaw.training.run import resume, train
 from deltaw.training.watch import Unfit, check_loss, note_skip, note_update
-from deltaw.training.recomputing import Choice
 from tests.faults.common import (
     QUIET,
     changed,
