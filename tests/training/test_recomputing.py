@@ -255,6 +255,7 @@ def test_a_run_ends_with_the_same_bits_and_a_resumed_one_may_change_how(wide: Pa
     assert check_changes(before, after, allow=True, run="run")
 
 
+@pytest.mark.slow
 def test_the_peak_with_recomputed_layers_is_the_runs_within_a_tenth(wide: Path) -> None:
     settings = config(wide, "peak", checkpointing="blocks", steps=2)
 
