@@ -129,7 +129,7 @@ def test_rank_0_killed_ends_the_others(place: Path) -> None:
     assert checkpoints(place / "killed-0")[-1] == "step-000003"
 
 
-@pytest.mark.parametrize("how", ["asleep", "stopped"])
+@pytest.mark.parametrize("how", [pytest.param("asleep", marks=pytest.mark.slow), "stopped"])
 def test_a_rank_that_hangs_is_named_in_time(place: Path, how: str) -> None:
     def hang() -> None:
         time.sleep(60) if how == "asleep" else os.kill(os.getpid(), signal.SIGSTOP)

@@ -143,6 +143,7 @@ def test_a_sharded_run_is_that_of_one_process_and_goes_on_unsharded(place: Path)
     same_run(place / "run", place / "whole")
 
 
+@pytest.mark.slow
 def test_rank_0_measures_with_the_others_and_all_end_with_its_adapter(place: Path) -> None:
     """Losses, answers and samples of a base of which rank 0 has half."""
     train(fields(place, "alone"), display=QUIET)
