@@ -86,19 +86,17 @@ def open_base(
     place = pick_device(device)
     number = fast_dtype(place.type) if dtype == "auto" else getattr(torch, dtype)
     config = config or read_config(source)
-    if weights == "keep":
-        return _open_kept(source, config, number, place, display)
     try:
         if weights == "auto":
             model, print_ = _dense(source, config, number, place)
+        elif weights == "keep":
+            model, print_ = _kept(source, config, number, place, display)
         else:
             model, print_ = _packed(source, config, number, place, weights, display)
     except (MemoryError, torch.OutOfMemoryError):
-        form = number if weights == "auto" else weights
-        raise RunError(
-            f"{source.name}: not enough memory on {place} for its weights in {form}",
-            fix="use a smaller base, or base_weights: nf4",
-        ) from None
+        form = {"auto": str(number), "keep": "its blocks"}.get(weights, weights)
+        fix = "use a smaller base" if weights == "keep" else "use a smaller base, or base_weights: nf4"
+        raise RunError(f"{source.name}: not enough memory on {place} for its weights in {form}", fix=fix) from None
     except (InputError, RunError):
         raise
     except Exception as error:  # whatever a foreign reader makes of a stranger's files
@@ -160,34 +158,23 @@ def _noted(name: str, tensor: Tensor, dtype: torch.dtype, broken: list[str]) -> 
     return tensor
 
 
-def _open_kept(source: Source, config: Any, number: torch.dtype, place: torch.device, display: Display) -> Base:
-    """The base in its GGUF's own blocks (blocks.py), which are never unpacked as a whole."""
+def _kept(
+    source: Source, config: Any, dtype: torch.dtype, place: torch.device, display: Display
+) -> tuple[nn.Module, str]:
+    """The model in its GGUF's own blocks (blocks.py), never unpacked as a whole, and the dense one's fingerprint."""
     header = check_keep(source)
-    try:
-        # A model draws its first weights from the global generator.
-        with quiet(), torch.random.fork_rng(devices=[]), Unallocated():
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=number, trust_remote_code=False
-            )
-        dense = load_blocks(model, source, header, number)
-        model = model.to(place)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise RunError(
-            f"{source.name}: not enough memory on {place} for its blocks", fix="use a smaller base"
-        ) from None
-    except InputError:
-        raise
-    except Exception as error:  # as in open_base
-        raise _unreadable(source, error) from None
+    # A model draws its first weights from the global generator.
+    with quiet(), torch.random.fork_rng(devices=[]), Unallocated():
+        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
+    dense = load_blocks(model, source, header, dtype)
+    model = model.to(place).requires_grad_(False).eval()
     if dense:
         display.say(
             f"{source.name}: {counted(len(dense), 'matrix isn', 'matrices aren')}'t kept in blocks, but in "
-            f"{str(number)[6:]}: {', '.join(dense[:3])}{', …' if dense[3:] else ''}"
+            f"{str(dtype)[6:]}: {', '.join(dense[:3])}{', …' if dense[3:] else ''}"
         )
-    model.requires_grad_(False)
-    model.eval()
     check_finite(model, source.directory)
-    return Base(model, source, number, place, fingerprint_of_files(source), "keep")
+    return model, fingerprint_of_files(source)
 
 
 def check_weights(source: Source, weights: BaseWeights, skeleton: nn.Module) -> None:
