@@ -36,12 +36,14 @@ RESULT, ERROR, DEFECT = b"r", b"e", b"d"
 HEAD = 9  # bytes: what it is, and its length
 
 
+def usable_cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cores() -> int:
     """How many processes can work at once here; 1 where there are no forks."""
-    if not hasattr(os, "fork"):
-        return 1
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(own, MOST)
+    return min(usable_cores(), MOST) if hasattr(os, "fork") else 1
 
 
 def in_processes(work: Callable[[int], bytes], count: int, processes: int) -> Generator[bytearray, None, None]:

@@ -8,7 +8,6 @@
 Rejected: the load average (it counts what waits for a disk, and is a minute old) and a table of CPUs.
 """
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from deltaw.base.load import RACE_SHAPE, fast_dtype, race
+from deltaw.files.forked import usable_cores
 
 ROWS, SECONDS = 512, 0.3
 BUSY = 0.6  # seconds of work on all threads
@@ -47,12 +47,7 @@ def measure_cores(said: Callable[[], None] = lambda: None) -> Cores:
     work = 2 * rows * width * height
     rates = {str(kind)[6:]: work / seconds / 1e9 for kind, seconds in race(rows, SECONDS).items()}
     said()
-    return Cores(str(dtype)[6:], rates, torch.get_num_threads(), _cores(), _obtained())
-
-
-def _cores() -> int:
-    """Those that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Cores(str(dtype)[6:], rates, torch.get_num_threads(), usable_cores(), _obtained())
 
 
 def _crawls() -> bool:

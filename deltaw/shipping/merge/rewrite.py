@@ -37,6 +37,7 @@ from torch import Tensor
 from deltaw.base.linear_weights import HEADER_BYTES, TENSORS
 from deltaw.errors import InputError
 from deltaw.factors import LowRank
+from deltaw.files.forked import usable_cores
 from deltaw.files.safetensors import Header, check_readable, read_header
 from deltaw.files.stream import Entry, Stream, stream_size, streamed
 from deltaw.kernels.weight import DenseWeight
@@ -181,7 +182,7 @@ def _way(plan: MergePlan, planned: Planned, header: Header, source: int, stream:
 
 def _in_threads(pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, int, Survival]]:
     """Each piece with the bytes read of it and what is left of its update, a few ahead. An error ends them all."""
-    workers = min(THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = min(THREADS, usable_cores())
     pool, begun = ThreadPoolExecutor(workers), deque[Future[tuple[_Piece, int, Survival]]]()
     try:
         with one_thread():

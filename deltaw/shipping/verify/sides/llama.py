@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.errors import InputError, listed
+from deltaw.files.forked import usable_cores
 from deltaw.files.gguf_header import Header, read_part
 from deltaw.shipping.verify.sides.client import Client
 from deltaw.shipping.verify.sides.side import Numbers
@@ -136,7 +137,7 @@ def numbers_of_type(weights: str, why: str, *, cache: str = "float32") -> Number
 
 def free_cores() -> int:
     """How many cores nobody is busy on, one at least: threads beyond that make llama.cpp ten times slower."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     with contextlib.suppress(OSError):
         cores -= round(os.getloadavg()[0])
     limit = os.environ.get("OMP_NUM_THREADS", "")
