@@ -24,7 +24,7 @@ from deltaw.base.recompute import Recompute, blocks_of
 from deltaw.config import AdapterSpec
 from deltaw.files.output import gib
 from deltaw.show.progress import Display
-from deltaw.training.memory import bound_caches, held_memory, window
+from deltaw.training.memory import bound_caches, few_holes, held_memory, window
 
 CPU = torch.device("cpu")
 
@@ -35,6 +35,7 @@ def measure(way: str, tokens: int, length: int, passes: int, dtype: str) -> str:
     base = open_base("builtin:smollm2-135m", dtype=dtype, device="cpu", display=Display(quiet=True))
     forward, attached = plan_forward(base.model), attach(base.model, AdapterSpec(rank=16, alpha=32))
     if way == "blocks":
+        few_holes(CPU)
         Recompute(base.model, blocks_of(base.model, attached.paths), draws=False)
     generator = torch.Generator().manual_seed(0)
     ids_T = torch.randint(49152, (tokens,), generator=generator)

@@ -3,8 +3,9 @@
     python -m benchmarks.packed_memory 1b --weights nf4 --tokens 2048
 
 Each tensor is drawn as it would be read, packed and let go (base/streamed.py), so no disk is needed and the loading is
-the real one. One step of AdamW on a LoRA of rank 16 on all linear layers, layers recomputed. Printed: the base's bytes,
-and the peak of the process (resident) after loading and after the step.
+the real one. One step of AdamW on a LoRA of rank 16 on all linear layers, layers recomputed and few holes in the heap,
+as a run does where memory is short. Printed: the base's bytes, and the peak of the process (resident) after loading and
+after the step.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from deltaw.base.source import Source
 from deltaw.base.streamed import StreamPlan, fill, make_buffers
 from deltaw.config import AdapterSpec
 from deltaw.show.progress import Display
+from deltaw.training.memory import bound_caches, few_holes
 
 SHAPES = {  # hidden, MLP, layers, heads, key-value heads, head size, tied
     "tiny": (256, 512, 2, 4, 2, 64, True),
@@ -86,6 +88,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     asked = parser.parse_args()
+    bound_caches()
+    few_holes(torch.device("cpu"))
     began = time.perf_counter()
     model = load(asked.shape, asked.weights, getattr(torch, asked.dtype), Display())
     loaded, load_seconds = peak(), time.perf_counter() - began

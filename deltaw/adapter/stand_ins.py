@@ -166,9 +166,9 @@ def _kind(module: nn.Module) -> str:
         return "attention"
     if parts >= {"gate_proj", "up_proj", "down_proj"} and hasattr(module, "act_fn"):
         return "mlp"
-    weight = getattr(module, "weight", None)
-    alone = not parts and set(module._parameters) == {"weight"} and isinstance(weight, Tensor) and weight.ndim == 1
-    return "norm" if alone and "RMSNorm" in type(module).__name__ else ""
+    if parts or set(module._parameters) != {"weight"} or "RMSNorm" not in type(module).__name__:
+        return ""
+    return "norm" if isinstance(module.weight, Tensor) and module.weight.ndim == 1 else ""
 
 
 def _build(kind: str, module: nn.Module, call: AttentionCall | None, passing: Passing) -> StandIn | None:

@@ -97,9 +97,17 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 def embedding_of(model: nn.Module) -> "Stored":
     """Type, device and shape [V, D] of a model's embedding of tokens."""
-    module = model.get_input_embeddings()  # type: ignore[operator]
+    stored = stored_of(model.get_input_embeddings())  # type: ignore[operator]
+    assert stored is not None
+    return stored
+
+
+def stored_of(module: nn.Module | None) -> "Stored | None":
+    """Type, device and shape of a module's matrix, without making one that is packed; None where it has none."""
     stored: Stored | None = getattr(module, "stored", None)  # of a packed one (packed.py)
-    return stored or Stored.of(module.weight)
+    if stored is None and isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+        return Stored.of(weight)
+    return stored
 
 
 @dataclass(frozen=True)
@@ -134,15 +142,11 @@ class FrozenLinear(nn.Module):
         for what brings its weight."""
         if isinstance(module, BringsWeight):
             return True
-        weight = getattr(module, "weight", None)
+        if not isinstance(module, nn.Linear | Conv1D):  # before its weight, which others may have to make (packed.py)
+            return False
+        weight = module.weight
         # The exact type: bitsandbytes and torchao subclass nn.Linear and swap the parameter's class.
-        return (
-            isinstance(module, nn.Linear | Conv1D)
-            and type(weight) is nn.Parameter
-            and weight.ndim == 2
-            and weight.dtype in PLAIN
-            and _computes_linear(module)
-        )
+        return type(weight) is nn.Parameter and weight.ndim == 2 and weight.dtype in PLAIN and _computes_linear(module)
 
     @property
     def brings_weight(self) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from deltaw.base.frozen import stored_of
 from deltaw.base.language import language_part
 from deltaw.errors import InputError, listed
 from deltaw.show.text import percent
@@ -48,7 +49,7 @@ class Limits:
         """Those of a causal language model, with or without its weights."""
         tokens = model.get_input_embeddings()  # type: ignore[operator]
         ends = [tokens, model.get_output_embeddings()]  # type: ignore[operator]
-        rows = [end.weight.shape[0] for end in ends if isinstance(getattr(end, "weight", None), nn.Parameter)]
+        rows = [stored.shape[0] for end in ends if (stored := stored_of(end)) is not None]
         config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
         return Limits(min(rows, default=None), min(_tables(model, tokens), default=None), context_of(config))
 

@@ -34,7 +34,15 @@ from deltaw.show.progress import Display
 from deltaw.training.fit import Point, cut, fit_memory, measure
 from deltaw.training.largest import Work
 from deltaw.training.learner import Learner
-from deltaw.training.memory import bounded, free_memory, held_memory, is_out_of_memory, of_all_steps, release
+from deltaw.training.memory import (
+    bounded,
+    few_holes,
+    free_memory,
+    held_memory,
+    is_out_of_memory,
+    of_all_steps,
+    release,
+)
 from deltaw.training.opening import Opened
 
 PARTS = (32, 16, 8)  # of the largest batch, that are tried
@@ -86,6 +94,7 @@ def keeping(opened: Opened, way: str) -> Opened:
     """The run with layers that keep what `way` says."""
     if way == "none":
         return opened
+    few_holes(opened.device)
     forward = replace(opened.model.forward, recompute=_recompute(opened, way))
     return replace(opened, model=replace(opened.model, forward=forward))
 
@@ -135,6 +144,7 @@ def _chosen(opened: Opened, learner: Learner, work: Work) -> Choice:
     kept = _measured(opened, learner, work, forward, enough) if ways else None
     if kept is None or (plain := kept.peak(work, opened.device)) <= held + free:
         return Choice()
+    few_holes(opened.device)
     best = Choice()
     for way in ways:
         with recomputed(opened, way) as again:
