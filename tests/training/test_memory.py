@@ -1,8 +1,9 @@
 """What is measured, what is foretold from it, and what is there."""
 
-import ctypes
 import platform
 import resource
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 
 from deltaw.config import parse_config
 from deltaw.data.pack import pack
-from deltaw.files.forked import in_processes
 from deltaw.show.progress import Display
 from deltaw.training import memory
 from deltaw.training.fit import Point, fit_memory, measure, one_pass
@@ -173,18 +173,27 @@ def test_three_small_batches_foretell_a_large_one(folder: Path) -> None:
     assert grown > 20 * MIB and abs(foretold - large.peak) < 0.2 * grown
 
 
+HOLES = """
+import ctypes, torch
+from deltaw.training import memory
+
+def left():
+    before, small, large = memory.held_memory(CPU), [], []
+    for _ in range(20):
+        large.append(torch.ones(10 * MIB // 4))
+        small.append(torch.ones(MIB // 4))
+    large.clear()
+    return memory.held_memory(CPU) - before
+
+CPU, MIB = torch.device("cpu"), 1 << 20
+ctypes.CDLL(None).mallopt(memory.M_MMAP_THRESHOLD, 31 * MIB)  # what glibc comes to by itself
+holes = left()
+memory.few_holes(CPU)
+print(holes // MIB, left() // MIB)
+"""
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heap")
 def test_large_tensors_leave_no_holes_where_memory_is_short() -> None:
-    def left_by(few: bool) -> bytes:
-        ctypes.CDLL(None).mallopt(memory.M_MMAP_THRESHOLD, 31 * MIB)  # what glibc comes to by itself
-        if few:
-            memory.few_holes(CPU)
-        before, small, large = held_memory(CPU), [], []
-        for _ in range(20):
-            large.append(torch.ones(10 * MIB // 4))
-            small.append(torch.ones(MIB // 4))
-        large.clear()
-        return str(held_memory(CPU) - before).encode()
-
-    holes, none = (int(bytes(left)) for left in in_processes(lambda number: left_by(number == 1), 2, 2))
-    assert holes > 150 * MIB and none < 40 * MIB
+    holes, none = map(int, subprocess.check_output([sys.executable, "-c", HOLES], text=True).split())
+    assert holes > 150 and none < 40
