@@ -138,9 +138,11 @@ def describe_packed(model: nn.Module) -> str:
         return ""
     forms = [form for form, _ in Counter(weight.form for weight in weights).most_common()]
     plain = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    bfloat16 = 2 * (sum(math.prod(weight.shape) for weight in weights) + sum(one.numel() for one in plain))
     held = sum(weight.nbytes for weight in weights) + sum(one.nbytes for one in plain)
-    return f"kept in {' and '.join(forms)}: {held / 1e6:,.0f} MB instead of {bfloat16 / 1e6:,.0f} in bfloat16"
+    bfloat16 = all(form == "bfloat16" for form in forms)
+    other, size = ("float32", 4) if bfloat16 else ("bfloat16", 2)
+    numbers = sum(math.prod(weight.shape) for weight in weights) + sum(one.numel() for one in plain)
+    return f"kept in {' and '.join(forms)}: {held / 1e6:,.0f} MB instead of {size * numbers / 1e6:,.0f} in {other}"
 
 
 def _frozen(part: Tensor) -> nn.Parameter:
