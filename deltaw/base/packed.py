@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaw.base.frozen import FrozenLinear, Stored
+from deltaw.files.output import gib
 from deltaw.kernels.lora import Projection, lora_linears
 from deltaw.kernels.packed import PackedWeight
 from deltaw.show.progress import Progress, unseen
@@ -142,7 +143,7 @@ def describe_packed(model: nn.Module) -> str:
     bfloat16 = all(form == "bfloat16" for form in forms)
     other, size = ("float32", 4) if bfloat16 else ("bfloat16", 2)
     numbers = sum(math.prod(weight.shape) for weight in weights) + sum(one.numel() for one in plain)
-    return f"kept in {' and '.join(forms)}: {held / 1e6:,.0f} MB instead of {size * numbers / 1e6:,.0f} in {other}"
+    return f"kept in {' and '.join(forms)}: {gib(held)} instead of {gib(size * numbers)} in {other}"
 
 
 def _frozen(part: Tensor) -> nn.Parameter:
