@@ -1,6 +1,7 @@
 """The text of an answer as it comes is the text of the whole, cut where a stop text is first complete."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -30,7 +31,7 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 
 def in_pieces(text: str, places: Sequence[int]) -> list[str]:
     ends = sorted({min(place, len(text)) for place in places} | {0, len(text)})
-    return [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(ends)]
 
 
 @given(letters, stops, st.lists(st.integers(0, 30)))
