@@ -79,7 +79,7 @@ class Answers:
             async for index, piece in self._pieces():
                 for choice in self.form.chunk(index, piece, answers[index]):
                     yield self.form.envelope([choice], stream=True)
-                answers[index].text += piece.text
+                answers[index].text += piece.text  # no piece is kept: a stream may be long
         except DeltawError as error:
             yield of_error(error, self.form.model).to_json()
             return

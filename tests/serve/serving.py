@@ -95,6 +95,7 @@ def serving(
     listening = bind("127.0.0.1", 0)
     server = Server(app, work, bounds, grace=1.0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    work.start()
     thread.start()
     try:
         until = time.monotonic() + 20
@@ -104,5 +105,6 @@ def serving(
     finally:
         server.should_exit = True
         thread.join(20)
+        work.close()
         listening.close()
         assert not thread.is_alive() and not said

@@ -42,7 +42,7 @@ def logprobs(model: Model, ids: list[int]) -> torch.Tensor:
 
 def test_models(client: OpenAI, base: str) -> None:
     models = {model.id: model.model_dump() for model in client.models.list()}
-    assert list(models)[0] == base and {"one", "two"} <= set(models)
+    assert next(iter(models)) == base and {"one", "two"} <= set(models)
     assert models[base]["parent"] is None and models["one"]["parent"] == base
     assert client.models.retrieve("two").model_dump() == models["two"]
     with pytest.raises(openai.NotFoundError) as error:
@@ -230,7 +230,7 @@ def test_tokens_both_ways(running: Running, base: str) -> None:
 
 def test_tools_reach_the_template(running: Running) -> None:
     tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
-    status, plain = running.post("/tokenize", messages=CHAT)
+    status, _ = running.post("/tokenize", messages=CHAT)
     assert status == 200
     status, with_tools = running.post("/tokenize", messages=CHAT, tools=tools)
     assert status == 200 and with_tools["tokens"] == running.model.prompt_ids(CHAT, tools=tools)
