@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from deltaw.adapter.attach import Attached, at_scale, attach, discard, joins
+from deltaw.adapter.attach import Attached, at_scale, attach, discard, joins, sees_all_rows
 from deltaw.config import AdapterSpec
 from deltaw.errors import DeltawError, InputError
 from deltaw.generate.cache import BASE
@@ -98,13 +98,18 @@ class Version:
             if not self.scaled[scale].running:
                 discard(self.scaled.pop(scale).attached)
 
+    def take_off(self) -> None:
+        """The model carries it no longer."""
+        for attached in (*(scaled.attached for scaled in self.scaled.values()), self.attached):
+            discard(attached)
+
 
 @dataclass(frozen=True, eq=False)
 class Taken:
     """What a request runs on: an update's number, `BASE` for none, and the key of what may be reused of its work."""
 
     number: int = BASE
-    key: bytes = b""
+    key: bytes = b"base"
     scale: float = 1.0
     version: Version | None = None
 
@@ -139,7 +144,8 @@ class Adapters:
         self._dropped: set[str] = set()
         self._broken: dict[str, tuple[Look, DeltawError]] = {}
         self._read: Read | None = None  # waits until it can be put on
-        self._uses = 0
+        self._uses = self._requests = 0
+        self.changes = 0  # of the model's layers and stand-ins, after which nothing that was decoded goes on
         self._carrier: Attached | None = None
 
     def names(self) -> list[str]:
@@ -165,13 +171,19 @@ class Adapters:
 
     def open(self) -> None:
         """Put the carrier on, where the model takes one."""
-        with suppress(InputError):  # experts, or no linear layer at all: each adapter is tried when it comes
-            self._carrier = attach(self.model.base.model, AdapterSpec(rank=1, alpha=1, targets="all-linear"))
+        model, spec = self.model.base.model, AdapterSpec(rank=1, alpha=1, targets="all-linear")
+        with suppress(InputError):  # no layer can be adapted: whoever asks for an adapter will hear why
+            self._carrier = attach(model, spec)
+            whole = tuple(path for path in self._carrier.paths if sees_all_rows(model, path))
+            if len(whole) < len(self._carrier.paths):  # beside experts' updates there can't be others
+                discard(self._carrier)
+                self._carrier = None
+                self._carrier = attach(model, spec.model_copy(update={"targets": whole}))
 
     def close(self) -> None:
         """Take all off the model; no request may run."""
         for version in (*self._live.values(), *self._ending):
-            discard(version.attached)
+            version.take_off()
         self._live, self._ending = {}, []
         if self._carrier is not None:
             discard(self._carrier)
@@ -181,15 +193,18 @@ class Adapters:
     def take(self, name: str | None, scale: float = 1.0) -> Taken:
         """What a request that begins now runs on, on the model until it is released. Raises Unknown; InputError for an
         adapter that can't be read or doesn't fit this base, or for a scale that its kind doesn't have; Later."""
-        if name is None:
-            return Taken()
-        version = self._version(name)
-        if scale == 0:
-            return Taken()
-        return Taken(version.number_at(scale), f"{version.served.digest} {scale!r}".encode(), scale, version)
+        taken = Taken()
+        if name is not None:
+            version = self._version(name)
+            if scale:  # 0 is the base
+                key = f"{version.served.digest} {float(scale)!r}".encode()
+                taken = Taken(version.number_at(scale), key, scale, version)
+        self._requests += 1
+        return taken
 
     def release(self, taken: Taken) -> None:
         """The request has ended."""
+        self._requests -= 1
         if taken.version is not None:
             taken.version.leave(taken.scale)
             if taken.version in self._ending:
@@ -220,7 +235,7 @@ class Adapters:
                 self._retire(name)
         for version in [version for version in self._ending if not version.running]:
             self._ending.remove(version)
-            discard(version.attached)
+            version.take_off()
         self._count()
 
     def _version(self, name: str, *, wanted_now: bool = False) -> Version:
@@ -277,15 +292,15 @@ class Adapters:
     def _put_on(self, read: Read, *, settled: bool) -> Version:
         """On the model, in the place of what had its name. Raises InputError or Later."""
         size = 4 * read.adapter.parameters
-        quiet = not any(version.running for version in (*self._live.values(), *self._ending))
-        if not joins(self.model.base.model, read.adapter) and not quiet:
+        # Nothing is trained here, and where dropout could be, the kernels don't go.
+        adapter = replace(read.adapter, spec=read.adapter.spec.model_copy(update={"dropout": 0.0}))
+        apart = not joins(self.model.base.model, adapter)
+        if apart and self._requests:
             raise Later(quiet=True)
         self._make_room(read.look.name, size)
-        adapter = read.adapter
-        # Nothing is trained here, and where dropout could be, the kernels don't go.
-        plain = replace(adapter, spec=adapter.spec.model_copy(update={"dropout": 0.0}))
         self._read = None
-        attached = attach(self.model.base.model, plain)
+        self.changes += apart
+        attached = attach(self.model.base.model, adapter)
         self._retire(read.look.name)
         served = self._served(read.look, digest=read.digest, number=attached.number)
         version = self._live[read.look.name] = Version(served, read.look, attached, size, settled)
@@ -314,7 +329,7 @@ class Adapters:
             self._ending.append(version)
             if not version.running:
                 self._ending.remove(version)
-                discard(version.attached)
+                version.take_off()
         self._count()
 
     def _count(self) -> None:
@@ -324,7 +339,15 @@ class Adapters:
 
     def _served(self, look: Look, *, digest: str = "", number: int | None = None, problem: str = "") -> Served:
         card, parent = self._folder.card(look), self.model.id.name
-        told = {"rank": card.rank, "system": card.system, "template": card.template}
         return Served(
-            look.name, look.directory, parent, look.modified, **told, digest=digest, number=number, problem=problem
+            look.name,
+            look.directory,
+            parent,
+            look.modified,
+            rank=card.rank,
+            system=card.system,
+            template=card.template,
+            digest=digest,
+            number=number,
+            problem=problem,
         )
