@@ -16,7 +16,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deltaw.errors import DeltawError
@@ -150,7 +150,8 @@ class Desk:
             request.check(self.limits)
             served = self.catalog.served(request.model)
             ids = self.catalog.chat_ids(served, request.messages, request.shown_tools)
-            return request, [request.ask(ids, self.limits, client, served.name if served else None)]
+            ask = request.ask(ids, self.limits, client, served.name if served else None)
+            return request, [replace(ask, stop_ids=self.catalog.stop_ids(served))]
 
         return await self._answers(Chat, prepared, body)
 

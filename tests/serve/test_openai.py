@@ -122,6 +122,18 @@ def test_echo_with_logprobs_is_what_the_model_says(
     assert none.usage.completion_tokens == 0
 
 
+def test_the_token_that_ends_a_measured_prompt_is_told(client: OpenAI, alone: dict[str, Model], base: str) -> None:
+    """lm-eval cuts the last token off, whatever it is."""
+    model = alone["base"]
+    ids, (eos, *_) = model.prompt_ids("say 3 ", chat=False), model.renderer.stop_ids
+    how = {"model": base, "prompt": ids, "echo": True, "temperature": 0, "logit_bias": {str(eos): 100}}
+    measured = client.completions.create(**how, max_tokens=1, logprobs=1).choices[0]
+    assert len(measured.logprobs.tokens) == len(ids) + 1 and measured.text == "say 3 "
+    assert measured.logprobs.token_logprobs[-1] == pytest.approx(logprobs(model, ids)[-1, eos].item(), abs=1e-4)
+    ended = client.completions.create(**how, max_tokens=5, logprobs=1).choices[0]
+    assert len(ended.logprobs.tokens) == len(ids) and ended.finish_reason == "stop"
+
+
 def test_logprobs_of_a_chat(client: OpenAI, alone: dict[str, Model]) -> None:
     model = alone["one"]
     answer = client.chat.completions.create(
