@@ -71,8 +71,9 @@ HOMES = {
     "mlx": {"shipping/verify/sides/mlx.py"},
     "mlx_lm": {"shipping/verify/sides/mlx.py"},
     "xllamacpp": {"shipping/verify/sides/llama_server.py"},
+    "starlette": {"serve/page/__init__.py"},
 }
-NOWHERE = ["trl", "starlette", "fastapi", "uvicorn", "accelerate", "tokenizers"]
+NOWHERE = ["trl", "fastapi", "uvicorn", "accelerate", "tokenizers"]
 MODELS, TOKENIZERS = {"base/load.py", "base/gguf.py"}, {"data/render.py", "base/gguf.py"}
 TRANSFORMERS = {
     "AutoModel*": MODELS,
