@@ -71,7 +71,7 @@ HOMES = {
     "mlx": {"shipping/verify/sides/mlx.py"},
     "mlx_lm": {"shipping/verify/sides/mlx.py"},
     "xllamacpp": {"shipping/verify/sides/llama_server.py"},
-    "starlette": {"serve/page/__init__.py"},
+    "starlette": {"serve/app.py", "serve/page/__init__.py"},
 }
 NOWHERE = ["trl", "fastapi", "uvicorn", "accelerate", "tokenizers"]
 MODELS, TOKENIZERS = {"base/load.py", "base/gguf.py"}, {"data/render.py", "base/gguf.py"}

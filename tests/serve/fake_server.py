@@ -57,10 +57,12 @@ class Fake:
         adapters = [
             {"id": name, "parent": BASE, "report": name == "words", "asking": asking} for name in ("words", "a/b ü")
         ]
-        return self.refused(request) or JSONResponse({"data": [{"id": BASE, "parent": None}, *adapters]})
+        return self.refused(request) or JSONResponse(
+            {"data": [*adapters, {"id": BASE, "parent": None, "max_model_len": 2048}]}
+        )
 
     async def report(self, request: Request) -> Response:
-        return self.refused(request) or HTMLResponse("<h1>report</h1>", headers=page.REPORT_HEADERS)
+        return self.refused(request) or HTMLResponse("<h1>report</h1>")
 
     async def answer(self, request: Request) -> Response:
         body = await request.json()

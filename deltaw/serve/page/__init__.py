@@ -7,12 +7,9 @@ models, adapters and strangers, so a policy stands behind its code, which makes 
     connections     to this origin alone: an API key that is typed in can't be sent elsewhere
     frames, forms   none: no other site shows the page within its own
 
-The files hold nothing secret and a browser can't send a key with an address that is typed in; so they are given without
-one, and the page asks for it when the API answers 401. They are read once and have an ETag: a browser asks each time
-and is told "as before", so that a new version is never mixed with old files.
-
-A run's report is a page of its own, whose styles stand in it: it gets `REPORT_HEADERS`, a sandbox in which nothing runs
-and no storage of this origin can be read.
+They are read once and have an ETag: a browser asks each time and is told "as before", so that a new version is never
+mixed with old files. Where the server wants a key, the guard asks the browser for it before it gives the page, and the
+browser sends it along from then on; the page has a field of its own for when the API answers 401 nevertheless.
 """
 
 import hashlib
@@ -36,29 +33,19 @@ POLICY = "; ".join(
         "trusted-types 'none'",
     )
 )
-COMMON_HEADERS = {
+HEADERS = {
+    "Content-Security-Policy": POLICY,
     "Cache-Control": "no-cache",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-HEADERS = {**COMMON_HEADERS, "Content-Security-Policy": POLICY}
-REPORT_HEADERS = {
-    **COMMON_HEADERS,
-    "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
-}
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 FILES = {  # address -> file
     "/": "index.html",
     **{f"/page/{name}": name for name in ("page.css", "page.js", "server.js", "tokens.js", "icon.svg")},
 }
-
-
-def is_open(path: str) -> bool:
-    """Whether this address is given without an API key."""
-    return path in FILES
 
 
 def routes() -> list[Route]:

@@ -29,6 +29,7 @@ async function load() {
   at("key-form").hidden = true;
   notice("");
   at("base-name").textContent = known[0]?.id ?? "";
+  at("most").max = known[0]?.max_model_len ?? "";
   for (const column of columns) options(column);
   if (!columns.length) {
     for (const model of [known[0], known.find((model) => model.parent)]) if (model) add(model);

@@ -60,7 +60,7 @@ async function request(path, { body, signal }) {
   let response;
   try {
     response = await fetch(path, {
-      method, headers, signal, body: body && JSON.stringify(body), cache: "no-store", credentials: "omit",
+      method, headers, signal, body: body && JSON.stringify(body), cache: "no-store",
     });
   } catch (error) {
     if (signal?.aborted) throw error;
