@@ -41,7 +41,7 @@ SIDEWAYS = {
 }
 
 # Each heavy library has its home.
-VERBS = ("__init__", "app", "ask", "machine", "run", "ship", "update", "verbs", "why")
+VERBS = ("__init__", "app", "ask", "machine", "run", "serve", "ship", "update", "verbs", "why")
 HOMES = {
     "jinja2": {"analysis/page.py", "files/bounded_worker.py"},
     "rich": {"show/progress.py", "show/table.py", "data/preview.py"},
@@ -58,6 +58,7 @@ HOMES = {
     },
     "huggingface_hub": {"base/source.py", "shipping/push.py"},
     "safetensors": {"files/safetensors.py"},
+    "starlette": {"serve/app.py"},
     "sympy": {"linalg/exact.py"},
     "bitsandbytes": {"kernels/nf4.py"},
     "datasets": {"data/hub.py"},
@@ -66,6 +67,7 @@ HOMES = {
     "triton": {"kernels/triton.py"},
     "torch.distributed": {"training/distributed.py", "training/sharding.py"},
     "torch.utils.tensorboard": {"training/to_tensorboard.py"},
+    "uvicorn": {"serve/listen.py"},
     "wandb": {"training/to_wandb.py"},
     "peft": {"shipping/verify/sides/peft.py"},
     "mlx": {"shipping/verify/sides/mlx.py"},
@@ -73,7 +75,7 @@ HOMES = {
     "xllamacpp": {"shipping/verify/sides/llama_server.py"},
     "starlette": {"serve/app.py", "serve/page/__init__.py"},
 }
-NOWHERE = ["trl", "fastapi", "uvicorn", "accelerate", "tokenizers"]
+NOWHERE = ["trl", "fastapi", "accelerate", "tokenizers"]
 MODELS, TOKENIZERS = {"base/load.py", "base/gguf.py"}, {"data/render.py", "base/gguf.py"}
 TRANSFORMERS = {
     "AutoModel*": MODELS,

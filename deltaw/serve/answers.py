@@ -161,7 +161,10 @@ class Text(Form):
     def _logprobs(self, ids: Sequence[int], logprobs: "Sequence[Logprobs | None]", offset: int) -> dict[str, Any]:
         """Lists side by side. Of two likely tokens of one text (two halves of characters, say) the likelier stays, for
         `top_logprobs` is an object; the token itself is always in it, as in OpenAI's."""
-        tokens, own, top, offsets = [], [], [], []
+        tokens: list[str] = []
+        own: list[float | None] = []
+        top: list[dict[str, float] | None] = []
+        offsets: list[int] = []
         for id, likely in zip(ids, logprobs, strict=True):
             text = self.tokens.of(id).text
             tokens.append(text)

@@ -12,7 +12,7 @@ routes (key, origin, errors) is guard.py's.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from deltaw.serve.body import Gone, Receive, parse_body, read_body
 from deltaw.serve.catalog import Catalog
 from deltaw.serve.desk import Answers, Body, Desk
 from deltaw.serve.guard import Access, Guard, Scope, Send
+from deltaw.serve.limits import Limits
 from deltaw.serve.metrics import MEDIA_TYPE, Counts
 from deltaw.serve.refused import Refused
 from deltaw.serve.worker import Worker
@@ -34,17 +35,23 @@ from deltaw.serve.worker import Worker
 T = TypeVar("T")
 EVENTS = "text/event-stream"
 STREAM = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies hand each token on
-Ask = Callable[[Body, str], Awaitable[tuple[bool, Answers]]]
+Ask = Callable[[Body, str], Coroutine[Any, Any, tuple[bool, Answers]]]
 REPORT_HEADERS = {
     "content-security-policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:",
     "cache-control": "no-cache",
 }
 
 
-def build(worker: Worker, access: Access | None = None, *, say: Callable[[str], None] = print) -> Starlette:
+def build(
+    worker: Worker,
+    access: Access | None = None,
+    *,
+    limits: Limits | None = None,
+    say: Callable[[str], None] = print,
+) -> Starlette:
     """The application. It starts the worker and closes it. `say` is told of defects, one line each."""
-    counts = Counts()
-    desk = Desk(worker, Catalog(worker.model, worker.adapters), counts)
+    counts, limits = Counts(), limits or Limits.of(worker.model)
+    desk = Desk(worker, Catalog(worker.model, worker.adapters), limits, counts)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -54,7 +61,7 @@ def build(worker: Worker, access: Access | None = None, *, say: Callable[[str], 
 
     return Starlette(
         routes=routes(desk),
-        middleware=[Middleware(Guard, access or Access(), desk.limits, counts, say)],
+        middleware=[Middleware(Guard, access or Access(), limits, counts, say)],
         exception_handlers={HTTPException: _not_ours},
         lifespan=lifespan,
     )
@@ -103,14 +110,14 @@ def routes(desk: Desk) -> list[Route]:
         Route("/v1/adapters", load, methods=["POST"]),
         Route("/v1/adapters/{name}", drop, methods=["DELETE"]),
         Route("/v1/adapters/{name}/report", report),
-        Route("/v1/chat/completions", Answering(desk, desk.chat), methods=["POST"]),
-        Route("/v1/completions", Answering(desk, desk.complete), methods=["POST"]),
+        Route("/v1/chat/completions", Answered(desk, desk.chat), methods=["POST"]),
+        Route("/v1/completions", Answered(desk, desk.complete), methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),
     ]
 
 
-class Answering:
+class Answered:
     """A route that is answered as one object, or as a stream; whatever ends it, nothing is left running."""
 
     def __init__(self, desk: Desk, ask: Ask) -> None:
@@ -178,5 +185,5 @@ async def _not_ours(request: Request, error: Exception) -> Response:
     raise Refused(
         error.status_code,
         f"{request.method} {request.url.path[:80]}: {'no such route' if error.status_code == 404 else error.detail}",
-        headers={name: value for name, value in (error.headers or {}).items()},
+        headers=dict(error.headers or {}),
     )

@@ -10,14 +10,15 @@ on into a template.
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from deltaw.files.strict_json import NotJSON, json_kind, parse
 from deltaw.serve.limits import Limits
 from deltaw.serve.refused import Refused, wrong
 
-Receive = Callable[[], Awaitable[Mapping[str, Any]]]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
 DRAINED, DRAIN_SECONDS = 2**26, 2.0  # of a body that is refused anyway
 
 
@@ -53,7 +54,7 @@ async def read_body(receive: Receive, headers: Mapping[str, str], limits: Limits
     return b"".join(parts)
 
 
-async def _parts(receive: Receive) -> Any:
+async def _parts(receive: Receive) -> AsyncIterator[bytes]:
     more = True
     while more:
         message = await receive()

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltaw.adapter.file import RECORD
+from deltaw.adapter.file import RECORD, is_run
 from deltaw.data import asking
 from deltaw.data.document import checked_messages
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError, Rejected
 from deltaw.files.strict_json import read_json
 from deltaw.model import Model
-from deltaw.named import template_beside
 from deltaw.serve.adapters import Adapters, Served
 from deltaw.serve.protocol import Objects
 from deltaw.serve.refused import wrong
@@ -76,7 +75,7 @@ class Catalog:
 
     def _renderer(self, served: Served | None) -> Renderer:
         """The base's, or one with the template that lies beside the adapter's weights."""
-        file = template_beside(served.path) if served else None
+        file = served.template if served else None
         if file is None:
             return self.model.renderer
         changed = file.stat().st_mtime_ns
@@ -85,17 +84,21 @@ class Catalog:
         return self._renderers[file][1]
 
     def _base(self) -> dict[str, Any]:
-        return {**_entry(self.base, 0), "parent": None, "max_model_len": self.model.context, **self._asked("", "", False)}
+        return {
+            **_entry(self.base, 0),
+            "parent": None,
+            "max_model_len": self.model.context,
+            **self._asked("", "", False),
+        }
 
     def _adapter(self, served: Served) -> dict[str, Any]:
-        template, system = _record(served.path)
         return {
             **_entry(served.name, served.modified),
             "parent": served.parent,
             "max_model_len": self.model.context,
             "rank": served.rank,
             "report": _report(served.path) is not None,
-            **self._asked(template, system, True),
+            **self._asked(_template(served.path), served.system, True),
         }
 
     def _asked(self, template: str, system: str, adapter: bool) -> dict[str, Any]:
@@ -106,15 +109,15 @@ class Catalog:
 
 def shown(served: Served) -> dict[str, Any]:
     """An entry of `/v1/adapters`. Its path stays here."""
-    attached = served.number is not None
     return {
         "id": served.name,
         "object": "adapter",
         "parent": served.parent,
-        "attached": attached,
+        "attached": served.number is not None,
         "rank": served.rank,
         "digest": served.digest or None,
         "modified": served.modified,
+        "problem": served.problem or None,
     }
 
 
@@ -127,22 +130,16 @@ def _unweighted(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _report(path: Path) -> Path | None:
-    """A run's report; an adapter's folder may be a run or lie in one."""
-    return next((file for file in (path / REPORT, path.parent / REPORT) if file.is_file() and _whole(path, file)), None)
+    """The report of an adapter's run: a run's adapter lies in its folder `adapter`."""
+    file = path.parent / REPORT
+    return file if path.name == "adapter" and is_run(path.parent) and file.is_file() else None
 
 
-def _whole(path: Path, file: Path) -> bool:
-    """Whether the report is that of the adapter's own run: a folder above is only looked at from `RUN/adapter`."""
-    return file.parent == path or path.name == "adapter"
-
-
-def _record(path: Path) -> tuple[str, str]:
-    """How an adapter was trained: its template's fingerprint and its system prompt, empty where nothing says so."""
-    folder = path if (path / RECORD).is_file() else path / "adapter"
+def _template(path: Path) -> str:
+    """Which template an adapter was trained under, as its record has it; empty where nothing says so."""
     try:
-        base = read_json(folder / RECORD).get("base")
+        base = read_json(path / RECORD).get("base")
     except InputError:
-        return "", ""
-    fields = base if isinstance(base, dict) else {}
-    template, system = (fields.get(name) for name in ("template", "system"))
-    return template if isinstance(template, str) else "", system if isinstance(system, str) else ""
+        return ""
+    template = base.get("template") if isinstance(base, dict) else None
+    return template if isinstance(template, str) else ""

@@ -122,9 +122,8 @@ class Answers:
 class Desk:
     """Where requests are answered. Its methods raise Refused."""
 
-    def __init__(self, worker: Worker, catalog: Catalog, counts: Counts) -> None:
-        self.worker, self.catalog, self.counts = worker, catalog, counts
-        self.limits = Limits.of(catalog.model)
+    def __init__(self, worker: Worker, catalog: Catalog, limits: Limits, counts: Counts) -> None:
+        self.worker, self.catalog, self.limits, self.counts = worker, catalog, limits, counts
         self.tokens = Tokens(catalog.model.renderer)
         self._requests: Counter[str] = Counter()  # by client, those that aren't answered yet
 
@@ -151,7 +150,7 @@ class Desk:
             request.check(self.limits)
             served = self.catalog.served(request.model)
             ids = self.catalog.chat_ids(served, request.messages, request.shown_tools)
-            return request, [request.ask(ids, self.limits, client, served and served.name)]
+            return request, [request.ask(ids, self.limits, client, served.name if served else None)]
 
         return await self._answers(Chat, prepared, body)
 
@@ -163,7 +162,7 @@ class Desk:
             request.check(self.limits)
             served = self.catalog.served(request.model)
             prompts = [self.catalog.text_ids(p) if isinstance(p, str) else p for p in request.prompt]
-            return request, [request.ask(ids, self.limits, client, served and served.name) for ids in prompts]
+            return request, [request.ask(ids, self.limits, client, served.name if served else None) for ids in prompts]
 
         return await self._answers(Text, prepared, body)
 

@@ -25,14 +25,12 @@ from json import dumps
 from typing import Any
 from urllib.parse import urlsplit
 
-from deltaw.serve.body import Gone
+from deltaw.serve.body import Gone, Message, Receive
 from deltaw.serve.limits import Limits
 from deltaw.serve.metrics import Counts
 from deltaw.serve.refused import Refused
 
 Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -107,7 +105,11 @@ class Guard:
                 await send(message)
 
         try:
-            if scope["method"] == "OPTIONS" and "access-control-request-method" in headers and self._access.allows(origin):
+            if (
+                scope["method"] == "OPTIONS"
+                and "access-control-request-method" in headers
+                and self._access.allows(origin)
+            ):
                 await _answer(sent, 204, b"", PREFLIGHT)
                 return
             self._access.check(scope["path"], headers)

@@ -3,35 +3,41 @@
 A field is one of five things, and nothing is dropped in silence that would change an answer:
 
     known       checked by type and range; no text stands for a number, and true isn't 1
-    neutral     known to OpenAI's API but not to us, and given its default (`presence_penalty: 0`): as if it weren't there
+    neutral     known to OpenAI's API but not to us, and given its default (`presence_penalty: 0`): as if left out
     harmless    says nothing about the answer (`user`, `metadata`, …): ignored
     refused     known to OpenAI's API, and something would be missing (`suffix`, `response_format: json_schema`, …)
     unknown     refused by name. `chat_template` and patterns of any kind (`guided_regex`) are among these: no template,
                 regex or path from a request is ever used
 
 `null` is a field that wasn't sent. Two fields are ours: `top_k`, and `scale`, which multiplies an adapter's update.
-
-Lists are looked at by hand, not by pydantic: of a list with a hundred thousand wrong items it would make a hundred
-thousand errors.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import Field
 
 from deltaw.config import Strict
-from deltaw.files.strict_json import json_kind
 from deltaw.generate.sampling import Sampling
 from deltaw.serve.ask import MOST_SCALE, Ask
+from deltaw.serve.fields import WHY, Biases, Ids, Objects, Prompts, Request, Texts, short
 from deltaw.serve.limits import Limits
-from deltaw.serve.refused import Refused, wrong
+from deltaw.serve.refused import wrong
 from deltaw.show.text import counted
 
 HARMLESS = frozenset(
-    ("user", "metadata", "store", "service_tier", "safety_identifier")
-    + ("prompt_cache_key", "prompt_cache_retention", "prediction", "moderation")
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prediction",
+        "moderation",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+    }
 )
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
@@ -48,119 +54,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-WHY = {
-    "response_format": "answers can't be held to JSON or to a schema; ask for it in words, with type: text",
-    "tool_choice": "the model can't be made to call a tool: send none or auto",
-    "parallel_tool_calls": "how many tools a model calls can't be limited",
-    "functions": "send tools",
-    "function_call": "send tools",
-    "suffix": "a text can only be continued at its end",
-}
 LOWEST_P = 1e-9  # OpenAI's top_p 0: the likeliest token alone
-
-
-def _texts(value: Any) -> Any:
-    """One text or a list of them, as a tuple."""
-    items = [value] if isinstance(value, str) else value
-    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item for item in items):
-        raise ValueError("must be a text or a list of texts, none of them empty")
-    return tuple(items)
-
-
-def _biases(value: Any) -> Any:
-    """OpenAI's form has ids as texts, since they are keys of an object."""
-    if not isinstance(value, dict):
-        raise ValueError("must be an object of token ids and numbers")
-    for key, bias in value.items():
-        if not (isinstance(key, int) or (key.isascii() and key.isdecimal() and len(key) < 10)):
-            raise ValueError(f"{key[:40]!r} isn't a token id")
-        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
-            raise ValueError(f"the bias of token {key} must be a number from -100 to 100")
-    return {int(key): float(bias) for key, bias in value.items()}
-
-
-def _prompts(value: Any) -> Any:
-    """Every form of OpenAI's `prompt` as a tuple of texts or of tuples of ids."""
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value):
-            return tuple(value)
-        if _are_ids(value):
-            return (tuple(value),)
-        if all(isinstance(item, list) and _are_ids(item) for item in value):
-            return tuple(map(tuple, value))
-    raise ValueError("must be a text, a list of texts, a list of token ids, or a list of such lists; none empty")
-
-
-def _objects(value: Any) -> Any:
-    if not isinstance(value, list):
-        raise ValueError(f"must be a list, not {json_kind(value)}")
-    for number, item in enumerate(value):
-        if not isinstance(item, dict):
-            raise ValueError(f"item {number} must be an object, not {json_kind(item)}")
-    return value
-
-
-def _ids(value: Any) -> Any:
-    if not isinstance(value, list) or not (_are_ids(value) or not value):
-        raise ValueError("must be a list of token ids")
-    return tuple(value)
-
-
-def _are_ids(value: list[Any]) -> bool:
-    return bool(value) and all(type(item) is int for item in value)
-
-
-Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
-Biases = Annotated[dict[int, float], BeforeValidator(_biases)]
-Prompts = Annotated[Any, BeforeValidator(_prompts)]
-Objects = Annotated[list[dict[str, Any]], BeforeValidator(_objects)]
-Ids = Annotated[tuple[int, ...], BeforeValidator(_ids)]
-
-
-class Request(Strict):
-    """What all requests have in common: how they are read."""
-
-    ignored: ClassVar[frozenset[str]] = frozenset()
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    @classmethod
-    def read(cls, body: Mapping[str, Any]) -> Self:
-        """Raises Refused."""
-        fields = {name: value for name, value in body.items() if value is not None and name not in cls.ignored}
-        own = cls.model_fields
-        for name, allowed in cls.neutral.items():
-            if name in fields and name not in own:
-                value = fields.pop(name)
-                if not any(type(value) in (type(one), float) and value == one for one in allowed):
-                    why = WHY.get(name, "leave it out")
-                    raise wrong(f"{name} isn't supported with this value: {why}", name, "unsupported_value")
-        unknown = [name for name in fields if name not in own]
-        if unknown:
-            named = ", ".join(name[:40] for name in unknown[:3]) + (", …" if unknown[3:] else "")
-            raise wrong(f"{named}: no such field here", unknown[0][:80], "unknown_parameter")
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            raise _refusal(error) from None
-
-
-def _refusal(error: ValidationError) -> Refused:
-    problems, first = [], None
-    for problem in error.errors(include_url=False, include_context=False)[:3]:
-        field = ".".join(map(str, problem["loc"])) or None
-        first = first or field
-        words = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        value = problem.get("input")
-        got = "" if isinstance(value, dict | list | tuple) or problem["type"] == "missing" else f" (got {_short(value)})"
-        problems.append(f"{field}: {words}{got}")
-    return wrong("; ".join(problems), first, "invalid_value")
-
-
-def _short(value: Any) -> str:
-    shown = repr(value[:50] if isinstance(value, str) else value).encode("utf-8", "replace").decode()
-    return shown if len(shown) <= 60 else shown[:59] + "…"
 
 
 class StreamOptions(Strict):
@@ -201,7 +95,7 @@ class Asked(Request):
             (self.max_tokens or 0, limits.context, "max_tokens", "{} tokens"),
         ):
             if value > most:
-                raise wrong(f"{name}: {what.format(_short(value))}; at most {most:,}", name, "too_large")
+                raise wrong(f"{name}: {what.format(short(value))}; at most {most:,}", name, "too_large")
         if "stream_options" in self.model_fields_set and not self.stream:
             raise wrong("stream_options is for streams: send stream: true with it", "stream_options")
 

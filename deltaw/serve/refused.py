@@ -52,7 +52,10 @@ def no_model(name: object) -> Refused:
     shown = str(name).encode("utf-8", "replace").decode()
     shown = shown if len(shown) <= 80 else shown[:79] + "…"
     return Refused(
-        404, f"the model {shown!r} isn't served; GET /v1/models lists those that are", param="model", code="model_not_found"
+        404,
+        f"the model {shown!r} isn't served; GET /v1/models lists those that are",
+        param="model",
+        code="model_not_found",
     )
 
 

@@ -8,6 +8,7 @@ import { Refusal, answer, hasKey, models, report, setKey } from "./server.js";
 import { Words, explain } from "./tokens.js";
 
 const MOST_COLUMNS = 4;
+const FRAME = 16;  // ms
 
 const at = (id) => document.getElementById(id);
 const made = (id) => at(id).content.firstElementChild.cloneNode(true);
@@ -119,12 +120,12 @@ async function openReport(event, column) {
 
 /** An adapter answers what looks like its training: asked in the same form, with the same system prompt. */
 function suggest() {
-  const adapters = columns.map(chosen).filter((model) => model?.parent);
-  const plain = adapters.find((model) => model.asking === "plain");
+  const models = columns.map(chosen).filter(Boolean);
+  const plain = models.find((model) => model.asking === "plain");
   if (!touched.has("form")) at("form").value = plain ? "plain" : "chat";
-  if (!touched.has("system")) at("system").value = adapters.find((model) => model.system)?.system ?? "";
+  if (!touched.has("system")) at("system").value = models.find((model) => model.system)?.system ?? "";
   const asPlain = at("form").value === "plain";
-  const why = plain ? ` “${plain.id}” was trained on plain text.` : "";
+  const why = !plain ? "" : plain.parent ? ` “${plain.id}” was trained on plain text.` : " The base has no chat template.";
   at("form-note").textContent =
     (asPlain ? "The prompt is sent as it is, each by itself." : "Through the base's chat template.") + why;
   at("prompt").placeholder = asPlain ? "Plain text for all columns" : "Ask all columns";
@@ -191,12 +192,19 @@ async function ask(column, turn) {
   const words = new Words(show(".words"));
   const signal = AbortSignal.any([round.signal, given.abort.signal]);
   const figures = { begin: null, tokens: 0, finish: null };
+  let [timer, pause] = [null, FRAME];
   given.element.classList.add("coming");
   try {
     const plain = at("form").value === "plain";
     for await (const piece of answer({ plain, body: request(column, turn, model, plain), signal })) {
-      keepLow(() => words.add(piece));
+      words.add(piece);
       given.text = words.text;
+      timer ??= setTimeout(() => {
+        timer = null;
+        const begin = performance.now();
+        keepLow(() => words.show());
+        pause = Math.max(FRAME, 5 * (performance.now() - begin));
+      }, pause);
       count(figures, piece);
     }
   } catch (error) {
@@ -391,7 +399,7 @@ function listen() {
   });
   systemDark.addEventListener("change", theme);
   document.addEventListener("visibilitychange", () => {
-    if (!document.hidden && !round && known.length) load();  // adapters come and go
+    if (!document.hidden && !round) load();  // adapters come and go
   });
 }
 

@@ -3,6 +3,10 @@
 // The text is what the server calls the text; tokens are laid along it, and where they don't fit it (an end token that
 // has no text, the half of a character, a text cut at a stop string) the text stands without shade. So a fault in the
 // log-probabilities can't change a word of the answer. Everything becomes a text node: no HTML is ever made of it.
+//
+// Pieces come faster than a long paragraph can be laid out (a span per token: 4,000 of them took minutes when each was
+// shown by itself). So they are gathered, and `show` puts them on the page: once per frame, or less often where that
+// takes long, since the model may be computed on the same cores.
 
 const told = new WeakMap();  // a token's element -> the token
 const SHOWN = 5;
@@ -10,7 +14,9 @@ const SHOWN = 5;
 export class Words {
   constructor(element) {
     this.element = element;
+    this.gathered = new DocumentFragment();
     this.text = "";
+    this.begun = false;  // whether a token is marked
     this.waiting = "";  // text that no token is laid on as yet
     this.tokens = [];  // tokens that lie on no text as yet
     this.decoder = new TextDecoder();
@@ -31,8 +37,13 @@ export class Words {
     if (!this.tokens.length) this.plain();
   }
 
+  show() {
+    this.element.append(this.gathered);
+  }
+
   end() {
     this.plain();
+    this.show();
   }
 
   /** The token with the characters that its bytes make whole; nothing for one that makes none. */
@@ -49,22 +60,24 @@ export class Words {
   starts(words) {
     if (words && this.waiting.startsWith(words)) return words;
     const trimmed = words.trimStart();
-    return !this.element.hasChildNodes() && trimmed && this.waiting.startsWith(trimmed) ? trimmed : null;
+    const first = this.waiting.length === this.text.length;
+    return first && trimmed && this.waiting.startsWith(trimmed) ? trimmed : null;
   }
 
   mark(words, token) {
     const span = document.createElement("span");
     span.className = "token";
     span.textContent = words;
-    span.tabIndex = this.element.querySelector(".token") ? -1 : 0;
+    span.tabIndex = this.begun ? -1 : 0;
+    this.begun = true;
     span.style.setProperty("--unsure", (1 - Math.exp(token.logprob)).toFixed(3));
     told.set(span, token);
-    this.element.append(span);
+    this.gathered.append(span);
     this.waiting = this.waiting.slice(words.length);
   }
 
   plain() {
-    if (this.waiting) this.element.append(this.waiting);
+    if (this.waiting) this.gathered.append(this.waiting);
     this.waiting = "";
   }
 }
