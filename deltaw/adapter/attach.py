@@ -23,6 +23,7 @@ from torch import nn
 
 from deltaw.adapter import stand_ins as fused
 from deltaw.adapter.file import Adapter, BaseId
+from deltaw.adapter.layer import AdaptedLinear
 from deltaw.adapter.layer_update import Carried, LayerUpdate
 from deltaw.adapter.peft_config import missed_by_peft, rewritten_names
 from deltaw.adapter.place import put_again, put_on, take_off, tried_before
@@ -164,6 +165,12 @@ def joins(model: nn.Module, adapter: Adapter) -> bool:
     """Whether `attach` puts it beside those that the model carries in a moment: the model isn't tried again, and its
     layers and stand-ins stay the objects that they are, so that rows which are being decoded can go on."""
     return tried_before(model, adapter.spec, adapter.factors)
+
+
+def sees_all_rows(model: nn.Module, path: str) -> bool:
+    """Whether the adapted layer there is handed all rows of a pass, so that they can take different updates."""
+    layer = model.get_submodule(path)
+    return isinstance(layer, AdaptedLinear) and layer.sees_all
 
 
 def _as_learnt(spec: AdapterSpec) -> AdapterSpec:

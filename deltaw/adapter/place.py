@@ -192,9 +192,8 @@ def tried_before(model: nn.Module, spec: AdapterSpec, trained: Mapping[str, Upda
 
 
 def _tried_before(others: Mapping[str, AdaptedLinear], spec: AdapterSpec, trained: Mapping[str, Update]) -> bool:
-    """Whether these updates go where others are that the kernels take in the same way, and nowhere else."""
-    plain = spec.kind == LowRank.kind and not spec.dropout
-    return plain and all((layer := others.get(path)) is not None and layer.for_kernels for path in trained)
+    """Whether these updates go where others are, nowhere else, and suit all stand-ins that are in place."""
+    return spec.kind == LowRank.kind and not spec.dropout and others.keys() >= trained.keys()
 
 
 def _placed(

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from deltaw.adapter.attach import Attached, at_scale, attach, discard, joins
+from deltaw.adapter.attach import Attached, at_scale, attach, discard, joins, sees_all_rows
 from deltaw.config import AdapterSpec
 from deltaw.errors import DeltawError, InputError
 from deltaw.generate.cache import BASE
@@ -140,6 +140,7 @@ class Adapters:
         self._broken: dict[str, tuple[Look, DeltawError]] = {}
         self._read: Read | None = None  # waits until it can be put on
         self._uses = 0
+        self.changes = 0  # of the model's layers and stand-ins, after which nothing that was decoded goes on
         self._carrier: Attached | None = None
 
     def names(self) -> list[str]:
@@ -165,8 +166,14 @@ class Adapters:
 
     def open(self) -> None:
         """Put the carrier on, where the model takes one."""
-        with suppress(InputError):  # experts, or no linear layer at all: each adapter is tried when it comes
-            self._carrier = attach(self.model.base.model, AdapterSpec(rank=1, alpha=1, targets="all-linear"))
+        model, spec = self.model.base.model, AdapterSpec(rank=1, alpha=1, targets="all-linear")
+        with suppress(InputError):  # no layer can be adapted: whoever asks for an adapter will hear why
+            self._carrier = attach(model, spec)
+            whole = tuple(path for path in self._carrier.paths if sees_all_rows(model, path))
+            if len(whole) < len(self._carrier.paths):  # beside experts' updates there can't be others
+                discard(self._carrier)
+                self._carrier = None
+                self._carrier = attach(model, spec.model_copy(update={"targets": whole}))
 
     def close(self) -> None:
         """Take all off the model; no request may run."""
@@ -278,13 +285,15 @@ class Adapters:
         """On the model, in the place of what had its name. Raises InputError or Later."""
         size = 4 * read.adapter.parameters
         quiet = not any(version.running for version in (*self._live.values(), *self._ending))
-        if not joins(self.model.base.model, read.adapter) and not quiet:
+        apart = not joins(self.model.base.model, read.adapter)
+        if apart and not quiet:
             raise Later(quiet=True)
         self._make_room(read.look.name, size)
         adapter = read.adapter
         # Nothing is trained here, and where dropout could be, the kernels don't go.
         plain = replace(adapter, spec=adapter.spec.model_copy(update={"dropout": 0.0}))
         self._read = None
+        self.changes += apart
         attached = attach(self.model.base.model, plain)
         self._retire(read.look.name)
         served = self._served(read.look, digest=read.digest, number=attached.number)
@@ -324,7 +333,15 @@ class Adapters:
 
     def _served(self, look: Look, *, digest: str = "", number: int | None = None, problem: str = "") -> Served:
         card, parent = self._folder.card(look), self.model.id.name
-        told = {"rank": card.rank, "system": card.system, "template": card.template}
         return Served(
-            look.name, look.directory, parent, look.modified, **told, digest=digest, number=number, problem=problem
+            look.name,
+            look.directory,
+            parent,
+            look.modified,
+            rank=card.rank,
+            system=card.system,
+            template=card.template,
+            digest=digest,
+            number=number,
+            problem=problem,
         )

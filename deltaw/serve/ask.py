@@ -8,8 +8,9 @@ from deltaw.errors import DeltawError
 from deltaw.generate.sampling import Sampling
 
 if TYPE_CHECKING:
-    from deltaw.generate.engine import Logprobs
+    from deltaw.generate.logprobs import Logprobs
 
+Finish = Literal["stop", "length"]
 MOST_SCALE = 2.0  # the slider's end
 
 
@@ -64,5 +65,5 @@ class Piece:
     text: str
     tokens: tuple[int, ...] = ()
     logprobs: "tuple[Logprobs | None, ...] | None" = None
-    finish: Literal["stop", "length"] | None = None
+    finish: Finish | None = None
     echoed: bool = False
