@@ -58,7 +58,7 @@ HOMES = {
     },
     "huggingface_hub": {"base/source.py", "shipping/push.py"},
     "safetensors": {"files/safetensors.py"},
-    "starlette": {"serve/app.py"},
+    "starlette": {"serve/app.py", "serve/page/__init__.py"},
     "sympy": {"linalg/exact.py"},
     "bitsandbytes": {"kernels/nf4.py"},
     "datasets": {"data/hub.py"},
@@ -73,7 +73,6 @@ HOMES = {
     "mlx": {"shipping/verify/sides/mlx.py"},
     "mlx_lm": {"shipping/verify/sides/mlx.py"},
     "xllamacpp": {"shipping/verify/sides/llama_server.py"},
-    "starlette": {"serve/app.py", "serve/page/__init__.py"},
 }
 NOWHERE = ["trl", "fastapi", "accelerate", "tokenizers"]
 MODELS, TOKENIZERS = {"base/load.py", "base/gguf.py"}, {"data/render.py", "base/gguf.py"}
