@@ -44,7 +44,7 @@ HEADERS = {
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 FILES = {  # address -> file
     "/": "index.html",
-    **{f"/page/{name}": name for name in ("page.css", "page.js", "server.js", "tokens.js", "icon.svg")},
+    **{f"/page/{name}": name for name in ("page.css", "page.js", "server.js", "theme.js", "tokens.js", "icon.svg")},
 }
 
 

@@ -5,6 +5,7 @@
 // each answer says what gave it. A new column answers the conversation so far, turn after turn.
 
 import { Refusal, answer, hasKey, models, report, setKey } from "./server.js";
+import { switchTheme } from "./theme.js";
 import { Words, explain } from "./tokens.js";
 
 const MOST_COLUMNS = 4;
@@ -128,6 +129,8 @@ function suggest() {
   const why = !plain ? "" : plain.parent ? ` “${plain.id}” was trained on plain text.` : " The base has no chat template.";
   at("form-note").textContent =
     (asPlain ? "The prompt is sent as it is, each by itself." : "Through the base's chat template.") + why;
+  at("empty").textContent = "Ask something: every column gets the same prompt" +
+    (asPlain ? ", each time without what was said before." : ", and each goes on with its own answers.");
   at("prompt").placeholder = asPlain ? "Plain text for all columns" : "Ask all columns";
   at("system-field").hidden = asPlain;
 }
@@ -258,7 +261,7 @@ function messages(column, turn) {
 function count(figures, piece) {
   figures.begin ??= piece.text ? performance.now() : null;
   figures.finish = piece.finish ?? figures.finish;
-  figures.tokens = piece.usage?.completion_tokens ?? figures.tokens;
+  figures.tokens = piece.usage?.completion_tokens ?? figures.tokens + piece.tokens.length;
   if (piece.text || piece.finish) figures.end = performance.now();
 }
 
@@ -267,7 +270,7 @@ function summary({ begin, end, tokens, finish }, text) {
   if (tokens) said.push(`${tokens} token${tokens === 1 ? "" : "s"}`);
   const seconds = (end - begin) / 1000;
   if (tokens > 1 && seconds > 0.05) said.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
-  if (finish === "length") said.push("cut at the most tokens");
+  if (finish === "length") said.push("cut at the limit");
   if (finish === "stopped") said.push("stopped");
   if (!text && finish === "stop") said.push("an empty answer");
   return said.join(" · ");
@@ -333,26 +336,6 @@ function panel(open) {
   at("settings-button").setAttribute("aria-expanded", open);
 }
 
-const systemDark = matchMedia("(prefers-color-scheme: dark)");
-
-/** Light or dark as the reader chose it, or else as the system has it. */
-function theme() {
-  const choice = remembered("deltaw-theme");
-  if (choice) document.documentElement.dataset.theme = choice;
-  at("theme").setAttribute("aria-pressed", choice ? choice === "dark" : systemDark.matches);
-}
-
-const choices = {};  // what is remembered while the page is open, where a browser forbids to store it
-
-function remembered(name, value) {
-  try {
-    if (value !== undefined) localStorage.setItem(name, value);
-    return localStorage.getItem(name);
-  } catch {
-    return choices[name] = value ?? choices[name];
-  }
-}
-
 function listen() {
   at("composer").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -393,17 +376,12 @@ function listen() {
   at("probabilities").addEventListener("change", () => {
     at("conversation").classList.toggle("bare", !at("probabilities").checked);
   });
-  at("theme").addEventListener("click", () => {
-    remembered("deltaw-theme", at("theme").getAttribute("aria-pressed") === "true" ? "light" : "dark");
-    theme();
-  });
-  systemDark.addEventListener("change", theme);
   document.addEventListener("visibilitychange", () => {
     if (!document.hidden && !round) load();  // adapters come and go
   });
 }
 
-theme();
+switchTheme(at("theme"));
 panel(matchMedia("(min-width: 64rem)").matches);
 listen();
 explain(at("conversation"), at("alternatives"));
