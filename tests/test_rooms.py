@@ -58,7 +58,7 @@ HOMES = {
     },
     "huggingface_hub": {"base/source.py", "shipping/push.py"},
     "safetensors": {"files/safetensors.py"},
-    "starlette": {"serve/app.py"},
+    "starlette": {"serve/app.py", "serve/page/__init__.py"},
     "sympy": {"linalg/exact.py"},
     "bitsandbytes": {"kernels/nf4.py"},
     "datasets": {"data/hub.py"},
