@@ -57,6 +57,7 @@ HOMES = {
         "shipping/verify/sides/llama.py",
     },
     "huggingface_hub": {"base/source.py", "shipping/push.py"},
+    "sacrebleu": {"evaluation/chrf.py"},
     "safetensors": {"files/safetensors.py"},
     "starlette": {"serve/app.py", "serve/page/__init__.py"},
     "sympy": {"linalg/exact.py"},
@@ -207,10 +208,11 @@ def runs_code(node: ast.AST) -> str | None:
     return None
 
 
-OWN_CODE = "evaluation/own_metric.py"  # runs a file, of which its user was asked
+# A file, of which its user was asked; and what a model wrote, of which he was too, in a process that can only compute.
+OWN_CODE = {"evaluation/own_metric.py", "files/program_worker.py"}
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file != OWN_CODE])
+@pytest.mark.parametrize("file", [file for file in FILES if file not in OWN_CODE])
 def test_nothing_runs_a_strangers_code(file: str) -> None:
     found = [f"{file}:{node.lineno}: {said}" for node in ast.walk(tree(file)) if (said := runs_code(node))]
     assert not found
