@@ -70,7 +70,11 @@ def serve_named(
         worker = Worker(model, served)
         limits = Limits.of(model)
         server = Server(build(worker, access, limits=limits, say=display.say), worker, limits)
-        run(server, listening, begun=lambda: show(_result(listening, model, served, access)))
+        worker.start()
+        try:
+            run(server, listening, begun=lambda: show(_result(listening, model, served, access)))
+        finally:
+            worker.close()
     finally:
         listening.close()
 

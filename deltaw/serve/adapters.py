@@ -98,13 +98,18 @@ class Version:
             if not self.scaled[scale].running:
                 discard(self.scaled.pop(scale).attached)
 
+    def take_off(self) -> None:
+        """The model carries it no longer."""
+        for attached in (*(scaled.attached for scaled in self.scaled.values()), self.attached):
+            discard(attached)
+
 
 @dataclass(frozen=True, eq=False)
 class Taken:
     """What a request runs on: an update's number, `BASE` for none, and the key of what may be reused of its work."""
 
     number: int = BASE
-    key: bytes = b""
+    key: bytes = b"base"
     scale: float = 1.0
     version: Version | None = None
 
@@ -139,7 +144,7 @@ class Adapters:
         self._dropped: set[str] = set()
         self._broken: dict[str, tuple[Look, DeltawError]] = {}
         self._read: Read | None = None  # waits until it can be put on
-        self._uses = 0
+        self._uses = self._requests = 0
         self.changes = 0  # of the model's layers and stand-ins, after which nothing that was decoded goes on
         self._carrier: Attached | None = None
 
@@ -178,7 +183,7 @@ class Adapters:
     def close(self) -> None:
         """Take all off the model; no request may run."""
         for version in (*self._live.values(), *self._ending):
-            discard(version.attached)
+            version.take_off()
         self._live, self._ending = {}, []
         if self._carrier is not None:
             discard(self._carrier)
@@ -188,15 +193,18 @@ class Adapters:
     def take(self, name: str | None, scale: float = 1.0) -> Taken:
         """What a request that begins now runs on, on the model until it is released. Raises Unknown; InputError for an
         adapter that can't be read or doesn't fit this base, or for a scale that its kind doesn't have; Later."""
-        if name is None:
-            return Taken()
-        version = self._version(name)
-        if scale == 0:
-            return Taken()
-        return Taken(version.number_at(scale), f"{version.served.digest} {scale!r}".encode(), scale, version)
+        taken = Taken()
+        if name is not None:
+            version = self._version(name)
+            if scale:  # 0 is the base
+                key = f"{version.served.digest} {float(scale)!r}".encode()
+                taken = Taken(version.number_at(scale), key, scale, version)
+        self._requests += 1
+        return taken
 
     def release(self, taken: Taken) -> None:
         """The request has ended."""
+        self._requests -= 1
         if taken.version is not None:
             taken.version.leave(taken.scale)
             if taken.version in self._ending:
@@ -227,7 +235,7 @@ class Adapters:
                 self._retire(name)
         for version in [version for version in self._ending if not version.running]:
             self._ending.remove(version)
-            discard(version.attached)
+            version.take_off()
         self._count()
 
     def _version(self, name: str, *, wanted_now: bool = False) -> Version:
@@ -284,17 +292,15 @@ class Adapters:
     def _put_on(self, read: Read, *, settled: bool) -> Version:
         """On the model, in the place of what had its name. Raises InputError or Later."""
         size = 4 * read.adapter.parameters
-        quiet = not any(version.running for version in (*self._live.values(), *self._ending))
-        apart = not joins(self.model.base.model, read.adapter)
-        if apart and not quiet:
+        # Nothing is trained here, and where dropout could be, the kernels don't go.
+        adapter = replace(read.adapter, spec=read.adapter.spec.model_copy(update={"dropout": 0.0}))
+        apart = not joins(self.model.base.model, adapter)
+        if apart and self._requests:
             raise Later(quiet=True)
         self._make_room(read.look.name, size)
-        adapter = read.adapter
-        # Nothing is trained here, and where dropout could be, the kernels don't go.
-        plain = replace(adapter, spec=adapter.spec.model_copy(update={"dropout": 0.0}))
         self._read = None
         self.changes += apart
-        attached = attach(self.model.base.model, plain)
+        attached = attach(self.model.base.model, adapter)
         self._retire(read.look.name)
         served = self._served(read.look, digest=read.digest, number=attached.number)
         version = self._live[read.look.name] = Version(served, read.look, attached, size, settled)
@@ -323,7 +329,7 @@ class Adapters:
             self._ending.append(version)
             if not version.running:
                 self._ending.remove(version)
-                discard(version.attached)
+                version.take_off()
         self._count()
 
     def _count(self) -> None:

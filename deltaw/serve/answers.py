@@ -10,33 +10,31 @@ Two forms, `Chat` and `Text`, each with the same four makers: `opened` (a stream
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
 from deltaw.serve.ask import Piece
 from deltaw.serve.tokens import Tokens
-
-if TYPE_CHECKING:
-    from deltaw.generate.engine import Logprobs
 
 LOWEST = -9999.0  # in place of -inf, which JSON doesn't have
 
 
 @dataclass
 class Whole:
-    """An answer as it comes together."""
+    """An answer as it comes together: its pieces, and the text of all of them."""
 
     text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: "list[Logprobs | None]" = field(default_factory=list)
-    finish: str | None = None
+    pieces: list[Piece] = field(default_factory=list)
 
     def add(self, piece: Piece) -> None:
-        """A piece more."""
+        """One more."""
         self.text += piece.text
-        self.tokens += piece.tokens
-        self.logprobs += piece.logprobs or ()
-        self.finish = piece.finish or self.finish
+        self.pieces.append(piece)
+
+    @property
+    def finish(self) -> str | None:
+        """How it ended."""
+        return self.pieces[-1].finish if self.pieces else None
 
 
 def usage(prompt: int, generated: int) -> dict[str, int]:
@@ -101,8 +99,8 @@ class Chat(Form):
     def chunk(self, index: int, piece: Piece, before: Whole) -> list[dict[str, Any]]:
         choices = []
         if piece.text or piece.tokens:
-            shown = self._logprobs(piece.tokens, piece.logprobs or ())
-            choices.append({**self._delta(index, {"content": piece.text}), "logprobs": shown})
+            shown = {"logprobs": self._logprobs([piece])}
+            choices.append({**self._delta(index, {"content": piece.text}), **shown})
         if piece.finish:
             choices.append({**self._delta(index, {}), "finish_reason": piece.finish})
         return choices
@@ -111,21 +109,23 @@ class Chat(Form):
         return {
             "index": index,
             "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "logprobs": self._logprobs(answer.tokens, answer.logprobs),
+            "logprobs": self._logprobs(answer.pieces),
             "finish_reason": answer.finish,
         }
 
     def _delta(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def _logprobs(self, ids: Sequence[int], logprobs: "Sequence[Logprobs | None]") -> dict[str, Any] | None:
+    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
         content = []
-        for id, likely in zip(ids, logprobs, strict=True):
-            top = likely.top if likely else ()
-            own = self._token(id, likely.token if likely else LOWEST)
-            content.append({**own, "top_logprobs": [self._token(*other) for other in top]})
+        for piece in pieces:
+            for id, likely in zip(piece.tokens, piece.logprobs or (), strict=True):
+                own = self._token(id, likely.token if likely else LOWEST)
+                content.append(
+                    {**own, "top_logprobs": [self._token(*other) for other in (likely.top if likely else ())]}
+                )
         return {"content": content, "refusal": None}
 
     def _token(self, id: int, logprob: float) -> dict[str, Any]:
@@ -141,45 +141,49 @@ class Text(Form):
     def chunk(self, index: int, piece: Piece, before: Whole) -> list[dict[str, Any]]:
         if not (piece.text or piece.tokens or piece.finish):
             return []
-        return [self._choice(index, piece.text, piece.tokens, piece.logprobs or (), piece.finish, before)]
+        return [self._choice(index, piece.text, [piece], len(before.text), piece.finish)]
 
     def choice(self, index: int, answer: Whole) -> dict[str, Any]:
-        return self._choice(index, answer.text, answer.tokens, answer.logprobs, answer.finish, Whole())
+        return self._choice(index, answer.text, answer.pieces, 0, answer.finish)
 
-    def _choice(
-        self,
-        index: int,
-        text: str,
-        ids: Sequence[int],
-        logprobs: "Sequence[Logprobs | None]",
-        finish: str | None,
-        before: Whole,
-    ) -> dict[str, Any]:
-        shown = self._logprobs(ids, logprobs, len(before.text)) if self.logprobs else None
-        return {"index": index, "text": text, "logprobs": shown, "finish_reason": finish}
+    def _choice(self, index: int, text: str, pieces: Sequence[Piece], begin: int, finish: str | None) -> dict[str, Any]:
+        shown = Listed()
+        for piece in pieces if self.logprobs else ():
+            self._list(piece, begin, shown)
+            begin += len(piece.text)
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": asdict(shown) if self.logprobs else None,
+            "finish_reason": finish,
+        }
 
-    def _logprobs(self, ids: Sequence[int], logprobs: "Sequence[Logprobs | None]", offset: int) -> dict[str, Any]:
-        """Lists side by side. Of two likely tokens of one text (two halves of characters, say) the likelier stays, for
-        `top_logprobs` is an object; the token itself is always in it, as in OpenAI's."""
-        tokens: list[str] = []
-        own: list[float | None] = []
-        top: list[dict[str, float] | None] = []
-        offsets: list[int] = []
-        for id, likely in zip(ids, logprobs, strict=True):
-            text = self.tokens.of(id).text
-            tokens.append(text)
-            offsets.append(offset)
-            offset += len(text)
-            own.append(None if likely is None else finite(likely.token))
-            if likely is None:
-                top.append(None)
-                continue
-            shown: dict[str, float] = {}
-            for other, logprob in likely.top:
-                shown.setdefault(self.tokens.of(other).text, finite(logprob))
-            shown.setdefault(text, finite(likely.token))
-            top.append(shown)
-        return {"tokens": tokens, "token_logprobs": own, "top_logprobs": top, "text_offset": offsets}
+    def _list(self, piece: Piece, begin: int, shown: "Listed") -> None:
+        """Of two likely tokens of one text (two halves of characters, say) the likelier stays, for `top_logprobs` is an
+        object; the token itself is always in it, as in OpenAI's."""
+        end = begin + len(piece.text)
+        for id, likely in zip(piece.tokens, piece.logprobs or (), strict=True):
+            token = self.tokens.of(id)
+            shown.tokens.append(token.text)
+            shown.text_offset.append(min(begin, end))
+            begin += token.width
+            shown.token_logprobs.append(None if likely is None else finite(likely.token))
+            top: dict[str, float] | None = None if likely is None else {}
+            if likely is not None and top is not None:
+                for other, logprob in (*likely.top, (id, likely.token)):
+                    top.setdefault(self.tokens.of(other).text, finite(logprob))
+            shown.top_logprobs.append(top)
+
+
+@dataclass
+class Listed:
+    """A completion's logprobs: lists side by side, under OpenAI's names. The offsets are those of each token's text in
+    the answer's."""
+
+    tokens: list[str] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
+    text_offset: list[int] = field(default_factory=list)
 
 
 def finite(logprob: float) -> float:

@@ -13,7 +13,6 @@ routes (key, origin, errors) is guard.py's.
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -50,21 +49,14 @@ def build(
     limits: Limits | None = None,
     say: Callable[[str], None] = print,
 ) -> Starlette:
-    """The application. It starts the worker and closes it. `say` is told of defects, one line each."""
+    """The application, for a worker that has been started. `say` is told of defects, one line each."""
     counts, limits = Counts(), limits or Limits.of(worker.model)
     desk = Desk(worker, Catalog(worker.model, worker.adapters), limits, counts)
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        worker.start()
-        yield
-        await asyncio.to_thread(worker.close)
 
     return Starlette(
         routes=routes(desk),
         middleware=[Middleware(Guard, access or Access(), limits, counts, say)],
         exception_handlers={HTTPException: _not_ours},
-        lifespan=lifespan,
     )
 
 

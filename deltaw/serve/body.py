@@ -86,8 +86,6 @@ def parse_body(data: bytes, limits: Limits) -> dict[str, Any]:
     return value
 
 
-def _deeper(value: Any, depth: int) -> bool:
-    if not isinstance(value, dict | list):
-        return False
-    inner = value.values() if isinstance(value, dict) else value
-    return depth == 0 or any(_deeper(item, depth - 1) for item in inner)
+def _deeper(value: dict[str, Any] | list[Any], depth: int) -> bool:
+    inner = value.values() if type(value) is dict else value
+    return depth == 0 or any(_deeper(item, depth - 1) for item in inner if type(item) in (dict, list))

@@ -69,6 +69,10 @@ class Catalog:
             raise wrong(str(rejected), "messages") from None
         return tuple(renderer.prompt_ids([_unweighted(message) for message in checked], tools))
 
+    def stop_ids(self, served: Served | None) -> frozenset[int]:
+        """What ends a chat's answer: with a template of its own an adapter has learnt an end of its own."""
+        return frozenset(self._renderer(served).stop_ids)
+
     def text_ids(self, text: str) -> tuple[int, ...]:
         """What the model is given of a completion's text."""
         return tuple(self.model.renderer.raw_ids(text))

@@ -16,7 +16,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deltaw.errors import DeltawError
@@ -79,7 +79,7 @@ class Answers:
             async for index, piece in self._pieces():
                 for choice in self.form.chunk(index, piece, answers[index]):
                     yield self.form.envelope([choice], stream=True)
-                answers[index].text += piece.text
+                answers[index].text += piece.text  # no piece is kept: a stream may be long
         except DeltawError as error:
             yield of_error(error, self.form.model).to_json()
             return
@@ -150,7 +150,8 @@ class Desk:
             request.check(self.limits)
             served = self.catalog.served(request.model)
             ids = self.catalog.chat_ids(served, request.messages, request.shown_tools)
-            return request, [request.ask(ids, self.limits, client, served.name if served else None)]
+            ask = request.ask(ids, self.limits, client, served.name if served else None)
+            return request, [replace(ask, stop_ids=self.catalog.stop_ids(served))]
 
         return await self._answers(Chat, prepared, body)
 

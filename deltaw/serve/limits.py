@@ -17,7 +17,7 @@ class Limits:
 
     context: int  # tokens of a prompt and its answer together
     vocabulary: int
-    body: int = 2**22
+    body: int = 2**20
     headers: int = 2**14
     head_seconds: float = 10.0  # for a request's line and headers
     body_seconds: float = 30.0

@@ -69,7 +69,7 @@ class Server(uvicorn.Server):
                 app,
                 http=functools.partial(Patient, limits=limits),  # type: ignore[arg-type]
                 ws="none",
-                lifespan="on",
+                lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -198,7 +198,12 @@ class CompletionRequest(Asked):
         return 16 if self.max_tokens is None else self.max_tokens
 
     def ask(self, prompt: tuple[int, ...], limits: Limits, client: str, adapter: str | None) -> Ask:
-        return replace(super().ask(prompt, limits, client, adapter), echo=self.echo, answer=self.max_tokens != 0)
+        """A prompt of which every token is asked for, and one more, is being measured (lm-eval): that one is told, too,
+        where it would end the answer, or the programs that cut it off would cut off the prompt's last."""
+        measured = self.echo and self.logprobs is not None and self.max_tokens == 1
+        ask = super().ask(prompt, limits, client, adapter)
+        stop_ids = frozenset[int]() if measured else None
+        return replace(ask, echo=self.echo, answer=self.max_tokens != 0, stop_ids=stop_ids)
 
     @property
     def likely(self) -> int | None:

@@ -17,10 +17,12 @@ ANCHOR = "a"  # some token to stand behind
 
 
 class TokenText(NamedTuple):
-    """`text` as it is shown."""
+    """`text` as it is shown; `width`: how many characters of an answer it is, none for a control token or a part of a
+    character."""
 
     text: str
     bytes: list[int]
+    width: int
 
 
 class Tokens:
@@ -43,8 +45,9 @@ class Tokens:
             try:
                 text = data.decode()
             except UnicodeDecodeError:
-                return TokenText("bytes:" + "".join(f"\\x{byte:02x}" for byte in data), list(data))
-        return TokenText(text, list(text.encode("utf-8", "replace")))
+                return TokenText("bytes:" + "".join(f"\\x{byte:02x}" for byte in data), list(data), 0)
+        plain = self._renderer.decode([*self._anchor, id])[len(self._before) :]
+        return TokenText(text, list(text.encode("utf-8", "replace")), len(plain))
 
     def _raw(self, id: int) -> bytes | None:
         """The bytes that a token's own name stands for, in the two ways that there are."""

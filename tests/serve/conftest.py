@@ -5,23 +5,31 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.serving import Running, random_adapter, serving
-from tests.tiny import tiny_base
+from tests.serve.canaries import Canaries
+from tests.serve.serving import Running, serving
 
 
 @pytest.fixture(scope="session")
-def served_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("served") / "base")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Canaries:
+    return Canaries(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="session")
-def served_adapters(served_base: Path) -> Path:
-    folder = served_base.parent / "adapters"
+def served_base(served: Canaries) -> Path:
+    return served.base
+
+
+@pytest.fixture(scope="session")
+def served_adapters(served: Canaries) -> Path:
+    """Two that answer differently, one whose files are cut short, and one outside the folder."""
+    folder = served.folder / "adapters"
     for seed, name in enumerate(("one", "two"), 1):
-        random_adapter(served_base, folder / name, seed)
+        served.save(folder / name, seed)
+    served.save(served.folder / "outside", 3)
     (folder / "broken").mkdir()
     for file in (folder / "one").iterdir():
         (folder / "broken" / file.name).write_bytes(file.read_bytes()[:300])
+    (folder / "link").symlink_to(served.folder / "outside", target_is_directory=True)
     return folder
 
 

@@ -11,10 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from deltaw.adapter.attach import attach, detach
-from deltaw.config import AdapterSpec
 from deltaw.model import Model, open_model
 from deltaw.serve.adapters import Adapters
 from deltaw.serve.app import build
@@ -53,7 +49,7 @@ class Running:
             answer = connection.getresponse()
             text = answer.read().decode()
             is_json = answer.getheader("content-type", "").startswith("application/json")
-            return answer.status, json.loads(text) if is_json else text, {k.lower(): v for k, v in answer.getheaders()}
+            return answer.status, json.loads(text) if is_json and text else text, {k.lower(): v for k, v in answer.getheaders()}
         finally:
             connection.close()
 
@@ -63,18 +59,6 @@ class Running:
     def open(self) -> socket.socket:
         """A bare connection."""
         return socket.create_connection(self.place, timeout=20)
-
-
-def random_adapter(base: Path, folder: Path, seed: int, size: float = 0.3) -> Path:
-    """A LoRA with random factors, which answers otherwise than the base."""
-    model = open_model(base, dtype="float32", device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    attached = attach(model.base.model, AdapterSpec(rank=4, alpha=8), generator=generator)
-    with torch.no_grad():
-        for parameter in attached.parameters:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
-    replace(detach(attached), base=model.id).save(folder)
-    return folder
 
 
 @contextmanager
@@ -95,6 +79,7 @@ def serving(
     listening = bind("127.0.0.1", 0)
     server = Server(app, work, bounds, grace=1.0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    work.start()
     thread.start()
     try:
         until = time.monotonic() + 20
@@ -104,5 +89,6 @@ def serving(
     finally:
         server.should_exit = True
         thread.join(20)
+        work.close()
         listening.close()
         assert not thread.is_alive() and not said

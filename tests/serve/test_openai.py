@@ -42,7 +42,7 @@ def logprobs(model: Model, ids: list[int]) -> torch.Tensor:
 
 def test_models(client: OpenAI, base: str) -> None:
     models = {model.id: model.model_dump() for model in client.models.list()}
-    assert list(models)[0] == base and {"one", "two"} <= set(models)
+    assert next(iter(models)) == base and {"one", "two"} <= set(models)
     assert models[base]["parent"] is None and models["one"]["parent"] == base
     assert client.models.retrieve("two").model_dump() == models["two"]
     with pytest.raises(openai.NotFoundError) as error:
@@ -120,6 +120,18 @@ def test_echo_with_logprobs_is_what_the_model_says(
     none = client.completions.create(model=asked, prompt=prompts[0], max_tokens=0, logprobs=1, echo=True)
     assert none.choices[0].logprobs.token_logprobs == pytest.approx(answer.choices[0].logprobs.token_logprobs[:-1])
     assert none.usage.completion_tokens == 0
+
+
+def test_the_token_that_ends_a_measured_prompt_is_told(client: OpenAI, alone: dict[str, Model], base: str) -> None:
+    """lm-eval cuts the last token off, whatever it is."""
+    model = alone["base"]
+    ids, (eos, *_) = model.prompt_ids("say 3 ", chat=False), model.renderer.stop_ids
+    how = {"model": base, "prompt": ids, "echo": True, "temperature": 0, "logit_bias": {str(eos): 100}}
+    measured = client.completions.create(**how, max_tokens=1, logprobs=1).choices[0]
+    assert len(measured.logprobs.tokens) == len(ids) + 1 and measured.text == "say 3 "
+    assert measured.logprobs.token_logprobs[-1] == pytest.approx(logprobs(model, ids)[-1, eos].item(), abs=1e-4)
+    ended = client.completions.create(**how, max_tokens=5, logprobs=1).choices[0]
+    assert len(ended.logprobs.tokens) == len(ids) and ended.finish_reason == "stop"
 
 
 def test_logprobs_of_a_chat(client: OpenAI, alone: dict[str, Model]) -> None:
@@ -230,7 +242,7 @@ def test_tokens_both_ways(running: Running, base: str) -> None:
 
 def test_tools_reach_the_template(running: Running) -> None:
     tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
-    status, plain = running.post("/tokenize", messages=CHAT)
+    status, _ = running.post("/tokenize", messages=CHAT)
     assert status == 200
     status, with_tools = running.post("/tokenize", messages=CHAT, tools=tools)
     assert status == 200 and with_tools["tokens"] == running.model.prompt_ids(CHAT, tools=tools)
