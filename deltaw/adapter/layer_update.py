@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deltaw.base.batch import Passing
 from deltaw.base.frozen import FrozenLinear
+from deltaw.errors import InputError
 from deltaw.kernels.lora import Factors
 
 
@@ -26,15 +27,16 @@ class Carried:
         self.passing = passing
         self.numbers: list[int] = []
         self.first = 0
+        self._next = 0
 
     def free(self) -> int:
-        """The lowest number that isn't taken."""
-        return next(number for number in range(len(self.numbers) + 1) if number not in self.numbers)
+        """A number that no update has had: what somebody keeps by number is never another's."""
+        return self._next
 
     def add(self, number: int) -> None:
         """One more update is there."""
         self.numbers = sorted([*self.numbers, number])
-        self.first = self.numbers[0]
+        self.first, self._next = self.numbers[0], max(self._next, number + 1)
 
     def remove(self, number: int) -> None:
         """And gone."""
@@ -76,6 +78,11 @@ class LayerUpdate(nn.Module, abc.ABC):
     def constants(self) -> dict[str, Tensor]:
         """What an initialiser left that doesn't train, by the names that checkpoints use."""
         return {}
+
+    def times(self, factor: float) -> "LayerUpdate":
+        """Another update of the same layer, factor · ΔW, which shares this one's tensors. InputError where no multiple
+        of it is an update of its kind, or it would share nothing."""
+        raise InputError("only LoRA's scale can be chosen for each request", fix="ask for scale 1, or for 0, the base")
 
     @abc.abstractmethod
     def factors(self) -> Any:

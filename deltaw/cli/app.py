@@ -95,11 +95,12 @@ def display(quiet: bool = False) -> "Display":
     return Display(quiet=quiet)
 
 
-def show(result: Result | None, as_json: bool) -> None:
-    """A verb's Result on stdout, as JSON or as text for people, and its exit code. None: another process shows it."""
+def show(result: Result | None, as_json: bool, *, now: bool = False) -> None:
+    """A verb's Result on stdout, as JSON or as text for people, and its exit code. None: another process shows it.
+    `now`: the verb goes on, and whoever reads a pipe mustn't wait for its end."""
     if result is None:
         return
-    print(_json(result) if as_json else result.text)
+    print(_json(result) if as_json else result.text, flush=now)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 

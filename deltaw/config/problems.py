@@ -28,17 +28,20 @@ def refusal(
     section: str = "",
     file: str = "",
     node: Any = None,
+    overrides: Sequence[str] = (),
     words: Mapping[str, str] | None = None,
 ) -> str:
     """All that is wrong with `name`, a value of `root`. `section`: where in the run file that stands; `file` and its
-    YAML tree: where it was read from. `words`: what other tools call a key of a file that is no run file: what to do
-    instead."""
+    YAML tree: where it was read from; `overrides`: the keys that were given beside it. `words`: what other tools call a
+    key of a file that is no run file: what to do instead."""
     found = _ranked(error)
     lines = _renamed(found, section, file) if len(found) > MAX_LISTED and words is None else []
     left = [problem for problem in found if not (lines and _other_name(problem))]
     for problem in left:
         line = line_of(node, problem["loc"])
         where = f"{file}:{line}: " if line else f"{file}: " if file else ""
+        if any(f"{'.'.join(map(str, problem['loc']))}.".startswith(f"{key}.") for key in overrides):
+            where = "override: "
         lines.append(where + _problem(problem, root, section, words))
     return "\n".join([f"{name} has {len(found)} problem{'s' * (len(found) > 1)}:", listed(lines)])
 
