@@ -15,7 +15,7 @@ Letters: R rows, L longest prompt, T tokens so far, V vocabulary.
 import abc
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +39,8 @@ class Row:
 
     `number` names it to its caller, and says with the seed which uniform numbers it draws; `room` is how many tokens it
     may become longer; `update` is which of the layers' updates it takes: a number, `BASE`, or None for the
-    first.
+    first. `key` says what that update is, by content; `logprobs`, how many of the likeliest tokens are told beside each
+    new one (None: not even its own log-probability); `bias` is added to the logits of these tokens.
     """
 
     id: int
@@ -49,6 +50,9 @@ class Row:
     number: int
     room: int
     update: int | None = None
+    key: bytes = b""
+    logprobs: int | None = None
+    bias: Mapping[int, float] = field(default_factory=dict)
     new: list[int] = field(default_factory=list)
     noise: list[float] = field(default_factory=list)
 
