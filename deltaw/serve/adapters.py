@@ -242,9 +242,9 @@ class Adapters:
         """The one that a request takes now, on the model."""
         self.get(name)
         look, version, time = self._folder.look(name), self._live.get(name), now()
-        if version is not None and not wanted_now and look.half_of(version.look, time):
-            return self._used(version)
-        if version is not None and self._same(version, look, time):
+        half = version is not None and not wanted_now and look.half_of(version.look, time)
+        if version is not None and (half or self._same(version, look, time)):
+            self.figures.adapter_hits += 1
             return self._used(version)
         self.figures.adapter_misses += 1
         try:

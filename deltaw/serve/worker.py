@@ -205,8 +205,9 @@ class Worker:
             self._end(running, "cancelled")
 
     def _begin_some(self) -> None:
-        """What is waiting and has a place."""
-        while (job := self._next()) is not None:
+        """What is waiting and has a place. Those that run wait for one adapter to be put on, and not for several."""
+        loads = self._figures.adapter_loads
+        while self._figures.adapter_loads == loads and (job := self._next()) is not None:
             if not job.wanted():
                 continue
             try:
