@@ -21,16 +21,25 @@ SLIP, GUESS = 0.75, 0.5  # how alike two words are, of which one is surely the o
 
 
 def refusal(
-    error: ValidationError, root: type[BaseModel], name: str, *, section: str = "", file: str = "", node: Any = None
+    error: ValidationError,
+    root: type[BaseModel],
+    name: str,
+    *,
+    section: str = "",
+    file: str = "",
+    node: Any = None,
+    overrides: Sequence[str] = (),
 ) -> str:
     """All that is wrong with `name`, a value of `root`. `section`: where in the run file that stands; `file` and its
-    YAML tree: where it was read from."""
+    YAML tree: where it was read from; `overrides`: the keys that were given beside it."""
     found = _ranked(error)
     lines = _renamed(found, section, file) if len(found) > MAX_LISTED else []
     left = [problem for problem in found if not (lines and _other_name(problem))]
     for problem in left:
         line = line_of(node, problem["loc"])
         where = f"{file}:{line}: " if line else f"{file}: " if file else ""
+        if any(f"{'.'.join(map(str, problem['loc']))}.".startswith(f"{key}.") for key in overrides):
+            where = "override: "
         lines.append(where + _problem(problem, root, section))
     return "\n".join([f"{name} has {len(found)} problem{'s' * (len(found) > 1)}:", listed(lines)])
 
