@@ -34,7 +34,7 @@ class Ask:
     `MOST_SCALE`).
 
     `stop`: texts at which an answer ends, left out of it. `logprobs`: of each token its own and those of so many likely
-    ones. `bias`: what is added to a token's logit. `n`: how many answers. `echo`: the prompt comes first, with its
+    ones. `stop_ids`: tokens that end an answer, None for the model's own. `bias`: what is added to a token's logit. `n`: how many answers. `echo`: the prompt comes first, with its
     logprobs where they are asked for; without `answer` it is all that comes (OpenAI's `max_tokens: 0`). `client`: whom
     it is from; waiting clients take turns.
     """
@@ -50,6 +50,7 @@ class Ask:
     echo: bool = False
     answer: bool = True
     client: str = ""
+    stop_ids: frozenset[int] | None = None
 
 
 @dataclass(frozen=True)

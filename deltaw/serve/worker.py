@@ -271,7 +271,7 @@ class Worker:
                 id = engine.add(
                     ask.prompt,
                     ask.sampling,
-                    self.model.renderer.stop_ids,
+                    self.model.renderer.stop_ids if ask.stop_ids is None else ask.stop_ids,
                     number=index,
                     update=taken.number,
                     key=taken.key,
