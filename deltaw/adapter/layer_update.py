@@ -27,16 +27,15 @@ class Carried:
         self.passing = passing
         self.numbers: list[int] = []
         self.first = 0
-        self._next = 0
 
     def free(self) -> int:
-        """A number that no update has had: what somebody keeps by number is never another's."""
-        return self._next
+        """The lowest number that isn't taken."""
+        return next(number for number in range(len(self.numbers) + 1) if number not in self.numbers)
 
     def add(self, number: int) -> None:
         """One more update is there."""
         self.numbers = sorted([*self.numbers, number])
-        self.first, self._next = self.numbers[0], max(self._next, number + 1)
+        self.first = self.numbers[0]
 
     def remove(self, number: int) -> None:
         """And gone."""
