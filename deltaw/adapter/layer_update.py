@@ -28,17 +28,16 @@ class Carried:
         self.passing = passing
         self.numbers: list[int] = []
         self.first = 0
-        self._next = 0
         self.changes = 0  # how often one came or went
 
     def free(self) -> int:
-        """A number that no update has had: what somebody keeps by number is never another's."""
-        return self._next
+        """The lowest number that isn't taken."""
+        return next(number for number in range(len(self.numbers) + 1) if number not in self.numbers)
 
     def add(self, number: int) -> None:
         """One more update is there."""
         self.numbers = sorted([*self.numbers, number])
-        self.first, self._next = self.numbers[0], max(self._next, number + 1)
+        self.first = self.numbers[0]
         self.changes += 1
 
     def remove(self, number: int) -> None:
