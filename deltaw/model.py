@@ -196,11 +196,10 @@ def open_model(
         display.say(
             f"{named.name} was trained under another chat template than this tokenizer's, so answers may suffer"
         )
-    if (form := adapter.base.weights) != opened.rounded:
-        here = opened.rounded or str(opened.dtype).removeprefix("torch.")
+    if adapter.base.weights != opened.rounded:
         display.say(
-            f"{named.name} was trained on {form or 'unrounded'} weights of its base, which is in {here} here: "
-            "answers differ a little from those that were measured"
+            f"{named.name} was trained on {adapter.base.weights_in_words} weights of its base, and here are "
+            f"{model.id.weights_in_words}: answers differ a little from those that were measured"
         )
     return replace(model, attached=attach(opened.model, adapter))
 

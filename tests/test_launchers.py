@@ -142,7 +142,7 @@ def test_ray(folder: tuple[Path, str | None], monkeypatch: pytest.MonkeyPatch) -
     for module in (package, train, torch_):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     started: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "run", lambda words, check: started.append(words))
+    monkeypatch.setattr(subprocess, "run", lambda words, check, env, cwd: started.append(words))
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     monkeypatch.setattr(sys, "argv", ["ray_train.py", "run.yaml", str(run), "2", "4"])
     runpy.run_path(str(RECIPES / "ray_train.py"), run_name="__main__")

@@ -54,7 +54,8 @@ DELTAS, RECORD = "delta.safetensors", "deltaw.json"
 class BaseId:
     """Which base an adapter belongs to, and how it is asked. Empty fields are unknown (an adapter made by another
     tool); `system` is the prompt that all chats of its training began with, empty where there was none. `weights`: the
-    form in which the base's matrices were rounded for its training (base/packing.py), empty where none was."""
+    form in which the base's matrices had other digits in its training than its files have (nf4, int8, keep), empty
+    where they had the same."""
 
     name: str = ""
     revision: str | None = None
@@ -62,6 +63,11 @@ class BaseId:
     template: str = ""
     system: str = ""
     weights: str = ""
+
+    @property
+    def weights_in_words(self) -> str:
+        """For people: "trained on … weights of the base"."""
+        return {"": "the files' own", "keep": "the GGUF's own, unrounded"}.get(self.weights, self.weights)
 
     def mismatch(self, other: "BaseId") -> str | None:
         """Why an adapter of this base may not be put on `other`, or None. Weights and settings count, names don't."""

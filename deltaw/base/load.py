@@ -53,8 +53,9 @@ class Base:
 
     @property
     def rounded(self) -> str:
-        """The form in which its matrices lost digits; empty where they lost none."""
-        return self.weights if self.weights in QUANTISED else ""
+        """The form in which its matrices have other digits than its folder's files: quantised, or a GGUF's own before
+        they were rounded to bfloat16; empty where they have the same."""
+        return self.weights if self.weights in (*QUANTISED, "keep") else ""
 
     @property
     def kept(self) -> str:

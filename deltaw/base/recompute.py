@@ -120,14 +120,18 @@ def blocks_of(model: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def check_way(way: str, device: torch.device, blocks: Sequence[str]) -> None:
-    """Raise InputError where `train.checkpointing` asks for what can't be done on this device, or with this adapter."""
+def check_device(way: str, device: torch.device) -> None:
+    """Raise InputError where `train.checkpointing` asks for what can't be done on this device."""
     if way == "offload" and device.type != "cuda":
         raise InputError(
             f"train.checkpointing: offload moves activations from a GPU to the machine's memory, and this is a run on "
             f"{device.type}, where they already are",
             fix="set train.checkpointing: blocks, or leave it out: it is chosen where memory is short",
         )
+
+
+def check_blocks(way: str, blocks: Sequence[str]) -> None:
+    """Raise InputError where it asks for what can't be done with this adapter."""
     if way in ("blocks", "offload") and not blocks:
         raise InputError(
             f"train.checkpointing: {way} runs layers again, and the adapted modules lie in no list of layers",

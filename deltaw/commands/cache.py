@@ -79,9 +79,12 @@ def _models() -> list[Item]:
         if path.name.startswith(".") or not (path / "config.json").is_file():
             continue
         try:
-            model_type = read_json(path / "config.json", allow_nan=True).get("model_type", "a model")
+            config = read_json(path / "config.json", allow_nan=True)
+            name, layers, width = (config.get(key, "?") for key in ("model_type", "num_hidden_layers", "hidden_size"))
             size = sum(file.stat().st_size for file in path.iterdir())
-            items.append(Item("model", f"a GGUF of type {model_type}, converted", path, size, _used(path)))
+            items.append(
+                Item("model", f"{name} of {layers} layers, {width} wide, out of a GGUF", path, size, _used(path))
+            )
         except (InputError, OSError):
             continue
     return items

@@ -85,7 +85,7 @@ def prepared(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", d
 
     def waiting(owner: str) -> None:
         waited.append(owner)
-        display.say(f"process {owner} is preparing these rows: waiting for it")
+        display.say(f"another process ({owner}) is preparing these rows: waiting for it")
 
     with contextlib.ExitStack() as stack:
         try:
@@ -200,8 +200,10 @@ def store(key: Key, dataset: Dataset, say: Callable[[str], object]) -> bool:
     size = stream_size(entries, {"format": "pt"})
     try:
         make_room(size)
-        if size > LIMIT or size + SPARE > shutil.disk_usage(rows_folder()).free:
-            say(f"prepared rows aren't kept: they take {gib(size)}, which is too much for the cache")
+        free = shutil.disk_usage(rows_folder()).free
+        if size > LIMIT or size + SPARE > free:
+            room = f"the cache holds {gib(LIMIT)}" if size > LIMIT else f"the disk of {rows_folder()} has {gib(free)}"
+            say(f"prepared rows aren't kept: they take {gib(size)}, and {room}")
             return False
         with replacing(key.file, size, private=True) as temporary:
             temporary.unlink()

@@ -1,7 +1,7 @@
 """A run on a Ray cluster: python recipes/ray_train.py RUN.yaml RUNFOLDER [NODES [GPUS]]
 
-One Ray worker per node starts torchrun there. RUNFOLDER is the run file's output, in a folder that all nodes share; a
-worker that fails makes Ray start all of them again, and the run resumes.
+One Ray worker per node starts torchrun there, in the folder that this is called in, which all nodes share. RUNFOLDER is
+the run file's output. A worker that fails makes Ray start all of them again, and the run resumes.
 """
 
 import os
@@ -29,13 +29,20 @@ def node(given: dict) -> None:
             *("-m", "deltaw", "train", what),
         ],
         check=True,
+        env={**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240"},  # seconds to save a step in; 30 by itself
+        cwd=given["home"],  # Ray's workers begin in a folder of their own; what the run file names lies here
     )
 
 
 def main(run_file: str, folder: str, nodes: str = "2", gpus: str = "8") -> None:
     trainer = TorchTrainer(
         node,
-        train_loop_config={"run_file": run_file, "folder": os.path.abspath(folder), "gpus": int(gpus)},
+        train_loop_config={
+            "run_file": os.path.abspath(run_file),
+            "folder": os.path.abspath(folder),
+            "home": os.getcwd(),
+            "gpus": int(gpus),
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=int(nodes),
             use_gpu=True,

@@ -23,6 +23,8 @@ fi
 what=$run_file
 [ -f "$folder/config.yaml" ] && what=$folder
 
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240 # seconds in which a step is finished and saved; torchrun gives 30 by itself
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun doesn't ask sbatch for it
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" \

@@ -55,12 +55,12 @@ class Trained:
     @property
     def form_note(self) -> str | None:
         """That the base's files aren't quite what it was trained on, where they aren't."""
-        form = self.adapter.base.weights
+        base = self.adapter.base
         line = (
-            f"it was trained on {form} weights of the base, and what is shipped goes on the base's own: "
-            "answers may differ a little from those that were measured"
+            f"it was trained on {base.weights_in_words} weights of the base, and what is shipped goes on its files' "
+            "own: answers may differ a little from those that were measured"
         )
-        return line if form else None
+        return line if base.weights else None
 
 
 def open_trained(name: str | Path, *, base: str | None = None, display: Display | None = None) -> Trained:

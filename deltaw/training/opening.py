@@ -24,7 +24,7 @@ from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
 from deltaw.base.load import check_weights, open_base, open_skeleton, pick_device, read_config
 from deltaw.base.prefix import lowest_layer
-from deltaw.base.recompute import blocks_of, check_way
+from deltaw.base.recompute import blocks_of, check_blocks, check_device
 from deltaw.base.source import Source, find_base
 from deltaw.config import RunConfig
 from deltaw.config.own_rows import rows_to_keep, with_names
@@ -129,6 +129,7 @@ def open_run(
     that the config names. `lineage`: the run's, if it has begun; the adapter that it starts from isn't needed any more
     where a checkpoint is there."""
     check_loggers(config.train.log_to)
+    check_device(config.train.checkpointing, pick_device(config.train.device))
     bound_caches()
     metrics = open_metrics(config.evaluate.metrics, consent)
     source = find_base(config.base, display=display)
@@ -141,8 +142,7 @@ def open_run(
     targets = find_targets(skeleton, config.adapter)
     if targets.words:
         display.say(f"adapted: {targets.words}")
-    if config.train.checkpointing in ("blocks", "offload"):
-        check_way(config.train.checkpointing, pick_device(config.train.device), blocks_of(skeleton, targets.paths))
+    check_blocks(config.train.checkpointing, blocks_of(skeleton, targets.paths))
     _, renderer, dataset = open_dataset(config, display, source)
     limits, rows = Limits.of(skeleton), dataset.rows
     limits.check(rows)
