@@ -42,7 +42,7 @@ from deltaw.errors import InputError
 from deltaw.generate.batches import Batches
 from deltaw.generate.cache import Cache, Row, context, evaluating, text_config
 from deltaw.generate.logprobs import Logprobs, logprobs_of, score
-from deltaw.generate.sampling import Sampling, choose
+from deltaw.generate.sampling import NotFinite, Sampling, choose
 from deltaw.generate.slots import Slots
 from deltaw.generate.together import come_to_rest
 from deltaw.show.progress import Progress, unseen
@@ -122,8 +122,8 @@ class Engine:
         """The next token of every row that has a place, and None after a row's last one. The stop token that ended a
         row is left out.
 
-        Raises RunError where the model gives no logits; what came before is in the next step's, and the row that it
-        names may be cancelled.
+        Raises NotFinite where the model gives no logits; what came before is in the next step's, and the rows whose ids
+        it has may be cancelled.
         """
         if self._waiting or not self._modules:  # looking for them is felt in a step of one token
             self._modules = list(self.model.modules())
@@ -225,7 +225,10 @@ class Engine:
             some = [rows[at] for at in ats]
             u_R = torch.tensor([row.u for row in some], device=self._device)
             part_RV = logits_RV if len(ats) == len(rows) else logits_RV[ats]
-            ids_R = choose(part_RV, some[0].sampling, u_R, [row.number for row in some])
+            try:
+                ids_R = choose(part_RV, some[0].sampling, u_R, [row.number for row in some])
+            except NotFinite as error:
+                raise NotFinite(error.what, [some[at].id for at in error.rows]) from None
             for at, token in zip(ats, ids_R.tolist(), strict=True):
                 tokens[at] = token
         return tokens
