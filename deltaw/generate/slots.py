@@ -43,6 +43,7 @@ from deltaw.generate.cache import Cache, Row, segments_for
 from deltaw.generate.sampling import Sampling
 from deltaw.generate.together import Trial
 from deltaw.kernels.attention import Documents, packed_attention
+from deltaw.kernels.bags import making
 from deltaw.kernels.decode import cached_attention
 
 SMALLEST = 64  # places of a slot
@@ -180,8 +181,9 @@ class Slots(Cache):
 
     share = 8
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
+    def __init__(self, model: nn.Module, *, alone: bool = False) -> None:
+        """`alone`: there is never more than one row."""
+        self.model, self.alone = model, alone
         self.device = next(model.parameters()).device
         self.shelves: dict[int, Shelf] = {}  # by capacity
         self.shelf_of: dict[Row, Shelf] = {}
@@ -274,7 +276,7 @@ class Slots(Cache):
                 del self.shelves[shelf.capacity]
 
     def _run(self, this: Pass, ids: Tensor, positions: Tensor, **options: Tensor) -> Tensor:
-        with passing_of(self.model).running(this):
+        with passing_of(self.model).running(this), making(self.alone):
             out = self.model(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True, **options)
         logits: Tensor = out.logits
         return logits

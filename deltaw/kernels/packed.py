@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from deltaw.kernels.bags import bags_for
 from deltaw.kernels.weight import Weight
 
 TILE = 2**20  # numbers of a tile on a CPU: 4 MB in float32, which stays in the cache between unpacking and product
@@ -40,6 +41,11 @@ class PackedWeight(Weight):
     @abc.abstractmethod
     def unpack(self, index: Tensor | slice) -> Tensor:
         """Those rows of W [K, N], new, in any floating type that loses none of what the bits mean."""
+
+    def coded(self, index: slice) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Those rows as w = d · q + m: whole numbers q [K, N] in [−128, 127], d [K, G] and m [K, G] (None: 0) in
+        float32, N / G of a row to each. None where the format isn't that, and for products in another type."""
+        return None
 
     def with_parts(self, parts: Mapping[str, Tensor]) -> "PackedWeight":
         """The same matrix in other tensors of the same names: moved to a device, or gathered."""
@@ -75,6 +81,8 @@ class PackedWeight(Weight):
     @torch.no_grad()
     def matmul(self, x_TN: Tensor, bias_M: Tensor | None = None) -> Tensor:
         rows_TN = x_TN.reshape(-1, x_TN.shape[-1])
+        if (bags := bags_for(self, rows_TN)) is not None:
+            return bags.matmul(rows_TN, bias_M).view(*x_TN.shape[:-1], self._shape[0])
         y_TM = rows_TN.new_empty(len(rows_TN), self._shape[0])
         for tile in self._tiles():
             w_NK = self.unpack(tile).to(x_TN.dtype).T
