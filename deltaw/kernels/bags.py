@@ -23,11 +23,12 @@ Letters: M outputs, N inputs, T rows of x, G groups of a row that share a scale.
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -63,17 +64,32 @@ class Bags:
         self.each_N = torch.arange(n, dtype=torch.int32)
         self.starts_G = torch.arange(0, n, n // len(self.d_GM), dtype=torch.int32)
 
+    @staticmethod
+    def take(x_TN: Tensor) -> bool:
+        """Whether they are for these rows: few, in float32, of a step of decoding."""
+        few = len(x_TN) <= FEW and x_TN.dtype == torch.float32 and not x_TN.is_cuda
+        return few and torch.is_inference_mode_enabled()
+
     def matmul(self, x_TN: Tensor, bias_M: Tensor | None) -> Tensor:
-        """x Wᵀ + bias of a float32 x."""
-        y_TM = torch.stack([self._row(x_N) for x_N in x_TN])
+        """x Wᵀ + bias."""
+        x_TN = x_TN.contiguous()
+        if len(x_TN) == 1:
+            y_TM = self._row(x_TN[0]).unsqueeze(0)
+        else:
+            y_TM = torch.stack([self._row(x_N) for x_N in x_TN.unbind()])
         if self.m_GM is not None:
-            y_TM.addmm_(x_TN.unflatten(1, (len(self.m_GM), -1)).sum(2), self.m_GM)
+            y_TM.addmm_(x_TN.view(len(x_TN), len(self.m_GM), -1).sum(2), self.m_GM)
         return y_TM if bias_M is None else y_TM.add_(bias_M)
 
     def _row(self, x_N: Tensor) -> Tensor:
-        bags = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
-        sums_GM: Tensor = bags(self.table, self.each_N, self.starts_G, False, 0, False, x_N.contiguous(), None, False)
-        return sums_GM.mul_(self.d_GM).sum(0)
+        sums_GM: Tensor = _bag()(self.table, self.each_N, self.starts_G, False, 0, False, x_N, None, False)
+        return sums_GM.mul_(self.d_GM).sum(0) if len(sums_GM) > 1 else sums_GM.mul_(self.d_GM)[0]
+
+
+@functools.cache
+def _bag() -> Any:
+    """PyTorch's bag over bytes."""
+    return torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default
 
 
 _bags: "WeakIdKeyDictionary" = WeakIdKeyDictionary()  # by the matrix's first part, which outlives what reads it
@@ -94,7 +110,7 @@ def making(make: bool) -> Iterator[None]:
 
 def bags_for(weight: "PackedWeight", x_TN: Tensor) -> Bags | None:
     """The matrix for so few rows in a step of decoding; None where tiles must do."""
-    if len(x_TN) > FEW or not torch.is_inference_mode_enabled() or x_TN.dtype != torch.float32 or x_TN.is_cuda:
+    if not Bags.take(x_TN):
         return None
     part = next(iter(weight.parts.values()))
     if _making.get() and part not in _bags:
