@@ -71,7 +71,7 @@ class Engine:
         self.model, self.batch_size = model, batch_size
         self._device = next(model.parameters()).device
         with evaluating(model):
-            self._slots = Slots(model, piece) if Slots.hold(model) else None
+            self._slots = Slots(model, piece, alone=batch_size == 1) if Slots.hold(model) else None
         self._batches = Batches(model, alone=batch_size == 1, beyond=self._slots is not None)
         self._waiting: list[Row] = []
         self._live: dict[Row, Cache] = {}

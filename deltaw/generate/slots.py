@@ -50,6 +50,7 @@ from deltaw.generate.sampling import Sampling
 from deltaw.generate.shelf import SMALLEST, Part, Shelf
 from deltaw.generate.together import Trial
 from deltaw.kernels.attention import Documents
+from deltaw.kernels.bags import making
 
 KEPT = 16_384  # tokens of rows that have left, beside those of the rows themselves
 
@@ -59,8 +60,10 @@ class Slots(Cache):
 
     share, patience = 8, 8
 
-    def __init__(self, model: nn.Module, piece: int | None = None) -> None:
+    def __init__(self, model: nn.Module, piece: int | None = None, *, alone: bool = False) -> None:
+        """`piece`: the most tokens of prompts in a pass. `alone`: there is never more than one row."""
         self.model: Any = model
+        self.alone = alone
         self.device = next(model.parameters()).device
         self.piece = piece or (GPU_PIECE if self.device.type == "cuda" else PIECE)
         self.shelves: dict[int, Shelf] = {}  # by capacity: of the rows that go on
@@ -229,7 +232,7 @@ class Slots(Cache):
             del self.stored[row]
 
     def _run(self, this: Pass, ids: Tensor, positions: Tensor, **options: Tensor) -> Tensor:
-        with passing_of(self.model).running(this):
+        with passing_of(self.model).running(this), making(self.alone):
             out = self.model(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True, **options)
         logits: Tensor = out.logits
         return logits
