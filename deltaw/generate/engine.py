@@ -48,6 +48,7 @@ from deltaw.generate.together import come_to_rest
 from deltaw.show.progress import Progress, unseen
 
 TOKENS_AT_ONCE = 65_536  # of all rows together: bounds the cache (4 GB for an 8B model), whatever batch_size says
+ALL_AT_ONCE = 4096  # tokens of prompts in a step where only the end counts
 NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
@@ -61,15 +62,16 @@ class Event(NamedTuple):
 
 class Engine:
     """Decodes up to `batch_size` rows at a time. Modes and gradients are set for each step: what the caller does in
-    between is its own. `close` it when rows may be left. Raises InputError for a batch size below 1."""
+    between is its own. `piece` is the most tokens of prompts in a step; None: as few as cost no more for it, so that no
+    row waits long for its next token. `close` it when rows may be left. Raises InputError for a batch size below 1."""
 
-    def __init__(self, model: nn.Module, *, batch_size: int = 128) -> None:
+    def __init__(self, model: nn.Module, *, batch_size: int = 128, piece: int | None = None) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; it must be at least 1")
         self.model, self.batch_size = model, batch_size
         self._device = next(model.parameters()).device
         with evaluating(model):
-            self._slots = Slots(model) if Slots.hold(model) else None
+            self._slots = Slots(model, piece, alone=batch_size == 1) if Slots.hold(model) else None
         self._batches = Batches(model, alone=batch_size == 1, beyond=self._slots is not None)
         self._waiting: list[Row] = []
         self._live: dict[Row, Cache] = {}
@@ -257,7 +259,8 @@ def answers(
     """
     for number, prompt in prompts.items():
         check(model, prompt, number)
-    engine = Engine(model, batch_size=min(batch_size, max(1, len(prompts))))
+    # Nobody waits for single tokens: rows that begin together are fewer steps.
+    engine = Engine(model, batch_size=min(batch_size, max(1, len(prompts))), piece=ALL_AT_ONCE)
     new: dict[int, list[int]] = {number: [] for number in prompts}
     # The longest first, so that rows that are padded are of like length.
     order = sorted(prompts, key=lambda number: len(prompts[number]), reverse=True)

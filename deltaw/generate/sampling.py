@@ -52,7 +52,7 @@ def choose(logits_RV: Tensor, sampling: Sampling, u_R: Tensor, numbers: Sequence
         prompts = f" for prompt {named[0]}" + (f" and {len(named) - 1} more" if named[1:] else "") if named else ""
         raise NotFinite(f"the model's logits are NaN or infinite{prompts}", broken)
     if sampling.temperature == 0:
-        return logits_RV.argmax(-1)
+        return _first_of(logits_RV, largest_R)
     # Less the maximum before the division: a tiny temperature would overflow to inf - inf.
     logits_RV = logits_RV.float()
     logits_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6)
@@ -70,6 +70,17 @@ def choose(logits_RV: Tensor, sampling: Sampling, u_R: Tensor, numbers: Sequence
     # right=True: the first place whose sum is above the target, never a token of probability 0.
     place_R1 = torch.searchsorted(cumulative_RV, target_R1, right=True).clamp_max(p_RV.shape[1] - 1)
     return (place_R1 if order_RV is None else order_RV.gather(1, place_R1))[:, 0]
+
+
+def _first_of(logits_RV: Tensor, largest_R: Tensor) -> Tensor:
+    """Where each row's largest first stands, as `argmax`, which takes 15 times as long as the largest alone."""
+    vocabulary, size = logits_RV.shape[1], 256
+    if vocabulary % size:
+        return logits_RV.argmax(-1)
+    parts_RPS = logits_RV.unflatten(1, (-1, size))
+    part_R = (parts_RPS.amax(-1) == largest_R[:, None]).byte().argmax(-1)
+    within_RS = parts_RPS[torch.arange(len(part_R), device=part_R.device), part_R]
+    return part_R * size + within_RS.argmax(-1)
 
 
 def uniform_numbers(sampling: Sampling, number: int, count: int) -> list[float]:

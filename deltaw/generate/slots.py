@@ -50,6 +50,7 @@ from deltaw.generate.sampling import Sampling
 from deltaw.generate.shelf import SMALLEST, Part, Shelf
 from deltaw.generate.together import Trial
 from deltaw.kernels.attention import Documents
+from deltaw.kernels.bags import making
 
 KEPT = 16_384  # tokens of rows that have left, beside those of the rows themselves
 
@@ -59,10 +60,12 @@ class Slots(Cache):
 
     share, patience = 8, 8
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, piece: int | None = None, *, alone: bool = False) -> None:
+        """`piece`: the most tokens of prompts in a pass. `alone`: there is never more than one row."""
         self.model: Any = model
+        self.alone = alone
         self.device = next(model.parameters()).device
-        self.piece = GPU_PIECE if self.device.type == "cuda" else PIECE
+        self.piece = piece or (GPU_PIECE if self.device.type == "cuda" else PIECE)
         self.shelves: dict[int, Shelf] = {}  # by capacity: of the rows that go on
         self.filling: dict[int, Shelf] = {}  # and of those whose prompts are in pieces
         self.shelf_of: dict[Row, Shelf] = {}
@@ -229,7 +232,7 @@ class Slots(Cache):
             del self.stored[row]
 
     def _run(self, this: Pass, ids: Tensor, positions: Tensor, **options: Tensor) -> Tensor:
-        with passing_of(self.model).running(this):
+        with passing_of(self.model).running(this), making(self.alone):
             out = self.model(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True, **options)
         logits: Tensor = out.logits
         return logits
@@ -258,16 +261,16 @@ def _holds(model: nn.Module) -> bool:
     try:
         trial = Trial(model)
         truth_2RV = torch.stack([trial.logits([ids])[:, 0] for ids in (trial.short, trial.long)], 1)
-        slots, token = Slots(model), int(trial.other[0])
+        slots, token = Slots(model, piece=8), int(trial.other[0])
         short, long, again = (
             Row(n, tuple(ids.tolist()), Sampling(), set(), n, room=2)
             for n, ids in enumerate((trial.short, trial.long, trial.short))
         )
-        first_RV = _joined(slots, [short, long], piece=8)
+        first_RV = _joined(slots, [short, long])
         short.new, long.new, again.new = [token], [token], []
         ((_, second_RV),) = slots.steps()
         slots.leave(short)
-        third_V = _joined(slots, [again], piece=PIECE)[0]
+        third_V = _joined(slots, [again])[0]
         again.new = [token]
         ((rows, fourth_RV),) = slots.steps()
     except REFUSALS:
@@ -277,9 +280,8 @@ def _holds(model: nn.Module) -> bool:
     return all(trial.apart(mine, truth_2RV) <= trial.units for mine in (own_2RV, late_2RV.double()))
 
 
-def _joined(slots: Slots, rows: Sequence[Row], *, piece: int) -> Tensor:
+def _joined(slots: Slots, rows: Sequence[Row]) -> Tensor:
     """Logits [R, V] of the next token of rows that join."""
-    slots.piece = piece
     slots.join(rows)
     logits_V: dict[Row, Tensor] = {}
     while len(logits_V) < len(rows):

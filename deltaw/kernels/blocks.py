@@ -81,6 +81,10 @@ class BlockWeight(PackedWeight):
     def unpack(self, index: Tensor | slice) -> Tensor:
         return numbers_of(self.kind, {name: part[index] for name, part in self.parts.items()})
 
+    def coded(self, index: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        parts = {name: part[index] for name, part in self.parts.items()}
+        return _codes(self.kind, parts), *_scales(self.kind, parts)
+
 
 def numbers_of(kind: Format, parts: Parts) -> Tensor:
     """Some rows' numbers [K, N] in float32."""

@@ -30,6 +30,9 @@ class Int8Weight(PackedWeight):
         scales_K = self.parts["scales"][index].view(torch.float32)
         return self.parts["codes"][index].float().mul_(scales_K[:, None])
 
+    def coded(self, index: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.parts["codes"][index], self.parts["scales"][index].view(torch.float32)[:, None], None
+
 
 @torch.no_grad()
 def to_int8(w_MN: Tensor, dtype: torch.dtype) -> Int8Weight:

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from deltaw.kernels.bags import Bags, bags_for
 from deltaw.kernels.weight import Weight
 
 TILE = 2**20  # numbers of a tile on a CPU: 4 MB in float32, which stays in the cache between unpacking and product
@@ -36,15 +37,21 @@ class PackedWeight(Weight):
     def __init__(self, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.parts = dict(parts)
         self._shape, self._dtype = shape, dtype
+        self._bags: Bags | None = None
 
     @abc.abstractmethod
     def unpack(self, index: Tensor | slice) -> Tensor:
         """Those rows of W [K, N], new, in any floating type that loses none of what the bits mean."""
 
+    def coded(self, index: slice) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Those rows as w = d · q + m: whole numbers q [K, N] in [−128, 127], d [K, G] and m [K, G] (None: 0) in
+        float32, N / G of a row to each. None where the format isn't that, and for products in another type."""
+        return None
+
     def with_parts(self, parts: Mapping[str, Tensor]) -> "PackedWeight":
         """The same matrix in other tensors of the same names: moved to a device, or gathered."""
         other = copy.copy(self)
-        other.parts = dict(parts)
+        other.parts, other._bags = dict(parts), None
         return other
 
     @property
@@ -72,17 +79,25 @@ class PackedWeight(Weight):
     def rows(self, index: Tensor | slice) -> Tensor:
         return self.unpack(index).to(self._dtype)
 
-    @torch.no_grad()
     def matmul(self, x_TN: Tensor, bias_M: Tensor | None = None) -> Tensor:
-        rows_TN = x_TN.reshape(-1, x_TN.shape[-1])
+        rows_TN = x_TN if x_TN.ndim == 2 else x_TN.reshape(-1, x_TN.shape[-1])
+        self._bags = self._bags or bags_for(self, rows_TN)
+        if self._bags is not None and self._bags.take(rows_TN):
+            y_TM = self._bags.matmul(rows_TN, bias_M)
+        else:
+            y_TM = self._by_tiles(rows_TN, bias_M)
+        return y_TM if x_TN.ndim == 2 else y_TM.view(*x_TN.shape[:-1], self._shape[0])
+
+    @torch.no_grad()
+    def _by_tiles(self, rows_TN: Tensor, bias_M: Tensor | None) -> Tensor:
         y_TM = rows_TN.new_empty(len(rows_TN), self._shape[0])
         for tile in self._tiles():
-            w_NK = self.unpack(tile).to(x_TN.dtype).T
+            w_NK = self.unpack(tile).to(rows_TN.dtype).T
             if bias_M is None:
                 torch.mm(rows_TN, w_NK, out=y_TM[:, tile])
             else:
                 torch.addmm(bias_M[tile], rows_TN, w_NK, out=y_TM[:, tile])
-        return y_TM.view(*x_TN.shape[:-1], self._shape[0])
+        return y_TM
 
     @torch.no_grad()
     def matmul_t(self, g_TM: Tensor, onto: Tensor | None = None) -> Tensor:

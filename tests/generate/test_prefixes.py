@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from deltaw.adapter.attach import attach, detach
 from deltaw.adapter.layer import LoRAUpdate
 from deltaw.config import AdapterSpec
-from deltaw.generate import slots
 from deltaw.generate.cache import BASE, Row, evaluating
 from deltaw.generate.engine import Engine, generate
 from deltaw.generate.filling import Run, next_runs
@@ -66,8 +65,7 @@ def logits_of(cache: Slots, prompt: list[int], key: bytes) -> Tensor:
 def test_kept_beginnings_and_pieces_change_nothing(name: str) -> None:
     model = adapted(name)
     with evaluating(model):
-        plain, pieces, kept = Slots(model), Slots(model), Slots(model)
-        pieces.piece = 7
+        plain, pieces, kept = Slots(model), Slots(model, piece=7), Slots(model)
         for prompt in ([*SYSTEM[:13], *turn[41:44]] for turn in TURNS[:4]):  # below the border of "dynamic"
             whole = logits_of(plain, prompt, b"")
             for cache, key in ((pieces, b""), (kept, KEY), (kept, KEY)):
@@ -79,12 +77,11 @@ def test_kept_beginnings_and_pieces_change_nothing(name: str) -> None:
 def test_rows_that_begin_alike_get_what_they_get_alone(name: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(name)
     expected = generate(model, TURNS, NEW, set())
-    monkeypatch.setattr(slots, "PIECE", piece)
-    together, in_turn = Engine(model), Engine(model)
+    together, in_turn = (Engine(model, piece=piece) for _ in range(2))
     assert answered(together, TURNS, key=KEY) == expected
     assert answered(in_turn, TURNS, at_once=1, key=KEY) == expected
     assert min(together.reused, in_turn.reused) >= 3 * len(SYSTEM)  # also of rows that came at once
-    assert answered(Engine(model), TURNS) == expected
+    assert answered(Engine(model, piece=piece), TURNS) == expected
 
 
 def test_a_chats_next_turn_goes_on_from_the_last_ones_answer() -> None:
@@ -116,8 +113,7 @@ def test_another_update_under_the_same_number_reads_nothing_of_the_first() -> No
 def test_rows_of_several_updates_and_of_none_share_by_key_alone() -> None:
     model = adapted()
     updates = [moved(model, 1).number, moved(model, 50).number, 0, BASE]
-    engine = Engine(model, batch_size=3)
-    engine._slots.piece = 33  # type: ignore[union-attr]
+    engine = Engine(model, batch_size=3, piece=33)
     expected = {update: answered(Engine(model), TURNS, update=update) for update in updates}
     assert len({str(answers) for answers in expected.values()}) == len(updates)
     asked = [(update, n) for n in range(len(TURNS)) for update in updates]
@@ -132,11 +128,10 @@ def test_rows_of_several_updates_and_of_none_share_by_key_alone() -> None:
     assert engine.reused > len(asked) * len(SYSTEM) // 3
 
 
-def test_rows_that_go_on_get_a_token_between_two_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "PIECE", 8)
+def test_rows_that_go_on_get_a_token_between_two_pieces() -> None:
     model = adapted()
     expected = generate(model, [SYSTEM[:3], SYSTEM, SYSTEM[:4]], Sampling(max_new_tokens=20), set())
-    engine = Engine(model)
+    engine = Engine(model, piece=8)
     sampling = Sampling(max_new_tokens=20)
     going = engine.add(SYSTEM[:3], sampling)
     engine.step()
@@ -154,11 +149,10 @@ def test_rows_that_go_on_get_a_token_between_two_pieces(monkeypatch: pytest.Monk
     assert [got[going], got[long], got[short]] == expected
 
 
-def test_cancelling_within_a_long_prompt_frees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "PIECE", 8)
+def test_cancelling_within_a_long_prompt_frees_everything() -> None:
     model = adapted()
     for key in (b"", KEY):
-        engine = Engine(model)
+        engine = Engine(model, piece=8)
         cache = engine._slots
         assert cache is not None
         other = engine.add(SYSTEM[:4], NEW)
@@ -191,6 +185,20 @@ def test_a_piece_that_fails_is_run_again() -> None:
             if token is not None:
                 got[id].append(token)
     assert list(got.values()) == generate(model, TURNS[:3], NEW, set())
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_row_waits_for_company_but_not_for_long(ours: bool) -> None:
+    """Two places are free beside 14 long answers, of 16 that more rows than two wait for: they join after all."""
+    model = adapted() if ours else build(*ALL["llama"])
+    engine = Engine(model, batch_size=17)
+    for _ in range(16):
+        engine.add([5, 6], Sampling(max_new_tokens=100))
+    engine.step()
+    late = [engine.add([7, 8], Sampling(max_new_tokens=100)) for _ in range(3)]
+    steps = next(n for n in range(1, 100) if any(event.id in late for event in engine.step()))
+    assert 8 <= steps <= (10 if ours else 66)
+    engine.close()
 
 
 def stored(tokens: tuple[int, ...]) -> dict[nn.Module, Tensor]:

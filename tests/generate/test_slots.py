@@ -73,7 +73,7 @@ def test_a_layer_without_its_stand_in_is_found() -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_rows_join_grow_and_leave(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "SMALLEST", 4)  # so that rows move from shelf to shelf
-    monkeypatch.setattr(slots, "PIECE", 50)  # and long prompts come in pieces
+    monkeypatch.setattr(slots, "PIECE", 50)
     model = adapted(name, max_position_embeddings=128)
     truth = alone(model, LONG)
     sampling = Sampling(max_new_tokens=NEW)
