@@ -24,6 +24,7 @@ from deltaw.adapter.layer import AdaptedLinear
 from deltaw.adapter.layer_update import Carried, LayerUpdate
 from deltaw.base.frozen import weight_of
 from deltaw.kernels.stacked import Places, Stacks, stacked_linears
+from deltaw.kernels.weight import Weight
 
 NOBODY = -1  # in place of an update's number: the base alone
 
@@ -102,7 +103,7 @@ class _Group:
     def __init__(self, modules: tuple[nn.Module, ...]) -> None:
         self.modules = modules
         bases = [module.base.module if isinstance(module, AdaptedLinear) else module for module in modules]
-        self.layers = [(weight_of(base), base.bias) for base in bases]
+        self.layers: list[tuple[Weight, Any]] = [(weight_of(base), base.bias) for base in bases]
         self.adapted = [(at, module) for at, module in enumerate(modules) if isinstance(module, AdaptedLinear)]
         self.fits = all(module.sees_all for _, module in self.adapted)
         self.stacks: Stacks | None = None

@@ -64,7 +64,7 @@ class FusedMLP(StandIn):
             return self.original(x)
         own, ready = self._modules, self.passing.current.ready
         if ready is not None and (gu := ready.linears((own["gate_proj"], own["up_proj"]), x.flatten(0, -2))):
-            inner_TI = gated(*gu, self.activation)
+            inner_TI = gated(gu[0], gu[1], self.activation)
             return _linears(ready, (own["down_proj"],), inner_TI)[0].view(*x.shape[:-1], -1)
         gate, up, down = (_projection(own[name]) for name in ("gate_proj", "up_proj", "down_proj"))
         return lora_gated_mlp(x, gate, up, down, self.activation)

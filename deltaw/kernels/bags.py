@@ -28,24 +28,38 @@ import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
-
-if TYPE_CHECKING:
-    from deltaw.kernels.packed import PackedWeight
 
 FEW = 4  # rows
 ZERO = 128  # the byte of code 0
 SPARE = 2**31  # bytes of memory that stay free
 
 
+class Coded(Protocol):
+    """What is asked of a matrix in parts (packed.py)."""
+
+    parts: dict[str, Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, N)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+
+    def coded(self, index: slice) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Some rows as d · q + m, where they are that."""
+
+
 class Bags:
     """One matrix."""
 
-    def __init__(self, weight: "PackedWeight") -> None:
+    def __init__(self, weight: Coded) -> None:
         m, n = weight.shape
         tail = torch.tensor([1.0, -ZERO]).view(torch.uint8)  # scale and what is added, of a row of the table
         self.table = torch.empty(n, m + len(tail), dtype=torch.uint8)
@@ -108,7 +122,7 @@ def making(make: bool) -> Iterator[None]:
         _making.reset(token)
 
 
-def bags_for(weight: "PackedWeight", x_TN: Tensor) -> Bags | None:
+def bags_for(weight: Coded, x_TN: Tensor) -> Bags | None:
     """The matrix for so few rows in a step of decoding; None where tiles must do."""
     if not Bags.take(x_TN):
         return None
@@ -119,7 +133,7 @@ def bags_for(weight: "PackedWeight", x_TN: Tensor) -> Bags | None:
     return bags
 
 
-def _worth(weight: "PackedWeight") -> bool:
+def _worth(weight: Coded) -> bool:
     """Whether the processor has fast bags, the format codes, and the machine room."""
     wide = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     if not wide or weight.device.type != "cpu" or weight.coded(slice(0, 1)) is None:

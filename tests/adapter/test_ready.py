@@ -1,0 +1,79 @@
+"""What a step of decoding has ready of its layers is what the layers are now, whatever happened to them since."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import nn
+
+from deltaw.adapter.attach import Attached, attach, detach
+from deltaw.adapter.ready import NOBODY, Ready
+from deltaw.base.batch import Pass, passing_of, segments_of
+from deltaw.config import AdapterSpec
+from tests.adapter.test_several import moved
+from tests.architectures import tiny
+
+NAMES = ("q_proj", "k_proj", "v_proj")
+CPU = torch.device("cpu")
+
+
+def put(model: nn.Module, seed: int, **changes: object) -> Attached:
+    return moved(attach(model, AdapterSpec(**{"rank": 2, "alpha": 4, **changes})), seed)  # type: ignore[arg-type]
+
+
+def projections(model: nn.Module) -> tuple[nn.Module, ...]:
+    return tuple(model.get_submodule(f"model.layers.0.self_attn.{name}") for name in NAMES)
+
+
+@torch.no_grad()
+def same(model: nn.Module, ready: Ready, updates: Sequence[int]) -> bool:
+    """Whether the rows get from it what they get from the layers themselves."""
+    modules, x_TN = projections(model), torch.randn(len(updates), 32)
+    segments = segments_of(updates, range(len(updates) + 1)) or ()
+    with passing_of(model).running(Pass(segments=tuple(one for one in segments if one.update != NOBODY))):
+        wanted = [module(x_TN) for module in modules]
+    ready.begin(updates, CPU)
+    got = ready.linears(modules, x_TN)
+    return got is not None and all(torch.allclose(g, w, atol=1e-5) for g, w in zip(got, wanted, strict=True))
+
+
+def test_rows_of_any_adapters_that_come_and_go() -> None:
+    """Of unlike ranks, one that isn't on every layer, and none."""
+    model = tiny("llama")
+    ready = Ready(model)
+    assert same(model, ready, [NOBODY, NOBODY])  # before there is an adapter
+    one, two, three = put(model, 1), put(model, 2, rank=5), put(model, 3, targets=("k_proj",))
+    a, b, c = one.number, two.number, three.number
+    for rows in ([a, b], [b, a], [a, a, b, b], [c], [NOBODY, c, a, c], [b, NOBODY], [NOBODY], [a, b, c, a, NOBODY]):
+        assert same(model, ready, rows), rows
+    detach(two)
+    again = put(model, 4)
+    assert again.number == b and same(model, ready, [a, b, c])
+    with pytest.raises(ValueError, match="number"):
+        ready.begin([a, 17], CPU)
+
+
+def test_what_is_changed_in_place_is_seen_in_the_next_step() -> None:
+    model = tiny("llama")
+    one, two = put(model, 1), put(model, 2)
+    ready, rows = Ready(model), [one.number, two.number]
+    assert same(model, ready, rows)
+    moved(one, 5)  # as an optimiser does
+    assert same(model, ready, rows)
+    for update in two.layers.values():
+        update.scale = 7.0  # type: ignore[assignment]
+    assert same(model, ready, rows)
+    for attached in (two, one):
+        for update in attached.layers.values():
+            update.enabled = False
+        assert same(model, ready, rows)
+
+
+def test_updates_that_the_kernels_do_not_know_are_left_to_the_layers() -> None:
+    model = tiny("llama")
+    one, two = put(model, 1), put(model, 2, magnitude=True)
+    ready = Ready(model)
+    ready.begin([one.number, two.number], CPU)
+    assert ready.linears(projections(model), torch.randn(2, 32)) is None
+    assert same(model, ready, [one.number])
+    assert ready.linears(projections(model), torch.randn(2, 32)) is None  # rows that aren't the pass's
