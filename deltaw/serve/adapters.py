@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import sleep
 
 from deltaw.adapter.attach import Attached, at_scale, attach, discard, joins, sees_all_rows
 from deltaw.config import AdapterSpec
@@ -32,6 +33,7 @@ from deltaw.serve.figures import Figures
 from deltaw.serve.folder import Folder, Look, Read, now
 
 MEMORY = 2 << 30  # bytes, unless the caller knows better
+GONE, TICK = 5, 0.01  # how often, and after how many seconds, one that was there is looked for again
 IDLE_SCALES = 4  # of an adapter, for the next request: what comes and goes has a step's stacks built again
 
 
@@ -157,8 +159,13 @@ class Adapters:
         """Raises Unknown."""
         if name in self._dropped:
             raise Unknown(f"the adapter {name!r} was dropped", fix="load it again")
-        look, version = self._folder.look(name), self._live.get(name)
-        broken, error = self._broken.get(name, (None, None))
+        version, (broken, error) = self._live.get(name), self._broken.get(name, (None, None))
+        try:
+            look = self._folder.look(name)
+        except Unknown:  # of one that was there a moment ago, beginning a request will tell
+            if version is None:
+                raise
+            return version.served
         problem = str(error) if broken == look else ""
         return replace(version.served, problem=problem) if version else self._served(look, problem=problem)
 
@@ -209,7 +216,7 @@ class Adapters:
         if taken.version is not None:
             taken.version.leave(taken.scale)
             if taken.version in self._ending:
-                self.refresh()
+                self._sweep()
 
     def load(self, name: str) -> Served:
         """Serve it, also after `drop`, as its files are at this moment, and put it on the model. Raises as `take`."""
@@ -228,12 +235,13 @@ class Adapters:
         self._retire(name)
 
     def refresh(self) -> None:
-        """Take off what has been replaced or dropped and no request runs on, and what isn't in the folder any more."""
+        """Take off what isn't in the folder any more."""
         for name in list(self._live):
-            try:
-                self._folder.look(name)
-            except Unknown:
-                self._retire(name)
+            with suppress(Unknown):
+                self._look(name)
+
+    def _sweep(self) -> None:
+        """Take off what has been replaced or dropped and no request runs on."""
         for version in [version for version in self._ending if not version.running]:
             self._ending.remove(version)
             version.take_off()
@@ -241,8 +249,9 @@ class Adapters:
 
     def _version(self, name: str, *, wanted_now: bool = False) -> Version:
         """The one that a request takes now, on the model."""
-        self.get(name)
-        look, version, time = self._folder.look(name), self._live.get(name), now()
+        if name in self._dropped:
+            self.get(name)
+        version, look, time = self._live.get(name), self._look(name), now()
         half = version is not None and not wanted_now and look.half_of(version.look, time)
         if version is not None and (half or self._same(version, look, time)):
             self.figures.adapter_hits += 1
@@ -259,6 +268,18 @@ class Adapters:
                 return self._used(version)  # it may be being written
             self.figures.adapter_failures += 1
             self._broken[name] = look, error
+            raise
+
+    def _look(self, name: str) -> Look:
+        """What is there. A folder in which another takes its place by two renames is gone for a moment."""
+        for _ in range(GONE if name in self._live else 0):
+            with suppress(Unknown):
+                return self._folder.look(name)
+            sleep(TICK)
+        try:
+            return self._folder.look(name)
+        except Unknown:
+            self._retire(name)
             raise
 
     def _same(self, version: Version, look: Look, time: float) -> bool:
@@ -314,7 +335,8 @@ class Adapters:
         if size > self.memory:
             what = f"the adapter {name} takes {size / 2**20:,.0f} MiB, and adapters may take {self.memory / 2**20:,.0f}"
             raise InputError(what, fix="give the server's adapters more memory, or lower its rank: deltaw resize")
-        self.refresh()
+        if self.figures.adapter_bytes + size > self.memory:
+            self.refresh()
         idle = [version for version in self._live.values() if not version.running]
         idle.sort(key=lambda version: (version.served.name != name, version.used))
         while self.figures.adapter_bytes + size > self.memory:
@@ -328,10 +350,7 @@ class Adapters:
         version = self._live.pop(name, None)
         if version is not None:
             self._ending.append(version)
-            if not version.running:
-                self._ending.remove(version)
-                version.take_off()
-        self._count()
+            self._sweep()
 
     def _count(self) -> None:
         versions = (*self._live.values(), *self._ending)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -221,6 +222,15 @@ def test_one_that_is_gone_is_unknown_and_taken_off(adapters: Adapters, live: Pat
     assert adapters.figures.adapters_attached == 1
     adapters.release(taken)
     assert adapters.figures.adapters_attached == 0
+
+
+def test_one_that_is_away_for_a_moment_is_not_gone(adapters: Adapters, live: Path) -> None:
+    taken = adapters.take("lora1")
+    (live / "lora1").rename(live / ".away")
+    back = threading.Timer(0.02, lambda: (live / ".away").rename(live / "lora1"))
+    back.start()
+    assert adapters.take("lora1").number == taken.number
+    back.join()
 
 
 def test_dropped_is_unknown_until_it_is_loaded(adapters: Adapters, live: Path) -> None:
