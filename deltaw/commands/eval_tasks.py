@@ -1,4 +1,4 @@
-"""`deltaw eval --tasks`: a task file's figures with their intervals as a table; its rows as JSONL (evaluation/tasks.py)."""
+"""`deltaw eval --tasks`: a task file's figures with intervals as a table, its rows as JSONL (evaluation/tasks.py)."""
 
 import json
 import tempfile

@@ -26,10 +26,10 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 
 from deltaw.config.data import ColumnName
 from deltaw.config.evaluate import CALLED_ELSEWHERE, METRICS, located, metric_key, own_metric, unknown
-from deltaw.config.load import read_yaml
+from deltaw.config.load import read_yaml, shipped
 from deltaw.config.places import place
 from deltaw.config.problems import refusal
-from deltaw.config.sources import Sources, SourceValue, with_names
+from deltaw.config.sources import Sources, SourceValue, sources_of, with_names
 from deltaw.config.strict import Count, Seed, Strict
 from deltaw.errors import InputError
 from deltaw.files.paths import expand
@@ -139,6 +139,8 @@ class TaskConfig(Strict):
             raise ValueError(
                 f"data is missing: held-out rows have no {'choices' if self.form == 'choices' else 'tests'}"
             )
+        if self.data is not None and any(source.weight != 1 for source in sources_of(self.data)):
+            raise ValueError("data: a weight says how often a row is trained on, and here each counts once")
         if self.prompt is not None and not re.search(r"\{[^{}]+\}", self.prompt):
             raise ValueError("prompt names no {column}, so every row would be asked the same")
         return self
@@ -197,4 +199,4 @@ def load_tasks(path: Path) -> tuple[TaskConfig, ...]:
         raise InputError(refusal(error, TaskFile, str(path), file=str(path), node=node, words=WORDS)) from None
     except (TypeError, ValueError) as problem:
         raise InputError(f"{path} has 1 problem:\n  {path}: {problem}") from None
-    return file.located(path.parent)
+    return file.located(shipped(path).parent)

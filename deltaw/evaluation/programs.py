@@ -25,7 +25,7 @@ TOP_LEVEL = re.compile(r"^(?=[^\s)\]}])", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Tests:
+class Checks:
     """`asked`: the program's beginning, or a question; `test`: Python that raises where a program is wrong."""
 
     asked: str
@@ -33,7 +33,7 @@ class Tests:
     entry_point: str = ""
 
 
-def tests_of(value: Mapping[str, Any], asked: str) -> Tests:
+def checks_of(value: Mapping[str, Any], asked: str) -> Checks:
     """Of a row, its columns under the names that are known. Raises Rejected."""
     name = next((name for name in TESTS if value.get(name)), None)
     if name is None:
@@ -45,10 +45,10 @@ def tests_of(value: Mapping[str, Any], asked: str) -> Tests:
     entry = value.get("entry_point") or ""
     if not isinstance(entry, str) or (entry and not entry.isidentifier()):
         raise Rejected(f"entry_point {entry!r:.40} isn't the name of a function")
-    return Tests(asked, "\n".join(lines), entry)
+    return Checks(asked, "\n".join(lines), entry)
 
 
-def program_of(answer: str, tests: Tests) -> str:
+def program_of(answer: str, tests: Checks) -> str:
     """The whole program: what was written, and the tests."""
     blocks = BLOCK.findall(answer)
     code = blocks[-1] if blocks else answer

@@ -26,7 +26,7 @@ from deltaw.data.sources import read_sources
 from deltaw.errors import InputError, Rejected, listed
 from deltaw.evaluation.choices import LISTS, RIGHT, Choices, check_room, choices_of, texts_behind
 from deltaw.evaluation.held_out import prompt_and_truth
-from deltaw.evaluation.programs import TESTS, Tests, tests_of
+from deltaw.evaluation.programs import TESTS, Checks, checks_of
 from deltaw.evaluation.rows import own_data, rows_of_task
 from deltaw.files.encoding import without_setting
 from deltaw.model import Model
@@ -50,7 +50,7 @@ class Asked:
     truth: str = ""
     choices: Choices | None = None
     behind: tuple[Sequence[int], ...] = ()
-    tests: Tests | None = None
+    tests: Checks | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class _Read:
     tools: tuple[dict[str, Any], ...] = ()
     truth: str = ""
     choices: Choices | None = None
-    tests: Tests | None = None
+    tests: Checks | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _read(row: Row, task: TaskConfig, columns: Columns) -> _Read:
     known = {name: row.value[column] for name, column in columns.of(row.value).items()}
     choices = choices_of(known) if task.form == "choices" else None
     prompt, tools = _asked(row, task, known)
-    tests = tests_of(known, prompt if isinstance(prompt, str) else "") if PASSES in task.metrics else None
+    tests = checks_of(known, prompt if isinstance(prompt, str) else "") if PASSES in task.metrics else None
     truth = ""
     if not choices and not tests:
         values = (known.get(name) for name in TRUTHS)
