@@ -18,9 +18,10 @@ from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
 from deltaw.generate.cache import BASE
 from deltaw.model import Model
-from deltaw.serve.adapters import IDLE_SCALES, Adapters, Later
+from deltaw.serve.adapters import Adapters, Later
 from deltaw.serve.ask import Unknown
 from deltaw.serve.folder import AT_ONCE
+from deltaw.serve.version import IDLE_SCALES
 from tests.serve.canaries import Canaries, swapped
 
 
