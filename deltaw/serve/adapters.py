@@ -19,100 +19,22 @@ The scale of a request is one more number with the same tensors (`at_scale`); sc
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
+from time import sleep
 
-from deltaw.adapter.attach import Attached, at_scale, attach, discard, joins, sees_all_rows
+from deltaw.adapter.attach import Attached, attach, discard, joins, sees_all_rows
 from deltaw.config import AdapterSpec
 from deltaw.errors import DeltawError, InputError
-from deltaw.generate.cache import BASE
 from deltaw.model import Model
 from deltaw.serve.ask import Unknown
 from deltaw.serve.figures import Figures
 from deltaw.serve.folder import Folder, Look, Read, now
+from deltaw.serve.version import Served as Served
+from deltaw.serve.version import Taken, Version
 
 MEMORY = 2 << 30  # bytes, unless the caller knows better
-IDLE_SCALES = 4  # of an adapter, for the next request: what comes and goes has a step's stacks built again
-
-
-@dataclass(frozen=True)
-class Served:
-    """An adapter that is served: its name, the folder it lies in and its base's name. `modified`: when its files last
-    changed, in seconds since 1970; `system` and `template`: how it was asked in training, where that isn't the
-    tokenizer's own way.
-
-    Of the version that new requests take: `digest`, the sha256 of its files, and `number`, by which the model carries
-    it at scale 1; empty and None while it isn't on the model. `problem`: why the files can't be served as they are now.
-    """
-
-    name: str
-    path: Path
-    parent: str
-    modified: int = 0
-    rank: int | None = None
-    system: str = ""
-    template: Path | None = None
-    digest: str = ""
-    number: int | None = None
-    problem: str = ""
-
-
-@dataclass(eq=False)
-class Scaled:
-    """A version at some scale, under a number of its own, and how many requests take it."""
-
-    attached: Attached
-    running: int = 0
-
-
-@dataclass(eq=False)
-class Version:
-    """An adapter on the model. `settled`: files that look the same are the same; `used`: when it was last taken, as a
-    count; `running`: how many requests take it, at whatever scale."""
-
-    served: Served
-    look: Look
-    attached: Attached
-    bytes: int
-    settled: bool
-    used: int = 0
-    running: int = 0
-    scaled: dict[float, Scaled] = field(default_factory=dict)
-
-    def number_at(self, scale: float) -> int:
-        """What a request of that scale takes, counted as running."""
-        number = self.attached.number
-        if scale != 1:
-            if scale not in self.scaled:
-                idle = [other for other, scaled in self.scaled.items() if not scaled.running]
-                for other in idle[: max(0, len(idle) + 1 - IDLE_SCALES)]:
-                    discard(self.scaled.pop(other).attached)
-                self.scaled[scale] = Scaled(at_scale(self.attached, scale))
-            self.scaled[scale].running += 1
-            number = self.scaled[scale].attached.number
-        self.running += 1
-        return number
-
-    def leave(self, scale: float) -> None:
-        """One of them has ended."""
-        self.running -= 1
-        if scale != 1:
-            self.scaled[scale].running -= 1
-
-    def take_off(self) -> None:
-        """The model carries it no longer."""
-        for attached in (*(scaled.attached for scaled in self.scaled.values()), self.attached):
-            discard(attached)
-
-
-@dataclass(frozen=True, eq=False)
-class Taken:
-    """What a request runs on: an update's number, `BASE` for none, and the key of what may be reused of its work."""
-
-    number: int = BASE
-    key: bytes = b"base"
-    scale: float = 1.0
-    version: Version | None = None
+GONE, TICK = 5, 0.01  # how often, and after how many seconds, one that was there is looked for again
 
 
 class Later(Exception):
@@ -157,8 +79,13 @@ class Adapters:
         """Raises Unknown."""
         if name in self._dropped:
             raise Unknown(f"the adapter {name!r} was dropped", fix="load it again")
-        look, version = self._folder.look(name), self._live.get(name)
-        broken, error = self._broken.get(name, (None, None))
+        version, (broken, error) = self._live.get(name), self._broken.get(name, (None, None))
+        try:
+            look = self._folder.look(name)
+        except Unknown:  # of one that was there a moment ago, beginning a request will tell
+            if version is None:
+                raise
+            return version.served
         problem = str(error) if broken == look else ""
         return replace(version.served, problem=problem) if version else self._served(look, problem=problem)
 
@@ -209,7 +136,7 @@ class Adapters:
         if taken.version is not None:
             taken.version.leave(taken.scale)
             if taken.version in self._ending:
-                self.refresh()
+                self._sweep()
 
     def load(self, name: str) -> Served:
         """Serve it, also after `drop`, as its files are at this moment, and put it on the model. Raises as `take`."""
@@ -228,12 +155,13 @@ class Adapters:
         self._retire(name)
 
     def refresh(self) -> None:
-        """Take off what has been replaced or dropped and no request runs on, and what isn't in the folder any more."""
+        """Take off what isn't in the folder any more."""
         for name in list(self._live):
-            try:
-                self._folder.look(name)
-            except Unknown:
-                self._retire(name)
+            with suppress(Unknown):
+                self._look(name)
+
+    def _sweep(self) -> None:
+        """Take off what has been replaced or dropped and no request runs on."""
         for version in [version for version in self._ending if not version.running]:
             self._ending.remove(version)
             version.take_off()
@@ -241,8 +169,9 @@ class Adapters:
 
     def _version(self, name: str, *, wanted_now: bool = False) -> Version:
         """The one that a request takes now, on the model."""
-        self.get(name)
-        look, version, time = self._folder.look(name), self._live.get(name), now()
+        if name in self._dropped:
+            self.get(name)
+        version, look, time = self._live.get(name), self._look(name), now()
         half = version is not None and not wanted_now and look.half_of(version.look, time)
         if version is not None and (half or self._same(version, look, time)):
             self.figures.adapter_hits += 1
@@ -259,6 +188,18 @@ class Adapters:
                 return self._used(version)  # it may be being written
             self.figures.adapter_failures += 1
             self._broken[name] = look, error
+            raise
+
+    def _look(self, name: str) -> Look:
+        """What is there. A folder in which another takes its place by two renames is gone for a moment."""
+        for _ in range(GONE if name in self._live else 0):
+            with suppress(Unknown):
+                return self._folder.look(name)
+            sleep(TICK)
+        try:
+            return self._folder.look(name)
+        except Unknown:
+            self._retire(name)
             raise
 
     def _same(self, version: Version, look: Look, time: float) -> bool:
@@ -314,7 +255,8 @@ class Adapters:
         if size > self.memory:
             what = f"the adapter {name} takes {size / 2**20:,.0f} MiB, and adapters may take {self.memory / 2**20:,.0f}"
             raise InputError(what, fix="give the server's adapters more memory, or lower its rank: deltaw resize")
-        self.refresh()
+        if self.figures.adapter_bytes + size > self.memory:
+            self.refresh()
         idle = [version for version in self._live.values() if not version.running]
         idle.sort(key=lambda version: (version.served.name != name, version.used))
         while self.figures.adapter_bytes + size > self.memory:
@@ -328,10 +270,7 @@ class Adapters:
         version = self._live.pop(name, None)
         if version is not None:
             self._ending.append(version)
-            if not version.running:
-                self._ending.remove(version)
-                version.take_off()
-        self._count()
+            self._sweep()
 
     def _count(self) -> None:
         versions = (*self._live.values(), *self._ending)

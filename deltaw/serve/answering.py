@@ -4,8 +4,8 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from deltaw.serve.adapters import Served
 from deltaw.serve.ask import Ask, Piece
+from deltaw.serve.version import Served
 
 
 class Answering(AsyncIterator[Piece]):

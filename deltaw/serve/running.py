@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 
 from deltaw.generate.engine import Event
 from deltaw.generate.logprobs import Logprobs
-from deltaw.serve.adapters import Taken
 from deltaw.serve.answering import Answering
 from deltaw.serve.ask import Finish, Piece
 from deltaw.serve.figures import Figures
 from deltaw.serve.text import Part, Text
+from deltaw.serve.version import Taken
 
 
 class Running:

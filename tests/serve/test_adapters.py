@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,10 @@ from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
 from deltaw.generate.cache import BASE
 from deltaw.model import Model
-from deltaw.serve.adapters import IDLE_SCALES, Adapters, Later
+from deltaw.serve.adapters import Adapters, Later
 from deltaw.serve.ask import Unknown
 from deltaw.serve.folder import AT_ONCE
+from deltaw.serve.version import IDLE_SCALES
 from tests.serve.canaries import Canaries, swapped
 
 
@@ -221,6 +223,15 @@ def test_one_that_is_gone_is_unknown_and_taken_off(adapters: Adapters, live: Pat
     assert adapters.figures.adapters_attached == 1
     adapters.release(taken)
     assert adapters.figures.adapters_attached == 0
+
+
+def test_one_that_is_away_for_a_moment_is_not_gone(adapters: Adapters, live: Path) -> None:
+    taken = adapters.take("lora1")
+    (live / "lora1").rename(live / ".away")
+    back = threading.Timer(0.02, lambda: (live / ".away").rename(live / "lora1"))
+    back.start()
+    assert adapters.take("lora1").number == taken.number
+    back.join()
 
 
 def test_dropped_is_unknown_until_it_is_loaded(adapters: Adapters, live: Path) -> None:
