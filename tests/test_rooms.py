@@ -4,8 +4,8 @@ in it."""
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,8 +57,9 @@ HOMES = {
         "shipping/verify/sides/llama.py",
     },
     "huggingface_hub": {"base/source.py", "shipping/push.py"},
+    "sacrebleu": {"evaluation/chrf.py"},
     "safetensors": {"files/safetensors.py"},
-    "starlette": {"serve/app.py"},
+    "starlette": {"serve/app.py", "serve/page/__init__.py"},
     "sympy": {"linalg/exact.py"},
     "bitsandbytes": {"kernels/nf4.py"},
     "datasets": {"data/hub.py"},
@@ -90,14 +91,17 @@ def tree(file: str) -> ast.Module:
     return ast.parse((ROOT / file).read_text(encoding="utf-8"))
 
 
-def imports(file: str) -> Iterator[tuple[str, str]]:
+@cache
+def imports(file: str) -> list[tuple[str, str]]:
     """(module, imported name or "") of every import, also those inside functions."""
+    found: list[tuple[str, str]] = []
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, "") for alias in node.names)
+            found += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}:{node.lineno}: relative import"
-            yield from ((node.module or "", alias.name) for alias in node.names)
+            found += [(node.module or "", alias.name) for alias in node.names]
+    return found
 
 
 def room(file: str) -> str:
@@ -204,10 +208,11 @@ def runs_code(node: ast.AST) -> str | None:
     return None
 
 
-OWN_CODE = "evaluation/own_metric.py"  # runs a file, of which its user was asked
+# A file, of which its user was asked; and what a model wrote, of which he was too, in a process that can only compute.
+OWN_CODE = {"evaluation/own_metric.py", "files/program_worker.py"}
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file != OWN_CODE])
+@pytest.mark.parametrize("file", [file for file in FILES if file not in OWN_CODE])
 def test_nothing_runs_a_strangers_code(file: str) -> None:
     found = [f"{file}:{node.lineno}: {said}" for node in ast.walk(tree(file)) if (said := runs_code(node))]
     assert not found

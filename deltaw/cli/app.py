@@ -43,7 +43,12 @@ BaseName = Annotated[
     typer.Option("--base", help="The base model, in place of the one that the adapter names.", callback=as_path),
 ]
 AllowCode = Annotated[
-    bool, typer.Option("--allow-code", help="Run the metric's code that the run folder names: somebody's Python.")
+    bool,
+    typer.Option(
+        "--allow-code",
+        help="Run the metric's code that the run folder names: somebody's Python; with --tasks, the programs "
+        "that the model writes, without files or network.",
+    ),
 ]
 Adapter = Annotated[str, typer.Argument(help="A run or an adapter folder, made by any tool.", callback=as_path)]
 Output = Annotated[str, typer.Option("--output", "-o", help="The folder to write.", callback=as_path)]

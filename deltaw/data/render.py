@@ -187,6 +187,13 @@ class Renderer:
         except Rejected as rejected:
             raise InputError(f"this prompt can't be used: {one_line(str(rejected))}") from None
 
+    def answer_ids(self, text: str) -> list[int]:
+        """A text as it goes on behind a prompt, encoded by itself as answers are that are trained."""
+        try:
+            return self._encode(self._taken(text))
+        except Rejected as rejected:
+            raise InputError(f"this answer can't be used: {one_line(str(rejected))}") from None
+
     def chat_prompt(self, messages: Sequence[Message]) -> str:
         """The text that the chat template makes of messages to be answered. Raises InputError as `prompt_ids`."""
         try:

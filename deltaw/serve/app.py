@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from deltaw.serve import page
 from deltaw.serve.body import Gone, Receive, parse_body, read_body
 from deltaw.serve.catalog import Catalog
 from deltaw.serve.desk import Answers, Body, Desk
@@ -78,8 +79,8 @@ def routes(desk: Desk) -> list[Route]:
         return _json(await desk.drop(request.path_params["name"]))
 
     async def report(request: Request) -> Response:
-        page = await desk.report(request.path_params["name"])
-        return Response(page, headers=REPORT_HEADERS, media_type="text/html")
+        content = await desk.report(request.path_params["name"])
+        return Response(content, headers=REPORT_HEADERS, media_type="text/html")
 
     async def tokenize(request: Request) -> Response:
         return _json(await desk.tokenize(await _body(request, desk)))
@@ -94,6 +95,7 @@ def routes(desk: Desk) -> list[Route]:
         return Response(desk.metrics(), headers={"content-type": MEDIA_TYPE})
 
     return [
+        *page.routes(),
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/v1/models", models),
