@@ -36,10 +36,6 @@ T = TypeVar("T")
 EVENTS = "text/event-stream"
 STREAM = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies hand each token on
 Ask = Callable[[Body, str], Coroutine[Any, Any, tuple[bool, Answers]]]
-REPORT_HEADERS = {
-    "content-security-policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:",
-    "cache-control": "no-cache",
-}
 
 
 def build(
@@ -54,14 +50,14 @@ def build(
     desk = Desk(worker, Catalog(worker.model, worker.adapters), limits, counts)
 
     return Starlette(
-        routes=routes(desk),
+        routes=[*page.routes(), *routes(desk)],
         middleware=[Middleware(Guard, access or Access(), limits, counts, say)],
         exception_handlers={HTTPException: _not_ours},
     )
 
 
 def routes(desk: Desk) -> list[Route]:
-    """All of them."""
+    """All of the API's."""
 
     async def models(request: Request) -> Response:
         return _json(await desk.models())
@@ -80,7 +76,7 @@ def routes(desk: Desk) -> list[Route]:
 
     async def report(request: Request) -> Response:
         content = await desk.report(request.path_params["name"])
-        return Response(content, headers=REPORT_HEADERS, media_type="text/html")
+        return Response(content, headers=page.REPORT_HEADERS, media_type="text/html")
 
     async def tokenize(request: Request) -> Response:
         return _json(await desk.tokenize(await _body(request, desk)))
