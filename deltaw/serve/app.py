@@ -36,6 +36,11 @@ T = TypeVar("T")
 EVENTS = "text/event-stream"
 STREAM = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies hand each token on
 Ask = Callable[[Body, str], Coroutine[Any, Any, tuple[bool, Answers]]]
+REPORT_HEADERS = {  # a page of its own, whose styles stand in it, and in which nothing runs
+    "content-security-policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:",
+    "cache-control": "no-cache",
+    "referrer-policy": "no-referrer",
+}
 
 
 def build(
@@ -76,7 +81,7 @@ def routes(desk: Desk) -> list[Route]:
 
     async def report(request: Request) -> Response:
         content = await desk.report(request.path_params["name"])
-        return Response(content, headers=page.REPORT_HEADERS, media_type="text/html")
+        return Response(content, headers=REPORT_HEADERS, media_type="text/html")
 
     async def tokenize(request: Request) -> Response:
         return _json(await desk.tokenize(await _body(request, desk)))

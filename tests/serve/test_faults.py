@@ -159,7 +159,7 @@ def test_too_much_of_anything_is_refused(running: Running, base: str) -> None:
 def test_wrong_numbers_cost_no_time(running: Running, base: str) -> None:
     """A list of a hundred thousand wrong items has one error."""
     began = time.monotonic()
-    for changes in ({"prompt": ["a", *[1] * 100_000]}, {f"x{i}": 1 for i in range(100_000)}, {"stop": [1] * 100_000}):
+    for changes in ({"prompt": ["a", *[1] * 100_000]}, {f"x{i}": 1 for i in range(50_000)}, {"stop": [1] * 100_000}):
         error = refused(running.post(TEXT, **{"model": base, "prompt": "a", **changes}), 400)
         assert len(error["message"]) < 500
     assert time.monotonic() - began < 3 * SOON
