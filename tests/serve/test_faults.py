@@ -1,5 +1,6 @@
 """Hostile clients: FAULTS 55-57 and 61-63, in small. Each try is followed by an honest request."""
 
+import asyncio
 import gzip
 import json
 import re
@@ -17,7 +18,9 @@ from hypothesis import strategies as st
 from starlette.applications import Starlette
 
 from deltaw.serve.app import build
-from deltaw.serve.guard import Access
+from deltaw.serve.guard import Access, Guard
+from deltaw.serve.limits import Limits
+from deltaw.serve.metrics import Counts
 from tests.serve.serving import KEY, Running, serving
 
 CHAT, TEXT, SOON = "/v1/chat/completions", "/v1/completions", 2.0
@@ -249,6 +252,23 @@ def test_slow_clients_are_sent_away_and_others_served(served_base: Path) -> None
         while running.server.server_state.connections and time.monotonic() < until:
             time.sleep(0.01)
         assert running.post(TEXT, model=own, prompt="a", max_tokens=1)[0] == 200
+
+
+def test_a_client_that_reads_nothing_is_let_go() -> None:
+    said: list[str] = []
+    limits, counts = Limits(10, 10, stall_seconds=0.05), Counts()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        raise AssertionError("it waits for ever")
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(60 if message["type"] == "http.response.body" else 0)
+
+    scope = {"type": "http", "method": "GET", "path": "/health", "headers": []}
+    asyncio.run(Guard(app, Access(), limits, counts, said.append)(scope, send, send))
+    assert not said and counts.requests == {200: 1}
 
 
 # 58 and 61: clients that leave, and more of them than there are places
