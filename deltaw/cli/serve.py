@@ -49,5 +49,5 @@ def serve(
         weights=base_weights,
         place=Place(host, port, api_key_file, no_key, tuple(allow_origin or ())),
         show=lambda result: show(result, as_json, now=True),
-        display=display(as_json),
+        display=display(),
     )

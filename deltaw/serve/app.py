@@ -36,9 +36,10 @@ T = TypeVar("T")
 EVENTS = "text/event-stream"
 STREAM = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies hand each token on
 Ask = Callable[[Body, str], Coroutine[Any, Any, tuple[bool, Answers]]]
-REPORT_HEADERS = {
+REPORT_HEADERS = {  # a page of its own, whose styles stand in it, and in which nothing runs
     "content-security-policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:",
     "cache-control": "no-cache",
+    "referrer-policy": "no-referrer",
 }
 
 
@@ -54,14 +55,14 @@ def build(
     desk = Desk(worker, Catalog(worker.model, worker.adapters), limits, counts)
 
     return Starlette(
-        routes=routes(desk),
+        routes=[*page.routes(), *routes(desk)],
         middleware=[Middleware(Guard, access or Access(), limits, counts, say)],
         exception_handlers={HTTPException: _not_ours},
     )
 
 
 def routes(desk: Desk) -> list[Route]:
-    """All of them."""
+    """All of the API's."""
 
     async def models(request: Request) -> Response:
         return _json(await desk.models())

@@ -10,7 +10,7 @@ on into a template.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 from deltaw.files.strict_json import NotJSON, json_kind, parse
@@ -87,5 +87,5 @@ def parse_body(data: bytes, limits: Limits) -> dict[str, Any]:
 
 
 def _deeper(value: dict[str, Any] | list[Any], depth: int) -> bool:
-    inner = value.values() if type(value) is dict else value
+    inner: Iterable[Any] = value.values() if isinstance(value, dict) else value
     return depth == 0 or any(_deeper(item, depth - 1) for item in inner if type(item) in (dict, list))

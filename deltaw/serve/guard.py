@@ -101,8 +101,11 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *self._added(origin)]
-            async with asyncio.timeout(self._limits.stall_seconds):  # a client that doesn't read what it asked for
-                await send(message)
+            try:
+                async with asyncio.timeout(self._limits.stall_seconds):
+                    await send(message)
+            except TimeoutError:
+                raise Gone from None  # it doesn't read what it asked for
 
         try:
             if (

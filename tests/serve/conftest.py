@@ -21,11 +21,14 @@ def served_base(served: Canaries) -> Path:
 
 @pytest.fixture(scope="session")
 def served_adapters(served: Canaries) -> Path:
-    """Two that answer differently, one whose files are cut short, and one outside the folder."""
+    """Two that answer differently, a run, one whose files are cut short, and one outside the folder."""
     folder = served.folder / "adapters"
     for seed, name in enumerate(("one", "two"), 1):
         served.save(folder / name, seed)
     served.save(served.folder / "outside", 3)
+    served.save(folder / "run/adapter", 4)
+    (folder / "run/config.yaml").write_text("")
+    (folder / "run/report.html").write_text("<p>a report</p>")
     (folder / "broken").mkdir()
     for file in (folder / "one").iterdir():
         (folder / "broken" / file.name).write_bytes(file.read_bytes()[:300])

@@ -264,6 +264,15 @@ def test_adapters_are_loaded_dropped_and_listed(running: Running) -> None:
     assert running.post("/v1/adapters", name=running.model.base.source.public_name)[0] == 400
 
 
+def test_a_runs_report_is_shown_and_runs_nothing(running: Running, client: OpenAI) -> None:
+    reports = {model.id: model.model_dump().get("report") for model in client.models.list()}
+    assert reports["run"] is True and reports["one"] is False
+    status, page, headers = running.send("GET", "/v1/adapters/run/report")
+    assert (status, page) == (200, "<p>a report</p>") and "sandbox" in headers["content-security-policy"]
+    assert headers["content-type"].startswith("text/html")
+    assert running.send("GET", "/v1/adapters/one/report")[0] == running.send("GET", "/v1/adapters/no/report")[0] == 404
+
+
 def test_health_and_metrics(running: Running) -> None:
     assert running.send("GET", "/health", key=None)[:2] == (200, {"status": "ok"})
     before = metrics(running)
