@@ -1,4 +1,4 @@
-"""`deltaw eval --tasks`: the figures of a task file, what is kept on the way, and what is refused before the weights."""
+"""`deltaw eval --tasks`: the figures of a task file, what is kept on the way, what is refused before the weights."""
 
 import json
 from pathlib import Path
