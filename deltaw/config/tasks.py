@@ -129,10 +129,11 @@ class TaskConfig(Strict):
     def _all_has_an_effect(self) -> "TaskConfig":
         idle = {
             "max_new_tokens": self.max_new_tokens is not None and self.form == "choices" and "form: generate",
-            "system": bool(self.system) and self.chat is False and "a chat",
+            "system": self.system is not None and (self.data is None or self.chat is False) and "data asked as a chat",
             "judge": self.judge is not None and JUDGED not in self.metrics and f"{JUDGED} among the metrics",
             "columns": bool(self.columns) and self.data is None and "data",
             "prompt": self.prompt is not None and self.data is None and "data",
+            "chat": self.chat is not None and self.data is None and "data",
         }
         if wrong := [f"{name} does nothing without {what}" for name, what in idle.items() if what]:
             raise ValueError("; ".join(wrong))

@@ -168,6 +168,9 @@ def test_what_is_wrong_is_said_before_the_weights_are_read(
 
 
 def test_what_does_not_go_together(folder: Path, tmp_path: Path) -> None:
+    one = {"name": "a", "data": [{"prompt": "a", "completion": "b"}], "chat": True}
+    code, _, err = call("eval", folder / "one", "--tasks", task_file(tmp_path, one))
+    assert code == 2 and "chat" in err  # a prompt with its completion isn't one
     file = task_file(tmp_path, HELD_OUT)
     for more in (["x.jsonl"], ["--metrics", "f1"], ["--max-tokens", 3]):
         assert call("eval", folder / "one", *more, "--tasks", file)[0] == 2

@@ -18,7 +18,7 @@ value = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
     max_leaves=8,
 )
-task = st.fixed_dictionaries({"name": st.sampled_from("ab")}, optional=dict.fromkeys(TaskConfig.model_fields, value))
+task = st.fixed_dictionaries({"name": st.sampled_from("ab")}, optional={name: value for name in TaskConfig.model_fields if name != "name"})
 file = st.fixed_dictionaries({"tasks": st.lists(task, max_size=3)}, optional={"judge": value, "task": value})
 
 
