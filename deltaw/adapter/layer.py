@@ -99,8 +99,7 @@ class AdaptedLinear(nn.Module):
                 fix="carry one adapter at a time",
             )
         numbers = {segment.update for segment in segments}
-        if unknown := numbers.difference(self.carried.numbers):
-            raise ValueError(f"no update of number {min(unknown)}: the model carries {self.carried.numbers}")
+        self.carried.check(numbers)
         pairs = ((number, self.update(number)) for number in sorted(numbers))
         return {number: update for number, update in pairs if update is not None and update.enabled}
 
@@ -166,6 +165,10 @@ class LowRankUpdate(LayerUpdate, abc.ABC):
     def kernel_factors(self) -> Factors | None:
         """None while dropout is on."""
         return None if self.dropout and self.training else Factors(*self.acting(), self.scale)
+
+    @property
+    def strength(self) -> float:
+        return self.scale
 
     @property
     def for_kernels(self) -> bool:

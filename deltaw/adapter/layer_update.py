@@ -8,6 +8,7 @@ Letters: N inputs, M outputs.
 """
 
 import abc
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,21 +28,28 @@ class Carried:
         self.passing = passing
         self.numbers: list[int] = []
         self.first = 0
-        self._next = 0
+        self.changes = 0  # how often one came or went
 
     def free(self) -> int:
-        """A number that no update has had: what somebody keeps by number is never another's."""
-        return self._next
+        """The lowest number that isn't taken."""
+        return next(number for number in range(len(self.numbers) + 1) if number not in self.numbers)
 
     def add(self, number: int) -> None:
         """One more update is there."""
         self.numbers = sorted([*self.numbers, number])
-        self.first, self._next = self.numbers[0], max(self._next, number + 1)
+        self.first = self.numbers[0]
+        self.changes += 1
 
     def remove(self, number: int) -> None:
         """And gone."""
         self.numbers = [other for other in self.numbers if other != number]
         self.first = self.numbers[0] if self.numbers else 0
+        self.changes += 1
+
+    def check(self, numbers: Iterable[int]) -> None:
+        """Raise ValueError for a number that isn't carried."""
+        if unknown := set(numbers).difference(self.numbers):
+            raise ValueError(f"no update of number {min(unknown)}: the model carries {self.numbers}")
 
 
 class LayerUpdate(nn.Module, abc.ABC):
@@ -65,6 +73,11 @@ class LayerUpdate(nn.Module, abc.ABC):
     def kernel_factors(self) -> Factors | None:
         """The update as the kernels take it now; None where they don't know it."""
         return None
+
+    @property
+    def strength(self) -> float:
+        """The number beside its parameters that it depends on: LoRA's scale."""
+        return 1.0
 
     @property
     def for_kernels(self) -> bool:

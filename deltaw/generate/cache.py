@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from deltaw.adapter.ready import NOBODY
 from deltaw.base.batch import Pass, passing_of, segments_of
 from deltaw.base.limits import context_of
 from deltaw.errors import InputError
 from deltaw.generate.sampling import Sampling, uniform_numbers
 from deltaw.kernels.segments import Segments
 
-BASE = -1  # in place of an update's number: the base alone
+BASE = NOBODY  # in place of an update's number: the base alone
 
 
 @dataclass(eq=False)

@@ -9,6 +9,7 @@ Letters: T tokens, S slots, K key/value heads, C capacity, E head size.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from deltaw.generate.cache import Row
@@ -79,6 +80,5 @@ class Part:
     def store(self, layer: nn.Module, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
         """Keys and values into their slots. The layer's tensor."""
         stored = self.shelf.of(layer, k_TKE)
-        stored[0][self.places, :, self.ats] = k_TKE[self.rows]
-        stored[1][self.places, :, self.ats] = v_TKE[self.rows]
+        stored[:, self.places, :, self.ats] = torch.stack([k_TKE[self.rows], v_TKE[self.rows]], 1)
         return stored

@@ -36,10 +36,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaw.adapter.ready import Ready
 from deltaw.adapter.stand_ins import FusedAttention
 from deltaw.base.attention import is_packed
 from deltaw.base.batch import Pass, passing_of
-from deltaw.base.frozen import dtype_of
+from deltaw.base.frozen import InParts, dtype_of
 from deltaw.base.probe import REFUSALS
 from deltaw.generate.cache import Cache, Row, segments_for
 from deltaw.generate.filling import GPU_PIECE, PIECE, Continued, Filling, Run, next_runs
@@ -67,6 +68,8 @@ class Slots(Cache):
         self.shelf_of: dict[Row, Shelf] = {}
         self.stored: dict[Row, int] = {}  # how many of its tokens' keys and values a row has, in the order they came
         self.prefixes = Prefixes(KEPT)
+        parts = any(isinstance(module, InParts) for module in model.modules())  # their weights come and go
+        self.ready = None if parts else Ready(model)
 
     @property
     def tokens(self) -> int:
@@ -172,21 +175,20 @@ class Slots(Cache):
         if not self.shelves:
             return
         self._grow()
-        rows = [row for shelf in self.shelves.values() for row in shelf.rows]
-        apart = any(row.update is not None for row in rows)
-        if apart:
-            rows.sort(key=lambda row: row.update or 0)
-        at = {row: number for number, row in enumerate(rows)}
+        rows: list[Row] = []
         parts = []
         for shelf in self.shelves.values():
-            numbers = [at[row] for row in shelf.rows]
-            which = torch.tensor(numbers, device=self.device) if apart else slice(numbers[0], numbers[-1] + 1)
+            which = slice(len(rows), len(rows := [*rows, *shelf.rows]))
             ats_R = torch.tensor([row.place for row in shelf.rows], device=self.device)
-            parts.append(Part(shelf, which, torch.arange(len(numbers), device=self.device), ats_R))
-        segments = segments_for([row.update for row in rows], range(len(rows) + 1))
+            parts.append(Part(shelf, which, torch.arange(len(shelf.rows), device=self.device), ats_R))
+        updates = [row.update for row in rows]
+        segments = segments_for(updates, range(len(rows) + 1))
+        if self.ready is not None:
+            self.ready.begin(updates, self.device)
         ids_R1 = torch.tensor([[row.last] for row in rows], device=self.device)
         positions_R1 = torch.tensor([[row.place] for row in rows], device=self.device)
-        logits_RV = self._run(Pass(segments=segments, cache=GoingOn(parts)), ids_R1, positions_R1)[:, -1]
+        this = Pass(segments=segments, cache=GoingOn(parts), ready=self.ready)
+        logits_RV = self._run(this, ids_R1, positions_R1)[:, -1]
         self.stored |= {row: row.place + 1 for row in rows}
         yield rows, logits_RV
 

@@ -14,8 +14,7 @@ takes to be read (measured on SmolLM2-135M, rank 16, one core: 0.3 s instead of 
 that the carrier leaves out have the model tried again and its layers changed, which no row that is being decoded would
 survive: they wait until nothing runs (`Later`).
 
-The scale of a request is one more number with the same tensors (`at_scale`), for as long as requests run on it; scale 0
-is the base.
+The scale of a request is one more number with the same tensors (`at_scale`); scale 0 is the base.
 """
 
 from collections.abc import Mapping
@@ -33,6 +32,7 @@ from deltaw.serve.figures import Figures
 from deltaw.serve.folder import Folder, Look, Read, now
 
 MEMORY = 2 << 30  # bytes, unless the caller knows better
+IDLE_SCALES = 4  # of an adapter, for the next request: what comes and goes has a step's stacks built again
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,9 @@ class Version:
         number = self.attached.number
         if scale != 1:
             if scale not in self.scaled:
+                idle = [other for other, scaled in self.scaled.items() if not scaled.running]
+                for other in idle[: max(0, len(idle) + 1 - IDLE_SCALES)]:
+                    discard(self.scaled.pop(other).attached)
                 self.scaled[scale] = Scaled(at_scale(self.attached, scale))
             self.scaled[scale].running += 1
             number = self.scaled[scale].attached.number
@@ -95,8 +98,6 @@ class Version:
         self.running -= 1
         if scale != 1:
             self.scaled[scale].running -= 1
-            if not self.scaled[scale].running:
-                discard(self.scaled.pop(scale).attached)
 
     def take_off(self) -> None:
         """The model carries it no longer."""
@@ -242,9 +243,9 @@ class Adapters:
         """The one that a request takes now, on the model."""
         self.get(name)
         look, version, time = self._folder.look(name), self._live.get(name), now()
-        if version is not None and not wanted_now and look.half_of(version.look, time):
-            return self._used(version)
-        if version is not None and self._same(version, look, time):
+        half = version is not None and not wanted_now and look.half_of(version.look, time)
+        if version is not None and (half or self._same(version, look, time)):
+            self.figures.adapter_hits += 1
             return self._used(version)
         self.figures.adapter_misses += 1
         try:

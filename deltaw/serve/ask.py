@@ -33,10 +33,10 @@ class Ask:
     """One request. `adapter`: the name of an adapter, None for the base alone; `scale` multiplies its update (0 to
     `MOST_SCALE`).
 
-    `stop`: texts at which an answer ends, left out of it. `logprobs`: of each token its own and those of so many likely
-    ones. `stop_ids`: tokens that end an answer, None for the model's own. `bias`: what is added to a token's logit. `n`: how many answers. `echo`: the prompt comes first, with its
-    logprobs where they are asked for; without `answer` it is all that comes (OpenAI's `max_tokens: 0`). `client`: whom
-    it is from; waiting clients take turns.
+    `stop`: texts at which an answer ends, left out of it; `stop_ids`: tokens that end it, None for the model's own.
+    `logprobs`: of each token its own and those of so many likely ones. `bias`: what is added to a token's logit. `n`:
+    how many answers. `echo`: the prompt comes first, with its logprobs where they are asked for; without `answer` it is
+    all that comes (OpenAI's `max_tokens: 0`). `client`: whom it is from; waiting clients take turns.
     """
 
     prompt: tuple[int, ...]

@@ -72,6 +72,7 @@ class Worker:
         self._held: tuple[_Job, Later, int] | None = None
         self._over = 0  # how many requests have ended
         self._seconds = 0.0  # that one takes, smoothed
+        self._reused = 0  # tokens of prompts, by engines before this one
         self._out: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
 
     def start(self) -> None:
@@ -95,7 +96,9 @@ class Worker:
 
     def figures(self) -> Figures:
         """What has been counted so far."""
+        engine = self._engine
         self._figures.running, self._figures.waiting = len(self._running), len(self._line)
+        self._figures.prefix_tokens = self._reused + (engine.reused if engine else 0)
         return self._figures
 
     def submit(self, ask: Ask) -> Answering:
@@ -205,8 +208,9 @@ class Worker:
             self._end(running, "cancelled")
 
     def _begin_some(self) -> None:
-        """What is waiting and has a place."""
-        while (job := self._next()) is not None:
+        """What is waiting and has a place. Those that run wait for one adapter to be put on, and not for several."""
+        loads = self._figures.adapter_loads
+        while self._figures.adapter_loads == loads and (job := self._next()) is not None:
             if not job.wanted():
                 continue
             try:
@@ -290,8 +294,14 @@ class Worker:
     def _current_engine(self) -> Engine:
         """A new one where the model's layers have changed; nothing runs then."""
         if self._engine is None or self._layers != self.adapters.changes:
+            self._forget()
             self._engine, self._layers = Engine(self.model.base.model, batch_size=self._places), self.adapters.changes
         return self._engine
+
+    def _forget(self) -> None:
+        """The engine, with all that it keeps."""
+        self._reused += self._engine.reused if self._engine else 0
+        self._engine = None
 
     def _step(self) -> None:
         """One token of each row."""
@@ -324,7 +334,7 @@ class Worker:
     def _restart(self, error: Exception) -> None:
         """The engine has failed: all that run end, and the next begin with a new one."""
         self._figures.restarts += 1
-        self._engine = None
+        self._forget()
         failure = error if isinstance(error, DeltawError) else RunError(f"decoding failed: {with_kind(error)}")
         for running in list(self._running):
             self._end(running, "error", failure)

@@ -2,7 +2,7 @@
 
 import asyncio
 import shutil
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -66,13 +66,21 @@ class Canaries:
         """By prompt."""
         key = adapter and adapter.fingerprint, scale
         if key not in self._expected:
-            attached = None if adapter is None else attach(self.model.base.model, scaled(adapter, scale))
-            sampling, stops = Sampling(max_new_tokens=TOKENS), self.model.renderer.stop_ids
-            rows = generate(self.model.base.model, PROMPTS, sampling, stops)
-            self._expected[key] = dict(zip(PROMPTS, map(self.model.renderer.decode, rows), strict=True))
-            if attached is not None:
-                discard(attached)
+            scaled_to = adapter if adapter is None or scale == 1 else scaled(adapter, scale)
+            self._expected[key] = dict(zip(PROMPTS, self.answers(scaled_to, PROMPTS), strict=True))
         return self._expected[key]
+
+    def answers(self, adapter: Adapter | None, prompts: Sequence[tuple[int, ...]]) -> list[str]:
+        """To any prompts."""
+        attached = None if adapter is None else attach(self.model.base.model, adapter)
+        sampling, stops = Sampling(max_new_tokens=TOKENS), self.model.renderer.stop_ids
+        rows = generate(self.model.base.model, prompts, sampling, stops)
+        if attached is not None:
+            discard(attached)
+        return [self.model.renderer.decode(row) for row in rows]
+
+    def answer(self, adapter: Adapter | None, prompt: tuple[int, ...]) -> str:
+        return self.answers(adapter, [prompt])[0]
 
 
 @contextmanager

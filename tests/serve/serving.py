@@ -49,7 +49,11 @@ class Running:
             answer = connection.getresponse()
             text = answer.read().decode()
             is_json = answer.getheader("content-type", "").startswith("application/json")
-            return answer.status, json.loads(text) if is_json and text else text, {k.lower(): v for k, v in answer.getheaders()}
+            return (
+                answer.status,
+                json.loads(text) if is_json and text else text,
+                {k.lower(): v for k, v in answer.getheaders()},
+            )
         finally:
             connection.close()
 

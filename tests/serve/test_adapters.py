@@ -17,7 +17,7 @@ from deltaw.config import AdapterSpec
 from deltaw.errors import InputError
 from deltaw.generate.cache import BASE
 from deltaw.model import Model
-from deltaw.serve.adapters import Adapters, Later
+from deltaw.serve.adapters import IDLE_SCALES, Adapters, Later
 from deltaw.serve.ask import Unknown
 from deltaw.serve.folder import AT_ONCE
 from tests.serve.canaries import Canaries, swapped
@@ -158,6 +158,21 @@ def test_the_key_says_what_acts(adapters: Adapters) -> None:
     base = adapters.take(None)
     zero = adapters.take("lora1", 0)
     assert (base.number, base.key) == (zero.number, zero.key) and base.number == BASE and base.key not in keys
+
+
+def test_scales_that_nobody_runs_on_do_not_pile_up(adapters: Adapters) -> None:
+    carried = adapters._carrier.carried  # type: ignore[union-attr]
+    adapters.take("lora1")
+    before = len(carried.numbers)
+    running = [adapters.take("lora1", 0.1 * n) for n in range(1, 7)]
+    numbers = {taken.number for taken in running}
+    assert len(numbers) == 6 and len(carried.numbers) == before + 6
+    for taken in running:
+        adapters.release(taken)
+    assert adapters.take("lora1", 0.6).number in numbers
+    for n in range(20):
+        adapters.release(adapters.take("lora1", 1.1 + n / 100))
+    assert len(carried.numbers) <= before + 1 + IDLE_SCALES
 
 
 def test_a_replacement_that_is_not_finished_is_not_taken(adapters: Adapters, stored: Path, live: Path) -> None:

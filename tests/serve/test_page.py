@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from deltaw.serve import page as served
 from tests.serve.fake_server import BASE, HOSTILE, Fake, serving
+from tests.serve.serving import KEY, Running
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -289,7 +290,8 @@ def test_probabilities_are_shown_by_pointer_and_by_keys(page: "Page", fake: Fake
     assert tip.is_hidden()
     token.first.focus()
     page.keyboard.press("ArrowRight")
-    assert "70.0" in tip.locator(".own").text_content()
+    page.evaluate("dispatchEvent(new Event('scroll'))")  # as when the next token is out of sight
+    assert "70.0" in tip.locator(".own").text_content() and tip.is_visible()
     box = tip.bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= 1280 and box["y"] >= 0
     shades = token.evaluate_all("all => all.map(one => getComputedStyle(one).backgroundColor)")
@@ -390,3 +392,27 @@ def test_every_control_has_a_name_and_answers_are_announced(page: "Page") -> Non
 
 
 CONTROLS = {"button", "combobox", "textbox", "slider", "checkbox", "spinbutton", "link"}
+
+
+def test_the_real_server_gives_it_to_who_has_the_key(browser: "Browser", running: Running) -> None:
+    """And what the page shows is what the API answers; an adapter at scale 0 is the base."""
+    context = browser.new_context(http_credentials={"username": "any", "password": KEY})
+    context.set_default_timeout(SOON)
+    page = context.new_page()
+    page.goto(running.address)
+    page.wait_for_selector(".column")
+    page.select_option("#form", "plain")
+    page.fill("#most", "6")
+    page.locator(".model").last.select_option("one")
+    base = page.locator("#base-name").text_content()
+    wanted = []
+    for model in (base, "one"):
+        status, answer = running.post("/v1/completions", model=model, prompt="a b", temperature=0, max_tokens=6)
+        assert status == 200
+        wanted.append(answer["choices"][0]["text"])
+    assert ask(page, "a b") == wanted and wanted[0] != wanted[1]
+    page.locator(".scale input").last.fill("0")
+    assert ask(page, "a b") == [wanted[0]] * 2
+    assert page.locator(".error:not([hidden])").count() == 0 and page.locator(".token").count() > 0
+    context.close()
+    assert running.send("GET", "/", key=None)[0] == 401

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deltaw.adapter.file import Adapter
+from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, RunError
 from deltaw.generate.engine import Engine
 from deltaw.serve.ask import Busy, Unknown
@@ -28,6 +29,7 @@ def folder(canaries: Canaries) -> Path:
     folder = canaries.folder / "adapters"
     for seed in (1, 2, 3):
         canaries.save(folder / f"lora{seed}", seed)
+    canaries.save(folder / "dora", 4, AdapterSpec(rank=3, alpha=6, magnitude=True), size=0.1)
     return folder
 
 
@@ -49,6 +51,20 @@ def test_rows_of_many_adapters_get_what_they_get_alone(canaries: Canaries, folde
     assert run(work) == wanted
 
 
+def test_one_of_another_kind_is_served_beside_them(canaries: Canaries, folder: Path) -> None:
+    """It waits until nothing runs, and nobody else overtakes it."""
+    names = ["lora1", None, "dora", "lora2", "dora", None, "lora1"]
+
+    async def work() -> list[str]:
+        return await asyncio.gather(*(text(worker, ask(adapter=name)) for name in names))
+
+    adapters = {name: Adapter.load(folder / name) for name in ("lora1", "lora2", "dora")}
+    with working(canaries.open(), folder, slots=2) as worker:
+        for _ in range(2):
+            assert run(work) == [canaries.expected(adapters.get(name or "")) for name in names]
+        assert worker.figures().restarts == 0
+
+
 def test_each_request_has_its_scale(canaries: Canaries, folder: Path, worker: Worker) -> None:
     scales = (0, 0.25, 1, 1.5)
 
@@ -58,8 +74,7 @@ def test_each_request_has_its_scale(canaries: Canaries, folder: Path, worker: Wo
     adapter = Adapter.load(folder / "lora1")
     wanted = [canaries.expected(adapter, PROMPTS[0], scale) for scale in scales[1:]]
     assert run(work) == [canaries.expected(None, PROMPTS[0]), *wanted]
-    model = worker.model.base.model
-    assert len(model.get_submodule("model.layers.0.mlp.up_proj").carried.numbers) == 1 + 3  # the carrier, no scales
+    assert len(worker.adapters._live["lora1"].scaled) == 2
 
 
 def test_an_answer_is_its_pieces_and_each_token_has_its_logprobs(worker: Worker) -> None:
@@ -186,15 +201,16 @@ def test_what_is_asked_wrongly_is_said_at_once(worker: Worker) -> None:
     run(work)
 
 
+@pytest.mark.parametrize("token", [0, 2])
 def test_a_request_whose_logits_are_not_finite_ends_alone(
-    worker: Worker, canaries: Canaries, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, token: int
 ) -> None:
     poison = (1, 2, 3)
     chosen = Engine._chosen
 
     def broken(self: Engine, rows: Any, logits_RV: torch.Tensor) -> list[int]:
         for at, row in enumerate(rows):
-            if tuple(row.prompt) == poison and len(row.new) == 2:
+            if tuple(row.prompt) == poison and len(row.new) == token:
                 logits_RV = logits_RV.clone()
                 logits_RV[at] = math.nan
         return chosen(self, rows, logits_RV)
@@ -220,10 +236,23 @@ def test_the_engine_fails_and_the_worker_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", lambda self: 1 / 0)
         assert [type(error) for error in run(work)] == [RunError, RunError]
-    restarts = worker.figures().restarts
-    assert restarts >= 1 and worker.alive
+    assert worker.figures().restarts >= 1 and worker.alive
     assert run(work)[0] == canaries.expected(None, PROMPTS[0])
     assert not any(version.running for version in worker.adapters._live.values())
+
+
+def test_a_beginning_is_shared_by_what_acts_and_not_by_name(canaries: Canaries, folder: Path, tmp_path: Path) -> None:
+    """Long prompts, asked again with the same weights, others under the same name, and the base."""
+    prompt = tuple(range(40, 80))
+    live, seeds = tmp_path / "a", (1, 2, 1)
+    wanted = {seed: canaries.answer(Adapter.load(folder / f"lora{seed}"), prompt) for seed in seeds}
+    with working(canaries.open(), tmp_path, slots=2) as worker:
+        for turn, seed in enumerate(seeds):
+            swapped(folder / f"lora{seed}", live)
+            for _ in range(2):
+                assert run(lambda: text(worker, ask(prompt, "a"))) == wanted[seed]
+            assert run(lambda: text(worker, ask(prompt))) == canaries.answer(None, prompt)
+            assert worker.figures().prefix_tokens > turn * len(prompt) // 2
 
 
 def test_closing_ends_all_within_its_time(canaries: Canaries, folder: Path) -> None:
@@ -283,6 +312,7 @@ def replaced_while_asked(canaries: Canaries, tmp_path: Path, count: int) -> None
         figures = worker.figures()
     assert not wrong
     assert figures.adapter_loads > 3 and figures.restarts == 0 and set(figures.ended) <= {"length", "stop"}
+    assert not worker._by_row and not worker._submitted and not worker.adapters._requests
     assert asked == sum(figures.ended.values()) >= count
     assert all(len(had) > 2 for had in history.values())
 

@@ -85,11 +85,13 @@ export class Words {
 /** One tip for all tokens of `root`: by pointer, by touch, and by the arrow keys from an answer's first token. */
 export function explain(root, tip) {
   const wanted = () => !root.classList.contains("bare");
+  let shown = null;
   const show = (target) => {
     const token = told.get(target);
     if (!token || !wanted()) return hide();
     fill(tip, token);
     tip.hidden = false;
+    shown = target;
     place(tip, target);
     target.setAttribute("aria-describedby", tip.id);
   };
@@ -113,7 +115,8 @@ export function explain(root, tip) {
     next.tabIndex = 0;
     next.focus();
   });
-  addEventListener("scroll", hide, { passive: true, capture: true });
+  // It goes along: moving to a token by the keys may itself scroll.
+  addEventListener("scroll", () => tip.hidden || place(tip, shown), { passive: true, capture: true });
 }
 
 function fill(tip, token) {
