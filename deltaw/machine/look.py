@@ -39,7 +39,6 @@ PACKAGES = {
     "bitsandbytes": Package("bitsandbytes", "nf4 bases", "pip install 'deltaw[quant]'"),
     "pyarrow": Package("pyarrow", "Parquet files", "pip install 'deltaw[parquet]'"),
     "datasets": Package("datasets", "data sets from the hub", "pip install 'deltaw[hub-data]'"),
-    "sacrebleu": Package("sacrebleu", "chrF in deltaw eval --tasks", "pip install 'deltaw[eval]'"),
     "tensorboard": Package("tensorboard", "curves in TensorBoard", "pip install 'deltaw[tensorboard]'"),
     "wandb": Package("wandb", "curves in Weights & Biases", "pip install wandb"),
     "starlette": Package("starlette", "deltaw serve", "pip install 'deltaw[serve]'"),

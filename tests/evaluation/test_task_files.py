@@ -18,7 +18,8 @@ value = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
     max_leaves=8,
 )
-task = st.fixed_dictionaries({"name": st.sampled_from("ab")}, optional={name: value for name in TaskConfig.model_fields if name != "name"})
+NAME = {"name": st.sampled_from("ab")}
+task = st.fixed_dictionaries(NAME, optional={name: value for name in TaskConfig.model_fields if name not in NAME})
 file = st.fixed_dictionaries({"tasks": st.lists(task, max_size=3)}, optional={"judge": value, "task": value})
 
 
