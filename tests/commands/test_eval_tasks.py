@@ -173,7 +173,7 @@ def test_what_does_not_go_together(folder: Path, tmp_path: Path) -> None:
     assert code == 2 and "chat" in err  # messages can't be asked as they are
     one = {"name": "a", "data": [{"prompt": "a", "completion": "b"}], "chat": True, "max_new_tokens": 1}
     measured(folder / "one", "--tasks", task_file(tmp_path, one), "-o", tmp_path / "rows.jsonl", "--no-base")
-    assert "<|im_start|>user" in rows_in(tmp_path / "rows.jsonl")[0]["prompt"]
+    assert "assistant" in rows_in(tmp_path / "rows.jsonl")[0]["prompt"]
     file = task_file(tmp_path, HELD_OUT)
     for more in (["x.jsonl"], ["--metrics", "f1"], ["--max-tokens", 3]):
         assert call("eval", folder / "one", *more, "--tasks", file)[0] == 2

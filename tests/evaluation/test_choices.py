@@ -68,7 +68,7 @@ json_values = st.recursive(
 COLUMNS = ["choices", "options", "answer", "label", "test", "test_list", "entry_point", "test_setup_code"]
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(st.dictionaries(st.sampled_from(COLUMNS), json_values, max_size=4))
 def test_any_row_is_taken_or_rejected(row: dict) -> None:
     for read in (choices_of, lambda value: checks_of(value, "")):

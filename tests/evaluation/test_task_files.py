@@ -28,7 +28,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("files") / "tasks.yaml"
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(raw=file)
 def test_whatever_stands_in_it(path: Path, raw: dict) -> None:
     path.write_text(json.dumps(raw))
