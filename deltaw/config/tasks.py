@@ -116,7 +116,8 @@ class TaskConfig(Strict):
                 other = GENERATE if form == "choices" else CHOICES
                 if name in other:
                     raise ValueError(f"{name} isn't for form {form}, which has {', '.join(known)}")
-                raise ValueError(f"{name} {unknown(name, known, ELSEWHERE[form])}")
+                shown = name if name.isprintable() else ascii(name)
+                raise ValueError(f"{shown} {unknown(name, known, ELSEWHERE[form])}")
         names = [metric_key(name) for name in value]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"has {twice} twice")
@@ -128,10 +129,11 @@ class TaskConfig(Strict):
     def _all_has_an_effect(self) -> "TaskConfig":
         idle = {
             "max_new_tokens": self.max_new_tokens is not None and self.form == "choices" and "form: generate",
-            "system": bool(self.system) and self.chat is False and "a chat",
+            "system": self.system is not None and (self.data is None or self.chat is False) and "data asked as a chat",
             "judge": self.judge is not None and JUDGED not in self.metrics and f"{JUDGED} among the metrics",
             "columns": bool(self.columns) and self.data is None and "data",
             "prompt": self.prompt is not None and self.data is None and "data",
+            "chat": self.chat is not None and self.data is None and "data",
         }
         if wrong := [f"{name} does nothing without {what}" for name, what in idle.items() if what]:
             raise ValueError("; ".join(wrong))
@@ -159,11 +161,13 @@ class TaskConfig(Strict):
 class TaskFile(Strict):
     """Tasks, and the judge of those that name none of their own."""
 
-    tasks: tuple[TaskConfig, ...] = Field(min_length=1, strict=False)
+    tasks: tuple[TaskConfig, ...] = Field(strict=False)
     judge: JudgeConfig | None = Field(None, strict=False)
 
     @model_validator(mode="after")
     def _together(self) -> "TaskFile":
+        if not self.tasks:
+            raise ValueError("tasks is empty")
         names = [task.name for task in self.tasks]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two tasks are called {twice}")

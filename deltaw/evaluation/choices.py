@@ -71,7 +71,8 @@ def choices_of(value: Mapping[str, Any]) -> Choices:
         raise Rejected(f"it has no choices: a column called {', '.join(LISTS)}")
     given, labels = value[name], [*string.ascii_uppercase]
     if isinstance(given, Mapping):
-        labels = [str(label) for label in given.get("label", labels)]
+        named = given.get("label")
+        labels = [str(label) for label in named] if isinstance(named, list) else labels
         given = given.get("text")
     if not isinstance(given, list) or not all(isinstance(text, str) and text.strip() for text in given):
         raise Rejected(f"{name} isn't a list of texts")

@@ -22,7 +22,7 @@ def check_installed() -> None:
     try:
         import sacrebleu  # noqa: F401
     except ImportError:
-        raise InputError("chrf needs the package sacrebleu", fix="pip install sacrebleu") from None
+        raise InputError("chrf needs the package sacrebleu", fix="pip install 'deltaw[eval]'") from None
 
 
 def counts_of(given: str, truth: str) -> list[float]:

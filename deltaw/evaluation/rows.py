@@ -49,7 +49,8 @@ def rows_of_task(named: Named, task: TaskConfig, model: Model, display: Display)
     chosen at random. Raises InputError."""
     if task.data is not None:
         rules = {"columns": task.columns, "limit": task.limit, "seed": task.seed}
-        examples = _of_form(model, named, _of_file(named, task.data, None).model_copy(update=rules), display)
+        source = _of_file(named, task.data, None).model_copy(update=rules)
+        examples = _of_form(model, named, source, display, asked=task.chat)
         Limits.of(model.base.model).check(examples)
         return examples
     examples = prepared_held_out(own_data(named), model.renderer, display=display)
@@ -62,12 +63,18 @@ def rows_of_task(named: Named, task: TaskConfig, model: Model, display: Display)
     return [example for example in examples if example.origin in chosen]
 
 
-def _of_form(model: Model, named: Named, source: DataConfig, display: Display) -> Examples:
-    """A file's rows, asked as the adapter's own rows were, whatever their columns are called."""
+def _of_form(
+    model: Model, named: Named, source: DataConfig, display: Display, *, asked: bool | None = None
+) -> Examples:
+    """A file's rows, asked as the adapter's own rows were, whatever their columns are called. `asked`: as a chat or
+    not, where that was said."""
     template = named.adapter.base.template if model.attached is not None else ""
-    reads: Reads = "auto" if model.attached is None else "chat" if model.asking.chat else "completion"
+    reads: Reads = "auto" if model.attached is None and asked is None else "chat" if model.asking.chat else "completion"
     renderer, system = model.renderer, model.asking.system
     dataset = prepared(source, renderer.behind(system) if system else renderer, reads=reads, display=display)
+    if asked is not None and dataset.asking.chat != asked:
+        what = "chats" if dataset.asking.chat else "texts, prompts and completions, which are asked as they are"
+        raise InputError(f"chat: {str(asked).lower()} does nothing: these rows are {what}", fix="leave chat out")
     if system and dataset.asking.chat:
         display.say("chats without a system prompt get the one that the adapter was trained with")
     if template == PLAIN and dataset.asking.chat:

@@ -67,8 +67,8 @@ class _Read:
 
 @dataclass(frozen=True)
 class TaskRows:
-    """A task with the rows that were read already, and those that can't be used; `count`: of all. `rows` is None where
-    they become examples as in training, once there is a tokenizer."""
+    """A task with the rows that were read already, and those that can't be used. `rows` is None where they become
+    examples as in training, once there is a tokenizer."""
 
     task: TaskConfig
     rows: tuple[_Read, ...] | None

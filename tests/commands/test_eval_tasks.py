@@ -1,4 +1,4 @@
-"""`deltaw eval --tasks`: the figures of a task file, what is kept on the way, and what is refused before the weights."""
+"""`deltaw eval --tasks`: the figures of a task file, what is kept on the way, what is refused before the weights."""
 
 import json
 from pathlib import Path
@@ -168,6 +168,12 @@ def test_what_is_wrong_is_said_before_the_weights_are_read(
 
 
 def test_what_does_not_go_together(folder: Path, tmp_path: Path) -> None:
+    one = {"name": "a", "data": str(folder / "chats.jsonl"), "chat": False}
+    code, _, err = call("eval", folder / "one", "--tasks", task_file(tmp_path, one))
+    assert code == 2 and "chat" in err  # messages can't be asked as they are
+    one = {"name": "a", "data": [{"prompt": "a", "completion": "b"}], "chat": True, "max_new_tokens": 1}
+    measured(folder / "one", "--tasks", task_file(tmp_path, one), "-o", tmp_path / "rows.jsonl", "--no-base")
+    assert "assistant" in rows_in(tmp_path / "rows.jsonl")[0]["prompt"]
     file = task_file(tmp_path, HELD_OUT)
     for more in (["x.jsonl"], ["--metrics", "f1"], ["--max-tokens", 3]):
         assert call("eval", folder / "one", *more, "--tasks", file)[0] == 2

@@ -13,6 +13,7 @@ from deltaw.adapter.attach import attach
 from deltaw.config import AdapterSpec
 from deltaw.errors import Rejected
 from deltaw.evaluation.choices import Choices, choices_of, likelihoods, texts_behind
+from deltaw.evaluation.programs import checks_of
 from deltaw.model import Model, open_model
 from tests.tiny import tiny_base
 
@@ -55,6 +56,27 @@ def test_the_right_one_however_it_is_named(row: dict, gold: int) -> None:
 def test_what_is_no_row_of_choices(row: dict) -> None:
     with pytest.raises(Rejected):
         choices_of(row)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 4) | st.floats(allow_nan=False) | st.text("ABab1 ", max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["text", "label", "choices"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+COLUMNS = ["choices", "options", "answer", "label", "test", "test_list", "entry_point", "test_setup_code"]
+
+
+@settings(max_examples=80)
+@given(st.dictionaries(st.sampled_from(COLUMNS), json_values, max_size=4))
+def test_any_row_is_taken_or_rejected(row: dict) -> None:
+    for read in (choices_of, lambda value: checks_of(value, "")):
+        try:
+            taken = read(row)
+        except Rejected:
+            continue
+        assert not isinstance(taken, Choices) or 0 <= taken.gold < len(taken.texts)
 
 
 def test_each_metric_by_hand() -> None:

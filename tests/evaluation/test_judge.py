@@ -20,8 +20,9 @@ ROW = Answer("2 + 2? {answer}", "four", "4 {prompt}", "rows:1")
 @pytest.mark.parametrize(
     ("reply", "score"),
     [
-        ("7", 7), ("**7/10**", 7), ("Score: 7 out of 10.", 7), ("2 faults, so\n\nScore: 8\n", 8), ("0", 0), ("7.5", 7.5),
-        ("", None), ("good", None), ("11", None), ("-1", None), ("between 6 and 7", None), ("10/10", 10), ("7/5", None),
+        ("7", 7), ("**7/10**", 7), ("Score: 7 out of 10.", 7), ("2 faults, so\n\nScore: 8\n", 8), ("0", 0),
+        ("7.5", 7.5), ("", None), ("good", None), ("11", None), ("-1", None), ("between 6 and 7", None), ("10/10", 10), 
+        ("7/5", None),
     ],
 )  # fmt: skip
 def test_what_counts_as_a_score(reply: str, score: float | None) -> None:
