@@ -16,6 +16,7 @@ import time
 
 import torch
 
+from benchmarks.figures import Measured, note
 from deltaw.adapter.attach import attach
 from deltaw.base.batch import Batch
 from deltaw.base.forward import plan_forward
@@ -61,13 +62,23 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--way", choices=("none", "blocks"))
+    parser.add_argument("--record", action="store_true", help="keep the figures for docs/performance.md")
     given = parser.parse_args()
     if given.way:
         print(measure(given.way, given.tokens, given.length, given.passes, given.dtype))
         return
     print(f"{given.tokens:,} tokens in documents of {given.length}, {given.dtype}, {torch.get_num_threads()} threads")
+    lines = {}
     for way in ("none", "blocks"):
-        subprocess.run([sys.executable, "-m", "benchmarks.checkpointing", *sys.argv[1:], "--way", way], check=True)
+        command = [sys.executable, "-m", "benchmarks.checkpointing", *sys.argv[1:], "--way", way]
+        lines[way] = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        print(lines[way], end="", flush=True)
+    if given.record:
+        (kept, slow), (again, fast) = ((float(line.split()[3]), float(line.split()[5])) for line in lines.values())
+        what = f"layers recomputed, {given.tokens:,} tokens"
+        section = "When it doesn't fit"
+        note(Measured(section, f"{what}: memory beyond the base, of that with layers kept", again / kept))
+        note(Measured(section, f"{what}: speed, of that with layers kept", fast / slow))
 
 
 if __name__ == "__main__":

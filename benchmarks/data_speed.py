@@ -1,6 +1,6 @@
 """How fast rows become tokens: a file of short chats made up here, and `prepare` on it, in seconds and bytes.
 
-    python benchmarks/data_speed.py [--rows 200000] [--base builtin:smollm2-135m] [--processes N] [--profile]
+    python -m benchmarks.data_speed [--rows 200000] [--base builtin:smollm2-135m] [--processes N] [--profile]
 
 The chats have a system prompt and one to three turns each, about 560 bytes and 125 tokens; no two are alike, and their
 words are an essay's, not a generator's (a tokenizer that remembers words would be too fast otherwise). CPU seconds are
@@ -95,7 +95,7 @@ def cpu_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def measure(path: Path, base: str, profile: bool) -> None:
+def measure(path: Path, base: str, profile: bool, record: bool) -> None:
     from deltaw.base.source import find_base
     from deltaw.data.opening import open_renderer
     from deltaw.data.prepare import prepare
@@ -121,6 +121,12 @@ def measure(path: Path, base: str, profile: bool) -> None:
         f"prepared in {seconds:.1f} s ({rows / seconds:,.0f} rows/s), "
         f"{cpu:.1f} s of CPU ({cpu / rows * 1e6:.0f} µs/row)"
     )
+    if record:
+        from benchmarks.figures import Measured, note
+
+        section, bound = "When it doesn't fit", 100.0 * rows / 1_000_000
+        name = f"{rows:,} short chats, prepared for the first time"
+        note(Measured(section, name, seconds, "s", bound, at_most=True))
     print(f"peak {peak.bytes / 1e6:,.0f} MB, fingerprint {fingerprint[:16]}, load {os.getloadavg()[0]:.1f}")
     if profile:
         pstats.Stats(profiler).sort_stats("tottime").print_stats(40)
@@ -132,12 +138,13 @@ def main() -> None:
     parser.add_argument("--base", default="builtin:smollm2-135m")
     parser.add_argument("--profile", action="store_true", help="where this process's time goes")
     parser.add_argument("--file", type=Path, help="kept there, and used if it is there")
+    parser.add_argument("--record", action="store_true", help="keep the figure for docs/performance.md")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         path = given.file or Path(scratch) / "chats.jsonl"
         if not path.exists():
             write(path, given.rows)
-        measure(path, given.base, given.profile)
+        measure(path, given.base, given.profile, given.record)
 
 
 if __name__ == "__main__":

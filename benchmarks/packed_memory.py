@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from benchmarks.figures import Measured, note
 from deltaw.adapter.attach import attach
 from deltaw.base.batch import Batch
 from deltaw.base.forward import plan_forward
@@ -36,6 +37,7 @@ SHAPES = {  # hidden, MLP, layers, heads, key-value heads, head size, tied
     "8b": (4096, 14336, 32, 32, 8, 128, False),
 }
 VOCABULARY = 128_256
+WANTED = {("1b", "nf4", 2048): 3.0, ("8b", "nf4", 2048): 12.0}  # GB
 
 
 def config_of(shape: str) -> LlamaConfig:
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--weights", default="nf4", choices=("nf4", "int8", "bfloat16"))
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--record", action="store_true", help="keep the figure for docs/performance.md")
     asked = parser.parse_args()
     bound_caches()
     few_holes(torch.device("cpu"))
@@ -115,6 +118,10 @@ def main() -> None:
         "step_seconds": step_seconds,
         "loss": loss.item() / count,
     }
+    if asked.record:
+        name = f"peak of a step, {asked.shape.upper()} under {asked.weights}, {asked.tokens:,} tokens"
+        bound = WANTED.get((asked.shape, asked.weights, asked.tokens))
+        note(Measured("When it doesn't fit", name, result["peak_gb"], "GB", bound, at_most=True))  # type: ignore[arg-type]
     print(json.dumps({name: round(value, 3) if isinstance(value, float) else value for name, value in result.items()}))
 
 

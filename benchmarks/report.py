@@ -1,4 +1,4 @@
-"""benchmarks/results.csv and algebra.csv -> docs/performance.md and docs/performance.svg.
+"""benchmarks/results.csv, algebra.csv and figures.csv -> docs/performance.md and docs/performance.svg.
 
     python -m benchmarks.report [--out FOLDER]      (make bench calls it; nothing is measured here)
 
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import algebra
+from benchmarks.figures import FILE, read, sections
 from benchmarks.results import PACKAGES, Figure, Key, Row, figures, read_rows, targets
 from benchmarks.tables import shown, table
 
@@ -168,8 +169,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def write(rows: Sequence[Row], root: Path = ROOT) -> None:
     """Page and picture under `root`/docs."""
     (root / "docs").mkdir(parents=True, exist_ok=True)
-    more = algebra.section(algebra.read(root))
-    (root / "docs" / "performance.md").write_text(page(rows) + (f"\n{more}" if more else ""), encoding="utf-8")
+    more = [algebra.section(algebra.read(root)), sections(read(root / "benchmarks" / FILE.name))]
+    text = "\n".join([page(rows), *filter(None, more)])
+    (root / "docs" / "performance.md").write_text(text, encoding="utf-8")
     draw(rows, root / "docs" / "performance.svg")
 
 

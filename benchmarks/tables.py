@@ -15,7 +15,11 @@ def shown(target: Target) -> list[str]:
     """A target as the cells of a table: name, target, measured, met, shortfall."""
 
     def number(value: float) -> str:
-        return f"{value:.0%}" if target.unit == "%" else f"{value:.2f} x" if target.unit == "x" else f"{value:.1f} s"
+        if target.unit == "%":
+            return f"{value:.0%}"
+        if target.unit in ("x", "GB"):
+            return f"{value:.2f} {target.unit}"
+        return f"{value:,.{0 if value >= 100 else 1}f} {target.unit}"
 
     met = {True: "yes", False: "NO", None: "not measured"}[target.met]
     measured = "" if target.measured is None else number(target.measured)

@@ -285,3 +285,13 @@ def test_a_run_of_before_a_setting_means_what_it_did(tmp_path: Path) -> None:
 def test_settings_of_long_texts_and_columns(tmp_path: Path, line: str, name: str) -> None:
     text = MINIMAL.replace("t.jsonl", "t.jsonl" if "split_text" in line else "t.txt")
     assert name in refusal(tmp_path, text + line)
+
+
+def test_what_is_wrong_with_an_override_isnt_said_of_a_line_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("base: b\ndata: {train: x.jsonl}\noutput: o\ntrain:\n  lr: -1\n", encoding="utf-8")
+    with pytest.raises(InputError) as error:
+        load_config(file, ["train.checkpointing=sometimes", "adapter=5"])
+    lines = str(error.value).splitlines()
+    assert any(f"{file}:5: train.lr" in line for line in lines)
+    assert sum("override: " in line for line in lines) == 2

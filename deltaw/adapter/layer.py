@@ -17,6 +17,7 @@ Letters: N inputs, M outputs, R rank, K the rank of the factors that act.
 """
 
 import abc
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -98,8 +99,7 @@ class AdaptedLinear(nn.Module):
                 fix="carry one adapter at a time",
             )
         numbers = {segment.update for segment in segments}
-        if unknown := numbers.difference(self.carried.numbers):
-            raise ValueError(f"no update of number {min(unknown)}: the model carries {self.carried.numbers}")
+        self.carried.check(numbers)
         pairs = ((number, self.update(number)) for number in sorted(numbers))
         return {number: update for number, update in pairs if update is not None and update.enabled}
 
@@ -167,11 +167,20 @@ class LowRankUpdate(LayerUpdate, abc.ABC):
         return None if self.dropout and self.training else Factors(*self.acting(), self.scale)
 
     @property
+    def strength(self) -> float:
+        return self.scale
+
+    @property
     def for_kernels(self) -> bool:
         return not self.dropout
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {"a": self.lora_a, "b": self.lora_b}
+
+    def times(self, factor: float) -> "LowRankUpdate":
+        other = copy.copy(self)
+        other.scale = factor * self.scale
+        return other
 
     @torch.no_grad()
     def factors(self) -> LowRank:

@@ -8,6 +8,7 @@ Letters: N inputs, M outputs.
 """
 
 import abc
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from deltaw.base.batch import Passing
 from deltaw.base.frozen import FrozenLinear
+from deltaw.errors import InputError
 from deltaw.kernels.lora import Factors
 
 
@@ -26,6 +28,7 @@ class Carried:
         self.passing = passing
         self.numbers: list[int] = []
         self.first = 0
+        self.changes = 0  # how often one came or went
 
     def free(self) -> int:
         """The lowest number that isn't taken."""
@@ -35,11 +38,18 @@ class Carried:
         """One more update is there."""
         self.numbers = sorted([*self.numbers, number])
         self.first = self.numbers[0]
+        self.changes += 1
 
     def remove(self, number: int) -> None:
         """And gone."""
         self.numbers = [other for other in self.numbers if other != number]
         self.first = self.numbers[0] if self.numbers else 0
+        self.changes += 1
+
+    def check(self, numbers: Iterable[int]) -> None:
+        """Raise ValueError for a number that isn't carried."""
+        if unknown := set(numbers).difference(self.numbers):
+            raise ValueError(f"no update of number {min(unknown)}: the model carries {self.numbers}")
 
 
 class LayerUpdate(nn.Module, abc.ABC):
@@ -65,6 +75,11 @@ class LayerUpdate(nn.Module, abc.ABC):
         return None
 
     @property
+    def strength(self) -> float:
+        """The number beside its parameters that it depends on: LoRA's scale."""
+        return 1.0
+
+    @property
     def for_kernels(self) -> bool:
         """Whether the kernels know it in training, too."""
         return False
@@ -76,6 +91,11 @@ class LayerUpdate(nn.Module, abc.ABC):
     def constants(self) -> dict[str, Tensor]:
         """What an initialiser left that doesn't train, by the names that checkpoints use."""
         return {}
+
+    def times(self, factor: float) -> "LayerUpdate":
+        """Another update of the same layer, factor · ΔW, which shares this one's tensors. InputError where no multiple
+        of it is an update of its kind, or it would share nothing."""
+        raise InputError("only LoRA's scale can be chosen for each request", fix="ask for scale 1, or for 0, the base")
 
     @abc.abstractmethod
     def factors(self) -> Any:

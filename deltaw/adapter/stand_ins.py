@@ -30,9 +30,9 @@ from deltaw.base.frozen import BringsWeight, FrozenLinear, weight_of
 from deltaw.base.probe import watched_pass
 from deltaw.base.stand_in import StandIn
 from deltaw.kernels.attention import packed_attention
-from deltaw.kernels.lora import ACTIVATIONS, Projection, lora_gated_mlp, lora_linears
+from deltaw.kernels.lora import ACTIVATIONS, Projection, gated, lora_gated_mlp, lora_linears
 from deltaw.kernels.norm import rms_norm
-from deltaw.kernels.rotary import rotary
+from deltaw.kernels.rotary import rotary, turned
 
 KINDS = ("norm", "attention", "mlp")
 
@@ -54,15 +54,19 @@ class FusedNorm(StandIn):
 class FusedMLP(StandIn):
     """down(act(gate(x)) ∘ up(x))."""
 
-    def __init__(self, original: nn.Module, activation: str) -> None:
+    def __init__(self, original: nn.Module, activation: str, passing: Passing) -> None:
         super().__init__(original)
-        self.activation = activation
+        self.activation, self.passing = activation, passing
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         if not self.enabled:
             return self.original(x)
-        gate, up, down = (_projection(self._modules[name]) for name in ("gate_proj", "up_proj", "down_proj"))
+        own, ready = self._modules, self.passing.current.ready
+        if ready is not None and (gu := ready.linears((own["gate_proj"], own["up_proj"]), x.flatten(0, -2))):
+            inner_TI = gated(*gu, self.activation)
+            return _linears(ready, (own["down_proj"],), inner_TI)[0].view(*x.shape[:-1], -1)
+        gate, up, down = (_projection(own[name]) for name in ("gate_proj", "up_proj", "down_proj"))
         return lora_gated_mlp(x, gate, up, down, self.activation)
 
 
@@ -82,19 +86,23 @@ class FusedAttention(StandIn):
         if not ours or angles is None or more:
             return self.original(hidden_states, *args, **kwargs)
         x_TD = hidden_states.flatten(0, 1)
-        names = ("q_proj", "k_proj", "v_proj")
-        q, k, v = lora_linears(x_TD, [_projection(self._modules[name]) for name in names])
-        head = self.call.head_size
+        own, ready, head = self._modules, self.passing.current.ready, self.call.head_size
+        q, k, v = _linears(ready, (own["q_proj"], own["k_proj"], own["v_proj"]), x_TD)
         q_THE, k_TKE = (self._norm(name, x, head) for name, x in (("q_norm", q), ("k_norm", k)))
-        cos_TR, sin_TR = (angle.flatten(0, 1) for angle in angles)
-        q_THE, k_TKE, v_TKE = rotary(q_THE, cos_TR, sin_TR), rotary(k_TKE, cos_TR, sin_TR), v.unflatten(-1, (-1, head))
+        if ready is not None and angles[0].shape[-1] == head:
+            qk = turned(torch.cat([q_THE, k_TKE], 1), *ready.angles(angles, q.dtype))
+            q_THE, k_TKE = qk.split([q_THE.shape[1], k_TKE.shape[1]], 1)
+        else:
+            cos_TR, sin_TR = (angle.flatten(0, 1) for angle in angles)
+            q_THE, k_TKE = rotary(q_THE, cos_TR, sin_TR), rotary(k_TKE, cos_TR, sin_TR)
+        v_TKE = v.unflatten(-1, (-1, head))
         asked: dict[str, Any] = {"scale": self.call.scale, "window": self.call.window, "softcap": self.call.softcap}
         if cache is not None:
             out_THE = cache.attention(self, q_THE, k_TKE, v_TKE, **asked)
         else:
             assert documents is not None
             out_THE = packed_attention(q_THE, k_TKE, v_TKE, documents, **asked)
-        y_TD = lora_linears(out_THE.flatten(1), [_projection(self._modules["o_proj"])])[0]
+        y_TD = _linears(ready, (own["o_proj"],), out_THE.flatten(1))[0]
         return y_TD.view(*hidden_states.shape[:-1], -1), None
 
     def _norm(self, name: str, x_TM: Tensor, head: int) -> Tensor:
@@ -183,7 +191,7 @@ def _build(kind: str, module: nn.Module, call: AttentionCall | None, passing: Pa
         return None
     if kind == "mlp":
         activation = _activation(module.act_fn)
-        return None if activation is None or not _takes_one(module) else FusedMLP(module, activation)
+        return None if activation is None or not _takes_one(module) else FusedMLP(module, activation, passing)
     return None if call is None else FusedAttention(module, call, passing)
 
 
@@ -199,6 +207,12 @@ def _projection(module: nn.Module | None) -> Projection:
         return module.projection()
     assert module is not None
     return Projection(weight_of(module), module.bias)  # type: ignore[arg-type]
+
+
+def _linears(ready: Any, modules: tuple[nn.Module | None, ...], x_TN: Tensor) -> Sequence[Tensor]:
+    """Each module of one x, by what steps of decoding have ready of them, where they have it."""
+    ys = None if ready is None else ready.linears(modules, x_TN)
+    return lora_linears(x_TN, [_projection(module) for module in modules]) if ys is None else ys
 
 
 def _epsilon(norm: nn.Module) -> float:

@@ -170,6 +170,7 @@ class Pass:
     cache:     keys and values of earlier tokens, which attention adds to and reads; None: there are none
     below:     what enters the lowest adapted layer [T, D], computed before (prefix.py); None: it is computed now
     probe:     what watches the calls to attention (attention.py)
+    ready:     what steps of decoding have ready of their layers (adapter/ready.py)
     """
 
     documents: Documents | None = None
@@ -177,6 +178,7 @@ class Pass:
     cache: Stored | None = None
     below: Tensor | None = None
     probe: Any = None
+    ready: Any = None
 
 
 NOTHING = Pass()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaw.base.frozen import FrozenLinear, Stored
+from deltaw.files.output import gib
 from deltaw.kernels.lora import Projection, lora_linears
 from deltaw.kernels.packed import PackedWeight
 from deltaw.show.progress import Progress, unseen
@@ -138,9 +139,11 @@ def describe_packed(model: nn.Module) -> str:
         return ""
     forms = [form for form, _ in Counter(weight.form for weight in weights).most_common()]
     plain = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    bfloat16 = 2 * (sum(math.prod(weight.shape) for weight in weights) + sum(one.numel() for one in plain))
     held = sum(weight.nbytes for weight in weights) + sum(one.nbytes for one in plain)
-    return f"kept in {' and '.join(forms)}: {held / 1e6:,.0f} MB instead of {bfloat16 / 1e6:,.0f} in bfloat16"
+    bfloat16 = all(form == "bfloat16" for form in forms)
+    other, size = ("float32", 4) if bfloat16 else ("bfloat16", 2)
+    numbers = sum(math.prod(weight.shape) for weight in weights) + sum(one.numel() for one in plain)
+    return f"kept in {' and '.join(forms)}: {gib(held)} instead of {gib(size * numbers)} in {other}"
 
 
 def _frozen(part: Tensor) -> nn.Parameter:

@@ -1,7 +1,7 @@
 """Reading a run file: YAML and overrides in, a `RunConfig` out, or every problem at once with its line."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,15 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a run file and apply `key.sub=value` overrides. Raises InputError that lists every problem."""
     path = Path(path)
+    raw, node = read_yaml(path, "a run file is a mapping with base, data and output")
+    begun = path.name == "config.yaml" and any((path.parent / name).exists() for name in BEGUN)
+    keys = [_override(raw, item) for item in overrides]
+    config = parse_config(raw, source=str(path), node=node, begun=begun, folder=path.parent, overrides=keys)
+    return at_home(config, path.parent) if begun else config
+
+
+def read_yaml(path: Path, what: str) -> tuple[dict[str, Any], yaml.Node | None]:
+    """A file's mapping, and its tree for the line numbers. `what` it should be, for the error. Raises InputError."""
     text = read_text(shipped(path))
     try:
         node = yaml.compose(text, Loader=Loader)
@@ -29,12 +38,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     except PROBLEMS as error:
         raise InputError(not_yaml(error, str(path), text)) from None
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: a run file is a mapping with base, data and output; this is {_kind(raw)}")
-    begun = path.name == "config.yaml" and any((path.parent / name).exists() for name in BEGUN)
-    for item in overrides:
-        _override(raw, item)
-    config = parse_config(raw, source=str(path), node=node, begun=begun, folder=path.parent)
-    return at_home(config, path.parent) if begun else config
+        raise InputError(f"{path}: {what}; this is {_kind(raw)}")
+    return raw, node
 
 
 def config_of(given: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
@@ -56,16 +61,18 @@ def parse_config(
     node: yaml.Node | None = None,
     begun: bool = False,
     folder: Path = Path(),
+    overrides: Sequence[str] = (),
 ) -> RunConfig:
     """Validate a plain mapping. `node` (the YAML tree) lends the line numbers. `begun`: a run's own, accepted already,
-    so a setting without an effect doesn't keep it from being read. `folder`: where files of metrics are looked for."""
+    so a setting without an effect doesn't keep it from being read. `folder`: where files of metrics are looked for.
+    `overrides`: the keys that don't stand in the file."""
     try:
         # JSON mode: a list is a tuple, an int is a float, and nothing else converts.
         given = json.dumps(as_it_was(raw) if begun else raw)
         config = RunConfig.model_validate_json(given, context=BEGUN if begun else None)
         return config.model_copy(update={"evaluate": config.evaluate.located(folder)})
     except ValidationError as error:
-        raise InputError(refusal(error, RunConfig, source, file=source, node=node)) from None
+        raise InputError(refusal(error, RunConfig, source, file=source, node=node, overrides=overrides)) from None
     except (TypeError, ValueError) as problem:
         raise InputError(f"{source} has 1 problem:\n  {source}: {problem}") from None
 
@@ -100,7 +107,8 @@ def setting_meant(option: str) -> str | None:
     return f"did you mean {word}=…?" if word in fields_at(RunConfig, ()) else meant([word], RunConfig)
 
 
-def _override(raw: dict[str, Any], item: str) -> None:
+def _override(raw: dict[str, Any], item: str) -> str:
+    """Apply one, and return its key."""
     key, equals, value = item.partition("=")
     if not equals or not key:
         raise InputError(f"{item!r} is not an override", fix="write key=value, for example train.lr=1e-3")
@@ -115,6 +123,7 @@ def _override(raw: dict[str, Any], item: str) -> None:
         raw[last] = yaml.load(value, Loader=Loader)
     except PROBLEMS:
         raise InputError(f"{item!r:.200}: the value is not valid YAML") from None
+    return key
 
 
 def _kind(value: Any) -> str:

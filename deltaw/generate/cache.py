@@ -15,7 +15,7 @@ Letters: R rows, L longest prompt, T tokens so far, V vocabulary.
 import abc
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from deltaw.adapter.ready import NOBODY
 from deltaw.base.batch import Pass, passing_of, segments_of
 from deltaw.base.limits import context_of
 from deltaw.errors import InputError
 from deltaw.generate.sampling import Sampling, uniform_numbers
 from deltaw.kernels.segments import Segments
 
-BASE = -1  # in place of an update's number: the base alone
+BASE = NOBODY  # in place of an update's number: the base alone
 
 
 @dataclass(eq=False)
@@ -39,16 +40,20 @@ class Row:
 
     `number` names it to its caller, and says with the seed which uniform numbers it draws; `room` is how many tokens it
     may become longer; `update` is which of the layers' updates it takes: a number, `BASE`, or None for the
-    first.
+    first. `key` says what that update is, by content; `logprobs`, how many of the likeliest tokens are told beside each
+    new one (None: not even its own log-probability); `bias` is added to the logits of these tokens.
     """
 
     id: int
-    prompt: Sequence[int]
+    prompt: tuple[int, ...]
     sampling: Sampling
     stop_ids: AbstractSet[int]
     number: int
     room: int
     update: int | None = None
+    key: bytes = b""
+    logprobs: int | None = None
+    bias: Mapping[int, float] = field(default_factory=dict)
     new: list[int] = field(default_factory=list)
     noise: list[float] = field(default_factory=list)
 
@@ -77,7 +82,10 @@ class Row:
 class Cache(abc.ABC):
     """Rows that are being decoded, and what the model keeps of their tokens."""
 
-    share: int  # rows join when 1/share of all places are free: a pass costs the same whether few join or many
+    # Rows join when 1/share of all places are free, or one has been for `patience` steps: a pass costs the same whether
+    # few join or many.
+    share: int
+    patience: int
 
     @property
     @abc.abstractmethod
@@ -90,13 +98,18 @@ class Cache(abc.ABC):
         they must wait for rows that are running."""
 
     @abc.abstractmethod
-    def join(self, rows: Sequence[Row]) -> Tensor:
-        """Run their prompts. Logits [R, V] of the next token of each. Where that fails no row has joined."""
+    def join(self, rows: Sequence[Row]) -> None:
+        """Give them places. Where that fails no row has joined."""
+
+    @abc.abstractmethod
+    def fill(self) -> Iterator[tuple[list[Row], Tensor]]:
+        """Run prompts that have joined, or a piece of them: the rows whose prompts are whole now, if any are, and the
+        logits [R, V] of their next tokens. Where that fails it may be done again."""
 
     @abc.abstractmethod
     def steps(self) -> Iterator[tuple[list[Row], Tensor]]:
-        """Run the last token of every row, in one pass or in several: rows, and the logits [R, V] of their next. Rows
-        may leave in between."""
+        """Run the last token of every row whose prompt is whole, in one pass or in several: rows, and the logits [R, V]
+        of their next. Rows may leave in between."""
 
     @abc.abstractmethod
     def leave(self, row: Row) -> None:

@@ -3,7 +3,7 @@
     engine = Engine(model)
     id = engine.add(prompt, Sampling(), stop_ids)
     while engine.busy:
-        for id, token in engine.step():     # (id, a new token) or (id, None) at its end
+        for event in engine.step():     # a row's new token, or None at its end
             …
 
 `answers` for many prompts and `stream` for one are its clients. Each prompt gets what it gets alone, whatever its
@@ -14,10 +14,12 @@ A `Cache` knows what the model keeps of a row's tokens (cache.py). There are two
 is found by trying the model: slots of our own, where attention stands in (slots.py), and batches on transformers' own
 caches (batches.py), also for a row that goes beyond the border of rotary frequencies that a model keeps changing.
 
-A step runs every row's last token and then, where there is room, the prompts of those that join. Rows join in the order
-they came, all of them where enough places are free, else when an eighth of all places are (in batches, which become
-passes of their own, when all are: refilling at half took 6 % longer). `TOKENS_AT_ONCE` bounds what all of them may come
-to hold.
+A step runs every row's last token and then, where there is room, the prompts of those that join, or a piece of them
+where they are long (filling.py): between two pieces every row that goes on gets its token. Rows join in the order they
+came, all of them where enough places are free, else when an eighth of all places are (in batches, which become passes
+of their own, when all are: refilling at half took 6 % longer). But where a place has been free for eight steps (64 in
+batches) rows join at once: while others write long answers the next place might not be free for minutes, and a pass
+more in eight steps is hardly felt. `TOKENS_AT_ONCE` bounds what all of them may come to hold.
 
 transformers' own `model.generate` was the first choice, and measured: it took as long as a plain loop over `forward`
 (5.8 s against 5.5 s for 64 prompts of 32 new tokens on SmolLM2-135M, 2 cores), but it keeps finished rows until the
@@ -27,8 +29,11 @@ repetition penalty) into what was asked for.
 Letters: R rows, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +41,22 @@ from torch import Tensor, nn
 from deltaw.errors import InputError
 from deltaw.generate.batches import Batches
 from deltaw.generate.cache import Cache, Row, context, evaluating, text_config
-from deltaw.generate.sampling import Sampling, choose
+from deltaw.generate.logprobs import Logprobs, logprobs_of, score
+from deltaw.generate.sampling import NotFinite, Sampling, choose
 from deltaw.generate.slots import Slots
+from deltaw.generate.together import come_to_rest
 from deltaw.show.progress import Progress, unseen
 
 TOKENS_AT_ONCE = 65_536  # of all rows together: bounds the cache (4 GB for an 8B model), whatever batch_size says
+NO_BIAS: Mapping[int, float] = MappingProxyType({})
+
+
+class Event(NamedTuple):
+    """A row's next token, with what was asked to be told of it; or None, once, after its last one."""
+
+    id: int
+    token: int | None
+    logprobs: Logprobs | None = None
 
 
 class Engine:
@@ -57,8 +73,8 @@ class Engine:
         self._batches = Batches(model, alone=batch_size == 1, beyond=self._slots is not None)
         self._waiting: list[Row] = []
         self._live: dict[Row, Cache] = {}
-        self._events: list[tuple[int, int | None]] = []
-        self._added = 0
+        self._events: list[Event] = []
+        self._added = self._free_for = 0  # steps for which a place has been free that a row waits for
         self._modules: list[nn.Module] = []
 
     @property
@@ -74,29 +90,38 @@ class Engine:
         *,
         number: int = 0,
         update: int | None = None,
+        key: bytes = b"",
+        logprobs: int | None = None,
+        bias: Mapping[int, float] = NO_BIAS,
     ) -> int:
         """Have a prompt decoded from the next step on. Its id, by which its tokens come.
 
-        `number`: which of its caller's prompts it is, named in errors and, with the seed, in what it draws. `update`:
-        which of the layers' updates it takes (`Attached.number`), `BASE` for the base alone; None is the first, and
-        then for all rows. Raises InputError for an empty prompt, one that fills the model's context, or an id outside
-        its vocabulary; ValueError where only some of the rows name their update.
+        number:   which of its caller's prompts it is, named in errors and, with the seed, in what it draws
+        update:   which of the layers' updates it takes (`Attached.number`), `BASE` for the base alone; None is the
+                  first, and then for all rows
+        key:      what that update is, by content (a hash of the adapter and its scale): rows of one key and one
+                  beginning share its keys and values; b"" shares nothing
+        logprobs: how many of the likeliest tokens to tell beside each new one; 0: its log-probability alone
+        bias:     what is added to the logits of some tokens before one is chosen; `logprobs` doesn't show it
+
+        Raises InputError for an empty prompt, one that fills the model's context, or an id outside its vocabulary;
+        ValueError where only some of the rows name their update.
         """
-        check(self.model, prompt, number)
+        check(self.model, prompt, number, bias)
         room = min(sampling.max_new_tokens, context(self.model) - len(prompt))
         if any((row.update is None) != (update is None) for row in (*self._waiting[-1:], *self._live)):
             raise ValueError("either all rows of an engine name their update, or none do")
-        row = Row(self._added, prompt, sampling, stop_ids, number, room, update)
+        row = Row(self._added, tuple(prompt), sampling, stop_ids, number, room, update, key, logprobs, bias)
         self._added += 1
         self._waiting.append(row)
         return row.id
 
-    def step(self) -> list[tuple[int, int | None]]:
-        """The next token of every row that has a place, as (id, token), and (id, None) after a row's last one. The stop
-        token that ended a row is left out.
+    def step(self) -> list[Event]:
+        """The next token of every row that has a place, and None after a row's last one. The stop token that ended a
+        row is left out.
 
-        Raises RunError where the model gives no logits; what came before is in the next step's, and the row that it
-        names may be cancelled.
+        Raises NotFinite where the model gives no logits; what came before is in the next step's, and the rows whose ids
+        it has may be cancelled.
         """
         if self._waiting or not self._modules:  # looking for them is felt in a step of one token
             self._modules = list(self.model.modules())
@@ -106,25 +131,50 @@ class Engine:
                     self._go_on(rows, logits_RV)
             while joining := self._joining():
                 cache, rows = joining
-                logits_RV = cache.join(rows)
+                cache.join(rows)
                 self._live |= dict.fromkeys(rows, cache)
                 self._waiting = [row for row in self._waiting if row not in self._live]
-                self._go_on(rows, logits_RV)
+                self._free_for = 0
+            for cache in set(self._live.values()):
+                for rows, logits_RV in cache.fill():
+                    self._go_on(rows, logits_RV)
+        self._free_for += bool(self._waiting) and len(self._live) < self.batch_size
         events, self._events = self._events, []
         return events
 
     def cancel(self, id: int) -> None:
         """Let go of a row: no more of its tokens come. Nothing for one that has ended."""
         self._waiting = [row for row in self._waiting if row.id != id]
-        self._events = [event for event in self._events if event[0] != id]
+        self._events = [event for event in self._events if event.id != id]
         with torch.inference_mode():
             for row in [row for row in self._live if row.id == id]:
                 self._live.pop(row).leave(row)
 
+    def score(self, prompt: Sequence[int], *, update: int | None = None, top: int = 0) -> list[Logprobs]:
+        """What the model says of the prompt's tokens but the first, in one pass, and of the `top` likeliest in place of
+        each. Rows that are being decoded wait for it. Raises InputError as `add` does."""
+        check(self.model, prompt, 0, full=True)
+        with evaluating(self.model):
+            beyond = not self._batches.learn(len(prompt)) or self._batches.together.crosses(len(prompt))
+            if beyond:  # frequencies that grow are everyone's
+                come_to_rest(self.model)
+            try:
+                return score(self.model, prompt, update=update, top=top)
+            finally:
+                if beyond:
+                    come_to_rest(self.model)
+
     def close(self) -> None:
-        """Let go of all rows."""
+        """Let go of all rows, and of what is kept of them."""
         for id in [row.id for row in (*self._waiting, *self._live)]:
             self.cancel(id)
+        if self._slots:
+            self._slots.prefixes.clear()
+
+    @property
+    def reused(self) -> int:
+        """How many tokens of prompts weren't run, since they had been run for an earlier row of the same key."""
+        return self._slots.prefixes.reused if self._slots else 0
 
     def _joining(self) -> tuple[Cache, list[Row]] | None:
         """The rows that join now and where, or None."""
@@ -136,7 +186,8 @@ class Engine:
         if self._live and (crosses or self._batches.crossing):
             return None  # frequencies that grow are everyone's
         cache: Cache = self._batches if crosses or self._slots is None else self._slots
-        if free < min(len(self._waiting), max(1, self.batch_size // cache.share)):
+        few = free < min(len(self._waiting), max(1, self.batch_size // cache.share))
+        if few and self._free_for < cache.patience:
             return None
         if cache is self._slots:
             window = [row for row in window if not self._batches.crosses(row)]
@@ -146,17 +197,24 @@ class Engine:
 
     def _go_on(self, rows: Sequence[Row], logits_RV: Tensor) -> None:
         """Choose each row's next token, and let go of the rows that end with it."""
-        for row, token in zip(rows, self._chosen(rows, logits_RV), strict=True):
+        tokens = self._chosen(rows, logits_RV)
+        told = self._told(rows, logits_RV, tokens)
+        for row, token in zip(rows, tokens, strict=True):
             ended = token in row.stop_ids
             if not ended:
                 row.new.append(token)
-                self._events.append((row.id, token))
+                self._events.append(Event(row.id, token, told.get(row)))
             if ended or len(row.new) == row.room:
-                self._events.append((row.id, None))
+                self._events.append(Event(row.id, None))
                 self._live.pop(row).leave(row)
 
     def _chosen(self, rows: Sequence[Row], logits_RV: Tensor) -> list[int]:
         """The next token of each row, chosen at once for all that are sampled by one rule."""
+        if any(row.bias for row in rows):
+            logits_RV = logits_RV.clone()
+            for row, logits_V in zip(rows, logits_RV, strict=True):
+                if row.bias:
+                    logits_V[list(row.bias)] += torch.tensor(list(row.bias.values())).to(logits_V)
         tokens = [0] * len(rows)
         by_rule: dict[object, list[int]] = {}
         for at, row in enumerate(rows):
@@ -165,10 +223,23 @@ class Engine:
             some = [rows[at] for at in ats]
             u_R = torch.tensor([row.u for row in some], device=self._device)
             part_RV = logits_RV if len(ats) == len(rows) else logits_RV[ats]
-            ids_R = choose(part_RV, some[0].sampling, u_R, [row.number for row in some])
+            try:
+                ids_R = choose(part_RV, some[0].sampling, u_R, [row.number for row in some])
+            except NotFinite as error:
+                raise NotFinite(error.what, [some[at].id for at in error.rows]) from None
             for at, token in zip(ats, ids_R.tolist(), strict=True):
                 tokens[at] = token
         return tokens
+
+    @staticmethod
+    def _told(rows: Sequence[Row], logits_RV: Tensor, tokens: Sequence[int]) -> dict[Row, Logprobs]:
+        """What the model says of the new tokens, for the rows that ask."""
+        ats = [at for at, row in enumerate(rows) if row.logprobs is not None]
+        if not ats:
+            return {}
+        most = max(rows[at].logprobs or 0 for at in ats)
+        told = logprobs_of(logits_RV[ats], [tokens[at] for at in ats], most)
+        return {rows[at]: Logprobs(own, top[: rows[at].logprobs]) for at, (own, top) in zip(ats, told, strict=True)}
 
 
 def answers(
@@ -194,10 +265,10 @@ def answers(
     try:
         while engine.busy:
             events = engine.step()
-            for id, token in events:
-                if token is not None:
-                    new[number_of[id]].append(token)
-            if ended := [number_of[id] for id, token in events if token is None]:
+            for event in events:
+                if event.token is not None:
+                    new[number_of[event.id]].append(event.token)
+            if ended := [number_of[event.id] for event in events if event.token is None]:
                 yield {number: new.pop(number) for number in ended}
     finally:
         engine.close()
@@ -234,20 +305,33 @@ def stream(model: nn.Module, prompt: Sequence[int], sampling: Sampling, stop_ids
 def _streamed(engine: Engine) -> Iterator[int]:
     try:
         while engine.busy:
-            yield from [token for _, token in engine.step() if token is not None]
+            yield from [event.token for event in engine.step() if event.token is not None]
     finally:
         engine.close()
 
 
-def check(model: nn.Module, prompt: Sequence[int], number: int) -> None:
-    """Raise InputError for a prompt that the model can't be given."""
-    most, vocabulary = context(model), text_config(model).vocab_size
+def check(
+    model: nn.Module,
+    prompt: Sequence[int],
+    number: int,
+    bias: Mapping[int, float] = NO_BIAS,
+    *,
+    full: bool = False,
+) -> None:
+    """Raise InputError for a prompt that the model can't be given, or a bias to what it doesn't have. `full`: the
+    prompt may fill the context."""
+    most, vocabulary = context(model) + full, text_config(model).vocab_size
     if len(prompt) == 0:
         raise InputError(f"prompt {number} is empty", fix="begin with at least one token, such as bos")
     if len(prompt) >= most:
+        including = "" if full else ", including the answer,"
         raise InputError(
-            f"prompt {number} has {len(prompt):,} tokens; the context, including the answer, holds {most:,}",
+            f"prompt {number} has {len(prompt):,} tokens; the context{including} holds {context(model):,}",
             fix="shorten it",
         )
     if min(prompt) < 0 or max(prompt) >= vocabulary:
         raise InputError(f"prompt {number} holds ids outside the model's vocabulary of {vocabulary:,}")
+    if bias and (min(bias) < 0 or max(bias) >= vocabulary):
+        raise InputError(f"the bias of prompt {number} is to ids outside the model's vocabulary of {vocabulary:,}")
+    if any(not math.isfinite(value) for value in bias.values()):
+        raise InputError(f"the bias of prompt {number} isn't finite", fix="use -100 to forbid a token")

@@ -111,7 +111,7 @@ def lora_gated_mlp(x_TN: Tensor, gate: Projection, up: Projection, down: Project
         y_TM = _LoRAGatedMLP.apply(rows_TN, three, activation, *_factors(three))
     else:
         g, u = _project(rows_TN, three[:2], _spans(three[:2], len(rows_TN)))[0]
-        y_TM = _project(_gated(g, u, activation), three[2:], _spans(three[2:], len(rows_TN)))[0][0]
+        y_TM = _project(gated(g, u, activation), three[2:], _spans(three[2:], len(rows_TN)))[0][0]
     return y_TM.view(*x_TN.shape[:-1], y_TM.shape[1])
 
 
@@ -148,7 +148,7 @@ def _plain(x_TN: Tensor, projection: Projection) -> Tensor:
     return y_TM + low_TM.view_as(y_TM)
 
 
-def _gated(g_TI: Tensor, u_TI: Tensor, activation: str) -> Tensor:
+def gated(g_TI: Tensor, u_TI: Tensor, activation: str) -> Tensor:
     """act(g) ∘ u."""
     if on_gpu(g_TI):
         from deltaw.kernels.triton import gated_forward
@@ -313,7 +313,7 @@ class _LoRAGatedMLP(torch.autograd.Function):
     def forward(ctx: Any, x_TN: Tensor, three: Sequence[Projection], activation: str, *factors: Tensor) -> Tensor:
         pair, down = _spans(three[:2], len(x_TN)), _spans(three[2:], len(x_TN))
         (g, u), pair_hs = _project(x_TN, three[:2], pair)
-        (y_TM,), down_hs = _project(_gated(g, u, activation), three[2:], down)
+        (y_TM,), down_hs = _project(gated(g, u, activation), three[2:], down)
         ctx.save_for_backward(x_TN if pair else None, g, u, *pair_hs, *down_hs, *factors)
         ctx.three, ctx.activation, ctx.spans = three, activation, (pair, down)
         return y_TM
@@ -326,7 +326,7 @@ class _LoRAGatedMLP(torch.autograd.Function):
         pair_hs, down_hs = saved[: len(pair)], saved[len(pair) : len(pair) + len(down)]
         down_ps = _rank_space(rows, down)
         if not pair and not ctx.needs_input_grad[0]:  # nothing below down_proj trains
-            inner, nothing = _gated(g, u, ctx.activation), [None] * len(_factors(three[:2]))
+            inner, nothing = gated(g, u, ctx.activation), [None] * len(_factors(three[:2]))
             return None, None, None, *nothing, *_back_to_factors(inner, down_hs, down_ps, rows, three[2:], down)
         inner, dg, du = _gated_back(_back_to_input(down_ps, rows, three[2:], down), g, u, ctx.activation)
         down_grads = _back_to_factors(inner, down_hs, down_ps, rows, three[2:], down)

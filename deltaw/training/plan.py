@@ -125,7 +125,8 @@ class Plan:
         head = [f"{name:8} {text}".rstrip() for name, text in lines]
         phases = [(phase.name, gib(phase.peak), clock(phase.seconds)) for phase in self.phases]
         fit = f"{gib(self.fit.fixed)} + {gib(self.fit.token * 1000)} per 1,000 tokens"
-        fit += f" + {gib(self.fit.supervised * 1000)} per 1,000 trained ones"
+        if self.fit.supervised:
+            fit += f" + {gib(self.fit.supervised * 1000)} per 1,000 trained ones"
         what_if = [(f"{tokens:,} tokens", gib(peak)) for tokens, peak in self.what_if.items()]
         tables = table(phases, ("", "peak", "time"), align="lr"), table(what_if, align="lr")
         return "\n".join([*head, "", tables[0], "", f"a batch takes {fit}:", tables[1]])
@@ -174,7 +175,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
         phases=[Phase("opening", opening.peak, opening.seconds), *rehearsal.phases],
         memory_there=available,
         fit=needs,
-        what_if={size: needs.bytes_at(size, share * size) for size in sizes},
+        what_if={size: needs.bytes_at(size, share * size) for size in sorted(sizes)},
         tokens_per_second=1 / max(rehearsal.seconds_a_token, 1e-9),
         disk_needed=disk_needed(opened, learner),
         disk_free=shutil.disk_usage(existing(Path(config.output))).free,

@@ -34,6 +34,13 @@ def adapted(name: str = "llama", **changes: Any) -> nn.Module:
     return model.double().eval()
 
 
+def whole(cache: Slots, rows: list[Row]) -> None:
+    """They join, and their prompts are run."""
+    cache.join(rows)
+    while any(cache.stored[row] < len(row.prompt) for row in rows):
+        list(cache.fill())
+
+
 def holds(model: nn.Module) -> bool:
     with evaluating(model):
         return Slots.hold(model)
@@ -66,7 +73,7 @@ def test_a_layer_without_its_stand_in_is_found() -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_rows_join_grow_and_leave(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "SMALLEST", 4)  # so that rows move from shelf to shelf
-    monkeypatch.setattr(slots, "PIECE", 50)
+    monkeypatch.setattr(slots, "PIECE", 50)  # and long prompts come in pieces
     model = adapted(name, max_position_embeddings=128)
     truth = alone(model, LONG)
     sampling = Sampling(max_new_tokens=NEW)
@@ -76,7 +83,7 @@ def test_rows_join_grow_and_leave(name: str, monkeypatch: pytest.MonkeyPatch) ->
     for step in range(60):
         if step % 3 == 0 and len(ids) < 2 * len(LONG):  # every prompt twice
             ids.append(engine.add(LONG[len(ids) % len(LONG)], sampling))
-        for id, token in engine.step():
+        for id, token, _ in engine.step():
             if token is not None:
                 got.setdefault(id, []).append(token)
     assert not engine.busy
@@ -94,7 +101,7 @@ def test_a_cancelled_row_is_gone_and_changes_nothing() -> None:
         if step == 2:
             engine.cancel(first)
             engine.cancel(others[-1])  # which waits still
-        for id, token in engine.step():
+        for id, token, _ in engine.step():
             got[id].append(token)
     assert got[first] == truth[0][:2] and got[others[-1]] == []
     assert [got[id] for id in others[:-1]] == [[*answer, None] for answer in truth[1:-1]]
@@ -110,7 +117,7 @@ def test_a_prompt_draws_alike_in_any_company() -> None:
     engine = Engine(model)
     engine.add(PROMPTS[1], Sampling(max_new_tokens=3))  # greedy, beside it
     id = engine.add(PROMPTS[4], sampling, number=4)
-    tokens = [token for _ in range(NEW) for other, token in engine.step() if other == id and token is not None]
+    tokens = [token for _ in range(NEW) for other, token, _ in engine.step() if other == id and token is not None]
     assert tokens == expected[4]
 
 
@@ -118,7 +125,7 @@ def test_slots_are_used_again_and_hold_no_more_than_they_must() -> None:
     cache = Slots(adapted(max_position_embeddings=1024))
 
     def rows(lengths: list[int]) -> list[Row]:
-        return [Row(n, [5] * length, Sampling(), set(), n, room=8) for n, length in enumerate(lengths)]
+        return [Row(n, (5,) * length, Sampling(), set(), n, room=8) for n, length in enumerate(lengths)]
 
     def places() -> int:
         return sum(
@@ -128,13 +135,13 @@ def test_slots_are_used_again_and_hold_no_more_than_they_must() -> None:
     with evaluating(cache.model):
         for _ in range(3):
             some = rows([3, 60, 5, 300])
-            cache.join(some)
+            whole(cache, some)
             held = places()
             assert held <= 2 * (3 * slots.SMALLEST + 1.5 * 301)  # two layers
             cache.leave(some[0])
             cache.leave(some[1])
             again = rows([9, 60])
-            cache.join(again)
+            whole(cache, again)
             assert places() == held
             for row in (*some[2:], *again):
                 cache.leave(row)
@@ -143,9 +150,9 @@ def test_slots_are_used_again_and_hold_no_more_than_they_must() -> None:
 
 def test_what_no_row_has_written_is_zero() -> None:
     cache = Slots(adapted())
-    one, two = (Row(n, [5 + n] * (9 - 4 * n), Sampling(), set(), n, room=8) for n in range(2))
+    one, two = (Row(n, (5 + n,) * (9 - 4 * n), Sampling(), set(), n, room=8) for n in range(2))
     with evaluating(cache.model):
-        cache.join([one, two])
+        whole(cache, [one, two])
         cache.leave(one)
     (shelf,) = cache.shelves.values()
     for stored in shelf.stored.values():
@@ -167,7 +174,7 @@ def test_rows_of_two_adapters_in_one_step() -> None:
         engine.add(PROMPTS[0], Sampling())
     got: dict[int, list[int]] = {id: [] for id in ids}
     while engine.busy:
-        for id, token in engine.step():
+        for id, token, _ in engine.step():
             if token is not None:
                 got[id].append(token)
     by_update = {update: [got[id] for id, (u, _) in zip(ids, asked, strict=True) if u == update] for update, _ in asked}

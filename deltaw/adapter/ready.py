@@ -1,0 +1,167 @@
+"""What steps of decoding have ready: each layer's weight at hand, its updates in stacks, the angles of the step.
+
+A step of one token per row is bound by reading weights and by the calls that it takes to do so. What is the same in
+every step isn't asked for again: which modules there are, their weights, which rows take which update. The updates that
+rows take have slots, and their factors are copied into stacks (kernels/stacked.py) when one gets its slot; a slot whose
+update no row takes any more is the next one's. So an adapter's factors are held twice while rows take it.
+
+A copy may be out of date: a step goes on with what an update is now. In each step the versions of its parameters, its
+scale and its switch are compared with those that were copied (some 10 µs for 16 updates of three layers), and an
+adapter put on or taken off (`Carried.changes`) empties all.
+
+Where a layer's update is none that the kernels know, or the layer isn't given all rows, `linears` leaves it to others.
+
+Letters: T rows, N inputs, M outputs, E head size.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.adapter.layer import AdaptedLinear
+from deltaw.adapter.layer_update import Carried, LayerUpdate
+from deltaw.base.frozen import weight_of
+from deltaw.kernels.stacked import Places, Stacks, stacked_linears
+
+NOBODY = -1  # in place of an update's number: the base alone
+
+
+class Ready:
+    """For one engine; `begin` says which rows a pass has."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.carried: Carried | None = None
+        self.changes = -1
+        self.numbers: list[int] = []  # of the updates, by slot
+        self.rows: list[int | None] | None = None
+        self.places = Places(0, 0)
+        self.groups: dict[nn.Module, _Group] = {}  # by the first of its modules
+        self._angles: dict[int, tuple[Any, Tensor, Tensor]] = {}
+
+    def begin(self, updates: Sequence[int | None], device: torch.device) -> None:
+        """The rows of the pass that follows, by the number of the update that each takes (None: the first; `NOBODY`).
+        Raises ValueError for a number that the model doesn't carry."""
+        self._angles = {}
+        self._look()
+        rows = list(updates)
+        if rows == self.rows:
+            return
+        first = self.carried.first if self.carried else NOBODY
+        wanted = [first if update is None else update for update in rows]
+        live = dict.fromkeys(number for number in wanted if number != NOBODY) if self.carried else {}
+        if self.carried:
+            self.carried.check(live)
+        free = [slot for slot, number in enumerate(self.numbers) if number not in live]
+        for number in live:
+            if number not in self.numbers:
+                if free:
+                    self.numbers[free.pop(0)] = number
+                else:
+                    self.numbers.append(number)
+        while self.numbers and self.numbers[-1] not in live:
+            self.numbers.pop()
+        slot_of = {number: slot for slot, number in enumerate(self.numbers)}
+        self.rows, self.places = rows, Places.of([slot_of.get(number) for number in wanted], device)
+
+    def _look(self) -> None:
+        """Begin again where adapters have been put on or taken off."""
+        if self.carried is None or not self.carried.numbers:
+            layers = (module for module in self.model.modules() if isinstance(module, AdaptedLinear))
+            self.carried, self.changes = next((layer.carried for layer in layers), None), -1
+        changes = self.carried.changes if self.carried else 0
+        if changes != self.changes:
+            self.changes, self.numbers, self.rows, self.groups = changes, [], None, {}
+
+    def linears(self, modules: tuple[nn.Module, ...], x_TN: Tensor) -> list[Tensor] | None:
+        """Each module of one x, [T, M]; None where that is for the modules to do."""
+        group = self.groups.get(modules[0])
+        if group is None or group.modules != modules:
+            group = self.groups[modules[0]] = _Group(modules)
+        if self.rows is None or not group.fits or (group.adapted and len(x_TN) != len(self.rows)):
+            return None
+        if group.adapted and not group.refresh(self.numbers, x_TN):
+            return None
+        return stacked_linears(x_TN, group.layers, group.stacks, self.places)
+
+    def angles(self, angles: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and, the first half negative, sin, [T, 1, E], once for all layers that are given the same."""
+        known = self._angles.get(id(angles))
+        if known is None:
+            cos_T1E, sin_T1E = (angle.flatten(0, 1).unsqueeze(1).to(dtype) for angle in angles)
+            one, two = sin_T1E.chunk(2, -1)
+            known = self._angles[id(angles)] = (angles, cos_T1E, torch.cat([-one, two], -1))
+        return known[1:]
+
+
+class _Group:
+    """Modules that read one x."""
+
+    def __init__(self, modules: tuple[nn.Module, ...]) -> None:
+        self.modules = modules
+        bases = [module.base.module if isinstance(module, AdaptedLinear) else module for module in modules]
+        self.layers = [(weight_of(base), base.bias) for base in bases]
+        self.adapted = [(at, module) for at, module in enumerate(modules) if isinstance(module, AdaptedLinear)]
+        self.fits = all(module.sees_all for _, module in self.adapted)
+        self.stacks: Stacks | None = None
+        self.held: list[_Held] = []  # by slot
+
+    def refresh(self, numbers: Sequence[int], x_TN: Tensor) -> bool:
+        """Have the factors of these updates in their slots, as they are now. False where one has none."""
+        if self.stacks is not None and self.stacks.a_SNK.dtype != x_TN.dtype:
+            self.stacks, self.held = None, []
+        for slot, number in enumerate(numbers):
+            known = slot < len(self.held)
+            if known and self.held[slot].number == number and self.held[slot].current():
+                continue
+            held = _Held(number, [layer.update(number) for _, layer in self.adapted])
+            if not self._put(slot, held, len(numbers), x_TN):
+                return False
+            self.held[slot : slot + 1] = [held]
+        return True
+
+    def _put(self, slot: int, held: "_Held", slots: int, x_TN: Tensor) -> bool:
+        factors = [update.kernel_factors() if update and update.enabled else None for update in held.updates]
+        if any(f is None and update and update.enabled for f, update in zip(factors, held.updates, strict=True)):
+            return False
+        ranks = [0] * len(self.modules)
+        for (at, _), one in zip(self.adapted, factors, strict=True):
+            ranks[at] = 0 if one is None else len(one.a_RN)
+        before = [0] * len(ranks) if self.stacks is None else [b_SRM.shape[1] for b_SRM in self.stacks.bs_SRM]
+        if self.stacks is None or any(rank > old for rank, old in zip(ranks, before, strict=True)):
+            self._widen([max(pair) for pair in zip(ranks, before, strict=True)], slots, x_TN)
+        assert self.stacks is not None
+        if slot >= len(self.stacks.a_SNK):
+            self.stacks = self.stacks.enlarged(max(slots, len(self.stacks.a_SNK) * 5 // 4))
+        for (at, _), one in zip(self.adapted, factors, strict=True):
+            self.stacks.put(slot, at, *(one or (None, None, 1.0)))
+        return True
+
+    def _widen(self, ranks: list[int], slots: int, x_TN: Tensor) -> None:
+        """Stacks for higher ranks, with what is held."""
+        shapes = [(rank, weight.shape[0]) for rank, (weight, _) in zip(ranks, self.layers, strict=True)]
+        self.stacks = Stacks.zeros(max(slots, len(self.held)), x_TN.shape[1], shapes, x_TN)
+        for slot, held in enumerate(self.held):
+            for (at, _), update in zip(self.adapted, held.updates, strict=True):
+                factors = update.kernel_factors() if update and update.enabled else None
+                self.stacks.put(slot, at, *(factors or (None, None, 1.0)))
+
+
+class _Held:
+    """Updates of one number, and what they were when they were copied."""
+
+    def __init__(self, number: int, updates: Sequence[LayerUpdate | None]) -> None:
+        self.number, self.updates = number, updates
+        self.some = [update for update in updates if update is not None]
+        tensors = [tensor for one in self.some for tensor in (*one.trained().values(), *one.constants().values())]
+        self.tensors = [tensor for tensor in tensors if not tensor.is_inference()]  # others have no version
+        self.state = self._state()
+
+    def _state(self) -> tuple[list[int], list[object]]:
+        return [one._version for one in self.tensors], [(one.enabled, one.strength) for one in self.some]
+
+    def current(self) -> bool:
+        """Whether they are what they were."""
+        return self.state == self._state()

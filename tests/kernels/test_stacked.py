@@ -1,0 +1,60 @@
+"""Updates in stacks: each row gets what it gets from its own update, whatever stands beside it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltaw.kernels.lora import Factors, Projection, lora_linears_plain
+from deltaw.kernels.segments import Segment
+from deltaw.kernels.stacked import Places, Stacks, stacked_linears
+from deltaw.kernels.weight import DenseWeight
+
+N, OUTPUTS = 6, (5, 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    slots=st.lists(st.none() | st.integers(0, 3), min_size=1, max_size=9),
+    ranks=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=4, max_size=4),
+    bias=st.booleans(),
+    in_order=st.booleans(),
+)
+def test_each_row_gets_its_own_update(
+    slots: list[int | None], ranks: list[tuple[int, int]], bias: bool, in_order: bool
+) -> None:
+    """Ranks differ between updates and projections; 0: the update isn't on that one."""
+    generator = torch.Generator().manual_seed(len(slots))
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    if in_order:  # without None, as many rows to each: no row is moved
+        slots = [slot for slot in range(len({*slots} - {None})) for _ in range(2)] or [0]
+    x_TN = random(len(slots), N)
+    layers = [(DenseWeight(random(m, N)), random(m) if bias else None) for m in OUTPUTS]
+    most = [max(rank[number] for rank in ranks) for number in range(2)]
+    stacks = Stacks.zeros(2, N, list(zip(most, OUTPUTS, strict=True)), x_TN).enlarged(4)
+    updates: list[dict[int, Factors]] = [{}, {}]
+    for slot, both in enumerate(ranks):
+        for number, rank in enumerate(both):
+            if rank:
+                updates[number][slot] = Factors(random(rank, N), random(OUTPUTS[number], rank), 0.5 + slot)
+            stacks.put(slot, number, *updates[number].get(slot, (None, None, 1.0)))
+    segments = tuple(Segment(slot, at, at + 1) for at, slot in enumerate(slots) if slot is not None)
+    projections = [Projection(*layer, one, segments) for layer, one in zip(layers, updates, strict=True)]
+    places = Places.of(slots, x_TN.device)
+    assert (places.rows_P is None) or not in_order
+    for got, wanted in zip(
+        stacked_linears(x_TN, layers, stacks, places), lora_linears_plain(x_TN, projections), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_slot_that_is_given_again_keeps_nothing(rank: int) -> None:
+    stacks = Stacks.zeros(1, N, [(3, 4)], torch.zeros(()))
+    stacks.put(0, 0, torch.ones(3, N), torch.ones(4, 3), 2.0)
+    stacks.put(0, 0, torch.ones(rank, N), torch.ones(4, rank), 2.0)
+    low = torch.ones(1, 1, N) @ stacks.a_SNK @ stacks.bs_SRM[0]
+    torch.testing.assert_close(low, torch.full((1, 1, 4), 2.0 * rank * N))
