@@ -18,7 +18,7 @@ from deltaw.model import open_model
 from deltaw.training import measuring, opening
 from deltaw.training.run import resume, train
 from deltaw.training.stop import Stopped
-from tests.tiny import run_file
+from tests.tiny import run_file, tiny_base, words
 from tests.training.test_loop import QUIET, changed, digest, stop_at
 
 R = 4
@@ -36,40 +36,60 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def run(folder: Path, kind: str, **changes: Any) -> Adapter:
     adapter = {"rank": R, "alpha": 8, **KINDS[kind]}
-    fields = {"adapter": adapter, "evaluate": {"general": None, "report": False}, **changes}
+    fields = {"adapter": adapter, "evaluate": {"general": None, "report": False, "samples": 0}, **changes}
     return train(parse_config(run_file(folder, **fields)), display=QUIET)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and rows, for the runs that several tests look at."""
+    folder = tmp_path_factory.mktemp("starts")
+    tiny_base(folder / "base")
+    words(folder / "train.jsonl")
+    return folder
+
+
+def whole(shared: Path, kind: str) -> Path:
+    """A finished run of this kind, taken once. Read only."""
+    folder = shared / kind
+    if not folder.exists():
+        run(shared, kind, output=str(folder))
+    return folder
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_learns_and_a_resumed_run_has_the_same_bits(folder: Path, monkeypatch: Any, kind: str) -> None:
-    adapter = run(folder, kind)
-    result = json.loads((folder / "run/result.json").read_text())
+def test_it_learns_and_a_resumed_run_has_the_same_bits(
+    shared: Path, tmp_path: Path, monkeypatch: Any, kind: str
+) -> None:
+    straight, cut = whole(shared, kind), tmp_path / "cut"
+    adapter = Adapter.load(straight)
+    result = json.loads((straight / "result.json").read_text())
     assert result["eval"]["after"]["loss"] < result["eval"]["before"]["loss"]
     moved = KINDS[kind].get("init") in ("pissa", "olora", "lora-ga")
     assert adapter.spec.init == "lora" and adapter.spec.rank == (2 * R if moved else R)
     stop_at(monkeypatch, 3, signal.SIGTERM)
     with pytest.raises(Stopped):
-        run(folder, kind, output=str(folder / "cut"))
+        run(shared, kind, output=str(cut))
     monkeypatch.undo()
 
     def again(*args: Any) -> None:
         raise AssertionError("the start is in the checkpoint")
 
     monkeypatch.setattr(opening, "start_from_data", again)
-    resume(folder / "cut", display=QUIET)
-    assert digest(folder / "cut") == digest(folder / "run")
+    resume(cut, display=QUIET)
+    assert digest(cut) == digest(straight)
 
 
 @pytest.mark.parametrize("kind", ["pissa", "lora-ga", "eva", "dora"])
-def test_what_a_run_leaves_has_the_loss_that_the_run_measured(folder: Path, kind: str) -> None:
+def test_what_a_run_leaves_has_the_loss_that_the_run_measured(shared: Path, kind: str) -> None:
     from deltaw.data.opening import open_dataset
     from deltaw.evaluation.held_out import held_out_loss
 
-    run(folder, kind)
-    result = json.loads((folder / "run/result.json").read_text())
-    model = open_model(folder / "run")
+    straight = whole(shared, kind)
+    result = json.loads((straight / "result.json").read_text())
+    model = open_model(straight)
     assert model.attached is not None and model.attached.spec.init == "lora"
-    _, _, dataset = open_dataset(parse_config(run_file(folder)), QUIET)
+    _, _, dataset = open_dataset(parse_config(run_file(shared)), QUIET)
     loss, _ = held_out_loss(model.forward, dataset.eval)
     assert loss == pytest.approx(result["eval"]["after"]["loss"], rel=1e-5)
 
