@@ -147,5 +147,5 @@ def test_ray(folder: tuple[Path, str | None], monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "argv", ["ray_train.py", "run.yaml", str(run), "2", "4"])
     runpy.run_path(str(RECIPES / "ray_train.py"), run_name="__main__")
     assert made[0].scaling.num_workers == 2 and made[0].scaling.resources_per_worker == {"GPU": 4}
-    assert [words[-1] for words in started] == ([wanted] if wanted else [])
+    assert [Path(words[-1]) for words in started] == ([Path(wanted).absolute()] if wanted else [])
     assert all({"--nnodes=2", "--node-rank=1", "--nproc-per-node=4"} <= set(words) for words in started)
