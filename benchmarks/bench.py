@@ -161,7 +161,7 @@ def dtypes() -> tuple[str, str | None]:
     """
     import torch
 
-    from deltaw.base.load import fast_dtype
+    from deltaw.base.dtype import fast_dtype
 
     if fast_dtype() == torch.bfloat16:
         return "bfloat16", "float32"

@@ -99,7 +99,7 @@ def read(path: Path) -> dict[tuple[str, int], Curve]:
 
 def make(steps: int, dtype: str | None) -> dict[tuple[str, int], Curve]:
     """All six curves, one process at a time."""
-    from deltaw.base.load import fast_dtype
+    from deltaw.base.dtype import fast_dtype
 
     dtype = dtype or str(fast_dtype()).removeprefix("torch.")
     runs = [(arm, seed) for seed in SEEDS for arm in ("peft", "deltaw")]

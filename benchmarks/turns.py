@@ -21,7 +21,7 @@ SIDE = """
 import json, sys, time
 from pathlib import Path
 from benchmarks import loops, workloads
-from deltaw.base.load import fast_dtype
+from deltaw.base.dtype import fast_dtype
 name, factors, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 chosen, loop = workloads.workload(name, steps), loops.deltaw_loop(factors, fast_dtype())
 print("ready", flush=True)

@@ -19,6 +19,7 @@ must be; documents cut to one length, which hides it.
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -139,6 +140,7 @@ def _all(ids: Sequence[int], origin: str) -> Example:
     return Example(np.array(ids, np.int32), np.arange(len(ids)) > 0, origin)
 
 
+@cache
 def _rows(source: str, limit: int) -> list[Example]:
     """The first `limit` rows of a data set as the project itself prepares them."""
     raw: dict[str, Any] = {**DEMO, "data": {"train": source, "limit": limit}, "train": {}, "evaluate": {}}
@@ -146,6 +148,7 @@ def _rows(source: str, limit: int) -> list[Example]:
     return dataset.train
 
 
+@cache
 def _reference() -> list[list[int]]:
     """The language reference, a list of tokens per topic, by topic."""
     directory: Path = find_base(BASE).directory

@@ -19,7 +19,7 @@ from deltaw.adapter.file import Adapter, BaseId
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.load import Base, as_kept, open_base
 from deltaw.base.source import Source, find_base
-from deltaw.config import Dtype
+from deltaw.config import BaseWeights, Dtype
 from deltaw.data import asking
 from deltaw.data.asking import PLAIN as PLAIN
 from deltaw.data.asking import RAW, Asking, Prompt
@@ -163,6 +163,7 @@ def open_model(
     *,
     base: str | Path | None = None,
     dtype: Dtype | None = None,
+    weights: BaseWeights | None = None,
     device: str = "auto",
     chat: bool | None = None,
     system: str | None = None,
@@ -170,7 +171,8 @@ def open_model(
 ) -> Model:
     """Open a run folder, an adapter folder, or a base (any name `open_base` takes).
 
-    `base` is what the run or the adapter goes on, in place of the one it names; `dtype` is the run's own unless given.
+    `base` is what the run or the adapter goes on, in place of the one it names; `dtype` and `weights` (how the
+    base's are kept in memory) are the run's own unless given.
     `chat`, `system`: how a text is asked, in place of how the adapter was trained. Raises InputError where they don't
     belong together, before the weights are read where that is possible.
     """
@@ -182,7 +184,7 @@ def open_model(
     dtype = dtype or (config.train.dtype if config else "auto")
     renderer = open_renderer(source, config, named.template)
     how = asked_as(adapter, renderer).changed(chat=chat, system=system, template=renderer.template is not None)
-    weights = as_kept(source, config.base_weights) if config else "auto"
+    weights = weights or (as_kept(source, config.base_weights) if config else "auto")
     opened = open_base(source, dtype=dtype, device=device, display=display, weights=weights)
     model = Model(opened, renderer, plan_forward(opened.model), asking=how)
     if adapter is None:

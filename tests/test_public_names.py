@@ -3,9 +3,11 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import deltaw
+from tests.faults.common import child, imported_anew
 
 
 def test_every_public_name_resolves() -> None:
@@ -30,8 +32,14 @@ def test_import_is_free() -> None:
 
 
 def test_names_survive_an_import_of_their_room() -> None:
-    code = "import deltaw.training.run, deltaw; assert callable(deltaw.train) and callable(deltaw.resume)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    def work() -> None:
+        imported_anew("deltaw")
+        import_module("deltaw.training.run")
+        package = import_module("deltaw")
+        assert callable(package.train) and callable(package.resume)
+
+    ended = child(work)
+    assert ended.code == 0, ended.output
 
 
 def test_dir_lists_the_names_before_they_are_used() -> None:

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(
     reason="the builtin model and data are not installed: make test installs them",
 )
 QUIET = Display(quiet=True)
-SMALL = ["train.tokens_per_step=256", "train.tokens_per_batch=256", "data.eval=4", "data.limit=100"]
+BRIEF = ["train.tokens_per_step=256", "train.tokens_per_batch=256", "evaluate.max_new_tokens=8"]
+SMALL = [*BRIEF, "data.eval=4", "data.limit=100"]
 BARE = ["evaluate.report=false", "evaluate.general=null"]  # a report measures 210 weights
 
 
@@ -48,7 +49,7 @@ def test_every_recipe_trains_for_two_steps(recipe: str, here: Path) -> None:
     if recipe == "chat-classification" and importlib.util.find_spec("evals") is None:
         pytest.skip("its data is not installed: pip install --no-deps evals==3.0.1.post1")
     one_page = ["data.train=docs/guide.md", "data.eval=2", "data.max_length=256"]
-    small = SMALL if recipe != "text" else [*SMALL[:2], *one_page]
+    small = SMALL if recipe != "text" else [*BRIEF, *one_page]
     config = deltaw.load_config(f"recipes/{recipe}.yaml", ["train.steps=2", *small, *BARE])
     adapter = deltaw.train(config, display=QUIET)
     assert adapter.parameters == 4_884_480

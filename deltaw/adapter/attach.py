@@ -23,9 +23,10 @@ from torch import nn
 
 from deltaw.adapter import stand_ins as fused
 from deltaw.adapter.file import Adapter, BaseId
+from deltaw.adapter.layer import AdaptedLinear
 from deltaw.adapter.layer_update import Carried, LayerUpdate
 from deltaw.adapter.peft_config import missed_by_peft, rewritten_names
-from deltaw.adapter.place import put_on, take_off
+from deltaw.adapter.place import put_again, put_on, take_off, tried_before
 from deltaw.adapter.targets import lines_of
 from deltaw.base.batch import Batch
 from deltaw.base.stand_in import StandIn, disabled
@@ -144,8 +145,32 @@ def detach(attached: Attached, base: BaseId | None = None) -> Adapter:
     """Take the adapter off its model and return it as a value on the CPU. With the last one the original layers are put
     back."""
     adapter = attached.adapter(base or BaseId())
-    take_off(attached.model, attached.layers, attached.carried, attached.number)
+    discard(attached)
     return adapter
+
+
+def discard(attached: Attached) -> None:
+    """Take the adapter off its model; nobody wants what it has learnt."""
+    take_off(attached.model, attached.layers, attached.carried, attached.number)
+
+
+def at_scale(attached: Attached, factor: float) -> Attached:
+    """The adapter once more on its model, times `factor`, under a number of its own: the tensors are the same, so it
+    costs next to nothing. Raises InputError for one that isn't LoRA."""
+    layers, number = put_again(attached.model, attached.layers, attached.carried, factor)
+    return replace(attached, layers=layers, number=number)
+
+
+def joins(model: nn.Module, adapter: Adapter) -> bool:
+    """Whether `attach` puts it beside those that the model carries in a moment: the model isn't tried again, and its
+    layers and stand-ins stay the objects that they are, so that rows which are being decoded can go on."""
+    return tried_before(model, adapter.spec, adapter.factors)
+
+
+def sees_all_rows(model: nn.Module, path: str) -> bool:
+    """Whether the adapted layer there is handed all rows of a pass, so that they can take different updates."""
+    layer = model.get_submodule(path)
+    return isinstance(layer, AdaptedLinear) and layer.sees_all
 
 
 def _as_learnt(spec: AdapterSpec) -> AdapterSpec:

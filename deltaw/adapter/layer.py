@@ -17,6 +17,7 @@ Letters: N inputs, M outputs, R rank, K the rank of the factors that act.
 """
 
 import abc
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -175,6 +176,11 @@ class LowRankUpdate(LayerUpdate, abc.ABC):
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {"a": self.lora_a, "b": self.lora_b}
+
+    def times(self, factor: float) -> "LowRankUpdate":
+        other = copy.copy(self)
+        other.scale = factor * self.scale
+        return other
 
     @torch.no_grad()
     def factors(self) -> LowRank:

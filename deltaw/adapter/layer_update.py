@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from deltaw.base.batch import Passing
 from deltaw.base.frozen import FrozenLinear
+from deltaw.errors import InputError
 from deltaw.kernels.lora import Factors
 
 
@@ -90,6 +91,11 @@ class LayerUpdate(nn.Module, abc.ABC):
     def constants(self) -> dict[str, Tensor]:
         """What an initialiser left that doesn't train, by the names that checkpoints use."""
         return {}
+
+    def times(self, factor: float) -> "LayerUpdate":
+        """Another update of the same layer, factor · ΔW, which shares this one's tensors. InputError where no multiple
+        of it is an update of its kind, or it would share nothing."""
+        raise InputError("only LoRA's scale can be chosen for each request", fix="ask for scale 1, or for 0, the base")
 
     @abc.abstractmethod
     def factors(self) -> Any:

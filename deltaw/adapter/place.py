@@ -6,7 +6,9 @@ tried (trial.py), and all is put back where a fresh update isn't the base. The b
 throughout.
 
 Updates that come beside others add themselves to the layers that are there and their own layers to those; they are
-tried on the bare model like the first, the others put aside meanwhile.
+tried on the bare model like the first, the others put aside meanwhile. Trained ones that add nothing but themselves, to
+layers and stand-ins that were tried with such updates before, aren't tried again: the passes look at the places and not
+at the numbers, and take seconds, which whoever asks a server for another adapter would wait.
 
 This file knows updates by path, not adapters: `attach` (attach.py) and `merge_into` (into.py) are built on it.
 """
@@ -30,8 +32,10 @@ from deltaw.adapter.targets import Targets, explicit_targets, find_targets, targ
 from deltaw.adapter.trial import Observed, differences, holds, observe
 from deltaw.base.batch import passing_of
 from deltaw.base.frozen import FrozenLinear
+from deltaw.base.stand_in import StandIn
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, listed
+from deltaw.factors import LowRank
 from deltaw.updates import Update
 
 
@@ -57,13 +61,17 @@ def put_on(
     """Put trained updates on `model`, by path, or fresh ones that begin where the spec says, drawn from `start` (at
     zeros without one). Raises InputError, the model as it was."""
     check_known(model)
-    with _beside_others(model) as (carried, others):
-        observed = observe(model)
+    with _beside_others(model) as (carried, others, stand_ins):
+        tried = trained is not None and _tried_before(others, spec, trained)
+        observed = None if tried else observe(model)
         place = _Place(model, carried, others, observed)
         try:
-            targets, exact, updates = _placed(place, spec, trained)
+            targets, exact, updates = _placed(place, spec, trained, tried=tried)
             place.put(others)
-            _stand_in(model, fuse, updates, observed, to_train=trained is None)
+            if tried:
+                fused.put_back(model, stand_ins)
+            else:
+                _stand_in(model, fuse, updates, observed, to_train=trained is None)
             for path, update in updates.items():
                 if trained is not None:
                     update.set_factors(trained[path])
@@ -108,9 +116,9 @@ def check_known(model: nn.Module) -> None:
 
 
 @contextmanager
-def _beside_others(model: nn.Module) -> Iterator[tuple[Carried, dict[str, AdaptedLinear]]]:
-    """The bare model for the length of a block, with what tells of its updates and the layers that were in it. After an
-    error they are put in their places again."""
+def _beside_others(model: nn.Module) -> Iterator[tuple[Carried, dict[str, AdaptedLinear], dict[str, StandIn]]]:
+    """The bare model for the length of a block, with what tells of its updates, and the layers and the stand-ins that
+    were in it. After an error they are put in their places again."""
     others = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
     carried = next((layer.carried for layer in others.values()), None) or Carried(passing_of(model))
     stand_ins, first = fused.installed(model), carried.first
@@ -118,7 +126,7 @@ def _beside_others(model: nn.Module) -> Iterator[tuple[Carried, dict[str, Adapte
     for path, layer in others.items():
         model.set_submodule(path, layer.base.module)
     try:
-        yield carried, others
+        yield carried, others, stand_ins
     except BaseException:
         for path, layer in others.items():
             model.set_submodule(path, layer)
@@ -164,11 +172,35 @@ class _Place:
         self.layers = {}
 
 
+def put_again(
+    model: nn.Module, layers: Mapping[str, LayerUpdate], carried: Carried, factor: float
+) -> tuple[dict[str, LayerUpdate], int]:
+    """Updates that the model carries once more, times `factor`: those, which share the tensors, and their number."""
+    again, number = {path: update.times(factor) for path, update in layers.items()}, carried.free()
+    for path, update in again.items():
+        layer = model.get_submodule(path)
+        assert isinstance(layer, AdaptedLinear)
+        layer.put_on(number, update)
+    carried.add(number)
+    return again, number
+
+
+def tried_before(model: nn.Module, spec: AdapterSpec, trained: Mapping[str, Update]) -> bool:
+    """Whether these updates can be put on the model without trying it again: its layers and stand-ins stay."""
+    others = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    return _tried_before(others, spec, trained)
+
+
+def _tried_before(others: Mapping[str, AdaptedLinear], spec: AdapterSpec, trained: Mapping[str, Update]) -> bool:
+    """Whether these updates go where others are, nowhere else, and suit all stand-ins that are in place."""
+    return spec.kind == LowRank.kind and not spec.dropout and others.keys() >= trained.keys()
+
+
 def _placed(
-    place: _Place, spec: AdapterSpec, trained: Mapping[str, Update] | None
+    place: _Place, spec: AdapterSpec, trained: Mapping[str, Update] | None, *, tried: bool
 ) -> tuple[Targets, AdapterSpec, dict[str, LayerUpdate]]:
     """What is adapted, the spec with the names of it, and the fresh updates: in their places, and each layer is what it
-    stands for."""
+    stands for (`tried`: as is known)."""
     model, observed = place.model, place.observed
     unfit = dict(observed.unfit) if observed else {}
     idle = observed.idle if observed else {}
@@ -182,7 +214,7 @@ def _placed(
         if place.others:
             _check_all_seen({**place.others, **place.layers})
         place.put(place.layers)
-        different = differences(model, place.layers, observed)
+        different = {} if tried else differences(model, place.layers, observed)
         if not different:
             return targets, exact, updates
         place.clear()

@@ -234,7 +234,7 @@ def _cosine(product: float, one: float, other: float) -> float | None:
 
 
 def _rounded(grid: Tensor) -> list[list[float]]:
-    return [[round(value, DECIMALS) for value in row] for row in grid.tolist()]
+    return grid.round(decimals=DECIMALS).tolist()
 
 
 def _some(paths: list[str]) -> str:

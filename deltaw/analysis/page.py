@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -125,9 +125,9 @@ class Table:
         if odd := [row for row in self.rows if len(row) != len(self.head)]:
             raise ValueError(f"{len(self.head)} columns, but a row has {len(odd[0])} cells: {odd[0]!r:.80}")
 
-    @property
+    @cached_property
     def looks(self) -> list[Markup]:
-        """Each column's class in HTML."""
+        """Each column's class in HTML; every row asks for it."""
         looks = []
         for column in range(len(self.head)):
             words = [cell for row in self.rows if isinstance(cell := row[column], str)]

@@ -7,16 +7,12 @@ What can silently go wrong in `from_pretrained` is made loud here:
     NaN or Inf in the weights: refused, by tensor
     code in the model folder: never run (trust_remote_code is False, and no option turns it on)
 
-dtype "auto" means the faster of bfloat16 and float32 on this machine, found by a race of some milliseconds
-and not by a table of CPUs: bfloat16 without hardware support was measured up to 499 times slower. The winner
-is part of what a run records, since it decides the last digits. float16 isn't in the race: it is for GPUs without
-bfloat16, has three digits more, and ends at 65,504. Weights beyond that are refused here; an activation beyond it is a
-loss that isn't finite, which stops the run. A GPU that emulates bfloat16 counts as one without.
+dtype "auto" means the faster of bfloat16 and float32 on this machine (dtype.py). float16 has three digits more than
+bfloat16, and ends at 65,504: weights beyond that are refused here; an activation beyond it is a loss that isn't finite,
+which stops the run.
 """
 
 import copy
-import functools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import fspath
@@ -29,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deltaw.base.blocks import Unallocated, check_keep, load_blocks
+from deltaw.base.dtype import fast_dtype
 from deltaw.base.fingerprint import fingerprint_of
 from deltaw.base.loading import check_loading, quiet
 from deltaw.base.packed import describe_packed, matrices, pack_modules
@@ -40,9 +37,6 @@ from deltaw.errors import InputError, RunError, listed
 from deltaw.files.shards import read_tensors
 from deltaw.show.progress import QUIET, Display
 from deltaw.show.text import counted
-
-RACE_SHAPE = 576, 1536  # SmolLM2's: features in and out of a linear layer
-ADVANTAGE = 1.2  # bfloat16 costs digits, so it must win clearly
 
 
 @dataclass(frozen=True, repr=False)
@@ -214,21 +208,6 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"device {name!r} can't be used here: {reason}", fix="use device: auto or cpu") from None
 
 
-@functools.cache
-def fast_dtype(device: str = "cpu") -> torch.dtype:
-    """bfloat16 where it is clearly faster than float32, else float32. About 0.12 s, once per process."""
-    if device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device != "cpu":
-        return torch.float32
-    # A tiny product first: where bfloat16 is emulated, the real one would take seconds.
-    slow = race(rows=8, seconds=0.01)
-    if slow[torch.bfloat16] > 8 * slow[torch.float32]:
-        return torch.float32
-    times = race(rows=512, seconds=0.1)
-    return torch.bfloat16 if times[torch.bfloat16] * ADVANTAGE < times[torch.float32] else torch.float32
-
-
 def fingerprint(model: nn.Module) -> str:
     """That of the model's parameters and its config, as in base/fingerprint.py.
 
@@ -296,20 +275,3 @@ def _finite(weight: Tensor) -> bool:
     if weight.numel() == 0 or not weight.is_floating_point():
         return True
     return all(torch.isfinite(extreme) for extreme in torch.aminmax(weight))
-
-
-def race(rows: int, seconds: float) -> dict[torch.dtype, float]:
-    """The best time, in seconds, of a linear layer of SmolLM2's shape in each dtype. Runs about `seconds`."""
-    best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
-    pairs = {
-        dtype: (torch.ones(rows, RACE_SHAPE[0], dtype=dtype), torch.ones(*RACE_SHAPE[::-1], dtype=dtype))
-        for dtype in best
-    }
-    stop = time.perf_counter() + seconds
-    while True:  # in turns, so that another process's load falls on both; the first round warms up
-        for dtype, (x_TN, w_MN) in pairs.items():
-            start = time.perf_counter()
-            nn.functional.linear(x_TN, w_MN)
-            best[dtype] = min(best[dtype], time.perf_counter() - start)
-        if time.perf_counter() > stop:
-            return best

@@ -3,6 +3,7 @@
     app.py        the application, the options that verbs share, how a Result is shown
     run.py        demo · train · verify-resume · preview · plan · runs
     ask.py        eval · generate · chat
+    serve.py      serve
     update.py     inspect · compare · resize · extract · combine · scale
     ship.py       merge · export · lint · verify
     why.py        decompose · study
@@ -28,7 +29,7 @@ from deltaw.cli.verbs import usage
 from deltaw.errors import DeltawError
 from deltaw.training.stop import Stopped
 
-for _verbs in ("run", "ask", "update", "ship", "why", "machine"):  # each registers its verbs
+for _verbs in ("run", "ask", "serve", "update", "ship", "why", "machine"):  # each registers its verbs
     importlib.import_module(f"deltaw.cli.{_verbs}")
 
 

@@ -43,7 +43,12 @@ BaseName = Annotated[
     typer.Option("--base", help="The base model, in place of the one that the adapter names.", callback=as_path),
 ]
 AllowCode = Annotated[
-    bool, typer.Option("--allow-code", help="Run the metric's code that the run folder names: somebody's Python.")
+    bool,
+    typer.Option(
+        "--allow-code",
+        help="Run the metric's code that the run folder names: somebody's Python; with --tasks, the programs "
+        "that the model writes, without files or network.",
+    ),
 ]
 Adapter = Annotated[str, typer.Argument(help="A run or an adapter folder, made by any tool.", callback=as_path)]
 Output = Annotated[str, typer.Option("--output", "-o", help="The folder to write.", callback=as_path)]
@@ -90,11 +95,12 @@ def display(quiet: bool = False) -> "Display":
     return Display(quiet=quiet)
 
 
-def show(result: Result | None, as_json: bool) -> None:
-    """A verb's Result on stdout, as JSON or as text for people, and its exit code. None: another process shows it."""
+def show(result: Result | None, as_json: bool, *, now: bool = False) -> None:
+    """A verb's Result on stdout, as JSON or as text for people, and its exit code. None: another process shows it.
+    `now`: the verb goes on, and whoever reads a pipe mustn't wait for its end."""
     if result is None:
         return
-    print(_json(result) if as_json else result.text)
+    print(_json(result) if as_json else result.text, flush=now)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 

@@ -44,6 +44,28 @@ AnswerFile = Annotated[
         callback=as_path,
     ),
 ]
+DataFile = Annotated[
+    str | None,
+    typer.Argument(help="A data file. Without one, a run is measured on its own held-out rows.", callback=as_path),
+]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"In place of the run's own, comma-separated: {', '.join(METRICS)}, a function of yours as "
+        "file.py:function, or none."
+    ),
+]
+ScoredFile = Annotated[
+    str | None,
+    typer.Option("--output", "-o", help="Write each row's answers and scores to this JSONL file.", callback=as_path),
+]
+TaskFile = Annotated[
+    str | None,
+    typer.Option(
+        help="A task file: which rows are asked and how they are scored. Figures come with intervals and a test.",
+        callback=as_path,
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that together have this probability.")]
@@ -57,44 +79,45 @@ Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
         "deltaw eval runs/demo",
         "deltaw eval runs/demo data.jsonl --metrics f1,rouge_l",
         "deltaw eval runs/demo --metrics judge.py:score -o answers.jsonl",
+        "deltaw eval runs/demo --tasks recipes/tasks.yaml -o rows.jsonl    (goes on where it was stopped)",
     ),
 )
 def evaluate(
     model: ModelName,
-    data: Annotated[
-        str | None,
-        typer.Argument(help="A data file. Without one, a run is measured on its own held-out rows.", callback=as_path),
-    ] = None,
+    data: DataFile = None,
     base: BaseName = None,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Measure the base alone.")] = False,
     no_base: Annotated[bool, typer.Option("--no-base", help="Measure the adapter alone.")] = False,
-    metrics: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"In place of the run's own, comma-separated: {', '.join(METRICS)}, a function of yours as "
-            "file.py:function, or none."
-        ),
-    ] = None,
+    metrics: Metrics = None,
     rows: Annotated[
         int | None, typer.Option(min=1, help="Measure only this many rows, from all over the data.")
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="The longest answer, in tokens. Without it, as the run has it.")
     ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "--output", "-o", help="Write each row's answers and scores to this JSONL file.", callback=as_path
-        ),
-    ] = None,
+    output: ScoredFile = None,
+    tasks: TaskFile = None,
+    replace: Annotated[bool, typer.Option("--replace", help="With --tasks: replace rows of other tasks.")] = False,
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """Measure loss and task metrics, the base beside the adapter. On a run's own held-out rows, or on a file."""
-    from deltaw.commands.eval import eval_named
-
+    """Measure loss and task metrics, the base beside the adapter. On a run's own held-out rows, on a file, or on the
+    tasks of a task file."""
     if no_adapter and no_base:
         raise typer.BadParameter("--no-adapter and --no-base together leave nothing to measure")
+    if tasks is not None:
+        if data is not None or metrics or max_tokens is not None:
+            raise typer.BadParameter("--tasks says which data, metrics and lengths: leave them out beside it")
+        from deltaw.commands.eval_tasks import eval_tasks_named
+
+        sides: dict[str, Any] = {"base": base, "use_adapter": not no_adapter, "use_base": not no_base}
+        files: dict[str, Any] = {"rows": rows, "output": output, "replace": replace, "allow_code": allow_code}
+        show(eval_tasks_named(model, tasks, **sides, **files, display=display(as_json)), as_json)
+        return
+    if replace:
+        raise typer.BadParameter("--replace needs --tasks: other files are replaced anyway")
+    from deltaw.commands.eval import eval_named
+
     result = eval_named(
         model,
         data,

@@ -5,7 +5,7 @@ One line each, printed below "no such verb". A test holds every command line in 
 
 _TRAIN = "a run file is trained: deltaw train run.yaml    (deltaw demo shows one; README has a run file to copy)"
 _ASK = "ask a model: deltaw generate RUN 'a prompt', or deltaw chat RUN"
-_SERVE = "export it for a server: deltaw export RUN --to vllm -o FOLDER, or --to gguf for llama.cpp and Ollama"
+_SERVE = "for other programs: deltaw serve RUN; for vLLM: deltaw export RUN --to vllm -o FOLDER"
 _GGUF = "for llama.cpp and Ollama: deltaw export RUN --to gguf -o FOLDER (--merged --type Q8_0: the whole model)"
 _MEASURE = "measure a model: deltaw eval RUN"
 _LOOK = "look at an adapter: deltaw inspect RUN; at all runs: deltaw runs"
@@ -21,7 +21,7 @@ ELSEWHERE = {
         "deltaw trains on examples; preferences and rewards aren't supported",
     ),
     **dict.fromkeys(("run", "infer", "inference", "predict", "complete", "ask", "prompt", "test"), _ASK),
-    **dict.fromkeys(("serve", "server", "deploy"), _SERVE),
+    **dict.fromkeys(("server", "deploy", "host", "api"), _SERVE),
     **dict.fromkeys(("gguf", "convert", "ollama", "save"), _GGUF),
     **dict.fromkeys(
         ("quantize", "quantise", "quant"),

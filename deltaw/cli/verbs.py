@@ -17,7 +17,7 @@ from deltaw.errors import InputError, command
 GROUPS = {
     "Start": ("demo", "doctor", "preview", "plan", "cache"),
     "Train": ("train", "runs", "eval", "verify-resume"),
-    "Ask": ("chat", "generate"),
+    "Ask": ("chat", "generate", "serve"),
     "Understand": ("inspect", "compare", "decompose", "study"),
     "Reshape": ("resize", "scale", "combine", "extract"),
     "Ship": ("lint", "merge", "export", "verify"),

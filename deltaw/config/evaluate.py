@@ -7,6 +7,7 @@ started, as data are; a run records the whole path, so that it is found again fr
 
 import difflib
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -48,11 +49,16 @@ def _metric(name: str) -> str:
         return expand(name)
     if name in METRICS:
         return name
-    near = [CALLED_ELSEWHERE.get(name.lower().replace("-", "").replace("_", ""), "")]
-    near += difflib.get_close_matches(name, METRICS, n=1)
+    raise unknown(name, METRICS, CALLED_ELSEWHERE)
+
+
+def unknown(name: str, metrics: Iterable[str], elsewhere: Mapping[str, str]) -> ValueError:
+    """That there is no such metric, with the one that was probably meant."""
+    near = [elsewhere.get(name.lower().replace("-", "").replace("_", ""), "")]
+    near += difflib.get_close_matches(name, metrics, n=1)
     if hint := next(filter(None, near), None):
-        raise ValueError(f"isn't a metric; did you mean {hint}?")
-    raise ValueError(f"must be {', '.join(METRICS)}, or file.py:function")
+        return ValueError(f"isn't a metric; did you mean {hint}?")
+    return ValueError(f"must be {', '.join(metrics)}, or file.py:function")
 
 
 def _written(name: str) -> str:
@@ -91,7 +97,7 @@ class EvaluateConfig(Strict):
 
     def located(self, folder: Path) -> "EvaluateConfig":
         """With the whole path of every file that holds a metric: in `folder`, else where deltaw was started."""
-        return self.model_copy(update={"metrics": tuple(_located(name, folder) for name in self.metrics)})
+        return self.model_copy(update={"metrics": tuple(located(name, folder) for name in self.metrics)})
 
 
 def metric_key(name: str) -> str:
@@ -100,7 +106,8 @@ def metric_key(name: str) -> str:
     return f"{Path(own[0]).name}:{own[1]}" if own else name
 
 
-def _located(name: str, folder: Path) -> str:
+def located(name: str, folder: Path) -> str:
+    """A metric's name with the whole path of its file: in `folder`, else where deltaw was started."""
     own = own_metric(name)
     if own is None:
         return name

@@ -22,6 +22,15 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a run file and apply `key.sub=value` overrides. Raises InputError that lists every problem."""
     path = Path(path)
+    raw, node = read_yaml(path, "a run file is a mapping with base, data and output")
+    begun = path.name == "config.yaml" and any((path.parent / name).exists() for name in BEGUN)
+    keys = [_override(raw, item) for item in overrides]
+    config = parse_config(raw, source=str(path), node=node, begun=begun, folder=path.parent, overrides=keys)
+    return at_home(config, path.parent) if begun else config
+
+
+def read_yaml(path: Path, what: str) -> tuple[dict[str, Any], yaml.Node | None]:
+    """A file's mapping, and its tree for the line numbers. `what` it should be, for the error. Raises InputError."""
     text = read_text(shipped(path))
     try:
         node = yaml.compose(text, Loader=Loader)
@@ -29,11 +38,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     except PROBLEMS as error:
         raise InputError(not_yaml(error, str(path), text)) from None
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: a run file is a mapping with base, data and output; this is {_kind(raw)}")
-    begun = path.name == "config.yaml" and any((path.parent / name).exists() for name in BEGUN)
-    keys = [_override(raw, item) for item in overrides]
-    config = parse_config(raw, source=str(path), node=node, begun=begun, folder=path.parent, overrides=keys)
-    return at_home(config, path.parent) if begun else config
+        raise InputError(f"{path}: {what}; this is {_kind(raw)}")
+    return raw, node
 
 
 def config_of(given: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:

@@ -14,7 +14,7 @@ name that is nowhere stays as it is: it may be on a hub.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def placed(config: RunConfig, folder: Path) -> RunConfig:
     data = {}
     for field in ("train", "eval"):
         value = getattr(config.data, field)
-        if isinstance(value, str | tuple) and (to := with_names(value, lambda name: _place(name, places))) != value:
+        if isinstance(value, str | tuple) and (to := with_names(value, lambda name: place(name, places))) != value:
             data[field] = to
     return new.model_copy(update={"data": new.data.model_copy(update=data)}) if data else new
 
@@ -93,7 +93,7 @@ def _replaced(value: Any, places: list[Path], is_path: bool = False) -> Any:
         return value.model_copy(update={name: to for name, to in new.items() if to != getattr(value, name)})
     if isinstance(value, list | tuple):
         return type(value)(_replaced(each, places, is_path) for each in value)
-    return _place(value, places) if is_path and isinstance(value, str) else value
+    return place(value, places) if is_path and isinstance(value, str) else value
 
 
 def _takes_paths(parts: list[Any]) -> bool:
@@ -109,7 +109,8 @@ def _arguments(part: Any) -> Iterator[Any]:
     yield from getattr(part, "__metadata__", ())
 
 
-def _place(name: str, places: list[Path]) -> str:
+def place(name: str, places: Sequence[Path]) -> str:
+    """A name where it leads: in the first of `places` that has it, else as it is."""
     if not _is_relative(name):
         return name
     return next((str(place / name) for place in places if _exists(place / name)), name)

@@ -29,18 +29,20 @@ def refusal(
     file: str = "",
     node: Any = None,
     overrides: Sequence[str] = (),
+    words: Mapping[str, str] | None = None,
 ) -> str:
     """All that is wrong with `name`, a value of `root`. `section`: where in the run file that stands; `file` and its
-    YAML tree: where it was read from; `overrides`: the keys that were given beside it."""
+    YAML tree: where it was read from; `overrides`: the keys that were given beside it. `words`: what other tools call a
+    key of a file that is no run file: what to do instead."""
     found = _ranked(error)
-    lines = _renamed(found, section, file) if len(found) > MAX_LISTED else []
+    lines = _renamed(found, section, file) if len(found) > MAX_LISTED and words is None else []
     left = [problem for problem in found if not (lines and _other_name(problem))]
     for problem in left:
         line = line_of(node, problem["loc"])
         where = f"{file}:{line}: " if line else f"{file}: " if file else ""
         if any(f"{'.'.join(map(str, problem['loc']))}.".startswith(f"{key}.") for key in overrides):
             where = "override: "
-        lines.append(where + _problem(problem, root, section))
+        lines.append(where + _problem(problem, root, section, words))
     return "\n".join([f"{name} has {len(found)} problem{'s' * (len(found) > 1)}:", listed(lines)])
 
 
@@ -75,17 +77,18 @@ def _other_name(problem: Mapping[str, Any]) -> str | None:
     return named_here(str(problem["loc"][-1])) if problem["type"] == "extra_forbidden" else None
 
 
-def _problem(problem: Mapping[str, Any], root: type[BaseModel], section: str) -> str:
+def _problem(problem: Mapping[str, Any], root: type[BaseModel], section: str, words: Mapping[str, str] | None) -> str:
     location = problem["loc"]
     field = ".".join(part if str(part).isprintable() else ascii(part) for part in map(str, location))
     if problem["type"] == "extra_forbidden":
         known = f"known: {', '.join(fields_at(root, location[:-1]))}"
-        return f"unknown key {field!r:.80}; {meant(location, root, section) or known}"
+        hint = meant(location, root, section) if words is None else _meant_in(words, location, root)
+        return f"unknown key {field!r:.80}; {hint or known}"
     if problem["type"] == "missing":
         return f"{field!r} is missing"
     value = problem.get("input")
     got = f" (got {_shown(value):.60})" if not isinstance(value, dict | list) else ""
-    hint = of_value(".".join([section, field] if section else [field]), value)
+    hint = of_value(".".join([section, field] if section else [field]), value) if words is None else None
     return f"{field + ': ' if field else ''}{problem['msg']}{got}" + (f"; {hint}" if hint else "")
 
 
@@ -108,9 +111,18 @@ def meant(location: Sequence[Any], root: type[BaseModel], section: str = "") -> 
     return None
 
 
+def _meant_in(words: Mapping[str, str], location: Sequence[Any], root: type[BaseModel]) -> str | None:
+    """The same in a file that is no run file."""
+    key = str(location[-1])
+    near = difflib.get_close_matches(key, fields_at(root, location[:-1]), n=1, cutoff=SLIP)
+    return f"did you mean {near[0]!r}?" if near else words.get(key.lower().replace("-", "_"))
+
+
 def fields_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
     """The field names of the section at `location`, for near-miss hints."""
     for part in location:
+        if isinstance(part, int):  # an item of a list: its fields are those of any
+            continue
         field = next((f for name, f in model.model_fields.items() if str(part) in (name, f.alias)), None)
         kinds = [field.annotation, *get_args(field.annotation)] if field else []
         model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), BaseModel)

@@ -58,12 +58,15 @@ Document = Text | Completion | Chat
 
 
 def checked_chat(messages: Any, tools: Any) -> Chat:
-    checked = tuple(
-        _message(message, number) for number, message in enumerate(list_of_objects(messages, "messages"), 1)
-    )
+    checked = checked_messages(messages)
     if not any(message["role"] == "assistant" for message in checked):
         raise Rejected("no assistant message, so nothing to train on")
     return Chat(checked, _tools(tools))
+
+
+def checked_messages(messages: Any) -> tuple[Message, ...]:
+    """A chat's messages, as templates are given them. Raises Rejected."""
+    return tuple(_message(message, number) for number, message in enumerate(list_of_objects(messages, "messages"), 1))
 
 
 def _message(message: Message, number: int) -> Message:

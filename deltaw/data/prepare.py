@@ -82,7 +82,7 @@ def _looked_at(sources: Sequence[Reading], places: Sequence[Place], key: bytes) 
     def work(number: int) -> bytes:
         part = [sources[of].rows[position] for of, position in places[LOOKS * number : LOOKS * (number + 1)]]
         counts = np.array(list(map(_characters, part)), np.int64)
-        return counts.tobytes() + b"".join(_digest(row, key) for row in part)
+        return counts.tobytes() + b"".join(digest(row, key) for row in part)
 
     parts, processes = -(-len(places) // LOOKS), cores()
     alone = processes == 1 or len(places) < SEVERAL * CHUNK
@@ -253,14 +253,14 @@ def _chunks(extent: _Extent, order: Sequence[Place]) -> Iterator[list[Place]]:
 
 
 def _shuffled(pieces: Sequence[Example], seed: int) -> list[int]:
-    """The pieces' numbers in the order of a hash of their tokens, as rows are (`_digest`)."""
+    """The pieces' numbers in the order of a hash of their tokens, as rows are (`digest`)."""
     key = str(seed).encode()[-64:]
     digests = [hashlib.blake2b(piece.tokens.tobytes(), digest_size=16, key=key).digest() for piece in pieces]
     return sorted(range(len(pieces)), key=lambda number: (digests[number], number))
 
 
-def _digest(row: Row, key: bytes) -> bytes:
-    """What the order of the choice is sorted by."""
+def digest(row: Row, key: bytes) -> bytes:
+    """What the order of the choice is sorted by. `key`: of the seed."""
     try:
         filled = {name: value for name, value in row.value.items() if value is not None}
         content = CONTENT.encode(filled).encode()

@@ -89,8 +89,8 @@ def _rows(source: str) -> list[PromptRow]:
     except InputError as error:
         raise InputError(without_setting(error.what), fix=without_setting(error.fix or "") or None) from None
     problems = [Problem(problem.origin, without_setting(problem.reason)) for problem in problems]
-    asked = [*map(_asked, rows), *(PromptRow(problem.origin, {}, problem=problem.reason) for problem in problems)]
-    return sorted(asked, key=lambda row: int(row.origin.rpartition(":")[2]))
+    every = [*map(asked, rows), *(PromptRow(problem.origin, {}, problem=problem.reason) for problem in problems)]
+    return sorted(every, key=lambda row: int(row.origin.rpartition(":")[2]))
 
 
 def _text(path: Path) -> str:
@@ -109,7 +109,8 @@ def _lines(text: str, name: str) -> Iterator[PromptRow]:
             yield PromptRow(f"{name}:{number}", {"prompt": prompt}, prompt)
 
 
-def _asked(row: Row) -> PromptRow:
+def asked(row: Row) -> PromptRow:
+    """What a row asks, or why it doesn't."""
     try:
         prompt, tools = _prompt(row)
     except Rejected as rejected:

@@ -178,6 +178,22 @@ class Renderer:
         except Rejected as rejected:
             raise InputError(f"this prompt can't be used: {one_line(str(rejected))}") from None
 
+    def raw_ids(self, text: str) -> list[int]:
+        """The same of a text whose control tokens are meant as such, since whoever asks writes his own template: bos
+        goes in front unless the text begins with it. Raises InputError."""
+        try:
+            opening = () if self.opening and text.startswith(self.opening) else self._bos
+            return [*opening, *self._encode(self._encoder.checked(text))]
+        except Rejected as rejected:
+            raise InputError(f"this prompt can't be used: {one_line(str(rejected))}") from None
+
+    def answer_ids(self, text: str) -> list[int]:
+        """A text as it goes on behind a prompt, encoded by itself as answers are that are trained."""
+        try:
+            return self._encode(self._taken(text))
+        except Rejected as rejected:
+            raise InputError(f"this answer can't be used: {one_line(str(rejected))}") from None
+
     def chat_prompt(self, messages: Sequence[Message]) -> str:
         """The text that the chat template makes of messages to be answered. Raises InputError as `prompt_ids`."""
         try:

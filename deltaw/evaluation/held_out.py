@@ -144,7 +144,7 @@ def rows_asked(
     context = Limits.of(model.base.model).context
 
     def is_long(row: Example) -> bool:
-        return context is not None and len(_split(row)[0]) >= context
+        return context is not None and len(prompt_and_truth(row)[0]) >= context
 
     long = [row for row in examples if is_long(row)]
     every_row = every_row or bool(config.metrics)
@@ -180,7 +180,7 @@ def answer(
     progress: Progress = unseen,
 ) -> list[Answer]:
     """What the model gives after each row's prompt, greedily."""
-    split = [(example, *_split(example)) for example in examples]
+    split = [(example, *prompt_and_truth(example)) for example in examples]
     split = [(example, prompt, truth) for example, prompt, truth in split if prompt]
     sampling = Sampling(max_new_tokens=max_new_tokens)
     given = model.generate_all([prompt for _, prompt, _ in split], sampling, progress)
@@ -193,7 +193,7 @@ def answer(
 
 def truth_of(renderer: Renderer, example: Example) -> Answer:
     """A row with its truth in the place of an answer."""
-    prompt, truth = (renderer.decode(tokens) for tokens in _split(example))
+    prompt, truth = (renderer.decode(tokens) for tokens in prompt_and_truth(example))
     return Answer(prompt, truth, truth, example.origin)
 
 
@@ -207,8 +207,9 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else sys.float_info.max
 
 
-def _split(example: Example) -> tuple[list[int], list[int]]:
-    """(tokens before the last trained span, the span). A text: its first half asks."""
+def prompt_and_truth(example: Example) -> tuple[list[int], list[int]]:
+    """How a row is asked, and what is its answer: (tokens before the last trained span, the span). A text: its first
+    half asks."""
     trained = np.flatnonzero(example.loss_mask)
     end = int(trained[-1]) + 1
     gaps = np.flatnonzero(np.diff(trained) > 1)

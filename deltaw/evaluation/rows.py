@@ -4,13 +4,17 @@ A config that holds no such rows is refused before the weights are read. A run's
 out when it was trained; what it was trained on isn't rendered again for that.
 """
 
+from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 from deltaw.base.limits import Limits
 from deltaw.config import DataConfig
 from deltaw.config.places import check_there
 from deltaw.config.sources import SourceValue
+from deltaw.config.tasks import TaskConfig
 from deltaw.data.cache import prepared, prepared_held_out
+from deltaw.data.example import Example
 from deltaw.data.examples import Examples
 from deltaw.data.forms import Reads
 from deltaw.errors import InputError
@@ -26,7 +30,7 @@ def rows_of(
     """A model and the rows to measure it on: all of the run's own held-out ones, or `rows` of a file. Raises
     InputError."""
     named = Named.of(name)
-    source = _own_data(named) if data is None else _of_file(named, data, rows)
+    source = own_data(named) if data is None else _of_file(named, data, rows)
     model = open_model(named, base=base, display=display)
     examples = (
         prepared_held_out(source, model.renderer, display=display)
@@ -38,6 +42,24 @@ def rows_of(
     for warning in limits.warnings(examples):
         display.say(f"warning: {warning}")
     return model, examples
+
+
+def rows_of_task(named: Named, task: TaskConfig, model: Model, display: Display) -> Sequence[Example]:
+    """The rows that a task's answers are compared with: its own, read by its own columns, or held-out ones of the run,
+    chosen at random. Raises InputError."""
+    if task.data is not None:
+        rules = {"columns": task.columns, "limit": task.limit, "seed": task.seed}
+        examples = _of_form(model, named, _of_file(named, task.data, None).model_copy(update=rules), display)
+        Limits.of(model.base.model).check(examples)
+        return examples
+    examples = prepared_held_out(own_data(named), model.renderer, display=display)
+    key = str(task.seed).encode()[-64:]
+
+    def order(example: Example) -> bytes:
+        return blake2b(example.tokens.tobytes(), digest_size=16, key=key).digest()
+
+    chosen = {example.origin for example in sorted(examples, key=order)[: task.limit]}
+    return [example for example in examples if example.origin in chosen]
 
 
 def _of_form(model: Model, named: Named, source: DataConfig, display: Display) -> Examples:
@@ -53,7 +75,7 @@ def _of_form(model: Model, named: Named, source: DataConfig, display: Display) -
     return dataset.train
 
 
-def _own_data(named: Named) -> DataConfig:
+def own_data(named: Named) -> DataConfig:
     """The run's own data section, which must hold rows out."""
     if named.config is None and not named.path.exists() and not named.name.startswith("builtin:"):
         raise no_such(named.path)

@@ -1,6 +1,6 @@
 """A file that is made item by item, in any order, and lost never: `FILE.part` while it is being made.
 
-    answers.jsonl.part          a header, then a line per finished item: [number, value]
+    answers.jsonl.part          a header, then a line per finished item: [number, value], or [name, value]
     answers.jsonl               the whole, in order, written at once when the last item is there
     answers.jsonl.record.json   the header: what it was made of
 
@@ -27,12 +27,12 @@ AGAIN = "nothing that was finished is lost: free some space and give the same co
 
 
 class Journal:
-    """What of `path` is there. `done`: the finished items by number; `complete`: the file is whole."""
+    """What of `path` is there. `done`: the finished items by number or name; `complete`: the file is whole."""
 
     def __init__(self, path: Path, header: Mapping[str, Any], *, replace: bool = False) -> None:
         """Read what lies there. Raises InputError where that is something else, and mustn't be replaced."""
         self.path, self.header = path, dict(header)
-        self.done: dict[int, Any] = {}
+        self.done: dict[Any, Any] = {}
         self._file: BinaryIO | None = None
         self._whole = 0  # bytes of the part that can be gone on with
         self._read(replace)
@@ -48,7 +48,7 @@ class Journal:
     def record(self) -> Path:
         return self.path.with_name(f"{self.path.name}.record.json")
 
-    def add(self, number: int, value: Any) -> None:
+    def add(self, number: int | str, value: Any) -> None:
         """An item is finished. Raises RunError when the disk refuses."""
         try:
             if self._file is None:

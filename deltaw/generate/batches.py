@@ -38,7 +38,7 @@ class Group:
 class Batches(Cache):
     """`alone`: there is never more than one row. `beyond`: only rows beyond the border come. Both spare trials."""
 
-    share = 1
+    share, patience = 1, 64
 
     def __init__(self, model: nn.Module, *, alone: bool, beyond: bool) -> None:
         self.model, self.alone, self.beyond = model, alone, beyond
@@ -87,22 +87,23 @@ class Batches(Cache):
         """Whether a batch is running that goes beyond the border."""
         return any(group.crosses for group in self.groups)
 
-    def join(self, rows: Sequence[Row]) -> Tensor:
+    def join(self, rows: Sequence[Row]) -> None:
         reach = max(row.reach for row in rows)
         crosses = self.together.crosses(reach)
         if crosses:
             come_to_rest(self.model)  # frequencies that an earlier pass has let grow
         state = State(self.model, *padded([row.prompt for row in rows], self.device), rows[0].update)
-        group = Group(list(rows), state, reach, crosses)
-        self.groups.append(group)
-        try:
-            return state.forward()
-        except BaseException:
-            self._end(group)
-            raise
+        self.groups.append(Group(list(rows), state, reach, crosses))
+
+    def fill(self) -> Iterator[tuple[list[Row], Tensor]]:
+        for group in list(self.groups):
+            if not group.state.begun:
+                logits_RV = group.state.forward()
+                alive = [at for at, row in enumerate(group.rows) if row is not None]
+                yield [row for row in group.rows if row is not None], logits_RV[alive]
 
     def steps(self) -> Iterator[tuple[list[Row], Tensor]]:
-        for group in list(self.groups):
+        for group in [group for group in self.groups if group.state.begun]:
             self._make_room(group)
             alive = [at for at, row in enumerate(group.rows) if row is not None]
             # An ended row goes on with some token: nobody looks at what comes of it.

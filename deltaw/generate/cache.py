@@ -45,7 +45,7 @@ class Row:
     """
 
     id: int
-    prompt: Sequence[int]
+    prompt: tuple[int, ...]
     sampling: Sampling
     stop_ids: AbstractSet[int]
     number: int
@@ -82,7 +82,10 @@ class Row:
 class Cache(abc.ABC):
     """Rows that are being decoded, and what the model keeps of their tokens."""
 
-    share: int  # rows join when 1/share of all places are free: a pass costs the same whether few join or many
+    # Rows join when 1/share of all places are free, or one has been for `patience` steps: a pass costs the same whether
+    # few join or many.
+    share: int
+    patience: int
 
     @property
     @abc.abstractmethod
@@ -95,13 +98,18 @@ class Cache(abc.ABC):
         they must wait for rows that are running."""
 
     @abc.abstractmethod
-    def join(self, rows: Sequence[Row]) -> Tensor:
-        """Run their prompts. Logits [R, V] of the next token of each. Where that fails no row has joined."""
+    def join(self, rows: Sequence[Row]) -> None:
+        """Give them places. Where that fails no row has joined."""
+
+    @abc.abstractmethod
+    def fill(self) -> Iterator[tuple[list[Row], Tensor]]:
+        """Run prompts that have joined, or a piece of them: the rows whose prompts are whole now, if any are, and the
+        logits [R, V] of their next tokens. Where that fails it may be done again."""
 
     @abc.abstractmethod
     def steps(self) -> Iterator[tuple[list[Row], Tensor]]:
-        """Run the last token of every row, in one pass or in several: rows, and the logits [R, V] of their next. Rows
-        may leave in between."""
+        """Run the last token of every row whose prompt is whole, in one pass or in several: rows, and the logits [R, V]
+        of their next. Rows may leave in between."""
 
     @abc.abstractmethod
     def leave(self, row: Row) -> None:

@@ -14,10 +14,12 @@ A `Cache` knows what the model keeps of a row's tokens (cache.py). There are two
 is found by trying the model: slots of our own, where attention stands in (slots.py), and batches on transformers' own
 caches (batches.py), also for a row that goes beyond the border of rotary frequencies that a model keeps changing.
 
-A step runs every row's last token and then, where there is room, the prompts of those that join. Rows join in the order
-they came, all of them where enough places are free, else when an eighth of all places are (in batches, which become
-passes of their own, when all are: refilling at half took 6 % longer). `TOKENS_AT_ONCE` bounds what all of them may come
-to hold.
+A step runs every row's last token and then, where there is room, the prompts of those that join, or a piece of them
+where they are long (filling.py): between two pieces every row that goes on gets its token. Rows join in the order they
+came, all of them where enough places are free, else when an eighth of all places are (in batches, which become passes
+of their own, when all are: refilling at half took 6 % longer). But where a place has been free for eight steps (64 in
+batches) rows join at once: while others write long answers the next place might not be free for minutes, and a pass
+more in eight steps is hardly felt. `TOKENS_AT_ONCE` bounds what all of them may come to hold.
 
 transformers' own `model.generate` was the first choice, and measured: it took as long as a plain loop over `forward`
 (5.8 s against 5.5 s for 64 prompts of 32 new tokens on SmolLM2-135M, 2 cores), but it keeps finished rows until the
@@ -40,7 +42,7 @@ from deltaw.errors import InputError
 from deltaw.generate.batches import Batches
 from deltaw.generate.cache import Cache, Row, context, evaluating, text_config
 from deltaw.generate.logprobs import Logprobs, logprobs_of, score
-from deltaw.generate.sampling import Sampling, choose
+from deltaw.generate.sampling import NotFinite, Sampling, choose
 from deltaw.generate.slots import Slots
 from deltaw.generate.together import come_to_rest
 from deltaw.show.progress import Progress, unseen
@@ -72,7 +74,7 @@ class Engine:
         self._waiting: list[Row] = []
         self._live: dict[Row, Cache] = {}
         self._events: list[Event] = []
-        self._added = 0
+        self._added = self._free_for = 0  # steps for which a place has been free that a row waits for
         self._modules: list[nn.Module] = []
 
     @property
@@ -109,7 +111,7 @@ class Engine:
         room = min(sampling.max_new_tokens, context(self.model) - len(prompt))
         if any((row.update is None) != (update is None) for row in (*self._waiting[-1:], *self._live)):
             raise ValueError("either all rows of an engine name their update, or none do")
-        row = Row(self._added, prompt, sampling, stop_ids, number, room, update, key, logprobs, bias)
+        row = Row(self._added, tuple(prompt), sampling, stop_ids, number, room, update, key, logprobs, bias)
         self._added += 1
         self._waiting.append(row)
         return row.id
@@ -118,8 +120,8 @@ class Engine:
         """The next token of every row that has a place, and None after a row's last one. The stop token that ended a
         row is left out.
 
-        Raises RunError where the model gives no logits; what came before is in the next step's, and the row that it
-        names may be cancelled.
+        Raises NotFinite where the model gives no logits; what came before is in the next step's, and the rows whose ids
+        it has may be cancelled.
         """
         if self._waiting or not self._modules:  # looking for them is felt in a step of one token
             self._modules = list(self.model.modules())
@@ -129,10 +131,14 @@ class Engine:
                     self._go_on(rows, logits_RV)
             while joining := self._joining():
                 cache, rows = joining
-                logits_RV = cache.join(rows)
+                cache.join(rows)
                 self._live |= dict.fromkeys(rows, cache)
                 self._waiting = [row for row in self._waiting if row not in self._live]
-                self._go_on(rows, logits_RV)
+                self._free_for = 0
+            for cache in set(self._live.values()):
+                for rows, logits_RV in cache.fill():
+                    self._go_on(rows, logits_RV)
+        self._free_for += bool(self._waiting) and len(self._live) < self.batch_size
         events, self._events = self._events, []
         return events
 
@@ -159,9 +165,16 @@ class Engine:
                     come_to_rest(self.model)
 
     def close(self) -> None:
-        """Let go of all rows."""
+        """Let go of all rows, and of what is kept of them."""
         for id in [row.id for row in (*self._waiting, *self._live)]:
             self.cancel(id)
+        if self._slots:
+            self._slots.prefixes.clear()
+
+    @property
+    def reused(self) -> int:
+        """How many tokens of prompts weren't run, since they had been run for an earlier row of the same key."""
+        return self._slots.prefixes.reused if self._slots else 0
 
     def _joining(self) -> tuple[Cache, list[Row]] | None:
         """The rows that join now and where, or None."""
@@ -173,7 +186,8 @@ class Engine:
         if self._live and (crosses or self._batches.crossing):
             return None  # frequencies that grow are everyone's
         cache: Cache = self._batches if crosses or self._slots is None else self._slots
-        if free < min(len(self._waiting), max(1, self.batch_size // cache.share)):
+        few = free < min(len(self._waiting), max(1, self.batch_size // cache.share))
+        if few and self._free_for < cache.patience:
             return None
         if cache is self._slots:
             window = [row for row in window if not self._batches.crosses(row)]
@@ -209,7 +223,10 @@ class Engine:
             some = [rows[at] for at in ats]
             u_R = torch.tensor([row.u for row in some], device=self._device)
             part_RV = logits_RV if len(ats) == len(rows) else logits_RV[ats]
-            ids_R = choose(part_RV, some[0].sampling, u_R, [row.number for row in some])
+            try:
+                ids_R = choose(part_RV, some[0].sampling, u_R, [row.number for row in some])
+            except NotFinite as error:
+                raise NotFinite(error.what, [some[at].id for at in error.rows]) from None
             for at, token in zip(ats, ids_R.tolist(), strict=True):
                 tokens[at] = token
         return tokens

@@ -32,19 +32,25 @@ class Sampling(Strict):
         return self.temperature, self.top_p, self.top_k
 
 
+class NotFinite(RunError):
+    """Logits that are NaN or infinite, and whose: the places of the rows, or what the caller knows them by."""
+
+    def __init__(self, what: str, rows: Sequence[int]) -> None:
+        self.rows = tuple(rows)
+        super().__init__(what, fix="use dtype float32, or an older checkpoint")
+
+
 def choose(logits_RV: Tensor, sampling: Sampling, u_R: Tensor, numbers: Sequence[int] = ()) -> Tensor:
     """The next token id of each row [R]; u_R are uniform numbers in [0, 1), unused when greedy.
 
-    Raises RunError for logits that are NaN or infinite, and names the prompts by their `numbers`.
+    Raises NotFinite, which names the prompts by their `numbers`.
     """
     largest_R = logits_RV.amax(-1)
     if not bool(largest_R.isfinite().all()):
         broken = (~largest_R.isfinite()).nonzero()[:, 0].tolist()
         named = sorted(numbers[row] for row in broken) if numbers else []
         prompts = f" for prompt {named[0]}" + (f" and {len(named) - 1} more" if named[1:] else "") if named else ""
-        raise RunError(
-            f"the model's logits are NaN or infinite{prompts}", fix="use dtype float32, or an older checkpoint"
-        )
+        raise NotFinite(f"the model's logits are NaN or infinite{prompts}", broken)
     if sampling.temperature == 0:
         return _first_of(logits_RV, largest_R)
     # Less the maximum before the division: a tiny temperature would overflow to inf - inf.

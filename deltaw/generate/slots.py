@@ -2,32 +2,35 @@
 
 Where attention stands in (adapter/stand_ins.py), a pass carries one of two things to it (`Pass.cache`):
 
-    Filling     prompts laid end to end, as in training: packed attention, and their keys and values go to their slots;
-    Going on    one token per row: its key and value go to its slot, and it attends to what the slot holds.
+    Filling     prompts, or pieces of them, laid end to end; their keys and values go to their slots (filling.py);
+    GoingOn     one token per row: its key and value go to its slot, and it attends to what is there (going.py).
 
-Slots of one capacity stand on a shelf, which has one tensor per layer, [2, S, K, C, E]. Rows of a shelf are read
-together up to the longest of them, so that a short row doesn't pay for a long one: capacities go up by half from 64,
-and a row that has filled its slot moves to the next shelf. The rows in use are a shelf's first ones: the last takes the
-place of one that leaves. What no row has written is zero, always: it is multiplied by a probability of 0, which leaves
-no zero of a NaN.
+Slots of one capacity stand on a shelf (shelf.py). Rows of a shelf are read together up to the longest of them, so that
+a short row doesn't pay for a long one: capacities go up by half from 64, and a row that has filled its slot moves to
+the next shelf. A prompt that isn't whole with its first piece has its slot on a shelf apart until it is: the rows that
+go on are all of their shelves.
+
+The beginnings of rows that name their key are kept when they are whole and when they leave, and read by rows that come
+later (prefixes.py). A row that begins as one does that is being filled waits for it, and reads what it has made.
 
 The model is run with one row per sequence ([R, 1]) and not with all rows as one sequence, since angles that depend on a
 document's company (base/angles.py) are asked for by row.
 
 `Slots.hold` tries it, like everything here: the model's own decoding, a row at a time, must come to the same logits
-when rows join, grow and leave. An attention without a stand-in shows there, too: it would see one token alone.
+when rows join, in one piece or in two, grow and leave. An attention without a stand-in shows there, too: it would see
+one token alone.
 
 Rejected: pages of fixed size with a table per row (PagedAttention): on a CPU gathering the pages costs what reading
-them costs, and on a GPU it takes a kernel of its own.
+them costs, and on a GPU it takes a kernel of its own. One pass for the rows that go on and the prompts that join: a
+step's fixed cost would be paid once, but angles are asked for by row in the one and by document in the other.
 
-Letters: T tokens of prompts, R rows, S slots, H query heads, K key/value heads, C capacity, E head size, V vocabulary.
+Letters: T tokens of prompts, R rows, V vocabulary.
 """
 
 import inspect
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -36,211 +39,142 @@ from torch import Tensor, nn
 from deltaw.adapter.ready import Ready
 from deltaw.adapter.stand_ins import FusedAttention
 from deltaw.base.attention import is_packed
-from deltaw.base.batch import Batch, Pass, passing_of
+from deltaw.base.batch import Pass, passing_of
 from deltaw.base.frozen import InParts, dtype_of
 from deltaw.base.probe import REFUSALS
 from deltaw.generate.cache import Cache, Row, segments_for
+from deltaw.generate.filling import GPU_PIECE, PIECE, Continued, Filling, Run, next_runs
+from deltaw.generate.going import GoingOn
+from deltaw.generate.prefixes import Prefixes
 from deltaw.generate.sampling import Sampling
+from deltaw.generate.shelf import SMALLEST, Part, Shelf
 from deltaw.generate.together import Trial
-from deltaw.kernels.attention import Documents, packed_attention
+from deltaw.kernels.attention import Documents
 from deltaw.kernels.bags import making
-from deltaw.kernels.decode import cached_attention
 
-SMALLEST = 64  # places of a slot
-PIECE = 4096  # tokens of prompts in a pass; a longer prompt has a pass of its own
-
-
-class Shelf:
-    """Slots of one capacity. `rows` are those in use, by place."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.size = capacity, 0
-        self.rows: list[Row] = []
-        self.stored: dict[nn.Module, Tensor] = {}  # by layer: [2, S, K, C, E], keys and values
-
-    def of(self, layer: nn.Module, like_TKE: Tensor) -> Tensor:
-        """The keys and values of a layer."""
-        if layer not in self.stored:
-            self.stored[layer] = like_TKE.new_zeros(2, self.size, like_TKE.shape[1], self.capacity, like_TKE.shape[2])
-        return self.stored[layer]
-
-    def add(self, rows: Sequence[Row]) -> None:
-        """Give each a slot."""
-        if len(self.rows) + len(rows) > self.size:
-            self.size = max(len(self.rows) + len(rows), self.size * 5 // 4)
-            for layer, old in self.stored.items():
-                self.stored[layer] = old.new_zeros(2, self.size, *old.shape[2:])
-                self.stored[layer][:, : old.shape[1]] = old
-        self.rows += rows
-
-    def take(self, row: Row, other: "Shelf") -> None:
-        """Give a row of another shelf a slot, with what it holds."""
-        self.add([row])
-        for layer, old in other.stored.items():
-            new = self.of(layer, old[0, :, :, 0])
-            new[:, len(self.rows) - 1, :, : other.capacity] = old[:, other.rows.index(row)]
-
-    def remove(self, row: Row) -> None:
-        """The last row takes its place, and leaves zeros."""
-        place = self.rows.index(row)
-        for stored in self.stored.values():
-            stored[:, place] = stored[:, len(self.rows) - 1]
-            stored[:, len(self.rows) - 1] = 0
-        self.rows[place] = self.rows[-1]
-        self.rows.pop()
-
-
-@dataclass(frozen=True)
-class Part:
-    """A shelf's part of a pass: for each token its row in the pass, its place on the shelf, and where in its slot."""
-
-    shelf: Shelf
-    rows: Tensor | slice
-    places: Tensor
-    ats: Tensor
-
-    def store(self, layer: nn.Module, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-        """Keys and values into their slots. The layer's tensor."""
-        stored = self.shelf.of(layer, k_TKE)
-        stored[:, self.places, :, self.ats] = torch.stack([k_TKE[self.rows], v_TKE[self.rows]], 1)
-        return stored
-
-
-@dataclass(frozen=True)
-class Filling:
-    """What a pass over prompts carries to attention."""
-
-    documents: Documents
-    parts: Sequence[Part]
-
-    def attention(
-        self,
-        layer: nn.Module,
-        q_THE: Tensor,
-        k_TKE: Tensor,
-        v_TKE: Tensor,
-        *,
-        scale: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        for part in self.parts:
-            part.store(layer, k_TKE, v_TKE)
-        return packed_attention(q_THE, k_TKE, v_TKE, self.documents, scale=scale, window=window, softcap=softcap)
-
-
-class GoingOn:
-    """What a step of one token per row carries to attention."""
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = parts
-        self.ends = [(min(ats) + 1, max(ats) + 1) for ats in (part.ats.tolist() for part in parts)]
-        self.biases: dict[tuple[int, int | None], Tensor | None] = {}  # by part and window
-
-    def attention(
-        self,
-        layer: nn.Module,
-        q_RHE: Tensor,
-        k_RKE: Tensor,
-        v_RKE: Tensor,
-        *,
-        scale: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        scale = q_RHE.shape[2] ** -0.5 if scale is None else scale
-        out_RHE = torch.empty_like(q_RHE) if len(self.parts) > 1 else q_RHE
-        for number, part in enumerate(self.parts):
-            stored = part.store(layer, k_RKE, v_RKE)
-            shortest, longest = self.ends[number]
-            first = 0 if window is None else max(0, shortest - window)
-            k_RKLE, v_RKLE = stored[:, : len(part.places), :, first:longest]
-            bias_RL = self._bias(number, window, q_RHE.dtype)
-            out = cached_attention(q_RHE[part.rows], k_RKLE, v_RKLE, bias_RL, scale=scale, softcap=softcap)
-            if len(self.parts) == 1 and isinstance(part.rows, slice):
-                return out
-            out_RHE[part.rows] = out
-        return out_RHE
-
-    def _bias(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """−∞ where a row doesn't see, for all layers of one window."""
-        shortest, longest = self.ends[number]
-        if shortest == longest:
-            return None  # what lies before the window isn't read
-        if (number, window) not in self.biases:
-            ats_R1 = self.parts[number].ats[:, None]
-            at_L = torch.arange(0 if window is None else max(0, shortest - window), longest, device=ats_R1.device)
-            hidden_RL = at_L > ats_R1 if window is None else (at_L > ats_R1) | (at_L <= ats_R1 - window)
-            bias_RL = torch.zeros(hidden_RL.shape, dtype=dtype, device=ats_R1.device)
-            self.biases[number, window] = bias_RL.masked_fill_(hidden_RL, -torch.inf)
-        return self.biases[number, window]
+KEPT = 16_384  # tokens of rows that have left, beside those of the rows themselves
 
 
 class Slots(Cache):
     """Rows in slots of our own. Only for a model of which `Slots.hold` says that it may."""
 
-    share = 8
+    share, patience = 8, 8
 
     def __init__(self, model: nn.Module, *, alone: bool = False) -> None:
         """`alone`: there is never more than one row."""
         self.model, self.alone = model, alone
         self.device = next(model.parameters()).device
-        self.shelves: dict[int, Shelf] = {}  # by capacity
+        self.piece = GPU_PIECE if self.device.type == "cuda" else PIECE
+        self.shelves: dict[int, Shelf] = {}  # by capacity: of the rows that go on
+        self.filling: dict[int, Shelf] = {}  # and of those whose prompts are in pieces
         self.shelf_of: dict[Row, Shelf] = {}
+        self.stored: dict[Row, int] = {}  # how many of its tokens' keys and values a row has, in the order they came
+        self.prefixes = Prefixes(KEPT)
         parts = any(isinstance(module, InParts) for module in model.modules())  # their weights come and go
         self.ready = None if parts else Ready(model)
 
     @property
     def tokens(self) -> int:
-        return sum(row.reach for row in self.shelf_of)
+        return sum(row.reach for row in self.stored)
 
     def first(self, waiting: Sequence[Row], tokens: int) -> list[Row]:
         chosen: list[Row] = []
-        piece = 0
         for row in waiting:
-            piece, tokens = piece + len(row.prompt), tokens - row.reach
-            if (tokens < 0 and (chosen or self.shelf_of)) or (piece > PIECE and chosen):
+            tokens -= row.reach
+            if tokens < 0 and (chosen or self.stored):
                 break
             chosen.append(row)
         return chosen
 
-    def join(self, rows: Sequence[Row]) -> Tensor:
-        ordered = sorted(rows, key=lambda row: row.update or 0)
-        starts = [0, *accumulate(len(row.prompt) for row in ordered)]
-        tokens_T = torch.tensor([token for row in ordered for token in row.prompt], device=self.device)
-        batch = Batch.of(tokens_T, starts)
-        ends_R = torch.tensor([starts[ordered.index(row) + 1] - 1 for row in rows], device=self.device)
-        segments = segments_for([row.update for row in ordered], starts)
-        try:
-            parts = self._given(ordered, batch)
-            this = Pass(documents=batch.documents, segments=segments, cache=Filling(batch.documents, parts))
-            return self._run(this, tokens_T[None], batch.positions_T[None], logits_to_keep=ends_R)[0]
-        except BaseException:
-            for row in rows:
-                self.leave(row)
-            raise
+    def join(self, rows: Sequence[Row]) -> None:
+        self.stored |= dict.fromkeys(rows, 0)
 
-    def _given(self, rows: Sequence[Row], batch: Batch) -> list[Part]:
-        """Give the rows, which are the batch's documents, slots, and say which tokens go where."""
-        by_capacity: dict[int, list[int]] = {}
-        for number, row in enumerate(rows):
-            by_capacity.setdefault(_capacity(len(row.prompt) + 1), []).append(number)
-        parts = []
-        for capacity, numbers in by_capacity.items():
-            shelf = self.shelves.setdefault(capacity, Shelf(capacity))
-            first = len(shelf.rows)
-            shelf.add([rows[number] for number in numbers])
-            self.shelf_of |= {rows[number]: shelf for number in numbers}
-            spans = [torch.arange(batch.starts[n], batch.starts[n + 1], device=self.device) for n in numbers]
-            length_N = torch.tensor([len(span) for span in spans], device=self.device)
-            places_T = torch.arange(first, len(shelf.rows), device=self.device).repeat_interleave(length_N)
-            tokens_T = torch.cat(spans)
-            everything = len(numbers) == len(rows)
-            parts.append(Part(shelf, slice(None) if everything else tokens_T, places_T, batch.positions_T[tokens_T]))
-        return parts
+    def fill(self) -> Iterator[tuple[list[Row], Tensor]]:
+        runs = self._runs()
+        if not runs:
+            return
+        try:
+            logits_RV = self._filled(runs)
+        except BaseException:
+            for row, _, _ in runs:
+                self._free(row)
+                self.stored[row] = 0
+            raise
+        for row, _, end in runs:
+            self.stored[row] = end
+            self._keep(row)
+        whole = [run.row for run in runs if run.whole]
+        yield whole, logits_RV[: len(whole)]
+
+    def _runs(self) -> list[Run]:
+        """The next piece. A row that begins as another one of it does waits for that one, to read what it makes."""
+        begun: dict[Row, int] = {}
+        for row, stored in self.stored.items():
+            if stored < len(row.prompt):
+                # The last token is run in any case: its logits are wanted.
+                begun[row] = max(stored, self.prefixes.count(row.key, row.prompt[:-1]))
+        runs = next_runs(begun, self.piece)
+        follow = {run.row for n, run in enumerate(runs) if any(run.follows(other) for other in runs[:n])}
+        return next_runs({row: first for row, first in begun.items() if row not in follow}, self.piece)
+
+    def _filled(self, runs: Sequence[Run]) -> Tensor:
+        """Run them. Logits [R, V] of the next token of each that is whole."""
+        ordered = sorted(runs, key=lambda run: run.row.update or 0)
+        starts = [0, *accumulate(end - first for _, first, end in ordered)]
+        tokens_T = torch.tensor([t for row, first, end in ordered for t in row.prompt[first:end]], device=self.device)
+        positions_T = torch.cat([torch.arange(first, end, device=self.device) for _, first, end in ordered])
+        self._place(ordered)
+        cache = self._carried(ordered, starts, positions_T)
+        this = Pass(segments=segments_for([run.row.update for run in ordered], starts), cache=cache)
+        ends = [starts[ordered.index(run) + 1] - 1 for run in runs if run.whole] or [0]  # some row it must give
+        ends_R = torch.tensor(ends, device=self.device)
+        return self._run(this, tokens_T[None], positions_T[None], logits_to_keep=ends_R)[0]
+
+    def _place(self, runs: Sequence[Run]) -> None:
+        """Give the runs' rows the slots that they need now, with what is kept of their beginnings."""
+
+        def needed(run: Run) -> tuple[bool, int]:
+            return run.whole, _capacity(len(run.row.prompt) + 1)
+
+        for (whole, capacity), some in groupby(sorted(runs, key=needed), needed):
+            shelf = (self.shelves if whole else self.filling).setdefault(capacity, Shelf(capacity))
+            new = [row for row, _, _ in some if self.shelf_of.get(row) is not shelf]
+            shelf.add([row for row in new if row not in self.shelf_of])
+            for row in new:
+                self._move(row, shelf)
+        for row, first, _ in runs:
+            stored = self.stored[row]
+            if first > stored:
+                for at, part in self.prefixes.parts(row.key, row.prompt[:first], stored):
+                    self.shelf_of[row].write(row, at, part)
+
+    def _carried(self, runs: Sequence[Run], starts: Sequence[int], positions_T: Tensor) -> Filling:
+        """What a pass over runs that begin at `starts` carries to attention."""
+        spans = [torch.arange(start, end, device=self.device) for start, end in pairwise(starts)]
+        by_shelf: dict[Shelf, list[int]] = {}
+        for n, run in enumerate(runs):
+            by_shelf.setdefault(self.shelf_of[run.row], []).append(n)
+        parts, continued, fresh = [], [], []
+        for shelf, numbers in by_shelf.items():
+            at = {row: place for place, row in enumerate(shelf.rows)}
+            places = [at[runs[n].row] for n in numbers]
+            lengths_N = torch.tensor([len(spans[n]) for n in numbers], device=self.device)
+            places_T = torch.tensor(places, device=self.device).repeat_interleave(lengths_N)
+            tokens_T = torch.cat([spans[n] for n in numbers])
+            rows = slice(None) if len(by_shelf) == 1 else tokens_T
+            parts.append(Part(shelf, rows, places_T, positions_T[tokens_T]))
+            for n, place in zip(numbers, places, strict=True):
+                if runs[n].first:
+                    continued.append(Continued(slice(starts[n], starts[n + 1]), shelf, place, runs[n].end))
+                else:
+                    fresh.append(n)
+        fresh.sort()
+        documents = Documents([0, *accumulate(len(spans[n]) for n in fresh)], self.device) if fresh else None
+        fresh_T = torch.cat([spans[n] for n in fresh]) if fresh and continued else slice(None)
+        return Filling(parts, documents, fresh_T, continued)
 
     def steps(self) -> Iterator[tuple[list[Row], Tensor]]:
-        if not self.shelf_of:
+        if not self.shelves:
             return
         self._grow()
         rows: list[Row] = []
@@ -256,24 +190,45 @@ class Slots(Cache):
         ids_R1 = torch.tensor([[row.last] for row in rows], device=self.device)
         positions_R1 = torch.tensor([[row.place] for row in rows], device=self.device)
         this = Pass(segments=segments, cache=GoingOn(parts), ready=self.ready)
-        yield rows, self._run(this, ids_R1, positions_R1)[:, -1]
+        logits_RV = self._run(this, ids_R1, positions_R1)[:, -1]
+        self.stored |= {row: row.place + 1 for row in rows}
+        yield rows, logits_RV
 
     def _grow(self) -> None:
         """Move rows that have filled their slots to larger ones."""
-        for row, shelf in list(self.shelf_of.items()):
-            if row.place >= shelf.capacity:
+        for shelf in list(self.shelves.values()):
+            for row in [row for row in shelf.rows if row.place >= shelf.capacity]:
                 capacity = _capacity(row.place + 1)
-                larger = self.shelves.setdefault(capacity, Shelf(capacity))
-                larger.take(row, shelf)
-                self.leave(row)
-                self.shelf_of[row] = larger
+                self._move(row, self.shelves.setdefault(capacity, Shelf(capacity)))
 
-    def leave(self, row: Row) -> None:
+    def _move(self, row: Row, shelf: Shelf) -> None:
+        """To another shelf, where it has a slot already if it comes from none."""
+        old = self.shelf_of.get(row)
+        if old is not None:
+            shelf.take(row, old)
+            self._free(row)
+        self.shelf_of[row] = shelf
+
+    def _free(self, row: Row) -> None:
+        """Take a row's slot from it."""
         shelf = self.shelf_of.pop(row, None)
         if shelf is not None:
             shelf.remove(row)
-            if not shelf.rows:
-                del self.shelves[shelf.capacity]
+            for shelves in (self.shelves, self.filling):
+                if not shelf.rows and shelves.get(shelf.capacity) is shelf:
+                    del shelves[shelf.capacity]
+
+    def _keep(self, row: Row) -> None:
+        """Keep what it has for others, where it names its key."""
+        if row.key and row in self.shelf_of:
+            tokens = (*row.prompt, *row.new)[: self.stored[row]]
+            self.prefixes.keep(row.key, tokens, self.shelf_of[row].read(row))
+
+    def leave(self, row: Row) -> None:
+        if row in self.stored:
+            self._keep(row)
+            self._free(row)
+            del self.stored[row]
 
     def _run(self, this: Pass, ids: Tensor, positions: Tensor, **options: Tensor) -> Tensor:
         with passing_of(self.model).running(this), making(self.alone):
@@ -298,7 +253,8 @@ _tried: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref.WeakKey
 
 @torch.no_grad()
 def _holds(model: nn.Module) -> bool:
-    """Two rows join, go on, one leaves, and another joins the one that is left, which takes the same step again."""
+    """Two rows join, go on, one leaves, and another joins the one that is left, which takes the same step again. The
+    first two join in pieces, the third at once."""
     if not {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters):
         return False
     try:
@@ -306,14 +262,14 @@ def _holds(model: nn.Module) -> bool:
         truth_2RV = torch.stack([trial.logits([ids])[:, 0] for ids in (trial.short, trial.long)], 1)
         slots, token = Slots(model), int(trial.other[0])
         short, long, again = (
-            Row(n, ids.tolist(), Sampling(), set(), n, room=2)
+            Row(n, tuple(ids.tolist()), Sampling(), set(), n, room=2)
             for n, ids in enumerate((trial.short, trial.long, trial.short))
         )
-        first_RV = slots.join([short, long])
+        first_RV = _joined(slots, [short, long], piece=8)
         short.new, long.new, again.new = [token], [token], []
         ((_, second_RV),) = slots.steps()
         slots.leave(short)
-        third_V = slots.join([again])[0]
+        third_V = _joined(slots, [again], piece=PIECE)[0]
         again.new = [token]
         ((rows, fourth_RV),) = slots.steps()
     except REFUSALS:
@@ -321,6 +277,17 @@ def _holds(model: nn.Module) -> bool:
     own_2RV = torch.stack([first_RV, second_RV]).double()
     late_2RV = torch.stack([torch.stack([third_V, first_RV[1]]), fourth_RV[[rows.index(again), rows.index(long)]]])
     return all(trial.apart(mine, truth_2RV) <= trial.units for mine in (own_2RV, late_2RV.double()))
+
+
+def _joined(slots: Slots, rows: Sequence[Row], *, piece: int) -> Tensor:
+    """Logits [R, V] of the next token of rows that join."""
+    slots.piece = piece
+    slots.join(rows)
+    logits_V: dict[Row, Tensor] = {}
+    while len(logits_V) < len(rows):
+        for whole, logits_RV in slots.fill():
+            logits_V |= zip(whole, logits_RV, strict=True)
+    return torch.stack([logits_V[row] for row in rows])
 
 
 def _capacity(tokens: int) -> int:

@@ -207,7 +207,7 @@ def packed_attention(
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     if varlen.applies(q_THE, k_TKE, len(documents.starts_S) - 1, documents.longest, **options):
         return varlen.varlen_attention(q_THE, k_TKE, v_TKE, documents.starts_S, documents.longest, **options)
-    out: Tensor = _PackedAttention.apply(q_THE, k_TKE, v_TKE, documents, _Scores(scale, window, softcap))
+    out: Tensor = _PackedAttention.apply(q_THE, k_TKE, v_TKE, documents, Scores(scale, window, softcap))
     return out.view(q_THE.shape)  # outside: a view made in a Function may not be written to
 
 
@@ -240,7 +240,7 @@ def packed_attention_plain(
 
 
 @dataclass(frozen=True)
-class _Scores:
+class Scores:
     """How probabilities are made: shared by forward and backward, so that both see the same bits."""
 
     scale: float
@@ -270,12 +270,14 @@ class _Scores:
             s.mul_(self.softcap)
         # Without a window only the last `rows` keys can lie ahead of a query.
         width = rows if self.window is None else keys
-        s.view(-1, shared, rows, keys)[..., keys - width :].add_(_mask(rows, width, self.window, s.dtype, s.device))
+        s.view(-1, shared, rows, keys)[..., keys - width :].add_(
+            causal_mask(rows, width, self.window, s.dtype, s.device)
+        )
         return torch.softmax(s, -1), slope
 
 
 @lru_cache(maxsize=32)
-def _mask(rows: int, width: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+def causal_mask(rows: int, width: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[rows, width]: −∞ at the keys that a query must not see; the last query is the last key's token.
 
     Added, not filled in: five times as fast on a CPU.
@@ -288,7 +290,7 @@ def _mask(rows: int, width: int, window: int | None, dtype: torch.dtype, device:
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scores: _Scores) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scores: Scores) -> Tensor:
         (T, H, E), K = q.shape, k.shape[1]
         queries, keys_and_values = documents.layout(H, in_chunks=True), documents.layout(K)
         q = q.reshape(T * H, E).index_select(0, queries.gather)

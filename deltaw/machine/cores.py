@@ -1,7 +1,7 @@
 """How fast this machine's cores multiply, and whether they are this process's alone. Measured, in about a second.
 
     rates       GFLOP/s of a linear layer of SmolLM2's shape in bfloat16 and float32: the same race by which `dtype:
-                auto` chooses (base/load.py), so what is shown is why it chose
+                auto` chooses (base/dtype.py), so what is shown is why it chose
     obtained    CPU time of this process by the clock's time and the threads, while all of them multiply. OpenMP's
                 threads spin where they wait, so without other programs it is close to 1
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from deltaw.base.load import RACE_SHAPE, fast_dtype, race
+from deltaw.base.dtype import RACE_SHAPE, fast_dtype, race
 from deltaw.files.forked import usable_cores
 
 ROWS, SECONDS = 512, 0.3

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from deltaw.base.load import fast_dtype, pick_device
+from deltaw.base.dtype import fast_dtype
+from deltaw.base.load import pick_device
 from deltaw.config import RunConfig, parse_config
 from deltaw.errors import InputError
 from deltaw.training.checkpoint import Saved, TrainState

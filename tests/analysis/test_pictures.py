@@ -6,8 +6,10 @@ What svg.py cleans is tested here too, on what matplotlib really writes.
 import itertools
 import math
 import re
+import sys
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from typing import Any
 from xml.etree import ElementTree
 
@@ -20,6 +22,7 @@ from deltaw.analysis import pictures
 from deltaw.analysis.page import number, visible
 from deltaw.analysis.svg import INK, SERIES
 from deltaw.analysis.template import STYLE
+from tests.faults.common import child, imported_anew
 
 STEPS = list(range(1, 1001))
 LOSS = [2.5 * math.exp(-i / 200) + 0.1 * math.sin(i * i) + 0.6 for i in STEPS]
@@ -129,12 +132,13 @@ def test_the_same_input_gives_the_same_bytes_and_the_users_settings_neither_show
 
 
 def test_no_pyplot() -> None:
-    import subprocess
-    import sys
+    def work() -> None:
+        imported_anew("deltaw", "matplotlib")
+        import_module("deltaw.analysis.pictures").spectrum({"a": [1.0]})
+        assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 
-    code = "import sys; from deltaw.analysis.pictures import spectrum; spectrum({'a': [1.0]})"
-    code += "; print('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    ended = child(work)
+    assert ended.code == 0, ended.output
 
 
 def test_pictures_are_small() -> None:

@@ -224,7 +224,7 @@ def convert(path: Path, cache: Path) -> Path:
 def test_concurrent_conversions_agree(tiny: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     (cache / ".stale-v1.tmp").mkdir(parents=True)
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with multiprocessing.get_context("fork").Pool(2) as pool:
         folders = pool.starmap(convert, [(tiny, cache)] * 2)
     assert folders[0] == folders[1]
     assert open_base(str(folders[0])).fingerprint == fingerprint(tiny_llama())

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from deltaw.base.load import Base, check_finite, fast_dtype, fingerprint, open_base, pick_device
+from deltaw.base import dtype
+from deltaw.base.dtype import fast_dtype
+from deltaw.base.load import Base, check_finite, fingerprint, open_base, pick_device
 from deltaw.base.source import find_base
 from deltaw.errors import InputError
 from tests.bases import BUILTIN, tiny_gpt2, tiny_llama
@@ -146,11 +148,28 @@ def test_devices() -> None:
             pick_device(name)
 
 
-def test_the_race_is_short() -> None:
+def test_the_race_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path))
     fast_dtype.cache_clear()
     start = time.perf_counter()
     assert fast_dtype() in (torch.float32, torch.bfloat16)
     assert time.perf_counter() - start < 2  # 0.12 s on an idle machine
+
+
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_a_race_that_was_run_undisturbed_is_run_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disturbed: bool
+) -> None:
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(dtype, "UNDISTURBED", 2.0 if disturbed else 0.0)
+    winners = iter([torch.bfloat16, torch.float32])
+    monkeypatch.setattr(dtype, "_raced", lambda: next(winners))
+    first, second = [dtype.fast_dtype.__wrapped__() for _ in range(2)]
+    assert (first, second) == (torch.bfloat16, torch.float32 if disturbed else torch.bfloat16)
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    (tmp_path / "cache" / dtype.FILE).write_text('{"cut')  # raced anew, not trusted
+    monkeypatch.setattr(dtype, "_raced", lambda: torch.float32)
+    assert dtype.fast_dtype.__wrapped__() == torch.float32
 
 
 def test_the_real_model_answers(builtin: Base, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,12 @@ def test_a_workload_depends_on_name_and_seed_alone(name: str) -> None:
     assert [flat(step) for step in once] != [flat(step) for step in other]
 
 
+def test_rows_are_prepared_alike_every_time() -> None:
+    """Which the cache of those that a workload draws from would hide."""
+    once, again = (workloads._rows.__wrapped__("builtin:sarcasm", 40) for _ in range(2))
+    assert flat(once) == flat(again) and once is not again
+
+
 def test_dense_is_four_rows_of_512_all_supervised() -> None:
     for step in workload("dense", 55):
         assert [len(row.tokens) for row in step] == [512] * 4

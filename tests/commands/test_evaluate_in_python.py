@@ -1,8 +1,7 @@
 """`deltaw.evaluate`: what `deltaw eval` measures, from Python, on a file or on rows."""
 
 import json
-import subprocess
-import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import deltaw
 from deltaw.commands.eval import eval_named
 from deltaw.errors import InputError
 from deltaw.show.progress import Display
+from tests.faults.common import child, imported_anew
 
 
 def test_a_file_and_its_rows_are_one_and_the_same_as_the_verb(folder: Path) -> None:
@@ -41,5 +41,11 @@ def test_what_is_no_data_is_refused(folder: Path, data: object) -> None:
 
 
 def test_the_name_is_the_function_whatever_was_imported_before() -> None:
-    code = "import deltaw.evaluation, deltaw.config.evaluate, deltaw; assert deltaw.evaluate.__name__ == 'evaluate'"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    def work() -> None:
+        imported_anew("deltaw")
+        import_module("deltaw.evaluation")
+        import_module("deltaw.config.evaluate")
+        assert import_module("deltaw").evaluate.__name__ == "evaluate"
+
+    ended = child(work)
+    assert ended.code == 0, ended.output

@@ -33,14 +33,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     wanted = {int(number) for number in given.only.split(",") if number}
-    faults = [known for known in load_faults(peers=True) if not wanted or known.number in wanted]
+    faults = [known for known in load_faults(peers=not given.sample) if not wanted or known.number in wanted]
     if given.number is not None:
         for known in faults:
             print(f"fault {known.number}: {run_tries(known, range(given.number, given.number + 1))}")
         return 0
-    peers = [n for n, seen in enumerate(SEEN) if not wanted or seen.number in wanted] if not given.sample else []
+    peers = [n for n, seen in enumerate(SEEN) if not wanted or seen.number in wanted]
     began = time.monotonic()
-    outcomes, said = _run(faults, peers, given.sample, given.jobs)
+    outcomes, said = run_in_workers(faults, peers, given.sample, given.jobs)
     seconds = time.monotonic() - began
     missed = [known for known in faults if outcomes[known.name].passed < _tries(known, given.sample)]
     print(f"{len(faults) - len(missed)} of {len(faults)} at their figure in {seconds / 60:.1f} minutes")
@@ -79,7 +79,10 @@ def _tries(known: Fault, sample: bool) -> int:
     return known.sample if sample else known.tries
 
 
-def _run(faults: list[Fault], peers: list[int], sample: bool, jobs: int) -> tuple[dict[str, Outcome], dict[int, str]]:
+def run_in_workers(
+    faults: list[Fault], peers: list[int], sample: bool, jobs: int
+) -> tuple[dict[str, Outcome], dict[int, str]]:
+    """What came of the tries of each fault, by its name, and what each peer said; in the order given."""
     queue: Queue[tuple[dict[str, Any], Fault | None]] = Queue()
     left: dict[str, int] = {}
     for known in faults:

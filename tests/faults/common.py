@@ -137,6 +137,13 @@ def command(*arguments: object) -> Callable[[], object]:
     return work
 
 
+def imported_anew(*packages: str) -> None:
+    """In this process, a child: these packages' modules are forgotten, so that an import runs them as a fresh
+    interpreter does, but for the seconds that torch takes."""
+    for name in [name for name in sys.modules if any(f"{name}.".startswith(f"{package}.") for package in packages)]:
+        del sys.modules[name]
+
+
 def train_and_signal(settings: RunConfig, step: int, number: int) -> None:
     """A child's work: train through the command line's door, and send `number` while update `step` is computed."""
     signal_at(step, number)

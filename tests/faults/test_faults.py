@@ -1,16 +1,11 @@
 """A sample of every fault's tries; `make torture` makes them all."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from tests.faults.__main__ import run_in_workers
 from tests.faults.fault import FAULTS, Fault, load_faults, run_tries
-from tests.faults.shim import COMPILER, environment
+from tests.faults.shim import COMPILER
 
-ROOT = Path(__file__).parents[2]
 MEMORY = 30
 WANTED = set(range(1, 52)) | {53, 54}  # the list's, the server's aside
 
@@ -27,19 +22,15 @@ def test_a_sample(known: Fault) -> None:
     assert not outcome.failures
 
 
-def test_a_sample_of_those_that_run_out_of_memory() -> None:
-    """In a process of its own: what other tests have left free in this one's heap is room that no limit counts."""
-    command = [sys.executable, "-m", "tests.faults", "--sample", "--jobs", "1", "--only", str(MEMORY)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.skipif(COMPILER is None, reason="no C compiler: system calls can't be made to fail")
-def test_a_sample_of_those_whose_system_calls_fail() -> None:
-    numbers = ",".join(sorted({str(known.number) for known in load_faults() if known.preload}))
-    command = [sys.executable, "-m", "tests.faults", "--sample", "--jobs", "1", "--only", numbers]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment()})
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_sample_of_those_that_need_a_process_of_their_own() -> None:
+    """Memory runs out first: what others have left free in a process's heap is room that no limit counts. Then system
+    calls fail, which takes a library that is preloaded: without a C compiler they can't be made to."""
+    known = load_faults()
+    in_worker = [one for one in known if one.number == MEMORY]
+    in_worker += [one for one in known if one.preload and COMPILER is not None]
+    outcomes, _ = run_in_workers(in_worker, [], sample=True, jobs=1)
+    assert not [(name, failure) for name, outcome in outcomes.items() for failure in outcome.failures]
+    assert {one.name: outcomes[one.name].passed for one in in_worker} == {one.name: one.sample for one in in_worker}
 
 
 def test_every_fault_of_the_list_is_tried() -> None:

@@ -34,6 +34,13 @@ def adapted(name: str = "llama", **changes: Any) -> nn.Module:
     return model.double().eval()
 
 
+def whole(cache: Slots, rows: list[Row]) -> None:
+    """They join, and their prompts are run."""
+    cache.join(rows)
+    while any(cache.stored[row] < len(row.prompt) for row in rows):
+        list(cache.fill())
+
+
 def holds(model: nn.Module) -> bool:
     with evaluating(model):
         return Slots.hold(model)
@@ -66,7 +73,7 @@ def test_a_layer_without_its_stand_in_is_found() -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_rows_join_grow_and_leave(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "SMALLEST", 4)  # so that rows move from shelf to shelf
-    monkeypatch.setattr(slots, "PIECE", 50)
+    monkeypatch.setattr(slots, "PIECE", 50)  # and long prompts come in pieces
     model = adapted(name, max_position_embeddings=128)
     truth = alone(model, LONG)
     sampling = Sampling(max_new_tokens=NEW)
@@ -118,7 +125,7 @@ def test_slots_are_used_again_and_hold_no_more_than_they_must() -> None:
     cache = Slots(adapted(max_position_embeddings=1024))
 
     def rows(lengths: list[int]) -> list[Row]:
-        return [Row(n, [5] * length, Sampling(), set(), n, room=8) for n, length in enumerate(lengths)]
+        return [Row(n, (5,) * length, Sampling(), set(), n, room=8) for n, length in enumerate(lengths)]
 
     def places() -> int:
         return sum(
@@ -128,13 +135,13 @@ def test_slots_are_used_again_and_hold_no_more_than_they_must() -> None:
     with evaluating(cache.model):
         for _ in range(3):
             some = rows([3, 60, 5, 300])
-            cache.join(some)
+            whole(cache, some)
             held = places()
             assert held <= 2 * (3 * slots.SMALLEST + 1.5 * 301)  # two layers
             cache.leave(some[0])
             cache.leave(some[1])
             again = rows([9, 60])
-            cache.join(again)
+            whole(cache, again)
             assert places() == held
             for row in (*some[2:], *again):
                 cache.leave(row)
@@ -143,9 +150,9 @@ def test_slots_are_used_again_and_hold_no_more_than_they_must() -> None:
 
 def test_what_no_row_has_written_is_zero() -> None:
     cache = Slots(adapted())
-    one, two = (Row(n, [5 + n] * (9 - 4 * n), Sampling(), set(), n, room=8) for n in range(2))
+    one, two = (Row(n, (5 + n,) * (9 - 4 * n), Sampling(), set(), n, room=8) for n in range(2))
     with evaluating(cache.model):
-        cache.join([one, two])
+        whole(cache, [one, two])
         cache.leave(one)
     (shelf,) = cache.shelves.values()
     for stored in shelf.stored.values():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltaw.base.load import fast_dtype
+from deltaw.base.dtype import fast_dtype
 from deltaw.commands import doctor
 from deltaw.machine import cores, look
 from deltaw.show.progress import QUIET

@@ -6,9 +6,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from deltaw.base.load import open_base
 from deltaw.commands.merge import merge_named
 from deltaw.errors import InputError, RunError
 from deltaw.factors import LowRank
+from tests.faults.common import changed, child
 from tests.shipping.models import FAMILIES, base_folder, loaded, random_adapter, several_models
 from tests.tiny import Said
 
@@ -319,25 +319,20 @@ def test_a_disk_that_fills_up_and_a_key_that_is_pressed(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged-adapter"]
 
 
-KILLED = """
-import itertools, os, signal, sys
-calls, real = itertools.count(), os.pwrite
-def dying(descriptor, data, at):
-    if next(calls) == 9:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(descriptor, data, at)
-os.pwrite = dying
-from deltaw.commands.merge import merge_named
-merge_named(sys.argv[1], sys.argv[2], base=sys.argv[3])
-"""
-
-
 def test_a_process_that_is_killed_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     base, output = base_folder(tmp_path / "base"), tmp_path / "merged"
     adapter = random_adapter(base)
     adapter.save(tmp_path / "adapter")
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "adapter", output, base], capture_output=True)
-    assert done.returncode == -signal.SIGKILL and not output.exists() and list(tmp_path.glob(".merged*"))
+    calls, real = itertools.count(), os.pwrite
+
+    def dying(*arguments: Any) -> int:
+        if next(calls) == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
+
+    with changed(os, "pwrite", dying):
+        ended = child(lambda: merge_named(str(tmp_path / "adapter"), str(output), base=str(base)))
+    assert ended.code == 128 + signal.SIGKILL and not output.exists() and list(tmp_path.glob(".merged*"))
     merged(base, adapter, output)
     assert close(logits(loaded(output)), attached_logits(base, adapter))
     assert not list(tmp_path.glob(".merged*tmp"))

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from deltaw.errors import DeltawError, InputError, RunError
+from deltaw.files import client
 from deltaw.shipping.verify.compare import verify
-from deltaw.shipping.verify.sides import client
 from deltaw.shipping.verify.sides.open import open_side
 from deltaw.shipping.verify.sides.server import open_server
 from deltaw.shipping.verify.sides.side import Asked, Prompt, Side

@@ -20,7 +20,7 @@ from deltaw.show.progress import Display
 from deltaw.training import finish, measuring
 from deltaw.training.checkpoint import list_checkpoints
 from deltaw.training.run import resume, train
-from tests.tiny import Said, run_file
+from tests.tiny import Said, run_file, tiny_base, words
 
 QUIET = Display(quiet=True)
 EVERYTHING = {"metrics": ["exact_match"], "max_new_tokens": 4, "general": "builtin:general", "report": True}
@@ -92,32 +92,44 @@ FAILURES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str], str]] 
 }
 
 
-@pytest.mark.parametrize("name", FAILURES)
-def test_a_failed_measurement_leaves_a_whole_run_that_can_be_completed(folder: Path, monkeypatch, name: str) -> None:
-    harm, failed, why = FAILURES[name]
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, rows and the run `healthy` that nothing happened to."""
+    folder = tmp_path_factory.mktemp("finish")
+    tiny_base(folder / "base")
+    words(folder / "train.jsonl")
     train(config(folder, "healthy"), display=QUIET)
+    return folder
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failed_measurement_leaves_a_whole_run_that_can_be_completed(shared: Path, monkeypatch, name: str) -> None:
+    folder, run = shared, name.replace(" ", "-")
+    harm, failed, why = FAILURES[name]
     display = Said()
     with monkeypatch.context() as patch:
         harm(patch)
-        adapter = train(config(folder), display=display)
-    healthy, got = result(folder, "healthy"), result(folder)
+        adapter = train(config(folder, run), display=display)
+    healthy, got = result(folder, "healthy"), result(folder, run)
     assert got["failed"].keys() == failed and why in next(iter(got["failed"].values()))
     assert any("warning" in line and why in line for line in display.lines)
-    bytes_of = [(folder / run / "adapter/adapter_model.safetensors").read_bytes() for run in ("run", "healthy")]
-    assert bytes_of[0] == bytes_of[1] and Adapter.load(folder / "run/adapter").factors.keys() == adapter.factors.keys()
+    bytes_of = [(folder / output / "adapter/adapter_model.safetensors").read_bytes() for output in (run, "healthy")]
+    assert (
+        bytes_of[0] == bytes_of[1] and Adapter.load(folder / run / "adapter").factors.keys() == adapter.factors.keys()
+    )
     if failed == {"forgetting"}:
         assert got["eval"] == healthy["eval"] and got["forgetting"] is None
     with monkeypatch.context() as patch:  # it fails again: nothing is lost
         harm(patch)
-        resume(folder / "run", display=QUIET)
-    assert result(folder)["failed"].keys() == failed
-    resume(folder / "run", display=QUIET)
-    again = result(folder)
-    assert again["failed"] == {} == healthy["failed"] and (folder / "run/report.html").is_file()
+        resume(folder / run, display=QUIET)
+    assert result(folder, run)["failed"].keys() == failed
+    resume(folder / run, display=QUIET)
+    again = result(folder, run)
+    assert again["failed"] == {} == healthy["failed"] and (folder / run / "report.html").is_file()
     assert all(again[key] == healthy[key] for key in MEASURED)
     assert again["seconds"] == got["seconds"], "it was trained again"
     with pytest.raises(InputError, match="finished"):
-        resume(folder / "run", display=QUIET)
+        resume(folder / run, display=QUIET)
 
 
 def test_what_failed_can_be_left_out_and_nothing_but_that_changed(folder: Path, monkeypatch) -> None:

@@ -99,6 +99,7 @@ class GgufModel(Destination):
         types = ", ".join(f"{count} {name}" for name, count in counts.most_common())
         warning = survey.warning(survivals, self.type, wider=WIDER) if self.type in FLOATS else None
         lines = [f"{self.file}: {types}", *survey.said(survivals, self.type), *([warning] if warning else [])]
+        lines += [] if self.type in FLOATS else survey.noise(survivals, self.type)
         more: dict[str, Any] = {
             "file": self.file,
             "type": self.type,

@@ -72,6 +72,17 @@ def warning(survivals: Mapping[str, Survival], type_name: str, *, wider: str = W
     )
 
 
+def noise(survivals: Mapping[str, Survival], type_name: str) -> list[str]:
+    """A line on a low cosine in a quantised type, which isn't a loss of the update; none where it isn't low."""
+    total = whole(survivals)
+    if not total.true or total.cosine >= FAINT:
+        return []
+    return [
+        f"the cosine is low because {type_name} moves every weight a little, the base's own as much; what that does to "
+        "the answers: deltaw verify"
+    ]
+
+
 def check_floating(survivals: Mapping[str, Survival], type_name: str, *, force: bool, wider: str = WIDER) -> None:
     """Raise InputError if nothing of an update survives, unless `force`."""
     total = whole(survivals)

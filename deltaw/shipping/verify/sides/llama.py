@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.errors import InputError, listed
+from deltaw.files.client import Client
 from deltaw.files.forked import usable_cores
 from deltaw.files.gguf_header import Header, read_part
-from deltaw.shipping.verify.sides.client import Client
 from deltaw.shipping.verify.sides.side import Numbers
 
 INSTALL = "pip install xllamacpp"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from deltaw.errors import InputError, RunError, listed
-from deltaw.shipping.verify.sides.client import Client, Refused
+from deltaw.files.client import Client, Refused
 from deltaw.shipping.verify.sides.llama import LlamaCpp, numbers_of_type
 from deltaw.shipping.verify.sides.side import Answer, Asked, Logs, Numbers, Progress, Prompt, Row, Side
 

@@ -1,9 +1,9 @@
 """JSON over HTTP for asking a server: the standard library's client, with a time limit and errors that people can read.
 
-A redirect is refused, not followed: it would take the key to another host. The key comes from $DELTAW_API_KEY and goes
-nowhere else than to the address that was typed; $OPENAI_API_KEY isn't looked at, since it would be sent to whatever
-server is being checked. Answers are read up to MAX_BYTES. A proxy of the environment is used as every other tool does,
-but for this machine's own addresses.
+A redirect is refused, not followed: it would take the key to another host. The key comes from $DELTAW_API_KEY, or from
+the variable that a task file names for its judge, and goes nowhere else than to the address that was typed;
+$OPENAI_API_KEY isn't looked at by itself, since it would be sent to whatever server is being checked. Answers are read
+up to MAX_BYTES. A proxy of the environment is used as every other tool does, but for this machine's own addresses.
 """
 
 import json
@@ -23,10 +23,11 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 class Refused(Exception):
-    """The server answered with an error: its status and what it says of it."""
+    """The server answered with an error: its status, what it says of it, and after how many seconds it may be asked
+    again, if it says so."""
 
-    def __init__(self, status: int, words: str) -> None:
-        self.status, self.words = status, words
+    def __init__(self, status: int, words: str, again_in: float | None = None) -> None:
+        self.status, self.words, self.again_in = status, words, again_in
         super().__init__(f"{status}: {words}")
 
 
@@ -73,7 +74,9 @@ class Client:
                 return self._parsed(answer.read(MAX_BYTES + 1), path)
         except urllib.error.HTTPError as error:
             with error:
-                raise Refused(error.code, _words(error.read(65_536)) or error.reason) from None
+                wait = error.headers.get("Retry-After", "")
+                words = _words(error.read(65_536)) or error.reason
+                raise Refused(error.code, words, float(wait) if wait.isdigit() else None) from None
         except TimeoutError:
             raise RunError(f"{self.root}{path}: no answer within {limit:g} s", fix="is the server busy?") from None
         except urllib.error.URLError as error:

@@ -1,0 +1,149 @@
+"""Which models a server has, under which names, and how each is asked.
+
+The base has its public name, an adapter its folder's. A prompt is asked as it is given: messages go through the chat
+template, a completion's text goes to the model as it is. The template is the base's, or the one that lies in the
+adapter's own folder because it was trained under another; never one from a request.
+
+How an adapter was trained (on chats or on plain text, under which system prompt) is told in `/v1/models`, so that a
+client can ask it so; the server doesn't choose between the two for anybody.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltaw.adapter.file import RECORD, is_run
+from deltaw.data import asking
+from deltaw.data.document import checked_messages
+from deltaw.data.render import Renderer
+from deltaw.errors import InputError, Rejected
+from deltaw.files.strict_json import read_json
+from deltaw.model import Model
+from deltaw.serve.adapters import Adapters, Served
+from deltaw.serve.protocol import Objects
+from deltaw.serve.refused import wrong
+
+REPORT = "report.html"
+
+
+@dataclass
+class Catalog:
+    """The base of `model`, and `adapters`. Its methods read files: not for the event loop."""
+
+    model: Model
+    adapters: Adapters
+    _renderers: dict[Path, tuple[int, Renderer]] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str:
+        """The base's name."""
+        return self.model.base.source.public_name
+
+    def served(self, name: str) -> Served | None:
+        """The adapter of this name; None for the base's. Raises Unknown."""
+        return None if name == self.base else self.adapters.get(name)
+
+    def models(self) -> list[dict[str, Any]]:
+        """Entries of `/v1/models`: the base first."""
+        return [self._base(), *map(self._adapter, self.adapters.all())]
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """One of them. Raises Unknown."""
+        served = self.served(name)
+        return self._base() if served is None else self._adapter(served)
+
+    def report(self, name: str) -> bytes | None:
+        """The report of the run that an adapter is from, if it has one. Raises Unknown."""
+        served = self.served(name)
+        file = None if served is None else _report(served.path)
+        return file.read_bytes() if file else None
+
+    def chat_ids(self, served: Served | None, messages: Objects, tools: Objects) -> tuple[int, ...]:
+        """What the model is given of a chat. Raises InputError or Refused."""
+        renderer = self._renderer(served)
+        if renderer.template is None:
+            raise wrong("this base has no chat template: ask with /v1/completions", "model")
+        try:
+            checked = checked_messages(messages)
+        except Rejected as rejected:
+            raise wrong(str(rejected), "messages") from None
+        return tuple(renderer.prompt_ids([_unweighted(message) for message in checked], tools))
+
+    def stop_ids(self, served: Served | None) -> frozenset[int]:
+        """What ends a chat's answer: with a template of its own an adapter has learnt an end of its own."""
+        return frozenset(self._renderer(served).stop_ids)
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """What the model is given of a completion's text."""
+        return tuple(self.model.renderer.raw_ids(text))
+
+    def _renderer(self, served: Served | None) -> Renderer:
+        """The base's, or one with the template that lies beside the adapter's weights."""
+        file = served.template if served else None
+        if file is None:
+            return self.model.renderer
+        changed = file.stat().st_mtime_ns
+        if self._renderers.get(file, (0,))[0] != changed:
+            self._renderers[file] = changed, Renderer(self.model.renderer.tokenizer, template=str(file))
+        return self._renderers[file][1]
+
+    def _base(self) -> dict[str, Any]:
+        return {
+            **_entry(self.base, 0),
+            "parent": None,
+            "max_model_len": self.model.context,
+            **self._asked("", "", False),
+        }
+
+    def _adapter(self, served: Served) -> dict[str, Any]:
+        return {
+            **_entry(served.name, served.modified),
+            "parent": served.parent,
+            "max_model_len": self.model.context,
+            "rank": served.rank,
+            "report": _report(served.path) is not None,
+            **self._asked(_template(served.path), served.system, True),
+        }
+
+    def _asked(self, template: str, system: str, adapter: bool) -> dict[str, Any]:
+        has_template = self.model.renderer.template is not None
+        how = asking.known(template, system, has_template=has_template, adapter=adapter)
+        return {"asking": "chat" if how.chat else "plain", "system": how.system}
+
+
+def shown(served: Served) -> dict[str, Any]:
+    """An entry of `/v1/adapters`. Its path stays here."""
+    return {
+        "id": served.name,
+        "object": "adapter",
+        "parent": served.parent,
+        "attached": served.number is not None,
+        "rank": served.rank,
+        "digest": served.digest or None,
+        "modified": served.modified,
+        "problem": served.problem or None,
+    }
+
+
+def _entry(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "deltaw"}
+
+
+def _unweighted(message: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key != "weight"}
+
+
+def _report(path: Path) -> Path | None:
+    """The report of an adapter's run: a run's adapter lies in its folder `adapter`."""
+    file = path.parent / REPORT
+    return file if path.name == "adapter" and is_run(path.parent) and file.is_file() else None
+
+
+def _template(path: Path) -> str:
+    """Which template an adapter was trained under, as its record has it; empty where nothing says so."""
+    try:
+        base = read_json(path / RECORD).get("base")
+    except InputError:
+        return ""
+    template = base.get("template") if isinstance(base, dict) else None
+    return template if isinstance(template, str) else ""

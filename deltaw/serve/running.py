@@ -1,0 +1,82 @@
+"""A request whose rows are being decoded: from the engine's events to the pieces of its answers."""
+
+from collections.abc import Callable, Sequence
+
+from deltaw.generate.engine import Event
+from deltaw.generate.logprobs import Logprobs
+from deltaw.serve.adapters import Taken
+from deltaw.serve.answering import Answering
+from deltaw.serve.ask import Finish, Piece
+from deltaw.serve.figures import Figures
+from deltaw.serve.text import Part, Text
+
+
+class Running:
+    """One request. `ids`: its rows that aren't at their end, and which of its answers each is. `room`: the most tokens
+    of an answer; one that has as many was cut short. Times are those of the monotonic clock."""
+
+    def __init__(
+        self,
+        answering: Answering,
+        taken: Taken,
+        decode: Callable[[Sequence[int]], str],
+        *,
+        room: int,
+        submitted: float,
+        begun: float,
+    ) -> None:
+        self.answering, self.ask, self.taken = answering, answering.ask, taken
+        self.ids: dict[int, int] = {}
+        self.pieces: list[Piece] = []  # not handed over yet
+        self.new = 0  # and how many tokens were made meanwhile
+        self.begun, self.finish = begun, ""
+        self._decode, self._room, self._submitted = decode, room, submitted
+        self._texts = [Text(decode, self.ask.stop) for _ in range(self.ask.n)]
+        self._last: dict[int, float] = {}
+
+    def echo(self, scored: Sequence[Logprobs] | None) -> None:
+        """The prompt, at the head of each answer; `scored`: what the model says of its tokens but the first."""
+        logprobs = None if scored is None else (None, *scored)
+        text = self._decode(self.ask.prompt)
+        for index in range(self.ask.n):
+            self.pieces.append(Piece(index, text, self.ask.prompt, logprobs, echoed=True))
+
+    def no_answer(self) -> None:
+        """The prompt was all that was asked for."""
+        self.finish = "length"
+        self.pieces += [Piece(index, "", logprobs=self._told(()), finish="length") for index in range(self.ask.n)]
+
+    def take(self, event: Event, now: float, figures: Figures) -> bool:
+        """A token of one of its rows, or the row's end. Whether the row is to be cancelled: a stop text has come."""
+        index = self.ids[event.id]
+        text = self._texts[index]
+        if event.token is None:
+            self._end(event.id, text.end(), "length" if text.tokens == self._room else "stop")
+            return False
+        self._count(index, now, figures)
+        part = text.push(event.token, event.logprobs)
+        if text.stopped:
+            self._end(event.id, part, "stop")
+            return True
+        if part.text or part.tokens:
+            self._add(index, part)
+        return False
+
+    def _end(self, id: int, part: Part, finish: Finish) -> None:
+        self.finish = finish
+        self._add(self.ids.pop(id), part, finish)
+
+    def _add(self, index: int, part: Part, finish: Finish | None = None) -> None:
+        self.pieces.append(Piece(index, part.text, part.tokens, self._told(part.logprobs), finish))
+
+    def _told(self, logprobs: tuple[Logprobs | None, ...]) -> tuple[Logprobs | None, ...] | None:
+        return None if self.ask.logprobs is None else logprobs
+
+    def _count(self, index: int, now: float, figures: Figures) -> None:
+        self.new += 1
+        figures.generation_tokens += 1
+        if index in self._last:
+            figures.inter_token.observe(now - self._last[index])
+        elif not self._last:
+            figures.time_to_first_token.observe(now - self._submitted)
+        self._last[index] = now
