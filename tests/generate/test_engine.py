@@ -158,3 +158,9 @@ def test_rows_come_and_go_in_batches_too(model: PreTrainedModel) -> None:
     assert not running.busy
     assert got[ids[0]] == expected[0][:3]
     assert [got[id] for id in ids[1:]] == [[*answer, None] for answer in expected[1:]]
+
+
+@pytest.mark.parametrize("vocabulary", [256, 300, 1024])
+def test_greedy_takes_the_first_of_the_largest(vocabulary: int) -> None:
+    logits_RV = torch.randint(0, 20, (9, vocabulary), generator=torch.Generator().manual_seed(0)).float()  # many ties
+    assert torch.equal(choose(logits_RV, Sampling(), torch.zeros(9)), logits_RV.argmax(-1))
