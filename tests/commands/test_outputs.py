@@ -29,7 +29,7 @@ FILES: dict[str, list[Any]] = {
     "compare": ["one", "two"],
     "verify": ["one", "two", "--prompts", 1],
 }
-WRITES_NOTHING = {"cache", "chat", "decompose", "doctor", "eval", "lint", "preview", "runs", "verify-resume"}
+WRITES_NOTHING = {"cache", "chat", "decompose", "doctor", "eval", "lint", "preview", "runs", "serve", "verify-resume"}
 ELSEWHERE = {"demo", "generate"}  # a run like train's; a file with answers, held in its own tests
 
 

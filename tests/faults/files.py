@@ -99,12 +99,14 @@ CALLS = ("eval", "exec", "compile", "__import__", "torch.load", "torch.save", "n
 
 @fault(
     32,
-    "what could run code out of a file: not one call of it in deltaw, and only JSON, YAML, safetensors and text "
-    "in a run",
+    "what could run code out of a file: not one call of it in deltaw (a model's own programs run behind a filter of "
+    "system calls), and only JSON, YAML, safetensors and text in a run",
 )
 def no_pickle_anywhere(n: int, scratch: Path) -> None:
     found = []
     for file in PACKAGE.rglob("*.py"):
+        if file.relative_to(PACKAGE).as_posix() == "files/program_worker.py":
+            continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
