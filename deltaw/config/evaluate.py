@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, PlainSerializer, field_validator
 
-from deltaw.config.strict import Strict
+from deltaw.config.strict import Strict, one_or_several
 from deltaw.files.paths import PathText, expand, written
 
 METRICS: dict[str, bool] = {  # whether higher is better
@@ -83,8 +83,7 @@ class EvaluateConfig(Strict):
     @field_validator("metrics", mode="before")
     @classmethod
     def _metrics(cls, value: Any) -> Any:
-        value = [value] if isinstance(value, str) else value
-        return tuple(value) if isinstance(value, list) else value
+        return one_or_several(value)
 
     @field_validator("metrics")
     @classmethod

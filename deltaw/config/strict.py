@@ -20,6 +20,12 @@ Count = Annotated[int, Field(ge=1, le=MANY)]
 Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 
 
+def one_or_several(value: Any) -> Any:
+    """A list's values as a tuple, and a single text as the only one."""
+    value = [value] if isinstance(value, str) else value
+    return tuple(value) if isinstance(value, list) else value
+
+
 class Strict(BaseModel):
     """Frozen; unknown keys refused; no silent conversion ("4" is not 4, true is not 1)."""
 

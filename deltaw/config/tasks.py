@@ -30,7 +30,7 @@ from deltaw.config.load import read_yaml, shipped
 from deltaw.config.places import place
 from deltaw.config.problems import refusal
 from deltaw.config.sources import Sources, SourceValue, sources_of, with_names
-from deltaw.config.strict import Count, Seed, Strict
+from deltaw.config.strict import Count, Seed, Strict, one_or_several
 from deltaw.errors import InputError
 from deltaw.files.paths import expand
 
@@ -103,8 +103,7 @@ class TaskConfig(Strict):
     @field_validator("metrics", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
-        value = [value] if isinstance(value, str) else value
-        return tuple(value) if isinstance(value, list) else value
+        return one_or_several(value)
 
     @field_validator("metrics")
     @classmethod

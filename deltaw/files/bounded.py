@@ -115,16 +115,7 @@ class Worker:
 
     def _start(self) -> None:
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-W", "ignore", str(SCRIPT), json.dumps([MEMORY, MAX_OUTPUT])],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                bufsize=0,
-                cwd="/",
-                env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
-                start_new_session=True,  # Ctrl-C is for us
-            )
+            self._process = shut_in(str(SCRIPT), json.dumps([MEMORY, MAX_OUTPUT]))
             for pipe in (self._process.stdin, self._process.stdout):
                 assert pipe is not None
                 os.set_blocking(pipe.fileno(), False)
@@ -143,6 +134,21 @@ class Worker:
         poll.register(pipe, event)
         if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
             raise Failed(f"it takes more than {self._patience:g} s")
+
+
+def shut_in(*arguments: str) -> "subprocess.Popen[bytes]":
+    """An interpreter that has nothing of ours but a pipe each way: no environment, no folder, no Ctrl-C, and what it
+    complains of isn't shown."""
+    return subprocess.Popen(
+        [sys.executable, "-I", "-W", "ignore", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+        cwd="/",
+        env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
+        start_new_session=True,  # Ctrl-C is for us
+    )
 
 
 _WORKERS: dict[int, Worker] = {}

@@ -14,13 +14,12 @@ program's text for what it may not do (there is always another way to say it).
 import os
 import select
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from deltaw.errors import RunError
-from deltaw.files.bounded import MEMORY, START_LIMIT, line
+from deltaw.files.bounded import MEMORY, START_LIMIT, line, shut_in
 
 SECONDS = 10.0
 MAX_OUTPUT = 65_536  # bytes
@@ -77,16 +76,7 @@ def run_program(program: str, seconds: float = SECONDS) -> Outcome:
 def _started() -> "subprocess.Popen[bytes]":
     root = str(Path(__file__).parents[2])
     try:
-        return subprocess.Popen(
-            [sys.executable, "-I", "-W", "ignore", "-c", START, root, str(MEMORY)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            cwd="/",
-            env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
-            start_new_session=True,  # Ctrl-C is for us
-        )
+        return shut_in("-c", START, root, str(MEMORY))
     except OSError as error:
         raise RunError(f"the process for programs can't be started: {error}") from None
 

@@ -7,6 +7,7 @@ Two forms, `Chat` and `Text`, each with the same four makers: `opened` (a stream
 `system_fingerprint` is the base's and, behind it, that of the adapter's files: it changes when either does.
 """
 
+import abc
 import secrets
 import time
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ def usage(prompt: int, generated: int) -> dict[str, int]:
 
 
 @dataclass
-class Form:
+class Form(abc.ABC):
     """One request's answer. `logprobs`: whether they were asked for; `usage`: whether every chunk of a stream says that
     the count comes last."""
 
@@ -79,13 +80,13 @@ class Form:
         """The first choice of a stream's answer, if there is one."""
         return None
 
+    @abc.abstractmethod
     def chunk(self, index: int, piece: Piece, before: Whole) -> list[dict[str, Any]]:
         """The choices of a stream for one piece. `before`: the answer up to it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def choice(self, index: int, answer: Whole) -> dict[str, Any]:
         """A whole answer."""
-        raise NotImplementedError
 
 
 class Chat(Form):

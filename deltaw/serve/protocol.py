@@ -12,6 +12,7 @@ A field is one of five things, and nothing is dropped in silence that would chan
 `null` is a field that wasn't sent. Two fields are ours: `top_k`, and `scale`, which multiplies an adapter's update.
 """
 
+import abc
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -133,14 +134,14 @@ class Asked(Request):
             client=client,
         )
 
+    @abc.abstractmethod
     def most(self, limits: Limits) -> int:
         """The most tokens of an answer."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def likely(self) -> int | None:
         """For how many tokens of each place logprobs are wanted, besides its own; None for none."""
-        raise NotImplementedError
 
 
 class ChatRequest(Asked):
