@@ -27,8 +27,8 @@ from deltaw.kernels.logprobs import Logprobs
 
 class Objective(abc.ABC):
     """What a learner minimises. `counts`: what the loss is a mean over, in a word; `references`: whether it wants the
-    reference's log-probability of each answer; `sums`: the names of its `figures`; `anchored`: whether it wants those of mismatched answers, too, before
-    the passes of a step (`with_anchor`)."""
+    reference's log-probability of each answer; `sums`: the names of its `figures`; `anchored`: whether it wants the
+    answers `beside` a step's batches, too, before the passes of the step (`with_anchor`)."""
 
     counts: ClassVar[str] = "token"
     references: ClassVar[bool] = False

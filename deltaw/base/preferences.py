@@ -4,15 +4,15 @@ With s = Σ_t logp_t of an answer's labels, n how many there are, s⁰ the same 
 for the chosen and the rejected answer to one prompt:
 
     dpo     −log σ(β (Δ_c − Δ_r))                                    Rafailov et al. 2023, eq. 7
-    ipo     (Δ_c / n_c − Δ_r / n_r − 1 / 2β)²                        Azar et al. 2023, eq. 17; by token, as its authors do
+    ipo     (Δ_c / n_c − Δ_r / n_r − 1 / 2β)²                        Azar et al. 2023, eq. 17, by token
     simpo   −log σ(β (s_c / n_c − s_r / n_r) − γ)                    Meng et al. 2024, eq. 6
     orpo    −s_c / n_c − β log σ(odds(s_c / n_c) − odds(s_r / n_r))  Hong et al. 2024, eq. 6; odds(x) = x − log(1 − eˣ)
     kto     w (1 − σ(β (Δ − z)))   of a desirable answer             Ethayarajh et al. 2024, eq. 7
             w (1 − σ(β (z − Δ)))   of an undesirable one;            z = max(0, mean of Δ over mismatched answers)
 
-summed over pairs (answers, for kto). `sft_weight` α adds α (−s_c / n_c) to dpo, ipo and simpo: it holds the likelihood
-of the chosen answer up, which these only weigh against the rejected one's (Pang et al. 2024). kto also takes pairs, each
-as a desirable and an undesirable answer.
+summed over pairs (answers, for kto). ipo's authors confirmed the division by n, and so do others. `sft_weight` α adds
+α (−s_c / n_c) to dpo, ipo and simpo: it holds the likelihood of the chosen answer up, which these only weigh against
+the rejected one's (Pang et al. 2024). kto also takes pairs, each as a desirable and an undesirable answer.
 
 z takes no gradient and is the same for a whole step (training/step.py): `with_anchor` sets it.
 
@@ -35,8 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.base.batch import Batch
-from deltaw.base.objective import Objective
+from deltaw.base.objective import Objective, sft
 from deltaw.base.parts import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
+from deltaw.config import ObjectiveConfig
 from deltaw.kernels.logprobs import Logprobs
 
 GOOD, BAD = (CHOSEN, DESIRABLE), (REJECTED, UNDESIRABLE)
@@ -240,3 +241,9 @@ class Kto(Objective):
 
     def _both(self, logprobs: Logprobs, batch: Batch) -> tuple[Answers, Answers]:
         return answers_of(logprobs, batch, GOOD), answers_of(logprobs, batch, BAD)
+
+
+def objective_of(config: ObjectiveConfig) -> Objective:
+    """What a run file asks for."""
+    kinds = {"dpo": Dpo, "ipo": Ipo, "orpo": Orpo, "kto": Kto, "simpo": SimPo}
+    return kinds[config.kind](**config.options) if config.is_preference else sft
