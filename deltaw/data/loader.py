@@ -22,7 +22,7 @@ spins).
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -33,7 +33,7 @@ import numpy as np
 
 from deltaw.base.batch import Batch
 from deltaw.data.example import Example
-from deltaw.data.examples import lengths_of
+from deltaw.data.examples import lengths_of, units_of
 from deltaw.data.pack import pack
 
 EPOCHS, DOCUMENTS = 1_000, 2_000_000  # whose steps are counted one by one
@@ -135,8 +135,34 @@ def dealt(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
+class Units:
+    """Examples as they are kept together: each alone, or the two of a pair."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        every = lengths_of(examples)
+        self._starts = units_of(examples)
+        self._single = len(self._starts) == len(every)
+        self._ends = np.append(self._starts[1:], len(every))
+        self.lengths = self.summed(every)
+        """Tokens of each."""
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def summed(self, values: np.ndarray) -> np.ndarray:
+        """A number of each example, added up by unit."""
+        return values if self._single else np.add.reduceat(values, self._starts)
+
+    def examples_of(self, units: Sequence[int]) -> list[int]:
+        """The numbers of the examples of these units."""
+        if self._single:
+            return list(units)
+        return [number for unit in units for number in range(self._starts[unit], self._ends[unit])]
+
+
 class Loader:
-    """Iterates for ever over (the batches of a step, the state to resume at after it)."""
+    """Iterates for ever over (the batches of a step, the state to resume at after it). The two answers of a pair
+    are one document to the plan, and so in one batch. `packed_as`: what packs the examples of these numbers."""
 
     def __init__(
         self,
@@ -146,15 +172,18 @@ class Loader:
         seed: int,
         start: LoaderState = LoaderState(),
         ranks: int = 1,
+        packed_as: Callable[[Sequence[int]], Batch] | None = None,
     ) -> None:
-        lengths = lengths_of(examples)
+        self._units = Units(examples)
+        lengths = self._units.lengths
+        self._pack = packed_as or (lambda numbers: pack([examples[number] for number in numbers]))
 
         @lru_cache(maxsize=2)
         def steps_of(epoch: int) -> Plan:
             sizes = {"tokens_per_step": tokens_per_step, "tokens_per_batch": tokens_per_batch}
             return Plan(lengths, **sizes, seed=seed, epoch=epoch, ranks=ranks)
 
-        self._examples, self._steps_of, self._start = examples, steps_of, start
+        self._steps_of, self._start = steps_of, start
         self._lengths, self._seed, self._tokens_per_step = lengths, seed, tokens_per_step
         if start.epoch < 0 or not 0 <= start.step < self.steps_in_epoch(start.epoch):
             raise ValueError(f"{start} is not a position in these {len(lengths)} examples")
@@ -168,7 +197,7 @@ class Loader:
     def _packed(self, at: LoaderState) -> tuple[list[Batch], LoaderState]:
         """The batches of the step at `at`, and where the next one is."""
         steps = self._steps_of(at.epoch)
-        batches = [pack([self._examples[number] for number in batch]) for batch in steps[at.step]]
+        batches = [self._pack(self._units.examples_of(batch)) for batch in steps[at.step]]
         last = at.step + 1 == len(steps)
         return batches, LoaderState(at.epoch + 1, 0) if last else LoaderState(at.epoch, at.step + 1)
 

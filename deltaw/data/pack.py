@@ -14,8 +14,9 @@ from deltaw.data.example import Example
 from deltaw.kernels.logprobs import IGNORE
 
 
-def pack(examples: Sequence[Example]) -> Batch:
-    """Lay `examples` end to end, in order. Raises ValueError on none."""
+def pack(examples: Sequence[Example], references: Sequence[float] = (), beside: Batch | None = None) -> Batch:
+    """Lay `examples` end to end, in order. `references`, `beside`: the batch's (base/batch.py). Raises ValueError on
+    none."""
     if not examples:
         raise ValueError("a batch needs at least one example")
     tokens_T = np.concatenate([example.tokens for example in examples]).astype(np.int64)
@@ -24,4 +25,6 @@ def pack(examples: Sequence[Example]) -> Batch:
     trained_T[starts[:-1]] = False  # the first token of a document has nothing before it that could predict it
     labels_T = np.append(np.where(trained_T, tokens_T, IGNORE)[1:], IGNORE)
     origins = tuple(example.origin for example in examples)
-    return Batch.of(torch.from_numpy(tokens_T), starts, torch.from_numpy(labels_T), origins=origins)
+    parts = tuple(example.part for example in examples)
+    more = {"parts": parts if any(parts) else (), "references": references, "beside": beside}
+    return Batch.of(torch.from_numpy(tokens_T), starts, torch.from_numpy(labels_T), origins=origins, **more)

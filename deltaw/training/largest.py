@@ -14,7 +14,7 @@ import numpy as np
 from deltaw.config import TrainConfig
 from deltaw.data.example import Example
 from deltaw.data.examples import lengths_of, supervised_of
-from deltaw.data.loader import LoaderState, Plan, fill
+from deltaw.data.loader import LoaderState, Plan, Units, fill
 from deltaw.evaluation import forgetting, held_out
 
 LOOKING = 5.0  # seconds spent looking for the largest batch of the run
@@ -48,7 +48,8 @@ def work_left(
     Every step is looked at, for up to `LOOKING` seconds; in a longer run those that were seen stand for the others.
     `ranks`: how many processes take the steps together.
     """
-    lengths, trained = lengths_of(examples), supervised_of(examples)
+    units = Units(examples)
+    lengths, trained = units.lengths, units.summed(supervised_of(examples))
     seen, tokens, supervised, until = 0, 0, 0, time.monotonic() + LOOKING
     largest, longest, batches, first = (0, 0), list[int](), 0, 0
     for step in islice(_steps(lengths, config, position, ranks), steps):
@@ -62,7 +63,7 @@ def work_left(
         if time.monotonic() > until:
             break
     tokens, supervised = (count * steps // max(1, seen) for count in (tokens, supervised))
-    return Work(steps, tokens, supervised, [examples[n] for n in longest], batches, first)
+    return Work(steps, tokens, supervised, [examples[n] for n in units.examples_of(longest)], batches, first)
 
 
 def _steps(lengths: np.ndarray, config: TrainConfig, position: LoaderState, ranks: int) -> Iterator[list[list[int]]]:

@@ -32,7 +32,7 @@ def settle_step(config: RunConfig, dataset: Dataset) -> RunConfig:
     if config.train.tokens_per_step is not None:
         return config
     tokens, epochs = dataset.report.tokens, 1.0 if config.train.steps else config.train.epochs
-    few = math.ceil(DOCUMENTS * tokens / len(dataset.train))
+    few = math.ceil(DOCUMENTS * tokens / len(dataset.train.units))
     size = min(USUAL, max(few, math.ceil(tokens * epochs / WANTED)))
     return _with(config, tokens_per_step=size)
 
@@ -59,7 +59,7 @@ def for_ranks(config: RunConfig, dataset: Dataset, ranks: int) -> list[str]:
     """What is to be said of a run by so many processes. Raises InputError where a step hasn't a document for each."""
     if ranks == 1:
         return []
-    step, rows = config.train.step_tokens, len(dataset.train)
+    step, rows = config.train.step_tokens, len(dataset.train.units)
     steps = make_loader(config, dataset, LoaderState()).steps_in_epoch(0)
     if rows < ranks * steps:
         each = rows / steps

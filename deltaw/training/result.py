@@ -62,7 +62,7 @@ def measurements(measured: Measured, run: Run, opened: Opened) -> dict[str, Any]
     pairs = [(given[a.origin], a) for a in after.answers if a.origin in given] if after else []
     return {
         "eval": {
-            "rows": len(opened.dataset.eval),
+            "rows": len(opened.dataset.eval.units),
             "before": before.summary() if before else None,
             "start": at_the_start(run),
             "after": after.summary() if after else None,
