@@ -39,6 +39,7 @@ from deltaw.data.pack import pack
 EPOCHS, DOCUMENTS = 1_000, 2_000_000  # whose steps are counted one by one
 Step = list[list[int]]  # batches of example numbers
 Item = tuple[list[Batch], "LoaderState"]
+Pack = Callable[[Sequence[int]], Batch]  # the batch of the examples of these numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +173,7 @@ class Loader:
         seed: int,
         start: LoaderState = LoaderState(),
         ranks: int = 1,
-        packed_as: Callable[[Sequence[int]], Batch] | None = None,
+        packed_as: Pack | None = None,
     ) -> None:
         self._units = Units(examples)
         lengths = self._units.lengths

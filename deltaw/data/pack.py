@@ -26,5 +26,12 @@ def pack(examples: Sequence[Example], references: Sequence[float] = (), beside: 
     labels_T = np.append(np.where(trained_T, tokens_T, IGNORE)[1:], IGNORE)
     origins = tuple(example.origin for example in examples)
     parts = tuple(example.part for example in examples)
-    more = {"parts": parts if any(parts) else (), "references": references, "beside": beside}
-    return Batch.of(torch.from_numpy(tokens_T), starts, torch.from_numpy(labels_T), origins=origins, **more)
+    return Batch.of(
+        torch.from_numpy(tokens_T),
+        starts,
+        torch.from_numpy(labels_T),
+        origins=origins,
+        parts=parts if any(parts) else (),
+        references=references,
+        beside=beside,
+    )

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from deltaw.config import DataConfig, Shape
 from deltaw.data.columns import Columns, Fields
-from deltaw.data.document import Chat, Judged, Message, Pair, Single, parsed
+from deltaw.data.document import Chat, Document, Judged, Message, Pair, Single, parsed
 from deltaw.data.forms import SAMPLE, SHAREGPT_ROLES, Form, Reads, form_of
 from deltaw.data.row import Row
 from deltaw.errors import InputError, Rejected
@@ -57,13 +57,14 @@ def form_for(
     label = next((name for name in LABELS if sum(_has(fields, name) for fields in sample) * 2 > len(sample)), "")
     if not paired and not (label and shape == "judged"):
         raise _unknown(rows, shape)
-    own = Form("pairs" if paired else "judged", "", BOTH if paired else (label,), lambda fields: None, names=columns)  # type: ignore[arg-type, return-value]
+    own = Form("pairs" if paired else "judged", "", BOTH if paired else (label,), _not_yet, names=columns)
     singles = [_singles(own, row, label, paired) for row in rows[:SAMPLE]]
     first = [Row(values[0], row.origin) for row, values in zip(rows, singles, strict=False) if values]
     if not first:
         raise InputError(f"{rows[0].origin}: {_why_not(own, rows[0], label, paired)}", fix="mend the rows")
-    renamed = "chat" if templated and reads == "auto" and columns.renames("prompt") and data.form == "auto" else reads
-    inner = form_of(first, data.model_copy(update={"columns": {}}), templated=templated, reads=renamed)  # type: ignore[arg-type]
+    if templated and reads == "auto" and data.form == "auto" and columns.renames("prompt"):
+        reads = "chat"  # a column that is only mapped to that name isn't laid out
+    inner = form_of(first, data.model_copy(update={"columns": {}}), templated=templated, reads=reads)
 
     def convert(fields: Fields) -> Pair | Judged:
         answers, desirable = _taken(fields, label, paired)
@@ -77,6 +78,10 @@ def form_for(
         return Pair(*_without_common(*documents))
 
     return replace(own, description=_description(own, inner, first[0], label), convert=convert, note=inner.note)
+
+
+def _not_yet(fields: Fields) -> Document:
+    raise NotImplementedError
 
 
 def _has(fields: Fields, *names: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
-from deltaw.data.loader import Loader, LoaderState
+from deltaw.data.loader import Loader, LoaderState, Pack
 from deltaw.errors import InputError
 from deltaw.show.text import counted
 from deltaw.training.optim import warmup_steps
@@ -49,10 +49,12 @@ def count_steps(config: RunConfig, dataset: Dataset) -> int:
     return total
 
 
-def make_loader(config: RunConfig, dataset: Dataset, position: LoaderState, ranks: int = 1) -> Loader:
+def make_loader(
+    config: RunConfig, dataset: Dataset, position: LoaderState, ranks: int = 1, packed_as: Pack | None = None
+) -> Loader:
     """The steps of a run from `position` on, for so many processes."""
     train = config.train
-    return Loader(dataset.train, train.step_tokens, train.batch_tokens, train.seed, position, ranks)
+    return Loader(dataset.train, train.step_tokens, train.batch_tokens, train.seed, position, ranks, packed_as)
 
 
 def for_ranks(config: RunConfig, dataset: Dataset, ranks: int) -> list[str]:
