@@ -20,7 +20,7 @@ Decisions.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from deltaw.config import DataConfig, Shape
 from deltaw.data.columns import Columns, Fields
@@ -44,9 +44,7 @@ TRUE, FALSE = ("true", "1", "yes", "1.0"), ("false", "0", "no", "0.0")
 Values = dict[str, Any]
 
 
-def form_for(
-    shape: Shape | Literal["any"], rows: Sequence[Row], data: DataConfig, *, templated: bool, reads: Reads = "auto"
-) -> Form:
+def form_for(shape: Shape, rows: Sequence[Row], data: DataConfig, *, templated: bool, reads: Reads = "auto") -> Form:
     """The form of rows that are to give `shape`; any: pairs where they are, else one answer. Raises InputError."""
     columns = Columns({str(name): column for name, column in data.columns.items()})
     sample = [Fields(row.value, columns) for row in rows[:SAMPLE]]

@@ -56,6 +56,7 @@ class Evaluation:
     max_new_tokens: int = 0
     code: dict[str, str] = field(default_factory=dict)
     counts: str = "token"
+    intervals: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)  # 95 %, by name
 
     def scored_by(self, metrics: Sequence[Metric]) -> bool:
         """Whether it has all these metrics' figures, by the same code."""

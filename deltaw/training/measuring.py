@@ -18,7 +18,6 @@ import torch
 from deltaw.base.objective import Objective, sft
 from deltaw.config import EvaluateConfig
 from deltaw.data.example import Example
-from deltaw.data.examples import fingerprint
 from deltaw.errors import DeltawError, InputError, RunError, command, with_kind
 from deltaw.evaluation.forgetting import Forgetting, forgetting
 from deltaw.evaluation.held_out import (
@@ -30,6 +29,7 @@ from deltaw.evaluation.held_out import (
     perplexity,
     rows_asked,
 )
+from deltaw.evaluation.weighing import weighed_evaluation
 from deltaw.model import Model
 from deltaw.run import Run
 from deltaw.show.progress import QUIET, Display
@@ -110,20 +110,17 @@ def measured(opened: Opened, display: Display, name: str) -> Evaluation:
     rows = opened.dataset.eval
     if opened.is_answered:
         return loss_on(opened.model, rows, display, name)
+    forward, weighed, objective = opened.model.forward, opened.weighed("eval"), opened.objective
+    same = name == "before" and opened.lineage.started_from is None and objective.references
     with working_on(LOSS):
-        is_reference = name == "before" and opened.lineage.started_from is None and opened.objective.references
-        loss, figures, sums = held_out(opened, display, name, is_reference=is_reference)
-    if not math.isfinite(loss):
-        raise RunError(f"the loss on the held-out rows is {loss}", fix="look at data.eval, or use dtype float32")
-    return Evaluation(loss, 0.0, sums.count, figures, rows=fingerprint(rows), counts=opened.objective.counts)
+        return weighed_evaluation(forward, weighed, objective, display=display, name=name, is_reference=same)
 
 
 def loss_on_the_way(opened: Opened, world: World) -> tuple[float, dict[str, float]]:
     """The loss of all held-out rows, finite or not, and what the objective says of them."""
     if opened.is_answered:
         return plain_loss(opened.model, opened.dataset.eval, world), {}
-    loss, figures, _ = held_out(opened, world=world)
-    return loss, figures
+    return held_out(opened, world)
 
 
 def loss_on(model: Model, rows: Sequence[Example], display: Display, name: str) -> Evaluation:

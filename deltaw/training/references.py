@@ -15,6 +15,7 @@ memory for the whole run, to save a file of 8 bytes per answer).
 """
 
 import hashlib
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -28,11 +29,9 @@ from deltaw.errors import InputError, RunError
 from deltaw.evaluation.weighing import Sums, anchor_of, figures_of, summed_logprobs, weighed_sums
 from deltaw.files.safetensors import load_safetensors, read_header, save_safetensors
 from deltaw.run import Run
-from deltaw.show.progress import Display, Progress, unseen
+from deltaw.show.progress import Display, Progress
 from deltaw.training.opening import Opened
 from deltaw.training.world import ALONE, World
-
-FILE = "references.safetensors"
 
 
 def with_references(opened: Opened, run: Run, display: Display, *, fresh: bool) -> Opened:
@@ -40,7 +39,7 @@ def with_references(opened: Opened, run: Run, display: Display, *, fresh: bool) 
     yet. Raises RunError where it is lost."""
     if not opened.objective.references:
         return opened
-    file, of = run.folder / FILE, _of(opened)
+    file, of = run.references, _of(opened)
     try:
         known = load_safetensors(file)
         if read_header(file).metadata.get("of") == of and {*known} == {*_wanted(opened)}:
@@ -71,22 +70,18 @@ def handed_out(opened: Opened, world: World) -> Opened:
     return _with(opened, {name: tensor.numpy() for name, tensor in zip(sizes, tensors, strict=True)})
 
 
-def held_out(
-    opened: Opened, display: Display | None = None, name: str = "", world: World = ALONE, *, is_reference: bool = False
-) -> tuple[float, dict[str, float], Sums]:
-    """The loss on the held-out answers, finite or not, what is to be said of them, and the sums."""
+def held_out(opened: Opened, world: World = ALONE) -> tuple[float, dict[str, float]]:
+    """The loss on the held-out answers, finite or not, and what is to be said of them. Several processes take as many
+    rows each."""
     weighed, forward, objective = opened.weighed("eval"), opened.model.forward, opened.objective
     if objective.anchored:
         objective = objective.with_anchor(anchor_of(forward, weighed))
-    units = len(opened.dataset.eval.units)
-    share = range(world.rank, units, world.size)
-    with nullcontext(unseen) if display is None else display.task(f"{name}: answers weighed", units) as progress:
-        sums = weighed_sums(forward, weighed, objective, share, progress=progress)
+    share = range(world.rank, len(opened.dataset.eval.units), world.size)
+    sums = weighed_sums(forward, weighed, objective, share)
     if not world.is_alone:
         loss, count, *figures = world.sums(sums.values, "the loss on held-out answers")
         sums = Sums(loss, int(count), dict(zip(sums.figures, figures, strict=True)))
-    loss = sums.loss / sums.count if sums.count else float("nan")
-    return loss, figures_of(sums, objective, is_reference=is_reference), sums
+    return sums.loss / sums.count if sums.count else math.nan, figures_of(sums, objective)
 
 
 def _wanted(opened: Opened) -> dict[str, Examples]:
