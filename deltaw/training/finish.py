@@ -34,6 +34,7 @@ from deltaw.training.checkpoint import TrainState, checkpoint_at, read_checkpoin
 from deltaw.training.learner import Learner
 from deltaw.training.measuring import Attempts, measure_base, measured, what_was_forgotten, with_answers
 from deltaw.training.opening import Opened
+from deltaw.training.references import with_references
 from deltaw.training.result import Measured, measurements, write_report, write_result
 
 REPORT = "report"
@@ -81,6 +82,7 @@ def measure_again(
             fix="put it back as it was",
         )
     before = measure_base(opened, run, attempts, display)
+    opened = with_references(opened, run, display, fresh=False)
     measured = _measured(opened, run, Measured.of(before, result), general, attempts, display)
     run.write_json(run.result, {**result, **measurements(measured, run, opened)})
 

@@ -241,7 +241,6 @@ def _measure_again(config: RunConfig, local: RunConfig, run: Run, consent: Conse
         general = general_rows(local, model)
         run.write_config(config)
         opened = Opened(config, model, dataset, count_steps(config, dataset), metrics, lineage=run.read_lineage())
-        opened = with_references(opened, run, display, fresh=False)
         learner = opened.learner(display)
         attempts = Attempts(opened.device, display.say, partial(explain, opened=opened, learner=learner, run=run))
         measure_again(opened, run, learner.state.fingerprints, general, attempts, display)
