@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from deltaw.kernels.attention import Documents
 from deltaw.kernels.logprobs import IGNORE
-from deltaw.kernels.segments import Segment, Segments
+from deltaw.kernels.segments import NOBODY, Segment, Segments
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,9 @@ class Batch:
     """Documents laid end to end, int64: tokens_T, labels_T, positions_T (T,). Made by `Batch.of`.
 
     `supervised`: how many labels count; sums over batches divide by the sum of these, once. By document: `origins`, the
-    row it was; `updates`, which of a layer's updates it takes (empty: all the first); `weights`, what it counts in the
-    loss (empty: all 1). `rows_K`: the rows that the head is asked for, where it isn't to look for labels (filled.py).
+    row it was; `updates`, which of a layer's updates it takes (empty: all the first; `NOBODY`: none, the base alone);
+    `weights`, what it counts in the loss (empty: all 1). `rows_K`: the rows that the head is asked for, where it isn't
+    to look for labels (filled.py).
     """
 
     tokens_T: Tensor
@@ -133,12 +134,14 @@ def _count(labels_T: Tensor) -> int:
 
 def segments_of(updates: Sequence[int], starts: Sequence[int]) -> Segments | None:
     """Segments of documents that begin at `starts` (and end where the next begins) and take `updates`; None where all
-    take the first. Neighbours of one update are one segment."""
+    take the first. Neighbours of one update are one segment, and `NOBODY`'s are in none."""
     if not updates:
         return None
     segments: list[Segment] = []
     for update, (start, end) in zip(updates, itertools.pairwise(starts), strict=True):
-        if segments and segments[-1].update == update:
+        if update == NOBODY:
+            continue
+        if segments and segments[-1].update == update and segments[-1].end == start:
             start = segments.pop().start
         segments.append(Segment(update, start, end))
     return tuple(segments)

@@ -28,6 +28,7 @@ from torch import Tensor
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
 from deltaw.data.loader import LoaderState, dealt
+from deltaw.kernels.segments import NOBODY
 from deltaw.training.captured import Captured, Ran
 from deltaw.training.learner import Learner
 from deltaw.training.watch import Unfit, check_loss
@@ -167,9 +168,9 @@ def _see_all(shares: Sequence["_Share"], deal: Sequence[Sequence[int]], world: W
 
 
 def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None:
-    """Raise ValueError where a document has no learner here, or could have two."""
+    """Raise ValueError where a document has no learner here, or could have two. `NOBODY`'s are nobody's to learn."""
     numbers, first = {learner.attached.number for learner in learners}, learners[0].attached.carried.first
-    unknown = {update for batch in batches for update in batch.updates or (first,)} - numbers
+    unknown = {update for batch in batches for update in batch.updates or (first,)} - numbers - {NOBODY}
     if unknown:
         raise ValueError(f"documents take update {min(unknown)}, and the learners are of {sorted(numbers)}")
     if len(learners) > 1 and not all(batch.updates for batch in batches):
