@@ -39,13 +39,24 @@ from deltaw.kernels.segments import NOBODY, Segment, Segments
 
 
 @dataclass(frozen=True, eq=False)
+class Anchor:
+    """The rows of a batch, from `start` to its end, whose predictions are to stay the base's. `pieces`: which of the
+    text that is retained they are (training/retain.py); `base_RX`: what the base has in their place, as `Forward.rows`
+    gives it; None until somebody asks the base."""
+
+    start: int
+    pieces: tuple[int, ...]
+    base_RX: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Documents laid end to end, int64: tokens_T, labels_T, positions_T (T,). Made by `Batch.of`.
 
     `supervised`: how many labels count; sums over batches divide by the sum of these, once. By document: `origins`, the
     row it was; `updates`, which of a layer's updates it takes (empty: all the first; `NOBODY`: none, the base alone);
     `weights`, what it counts in the loss (empty: all 1). `rows_K`: the rows that the head is asked for, where it isn't
-    to look for labels (filled.py).
+    to look for labels (filled.py). `anchor`: rows that are held to the base, none of which has a label.
     """
 
     tokens_T: Tensor
@@ -57,6 +68,7 @@ class Batch:
     updates: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
     rows_K: Tensor | None = None
+    anchor: Anchor | None = None
 
     @staticmethod
     def of(
@@ -84,6 +96,11 @@ class Batch:
         """The offset of each document, and T."""
         return self.documents.starts
 
+    @property
+    def teaches(self) -> bool:
+        """Whether there is something to learn from."""
+        return bool(self.supervised or self.anchor)
+
     def segments(self) -> Segments | None:
         """The rows of each update; None where all take the first."""
         return segments_of(self.updates, self.starts) if self.updates else None
@@ -96,9 +113,9 @@ class Batch:
         return sums.index_add(0, document_K, values_K)
 
     def tokens_of(self, update: int) -> int:
-        """How many tokens the documents of `update` have."""
+        """How many tokens the documents of `update` have, but for rows that are only held to the base."""
         if not self.updates:
-            return len(self.tokens_T)
+            return len(self.tokens_T) if self.anchor is None else self.anchor.start
         return sum(
             b - a
             for owner, (a, b) in zip(self.updates, itertools.pairwise(self.starts), strict=True)
@@ -119,6 +136,15 @@ class Batch:
     def relabelled(self, labels_T: Tensor) -> "Batch":
         """The batch with other labels, counted."""
         return replace(self, labels_T=labels_T, supervised=_count(labels_T), rows_K=None)
+
+    def followed_by(self, documents: "Batch") -> "Batch":
+        """The batch and then the documents of another, which have no labels; neither says whose they are."""
+        starts = [*self.starts, *(len(self.tokens_T) + start for start in documents.starts[1:])]
+        tokens_T, labels_T = (
+            torch.cat([getattr(self, name), getattr(documents, name)]) for name in ("tokens_T", "labels_T")
+        )
+        weights = (*self.weights, *[1.0] * (len(documents.starts) - 1)) if self.weights else ()
+        return Batch.of(tokens_T, starts, labels_T, origins=self.origins + documents.origins, weights=weights)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""

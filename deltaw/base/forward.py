@@ -28,6 +28,7 @@ from deltaw.base.probe import REFUSALS, Probe, borders, masks_are_told, uncrosse
 from deltaw.base.recompute import Recompute
 from deltaw.base.small import small_copy
 from deltaw.errors import InputError
+from deltaw.kernels.divergence import divergence_of
 from deltaw.kernels.logprobs import Logprobs, logprobs_of
 from deltaw.show.progress import Progress
 
@@ -66,15 +67,27 @@ class Forward:
         """(the objective's number, count of labelled tokens); by default the sum of their cross-entropies in nats."""
         return objective(self._logprobs(batch), batch), batch.supervised
 
+    def loss_and_drift(self, batch: Batch, objective: Objective = sft) -> tuple[Tensor, Tensor]:
+        """(the objective's number, the sum of KL(base ‖ tuned) over the rows of the batch's anchor), of one pass."""
+        anchor = batch.anchor
+        assert anchor is not None and anchor.base_RX is not None
+        hidden_TX = self.rows(batch)
+        tuned_RX, base_RX = hidden_TX[anchor.start :], anchor.base_RX
+        drift_R = divergence_of(tuned_RX, base_RX) if self.head is None else self.head.divergence(tuned_RX, base_RX)
+        return objective(self._labelled(hidden_TX, batch), batch), drift_R.sum()
+
     def logprobs(self, batch: Batch) -> Tensor:
         """[K] in float32: the log-probability of each labelled token, in order."""
         return self._logprobs(batch).logp_K
 
     def _logprobs(self, batch: Batch) -> Logprobs:
+        return self._labelled(self.rows(batch) if batch.supervised else batch.tokens_T, batch)
+
+    def _labelled(self, hidden_TX: Tensor, batch: Batch) -> Logprobs:
+        """Of what `rows` gave; not looked at where no label counts."""
         if not batch.supervised:
             nothing = torch.zeros(0, device=batch.tokens_T.device)
             return Logprobs(nothing, nothing.sum())
-        hidden_TX = self.rows(batch)
         if self.head is not None:
             return self.head.logprobs(hidden_TX, batch.labels_T, batch.rows_K)
         return logprobs_of(hidden_TX, batch.labels_T, batch.rows_K)

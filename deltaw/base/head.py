@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltaw.base.frozen import has_weight, weight_of, whole
+from deltaw.kernels.divergence import linear_divergence
 from deltaw.kernels.logprobs import Logprobs, capped, linear_logprobs
 from deltaw.kernels.lora import Projection, lora_linears
 
@@ -34,6 +35,12 @@ class Head:
         with whole(self.module):  # a backward doesn't ask for the weight again
             options: dict[str, Any] = {"bias_V": self.bias_V, "scale": self.scale, "softcap": self.softcap}
             return linear_logprobs(hidden_TD, weight_of(self.module), labels_T, **options, rows_K=rows_K)
+
+    def divergence(self, hidden_RD: Tensor, base_RD: Tensor) -> Tensor:
+        """[R] in float32: KL(base ‖ tuned) of each row, of which `base_RD` is what the base has."""
+        with whole(self.module):
+            options: dict[str, Any] = {"bias_V": self.bias_V, "scale": self.scale, "softcap": self.softcap}
+            return linear_divergence(hidden_RD, base_RD, weight_of(self.module), **options)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, V] in float32."""

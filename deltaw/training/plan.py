@@ -138,7 +138,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
     device = pick_device(config.train.device)
     with window(device) as opening:
         opened = open_run(config, display)
-        general = general_rows(config, opened.model)
+        general = general_rows(config, opened.model, opened.retained)
     opened = sized(opened, display)
     available = memory.held_memory(device) + memory.free_memory(device)
     learner, dataset = opened.learner(display), opened.dataset

@@ -8,6 +8,10 @@ gradient of a mean over 3,770 tokens was off by 4.4 %, over 37,700 by 28 %, and 
 its loss and its gradient are finite (watch.py). It depends on the state before it and on nothing else, so
 stopping anywhere and resuming gives the same bits (on a CPU).
 
+With `train.retain` a step's batches have rows that are held to the base (retain.py): the mean of their KL, over all of
+the step's, is added with its weight to what goes backward. The loss that is recorded, watched and judged stays the
+task's; `retain_kl` is beside it.
+
 Several processes take a step together (world.py): each the passes of its share of the batches, by their numbers in the
 step, so that dropout draws as it does in one. Then the gradients are summed over all, the losses are gathered by batch,
 and everything after that is decided by every process from the same numbers.
@@ -31,6 +35,7 @@ from deltaw.data.loader import LoaderState, dealt
 from deltaw.kernels.segments import NOBODY
 from deltaw.training.captured import Captured, Ran
 from deltaw.training.learner import Learner
+from deltaw.training.retain import Retain
 from deltaw.training.watch import Unfit, check_loss
 from deltaw.training.world import ALONE, World
 
@@ -43,22 +48,25 @@ def step(
     captured: Captured | None = None,
     world: World = ALONE,
     abreast: bool = False,
+    retain: Retain | None = None,
 ) -> list[dict[str, Any]]:
     """A record for each learner: its update, or why there was none. Its documents are those that take its adapter;
     where batches don't say whose they are, there is one learner.
 
     `batches`: of the whole step, whoever takes them. `position`: where the data stands afterwards. `captured`: the only
     learner's passes and updates, recorded. `world`: the processes that take the step together; `abreast`: each has to
-    make as many passes as every other (sharding.py). Raises TooManySkips where a learner may leave out no step more,
-    with its state as it was; RunError where its updates have taught it nothing; ValueError for documents of nobody
-    here.
+    make as many passes as every other (sharding.py). `retain`: what the base says of the batches' anchors. Raises
+    TooManySkips where a learner may leave out no step more, with its state as it was; RunError where its updates have
+    taught it nothing; ValueError for documents of nobody here.
     """
     _check_owners(learners, batches)
     began = time.monotonic()
+    if retain is not None and abreast:
+        batches = [retain.anchored(batch.to(learners[0].attached.parameters[0].device)) for batch in batches]
     shares = [_Share(learner, batches) for learner in learners]
 
     # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
-    ran = _taken(forward, shares, batches, captured, world, abreast)
+    ran = _taken(forward, shares, batches, captured, world, abreast, retain)
 
     records = []
     for share in shares:
@@ -78,6 +86,7 @@ def step(
             # 4. The rate of this step, and the update.
             rate = learner.update(share.loss, share.batches, ran.update if ran is not None else None)
             record |= {"loss": share.loss, "lr": rate, "grad_norm": norm}
+            record |= {"retain_kl": share.drift} if share.anchored else {}
         except Unfit as unfit:
             learner.skip(unfit)
             record |= {"skipped": unfit.what, "rows": unfit.rows}
@@ -101,6 +110,7 @@ def _taken(
     captured: Captured | None,
     world: World,
     abreast: bool,
+    retain: Retain | None,
 ) -> Ran | None:
     """All passes of the step, each by one of the processes; what was recorded gave, where it could be."""
     deal = dealt([len(batch.tokens_T) for batch in batches], world.size)
@@ -110,8 +120,8 @@ def _taken(
     if ran is not None:
         shares[0].losses |= ran.losses
     else:
-        passes = max(sum(bool(batches[number].supervised) for number in numbers) for numbers in deal)
-        _passes(forward, [share.learner for share in shares], shares, batches, mine, passes if abreast else 0)
+        passes = max(sum(batches[number].teaches for number in numbers) for numbers in deal)
+        _passes(forward, shares, batches, mine, passes if abreast else 0, retain)
         _add_up(shares, world)
     _see_all(shares, deal, world)
     return ran
@@ -119,14 +129,15 @@ def _taken(
 
 def _passes(
     forward: Forward,
-    learners: Sequence[Learner],
     shares: Sequence["_Share"],
     batches: Sequence[Batch],
     numbers: Sequence[int],
-    least: int = 0,
+    least: int,
+    retain: Retain | None,
 ) -> None:
     """Forward and backward of the batches of these numbers, as long as a learner has use for them. `least`: passes to
     make in any case; those of which nobody has use add nothing."""
+    learners = [share.learner for share in shares]
     device = learners[0].attached.parameters[0].device
     with ExitStack() as dropout:
         for learner in learners:
@@ -135,11 +146,19 @@ def _passes(
             fit = [share for share in shares if share.is_fit]
             if not fit:
                 break
+            batch = batches[number].to(device)
+            if retain is not None:
+                batch = retain.anchored(batch)  # before anything is drawn: the base draws nothing
             with learners[0].drawing(number):
-                losses = _losses(forward, batches[number].to(device), [share.learner for share in fit])
-                means = [share.mean(loss, number) for share, loss in zip(fit, losses, strict=True)]
+                losses: Sequence[Tensor]
+                if retain is not None and batch.anchor is not None:
+                    *losses, drift = forward.loss_and_drift(batch)
+                    means = [fit[0].mean(losses[0], number, drift, retain.weight)]
+                else:
+                    losses = _losses(forward, batch, [share.learner for share in fit])
+                    means = [share.mean(loss, number) for share, loss in zip(fit, losses, strict=True)]
                 counted = [mean for mean in means if mean is not None]
-                if least and batches[number].supervised:
+                if least and batches[number].teaches:
                     least, counted = least - 1, counted or [0.0 * losses[0]]
                 if counted:
                     sum(counted[1:], counted[0]).backward()
@@ -160,11 +179,15 @@ def _see_all(shares: Sequence["_Share"], deal: Sequence[Sequence[int]], world: W
     """The losses of all batches, in each process: what a step is judged by."""
     count = sum(map(len, deal))
     losses = [share.losses.get(number, 0.0) for share in shares for number in range(count)]
+    drifts = [shares[0].drifts.get(number, 0.0) for number in range(count)] if shares[0].anchored else []
     if not world.is_alone:
-        losses = world.sums(losses, f"the losses of step {shares[0].learner.state.step + 1}")
+        sums = world.sums([*losses, *drifts], f"the losses of step {shares[0].learner.state.step + 1}")
+        losses, drifts = sums[: len(losses)], sums[len(losses) :]
     ranks = {number: rank for rank, numbers in enumerate(deal) for number in numbers}
     for number, share in enumerate(shares):
         share.judge(losses[number * count : (number + 1) * count], {} if world.is_alone else ranks)
+    if drifts:
+        shares[0].judge_drift(drifts)
 
 
 def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None:
@@ -175,6 +198,8 @@ def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None
         raise ValueError(f"documents take update {min(unknown)}, and the learners are of {sorted(numbers)}")
     if len(learners) > 1 and not all(batch.updates for batch in batches):
         raise ValueError(f"{len(learners)} learners, and the batch doesn't say which documents belong to which")
+    if len(learners) > 1 and any(batch.anchor for batch in batches):
+        raise ValueError(f"{len(learners)} learners, and a batch with an anchor has one")
 
 
 class _Share:
@@ -187,6 +212,9 @@ class _Share:
         self.tokens = sum(batch.tokens_of(number) for batch in batches)
         self.supervised = sum(batch.supervised for batch in self.batches)
         self.losses: dict[int, float] = {}  # in nats, by the number of the batch: of those that this process passed
+        self.drifts: dict[int, float] = {}  # likewise: the KL of the anchors
+        self.anchored = sum(len(b.tokens_T) - b.anchor.start for b in batches if b.anchor is not None)  # tokens
+        self.drift = 0.0  # in nats per token
         self._sum = 0.0
         self.unfit = None if self.supervised else Unfit("none of its tokens is trained", self.rows)
 
@@ -197,13 +225,18 @@ class _Share:
     @property
     def is_fit(self) -> bool:
         """Whether there is something to learn from, as far as this process has seen."""
-        return self.unfit is None and all(map(math.isfinite, self.losses.values()))
+        return self.unfit is None and all(map(math.isfinite, [*self.losses.values(), *self.drifts.values()]))
 
-    def mean(self, loss: Tensor, number: int) -> Tensor | None:
-        """What a batch's loss adds to the step's; None where it adds nothing to learn from."""
+    def mean(self, loss: Tensor, number: int, drift: Tensor | None = None, weight: float = 0.0) -> Tensor | None:
+        """What a batch's loss adds to the step's, and the KL of its anchor with it; None where it adds nothing to learn
+        from."""
         self.losses[number] = float(loss.detach())
-        if not self.batches[number].supervised or not self.is_fit:
+        if drift is not None:
+            self.drifts[number] = float(drift.detach())
+        if not self.batches[number].teaches or not self.is_fit:
             return None
+        if drift is not None:
+            loss = loss + drift * (weight * self.supervised / self.anchored)
         return loss if self.learner.undivided else loss / self.supervised
 
     def judge(self, losses: Sequence[float], ranks: Mapping[int, int]) -> None:
@@ -218,6 +251,12 @@ class _Share:
             where = f" on rank {ranks[number]}" if number in ranks else ""
             what = f"the loss of batch {number + 1} of {len(losses)} is NaN or infinite{where}"
             self.unfit = Unfit(what, self.batches[number].origins, not_finite=True)
+
+    def judge_drift(self, drifts: Sequence[float]) -> None:
+        """Take the KL of all batches' anchors."""
+        self.drift = sum(drifts) / self.anchored
+        if self.unfit is None and not math.isfinite(self.drift):
+            self.unfit = Unfit("the KL from the base (train.retain) is NaN or infinite", self.rows, not_finite=True)
 
 
 def _losses(forward: Forward, batch: Batch, learners: Sequence[Learner]) -> Sequence[Tensor]:
