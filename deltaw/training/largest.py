@@ -30,6 +30,7 @@ class Work:
     longest: list[Example]
     batches: int
     first: int  # tokens of the largest batch of the next step
+    general: int = 0  # tokens of `train.retain`, besides
 
     @property
     def longest_tokens(self) -> int:

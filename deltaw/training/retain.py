@@ -50,6 +50,9 @@ from deltaw.show.progress import Display
 SHORTEST = 16  # tokens of a piece, where a step takes fewer
 CHAPTER = 512  # tokens that the base is asked for at once, on a CPU: from here on a product has its full speed
 KEPT = 256 << 20  # bytes of what the base gave
+ALONE = (
+    0.5  # of a pass forward and backward, that a forward takes: the weights are frozen, so it is one of two products
+)
 RUN = 32  # tokens in a row that two texts have in common where one has a part of the other
 
 
@@ -99,8 +102,13 @@ def check_apart(config: RunConfig, retained: Sequence[Example], general: Sequenc
     """Raise InputError where what forgetting is measured on is also trained on."""
     if config.train.retain is None or not general:
         return
-    runs = {run for row in retained for run in _runs(row.tokens)}
-    shared = [row.origin for row in general if not runs.isdisjoint(_runs(row.tokens))]
+    stream = np.concatenate([row.tokens[row.context :] for row in retained])  # as the text was, whole
+    known = {size: _runs(stream, size) for size in {min(RUN, len(row.tokens)) for row in general}}
+    shared = [
+        row.origin
+        for row in general
+        if np.isin(_runs(row.tokens, size := min(RUN, len(row.tokens))), known[size]).any()
+    ]
     if shared:
         more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
         raise InputError(
@@ -111,11 +119,16 @@ def check_apart(config: RunConfig, retained: Sequence[Example], general: Sequenc
         )
 
 
-def _runs(tokens: np.ndarray) -> Iterator[bytes]:
-    """Every `RUN` tokens in a row; all of them where they are fewer."""
-    tokens = np.ascontiguousarray(tokens, np.int32)
-    for start in range(max(1, len(tokens) - RUN + 1)):
-        yield tokens[start : start + RUN].tobytes()
+def _runs(tokens: np.ndarray, size: int) -> np.ndarray:
+    """A number of 64 bits for every `size` tokens in a row: the same for the same ones, another for others (but once in
+    2⁶⁴)."""
+    count = max(0, len(tokens) - size + 1)
+    sums = np.zeros(count, np.uint64)
+    for place in range(size):
+        sums *= np.uint64(0x9E3779B97F4A7C15)
+        sums += tokens[place : place + count].astype(np.uint64) + np.uint64(1)
+        sums ^= sums >> np.uint64(29)
+    return sums
 
 
 @dataclass(frozen=True)
@@ -140,9 +153,26 @@ class Text:
         """Of every token, in order."""
         return fingerprint(self.pieces, Examples.of([]))
 
+    def tokens(self, taken: int, total: int) -> int:
+        """Of the steps after `taken`, up to `total`."""
+        return self.schedule.tokens(total) - self.schedule.tokens(taken)
+
+    def asked(self, tokens: int, width: int) -> int:
+        """For how many tokens the base is asked in steps that take `tokens` of them: each once, where what it gives,
+        `width` bytes per token, is kept."""
+        whole = int(self.schedule.offsets[-1])
+        return min(tokens, whole) if whole * width <= KEPT else tokens
+
     def at(self, places: Iterable[int]) -> list[Example]:
         """The pieces at these places of the order."""
         return [self.pieces[int(self.schedule.order[place])] for place in places]
+
+
+def time_share(task: int, general: int, asked: int) -> float:
+    """About which part of a run's training time the general text takes, of the tokens that are passed: those of the
+    task, those beside them, those for which the base is asked."""
+    besides = general + ALONE * asked
+    return besides / (task + besides)
 
 
 class Retain:
@@ -159,6 +189,11 @@ class Retain:
         self._chapter_of = {place: n for n, places in enumerate(self._chapters) for place in places}
         self._kept: dict[int, list[Tensor]] = {}
         self._bytes, self._last = 0, (-1, list[Tensor]())
+
+    @property
+    def chapters(self) -> int:
+        """How many there are in all of the text."""
+        return len(self._chapters)
 
     def beside(self, items: Iterable[Item], step: int) -> Iterator[Item]:
         """The items of a loader that stands before step `step` (from 0), each with the text of its step."""
