@@ -72,22 +72,22 @@ class Forward:
         anchor = batch.anchor
         assert anchor is not None and anchor.base_RX is not None
         hidden_TX = self.rows(batch)
-        tuned_RX, base_RX = hidden_TX[anchor.start :], anchor.base_RX
-        drift_R = divergence_of(tuned_RX, base_RX) if self.head is None else self.head.divergence(tuned_RX, base_RX)
-        return objective(self._labelled(hidden_TX, batch), batch), drift_R.sum()
+        if self.head is not None:
+            logprobs, drift_R = self.head.logprobs_and_divergence(hidden_TX, batch.labels_T, anchor.base_RX)
+        else:
+            logprobs = logprobs_of(hidden_TX, batch.labels_T)
+            drift_R = divergence_of(hidden_TX[anchor.start :], anchor.base_RX)
+        return objective(logprobs, batch), drift_R.sum()
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[K] in float32: the log-probability of each labelled token, in order."""
         return self._logprobs(batch).logp_K
 
     def _logprobs(self, batch: Batch) -> Logprobs:
-        return self._labelled(self.rows(batch) if batch.supervised else batch.tokens_T, batch)
-
-    def _labelled(self, hidden_TX: Tensor, batch: Batch) -> Logprobs:
-        """Of what `rows` gave; not looked at where no label counts."""
         if not batch.supervised:
             nothing = torch.zeros(0, device=batch.tokens_T.device)
             return Logprobs(nothing, nothing.sum())
+        hidden_TX = self.rows(batch)
         if self.head is not None:
             return self.head.logprobs(hidden_TX, batch.labels_T, batch.rows_K)
         return logprobs_of(hidden_TX, batch.labels_T, batch.rows_K)
