@@ -33,6 +33,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from deltaw.base.parts import PLAIN
 from deltaw.kernels.attention import Documents
 from deltaw.kernels.logprobs import IGNORE
 from deltaw.kernels.segments import NOBODY, Segment, Segments
@@ -44,8 +45,10 @@ class Batch:
 
     `supervised`: how many labels count; sums over batches divide by the sum of these, once. By document: `origins`, the
     row it was; `updates`, which of a layer's updates it takes (empty: all the first; `NOBODY`: none, the base alone);
-    `weights`, what it counts in the loss (empty: all 1). `rows_K`: the rows that the head is asked for, where it isn't
-    to look for labels (filled.py).
+    `weights`, what it counts in the loss (empty: all 1); `parts`, what it is to an objective (parts.py; empty: all
+    PLAIN); `references`, its labels' summed log-probability under the reference (empty: not known). `beside`: further
+    documents, which an objective asks for a step's anchor, without gradient. `rows_K`: the rows that the head is asked
+    for, where it isn't to look for labels (filled.py).
     """
 
     tokens_T: Tensor
@@ -56,6 +59,9 @@ class Batch:
     origins: tuple[str, ...] = ()
     updates: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
+    parts: tuple[int, ...] = ()
+    references: tuple[float, ...] = ()
+    beside: "Batch | None" = None
     rows_K: Tensor | None = None
 
     @staticmethod
@@ -67,6 +73,9 @@ class Batch:
         origins: tuple[str, ...] = (),
         updates: Sequence[int] = (),
         weights: Sequence[float] = (),
+        parts: Sequence[int] = (),
+        references: Sequence[float] = (),
+        beside: "Batch | None" = None,
     ) -> "Batch":
         """A batch of the documents that begin at `starts`, whose last entry is T; without labels none counts.
 
@@ -76,8 +85,19 @@ class Batch:
         start_S = torch.tensor(documents.starts, device=device)
         positions_T = torch.arange(len(tokens_T), device=device) - start_S[:-1].repeat_interleave(start_S.diff())
         labels_T = torch.full_like(tokens_T, IGNORE) if labels_T is None else labels_T
-        supervised = _count(labels_T)
-        return Batch(tokens_T, labels_T, positions_T, documents, supervised, origins, tuple(updates), tuple(weights))
+        return Batch(
+            tokens_T,
+            labels_T,
+            positions_T,
+            documents,
+            _count(labels_T),
+            origins,
+            tuple(updates),
+            tuple(weights),
+            tuple(parts),
+            tuple(references),
+            beside,
+        )
 
     @property
     def starts(self) -> list[int]:
@@ -106,7 +126,7 @@ class Batch:
         )
 
     def labelled_for(self, update: int) -> "Batch":
-        """The batch with the labels and the origins of `update`'s documents alone."""
+        """The batch with the labels, the parts and the origins of `update`'s documents alone."""
         if not self.updates:
             return self
         labels_T = self.labels_T.clone()
@@ -114,7 +134,11 @@ class Batch:
             if owner != update:
                 labels_T[start:end] = IGNORE
         origins = tuple(o for o, owner in zip(self.origins, self.updates, strict=True) if owner == update)
-        return replace(self.relabelled(labels_T), origins=origins)
+        parts = tuple(
+            part if owner == update else PLAIN
+            for part, owner in zip(self.parts, self.updates if self.parts else (), strict=True)
+        )
+        return replace(self.relabelled(labels_T), origins=origins, parts=parts)
 
     def relabelled(self, labels_T: Tensor) -> "Batch":
         """The batch with other labels, counted."""
@@ -124,7 +148,8 @@ class Batch:
         """The same batch with its tensors on `device`."""
         tensors = {name: getattr(self, name).to(device) for name in ("tokens_T", "labels_T", "positions_T")}
         rows_K = None if self.rows_K is None else self.rows_K.to(device)
-        return replace(self, **tensors, documents=self.documents.to(device), rows_K=rows_K)
+        beside = self.beside and self.beside.to(device)
+        return replace(self, **tensors, documents=self.documents.to(device), rows_K=rows_K, beside=beside)
 
 
 def _count(labels_T: Tensor) -> int:
