@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from deltaw.base.batch import Batch
-from deltaw.kernels.attention import Documents, OffsetsAlone
+from deltaw.kernels.documents import Documents, OffsetsAlone
 from deltaw.kernels.logprobs import IGNORE
 
 PARTS = 8  # of a full batch, and of its labels

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaw.kernels.attention import CHUNK, Scores, causal_mask
+from deltaw.kernels.documents import CHUNK
+from deltaw.kernels.scores import Scores, causal_mask
 from deltaw.kernels.decode import HALF
 
 
