@@ -101,7 +101,7 @@ class Documents:
         self.starts, self.total, self.longest, self.device = starts, starts[-1], max(lengths), device
         self.starts_S = torch.tensor(starts, dtype=torch.int32, device=device)
         self._grouping: _Grouping | None = None
-        self._layouts: dict[tuple[int, bool], Layout] = {}
+        self._layouts: dict[tuple[int, bool, int], Layout] = {}
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def among(self, starts_S: Tensor, longest: int) -> "Documents":
@@ -141,18 +141,20 @@ class Documents:
             self._grouping = _Grouping.of(self.starts)
         return self._grouping
 
-    def layout(self, heads: int, *, in_chunks: bool = False) -> Layout:
-        """Where the rows of [T, heads] go. `in_chunks`: the documents of a group advance together, chunk by chunk."""
-        key = heads, in_chunks
+    def layout(self, heads: int, *, in_chunks: bool = False, kv_heads: int = 1) -> Layout:
+        """Where the rows of [T, heads] go, or those of [kv_heads, T, heads / kv_heads]. `in_chunks`: the documents of a
+        group advance together, chunk by chunk."""
+        key = heads, in_chunks, kv_heads
         if key not in self._layouts:
-            head = torch.arange(heads, device=self.device)
+            shared, head = heads // kv_heads, torch.arange(heads, device=self.device)
+            of_head = head // shared * self.total * shared + head % shared
             gather, filler = [], []
             token_P, real_P = (x.to(self.device, non_blocking=True) for x in self._grouped()[1:])
             for group in self.groups:
                 token_DL, real_DL = group.part(token_P), group.part(real_P)
                 step = CHUNK if in_chunks else group.length
                 for token_DC, real_DC in zip(token_DL.split(step, 1), real_DL.split(step, 1), strict=True):
-                    gather.append((token_DC[:, None] * heads + head[:, None]).flatten())
+                    gather.append((token_DC[:, None] * shared + of_head[:, None]).flatten())
                     filler.append(~real_DC[:, None].expand(-1, heads, -1).flatten())
             places, is_filler = torch.cat(gather), torch.cat(filler)
             scatter = torch.empty(self.total * heads, dtype=torch.long, device=self.device)

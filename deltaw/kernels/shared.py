@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltaw.kernels import varlen
-from deltaw.kernels.documents import Documents
+from deltaw.kernels.documents import Documents, Layout
 from deltaw.kernels.scores import Scores
 
 BLOCK = 2**20  # scores of an ancestor's part at a time
@@ -101,21 +101,25 @@ class _Ancestors:
                     hidden = position_T[rows, None] - position_T[None, keys] >= window
                 yield _Block(rows, keys, hidden)
 
-    def probabilities(self, block: _Block, q_KNE: Tensor, k_KJE: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(P [K, C · G, J], l [K, C · G, 1], the soft cap's slope or None)."""
+    def softmax(self, block: _Block, q_KNE: Tensor, k_KJE: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(scores, their softmax [K, C · G, J], the soft cap's slope or None)."""
         s, slope = self.scores.scores(q_KNE, k_KJE)
         if block.hidden is not None:
             C, J = block.hidden.shape
             s.view(len(s), C, -1, J).masked_fill_(block.hidden[:, None], torch.finfo(s.dtype).min)
-        return *_softmax(s), slope
+        return s, torch.softmax(s, -1), slope
+
+    def keeps(self, block: _Block, heads: int, kv_heads: int, size: int) -> bool:
+        """Whether P is kept for the backward: where it is at most twice as large as its rows' Q, K and V."""
+        keys = block.keys.stop - block.keys.start
+        return keys * heads <= 2 * (heads + 2 * kv_heads) * size and self.scores.softcap is None
 
 
-def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
-    """(softmax, log of the sum of the exponentials in float32 or better [.., 1])."""
-    p = torch.softmax(s, -1)
+def _log_sum(s: Tensor, p: Tensor) -> Tensor:
+    """log Σ exp of scores, in float32 or better [.., 1], with the help of their softmax."""
     most, share = s.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
     wide = torch.promote_types(s.dtype, torch.float32)
-    return p, most.to(wide) - share.to(wide).log()
+    return most.to(wide) - share.to(wide).log()
 
 
 def _by_key_head(x_THE: Tensor, K: int) -> Tensor:
@@ -138,53 +142,55 @@ def _rows(x_KTGE: Tensor, rows: slice) -> Tensor:
 class _SharedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scores: Scores) -> Tensor:
-        K = k.shape[1]
+        (_, H, E), K = q.shape, k.shape[1]
         if scores.softcap is None:
             k = k - k.mean(0)
         mean_KE = v.mean(0)
-        v = v - mean_KE
-        own = _Own(documents, scores)
-        o_THE, own_lse_TH1, saved = own.forward(q, k, v)
-        ancestors = _Ancestors(documents, scores)
-        q_KTGE, o_KTGE, lse_KTG1 = (_by_key_head(x, K) for x in (q, o_THE, own_lse_TH1))
+        v, q_KTGE = v - mean_KE, _by_key_head(q, K)
+        own, ancestors = _Own(documents, scores), _Ancestors(documents, scores)
+        o_KTGE, own_lse, saved = own.forward(q_KTGE, k, v)
+        lse_KTG1, lses = own_lse.clone(), list[Tensor]()
         k_KTE, v_KTE = k.transpose(0, 1), v.transpose(0, 1)
-        lses: list[Tensor] = []
-        for block in ancestors.blocks(q.shape[1]):
-            p, lse, _ = ancestors.probabilities(block, _rows(q_KTGE, block.rows), k_KTE[:, block.keys])
-            o, before = _rows(o_KTGE, block.rows), _rows(lse_KTG1, block.rows)
-            after = torch.logaddexp(before, lse)
+        for block in ancestors.blocks(H):
+            s, p, _ = ancestors.softmax(block, _rows(q_KTGE, block.rows), k_KTE[:, block.keys])
+            o, so_far, lse = _rows(o_KTGE, block.rows), _rows(lse_KTG1, block.rows), _log_sum(s, p)
+            after = torch.logaddexp(so_far, lse)
             o.lerp_(torch.bmm(p, v_KTE[:, block.keys]), (lse - after).exp_().to(o.dtype))
-            before.copy_(after)
+            so_far.copy_(after)
             lses.append(lse)
-        ctx.save_for_backward(q, k, v, o_KTGE, lse_KTG1, own_lse_TH1, *lses, *saved)
+            if ancestors.keeps(block, H, K, E):
+                saved.append(p)
+        ctx.save_for_backward(q_KTGE, k, v, o_KTGE, lse_KTG1, own_lse, *lses, *saved)
         ctx.own, ctx.ancestors, ctx.blocks = own, ancestors, len(lses)
         return _by_row(o_KTGE + mean_KE[:, None, None])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o_KTGE, lse_KTG1, own_lse_TH1, *rest = ctx.saved_tensors
-        lses, saved = rest[: ctx.blocks], rest[ctx.blocks :]
-        ancestors, scores, K = ctx.ancestors, ctx.ancestors.scores, k.shape[1]
-        wide = lse_KTG1.dtype
-        do_KTGE = _by_key_head(grad.contiguous(), K)
-        delta_KTG1 = (do_KTGE.to(wide) * o_KTGE).sum(-1, keepdim=True)
-        weight_TH1 = (own_lse_TH1 - _by_row(lse_KTG1)).exp_()
-        dq, dk, dv = ctx.own.backward(
-            q, k, v, (grad * weight_TH1).to(q.dtype), (_by_row(delta_KTG1) * weight_TH1).to(q.dtype), saved
-        )
-        q_KTGE, dq_KTGE = _by_key_head(q, K), _by_key_head(dq, K)
+        q_KTGE, k, v, o_KTGE, lse_KTG1, own_lse, *rest = ctx.saved_tensors
+        lses, kept = rest[: ctx.blocks], rest[ctx.blocks :]
+        ancestors, scale, (_, K, E) = ctx.ancestors, ctx.ancestors.scores.scale, k.shape
+        H = K * q_KTGE.shape[2]
+        do_KTGE = _by_key_head(grad, K)
+        delta_KTG1 = (do_KTGE * o_KTGE).sum(-1, keepdim=True, dtype=lse_KTG1.dtype)
+        weight = (own_lse - lse_KTG1).exp_()
+        of_own = do_KTGE * weight.to(grad.dtype), (delta_KTG1 * weight).to(grad.dtype)
+        dq_KTGE, dk, dv = ctx.own.backward(q_KTGE, k, v, *of_own, kept)
         k_KTE, v_KTE, dk_KTE, dv_KTE = (x.transpose(0, 1) for x in (k, v, dk, dv))
-        for block, lse in zip(ancestors.blocks(q.shape[1]), lses, strict=True):
+        for block, lse in zip(ancestors.blocks(H), lses, strict=True):
             rows, keys = block.rows, block.keys
             q_KNE, k_KJE = _rows(q_KTGE, rows), k_KTE[:, keys]
-            p, _, slope = ancestors.probabilities(block, q_KNE, k_KJE)
+            if ancestors.keeps(block, H, K, E):
+                p, slope = kept.pop(0), None
+            else:
+                _, p, slope = ancestors.softmax(block, q_KNE, k_KJE)
             weight = (lse - _rows(lse_KTG1, rows)).exp_()
-            do_KNE = (_rows(do_KTGE, rows) * weight).to(q.dtype)
+            do_KNE = _rows(do_KTGE, rows) * weight.to(grad.dtype)
             dv_KTE[:, keys] += torch.bmm(p.transpose(1, 2), do_KNE)
-            ds = _score_gradients(p, slope, do_KNE, v_KTE[:, keys], (_rows(delta_KTG1, rows) * weight).to(q.dtype))
-            _rows(dq_KTGE, rows).baddbmm_(ds, k_KJE, alpha=scores.scale)
-            dk_KTE[:, keys] += torch.bmm(ds.transpose(1, 2), q_KNE).mul_(scores.scale)
+            delta = (_rows(delta_KTG1, rows) * weight).to(grad.dtype)
+            ds = _score_gradients(p, slope, do_KNE, v_KTE[:, keys], delta)
+            _rows(dq_KTGE, rows).baddbmm_(ds, k_KJE, alpha=scale)
+            dk_KTE[:, keys] += torch.bmm(ds.transpose(1, 2), q_KNE).mul_(scale)
         return _by_row(dq_KTGE), dk, dv, None, None
 
 
@@ -203,10 +209,9 @@ class _Own:
         noticed = scores.window is not None and scores.window < documents.longest
         self.scores = scores if noticed else replace(scores, window=None)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """(O [T, H, E], l [T, H, 1], each P that is kept)."""
-        (T, H, E), K = q.shape, k.shape[1]
-        queries, (q, k, v) = self.documents.layout(H, in_chunks=True), self._gathered(q, k, v)
+    def forward(self, q_KTGE: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(O [K, T, G, E], l [K, T, G, 1], each P that is kept)."""
+        queries, (q, k, v), H, K, E = self._gathered(q_KTGE, k, v)
         o = torch.empty_like(q)
         lse = q.new_empty(len(q), 1, dtype=torch.promote_types(q.dtype, torch.float32))
         kept: list[Tensor] = []
@@ -215,23 +220,25 @@ class _Own:
             for rows, keys in self.scores.chunks(group.length):
                 s, _ = self.scores.scores(group.rows(q, H, K, rows), k_BLE[:, keys])
                 self.scores.hide(s, H // K)
-                p, lse_BC1 = _softmax(s)
-                group.rows(lse, H, K, rows).copy_(lse_BC1)
+                p = torch.softmax(s, -1)
+                group.rows(lse, H, K, rows).copy_(_log_sum(s, p))
                 torch.bmm(p, v_BLE[:, keys], out=group.rows(o, H, K, rows))
                 if self.scores.keeps(group.length, H, K, E):
                     kept.append(p)
         o, lse = o.index_select(0, queries.scatter), lse.index_select(0, queries.scatter)
-        return o.view(T, H, E), lse.view(T, H, 1), kept
+        return o.view_as(q_KTGE), lse.view(*q_KTGE.shape[:3], 1), kept
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, delta_TH1: Tensor, kept: list[Tensor]
+        self, q_KTGE: Tensor, k: Tensor, v: Tensor, do_KTGE: Tensor, delta_KTG1: Tensor, kept: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dQ, dK, dV). `do`, `delta_TH1`: dO and δ, both times the part's weight in each row."""
-        (T, H, E), K = q.shape, k.shape[1]
-        queries, keys_and_values = self.documents.layout(H, in_chunks=True), self.documents.layout(K)
-        do = do.reshape(T * H, E).index_select(0, queries.gather).index_fill_(0, queries.filler, 0)
-        delta = delta_TH1.reshape(T * H, 1).index_select(0, queries.gather).index_fill_(0, queries.filler, 0)
-        q, k, v = self._gathered(q, k, v)
+        """(dQ [K, T, G, E], dK, dV [T, K, E]); the first of `kept` are taken. `do_KTGE`, `delta_KTG1`: dO and δ, both
+        times the part's weight in each row."""
+        keys_and_values, shape = self.documents.layout(k.shape[1]), k.shape
+        queries, (q, k, v), H, K, E = self._gathered(q_KTGE, k, v)
+        do, delta = (
+            x.view(-1, x.shape[-1]).index_select(0, queries.gather).index_fill_(0, queries.filler, 0)
+            for x in (do_KTGE, delta_KTG1)
+        )
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for group in self.documents.groups:
             k_BLE, v_BLE, dk_BLE, dv_BLE = (group.whole(x, K) for x in (k, v, dk, dv))
@@ -245,17 +252,14 @@ class _Own:
                 ds = _score_gradients(p, slope, do_BCE, v_BLE[:, keys], delta_BC1)
                 torch.baddbmm(dq_BCE, ds, k_BLE[:, keys], beta=0, alpha=self.scores.scale, out=dq_BCE)
                 dk_BLE[:, keys].baddbmm_(ds.transpose(1, 2), q_BCE, alpha=self.scores.scale)
-        return (
-            dq.index_select(0, queries.scatter).view(T, H, E),
-            dk.index_select(0, keys_and_values.scatter).view(T, K, E),
-            dv.index_select(0, keys_and_values.scatter).view(T, K, E),
-        )
+        dk, dv = (x.index_select(0, keys_and_values.scatter).view(shape) for x in (dk, dv))
+        return dq.index_select(0, queries.scatter).view_as(q_KTGE), dk, dv
 
-    def _gathered(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        H, K, E = q.shape[1], k.shape[1], q.shape[2]
-        queries, keys_and_values = self.documents.layout(H, in_chunks=True), self.documents.layout(K)
-        return (
-            q.reshape(-1, E).index_select(0, queries.gather),
-            k.reshape(-1, E).index_select(0, keys_and_values.gather),
-            v.reshape(-1, E).index_select(0, keys_and_values.gather),
-        )
+    def _gathered(
+        self, q_KTGE: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Layout, tuple[Tensor, Tensor, Tensor], int, int, int]:
+        """(where the rows of Q go, Q, K and V gathered, H, K, E)."""
+        (K, _, G, E), layout = q_KTGE.shape, self.documents.layout
+        queries, keys_and_values = layout(K * G, in_chunks=True, kv_heads=K), layout(K)
+        k, v = (x.reshape(-1, E).index_select(0, keys_and_values.gather) for x in (k, v))
+        return queries, (q_KTGE.view(-1, E).index_select(0, queries.gather), k, v), K * G, K, E
