@@ -23,7 +23,8 @@ in Python). What it costs: 5 µs for a row that shares nothing, about 15 for one
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ import torch
 from deltaw.base.batch import Batch
 from deltaw.data.example import Example
 from deltaw.data.pack import labelled
+from deltaw.kernels.logprobs import IGNORE
 from deltaw.kernels.tree import NO_PARENT
 
 LEAST = 16  # tokens of a prefix
@@ -73,11 +75,11 @@ class Shared:
 
     def costs(self) -> list[int]:
         """The tokens that each example adds to what is computed, laid out one after the other."""
-        costs, before = list[int](), ()
+        costs, before = list[int](), frozenset[int]()
         for example, chain in zip(self.examples, self.chains, strict=True):
-            common = [node.depth for node, other in zip(chain, before) if node is other]
+            common = [node.depth for node in chain if id(node) in before]
             costs.append(len(example.tokens) - max(common, default=0))
-            before = chain
+            before = frozenset(map(id, chain))
         return costs
 
     def batches(self, capacity: int, ranks: int = 1) -> "list[Shared]":
@@ -86,7 +88,7 @@ class Shared:
         parts = min(ranks, len(self.examples))
         while len(cuts := self._cuts(capacity)) - 1 < parts:
             capacity = min(capacity - 1, max(sum(self.costs()) // parts, capacity * 7 // 8))
-        return [Shared(self.examples[a:b], self.chains[a:b]) for a, b in zip(cuts, cuts[1:])]
+        return [Shared(self.examples[a:b], self.chains[a:b]) for a, b in pairwise(cuts)]
 
     def _cuts(self, capacity: int) -> list[int]:
         """Where the batches begin, and the end. An example alone may be larger."""
@@ -97,6 +99,14 @@ class Shared:
                 taken, cost = 0, len(self.examples[number].tokens)
             taken += cost
         return [*cuts, len(self.examples)]
+
+    def documents(self) -> list[Example]:
+        """The documents of the batch, each as an example by itself: so much is computed."""
+        batch, whole = self.pack(), self.examples[0]
+        trained_T = np.append(False, batch.labels_T.numpy()[:-1] != IGNORE)
+        trained_T[batch.starts[:-1]] = False
+        tokens_T = batch.tokens_T.numpy().astype(np.int32)
+        return [replace(whole, tokens=tokens_T[a:b], loss_mask=trained_T[a:b]) for a, b in pairwise(batch.starts)]
 
     def pack(self) -> Batch:
         """The batch of these examples."""
@@ -116,15 +126,12 @@ class Shared:
 
         for example, whole in zip(self.examples, self.chains, strict=True):
             # A prefix that one example has here is its own; one that goes on for all alike is a part of the longer one.
-            chain = [
-                node
-                for node, deeper in zip(whole, [*whole[1:], None])
-                if uses[id(node)] > 1 and (deeper is None or uses[id(deeper)] < uses[id(node)])
-            ]
+            used = [*(uses[id(node)] for node in whole), 1]
+            wanted = [node for node, here, deeper in zip(whole, used, used[1:], strict=False) if here > deeper]
             of_example = labelled(example)
-            while open_ and not any(open_[-1][0] is node for node in chain):
+            while open_ and not any(open_[-1][0] is node for node in wanted):
                 open_.pop()
-            for node in chain[len(open_) :]:
+            for node in wanted[len(open_) :]:
                 lay(example, of_example, node.depth)
                 open_.append((node, len(parents) - 1))
             lay(example, of_example, len(example.tokens))
@@ -157,7 +164,7 @@ def _keys(example: Example) -> np.ndarray:
 def _walk(members: Sequence[int], keys: Sequence[np.ndarray]) -> list[tuple[int, Chain]]:
     """The members in the order of a walk through their trie, and the prefixes of each."""
     order = sorted(range(len(members)), key=lambda one: keys[one].tobytes())
-    common = [_in_common(keys[a], keys[b]) for a, b in zip(order, order[1:])]
+    common = [_in_common(keys[a], keys[b]) for a, b in pairwise(order)]
     chains: list[Chain] = [()] * len(order)
     todo: list[tuple[int, int, Chain]] = [(0, len(order), ())]
     while todo:
@@ -167,7 +174,7 @@ def _walk(members: Sequence[int], keys: Sequence[np.ndarray]) -> list[tuple[int,
             if least - 1 - (chain[-1].depth if chain else 0) >= LEAST:
                 chain = (*chain, Node(least - 1))
             splits = [first, *(at + 1 for at in range(first, end - 1) if common[at] == least), end]
-            todo += [(a, b, chain) for a, b in zip(splits, splits[1:])]
+            todo += [(a, b, chain) for a, b in pairwise(splits)]
         else:
             chains[first] = chain
     return [(members[one], chain) for one, chain in zip(order, chains, strict=True)]

@@ -29,8 +29,8 @@ from deltaw.generate.cache import Row
 from deltaw.generate.prefixes import SMALL
 from deltaw.generate.shelf import Part, Shelf
 from deltaw.kernels.attention import packed_attention
-from deltaw.kernels.documents import Documents
 from deltaw.kernels.continued import continued_attention
+from deltaw.kernels.documents import Documents
 
 PIECE, GPU_PIECE = 256, 2048
 

@@ -43,6 +43,7 @@ from deltaw.kernels.scores import Scores
 from deltaw.kernels.shared import shared_attention
 from deltaw.kernels.tree import Tree
 
+
 def packed_attention(
     q_THE: Tensor,
     k_TKE: Tensor,

@@ -90,14 +90,13 @@ class _Ancestors:
         position_T = None if window is None else tree.positions(self.documents.device)
         for number in tree.prefixes:
             begin, end, last = starts[number], starts[number + 1], tree.ends[number]
-            if window is not None:
-                begin = max(begin, end - window + 1)  # what the row right behind it sees
+            begin = begin if window is None else max(begin, end - window + 1)  # what the row right behind it sees
             if begin == end:
                 continue
             step = max(1, BLOCK // (heads * (end - begin)))
             for first in range(end, last, step):
                 rows, keys, hidden = slice(first, min(first + step, last)), slice(begin, end), None
-                if position_T is not None:
+                if position_T is not None and window is not None:
                     hidden = position_T[rows, None] - position_T[None, keys] >= window
                 yield _Block(rows, keys, hidden)
 

@@ -48,7 +48,7 @@ class Tree:
             return None
         if len(parents) != len(starts) - 1:
             raise ValueError(f"{len(starts) - 1} documents and {len(parents)} parents")
-        offsets, ends, chains = [0] * len(parents), list(starts[1:]), [()] * len(parents)
+        offsets, ends, chains = [0] * len(parents), list(starts[1:]), list[tuple[int, ...]]()
         open_: tuple[int, ...] = ()  # the last document and its ancestors
         for number, parent in enumerate(parents):
             if parent != NO_PARENT:
@@ -56,7 +56,7 @@ class Tree:
                     raise ValueError(f"document {number} isn't laid out behind its parent, {parent}")
                 offsets[number] = offsets[parent] + starts[parent + 1] - starts[parent]
             open_ = (*open_[: open_.index(parent) + 1], number) if parent != NO_PARENT else (number,)
-            chains[number] = open_
+            chains.append(open_)
             for ancestor in open_:
                 ends[ancestor] = starts[number + 1]
         examples = tuple(sorted(set(range(len(parents))) - set(parents)))
@@ -67,7 +67,8 @@ class Tree:
     @property
     def reach(self) -> int:
         """Tokens of the longest example."""
-        return max(offset + end - start for offset, (start, end) in zip(self.offsets, pairwise(self.starts)))
+        spans = zip(self.offsets, pairwise(self.starts), strict=True)
+        return max(offset + end - start for offset, (start, end) in spans)
 
     @property
     def prefixes(self) -> list[int]:

@@ -76,9 +76,7 @@ def test_it_is_the_attention_of_each_example_alone(seed, heads, window, softcap,
         got = with_gradients(lambda *x: packed_attention(*x, documents, **options), inputs, seed)
     finally:
         shared.BLOCK = before
-    plain = with_gradients(
-        lambda *x: packed_attention_plain(*x, starts, parents=parents, **options), inputs, seed
-    )
+    plain = with_gradients(lambda *x: packed_attention_plain(*x, starts, parents=parents, **options), inputs, seed)
     for mine, twin in zip(got, plain, strict=True):
         torch.testing.assert_close(mine, twin, rtol=1e-9, atol=1e-9)
     if tree is not None:
