@@ -106,6 +106,8 @@ class Forward:
             below = self.prefix.kept(batch) if self.prefix else None
             this = Pass(documents=batch.documents, segments=batch.segments(), below=below)
             return self._run(this, input_ids=tokens_T[None], position_ids=batch.positions_T[None]).squeeze(0)
+        if batch.documents.tree is not None:
+            raise ValueError("a model that isn't packed can't share prefixes: give it batch.unshared()")
         starts = batch.starts
         if self.way == APART or len(starts) == 2:  # nothing is padded
             parts = batch.updates or (None,) * (len(starts) - 1)
