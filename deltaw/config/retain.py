@@ -26,4 +26,4 @@ def _section(value: Any) -> Any:
     return {"data": value} if isinstance(value, str) else value
 
 
-Retained = Annotated[Annotated[RetainConfig, Field(strict=False)] | None, BeforeValidator(_section)]
+RetainSection = Annotated[Annotated[RetainConfig, Field(strict=False)] | None, BeforeValidator(_section)]

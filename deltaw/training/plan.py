@@ -45,7 +45,7 @@ from deltaw.training import fit, length, memory
 from deltaw.training.batch_size import sized
 from deltaw.training.checkpoint import save_checkpoint
 from deltaw.training.fit import Fit, Point
-from deltaw.training.largest import Work, count_tokens, largest_chunk, largest_evaluation
+from deltaw.training.largest import Work, count_tokens, largest_chunk, largest_evaluation, shared_line
 from deltaw.training.learner import Learner
 from deltaw.training.measuring import ANSWERS, plain_loss, what_was_forgotten
 from deltaw.training.memory import Window, window, working_on
@@ -71,7 +71,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Retained:
+class Retaining:
     """General text that is passed beside the task's tokens (`train.retain`), and the seconds that it takes, of those of
     the whole training."""
 
@@ -101,8 +101,9 @@ class Plan:
     recomputed: Choice  # the same, with what was measured of it
     tokens: int
     supervised_tokens: int
-    retained: Retained | None
+    retained: Retaining | None
     longest_batch: int
+    shared: float  # of the tokens, which examples share with others, so that they aren't computed again
     phases: list[Phase]
     memory_there: int
     fit: Fit
@@ -135,6 +136,7 @@ class Plan:
             ("steps", self._steps()),
             *(("", line) for line in self.length),
             ("tokens", f"{self.tokens:,}, of which {self.supervised_tokens:,} are trained ({self.data.share:.1%})"),
+            *(("", line) for line in shared_line(self.shared)),
             *([("retain", self.retained.line())] if self.retained else []),
             (
                 "memory",
@@ -177,7 +179,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
             fix = "plan again with one of these, then train with it"
             raise explain(error, opened, learner, Run(folder), fix=fix) or error from None
     needs, base = fit.fit_memory(rehearsal.points), opened.model.base
-    share, longest = work.supervised / work.tokens, opened.longest
+    share, longest = work.longest_supervised / max(1, work.longest_tokens), opened.longest
     sizes = [
         work.longest_tokens if f == 1 else max(longest, int(f * opened.config.train.batch_tokens)) for f in WHAT_IF
     ]
@@ -200,7 +202,8 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
         memory_there=available,
         fit=needs,
         what_if={size: needs.bytes_at(size, share * size) for size in sorted(sizes)},
-        tokens_per_second=1 / max(rehearsal.seconds_a_token, 1e-9),
+        shared=work.shared,
+        tokens_per_second=work.tokens / max(rehearsal.seconds_a_token * work.computed, 1e-9),
         disk_needed=disk_needed(opened, learner),
         disk_free=shutil.disk_usage(existing(Path(config.output))).free,
         data=opened.dataset.report,
@@ -238,14 +241,14 @@ class Rehearsal:
         largest = [point for point in self.points if point.tokens == most]
         return sum(point.seconds for point in largest) / sum(point.tokens for point in largest)
 
-    def retained(self) -> Retained | None:
+    def retained(self) -> Retaining | None:
         """What `train.retain` takes; None where the run has none."""
         retain, seconds = self.every.retain, {phase.name: phase.seconds for phase in self.phases}
         if retain is None or not self.work.steps:
             return None
         asking, training = seconds[ASKING], seconds["training"]
         besides = asking + self.seconds_a_token * self.work.general
-        return Retained(retain.data, self.work.general, besides, training + asking)
+        return Retaining(retain.data, self.work.general, besides, training + asking)
 
     def _note(self, name: str, seen: Window, times: float, more: int = 0) -> None:
         """`times`: how much of it the run has, for each of what was done; `more`: bytes that all of it would hold."""
@@ -296,7 +299,7 @@ class Rehearsal:
         sizes = [longest // part for part in (8, 4, 2, 1)]
         if longest > LONG:
             sizes += [longest // part for part in (64, 32, 16)]
-        options: dict[str, Any] = {"accumulating": self.work.batches > 1, "seconds": PIECE}
+        options: dict[str, Any] = {"accumulating": self.work.batches > 1, "seconds": PIECE, "whole": self.work.batch}
         for point in fit.measure(self.model.forward, self.learner, self.work.longest, sizes, **options):
             self.points.append(point)
         peak, most = max(point.peak for point in self.points), max(point.tokens for point in self.points)
@@ -307,7 +310,8 @@ class Rehearsal:
                 f"{most:,}, and the run may take longer than predicted"
             )
         peak = memory.of_all_steps(peak, self.work.steps, self.device)
-        self.phases.append(Phase("training", peak, self.seconds_a_token * (self.work.tokens + self.work.general)))
+        tokens = self.work.computed + self.work.general
+        self.phases.append(Phase("training", peak, self.seconds_a_token * tokens))
 
     def _asking(self, retain: Retain) -> None:
         """What the base says of the general text."""

@@ -18,7 +18,6 @@ from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
 from deltaw.data.example import Example
 from deltaw.data.examples import lengths_of
-from deltaw.data.pack import pack
 from deltaw.errors import InputError, RunError
 from deltaw.files.output import gib
 from deltaw.model import Model
@@ -46,7 +45,7 @@ def short_form(opened: Opened, learner: Learner, run: Run, general: Sequence[Exa
     with bounded(opened.device):
         check_longest(model, opened.dataset.rows)
         if work.first < ALIKE * work.longest_tokens:
-            one_pass(model.forward, learner, pack(work.longest), accumulating=work.batches > 1)
+            one_pass(model.forward, learner, work.batch(), accumulating=work.batches > 1)
         if general and _logits_bytes(model, largest_chunk(general)) > TIGHT * free_memory(opened.device):
             what_was_forgotten(model, largest_chunk(general))
         if held_out and run.before.is_file():  # else the base is measured on them all, right now
@@ -58,8 +57,9 @@ def work_of(opened: Opened, learner: Learner) -> Work:
     """What is left of the run for `learner`. Its largest batch has the general text that goes with it, all of which
     meets the head."""
     left = max(0, learner.total - learner.state.step)
-    work = work_left(opened.dataset.train, learner.config, learner.state.position, left, opened.world.size)
-    text, retain = opened.kept_text, learner.config.retain
+    state, config = learner.state, learner.config
+    work = work_left(opened.dataset.train, config, state.position, left, opened.world.size, opened.shares)
+    text, retain = opened.kept_text, config.retain
     if text is None or retain is None or not left:
         return work
     pieces, room = list[Example](), retain.share * work.longest_tokens
@@ -68,8 +68,8 @@ def work_of(opened: Opened, learner: Learner) -> Work:
             break
         pieces.append(replace(piece, loss_mask=np.arange(len(piece.tokens)) > 0))
         room -= len(piece.tokens)
-    general = text.tokens(learner.state.step, learner.total)
-    return replace(work, longest=[*work.longest, *pieces], general=general)
+    general = text.tokens(state.step, learner.total)
+    return replace(work, longest=[*work.longest, *pieces], pieces=tuple(pieces), general=general)
 
 
 def check_longest(model: Model, rows: Sequence[Example]) -> None:

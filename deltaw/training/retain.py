@@ -21,7 +21,7 @@ hidden rows that enter the head are kept, D numbers per token instead of V, so t
 nothing: the first `KEPT` bytes of them, beyond that they are computed each time. Several processes: each asks the base
 for the pieces of its own batches; with a sharded base, where all must make the same passes, for all of them.
 
-Letters: R rows of an anchor, T tokens, X what `Forward.rows` gives per token.
+Letters: R rows that are held to the base, T tokens, X what `Forward.rows` gives per token.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from deltaw.adapter.attach import Attached
-from deltaw.base.batch import Anchor, Batch
+from deltaw.base.batch import Batch, Retained
 from deltaw.base.forward import Forward
 from deltaw.base.limits import Limits
 from deltaw.config import DataConfig, RunConfig
@@ -219,21 +219,21 @@ class Retain:
         if not places:
             return batch
         joined = batch.followed_by(self._packed(places))
-        return replace(joined, anchor=Anchor(len(batch.tokens_T), tuple(places)))
+        return replace(joined, retained=Retained(len(batch.tokens_T), tuple(places)))
 
     def _packed(self, places: Sequence[int]) -> Batch:
         """These pieces as a batch of their own, without labels."""
         batch = pack(self.text.at(places))
         batch = batch.relabelled(torch.full_like(batch.labels_T, IGNORE))
-        return replace(batch, origins=(), anchor=Anchor(0, tuple(places)))
+        return replace(batch, retained=Retained(0, tuple(places)))
 
-    def anchored(self, batch: Batch) -> Batch:
-        """The batch, which is on the device, with what the base has at the rows of its anchor."""
-        anchor = batch.anchor
-        if anchor is None or anchor.base_RX is not None:
+    def informed(self, batch: Batch) -> Batch:
+        """The batch, which is on the device, with what the base has at the rows that are held to it."""
+        retained = batch.retained
+        if retained is None or retained.base_RX is not None:
             return batch
-        base_RX = torch.cat([self._base_of(place) for place in anchor.pieces])
-        return replace(batch, anchor=replace(anchor, base_RX=base_RX))
+        base_RX = torch.cat([self._base_of(place) for place in retained.pieces])
+        return replace(batch, retained=replace(retained, base_RX=base_RX))
 
     def _base_of(self, place: int) -> Tensor:
         number = self._chapter_of[place]

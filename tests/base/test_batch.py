@@ -15,7 +15,7 @@ from deltaw.base.attention import is_packed
 from deltaw.base.batch import NOTHING, Batch, Pass, passing_of, segments_of
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.errors import InputError
-from deltaw.kernels.attention import Documents
+from deltaw.kernels.documents import Documents
 from deltaw.kernels.logprobs import IGNORE
 from deltaw.kernels.segments import NOBODY
 from tests.architectures import PACKED, PADDED, tiny

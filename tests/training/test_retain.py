@@ -129,7 +129,7 @@ def test_a_step_has_the_gradient_of_the_task_and_of_the_divergence(name: str, sp
     )
     keeping = Retain(text(), forward, one.attached, 64)
     ((step_batches, _),) = list(keeping.beside([(batches(), END)], 0))
-    assert any(each.anchor for each in step_batches[:2]) if forward.packed else step_batches[2].anchor
+    assert any(each.retained for each in step_batches[:2]) if forward.packed else step_batches[2].retained
     (record,) = step(forward, [one], step_batches, END, retain=keeping)
     assert len(taken) == len(wanted) > 0
     for got, its in zip(taken, wanted, strict=True):
@@ -159,8 +159,8 @@ def test_the_base_is_asked_once_where_its_answer_is_kept_and_in_the_same_passes_
 
         keeping, rows = Counted(text(), forward, one.attached, 64), []
         for number in range(begin, 6):
-            anchored = [keeping.anchored(each) for each in keeping._joined(batches(), text().schedule.of_step(number))]
-            rows.append(torch.cat([each.anchor.base_RX for each in anchored if each.anchor]))  # type: ignore[misc]
+            informed = [keeping.informed(each) for each in keeping._joined(batches(), text().schedule.of_step(number))]
+            rows.append(torch.cat([each.retained.base_RX for each in informed if each.retained]))  # type: ignore[misc]
         return rows, len(asked)
 
     kept, once = bases(0)
@@ -179,26 +179,26 @@ def test_a_divergence_that_is_no_number_is_not_applied(monkeypatch: pytest.Monke
     before = [parameter.detach().clone() for parameter in one.attached.parameters]
     keeping = Retain(text(), forward, one.attached, 64)
     ((step_batches, _),) = list(keeping.beside([(batches(), END)], 0))
-    anchored = [keeping.anchored(each) for each in step_batches]
-    broken = [not_a_number(each) for each in anchored]
+    informed = [keeping.informed(each) for each in step_batches]
+    broken = [not_a_number(each) for each in informed]
     (record,) = step(forward, [one], broken, END, retain=keeping)
     assert "KL" in record["skipped"] and "loss" not in record
     assert all(torch.equal(a, b) for a, b in zip(before, one.attached.parameters, strict=True))
 
 
 def not_a_number(given_batch: Batch) -> Batch:
-    anchor = given_batch.anchor
-    if anchor is None or anchor.base_RX is None:
+    retained = given_batch.retained
+    if retained is None or retained.base_RX is None:
         return given_batch
-    return replace(given_batch, anchor=replace(anchor, base_RX=anchor.base_RX * math.nan))
+    return replace(given_batch, retained=replace(retained, base_RX=retained.base_RX * math.nan))
 
 
-def test_several_learners_have_no_anchor() -> None:
+def test_several_learners_are_not_held_to_the_base_together() -> None:
     forward = plan_forward(tiny("llama", torch.float32))
     one, other = learner(forward), learner(forward)
     keeping = Retain(text(), forward, one.attached, 64)
     joined = [replace(each, updates=(0,) * (len(each.starts) - 1)) for each in keeping._joined(batches(), [0, 1])]
-    with pytest.raises(ValueError, match="anchor"):
+    with pytest.raises(ValueError, match="held to the base"):
         step(forward, [one, other], joined, END, retain=keeping)
 
 
