@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.adapter.attach import attach
-from deltaw.config import AdapterSpec
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
+from deltaw.config import AdapterSpec
 from deltaw.kernels.logprobs import IGNORE
 from tests.architectures import PACKED, tiny
 from tests.kernels.test_shared import random_tree
