@@ -37,7 +37,7 @@ from deltaw.kernels.logprobs import IGNORE
 from deltaw.kernels.tree import NO_PARENT
 
 LEAST = 16  # tokens of a prefix
-WORTH = 0.05  # of a step's tokens, that must be saved
+WORTH = 0.15  # of a step's tokens, that must be saved
 
 
 @dataclass(frozen=True, eq=False)

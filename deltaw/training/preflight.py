@@ -8,7 +8,7 @@ Where memory runs out, here or later, shortage.py says which settings would have
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deltaw.base.frozen import embedding_of
@@ -21,7 +21,7 @@ from deltaw.model import Model
 from deltaw.run import Run
 from deltaw.training.checkpoint import list_checkpoints
 from deltaw.training.fit import one_pass
-from deltaw.training.largest import Work, count_tokens, largest_chunk, largest_evaluation, work_left
+from deltaw.training.largest import Work, count_tokens, largest_chunk, largest_evaluation, shared_line, work_left
 from deltaw.training.learner import Learner
 from deltaw.training.measuring import plain_loss, what_was_forgotten
 from deltaw.training.memory import bounded, free_memory, is_out_of_memory, release
@@ -50,11 +50,15 @@ def short_form(opened: Opened, learner: Learner, run: Run, general: Sequence[Exa
     release(opened.device)
 
 
-def work_of(opened: Opened, learner: Learner) -> Work:
-    """What is left of the run for `learner`."""
-    left = max(0, learner.total - learner.state.step)
-    state, config = learner.state, learner.config
-    return work_left(opened.dataset.train, config, state.position, left, opened.world.size, opened.shares)
+def work_of(opened: Opened, learner: Learner, say: Callable[[str], object] = lambda line: None) -> Work:
+    """What is left of the run for `learner`. `say`: where a line goes that says what of it is shared."""
+    left, state = max(0, learner.total - learner.state.step), learner.state
+    work = work_left(
+        opened.dataset.train, learner.config, state.position, left, opened.world.size, shares=opened.shares
+    )
+    for line in shared_line(work.shared):
+        say(line)
+    return work
 
 
 def check_longest(model: Model, rows: Sequence[Example]) -> None:
