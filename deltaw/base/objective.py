@@ -62,14 +62,14 @@ class Objective(abc.ABC):
 
 
 class Sft(Objective):
-    """Supervised: the cross-entropy in nats, summed over the tokens with a label; each document counts what the batch
+    """Supervised: the cross-entropy in nats, summed over the tokens with a label; each example counts what the batch
     says."""
 
     def __call__(self, logprobs: Logprobs, batch: Batch) -> Tensor:
-        if not batch.weights:
+        if not batch.weights and batch.documents.tree is None:
             return logprobs.loss
-        weights_D = logprobs.logp_K.new_tensor(batch.weights)
-        return -(weights_D * batch.by_document(logprobs.logp_K)).sum()
+        logp_D = batch.by_document(logprobs.logp_K)
+        return -(logp_D * logp_D.new_tensor(batch.weights) if batch.weights else logp_D).sum()
 
     def count(self, batch: Batch) -> int:
         return batch.supervised

@@ -14,9 +14,8 @@ from deltaw.data.example import Example
 from deltaw.kernels.logprobs import IGNORE
 
 
-def pack(examples: Sequence[Example], references: Sequence[float] = (), beside: Batch | None = None) -> Batch:
-    """Lay `examples` end to end, in order. `references`, `beside`: the batch's (base/batch.py). Raises ValueError on
-    none."""
+def pack(examples: Sequence[Example]) -> Batch:
+    """Lay `examples` end to end, in order. Raises ValueError on none."""
     if not examples:
         raise ValueError("a batch needs at least one example")
     tokens_T = np.concatenate([example.tokens for example in examples]).astype(np.int64)
@@ -32,6 +31,11 @@ def pack(examples: Sequence[Example], references: Sequence[float] = (), beside: 
         torch.from_numpy(labels_T),
         origins=origins,
         parts=parts if any(parts) else (),
-        references=references,
-        beside=beside,
     )
+
+
+def labelled(example: Example) -> np.ndarray:
+    """The label of each row of an example, int64: the next token, where that is trained."""
+    labels_T = np.full(len(example.tokens), IGNORE, np.int64)
+    np.copyto(labels_T[:-1], example.tokens[1:], where=example.loss_mask[1:])
+    return labels_T

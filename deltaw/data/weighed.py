@@ -9,7 +9,7 @@ as that of the rows themselves.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,11 +31,17 @@ class Weighed:
 
     def packed(self, numbers: Sequence[int]) -> Batch:
         """The batch of the examples of these numbers."""
-        beside = None
-        if self.beside is not None:
-            beside = pack([mismatched(self.examples, number) for number in numbers], self.beside[numbers].tolist())
-        references = () if self.references is None else self.references[numbers].tolist()
-        return pack([self.examples[number] for number in numbers], references, beside)
+        return self.dressed(pack([self.examples[number] for number in numbers]), numbers)
+
+    def dressed(self, batch: Batch, numbers: Sequence[int]) -> Batch:
+        """A batch of the examples of these numbers, with what the reference says of them."""
+        if self.references is None:
+            return batch
+        batch = replace(batch, references=tuple(self.references[numbers].tolist()))
+        if self.beside is None:
+            return batch
+        beside = pack([mismatched(self.examples, number) for number in numbers])
+        return replace(batch, beside=replace(beside, references=tuple(self.beside[numbers].tolist())))
 
 
 def mismatched(examples: Sequence[Example], number: int) -> Example:

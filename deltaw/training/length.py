@@ -18,7 +18,8 @@ from typing import Any
 
 from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
-from deltaw.data.loader import Loader, LoaderState, Pack
+from deltaw.data.loader import Loader, LoaderState
+from deltaw.data.weighed import Weighed
 from deltaw.errors import InputError
 from deltaw.show.text import counted
 from deltaw.training.optim import warmup_steps
@@ -50,11 +51,17 @@ def count_steps(config: RunConfig, dataset: Dataset) -> int:
 
 
 def make_loader(
-    config: RunConfig, dataset: Dataset, position: LoaderState, ranks: int = 1, packed_as: Pack | None = None
+    config: RunConfig,
+    dataset: Dataset,
+    position: LoaderState,
+    ranks: int = 1,
+    shares: bool = False,
+    weighed: Weighed | None = None,
 ) -> Loader:
-    """The steps of a run from `position` on, for so many processes."""
+    """The steps of a run from `position` on, for so many processes. `shares`: examples share what is computed of their
+    common beginnings; `weighed`: with what a reference says of them."""
     train = config.train
-    return Loader(dataset.train, train.step_tokens, train.batch_tokens, train.seed, position, ranks, packed_as)
+    return Loader(dataset.train, train.step_tokens, train.batch_tokens, train.seed, position, ranks, shares, weighed)
 
 
 def for_ranks(config: RunConfig, dataset: Dataset, ranks: int) -> list[str]:
