@@ -11,13 +11,15 @@ import pytest
 
 import deltaw
 from deltaw.base.parts import CHOSEN, REJECTED
+from deltaw.data.loader import LoaderState
 from deltaw.errors import InputError, RunError
 from deltaw.evaluation.weighing import summed_logprobs
 from deltaw.files.safetensors import load_safetensors
 from deltaw.model import open_model
 from deltaw.run import Run
 from deltaw.show.progress import QUIET
-from deltaw.training.opening import open_run
+from deltaw.training.length import make_loader
+from deltaw.training.opening import Opened, open_run
 from deltaw.training.watch import Falling
 from tests.tiny import run_file, tiny_base
 
@@ -130,6 +132,30 @@ def test_the_size_of_batches_changes_nothing(place: Path, tmp_path: Path, kind: 
         for name in one.keys() - {"seconds"}:
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-4), name
     assert (folder / "references.safetensors").exists() == (kind in ("dpo", "ipo", "kto"))
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_prompt_that_is_shared_changes_nothing(
+    place: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "what is said here is said to all of them, and then "
+    rows = [{"prompt": f"{long}{n % 3}", "chosen": f" ab{n}", "rejected": " ba"} for n in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = []
+    for shares in (True, False):
+        monkeypatch.setattr(Opened, "shares", shares)
+        train = {**TRAIN, "tokens_per_step": 1024, "tokens_per_batch": 256, "steps": 2, "eval_every": None}
+        folder = tmp_path / str(shares)
+        data = {"train": str(tmp_path / "pairs.jsonl")}
+        deltaw.train(fields(place, kind, str(folder), data=data, train=train), display=QUIET)
+        lines.append([line for line in metrics(folder) if "loss" in line])
+        opened = open_run(deltaw.load_config(folder / "config.yaml"), QUIET)
+        batches, _ = next(iter(make_loader(opened.config, opened.dataset, LoaderState(), shares=shares)))
+        assert shares == any(batch.documents.tree is not None for batch in batches)
+        assert all(batch.parts == (CHOSEN, REJECTED) * (batch.examples // 2) for batch in batches)
+    for one, other in zip(*lines, strict=True):
+        for name in one.keys() - {"seconds"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-4), name
 
 
 def test_a_run_that_starts_from_an_adapter_is_compared_with_that(place: Path, tmp_path: Path) -> None:
