@@ -41,8 +41,8 @@ def _pareto(effect: Effect) -> Picture:
     )  # fmt: skip
     rows: list[list[Cell]] = [[p.group or "", p.name, *_cells(p)] for p in effect.of(None, "scale", "rank")]
     caption = (
-        "What each scale (×) and each rank (r) buys: down is better at the task, left is nearer to the base. Ranks are the "
-        "trained update cut (Eckart-Young), nothing is trained again."
+        "What each scale (×) and each rank (r) buys: down is better at the task, left is nearer to the base. Ranks are "
+        "the trained update cut (Eckart-Young); nothing is trained again."
     )
     return Picture(svg, caption, "Task loss against KL from the base", Table(["", "", *HEAD], rows, "nats per token"))
 
