@@ -23,6 +23,7 @@ from deltaw.analysis.training import ANSWER, Metrics, Training
 from deltaw.config.sources import label
 from deltaw.errors import command
 from deltaw.files.output import gib
+from deltaw.files.paths import public_name
 from deltaw.show.text import clock, counted, figure_name, framed
 
 LOSSES = {"training": "loss", "held out": "eval_loss"}
@@ -49,7 +50,7 @@ def of_training(training: Training) -> list[Section]:
     result = training.result
     sections = [Section("Learning", [*_before_after(result), *_curve(training.metrics)])]
     if lost := result.get("forgetting"):
-        sections.append(Section("What it forgot", _forgot(lost)))
+        sections.append(Section("What it forgot", [*_forgot(lost), *_retained(result.get("retain") or {})]))
     if result.get("answers"):
         sections.append(Section("Answers", _answers(result["answers"])))
     return sections
@@ -117,6 +118,19 @@ def _forgot(lost: Mapping[str, Any]) -> list[Block]:
         "`deltaw scale` shows what a smaller factor would keep and what it would cost.",
     ]
     return [Table(["", "base", "adapted", "change", "95 % from", "to"], rows), Text(" ".join(words))]
+
+
+def _retained(retain: Mapping[str, Any]) -> list[Block]:
+    if None in (known := [retain.get(name) for name in ("tokens", "weight", "time_share", "kl")]):
+        return []
+    tokens, weight, time, kl = known
+    words = [
+        "It was held to the base while it learnt (`train.retain`):",
+        f"{number(tokens)} tokens of `{public_name(str(retain.get('data', '–')))}`, weight {number(weight)}, about "
+        f"{time:.0%} of the time of training.",
+        f"In its last steps the KL from the base on that text was {number(kl)} nats per token.",
+    ]
+    return [Text(" ".join(words))]
 
 
 def _curve(metrics: Metrics) -> list[Block]:

@@ -7,6 +7,8 @@
   the letters a to z.
 - `builtin:general`: eighteen short passages of general text (prose, dialogue, code, a little German and French),
   written for this project: what a fine-tune has forgotten is measured on it.
+- `builtin:general-train`: fifty other passages of these kinds, written for this project, too: what a fine-tune is to
+  remember is trained on it (`train.retain`). The two have nothing in common but the kinds; a test holds that.
 - `builtin:sarcasm`: headlines, sarcastic or not, from the `evals` package, as chat.
 
 The files are found without importing their packages: `evals` would import half the world. Rows keep the
@@ -18,6 +20,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from deltaw.data.row import Row
@@ -52,13 +55,18 @@ def _sarcasm() -> Iterator[Row]:
         yield Row({"messages": [*sample["input"], answer]}, f"sarcasm:{number}")
 
 
-def _general() -> Iterator[Row]:
-    text = Path(__file__).with_name("general.txt").read_text(encoding="utf-8")
+def _passages(name: str) -> Iterator[Row]:
+    text = Path(__file__).with_name(f"{name.replace('-', '_')}.txt").read_text(encoding="utf-8")
     for number, passage in enumerate(text.split("\n---\n"), 1):
-        yield Row({"text": passage.strip()}, f"general:{number}")
+        yield Row({"text": passage.strip()}, f"{name}:{number}")
 
 
-BUILTINS: dict[str, Callable[[], Iterator[Row]]] = {"cmudict": _cmudict, "general": _general, "sarcasm": _sarcasm}
+BUILTINS: dict[str, Callable[[], Iterator[Row]]] = {
+    "cmudict": _cmudict,
+    "general": partial(_passages, "general"),
+    "general-train": partial(_passages, "general-train"),
+    "sarcasm": _sarcasm,
+}
 
 
 def _package_file(package: str, name: str, fix: str) -> Path:

@@ -259,6 +259,7 @@ def captured_on(
         return None
     why = "" if forward.packed else "its documents can't be packed"
     why = f"the output of its {forward.prefix.first} frozen layers is kept by document" if forward.prefix else why
+    why = "train.retain asks the base on the way" if learner.config.retain is not None else why
     if forward.recompute is not None and forward.recompute.offload:
         why = "its layers' inputs are moved to the machine's memory and back"
     elif forward.recompute is not None and forward.recompute.draws:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from deltaw.adapter.history import History
+from deltaw.base.frozen import embedding_of
 from deltaw.errors import command
 from deltaw.evaluation.forgetting import Forgetting
 from deltaw.evaluation.held_out import Evaluation, perplexity, spread
@@ -19,13 +20,16 @@ from deltaw.show.chart import columns
 from deltaw.show.progress import Display
 from deltaw.show.table import table
 from deltaw.show.text import counted, figure_name, framed, one_line, rounded
+from deltaw.training.checkpoint import TrainState
 from deltaw.training.contention import waits_passively
 from deltaw.training.learner import Learner
 from deltaw.training.memory import peak_memory
 from deltaw.training.opening import Opened
+from deltaw.training.retain import time_share
 from deltaw.version import VERSION
 
 SHOWN = 10  # answers kept in result.json
+LAST = 10  # steps over which the KL of the text that is retained is averaged
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,23 @@ def measurements(measured: Measured, run: Run, opened: Opened) -> dict[str, Any]
     }
 
 
+def retained(opened: Opened, run: Run, state: TrainState) -> dict[str, Any] | None:
+    """What `train.retain` cost and kept: its tokens, about which part of the training's time they took, the KL from the
+    base on them over the last steps, in nats per token."""
+    text, asked = opened.kept_text, opened.config.train.retain
+    if text is None or asked is None:
+        return None
+    tokens, words = text.tokens(0, state.step), embedding_of(opened.model.base.model)
+    width = words.shape[opened.model.forward.head is not None] * words.dtype.itemsize
+    last = [line["retain_kl"] for line in run.read_metrics() if "retain_kl" in line][-LAST:]
+    return {
+        **asked.model_dump(mode="json"),
+        "tokens": tokens,
+        "time_share": round(time_share(state.tokens, tokens, text.asked(tokens, width)), 4),
+        "kl": sum(last) / len(last) if last else None,
+    }
+
+
 def at_the_start(run: Run) -> dict[str, float] | None:
     """The held-out loss of the adapter that the run started from."""
     losses = [line["eval_loss"] for line in run.read_metrics() if line["step"] == 0 and "eval_loss" in line]
@@ -112,6 +133,7 @@ def write_result(
         "tokens_per_second": round(state.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory(opened.device),
         **measurements(measured, run, opened),
+        "retain": retained(opened, run, state),
         "form": report.form,
         "example": opened.dataset.example,
         "dropped": report.unusable + report.too_long_dropped + report.untrained,
@@ -219,6 +241,11 @@ def _figures(result: dict[str, Any]) -> str:
             lines.append(
                 f"{'':20} the rise lies between {interval[0]:+.4f} and {interval[1]:+.4f} (95 %, over passages)"
             )
+    if (retain := result.get("retain")) and retain["kl"] is not None:
+        lines.append(
+            f"{'held to the base on':20} {retain['tokens']:,} tokens of {retain['data']}, KL {retain['kl']:.4f} there "
+            f"at the end; about {retain['time_share']:.0%} of the time of training"
+        )
     lines += [f"no {name.replace('_', ' ')}: {why}" for name, why in result.get("failed", {}).items()]
     if why := result["eval"].get("unanswered"):
         lines.append(f"no answers to held-out rows: {why}")

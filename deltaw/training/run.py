@@ -7,9 +7,9 @@
     stop before the last one where `train.patience` evaluations in a row weren't the best so far
     save the adapter, measure it, write result.json and the report (finish.py)
 
-A signal that comes during a step or a write waits for its end; an evaluation is cut off. Then the
-step is saved. Where several processes train together (world.py), rank 0 does all of this and the others `_follow`.
-An evaluation that was cut off is made up for when the run resumes: `state.evaluated` is behind.
+A signal that comes during a step or a write waits for its end; an evaluation is cut off, and made up for when the run
+resumes (`state.evaluated` is behind). Then the step is saved. Where several processes train together (world.py), rank 0
+does all of this and the others `_follow`.
 """
 
 import math
@@ -163,7 +163,7 @@ def _run(
         world.start(opened.device)
         if local is not config:
             opened = opened.named_as(config)
-        general = general_rows(local, opened.model)
+        general = general_rows(local, opened.model, opened.retained)
         learner = opened.learner(display)
         shortage = partial(explain, opened=opened, learner=learner, run=run)
         try:
@@ -178,7 +178,7 @@ def _run(
                         run.write_config(config)
                 world.mark(_begun(run))
                 stop.advice = f"resume with: {command('train', run.folder)}"
-                opened, choice = choose(opened, learner, work_of(opened, learner), display)
+                opened, choice = choose(opened, learner, work_of(opened, learner, display.say), display)
                 shortage = partial(explain, opened=opened, learner=learner, run=run)
                 short_form(opened, learner, run, general)
             world.first(lambda: choice.way, "what activations are kept")
@@ -269,14 +269,14 @@ class Steps:
         self._sharing = ALONE if opened.shards else opened.world  # evaluations; a pass of shards takes all, abreast
 
     def take(self) -> float | None:
-        """All of them; the share of time that their threads had no core (contention.py). Raises Stopped when a signal
-        came, after saving."""
+        """All of them; the share of time without a core (contention.py). Saves and raises Stopped at a signal."""
         learner, state, total, device = self.learner, self.learner.state, self.opened.total, self.opened.device
         captured, abreast = None, bool(self.opened.shards)
         contention = Contention(self.run.folder, torch.get_num_threads(), self.display.say)
         try:
             forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
-            loader = Ahead(self.opened.loader(state))
+            items, retain = self.opened.loader(state), self.opened.retain(forward)
+            loader = Ahead(items if retain is None else retain.beside(items, state.step))
             if not self.opened.shards:
                 captured = captured_on(device, forward, learner, self.opened.longest, self.display.say, loader.fetch)
             together = nullcontext() if self._world.is_alone else self.stop.held()
@@ -291,7 +291,8 @@ class Steps:
                     self._figures = {}
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
-                            (record,) = step(forward, [learner], batches, position, captured, self._world, abreast)
+                            how = captured, self._world, abreast, retain
+                            (record,) = step(forward, [learner], batches, position, *how)
                         self._write(record)
                     self._agree()
                     first = False

@@ -53,6 +53,7 @@ def alike(opened: Opened) -> Opened:
     if world.is_alone:
         return opened
     prints = {"base": opened.id.fingerprint, "data": opened.dataset.fingerprint, "precision": train.dtype}
+    prints |= {"train.retain": opened.kept_text.fingerprint} if opened.kept_text else {}
     every: list[dict[str, Any]] = world.gathered({**prints, "tokens": train.batch_tokens}, "what was opened")
     for name in prints:
         other = [str(rank) for rank, one in enumerate(every) if one[name] != every[0][name]]
