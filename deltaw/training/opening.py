@@ -154,9 +154,9 @@ class Opened:
 
     @property
     def shares(self) -> bool:
-        """Whether examples that begin alike share what is computed of it. Not where documents aren't packed; where
+        """Whether examples that begin alike share what is computed of it. Not where the model can't be run so; where
         dropout draws for each row by itself; on a GPU, whose recorded passes know no more of documents than offsets."""
-        return self.model.forward.packed and self.device.type == "cpu" and not self.attached.spec.dropout
+        return self.model.forward.shares and self.device.type == "cpu" and not self.attached.spec.dropout
 
 
 def open_run(
