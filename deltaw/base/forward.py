@@ -29,6 +29,7 @@ from deltaw.base.probe import REFUSALS, Probe, borders, masks_are_told, uncrosse
 from deltaw.base.recompute import Recompute
 from deltaw.base.small import small_copy
 from deltaw.errors import InputError
+from deltaw.kernels.divergence import divergence_of
 from deltaw.kernels.logprobs import Logprobs, logprobs_of
 from deltaw.show.progress import Progress
 
@@ -65,14 +66,15 @@ class Forward:
         return f"{batches}, {head}{below}{again}"
 
     def loss(self, batch: Batch, objective: Objective = sft) -> tuple[Tensor, int]:
-        """(the objective's number, count of labelled tokens); by default the sum of their cross-entropies in nats."""
-        return objective(self._logprobs(batch), batch), batch.supervised
+        """(the objective's sum, what it counts); by default of cross-entropies in nats, and of labelled tokens."""
+        return objective(self.scores(batch), batch), objective.count(batch)
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[K] in float32: the log-probability of each labelled token, in order."""
-        return self._logprobs(batch).logp_K
+        return self.scores(batch).logp_K
 
-    def _logprobs(self, batch: Batch) -> Logprobs:
+    def scores(self, batch: Batch) -> Logprobs:
+        """What the head says of the labels: all that an objective is a function of."""
         if not batch.supervised:
             nothing = torch.zeros(0, device=batch.tokens_T.device)
             return Logprobs(nothing, nothing.sum())
@@ -80,6 +82,18 @@ class Forward:
         if self.head is not None:
             return self.head.logprobs(hidden_TX, batch.labels_T, batch.rows_K)
         return logprobs_of(hidden_TX, batch.labels_T, batch.rows_K)
+
+    def scores_and_drift(self, batch: Batch) -> tuple[Logprobs, Tensor]:
+        """The same, and the sum of KL(base ‖ tuned) over the rows that are held to the base: of one pass."""
+        retained = batch.retained
+        assert retained is not None and retained.base_RX is not None
+        hidden_TX, base_RX = self.rows(batch), retained.base_RX
+        if self.head is not None:
+            logprobs, drift_R = self.head.logprobs_and_divergence(hidden_TX, batch.labels_T, base_RX)
+        else:
+            logprobs = logprobs_of(hidden_TX, batch.labels_T)
+            drift_R = divergence_of(hidden_TX[retained.start :], base_RX)
+        return logprobs, drift_R.sum()
 
     def logits(self, batch: Batch) -> Tensor:
         """[T, V] in float32: for tests and small inputs; training never forms it."""

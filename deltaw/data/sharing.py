@@ -153,12 +153,14 @@ class Shared:
                 lay(example, of_example, node.depth)
                 open_.append((node, len(parents) - 1))
             lay(example, of_example, len(example.tokens))
+        parts = tuple(example.part for example in self.examples)
         return Batch.of(
             torch.from_numpy(np.concatenate(tokens).astype(np.int64)),
             starts,
             torch.from_numpy(np.concatenate(labels)),
             parents=parents,
             origins=tuple(example.origin for example in self.examples),
+            parts=parts if any(parts) else (),
         )
 
 
