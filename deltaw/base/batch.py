@@ -10,6 +10,13 @@ Three documents of 3, 2 and 4 tokens:
 Labels are already shifted: the model's output at t is compared with labels_T[t]. Shifting where the documents are still
 known is what keeps a label from crossing into the next one.
 
+A document may go on where an earlier one ends (kernels/tree.py): then examples that begin alike share their beginning,
+which is computed once. Whoever looks at a batch by what it was made of goes by example, not by document: `origins`,
+`updates`, `weights`, `by_document` have one entry per document without children, in order, and an example's tokens and
+labels are its ancestors' too. So a label within a prefix counts once for each example that it belongs to, in
+`supervised`, in `by_document` and in every sum made of that; its gradient is the sum of theirs. Examples of different
+updates share nothing.
+
 How the documents are grouped for attention (`Documents`) and how many labels count are worked out once, by whoever
 packs them, and travels with the batch: a forward neither repeats it nor waits for the device to be told.
 
@@ -33,18 +40,33 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from deltaw.kernels.attention import Documents
+from deltaw.base.parts import PLAIN
+from deltaw.kernels.documents import Documents
 from deltaw.kernels.logprobs import IGNORE
-from deltaw.kernels.segments import Segment, Segments
+from deltaw.kernels.segments import NOBODY, Segment, Segments
+
+
+@dataclass(frozen=True, eq=False)
+class Retained:
+    """The rows of a batch, from `start` to its end, whose predictions are to stay the base's. `pieces`: which of the
+    text that is retained they are (training/retain.py); `base_RX`: what the base has in their place, as `Forward.rows`
+    gives it; None until somebody asks the base."""
+
+    start: int
+    pieces: tuple[int, ...]
+    base_RX: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Documents laid end to end, int64: tokens_T, labels_T, positions_T (T,). Made by `Batch.of`.
 
-    `supervised`: how many labels count; sums over batches divide by the sum of these, once. By document: `origins`, the
-    row it was; `updates`, which of a layer's updates it takes (empty: all the first); `weights`, what it counts in the
-    loss (empty: all 1). `rows_K`: the rows that the head is asked for, where it isn't to look for labels (filled.py).
+    `supervised`: how many labels count; sums over batches divide by the sum of these, once. By example: `origins`, the
+    row it was; `updates`, which of a layer's updates it takes (empty: all the first; `NOBODY`: none, the base alone);
+    `weights`, what it counts in the loss (empty: all 1); `parts`, what it is to an objective (parts.py; empty: all
+    PLAIN); `references`, its labels' summed log-probability under the reference (empty: not known). `beside`: further
+    documents, which an objective asks for a step's anchor, without gradient. `rows_K`: the rows that the head is asked
+    for, where it isn't to look for labels (filled.py). `retained`: rows that are held to the base; none has a label.
     """
 
     tokens_T: Tensor
@@ -55,7 +77,11 @@ class Batch:
     origins: tuple[str, ...] = ()
     updates: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
+    parts: tuple[int, ...] = ()
+    references: tuple[float, ...] = ()
+    beside: "Batch | None" = None
     rows_K: Tensor | None = None
+    retained: Retained | None = None
 
     @staticmethod
     def of(
@@ -63,82 +89,195 @@ class Batch:
         starts: Sequence[int],
         labels_T: Tensor | None = None,
         *,
+        parents: Sequence[int] = (),
         origins: tuple[str, ...] = (),
         updates: Sequence[int] = (),
         weights: Sequence[float] = (),
+        parts: Sequence[int] = (),
+        references: Sequence[float] = (),
+        beside: "Batch | None" = None,
     ) -> "Batch":
         """A batch of the documents that begin at `starts`, whose last entry is T; without labels none counts.
 
-        Raises ValueError for an empty document.
+        `parents`: by document, the one that it continues, or -1. Raises ValueError for an empty document, parents out
+        of order (tree.py), or examples of one prefix that take different updates.
         """
-        documents, device = Documents(list(starts), tokens_T.device), tokens_T.device
-        start_S = torch.tensor(documents.starts, device=device)
-        positions_T = torch.arange(len(tokens_T), device=device) - start_S[:-1].repeat_interleave(start_S.diff())
+        device = tokens_T.device
+        documents = Documents(list(starts), device, parents)
+        if documents.tree is not None:
+            positions_T = documents.tree.positions(device)
+        else:
+            start_S = torch.tensor(documents.starts, device=device)
+            positions_T = torch.arange(len(tokens_T), device=device) - start_S[:-1].repeat_interleave(start_S.diff())
         labels_T = torch.full_like(tokens_T, IGNORE) if labels_T is None else labels_T
-        supervised = _count(labels_T)
-        return Batch(tokens_T, labels_T, positions_T, documents, supervised, origins, tuple(updates), tuple(weights))
+        batch = Batch(
+            tokens_T,
+            labels_T,
+            positions_T,
+            documents,
+            _count(labels_T, documents),
+            origins,
+            tuple(updates),
+            tuple(weights),
+            tuple(parts),
+            tuple(references),
+            beside,
+        )
+        batch._owners()
+        return batch
 
     @property
     def starts(self) -> list[int]:
         """The offset of each document, and T."""
         return self.documents.starts
 
+    @property
+    def teaches(self) -> bool:
+        """Whether there is something to learn from."""
+        return bool(self.supervised or self.retained)
+
+    @property
+    def examples(self) -> int:
+        """How many there are: the documents, without those that others continue."""
+        tree = self.documents.tree
+        return len(tree.examples) if tree else len(self.starts) - 1
+
+    @property
+    def tokens(self) -> int:
+        """Those of all examples, whole; `len(tokens_T)` are computed."""
+        return sum(self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each example, its prefix included."""
+        tree = self.documents.tree
+        if tree is None:
+            return [end - start for start, end in itertools.pairwise(self.starts)]
+        return [sum(end - start for start, end in tree.whole(number)) for number in range(self.examples)]
+
+    @property
+    def retained_rows(self) -> int:
+        """How many rows are held to the base."""
+        return 0 if self.retained is None else len(self.tokens_T) - self.retained.start
+
+    def rows_of(self, example: int) -> list[int]:
+        """The rows of all tokens of an example, in order."""
+        tree = self.documents.tree
+        spans = tree.whole(example) if tree else [(self.starts[example], self.starts[example + 1])]
+        return [row for start, end in spans for row in range(start, end)]
+
     def segments(self) -> Segments | None:
         """The rows of each update; None where all take the first."""
-        return segments_of(self.updates, self.starts) if self.updates else None
+        return segments_of(self._owners(), self.starts) if self.updates else None
+
+    def _owners(self) -> Sequence[int]:
+        """The update that each document takes."""
+        tree = self.documents.tree
+        if tree is None or not self.updates:
+            return self.updates
+        owners: dict[int, int] = {}
+        for chain, update in zip(tree.chains, self.updates, strict=True):
+            for number in chain:
+                if owners.setdefault(number, update) != update:
+                    raise ValueError("examples that share a prefix take different updates")
+        return [owners[number] for number in range(len(tree.parents))]
 
     def by_document(self, values_K: Tensor) -> Tensor:
-        """[documents, ...]: what belongs to each label [K, ...], in the order of their rows, summed by document."""
+        """[examples, ...]: what belongs to each label [K, ...], in the order of their rows, summed by example."""
         row_K = (self.labels_T != IGNORE).nonzero().squeeze(1)
         document_K = torch.bucketize(row_K, self.documents.starts_S[1:].long(), right=True)
-        sums = values_K.new_zeros(len(self.starts) - 1, *values_K.shape[1:])
-        return sums.index_add(0, document_K, values_K)
+        sums = values_K.new_zeros(len(self.starts) - 1, *values_K.shape[1:]).index_add(0, document_K, values_K)
+        tree = self.documents.tree
+        if tree is None:
+            return sums
+        pairs = [(example, number) for example, chain in enumerate(tree.chains) for number in chain]
+        example_J, document_J = torch.tensor(pairs, device=sums.device).unbind(1)
+        whole = sums.new_zeros(self.examples, *sums.shape[1:])
+        return whole.index_add(0, example_J, sums.index_select(0, document_J))
 
     def tokens_of(self, update: int) -> int:
-        """How many tokens the documents of `update` have."""
+        """How many tokens the examples of `update` have, but for those that are only held to the base."""
         if not self.updates:
-            return len(self.tokens_T)
-        return sum(
-            b - a
-            for owner, (a, b) in zip(self.updates, itertools.pairwise(self.starts), strict=True)
-            if owner == update
-        )
+            return self.tokens - self.retained_rows
+        return sum(length for length, owner in zip(self.lengths, self.updates, strict=True) if owner == update)
 
     def labelled_for(self, update: int) -> "Batch":
-        """The batch with the labels and the origins of `update`'s documents alone."""
+        """The batch with the labels, the parts and the origins of `update`'s documents alone."""
         if not self.updates:
             return self
         labels_T = self.labels_T.clone()
-        for owner, (start, end) in zip(self.updates, itertools.pairwise(self.starts), strict=True):
+        for owner, (start, end) in zip(self._owners(), itertools.pairwise(self.starts), strict=True):
             if owner != update:
                 labels_T[start:end] = IGNORE
         origins = tuple(o for o, owner in zip(self.origins, self.updates, strict=True) if owner == update)
-        return replace(self.relabelled(labels_T), origins=origins)
+        parts = tuple(
+            part if owner == update else PLAIN
+            for part, owner in zip(self.parts, self.updates if self.parts else (), strict=True)
+        )
+        return replace(self.relabelled(labels_T), origins=origins, parts=parts)
+
+    def unshared(self) -> "Batch":
+        """The same examples, each with tokens and labels of its own: what a model that isn't packed is given."""
+        if self.documents.tree is None:
+            return self
+        rows = [self.rows_of(number) for number in range(self.examples)]
+        row_J = torch.tensor([row for one in rows for row in one], device=self.tokens_T.device)
+        starts = [0, *itertools.accumulate(map(len, rows))]
+        names = ("origins", "updates", "weights", "parts", "references", "beside")
+        one = Batch.of(
+            self.tokens_T[row_J], starts, self.labels_T[row_J], **{name: getattr(self, name) for name in names}
+        )
+        retained = self.retained and replace(self.retained, start=len(row_J) - self.retained_rows)
+        return replace(one, retained=retained)
 
     def relabelled(self, labels_T: Tensor) -> "Batch":
         """The batch with other labels, counted."""
-        return replace(self, labels_T=labels_T, supervised=_count(labels_T), rows_K=None)
+        return replace(self, labels_T=labels_T, supervised=_count(labels_T, self.documents), rows_K=None)
+
+    def followed_by(self, documents: "Batch") -> "Batch":
+        """The batch and then the documents of another, which have no labels and share nothing; all take the first
+        update."""
+        count, tree = len(documents.starts) - 1, self.documents.tree
+        starts = [*self.starts, *(len(self.tokens_T) + start for start in documents.starts[1:])]
+        return Batch.of(
+            torch.cat([self.tokens_T, documents.tokens_T]),
+            starts,
+            torch.cat([self.labels_T, documents.labels_T]),
+            parents=[*tree.parents, *[-1] * count] if tree else (),
+            origins=self.origins + documents.origins,
+            weights=(*self.weights, *[1.0] * count) if self.weights else (),
+            parts=(*self.parts, *[PLAIN] * count) if self.parts else (),
+            references=(*self.references, *[0.0] * count) if self.references else (),
+            beside=self.beside,
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
         tensors = {name: getattr(self, name).to(device) for name in ("tokens_T", "labels_T", "positions_T")}
         rows_K = None if self.rows_K is None else self.rows_K.to(device)
-        return replace(self, **tensors, documents=self.documents.to(device), rows_K=rows_K)
+        beside = self.beside and self.beside.to(device)
+        return replace(self, **tensors, documents=self.documents.to(device), rows_K=rows_K, beside=beside)
 
 
-def _count(labels_T: Tensor) -> int:
-    """How many labels count."""
-    return int((labels_T != IGNORE).sum())
+def _count(labels_T: Tensor, documents: Documents) -> int:
+    """How many labels count, one of a prefix as often as examples share it."""
+    counted_T, tree = labels_T != IGNORE, documents.tree
+    if tree is None:
+        return int(counted_T.sum())
+    counts_T = torch.tensor(tree.counts).repeat_interleave(torch.tensor(tree.starts).diff())
+    return int((counted_T.cpu() * counts_T).sum())
 
 
 def segments_of(updates: Sequence[int], starts: Sequence[int]) -> Segments | None:
     """Segments of documents that begin at `starts` (and end where the next begins) and take `updates`; None where all
-    take the first. Neighbours of one update are one segment."""
+    take the first. Neighbours of one update are one segment, and `NOBODY`'s are in none."""
     if not updates:
         return None
     segments: list[Segment] = []
     for update, (start, end) in zip(updates, itertools.pairwise(starts), strict=True):
-        if segments and segments[-1].update == update:
+        if update == NOBODY:
+            continue
+        if segments and segments[-1].update == update and segments[-1].end == start:
             start = segments.pop().start
         segments.append(Segment(update, start, end))
     return tuple(segments)

@@ -8,6 +8,9 @@ document longer than either stands alone. So `tokens_per_batch` changes the memo
 else. Where several processes train together each takes some of the batches (`dealt`), which are cut smaller where they
 would be fewer than these; the documents of a step are the same at every number of processes.
 
+Where examples of a step begin alike, and the model can be run so, their beginning is computed once (sharing.py): the
+step's examples are the same, its batches are cut by what is computed, and hold more of them.
+
 How many steps some epochs have is counted, since the order of the documents makes one epoch a step longer than
 another, in exact arithmetic: 1.1 epochs of 10 steps are 11, and not the 12 that ceil makes of 11.000000000000002.
 Beyond `EPOCHS` epochs or `DOCUMENTS` documents those that were counted stand for the others, so that any number is
@@ -33,8 +36,9 @@ import numpy as np
 
 from deltaw.base.batch import Batch
 from deltaw.data.example import Example
-from deltaw.data.examples import lengths_of
-from deltaw.data.pack import pack
+from deltaw.data.examples import lengths_of, units_of
+from deltaw.data.sharing import Shared
+from deltaw.data.weighed import Weighed
 
 EPOCHS, DOCUMENTS = 1_000, 2_000_000  # whose steps are counted one by one
 Step = list[list[int]]  # batches of example numbers
@@ -79,9 +83,12 @@ class Plan(Sequence[Step]):
     def __getitem__(self, number: int | slice) -> Step | list[Step]:
         if isinstance(number, slice):
             return [self[one] for one in range(len(self))[number]]
-        begin = range(len(self))[number]
-        numbers = self._order[self._cuts[begin] : self._cuts[begin + 1]]
-        return _for_all(self._ranks, fill(numbers, self._lengths, self._tokens_per_batch), self._lengths)
+        return _for_all(self._ranks, fill(self.numbers(number), self._lengths, self._tokens_per_batch), self._lengths)
+
+    def numbers(self, step: int) -> np.ndarray:
+        """The example numbers of a step, in the order of the epoch."""
+        begin = range(len(self))[step]
+        return self._order[self._cuts[begin] : self._cuts[begin + 1]]
 
 
 def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -135,8 +142,40 @@ def dealt(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
+class Units:
+    """Examples as they are kept together: each alone, or the two of a pair."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        every = lengths_of(examples)
+        self._starts = units_of(examples)
+        self._single = len(self._starts) == len(every)
+        self._ends = np.append(self._starts[1:], len(every))
+        self.lengths = self.summed(every)
+        """Tokens of each."""
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def summed(self, values: np.ndarray) -> np.ndarray:
+        """A number of each example, added up by unit."""
+        return values if self._single else np.add.reduceat(values, self._starts)
+
+    def examples_of(self, units: Sequence[int]) -> list[int]:
+        """The numbers of the examples of these units."""
+        if self._single:
+            return list(units)
+        return [number for unit in units for number in range(self._starts[unit], self._ends[unit])]
+
+    def shared(self, examples: Sequence[Example], units: Sequence[int]) -> Shared | None:
+        """What the examples of these units share (sharing.py); None where it doesn't pay."""
+        sizes = [] if self._single else [int(self._ends[unit] - self._starts[unit]) for unit in units]
+        return Shared.of([examples[number] for number in self.examples_of(units)], sizes)
+
+
 class Loader:
-    """Iterates for ever over (the batches of a step, the state to resume at after it)."""
+    """Iterates for ever over (the batches of a step, the state to resume at after it). The two answers of a pair
+    are one document to the plan, and so in one batch. `shares`: whether examples that begin alike share what is
+    computed of it; `weighed`: the examples with what a reference says of them."""
 
     def __init__(
         self,
@@ -146,16 +185,21 @@ class Loader:
         seed: int,
         start: LoaderState = LoaderState(),
         ranks: int = 1,
+        shares: bool = False,
+        weighed: Weighed | None = None,
     ) -> None:
-        lengths = lengths_of(examples)
+        self._units = Units(examples)
+        lengths = self._units.lengths
+        self._weighed = weighed or Weighed(examples)
 
         @lru_cache(maxsize=2)
         def steps_of(epoch: int) -> Plan:
             sizes = {"tokens_per_step": tokens_per_step, "tokens_per_batch": tokens_per_batch}
             return Plan(lengths, **sizes, seed=seed, epoch=epoch, ranks=ranks)
 
-        self._examples, self._steps_of, self._start = examples, steps_of, start
+        self._steps_of, self._start = steps_of, start
         self._lengths, self._seed, self._tokens_per_step = lengths, seed, tokens_per_step
+        self._tokens_per_batch, self._ranks, self._shares = tokens_per_batch, ranks, shares
         if start.epoch < 0 or not 0 <= start.step < self.steps_in_epoch(start.epoch):
             raise ValueError(f"{start} is not a position in these {len(lengths)} examples")
 
@@ -168,9 +212,18 @@ class Loader:
     def _packed(self, at: LoaderState) -> tuple[list[Batch], LoaderState]:
         """The batches of the step at `at`, and where the next one is."""
         steps = self._steps_of(at.epoch)
-        batches = [pack([self._examples[number] for number in batch]) for batch in steps[at.step]]
+        numbers = steps.numbers(at.step).tolist()
+        batches = self._shared(numbers)
+        batches = batches or [self._weighed.packed(self._units.examples_of(batch)) for batch in steps[at.step]]
         last = at.step + 1 == len(steps)
         return batches, LoaderState(at.epoch + 1, 0) if last else LoaderState(at.epoch, at.step + 1)
+
+    def _shared(self, units: Sequence[int]) -> list[Batch]:
+        """The batches of a step whose examples share their beginnings; none where they don't."""
+        shared = self._units.shared(self._weighed.examples, units) if self._shares else None
+        every = self._units.examples_of(units)
+        parts = shared.batches(self._tokens_per_batch, self._ranks) if shared else []
+        return [self._weighed.dressed(part.pack(), [every[number] for number in part.numbers]) for part in parts]
 
     def steps_in_epoch(self, epoch: int) -> int:
         """How many steps epoch `epoch` (from 0) has; the order of the documents makes it differ a little."""

@@ -5,12 +5,14 @@ The layers' start is drawn when the adapter is attached. An initialiser that wan
 run, in the order in which it will train on them; a run that is resumed has its start in the checkpoint.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,17 +25,21 @@ from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
 from deltaw.base.load import check_weights, open_base, open_skeleton, pick_device, read_config
+from deltaw.base.objective import Objective
+from deltaw.base.preferences import objective_of
 from deltaw.base.prefix import lowest_layer
 from deltaw.base.recompute import blocks_of, check_blocks, check_device
 from deltaw.base.source import Source, find_base
 from deltaw.config import RunConfig
 from deltaw.config.own_rows import rows_to_keep, with_names
 from deltaw.data.dataset import Dataset
+from deltaw.data.example import Example
 from deltaw.data.examples import Examples
 from deltaw.data.loader import Loader, LoaderState, fill
 from deltaw.data.opening import open_dataset
 from deltaw.data.pack import pack
 from deltaw.data.render import Renderer
+from deltaw.data.weighed import Weighed
 from deltaw.evaluation.forgetting import general_text
 from deltaw.evaluation.held_out import truth_of
 from deltaw.evaluation.metrics import Metric
@@ -48,6 +54,7 @@ from deltaw.training.length import count_steps, make_loader, settle_step
 from deltaw.training.log import check_loggers
 from deltaw.training.memory import bound_caches, free_memory
 from deltaw.training.optim import WARMUP, warmup_steps
+from deltaw.training.retain import Retain, Text, check_apart, retained_text
 from deltaw.training.sharding import NONE, Shards, first_pass, is_wanted, shard
 from deltaw.training.start import Start, described, open_start
 from deltaw.training.world import ALONE, World
@@ -70,6 +77,8 @@ class Opened:
     lineage: History = NOTHING  # which adapter it starts from, after which steps it was extended
     world: World = ALONE  # the processes that train it together
     shards: Shards = NONE  # what of the base is on other ranks
+    retained: Examples = field(default_factory=lambda: Examples.of([]))  # the pieces of train.retain's text
+    references: Mapping[str, np.ndarray] = field(default_factory=dict)  # what the reference says (references.py)
 
     @property
     def attached(self) -> Attached:
@@ -107,13 +116,47 @@ class Opened:
     def learner(self, display: Display) -> Learner:
         """Of the adapter, at its beginning."""
         prints = {"base": self.id.fingerprint, "data": self.dataset.fingerprint, "template": self.id.template}
+        prints |= {"retained text": self.kept_text.fingerprint} if self.kept_text else {}
         config = self.config.model_dump(mode="json")
         state = TrainState(fingerprints=prints, config=config, conditions=conditions(self.device, self.world.size))
-        return Learner(self.attached, self.config.train, self.total, state, display.say)
+        return Learner(self.attached, self.config.train, self.total, state, display.say, self.objective)
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether held-out rows are answered: those of preferences are weighed."""
+        return not self.config.objective.is_preference
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What it minimises."""
+        return objective_of(self.config.objective)
+
+    def weighed(self, part: Literal["train", "eval"]) -> Weighed:
+        """The rows to train on, or held out, with what the reference says of them."""
+        rows = self.dataset.train if part == "train" else self.dataset.eval
+        return Weighed(rows, self.references.get(part), self.references.get(f"{part}_beside"))
+
+    @property
+    def kept_text(self) -> Text | None:
+        """What the run is to remember; None where it isn't asked to."""
+        return Text.of(self.config, self.retained)
+
+    def retain(self, forward: Forward) -> Retain | None:
+        """The same, for the steps that `forward` takes."""
+        text = self.kept_text
+        return None if text is None else Retain(text, forward, self.attached, self.config.train.batch_tokens)
 
     def loader(self, state: TrainState) -> Loader:
         """The batches of the steps after `state`."""
-        return make_loader(self.config, self.dataset, state.position, self.world.size)
+        return make_loader(
+            self.config, self.dataset, state.position, self.world.size, self.shares, self.weighed("train")
+        )
+
+    @property
+    def shares(self) -> bool:
+        """Whether examples that begin alike share what is computed of it. Not where the model can't be run so; where
+        dropout draws for each row by itself; on a GPU, whose recorded passes know no more of documents than offsets."""
+        return self.model.forward.shares and self.device.type == "cpu" and not self.attached.spec.dropout
 
 
 def open_run(
@@ -150,8 +193,9 @@ def open_run(
         try_out(metrics, truth_of(renderer, row))
     asked, config = config, settle_step(config, dataset)
     total = count_steps(config, dataset)
+    retained = retained_text(config, renderer, limits, display)
     together = length.for_ranks(config, dataset, world.size)
-    for line in [*config.switched_off(), *length.notes(asked, config, total), *together]:
+    for line in [*config.notes(), *config.switched_off(), *length.notes(asked, config, total), *together]:
         display.say(line)
     for note in dataset.report.notes:
         display.say(note)
@@ -164,7 +208,7 @@ def open_run(
         model, shards = _opened_model(config, source, known, renderer, config.train.device, display), NONE
     _say_opened(model, known, display)
     pinned, rows_kept = _pinned(config, model), rows_to_keep(config.data)
-    opened = Opened(pinned, model, dataset, total, metrics, rows_kept, lineage, world, shards)
+    opened = Opened(pinned, model, dataset, total, metrics, rows_kept, lineage, world, shards, retained)
     return opened if start is None else _started(opened, start, display)
 
 
@@ -249,11 +293,14 @@ def above_the_frozen(opened: Opened, display: Display) -> Forward:
         or opened.total <= opened.loader(TrainState()).steps_in_epoch(0)
     ):
         return forward
-    lengths, words = rows.lengths, embedding_of(opened.model.base.model)
-    if int(lengths.sum()) * words.shape[1] * words.dtype.itemsize > FROZEN_SHARE * free_memory(opened.device):
+    lengths, kept, words = rows.lengths, opened.retained.lengths, embedding_of(opened.model.base.model)
+    if int(lengths.sum() + kept.sum()) * words.shape[1] * words.dtype.itemsize > FROZEN_SHARE * free_memory(
+        opened.device
+    ):
         return forward
-    groups = fill(range(len(lengths)), lengths, capacity)
-    batches = (pack([rows[n] for n in group]).to(opened.device) for group in groups)
+    groups = [(rows, group) for group in fill(range(len(lengths)), lengths, capacity)]
+    groups += [(opened.retained, group) for group in fill(range(len(kept)), kept, capacity)]
+    batches = (pack([some[n] for n in group]).to(opened.device) for some, group in groups)
     with display.task("frozen layers", len(groups)) as progress:
         forward = forward.above(*lowest, batches, progress)
         progress(len(groups))
@@ -261,14 +308,16 @@ def above_the_frozen(opened: Opened, display: Display) -> Forward:
     return forward
 
 
-def general_rows(config: RunConfig, model: Model) -> Examples:
-    """The text on which forgetting is measured, cut to what the model can hold; none where it isn't asked."""
+def general_rows(config: RunConfig, model: Model, retained: Sequence[Example] = ()) -> Examples:
+    """The text on which forgetting is measured, cut to what the model can hold; none where it isn't asked. Raises
+    InputError where it has text that is `retained`."""
     source = config.evaluate.general
     if not source:
         return Examples.of([])
     limits = Limits.of(model.base.model)
     rows = Examples.of(general_text(source, model.renderer, limits.longest))
     limits.check(rows, name=f"evaluate.general: {source}")
+    check_apart(config, retained, rows)
     return rows
 
 

@@ -1,16 +1,24 @@
 """One optimiser step of a run's learners, from batches to records.
 
-A learner's loss is the sum over its documents of the step, divided once by its own supervised tokens: so gradient
-accumulation is exact to the token, and other learners' documents in a batch change nothing. In float16 it is the
+A learner's loss is the sum over its documents of the step, divided once by what its objective counts in them (its own
+supervised tokens, pairs, …): so gradient accumulation is exact, and other learners' documents in a batch change
+nothing. In float16 it is the
 gradient that is divided, not the loss: below 2⁻²⁴ that type has nothing, and on the demo's rows (SmolLM2-135M) the
 gradient of a mean over 3,770 tokens was off by 4.4 %, over 37,700 by 28 %, and that of the sum by 0.2 % (bfloat16's by
 1.8 %, whichever is divided: it has float32's range, and so the loss is divided as ever). A step is applied only if
 its loss and its gradient are finite (watch.py). It depends on the state before it and on nothing else, so
 stopping anywhere and resuming gives the same bits (on a CPU).
 
+With `train.retain` a step's batches have rows that are held to the base (retain.py): the mean of their KL, over all of
+the step's, is added with its weight to what goes backward. The loss that is recorded, watched and judged stays the
+task's; `retain_kl` is beside it.
+
 Several processes take a step together (world.py): each the passes of its share of the batches, by their numbers in the
 step, so that dropout draws as it does in one. Then the gradients are summed over all, the losses are gathered by batch,
 and everything after that is decided by every process from the same numbers.
+
+An objective that wants an anchor (KTO's) has it before the step's passes: the mean over the mismatched answers of all
+its batches, so that it doesn't hang on how these were cut.
 
 On a GPU the passes and updates of a single learner are recorded and replayed (captured.py): the same steps, with one
 wait for the device in each.
@@ -27,9 +35,13 @@ from torch import Tensor
 
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
+from deltaw.base.objective import sft
 from deltaw.data.loader import LoaderState, dealt
+from deltaw.kernels.logprobs import IGNORE, Logprobs
+from deltaw.kernels.segments import NOBODY
 from deltaw.training.captured import Captured, Ran
 from deltaw.training.learner import Learner
+from deltaw.training.retain import Retain
 from deltaw.training.watch import Unfit, check_loss
 from deltaw.training.world import ALONE, World
 
@@ -42,22 +54,27 @@ def step(
     captured: Captured | None = None,
     world: World = ALONE,
     abreast: bool = False,
+    retain: Retain | None = None,
 ) -> list[dict[str, Any]]:
     """A record for each learner: its update, or why there was none. Its documents are those that take its adapter;
     where batches don't say whose they are, there is one learner.
 
     `batches`: of the whole step, whoever takes them. `position`: where the data stands afterwards. `captured`: the only
     learner's passes and updates, recorded. `world`: the processes that take the step together; `abreast`: each has to
-    make as many passes as every other (sharding.py). Raises TooManySkips where a learner may leave out no step more,
-    with its state as it was; RunError where its updates have taught it nothing; ValueError for documents of nobody
-    here.
+    make as many passes as every other (sharding.py). `retain`: what the base says of rows that are held to it. Raises
+    TooManySkips where a learner may leave out no step more, with its state as it was; RunError where its updates have
+    taught it nothing; ValueError for documents of nobody here.
     """
     _check_owners(learners, batches)
     began = time.monotonic()
+    if retain is not None and abreast:
+        batches = [retain.informed(batch.to(learners[0].attached.parameters[0].device)) for batch in batches]
     shares = [_Share(learner, batches) for learner in learners]
+    for share in shares:
+        share.anchor(forward, world, abreast)
 
     # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
-    ran = _taken(forward, shares, batches, captured, world, abreast)
+    ran = _taken(forward, shares, batches, captured, world, abreast, retain)
 
     records = []
     for share in shares:
@@ -69,14 +86,15 @@ def step(
                 raise share.unfit
             # 3. Clip.
             if learner.undivided and ran is None:
-                learner.divide(share.supervised)
+                learner.divide(share.count)
             norm = learner.clip() if ran is None else ran.norm
             if not math.isfinite(norm):
                 raise Unfit("the gradient is NaN or infinite", share.rows, not_finite=True)
             check_loss(share.loss, share.rows, state, learner.config)
             # 4. The rate of this step, and the update.
             rate = learner.update(share.loss, share.batches, ran.update if ran is not None else None)
-            record |= {"loss": share.loss, "lr": rate, "grad_norm": norm}
+            record |= {"loss": share.loss, "lr": rate, "grad_norm": norm, **share.figures}
+            learner.falling.see(share.figures, state.step + 1)
         except Unfit as unfit:
             learner.skip(unfit)
             record |= {"skipped": unfit.what, "rows": unfit.rows}
@@ -100,6 +118,7 @@ def _taken(
     captured: Captured | None,
     world: World,
     abreast: bool,
+    retain: Retain | None,
 ) -> Ran | None:
     """All passes of the step, each by one of the processes; what was recorded gave, where it could be."""
     deal = dealt([len(batch.tokens_T) for batch in batches], world.size)
@@ -109,23 +128,26 @@ def _taken(
     if ran is not None:
         shares[0].losses |= ran.losses
     else:
-        passes = max(sum(bool(batches[number].supervised) for number in numbers) for numbers in deal)
-        _passes(forward, [share.learner for share in shares], shares, batches, mine, passes if abreast else 0)
+        passes = max(sum(batches[number].teaches for number in numbers) for numbers in deal)
+        _passes(forward, shares, batches, mine, passes if abreast else 0, retain)
         _add_up(shares, world)
     _see_all(shares, deal, world)
+    for share in shares:
+        share.add_figures(world)
     return ran
 
 
 def _passes(
     forward: Forward,
-    learners: Sequence[Learner],
     shares: Sequence["_Share"],
     batches: Sequence[Batch],
     numbers: Sequence[int],
-    least: int = 0,
+    least: int,
+    retain: Retain | None,
 ) -> None:
     """Forward and backward of the batches of these numbers, as long as a learner has use for them. `least`: passes to
     make in any case; those of which nobody has use add nothing."""
+    learners = [share.learner for share in shares]
     device = learners[0].attached.parameters[0].device
     with ExitStack() as dropout:
         for learner in learners:
@@ -134,11 +156,16 @@ def _passes(
             fit = [share for share in shares if share.is_fit]
             if not fit:
                 break
+            batch = batches[number].to(device)
+            if retain is not None:
+                batch = retain.informed(batch)  # before anything is drawn: the base draws nothing
             with learners[0].drawing(number):
-                losses = _losses(forward, batches[number].to(device), [share.learner for share in fit])
+                losses, drift = _losses(forward, batch, fit)
                 means = [share.mean(loss, number) for share, loss in zip(fit, losses, strict=True)]
+                if drift is not None and retain is not None:
+                    means.append(fit[0].held(drift, number, retain.weight))
                 counted = [mean for mean in means if mean is not None]
-                if least and batches[number].supervised:
+                if least and batches[number].teaches:
                     least, counted = least - 1, counted or [0.0 * losses[0]]
                 if counted:
                     sum(counted[1:], counted[0]).backward()
@@ -159,51 +186,107 @@ def _see_all(shares: Sequence["_Share"], deal: Sequence[Sequence[int]], world: W
     """The losses of all batches, in each process: what a step is judged by."""
     count = sum(map(len, deal))
     losses = [share.losses.get(number, 0.0) for share in shares for number in range(count)]
+    drifts = [shares[0].drifts.get(number, 0.0) for number in range(count)] if shares[0].retained else []
     if not world.is_alone:
-        losses = world.sums(losses, f"the losses of step {shares[0].learner.state.step + 1}")
+        sums = world.sums([*losses, *drifts], f"the losses of step {shares[0].learner.state.step + 1}")
+        losses, drifts = sums[: len(losses)], sums[len(losses) :]
     ranks = {number: rank for rank, numbers in enumerate(deal) for number in numbers}
     for number, share in enumerate(shares):
         share.judge(losses[number * count : (number + 1) * count], {} if world.is_alone else ranks)
+    if drifts:
+        shares[0].judge_drift(drifts)
 
 
 def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None:
-    """Raise ValueError where a document has no learner here, or could have two."""
+    """Raise ValueError where a document has no learner here, or could have two. `NOBODY`'s are nobody's to learn."""
     numbers, first = {learner.attached.number for learner in learners}, learners[0].attached.carried.first
-    unknown = {update for batch in batches for update in batch.updates or (first,)} - numbers
+    unknown = {update for batch in batches for update in batch.updates or (first,)} - numbers - {NOBODY}
     if unknown:
         raise ValueError(f"documents take update {min(unknown)}, and the learners are of {sorted(numbers)}")
     if len(learners) > 1 and not all(batch.updates for batch in batches):
         raise ValueError(f"{len(learners)} learners, and the batch doesn't say which documents belong to which")
+    if len(learners) > 1 and any(batch.retained for batch in batches):
+        raise ValueError(f"{len(learners)} learners, and a batch with rows that are held to the base has one")
 
 
 class _Share:
-    """One learner's part of a step: its documents, its loss in nats per token, and why it can't be an update."""
+    """One learner's part of a step: its documents, its loss (per token, pair, …: what its objective counts), and why it
+    can't be an update."""
 
     def __init__(self, learner: Learner, batches: Sequence[Batch]) -> None:
-        self.learner, number = learner, learner.attached.number
+        self.learner, self.objective, number = learner, learner.objective, learner.attached.number
         self.batches = [batch.labelled_for(number) for batch in batches]
         self.rows = [origin for batch in self.batches for origin in batch.origins]
         self.tokens = sum(batch.tokens_of(number) for batch in batches)
         self.supervised = sum(batch.supervised for batch in self.batches)
-        self.losses: dict[int, float] = {}  # in nats, by the number of the batch: of those that this process passed
-        self._sum = 0.0
+        self.count = sum(self.objective.count(batch) for batch in self.batches)
+        self.losses: dict[int, float] = {}  # by the number of the batch: of those that this process passed
+        self.drifts: dict[int, float] = {}  # likewise: the KL of the rows that are held to the base
+        self.retained = sum(batch.retained_rows for batch in batches)
+        self._sum, self._drift, self._sums = 0.0, 0.0, dict[str, float]()
         self.unfit = None if self.supervised else Unfit("none of its tokens is trained", self.rows)
 
     @property
     def loss(self) -> float:
-        return self._sum / self.supervised
+        return self._sum / self.count
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the objective reports of the step."""
+        drift = {"retain_kl": self._drift / self.retained} if self.retained else {}
+        return self.objective.means(self._sums) | drift
 
     @property
     def is_fit(self) -> bool:
         """Whether there is something to learn from, as far as this process has seen."""
-        return self.unfit is None and all(map(math.isfinite, self.losses.values()))
+        return self.unfit is None and all(map(math.isfinite, [*self.losses.values(), *self.drifts.values()]))
+
+    def anchor(self, forward: Forward, world: World, abreast: bool) -> None:
+        """Give the objective its anchor, where it wants one: each process asks for its share of the batches."""
+        if not self.objective.anchored:
+            return
+        beside = [batch.beside for batch in self.batches if batch.beside is not None]
+        device, total, count = self.learner.attached.parameters[0].device, 0.0, 0.0
+        alone = world.is_alone or abreast  # a pass of shards takes all processes, so each asks for all
+        with torch.no_grad():
+            for batch in beside if alone else beside[world.rank :: world.size]:
+                logp_D = batch.by_document(forward.logprobs(batch.to(device)).cpu()).double()
+                total += float((logp_D - logp_D.new_tensor(batch.references)).sum())
+                count += len(batch.references)
+        if not alone:
+            total, count = world.sums([total, count], f"the anchor of step {self.learner.state.step + 1}")
+        self.objective = self.objective.with_anchor(total / max(count, 1))
+
+    def loss_of(self, logprobs: Logprobs, batch: Batch) -> Tensor:
+        """Of its documents in a batch, from a pass over all of them; what it reports of them is noted."""
+        mine, own = batch.labelled_for(self.learner.attached.number), logprobs
+        if batch.updates:
+            logp_K = logprobs.logp_K[mine.labels_T[batch.labels_T != IGNORE] != IGNORE]
+            own = Logprobs(logp_K, -logp_K.sum())
+        for name, value in self.objective.figures(Logprobs(*(part.detach() for part in own)), mine).items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        return self.objective(own, mine)
 
     def mean(self, loss: Tensor, number: int) -> Tensor | None:
         """What a batch's loss adds to the step's; None where it adds nothing to learn from."""
         self.losses[number] = float(loss.detach())
         if not self.batches[number].supervised or not self.is_fit:
             return None
-        return loss if self.learner.undivided else loss / self.supervised
+        return loss if self.learner.undivided else loss / self.count
+
+    def held(self, drift: Tensor, number: int, weight: float) -> Tensor | None:
+        """What the KL of a batch's retained rows adds to the step's loss; None where it adds nothing to learn from."""
+        self.drifts[number] = float(drift.detach())
+        if not self.is_fit:
+            return None
+        return drift * (weight / self.retained * (self.count if self.learner.undivided else 1))
+
+    def add_figures(self, world: World) -> None:
+        """Those of all processes, in each of them."""
+        names = self.objective.sums
+        if names and not world.is_alone:
+            sums = [self._sums.get(name, 0.0) for name in names]
+            self._sums = dict(zip(names, world.sums(sums, "what the objective reports"), strict=True))
 
     def judge(self, losses: Sequence[float], ranks: Mapping[int, int]) -> None:
         """Take the losses of all batches, up to one that isn't a number. `ranks`: who passed which, where there are
@@ -218,14 +301,20 @@ class _Share:
             what = f"the loss of batch {number + 1} of {len(losses)} is NaN or infinite{where}"
             self.unfit = Unfit(what, self.batches[number].origins, not_finite=True)
 
+    def judge_drift(self, drifts: Sequence[float]) -> None:
+        """Take the KL of all batches."""
+        self._drift = sum(drifts)
+        if self.unfit is None and not math.isfinite(self._drift):
+            self.unfit = Unfit("the KL from the base (train.retain) is NaN or infinite", self.rows, not_finite=True)
 
-def _losses(forward: Forward, batch: Batch, learners: Sequence[Learner]) -> Sequence[Tensor]:
-    """The sum over each learner's documents, from one pass."""
-    if not batch.updates:
-        (_,) = learners
-        return [forward.loss(batch)[0]]
-    loss_D = -batch.by_document(forward.logprobs(batch))
-    if batch.weights:
-        loss_D = loss_D * loss_D.new_tensor(batch.weights)
-    update_D = torch.tensor(batch.updates, device=loss_D.device)
-    return [loss_D[update_D == learner.attached.number].sum() for learner in learners]
+
+def _losses(forward: Forward, batch: Batch, shares: Sequence[_Share]) -> tuple[Sequence[Tensor], Tensor | None]:
+    """(the sum over each learner's documents, the KL of the rows that are held to the base), from one pass."""
+    if batch.retained is not None:
+        logprobs, drift = forward.scores_and_drift(batch)
+        return [share.loss_of(logprobs, batch) for share in shares], drift
+    if not batch.updates and all(share.objective is sft for share in shares):
+        (_,) = shares
+        return [forward.loss(batch)[0]], None
+    logprobs = forward.scores(batch)
+    return [share.loss_of(logprobs, batch) for share in shares], None
