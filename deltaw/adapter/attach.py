@@ -98,6 +98,12 @@ class Attached:
         with disabled([*self.layers.values(), *self.stand_ins.values()]):
             yield
 
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """Inside, whoever simply runs the model has this adapter on it, whatever others it carries."""
+        with self.carried.leading(self.number):
+            yield
+
     def adapter(self, base: BaseId) -> Adapter:
         """What has been learnt so far, as a value on the CPU, its spec's init "lora"; the model keeps its adapter."""
         spec = _as_learnt(self.spec)

@@ -8,7 +8,8 @@ Letters: N inputs, M outputs.
 """
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +46,17 @@ class Carried:
         self.numbers = [other for other in self.numbers if other != number]
         self.first = self.numbers[0] if self.numbers else 0
         self.changes += 1
+
+    @contextmanager
+    def leading(self, number: int) -> Iterator[None]:
+        """Inside, rows take the update of that number where a pass doesn't say."""
+        before, self.first = self.first, number
+        self.changes += before != number
+        try:
+            yield
+        finally:
+            self.first = before
+            self.changes += before != number
 
     def check(self, numbers: Iterable[int]) -> None:
         """Raise ValueError for a number that isn't carried."""
