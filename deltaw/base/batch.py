@@ -78,6 +78,24 @@ class Batch:
         supervised = _count(labels_T)
         return Batch(tokens_T, labels_T, positions_T, documents, supervised, origins, tuple(updates), tuple(weights))
 
+    @staticmethod
+    def joined(batches: Sequence["Batch"]) -> "Batch":
+        """Their documents, one batch's behind the other's. All say whose their documents are, or none does."""
+        if len(batches) == 1:
+            return batches[0]
+        starts, weights = [0], list[float]()
+        for batch in batches:
+            starts += [starts[-1] + end for end in batch.starts[1:]]
+            weights += batch.weights or [1.0] * (len(batch.starts) - 1)
+        return Batch.of(
+            torch.cat([batch.tokens_T for batch in batches]),
+            starts,
+            torch.cat([batch.labels_T for batch in batches]),
+            origins=tuple(origin for batch in batches for origin in batch.origins),
+            updates=tuple(update for batch in batches for update in batch.updates),
+            weights=weights if any(batch.weights for batch in batches) else (),
+        )
+
     @property
     def starts(self) -> list[int]:
         """The offset of each document, and T."""

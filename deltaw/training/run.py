@@ -52,7 +52,7 @@ from deltaw.training.step import step
 from deltaw.training.stop import Lost, Stopped, StopRequest
 from deltaw.training.together import alike, hand_out, settings, settled_dtype
 from deltaw.training.underway import OnStep, Underway
-from deltaw.training.watch import TooManySkips
+from deltaw.training.watch import CannotGoOn
 from deltaw.training.world import World
 
 
@@ -299,7 +299,7 @@ class Steps:
                 raise
             underway.save()
             self.stop.check(f"stopped after step {state.step} of {total} and saved")
-        except (TooManySkips, Lost):
+        except (CannotGoOn, Lost):
             if state.step:
                 underway.save()
             raise
