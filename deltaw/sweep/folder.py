@@ -31,6 +31,7 @@ from deltaw.sweep.grid import Grid, Variant
 FILE, PAGE = "sweep.json", "sweep.html"
 FORMAT, LARGEST = 1, 50_000_000
 FAILED, HALVED = "failed", "halved"
+START = "start one: deltaw sweep run.yaml train.lr=1e-4,3e-4"
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class SweepFolder:
         """Raises InputError where there is none, or it can't be read."""
         file = folder / FILE
         if not file.is_file():
-            raise InputError(f"{folder} isn't a sweep: it has no {FILE}", fix="start one: deltaw sweep run.yaml train.lr=1e-4,3e-4")
+            raise InputError(f"{folder} isn't a sweep: it has no {FILE}", fix=START)
         raw = read_json(file, max_bytes=LARGEST)
         try:
             if raw["format"] != FORMAT:
@@ -126,7 +127,9 @@ class SweepFolder:
             rungs = tuple(Rung(one["share"], one["losses"]) for one in raw["rungs"])
             return SweepFolder(Grid(folder, tuple(variants), raw["halving"]), ended, rungs)
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file} is damaged: {error!r}", fix="its runs are intact: deltaw train resumes each") from None
+            raise InputError(
+                f"{file} is damaged: {error!r}", fix="its runs are intact: deltaw train resumes each"
+            ) from None
 
 
 def is_sweep(folder: Path) -> bool:
@@ -165,7 +168,8 @@ def held(grid: Grid, *, new: bool, replace: bool = False) -> Iterator[None]:
             Run(Path(variant.config.output)).check_place()
             if Run(Path(variant.config.output)).config.is_file() and not replace:
                 raise InputError(
-                    f"{variant.config.output} already holds a run", fix="start over: --replace   or choose another output"
+                    f"{variant.config.output} already holds a run",
+                    fix="start over: --replace   or choose another output",
                 )
 
     with claimed(grid.folder, check):

@@ -22,8 +22,6 @@ from typing import Any
 
 from deltaw.config import RunConfig, load_config
 from deltaw.errors import InputError, listed
-from deltaw.files.paths import written
-from deltaw.show.text import counted
 
 COMMON = ("base", "base_weights", "train.dtype", "train.device", "train.checkpointing", "train.shard")
 SEED = "train.seed"  # runs that differ in it alone tell what chance does
@@ -129,7 +127,13 @@ def words(settings: Mapping[str, Any]) -> str:
 
 
 def _word(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value) if not isinstance(value, list) else "+".join(map(_word, value))
+    return (
+        f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+        if not isinstance(value, list)
+        else "+".join(map(_word, value))
+    )
 
 
 def _short(keys: Iterable[str]) -> dict[str, str]:
@@ -177,7 +181,8 @@ def _plain(text: str) -> str:
 def _unused(name: str, names: set[str]) -> str:
     """The name, shortened, with a number where it is taken."""
     name = name[:LONGEST].strip("-.") or "run"
-    free = next(one for one in (name, *(f"{name}-{n}" for n in itertools.count(2))) if one not in names)
+    tried = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    free = next(one for one in tried if one not in names)
     names.add(free)
     return free
 
@@ -221,8 +226,3 @@ def _check_halving(variants: Sequence[Variant]) -> None:
             "--halving compares losses on the same held-out rows, and these runs differ in data",
             fix="leave --halving out",
         )
-
-
-def output_of(folder: Path) -> str:
-    """As a config names a folder."""
-    return written(str(folder))

@@ -10,23 +10,23 @@ A line that several of them would say in opening is said once.
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from deltaw.adapter.attach import discard
+from deltaw.adapter.history import NOTHING
 from deltaw.base.source import Source
-from deltaw.config import DataConfig, RunConfig
+from deltaw.config import RunConfig
 from deltaw.config.places import placed
 from deltaw.data.dataset import Dataset
 from deltaw.data.examples import Examples, fingerprint
 from deltaw.data.loader import Ahead
 from deltaw.data.opening import open_dataset
 from deltaw.data.render import Renderer
-from deltaw.errors import InputError, RunError
+from deltaw.errors import RunError
 from deltaw.evaluation.held_out import Evaluation
 from deltaw.evaluation.own_metric import Consent
 from deltaw.files.output import gib
 from deltaw.run import Run
-from deltaw.show.progress import Display, Within
+from deltaw.show.progress import Display, Once, Within
 from deltaw.show.text import counted
 from deltaw.sweep.grid import Variant
 from deltaw.training.batch_size import sized
@@ -37,13 +37,13 @@ from deltaw.training.learner import Learner
 from deltaw.training.log import EventLog, open_log
 from deltaw.training.measuring import Attempts, measure_base
 from deltaw.training.memory import free_memory
-from deltaw.training.opening import Ground, Looked, Opened, begin, general_rows, look, opened_beside, opened_on
-from deltaw.training.preflight import disk_needed, free_disk, short_form
+from deltaw.training.opening import Ground, Opened, begin, general_rows, look, opened_beside, opened_on
+from deltaw.training.preflight import disk_needed, free_disk, short_form, work_of
 from deltaw.training.recomputing import choose
-from deltaw.training.preflight import work_of
 from deltaw.training.stop import StopRequest
 from deltaw.training.underway import Underway
 
+HEAD = ("run", "step", "last step", "best held-out loss")
 ROOM = 0.9  # of the free memory, for what all adapters will take
 HELD_PER_BYTE = 3  # of a factor: its gradient and two moments
 
@@ -57,6 +57,7 @@ class Waiting:
     config: RunConfig
     written: RunConfig
     saved: Saved | None
+    is_new: bool = False
 
 
 class Live:
@@ -80,6 +81,13 @@ class Live:
     def share(self) -> float:
         """How much of its steps it has taken."""
         return self.learner.state.step / self.opened.total
+
+    @property
+    def cells(self) -> list[str]:
+        """For the table that shows how it goes: `HEAD`."""
+        state = self.learner.state
+        best = "" if state.best_loss is None else f"{state.best_loss:.4f}"
+        return [self.name, f"{state.step} of {self.opened.total}", self.underway.in_short, best]
 
     def open_log(self) -> None:
         """From here on its steps are written down, and its rows are fetched."""
@@ -120,25 +128,116 @@ class Live:
         discard(self.opened.attached)
 
 
-def waiting_for(variant: Variant, run: Run, display: Display) -> Waiting:
-    """A run as it lies in its folder, or as it was asked for where it hasn't begun. Raises InputError."""
-    if not run.config.is_file():
-        return Waiting(variant, run, variant.config, variant.config, None)
+def waiting_for(variant: Variant, run: Run, display: Display, *, fresh: bool) -> Waiting:
+    """A run as it lies in its folder, or as it was asked for where it hasn't begun, or is to begin anew (`fresh`).
+    Raises InputError."""
+    if fresh or not run.config.is_file():
+        return Waiting(variant, run, variant.config, variant.config, None, is_new=True)
     saved = latest_checkpoint(run.checkpoints, display)
     config, _ = settled(run, saved, [], allow=False, finished=False, display=display)
     return Waiting(variant, run, placed(config, run.folder), config, saved)
+
+
+def open_all(
+    waiting: Sequence[Waiting], stop: StopRequest, display: Display, consents: Sequence[Consent], began: float
+) -> list[Live]:
+    """Raises InputError, before weights are read where that is possible: a run that can't be opened, or that can't be
+    trained beside the others."""
+    once, rows = Once(display), Rows()
+    ground = Ground.of(waiting[0].config, display)
+    looked = []
+    for one, consent in zip(waiting, consents, strict=True):
+        needed, lineage = one.saved is None, NOTHING if one.is_new else one.run.read_lineage()
+        looked.append(look(one.config, once, consent, lineage, start_is_needed=needed, ground=ground, rows=rows))
+    live, texts = list[Live](), dict[str, Examples]()
+    for one, known in zip(waiting, looked, strict=True):
+        opened = sized(opened_beside(known, live[0].opened, once) if live else opened_on(known, once), once)
+        if one.config is not one.written:
+            opened = opened.named_as(one.written)
+        source = f"{one.config.evaluate.general} {opened.model.renderer.template_fingerprint}"
+        if source not in texts:
+            texts[source] = general_rows(one.config, opened.model)
+        live.append(Live(one, opened, texts[source], stop, Within(display, one.variant.name), began))
+    check_memory(live)
+    return live
+
+
+def begin_all(live: Sequence[Live], waiting: Sequence[Waiting]) -> None:
+    """Each run as it begins, or as its checkpoint has it."""
+    for one, wait in zip(live, waiting, strict=True):
+        with one.opened.attached.leading():
+            if wait.saved is None:
+                begin(one.opened, one.run, one.display)
+            else:
+                restore(one.learner, wait.saved, one.run, one.display)
+    check_disk(live)
+
+
+def rehearse_all(live: Sequence[Live], display: Display) -> None:
+    """Try the largest of what is to come and measure the base, once for all that have the same rows."""
+    tried, choice, measured = set[str](), None, dict[tuple[object, ...], Evaluation]()
+    for one in live:
+        with one.opened.attached.leading():
+            if choice is None:
+                one.opened, choice = choose(one.opened, one.learner, work_of(one.opened, one.learner), display)
+                forward = one.opened.model.forward
+            one.opened = replace(one.opened, model=replace(one.opened.model, forward=forward))
+            rows = f"{one.opened.dataset.fingerprint} {one.opened.config.train.batch_tokens}"
+            if rows not in tried:
+                short_form(one.opened, one.learner, one.run, one.general)
+                tried.add(rows)
+            one.before = _measured_once(one, measured, display)
+        one.open_log()
+
+
+def _measured_once(one: Live, measured: dict[tuple[object, ...], Evaluation], display: Display) -> Evaluation | None:
+    """The base on its held-out rows, by another run's figures where these were of the same rows in the same way."""
+    opened, asked = one.opened, one.opened.config.evaluate
+    ways = (asked.samples, asked.max_new_tokens, tuple((metric.name, metric.code) for metric in opened.metrics))
+    what = (fingerprint(opened.dataset.eval), opened.model.renderer.template_fingerprint, *ways)
+    if what in measured and not one.run.before.is_file():
+        one.run.write_json(one.run.before, measured[what].to_json())
+    before = measure_base(opened, one.run, Attempts(opened.device, one.display.say, lambda error: None), display)
+    if before is not None:
+        measured.setdefault(what, before)
+    return before
+
+
+def check_memory(live: Sequence[Live]) -> None:
+    """Raise RunError where the adapters won't fit beside the base: their gradients and moments come with the steps."""
+    factors = sum(p.nbytes for one in live for p in one.opened.attached.parameters)
+    needed, free = HELD_PER_BYTE * factors, free_memory(live[0].opened.device)
+    if needed > ROOM * free:
+        fits = max(1, int(len(live) * ROOM * free / needed))
+        raise RunError(
+            f"{len(live)} adapters need {gib(needed)} more beside the base, and {gib(free)} are free",
+            fix=f"sweep about {counted(fits, 'of them', 'of them')} at once, or with a lower adapter.rank",
+        )
+
+
+def check_disk(live: Sequence[Live]) -> None:
+    """Raise RunError where the disk hasn't room for what all of them will write."""
+    needed = 0
+    for one in live:
+        written = len(list_checkpoints(one.run.checkpoints)) * one.learner.checkpoint_bytes()
+        needed += disk_needed(one.opened, one.learner) - written
+    free = free_disk(live[0].run.folder)
+    if needed > free:
+        raise RunError(
+            f"{len(live)} runs need {gib(needed)} for checkpoints and adapters, and only {gib(free)} are free",
+            fix="free some space, choose another output, or set train.keep=1",
+        )
 
 
 class Rows:
     """Opens the rows of each `data` section once."""
 
     def __init__(self) -> None:
-        self._opened: dict[DataConfig, tuple[Source, Renderer, Dataset]] = {}
+        self._opened: list[tuple[RunConfig, tuple[Source, Renderer, Dataset]]] = []
 
     def __call__(self, config: RunConfig, display: Display, source: Source) -> tuple[Source, Renderer, Dataset]:
-        key = config.data
-        known = next((opened for data, opened in self._opened_pairs() if data == key), None)
+        known = next((opened for other, opened in self._opened if other.data == config.data), None)
         if known is None:
             known = open_dataset(config, display, source)
-            self._pairs.append((key, known))
+            self._opened.append((config, known))
         return known
