@@ -118,10 +118,10 @@ def main() -> None:
         pairs = [measured(tokens, options.steps, options.learners) for _ in range(options.repeat)]
         one, other = (min((pair[side] for pair in pairs), key=lambda arm: arm.wall) for side in (0, 1))
         for name, arm in (("sweep", one), ("alone", other)):
-            print(f"{tokens:4} tokens  {name}: {arm.wall:6.1f} s, {arm.cpu:6.1f} s of processors, steps {arm.steps:6.1f} s,"
-                  f" {arm.peak / 2**30:.2f} GiB")  # fmt: skip
-        print(f"{tokens:4} tokens  whole commands {other.wall / one.wall:.2f} x ({other.cpu / one.cpu:.2f} of processors),"
-              f" steps {other.steps / one.steps:.2f} x")  # fmt: skip
+            times = f"{arm.wall:6.1f} s, {arm.cpu:6.1f} s of processors, steps {arm.steps:6.1f} s"
+            print(f"{tokens:4} tokens  {name}: {times}, {arm.peak / 2**30:.2f} GiB", flush=True)
+        whole = f"whole commands {other.wall / one.wall:.2f} x ({other.cpu / one.cpu:.2f} of processors)"
+        print(f"{tokens:4} tokens  {whole}, steps {other.steps / one.steps:.2f} x", flush=True)
         if options.record:
             name = f"{options.learners} learners at {tokens} tokens each"
             note(Measured("Sweeps", f"{name}, whole command", other.wall / one.wall, bound=WHOLE.get(tokens)))
