@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaw.kernels.attention import Documents, packed_attention
+from deltaw.kernels.attention import packed_attention
+from deltaw.kernels.documents import Documents
 
 H, K, E = 9, 3, 64
 SHAPES = [(80, 25), (32, 64), (8, 256), (4, 512), (1, 2048)]  # documents, tokens each

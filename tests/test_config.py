@@ -86,8 +86,8 @@ def test_a_value_of_several_types_is_one_problem(tmp_path: Path, value: str, sai
         ("train: {warmup: 3}", "'train.warmup'; did you mean 'warmup_steps'?"),
         ("adapter: {rnak: 3}", "'adapter.rnak'; did you mean 'rank'?"),
         ("evaluate: {metric: []}", "'evaluate.metric'; did you mean 'metrics'?"),
-        ("xyz: 1", "'xyz'; known: base, base_weights, adapter, data, train, evaluate, output"),
-        ("1: 2", "'1'; known: base, base_weights, adapter, data, train, evaluate, output"),
+        ("xyz: 1", "'xyz'; known: base, base_weights, adapter, data, objective, train, evaluate, output"),
+        ("1: 2", "'1'; known: base, base_weights, adapter, data, objective, train, evaluate, output"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_that_exists(tmp_path: Path, line: str, said: str) -> None:

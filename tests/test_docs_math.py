@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deltaw.adapter.init import fresh_factors
 from deltaw.config import AdapterSpec
 from deltaw.factors import LowRank
-from deltaw.kernels.attention import Documents, packed_attention
+from deltaw.kernels.attention import packed_attention
+from deltaw.kernels.documents import Documents
 from deltaw.kernels.lora import lora_linear
 from deltaw.linalg.rank import full_rank_factorisation
 

@@ -36,6 +36,7 @@ LEVELS = [
 SIDEWAYS = {
     ("training", "evaluation"),
     ("training", "analysis"),
+    ("analysis", "evaluation"),
     ("shipping", "evaluation"),
     ("shipping", "analysis"),
 }

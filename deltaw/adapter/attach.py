@@ -64,7 +64,7 @@ class Attached:
         """The batch, all of whose documents take this adapter."""
         if self.number == self.carried.first:
             return replace(batch, updates=())
-        return replace(batch, updates=(self.number,) * (len(batch.starts) - 1))
+        return replace(batch, updates=(self.number,) * batch.examples)
 
     def describe(self) -> str:
         """One line for logs: which of the model's own modules the kernels stand in for."""

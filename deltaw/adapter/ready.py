@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from deltaw.adapter.layer import AdaptedLinear
 from deltaw.adapter.layer_update import Carried, LayerUpdate
 from deltaw.base.frozen import weight_of
+from deltaw.kernels.segments import NOBODY
 from deltaw.kernels.stacked import Places, Stacks, stacked_linears
 from deltaw.kernels.weight import Weight
-
-NOBODY = -1  # in place of an update's number: the base alone
 
 
 class Ready:

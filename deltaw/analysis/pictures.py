@@ -100,8 +100,10 @@ def scatter(
     log_x: bool = False,
     log_y: bool = False,
     labels: Mapping[str, Sequence[str]] | None = None,
+    joined: bool = False,
 ) -> str:
-    """Points (xs, ys) by name. `labels`, one per point, stand beside it where there is room, and in its hover."""
+    """Points (xs, ys) by name. `labels`, one per point, stand beside it where there is room, and in its hover.
+    `joined`: by a line, in their order."""
     with figure() as picture:
         axes = _plot(picture, x_label, log_x, log_y)
         dots: list[tuple[float, float, str]] = []
@@ -111,6 +113,8 @@ def scatter(
             known = [(x, y, word) for x, y, word in columns if math.isfinite(x) and math.isfinite(y)]
             xs, ys = [x for x, _, _ in known], [y for _, y, _ in known]
             drawn = axes.scatter(xs, ys, s=40, linewidths=0, clip_on=False)
+            if joined:
+                axes.plot(xs, ys, color=drawn.get_facecolor()[0], linewidth=1.3, linestyle="-", clip_on=False)
             picture.entries.append((drawn, name))
             says = [f"{word or name}: {x_label} {number(x)}, {y_label} {number(y)}" for x, y, word in known]
             picture.hover(drawn, says)

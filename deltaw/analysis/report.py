@@ -7,7 +7,8 @@
 
 A run folder adds what the training did: the loss curve, held-out figures before and after, answers, forgetting. An
 adapter from any tool is measured as it is. Without the base's weights (the adapter doesn't name its base, or it isn't
-available) the page shows what the update alone tells and says what is missing.
+available) the page shows what the update alone tells and says what is missing. What the update does to the model
+(effect/) takes passes of it, so whoever wants it on the page brings it: a run's own report, at its end, is without.
 
 The base is checked against the adapter's fingerprint before anything is measured: amplification against the wrong
 weights would look like a result.
@@ -21,6 +22,9 @@ from typing import Any
 
 from deltaw.adapter.file import Adapter
 from deltaw.analysis.checks import check_adapter, check_run
+from deltaw.analysis.effect.effect import Effect
+from deltaw.analysis.effect.sections import of_effect
+from deltaw.analysis.effect.words import in_words
 from deltaw.analysis.measure import Measures, measure_adapter
 from deltaw.analysis.page import Finding, Findings, Page, Section, write
 from deltaw.analysis.run_sections import of_training, the_run
@@ -53,6 +57,7 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     training: Training | None = None
     without_base: str | None = None  # why it was measured without the base's weights, if it was
+    effect: Effect | None = None  # what the update does to the model, where that was tried
 
     def __repr__(self) -> str:
         return (
@@ -68,7 +73,8 @@ class Report:
         """The summary that a terminal shows."""
         signs = {"ok": "✓", "note": "·", "warning": "!", "problem": "✗"}
         checks = [f"{signs[level]} {words}" for level, words in self.findings]
-        return "\n".join([*gist(self.measures, self.summary), "", *checks])
+        tried = ["", *in_words(self.effect)] if self.effect else []
+        return "\n".join([*gist(self.measures, self.summary), *tried, "", *checks])
 
     def to_json(self) -> dict[str, Any]:
         """All measures, the summary, the findings; plain JSON."""
@@ -83,6 +89,7 @@ class Report:
                 for (path, m), words in zip(self.measures.items(), self.sentences, strict=True)
             },
             "training": self.training.to_json() if self.training else None,
+            "effect": self.effect.to_json() if self.effect else None,
         }
 
     def page(self) -> Page:
@@ -91,7 +98,11 @@ class Report:
         kind = "full fine-tuning" if spec.full else f"LoRA, rank {spec.rank}, alpha {spec.alpha:g}"
         sections = [in_short(self.measures, self.summary, self.training), Section("Checks", [Findings(self.findings)])]
         if self.training:
-            sections += [*of_training(self.training), the_run(self.training, self.folder)]
+            sections += of_training(self.training)
+        if self.effect:
+            sections += of_effect(self.effect)
+        if self.training:
+            sections.append(the_run(self.training, self.folder))
         sections += of_weights(self.measures)
         return Page(f"{self.folder.name}: what the fine-tune did", f"{kind}, on {self.base}", sections)
 
@@ -112,19 +123,21 @@ def inspect(
     base: str | Path | None = None,
     base_is_known: bool = False,
     page: Path | None = None,
+    effect: Effect | str | None = None,
     display: Display | None = None,
 ) -> Report:
     """Measure a run's adapter, or any adapter's. Raises InputError: no adapter, NaN in it, another base's weights, or
     none where `page`, which is to be replaced, was made with them.
 
-    `base_is_known`: skip checking the base, which reads all of it (a run has just trained on it).
+    `base_is_known`: skip checking the base, which reads all of it (a run has just trained on it). `effect`: what trying
+    the update showed (effect/effect.py), or why that wasn't done.
     """
     folder, display, named = Path(name).expanduser(), display or Display(quiet=True), Named(str(name))
     adapter, training = named.adapter, read_training(folder, named.config)
     source, why = _source(named, fspath(base) if base else None, display)
     if source is None and page is not None:
         check_not_poorer(page, why)
-    if source is not None and not base_is_known:
+    if source is not None and not base_is_known and not isinstance(effect, Effect):  # which was tried on this base
         _check_base(adapter, source, display)
     weights = LinearWeights(source.directory, adapter.fan_in_fan_out) if source else None
     with display.task("measuring", len(adapter.factors)) as update:
@@ -134,11 +147,14 @@ def inspect(
         findings = [*check_run(training), *findings]
     if source is None:
         findings.append(Finding("note", f"{WITHOUT_BASE}'s weights: {why}"))
+    if isinstance(effect, str):
+        findings.append(Finding("note", f"what the update does to the model wasn't tried: {effect}"))
     order = ("problem", "warning", "note", "ok")
     findings.sort(key=lambda finding: order.index(finding.level))
     without = why if source is None else None
     name_of = source.name if source else why
-    return Report(folder, adapter, name_of, measures, summarise(measures), findings, training, without)
+    tried = effect if isinstance(effect, Effect) else None
+    return Report(folder, adapter, name_of, measures, summarise(measures), findings, training, without, tried)
 
 
 def check_not_poorer(page: Path, why: str) -> None:

@@ -25,7 +25,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from deltaw.base.batch import Passing, passing_of
-from deltaw.kernels.attention import Documents, packed_attention
+from deltaw.kernels.attention import packed_attention
+from deltaw.kernels.documents import Documents
 
 NAME = "deltaw-"  # and a number, in transformers' registry
 SEES = "deltaw_sees"  # the attribute by which a mask that was asked for carries its function

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from deltaw.base.batch import Batch
-from deltaw.kernels.attention import Documents, OffsetsAlone
+from deltaw.kernels.documents import Documents, OffsetsAlone
 from deltaw.kernels.logprobs import IGNORE
 
 PARTS = 8  # of a full batch, and of its labels
@@ -62,8 +62,8 @@ def fill(batch: Batch, size: Size) -> Batch:
     fits = starts[-1] == size.tokens and len(starts) <= size.documents + 1 and batch.supervised <= size.labels
     if not fits or batch.documents.longest > size.longest:
         raise ValueError(f"a batch of {T} tokens, {len(batch.starts) - 1} documents doesn't fit into {size}")
-    if batch.updates or batch.weights:
-        raise ValueError("documents with updates or weights of their own aren't filled up")
+    if batch.updates or batch.weights or batch.documents.tree is not None:
+        raise ValueError("documents with updates or weights of their own, or with a shared prefix, aren't filled up")
     parts = [batch]
     if size.tokens > T:
         filler_starts = [start - T for start in starts[len(batch.starts) - 1 :]]

@@ -63,14 +63,15 @@ class Forward:
         return f"{batches}, {head}{below}{again}"
 
     def loss(self, batch: Batch, objective: Objective = sft) -> tuple[Tensor, int]:
-        """(the objective's number, count of labelled tokens); by default the sum of their cross-entropies in nats."""
-        return objective(self._logprobs(batch), batch), batch.supervised
+        """(the objective's sum, what it counts); by default of cross-entropies in nats, and of labelled tokens."""
+        return objective(self.scores(batch), batch), objective.count(batch)
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[K] in float32: the log-probability of each labelled token, in order."""
-        return self._logprobs(batch).logp_K
+        return self.scores(batch).logp_K
 
-    def _logprobs(self, batch: Batch) -> Logprobs:
+    def scores(self, batch: Batch) -> Logprobs:
+        """What the head says of the labels: all that an objective is a function of."""
         if not batch.supervised:
             nothing = torch.zeros(0, device=batch.tokens_T.device)
             return Logprobs(nothing, nothing.sum())
@@ -105,6 +106,8 @@ class Forward:
             below = self.prefix.kept(batch) if self.prefix else None
             this = Pass(documents=batch.documents, segments=batch.segments(), below=below)
             return self._run(this, input_ids=tokens_T[None], position_ids=batch.positions_T[None]).squeeze(0)
+        if batch.documents.tree is not None:
+            raise ValueError("a model that isn't packed can't share prefixes: give it batch.unshared()")
         starts = batch.starts
         if self.way == APART or len(starts) == 2:  # nothing is padded
             parts = batch.updates or (None,) * (len(starts) - 1)

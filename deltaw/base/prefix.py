@@ -14,7 +14,6 @@ Letters: T tokens of a batch, D hidden size.
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
@@ -48,8 +47,8 @@ class Prefix:
             if entering_TD is None:
                 return False
             whole = rows(batch) if number == 0 else None  # after what entered: something a layer left behind shows now
-            for key, start, end in _documents(batch):
-                self._kept[key] = entering_TD[start:end].clone()
+            for key, rows_of in _examples(batch):
+                self._kept[key] = entering_TD[rows_of]
             if whole is not None and not torch.equal(rows(batch), whole):
                 self._kept.clear()
                 return False
@@ -72,10 +71,19 @@ class Prefix:
         return None
 
     def kept(self, batch: Batch) -> Tensor | None:
-        """What enters layer `first` for the documents of `batch` [T, D]; None where one of them isn't kept."""
-        known = [self._kept.get(key) for key, _, _ in _documents(batch)]
-        rows = [row for row in known if row is not None]
-        return torch.cat(rows) if len(rows) == len(known) else None
+        """What enters layer `first` for the rows of `batch` [T, D]; None where one of its examples isn't kept. A prefix
+        that examples share has the rows of the last of them."""
+        examples = [(self._kept.get(key), rows_of) for key, rows_of in _examples(batch)]
+        known = [(row, rows_of) for row, rows_of in examples if row is not None]
+        if len(known) < len(examples):
+            return None
+        if batch.documents.tree is None:
+            return torch.cat([row for row, _ in known])
+        first = known[0][0]
+        below_TD = first.new_empty(len(batch.tokens_T), first.shape[1])
+        for row, rows_of in known:
+            below_TD[rows_of] = row
+        return below_TD
 
     def remove(self) -> None:
         """Put the layers back."""
@@ -117,7 +125,8 @@ def lowest_layer(paths: Sequence[str]) -> tuple[str, int] | None:
     return str(lists.pop()), min(int(match.group(2)) for match in matches if match)
 
 
-def _documents(batch: Batch) -> list[tuple[bytes, int, int]]:
-    """(key, start, end) of each document; its tokens are its key, since nothing else tells what it is down here."""
+def _examples(batch: Batch) -> list[tuple[bytes, list[int]]]:
+    """(key, rows) of each example; its tokens are its key, since nothing else tells what it is down here."""
     tokens = batch.tokens_T.to("cpu", torch.int32).numpy()
-    return [(tokens[a:b].tobytes(), a, b) for a, b in pairwise(batch.starts)]
+    examples = [batch.rows_of(number) for number in range(batch.examples)]
+    return [(tokens[rows].tobytes(), rows) for rows in examples]

@@ -16,9 +16,15 @@ Data = Annotated[
 ]
 
 
-@app.command(epilog=examples("deltaw inspect runs/demo"))
+@app.command(epilog=examples("deltaw inspect runs/demo", "deltaw inspect some-lora rows.jsonl --base org/name --deep"))
 def inspect(
     adapter: Adapter,
+    data: Annotated[
+        str | None,
+        typer.Argument(
+            help="Rows of the task to try the update on. Without them, a run's own held-out rows.", callback=as_path
+        ),
+    ] = None,
     base: BaseName = None,
     output: Annotated[
         str | None,
@@ -26,12 +32,19 @@ def inspect(
             "--output", "-o", help="The page to write. Without it, report.html in that folder.", callback=as_path
         ),
     ] = None,
+    deep: Annotated[
+        bool,
+        typer.Option(
+            "--deep", help="Also switch the update off layer by layer and kind by kind, on more rows: up to 10 minutes."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a fine-tune did to the weights. Writes a page with pictures and prints the gist."""
+    """Show what a fine-tune did to the weights, and what that does to the model. Writes a page with pictures and prints
+    the gist."""
     from deltaw.commands.inspect import inspect_named
 
-    show(inspect_named(adapter, base=base, page=output, display=display(as_json)), as_json)
+    show(inspect_named(adapter, data, base=base, page=output, deep=deep, display=display(as_json)), as_json)
 
 
 @app.command(epilog=examples("deltaw compare runs/one runs/two"))

@@ -4,6 +4,7 @@ from deltaw.config.adapter import TARGET_GROUPS, AdapterSpec, names_module
 from deltaw.config.data import DataConfig
 from deltaw.config.evaluate import METRICS, EvaluateConfig, metric_key, own_metric
 from deltaw.config.load import config_of, load_config, parse_config, read_text, setting_meant
+from deltaw.config.objective import ObjectiveConfig, Shape
 from deltaw.config.problems import fields_at
 from deltaw.config.run import BaseWeights, RunConfig
 from deltaw.config.strict import Strict
@@ -17,7 +18,9 @@ __all__ = [
     "DataConfig",
     "Dtype",
     "EvaluateConfig",
+    "ObjectiveConfig",
     "RunConfig",
+    "Shape",
     "Strict",
     "TrainConfig",
     "config_of",

@@ -13,7 +13,7 @@ from deltaw.files.paths import PathText
 
 ColumnName = Literal[
     "messages", "conversations", "prompt", "completion", "question", "answer", "instruction", "input", "output",
-    "response", "text", "system", "context", "history", "tools",
+    "response", "text", "system", "context", "history", "tools", "chosen", "rejected", "label",
 ]  # fmt: skip
 
 

@@ -45,6 +45,13 @@ MEANT = {  # ours: theirs
     "text_feature dataset_text_field text_field text_column prompt_field completion_field prompt_column "
     "response_column question_column answer_column field_instruction field_output field_input field_system "
     "field_messages messages_field",
+    "objective": "rl dpo kto orpo ipo simpo pref_loss dpo_config kto_config",
+    "objective.kind": "loss_type rl_type",
+    "objective.beta": "dpo_beta kto_beta orpo_beta pref_beta orpo_alpha",
+    "objective.gamma": "simpo_gamma",
+    "objective.sft_weight": "rpo_alpha cpo_alpha pref_ftx",
+    "objective.desirable_weight": "kto_desirable_weight kto_chosen_weight",
+    "objective.undesirable_weight": "kto_undesirable_weight kto_rejected_weight",
     "train": "training_arguments training_args trainer sft_config optimization",
     "train.lr": "learning_rate lr_rate base_lr",
     "train.lr_ratio_b": "loraplus_lr_ratio",
@@ -133,8 +140,10 @@ WITHOUT = (  # what to do instead, theirs
      "processor_type special_tokens pad_token use_fast_tokenizer config_name"),
     ("a LoRA is trained unless adapter says otherwise (adapter: full): leave it out", "finetuning_type fine_tune_type "
      "peft_type task_type sft_type use_peft train_type do_train stage"),
-    ("only supervised training is supported, by the loss of the next token", "rl dpo dpo_beta beta loss_type pref_loss "
-     "kto orpo reward_model ref_model"),
+    ("not supported; preferences are: objective: {kind: dpo, beta: 0.1} (or ipo, orpo, kto, simpo)", "reward_model "
+     "grpo ppo"),
+    ("the reference is the base with the adapter off, or the adapter.from that a run begins with: leave it out",
+     "ref_model reference_model ref_model_name precompute_ref_log_probs precompute_ref_batch_size sync_ref_model"),
     ("code from a model's folder never runs: leave it out", "trust_remote_code"),
     ("leave it out: rows are read and packed in the same process", "dataloader_num_workers num_workers "
      "dataset_num_proc preprocessing_num_workers dataset_prepared_path overwrite_cache"),

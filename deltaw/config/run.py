@@ -21,6 +21,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from deltaw.config.adapter import AdapterSpec
 from deltaw.config.data import DataConfig
 from deltaw.config.evaluate import EvaluateConfig
+from deltaw.config.objective import ObjectiveConfig
 from deltaw.config.strict import Strict, default_of
 from deltaw.config.train import TrainConfig
 from deltaw.files.paths import PathText
@@ -35,13 +36,14 @@ BaseWeights = Literal["auto", "keep", "bfloat16", "int8", "nf4"]
 
 
 class RunConfig(Strict):
-    """A whole run: `base`, `base_weights`, `adapter`, `data`, `train`, `evaluate`, `output`."""
+    """A whole run: `base`, `base_weights`, `adapter`, `data`, `objective`, `train`, `evaluate`, `output`."""
 
     base: PathText = Field(min_length=1)
     base_weights: BaseWeights = Field("auto", description="how the base's matrices are kept in memory")
     # Not strict about the sections themselves: a mapping makes one, in Python as in a file.
     adapter: AdapterSpec = Field(AdapterSpec(), strict=False)
     data: DataConfig = Field(strict=False)
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), strict=False)
     train: TrainConfig = Field(TrainConfig(), strict=False)
     evaluate: EvaluateConfig = Field(EvaluateConfig(), strict=False)
     output: PathText = Field(min_length=1)
@@ -50,6 +52,14 @@ class RunConfig(Strict):
     @classmethod
     def _full(cls, value: Any) -> Any:
         return {"full": True} if value == "full" else value
+
+    @model_validator(mode="after")
+    def _rate_of_the_objective(self) -> "RunConfig":
+        """`train.lr`, where it isn't set, is the objective's."""
+        if self.objective.lr is not None and "lr" not in self.train.model_fields_set:
+            # frozen for everybody else: this is the last that is made of it
+            object.__setattr__(self, "train", self.train.model_copy(update={"lr": self.objective.lr}))
+        return self
 
     @model_validator(mode="after")
     def _all_has_an_effect(self, info: ValidationInfo) -> "RunConfig":
@@ -75,6 +85,18 @@ class RunConfig(Strict):
             needs["train.lr_ratio_b"] = "factors, and adapter: full has none"
         if data.seed and not isinstance(data.eval, int | float) and data.limit is None:
             needs["data.seed"] = "rows to choose from: data.eval as a number or a share, or data.limit"
+        if self.objective.is_preference:
+            needs |= {
+                f"{name} with objective: {self.objective.kind}": "a single answer to a row: leave it out, or set "
+                "objective: sft"
+                for name, given in {
+                    "evaluate.metrics": bool(evaluate.metrics),
+                    "train.sample_every": train.sample_every is not None,
+                    "data.train_on: all": data.train_on == "all",
+                    "data.too_long: split": data.too_long == "split",
+                }.items()
+                if given
+            }
         if data.split_text and data.reads_no_text_file:
             needs["data.split_text"] = "a .txt file"
         if data.overlap and data.too_long not in ("auto", "split"):

@@ -8,6 +8,9 @@ document longer than either stands alone. So `tokens_per_batch` changes the memo
 else. Where several processes train together each takes some of the batches (`dealt`), which are cut smaller where they
 would be fewer than these; the documents of a step are the same at every number of processes.
 
+Where examples of a step begin alike, and the model can be run so, their beginning is computed once (sharing.py): the
+step's examples are the same, its batches are cut by what is computed, and hold more of them.
+
 How many steps some epochs have is counted, since the order of the documents makes one epoch a step longer than
 another, in exact arithmetic: 1.1 epochs of 10 steps are 11, and not the 12 that ceil makes of 11.000000000000002.
 Beyond `EPOCHS` epochs or `DOCUMENTS` documents those that were counted stand for the others, so that any number is
@@ -35,6 +38,7 @@ from deltaw.base.batch import Batch
 from deltaw.data.example import Example
 from deltaw.data.examples import lengths_of
 from deltaw.data.pack import pack
+from deltaw.data.sharing import Shared
 
 EPOCHS, DOCUMENTS = 1_000, 2_000_000  # whose steps are counted one by one
 Step = list[list[int]]  # batches of example numbers
@@ -79,9 +83,12 @@ class Plan(Sequence[Step]):
     def __getitem__(self, number: int | slice) -> Step | list[Step]:
         if isinstance(number, slice):
             return [self[one] for one in range(len(self))[number]]
-        begin = range(len(self))[number]
-        numbers = self._order[self._cuts[begin] : self._cuts[begin + 1]]
-        return _for_all(self._ranks, fill(numbers, self._lengths, self._tokens_per_batch), self._lengths)
+        return _for_all(self._ranks, fill(self.numbers(number), self._lengths, self._tokens_per_batch), self._lengths)
+
+    def numbers(self, step: int) -> np.ndarray:
+        """The example numbers of a step, in the order of the epoch."""
+        begin = range(len(self))[step]
+        return self._order[self._cuts[begin] : self._cuts[begin + 1]]
 
 
 def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -136,7 +143,8 @@ def dealt(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 class Loader:
-    """Iterates for ever over (the batches of a step, the state to resume at after it)."""
+    """Iterates for ever over (the batches of a step, the state to resume at after it). `shares`: whether examples that
+    begin alike share what is computed of it."""
 
     def __init__(
         self,
@@ -146,6 +154,7 @@ class Loader:
         seed: int,
         start: LoaderState = LoaderState(),
         ranks: int = 1,
+        shares: bool = False,
     ) -> None:
         lengths = lengths_of(examples)
 
@@ -156,6 +165,7 @@ class Loader:
 
         self._examples, self._steps_of, self._start = examples, steps_of, start
         self._lengths, self._seed, self._tokens_per_step = lengths, seed, tokens_per_step
+        self._tokens_per_batch, self._ranks, self._shares = tokens_per_batch, ranks, shares
         if start.epoch < 0 or not 0 <= start.step < self.steps_in_epoch(start.epoch):
             raise ValueError(f"{start} is not a position in these {len(lengths)} examples")
 
@@ -168,9 +178,15 @@ class Loader:
     def _packed(self, at: LoaderState) -> tuple[list[Batch], LoaderState]:
         """The batches of the step at `at`, and where the next one is."""
         steps = self._steps_of(at.epoch)
-        batches = [pack([self._examples[number] for number in batch]) for batch in steps[at.step]]
+        batches = [batch.pack() for batch in self._shared(steps, at.step)]
+        batches = batches or [pack([self._examples[number] for number in batch]) for batch in steps[at.step]]
         last = at.step + 1 == len(steps)
         return batches, LoaderState(at.epoch + 1, 0) if last else LoaderState(at.epoch, at.step + 1)
+
+    def _shared(self, steps: Plan, number: int) -> list[Shared]:
+        """The batches of a step whose examples share their beginnings; none where they don't."""
+        shared = Shared.of([self._examples[one] for one in steps.numbers(number).tolist()]) if self._shares else None
+        return shared.batches(self._tokens_per_batch, self._ranks) if shared else []
 
     def steps_in_epoch(self, epoch: int) -> int:
         """How many steps epoch `epoch` (from 0) has; the order of the documents makes it differ a little."""

@@ -25,3 +25,10 @@ def pack(examples: Sequence[Example]) -> Batch:
     labels_T = np.append(np.where(trained_T, tokens_T, IGNORE)[1:], IGNORE)
     origins = tuple(example.origin for example in examples)
     return Batch.of(torch.from_numpy(tokens_T), starts, torch.from_numpy(labels_T), origins=origins)
+
+
+def labelled(example: Example) -> np.ndarray:
+    """The label of each row of an example, int64: the next token, where that is trained."""
+    labels_T = np.full(len(example.tokens), IGNORE, np.int64)
+    np.copyto(labels_T[:-1], example.tokens[1:], where=example.loss_mask[1:])
+    return labels_T

@@ -24,12 +24,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from deltaw.adapter.ready import NOBODY
 from deltaw.base.batch import Pass, passing_of, segments_of
 from deltaw.base.limits import context_of
 from deltaw.errors import InputError
 from deltaw.generate.sampling import Sampling, uniform_numbers
-from deltaw.kernels.segments import Segments
+from deltaw.kernels.segments import NOBODY, Segments
 
 BASE = NOBODY  # in place of an update's number: the base alone
 
@@ -121,7 +120,7 @@ def segments_for(updates: Sequence[int | None], starts: Sequence[int]) -> Segmen
     named = [update for update in updates if update is not None]
     if not named:
         return None
-    return tuple(segment for segment in segments_of(named, starts) or () if segment.update != BASE)
+    return segments_of(named, starts)
 
 
 class State:

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from deltaw.generate.cache import Row
 from deltaw.generate.prefixes import SMALL
 from deltaw.generate.shelf import Part, Shelf
-from deltaw.kernels.attention import Documents, packed_attention
+from deltaw.kernels.attention import packed_attention
 from deltaw.kernels.continued import continued_attention
+from deltaw.kernels.documents import Documents
 
 PIECE, GPU_PIECE = 256, 2048
 

@@ -24,7 +24,7 @@ from deltaw.base.frozen import dtype_of
 from deltaw.base.head import find_head
 from deltaw.base.probe import rounding
 from deltaw.generate.cache import segments_for
-from deltaw.kernels.attention import Documents
+from deltaw.kernels.documents import Documents
 
 LOGITS_AT_ONCE = 1 << 24  # numbers: 64 MB in float32
 

@@ -49,8 +49,8 @@ from deltaw.generate.prefixes import Prefixes
 from deltaw.generate.sampling import Sampling
 from deltaw.generate.shelf import SMALLEST, Part, Shelf
 from deltaw.generate.together import Trial
-from deltaw.kernels.attention import Documents
 from deltaw.kernels.bags import making
+from deltaw.kernels.documents import Documents
 
 KEPT = 16_384  # tokens of rows that have left, beside those of the rows themselves
 

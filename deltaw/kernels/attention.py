@@ -18,7 +18,8 @@ of scores, which softmax doesn't see, and one that all values have in common pas
 gradient changes, but the numbers that half precision rounds (scores, P V, dP) are smaller, the more so in a trained
 model, whose keys and values share much.
 
-On a GPU PyTorch's own attention over packed documents does most calls (varlen.py).
+On a GPU PyTorch's own attention over packed documents does most calls (varlen.py). Where documents continue others
+(tree.py), shared.py does it.
 
 Why not `scaled_dot_product_attention`: its CPU kernel is made for long sequences. Measured on 2 cores, bf16, 9 heads
 of 64, forward + backward (benchmarks/attention.py): 80 documents of 25 tokens 27 ms against 7 ms, 4 of 512 55 ms
@@ -28,167 +29,19 @@ Letters: T tokens, H query heads, K key/value heads, G = H / K heads that share 
 group, L its length, C queries of a chunk, S documents of the batch + 1.
 """
 
-import copy
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltaw.kernels import varlen
-
-CHUNK = 64  # queries at a time
-FILL = 1.25  # a document joins a group whose length is at most this times its own
-
-
-@dataclass(frozen=True)
-class Group:
-    """D documents of up to L tokens; its rows start at `offset` in the gathered order."""
-
-    docs: int
-    length: int
-    offset: int
-
-    def rows(self, x: Tensor, heads: int, kv_heads: int, part: slice) -> Tensor:
-        """[D · K, heads / K · C, E]: C positions of all documents, which lie together in a gathered tensor. A view."""
-        first = (self.offset + self.docs * part.start) * heads
-        count = self.docs * heads * (part.stop - part.start)
-        return x[first : first + count].view(self.docs * kv_heads, -1, x.shape[-1])
-
-    def whole(self, x: Tensor, heads: int) -> Tensor:
-        """[D · heads, L, E] of a tensor gathered in one piece."""
-        return self.rows(x, heads, heads, slice(0, self.length))
-
-    def part(self, x_P: Tensor) -> Tensor:
-        """Its [D, L] part of a tensor over all gathered places."""
-        return x_P[self.offset : self.offset + self.docs * self.length].view(self.docs, self.length)
-
-
-class _Grouping(NamedTuple):
-    """Groups of documents, and by gathered place: the token there, and whether it is real."""
-
-    groups: list[Group]
-    token_P: Tensor
-    real_P: Tensor
-
-    @staticmethod
-    def of(starts: list[int]) -> "_Grouping":
-        lengths = [end - start for start, end in pairwise(starts)]
-        groups: list[Group] = []
-        rows: list[Tensor] = []
-        real: list[Tensor] = []
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        offset = 0
-        while order:
-            longest = lengths[order[0]]
-            members = [i for i in order if lengths[i] * FILL >= longest]
-            order = order[len(members) :]
-            first_D = torch.tensor([starts[i] for i in members])
-            length_D = torch.tensor([lengths[i] for i in members])
-            step_L = torch.arange(longest)
-            real_DL = step_L < length_D[:, None]
-            rows.append(torch.where(real_DL, first_D[:, None] + step_L, first_D[:, None]).flatten())
-            real.append(real_DL.flatten())
-            groups.append(Group(len(members), longest, offset))
-            offset += len(members) * longest
-        return _Grouping(groups, torch.cat(rows), torch.cat(real))
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Row indices from [T · heads] to the gathered order and back, and the gathered rows that are filler."""
-
-    gather: Tensor
-    scatter: Tensor
-    filler: Tensor
-
-
-class Documents:
-    """Where each document lies and how they are grouped: built once per batch, used by every layer.
-
-    `starts` are the documents' offsets with the total length as the last entry. Raises ValueError for an empty one.
-    How they are grouped is worked out when it is first asked for: a GPU's attention doesn't ask.
-    """
-
-    def __init__(self, starts: list[int], device: torch.device | str = "cpu") -> None:
-        lengths = [end - start for start, end in pairwise(starts)]
-        if not lengths or min(lengths) < 1:
-            raise ValueError("documents must have at least one token each")
-        self.starts, self.total, self.longest, self.device = starts, starts[-1], max(lengths), device
-        self.starts_S = torch.tensor(starts, dtype=torch.int32, device=device)
-        self._grouping: _Grouping | None = None
-        self._layouts: dict[tuple[int, bool], Layout] = {}
-
-    def among(self, starts_S: Tensor, longest: int) -> "Documents":
-        """These documents, for a pass in which attention reads the offsets from `starts_S` (empty ones may follow) and
-        is told of `longest` tokens at most."""
-        there = copy.copy(self)
-        there.starts_S, there.longest, there.device = starts_S, longest, starts_S.device
-        there._layouts = {}
-        return there
-
-    def to(self, device: torch.device | str) -> "Documents":
-        """The same on `device`: itself where it is there."""
-        if torch.device(device) == torch.device(self.device):
-            return self
-        moved = copy.copy(self)
-        moved.device, moved._layouts = device, {}
-        moved.starts_S = self.starts_S.to(device, non_blocking=True)
-        return moved
-
-    @property
-    def groups(self) -> list[Group]:
-        """Documents of like length, the longest first."""
-        return self._grouped().groups
-
-    def _grouped(self) -> "_Grouping":
-        if self._grouping is None:
-            self._grouping = _Grouping.of(self.starts)
-        return self._grouping
-
-    def layout(self, heads: int, *, in_chunks: bool = False) -> Layout:
-        """Where the rows of [T, heads] go. `in_chunks`: the documents of a group advance together, chunk by chunk."""
-        key = heads, in_chunks
-        if key not in self._layouts:
-            head = torch.arange(heads, device=self.device)
-            gather, filler = [], []
-            token_P, real_P = (x.to(self.device, non_blocking=True) for x in self._grouped()[1:])
-            for group in self.groups:
-                token_DL, real_DL = group.part(token_P), group.part(real_P)
-                step = CHUNK if in_chunks else group.length
-                for token_DC, real_DC in zip(token_DL.split(step, 1), real_DL.split(step, 1), strict=True):
-                    gather.append((token_DC[:, None] * heads + head[:, None]).flatten())
-                    filler.append(~real_DC[:, None].expand(-1, heads, -1).flatten())
-            places, is_filler = torch.cat(gather), torch.cat(filler)
-            scatter = torch.empty(self.total * heads, dtype=torch.long, device=self.device)
-            scatter[places[~is_filler]] = (~is_filler).nonzero().squeeze(1)
-            self._layouts[key] = Layout(places, scatter, is_filler.nonzero().squeeze(1))
-        return self._layouts[key]
-
-
-class OffsetsAlone(Documents):
-    """Documents of which only a tensor knows where they lie: those of a captured pass, which will be run on others.
-
-    Attention that reads the offsets from `starts_S` can do with them; whatever asks for more is refused, since it would
-    be captured with one batch's answer.
-    """
-
-    def __init__(self, starts_S: Tensor, total: int, longest: int) -> None:
-        self.starts_S, self.total, self.longest, self.device = starts_S, total, longest, starts_S.device
-        self._layouts = {}
-
-    @property
-    def starts(self) -> list[int]:  # type: ignore[override]
-        """Nobody on the host knows them."""
-        raise NotImplementedError("where a batch's documents lie is asked within a pass")
-
-    def _grouped(self) -> "_Grouping":
-        raise NotImplementedError("its attention arranges the documents of each batch in another way")
+from deltaw.kernels.documents import Documents
+from deltaw.kernels.scores import Scores
+from deltaw.kernels.shared import shared_attention
+from deltaw.kernels.tree import Tree
 
 
 def packed_attention(
@@ -203,8 +56,11 @@ def packed_attention(
 ) -> Tensor:
     """[T, H, E] in q's dtype. `window` w: a token sees itself and the w − 1 before it; `softcap` c: c · tanh(s / c)."""
     scale = 1 / math.sqrt(q_THE.shape[-1]) if scale is None else scale
-    window = None if window is None or window >= documents.longest else window
+    reach = documents.tree.reach if documents.tree else documents.longest
+    window = None if window is None or window >= reach else window
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    if documents.tree:
+        return shared_attention(q_THE, k_TKE, v_TKE, documents, **options)
     if varlen.applies(q_THE, k_TKE, len(documents.starts_S) - 1, documents.longest, **options):
         return varlen.varlen_attention(q_THE, k_TKE, v_TKE, documents.starts_S, documents.longest, **options)
     out: Tensor = _PackedAttention.apply(q_THE, k_TKE, v_TKE, documents, Scores(scale, window, softcap))
@@ -217,6 +73,7 @@ def packed_attention_plain(
     v_TKE: Tensor,
     starts: list[int],
     *,
+    parents: Sequence[int] = (),
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -230,62 +87,18 @@ def packed_attention_plain(
     if softcap is not None:
         s_HTT = softcap * torch.tanh(s_HTT / softcap)
     at = torch.arange(T, device=q_THE.device)
-    document = torch.bucketize(at, torch.tensor(starts, device=at.device), right=True)
+    document = torch.bucketize(at, torch.tensor(starts, device=at.device), right=True) - 1
     behind = at[:, None] - at[None, :]
     seen = (behind >= 0) & (document[:, None] == document[None, :])
+    if tree := Tree.of(starts, parents):
+        for prefix in tree.prefixes:
+            seen[starts[prefix + 1] : tree.ends[prefix], starts[prefix] : starts[prefix + 1]] = True
+        position = at - torch.tensor(starts)[document] + torch.tensor(tree.offsets)[document]
+        behind = position[:, None] - position[None, :]
     if window is not None:
         seen &= behind < window
     p_HTT = s_HTT.masked_fill(~seen, -math.inf).softmax(-1)
     return (p_HTT @ v_HTE).transpose(0, 1)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How probabilities are made: shared by forward and backward, so that both see the same bits."""
-
-    scale: float
-    window: int | None
-    softcap: float | None
-
-    def chunks(self, length: int) -> Iterator[tuple[slice, slice]]:
-        """(queries, keys) of each chunk: the keys end where the queries do."""
-        for first in range(0, length, CHUNK):
-            end = min(first + CHUNK, length)
-            yield slice(first, end), slice(0 if self.window is None else max(0, first - self.window + 1), end)
-
-    def keeps(self, length: int, heads: int, kv_heads: int, size: int) -> bool:
-        """Whether a group's P is kept: where it is no larger than Q, K and V, which are kept anyway."""
-        return length * heads <= (heads + 2 * kv_heads) * size and self.softcap is None
-
-    def probabilities(self, q_BCE: Tensor, k_BJE: Tensor, shared: int) -> tuple[Tensor, Tensor | None]:
-        """(P [B, shared · C, J], the soft cap's slope at each score or None)."""
-        rows, keys = q_BCE.shape[1] // shared, k_BJE.shape[1]
-        s = q_BCE.new_empty(len(q_BCE), q_BCE.shape[1], keys)
-        # The scale rides on the product; with beta = 0 what stood in s before is not read.
-        torch.baddbmm(s, q_BCE, k_BJE.transpose(1, 2), beta=0, alpha=self.scale, out=s)
-        slope = None
-        if self.softcap is not None:
-            s.div_(self.softcap).tanh_()
-            slope = 1 - s * s
-            s.mul_(self.softcap)
-        # Without a window only the last `rows` keys can lie ahead of a query.
-        width = rows if self.window is None else keys
-        s.view(-1, shared, rows, keys)[..., keys - width :].add_(
-            causal_mask(rows, width, self.window, s.dtype, s.device)
-        )
-        return torch.softmax(s, -1), slope
-
-
-@lru_cache(maxsize=32)
-def causal_mask(rows: int, width: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[rows, width]: −∞ at the keys that a query must not see; the last query is the last key's token.
-
-    Added, not filled in: five times as fast on a CPU.
-    """
-    query, key = torch.arange(width - rows, width, device=device), torch.arange(width, device=device)
-    behind = query[:, None] - key
-    hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
-    return torch.zeros(rows, width, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
 
 
 class _PackedAttention(torch.autograd.Function):

@@ -6,6 +6,8 @@ The base's product is one for all rows; each update is added to its own segment.
 
 from typing import NamedTuple
 
+NOBODY = -1  # in place of an update's number: the base alone, so rows that no segment has
+
 
 class Segment(NamedTuple):
     """Rows `start` up to `end` of a pass take the layer's update number `update`."""

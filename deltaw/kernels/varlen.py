@@ -45,9 +45,12 @@ def applies(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    continued: bool = False,
 ) -> bool:
-    """Whether `varlen_attention` can do this call, and well."""
-    return _way(q_THE, k_TKE, documents, longest, scale, window, softcap) is not None
+    """Whether `varlen_attention` can do this call, and well. `continued`: documents may see more keys than they have
+    queries."""
+    way = _way(q_THE, k_TKE, documents, longest, scale, window, softcap)
+    return way == "flash" if continued else way is not None
 
 
 def varlen_attention(
@@ -60,19 +63,23 @@ def varlen_attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    seen: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """[T, H, E] in q's dtype, differentiable. `starts_S`: int32 offsets on q's device, the total last.
 
-    `window` w: a token sees itself and the w − 1 before it. ValueError where `applies` says no.
+    `window` w: a token sees itself and the w − 1 before it. `seen`: the offsets of the keys and the most of one
+    document, where they are more than its queries: the last query is then the last key's token. ValueError where
+    `applies` says no.
     """
-    way = _way(q_THE, k_TKE, len(starts_S) - 1, longest, scale, window, softcap)
+    keys_S, most = seen or (starts_S, longest)
+    way = _way(q_THE, k_TKE, len(starts_S) - 1, most, scale, window, softcap)
     if way == "flash":
-        extra = _keywords(_parameters(), q_THE, k_TKE, scale, _window(window, longest))
+        extra = _keywords(_parameters(), q_THE, k_TKE, scale, _window(window, most))
         assert extra is not None
-        out = varlen.varlen_attn(q_THE, k_TKE, v_TKE, starts_S, starts_S, longest, longest, **extra)
+        out = varlen.varlen_attn(q_THE, k_TKE, v_TKE, starts_S, keys_S, longest, most, **extra)
         assert isinstance(out, Tensor)  # nothing else was asked for
         return out
-    if way == "padded":
+    if way == "padded" and seen is None:
         return padded_attention(q_THE, k_TKE, v_TKE, starts_S, longest, scale=scale)
     raise ValueError("no GPU attention for this call (soft cap, window in float32, or very unlike lengths)")
 

@@ -17,7 +17,6 @@ On a GPU the steps aren't recorded (training/captured.py knows one learner).
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
@@ -29,11 +28,6 @@ from deltaw.training.memory import Heap, bounded
 from deltaw.training.step import step_together
 from deltaw.training.stop import StopRequest
 from deltaw.training.watch import CannotGoOn
-
-
-def owned(batch: Batch, update: int) -> Batch:
-    """The batch, all of whose documents take this update."""
-    return replace(batch, updates=(update,) * (len(batch.starts) - 1))
 
 
 def lay(steps: Mapping[int, Sequence[Batch]], capacity: int) -> tuple[list[Batch], list[int]]:
@@ -48,13 +42,16 @@ def lay(steps: Mapping[int, Sequence[Batch]], capacity: int) -> tuple[list[Batch
         for update, batches in steps.items():
             if number >= len(batches):
                 continue
-            batch = owned(batches[number], update)
+            batch = batches[number].owned(update)
+            if batch.beside is not None:  # of the whole batch, and of no other run's
+                common.append(batch)
+                continue
             if part and size + len(batch.tokens_T) > capacity:
                 common.append(Batch.joined(part))
                 part, size = [], 0
             part.append(batch)
             size += len(batch.tokens_T)
-        common.append(Batch.joined(part))
+        common += [Batch.joined(part)] if part else []
         numbers += [number] * (len(common) - len(numbers))
     return common, numbers
 

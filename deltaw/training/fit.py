@@ -8,7 +8,7 @@ assumed about the model. Rejected: a formula from the config (kernels, recomputa
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -91,19 +91,23 @@ def measure(
     *,
     accumulating: bool,
     seconds: float = math.inf,
+    whole: Callable[[], Batch] | None = None,
 ) -> Iterator[Point]:
     """Passes over batches of `sizes` tokens cut out of `examples`, ascending, the largest once more with half of its
-    labels. At least two; after those, any that would take more than `seconds` is left out, if time goes with the square
-    of the tokens as attention's does. Raises whatever PyTorch raises where memory runs out."""
+    labels. `whole`: the batch of all their tokens, where these aren't simply laid end to end. At least two; after
+    those, any that would take more than `seconds` is left out, if time goes with the square of the tokens as
+    attention's does. Raises whatever PyTorch raises where memory runs out."""
 
     def measured(batch: Batch) -> Point:
         with window(learner.attached.parameters[0].device) as seen:
             one_pass(forward, learner, batch, accumulating=accumulating)
-        return Point(len(batch.tokens_T), batch.supervised, seen.peak, seen.seconds)
+        labels = int((batch.labels_T != IGNORE).sum())
+        return Point(len(batch.tokens_T), labels, seen.peak, seen.seconds)
 
     points, largest = list[Point](), None
+    tokens = sum(len(example.tokens) for example in examples)
     for size in sorted(set(sizes)):
-        batch = pack(cut(examples, size))
+        batch = whole() if whole and size >= tokens else pack(cut(examples, size))
         if len(points) > 1 and points[-1].seconds * (len(batch.tokens_T) / points[-1].tokens) ** 2 > seconds:
             break
         points.append(measured(largest := batch))

@@ -11,10 +11,13 @@ from itertools import islice
 
 import numpy as np
 
+from deltaw.base.batch import Batch
 from deltaw.config import TrainConfig
 from deltaw.data.example import Example
 from deltaw.data.examples import lengths_of, supervised_of
 from deltaw.data.loader import LoaderState, Plan, fill
+from deltaw.data.pack import pack
+from deltaw.data.sharing import Shared
 from deltaw.evaluation import forgetting, held_out
 
 LOOKING = 5.0  # seconds spent looking for the largest batch of the run
@@ -22,14 +25,17 @@ LOOKING = 5.0  # seconds spent looking for the largest batch of the run
 
 @dataclass(frozen=True)
 class Work:
-    """What is left of a run, counted. `longest`: the examples of its largest batch, of which `batches` make a step."""
+    """What is left of a run, counted. `longest`: the examples of its largest batch, of which `batches` make a step;
+    where examples share prefixes (`sharing`), its documents, each an example by itself."""
 
     steps: int
     tokens: int
+    computed: int  # of these; the others are of prefixes that are computed once for several examples
     supervised: int
     longest: list[Example]
     batches: int
     first: int  # tokens of the largest batch of the next step
+    sharing: Shared | None = None
 
     @property
     def longest_tokens(self) -> int:
@@ -39,39 +45,67 @@ class Work:
     def longest_supervised(self) -> int:
         return sum(int(example.loss_mask.sum()) for example in self.longest)
 
+    @property
+    def shared(self) -> float:
+        """Of the tokens, those that needn't be computed."""
+        return 1 - self.computed / max(1, self.tokens)
+
+    def batch(self) -> Batch:
+        """The largest one."""
+        return self.sharing.pack() if self.sharing else pack(self.longest)
+
+
+def shared_line(shared: float) -> list[str]:
+    """What is to be said of such a share of the tokens, if there is one."""
+    return [f"{shared:.0%} of the tokens are of shared prefixes, computed once"] if shared else []
+
 
 def work_left(
-    examples: Sequence[Example], config: TrainConfig, position: LoaderState, steps: int, ranks: int = 1
+    examples: Sequence[Example],
+    config: TrainConfig,
+    position: LoaderState,
+    steps: int,
+    ranks: int = 1,
+    shares: bool = False,
 ) -> Work:
     """The next `steps` steps from `position`. No step left: all zeros, and no longest batch.
 
     Every step is looked at, for up to `LOOKING` seconds; in a longer run those that were seen stand for the others.
-    `ranks`: how many processes take the steps together.
+    `ranks`: how many processes take the steps together; `shares`: examples share their common beginnings.
     """
     lengths, trained = lengths_of(examples), supervised_of(examples)
-    seen, tokens, supervised, until = 0, 0, 0, time.monotonic() + LOOKING
+    seen, tokens, computed, supervised, until = 0, 0, 0, 0, time.monotonic() + LOOKING
     largest, longest, batches, first = (0, 0), list[int](), 0, 0
-    for step in islice(_steps(lengths, config, position, ranks), steps):
-        for batch in step:
-            size = int(lengths[batch].sum()), int(trained[batch].sum())
-            tokens, supervised = tokens + size[0], supervised + size[1]
+    sharing: Shared | None = None
+    for plan, number in islice(_steps(lengths, config, position, ranks), steps):
+        numbers = plan.numbers(number)
+        tokens, supervised = tokens + int(lengths[numbers].sum()), supervised + int(trained[numbers].sum())
+        shared = Shared.of([examples[one] for one in numbers.tolist()]) if shares else None
+        alike = shared.batches(config.batch_tokens, ranks) if shared else []
+        sizes = [(sum(part.costs()), len(part.examples)) for part in alike]
+        step = [] if alike else plan[number]
+        sizes += [(int(lengths[batch].sum()), int(trained[batch].sum())) for batch in step]
+        for at, size in enumerate(sizes):
+            computed += size[0]
             if size > largest:
-                largest, longest, batches = size, batch, len(step)
+                largest, batches, sharing = size, len(sizes), alike[at] if alike else None
+                longest = [] if alike else step[at]
             first = max(first, size[0]) if not seen else first
         seen += 1
         if time.monotonic() > until:
             break
-    tokens, supervised = (count * steps // max(1, seen) for count in (tokens, supervised))
-    return Work(steps, tokens, supervised, [examples[n] for n in longest], batches, first)
+    tokens, computed, supervised = (count * steps // max(1, seen) for count in (tokens, computed, supervised))
+    documents = sharing.documents() if sharing else [examples[n] for n in longest]
+    return Work(steps, tokens, computed, supervised, documents, batches, first, sharing)
 
 
-def _steps(lengths: np.ndarray, config: TrainConfig, position: LoaderState, ranks: int) -> Iterator[list[list[int]]]:
-    """For ever."""
+def _steps(lengths: np.ndarray, config: TrainConfig, position: LoaderState, ranks: int) -> Iterator[tuple[Plan, int]]:
+    """(the steps of an epoch, the number of one), for ever."""
     sizes = {"tokens_per_step": config.step_tokens, "tokens_per_batch": config.batch_tokens}
     epoch, start = position.epoch, position.step
     while True:
         steps = Plan(lengths, **sizes, seed=config.seed, epoch=epoch, ranks=ranks)
-        yield from (steps[number] for number in range(start, len(steps)))
+        yield from ((steps, number) for number in range(start, len(steps)))
         epoch, start = epoch + 1, 0
 
 

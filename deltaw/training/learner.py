@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from deltaw.adapter.attach import Attached
 from deltaw.base.batch import Batch
+from deltaw.base.objective import Objective, sft
 from deltaw.config import TrainConfig
 from deltaw.errors import InputError
 from deltaw.training.checkpoint import Saved, TrainState
@@ -35,12 +36,19 @@ FIRST, SECOND = ".first", ".second"  # moments of AdamW
 
 
 class Learner:
-    """An adapter that learns, `total` steps long. `say`: where a warning goes."""
+    """An adapter that learns, `total` steps long. `say`: where a warning goes; `objective`: what it minimises."""
 
     def __init__(
-        self, attached: Attached, config: TrainConfig, total: int, state: TrainState, say: Callable[[str], None] = print
+        self,
+        attached: Attached,
+        config: TrainConfig,
+        total: int,
+        state: TrainState,
+        say: Callable[[str], None] = print,
+        objective: Objective = sft,
     ) -> None:
         self.attached, self.config, self.total, self.state, self.say = attached, config, total, state, say
+        self.objective = objective
         self.optimizer = make_optimizer(attached, config)
         self._watch: Watch | None = None  # from the first update of this process on
 
@@ -94,7 +102,7 @@ class Learner:
         return sha.hexdigest()
 
     def divide(self, count: int) -> None:
-        """Make the gradient of a sum over `count` tokens that of their mean."""
+        """Make the gradient of a sum over `count` tokens (pairs, …) that of their mean."""
         for parameter in self.attached.parameters:
             if parameter.grad is not None:
                 parameter.grad /= count

@@ -49,10 +49,13 @@ def count_steps(config: RunConfig, dataset: Dataset) -> int:
     return total
 
 
-def make_loader(config: RunConfig, dataset: Dataset, position: LoaderState, ranks: int = 1) -> Loader:
-    """The steps of a run from `position` on, for so many processes."""
+def make_loader(
+    config: RunConfig, dataset: Dataset, position: LoaderState, ranks: int = 1, shares: bool = False
+) -> Loader:
+    """The steps of a run from `position` on, for so many processes. `shares`: examples share what is computed of their
+    common beginnings."""
     train = config.train
-    return Loader(dataset.train, train.step_tokens, train.batch_tokens, train.seed, position, ranks)
+    return Loader(dataset.train, train.step_tokens, train.batch_tokens, train.seed, position, ranks, shares)
 
 
 def for_ranks(config: RunConfig, dataset: Dataset, ranks: int) -> list[str]:

@@ -117,7 +117,13 @@ class Opened:
 
     def loader(self, state: TrainState) -> Loader:
         """The batches of the steps after `state`."""
-        return make_loader(self.config, self.dataset, state.position, self.world.size)
+        return make_loader(self.config, self.dataset, state.position, self.world.size, self.shares)
+
+    @property
+    def shares(self) -> bool:
+        """Whether examples that begin alike share what is computed of it. Not where documents aren't packed; where
+        dropout draws for each row by itself; on a GPU, whose recorded passes know no more of documents than offsets."""
+        return self.model.forward.packed and self.device.type == "cpu" and not self.attached.spec.dropout
 
 
 @dataclass(frozen=True)

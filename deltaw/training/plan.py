@@ -44,7 +44,7 @@ from deltaw.training import fit, length, memory
 from deltaw.training.batch_size import sized
 from deltaw.training.checkpoint import save_checkpoint
 from deltaw.training.fit import Fit, Point
-from deltaw.training.largest import Work, count_tokens, largest_chunk, largest_evaluation
+from deltaw.training.largest import Work, count_tokens, largest_chunk, largest_evaluation, shared_line
 from deltaw.training.learner import Learner
 from deltaw.training.measuring import ANSWERS, plain_loss, what_was_forgotten
 from deltaw.training.memory import Window, window, working_on
@@ -81,6 +81,7 @@ class Plan:
     tokens: int
     supervised_tokens: int
     longest_batch: int
+    shared: float  # of the tokens, which examples share with others, so that they aren't computed again
     phases: list[Phase]
     memory_there: int
     fit: Fit
@@ -113,6 +114,7 @@ class Plan:
             ("steps", self._steps()),
             *(("", line) for line in self.length),
             ("tokens", f"{self.tokens:,}, of which {self.supervised_tokens:,} are trained ({self.data.share:.1%})"),
+            *(("", line) for line in shared_line(self.shared)),
             (
                 "memory",
                 f"{gib(self.largest.peak)} at its peak, in {self.largest.name}; {gib(self.memory_there)} available",
@@ -154,7 +156,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
             fix = "plan again with one of these, then train with it"
             raise explain(error, opened, learner, Run(folder), fix=fix) or error from None
     needs, base = fit.fit_memory(rehearsal.points), opened.model.base
-    share, longest = work.supervised / work.tokens, opened.longest
+    share, longest = work.longest_supervised / max(1, work.longest_tokens), opened.longest
     sizes = [
         work.longest_tokens if f == 1 else max(longest, int(f * opened.config.train.batch_tokens)) for f in WHAT_IF
     ]
@@ -176,7 +178,8 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
         memory_there=available,
         fit=needs,
         what_if={size: needs.bytes_at(size, share * size) for size in sorted(sizes)},
-        tokens_per_second=1 / max(rehearsal.seconds_a_token, 1e-9),
+        shared=work.shared,
+        tokens_per_second=work.tokens / max(rehearsal.seconds_a_token * work.computed, 1e-9),
         disk_needed=disk_needed(opened, learner),
         disk_free=shutil.disk_usage(existing(Path(config.output))).free,
         data=opened.dataset.report,
@@ -261,7 +264,7 @@ class Rehearsal:
         sizes = [longest // part for part in (8, 4, 2, 1)]
         if longest > LONG:
             sizes += [longest // part for part in (64, 32, 16)]
-        options: dict[str, Any] = {"accumulating": self.work.batches > 1, "seconds": PIECE}
+        options: dict[str, Any] = {"accumulating": self.work.batches > 1, "seconds": PIECE, "whole": self.work.batch}
         for point in fit.measure(self.model.forward, self.learner, self.work.longest, sizes, **options):
             self.points.append(point)
         peak, most = max(point.peak for point in self.points), max(point.tokens for point in self.points)
@@ -272,7 +275,7 @@ class Rehearsal:
                 f"{most:,}, and the run may take longer than predicted"
             )
         peak = memory.of_all_steps(peak, self.work.steps, self.device)
-        self.phases.append(Phase("training", peak, self.seconds_a_token * self.work.tokens))
+        self.phases.append(Phase("training", peak, self.seconds_a_token * self.work.computed))
 
     def _saving(self) -> None:
         with window(self.device) as seen:

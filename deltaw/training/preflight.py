@@ -15,7 +15,6 @@ from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
 from deltaw.data.example import Example
 from deltaw.data.examples import lengths_of
-from deltaw.data.pack import pack
 from deltaw.errors import InputError, RunError
 from deltaw.files.output import gib
 from deltaw.model import Model
@@ -43,7 +42,7 @@ def short_form(opened: Opened, learner: Learner, run: Run, general: Sequence[Exa
     with bounded(opened.device):
         check_longest(model, opened.dataset.rows)
         if work.first < ALIKE * work.longest_tokens:
-            one_pass(model.forward, learner, pack(work.longest), accumulating=work.batches > 1)
+            one_pass(model.forward, learner, work.batch(), accumulating=work.batches > 1)
         if general and _logits_bytes(model, largest_chunk(general)) > TIGHT * free_memory(opened.device):
             what_was_forgotten(model, largest_chunk(general))
         if held_out and run.before.is_file():  # else the base is measured on them all, right now
@@ -54,7 +53,8 @@ def short_form(opened: Opened, learner: Learner, run: Run, general: Sequence[Exa
 def work_of(opened: Opened, learner: Learner) -> Work:
     """What is left of the run for `learner`."""
     left = max(0, learner.total - learner.state.step)
-    return work_left(opened.dataset.train, learner.config, learner.state.position, left, opened.world.size)
+    state, config = learner.state, learner.config
+    return work_left(opened.dataset.train, config, state.position, left, opened.world.size, opened.shares)
 
 
 def check_longest(model: Model, rows: Sequence[Example]) -> None:

@@ -39,6 +39,7 @@ from deltaw.training.checkpoint import Saved, latest_checkpoint
 from deltaw.training.contention import Contention
 from deltaw.training.extend import check_extension, extended
 from deltaw.training.finish import finish, measure_again, report
+from deltaw.training.largest import shared_line
 from deltaw.training.learner import Learner
 from deltaw.training.length import count_steps
 from deltaw.training.log import EventLog, open_log
@@ -175,7 +176,10 @@ def _run(
                         run.write_config(config)
                 world.mark(_begun(run))
                 stop.advice = f"resume with: {command('train', run.folder)}"
-                opened, choice = choose(opened, learner, work_of(opened, learner), display)
+                work = work_of(opened, learner)
+                for line in shared_line(work.shared):
+                    display.say(line)
+                opened, choice = choose(opened, learner, work, display)
                 shortage = partial(explain, opened=opened, learner=learner, run=run)
                 short_form(opened, learner, run, general)
             world.first(lambda: choice.way, "what activations are kept")

@@ -1,7 +1,8 @@
 """One optimiser step of a run's learners, from batches to records.
 
-A learner's loss is the sum over its documents of the step, divided once by its own supervised tokens: so gradient
-accumulation is exact to the token, and other learners' documents in a batch change nothing. In float16 it is the
+A learner's loss is the sum over its documents of the step, divided once by what its objective counts in them (its own
+supervised tokens, pairs, …): so gradient accumulation is exact, and other learners' documents in a batch change
+nothing. In float16 it is the
 gradient that is divided, not the loss: below 2⁻²⁴ that type has nothing, and on the demo's rows (SmolLM2-135M) the
 gradient of a mean over 3,770 tokens was off by 4.4 %, over 37,700 by 28 %, and that of the sum by 0.2 % (bfloat16's by
 1.8 %, whichever is divided: it has float32's range, and so the loss is divided as ever). A step is applied only if
@@ -11,6 +12,9 @@ stopping anywhere and resuming gives the same bits (on a CPU).
 Several processes take a step together (world.py): each the passes of its share of the batches, by their numbers in the
 step, so that dropout draws as it does in one. Then the gradients are summed over all, the losses are gathered by batch,
 and everything after that is decided by every process from the same numbers.
+
+An objective that wants an anchor (KTO's) has it before the step's passes: the mean over the mismatched answers of all
+its batches, so that it doesn't hang on how these were cut.
 
 On a GPU the passes and updates of a single learner are recorded and replayed (captured.py): the same steps, with one
 wait for the device in each.
@@ -27,7 +31,10 @@ from torch import Tensor
 
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
+from deltaw.base.objective import sft
 from deltaw.data.loader import LoaderState, dealt
+from deltaw.kernels.logprobs import IGNORE, Logprobs
+from deltaw.kernels.segments import NOBODY
 from deltaw.training.captured import Captured, Ran
 from deltaw.training.learner import Learner
 from deltaw.training.watch import CannotGoOn, Unfit, check_loss
@@ -85,6 +92,8 @@ def step_together(
     _check_owners(learners, batches)
     began = time.monotonic()
     shares = [_Share(learner, batches) for learner in learners]
+    for share in shares:
+        share.anchor(forward, world, abreast)
 
     # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
     ran = _taken(forward, shares, batches, numbers or range(len(batches)), captured, world, abreast)
@@ -106,14 +115,14 @@ def _settled(share: "_Share", position: LoaderState, ran: Ran | None) -> Taken:
             raise share.unfit
         # 3. Clip.
         if learner.undivided and ran is None:
-            learner.divide(share.supervised)
+            learner.divide(share.count)
         norm = learner.clip() if ran is None else ran.norm
         if not math.isfinite(norm):
             raise Unfit("the gradient is NaN or infinite", share.rows, not_finite=True)
         check_loss(share.loss, share.rows, state, learner.config)
         # 4. The rate of this step, and the update.
         rate = learner.update(share.loss, share.batches, ran.update if ran is not None else None)
-        record |= {"loss": share.loss, "lr": rate, "grad_norm": norm}
+        record |= {"loss": share.loss, "lr": rate, "grad_norm": norm, **share.figures}
     except Unfit as unfit:
         try:
             learner.skip(unfit)
@@ -153,6 +162,8 @@ def _taken(
         _passes(forward, shares, batches, drawn, mine, passes if abreast else 0)
         _add_up(shares, world)
     _see_all(shares, deal, world)
+    for share in shares:
+        share.add_figures(world)
     return ran
 
 
@@ -179,7 +190,7 @@ def _passes(
             with ExitStack() as draws:
                 for learner in learners:
                     draws.enter_context(learner.drawing(drawn[number], apart=len(learners) > 1))
-                losses = _losses(forward, batches[number].to(device), [share.learner for share in fit])
+                losses = _losses(forward, batches[number].to(device), fit)
                 means = [share.mean(loss, number) for share, loss in zip(fit, losses, strict=True)]
                 counted = [mean for mean in means if mean is not None]
                 if least and batches[number].supervised:
@@ -211,9 +222,9 @@ def _see_all(shares: Sequence["_Share"], deal: Sequence[Sequence[int]], world: W
 
 
 def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None:
-    """Raise ValueError where a document has no learner here, or could have two."""
+    """Raise ValueError where a document has no learner here, or could have two. `NOBODY`'s are nobody's to learn."""
     numbers, first = {learner.attached.number for learner in learners}, learners[0].attached.carried.first
-    unknown = {update for batch in batches for update in batch.updates or (first,)} - numbers
+    unknown = {update for batch in batches for update in batch.updates or (first,)} - numbers - {NOBODY}
     if unknown:
         raise ValueError(f"documents take update {min(unknown)}, and the learners are of {sorted(numbers)}")
     if len(learners) > 1 and not all(batch.updates for batch in batches):
@@ -221,21 +232,28 @@ def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None
 
 
 class _Share:
-    """One learner's part of a step: its documents, its loss in nats per token, and why it can't be an update."""
+    """One learner's part of a step: its documents, its loss (per token, pair, …: what its objective counts), and why it
+    can't be an update."""
 
     def __init__(self, learner: Learner, batches: Sequence[Batch]) -> None:
-        self.learner, number = learner, learner.attached.number
+        self.learner, self.objective, number = learner, learner.objective, learner.attached.number
         self.batches = [batch.labelled_for(number) for batch in batches]
         self.rows = [origin for batch in self.batches for origin in batch.origins]
         self.tokens = sum(batch.tokens_of(number) for batch in batches)
         self.supervised = sum(batch.supervised for batch in self.batches)
-        self.losses: dict[int, float] = {}  # in nats, by the number of the batch: of those that this process passed
-        self._sum = 0.0
+        self.count = sum(self.objective.count(batch) for batch in self.batches)
+        self.losses: dict[int, float] = {}  # by the number of the batch: of those that this process passed
+        self._sum, self._sums = 0.0, dict[str, float]()
         self.unfit = None if self.supervised else Unfit("none of its tokens is trained", self.rows)
 
     @property
     def loss(self) -> float:
-        return self._sum / self.supervised
+        return self._sum / self.count
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the objective reports of the step."""
+        return self.objective.means(self._sums)
 
     def timed(self, record: dict[str, Any], seconds: float, tokens: int) -> dict[str, Any]:
         """The record with the learner's time: its part of `seconds`, which went to `tokens` of all."""
@@ -249,12 +267,45 @@ class _Share:
         """Whether there is something to learn from, as far as this process has seen."""
         return self.unfit is None and all(map(math.isfinite, self.losses.values()))
 
+    def anchor(self, forward: Forward, world: World, abreast: bool) -> None:
+        """Give the objective its anchor, where it wants one: each process asks for its share of the batches."""
+        if not self.objective.anchored:
+            return
+        beside = [batch.beside for batch in self.batches if batch.beside is not None]
+        device, total, count = self.learner.attached.parameters[0].device, 0.0, 0.0
+        alone = world.is_alone or abreast  # a pass of shards takes all processes, so each asks for all
+        with torch.no_grad():
+            for batch in beside if alone else beside[world.rank :: world.size]:
+                logp_D = batch.by_document(forward.logprobs(batch.to(device)).cpu()).double()
+                total += float((logp_D - logp_D.new_tensor(batch.references)).sum())
+                count += len(batch.references)
+        if not alone:
+            total, count = world.sums([total, count], f"the anchor of step {self.learner.state.step + 1}")
+        self.objective = self.objective.with_anchor(total / max(count, 1))
+
+    def loss_of(self, logprobs: Logprobs, batch: Batch) -> Tensor:
+        """Of its documents in a batch, from a pass over all of them; what it reports of them is noted."""
+        mine, own = batch.labelled_for(self.learner.attached.number), logprobs
+        if batch.updates:
+            logp_K = logprobs.logp_K[mine.labels_T[batch.labels_T != IGNORE] != IGNORE]
+            own = Logprobs(logp_K, -logp_K.sum())
+        for name, value in self.objective.figures(Logprobs(*(part.detach() for part in own)), mine).items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        return self.objective(own, mine)
+
     def mean(self, loss: Tensor, number: int) -> Tensor | None:
         """What a batch's loss adds to the step's; None where it adds nothing to learn from."""
         self.losses[number] = float(loss.detach())
         if not self.batches[number].supervised or not self.is_fit:
             return None
-        return loss if self.learner.undivided else loss / self.supervised
+        return loss if self.learner.undivided else loss / self.count
+
+    def add_figures(self, world: World) -> None:
+        """Those of all processes, in each of them."""
+        names = self.objective.sums
+        if names and not world.is_alone:
+            sums = [self._sums.get(name, 0.0) for name in names]
+            self._sums = dict(zip(names, world.sums(sums, "what the objective reports"), strict=True))
 
     def judge(self, losses: Sequence[float], ranks: Mapping[int, int]) -> None:
         """Take the losses of all batches, up to one that isn't a number. `ranks`: who passed which, where there are
@@ -270,13 +321,10 @@ class _Share:
             self.unfit = Unfit(what, self.batches[number].origins, not_finite=True)
 
 
-def _losses(forward: Forward, batch: Batch, learners: Sequence[Learner]) -> Sequence[Tensor]:
+def _losses(forward: Forward, batch: Batch, shares: Sequence[_Share]) -> Sequence[Tensor]:
     """The sum over each learner's documents, from one pass."""
-    if not batch.updates:
-        (_,) = learners
+    if not batch.updates and all(share.objective is sft for share in shares):
+        (_,) = shares
         return [forward.loss(batch)[0]]
-    loss_D = -batch.by_document(forward.logprobs(batch))
-    if batch.weights:
-        loss_D = loss_D * loss_D.new_tensor(batch.weights)
-    update_D = torch.tensor(batch.updates, device=loss_D.device)
-    return [loss_D[update_D == learner.attached.number].sum() for learner in learners]
+    logprobs = forward.scores(batch)
+    return [share.loss_of(logprobs, batch) for share in shares]

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from deltaw.adapter.attach import Attached, attach, detach
-from deltaw.adapter.ready import NOBODY, Ready
+from deltaw.adapter.ready import Ready
 from deltaw.base.batch import Pass, passing_of, segments_of
 from deltaw.config import AdapterSpec
+from deltaw.kernels.segments import NOBODY
 from tests.adapter.test_several import moved
 from tests.architectures import tiny
 
@@ -29,8 +30,7 @@ def projections(model: nn.Module) -> tuple[nn.Module, ...]:
 def same(model: nn.Module, ready: Ready, updates: Sequence[int]) -> bool:
     """Whether the rows get from it what they get from the layers themselves."""
     modules, x_TN = projections(model), torch.randn(len(updates), 32)
-    segments = segments_of(updates, range(len(updates) + 1)) or ()
-    with passing_of(model).running(Pass(segments=tuple(one for one in segments if one.update != NOBODY))):
+    with passing_of(model).running(Pass(segments=segments_of(updates, range(len(updates) + 1)))):
         wanted = [module(x_TN) for module in modules]
     ready.begin(updates, CPU)
     got = ready.linears(modules, x_TN)

@@ -15,7 +15,7 @@ from deltaw.base.batch import Batch, Pass, passing_of
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, RunError
-from deltaw.kernels.segments import Segment
+from deltaw.kernels.segments import NOBODY, Segment
 from tests.architectures import tiny
 from tests.halves import halved
 
@@ -34,7 +34,7 @@ SPECS = {
 
 
 def batch(*updates: int) -> Batch:
-    return Batch.of(TOKENS, STARTS, LABELS, updates=updates)
+    return Batch.of(TOKENS, STARTS, LABELS, origins=("a", "b", "c", "d"), updates=updates)
 
 
 def part(document: int) -> Batch:
@@ -79,6 +79,23 @@ def alone(name: str, spec: AdapterSpec | None, seed: int, documents: list[int], 
 
 def close(got: Tensor, wanted: Tensor) -> bool:
     return bool((got - wanted).abs().max() <= 1e-4 * wanted.abs().max() + 1e-7)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+@pytest.mark.parametrize("spec", ["lora", "dora", "dropout"])
+def test_nobody_s_documents_are_the_base_s_and_change_no_gradient(name: str, spec: str) -> None:
+    model = tiny(name)
+    forward = plan_forward(model)
+    of_base = {d: forward.logits(part(d)).detach() for d in range(4)}
+    one = put(model, SPECS[spec], 1)
+    logits = forward.logits(batch(NOBODY, one.number, NOBODY, one.number)).detach()
+    assert all(close(logits[STARTS[d] : STARTS[d + 1]], of_base[d]) for d in (0, 2))
+    assert not any(close(logits[STARTS[d] : STARTS[d + 1]], of_base[d]) for d in (1, 3))
+    _, _, expected = alone(name, SPECS[spec], 1, [1, 3], torch.float32)
+    forward.loss(batch(NOBODY, one.number, NOBODY, one.number).labelled_for(one.number))[0].backward()
+    assert all(close(got, wanted) for got, wanted in zip(gradients(one), expected, strict=True))
+    for nothing in (batch(*[NOBODY] * 4), batch(*[NOBODY] * 4).labelled_for(NOBODY)):
+        assert all(close(forward.logits(nothing)[STARTS[d] : STARTS[d + 1]], of_base[d]) for d in range(4))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from deltaw.adapter.attach import Attached, attach
 from deltaw.base.batch import Batch
 from deltaw.base.forward import APART, PACKED, PADDED, Forward, plan_forward
 from deltaw.base.head import find_head
-from deltaw.base.objective import sft
+from deltaw.base.objective import Objective, sft
 from deltaw.config import AdapterSpec
 from deltaw.kernels.logprobs import IGNORE, Logprobs
 from tests.architectures import tiny
@@ -61,13 +61,16 @@ def preferred(ratio_D: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(Objective):
     """That loss against a reference."""
 
     reference_K: Tensor
 
     def __call__(self, logprobs: Logprobs, batch: Batch) -> Tensor:
         return preferred(batch.by_document(logprobs.logp_K - self.reference_K))
+
+    def count(self, batch: Batch) -> int:
+        return (len(batch.starts) - 1) // 2
 
 
 def gradients(loss: Tensor, attached: Attached) -> list[Tensor]:
@@ -88,7 +91,7 @@ def check_preference(attached: Attached, forward: Forward) -> None:
     torch.testing.assert_close(given.by_document(reference_K), plain_reference_D, rtol=1e-5, atol=1e-5)
     truth = preferred(plain_by_document(attached.model, given) - plain_reference_D)
     loss, count = forward.loss(given, Preference(reference_K))
-    assert count == given.supervised == len(reference_K)
+    assert count == 3 and len(reference_K) == given.supervised
     assert abs(float(loss.detach()) - 3 * 0.6931) > 0.02  # the adapter's answers aren't the base's
     torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-5)
     share = 1e-5 if loss.dtype == torch.float64 else 1e-3
@@ -166,5 +169,5 @@ def test_no_label_runs_no_model(objective: Any) -> None:
     attached.model.get_input_embeddings().register_forward_hook(lambda *_: pytest.fail("the model ran"))
     given = Batch.of(torch.arange(3, 7), [0, 2, 4])
     loss, count = forward.loss(given, objective)
-    assert count == 0 and len(forward.logprobs(given)) == 0
+    assert count == objective.count(given) and len(forward.logprobs(given)) == 0
     assert float(loss) == pytest.approx(0.0 if objective is sft else 0.6931, abs=1e-4)

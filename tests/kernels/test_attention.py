@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.kernels import attention as kernel
-from deltaw.kernels.attention import Documents, packed_attention, packed_attention_plain
+from deltaw.kernels import documents as kernel
+from deltaw.kernels.attention import packed_attention, packed_attention_plain
+from deltaw.kernels.documents import Documents
 
 H, K, E = 4, 2, 8
 OPTIONS = [{}, {"window": 4}, {"softcap": 2.0}, {"window": 3, "softcap": 1.5, "scale": 0.2}]

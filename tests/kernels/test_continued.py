@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from deltaw.kernels.attention import CHUNK, packed_attention_plain
+from deltaw.kernels.attention import packed_attention_plain
 from deltaw.kernels.continued import continued_attention, continued_attention_plain
+from deltaw.kernels.documents import CHUNK
 
 H, K, E, L = 6, 2, 8, 2 * CHUNK + 9
 

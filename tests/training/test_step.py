@@ -16,6 +16,7 @@ from deltaw.data.example import Example
 from deltaw.data.loader import LoaderState
 from deltaw.data.pack import pack
 from deltaw.errors import InputError
+from deltaw.kernels.segments import NOBODY
 from deltaw.training.checkpoint import TrainState
 from deltaw.training.learner import Learner
 from deltaw.training.step import step
@@ -127,6 +128,19 @@ def test_a_document_of_nobody_or_of_anybody_is_refused(forward: Forward) -> None
     with pytest.raises(ValueError, match="which documents"):
         step(forward, learners, [batch(documents(LENGTHS[0], 0))], END)
     assert all(one.state.step == 0 for one in learners)
+
+
+def test_the_base_s_documents_are_counted_by_no_learner(forward: Forward) -> None:
+    expected, its = alone(forward, 1)
+    pairs = enumerate(zip(LENGTHS, OWNERS, strict=True))
+    beside = [
+        batch(documents(lengths, n), tuple(owner or NOBODY for owner in owners)) for n, (lengths, owners) in pairs
+    ]
+    _, one = (learner(forward.model, number) for number in (0, 1))
+    (record,) = step(forward, [one], beside, END)
+    same_gradient(one, expected)
+    assert record["loss"] == pytest.approx(its["loss"], rel=1e-5)
+    assert (record["tokens"], record["supervised_tokens"]) == (its["tokens"], its["supervised_tokens"])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
