@@ -151,7 +151,9 @@ def open_all(
         looked.append(look(one.config, once, consent, lineage, start_is_needed=needed, ground=ground, rows=rows))
     live, texts = list[Live](), dict[str, Examples]()
     for one, known in zip(waiting, looked, strict=True):
-        opened = sized(opened_beside(known, live[0].opened, once) if live else opened_on(known, once), once)
+        opened = sized(
+            opened_beside(known, [other.opened for other in live], once) if live else opened_on(known, once), once
+        )
         if one.config is not one.written:
             opened = opened.named_as(one.written)
         source = f"{one.config.evaluate.general} {opened.model.renderer.template_fingerprint}"

@@ -8,7 +8,7 @@ run, in the order in which it will train on them; a run that is resumed has its 
 (`opened_on`) and the others come beside it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -231,11 +231,12 @@ def opened_on(looked: Looked, display: Display, world: World = ALONE) -> Opened:
     return _opened(looked, model, display, world, shards)
 
 
-def opened_beside(looked: Looked, other: Opened, display: Display) -> Opened:
-    """The run on the base that `other` has opened, with a fresh adapter beside those that are on it. Raises InputError
+def opened_beside(looked: Looked, others: Sequence[Opened], display: Display) -> Opened:
+    """The run on the base that `others` stand on, with a fresh adapter beside those that are on it. Raises InputError
     for one whose rows can't be told from another's there."""
-    base, forward = other.model.base, other.model.forward
-    return _opened(looked, Model(base, looked.renderer, forward, attach_fresh(base.model, looked.config)), display)
+    base, forward = others[0].model.base, others[0].model.forward
+    attached = attach_fresh(base.model, looked.config, [other.attached for other in others])
+    return _opened(looked, Model(base, looked.renderer, forward, attached), display)
 
 
 def _opened(looked: Looked, model: Model, display: Display, world: World = ALONE, shards: Shards = NONE) -> Opened:
@@ -277,10 +278,11 @@ def _opened_model(config: RunConfig, ground: Ground, renderer: Renderer, device:
     return Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config))
 
 
-def attach_fresh(model: nn.Module, config: RunConfig) -> Attached:
+def attach_fresh(model: nn.Module, config: RunConfig, like: Sequence[Attached] = ()) -> Attached:
     """The adapter as it begins, but for a start that wants data, or that another adapter gives."""
     generator, spec = torch.Generator().manual_seed(config.train.seed), config.adapter
-    return attach(model, spec, generator=generator, start_later=spec.from_data or spec.start is not None)
+    later = spec.from_data or spec.start is not None
+    return attach(model, spec, generator=generator, start_later=later, like=like)
 
 
 def _started(opened: Opened, start: Start, display: Display) -> Opened:
