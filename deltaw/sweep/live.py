@@ -33,6 +33,7 @@ from deltaw.training.batch_size import sized
 from deltaw.training.changes import restore, settled
 from deltaw.training.checkpoint import Saved, latest_checkpoint, list_checkpoints
 from deltaw.training.finish import finish, report
+from deltaw.training.largest import shared_line
 from deltaw.training.learner import Learner
 from deltaw.training.log import EventLog, open_log
 from deltaw.training.measuring import Attempts, measure_base
@@ -181,7 +182,10 @@ def rehearse_all(live: Sequence[Live], display: Display) -> None:
     for one in live:
         with one.opened.attached.leading():
             if choice is None:
-                one.opened, choice = choose(one.opened, one.learner, work_of(one.opened, one.learner), display)
+                work = work_of(one.opened, one.learner)
+                for line in shared_line(work.shared):
+                    display.say(line)
+                one.opened, choice = choose(one.opened, one.learner, work, display)
                 forward = one.opened.model.forward
             one.opened = replace(one.opened, model=replace(one.opened.model, forward=forward))
             rows = f"{one.opened.dataset.fingerprint} {one.opened.config.train.batch_tokens}"

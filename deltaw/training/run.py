@@ -47,7 +47,7 @@ from deltaw.training.measuring import Attempts, measure_base
 from deltaw.training.memory import Heap, bound_caches, bounded
 from deltaw.training.opening import Opened, above_the_frozen, begin, general_rows, open_run
 from deltaw.training.preflight import short_form, work_of
-from deltaw.training.recomputing import choose, keeping
+from deltaw.training.recomputing import Choice, choose, keeping
 from deltaw.training.shortage import explain
 from deltaw.training.step import step
 from deltaw.training.stop import Lost, Stopped, StopRequest
@@ -176,10 +176,7 @@ def _run(
                         run.write_config(config)
                 world.mark(_begun(run))
                 stop.advice = f"resume with: {command('train', run.folder)}"
-                work = work_of(opened, learner)
-                for line in shared_line(work.shared):
-                    display.say(line)
-                opened, choice = choose(opened, learner, work, display)
+                opened, choice = _chosen(opened, learner, display)
                 shortage = partial(explain, opened=opened, learner=learner, run=run)
                 short_form(opened, learner, run, general)
             world.first(lambda: choice.way, "what activations are kept")
@@ -197,6 +194,14 @@ def _run(
             return adapter
         except Exception as error:
             raise shortage(error) or error from None
+
+
+def _chosen(opened: Opened, learner: Learner, display: Display) -> tuple[Opened, Choice]:
+    """What its steps are like: what they share is said, and what they keep is chosen."""
+    work = work_of(opened, learner)
+    for line in shared_line(work.shared):
+        display.say(line)
+    return choose(opened, learner, work, display)
 
 
 def _follow(run: Run, world: World) -> Adapter:
