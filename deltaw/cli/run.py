@@ -58,9 +58,7 @@ def train(
 def sweep(
     names: Annotated[
         list[str],
-        typer.Argument(
-            metavar="RUN [KEY=VALUE,VALUE]...", help="A run file and values to try; or the folder of a sweep to resume."
-        ),
+        typer.Argument(metavar="RUN", help="A run file and values to try; or the folder of a sweep to resume."),
     ],
     runs: Annotated[bool, typer.Option("--runs", help="The names are run files, one for each run.")] = False,
     output: Annotated[str | None, typer.Option("--output", "-o", help="The sweep's folder.", callback=as_path)] = None,

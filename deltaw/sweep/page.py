@@ -207,13 +207,16 @@ def _runs(sweep: SweepFolder, ranking: Ranking) -> Table:
     """Every run, the best first, with a link to its report."""
     metrics = list(dict.fromkeys(name for run in ranking.runs for name in run.metrics or {}))
     order = sorted(ranking.runs, key=lambda run: (run.loss is None, run.loss or 0.0))
-    head = ["run", "state", "steps", "held-out loss", *map(figure_name, metrics), "training loss", "report"]
+    least = min((run.loss for run in ranking.runs if run.loss is not None), default=0.0) if ranking.settings else None
+    compared = [] if least is None else ["above the best"]
+    head = ["run", "state", "steps", "held-out loss", *compared, *map(figure_name, metrics), "training loss", "report"]
     rows: list[list[Cell]] = [
         [
             run.variant.name,
             run.state + (f": {run.why}" if run.why else ""),
             run.step,
             run.loss,
+            *([] if least is None else [None if run.loss is None else run.loss - least]),
             *((run.metrics or {}).get(name) for name in metrics),
             run.train_loss,
             _report(sweep, run),
