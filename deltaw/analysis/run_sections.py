@@ -23,6 +23,7 @@ from deltaw.analysis.training import ANSWER, Metrics, Training
 from deltaw.config.sources import label
 from deltaw.errors import command
 from deltaw.files.output import gib
+from deltaw.files.paths import public_name
 from deltaw.show.text import clock, counted, figure_name, framed
 
 LOSSES = {"training": "loss", "held out": "eval_loss"}
@@ -33,9 +34,10 @@ ROWS, FIGURES = 300, 40  # in a table of the page; a page must not grow with the
 def figures(result: Mapping[str, Any]) -> list[Fact]:
     """Before and after: the loss, the task's metrics, general text."""
     before, after = (result.get("eval", {}).get(side, {}) for side in ("before", "after"))
-    names = [name for name in after if name in before and name != "perplexity"][:HEADLINES]
+    names = [name for name in after if name != "perplexity"][:HEADLINES]
     labels = {"loss": "held-out loss"}
-    facts = [Fact(labels.get(name, figure_name(name)), after[name], f"{number(before[name])} before") for name in names]
+    was = {name: f"{number(before[name])} before" if name in before else "" for name in names}
+    facts = [Fact(labels.get(name, figure_name(name)), after[name], was[name]) for name in names]
     lost = result.get("forgetting", {})
     if None not in (sides := [lost.get("loss_before"), lost.get("loss_after")]):
         facts.append(Fact("loss on general text", sides[1], f"{number(sides[0])} before"))
@@ -49,7 +51,7 @@ def of_training(training: Training) -> list[Section]:
     result = training.result
     sections = [Section("Learning", [*_before_after(result), *_curve(training.metrics)])]
     if lost := result.get("forgetting"):
-        sections.append(Section("What it forgot", _forgot(lost)))
+        sections.append(Section("What it forgot", [*_forgot(lost), *_retained(result.get("retain") or {})]))
     if result.get("answers"):
         sections.append(Section("Answers", _answers(result["answers"])))
     return sections
@@ -117,6 +119,19 @@ def _forgot(lost: Mapping[str, Any]) -> list[Block]:
         "`deltaw scale` shows what a smaller factor would keep and what it would cost.",
     ]
     return [Table(["", "base", "adapted", "change", "95 % from", "to"], rows), Text(" ".join(words))]
+
+
+def _retained(retain: Mapping[str, Any]) -> list[Block]:
+    if None in (known := [retain.get(name) for name in ("tokens", "weight", "time_share", "kl")]):
+        return []
+    tokens, weight, time, kl = known
+    words = [
+        "It was held to the base while it learnt (`train.retain`):",
+        f"{number(tokens)} tokens of `{public_name(str(retain.get('data', '–')))}`, weight {number(weight)}, about "
+        f"{time:.0%} of the time of training.",
+        f"In its last steps the KL from the base on that text was {number(kl)} nats per token.",
+    ]
+    return [Text(" ".join(words))]
 
 
 def _curve(metrics: Metrics) -> list[Block]:

@@ -26,6 +26,7 @@ FIGURES = (
 )  # fmt: skip
 WORDS = ("form", "dtype", "finished")
 LOST = ("tokens", "loss_before", "loss_after", "kl", "passages")
+RETAIN = ("weight", "share", "tokens", "time_share", "kl")
 ALWAYS = ("trained_parameters", "steps", "best_step", "tokens", "train_rows", "eval", "answers")  # by every version
 ANSWER = ("prompt", "before", "after", "truth")
 ANSWERS = 20  # at most; a run keeps ten
@@ -97,6 +98,9 @@ def _sound(raw: Mapping[str, Any], fault: Fault) -> Iterator[tuple[str, Any]]:
         named = {"source": lost["source"]} if isinstance(lost.get("source"), str) else {}
         intervals = {name: _pair(lost, name, fault) for name in ("rise_interval", "kl_interval")}
         yield "forgetting", {**named, **_numbers(lost, LOST, "forgetting.", fault), **intervals}
+    if retain := _object(raw, "retain", fault):
+        named = {"data": retain["data"]} if isinstance(retain.get("data"), str) else {}
+        yield "retain", {**named, **_numbers(retain, RETAIN, "retain.", fault)}
     for name in ("machine", "versions"):
         if words := _object(raw, name, fault):
             yield name, {key: value for key, value in words.items() if isinstance(value, str)}

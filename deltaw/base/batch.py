@@ -48,6 +48,17 @@ from deltaw.kernels.tree import NO_PARENT
 
 
 @dataclass(frozen=True, eq=False)
+class Retained:
+    """The rows of a batch, from `start` to its end, whose predictions are to stay the base's. `pieces`: which of the
+    text that is retained they are (training/retain.py); `base_RX`: what the base has in their place, as `Forward.rows`
+    gives it; None until somebody asks the base."""
+
+    start: int
+    pieces: tuple[int, ...]
+    base_RX: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Documents laid end to end, int64: tokens_T, labels_T, positions_T (T,). Made by `Batch.of`.
 
@@ -56,7 +67,7 @@ class Batch:
     `weights`, what it counts in the loss (empty: all 1); `parts`, what it is to an objective (parts.py; empty: all
     PLAIN); `references`, its labels' summed log-probability under the reference (empty: not known). `beside`: further
     documents, which an objective asks for a step's anchor, without gradient. `rows_K`: the rows that the head is asked
-    for, where it isn't to look for labels (filled.py).
+    for, where it isn't to look for labels (filled.py). `retained`: rows that are held to the base; none has a label.
     """
 
     tokens_T: Tensor
@@ -71,6 +82,7 @@ class Batch:
     references: tuple[float, ...] = ()
     beside: "Batch | None" = None
     rows_K: Tensor | None = None
+    retained: Retained | None = None
 
     @staticmethod
     def of(
@@ -157,6 +169,11 @@ class Batch:
         return self.documents.starts
 
     @property
+    def teaches(self) -> bool:
+        """Whether there is something to learn from."""
+        return bool(self.supervised or self.retained)
+
+    @property
     def examples(self) -> int:
         """How many there are: the documents, without those that others continue."""
         tree = self.documents.tree
@@ -165,8 +182,20 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Those of all examples, whole; `len(tokens_T)` are computed."""
+        return sum(self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each example, its prefix included."""
         tree = self.documents.tree
-        return sum(map(len, map(self.rows_of, range(self.examples)))) if tree else len(self.tokens_T)
+        if tree is None:
+            return [end - start for start, end in itertools.pairwise(self.starts)]
+        return [sum(end - start for start, end in tree.whole(number)) for number in range(self.examples)]
+
+    @property
+    def retained_rows(self) -> int:
+        """How many rows are held to the base."""
+        return 0 if self.retained is None else len(self.tokens_T) - self.retained.start
 
     def rows_of(self, example: int) -> list[int]:
         """The rows of all tokens of an example, in order."""
@@ -204,10 +233,10 @@ class Batch:
         return whole.index_add(0, example_J, sums.index_select(0, document_J))
 
     def tokens_of(self, update: int) -> int:
-        """How many tokens the examples of `update` have."""
+        """How many tokens the examples of `update` have, but for those that are only held to the base."""
         if not self.updates:
-            return self.tokens
-        return sum(len(self.rows_of(number)) for number, owner in enumerate(self.updates) if owner == update)
+            return self.tokens - self.retained_rows
+        return sum(length for length, owner in zip(self.lengths, self.updates, strict=True) if owner == update)
 
     def labelled_for(self, update: int) -> "Batch":
         """The batch with the labels, the parts and the origins of `update`'s documents alone."""
@@ -233,13 +262,32 @@ class Batch:
         row_J = torch.tensor([row for one in rows for row in one], device=self.tokens_T.device)
         starts = [0, *itertools.accumulate(map(len, rows))]
         names = ("origins", "updates", "weights", "parts", "references", "beside")
-        return Batch.of(
+        one = Batch.of(
             self.tokens_T[row_J], starts, self.labels_T[row_J], **{name: getattr(self, name) for name in names}
         )
+        retained = self.retained and replace(self.retained, start=len(row_J) - self.retained_rows)
+        return replace(one, retained=retained)
 
     def relabelled(self, labels_T: Tensor) -> "Batch":
         """The batch with other labels, counted."""
         return replace(self, labels_T=labels_T, supervised=_count(labels_T, self.documents), rows_K=None)
+
+    def followed_by(self, documents: "Batch") -> "Batch":
+        """The batch and then the documents of another, which have no labels and share nothing; all take the first
+        update."""
+        count, tree = len(documents.starts) - 1, self.documents.tree
+        starts = [*self.starts, *(len(self.tokens_T) + start for start in documents.starts[1:])]
+        return Batch.of(
+            torch.cat([self.tokens_T, documents.tokens_T]),
+            starts,
+            torch.cat([self.labels_T, documents.labels_T]),
+            parents=[*tree.parents, *[-1] * count] if tree else (),
+            origins=self.origins + documents.origins,
+            weights=(*self.weights, *[1.0] * count) if self.weights else (),
+            parts=(*self.parts, *[PLAIN] * count) if self.parts else (),
+            references=(*self.references, *[0.0] * count) if self.references else (),
+            beside=self.beside,
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltaw.base.frozen import has_weight, weight_of, whole
+from deltaw.kernels.divergence import linear_divergence
 from deltaw.kernels.logprobs import Logprobs, capped, linear_logprobs
 from deltaw.kernels.lora import Projection, lora_linears
 
@@ -32,8 +33,18 @@ class Head:
     def logprobs(self, hidden_TD: Tensor, labels_T: Tensor, rows_K: Tensor | None = None) -> Logprobs:
         """What it says of the labels that aren't IGNORE; `rows_K`: where to look for them."""
         with whole(self.module):  # a backward doesn't ask for the weight again
-            options: dict[str, Any] = {"bias_V": self.bias_V, "scale": self.scale, "softcap": self.softcap}
-            return linear_logprobs(hidden_TD, weight_of(self.module), labels_T, **options, rows_K=rows_K)
+            return linear_logprobs(hidden_TD, weight_of(self.module), labels_T, **self._options, rows_K=rows_K)
+
+    def logprobs_and_divergence(self, hidden_TD: Tensor, labels_T: Tensor, base_RD: Tensor) -> tuple[Logprobs, Tensor]:
+        """The same, and KL(base ‖ tuned) of the last rows [R] in float32, for which the base has `base_RD`."""
+        with whole(self.module):  # once: a sharded head is gathered by all processes or by none
+            weight, tuned_RD = weight_of(self.module), hidden_TD[len(hidden_TD) - len(base_RD) :]
+            logprobs = linear_logprobs(hidden_TD, weight, labels_T, **self._options)
+            return logprobs, linear_divergence(tuned_RD, base_RD, weight, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"bias_V": self.bias_V, "scale": self.scale, "softcap": self.softcap}
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, V] in float32."""

@@ -4,6 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from deltaw.config.retain import RetainSection
 from deltaw.config.strict import MANY, Count, PositiveFloat, Seed, Strict
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -35,6 +36,9 @@ class TrainConfig(Strict):
         "auto",
         description="blocks: layers run again in the backward; offload: from inputs in the machine's memory. "
         "auto: where memory is short",
+    )
+    retain: RetainSection = Field(
+        None, description="general text on which it is held to the base, so that it forgets less"
     )
     seed: Seed = 0
     dtype: Dtype = "auto"

@@ -64,7 +64,7 @@ def general_text(source: str, renderer: Renderer, longest: int | None = None) ->
     read."""
     data = DataConfig(train=source, max_length=min(LENGTH, longest or LENGTH), too_long="truncate", limit=ROWS)
     rows = prepare(data, Renderer(renderer.tokenizer)).train
-    return [_without_end(row, renderer.stop_ids) for row in rows]
+    return [without_end(row, renderer.stop_ids) for row in rows]
 
 
 @torch.no_grad()
@@ -110,6 +110,7 @@ def _interval(part_P: Tensor, tokens_P: Tensor) -> tuple[float, float] | None:
     return low, high
 
 
-def _without_end(row: Example, stops: set[int]) -> Example:
+def without_end(row: Example, stops: set[int]) -> Example:
+    """The row without a token that ends its text."""
     cut = slice(None, -1 if int(row.tokens[-1]) in stops else None)
     return replace(row, tokens=row.tokens[cut], loss_mask=row.loss_mask[cut])

@@ -231,6 +231,7 @@ def _without_paths(page: str, config: RunConfig | None) -> str:
         *(source.path for source in sources_of(config.data.eval_sources or ())),
         config.data.template,
         config.evaluate.general,
+        config.train.retain.data if config.train.retain else None,
         config.output,
         config.adapter.start,
     )

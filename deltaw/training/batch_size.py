@@ -34,11 +34,12 @@ def sized(opened: Opened, display: Display) -> Opened:
     return replace(opened, config=config)
 
 
-def fitting(step: int, fit: Fit, limit: float) -> int:
+def fitting(step: int, fit: Fit, limit: float, besides: float = 0.0) -> int:
     """The largest of a step, its half, its quarter, ... (from `MOST` down to `LEAST` tokens) of which a batch takes at
-    most `limit` bytes, all of its tokens trained; the smallest where none does."""
-    tokens = step
-    while tokens > LEAST and (tokens > MOST or fit.bytes_at(tokens, tokens) > limit):
+    most `limit` bytes, all of its tokens trained; the smallest where none does. `besides`: the share of general text
+    that comes on top (`train.retain`)."""
+    tokens, more = step, 1 + besides
+    while tokens > LEAST and (tokens > MOST or fit.bytes_at(more * tokens, more * tokens) > limit):
         tokens = -(-tokens // 2)
     return tokens
 
@@ -68,7 +69,7 @@ def _measured(opened: Opened, display: Display) -> int:
             raise
         return LEAST
     fit = fit_memory(points)
-    tokens = fitting(step, fit, held + ROOM * free)
+    tokens = fitting(step, fit, held + ROOM * free, train.retain.share if train.retain else 0.0)
     part = "a whole step" if tokens == step else f"a step of {step:,} in parts"
     takes = f"about {gib(fit.bytes_at(tokens, tokens))}, and {gib(held + free)} are available"
     display.say(f"batches of up to {tokens:,} tokens, {part}: {takes}")

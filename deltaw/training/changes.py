@@ -23,8 +23,11 @@ from deltaw.training.checkpoint import Saved, checkpoint_at, is_whole
 from deltaw.training.learner import Learner
 from deltaw.training.optim import WARMUP
 
-FIXED = ("base_weights", "adapter", "data", "train.seed", "train.tokens_per_step", "train.dtype")
-NAMES = ("data.train", "data.eval", "adapter.from")  # those of FIXED that are only names
+FIXED = (
+    *("base_weights", "adapter", "data", "train.seed", "train.tokens_per_step", "train.dtype"),
+    *("train.retain.data", "train.retain.share"),
+)
+NAMES = ("data.train", "data.eval", "adapter.from", "train.retain.data")  # those of FIXED that are only names
 FREE = ("output",)  # the run folder was moved
 MEASURING = "evaluate."  # all that a finished run can still measure
 

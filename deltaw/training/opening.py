@@ -8,12 +8,18 @@ run, in the order in which it will train on them; a run that is resumed has its 
 (`opened_on`) and the others come beside it.
 """
 
+<<<<<<< HEAD
 from collections.abc import Callable, Mapping, Sequence
+=======
+from collections.abc import Mapping, Sequence
+>>>>>>> main
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,17 +32,21 @@ from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
 from deltaw.base.load import check_weights, open_base, open_skeleton, pick_device, read_config
+from deltaw.base.objective import Objective
+from deltaw.base.preferences import objective_of
 from deltaw.base.prefix import lowest_layer
 from deltaw.base.recompute import blocks_of, check_blocks, check_device
 from deltaw.base.source import Source, find_base
 from deltaw.config import RunConfig
 from deltaw.config.own_rows import rows_to_keep, with_names
 from deltaw.data.dataset import Dataset
+from deltaw.data.example import Example
 from deltaw.data.examples import Examples
 from deltaw.data.loader import Loader, LoaderState, fill
 from deltaw.data.opening import open_dataset
 from deltaw.data.pack import pack
 from deltaw.data.render import Renderer
+from deltaw.data.weighed import Weighed
 from deltaw.evaluation.forgetting import general_text
 from deltaw.evaluation.held_out import truth_of
 from deltaw.evaluation.metrics import Metric
@@ -51,6 +61,7 @@ from deltaw.training.length import count_steps, make_loader, settle_step
 from deltaw.training.log import check_loggers
 from deltaw.training.memory import bound_caches, free_memory
 from deltaw.training.optim import WARMUP, warmup_steps
+from deltaw.training.retain import Retain, Text, check_apart, retained_text
 from deltaw.training.sharding import NONE, Shards, first_pass, is_wanted, shard
 from deltaw.training.start import Start, described, open_start
 from deltaw.training.world import ALONE, World
@@ -74,6 +85,8 @@ class Opened:
     lineage: History = NOTHING  # which adapter it starts from, after which steps it was extended
     world: World = ALONE  # the processes that train it together
     shards: Shards = NONE  # what of the base is on other ranks
+    retained: Examples = field(default_factory=lambda: Examples.of([]))  # the pieces of train.retain's text
+    references: Mapping[str, np.ndarray] = field(default_factory=dict)  # what the reference says (references.py)
 
     @property
     def attached(self) -> Attached:
@@ -111,19 +124,47 @@ class Opened:
     def learner(self, display: Display) -> Learner:
         """Of the adapter, at its beginning."""
         prints = {"base": self.id.fingerprint, "data": self.dataset.fingerprint, "template": self.id.template}
+        prints |= {"retained text": self.kept_text.fingerprint} if self.kept_text else {}
         config = self.config.model_dump(mode="json")
         state = TrainState(fingerprints=prints, config=config, conditions=conditions(self.device, self.world.size))
-        return Learner(self.attached, self.config.train, self.total, state, display.say)
+        return Learner(self.attached, self.config.train, self.total, state, display.say, self.objective)
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether held-out rows are answered: those of preferences are weighed."""
+        return not self.config.objective.is_preference
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What it minimises."""
+        return objective_of(self.config.objective)
+
+    def weighed(self, part: Literal["train", "eval"]) -> Weighed:
+        """The rows to train on, or held out, with what the reference says of them."""
+        rows = self.dataset.train if part == "train" else self.dataset.eval
+        return Weighed(rows, self.references.get(part), self.references.get(f"{part}_beside"))
+
+    @property
+    def kept_text(self) -> Text | None:
+        """What the run is to remember; None where it isn't asked to."""
+        return Text.of(self.config, self.retained)
+
+    def retain(self, forward: Forward) -> Retain | None:
+        """The same, for the steps that `forward` takes."""
+        text = self.kept_text
+        return None if text is None else Retain(text, forward, self.attached, self.config.train.batch_tokens)
 
     def loader(self, state: TrainState) -> Loader:
         """The batches of the steps after `state`."""
-        return make_loader(self.config, self.dataset, state.position, self.world.size, self.shares)
+        return make_loader(
+            self.config, self.dataset, state.position, self.world.size, self.shares, self.weighed("train")
+        )
 
     @property
     def shares(self) -> bool:
-        """Whether examples that begin alike share what is computed of it. Not where documents aren't packed; where
+        """Whether examples that begin alike share what is computed of it. Not where the model can't be run so; where
         dropout draws for each row by itself; on a GPU, whose recorded passes know no more of documents than offsets."""
-        return self.model.forward.packed and self.device.type == "cpu" and not self.attached.spec.dropout
+        return self.model.forward.shares and self.device.type == "cpu" and not self.attached.spec.dropout
 
 
 @dataclass(frozen=True)
@@ -215,6 +256,7 @@ def open_run(
     """Raises InputError, before the weights are read where that is possible. `consent`: to a metric of the user's own
     that the config names. `lineage`: the run's, if it has begun; the adapter that it starts from isn't needed any more
     where a checkpoint is there."""
+<<<<<<< HEAD
     return opened_on(
         look(config, display, consent, lineage, start_is_needed=start_is_needed, world=world), display, world
     )
@@ -247,6 +289,47 @@ def _opened(looked: Looked, model: Model, display: Display, world: World = ALONE
     rows_kept = rows_to_keep(looked.config.data)
     opened = Opened(config, model, dataset, looked.total, looked.metrics, rows_kept, looked.lineage, world, shards)
     return opened if looked.start is None else _started(opened, looked.start, display)
+=======
+    check_loggers(config.train.log_to)
+    check_device(config.train.checkpointing, pick_device(config.train.device))
+    bound_caches()
+    metrics = open_metrics(config.evaluate.metrics, consent)
+    source = find_base(config.base, display=display)
+    known = read_config(source)
+    skeleton = open_skeleton(source, known)
+    check_weights(source, config.base_weights, skeleton)
+    recorded = lineage.started_from
+    config, start = open_start(config, skeleton, recorded, needed=start_is_needed, say=display.say)
+    # On the modules alone; attach asks again, of layers that it has tried.
+    targets = find_targets(skeleton, config.adapter)
+    if targets.words:
+        display.say(f"adapted: {targets.words}")
+    check_blocks(config.train.checkpointing, blocks_of(skeleton, targets.paths))
+    _, renderer, dataset = open_dataset(config, display, source)
+    limits, rows = Limits.of(skeleton), dataset.rows
+    limits.check(rows)
+    for row in dataset.eval[:1]:
+        try_out(metrics, truth_of(renderer, row))
+    asked, config = config, settle_step(config, dataset)
+    total = count_steps(config, dataset)
+    retained = retained_text(config, renderer, limits, display)
+    together = length.for_ranks(config, dataset, world.size)
+    for line in [*config.notes(), *config.switched_off(), *length.notes(asked, config, total), *together]:
+        display.say(line)
+    for note in dataset.report.notes:
+        display.say(note)
+    for warning in [*dataset.report.warnings, *limits.warnings(rows), *length.warnings(asked, config, dataset, total)]:
+        display.say(f"warning: {warning}")
+    sharded = is_wanted(config, source, skeleton, pick_device(config.train.device), world, display.say)
+    if sharded:
+        model, shards = _sharded_model(config, source, known, renderer, display, world)
+    else:
+        model, shards = _opened_model(config, source, known, renderer, config.train.device, display), NONE
+    _say_opened(model, known, display)
+    pinned, rows_kept = _pinned(config, model), rows_to_keep(config.data)
+    opened = Opened(pinned, model, dataset, total, metrics, rows_kept, lineage, world, shards, retained)
+    return opened if start is None else _started(opened, start, display)
+>>>>>>> main
 
 
 def _say_opened(model: Model, known: Any, display: Display) -> None:
@@ -326,11 +409,14 @@ def above_the_frozen(opened: Opened, display: Display) -> Forward:
         or opened.total <= opened.loader(TrainState()).steps_in_epoch(0)
     ):
         return forward
-    lengths, words = rows.lengths, embedding_of(opened.model.base.model)
-    if int(lengths.sum()) * words.shape[1] * words.dtype.itemsize > FROZEN_SHARE * free_memory(opened.device):
+    lengths, kept, words = rows.lengths, opened.retained.lengths, embedding_of(opened.model.base.model)
+    if int(lengths.sum() + kept.sum()) * words.shape[1] * words.dtype.itemsize > FROZEN_SHARE * free_memory(
+        opened.device
+    ):
         return forward
-    groups = fill(range(len(lengths)), lengths, capacity)
-    batches = (pack([rows[n] for n in group]).to(opened.device) for group in groups)
+    groups = [(rows, group) for group in fill(range(len(lengths)), lengths, capacity)]
+    groups += [(opened.retained, group) for group in fill(range(len(kept)), kept, capacity)]
+    batches = (pack([some[n] for n in group]).to(opened.device) for some, group in groups)
     with display.task("frozen layers", len(groups)) as progress:
         forward = forward.above(*lowest, batches, progress)
         progress(len(groups))
@@ -338,14 +424,16 @@ def above_the_frozen(opened: Opened, display: Display) -> Forward:
     return forward
 
 
-def general_rows(config: RunConfig, model: Model) -> Examples:
-    """The text on which forgetting is measured, cut to what the model can hold; none where it isn't asked."""
+def general_rows(config: RunConfig, model: Model, retained: Sequence[Example] = ()) -> Examples:
+    """The text on which forgetting is measured, cut to what the model can hold; none where it isn't asked. Raises
+    InputError where it has text that is `retained`."""
     source = config.evaluate.general
     if not source:
         return Examples.of([])
     limits = Limits.of(model.base.model)
     rows = Examples.of(general_text(source, model.renderer, limits.longest))
     limits.check(rows, name=f"evaluate.general: {source}")
+    check_apart(config, retained, rows)
     return rows
 
 

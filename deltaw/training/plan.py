@@ -7,6 +7,7 @@ the run's own functions, and its peak and its seconds are taken.
     opening         the base, the data, the adapter
     held-out loss   the longest rows, as many as are taken at a time
     answers         the rows with the longest prompts, as many as are generated together, their first NEW tokens
+    asking          what the base says of a part of the text of `train.retain`
     training        the largest batch of the whole run, unless it takes long; smaller ones for the fit (fit.py); one
                     update
     forgetting      the largest chunk of the general text
@@ -51,10 +52,12 @@ from deltaw.training.memory import Window, window, working_on
 from deltaw.training.opening import Opened, general_rows, open_run, start_from_data
 from deltaw.training.preflight import check_longest, disk_needed, existing, work_of
 from deltaw.training.recomputing import Choice, choose
+from deltaw.training.retain import Retain
 from deltaw.training.shortage import explain
 
 NEW, ROWS = 32, 128  # tokens generated for each of so many rows
 LONG, PIECE = 16_384, 10.0  # tokens from which on smaller pieces are tried first; seconds that one piece may take
+ASKING = "asking the base"
 WHAT_IF = (0.5, 1, 2, 4)  # times train.tokens_per_batch
 
 
@@ -65,6 +68,24 @@ class Phase:
     name: str
     peak: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Retaining:
+    """General text that is passed beside the task's tokens (`train.retain`), and the seconds that it takes, of those of
+    the whole training."""
+
+    data: str
+    tokens: int
+    seconds: float
+    training: float
+
+    def line(self) -> str:
+        """For people."""
+        more = self.seconds / max(1e-9, self.training - self.seconds)
+        return (
+            f"{self.tokens:,} tokens of {self.data} besides, held to the base: {clock(self.seconds)}, {more:.0%} more"
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,7 @@ class Plan:
     recomputed: Choice  # the same, with what was measured of it
     tokens: int
     supervised_tokens: int
+    retained: Retaining | None
     longest_batch: int
     shared: float  # of the tokens, which examples share with others, so that they aren't computed again
     phases: list[Phase]
@@ -115,6 +137,7 @@ class Plan:
             *(("", line) for line in self.length),
             ("tokens", f"{self.tokens:,}, of which {self.supervised_tokens:,} are trained ({self.data.share:.1%})"),
             *(("", line) for line in shared_line(self.shared)),
+            *([("retain", self.retained.line())] if self.retained else []),
             (
                 "memory",
                 f"{gib(self.largest.peak)} at its peak, in {self.largest.name}; {gib(self.memory_there)} available",
@@ -140,7 +163,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
     device = pick_device(config.train.device)
     with window(device) as opening:
         opened = open_run(config, display)
-        general = general_rows(config, opened.model)
+        general = general_rows(config, opened.model, opened.retained)
     opened = sized(opened, display)
     available = memory.held_memory(device) + memory.free_memory(device)
     learner, dataset = opened.learner(display), opened.dataset
@@ -173,6 +196,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
         recomputed=choice,
         tokens=work.tokens,
         supervised_tokens=work.supervised,
+        retained=rehearsal.retained(),
         longest_batch=work.longest_tokens,
         phases=[Phase("opening", opening.peak, opening.seconds), *rehearsal.phases],
         memory_there=available,
@@ -201,6 +225,8 @@ class Rehearsal:
         evaluating = [self._held_out_loss, self._answers] if self.held_out else []
         starting = [self._start] if self.opened.config.adapter.from_data else []
         acts = [*starting, *evaluating, self._update, self._training, self._saving]
+        if retain := self.opened.retain(self.model.forward):
+            acts.append(lambda: self._asking(retain))
         acts += [lambda: self._forgetting(general)] if general else []
         with self.display.task("rehearsing", len(acts)) as progress:
             for number, act in enumerate(acts):
@@ -214,6 +240,15 @@ class Rehearsal:
         most = max(point.tokens for point in self.points)
         largest = [point for point in self.points if point.tokens == most]
         return sum(point.seconds for point in largest) / sum(point.tokens for point in largest)
+
+    def retained(self) -> Retaining | None:
+        """What `train.retain` takes; None where the run has none."""
+        retain, seconds = self.every.retain, {phase.name: phase.seconds for phase in self.phases}
+        if retain is None or not self.work.steps:
+            return None
+        asking, training = seconds[ASKING], seconds["training"]
+        besides = asking + self.seconds_a_token * self.work.general
+        return Retaining(retain.data, self.work.general, besides, training + asking)
 
     def _note(self, name: str, seen: Window, times: float, more: int = 0) -> None:
         """`times`: how much of it the run has, for each of what was done; `more`: bytes that all of it would hold."""
@@ -275,7 +310,15 @@ class Rehearsal:
                 f"{most:,}, and the run may take longer than predicted"
             )
         peak = memory.of_all_steps(peak, self.work.steps, self.device)
-        self.phases.append(Phase("training", peak, self.seconds_a_token * self.work.computed))
+        tokens = self.work.computed + self.work.general
+        self.phases.append(Phase("training", peak, self.seconds_a_token * tokens))
+
+    def _asking(self, retain: Retain) -> None:
+        """What the base says of the general text."""
+        with window(self.device) as seen:
+            rows = retain.ask(0)
+        width, asked = rows[0][0].nbytes, sum(map(len, rows))
+        self._note(ASKING, seen, retain.text.asked(self.work.general, width) / asked)
 
     def _saving(self) -> None:
         with window(self.device) as seen:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from deltaw.adapter.history import History
+from deltaw.base.frozen import embedding_of
 from deltaw.errors import command
 from deltaw.evaluation.forgetting import Forgetting
 from deltaw.evaluation.held_out import Evaluation, perplexity, spread
@@ -19,13 +20,16 @@ from deltaw.show.chart import columns
 from deltaw.show.progress import Display
 from deltaw.show.table import table
 from deltaw.show.text import counted, figure_name, framed, one_line, rounded
+from deltaw.training.checkpoint import TrainState
 from deltaw.training.contention import waits_passively
 from deltaw.training.learner import Learner
 from deltaw.training.memory import peak_memory
 from deltaw.training.opening import Opened
+from deltaw.training.retain import time_share
 from deltaw.version import VERSION
 
 SHOWN = 10  # answers kept in result.json
+LAST = 10  # steps over which the KL of the text that is retained is averaged
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Measured:
         code = result["eval"].get("code", {})
         return Measured(
             before,
-            Evaluation(after.pop("loss"), after.pop("perplexity"), 0, metrics=after, code=code) if after else None,
+            Evaluation(after.pop("loss"), after.pop("perplexity", 0.0), 0, metrics=after, code=code) if after else None,
             Forgetting(**lost) if lost else None,
             result["answers"],
         )
@@ -62,7 +66,7 @@ def measurements(measured: Measured, run: Run, opened: Opened) -> dict[str, Any]
     pairs = [(given[a.origin], a) for a in after.answers if a.origin in given] if after else []
     return {
         "eval": {
-            "rows": len(opened.dataset.eval),
+            "rows": len(opened.dataset.eval.units),
             "before": before.summary() if before else None,
             "start": at_the_start(run),
             "after": after.summary() if after else None,
@@ -76,6 +80,23 @@ def measurements(measured: Measured, run: Run, opened: Opened) -> dict[str, Any]
             {"prompt": b.prompt, "before": b.given, "after": a.given, "truth": b.truth} for b, a in spread(pairs, SHOWN)
         ],
         "failed": measured.failed,
+    }
+
+
+def retained(opened: Opened, run: Run, state: TrainState) -> dict[str, Any] | None:
+    """What `train.retain` cost and kept: its tokens, about which part of the training's time they took, the KL from the
+    base on them over the last steps, in nats per token."""
+    text, asked = opened.kept_text, opened.config.train.retain
+    if text is None or asked is None:
+        return None
+    tokens, words = text.tokens(0, state.step), embedding_of(opened.model.base.model)
+    width = words.shape[opened.model.forward.head is not None] * words.dtype.itemsize
+    last = [line["retain_kl"] for line in run.read_metrics() if "retain_kl" in line][-LAST:]
+    return {
+        **asked.model_dump(mode="json"),
+        "tokens": tokens,
+        "time_share": round(time_share(state.tokens, tokens, text.asked(tokens, width)), 4),
+        "kl": sum(last) / len(last) if last else None,
     }
 
 
@@ -112,6 +133,7 @@ def write_result(
         "tokens_per_second": round(state.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory(opened.device),
         **measurements(measured, run, opened),
+        "retain": retained(opened, run, state),
         "form": report.form,
         "example": opened.dataset.example,
         "dropped": report.unusable + report.too_long_dropped + report.untrained,
@@ -203,9 +225,8 @@ def _figures(result: dict[str, Any]) -> str:
     before, after = result["eval"]["before"], result["eval"]["after"]
     if before and after:
         lines += [
-            f"{figure_name(name):20} {rounded(before[name]):>9} → {rounded(after[name])}"
+            f"{figure_name(name):20} {rounded(before[name]) if name in before else '–':>9} → {rounded(after[name])}"
             for name in after
-            if name in before
         ]
         if start := result["eval"].get("start"):
             lines.append(f"{'loss at the start':20} {rounded(start['loss']):>9}, of the adapter that it started from")
@@ -219,6 +240,11 @@ def _figures(result: dict[str, Any]) -> str:
             lines.append(
                 f"{'':20} the rise lies between {interval[0]:+.4f} and {interval[1]:+.4f} (95 %, over passages)"
             )
+    if (retain := result.get("retain")) and retain["kl"] is not None:
+        lines.append(
+            f"{'held to the base on':20} {retain['tokens']:,} tokens of {retain['data']}, KL {retain['kl']:.4f} there "
+            f"at the end; about {retain['time_share']:.0%} of the time of training"
+        )
     lines += [f"no {name.replace('_', ' ')}: {why}" for name, why in result.get("failed", {}).items()]
     if why := result["eval"].get("unanswered"):
         lines.append(f"no answers to held-out rows: {why}")

@@ -7,9 +7,9 @@
     stop before the last one where `train.patience` evaluations in a row weren't the best so far
     save the adapter, measure it, write result.json and the report (finish.py)
 
-A signal that comes during a step or a write waits for its end; an evaluation is cut off. Then the
-step is saved. Where several processes train together (world.py), rank 0 does all of this and the others `_follow`.
-An evaluation that was cut off is made up for when the run resumes: `state.evaluated` is behind.
+A signal that comes during a step or a write waits for its end; an evaluation is cut off, and made up for when the run
+resumes (`state.evaluated` is behind). Then the step is saved. Where several processes train together (world.py), rank 0
+does all of this and the others `_follow`.
 """
 
 import time
@@ -39,15 +39,23 @@ from deltaw.training.checkpoint import Saved, latest_checkpoint
 from deltaw.training.contention import Contention
 from deltaw.training.extend import check_extension, extended
 from deltaw.training.finish import finish, measure_again, report
-from deltaw.training.largest import shared_line
 from deltaw.training.learner import Learner
 from deltaw.training.length import count_steps
 from deltaw.training.log import EventLog, open_log
+<<<<<<< HEAD
 from deltaw.training.measuring import Attempts, measure_base
 from deltaw.training.memory import Heap, bound_caches, bounded
 from deltaw.training.opening import Opened, above_the_frozen, begin, general_rows, open_run
 from deltaw.training.preflight import short_form, work_of
 from deltaw.training.recomputing import Choice, choose, keeping
+=======
+from deltaw.training.measuring import Attempts, loss_on_the_way, measure_base, note_evaluation, record_of, samples
+from deltaw.training.memory import Heap, bound_caches, bounded
+from deltaw.training.opening import Opened, above_the_frozen, begin, general_rows, open_run
+from deltaw.training.preflight import short_form, work_of
+from deltaw.training.recomputing import choose, keeping
+from deltaw.training.references import with_references
+>>>>>>> main
 from deltaw.training.shortage import explain
 from deltaw.training.step import step
 from deltaw.training.stop import Lost, Stopped, StopRequest
@@ -161,7 +169,7 @@ def _run(
         world.start(opened.device)
         if local is not config:
             opened = opened.named_as(config)
-        general = general_rows(local, opened.model)
+        general = general_rows(local, opened.model, opened.retained)
         learner = opened.learner(display)
         shortage = partial(explain, opened=opened, learner=learner, run=run)
         try:
@@ -176,15 +184,20 @@ def _run(
                         run.write_config(config)
                 world.mark(_begun(run))
                 stop.advice = f"resume with: {command('train', run.folder)}"
+<<<<<<< HEAD
                 opened, choice = _chosen(opened, learner, display)
+=======
+                opened, choice = choose(opened, learner, work_of(opened, learner, display.say), display)
+>>>>>>> main
                 shortage = partial(explain, opened=opened, learner=learner, run=run)
                 short_form(opened, learner, run, general)
             world.first(lambda: choice.way, "what activations are kept")
             on_the_way, attempts = (Attempts(opened.device, display.say, shortage) for _ in range(2))
             with open_log(run, opened.config, learner.state.step, display.say) as log:
                 with opened.shards.leads():
+                    opened = with_references(opened, run, display, fresh=saved is None)
                     before = measure_base(opened, run, on_the_way, display)
-                hand_out(learner, world)
+                opened = hand_out(opened, learner, world)
                 waited = Steps(opened, learner, run, stop, display, on_the_way, log, on_step).take()
             with opened.shards.leads():
                 adapter = finish(opened, learner, run, before, general, attempts, display, began, waited)
@@ -216,7 +229,7 @@ def _follow(run: Run, world: World) -> Adapter:
             opened.shards.follow()  # rank 0 prepares
             opened = keeping(opened, world.first(lambda: "none", "what activations are kept"))
             opened.shards.follow()  # and measures the base
-            hand_out(learner, world)
+            opened = hand_out(opened, learner, world)
             Steps(opened, learner, run, stop, QUIET, Attempts(opened.device, QUIET.say, shortage)).take()
             opened.shards.follow()  # it measures the adapter
         except Exception as error:
@@ -245,7 +258,7 @@ def _measure_again(config: RunConfig, local: RunConfig, run: Run, consent: Conse
         _, _, dataset = open_dataset(local, display, model.base.source)
         general = general_rows(local, model)
         run.write_config(config)
-        opened = Opened(config, model, dataset, count_steps(config, dataset), metrics)
+        opened = Opened(config, model, dataset, count_steps(config, dataset), metrics, lineage=run.read_lineage())
         learner = opened.learner(display)
         attempts = Attempts(opened.device, display.say, partial(explain, opened=opened, learner=learner, run=run))
         measure_again(opened, run, learner.state.fingerprints, general, attempts, display)
@@ -272,14 +285,14 @@ class Steps:
         self.underway = Underway(opened, learner, run, stop, display, attempts, log, on_step)
 
     def take(self) -> float | None:
-        """All of them; the share of time that their threads had no core (contention.py). Raises Stopped when a signal
-        came, after saving."""
+        """All of them; the share of time without a core (contention.py). Saves and raises Stopped at a signal."""
         learner, state, total, device = self.learner, self.learner.state, self.opened.total, self.opened.device
         captured, abreast, world, underway = None, bool(self.opened.shards), self.opened.world, self.underway
         contention = Contention(underway.run.folder, torch.get_num_threads(), self.display.say)
         try:
             forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
-            loader = Ahead(self.opened.loader(state))
+            items, retain = self.opened.loader(state), self.opened.retain(forward)
+            loader = Ahead(items if retain is None else retain.beside(items, state.step))
             if not self.opened.shards:
                 captured = captured_on(device, forward, learner, self.opened.longest, self.display.say, loader.fetch)
             together = nullcontext() if world.is_alone else self.stop.held()
@@ -292,9 +305,16 @@ class Steps:
                         break
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
+<<<<<<< HEAD
                             (record,) = step(forward, [learner], batches, position, captured, world, abreast)
                         underway.note(record)
                     underway.agree()
+=======
+                            how = captured, self._world, abreast, retain
+                            (record,) = step(forward, [learner], batches, position, *how)
+                        self._write(record)
+                    self._agree()
+>>>>>>> main
                     first = False
                     if device.type == "cpu":
                         contention.stepped()
@@ -316,3 +336,87 @@ class Steps:
             if captured is not None:
                 captured.release()
         return contention.waited
+<<<<<<< HEAD
+=======
+
+    def _at_the_start(self) -> None:
+        """What the adapter that it starts from has on these held-out rows: what there is to improve upon."""
+        rows, start = self.opened.dataset.eval, self.opened.lineage.started_from
+        if not self.learner.state.step and rows and start:
+            loss, figures = loss_on_the_way(self.opened, self._sharing)
+            self.display.say(f"held-out loss {loss:.4f} at the start, from {start.name}")
+            if math.isfinite(loss):
+                self._write(record_of(0, loss, figures, self.learner.objective))
+
+    def _due(self) -> None:
+        """Do what comes after a step: an evaluation, samples, a checkpoint. If it raises, no step is lost."""
+        every, state, total = self.opened.config.train, self.learner.state, self.opened.total
+        if not state.step:
+            return
+        try:
+            due = every.eval_every and (state.step % every.eval_every == 0 or state.step == total)
+            if due and self.opened.dataset.eval and state.evaluated < state.step:
+                loss, figures = loss_on_the_way(self.opened, self._sharing)
+                with self.stop.held():
+                    self._write(note_evaluation(loss, figures, self.learner, self.run, self.display))
+            if every.sample_every and state.step % every.sample_every == 0 and self._saved_step < state.step:
+                self._samples(f"step {state.step}: no samples")
+        except Exception:
+            self._save()
+            raise
+        if due:
+            self._agree()
+        if state.step % every.save_every == 0 or state.step in (total, state.best_step):
+            self._save(joint=True)
+
+    def _samples(self, what: str) -> None:
+        """Answers to held-out rows, by rank 0."""
+        if self._world.is_first:
+            with self.opened.shards.leads():
+                self.attempts("samples", self._sample, what=what)
+        else:
+            self.opened.shards.follow()
+        self._world.barrier("the samples")
+
+    def _agree(self) -> None:
+        """Stop here where one of several processes was asked to."""
+        if not self._world.is_alone:
+            self.stop.agree(int(self._world.most(self.stop.signal or 0, "the end of the step")))
+
+    def _tell(self) -> None:
+        """Call `on_step` with the step's figures. What it raises is the caller's own, with a note."""
+        try:
+            if self._on_step is not None:
+                self._on_step(self._figures)
+        except Stopped:  # a signal that came meanwhile
+            raise
+        except BaseException as error:
+            self._save()
+            error.add_note(f"on_step raised this; step {self.learner.state.step} is saved; {self.stop.advice}")
+            raise
+
+    def _save(self, *, joint: bool = False) -> None:
+        """Write a checkpoint of this step, unless there is one (the run was then resumed from it). `joint`: all
+        processes are here, and none of them on its way out."""
+        if self._saved_step == self.learner.state.step:
+            return
+        if joint:
+            check_adapter(self.learner, self._world)
+        if not self._world.is_first:
+            self._saved_step = self.learner.state.step
+            return
+        with self.stop.held():
+            self.run.sync_metrics()
+            save_checkpoint(self.run.checkpoints, self.learner.saved(), self.opened.config.train.keep)
+            self._saved_step = self.learner.state.step
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(record)
+        self._figures |= record
+        self.learner.state.metrics_lines += 1
+
+    def _sample(self) -> None:
+        for line in samples(self.opened.model, self.opened.dataset.eval, self.opened.config.evaluate):
+            self.display.say(f"step {self.learner.state.step}: {line}")
+>>>>>>> main

@@ -9,6 +9,10 @@ gradient of a mean over 3,770 tokens was off by 4.4 %, over 37,700 by 28 %, and 
 its loss and its gradient are finite (watch.py). It depends on the state before it and on nothing else, so
 stopping anywhere and resuming gives the same bits (on a CPU).
 
+With `train.retain` a step's batches have rows that are held to the base (retain.py): the mean of their KL, over all of
+the step's, is added with its weight to what goes backward. The loss that is recorded, watched and judged stays the
+task's; `retain_kl` is beside it.
+
 Several processes take a step together (world.py): each the passes of its share of the batches, by their numbers in the
 step, so that dropout draws as it does in one. Then the gradients are summed over all, the losses are gathered by batch,
 and everything after that is decided by every process from the same numbers.
@@ -37,7 +41,12 @@ from deltaw.kernels.logprobs import IGNORE, Logprobs
 from deltaw.kernels.segments import NOBODY
 from deltaw.training.captured import Captured, Ran
 from deltaw.training.learner import Learner
+<<<<<<< HEAD
 from deltaw.training.watch import CannotGoOn, Unfit, check_loss
+=======
+from deltaw.training.retain import Retain
+from deltaw.training.watch import Unfit, check_loss
+>>>>>>> main
 from deltaw.training.world import ALONE, World
 
 
@@ -49,12 +58,14 @@ def step(
     captured: Captured | None = None,
     world: World = ALONE,
     abreast: bool = False,
+    retain: Retain | None = None,
 ) -> list[dict[str, Any]]:
     """A record for each learner: its update, or why there was none. Its documents are those that take its adapter;
     where batches don't say whose they are, there is one learner.
 
     `batches`: of the whole step, whoever takes them. `position`: where the data stands afterwards. `captured`: the only
     learner's passes and updates, recorded. `world`: the processes that take the step together; `abreast`: each has to
+<<<<<<< HEAD
     make as many passes as every other (sharding.py). Raises CannotGoOn (watch.py) of the first learner that can't, when
     the others have taken their steps; ValueError for documents of nobody here.
     """
@@ -88,14 +99,22 @@ def step_together(
 
     `positions`: by learner. `numbers`: by batch, which of its own step it is for the learners whose documents it has;
     else they are numbered as they come.
+=======
+    make as many passes as every other (sharding.py). `retain`: what the base says of rows that are held to it. Raises
+    TooManySkips where a learner may leave out no step more, with its state as it was; RunError where its updates have
+    taught it nothing; ValueError for documents of nobody here.
+>>>>>>> main
     """
     _check_owners(learners, batches)
     began = time.monotonic()
+    if retain is not None and abreast:
+        batches = [retain.informed(batch.to(learners[0].attached.parameters[0].device)) for batch in batches]
     shares = [_Share(learner, batches) for learner in learners]
     for share in shares:
         share.anchor(forward, world, abreast)
 
     # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
+<<<<<<< HEAD
     ran = _taken(forward, shares, batches, numbers or range(len(batches)), captured, world, abreast)
     taken = [_settled(share, position, ran) for share, position in zip(shares, positions, strict=True)]
     # 6. The time is shared as the tokens are.
@@ -103,6 +122,9 @@ def step_together(
     return [
         one._replace(record=share.timed(one.record, seconds, tokens)) for one, share in zip(taken, shares, strict=True)
     ]
+=======
+    ran = _taken(forward, shares, batches, captured, world, abreast, retain)
+>>>>>>> main
 
 
 def _settled(share: "_Share", position: LoaderState, ran: Ran | None) -> Taken:
@@ -125,6 +147,24 @@ def _settled(share: "_Share", position: LoaderState, ran: Ran | None) -> Taken:
         record |= {"loss": share.loss, "lr": rate, "grad_norm": norm, **share.figures}
     except Unfit as unfit:
         try:
+<<<<<<< HEAD
+=======
+            # 2. A loss that isn't a number, or is a spike, isn't applied; nor is such a gradient.
+            if share.unfit:
+                raise share.unfit
+            # 3. Clip.
+            if learner.undivided and ran is None:
+                learner.divide(share.count)
+            norm = learner.clip() if ran is None else ran.norm
+            if not math.isfinite(norm):
+                raise Unfit("the gradient is NaN or infinite", share.rows, not_finite=True)
+            check_loss(share.loss, share.rows, state, learner.config)
+            # 4. The rate of this step, and the update.
+            rate = learner.update(share.loss, share.batches, ran.update if ran is not None else None)
+            record |= {"loss": share.loss, "lr": rate, "grad_norm": norm, **share.figures}
+            learner.falling.see(share.figures, state.step + 1)
+        except Unfit as unfit:
+>>>>>>> main
             learner.skip(unfit)
         except CannotGoOn as ended:
             return Taken({}, ended)
@@ -149,6 +189,7 @@ def _taken(
     captured: Captured | None,
     world: World,
     abreast: bool,
+    retain: Retain | None,
 ) -> Ran | None:
     """All passes of the step, each by one of the processes; what was recorded gave, where it could be."""
     deal = dealt([len(batch.tokens_T) for batch in batches], world.size)
@@ -158,8 +199,13 @@ def _taken(
     if ran is not None:
         shares[0].losses |= ran.losses
     else:
+<<<<<<< HEAD
         passes = max(sum(bool(batches[number].supervised) for number in numbers) for numbers in deal)
         _passes(forward, shares, batches, drawn, mine, passes if abreast else 0)
+=======
+        passes = max(sum(batches[number].teaches for number in numbers) for numbers in deal)
+        _passes(forward, shares, batches, mine, passes if abreast else 0, retain)
+>>>>>>> main
         _add_up(shares, world)
     _see_all(shares, deal, world)
     for share in shares:
@@ -173,11 +219,17 @@ def _passes(
     batches: Sequence[Batch],
     drawn: Sequence[int],
     numbers: Sequence[int],
-    least: int = 0,
+    least: int,
+    retain: Retain | None,
 ) -> None:
+<<<<<<< HEAD
     """Forward and backward of the batches of these numbers, as long as a learner has use for them. `drawn`: by batch,
     the number that dropout draws from. `least`: passes to make in any case; those of which nobody has use add
     nothing."""
+=======
+    """Forward and backward of the batches of these numbers, as long as a learner has use for them. `least`: passes to
+    make in any case; those of which nobody has use add nothing."""
+>>>>>>> main
     learners = [share.learner for share in shares]
     device = learners[0].attached.parameters[0].device
     with ExitStack() as dropout:
@@ -187,13 +239,23 @@ def _passes(
             fit = [share for share in shares if share.is_fit]
             if not fit:
                 break
+<<<<<<< HEAD
             with ExitStack() as draws:
                 for learner in learners:
                     draws.enter_context(learner.drawing(drawn[number], apart=len(learners) > 1))
                 losses = _losses(forward, batches[number].to(device), fit)
+=======
+            batch = batches[number].to(device)
+            if retain is not None:
+                batch = retain.informed(batch)  # before anything is drawn: the base draws nothing
+            with learners[0].drawing(number):
+                losses, drift = _losses(forward, batch, fit)
+>>>>>>> main
                 means = [share.mean(loss, number) for share, loss in zip(fit, losses, strict=True)]
+                if drift is not None and retain is not None:
+                    means.append(fit[0].held(drift, number, retain.weight))
                 counted = [mean for mean in means if mean is not None]
-                if least and batches[number].supervised:
+                if least and batches[number].teaches:
                     least, counted = least - 1, counted or [0.0 * losses[0]]
                 if counted:
                     sum(counted[1:], counted[0]).backward()
@@ -214,11 +276,15 @@ def _see_all(shares: Sequence["_Share"], deal: Sequence[Sequence[int]], world: W
     """The losses of all batches, in each process: what a step is judged by."""
     count = sum(map(len, deal))
     losses = [share.losses.get(number, 0.0) for share in shares for number in range(count)]
+    drifts = [shares[0].drifts.get(number, 0.0) for number in range(count)] if shares[0].retained else []
     if not world.is_alone:
-        losses = world.sums(losses, f"the losses of step {shares[0].learner.state.step + 1}")
+        sums = world.sums([*losses, *drifts], f"the losses of step {shares[0].learner.state.step + 1}")
+        losses, drifts = sums[: len(losses)], sums[len(losses) :]
     ranks = {number: rank for rank, numbers in enumerate(deal) for number in numbers}
     for number, share in enumerate(shares):
         share.judge(losses[number * count : (number + 1) * count], {} if world.is_alone else ranks)
+    if drifts:
+        shares[0].judge_drift(drifts)
 
 
 def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None:
@@ -229,6 +295,8 @@ def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None
         raise ValueError(f"documents take update {min(unknown)}, and the learners are of {sorted(numbers)}")
     if len(learners) > 1 and not all(batch.updates for batch in batches):
         raise ValueError(f"{len(learners)} learners, and the batch doesn't say which documents belong to which")
+    if len(learners) > 1 and any(batch.retained for batch in batches):
+        raise ValueError(f"{len(learners)} learners, and a batch with rows that are held to the base has one")
 
 
 class _Share:
@@ -243,7 +311,9 @@ class _Share:
         self.supervised = sum(batch.supervised for batch in self.batches)
         self.count = sum(self.objective.count(batch) for batch in self.batches)
         self.losses: dict[int, float] = {}  # by the number of the batch: of those that this process passed
-        self._sum, self._sums = 0.0, dict[str, float]()
+        self.drifts: dict[int, float] = {}  # likewise: the KL of the rows that are held to the base
+        self.retained = sum(batch.retained_rows for batch in batches)
+        self._sum, self._drift, self._sums = 0.0, 0.0, dict[str, float]()
         self.unfit = None if self.supervised else Unfit("none of its tokens is trained", self.rows)
 
     @property
@@ -253,7 +323,8 @@ class _Share:
     @property
     def figures(self) -> dict[str, float]:
         """What the objective reports of the step."""
-        return self.objective.means(self._sums)
+        drift = {"retain_kl": self._drift / self.retained} if self.retained else {}
+        return self.objective.means(self._sums) | drift
 
     def timed(self, record: dict[str, Any], seconds: float, tokens: int) -> dict[str, Any]:
         """The record with the learner's time: its part of `seconds`, which went to `tokens` of all."""
@@ -265,7 +336,7 @@ class _Share:
     @property
     def is_fit(self) -> bool:
         """Whether there is something to learn from, as far as this process has seen."""
-        return self.unfit is None and all(map(math.isfinite, self.losses.values()))
+        return self.unfit is None and all(map(math.isfinite, [*self.losses.values(), *self.drifts.values()]))
 
     def anchor(self, forward: Forward, world: World, abreast: bool) -> None:
         """Give the objective its anchor, where it wants one: each process asks for its share of the batches."""
@@ -300,6 +371,13 @@ class _Share:
             return None
         return loss if self.learner.undivided else loss / self.count
 
+    def held(self, drift: Tensor, number: int, weight: float) -> Tensor | None:
+        """What the KL of a batch's retained rows adds to the step's loss; None where it adds nothing to learn from."""
+        self.drifts[number] = float(drift.detach())
+        if not self.is_fit:
+            return None
+        return drift * (weight / self.retained * (self.count if self.learner.undivided else 1))
+
     def add_figures(self, world: World) -> None:
         """Those of all processes, in each of them."""
         names = self.objective.sums
@@ -320,11 +398,20 @@ class _Share:
             what = f"the loss of batch {number + 1} of {len(losses)} is NaN or infinite{where}"
             self.unfit = Unfit(what, self.batches[number].origins, not_finite=True)
 
+    def judge_drift(self, drifts: Sequence[float]) -> None:
+        """Take the KL of all batches."""
+        self._drift = sum(drifts)
+        if self.unfit is None and not math.isfinite(self._drift):
+            self.unfit = Unfit("the KL from the base (train.retain) is NaN or infinite", self.rows, not_finite=True)
 
-def _losses(forward: Forward, batch: Batch, shares: Sequence[_Share]) -> Sequence[Tensor]:
-    """The sum over each learner's documents, from one pass."""
+
+def _losses(forward: Forward, batch: Batch, shares: Sequence[_Share]) -> tuple[Sequence[Tensor], Tensor | None]:
+    """(the sum over each learner's documents, the KL of the rows that are held to the base), from one pass."""
+    if batch.retained is not None:
+        logprobs, drift = forward.scores_and_drift(batch)
+        return [share.loss_of(logprobs, batch) for share in shares], drift
     if not batch.updates and all(share.objective is sft for share in shares):
         (_,) = shares
-        return [forward.loss(batch)[0]]
+        return [forward.loss(batch)[0]], None
     logprobs = forward.scores(batch)
-    return [share.loss_of(logprobs, batch) for share in shares]
+    return [share.loss_of(logprobs, batch) for share in shares], None
