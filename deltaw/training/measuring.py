@@ -18,7 +18,7 @@ import torch
 from deltaw.base.objective import Objective, sft
 from deltaw.config import EvaluateConfig
 from deltaw.data.example import Example
-from deltaw.errors import DeltawError, InputError, RunError, command, with_kind
+from deltaw.errors import DeltawError, InputError, command, with_kind
 from deltaw.evaluation.forgetting import Forgetting, forgetting
 from deltaw.evaluation.held_out import (
     Evaluation,
@@ -37,7 +37,11 @@ from deltaw.show.text import framed, one_line
 from deltaw.training.learner import Learner
 from deltaw.training.memory import OutOfMemory, release, working_on
 from deltaw.training.opening import Opened
+<<<<<<< HEAD
+from deltaw.training.watch import CannotGoOn
+=======
 from deltaw.training.references import held_out
+>>>>>>> main
 from deltaw.training.world import ALONE, World
 
 FORGOTTEN, ANSWERS, LOSS = "measuring what was forgotten", "answering rows", "measuring the loss on held-out rows"
@@ -166,6 +170,10 @@ def samples(model: Model, rows: Sequence[Example], config: EvaluateConfig) -> li
     return [f"{prompt} → {given}   [truth: {truth}]" for prompt, given, truth in lines]
 
 
+<<<<<<< HEAD
+def note_evaluation(loss: float, learner: Learner, run: Run, display: Display) -> dict[str, Any]:
+    """The record of a held-out loss on the way. Raises CannotGoOn where it isn't finite, unless no step is left that
+=======
 def record_of(step: int, loss: float, figures: Mapping[str, float], objective: Objective) -> dict[str, Any]:
     """A line of metrics.jsonl on held-out rows."""
     more = {"eval_perplexity": perplexity(loss)} if objective is sft else {}
@@ -176,6 +184,7 @@ def note_evaluation(
     loss: float, figures: Mapping[str, float], learner: Learner, run: Run, display: Display
 ) -> dict[str, Any]:
     """The record of a held-out loss on the way. Raises RunError where it isn't finite, unless no step is left that
+>>>>>>> main
     could be wasted."""
     step = learner.state.step
     if math.isfinite(loss):
@@ -186,7 +195,7 @@ def note_evaluation(
     what = f"step {step}: the held-out loss is {loss}"
     if step < learner.total:
         without = command("train", run.folder, "train.eval_every=null", options=["--allow"])
-        raise RunError(what, fix=f"lower train.lr, or look at data.eval; to keep the adapter without it: {without}")
+        raise CannotGoOn(what, fix=f"lower train.lr, or look at data.eval; to keep the adapter without it: {without}")
     display.say(f"warning: {what}")
     learner.note_evaluation(loss)
     return {"step": step, "eval_not_finite": str(loss)}
