@@ -35,9 +35,10 @@ from deltaw.training.checkpoint import Saved, latest_checkpoint, list_checkpoint
 from deltaw.training.finish import finish, report
 from deltaw.training.learner import Learner
 from deltaw.training.log import EventLog, open_log
+from deltaw.training.looking import Ground, look
 from deltaw.training.measuring import Attempts, measure_base
 from deltaw.training.memory import free_memory
-from deltaw.training.opening import Ground, Opened, begin, general_rows, look, opened_beside, opened_on
+from deltaw.training.opening import Opened, begin, general_rows, opened_beside, opened_on
 from deltaw.training.preflight import disk_needed, free_disk, short_form, work_of
 from deltaw.training.recomputing import choose
 from deltaw.training.references import with_references
