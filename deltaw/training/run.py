@@ -3,7 +3,7 @@
     claim the run folder; check everything that can be checked before the model is loaded
     open base, rows and adapter (opening.py); or put a checkpoint back
     try the largest pieces of what is to come (preflight.py); measure the base
-    take the steps; after each what is due: an evaluation on held-out rows, samples, a checkpoint
+    take the steps; after each what is due (underway.py): an evaluation on held-out rows, samples, a checkpoint
     stop before the last one where `train.patience` evaluations in a row weren't the best so far
     save the adapter, measure it, write result.json and the report (finish.py)
 
@@ -12,9 +12,8 @@ resumes (`state.evaluated` is behind). Then the step is saved. Where several pro
 does all of this and the others `_follow`.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,6 @@ from deltaw.config.places import placed
 from deltaw.data.loader import Ahead
 from deltaw.data.opening import open_dataset
 from deltaw.errors import command
-from deltaw.evaluation.held_out import perplexity
 from deltaw.evaluation.own_metric import ASKED_FOR, Consent, open_metrics
 from deltaw.model import open_model
 from deltaw.run import Run
@@ -37,26 +35,34 @@ from deltaw.show.progress import QUIET, Display
 from deltaw.training.batch_size import sized
 from deltaw.training.captured import captured_on
 from deltaw.training.changes import restore, settled
-from deltaw.training.checkpoint import Saved, latest_checkpoint, save_checkpoint
+from deltaw.training.checkpoint import Saved, latest_checkpoint
 from deltaw.training.contention import Contention
 from deltaw.training.extend import check_extension, extended
 from deltaw.training.finish import finish, measure_again, report
 from deltaw.training.learner import Learner
 from deltaw.training.length import count_steps
 from deltaw.training.log import EventLog, open_log
-from deltaw.training.measuring import Attempts, measure_base, note_evaluation, plain_loss, samples
+<<<<<<< HEAD
+from deltaw.training.measuring import Attempts, measure_base
+from deltaw.training.memory import Heap, bound_caches, bounded
+from deltaw.training.opening import Opened, above_the_frozen, begin, general_rows, open_run
+from deltaw.training.preflight import short_form, work_of
+from deltaw.training.recomputing import Choice, choose, keeping
+=======
+from deltaw.training.measuring import Attempts, loss_on_the_way, measure_base, note_evaluation, record_of, samples
 from deltaw.training.memory import Heap, bound_caches, bounded
 from deltaw.training.opening import Opened, above_the_frozen, begin, general_rows, open_run
 from deltaw.training.preflight import short_form, work_of
 from deltaw.training.recomputing import choose, keeping
+from deltaw.training.references import with_references
+>>>>>>> main
 from deltaw.training.shortage import explain
 from deltaw.training.step import step
 from deltaw.training.stop import Lost, Stopped, StopRequest
-from deltaw.training.together import alike, check_adapter, hand_out, settings, settled_dtype
-from deltaw.training.watch import TooManySkips
-from deltaw.training.world import ALONE, World
-
-OnStep = Callable[[dict[str, Any]], object]
+from deltaw.training.together import alike, hand_out, settings, settled_dtype
+from deltaw.training.underway import OnStep, Underway
+from deltaw.training.watch import CannotGoOn
+from deltaw.training.world import World
 
 
 def train(
@@ -178,15 +184,20 @@ def _run(
                         run.write_config(config)
                 world.mark(_begun(run))
                 stop.advice = f"resume with: {command('train', run.folder)}"
+<<<<<<< HEAD
+                opened, choice = _chosen(opened, learner, display)
+=======
                 opened, choice = choose(opened, learner, work_of(opened, learner, display.say), display)
+>>>>>>> main
                 shortage = partial(explain, opened=opened, learner=learner, run=run)
                 short_form(opened, learner, run, general)
             world.first(lambda: choice.way, "what activations are kept")
             on_the_way, attempts = (Attempts(opened.device, display.say, shortage) for _ in range(2))
             with open_log(run, opened.config, learner.state.step, display.say) as log:
                 with opened.shards.leads():
+                    opened = with_references(opened, run, display, fresh=saved is None)
                     before = measure_base(opened, run, on_the_way, display)
-                hand_out(learner, world)
+                opened = hand_out(opened, learner, world)
                 waited = Steps(opened, learner, run, stop, display, on_the_way, log, on_step).take()
             with opened.shards.leads():
                 adapter = finish(opened, learner, run, before, general, attempts, display, began, waited)
@@ -196,6 +207,14 @@ def _run(
             return adapter
         except Exception as error:
             raise shortage(error) or error from None
+
+
+def _chosen(opened: Opened, learner: Learner, display: Display) -> tuple[Opened, Choice]:
+    """What its steps are like: what they share is said, and what they keep is chosen."""
+    work = work_of(opened, learner)
+    for line in shared_line(work.shared):
+        display.say(line)
+    return choose(opened, learner, work, display)
 
 
 def _follow(run: Run, world: World) -> Adapter:
@@ -210,7 +229,7 @@ def _follow(run: Run, world: World) -> Adapter:
             opened.shards.follow()  # rank 0 prepares
             opened = keeping(opened, world.first(lambda: "none", "what activations are kept"))
             opened.shards.follow()  # and measures the base
-            hand_out(learner, world)
+            opened = hand_out(opened, learner, world)
             Steps(opened, learner, run, stop, QUIET, Attempts(opened.device, QUIET.say, shortage)).take()
             opened.shards.follow()  # it measures the adapter
         except Exception as error:
@@ -239,7 +258,7 @@ def _measure_again(config: RunConfig, local: RunConfig, run: Run, consent: Conse
         _, _, dataset = open_dataset(local, display, model.base.source)
         general = general_rows(local, model)
         run.write_config(config)
-        opened = Opened(config, model, dataset, count_steps(config, dataset), metrics)
+        opened = Opened(config, model, dataset, count_steps(config, dataset), metrics, lineage=run.read_lineage())
         learner = opened.learner(display)
         attempts = Attempts(opened.device, display.say, partial(explain, opened=opened, learner=learner, run=run))
         measure_again(opened, run, learner.state.fingerprints, general, attempts, display)
@@ -249,7 +268,7 @@ def _measure_again(config: RunConfig, local: RunConfig, run: Run, consent: Conse
 
 
 class Steps:
-    """A run's remaining steps, and what is due after each."""
+    """A run's remaining steps."""
 
     def __init__(
         self,
@@ -262,70 +281,72 @@ class Steps:
         log: EventLog | None = None,
         on_step: OnStep | None = None,
     ) -> None:
-        self.opened, self.learner, self.run = opened, learner, run
-        self.stop, self.display, self.attempts = stop, display, attempts
-        self._log, self._on_step, self._figures = log, on_step, dict[str, Any]()
-        self._saved_step, self._world = learner.state.step, opened.world
-        self._sharing = ALONE if opened.shards else opened.world  # evaluations; a pass of shards takes all, abreast
+        self.opened, self.learner, self.stop, self.display = opened, learner, stop, display
+        self.underway = Underway(opened, learner, run, stop, display, attempts, log, on_step)
 
     def take(self) -> float | None:
         """All of them; the share of time without a core (contention.py). Saves and raises Stopped at a signal."""
         learner, state, total, device = self.learner, self.learner.state, self.opened.total, self.opened.device
-        captured, abreast = None, bool(self.opened.shards)
-        contention = Contention(self.run.folder, torch.get_num_threads(), self.display.say)
+        captured, abreast, world, underway = None, bool(self.opened.shards), self.opened.world, self.underway
+        contention = Contention(underway.run.folder, torch.get_num_threads(), self.display.say)
         try:
             forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
             items, retain = self.opened.loader(state), self.opened.retain(forward)
             loader = Ahead(items if retain is None else retain.beside(items, state.step))
             if not self.opened.shards:
                 captured = captured_on(device, forward, learner, self.opened.longest, self.display.say, loader.fetch)
-            together = nullcontext() if self._world.is_alone else self.stop.held()
+            together = nullcontext() if world.is_alone else self.stop.held()
             with together, self.display.task("training", total) as progress:
                 progress(state.step)
-                self._at_the_start()
-                self._due()  # the evaluation that a stop cut off
+                underway.begin()
                 first = True  # the step of this process that shows whether there is memory enough
                 for batches, position in loader:
-                    if state.step >= total or learner.out_of_patience:
+                    if underway.is_over:
                         break
-                    self._figures = {}
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
+<<<<<<< HEAD
+                            (record,) = step(forward, [learner], batches, position, captured, world, abreast)
+                        underway.note(record)
+                    underway.agree()
+=======
                             how = captured, self._world, abreast, retain
                             (record,) = step(forward, [learner], batches, position, *how)
                         self._write(record)
                     self._agree()
+>>>>>>> main
                     first = False
                     if device.type == "cpu":
                         contention.stepped()
-                    loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
-                    progress(state.step, f"{loss}  {state.tokens_per_second:.0f} tokens/s")
-                    self._due()
-                    self._tell()
+                    progress(state.step, underway.in_short)
+                    underway.do_what_is_due()
+                    underway.tell()
                     heap.tidy()
-            self._save(joint=True)  # the last step, where patience ended it
+            underway.save(joint=True)  # the last step, where patience ended it
         except Stopped as stopped:
             if stopped.at_once or not state.step:
                 raise
-            self._save()
+            underway.save()
             self.stop.check(f"stopped after step {state.step} of {total} and saved")
-        except (TooManySkips, Lost):
+        except (CannotGoOn, Lost):
             if state.step:
-                self._save()
+                underway.save()
             raise
         finally:
             if captured is not None:
                 captured.release()
         return contention.waited
+<<<<<<< HEAD
+=======
 
     def _at_the_start(self) -> None:
         """What the adapter that it starts from has on these held-out rows: what there is to improve upon."""
         rows, start = self.opened.dataset.eval, self.opened.lineage.started_from
         if not self.learner.state.step and rows and start:
-            loss = plain_loss(self.opened.model, rows, self._sharing)
+            loss, figures = loss_on_the_way(self.opened, self._sharing)
             self.display.say(f"held-out loss {loss:.4f} at the start, from {start.name}")
             if math.isfinite(loss):
-                self._write({"step": 0, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
+                self._write(record_of(0, loss, figures, self.learner.objective))
 
     def _due(self) -> None:
         """Do what comes after a step: an evaluation, samples, a checkpoint. If it raises, no step is lost."""
@@ -335,9 +356,9 @@ class Steps:
         try:
             due = every.eval_every and (state.step % every.eval_every == 0 or state.step == total)
             if due and self.opened.dataset.eval and state.evaluated < state.step:
-                loss = plain_loss(self.opened.model, self.opened.dataset.eval, self._sharing)
+                loss, figures = loss_on_the_way(self.opened, self._sharing)
                 with self.stop.held():
-                    self._write(note_evaluation(loss, self.learner, self.run, self.display))
+                    self._write(note_evaluation(loss, figures, self.learner, self.run, self.display))
             if every.sample_every and state.step % every.sample_every == 0 and self._saved_step < state.step:
                 self._samples(f"step {state.step}: no samples")
         except Exception:
@@ -398,3 +419,4 @@ class Steps:
     def _sample(self) -> None:
         for line in samples(self.opened.model, self.opened.dataset.eval, self.opened.config.evaluate):
             self.display.say(f"step {self.learner.state.step}: {line}")
+>>>>>>> main

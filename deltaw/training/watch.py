@@ -21,6 +21,9 @@ The median is over losses of steps that were applied: a spike that is let into i
 and a NaN would hide them all (OLMo's trainer met that). Below `NOTHING` nats per token there is nothing to lose, so
 there no step is a spike: a memorised run's median is 0, and everything is many times 0.
 
+Where answers are weighed it warns once that the likelihood of the chosen ones falls (`Falling`): the run goes on, since
+that may be wanted.
+
 Too small is seldom B, which begins at zero, where any step is exact; A's numbers are some hundredths, of which float32
 keeps 3e-9.
 
@@ -29,7 +32,8 @@ trained tokens are all their second teach them nothing: where that is why a modu
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 
@@ -51,6 +55,7 @@ IN_A_ROW = 10  # skipped steps for another reason than NaN
 NOTHING = 0.01  # nats per token: what a loss is held to at least, before it is called a spike
 KNOWN = 1e-6  # nats per token: rows that the model knows already
 MOVES = ("b", "delta")  # zero where a fresh adapter begins
+RECENT, FELL = 10, 0.05  # steps; share of its log-probability by which a chosen answer may become unlikelier
 SAMPLE = 1024  # of a parameter's numbers, kept from the process's beginning
 
 
@@ -66,7 +71,11 @@ class Unfit(Exception):
         return f"{self.what}; nothing was updated\nrows: {shown}"
 
 
-class TooManySkips(RunError):
+class CannotGoOn(RunError):
+    """This adapter can't be trained further as it is. It says nothing of others that learn on the same base."""
+
+
+class TooManySkips(CannotGoOn):
     """One more step would have to be skipped than is allowed; nothing has been counted yet."""
 
 
@@ -103,6 +112,28 @@ def note_skip(unfit: Unfit, state: TrainState, config: TrainConfig) -> None:
     state.in_a_row += 1
 
 
+class Falling:
+    """Warns once where the chosen answers have become unlikelier than under the reference: an objective of preferences
+    asks only that the rejected ones fall further, and what rises instead may be an answer that nobody chose."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._seen, self._warned = say, deque[tuple[float, float]](maxlen=RECENT), False
+
+    def see(self, figures: Mapping[str, float], step: int) -> None:
+        """What the objective reports of a step that was applied."""
+        if self._warned or "chosen_change" not in figures or "logp_chosen" not in figures:
+            return
+        self._seen.append((figures["chosen_change"], figures["logp_chosen"]))
+        change, logp = (sum(values) / len(self._seen) for values in zip(*self._seen, strict=True))
+        if len(self._seen) == RECENT and change < -max(1.0, FELL * abs(logp)):
+            self._warned = True
+            self._say(
+                f"warning: step {step}: the likelihood of chosen answers falls: by {-change:.1f} nats each, to "
+                f"{logp:.1f}, over the last {RECENT} steps; lower train.lr, raise objective.beta, or hold it up with "
+                "objective.sft_weight (dpo, ipo, simpo)"
+            )
+
+
 class Watch:
     """Watches the updates of one process. `with watch.update(rate, loss, batches): optimizer.step()`.
 
@@ -123,7 +154,7 @@ class Watch:
 
     @contextmanager
     def update(self, rate: float, loss: float, batches: Sequence[Batch]) -> Iterator[None]:
-        """Around the optimiser's step, while the gradients exist. Raises RunError where the run learns nothing."""
+        """Around the optimiser's step, while the gradients exist. Raises CannotGoOn where the run learns nothing."""
         self._updates += 1
         if self._updates <= self._patience:
             self._known &= loss < KNOWN
@@ -155,14 +186,14 @@ class Watch:
     def _check_alive(self) -> None:
         seen = self._updates - self._taken
         if self._silent:
-            raise RunError(
+            raise CannotGoOn(
                 f"{len(self._silent)} of {len(self._layers)} adapted modules got no gradient in {seen} updates: they "
                 f"learn nothing\n{listed(sorted(self._silent), 1)}",
                 fix=self._why_silent(),
             )
         still = [f"{path}.{n}" for path, t in self._layers.items() for n in MOVES if n in t and not t[n].any()]
         if still:
-            raise RunError(
+            raise CannotGoOn(
                 f"{len(still)} factors are still zero after {seen} updates\n{listed(still, 1)}",
                 fix="raise train.lr, or choose other adapter.targets",
             )
@@ -190,7 +221,7 @@ class Watch:
         ]
         never = [f"{path}.{name}" for path, name in stuck if not self._has_moved(path, name)]
         if never:
-            raise RunError(
+            raise CannotGoOn(
                 f"the update is below the rounding of {len(never)} parameters: they don't move\n{listed(never, 1)}",
                 fix=f"raise train.lr, which is {self._config.lr:g}",
             )
