@@ -124,13 +124,13 @@ def _log_sum(s: Tensor, p: Tensor) -> Tensor:
 def _by_key_head(x_THE: Tensor, K: int) -> Tensor:
     """[K, T, G, E], a copy: the query heads of each key/value head lie together."""
     T, H, E = x_THE.shape
-    return x_THE.view(T, K, H // K, E).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    return x_THE.reshape(T, K, H // K, E).transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _by_row(x_KTGE: Tensor) -> Tensor:
-    """Back to [T, H, E]."""
+    """Back to [T, H, E], contiguous: models view it in other shapes."""
     K, T, G, E = x_KTGE.shape
-    return x_KTGE.transpose(0, 1).reshape(T, K * G, E)
+    return x_KTGE.transpose(0, 1).reshape(T, K * G, E).contiguous()
 
 
 def _rows(x_KTGE: Tensor, rows: slice) -> Tensor:

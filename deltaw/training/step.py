@@ -94,6 +94,7 @@ def step(
             # 4. The rate of this step, and the update.
             rate = learner.update(share.loss, share.batches, ran.update if ran is not None else None)
             record |= {"loss": share.loss, "lr": rate, "grad_norm": norm, **share.figures}
+            learner.falling.see(share.figures, state.step + 1)
         except Unfit as unfit:
             learner.skip(unfit)
             record |= {"skipped": unfit.what, "rows": unfit.rows}
