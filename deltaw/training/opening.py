@@ -145,14 +145,12 @@ class Opened:
 
     def loader(self, state: TrainState) -> Loader:
         """The batches of the steps after `state`."""
-        return make_loader(
-            self.config, self.dataset, state.position, self.world.size, self.shares, self.weighed("train")
-        )
+        ranks, weighed = self.world.size, self.weighed("train")
+        return make_loader(self.config, self.dataset, state.position, ranks, self.shares, weighed)
 
     @property
     def shares(self) -> bool:
-        """Whether examples that begin alike share what is computed of it. Not where the model can't be run so; where
-        dropout draws for each row by itself; on a GPU, whose recorded passes know no more of documents than offsets."""
+        """Whether examples that begin alike share that: not with dropout (drawn by row), nor on a GPU (captured.py)."""
         return self.model.forward.shares and self.device.type == "cpu" and not self.attached.spec.dropout
 
 
@@ -273,12 +271,8 @@ def above_the_frozen(opened: Opened, display: Display) -> Forward:
     lowest adapter are computed once for all of them, if their output fits into `FROZEN_SHARE` of the free memory."""
     forward, rows, capacity = opened.model.forward, opened.dataset.train, opened.config.train.batch_tokens
     lowest = lowest_layer(opened.attached.paths)
-    if (
-        opened.shards
-        or lowest is None
-        or not lowest[1]
-        or opened.total <= opened.loader(TrainState()).steps_in_epoch(0)
-    ):
+    seldom = opened.total <= opened.loader(TrainState()).steps_in_epoch(0)
+    if opened.shards or lowest is None or not lowest[1] or seldom:
         return forward
     lengths, kept, words = rows.lengths, opened.retained.lengths, embedding_of(opened.model.base.model)
     if int(lengths.sum() + kept.sum()) * words.shape[1] * words.dtype.itemsize > FROZEN_SHARE * free_memory(

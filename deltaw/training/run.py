@@ -7,9 +7,8 @@
     stop before the last one where `train.patience` evaluations in a row weren't the best so far
     save the adapter, measure it, write result.json and the report (finish.py)
 
-A signal that comes during a step or a write waits for its end; an evaluation is cut off, and made up for when the run
-resumes (`state.evaluated` is behind). Then the step is saved. Where several processes train together (world.py), rank 0
-does all of this and the others `_follow`.
+A signal waits for the end of a step or a write; an evaluation is cut off, and made up for when the run resumes. Where
+several processes train together (world.py), rank 0 does all of this and the others `_follow`.
 """
 
 import time
