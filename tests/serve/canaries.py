@@ -16,6 +16,7 @@ from deltaw.adapter.algebra import scaled
 from deltaw.adapter.attach import attach, detach, discard
 from deltaw.adapter.file import Adapter
 from deltaw.config import AdapterSpec
+from deltaw.errors import InputError
 from deltaw.generate.engine import generate
 from deltaw.generate.sampling import Sampling
 from deltaw.model import Model, open_model
@@ -149,7 +150,7 @@ def replaced_while_asked(canaries: Canaries, scratch: Path, count: int, seed: in
         prompt, had = chance.choice(PROMPTS), 0 if name is None else len(history[name]) - 1
         try:
             answer = await text(worker, ask(prompt, name, client=str(number)))
-        except Unknown:
+        except (Unknown, InputError):  # all of it is gone, or the first of its files
             unknown += 1
             if name is None or None not in history[name][had:]:
                 wrong.append(f"{name} is gone")
