@@ -196,6 +196,11 @@ def _check_common(variants: Sequence[Variant]) -> None:
                 f"the runs of a sweep share one base in one process, so {key} can't differ: {pair}",
                 fix="sweep those that share it, and the others after them",
             )
+    if keeping := [variant.name for variant in variants if variant.config.train.retain is not None]:
+        raise InputError(
+            f"train.retain can't be swept yet: {keeping[0]} has it",
+            fix="train these runs one after the other: deltaw train run.yaml",
+        )
     if variants[0].config.train.shard == "always":
         raise InputError("train.shard: always spreads a base over several processes, and a sweep is one process")
 

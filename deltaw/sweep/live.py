@@ -33,7 +33,6 @@ from deltaw.training.batch_size import sized
 from deltaw.training.changes import restore, settled
 from deltaw.training.checkpoint import Saved, latest_checkpoint, list_checkpoints
 from deltaw.training.finish import finish, report
-from deltaw.training.largest import shared_line
 from deltaw.training.learner import Learner
 from deltaw.training.log import EventLog, open_log
 from deltaw.training.measuring import Attempts, measure_base
@@ -41,6 +40,7 @@ from deltaw.training.memory import free_memory
 from deltaw.training.opening import Ground, Opened, begin, general_rows, look, opened_beside, opened_on
 from deltaw.training.preflight import disk_needed, free_disk, short_form, work_of
 from deltaw.training.recomputing import choose
+from deltaw.training.references import with_references
 from deltaw.training.stop import StopRequest
 from deltaw.training.underway import Underway
 
@@ -159,7 +159,7 @@ def open_all(
             opened = opened.named_as(one.written)
         source = f"{one.config.evaluate.general} {opened.model.renderer.template_fingerprint}"
         if source not in texts:
-            texts[source] = general_rows(one.config, opened.model)
+            texts[source] = general_rows(one.config, opened.model, opened.retained)
         live.append(Live(one, opened, texts[source], stop, Within(display, one.variant.name), began))
     check_memory(live)
     return live
@@ -182,9 +182,7 @@ def rehearse_all(live: Sequence[Live], display: Display) -> None:
     for one in live:
         with one.opened.attached.leading():
             if choice is None:
-                work = work_of(one.opened, one.learner)
-                for line in shared_line(work.shared):
-                    display.say(line)
+                work = work_of(one.opened, one.learner, display.say)
                 one.opened, choice = choose(one.opened, one.learner, work, display)
                 forward = one.opened.model.forward
             one.opened = replace(one.opened, model=replace(one.opened.model, forward=forward))
@@ -192,6 +190,7 @@ def rehearse_all(live: Sequence[Live], display: Display) -> None:
             if rows not in tried:
                 short_form(one.opened, one.learner, one.run, one.general)
                 tried.add(rows)
+            one.opened = with_references(one.opened, one.run, one.display, fresh=not one.learner.state.step)
             one.before = _measured_once(one, measured, display)
         one.open_log()
 

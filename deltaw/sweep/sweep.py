@@ -124,7 +124,7 @@ class _Going:
     def _halve(self, joint: Joint, share: float, keep: int, stop: StopRequest) -> None:
         """Look at the held-out losses, and stop all but the best settings."""
         live = [one.variant for one in joint.live]
-        losses = {one.name: _finite(one.underway.held_out_loss()) for one in joint.live}
+        losses = {one.name: _finite(one.underway.held_out()[0]) for one in joint.live}
         with stop.held():
             out = stopped(live, losses, keep)
             self.sweep = self.sweep.with_rung(Rung(share, losses))

@@ -37,11 +37,8 @@ from deltaw.show.text import framed, one_line
 from deltaw.training.learner import Learner
 from deltaw.training.memory import OutOfMemory, release, working_on
 from deltaw.training.opening import Opened
-<<<<<<< HEAD
-from deltaw.training.watch import CannotGoOn
-=======
 from deltaw.training.references import held_out
->>>>>>> main
+from deltaw.training.watch import CannotGoOn
 from deltaw.training.world import ALONE, World
 
 FORGOTTEN, ANSWERS, LOSS = "measuring what was forgotten", "answering rows", "measuring the loss on held-out rows"
@@ -170,10 +167,6 @@ def samples(model: Model, rows: Sequence[Example], config: EvaluateConfig) -> li
     return [f"{prompt} → {given}   [truth: {truth}]" for prompt, given, truth in lines]
 
 
-<<<<<<< HEAD
-def note_evaluation(loss: float, learner: Learner, run: Run, display: Display) -> dict[str, Any]:
-    """The record of a held-out loss on the way. Raises CannotGoOn where it isn't finite, unless no step is left that
-=======
 def record_of(step: int, loss: float, figures: Mapping[str, float], objective: Objective) -> dict[str, Any]:
     """A line of metrics.jsonl on held-out rows."""
     more = {"eval_perplexity": perplexity(loss)} if objective is sft else {}
@@ -183,8 +176,7 @@ def record_of(step: int, loss: float, figures: Mapping[str, float], objective: O
 def note_evaluation(
     loss: float, figures: Mapping[str, float], learner: Learner, run: Run, display: Display
 ) -> dict[str, Any]:
-    """The record of a held-out loss on the way. Raises RunError where it isn't finite, unless no step is left that
->>>>>>> main
+    """The record of a held-out loss on the way. Raises CannotGoOn where it isn't finite, unless no step is left that
     could be wasted."""
     step = learner.state.step
     if math.isfinite(loss):

@@ -8,11 +8,7 @@ run, in the order in which it will train on them; a run that is resumed has its 
 (`opened_on`) and the others come beside it.
 """
 
-<<<<<<< HEAD
 from collections.abc import Callable, Mapping, Sequence
-=======
-from collections.abc import Mapping, Sequence
->>>>>>> main
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -199,6 +195,7 @@ class Looked:
     total: int
     metrics: tuple[Metric, ...]
     lineage: History
+    retained: Examples  # of train.retain
 
 
 def look(
@@ -233,15 +230,16 @@ def look(
         try_out(metrics, truth_of(renderer, row))
     asked, config = config, settle_step(config, dataset)
     total = count_steps(config, dataset)
+    retained = retained_text(config, renderer, limits, display)
     together = length.for_ranks(config, dataset, world.size)
-    for line in [*config.switched_off(), *length.notes(asked, config, total), *together]:
+    for line in [*config.notes(), *config.switched_off(), *length.notes(asked, config, total), *together]:
         display.say(line)
     for note in dataset.report.notes:
         display.say(note)
     few = length.warnings(asked, config, dataset, total)
     for warning in [*dataset.report.warnings, *limits.warnings(dataset.rows), *few]:
         display.say(f"warning: {warning}")
-    return Looked(config, start, ground, renderer, dataset, total, metrics, lineage)
+    return Looked(config, start, ground, renderer, dataset, total, metrics, lineage, retained)
 
 
 def open_run(
@@ -256,7 +254,6 @@ def open_run(
     """Raises InputError, before the weights are read where that is possible. `consent`: to a metric of the user's own
     that the config names. `lineage`: the run's, if it has begun; the adapter that it starts from isn't needed any more
     where a checkpoint is there."""
-<<<<<<< HEAD
     return opened_on(
         look(config, display, consent, lineage, start_is_needed=start_is_needed, world=world), display, world
     )
@@ -287,49 +284,9 @@ def _opened(looked: Looked, model: Model, display: Display, world: World = ALONE
         display.say(line)
     config, dataset = _pinned(looked.config, model), looked.dataset
     rows_kept = rows_to_keep(looked.config.data)
-    opened = Opened(config, model, dataset, looked.total, looked.metrics, rows_kept, looked.lineage, world, shards)
+    known = (looked.total, looked.metrics, rows_kept, looked.lineage, world, shards, looked.retained)
+    opened = Opened(config, model, dataset, *known)
     return opened if looked.start is None else _started(opened, looked.start, display)
-=======
-    check_loggers(config.train.log_to)
-    check_device(config.train.checkpointing, pick_device(config.train.device))
-    bound_caches()
-    metrics = open_metrics(config.evaluate.metrics, consent)
-    source = find_base(config.base, display=display)
-    known = read_config(source)
-    skeleton = open_skeleton(source, known)
-    check_weights(source, config.base_weights, skeleton)
-    recorded = lineage.started_from
-    config, start = open_start(config, skeleton, recorded, needed=start_is_needed, say=display.say)
-    # On the modules alone; attach asks again, of layers that it has tried.
-    targets = find_targets(skeleton, config.adapter)
-    if targets.words:
-        display.say(f"adapted: {targets.words}")
-    check_blocks(config.train.checkpointing, blocks_of(skeleton, targets.paths))
-    _, renderer, dataset = open_dataset(config, display, source)
-    limits, rows = Limits.of(skeleton), dataset.rows
-    limits.check(rows)
-    for row in dataset.eval[:1]:
-        try_out(metrics, truth_of(renderer, row))
-    asked, config = config, settle_step(config, dataset)
-    total = count_steps(config, dataset)
-    retained = retained_text(config, renderer, limits, display)
-    together = length.for_ranks(config, dataset, world.size)
-    for line in [*config.notes(), *config.switched_off(), *length.notes(asked, config, total), *together]:
-        display.say(line)
-    for note in dataset.report.notes:
-        display.say(note)
-    for warning in [*dataset.report.warnings, *limits.warnings(rows), *length.warnings(asked, config, dataset, total)]:
-        display.say(f"warning: {warning}")
-    sharded = is_wanted(config, source, skeleton, pick_device(config.train.device), world, display.say)
-    if sharded:
-        model, shards = _sharded_model(config, source, known, renderer, display, world)
-    else:
-        model, shards = _opened_model(config, source, known, renderer, config.train.device, display), NONE
-    _say_opened(model, known, display)
-    pinned, rows_kept = _pinned(config, model), rows_to_keep(config.data)
-    opened = Opened(pinned, model, dataset, total, metrics, rows_kept, lineage, world, shards, retained)
-    return opened if start is None else _started(opened, start, display)
->>>>>>> main
 
 
 def _say_opened(model: Model, known: Any, display: Display) -> None:

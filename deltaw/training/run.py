@@ -7,9 +7,8 @@
     stop before the last one where `train.patience` evaluations in a row weren't the best so far
     save the adapter, measure it, write result.json and the report (finish.py)
 
-A signal that comes during a step or a write waits for its end; an evaluation is cut off, and made up for when the run
-resumes (`state.evaluated` is behind). Then the step is saved. Where several processes train together (world.py), rank 0
-does all of this and the others `_follow`.
+A signal waits for the end of a step or a write; an evaluation is cut off, and made up for when the run resumes. Where
+several processes train together (world.py), rank 0 does all of this and the others `_follow`.
 """
 
 import time
@@ -42,20 +41,12 @@ from deltaw.training.finish import finish, measure_again, report
 from deltaw.training.learner import Learner
 from deltaw.training.length import count_steps
 from deltaw.training.log import EventLog, open_log
-<<<<<<< HEAD
 from deltaw.training.measuring import Attempts, measure_base
-from deltaw.training.memory import Heap, bound_caches, bounded
-from deltaw.training.opening import Opened, above_the_frozen, begin, general_rows, open_run
-from deltaw.training.preflight import short_form, work_of
-from deltaw.training.recomputing import Choice, choose, keeping
-=======
-from deltaw.training.measuring import Attempts, loss_on_the_way, measure_base, note_evaluation, record_of, samples
 from deltaw.training.memory import Heap, bound_caches, bounded
 from deltaw.training.opening import Opened, above_the_frozen, begin, general_rows, open_run
 from deltaw.training.preflight import short_form, work_of
 from deltaw.training.recomputing import choose, keeping
 from deltaw.training.references import with_references
->>>>>>> main
 from deltaw.training.shortage import explain
 from deltaw.training.step import step
 from deltaw.training.stop import Lost, Stopped, StopRequest
@@ -184,11 +175,7 @@ def _run(
                         run.write_config(config)
                 world.mark(_begun(run))
                 stop.advice = f"resume with: {command('train', run.folder)}"
-<<<<<<< HEAD
-                opened, choice = _chosen(opened, learner, display)
-=======
                 opened, choice = choose(opened, learner, work_of(opened, learner, display.say), display)
->>>>>>> main
                 shortage = partial(explain, opened=opened, learner=learner, run=run)
                 short_form(opened, learner, run, general)
             world.first(lambda: choice.way, "what activations are kept")
@@ -207,14 +194,6 @@ def _run(
             return adapter
         except Exception as error:
             raise shortage(error) or error from None
-
-
-def _chosen(opened: Opened, learner: Learner, display: Display) -> tuple[Opened, Choice]:
-    """What its steps are like: what they share is said, and what they keep is chosen."""
-    work = work_of(opened, learner)
-    for line in shared_line(work.shared):
-        display.say(line)
-    return choose(opened, learner, work, display)
 
 
 def _follow(run: Run, world: World) -> Adapter:
@@ -305,16 +284,10 @@ class Steps:
                         break
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
-<<<<<<< HEAD
-                            (record,) = step(forward, [learner], batches, position, captured, world, abreast)
+                            how = captured, world, abreast, retain
+                            (record,) = step(forward, [learner], batches, position, *how)
                         underway.note(record)
                     underway.agree()
-=======
-                            how = captured, self._world, abreast, retain
-                            (record,) = step(forward, [learner], batches, position, *how)
-                        self._write(record)
-                    self._agree()
->>>>>>> main
                     first = False
                     if device.type == "cpu":
                         contention.stepped()
@@ -336,87 +309,3 @@ class Steps:
             if captured is not None:
                 captured.release()
         return contention.waited
-<<<<<<< HEAD
-=======
-
-    def _at_the_start(self) -> None:
-        """What the adapter that it starts from has on these held-out rows: what there is to improve upon."""
-        rows, start = self.opened.dataset.eval, self.opened.lineage.started_from
-        if not self.learner.state.step and rows and start:
-            loss, figures = loss_on_the_way(self.opened, self._sharing)
-            self.display.say(f"held-out loss {loss:.4f} at the start, from {start.name}")
-            if math.isfinite(loss):
-                self._write(record_of(0, loss, figures, self.learner.objective))
-
-    def _due(self) -> None:
-        """Do what comes after a step: an evaluation, samples, a checkpoint. If it raises, no step is lost."""
-        every, state, total = self.opened.config.train, self.learner.state, self.opened.total
-        if not state.step:
-            return
-        try:
-            due = every.eval_every and (state.step % every.eval_every == 0 or state.step == total)
-            if due and self.opened.dataset.eval and state.evaluated < state.step:
-                loss, figures = loss_on_the_way(self.opened, self._sharing)
-                with self.stop.held():
-                    self._write(note_evaluation(loss, figures, self.learner, self.run, self.display))
-            if every.sample_every and state.step % every.sample_every == 0 and self._saved_step < state.step:
-                self._samples(f"step {state.step}: no samples")
-        except Exception:
-            self._save()
-            raise
-        if due:
-            self._agree()
-        if state.step % every.save_every == 0 or state.step in (total, state.best_step):
-            self._save(joint=True)
-
-    def _samples(self, what: str) -> None:
-        """Answers to held-out rows, by rank 0."""
-        if self._world.is_first:
-            with self.opened.shards.leads():
-                self.attempts("samples", self._sample, what=what)
-        else:
-            self.opened.shards.follow()
-        self._world.barrier("the samples")
-
-    def _agree(self) -> None:
-        """Stop here where one of several processes was asked to."""
-        if not self._world.is_alone:
-            self.stop.agree(int(self._world.most(self.stop.signal or 0, "the end of the step")))
-
-    def _tell(self) -> None:
-        """Call `on_step` with the step's figures. What it raises is the caller's own, with a note."""
-        try:
-            if self._on_step is not None:
-                self._on_step(self._figures)
-        except Stopped:  # a signal that came meanwhile
-            raise
-        except BaseException as error:
-            self._save()
-            error.add_note(f"on_step raised this; step {self.learner.state.step} is saved; {self.stop.advice}")
-            raise
-
-    def _save(self, *, joint: bool = False) -> None:
-        """Write a checkpoint of this step, unless there is one (the run was then resumed from it). `joint`: all
-        processes are here, and none of them on its way out."""
-        if self._saved_step == self.learner.state.step:
-            return
-        if joint:
-            check_adapter(self.learner, self._world)
-        if not self._world.is_first:
-            self._saved_step = self.learner.state.step
-            return
-        with self.stop.held():
-            self.run.sync_metrics()
-            save_checkpoint(self.run.checkpoints, self.learner.saved(), self.opened.config.train.keep)
-            self._saved_step = self.learner.state.step
-
-    def _write(self, record: dict[str, Any]) -> None:
-        if self._log is not None:
-            self._log.write(record)
-        self._figures |= record
-        self.learner.state.metrics_lines += 1
-
-    def _sample(self) -> None:
-        for line in samples(self.opened.model, self.opened.dataset.eval, self.opened.config.evaluate):
-            self.display.say(f"step {self.learner.state.step}: {line}")
->>>>>>> main

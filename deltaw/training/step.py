@@ -41,12 +41,8 @@ from deltaw.kernels.logprobs import IGNORE, Logprobs
 from deltaw.kernels.segments import NOBODY
 from deltaw.training.captured import Captured, Ran
 from deltaw.training.learner import Learner
-<<<<<<< HEAD
-from deltaw.training.watch import CannotGoOn, Unfit, check_loss
-=======
 from deltaw.training.retain import Retain
-from deltaw.training.watch import Unfit, check_loss
->>>>>>> main
+from deltaw.training.watch import CannotGoOn, Unfit, check_loss
 from deltaw.training.world import ALONE, World
 
 
@@ -65,12 +61,13 @@ def step(
 
     `batches`: of the whole step, whoever takes them. `position`: where the data stands afterwards. `captured`: the only
     learner's passes and updates, recorded. `world`: the processes that take the step together; `abreast`: each has to
-<<<<<<< HEAD
-    make as many passes as every other (sharding.py). Raises CannotGoOn (watch.py) of the first learner that can't, when
-    the others have taken their steps; ValueError for documents of nobody here.
+    make as many passes as every other (sharding.py). `retain`: what the base says of rows that are held to it. Raises
+    CannotGoOn (watch.py) of the first learner that can't, when the others have taken their steps; ValueError for
+    documents of nobody here.
     """
     positions = [position] * len(learners)
-    taken = step_together(forward, learners, batches, positions, captured=captured, world=world, abreast=abreast)
+    how: dict[str, Any] = {"captured": captured, "world": world, "abreast": abreast, "retain": retain}
+    taken = step_together(forward, learners, batches, positions, **how)
     for one in taken:
         if one.ended is not None:
             raise one.ended
@@ -94,16 +91,12 @@ def step_together(
     captured: Captured | None = None,
     world: World = ALONE,
     abreast: bool = False,
+    retain: Retain | None = None,
 ) -> list[Taken]:
     """The same of learners that may each be elsewhere in data of their own, and end by themselves: what became of each.
 
     `positions`: by learner. `numbers`: by batch, which of its own step it is for the learners whose documents it has;
     else they are numbered as they come.
-=======
-    make as many passes as every other (sharding.py). `retain`: what the base says of rows that are held to it. Raises
-    TooManySkips where a learner may leave out no step more, with its state as it was; RunError where its updates have
-    taught it nothing; ValueError for documents of nobody here.
->>>>>>> main
     """
     _check_owners(learners, batches)
     began = time.monotonic()
@@ -114,17 +107,13 @@ def step_together(
         share.anchor(forward, world, abreast)
 
     # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
-<<<<<<< HEAD
-    ran = _taken(forward, shares, batches, numbers or range(len(batches)), captured, world, abreast)
+    ran = _taken(forward, shares, batches, numbers or range(len(batches)), captured, world, abreast, retain)
     taken = [_settled(share, position, ran) for share, position in zip(shares, positions, strict=True)]
     # 6. The time is shared as the tokens are.
     seconds, tokens = time.monotonic() - began, sum(share.tokens for share in shares)
     return [
         one._replace(record=share.timed(one.record, seconds, tokens)) for one, share in zip(taken, shares, strict=True)
     ]
-=======
-    ran = _taken(forward, shares, batches, captured, world, abreast, retain)
->>>>>>> main
 
 
 def _settled(share: "_Share", position: LoaderState, ran: Ran | None) -> Taken:
@@ -145,26 +134,9 @@ def _settled(share: "_Share", position: LoaderState, ran: Ran | None) -> Taken:
         # 4. The rate of this step, and the update.
         rate = learner.update(share.loss, share.batches, ran.update if ran is not None else None)
         record |= {"loss": share.loss, "lr": rate, "grad_norm": norm, **share.figures}
+        learner.falling.see(share.figures, state.step + 1)
     except Unfit as unfit:
         try:
-<<<<<<< HEAD
-=======
-            # 2. A loss that isn't a number, or is a spike, isn't applied; nor is such a gradient.
-            if share.unfit:
-                raise share.unfit
-            # 3. Clip.
-            if learner.undivided and ran is None:
-                learner.divide(share.count)
-            norm = learner.clip() if ran is None else ran.norm
-            if not math.isfinite(norm):
-                raise Unfit("the gradient is NaN or infinite", share.rows, not_finite=True)
-            check_loss(share.loss, share.rows, state, learner.config)
-            # 4. The rate of this step, and the update.
-            rate = learner.update(share.loss, share.batches, ran.update if ran is not None else None)
-            record |= {"loss": share.loss, "lr": rate, "grad_norm": norm, **share.figures}
-            learner.falling.see(share.figures, state.step + 1)
-        except Unfit as unfit:
->>>>>>> main
             learner.skip(unfit)
         except CannotGoOn as ended:
             return Taken({}, ended)
@@ -199,13 +171,8 @@ def _taken(
     if ran is not None:
         shares[0].losses |= ran.losses
     else:
-<<<<<<< HEAD
-        passes = max(sum(bool(batches[number].supervised) for number in numbers) for numbers in deal)
-        _passes(forward, shares, batches, drawn, mine, passes if abreast else 0)
-=======
         passes = max(sum(batches[number].teaches for number in numbers) for numbers in deal)
-        _passes(forward, shares, batches, mine, passes if abreast else 0, retain)
->>>>>>> main
+        _passes(forward, shares, batches, drawn, mine, passes if abreast else 0, retain)
         _add_up(shares, world)
     _see_all(shares, deal, world)
     for share in shares:
@@ -222,14 +189,9 @@ def _passes(
     least: int,
     retain: Retain | None,
 ) -> None:
-<<<<<<< HEAD
     """Forward and backward of the batches of these numbers, as long as a learner has use for them. `drawn`: by batch,
     the number that dropout draws from. `least`: passes to make in any case; those of which nobody has use add
     nothing."""
-=======
-    """Forward and backward of the batches of these numbers, as long as a learner has use for them. `least`: passes to
-    make in any case; those of which nobody has use add nothing."""
->>>>>>> main
     learners = [share.learner for share in shares]
     device = learners[0].attached.parameters[0].device
     with ExitStack() as dropout:
@@ -239,18 +201,13 @@ def _passes(
             fit = [share for share in shares if share.is_fit]
             if not fit:
                 break
-<<<<<<< HEAD
-            with ExitStack() as draws:
-                for learner in learners:
-                    draws.enter_context(learner.drawing(drawn[number], apart=len(learners) > 1))
-                losses = _losses(forward, batches[number].to(device), fit)
-=======
             batch = batches[number].to(device)
             if retain is not None:
                 batch = retain.informed(batch)  # before anything is drawn: the base draws nothing
-            with learners[0].drawing(number):
+            with ExitStack() as draws:
+                for learner in learners:
+                    draws.enter_context(learner.drawing(drawn[number], apart=len(learners) > 1))
                 losses, drift = _losses(forward, batch, fit)
->>>>>>> main
                 means = [share.mean(loss, number) for share, loss in zip(fit, losses, strict=True)]
                 if drift is not None and retain is not None:
                     means.append(fit[0].held(drift, number, retain.weight))

@@ -13,13 +13,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from deltaw.evaluation.held_out import perplexity
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.checkpoint import save_checkpoint
 from deltaw.training.learner import Learner
 from deltaw.training.log import EventLog
-from deltaw.training.measuring import Attempts, note_evaluation, plain_loss, samples
+from deltaw.training.measuring import Attempts, loss_on_the_way, note_evaluation, record_of, samples
 from deltaw.training.opening import Opened
 from deltaw.training.stop import Stopped, StopRequest
 from deltaw.training.together import check_adapter
@@ -65,10 +64,10 @@ class Underway:
         rows, start = self.opened.dataset.eval, self.opened.lineage.started_from
         if not self.learner.state.step and rows and start:
             with self.opened.attached.leading():
-                loss = plain_loss(self.opened.model, rows, self._sharing)
+                loss, figures = loss_on_the_way(self.opened, self._sharing)
             self.display.say(f"held-out loss {loss:.4f} at the start, from {start.name}")
             if math.isfinite(loss):
-                self._write({"step": 0, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
+                self._write(record_of(0, loss, figures, self.learner.objective))
         self.do_what_is_due()
 
     def note(self, record: dict[str, Any]) -> None:
@@ -84,9 +83,9 @@ class Underway:
         try:
             due = every.eval_every and (state.step % every.eval_every == 0 or state.step == total)
             if due and self.opened.dataset.eval and state.evaluated < state.step:
-                loss = self.held_out_loss()
+                loss, figures = self.held_out()
                 with self.stop.held():
-                    self._write(note_evaluation(loss, self.learner, self.run, self.display))
+                    self._write(note_evaluation(loss, figures, self.learner, self.run, self.display))
             if every.sample_every and state.step % every.sample_every == 0 and self._saved_step < state.step:
                 self._samples(f"step {state.step}: no samples")
         except Exception:
@@ -97,10 +96,10 @@ class Underway:
         if state.step % every.save_every == 0 or state.step in (total, state.best_step):
             self.save(joint=True)
 
-    def held_out_loss(self) -> float:
-        """Of the adapter as it stands, finite or not."""
+    def held_out(self) -> tuple[float, dict[str, float]]:
+        """The loss of the adapter as it stands, finite or not, and what its objective says beside it."""
         with self.opened.attached.leading():
-            return plain_loss(self.opened.model, self.opened.dataset.eval, self._sharing)
+            return loss_on_the_way(self.opened, self._sharing)
 
     def agree(self) -> None:
         """Stop here where one of several processes was asked to."""
