@@ -318,7 +318,7 @@ def test_two_on_a_model_at_different_scales(model: Model, canaries: Canaries) ->
 
 def test_what_is_left_out_is_told_apart(model: Model, stored: Path, tmp_path: Path) -> None:
     for name in ("with space", "\u7801", "fine", ".hidden"):
-        shutil.copytree(stored / "one", tmp_path / name)
+        shutil.copytree(stored / "lora1", tmp_path / name)
     (tmp_path / "empty").mkdir()
     (tmp_path / "a file").write_text("")
     assert Adapters(model, tmp_path).left_out() == (["with space", "\u7801"], ["empty"])
