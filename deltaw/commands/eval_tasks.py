@@ -22,7 +22,7 @@ from deltaw.named import Named
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
 from deltaw.show.table import table
-from deltaw.show.text import counted, figure_name, rounded
+from deltaw.show.text import counted, figure_name, one_line, rounded
 from deltaw.training.stop import StopRequest
 
 KEPT = "what was answered is kept, and the same command goes on with the rest"
@@ -56,7 +56,8 @@ def eval_tasks_named(
                 raise InputError(f"output {path} is the task file", fix="name another file: -o rows.jsonl")
             stack.enter_context(claimed_file(path))
         settings = _depends(opened)
-        Journal(path, settings, replace=replace)
+        if not Journal(path, settings, replace=replace).complete:
+            _check_judges(opened, display)
         model = open_model(named, base=base, display=display)
         adapted = model.attached is not None and use_adapter
         sides = [*(["base"] if use_base or not adapted else []), *(["adapter"] if adapted else [])]
@@ -73,6 +74,14 @@ def eval_tasks_named(
         "tasks": [result.to_json() for result in results],
     }
     return Result(data, in_words(results) + (f"\n\nrows: {output}" if output else ""))
+
+
+def _check_judges(opened: Sequence[OpenTask], display: Display) -> None:
+    """Raises InputError for one that isn't there, before the weights are read."""
+    judges = {(one.judge.config.url, one.judge.config.model): one.judge for one in opened if one.judge}
+    for judge in judges.values():
+        if warning := judge.check():
+            display.say(f"warning: {warning}")
 
 
 def _measured(
@@ -111,9 +120,9 @@ def _measured(
 def in_words(results: Sequence[Measured]) -> str:
     """A line per figure, and what to know of it."""
     sides = results[0].sides
-    lines = [[*_named(result, name), *_cells(result, name)] for result in results for name in result.figures]
+    lines = [line for result in results for line in _lines(result)]
     head = ["task", "metric", "rows", *sides, *(("change", "p", "") if len(sides) == 2 else ())]
-    notes = ["", "in brackets: 95 % confidence, by bootstrap over rows"]
+    notes = ["", "in brackets: 95 % confidence, by bootstrap over rows (exact where all rows are right, or none is)"]
     if len(sides) == 2:
         notes.append("p: how often chance alone gives a change as large; below 0.05 it is called more than noise")
     for result in results:
@@ -121,6 +130,13 @@ def in_words(results: Sequence[Measured]) -> str:
     return "\n".join(
         [table(lines, head, align="llr" + "r" * (len(head) - 3 - (len(sides) == 2)) + "l", rule=True), *notes]
     )
+
+
+def _lines(result: Measured) -> list[list[str]]:
+    rows = [[*_named(result, name), *_cells(result, name)] for name in result.figures]
+    without = [[result.opened.task.name, figure_name(name), "0"] for name in result.without_figures]
+    width = len(result.sides) + 3 * (len(result.sides) == 2)
+    return [*rows, *([*line, *["–"] * len(result.sides), *[""] * (width - len(result.sides))] for line in without)]
 
 
 def _named(result: Measured, name: str) -> list[str]:
@@ -158,6 +174,8 @@ def _notes(result: Measured) -> list[str]:
         origin = result.rows[result.unjudged[0]].origin
         rows = counted(len(result.unjudged), "row has", "rows have")
         notes.append(f"{name}: {rows} no score from the judge and count for neither side, the first is {origin}")
+        reply = one_line(result.reply(result.unjudged[0]), 200)
+        notes.append(f"{name}: the judge's words there: {reply!r}; what it is asked is judge.prompt")
     return notes
 
 

@@ -11,7 +11,7 @@ import os
 import shlex
 import socket
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ def serve_named(
         model = _opened(named, weights, display)
         served = Adapters(model, root, named=own)
         _check_names(model, served)
+        _say_what_is_left_out(served, display)
         worker = Worker(model, served)
         limits = Limits.of(model)
         server = Server(build(worker, access, limits=limits, say=display.say), worker, limits)
@@ -152,13 +153,25 @@ def _check_names(model: Model, served: Adapters) -> None:
         raise InputError(f"an adapter is called {base}, and so is the base", fix="rename the adapter's folder")
 
 
+def _say_what_is_left_out(served: Adapters, display: Display) -> None:
+    badly_named, empty = served.left_out()
+    if badly_named:
+        display.say(f"not served: {_some(map(repr, badly_named))}: a name has only A-Z, a-z, 0-9, '.', '_' and '-'")
+    if empty:
+        display.say(f"not served: {_some(map(repr, empty))}: no adapter in it")
+
+
+def _some(names: Iterable[str]) -> str:
+    first = list(names)
+    return ", ".join(first[:SHOWN]) + (f", … ({len(first):,} in all)" if first[SHOWN:] else "")
+
+
 def _result(listening: socket.socket, model: Model, served: Adapters, access: Access) -> Result:
     """What is said once, at the beginning."""
     address, base, names = address_of(listening), model.base.source.public_name, served.names()
     data: dict[str, Any] = {"address": address, "base": base, "adapters": names, "key": access.key is not None}
-    shown = ", ".join(names[:SHOWN]) + (f", … ({len(names):,} in all)" if names[SHOWN:] else "")
     lines = [
-        f"{base} with {counted(len(names), 'adapter')}{': ' + shown if names else ''}",
+        f"{base} with {counted(len(names), 'adapter')}{': ' + _some(names) if names else ''}",
         f"address: {address}/v1",
         f"ask:     {_curl(address, Catalog(model, served).entry(names[0] if names else base), access)}",
         f"page:    {address}/" + (" (any name, and the key as the password)" if access.key else ""),

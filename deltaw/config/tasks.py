@@ -56,6 +56,7 @@ WORDS = {  # lm-eval's: what to write instead
     "fewshot_split": "write the examples into 'prompt', or into the rows",
 }
 Column = Literal[ColumnName, "choices", "test", "entry_point"]
+TASK = re.compile(r"\w[\w.-]{0,63}")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -87,7 +88,7 @@ class JudgeConfig(Strict):
 class TaskConfig(Strict):
     """What is asked of which rows, and how the answers are scored."""
 
-    name: str = Field(pattern=r"^[\w][\w.-]{0,63}$")
+    name: str
     data: Sources | None = Field(None, description="null: the rows that the run held out")
     form: Literal["generate", "choices"] = "generate"
     metrics: tuple[str, ...] = ()
@@ -99,6 +100,15 @@ class TaskConfig(Strict):
     seed: Seed = Field(0, description="of the choice of rows, and of the intervals")
     max_new_tokens: int | None = Field(None, ge=1, le=65536, description="null: 64, or 512 for programs")
     judge: JudgeConfig | None = Field(None, strict=False)
+
+    @field_validator("name")
+    @classmethod
+    def _short_and_plain(cls, value: str) -> str:
+        if not TASK.fullmatch(value):
+            raise ValueError(
+                "must be letters, digits, '_', '.' and '-', no blanks, at most 64, a letter or digit first"
+            )
+        return value
 
     @field_validator("metrics", mode="before")
     @classmethod

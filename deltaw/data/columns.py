@@ -48,15 +48,17 @@ class Columns:
         """Whether one of these is the name of a column that is called otherwise."""
         return any(plain(self.given.get(name, name)) != name for name in names)
 
-    def check(self, rows: Sequence[Row]) -> None:
-        """Raises InputError for a column that no row has, unless all are there under the known names instead."""
+    def check(self, rows: Sequence[Row], *, of_this_file: bool = False) -> None:
+        """Raises InputError for a column that no row has, unless all are there under the known names instead: a run's
+        names are for its own data, and other files may need none. `of_this_file`: these were given for these rows."""
         if not self.given:
             return
         there = list(dict.fromkeys(str(column) for row in rows for column in row.value))
         known = {plain(column): column for column in there}
         absent = {name: column for name, column in self.given.items() if column not in there}
         absent = {name: column for name, column in absent.items() if plain(column) not in known}
-        if not absent or (len(absent) == len(self.given) and all(name in known for name in absent)):
+        elsewhere = len(absent) == len(self.given) and all(name in known for name in absent)
+        if not absent or (elsewhere and not of_this_file):
             return
         name, column = next(iter(absent.items()))
         near = difflib.get_close_matches(plain(column), known, n=1)

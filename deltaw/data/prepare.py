@@ -49,6 +49,7 @@ LONG = 500_000  # characters of a row that take the tokenizer a while
 SEVERAL = 8  # chunks from which on several processes render them
 LOOKS = 8 * CHUNK  # rows that a process looks at in one go
 SIZE = 16  # bytes of a digest
+LEAVE_OUT = "set data.bad_rows to the share that may be left out"
 CONTENT = json.JSONEncoder(sort_keys=True, default=str)
 
 Place = tuple[int, int]  # source, row in it
@@ -339,7 +340,7 @@ def _check(sources: Sequence[Reading], config: DataConfig, *, usable: bool) -> N
         table = listed([str(problem) for problem in source.problems])
         if source.problems and (source.bad_share > config.bad_rows or not usable):
             what = f"{source.name}: {len(source.problems)} of {source.count} rows can't be used"
-            fix = ", or set data.bad_rows to the share that may be left out" if usable else ": no usable row is left"
+            fix = f", or {LEAVE_OUT}" if usable else ": no usable row is left"
             raise InputError(f"{what} ({source.form.description})\n{table}", fix=f"fix them{fix}")
     if not usable:
         lost = sum(source.too_long_dropped + source.untrained for source in sources)

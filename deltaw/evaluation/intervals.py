@@ -78,11 +78,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """Adapter less base. `p`: how often chance alone gives one as large; `test`: by which test."""
+    """Adapter less base. `p`: how often chance alone gives one as large; `test`: by which test; `rows`: of how many."""
 
     p: float
     test: str
     higher_is_better: bool
+    rows: int
 
     @property
     def is_noise(self) -> bool:
@@ -94,8 +95,16 @@ class Difference(Interval):
         """The side that is better, None where that is no more than noise."""
         return None if self.is_noise else "adapter" if (self.value > 0) == self.higher_is_better else "base"
 
+    @property
+    def is_too_few(self) -> bool:
+        """Whether no change of so few rows could be called more than noise: all that go one way still have
+        p = 2 / 2^rows, in either test."""
+        return 2.0 ** (1 - self.rows) >= NOISE
+
     def words(self) -> str:
         """What to make of it."""
+        if self.is_too_few:
+            return "too few rows to tell"
         if self.is_noise:
             return "no more than noise"
         return f"{'better' if self.better == 'adapter' else 'worse'}, more than noise"
@@ -129,7 +138,7 @@ def compare(base: Scores, adapter: Scores, *, higher_is_better: bool, seed: int)
             return adapter.figure(counts_BN @ adapter.stats_NK) - base.figure(counts_BN @ base.stats_NK)
 
         low, high = _middle(differences, n, seed)
-    return Difference(adapter.value - base.value, low, high, p, test, higher_is_better)
+    return Difference(adapter.value - base.value, low, high, p, test, higher_is_better, n)
 
 
 def mcnemar(b: int, c: int) -> float:

@@ -27,7 +27,8 @@ from typing import Any
 from deltaw.config.tasks import JudgeConfig
 from deltaw.errors import InputError, RunError
 from deltaw.evaluation.metrics import Answer
-from deltaw.files.client import KEY, Client, Refused
+from deltaw.files.client import FIRST_SECONDS, KEY, Client, Refused
+from deltaw.show.text import one_line
 
 TRIES, LONGEST_WAIT, AT_ONCE = 5, 60.0, 4
 PASSING = (408, 409, 425, 429)
@@ -64,6 +65,25 @@ class Judge:
         self.config = config
         self._client = Client(config.url, key=key)
         self._body: dict[str, Any] = {"model": config.model, "temperature": 0, "max_tokens": config.max_new_tokens}
+
+    def check(self) -> str:
+        """Whether it can be reached, before a model answers for it; returns a warning, empty where there is none. A
+        server needn't list its models, and may know one by another name than it lists. Raises InputError."""
+        try:
+            listed = self._client.ask("/models", seconds=FIRST_SECONDS)
+            names = [str(one["id"]) for one in listed["data"]]
+        except Refused as refused:
+            if refused.status == 401:
+                fix = f"its key is taken from {self.config.key}"
+                raise InputError(f"the judge at {self.config.url} refuses: {refused}", fix=fix) from None
+            return ""
+        except RunError as error:
+            raise InputError(f"judge: {error.what}", fix="start it, or change judge.url") from None
+        except (KeyError, TypeError):
+            return ""
+        if not names or self.config.model in names:
+            return ""
+        return f"the judge at {self.config.url} lists no model {self.config.model!r}: {one_line(', '.join(names), 200)}"
 
     def score(self, row: Answer) -> Judged:
         """Raises RunError where no answer comes."""

@@ -57,7 +57,7 @@ def rows_of_task(named: Named, task: TaskConfig, model: Model, display: Display)
         rules = {"columns": task.columns, "limit": task.limit, "seed": task.seed}
         model = replace(model, renderer=model.renderer.of_shape("one"))
         source = _of_file(named, task.data, None).model_copy(update=rules)
-        examples = _of_form(model, named, source, display, asked=task.chat)
+        examples = _of_form(model, named, source, display, asked=task.chat, own_system=task.system is not None)
         Limits.of(model.base.model).check(examples)
         return examples
     examples = prepared_held_out(own_data(named), model.renderer, display=display)
@@ -72,10 +72,16 @@ def rows_of_task(named: Named, task: TaskConfig, model: Model, display: Display)
 
 
 def _of_form(
-    model: Model, named: Named, source: DataConfig, display: Display, *, asked: bool | None = None
+    model: Model,
+    named: Named,
+    source: DataConfig,
+    display: Display,
+    *,
+    asked: bool | None = None,
+    own_system: bool = False,
 ) -> Examples:
     """A file's rows, asked as the adapter's own rows were, whatever their columns are called. `asked`: as a chat or
-    not, where that was said."""
+    not, where that was said. `own_system`: the system prompt is whoever asks's own, not that of the training."""
     template = named.adapter.base.template if model.attached is not None else ""
     reads: Reads = "auto" if model.attached is None and asked is None else "chat" if model.asking.chat else "completion"
     renderer, system = model.renderer, model.asking.system
@@ -83,7 +89,7 @@ def _of_form(
     if asked is not None and dataset.asking.chat != asked:
         what = "chats" if dataset.asking.chat else "texts, prompts and completions, which are asked as they are"
         raise InputError(f"chat: {str(asked).lower()} does nothing: these rows are {what}", fix="leave chat out")
-    if system and dataset.asking.chat:
+    if system and dataset.asking.chat and not own_system:
         display.say("chats without a system prompt get the one that the adapter was trained with")
     if template == PLAIN and dataset.asking.chat:
         display.say("warning: these rows are chats, and the adapter was trained on plain text")

@@ -19,7 +19,7 @@ from deltaw.config import DataConfig
 from deltaw.config.tasks import PASSES, TaskConfig
 from deltaw.data.asking import Prompt
 from deltaw.data.columns import Columns
-from deltaw.data.prepare import digest
+from deltaw.data.prepare import LEAVE_OUT, digest
 from deltaw.data.prompts import asked
 from deltaw.data.row import Problem, Row
 from deltaw.data.sources import read_sources
@@ -85,7 +85,7 @@ class TaskRows:
             rows = [row for raw in raws for row in raw[2]]
             unread = [problem for raw in raws for problem in raw[3]]
             columns = Columns({str(name): column for name, column in task.columns.items()})
-            columns.check(rows)
+            columns.check(rows, of_this_file=True)
             if task.form == "generate" and PASSES not in task.metrics and task.prompt is None:
                 return TaskRows(task, None)
             return _taken(task, rows, unread, columns)
@@ -116,23 +116,26 @@ class TaskRows:
 
 
 def _of_task(task: TaskConfig, error: InputError) -> InputError:
+    """A task file has no settings of a run file to advise."""
     what = without_setting(error.what).replace("data.columns", "columns")
-    return InputError(f"task {task.name}: {what}", fix=error.fix)
+    fix = None if error.fix is None else error.fix.replace(f", or {LEAVE_OUT}", "")
+    return InputError(f"task {task.name}: {what}", fix=fix)
 
 
 def _taken(task: TaskConfig, rows: Sequence[Row], unread: Sequence[Problem], columns: Columns) -> TaskRows:
     """The rows that `limit` chooses, read."""
     key = str(task.seed).encode()[-64:]
-    taken, problems = dict[int, _Read](), list(unread)
+    taken, refused = dict[int, _Read](), dict[int, Problem]()
     for number in sorted(range(len(rows)), key=lambda number: digest(rows[number], key)):
         if len(taken) == task.limit:
             break
         try:
             taken[number] = _read(rows[number], task, columns)
         except Rejected as rejected:
-            problems.append(Problem(rows[number].origin, str(rejected)))
+            refused[number] = Problem(rows[number].origin, str(rejected))
+    problems = (*unread, *(refused[number] for number in sorted(refused)))
     _check(len(taken), problems)
-    return TaskRows(task, tuple(taken[number] for number in sorted(taken)), tuple(problems))
+    return TaskRows(task, tuple(taken[number] for number in sorted(taken)), problems)
 
 
 def _check(usable: int, problems: Sequence[Problem]) -> None:

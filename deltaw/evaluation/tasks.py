@@ -21,7 +21,7 @@ import numpy as np
 
 from deltaw.config.tasks import CHOICES, CHRF, GENERATE, JUDGED, PASSES, TaskConfig
 from deltaw.data.row import Problem
-from deltaw.errors import InputError, RunError
+from deltaw.errors import InputError
 from deltaw.evaluation.choices import likelihoods
 from deltaw.evaluation.chrf import check_installed, chrf, counts_of
 from deltaw.evaluation.intervals import Difference, Interval, Scores, compare, interval, ratio
@@ -92,7 +92,7 @@ class Measured:
     @staticmethod
     def of(opened: OpenTask, rows: Sequence[Asked], left_out: Sequence[Problem], journal: Journal,
            sides: Sequence[str]) -> "Measured":  # fmt: skip
-        """Raises RunError where the judge gave no row a score."""
+        """A judge that gave no row a score leaves its metric without figures, and the others as they are."""
         given = {side: _Given(opened, rows, journal, side) for side in sides}
         unjudged = sorted({row for side in given.values() for row in side.unjudged})
         measured = Measured(opened, rows, left_out, journal, sides, unjudged)
@@ -100,7 +100,7 @@ class Measured:
         for name in opened.names():
             numbers = [n for n in range(len(rows)) if name != JUDGED or n not in unjudged]
             if not numbers:
-                raise RunError(f"task {opened.task.name}: the judge gave no row a score", fix="look at judge.prompt")
+                continue
             scores = {side: given[side].scores(name, numbers) for side in sides}
             measured.scores[name] = {s: dict(zip(numbers, one.of_rows, strict=True)) for s, one in scores.items()}
             measured.figures[name] = {side: interval(one, seed) for side, one in scores.items()}
@@ -116,6 +116,16 @@ class Measured:
             return 0
         return sum(bool(self.journal.done[key(self.opened.task, side, n)][1]) for n in range(len(self.rows)))
 
+    @property
+    def without_figures(self) -> list[str]:
+        """Metrics that no row has a score of."""
+        return [name for name in self.opened.names() if name not in self.figures]
+
+    def reply(self, row: int) -> str:
+        """What the judge said of a row that has no score, on one of the sides."""
+        said = [self.journal.done[key(self.opened.task, side, row) + "/judge"] for side in self.sides]
+        return next((str(reply) for score, reply in said if score is None), "")
+
     def to_json(self) -> dict[str, Any]:
         task = self.opened.task
         metrics: dict[str, Any] = {}
@@ -124,6 +134,9 @@ class Measured:
             metrics[name] |= {side: figure.to_json() for side, figure in figures.items()}
             if name in self.differences:
                 metrics[name]["difference"] = self.differences[name].to_json()
+        for name in self.without_figures:
+            nothing = dict.fromkeys((*self.sides, *(["difference"] if len(self.sides) == 2 else [])))
+            metrics[name] = {"higher_is_better": self.opened.higher_is_better(name), **nothing}
         return {
             "name": task.name,
             "form": task.form,
@@ -154,6 +167,7 @@ class Measured:
                     if f"{name}/{what}" in done:
                         line[f"{before}{what}"] = done[f"{name}/{what}"]
                 own = {metric: of[side].get(n) for metric, of in self.scores.items()}
+                own |= dict.fromkeys(self.without_figures)
                 line[f"{before}scores"] = own
             yield line
 

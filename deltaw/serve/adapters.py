@@ -75,6 +75,10 @@ class Adapters:
         """What can be asked for now, sorted."""
         return [name for name in self._folder.names() if name not in self._dropped]
 
+    def left_out(self) -> tuple[list[str], list[str]]:
+        """Subfolders that can't be asked for: those with names that a model can't have, those without an adapter."""
+        return self._folder.left_out()
+
     def get(self, name: str) -> Served:
         """Raises Unknown."""
         if name in self._dropped:

@@ -13,6 +13,7 @@ from deltaw.config import Strict
 from deltaw.files.strict_json import json_kind
 from deltaw.serve.refused import Refused, wrong
 
+ROUTES = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}  # where fields go that another route has
 WHY = {
     "response_format": "answers can't be held to JSON or to a schema; ask for it in words, with type: text",
     "tool_choice": "the model can't be made to call a tool: send none or auto",
@@ -103,7 +104,8 @@ class Request(Strict):
         unknown = [name for name in fields if name not in own]
         if unknown:
             named = ", ".join(name[:40] for name in unknown[:3]) + (", …" if unknown[3:] else "")
-            raise wrong(f"{named}: no such field here", unknown[0][:80], "unknown_parameter")
+            other = next((f"; {name} goes to {ROUTES[name]}" for name in unknown if name in ROUTES), "")
+            raise wrong(f"{named}: no such field here{other}", unknown[0][:80], "unknown_parameter")
         try:
             return cls.model_validate(fields)
         except ValidationError as error:

@@ -94,6 +94,15 @@ class Folder:
         entries = [] if self._root is None else [entry.name for entry in self._root.iterdir()]
         return sorted({name for name in {*entries, *self._named} if self._place(name) is not None})
 
+    def left_out(self) -> tuple[list[str], list[str]]:
+        """Subfolders that aren't served though they aren't hidden, sorted: adapters whose names can't be a model's, and
+        those that hold no adapter."""
+        entries = [] if self._root is None else list(self._root.iterdir())
+        folders = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+        others = folders - set(self.names())
+        badly_named = {name for name in others if NAME.fullmatch(name) is None}
+        return sorted(badly_named), sorted(others - badly_named)
+
     def look(self, name: str) -> Look:
         """Raises Unknown."""
         directory = self._place(name)

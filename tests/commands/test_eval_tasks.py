@@ -196,3 +196,40 @@ def test_a_tasks_own_prompt_and_a_base_by_itself(folder: Path, tmp_path: Path) -
     lines = rows_in(output)
     assert lines[0]["prompt"].endswith("\nA. ab\nB. ba\n:") and {line["gold"] for line in lines[:3]} == {0, 1}
     assert "Be brief." in lines[3]["prompt"] and "Now say 0." in lines[3]["prompt"] and lines[3]["truth"] == "ab"
+
+
+def test_a_judge_without_any_score_leaves_the_other_figures(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DELTAW_API_KEY", raising=False)
+    endpoint = Endpoint()
+    endpoint.script = ["splendid"] * 99
+    judged = {**HELD_OUT, "metrics": ["exact_match", "judge"], "limit": 2}
+    file, output = task_file(tmp_path, judged, judge={"url": endpoint.url, "model": "m"}), tmp_path / "rows.jsonl"
+    data = measured(folder / "one", "--tasks", file, "-o", output)
+    endpoint.server.shutdown()
+    endpoint.server.server_close()
+    (task,) = data["tasks"]
+    assert len(task["unjudged"]) == 2 and task["metrics"]["judge"]["adapter"] is None
+    assert 0 <= task["metrics"]["exact_match"]["adapter"]["value"] <= 1
+    assert [line["scores"]["judge"] for line in rows_in(output)] == [None, None]
+    code, out, _ = call("eval", folder / "one", "--tasks", file, "-o", output)  # complete: no judge is needed
+    assert code == 0 and "splendid" in out
+
+
+@pytest.mark.parametrize("form", [{}, {"prompt": "{prompt}"}])
+def test_a_column_that_is_not_there_is_named(folder: Path, tmp_path: Path, form: dict[str, str]) -> None:
+    task = {"name": "t", "data": [{"prompt": "a", "completion": "b"}], "columns": {"prompt": "nope"}, **form}
+    code, _, err = call("eval", folder / "one", "--tasks", task_file(tmp_path, task))
+    assert code == 2 and "nope" in err and "columns.prompt" in err
+
+
+def test_bad_rows_are_named_in_their_order_without_settings_of_a_run_file(folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}", "completion": f"{n}" if n % 2 else 1.5} for n in range(8)]
+    code, _, err = call("eval", folder / "one", "--tasks", task_file(tmp_path, {"name": "t", "data": rows}))
+    assert code == 2 and "data.bad_rows" not in err
+    rows = [{"prompt": f"{n}", "choices": ["a", "b"]} for n in range(8)]
+    code, _, err = call(
+        "eval", folder / "one", "--tasks", task_file(tmp_path, {"name": "t", "form": "choices", "data": rows})
+    )
+    assert code == 2 and [line.split(":")[1] for line in err.splitlines()[1:4]] == ["1", "2", "3"]

@@ -124,3 +124,11 @@ def _ends(scores: Scores, seed: int) -> tuple[float, float]:
     found = interval(scores, seed)
     assert found.low is not None and found.high is not None
     return found.low, found.high
+
+
+@pytest.mark.parametrize(("rows", "too_few"), [(1, True), (5, True), (6, False), (40, False)])
+def test_a_change_that_no_such_number_of_rows_could_prove_is_not_called_noise(rows: int, too_few: bool) -> None:
+    wrong, right = (Scores(np.tile([float(points), 1.0], (rows, 1))) for points in (0, 1))
+    all_changed = compare(wrong, right, higher_is_better=True, seed=0)
+    assert all_changed.is_too_few == too_few == (all_changed.better is None)
+    assert (all_changed.words() == compare(wrong, wrong, higher_is_better=True, seed=0).words()) == too_few

@@ -120,3 +120,12 @@ def test_a_key_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch) -> N
     for wrong in ({"key": "sk-12"}, {"prompt": "how good?"}, {"url": "http://u:p@host/v1"}, {"url": "host"}):
         with pytest.raises(InputError):
             JudgeConfig(**{"url": "http://h/v1", "model": "m", **wrong})
+
+
+def test_a_judge_that_is_not_there_is_known_before_a_model_answers(endpoint: Endpoint) -> None:
+    there = Judge(JudgeConfig(url=endpoint.url, model="m"))
+    assert there.check() == "" and not endpoint.asked  # it lists no models, and needn't
+    endpoint.server.server_close()
+    endpoint.server.shutdown()
+    with pytest.raises(InputError):
+        there.check()

@@ -314,3 +314,11 @@ def test_two_on_a_model_at_different_scales(model: Model, canaries: Canaries) ->
         assert mine.a_RN is own.a_RN and mine.b_MR is own.b_MR and mine.scale == own.scale / 2
     discard(half)
     discard(attached)
+
+
+def test_what_is_left_out_is_told_apart(model: Model, stored: Path, tmp_path: Path) -> None:
+    for name in ("with space", "\u7801", "fine", ".hidden"):
+        shutil.copytree(stored / "lora1", tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a file").write_text("")
+    assert Adapters(model, tmp_path).left_out() == (["with space", "\u7801"], ["empty"])
