@@ -70,8 +70,6 @@ def step(
     if retain is not None and abreast:
         batches = [retain.informed(batch.to(learners[0].attached.parameters[0].device)) for batch in batches]
     shares = [_Share(learner, batches) for learner in learners]
-    for share in shares:
-        share.anchor(forward, world, abreast)
 
     # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
     ran = _taken(forward, shares, batches, captured, world, abreast, retain)
@@ -93,8 +91,7 @@ def step(
             check_loss(share.loss, share.rows, state, learner.config)
             # 4. The rate of this step, and the update.
             rate = learner.update(share.loss, share.batches, ran.update if ran is not None else None)
-            record |= {"loss": share.loss, "lr": rate, "grad_norm": norm, **share.figures}
-            learner.falling.see(share.figures, state.step + 1)
+            record |= {"loss": share.loss, "lr": rate, "grad_norm": norm, **share.reported()}
         except Unfit as unfit:
             learner.skip(unfit)
             record |= {"skipped": unfit.what, "rows": unfit.rows}
@@ -121,6 +118,8 @@ def _taken(
     retain: Retain | None,
 ) -> Ran | None:
     """All passes of the step, each by one of the processes; what was recorded gave, where it could be."""
+    for share in shares:
+        share.anchor(forward, world, abreast)
     deal = dealt([len(batch.tokens_T) for batch in batches], world.size)
     ran, mine = None, deal[world.rank]
     if captured is not None and not shares[0].unfit:
@@ -235,6 +234,11 @@ class _Share:
         """What the objective reports of the step."""
         drift = {"retain_kl": self._drift / self.retained} if self.retained else {}
         return self.objective.means(self._sums) | drift
+
+    def reported(self) -> dict[str, float]:
+        """The same of a step that is applied, which may have something to warn of."""
+        self.learner.falling.see(self.figures, self.learner.state.step + 1)
+        return self.figures
 
     @property
     def is_fit(self) -> bool:
