@@ -17,6 +17,8 @@ def shown(target: Target) -> list[str]:
     def number(value: float) -> str:
         if target.unit == "%":
             return f"{value:.0%}"
+        if target.unit in ("nats", "errors"):
+            return f"{value:.3f} {target.unit}"
         if target.unit in ("x", "GB"):
             return f"{value:.2f} {target.unit}"
         return f"{value:,.{0 if value >= 100 else 1}f} {target.unit}"

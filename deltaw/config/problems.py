@@ -7,7 +7,7 @@ are looked for in this order, since a word that means something elsewhere is sel
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -124,9 +124,16 @@ def fields_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
         if isinstance(part, int):  # an item of a list: its fields are those of any
             continue
         field = next((f for name, f in model.model_fields.items() if str(part) in (name, f.alias)), None)
-        kinds = [field.annotation, *get_args(field.annotation)] if field else []
-        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), BaseModel)
+        model = next(_sections(field.annotation), BaseModel) if field else BaseModel
     return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Those that a field's type names, also in an `Annotated` or beside None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections(part)
 
 
 def _shown(value: Any) -> str:

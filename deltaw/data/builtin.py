@@ -9,8 +9,8 @@
   kind (vowel, consonant), so that the word's letters tell which is right.
 - `builtin:general`: eighteen short passages of general text (prose, dialogue, code, a little German and French),
   written for this project: what a fine-tune has forgotten is measured on it.
-- `builtin:general-train`: fifty other passages of these kinds, written for this project, too: what a fine-tune is to
-  remember is trained on it (`train.retain`). The two have nothing in common but the kinds; a test holds that.
+- `builtin:general-train`: forty-nine other passages of these kinds, written for this project, too: what a fine-tune is
+  to remember is trained on it (`train.retain`). The two have nothing in common but the kinds; a test holds that.
 - `builtin:sarcasm`: headlines, sarcastic or not, from the `evals` package, as chat.
 
 The files are found without importing their packages: `evals` would import half the world. Rows keep the

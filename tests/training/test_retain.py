@@ -223,6 +223,8 @@ def test_a_name_is_short_for_a_section_and_what_cannot_be_is_refused() -> None:
     for wrong in ({"weight": 0}, {"share": 1.5}, {"share": 0}, {"weights": 1}, {"data": ""}, 3):
         with pytest.raises(InputError, match=r"retain"):
             parse_config(base_file(retain=wrong))
+    with pytest.raises(InputError, match="weight, share"):
+        parse_config(base_file(retain={"kl": 1}))
 
 
 @pytest.fixture(scope="module")
