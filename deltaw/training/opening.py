@@ -137,8 +137,8 @@ class Opened:
 
     def weighed(self, part: Literal["train", "eval"]) -> Weighed:
         """The rows to train on, or held out, with what the reference says of them."""
-        rows = self.dataset.train if part == "train" else self.dataset.eval
-        return Weighed(rows, self.references.get(part), self.references.get(f"{part}_beside"))
+        rows, known = self.dataset.train if part == "train" else self.dataset.eval, self.references
+        return Weighed(rows, known.get(part), known.get(f"{part}_beside"))
 
     @property
     def kept_text(self) -> Text | None:
@@ -152,9 +152,8 @@ class Opened:
 
     def loader(self, state: TrainState) -> Loader:
         """The batches of the steps after `state`."""
-        return make_loader(
-            self.config, self.dataset, state.position, self.world.size, self.shares, self.weighed("train")
-        )
+        size, weighed = self.world.size, self.weighed("train")
+        return make_loader(self.config, self.dataset, state.position, size, self.shares, weighed)
 
     @property
     def shares(self) -> bool:
@@ -254,9 +253,8 @@ def open_run(
     """Raises InputError, before the weights are read where that is possible. `consent`: to a metric of the user's own
     that the config names. `lineage`: the run's, if it has begun; the adapter that it starts from isn't needed any more
     where a checkpoint is there."""
-    return opened_on(
-        look(config, display, consent, lineage, start_is_needed=start_is_needed, world=world), display, world
-    )
+    looked = look(config, display, consent, lineage, start_is_needed=start_is_needed, world=world)
+    return opened_on(looked, display, world)
 
 
 def opened_on(looked: Looked, display: Display, world: World = ALONE) -> Opened:
@@ -282,10 +280,9 @@ def _opened(looked: Looked, model: Model, display: Display, world: World = ALONE
     assert model.attached is not None
     for line in model.attached.notes():
         display.say(line)
-    config, dataset = _pinned(looked.config, model), looked.dataset
     rows_kept = rows_to_keep(looked.config.data)
     known = (looked.total, looked.metrics, rows_kept, looked.lineage, world, shards, looked.retained)
-    opened = Opened(config, model, dataset, *known)
+    opened = Opened(_pinned(looked.config, model), model, looked.dataset, *known)
     return opened if looked.start is None else _started(opened, looked.start, display)
 
 
