@@ -26,6 +26,7 @@ from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.load import open_base
 from deltaw.config import AdapterSpec, TrainConfig
 from deltaw.config.train import PLAIN_BATCH
+from deltaw.data import sharing
 from deltaw.data.example import Example
 from deltaw.data.loader import fill
 from deltaw.data.pack import pack
@@ -103,7 +104,8 @@ def main() -> None:
     arms = Arms(time.process_time if options.cpu else time.perf_counter)
     for what in options.what:
         if what == "sweep":
-            for prefix in (8, 12, 16, 24, 32, 64):
+            sharing.LEAST, sharing.WORTH = 4, 0.0
+            for prefix in (6, 8, 12, 16, 32):
                 steps = [behind(prefix, 30, 32, seed) for seed in range(options.steps + 1)]
                 ratio, fast, slow = arms.ratio(steps)
                 saved = 31 * prefix / (32 * (prefix + 30))

@@ -4,6 +4,7 @@
     before.json      the base on the held-out rows    adapter/        the result, PEFT layout
     metrics.jsonl    a line per step and per eval     report.html     what the run did, for people
     result.json      the figures                      started.json    in which folder (config/places.py)
+    references.safetensors    what the reference says of each answer (preferences; training/references.py)
     data/            rows that were given as values, not as files
     lineage.json     which adapter it started from, after which steps it was extended (where it was)
     result.step-000120.json, …    the figures of a finished run that was extended after that step
@@ -51,6 +52,10 @@ class Run:
     @property
     def before(self) -> Path:
         return self.folder / "before.json"
+
+    @property
+    def references(self) -> Path:
+        return self.folder / "references.safetensors"
 
     @property
     def metrics(self) -> Path:

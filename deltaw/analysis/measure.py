@@ -18,6 +18,8 @@ With W, whose singular vectors are u_i, v_i, and W' = W + ΔW:
                         them and at most 64; random directions have p / N and p / M
     intruders           of the first 10 left vectors u'_j of W', those with max_i |u'_jᵀ u_i| < 0.5
                         (Shuttleworth et al. 2024, algorithm 1)
+    outside             of the intruders, those with less than half of their energy in W's first 20 left directions;
+                        the others are rotations among directions of W of nearly equal σ, which no u_i needs to match
     magnitude_change    mean over rows (outputs) of | ‖w'_i‖ − ‖w_i‖ | / ‖w_i‖             (DoRA §3.2, but relative)
     direction_change    mean over rows of 1 − cos(w'_i, w_i)
     merge_changed, merge_kept, merge_error
@@ -75,6 +77,7 @@ SPECTRUM = 256  # singular values kept
 ENERGY = 0.9
 TOP = 64  # at most, of W's directions, a tenth of which are its top
 INTRUDER_K, INTRUDER_EPSILON = 10, 0.5  # Shuttleworth et al.'s
+NEAR, MOSTLY = 20, 0.5  # of W's directions; a share of an intruder's energy in them
 EXACT, SKETCH = 2048, 256  # all directions up to the one, else the first of them
 CHANCE, CHANCE_RANK = 64, 64  # draws of random directions, of at most so many
 WORKERS = 4  # modules at once, each with some copies of its W in memory
@@ -112,6 +115,7 @@ class BaseMeasures:
     writes: float
     writes_random: float
     intruders: int
+    outside: int
     intruders_of: int  # how many left vectors of W' were looked at
     intruders_exact: bool
     cosines: list[float]  # each one's largest |cosine| with a left vector of W
@@ -245,10 +249,10 @@ def _against(update: Plain, usv: tuple[Tensor, Tensor, Tensor], w_MN: Tensor, se
     u_MK, sigma_K, vt_KN = (part.to(w_MN) for part in usv)
     used, most = int((sigma_K > 0).sum()), int(energy_rank(sigma_K, ENERGY))
     p = min(TOP, max(1, min(m, n) // 10))
-    w = _directions(w_MN, p, max(SKETCH, used))
+    w = _directions(w_MN, max(p, NEAR), max(SKETCH, used))
     delta_MN = update.dense().to(w_MN)
     tuned_MN = w_MN + delta_MN
-    cosines = _intruder_cosines(w, tuned_MN)
+    cosines, within = _intruder_cosines(w, tuned_MN, w.u_MP[:, : min(NEAR, w.smaller.shape[1])])
     size, base_size = float(sigma_K.norm()), _frobenius(w_MN)
     magnitude, direction = _row_changes(w_MN, delta_MN)
     merged = survival(w_MN, delta_MN, lambda x_MN: x_MN.bfloat16().to(x_MN))
@@ -272,11 +276,12 @@ def _against(update: Plain, usv: tuple[Tensor, Tensor, Tensor], w_MN: Tensor, se
         amplification=amplification(used),
         amplification_top=amplification(most),
         top_directions=p,
-        reads=_share(sigma_K, vt_KN @ w.v_NP),
+        reads=_share(sigma_K, vt_KN @ w.v_NP[:, :p]),
         reads_random=p / n,
-        writes=_share(sigma_K, u_MK.T @ w.u_MP),
+        writes=_share(sigma_K, u_MK.T @ w.u_MP[:, :p]),
         writes_random=p / m,
         intruders=int((cosines < INTRUDER_EPSILON).sum()),
+        outside=int(((cosines < INTRUDER_EPSILON) & (within < MOSTLY)).sum()),
         intruders_of=len(cosines),
         intruders_exact=w.exact,
         cosines=cosines.tolist(),
@@ -294,15 +299,17 @@ def _share(sigma_K: Tensor, across_KP: Tensor) -> float:
     return min(1.0, ratio(float(part), float(whole)) ** 2)
 
 
-def _intruder_cosines(w: _Directions, tuned_MN: Tensor) -> Tensor:
-    """[J] for the first left vectors of W': 10, or as many as W' has."""
+def _intruder_cosines(w: _Directions, tuned_MN: Tensor, near_MP: Tensor) -> tuple[Tensor, Tensor]:
+    """[J] for the first left vectors of W', 10 or as many as W' has: the largest |cosine| with one of W's, the share of
+    energy in W's first ones, `near_MP`."""
     k = min(INTRUDER_K, *tuned_MN.shape)
     tuned = _directions(tuned_MN, k, 2 * k)
-    cosines_J = w.cosines(tuned.u_MP[:, : tuned.smaller.shape[1]])
+    u_MJ = tuned.u_MP[:, : tuned.smaller.shape[1]]
+    cosines_J = w.cosines(u_MJ)
     settled = len(cosines_J) == k and bool((cosines_J >= INTRUDER_EPSILON).all())
     if w.exact and tuned_MN.dtype == torch.float32 and not settled:
-        return _intruder_cosines(_directions(w.x_MN.double(), 1, 1), tuned_MN.double())
-    return cosines_J.clamp(max=1)
+        return _intruder_cosines(_directions(w.x_MN.double(), 1, 1), tuned_MN.double(), near_MP.double())
+    return cosines_J.clamp(max=1), (near_MP.T @ u_MJ).square().sum(0)
 
 
 def _row_changes(w_MN: Tensor, delta_MN: Tensor) -> tuple[float, float]:

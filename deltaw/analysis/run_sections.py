@@ -34,9 +34,10 @@ ROWS, FIGURES = 300, 40  # in a table of the page; a page must not grow with the
 def figures(result: Mapping[str, Any]) -> list[Fact]:
     """Before and after: the loss, the task's metrics, general text."""
     before, after = (result.get("eval", {}).get(side, {}) for side in ("before", "after"))
-    names = [name for name in after if name in before and name != "perplexity"][:HEADLINES]
+    names = [name for name in after if name != "perplexity"][:HEADLINES]
     labels = {"loss": "held-out loss"}
-    facts = [Fact(labels.get(name, figure_name(name)), after[name], f"{number(before[name])} before") for name in names]
+    was = {name: f"{number(before[name])} before" if name in before else "" for name in names}
+    facts = [Fact(labels.get(name, figure_name(name)), after[name], was[name]) for name in names]
     lost = result.get("forgetting", {})
     if None not in (sides := [lost.get("loss_before"), lost.get("loss_after")]):
         facts.append(Fact("loss on general text", sides[1], f"{number(sides[0])} before"))

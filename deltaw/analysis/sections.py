@@ -10,7 +10,7 @@ from typing import Any
 
 from deltaw.analysis import pictures
 from deltaw.analysis.maps import layer_map
-from deltaw.analysis.measure import BaseMeasures, Measures
+from deltaw.analysis.measure import NEAR, BaseMeasures, Measures
 from deltaw.analysis.page import (
     Block,
     Cell,
@@ -48,7 +48,9 @@ A single module's percentile can be anything from 0 to 100 % by chance alone; on
 *Reads* is the share of the update that reads from the top tenth of `W`'s input directions, *writes* the share that goes
 into the top tenth of its output directions, each minus what chance would give.
 
-*Intruders* are leading directions of `W + ΔW` that resemble none of `W`'s (largest |cosine| below 0.5).
+*Intruders* are leading directions of `W + ΔW` that resemble none of `W`'s (largest |cosine| below 0.5). Those with most
+of their energy in `W`'s first 20 directions are nothing new: where these are about equally strong, a small update turns
+them among themselves. Only those outside come from the update.
 
 Merged into bfloat16 weights, the update is rounded together with `W`. The part *kept* still
 points along `ΔW`; the *noise* that rounding adds points everywhere and is given as a share of `‖ΔW‖`.
@@ -80,7 +82,12 @@ def _update_facts(measures: Mapping[str, Measures], summary: Mapping[str, Any]) 
         if (share := summary["percentile"]) is not None:
             facts.append(Fact("W there, percentile", percent(share), "of random directions; chance is 50 %"))
         facts.append(
-            Fact("intruders", summary["intruders"], f"of {number(summary['intruders_of'])} leading directions")
+            Fact(
+                "intruders",
+                summary["intruders"],
+                f"of {number(summary['intruders_of'])} leading directions; "
+                f"{number(summary['outside'])} mostly outside W's first {NEAR}",
+            )
         )
     return facts
 

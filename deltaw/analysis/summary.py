@@ -56,6 +56,7 @@ def summarise(measures: Mapping[str, Measures]) -> dict[str, Any]:
         summary |= {
             "relative": ratio(_root_sum(updates), _root_sum(base.frobenius for base in bases)),
             "intruders": sum(base.intruders for base in bases),
+            "outside": sum(base.outside for base in bases),
             "intruders_of": sum(base.intruders_of for base in bases),
             "intruders_exact": all(base.intruders_exact for base in bases),
             "merge_changed": changed / sum(entries),

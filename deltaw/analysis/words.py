@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
 
-from deltaw.analysis.measure import Measures
+from deltaw.analysis.measure import NEAR, Measures
 from deltaw.show.text import counted, percent
 
 KINDS = 16  # columns of a map
@@ -89,7 +89,8 @@ def gist(measures: Mapping[str, Measures], summary: Mapping[str, Any]) -> list[s
         paragraphs.append(f"The weights changed by {percent(summary['relative'], 2)} (‖ΔW‖ / ‖W‖), most in {most}.")
         paragraphs.append(_amplified(used, summary["percentile"]))
         leading = f"{summary['intruders']:,} of {summary['intruders_of']:,} leading directions of the tuned weights"
-        paragraphs.append(f"{leading} are intruders, unlike any of the base's own.")
+        more = f"; {summary['outside']:,} of them lie mostly outside its first {NEAR}" if summary["intruders"] else ""
+        paragraphs.append(f"{leading} are intruders, unlike any of the base's own{more}.")
     return paragraphs
 
 

@@ -145,8 +145,15 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Those of all examples, whole; `len(tokens_T)` are computed."""
+        return sum(self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each example, its prefix included."""
         tree = self.documents.tree
-        return sum(map(len, map(self.rows_of, range(self.examples)))) if tree else len(self.tokens_T)
+        if tree is None:
+            return [end - start for start, end in itertools.pairwise(self.starts)]
+        return [sum(end - start for start, end in tree.whole(number)) for number in range(self.examples)]
 
     @property
     def retained_rows(self) -> int:
@@ -192,7 +199,7 @@ class Batch:
         """How many tokens the examples of `update` have, but for those that are only held to the base."""
         if not self.updates:
             return self.tokens - self.retained_rows
-        return sum(len(self.rows_of(number)) for number, owner in enumerate(self.updates) if owner == update)
+        return sum(length for length, owner in zip(self.lengths, self.updates, strict=True) if owner == update)
 
     def labelled_for(self, update: int) -> "Batch":
         """The batch with the labels, the parts and the origins of `update`'s documents alone."""

@@ -4,7 +4,8 @@ Not every architecture can be packed (state-space layers mix neighbours, ALiBi i
 a separate argument, some windows are only in the mask), and not every head is a plain product. Nothing is taken on
 trust: `plan_forward` tries what it would do on two documents (probe.py) and takes the first way that gives the model's
 own answers: all documents packed into one row (attention.py), one row each, padded to the longest, or each in a pass of
-its own. `Forward.describe()` says which it is, and why no faster one.
+its own. Whether packed documents may continue others (kernels/tree.py) is tried, too. `Forward.describe()` says which
+way it is, and why no faster one.
 
 Letters: T tokens of a batch, S documents + 1, B documents of a padded batch, L the longest, D hidden, V vocabulary.
 """
@@ -49,6 +50,7 @@ class Forward:
     prefix: Prefix | None = None  # frozen layers that are not computed again
     recompute: Recompute | None = None  # layers that keep their input alone, and run again in the backward
     attention: str = ""  # that the model was left on, where documents are packed
+    shares: bool = False  # documents may continue others, where they are packed
     positions: bool = False  # a padded batch says where its documents end: the model's angles depend on it
 
     @property
@@ -114,13 +116,13 @@ class Forward:
     def rows(self, batch: Batch) -> Tensor:
         """A row per token: hidden [T, D] where the head is known, else logits [T, V]."""
         tokens_T = batch.tokens_T
+        if batch.documents.tree is not None and not self.shares:
+            raise ValueError("this model can't be run on documents that continue others: give it batch.unshared()")
         if self.packed:
             self._check_attention()
             below = self.prefix.kept(batch) if self.prefix else None
             this = Pass(documents=batch.documents, segments=batch.segments(), below=below)
             return self._run(this, input_ids=tokens_T[None], position_ids=batch.positions_T[None]).squeeze(0)
-        if batch.documents.tree is not None:
-            raise ValueError("a model that isn't packed can't share prefixes: give it batch.unshared()")
         starts = batch.starts
         if self.way == APART or len(starts) == 2:  # nothing is padded
             parts = batch.updates or (None,) * (len(starts) - 1)
@@ -182,7 +184,9 @@ def plan_forward(model: nn.Module) -> Forward:
     own = model.config._attn_implementation  # type: ignore[union-attr]
     why = _why_not_packed(model, probe, packed) or _why_not_further(model)
     if not why:
-        return dataclasses.replace(packed, attention=str(model.config._attn_implementation))  # type: ignore[union-attr]
+        shares = probe.shares(dataclasses.replace(packed, shares=True).logits)
+        now = str(model.config._attn_implementation)  # type: ignore[union-attr]
+        return dataclasses.replace(packed, attention=now, shares=shares)
     model.set_attn_implementation(own)  # type: ignore[operator]
     padded = dataclasses.replace(apart, way=PADDED, why=why)
     try:

@@ -47,6 +47,11 @@ class Objective(abc.ABC):
         """Sums that a step reports beside its loss; they add up over batches. Nothing goes backward from them."""
         return {}
 
+    def right(self, logprobs: Logprobs, batch: Batch) -> list[bool]:
+        """Of each pair or answer that it counts, whether the model is on the right side; nothing where it weighs
+        none."""
+        return []
+
     def means(self, sums: Mapping[str, float]) -> dict[str, float]:
         """What a record says of the sums of `figures` over its batches."""
         return {}

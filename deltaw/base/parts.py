@@ -5,3 +5,4 @@ alone. A document of another learner is PLAIN to this one (`Batch.labelled_for`)
 """
 
 PLAIN, CHOSEN, REJECTED, DESIRABLE, UNDESIRABLE = range(5)
+PART_NAMES = ("", "chosen", "rejected", "desirable", "undesirable")

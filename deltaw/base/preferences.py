@@ -18,10 +18,10 @@ z takes no gradient and is the same for a whole step (training/step.py): `with_a
 
 What a step reports, beside the loss. reward: β Δ (dpo, kto), β Δ / n (ipo), β s / n (orpo, simpo). margin: the mean of
 reward_c − reward_r; accuracy: how often it is above 0 (kto: how often a desirable answer's Δ is above z, and an
-undesirable one's below). logp_…: the mean of s. Where the reference is known, chosen_change is the mean of Δ_c, and kl
-the mean over answers of e^δ − 1 − δ with δ = Δ / n: never negative, in nats per token. It is an estimate, of answers
-that were drawn from neither model, and a low one: the same of each token (Schulman's k3) is at least as large, since
-that function is convex.
+undesirable one's below); likelier: how often s_c / n_c > s_r / n_r, whatever the reference says; logp_…: the mean of s.
+Where the reference is known, chosen_change is the mean of Δ_c, and kl the mean over answers of e^δ − 1 − δ with
+δ = Δ / n: never negative, in nats per token. It is an estimate, of answers that were drawn from neither model, and a
+low one: the same of each token (Schulman's k3) is at least as large, since that function is convex.
 
 Letters: D documents, P pairs, A answers.
 """
@@ -87,7 +87,7 @@ class _OfPairs(Objective):
 
     beta: float
     counts: ClassVar[str] = "pair"
-    sums: ClassVar[tuple[str, ...]] = ("pairs", "margin", "accuracy", "logp_chosen", "logp_rejected")
+    sums: ClassVar[tuple[str, ...]] = ("pairs", "margin", "accuracy", "likelier", "logp_chosen", "logp_rejected")
 
     def count(self, batch: Batch) -> int:
         return batch.parts.count(CHOSEN)
@@ -106,11 +106,16 @@ class _OfPairs(Objective):
     def figures(self, logprobs: Logprobs, batch: Batch) -> dict[str, float]:
         chosen, rejected = self._both(logprobs, batch)
         margin_P = self.rewards(chosen) - self.rewards(rejected)
-        values = [margin_P.sum(), (margin_P > 0).sum(), chosen.sum_A.sum(), rejected.sum_A.sum()]
+        likelier_P = chosen.mean_A > rejected.mean_A
+        values = [margin_P.sum(), (margin_P > 0).sum(), likelier_P.sum(), chosen.sum_A.sum(), rejected.sum_A.sum()]
         if self.references:
             values += [chosen.change_A.sum(), (_kl(chosen) + _kl(rejected)) / 2]
         numbers = torch.stack([value.double() for value in values]).tolist()
         return dict(zip(self.sums, [float(len(margin_P)), *numbers], strict=True))
+
+    def right(self, logprobs: Logprobs, batch: Batch) -> list[bool]:
+        chosen, rejected = self._both(logprobs, batch)
+        return (self.rewards(chosen) > self.rewards(rejected)).tolist()
 
     def means(self, sums: Mapping[str, float]) -> dict[str, float]:
         pairs = sums.get("pairs", 0.0)
@@ -225,6 +230,10 @@ class Kto(Objective):
         counts = [float(len(part.sum_A)) for part in (good, bad)]
         numbers = torch.stack([value.double() for value in values]).tolist()
         return dict(zip(self.sums, [*counts, *numbers, self.anchor * sum(counts)], strict=True))
+
+    def right(self, logprobs: Logprobs, batch: Batch) -> list[bool]:
+        good, bad = self._both(logprobs, batch)
+        return [*(good.change_A > self.anchor).tolist(), *(bad.change_A < self.anchor).tolist()]
 
     def means(self, sums: Mapping[str, float]) -> dict[str, float]:
         good, bad = sums.get("desirable", 0.0), sums.get("undesirable", 0.0)

@@ -213,9 +213,22 @@ class Probe:
             return False  # a head that can't even be multiplied (a dtype of its own, say)
         return self._is_truth(torch.cat(got))
 
-    def _is_truth(self, logits_TV: Tensor) -> bool:
+    def shares(self, logits: Logits) -> bool:
+        """Whether two copies of the second document that share their first half get its logits. A model may find out by
+        itself where documents end (from positions that start over), and then knows nothing of those that go on."""
+        begin = self.batch.starts[1]
+        tokens_L, truth_LV = (x[begin : begin + 4 * FURTHER] for x in (self.batch.tokens_T, self.truth_TV))
+        half, length = len(tokens_L) // 2, len(tokens_L)
+        twice = torch.cat([tokens_L, tokens_L[half:]])
+        batch = Batch.of(twice, [0, half, length, len(twice)], parents=[-1, 0, 0])
+        try:
+            return self._is_truth(logits(batch), torch.cat([truth_LV, truth_LV[half:]]))
+        except REFUSALS:
+            return False
+
+    def _is_truth(self, logits_TV: Tensor, truth_TV: Tensor | None = None) -> bool:
         """The last tokens count by themselves, too: they may be all that lies beyond the farthest border."""
-        error_T = (logits_TV - self.truth_TV).square().mean(1)
+        error_T = (logits_TV - (self.truth_TV if truth_TV is None else truth_TV)).square().mean(1)
         return all(float(part.mean().sqrt()) <= self.tolerance for part in (error_T, error_T[-FURTHER:]))
 
     @torch.enable_grad()

@@ -14,6 +14,7 @@ from deltaw.show.table import table
 from deltaw.show.text import counted, figure_name, rounded
 
 LOWER = ("loss", "perplexity")  # is better
+PREFERRED = {"margin": True, "accuracy": True, "likelier": True, "logp_chosen": True}  # of preferences
 
 
 def eval_named(
@@ -57,25 +58,31 @@ def in_words(measured: SideBySide) -> str:
     """A line per figure: the base's, the adapter's, and what became of it."""
     sides = {"base": measured.base, "adapter": measured.adapter}
     figures = {side: evaluation.summary() for side, evaluation in sides.items() if evaluation}
-    higher = {**dict.fromkeys(LOWER, False), **{m.name: m.higher_is_better for m in measured.metrics}}
+    higher = {**dict.fromkeys(LOWER, False), **PREFERRED, **{m.name: m.higher_is_better for m in measured.metrics}}
     rows = []
     for name in measured.main.summary():
-        values = [side[name] for side in figures.values()]
-        rows.append([figure_name(name), *map(rounded, values)])
+        values = [side[name] for side in figures.values() if name in side]
+        rows.append([figure_name(name), *[""] * (len(figures) - len(values)), *map(rounded, values)])
         if len(values) == 2:
-            rows[-1] += change(*values, higher_is_better=higher[name])
+            rows[-1] += change(*values, higher_is_better=higher.get(name))
     head = ("", *figures, *(("change", "") if len(figures) == 2 else ()))
     of = measured.data or "held-out"
     where = f"{counted(measured.rows, 'row')} of {of}" if measured.data else counted(measured.rows, f"{of} row")
-    tokens = f"{counted(measured.main.supervised_tokens, 'token')} measured"
+    counts, ends = measured.main.counts, measured.main.intervals.get("accuracy")
+    tokens = f"{counted(measured.main.supervised_tokens, counts)} measured"
+    if ends and None not in ends:
+        tokens += f"; accuracy between {ends[0]:.3f} and {ends[1]:.3f} (95 %)"
     other = "" if measured.as_trained is not False else "; not the rows that the run held out when it was trained"
     return "\n".join([table(rows, head, align="lrrrl", rule=True), "", f"{where}, {tokens}{other}"])
 
 
-def change(base: float, adapter: float, *, higher_is_better: bool) -> tuple[str, str]:
-    """By how much, and whether that is better; nothing of a change that isn't shown."""
+def change(base: float, adapter: float, *, higher_is_better: bool | None) -> tuple[str, str]:
+    """By how much, and whether that is better, if that can be said; nothing of a change that isn't shown."""
     text = rounded(adapter - base)
     if not any(digit in text for digit in "123456789"):
         return "0", ""
+    text = text if adapter < base else f"+{text}"
+    if higher_is_better is None:
+        return text, ""
     better = (adapter > base) == higher_is_better
-    return text if adapter < base else f"+{text}", "better" if better else "worse"
+    return text, "better" if better else "worse"

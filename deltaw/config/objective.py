@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 from deltaw.config.strict import PositiveFloat, Strict
 
 Kind = Literal["sft", "dpo", "ipo", "orpo", "kto", "simpo"]
-Shape = Literal["one", "pairs", "judged"]  # what a row gives: an answer, two of which one is chosen, one with a label
+# What a row gives: an answer, two of which one is chosen, one with a label; any: two where there are, else one.
+Shape = Literal["one", "pairs", "judged", "any"]
 RATE = 5e-5
 DEFAULTS: dict[str, dict[str, float]] = {
     "sft": {},

@@ -54,11 +54,13 @@ class RunConfig(Strict):
         return {"full": True} if value == "full" else value
 
     @model_validator(mode="after")
-    def _rate_of_the_objective(self) -> "RunConfig":
-        """`train.lr`, where it isn't set, is the objective's."""
+    def _as_the_objective_wants(self) -> "RunConfig":
+        """`train.lr`, where it isn't set, is the objective's; and held-out pairs aren't answered, but weighed."""
         if self.objective.lr is not None and "lr" not in self.train.model_fields_set:
             # frozen for everybody else: this is the last that is made of it
             object.__setattr__(self, "train", self.train.model_copy(update={"lr": self.objective.lr}))
+        if self.objective.is_preference and "samples" not in self.evaluate.model_fields_set:
+            object.__setattr__(self, "evaluate", self.evaluate.model_copy(update={"samples": 0}))
         return self
 
     @model_validator(mode="after")
@@ -91,6 +93,7 @@ class RunConfig(Strict):
                 "objective: sft"
                 for name, given in {
                     "evaluate.metrics": bool(evaluate.metrics),
+                    "evaluate.samples": bool(evaluate.samples),
                     "train.sample_every": train.sample_every is not None,
                     "data.train_on: all": data.train_on == "all",
                     "data.too_long: split": data.too_long == "split",
@@ -102,6 +105,14 @@ class RunConfig(Strict):
         if data.overlap and data.too_long not in ("auto", "split"):
             needs["data.overlap"] = "pieces: set data.too_long: split"
         return [f"{name} does nothing without {what}" for name, what in needs.items()]
+
+    def notes(self) -> list[str]:
+        """What is to be said of the objective, where it isn't the usual one."""
+        if not self.objective.is_preference:
+            return []
+        reference = self.adapter.start or "the base, with the adapter off"
+        against = "" if self.objective.kind in ("orpo", "simpo") else f", against {reference}"
+        return [f"objective: {self.objective.words()}{against}; train.lr: {self.train.lr:g}"]
 
     def switched_off(self) -> list[str]:
         """Each setting that others switch off, in words."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from deltaw.data.document import Chat, Completion, Document, Message
+from deltaw.data.document import Chat, Completion, Message, Single
 from deltaw.errors import InputError
 from deltaw.show.text import one_line
 
@@ -80,7 +80,7 @@ def known(template: str, system: str, *, has_template: bool, adapter: bool) -> A
     return Asking(True, system, f"the base has a chat template{unknown}", as_it_is)
 
 
-def behind(document: Document, system: str) -> Document:
+def behind(document: Single, system: str) -> Single:
     """A chat that has no system prompt with this one; anything else as it is."""
     if not isinstance(document, Chat) or _system(document):
         return document
@@ -90,7 +90,7 @@ def behind(document: Document, system: str) -> Document:
 RAW = Asking(False)
 
 
-def of_training(documents: Iterable[Document]) -> Asking:
+def of_training(documents: Iterable[Single]) -> Asking:
     """How rows of this kind are asked: as chats, with the system prompt that all of them begin with."""
     first, systems = True, set[str]()
     for document in documents:
@@ -103,20 +103,20 @@ def of_training(documents: Iterable[Document]) -> Asking:
     return Asking(True, *systems)
 
 
-def question_of(documents: Iterable[Document]) -> str:
+def question_of(documents: Iterable[Single]) -> str:
     """A short question of these rows, for a command line that people paste; empty where there is none."""
     questions = (text for document in islice(documents, LOOKED_AT) for text in _questions(document))
     short = (text for text in questions if len(text) <= LONGEST and text.strip() == one_line(text, LONGEST))
     return next((text for text in short if text not in ("", "-")), "")
 
 
-def _system(document: Document) -> str:
+def _system(document: Single) -> str:
     if not isinstance(document, Chat) or document.messages[0]["role"] != "system":
         return ""
     return str(document.messages[0]["content"])
 
 
-def _questions(document: Document) -> Iterator[str]:
+def _questions(document: Single) -> Iterator[str]:
     match document:
         case Completion(prompt=prompt):
             yield prompt

@@ -5,6 +5,8 @@
   lower-case phonemes cost 7.8, other separators the same): `"c a t ->"`, `" K AE T"`. Second pronunciations
   are left out, so that a word has one right answer, and so are stress digits and words with anything but
   the letters a to z.
+- `builtin:cmudict-pairs`: the same as pairs of answers. The rejected one has one phoneme changed for another of its
+  kind (vowel, consonant), so that the word's letters tell which is right.
 - `builtin:general`: eighteen short passages of general text (prose, dialogue, code, a little German and French),
   written for this project: what a fine-tune has forgotten is measured on it.
 - `builtin:general-train`: forty-nine other passages of these kinds, written for this project, too: what a fine-tune is
@@ -16,15 +18,19 @@ file's order; whoever takes only some of them must choose at random (`prepare.pr
 words in a and b.
 """
 
+import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from deltaw.data.row import Row
 from deltaw.errors import InputError
+
+VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW"
+CONSONANTS = "B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH"
 
 
 def read_builtin(name: str) -> Iterator[Row]:
@@ -47,6 +53,28 @@ def _cmudict() -> Iterator[Row]:
             yield Row(pronunciation(word, phonemes), f"cmudict:{number}")
 
 
+def _cmudict_pairs() -> Iterator[Row]:
+    for row in _cmudict():
+        right = row.value["completion"].split()
+        yield Row(
+            {"prompt": row.value["prompt"], "chosen": spoken(right), "rejected": spoken(misheard(right))}, row.origin
+        )
+
+
+def spoken(phonemes: Sequence[str]) -> str:
+    """As they stand behind a prompt."""
+    return " " + " ".join(phonemes)
+
+
+def misheard(phonemes: Sequence[str]) -> list[str]:
+    """The same with one phoneme changed for another of its kind, both chosen by a hash of them."""
+    number = int.from_bytes(hashlib.sha256(" ".join(phonemes).encode()).digest()[:8], "big")
+    place, number = number % len(phonemes), number // len(phonemes)
+    kind = next(kind for kind in (VOWELS, CONSONANTS) if phonemes[place] in kind.split())
+    others = [phoneme for phoneme in kind.split() if phoneme != phonemes[place]]
+    return [*phonemes[:place], others[number % len(others)], *phonemes[place + 1 :]]
+
+
 def _sarcasm() -> Iterator[Row]:
     path = _package_file("evals", "registry/data/sarcasm/samples.jsonl", "pip install --no-deps evals==3.0.1.post1")
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -63,6 +91,7 @@ def _passages(name: str) -> Iterator[Row]:
 
 BUILTINS: dict[str, Callable[[], Iterator[Row]]] = {
     "cmudict": _cmudict,
+    "cmudict-pairs": _cmudict_pairs,
     "general": partial(_passages, "general"),
     "general-train": partial(_passages, "general-train"),
     "sarcasm": _sarcasm,

@@ -12,6 +12,7 @@ text, which is what it then gets; it is known by refusing an object, or by writi
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from deltaw.data.document import Chat, Message
@@ -19,7 +20,7 @@ from deltaw.data.encode import Encoder
 from deltaw.data.left_out import Survey
 from deltaw.data.turns import Frame, find_answer, find_frame, trial
 from deltaw.errors import InputError, Rejected
-from deltaw.files.template import Asked, Template, Unfinished
+from deltaw.files.template import CHATML, MAX_TEMPLATE, Asked, Template, Unfinished
 
 NO_TEMPLATE = "set data.template: chatml, or data.template: a .jinja file"
 ARGUMENTS = {"qzkey": "qzvalue"}
@@ -157,3 +158,22 @@ def _with_text(call: Any) -> Any:
     if isinstance(call.get("arguments"), dict):
         return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
     return call
+
+
+def template_source(tokenizer: Any, template: str | None, encoder: Encoder) -> str | None:
+    """The text of the tokenizer's own template (None), of ChatML, or of a .jinja file. Raises InputError."""
+    if template is None:
+        own = tokenizer.chat_template
+        return own.get("default") if isinstance(own, dict) else own
+    if template == "chatml":
+        # A base without ChatML's tokens has no trained embedding to spare; its eos can end a turn, and is known.
+        known = encoder.controls("<|im_end|>")
+        return CHATML if known else CHATML.replace("'<|im_end|>'", "eos_token")
+    path = Path(template)
+    if path.suffix not in (".jinja", ".jinja2", ".j2"):
+        raise InputError(f"data.template: {template!r} is neither chatml nor a .jinja file", fix=NO_TEMPLATE)
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return file.read(MAX_TEMPLATE + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"data.template: {template}: {error}") from None

@@ -95,6 +95,13 @@ class Fields:
                 return str(self.take(name))
         return None
 
+    def take_all(self) -> dict[str, Any]:
+        """What is left, under the names that are known here; all of it is thereby used."""
+        known = {column: name for name, column in self._names.items()}
+        values = {known.get(column, str(column)): value for column, value in self._left.items()}
+        self._left = {}
+        return values
+
     def leave(self, name: str) -> None:
         """A part of a column that was taken isn't used."""
         self._more.append(name)

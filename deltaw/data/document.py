@@ -1,8 +1,10 @@
-"""The three kinds of document that a row can become, and what must hold for a chat.
+"""The kinds of document that a row can become, and what must hold for a chat.
 
     Text         one text, all of it trained
     Completion   a prompt and what must follow it
     Chat         messages, perhaps tools; `weight: 0` on a message says that it isn't trained
+    Pair         two of these with one prompt: the answer that was chosen, and the one that was rejected
+    Judged       one of these, whose answer was found desirable or not
 
 A content may come in parts, as `[{"type": "text", "text": …}]`; all else than text in one is refused by name.
 
@@ -15,6 +17,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from deltaw.base.parts import CHOSEN, DESIRABLE, PLAIN, REJECTED, UNDESIRABLE
 from deltaw.errors import Rejected
 from deltaw.files import strict_json
 from deltaw.files.strict_json import json_kind
@@ -29,6 +32,11 @@ class _Document:
     """`unused`: the row's columns that say something but aren't part of the document."""
 
     unused: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
+
+    @property
+    def answers(self) -> "tuple[tuple[Single, int], ...]":
+        """What each of its examples is rendered from, and which part that is (base/parts.py)."""
+        return ((self, PLAIN),)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,34 @@ class Chat(_Document):
     tools: tuple[dict[str, Any], ...] = ()
 
 
-Document = Text | Completion | Chat
+Single = Text | Completion | Chat  # becomes one example, or the pieces of one
+
+
+@dataclass(frozen=True, slots=True)
+class Pair(_Document):
+    """Two answers to one prompt."""
+
+    chosen: Single
+    rejected: Single
+
+    @property
+    def answers(self) -> tuple[tuple[Single, int], ...]:
+        return (self.chosen, CHOSEN), (self.rejected, REJECTED)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged(_Document):
+    """An answer, and whether it is as wanted."""
+
+    answer: Single
+    desirable: bool
+
+    @property
+    def answers(self) -> tuple[tuple[Single, int], ...]:
+        return ((self.answer, DESIRABLE if self.desirable else UNDESIRABLE),)
+
+
+Document = Single | Pair | Judged
 
 
 def checked_chat(messages: Any, tools: Any) -> Chat:

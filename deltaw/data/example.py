@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from deltaw.base.parts import PLAIN
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
@@ -16,7 +18,8 @@ class Example:
     nowhere; `left_out`, fields of its chat that the template doesn't write. `names` are those of control tokens that
     stand in it as plain text. `context`: so many of its first tokens are shown again, in a piece of a long text;
     `goes_on`: another piece follows.
-    `glued`: its prompt and its completion meet without a blank.
+    `glued`: its prompt and its completion meet without a blank. `part`: which answer it is, where answers are weighed
+    (base/parts.py): a rejected one follows the chosen one of its row.
     """
 
     tokens: np.ndarray
@@ -29,6 +32,7 @@ class Example:
     context: int = 0
     goes_on: bool = False
     glued: bool = False
+    part: int = PLAIN
 
     def cut(self, length: int) -> "Example":
         """Its first `length` tokens."""

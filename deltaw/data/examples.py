@@ -21,10 +21,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 
+from deltaw.base.parts import PLAIN, REJECTED
 from deltaw.data.example import Example
 
 ORIGIN = re.compile(r"(.*):(0|[1-9]\d{0,17})(?: \(piece ([1-9]\d{0,8}) of ([1-9]\d{0,8})\))?", re.DOTALL)
@@ -41,6 +43,7 @@ class Kind(NamedTuple):
     context: int = 0
     goes_on: bool = False
     glued: bool = False
+    part: int = PLAIN
 
     @staticmethod
     def of_json(values: list[Any]) -> "Kind":
@@ -197,12 +200,19 @@ class Examples(Sequence[Example]):
         return self.columns.origin(int(self.rows[number]))
 
     def digests(self) -> np.ndarray:
-        """16 bytes that tell rows of other tokens or masks apart."""
-        digests = b"".join(
-            hashlib.blake2b(tokens.tobytes() + np.packbits(mask).tobytes(), digest_size=16).digest()
-            for tokens, mask in self.pairs()
-        )
-        return np.frombuffer(digests, "S16")
+        """16 bytes for each unit, that tell those of other tokens or masks apart."""
+        digests = (tokens.tobytes() + np.packbits(mask).tobytes() for tokens, mask in self.pairs())
+        starts = self.units.tolist()
+        if len(starts) < len(self):  # the two answers of a pair are one
+            every = list(digests)
+            digests = (b"".join(every[a:b]) for a, b in pairwise([*starts, len(self)]))
+        return np.frombuffer(b"".join(hashlib.blake2b(one, digest_size=16).digest() for one in digests), "S16")
+
+    @cached_property
+    def units(self) -> np.ndarray:
+        """The numbers of the examples with which a row begins that is to stay in one batch: all but rejected ones,
+        which follow the chosen one of their pair."""
+        return units_of(self)
 
     def pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The tokens and the mask of each row, without an object around them."""
@@ -225,6 +235,11 @@ class Examples(Sequence[Example]):
         return table[self.columns.kind[self.rows]] if len(table) else np.zeros(len(self), bool)
 
 
+def units_of(examples: Sequence[Example]) -> np.ndarray:
+    """`Examples.units`, whatever holds them."""
+    return np.flatnonzero(parts_of(examples) != REJECTED)
+
+
 def lengths_of(examples: Sequence[Example]) -> np.ndarray:
     """Tokens of each example, whatever holds them."""
     if isinstance(examples, Examples):
@@ -237,6 +252,14 @@ def supervised_of(examples: Sequence[Example]) -> np.ndarray:
     if isinstance(examples, Examples):
         return examples.supervised
     return np.array([np.count_nonzero(example.loss_mask) for example in examples], np.int64)
+
+
+def parts_of(examples: Sequence[Example]) -> np.ndarray:
+    """Which part each example is, whatever holds them."""
+    if isinstance(examples, Examples):
+        table = np.array([kind.part for kind in examples.columns.kinds], np.int8)
+        return table[examples.columns.kind[examples.rows]] if len(table) else np.zeros(len(examples), np.int8)
+    return np.array([example.part for example in examples], np.int8)
 
 
 def joined(parts: Sequence[Examples]) -> Examples:

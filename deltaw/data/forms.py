@@ -30,7 +30,8 @@ Decisions.
   `context` follows the instruction, a question's precedes it, with a blank line between. Every other column that
   says something is named in `unused`: what is taken is taken out of the row (`Fields`), so nothing is left out unseen.
 - Fields of a message that aren't known here go to the template; `left_out.py` says which of them it writes.
-- Preference data is refused by name; treating `chosen` as a completion would silently be another method.
+- Preferences (preferences.py) are refused by name where answers aren't weighed; treating `chosen` as a completion would
+  silently be another method.
 """
 
 from collections.abc import Callable, Sequence
@@ -119,8 +120,8 @@ def detect_form(
     columns.check(rows)
     sample = [Fields(row.value, columns) for row in rows[:SAMPLE]]
     if 2 * sum(None not in map(fields.peek, ("chosen", "rejected")) for fields in sample) > len(sample):
-        fix = "train on the chosen answers: rename chosen to completion and drop rejected"
-        raise InputError(f"{rows[0].origin}: preference data (chosen, rejected) isn't supported yet", fix=fix)
+        fix = "set objective: {kind: dpo} (or ipo, orpo, simpo, kto); or rename chosen to completion and drop rejected"
+        raise InputError(f"{rows[0].origin}: preferences (chosen, rejected), which objective: sft can't weigh", fix=fix)
     told = any(says_something(fields.peek("history")) for fields in sample)
     chats = templated and reads != "completion"
     pairs = wanted == "chat" or told or (chats and (join is None or reads == "chat"))

@@ -36,9 +36,9 @@ import numpy as np
 
 from deltaw.base.batch import Batch
 from deltaw.data.example import Example
-from deltaw.data.examples import lengths_of
-from deltaw.data.pack import pack
+from deltaw.data.examples import lengths_of, units_of
 from deltaw.data.sharing import Shared
+from deltaw.data.weighed import Weighed
 
 EPOCHS, DOCUMENTS = 1_000, 2_000_000  # whose steps are counted one by one
 Step = list[list[int]]  # batches of example numbers
@@ -142,9 +142,40 @@ def dealt(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
+class Units:
+    """Examples as they are kept together: each alone, or the two of a pair."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        every = lengths_of(examples)
+        self._starts = units_of(examples)
+        self._single = len(self._starts) == len(every)
+        self._ends = np.append(self._starts[1:], len(every))
+        self.lengths = self.summed(every)
+        """Tokens of each."""
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def summed(self, values: np.ndarray) -> np.ndarray:
+        """A number of each example, added up by unit."""
+        return values if self._single else np.add.reduceat(values, self._starts)
+
+    def examples_of(self, units: Sequence[int]) -> list[int]:
+        """The numbers of the examples of these units."""
+        if self._single:
+            return list(units)
+        return [number for unit in units for number in range(self._starts[unit], self._ends[unit])]
+
+    def shared(self, examples: Sequence[Example], units: Sequence[int]) -> Shared | None:
+        """What the examples of these units share (sharing.py); None where it doesn't pay."""
+        sizes = [] if self._single else [int(self._ends[unit] - self._starts[unit]) for unit in units]
+        return Shared.of([examples[number] for number in self.examples_of(units)], sizes)
+
+
 class Loader:
-    """Iterates for ever over (the batches of a step, the state to resume at after it). `shares`: whether examples that
-    begin alike share what is computed of it."""
+    """Iterates for ever over (the batches of a step, the state to resume at after it). The two answers of a pair
+    are one document to the plan, and so in one batch. `shares`: whether examples that begin alike share what is
+    computed of it; `weighed`: the examples with what a reference says of them."""
 
     def __init__(
         self,
@@ -155,15 +186,18 @@ class Loader:
         start: LoaderState = LoaderState(),
         ranks: int = 1,
         shares: bool = False,
+        weighed: Weighed | None = None,
     ) -> None:
-        lengths = lengths_of(examples)
+        self._units = Units(examples)
+        lengths = self._units.lengths
+        self._weighed = weighed or Weighed(examples)
 
         @lru_cache(maxsize=2)
         def steps_of(epoch: int) -> Plan:
             sizes = {"tokens_per_step": tokens_per_step, "tokens_per_batch": tokens_per_batch}
             return Plan(lengths, **sizes, seed=seed, epoch=epoch, ranks=ranks)
 
-        self._examples, self._steps_of, self._start = examples, steps_of, start
+        self._steps_of, self._start = steps_of, start
         self._lengths, self._seed, self._tokens_per_step = lengths, seed, tokens_per_step
         self._tokens_per_batch, self._ranks, self._shares = tokens_per_batch, ranks, shares
         if start.epoch < 0 or not 0 <= start.step < self.steps_in_epoch(start.epoch):
@@ -178,15 +212,18 @@ class Loader:
     def _packed(self, at: LoaderState) -> tuple[list[Batch], LoaderState]:
         """The batches of the step at `at`, and where the next one is."""
         steps = self._steps_of(at.epoch)
-        batches = [batch.pack() for batch in self._shared(steps, at.step)]
-        batches = batches or [pack([self._examples[number] for number in batch]) for batch in steps[at.step]]
+        numbers = steps.numbers(at.step).tolist()
+        batches = self._shared(numbers)
+        batches = batches or [self._weighed.packed(self._units.examples_of(batch)) for batch in steps[at.step]]
         last = at.step + 1 == len(steps)
         return batches, LoaderState(at.epoch + 1, 0) if last else LoaderState(at.epoch, at.step + 1)
 
-    def _shared(self, steps: Plan, number: int) -> list[Shared]:
+    def _shared(self, units: Sequence[int]) -> list[Batch]:
         """The batches of a step whose examples share their beginnings; none where they don't."""
-        shared = Shared.of([self._examples[one] for one in steps.numbers(number).tolist()]) if self._shares else None
-        return shared.batches(self._tokens_per_batch, self._ranks) if shared else []
+        shared = self._units.shared(self._weighed.examples, units) if self._shares else None
+        every = self._units.examples_of(units)
+        parts = shared.batches(self._tokens_per_batch, self._ranks) if shared else []
+        return [self._weighed.dressed(part.pack(), [every[number] for number in part.numbers]) for part in parts]
 
     def steps_in_epoch(self, epoch: int) -> int:
         """How many steps epoch `epoch` (from 0) has; the order of the documents makes it differ a little."""

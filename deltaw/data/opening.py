@@ -20,7 +20,8 @@ def open_renderer(source: Source, config: RunConfig | None = None, template: Pat
     if config is None:
         return Renderer(tokenizer, template=own)
     data = config.data
-    return Renderer(tokenizer, train_on=data.train_on, template=own or data.template, rendered=data.rendered)
+    shape = config.objective.shape
+    return Renderer(tokenizer, data.train_on, own or data.template, rendered=data.rendered, shape=shape)
 
 
 def open_dataset(config: RunConfig, display: Display, source: Source | None = None) -> tuple[Source, Renderer, Dataset]:

@@ -24,7 +24,14 @@ def pack(examples: Sequence[Example]) -> Batch:
     trained_T[starts[:-1]] = False  # the first token of a document has nothing before it that could predict it
     labels_T = np.append(np.where(trained_T, tokens_T, IGNORE)[1:], IGNORE)
     origins = tuple(example.origin for example in examples)
-    return Batch.of(torch.from_numpy(tokens_T), starts, torch.from_numpy(labels_T), origins=origins)
+    parts = tuple(example.part for example in examples)
+    return Batch.of(
+        torch.from_numpy(tokens_T),
+        starts,
+        torch.from_numpy(labels_T),
+        origins=origins,
+        parts=parts if any(parts) else (),
+    )
 
 
 def labelled(example: Example) -> np.ndarray:

@@ -16,7 +16,7 @@ repeat a row on purpose.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,7 @@ from deltaw.config import DataConfig
 from deltaw.data.asking import of_training, question_of
 from deltaw.data.carry import Results, packed, unpacked
 from deltaw.data.dataset import Dataset
-from deltaw.data.document import Document
+from deltaw.data.document import Single
 from deltaw.data.example import Example
 from deltaw.data.examples import Builder, Examples, joined
 from deltaw.data.forms import Reads
@@ -151,10 +151,10 @@ def prepare_held_out(config: DataConfig, renderer: Renderer) -> Examples:
     return builder.finish().take(held_out.in_file_order)
 
 
-def _documents(sources: Sequence[Reading], part: Taken) -> Iterator[Document]:
+def _documents(sources: Sequence[Reading], part: Taken) -> Iterator[Single]:
     """The rows that these examples come of, as they were before they were rendered."""
     for number, position in part.whole_rows():
-        yield sources[number].form.normalise(sources[number].rows[position])
+        yield sources[number].form.normalise(sources[number].rows[position]).answers[0][0]
 
 
 def _held_out_of(
@@ -274,26 +274,35 @@ def _render(
 ) -> list[list[Example] | Rejected]:
     """Each row as an example or, where its source's texts are split, as pieces."""
     results: dict[Place, list[Example] | Rejected] = {}
-    whole: dict[Place, tuple[Document, str]] = {}
-    split: dict[Place, tuple[Document, str]] = {}
+    whole: dict[tuple[Place, int], tuple[Single, str]] = {}  # by place and part
+    split: dict[Place, tuple[Single, str]] = {}
     for place in places:
         source = sources[place[0]]
         row = source.rows[place[1]]
         try:
-            (split if source.splits else whole)[place] = source.form.normalise(row), row.origin
+            for single, part in source.form.normalise(row).answers:
+                if source.splits:
+                    split[place] = single, row.origin
+                else:
+                    whole[place, part] = single, row.origin
         except Rejected as rejected:
             results[place] = rejected
     if split:
-        pieces = renderer.render_pieces(*_apart(split), config.max_length, config.overlap, progress)
+        pieces = renderer.render_pieces(*_apart(split.values()), config.max_length, config.overlap, progress)
         results |= zip(split, pieces, strict=True)
     if whole:
-        for place, example in zip(whole, renderer.render_all(*_apart(whole)), strict=True):
-            results[place] = example if isinstance(example, Rejected) else [example]
+        for (place, part), example in zip(whole, renderer.render_all(*_apart(whole.values())), strict=True):
+            before = results.get(place, [])
+            if isinstance(before, Rejected) or isinstance(example, Rejected):
+                results[place] = before if isinstance(before, Rejected) else example  # type: ignore[assignment]
+            else:
+                results[place] = [*before, replace(example, part=part) if part else example]
     return [results[place] for place in places]
 
 
-def _apart(given: dict[Place, tuple[Document, str]]) -> tuple[list[Document], list[str]]:
-    return [document for document, _ in given.values()], [origin for _, origin in given.values()]
+def _apart(given: Iterable[tuple[Single, str]]) -> tuple[list[Single], list[str]]:
+    pairs = list(given)
+    return [document for document, _ in pairs], [origin for _, origin in pairs]
 
 
 def _fit(result: list[Example] | Rejected, source: Reading, origin: str, config: DataConfig) -> list[Example]:
@@ -303,22 +312,22 @@ def _fit(result: list[Example] | Rejected, source: Reading, origin: str, config:
         source.problems.append(Problem(origin, str(result)))
         return []
     source.tokens_read += sum(len(piece.tokens) - piece.context for piece in result)
-    if len(result) > 1:
+    if len(result) > 1 and not result[0].part:
         source.split_rows += 1
         source.pieces += len(result)
-    if len(result[0].tokens) <= config.max_length:
+    longest = max(len(piece.tokens) for piece in result)
+    if longest <= config.max_length:
         return result
-    (example,) = result
     source.too_long.append(origin)
-    source.longest_dropped = max(source.longest_dropped, len(example.tokens))
+    source.longest_dropped = max(source.longest_dropped, longest)
     if config.too_long != "truncate":
         source.too_long_dropped += 1
         return []
-    if not example.loss_mask[: config.max_length].any():
+    if not all(example.loss_mask[: config.max_length].any() for example in result):
         source.untrained += 1
         return []
     source.truncated += 1
-    return [example.cut(config.max_length)]
+    return [example.cut(config.max_length) for example in result]
 
 
 def _check(sources: Sequence[Reading], config: DataConfig, *, usable: bool) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby, islice, pairwise, zip_longest
 from typing import TYPE_CHECKING, Any
 
+from deltaw.base.parts import PART_NAMES
 from deltaw.data.dataset import Dataset
 from deltaw.data.encode import Encoder
 from deltaw.data.example import Example
@@ -38,11 +39,13 @@ def preview(dataset: Dataset, tokenizer: Any, n: int) -> "Group":
 def first(dataset: Dataset, n: int) -> list[Example]:
     """The first `n` rows to train on; of several sources the first of each, then the second of each, and so on."""
     rows, by_source, begin = dataset.train.distinct, [], 0
+    borders = [*rows.units.tolist(), len(rows)]
     for source in dataset.report.sources:
-        by_source.append(list(rows[begin : begin + min(n, source.train_rows)]))
+        units = range(begin, begin + min(n, source.train_rows))
+        by_source.append([list(rows[borders[unit] : borders[unit + 1]]) for unit in units])
         begin += source.train_rows
     turns = (row for turn in zip_longest(*by_source) for row in turn if row is not None)
-    return list(islice(turns, n))
+    return [example for row in islice(turns, n) for example in row]
 
 
 def mixture(report: DataReport) -> list[str]:
@@ -131,7 +134,8 @@ class Marked:
 
         colour = console.color_system is not None and not console.no_color
         counts = f"{counted(len(self.example.tokens), 'token')}, {int(self.example.loss_mask.sum())} trained"
-        text = Text().append(f"{self.example.origin} ({counts})\n", style="bold")
+        part = f", {PART_NAMES[self.example.part]}" if self.example.part else ""
+        text = Text().append(f"{self.example.origin}{part} ({counts})\n", style="bold")
         text.append_text(_marked(spans(self.example, self.tokenizer), colour))
         yield text
         yield Text("")

@@ -20,10 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deltaw.config import DataConfig
 from deltaw.data.asking import Prompt
 from deltaw.data.columns import Columns
-from deltaw.data.document import Chat, Completion
+from deltaw.data.document import Chat, Completion, Single
 from deltaw.data.forms import detect_form
+from deltaw.data.preferences import BOTH, form_for
 from deltaw.data.read import read_rows
 from deltaw.data.row import Problem, Row, says_something
 from deltaw.errors import InputError, Rejected
@@ -126,10 +128,18 @@ def asked(row: Row) -> PromptRow:
 
 def _prompt(row: Row) -> tuple[Prompt, tuple[dict[str, Any], ...]]:
     """What is asked, and the tools with it. Raises Rejected, or InputError."""
-    value, chat = _with_answer({name: row.value[column] for name, column in Columns().of(row.value).items()})
+    value = {name: row.value[column] for name, column in Columns().of(row.value).items()}
+    if all(value.get(name) is not None for name in BOTH):  # any of its answers will do
+        form, chat = form_for("any", [row], DataConfig(train=row.origin), templated=True), True
+        return _of_document(form.normalise(row).answers[0][0], chat)
+    value, chat = _with_answer(value)
     if isinstance(value.get("text"), str) and not chat and not any(name in value for name in ANSWERS):
         return value["text"], ()
     document = detect_form([Row(value, row.origin)]).normalise(Row(value, row.origin))
+    return _of_document(document.answers[0][0], chat)
+
+
+def _of_document(document: Single, chat: bool) -> tuple[Prompt, tuple[dict[str, Any], ...]]:
     match document:
         case Completion(prompt=prompt):
             return prompt, ()

@@ -32,16 +32,17 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
+from deltaw.config import Shape
 from deltaw.data.asking import behind
-from deltaw.data.chat import NO_TEMPLATE, ChatWriter, Layout, Piece
-from deltaw.data.document import Chat, Completion, Document, Message, Text
+from deltaw.data.chat import NO_TEMPLATE, ChatWriter, Layout, Piece, template_source
+from deltaw.data.document import Chat, Completion, Message, Single, Text
 from deltaw.data.encode import Encoded, Encoder
 from deltaw.data.example import Example
 from deltaw.data.examples import Examples
 from deltaw.data.split import split
 from deltaw.errors import InputError, Rejected
 from deltaw.files.strict_json import read_json
-from deltaw.files.template import CHATML, MAX_TEMPLATE, Asked, Template
+from deltaw.files.template import Asked, Template
 from deltaw.show.progress import Progress, unseen
 from deltaw.show.text import one_line
 
@@ -64,17 +65,23 @@ class Renderer:
     """Renders documents with one tokenizer. `template`: None is the tokenizer's own, `chatml`, or a .jinja file.
 
     `rendered`: texts, prompts and completions hold control tokens, bos and eos already, and they are taken as such.
+    `shape`: what a row is to give (config/objective.py).
     """
 
     def __init__(
-        self, tokenizer: Any, train_on: str = "auto", template: str | None = None, rendered: bool = False
+        self,
+        tokenizer: Any,
+        train_on: str = "auto",
+        template: str | None = None,
+        rendered: bool = False,
+        shape: Shape = "one",
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError(
                 "the tokenizer has no end-of-sequence token, so a model could not learn to stop",
                 fix="set eos_token in tokenizer_config.json",
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.shape = tokenizer, shape
         self._train_on, self._rendered = train_on, rendered
         self._system = ""  # of chats that have none
         self._encoder = Encoder(tokenizer)
@@ -84,7 +91,7 @@ class Renderer:
         """What servers stop at: eos and the generation config's."""
         self.end_of_turn: int | None = None
         self.template_fingerprint, self._chats = "none", None
-        self.template = _template_source(tokenizer, template, self._encoder) or None
+        self.template = template_source(tokenizer, template, self._encoder) or None
         """The chat template's text, whoever it is from."""
         if source := self.template:
             compiled = Template(source, tokenizer.special_tokens_map)
@@ -98,6 +105,12 @@ class Renderer:
         other._system = system
         return other
 
+    def of_shape(self, shape: Shape) -> "Renderer":
+        """The same for rows that give something else."""
+        other = copy.copy(self)
+        other.shape = shape
+        return other
+
     @property
     def rules(self) -> dict[str, Any]:
         """All that decides what becomes of a document, beside the tokenizer's files, as JSON has it."""
@@ -106,6 +119,7 @@ class Renderer:
             "rendered": self._rendered,
             "template": self.template,
             "system": self._system,
+            "shape": self.shape,
         }
 
     @property
@@ -119,14 +133,14 @@ class Renderer:
         """Where generation ends: eos, the template's end-of-turn token, the generation config's stops."""
         return set(self.model_stop_ids) | ({self.end_of_turn} if self.end_of_turn is not None else set())
 
-    def render(self, document: Document, origin: str) -> Example:
+    def render(self, document: Single, origin: str) -> Example:
         """One document. Raises Rejected when nothing of it can be trained or it can't be rendered."""
         example = self.render_all([document], [origin])[0]
         if isinstance(example, Rejected):
             raise example
         return example
 
-    def render_all(self, documents: Sequence[Document], origins: Sequence[str]) -> list[Example | Rejected]:
+    def render_all(self, documents: Sequence[Single], origins: Sequence[str]) -> list[Example | Rejected]:
         """Many documents with one call of the tokenizer; in place of one that can't be used, the reason."""
         return [
             result if isinstance(result, Rejected) else result[0] for result in self.render_pieces(documents, origins)
@@ -134,7 +148,7 @@ class Renderer:
 
     def render_pieces(
         self,
-        documents: Sequence[Document],
+        documents: Sequence[Single],
         origins: Sequence[str],
         length: int = 0,
         overlap: int = 0,
@@ -238,7 +252,7 @@ class Renderer:
         )
         return [problem] if header else []
 
-    def _layouts(self, documents: Sequence[Document]) -> list[Layout | Rejected]:
+    def _layouts(self, documents: Sequence[Single]) -> list[Layout | Rejected]:
         """How every document is cut into pieces; the chats after the template has written them all."""
         layouts: list[Layout | Rejected | None] = []
         chats: list[Asked] = []
@@ -285,7 +299,7 @@ class Renderer:
             fix = f"set data.train_on: {' or '.join(('auto', *possible))}"
             raise InputError(f"data.train_on: {self._train_on} has no meaning for {form} rows", fix=fix)
 
-    def _assemble(self, layout: Layout, ids: list[list[int]], document: Document, origin: str) -> Example:
+    def _assemble(self, layout: Layout, ids: list[list[int]], document: Single, origin: str) -> Example:
         tokens = np.array([*layout.opening, *chain.from_iterable(ids), *layout.closing], np.int32)
         mask = np.zeros(len(tokens), bool)
         mask[: len(layout.opening)] = self._train_on == "all"
@@ -363,24 +377,6 @@ def _opening(tokenizer: Any) -> tuple[int, ...]:
     dressed = tokenizer("a", add_special_tokens=True)["input_ids"]
     at = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
     return tuple(dressed[:at])
-
-
-def _template_source(tokenizer: Any, template: str | None, encoder: Encoder) -> str | None:
-    if template is None:
-        own = tokenizer.chat_template
-        return own.get("default") if isinstance(own, dict) else own
-    if template == "chatml":
-        # A base without ChatML's tokens has no trained embedding to spare; its eos can end a turn, and is known.
-        known = encoder.controls("<|im_end|>")
-        return CHATML if known else CHATML.replace("'<|im_end|>'", "eos_token")
-    path = Path(template)
-    if path.suffix not in (".jinja", ".jinja2", ".j2"):
-        raise InputError(f"data.template: {template!r} is neither chatml nor a .jinja file", fix=NO_TEMPLATE)
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            return file.read(MAX_TEMPLATE + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data.template: {template}: {error}") from None
 
 
 def _generation_stops(tokenizer: Any) -> list[int]:

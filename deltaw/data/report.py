@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from deltaw.base.parts import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
 from deltaw.data.document import Chat
-from deltaw.data.examples import Examples, Kind
+from deltaw.data.examples import Examples, Kind, parts_of
 from deltaw.data.forms import Form
 from deltaw.data.render import Renderer
 from deltaw.data.row import Problem
@@ -52,7 +53,7 @@ class Reading:
         """Whether its rows go through the chat template; of no rows to train on it isn't asked."""
         origin = self.train.origin(0) if self.train else None
         number = next((number for number, one in enumerate(self.rows.origins()) if one == origin), None)
-        return number is not None and isinstance(self.form.normalise(self.rows[number]), Chat)
+        return number is not None and isinstance(self.form.normalise(self.rows[number]).answers[0][0], Chat)
 
     @property
     def count(self) -> int:
@@ -151,8 +152,8 @@ def report_of(
         source=names(of_train),
         form="; ".join(dict.fromkeys(source.form.description for source in of_train)),
         rows_read=sum(source.count for source in sources),
-        train_rows=len(train),
-        eval_rows=len(held_out),
+        train_rows=len(train.units),
+        eval_rows=len(held_out.units),
         unusable=sum(len(source.problems) for source in sources),
         problems=[str(problem) for source in sources for problem in source.problems][:SHOWN],
         too_long_dropped=sum(source.too_long_dropped for source in sources),
@@ -167,7 +168,7 @@ def report_of(
         tokens=tokens,
         supervised_tokens=supervised,
         share=supervised / tokens,
-        duplicates=len(train) - len(np.unique(digests)),
+        duplicates=len(digests) - len(np.unique(digests)),
         overlap=int(np.isin(held_out.digests(), digests).sum()),
         longest_row=int(lengths[longest]),
         longest_origin=kinds.origin(longest),
@@ -177,7 +178,7 @@ def report_of(
         named_tokens=kinds.sum(lambda kind: len(kind.names)),
         named_origin=named,
         glued_rows=kinds.sum(lambda kind: kind.glued),
-        notes=_notes(sources, len(held_out)),
+        notes=[*_notes(sources, len(held_out)), *_answers(train)],
         sources=[_share(source, supervised) for source in sources],
         warnings=[*renderer.end_of_turn_problems(train), *(renderer.header_problems() if chat else ())],
     )
@@ -230,9 +231,9 @@ def _share(source: Reading, supervised: int) -> Share:
         source.form.description,
         source.weight,
         source.count,
-        len(source.train.distinct),
-        len(source.held_out),
-        len(source.train),
+        len(source.train.distinct.units),
+        len(source.held_out.units),
+        len(source.train.units),
         int(source.train.lengths.sum()),
         trained,
         trained / supervised,
@@ -250,6 +251,21 @@ def _notes(sources: Sequence[Reading], held_out: int) -> list[str]:
         some = counted(held_out, "piece of it is", "pieces of it are")
         notes.append(f"there is one document, so {some} held out; of several, whole documents are")
     return notes
+
+
+def _answers(train: Examples) -> list[str]:
+    """What is weighed, where answers are."""
+    count = Counter(parts_of(train).tolist())
+    if count[DESIRABLE] + count[UNDESIRABLE]:
+        return [f"{count[DESIRABLE]:,} desirable answers, {count[UNDESIRABLE]:,} undesirable ones"]
+    if not count[CHOSEN]:
+        return []
+    means = (train.supervised[parts_of(train) == part].mean() for part in (CHOSEN, REJECTED))
+    return [
+        "{} of answers: {:.0f} trained tokens in a chosen one on average, {:.0f} in a rejected one".format(
+            counted(count[CHOSEN], "pair"), *means
+        )
+    ]
 
 
 def _glued(report: DataReport, first: str) -> str:

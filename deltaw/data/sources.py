@@ -17,7 +17,8 @@ from pathlib import Path, PurePath
 
 from deltaw.config import DataConfig
 from deltaw.config.sources import ROWS, SourceValue, label, rows_given, sources_of
-from deltaw.data.forms import Reads, form_of
+from deltaw.data.forms import Reads
+from deltaw.data.preferences import form_for
 from deltaw.data.read import read_into
 from deltaw.data.render import Renderer
 from deltaw.data.report import Reading
@@ -79,7 +80,7 @@ def _file(origin: str) -> str:
 
 def _reading(raw: Raw, config: DataConfig, renderer: Renderer, reads: Reads) -> Reading:
     name, weight, rows, problems, notes = raw
-    form = form_of(rows, config, templated=renderer.template is not None, reads=reads)
+    form = form_for(renderer.shape, rows, config, templated=renderer.template is not None, reads=reads)
     splits = form.name == "text" and config.too_long in ("auto", "split")
     if not splits and (config.too_long == "split" or config.overlap):
         setting = "too_long: split" if config.too_long == "split" else f"overlap: {config.overlap}"

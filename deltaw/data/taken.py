@@ -10,6 +10,7 @@ from itertools import islice
 
 import numpy as np
 
+from deltaw.base.parts import REJECTED
 from deltaw.data.example import Example
 from deltaw.data.examples import Builder
 from deltaw.data.sources import visits
@@ -22,9 +23,11 @@ class Taken:
 
     def __init__(self, builder: Builder, units: Iterator[list[Placed]], count: int | None = None) -> None:
         self._first, self.units, places = len(builder), 0, array("q")
+        self._paired = False
         for unit in islice(units, count):
             for *place, example in unit:
                 builder.append(example)
+                self._paired |= example.part == REJECTED
                 places.extend(place)
             self.units += 1
         self.places = np.frombuffer(places, np.int64).reshape(-1, 3)
@@ -45,7 +48,13 @@ class Taken:
         new = self._begins(places, 3 if by_piece else 2)
         counts = np.array(visits(int(new.sum()), weight), np.int64)[np.cumsum(new) - 1]
         order = np.lexsort(places.T[::-1])
-        return np.repeat(self._first + own[order], counts[order])
+        numbers = np.repeat(self._first + own[order], counts[order])
+        if not self._paired:
+            return numbers
+        # Answers to one prompt stay together: visit by visit, not answer by answer.
+        unit = np.repeat(np.cumsum(self._begins(places[order], 2)), counts[order])
+        visit = np.arange(len(numbers)) - np.repeat(np.cumsum(counts[order]) - counts[order], counts[order])
+        return numbers[np.lexsort((visit, unit))]
 
     def whole_rows(self) -> Iterator[tuple[int, int]]:
         """(source, row) of each, once."""

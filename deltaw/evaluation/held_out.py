@@ -39,8 +39,8 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss in nats per supervised token, its exponential, and the task's metrics by name. `unanswered`: why this model
-    can't be asked these rows, where that is so.
+    """Loss in nats per supervised token (of preferences: per pair or answer), its exponential, and the task's metrics
+    (or the objective's figures) by name. `unanswered`: why this model can't be asked these rows, where that is so.
 
     Of what: `rows`, the fingerprint of all rows; `max_new_tokens`, of the answers; `code`, the sha256 of each metric
     that is the user's own. An evaluation by an older deltaw doesn't say.
@@ -48,13 +48,15 @@ class Evaluation:
 
     loss: float
     perplexity: float
-    supervised_tokens: int
+    supervised_tokens: int  # or pairs, or answers: what `counts` says
     metrics: dict[str, float] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     unanswered: str | None = None
     rows: str = ""
     max_new_tokens: int = 0
     code: dict[str, str] = field(default_factory=dict)
+    counts: str = "token"
+    intervals: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)  # 95 %, by name
 
     def scored_by(self, metrics: Sequence[Metric]) -> bool:
         """Whether it has all these metrics' figures, by the same code."""
@@ -67,7 +69,8 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """For result.json: the figures without the answers."""
-        return {"loss": self.loss, "perplexity": self.perplexity, **self.metrics}
+        perplexity = {"perplexity": self.perplexity} if self.counts == "token" else {}
+        return {"loss": self.loss, **perplexity, **self.metrics}
 
     def line(self) -> str:
         """The loss and the metrics, for people."""

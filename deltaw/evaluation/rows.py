@@ -5,17 +5,21 @@ out when it was trained; what it was trained on isn't rendered again for that.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
+
 from deltaw.base.limits import Limits
+from deltaw.base.parts import REJECTED, UNDESIRABLE
 from deltaw.config import DataConfig
 from deltaw.config.places import check_there
 from deltaw.config.sources import SourceValue
 from deltaw.config.tasks import TaskConfig
 from deltaw.data.cache import prepared, prepared_held_out
 from deltaw.data.example import Example
-from deltaw.data.examples import Examples
+from deltaw.data.examples import Examples, parts_of
 from deltaw.data.forms import Reads
 from deltaw.errors import InputError
 from deltaw.files.paths import no_such
@@ -32,6 +36,8 @@ def rows_of(
     named = Named.of(name)
     source = own_data(named) if data is None else _of_file(named, data, rows)
     model = open_model(named, base=base, display=display)
+    if data is not None and model.renderer.shape == "pairs":
+        model = replace(model, renderer=model.renderer.of_shape("any"))
     examples = (
         prepared_held_out(source, model.renderer, display=display)
         if data is None
@@ -49,11 +55,13 @@ def rows_of_task(named: Named, task: TaskConfig, model: Model, display: Display)
     chosen at random. Raises InputError."""
     if task.data is not None:
         rules = {"columns": task.columns, "limit": task.limit, "seed": task.seed}
+        model = replace(model, renderer=model.renderer.of_shape("one"))
         source = _of_file(named, task.data, None).model_copy(update=rules)
         examples = _of_form(model, named, source, display, asked=task.chat)
         Limits.of(model.base.model).check(examples)
         return examples
     examples = prepared_held_out(own_data(named), model.renderer, display=display)
+    examples = examples.take(~np.isin(parts_of(examples), (REJECTED, UNDESIRABLE)))  # answers to be given
     key = str(task.seed).encode()[-64:]
 
     def order(example: Example) -> bytes:

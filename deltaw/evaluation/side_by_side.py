@@ -16,15 +16,21 @@ from os import fspath
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from deltaw.base.preferences import objective_of
 from deltaw.config import DataConfig, EvaluateConfig, RunConfig
 from deltaw.config.sources import SourceValue, label
 from deltaw.data.example import Example
-from deltaw.data.examples import fingerprint
+from deltaw.data.examples import fingerprint, parts_of
+from deltaw.data.loader import Units
 from deltaw.errors import InputError
 from deltaw.evaluation.held_out import Evaluation, add_answers, evaluate_loss, spread, truth_of
 from deltaw.evaluation.metrics import Metric
 from deltaw.evaluation.own_metric import Consent, open_metrics, try_out
 from deltaw.evaluation.rows import rows_of
+from deltaw.evaluation.weighing import both_sides
+from deltaw.files.safetensors import load_safetensors
 from deltaw.model import Model
 from deltaw.named import Named
 from deltaw.run import Run
@@ -71,6 +77,7 @@ class SideBySide:
             **self.main.summary(),
             "base": self.base.summary() if self.adapter and self.base else None,
             "higher_is_better": {metric.name: metric.higher_is_better for metric in self.metrics},
+            **({"counts": self.main.counts, "intervals": self.main.intervals} if self.main.intervals else {}),
             "code": self.main.code,
         }
 
@@ -128,6 +135,14 @@ def evaluate(
             f"warning: these aren't the rows that {named.name} was measured on when it was trained: the data changed, "
             "or how it is read; some of them may have been trained on"
         )
+    if parts_of(examples).any():
+        if config.metrics or every_answer:
+            raise InputError(
+                "these rows are preferences: their answers are weighed, and no metric or file of answers fits them",
+                fix="leave --metrics and -o out; or name a file of prompts with one right answer each",
+            )
+        sides = {"use_adapter": use_adapter, "use_base": use_base}
+        return _weighed(named, model, examples, data, rows, as_trained, sides, display)
     if rows is not None and rows < len(examples):
         examples, known = spread(examples, rows), None
     try_out(opened, truth_of(model.renderer, examples[0]))
@@ -138,6 +153,41 @@ def evaluate(
         other = measuring.side(known if as_trained else None, adapter=False)
     measured_on = None if data is None else data if isinstance(data, str) else label(data)
     return SideBySide(named.name, measured_on, len(examples), opened, adapter, other, as_trained)
+
+
+def _weighed(
+    named: Named,
+    model: Model,
+    examples: Sequence[Example],
+    data: SourceValue | None,
+    rows: int | None,
+    as_trained: bool | None,
+    sides: dict[str, bool],
+    display: Display,
+) -> SideBySide:
+    """The same of preferences, whose answers are weighed."""
+    assert named.config is not None
+    units, kept = Units(examples), None
+    if named.config.adapter.start is not None:
+        kept = _kept(named, len(examples)) if as_trained else None
+        if kept is None:
+            display.say("compared with the base: what the adapter that it started from says of these rows isn't known")
+    if rows is not None and rows < len(units):
+        numbers = units.examples_of(spread(range(len(units)), rows))
+        examples, kept = [examples[number] for number in numbers], None if kept is None else kept[numbers]
+    objective = objective_of(named.config.objective)
+    adapter, base = both_sides(model, examples, objective, kept, display, **sides)
+    measured_on = None if data is None else data if isinstance(data, str) else label(data)
+    return SideBySide(named.name, measured_on, len(Units(examples)), (), adapter, base, as_trained)
+
+
+def _kept(named: Named, count: int) -> np.ndarray | None:
+    """What the run's own reference says of its held-out answers."""
+    try:
+        kept = load_safetensors(Run(named.path).references)["eval"].numpy()
+    except (InputError, OSError, KeyError):
+        return None
+    return kept if len(kept) == count else None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.kernels.tree import Tree
+from deltaw.kernels.tree import NO_PARENT, Tree
 
 CHUNK = 64  # queries at a time
 FILL = 1.25  # a document joins a group whose length is at most this times its own
@@ -97,7 +97,7 @@ class Documents:
         lengths = [end - start for start, end in pairwise(starts)]
         if not lengths or min(lengths) < 1:
             raise ValueError("documents must have at least one token each")
-        self.tree = Tree.of(starts, parents)
+        self.tree, self.parents = Tree.of(starts, parents), tuple(parents) or (NO_PARENT,) * len(lengths)
         self.starts, self.total, self.longest, self.device = starts, starts[-1], max(lengths), device
         self.starts_S = torch.tensor(starts, dtype=torch.int32, device=device)
         self._grouping: _Grouping | None = None

@@ -124,7 +124,7 @@ def _log_sum(s: Tensor, p: Tensor) -> Tensor:
 def _by_key_head(x_THE: Tensor, K: int) -> Tensor:
     """[K, T, G, E], a copy: the query heads of each key/value head lie together."""
     T, H, E = x_THE.shape
-    return x_THE.view(T, K, H // K, E).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    return x_THE.reshape(T, K, H // K, E).transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _by_row(x_KTGE: Tensor) -> Tensor:

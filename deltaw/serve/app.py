@@ -55,7 +55,7 @@ def build(
     desk = Desk(worker, Catalog(worker.model, worker.adapters), limits, counts)
 
     return Starlette(
-        routes=[*page.routes(), *routes(desk)],
+        routes=routes(desk),
         middleware=[Middleware(Guard, access or Access(), limits, counts, say)],
         exception_handlers={HTTPException: _not_ours},
     )

@@ -35,13 +35,13 @@ async def read_body(receive: Receive, headers: Mapping[str, str], limits: Limits
     too_large = Refused(413, f"the body has more than {limits.body:,} bytes", close=True)
     if length.isdecimal() and (len(length) > 18 or int(length) > limits.body):
         if "expect" not in headers:
-            await _drain(receive, 0)
+            await _drain(_parts(receive))
         raise too_large
     parts: list[bytes] = []
-    size = 0
+    size, coming = 0, _parts(receive)
     try:
         async with asyncio.timeout(limits.body_seconds):
-            async for part in _parts(receive):
+            async for part in coming:
                 size += len(part)
                 if size > limits.body:
                     break
@@ -49,7 +49,7 @@ async def read_body(receive: Receive, headers: Mapping[str, str], limits: Limits
     except TimeoutError:
         raise Refused(408, f"the body didn't come within {limits.body_seconds:g} s", close=True) from None
     if size > limits.body:
-        await _drain(receive, size)
+        await _drain(coming)
         raise too_large
     return b"".join(parts)
 
@@ -64,10 +64,12 @@ async def _parts(receive: Receive) -> AsyncIterator[bytes]:
         yield message.get("body", b"")
 
 
-async def _drain(receive: Receive, size: int) -> None:
+async def _drain(coming: AsyncIterator[bytes]) -> None:
+    """What is still coming, if anything is."""
+    size = 0
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DRAIN_SECONDS):
-            async for part in _parts(receive):
+            async for part in coming:
                 size += len(part)
                 if size > DRAINED:
                     return

@@ -4,10 +4,17 @@ The base has its public name, an adapter its folder's. A prompt is asked as it i
 template, a completion's text goes to the model as it is. The template is the base's, or the one that lies in the
 adapter's own folder because it was trained under another; never one from a request.
 
+A text that is far too long is refused by its beginning: encoding a whole megabyte takes half a second and some hundred
+times its size, of which a few at a time would be enough to stop a server. `/tokenize`, which counts anything, does one
+long text after the other.
+
 How an adapter was trained (on chats or on plain text, under which system prompt) is told in `/v1/models`, so that a
 client can ask it so; the server doesn't choose between the two for anybody.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +31,10 @@ from deltaw.serve.protocol import Objects
 from deltaw.serve.refused import wrong
 
 REPORT = "report.html"
+HEAD, FAR = (
+    16,
+    2,
+)  # characters of a text that are tried for each token of the context, and how many times over is too many
 
 
 @dataclass
@@ -33,6 +44,7 @@ class Catalog:
     model: Model
     adapters: Adapters
     _renderers: dict[Path, tuple[int, Renderer]] = field(default_factory=dict)
+    _long: threading.Lock = field(default_factory=threading.Lock)  # one long text is encoded at a time
 
     @property
     def base(self) -> str:
@@ -58,8 +70,11 @@ class Catalog:
         file = None if served is None else _report(served.path)
         return file.read_bytes() if file else None
 
-    def chat_ids(self, served: Served | None, messages: Objects, tools: Objects) -> tuple[int, ...]:
-        """What the model is given of a chat. Raises InputError or Refused."""
+    def chat_ids(
+        self, served: Served | None, messages: Objects, tools: Objects, *, any_length: bool = False
+    ) -> tuple[int, ...]:
+        """What the model is given of a chat. Raises InputError, or Refused for one that is far too long, too, unless
+        `any_length` may be."""
         renderer = self._renderer(served)
         if renderer.template is None:
             raise wrong("this base has no chat template: ask with /v1/completions", "model")
@@ -67,15 +82,34 @@ class Catalog:
             checked = checked_messages(messages)
         except Rejected as rejected:
             raise wrong(str(rejected), "messages") from None
-        return tuple(renderer.prompt_ids([_unweighted(message) for message in checked], tools))
+        texts = [message.get("content") for message in checked]
+        with self._bounded("\n".join(text for text in (*texts, *map(str, tools)) if isinstance(text, str)), any_length):
+            return tuple(renderer.prompt_ids([_unweighted(message) for message in checked], tools))
 
     def stop_ids(self, served: Served | None) -> frozenset[int]:
         """What ends a chat's answer: with a template of its own an adapter has learnt an end of its own."""
         return frozenset(self._renderer(served).stop_ids)
 
-    def text_ids(self, text: str) -> tuple[int, ...]:
-        """What the model is given of a completion's text."""
-        return tuple(self.model.renderer.raw_ids(text))
+    def text_ids(self, text: str, *, any_length: bool = False) -> tuple[int, ...]:
+        """What the model is given of a completion's text. Raises InputError, or Refused as `chat_ids` does."""
+        with self._bounded(text, any_length):
+            return tuple(self.model.renderer.raw_ids(text))
+
+    @contextmanager
+    def _bounded(self, text: str, any_length: bool) -> Iterator[None]:
+        """The text may be encoded in the block. A beginning that takes twice the context doesn't come to fit by what
+        follows it; one that doesn't is doubled and tried again."""
+        size = HEAD * self.model.context
+        if len(text) <= size:
+            yield
+            return
+        with self._long:
+            while size < len(text) and not any_length:
+                if (head := len(self.model.renderer.raw_ids(text[:size]))) > FAR * self.model.context:
+                    what = f"the prompt has more than {head:,} tokens, and the context holds {self.model.context:,}"
+                    raise wrong(what, code="context_length_exceeded")
+                size *= 2
+            yield
 
     def _renderer(self, served: Served | None) -> Renderer:
         """The base's, or one with the template that lies beside the adapter's weights."""

@@ -238,8 +238,8 @@ class Desk:
 
         def ids() -> tuple[int, ...]:
             if request.messages is None:
-                return self.catalog.text_ids(request.prompt or "")
-            return self.catalog.chat_ids(None, request.messages, request.tools)
+                return self.catalog.text_ids(request.prompt or "", any_length=True)
+            return self.catalog.chat_ids(None, request.messages, request.tools, any_length=True)
 
         with named(self.catalog.base):
             tokens = await asyncio.to_thread(ids)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from deltaw.base.batch import Batch
 from deltaw.base.filled import Places, Size, fill
 from deltaw.base.forward import Forward
+from deltaw.base.objective import sft
 from deltaw.errors import first_line
 from deltaw.training.learner import Learner
 from deltaw.training.memory import release
@@ -258,6 +259,8 @@ def captured_on(
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     why = "" if forward.packed else "its documents can't be packed"
+    if learner.objective is not sft:
+        why = "its objective sums by answer, of which every batch has other ones"
     why = f"the output of its {forward.prefix.first} frozen layers is kept by document" if forward.prefix else why
     why = "train.retain asks the base on the way" if learner.config.retain is not None else why
     if forward.recompute is not None and forward.recompute.offload:

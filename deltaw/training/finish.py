@@ -32,8 +32,9 @@ from deltaw.show.progress import Display
 from deltaw.show.text import counted
 from deltaw.training.checkpoint import TrainState, checkpoint_at, read_checkpoint
 from deltaw.training.learner import Learner
-from deltaw.training.measuring import Attempts, loss_on, measure_base, what_was_forgotten, with_answers
+from deltaw.training.measuring import Attempts, measure_base, measured, what_was_forgotten, with_answers
 from deltaw.training.opening import Opened
+from deltaw.training.references import with_references
 from deltaw.training.result import Measured, measurements, write_report, write_result
 
 REPORT = "report"
@@ -81,6 +82,7 @@ def measure_again(
             fix="put it back as it was",
         )
     before = measure_base(opened, run, attempts, display)
+    opened = with_references(opened, run, display, fresh=False)
     measured = _measured(opened, run, Measured.of(before, result), general, attempts, display)
     run.write_json(run.result, {**result, **measurements(measured, run, opened)})
 
@@ -127,12 +129,12 @@ def _measured(
 ) -> Measured:
     """`known`, completed with what is wanted as far as it can be measured; `failed` names the rest."""
     before, after, answers, lost = known.before, known.after, known.answers, known.forgetting
-    model, rows, wanted = opened.model, opened.dataset.eval, opened.config.evaluate
+    wanted = opened.config.evaluate
     if before and not after:
         after = attempts(
-            "held_out_loss", lambda: loss_on(model, rows, display, "after"), what="no held-out loss for the adapter"
+            "held_out_loss", lambda: measured(opened, display, "after"), what="no held-out loss for the adapter"
         )
-    fresh = not answers or (after is not None and not after.scored_by(opened.metrics))
+    fresh = opened.is_answered and (not answers or (after is not None and not after.scored_by(opened.metrics)))
     if before and after and fresh and not before.unanswered and (wanted.metrics or wanted.samples):
         pair = before, after
         both = attempts("answers", lambda: _answers(opened, run, *pair, display), what="no answers from the adapter")

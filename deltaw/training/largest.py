@@ -15,7 +15,7 @@ from deltaw.base.batch import Batch
 from deltaw.config import TrainConfig
 from deltaw.data.example import Example
 from deltaw.data.examples import lengths_of, supervised_of
-from deltaw.data.loader import LoaderState, Plan, fill
+from deltaw.data.loader import LoaderState, Plan, Units, fill
 from deltaw.data.pack import pack
 from deltaw.data.sharing import Shared
 from deltaw.evaluation import forgetting, held_out
@@ -78,14 +78,15 @@ def work_left(
     Every step is looked at, for up to `LOOKING` seconds; in a longer run those that were seen stand for the others.
     `ranks`: how many processes take the steps together; `shares`: examples share their common beginnings.
     """
-    lengths, trained = lengths_of(examples), supervised_of(examples)
+    units = Units(examples)
+    lengths, trained = units.lengths, units.summed(supervised_of(examples))
     seen, tokens, computed, supervised, until = 0, 0, 0, 0, time.monotonic() + LOOKING
     largest, longest, batches, first = (0, 0), list[int](), 0, 0
     sharing: Shared | None = None
     for plan, number in islice(_steps(lengths, config, position, ranks), steps):
         numbers = plan.numbers(number)
         tokens, supervised = tokens + int(lengths[numbers].sum()), supervised + int(trained[numbers].sum())
-        shared = Shared.of([examples[one] for one in numbers.tolist()]) if shares else None
+        shared = units.shared(examples, numbers.tolist()) if shares else None
         alike = shared.batches(config.batch_tokens, ranks) if shared else []
         sizes = [(sum(part.costs()), len(part.examples)) for part in alike]
         step = [] if alike else plan[number]
@@ -100,7 +101,7 @@ def work_left(
         if time.monotonic() > until:
             break
     tokens, computed, supervised = (count * steps // max(1, seen) for count in (tokens, computed, supervised))
-    documents = sharing.documents() if sharing else [examples[n] for n in longest]
+    documents = sharing.documents() if sharing else [examples[n] for n in units.examples_of(longest)]
     return Work(steps, tokens, computed, supervised, documents, batches, first, sharing)
 
 

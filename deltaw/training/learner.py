@@ -30,7 +30,7 @@ from deltaw.config import TrainConfig
 from deltaw.errors import InputError
 from deltaw.training.checkpoint import Saved, TrainState
 from deltaw.training.optim import learning_rate, make_optimizer, set_rate
-from deltaw.training.watch import Unfit, Watch, note_skip, note_update
+from deltaw.training.watch import Falling, Unfit, Watch, note_skip, note_update
 
 FIRST, SECOND = ".first", ".second"  # moments of AdamW
 
@@ -50,6 +50,7 @@ class Learner:
         self.attached, self.config, self.total, self.state, self.say = attached, config, total, state, say
         self.objective = objective
         self.optimizer = make_optimizer(attached, config)
+        self.falling = Falling(say)
         self._watch: Watch | None = None  # from the first update of this process on
 
     @contextmanager

@@ -19,6 +19,7 @@ from typing import Any
 from deltaw.config import RunConfig
 from deltaw.data.dataset import Dataset
 from deltaw.data.loader import Loader, LoaderState
+from deltaw.data.weighed import Weighed
 from deltaw.errors import InputError
 from deltaw.show.text import counted
 from deltaw.training.optim import warmup_steps
@@ -32,7 +33,7 @@ def settle_step(config: RunConfig, dataset: Dataset) -> RunConfig:
     if config.train.tokens_per_step is not None:
         return config
     tokens, epochs = dataset.report.tokens, 1.0 if config.train.steps else config.train.epochs
-    few = math.ceil(DOCUMENTS * tokens / len(dataset.train))
+    few = math.ceil(DOCUMENTS * tokens / len(dataset.train.units))
     size = min(USUAL, max(few, math.ceil(tokens * epochs / WANTED)))
     return _with(config, tokens_per_step=size)
 
@@ -50,19 +51,24 @@ def count_steps(config: RunConfig, dataset: Dataset) -> int:
 
 
 def make_loader(
-    config: RunConfig, dataset: Dataset, position: LoaderState, ranks: int = 1, shares: bool = False
+    config: RunConfig,
+    dataset: Dataset,
+    position: LoaderState,
+    ranks: int = 1,
+    shares: bool = False,
+    weighed: Weighed | None = None,
 ) -> Loader:
     """The steps of a run from `position` on, for so many processes. `shares`: examples share what is computed of their
-    common beginnings."""
+    common beginnings; `weighed`: with what a reference says of them."""
     train = config.train
-    return Loader(dataset.train, train.step_tokens, train.batch_tokens, train.seed, position, ranks, shares)
+    return Loader(dataset.train, train.step_tokens, train.batch_tokens, train.seed, position, ranks, shares, weighed)
 
 
 def for_ranks(config: RunConfig, dataset: Dataset, ranks: int) -> list[str]:
     """What is to be said of a run by so many processes. Raises InputError where a step hasn't a document for each."""
     if ranks == 1:
         return []
-    step, rows = config.train.step_tokens, len(dataset.train)
+    step, rows = config.train.step_tokens, len(dataset.train.units)
     steps = make_loader(config, dataset, LoaderState()).steps_in_epoch(0)
     if rows < ranks * steps:
         each = rows / steps

@@ -9,12 +9,13 @@ The work has names, so that an out-of-memory error says what was too large (memo
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
+from deltaw.base.objective import Objective, sft
 from deltaw.config import EvaluateConfig
 from deltaw.data.example import Example
 from deltaw.errors import DeltawError, InputError, RunError, command, with_kind
@@ -28,6 +29,7 @@ from deltaw.evaluation.held_out import (
     perplexity,
     rows_asked,
 )
+from deltaw.evaluation.weighing import weighed_evaluation
 from deltaw.model import Model
 from deltaw.run import Run
 from deltaw.show.progress import QUIET, Display
@@ -35,6 +37,7 @@ from deltaw.show.text import framed, one_line
 from deltaw.training.learner import Learner
 from deltaw.training.memory import OutOfMemory, release, working_on
 from deltaw.training.opening import Opened
+from deltaw.training.references import held_out
 from deltaw.training.world import ALONE, World
 
 FORGOTTEN, ANSWERS, LOSS = "measuring what was forgotten", "answering rows", "measuring the loss on held-out rows"
@@ -84,9 +87,9 @@ def measure_base(opened: Opened, run: Run, attempts: Attempts, display: Display)
         return known
     with opened.attached.disabled():
         release(opened.device)
-        before = known or loss_on(opened.model, rows, display, "before")
+        before = known or measured(opened, display, "before")
         try:
-            before = with_answers(before, opened, display, "before")
+            before = with_answers(before, opened, display, "before") if opened.is_answered else before
         except InputError as error:  # so it will be after training, too
             if config.metrics:
                 raise
@@ -99,6 +102,25 @@ def measure_base(opened: Opened, run: Run, attempts: Attempts, display: Display)
     run.write_json(run.before, before.to_json())
     display.say(f"before: {before.line()}")
     return before
+
+
+def measured(opened: Opened, display: Display, name: str) -> Evaluation:
+    """The loss of all held-out rows; of preferences with what the objective says of them. Raises RunError where it
+    isn't finite."""
+    rows = opened.dataset.eval
+    if opened.is_answered:
+        return loss_on(opened.model, rows, display, name)
+    forward, weighed, objective = opened.model.forward, opened.weighed("eval"), opened.objective
+    same = name == "before" and opened.lineage.started_from is None and objective.references
+    with working_on(LOSS):
+        return weighed_evaluation(forward, weighed, objective, display=display, name=name, is_reference=same)
+
+
+def loss_on_the_way(opened: Opened, world: World) -> tuple[float, dict[str, float]]:
+    """The loss of all held-out rows, finite or not, and what the objective says of them."""
+    if opened.is_answered:
+        return plain_loss(opened.model, opened.dataset.eval, world), {}
+    return held_out(opened, world)
 
 
 def loss_on(model: Model, rows: Sequence[Example], display: Display, name: str) -> Evaluation:
@@ -144,14 +166,23 @@ def samples(model: Model, rows: Sequence[Example], config: EvaluateConfig) -> li
     return [f"{prompt} → {given}   [truth: {truth}]" for prompt, given, truth in lines]
 
 
-def note_evaluation(loss: float, learner: Learner, run: Run, display: Display) -> dict[str, Any]:
+def record_of(step: int, loss: float, figures: Mapping[str, float], objective: Objective) -> dict[str, Any]:
+    """A line of metrics.jsonl on held-out rows."""
+    more = {"eval_perplexity": perplexity(loss)} if objective is sft else {}
+    return {"step": step, "eval_loss": loss, **more, **{f"eval_{name}": value for name, value in figures.items()}}
+
+
+def note_evaluation(
+    loss: float, figures: Mapping[str, float], learner: Learner, run: Run, display: Display
+) -> dict[str, Any]:
     """The record of a held-out loss on the way. Raises RunError where it isn't finite, unless no step is left that
     could be wasted."""
     step = learner.state.step
     if math.isfinite(loss):
         best = learner.note_evaluation(loss)
-        display.say(f"step {step}: held-out loss {loss:.4f}" + ("  (best so far)" if best else ""))
-        return {"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+        more = f", accuracy {figures['accuracy']:.3f}" if "accuracy" in figures else ""
+        display.say(f"step {step}: held-out loss {loss:.4f}{more}" + ("  (best so far)" if best else ""))
+        return record_of(step, loss, figures, learner.objective)
     what = f"step {step}: the held-out loss is {loss}"
     if step < learner.total:
         without = command("train", run.folder, "train.eval_every=null", options=["--allow"])

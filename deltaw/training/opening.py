@@ -7,10 +7,12 @@ run, in the order in which it will train on them; a run that is resumed has its 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,6 +25,8 @@ from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
 from deltaw.base.load import check_weights, open_base, open_skeleton, pick_device, read_config
+from deltaw.base.objective import Objective
+from deltaw.base.preferences import objective_of
 from deltaw.base.prefix import lowest_layer
 from deltaw.base.recompute import blocks_of, check_blocks, check_device
 from deltaw.base.source import Source, find_base
@@ -35,6 +39,7 @@ from deltaw.data.loader import Loader, LoaderState, fill
 from deltaw.data.opening import open_dataset
 from deltaw.data.pack import pack
 from deltaw.data.render import Renderer
+from deltaw.data.weighed import Weighed
 from deltaw.evaluation.forgetting import general_text
 from deltaw.evaluation.held_out import truth_of
 from deltaw.evaluation.metrics import Metric
@@ -73,6 +78,7 @@ class Opened:
     world: World = ALONE  # the processes that train it together
     shards: Shards = NONE  # what of the base is on other ranks
     retained: Examples = field(default_factory=lambda: Examples.of([]))  # the pieces of train.retain's text
+    references: Mapping[str, np.ndarray] = field(default_factory=dict)  # what the reference says (references.py)
 
     @property
     def attached(self) -> Attached:
@@ -113,7 +119,22 @@ class Opened:
         prints |= {"retained text": self.kept_text.fingerprint} if self.kept_text else {}
         config = self.config.model_dump(mode="json")
         state = TrainState(fingerprints=prints, config=config, conditions=conditions(self.device, self.world.size))
-        return Learner(self.attached, self.config.train, self.total, state, display.say)
+        return Learner(self.attached, self.config.train, self.total, state, display.say, self.objective)
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether held-out rows are answered: those of preferences are weighed."""
+        return not self.config.objective.is_preference
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What it minimises."""
+        return objective_of(self.config.objective)
+
+    def weighed(self, part: Literal["train", "eval"]) -> Weighed:
+        """The rows to train on, or held out, with what the reference says of them."""
+        rows = self.dataset.train if part == "train" else self.dataset.eval
+        return Weighed(rows, self.references.get(part), self.references.get(f"{part}_beside"))
 
     @property
     def kept_text(self) -> Text | None:
@@ -127,13 +148,15 @@ class Opened:
 
     def loader(self, state: TrainState) -> Loader:
         """The batches of the steps after `state`."""
-        return make_loader(self.config, self.dataset, state.position, self.world.size, self.shares)
+        return make_loader(
+            self.config, self.dataset, state.position, self.world.size, self.shares, self.weighed("train")
+        )
 
     @property
     def shares(self) -> bool:
-        """Whether examples that begin alike share what is computed of it. Not where documents aren't packed; where
+        """Whether examples that begin alike share what is computed of it. Not where the model can't be run so; where
         dropout draws for each row by itself; on a GPU, whose recorded passes know no more of documents than offsets."""
-        return self.model.forward.packed and self.device.type == "cpu" and not self.attached.spec.dropout
+        return self.model.forward.shares and self.device.type == "cpu" and not self.attached.spec.dropout
 
 
 def open_run(
@@ -172,7 +195,7 @@ def open_run(
     total = count_steps(config, dataset)
     retained = retained_text(config, renderer, limits, display)
     together = length.for_ranks(config, dataset, world.size)
-    for line in [*config.switched_off(), *length.notes(asked, config, total), *together]:
+    for line in [*config.notes(), *config.switched_off(), *length.notes(asked, config, total), *together]:
         display.say(line)
     for note in dataset.report.notes:
         display.say(note)

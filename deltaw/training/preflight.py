@@ -8,7 +8,7 @@ Where memory runs out, here or later, shortage.py says which settings would have
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from deltaw.model import Model
 from deltaw.run import Run
 from deltaw.training.checkpoint import list_checkpoints
 from deltaw.training.fit import one_pass
-from deltaw.training.largest import Work, count_tokens, largest_chunk, largest_evaluation, work_left
+from deltaw.training.largest import Work, count_tokens, largest_chunk, largest_evaluation, shared_line, work_left
 from deltaw.training.learner import Learner
 from deltaw.training.measuring import plain_loss, what_was_forgotten
 from deltaw.training.memory import bounded, free_memory, is_out_of_memory, release
@@ -53,12 +53,14 @@ def short_form(opened: Opened, learner: Learner, run: Run, general: Sequence[Exa
     release(opened.device)
 
 
-def work_of(opened: Opened, learner: Learner) -> Work:
+def work_of(opened: Opened, learner: Learner, say: Callable[[str], object] = lambda line: None) -> Work:
     """What is left of the run for `learner`. Its largest batch has the general text that goes with it, all of which
-    meets the head."""
+    meets the head. `say`: where a line goes that says what of it is shared."""
     left = max(0, learner.total - learner.state.step)
     state, config = learner.state, learner.config
-    work = work_left(opened.dataset.train, config, state.position, left, opened.world.size, opened.shares)
+    work = work_left(opened.dataset.train, config, state.position, left, opened.world.size, shares=opened.shares)
+    for line in shared_line(work.shared):
+        say(line)
     text, retain = opened.kept_text, config.retain
     if text is None or retain is None or not left:
         return work

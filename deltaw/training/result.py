@@ -50,7 +50,7 @@ class Measured:
         code = result["eval"].get("code", {})
         return Measured(
             before,
-            Evaluation(after.pop("loss"), after.pop("perplexity"), 0, metrics=after, code=code) if after else None,
+            Evaluation(after.pop("loss"), after.pop("perplexity", 0.0), 0, metrics=after, code=code) if after else None,
             Forgetting(**lost) if lost else None,
             result["answers"],
         )
@@ -66,7 +66,7 @@ def measurements(measured: Measured, run: Run, opened: Opened) -> dict[str, Any]
     pairs = [(given[a.origin], a) for a in after.answers if a.origin in given] if after else []
     return {
         "eval": {
-            "rows": len(opened.dataset.eval),
+            "rows": len(opened.dataset.eval.units),
             "before": before.summary() if before else None,
             "start": at_the_start(run),
             "after": after.summary() if after else None,
@@ -225,9 +225,8 @@ def _figures(result: dict[str, Any]) -> str:
     before, after = result["eval"]["before"], result["eval"]["after"]
     if before and after:
         lines += [
-            f"{figure_name(name):20} {rounded(before[name]):>9} → {rounded(after[name])}"
+            f"{figure_name(name):20} {rounded(before[name]) if name in before else '–':>9} → {rounded(after[name])}"
             for name in after
-            if name in before
         ]
         if start := result["eval"].get("start"):
             lines.append(f"{'loss at the start':20} {rounded(start['loss']):>9}, of the adapter that it started from")

@@ -29,7 +29,6 @@ from deltaw.config.places import placed
 from deltaw.data.loader import Ahead
 from deltaw.data.opening import open_dataset
 from deltaw.errors import command
-from deltaw.evaluation.held_out import perplexity
 from deltaw.evaluation.own_metric import ASKED_FOR, Consent, open_metrics
 from deltaw.model import open_model
 from deltaw.run import Run
@@ -41,15 +40,15 @@ from deltaw.training.checkpoint import Saved, latest_checkpoint, save_checkpoint
 from deltaw.training.contention import Contention
 from deltaw.training.extend import check_extension, extended
 from deltaw.training.finish import finish, measure_again, report
-from deltaw.training.largest import shared_line
 from deltaw.training.learner import Learner
 from deltaw.training.length import count_steps
 from deltaw.training.log import EventLog, open_log
-from deltaw.training.measuring import Attempts, measure_base, note_evaluation, plain_loss, samples
+from deltaw.training.measuring import Attempts, loss_on_the_way, measure_base, note_evaluation, record_of, samples
 from deltaw.training.memory import Heap, bound_caches, bounded
 from deltaw.training.opening import Opened, above_the_frozen, begin, general_rows, open_run
 from deltaw.training.preflight import short_form, work_of
 from deltaw.training.recomputing import choose, keeping
+from deltaw.training.references import with_references
 from deltaw.training.shortage import explain
 from deltaw.training.step import step
 from deltaw.training.stop import Lost, Stopped, StopRequest
@@ -179,18 +178,16 @@ def _run(
                         run.write_config(config)
                 world.mark(_begun(run))
                 stop.advice = f"resume with: {command('train', run.folder)}"
-                work = work_of(opened, learner)
-                for line in shared_line(work.shared):
-                    display.say(line)
-                opened, choice = choose(opened, learner, work, display)
+                opened, choice = choose(opened, learner, work_of(opened, learner, display.say), display)
                 shortage = partial(explain, opened=opened, learner=learner, run=run)
                 short_form(opened, learner, run, general)
             world.first(lambda: choice.way, "what activations are kept")
             on_the_way, attempts = (Attempts(opened.device, display.say, shortage) for _ in range(2))
             with open_log(run, opened.config, learner.state.step, display.say) as log:
                 with opened.shards.leads():
+                    opened = with_references(opened, run, display, fresh=saved is None)
                     before = measure_base(opened, run, on_the_way, display)
-                hand_out(learner, world)
+                opened = hand_out(opened, learner, world)
                 waited = Steps(opened, learner, run, stop, display, on_the_way, log, on_step).take()
             with opened.shards.leads():
                 adapter = finish(opened, learner, run, before, general, attempts, display, began, waited)
@@ -214,7 +211,7 @@ def _follow(run: Run, world: World) -> Adapter:
             opened.shards.follow()  # rank 0 prepares
             opened = keeping(opened, world.first(lambda: "none", "what activations are kept"))
             opened.shards.follow()  # and measures the base
-            hand_out(learner, world)
+            opened = hand_out(opened, learner, world)
             Steps(opened, learner, run, stop, QUIET, Attempts(opened.device, QUIET.say, shortage)).take()
             opened.shards.follow()  # it measures the adapter
         except Exception as error:
@@ -243,7 +240,7 @@ def _measure_again(config: RunConfig, local: RunConfig, run: Run, consent: Conse
         _, _, dataset = open_dataset(local, display, model.base.source)
         general = general_rows(local, model)
         run.write_config(config)
-        opened = Opened(config, model, dataset, count_steps(config, dataset), metrics)
+        opened = Opened(config, model, dataset, count_steps(config, dataset), metrics, lineage=run.read_lineage())
         learner = opened.learner(display)
         attempts = Attempts(opened.device, display.say, partial(explain, opened=opened, learner=learner, run=run))
         measure_again(opened, run, learner.state.fingerprints, general, attempts, display)
@@ -275,7 +272,7 @@ class Steps:
     def take(self) -> float | None:
         """All of them; the share of time without a core (contention.py). Saves and raises Stopped at a signal."""
         learner, state, total, device = self.learner, self.learner.state, self.opened.total, self.opened.device
-        captured, abreast = None, bool(self.opened.shards)
+        captured, abreast, world = None, bool(self.opened.shards), self._world
         contention = Contention(self.run.folder, torch.get_num_threads(), self.display.say)
         try:
             forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
@@ -295,8 +292,7 @@ class Steps:
                     self._figures = {}
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
-                            how = captured, self._world, abreast, retain
-                            (record,) = step(forward, [learner], batches, position, *how)
+                            (record,) = step(forward, [learner], batches, position, captured, world, abreast, retain)
                         self._write(record)
                     self._agree()
                     first = False
@@ -326,10 +322,10 @@ class Steps:
         """What the adapter that it starts from has on these held-out rows: what there is to improve upon."""
         rows, start = self.opened.dataset.eval, self.opened.lineage.started_from
         if not self.learner.state.step and rows and start:
-            loss = plain_loss(self.opened.model, rows, self._sharing)
+            loss, figures = loss_on_the_way(self.opened, self._sharing)
             self.display.say(f"held-out loss {loss:.4f} at the start, from {start.name}")
             if math.isfinite(loss):
-                self._write({"step": 0, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
+                self._write(record_of(0, loss, figures, self.learner.objective))
 
     def _due(self) -> None:
         """Do what comes after a step: an evaluation, samples, a checkpoint. If it raises, no step is lost."""
@@ -339,9 +335,9 @@ class Steps:
         try:
             due = every.eval_every and (state.step % every.eval_every == 0 or state.step == total)
             if due and self.opened.dataset.eval and state.evaluated < state.step:
-                loss = plain_loss(self.opened.model, self.opened.dataset.eval, self._sharing)
+                loss, figures = loss_on_the_way(self.opened, self._sharing)
                 with self.stop.held():
-                    self._write(note_evaluation(loss, self.learner, self.run, self.display))
+                    self._write(note_evaluation(loss, figures, self.learner, self.run, self.display))
             if every.sample_every and state.step % every.sample_every == 0 and self._saved_step < state.step:
                 self._samples(f"step {state.step}: no samples")
         except Exception:

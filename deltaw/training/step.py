@@ -60,19 +60,16 @@ def step(
     where batches don't say whose they are, there is one learner.
 
     `batches`: of the whole step, whoever takes them. `position`: where the data stands afterwards. `captured`: the only
-    learner's passes and updates, recorded. `world`: the processes that take the step together; `abreast`: each has to
-    make as many passes as every other (sharding.py). `retain`: what the base says of rows that are held to it. Raises
+    learner's passes and updates, recorded. `world`: the processes that take the step together; `abreast`: each makes
+    as many passes as every other (sharding.py). `retain`: what the base says of rows that are held to it. Raises
     TooManySkips where a learner may leave out no step more, with its state as it was; RunError where its updates have
     taught it nothing; ValueError for documents of nobody here.
     """
     _check_owners(learners, batches)
     began = time.monotonic()
-    if retain is not None and abreast:
-        batches = [retain.informed(batch.to(learners[0].attached.parameters[0].device)) for batch in batches]
     shares = [_Share(learner, batches) for learner in learners]
     for share in shares:
         share.anchor(forward, world, abreast)
-
     # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
     ran = _taken(forward, shares, batches, captured, world, abreast, retain)
 
@@ -94,6 +91,7 @@ def step(
             # 4. The rate of this step, and the update.
             rate = learner.update(share.loss, share.batches, ran.update if ran is not None else None)
             record |= {"loss": share.loss, "lr": rate, "grad_norm": norm, **share.figures}
+            learner.falling.see(share.figures, state.step + 1)
         except Unfit as unfit:
             learner.skip(unfit)
             record |= {"skipped": unfit.what, "rows": unfit.rows}
@@ -105,8 +103,8 @@ def step(
         state.tokens += share.tokens
         state.supervised_tokens += share.supervised
         state.seconds += time.monotonic() - began
-        figures = {"tokens": state.tokens, "supervised_tokens": state.supervised_tokens}
-        records.append({**record, **figures, "seconds": round(state.seconds, 3)})
+        record |= {"tokens": state.tokens, "supervised_tokens": state.supervised_tokens}
+        records.append({**record, "seconds": round(state.seconds, 3)})
     return records
 
 
@@ -120,6 +118,8 @@ def _taken(
     retain: Retain | None,
 ) -> Ran | None:
     """All passes of the step, each by one of the processes; what was recorded gave, where it could be."""
+    if retain is not None and abreast:  # by all processes, before each goes on with its own batches
+        batches = [retain.informed(batch.to(shares[0].learner.attached.parameters[0].device)) for batch in batches]
     deal = dealt([len(batch.tokens_T) for batch in batches], world.size)
     ran, mine = None, deal[world.rank]
     if captured is not None and not shares[0].unfit:

@@ -19,6 +19,7 @@ from deltaw.errors import InputError
 from deltaw.training.checkpoint import Saved, TrainState
 from deltaw.training.learner import Learner
 from deltaw.training.opening import Opened
+from deltaw.training.references import handed_out
 from deltaw.training.world import World
 
 
@@ -67,10 +68,10 @@ def alike(opened: Opened) -> Opened:
     return dataclasses.replace(opened, config=config)
 
 
-def hand_out(learner: Learner, world: World) -> None:
-    """Give the other ranks rank 0's factors, moments and state."""
+def hand_out(opened: Opened, learner: Learner, world: World) -> Opened:
+    """Give the other ranks rank 0's factors, moments and state, and what the reference says."""
     if world.is_alone:
-        return
+        return opened
     raw = world.first(lambda: dataclasses.asdict(learner.state), "the start of the adapter")
     saved = learner.saved()
     world.hand_out([*saved.factors.values(), *saved.moments.values()], "the adapter's start")
@@ -78,6 +79,7 @@ def hand_out(learner: Learner, world: World) -> None:
         learner.restore(Saved(TrainState(**raw), saved.factors, saved.moments))
         learner.state.fingerprints = raw["fingerprints"]
     check_adapter(learner, world)
+    return handed_out(opened, world)
 
 
 def check_adapter(learner: Learner, world: World) -> None:

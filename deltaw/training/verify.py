@@ -24,6 +24,7 @@ from deltaw.training.checkpoint import FACTORS, MOMENTS, Saved, checkpoint_at, r
 from deltaw.training.log import EventLog
 from deltaw.training.measuring import Attempts
 from deltaw.training.opening import Opened, attach_fresh, begin, open_run
+from deltaw.training.references import with_references
 from deltaw.training.run import Steps
 from deltaw.training.stop import StopRequest
 
@@ -122,6 +123,7 @@ def _train(opened: Opened, run: Run, saved: Saved | None, display: Display) -> N
         begin(opened, run, display)
     else:
         restore(learner, saved, run, display)
+    opened = with_references(opened, run, display, fresh=saved is None)
     attempts = Attempts(opened.device, display.say, lambda error: None)  # of nothing: no samples are asked for
     Steps(opened, learner, run, StopRequest(), display, attempts, EventLog(run, display.say)).take()
 

@@ -21,6 +21,9 @@ The median is over losses of steps that were applied: a spike that is let into i
 and a NaN would hide them all (OLMo's trainer met that). Below `NOTHING` nats per token there is nothing to lose, so
 there no step is a spike: a memorised run's median is 0, and everything is many times 0.
 
+Where answers are weighed it warns once that the likelihood of the chosen ones falls (`Falling`): the run goes on, since
+that may be wanted.
+
 Too small is seldom B, which begins at zero, where any step is exact; A's numbers are some hundredths, of which float32
 keeps 3e-9.
 
@@ -29,7 +32,8 @@ trained tokens are all their second teach them nothing: where that is why a modu
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 
@@ -51,6 +55,7 @@ IN_A_ROW = 10  # skipped steps for another reason than NaN
 NOTHING = 0.01  # nats per token: what a loss is held to at least, before it is called a spike
 KNOWN = 1e-6  # nats per token: rows that the model knows already
 MOVES = ("b", "delta")  # zero where a fresh adapter begins
+RECENT, FELL = 10, 0.05  # steps; share of its log-probability by which a chosen answer may become unlikelier
 SAMPLE = 1024  # of a parameter's numbers, kept from the process's beginning
 
 
@@ -101,6 +106,28 @@ def note_skip(unfit: Unfit, state: TrainState, config: TrainConfig) -> None:
     state.skipped += 1
     state.not_finite += unfit.not_finite
     state.in_a_row += 1
+
+
+class Falling:
+    """Warns once where the chosen answers have become unlikelier than under the reference: an objective of preferences
+    asks only that the rejected ones fall further, and what rises instead may be an answer that nobody chose."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._seen, self._warned = say, deque[tuple[float, float]](maxlen=RECENT), False
+
+    def see(self, figures: Mapping[str, float], step: int) -> None:
+        """What the objective reports of a step that was applied."""
+        if self._warned or "chosen_change" not in figures or "logp_chosen" not in figures:
+            return
+        self._seen.append((figures["chosen_change"], figures["logp_chosen"]))
+        change, logp = (sum(values) / len(self._seen) for values in zip(*self._seen, strict=True))
+        if len(self._seen) == RECENT and change < -max(1.0, FELL * abs(logp)):
+            self._warned = True
+            self._say(
+                f"warning: step {step}: the likelihood of chosen answers falls: by {-change:.1f} nats each, to "
+                f"{logp:.1f}, over the last {RECENT} steps; lower train.lr, raise objective.beta, or hold it up with "
+                "objective.sft_weight (dpo, ipo, simpo)"
+            )
 
 
 class Watch:

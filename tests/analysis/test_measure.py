@@ -100,6 +100,7 @@ def twin(delta: Tensor, w: Tensor) -> dict[str, Any]:
             "writes": float((base_u[:, :p].T @ delta).norm() ** 2 / delta.norm() ** 2),
             "writes_random": p / m,
             "intruders": int((cosines < 0.5).sum()),
+            "outside": int(((cosines < 0.5) & ((base_u[:, :20].T @ tuned_u).square().sum(0) < 0.5)).sum()),
             "intruders_of": min(10, m, n),
             "intruders_exact": True,
             "cosines": cosines.tolist(),
@@ -161,9 +162,16 @@ def test_one_large_new_direction_is_one_intruder(shape, dtype, exact: int, monke
     new_u, new_v = (x.sum(1) / 48**0.5 for x in (u, v))  # a cosine of 0.14 with each of them
     for size, count in ((100.0, 1), (0.01, 0)):
         got = measure(outer(size, new_u.to(dtype), new_v.to(dtype)), w.to(dtype)).base
-        assert got is not None and (got.intruders, got.intruders_of) == (count, 10)
+        assert got is not None and (got.intruders, got.outside, got.intruders_of) == (count, count, 10)
         assert got.intruders_exact == (exact > 48)
     assert measure(outer(100.0, new_u.to(dtype), v[:, 3].to(dtype)), w.to(dtype)).base.intruders == 1  # type: ignore[union-attr]
+
+
+def test_a_rotation_among_w_s_own_first_directions_is_an_intruder_that_is_not_outside() -> None:
+    w, u, v = with_spectrum([1 - 0.001 * i for i in range(12)] + [0.1] * 36, 64, 48)
+    u_M, v_N = (x[:, :12].sum(1) / 12**0.5 for x in (u, v))  # a cosine of 0.29 with each of the first
+    got = measure(outer(0.5, u_M, v_N), w).base
+    assert got is not None and got.intruders > got.outside == 0
 
 
 def test_w_s_faintest_direction_is_no_intruder_when_amplified() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltaw.base.parts import DESIRABLE, PLAIN, UNDESIRABLE
 from deltaw.data.example import Example
 from deltaw.data.examples import Builder, Examples, fingerprint, lengths_of, supervised_of
 from deltaw.data.pack import pack
@@ -26,7 +27,15 @@ def one(draw) -> Example:
     numbers = draw(st.integers(0, 3)), draw(st.integers(0, 5))
     kinds = draw(words), draw(words), draw(words)
     return Example(
-        tokens, mask, draw(origins), numbers[0], *kinds, numbers[1], draw(st.booleans()), draw(st.booleans())
+        tokens,
+        mask,
+        draw(origins),
+        numbers[0],
+        *kinds,
+        numbers[1],
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.sampled_from([PLAIN, DESIRABLE, UNDESIRABLE])),
     )
 
 
@@ -34,7 +43,7 @@ rows = st.lists(one(), max_size=12)
 
 
 def plain(example: Example) -> tuple:
-    fields = ("origin", "untrained_turns", "unused", "left_out", "names", "context", "goes_on", "glued")
+    fields = ("origin", "untrained_turns", "unused", "left_out", "names", "context", "goes_on", "glued", "part")
     values = [getattr(example, field) for field in fields]
     return example.tokens.dtype, example.tokens.tolist(), example.loss_mask.tolist(), *values
 

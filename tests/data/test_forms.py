@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from deltaw.config.data import ColumnName
 from deltaw.data.columns import Columns
 from deltaw.data.forms import FORMS, LAID_OUT, PAIR_NAMES, Chat, Completion, Text, detect_form
+from deltaw.data.preferences import BOTH, LABELS
 from deltaw.data.row import Row
 from deltaw.errors import InputError, Rejected
 
@@ -151,8 +152,8 @@ def test_unknown_columns_are_named():
         detect_form(rows({"label": 1, "score": 2}))
 
 
-def test_preference_data_is_refused_by_name():
-    with pytest.raises(InputError, match="preference data"):
+def test_preferences_are_refused_by_name_where_answers_are_not_weighed():
+    with pytest.raises(InputError, match="objective"):
         detect_form(rows({"prompt": "p", "chosen": "a", "rejected": "b"}))
 
 
@@ -333,5 +334,5 @@ def test_a_join_that_does_nothing_is_refused():
 
 
 def test_every_column_that_can_be_named_is_known_to_a_form():
-    known = {name for form in FORMS for name in (*form.columns, *form.also)} | {"tools"}
+    known = {name for form in FORMS for name in (*form.columns, *form.also)} | {"tools", *BOTH, *LABELS}
     assert set(get_args(ColumnName)) <= known

@@ -43,11 +43,18 @@ def contents(batch: Batch) -> Counter:
 
 
 @settings(deadline=None, max_examples=150)
-@given(examples=rows(), capacity=st.integers(1, 200), ranks=st.integers(1, 4), least=st.sampled_from([1, 4, LEAST]))
-def test_batches_hold_the_same_examples_and_compute_less(examples, capacity, ranks, least) -> None:
+@given(
+    examples=rows(),
+    capacity=st.integers(1, 200),
+    ranks=st.integers(1, 4),
+    least=st.sampled_from([1, 4, LEAST]),
+    pairs=st.booleans(),
+)
+def test_batches_hold_the_same_examples_and_compute_less(examples, capacity, ranks, least, pairs) -> None:
+    sizes = [2] * (len(examples) // 2) + [1] * (len(examples) % 2) if pairs else ()
     before, sharing.LEAST = sharing.LEAST, least
     try:
-        shared = Shared.of(examples)
+        shared = Shared.of(examples, sizes)
     finally:
         sharing.LEAST = before
     if shared is None:
@@ -57,9 +64,14 @@ def test_batches_hold_the_same_examples_and_compute_less(examples, capacity, ran
     assert sum(map(contents, batches), Counter()) == contents(whole)
     assert sum(batch.supervised for batch in batches) == whole.supervised
     assert sum(batch.tokens for batch in batches) == len(whole.tokens_T)
-    assert len(batches) >= min(ranks, len(examples))
+    assert len(batches) >= min(ranks, len(sizes or examples))
+    places = [(number, at) for at, batch in enumerate(batches) for number in batch.origins]
+    where = dict(places)
+    assert len(where) == len(examples)
+    if pairs:
+        assert all(where[f"row:{n}"] == where[f"row:{n + 1}"] for n in range(0, len(examples) - 1, 2))
     for batch in batches:
-        assert len(batch.tokens_T) <= capacity or batch.examples == 1
+        assert len(batch.tokens_T) <= capacity or batch.examples <= (2 if pairs else 1)
         assert contents(batch.unshared()) == contents(batch)
         tree = batch.documents.tree
         if tree is not None:
@@ -100,7 +112,7 @@ def test_pairs_share_their_prompt_and_all_the_system_prompt() -> None:
         for _ in range(2):
             answer = generator.integers(0, 999, 10).tolist()
             examples.append(example(prompt + answer, [False] * 70 + [True] * 10, f"pair:{pair}"))
-    shared = Shared.of(examples)
+    shared = Shared.of(examples, [2] * 6)
     assert shared is not None
     batch = shared.pack()
     assert len(batch.tokens_T) < 40 + 6 * 30 + 12 * 10 + 20

@@ -23,7 +23,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOMS = ("crash", "storage", "damage", "resume", "numerics", "memory", "files", "fuzz", "templates", "data", "masks")
+ROOMS = (  # those of the server last
+    *("crash", "storage", "damage", "resume", "numerics", "memory", "files", "fuzz", "templates", "data", "masks"),
+    *("requests", "clients", "replaced", "restart"),
+)
 PEERS = ("benchmarks.peers.adapters",)
 
 

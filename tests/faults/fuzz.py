@@ -6,7 +6,7 @@ A mutation is a pure function of its number. Most go where they do harm: into th
 import random
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def gguf() -> bytes:
     return write_gguf(place() / "tiny.gguf").read_bytes()
 
 
-def mutated(data: bytes, n: int, header: int) -> bytes:
+def mutated(data: bytes, n: int, header: int, pieces: Sequence[bytes] = PIECES) -> bytes:
     """One to four changes: bits, bytes, pieces put in or taken out, the end cut off; nine in ten within `header`."""
     chance = random.Random(n)
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
@@ -59,9 +59,9 @@ def mutated(data: bytes, n: int, header: int) -> bytes:
         elif kind == 1:
             data = data[:at] + bytes([chance.randrange(256)]) + data[at + 1 :]
         elif kind == 2:
-            data = data[:at] + chance.choice(PIECES) + data[at:]
+            data = data[:at] + chance.choice(pieces) + data[at:]
         elif kind == 3:
-            piece = chance.choice(PIECES)
+            piece = chance.choice(pieces)
             data = data[:at] + piece + data[at + len(piece) :]
         elif kind == 4:
             data = data[:at] + data[at + chance.randrange(1, 40) :]

@@ -13,8 +13,8 @@ HEAD = """# What it survives
 `make torture` makes every one of these faults happen, the given number of times, and writes this page
 ({minutes:.0f} minutes on {cores} cores of a machine of type {machine}). A try passes if deltaw does what the row says:
 nothing is lost, the adapter is the same to the bit, or there is an error of at most five lines before work is wasted.
-`make test` runs a sample of the same checks. To repeat one try: `python -m tests.faults --only 7 --try 12`. Faults of
-the server (55 and on) come with the server.
+`make test` runs a sample of the same checks. To repeat one try: `python -m tests.faults --only 7 --try 12`; to run some
+of them whole and put their figures here: `python -m tests.faults --only 55,56 --record`.
 
 The last column says what other tools did when the same thing happened to them in the same run
 ({versions}); it is empty where nothing
@@ -34,6 +34,25 @@ def write_page(
     head = HEAD.format(
         minutes=seconds / 60, cores=os.cpu_count(), machine=platform.machine(), versions=", ".join(_versions())
     )
+    PAGE.write_text(head + "\n".join(_rows(faults, outcomes, said)) + "\n", encoding="utf-8")
+    return PAGE
+
+
+def update_page(faults: Sequence[Fault], outcomes: Mapping[str, Outcome], said: Mapping[int, str]) -> Path:
+    """Put the rows of these faults in the place of those that the page has."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    first = next(at for at, line in enumerate(lines) if line.startswith("|---")) + 1
+    numbers = {known.number for known in faults}
+    rows = [line for line in lines[first:] if _number(line) not in numbers] + _rows(faults, outcomes, said)
+    PAGE.write_text("\n".join([*lines[:first], *sorted(rows, key=_number)]) + "\n", encoding="utf-8")
+    return PAGE
+
+
+def _number(row: str) -> int:
+    return int(row.split("|")[1])
+
+
+def _rows(faults: Sequence[Fault], outcomes: Mapping[str, Outcome], said: Mapping[int, str]) -> list[str]:
     rows = []
     for number, checks in groupby(faults, key=lambda known: known.number):
         others = [f"{seen.tool}: {said[n]}" for n, seen in enumerate(SEEN) if seen.number == number and n in said]
@@ -41,8 +60,7 @@ def write_page(
             beside = "; ".join(others) if first == 0 else ""
             figure = f"{outcomes[known.name].passed:,} / {known.tries:,}"
             rows.append(f"| {number} | {known.title} | {figure} | {beside} |".replace("\n", " "))
-    PAGE.write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
-    return PAGE
+    return rows
 
 
 def _versions() -> list[str]:

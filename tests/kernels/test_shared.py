@@ -109,7 +109,6 @@ def test_it_is_off_no_more_than_examples_that_share_nothing(dtype, softcap):
     for fast, twin, exact in zip(mine, plain, truth, strict=True):
         size = exact.norm()
         off, allowed = (fast.double() - exact).norm() / size, (twin.double() - exact).norm() / size
-        print(dtype, softcap, float(off), float(allowed))
         assert off <= 1.3 * allowed + 10 * torch.finfo(dtype).eps ** 2 + 1e-7
 
 
@@ -149,3 +148,16 @@ def test_documents_out_of_order_are_refused(parents):
         return
     with pytest.raises(ValueError):
         Documents(starts, parents=parents)
+
+
+def test_a_gradient_may_lie_in_memory_in_any_way():
+    starts, parents = random_tree(3)
+    inputs = [x.requires_grad_() for x in tensors(starts[-1], (4, 2, 8), torch.float64, 0)]
+    weights = torch.randn(8, 4, starts[-1], dtype=torch.float64)
+    outs = [
+        packed_attention(*inputs, Documents(starts, parents=parents)),
+        packed_attention_plain(*inputs, starts, parents=parents),
+    ]
+    grads = [torch.autograd.grad((out.permute(2, 1, 0) * weights).sum(), inputs) for out in outs]
+    for mine, twin in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, twin, rtol=1e-9, atol=1e-9)

@@ -1,6 +1,7 @@
 """Adapters whose answers tell them apart, and a worker that serves them."""
 
 import asyncio
+import random
 import shutil
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from deltaw.generate.engine import generate
 from deltaw.generate.sampling import Sampling
 from deltaw.model import Model, open_model
 from deltaw.serve.adapters import Adapters
-from deltaw.serve.ask import Ask, Piece
+from deltaw.serve.ask import Ask, Piece, Unknown
 from deltaw.serve.worker import Worker
 from tests.tiny import tiny_base
 
@@ -128,3 +129,68 @@ def swapped(source: Path, target: Path) -> None:
         target.rename(target.with_name(".old"))
     target.with_name(".new").rename(target)
     shutil.rmtree(target.with_name(".old"), ignore_errors=True)
+
+
+def replaced_while_asked(canaries: Canaries, scratch: Path, count: int, seed: int = 0) -> None:
+    """So many requests by eight clients, one of whom replaces adapters before it asks, in two ways, or takes one away.
+    Each answer is that of a version that its name had meanwhile; raises AssertionError where one isn't."""
+    versions = [canaries.adapter(seed) for seed in range(10, 14)]
+    stored = [version.save(scratch / "stored" / str(n)) for n, version in enumerate(versions)]
+    wanted = [canaries.all_expected(version) for version in versions]
+    base = canaries.all_expected(None)
+    assert len({text for one in (base, *wanted) for text in one.values()}) == 5 * len(PROMPTS)
+    history: dict[str, list[int | None]] = {name: [0] for name in "abc"}  # which versions a name has had
+    for name in history:
+        swapped(stored[0], scratch / "live" / name)
+    chance, wrong, asked, unknown = random.Random(seed), list[str](), 0, 0
+
+    async def one(name: str | None, number: int) -> None:
+        nonlocal unknown
+        prompt, had = chance.choice(PROMPTS), 0 if name is None else len(history[name]) - 1
+        try:
+            answer = await text(worker, ask(prompt, name, client=str(number)))
+        except Unknown:
+            unknown += 1
+            if name is None or None not in history[name][had:]:
+                wrong.append(f"{name} is gone")
+            return
+        right = [base] if name is None else [wanted[n] for n in history[name][had:] if n is not None]
+        if answer not in {each[prompt] for each in right}:
+            wrong.append(f"{name} {prompt}: {answer!r}, not {right}")
+
+    def replace_it(name: str) -> None:
+        n = chance.randrange(len(versions)) if history[name][-1] is None else None
+        if n is None and chance.random() < 0.15:
+            shutil.rmtree(scratch / "live" / name)
+            history[name].append(None)
+            return
+        n = (history[name][-1] or 0) + 1 if n is None else n
+        n %= len(versions)
+        if chance.random() < 0.5:
+            swapped(stored[n], scratch / "live" / name)
+        else:
+            versions[n].save(scratch / "live" / name)
+        history[name].append(n)
+
+    async def client(number: int) -> None:
+        nonlocal asked
+        while asked < count:
+            asked += 1
+            name = chance.choice([*history, None])
+            if number == 0 and name is not None:
+                replace_it(name)
+            await one(name, number)
+
+    async def work() -> None:
+        await asyncio.gather(*(client(number) for number in range(8)))
+
+    memory = 4 * 4 * versions[0].parameters
+    with working(canaries.open(), scratch / "live", slots=6, memory=memory) as worker:
+        run(work, 1200)
+        figures = worker.figures()
+    assert not wrong, wrong[:3]
+    assert figures.adapter_loads > 3 and figures.restarts == 0 and set(figures.ended) <= {"length", "stop", "error"}
+    assert figures.ended.get("error", 0) <= unknown
+    assert not worker._by_row and not worker._submitted and not worker.adapters._requests
+    assert asked - unknown <= sum(figures.ended.values()) <= asked and asked >= count
+    assert sum(map(len, history.values())) > len(history)

@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,18 @@ from deltaw.errors import InputError, RunError
 from deltaw.generate.engine import Engine
 from deltaw.serve.ask import Busy, Unknown
 from deltaw.serve.worker import Worker
-from tests.serve.canaries import PROMPTS, Canaries, ask, pieces, run, swapped, text, until, working
+from tests.serve.canaries import (
+    PROMPTS,
+    Canaries,
+    ask,
+    pieces,
+    replaced_while_asked,
+    run,
+    swapped,
+    text,
+    until,
+    working,
+)
 
 
 @pytest.fixture(scope="module")
@@ -270,57 +280,5 @@ def test_closing_ends_all_within_its_time(canaries: Canaries, folder: Path) -> N
         assert all(isinstance(error, RunError) for error in run(work))
 
 
-def replaced_while_asked(canaries: Canaries, tmp_path: Path, count: int) -> None:
-    """So many requests by eight clients, one of whom replaces adapters before it asks, in two ways."""
-    versions = [canaries.adapter(seed) for seed in range(10, 14)]
-    stored = [version.save(tmp_path / "stored" / str(n)) for n, version in enumerate(versions)]
-    wanted = [canaries.all_expected(version) for version in versions]
-    base = canaries.all_expected(None)
-    assert len({text for one in (base, *wanted) for text in one.values()}) == 5 * len(PROMPTS)
-    history = {name: [0] for name in "abc"}  # which versions a name has had
-    for name in history:
-        swapped(stored[0], tmp_path / "live" / name)
-    chance, wrong, asked = random.Random(0), list[str](), 0
-
-    async def one(name: str | None, number: int) -> None:
-        prompt, had = chance.choice(PROMPTS), 0 if name is None else len(history[name]) - 1
-        answer = await text(worker, ask(prompt, name, client=str(number)))
-        right = {base[prompt]} if name is None else {wanted[n][prompt] for n in history[name][had:]}
-        if answer not in right:
-            wrong.append(f"{name} {prompt}: {answer!r}, not {right}")
-
-    async def client(number: int) -> None:
-        nonlocal asked
-        while asked < count:
-            asked += 1
-            name = chance.choice([*history, None])
-            if number == 0 and name is not None:
-                n = (history[name][-1] + 1) % len(versions)
-                if chance.random() < 0.5:
-                    swapped(stored[n], tmp_path / "live" / name)
-                else:
-                    versions[n].save(tmp_path / "live" / name)
-                history[name].append(n)
-            await one(name, number)
-
-    async def work() -> None:
-        await asyncio.gather(*(client(number) for number in range(8)))
-
-    memory = 4 * 4 * versions[0].parameters
-    with working(canaries.open(), tmp_path / "live", slots=6, memory=memory) as worker:
-        run(work, 1200)
-        figures = worker.figures()
-    assert not wrong
-    assert figures.adapter_loads > 3 and figures.restarts == 0 and set(figures.ended) <= {"length", "stop"}
-    assert not worker._by_row and not worker._submitted and not worker.adapters._requests
-    assert asked == sum(figures.ended.values()) >= count
-    assert all(len(had) > 2 for had in history.values())
-
-
 def test_no_request_gets_another_adapters_answer(canaries: Canaries, tmp_path: Path) -> None:
     replaced_while_asked(canaries, tmp_path, 200)
-
-
-@pytest.mark.slow
-def test_nor_one_of_ten_thousand(canaries: Canaries, tmp_path: Path) -> None:
-    replaced_while_asked(canaries, tmp_path, 10_000)

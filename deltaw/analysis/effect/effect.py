@@ -75,10 +75,10 @@ class Effect:
 
     @property
     def curves(self) -> dict[Group, list[Point]]:
-        """From the base to beyond what was trained by scale, and to what was trained by rank."""
+        """From the base to beyond what was trained, by scale; from rank 1 to what was trained, by rank."""
         base, tuned = self.of(None)
         factors = {0.0: base, 1.0: tuned, **{float(point.name): point for point in self.of("scale")}}
-        return {"scale": [factors[factor] for factor in sorted(factors)], "rank": [base, *self.of("rank"), tuned]}
+        return {"scale": [factors[factor] for factor in sorted(factors)], "rank": [*self.of("rank"), tuned]}
 
     def to_json(self) -> dict[str, Any]:
         """All numbers; null for one that isn't finite."""

@@ -1,10 +1,11 @@
 """Passes of the base, of the tuned model and of every state over the same rows, within a budget of tokens and seconds.
 
 At each label: the loss −log p(label), and KL(base ‖ tuned) = Σ_v p_v (log p_v − log q_v) over the whole vocabulary.
-Rows come in batches of `AT_ONCE` tokens. The base's log-probabilities of a batch, [K, V], are kept while all states
-pass over it and then dropped, so memory doesn't grow with the budget; and wherever the time ends, all states have seen
-the same rows, so that their differences are paired. A round is a batch of each kind of rows. The first tells what a
-pass costs: where not even one round of all states fits, whole groups of them are left out, the last first.
+Rows come in batches of at most `AT_ONCE` tokens. The base's log-probabilities of a batch, [K, V], are kept while all
+states pass over it and then dropped, so memory doesn't grow with the budget; and wherever the time ends, all states
+have seen the same rows, so that their differences are paired. A round is a batch of each kind of rows. A pass that is
+timed before says how large batches may be for two rounds to fit; where not even one of the smallest does, which the
+first round's own passes tell, whole groups of states are left out, the last first.
 
 Rejected: a pass of the base beside each state's (twice the time), all of its log-probabilities kept (48 MB for each 256
 labels of the smallest model), one state after another over all rows (what doesn't fit would have seen none).
@@ -32,7 +33,7 @@ from deltaw.kernels.logprobs import IGNORE
 from deltaw.model import Model
 from deltaw.show.progress import Display
 
-AT_ONCE = 256  # tokens of a batch, or labels of a longer row; [256, V] a few times over
+AT_ONCE, LEAST = 256, 48  # tokens of a batch, or labels of a longer row; [256, V] a few times over
 CHUNK = 64  # labels whose distributions are compared at once
 Rows = Mapping[str, Sequence[Example]]  # by kind: "task", "general"
 
@@ -103,10 +104,12 @@ def pass_over(
 ) -> Passes:
     """All states over `rows`, as far as the budget goes: at least the base and the tuned model over one batch of each
     kind."""
-    batches = {kind: _batches(examples) for kind, examples in rows.items()}
+    begun = time.monotonic()
+    fitting = budget.seconds / (2 * len(rows) * (2 + len(states)) * _seconds_per_token(model, rows))
+    batches = {kind: _batches(examples, int(max(LEAST, min(AT_ONCE, fitting)))) for kind, examples in rows.items()}
     rounds = list(zip_longest(*batches.values()))
     found: dict[str, OfRows] = {kind: OfRows() for kind in rows}
-    states, left_out, begun = list(states), [], time.monotonic()
+    states, left_out = list(states), list[str]()
     rate, done = 0.0, 0
     total = sum(len(part) for part in batches.values()) * (2 + len(states))
     with evaluating(model.base.model), display.task("trying the update", total) as progress:
@@ -146,8 +149,18 @@ def _leave_out(states: list[State], fit: float) -> list[str]:
     return gone
 
 
-def _batches(examples: Sequence[Example]) -> list[list[Example]]:
-    groups = fill(range(len(examples)), lengths_of(examples), AT_ONCE)
+def _seconds_per_token(model: Model, rows: Rows) -> float:
+    """Of a pass of the tuned model over the first row: the second one, for the first fills caches."""
+    row = min((examples[0] for examples in rows.values()), key=lambda row: len(row.tokens))
+    with evaluating(model.base.model):
+        for _ in range(2):
+            began = time.monotonic()
+            _logp(model, _packed(model, [row]))
+    return (time.monotonic() - began) / len(row.tokens)
+
+
+def _batches(examples: Sequence[Example], most: int) -> list[list[Example]]:
+    groups = fill(range(len(examples)), lengths_of(examples), most)
     return [[examples[number] for number in numbers] for numbers in groups]
 
 

@@ -30,19 +30,19 @@ def of_effect(effect: Effect) -> list[Section]:
 def _pareto(effect: Effect) -> Picture:
     """Task loss against KL, along the scale and along the rank."""
     names = {"scale": "by scale", "rank": "cut to a rank"}
-    curves = {names[group]: points for group, points in effect.curves.items() if len(points) > 2}
+    curves = {names[group]: points for group, points in effect.curves.items() if group == "scale" or len(points) > 1}
     series = {
         name: ([p.kl.value for p in points], [p.task_loss.value for p in points]) for name, points in curves.items()
     }
     labels = {name: [_label(p, name) for p in points] for name, points in curves.items()}
     svg = pictures.scatter(
         series, x_label="KL from the base on general text, nats per token", y_label="task loss, nats per token",
-        labels=labels, joined=True,
+        labels=labels, joined=True, log_y=True,
     )  # fmt: skip
     rows: list[list[Cell]] = [[p.group or "", p.name, *_cells(p)] for p in effect.of(None, "scale", "rank")]
     caption = (
-        "What each scale and each rank buys: down is better at the task, left is nearer to the base. Ranks are the "
-        "trained update cut (Eckart-Young), nothing is trained again."
+        "What each scale (×) and each rank (r) buys: down is better at the task, left is nearer to the base. Ranks are "
+        "the trained update cut (Eckart-Young); nothing is trained again."
     )
     return Picture(svg, caption, "Task loss against KL from the base", Table(["", "", *HEAD], rows, "nats per token"))
 
@@ -50,7 +50,7 @@ def _pareto(effect: Effect) -> Picture:
 def _label(point: Point, curve: str) -> str:
     if point.group is None:
         return point.name if curve == "by scale" else ""
-    return f"× {point.name}" if point.group == "scale" else f"rank {point.name}"
+    return f"× {point.name}" if point.group == "scale" else f"r {point.name}"
 
 
 def _cells(point: Point) -> list[Cell]:
@@ -183,11 +183,10 @@ def _curve(effect: Effect) -> Picture:
 
 def _table(tokens: Sequence[Token], caption: str) -> Table:
     head = ["after …", "token", "base guessed", "tuned guessed", "base loss", "tuned loss", "KL", "row"]
-    rows: list[list[Cell]] = [
-        [f"… {_seen(t.before)}", *map(_seen, (t.token, t.base_guess, t.tuned_guess)), t.base_loss, t.tuned_loss, t.kl,
-         t.origin]
-        for t in tokens
-    ]  # fmt: skip
+    rows: list[list[Cell]] = []
+    for one in tokens:
+        words = [f"… {_seen(one.before.lstrip())}", *map(_seen, (one.token, one.base_guess, one.tuned_guess))]
+        rows.append([*words, one.base_loss, one.tuned_loss, one.kl, one.origin])
     return Table(head, rows, caption)
 
 

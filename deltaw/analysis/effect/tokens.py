@@ -20,7 +20,7 @@ from deltaw.data.render import Renderer
 from deltaw.evaluation.intervals import Interval, Scores, interval
 
 CLEAR = 0.1
-SHOWN, CONTEXT = 6, 12  # tokens of a table, and of what stands before one
+SHOWN, CONTEXT = 6, 10  # tokens of a table, and of what stands before one
 CURVE = 101  # points
 
 

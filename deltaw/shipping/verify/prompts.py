@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from deltaw.config import DataConfig, RunConfig
 from deltaw.config.sources import SourceValue, label
 from deltaw.data.cache import prepared_held_out
-from deltaw.data.document import Chat, Completion, Document
+from deltaw.data.document import Chat, Completion, Single
 from deltaw.data.example import Example
-from deltaw.data.forms import Form, form_of
+from deltaw.data.forms import Form
+from deltaw.data.preferences import form_for
 from deltaw.data.read import read_rows
 from deltaw.data.render import Renderer
 from deltaw.data.row import Row
@@ -80,7 +81,7 @@ def prompts_of(
     """The prompts of the sources' rows (only those whose origin is in `only`, if given); empty ones are left out."""
     prompts: list[Prompt] = []
     for _, _, rows, _, _ in read_sources(sources, data):
-        form = form_of(rows, data, templated=templated)
+        form = form_for("any", rows, data, templated=templated)
         prompts += _prompts(rows, form, only)
     return prompts
 
@@ -91,7 +92,7 @@ def _prompts(rows: Sequence[Row], form: Form, only: set[str] | None) -> list[Pro
         if only is not None and row.origin not in only:
             continue
         try:
-            prompt = _prompt(form.normalise(row), row.origin)
+            prompt = _prompt(form.normalise(row).answers[0][0], row.origin)
         except Rejected:
             continue
         if prompt is not None and len(str(prompt.content)) <= MOST_CHARACTERS:
@@ -99,7 +100,7 @@ def _prompts(rows: Sequence[Row], form: Form, only: set[str] | None) -> list[Pro
     return prompts
 
 
-def _prompt(document: Document, origin: str) -> Prompt | None:
+def _prompt(document: Single, origin: str) -> Prompt | None:
     match document:
         case Completion(prompt=prompt):
             return Prompt(prompt, origin) if prompt else None
