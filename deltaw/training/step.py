@@ -118,6 +118,8 @@ def _taken(
     retain: Retain | None,
 ) -> Ran | None:
     """All passes of the step, each by one of the processes; what was recorded gave, where it could be."""
+    if retain is None and any(share.learner.config.retain for share in shares):
+        raise ValueError("a learner is to retain text, and the step is given none")
     if retain is not None and abreast:  # by all processes, before each goes on with its own batches
         batches = [retain.informed(batch.to(shares[0].learner.attached.parameters[0].device)) for batch in batches]
     deal = dealt([len(batch.tokens_T) for batch in batches], world.size)
