@@ -22,6 +22,8 @@ INTRO = {
     "When it doesn't fit": "Bases that stay packed, layers that are recomputed, and rows that are prepared once. Bases "
     "are SmolLM2-135M (builtin) or of the shapes of Llama 3.2 1B and Llama 3.1 8B with random weights.",
     "Looking at an adapter": "`deltaw inspect`, the whole command, on random factors of Llama 3.1 8B's shape.",
+    "Preferences": "DPO on pairs of about 92 tokens of prompt and two answers of 20, eight pairs a step, beside TRL's "
+    "DPOTrainer with PEFT.",
     "Remembering": "`train.retain` beside lower rates, a weaker adapter and replay of plain text at equal cost: the "
     "demo's task in 48 steps of 512 tokens, and the demo itself. Forgetting is KL(base ‖ tuned) on builtin:general.",
     "Serving": "The engine of `deltaw serve` beside llama.cpp, in one run.",

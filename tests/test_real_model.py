@@ -44,7 +44,7 @@ def test_the_demo_recipe_is_the_demo() -> None:
     assert deltaw.load_config(REPOSITORY / "recipes/demo.yaml") == deltaw.parse_config(DEMO)
 
 
-@pytest.mark.parametrize("recipe", ["chat-classification", "text"])  # the demo is trained below
+@pytest.mark.parametrize("recipe", ["chat-classification", "dpo", "text"])  # the demo is trained below
 def test_every_recipe_trains_for_two_steps(recipe: str, here: Path) -> None:
     if recipe == "chat-classification" and importlib.util.find_spec("evals") is None:
         pytest.skip("its data is not installed: pip install --no-deps evals==3.0.1.post1")

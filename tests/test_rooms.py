@@ -28,7 +28,7 @@ LEVELS = [
     {"model", "run"},
     {"runs"},
     {"training", "evaluation", "analysis", "shipping", "serve"},
-    {"studies", "machine"},
+    {"studies", "machine", "sweep"},
     {"commands"},
     {"cli"},
     {"__main__"},

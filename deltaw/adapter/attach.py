@@ -41,7 +41,7 @@ class Attached:
     asked for them; `layers` are its updates of them.
 
     `unmatched` are weights that stay as they are although they aren't an embedding, a head or a norm; `left_out` says
-    why of those among them that a group asked for.
+    why of those among them that a group asked for. `asked`: the spec of a fresh one as it was given.
     """
 
     model: nn.Module
@@ -51,6 +51,7 @@ class Attached:
     number: int = 0
     unmatched: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    asked: AdapterSpec | None = None
 
     def __repr__(self) -> str:
         return f"Attached({self.spec!r}, {counted(len(self.layers), 'module')} of a {type(self.model).__name__})"
@@ -98,6 +99,22 @@ class Attached:
         with disabled([*self.layers.values(), *self.stand_ins.values()]):
             yield
 
+    def trains_as(self, spec: AdapterSpec) -> bool:
+        """Whether a fresh adapter of that spec would stand in the same places and be computed in the same way."""
+        if self.asked is None:
+            return False
+        mine, its = (
+            (one.kind, one.moves_base, bool(one.dropout), one.targets, one.rank, one.rank_overrides)
+            for one in (self.asked, spec)
+        )
+        return mine == its
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """Inside, whoever simply runs the model has this adapter on it, whatever others it carries."""
+        with self.carried.leading(self.number):
+            yield
+
     def adapter(self, base: BaseId) -> Adapter:
         """What has been learnt so far, as a value on the CPU, its spec's init "lora"; the model keeps its adapter."""
         spec = _as_learnt(self.spec)
@@ -115,12 +132,15 @@ def attach(
     generator: torch.Generator | None = None,
     fuse: Sequence[str] = fused.KINDS,
     start_later: bool = False,
+    like: Sequence[Attached] = (),
 ) -> Attached:
     """Put a fresh adapter (from a spec, drawn from `generator`) or a trained one on `model`, in place, beside those
     that it carries.
 
     `fuse`: which of "norm", "attention", "mlp" the kernels may stand in for; less than all is for measuring.
-    `start_later`: leave the start open, for `initialise_from_data` (init_data.py) or a checkpoint's numbers.
+    `start_later`: leave the start open, for `initialise_from_data` (init_data.py) or a checkpoint's numbers. `like`:
+    fresh ones that train on this model; where this one is to go to the same places in the same way as one of them, the
+    model isn't tried again.
 
     Raises InputError when a target matches nothing, a rank is too high, an adapter's shapes are not this model's, or
     its layers can't take a second adapter; ValueError for a start that needs data and isn't left open.
@@ -134,10 +154,22 @@ def attach(
         raise ValueError(f"from: {spec.start} is for a run to open: attach the adapter that is there, Adapter.load(…)")
     else:
         generator = generator or torch.Generator().manual_seed(0)
+    same = next((other for other in like if trained is None and other.trains_as(spec)), None)
+    if same is not None:
+        spec = spec.model_copy(update={"targets": same.spec.targets})
+        placed = put_on(model, spec, None, fuse=fuse, start=generator, known=True)
+        return replace(same, spec=placed.spec, layers=placed.layers, number=placed.number)
     placed = put_on(model, spec, trained, fuse=fuse, start=generator)
     targets = placed.targets
     return Attached(
-        model, placed.spec, placed.layers, placed.carried, placed.number, targets.unmatched, targets.left_out
+        model,
+        placed.spec,
+        placed.layers,
+        placed.carried,
+        placed.number,
+        targets.unmatched,
+        targets.left_out,
+        spec if trained is None else None,
     )
 
 

@@ -122,7 +122,8 @@ class AdaptedLinear(nn.Module):
             if start > at:
                 parts.append(self.base(x_TN[at:start]))
             if number is not None and end > start:
-                parts.append(taken.get(number, self.base)(x_TN[start:end]))
+                with self.carried.drawing(number):
+                    parts.append(taken.get(number, self.base)(x_TN[start:end]))
             at = end
         return torch.cat(parts).view(*x.shape[:-1], -1)
 

@@ -8,7 +8,8 @@ Letters: N inputs, M outputs.
 """
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Carried:
         self.numbers: list[int] = []
         self.first = 0
         self.changes = 0  # how often one came or went
+        self._streams: dict[int, torch.Generator] = {}  # of updates that draw their own random numbers
 
     def free(self) -> int:
         """The lowest number that isn't taken."""
@@ -45,6 +47,45 @@ class Carried:
         self.numbers = [other for other in self.numbers if other != number]
         self.first = self.numbers[0] if self.numbers else 0
         self.changes += 1
+
+    @contextmanager
+    def leading(self, number: int) -> Iterator[None]:
+        """Inside, rows take the update of that number where a pass doesn't say."""
+        before, self.first = self.first, number
+        self.changes += before != number
+        try:
+            yield
+        finally:
+            self.first = before
+            self.changes += before != number
+
+    @contextmanager
+    def drawing_apart(self, number: int, seed: int, device: torch.device) -> Iterator[None]:
+        """Inside, what is random in that update's segments comes from a stream of its own, begun at `seed`: the same
+        numbers, whoever else is in the pass."""
+        self._streams[number] = torch.Generator(device).manual_seed(seed)
+        try:
+            yield
+        finally:
+            del self._streams[number]
+
+    @contextmanager
+    def drawing(self, number: int) -> Iterator[None]:
+        """Inside, torch's generator is that update's stream, if it has one: torch's dropout takes no other."""
+        stream = self._streams.get(number)
+        if stream is None:
+            yield
+            return
+        on_gpu = stream.device.type == "cuda"
+        with torch.random.fork_rng([stream.device] if on_gpu else []):
+            get, put = (
+                (torch.cuda.get_rng_state, torch.cuda.set_rng_state)
+                if on_gpu
+                else (torch.get_rng_state, torch.set_rng_state)
+            )
+            put(stream.get_state())
+            yield
+            stream.set_state(get())
 
     def check(self, numbers: Iterable[int]) -> None:
         """Raise ValueError for a number that isn't carried."""

@@ -57,12 +57,14 @@ def put_on(
     *,
     fuse: Sequence[str],
     start: torch.Generator | None = None,
+    known: bool = False,
 ) -> Placed:
     """Put trained updates on `model`, by path, or fresh ones that begin where the spec says, drawn from `start` (at
-    zeros without one). Raises InputError, the model as it was."""
+    zeros without one). `known`: fresh ones of this kind train in exactly these places, so nothing is tried. Raises
+    InputError, the model as it was."""
     check_known(model)
     with _beside_others(model) as (carried, others, stand_ins):
-        tried = trained is not None and _tried_before(others, spec, trained)
+        tried = known or (trained is not None and _tried_before(others, spec, trained))
         observed = None if tried else observe(model)
         place = _Place(model, carried, others, observed)
         try:

@@ -6,8 +6,9 @@ rows take have slots, and their factors are copied into stacks (kernels/stacked.
 update no row takes any more is the next one's. So an adapter's factors are held twice while rows take it.
 
 A copy may be out of date: a step goes on with what an update is now. In each step the versions of its parameters, its
-scale and its switch are compared with those that were copied (some 10 µs for 16 updates of three layers), and an
-adapter put on or taken off (`Carried.changes`) empties all.
+scale and its switch are compared with those that were copied (some 10 µs for 16 updates of three layers). Where
+adapters have been put on or taken off (`Carried.changes`), a number may be another update's: copies stay of those that
+their layers still have, so that an adapter that comes doesn't make all others be copied again.
 
 Where a layer's update is none that the kernels know, or the layer isn't given all rows, `linears` leaves it to others.
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from deltaw.adapter.layer import AdaptedLinear
 from deltaw.adapter.layer_update import Carried, LayerUpdate
 from deltaw.base.frozen import weight_of
+from deltaw.kernels.lora import Factors
 from deltaw.kernels.segments import NOBODY
 from deltaw.kernels.stacked import Places, Stacks, stacked_linears
 from deltaw.kernels.weight import Weight
@@ -67,13 +69,14 @@ class Ready:
         self.rows, self.places = rows, Places.of([slot_of.get(number) for number in wanted], device)
 
     def _look(self) -> None:
-        """Begin again where adapters have been put on or taken off."""
+        """Let go of what isn't there any more where adapters have been put on or taken off."""
         if self.carried is None or not self.carried.numbers:
             layers = (module for module in self.model.modules() if isinstance(module, AdaptedLinear))
             self.carried, self.changes = next((layer.carried for layer in layers), None), -1
         changes = self.carried.changes if self.carried else 0
         if changes != self.changes:
-            self.changes, self.numbers, self.rows, self.groups = changes, [], None, {}
+            self.changes, self.rows = changes, None
+            self.groups = {first: group for first, group in self.groups.items() if group.look()}
 
     def linears(self, modules: tuple[nn.Module, ...], x_TN: Tensor) -> list[Tensor] | None:
         """Each module of one x, [T, M]; None where that is for the modules to do."""
@@ -106,30 +109,50 @@ class _Group:
         self.adapted = [(at, module) for at, module in enumerate(modules) if isinstance(module, AdaptedLinear)]
         self.fits = all(module.sees_all for _, module in self.adapted)
         self.stacks: Stacks | None = None
-        self.held: list[_Held] = []  # by slot
+        self.held: list[_Held | None] = []  # by slot
+
+    def look(self) -> bool:
+        """Let go of updates that their layers don't have any more, and of stacks that are wider than the others need.
+        Whether anything is left."""
+        self.fits = all(module.sees_all for _, module in self.adapted)
+        self.held = [one if one and one.updates == self._updates(one.number) else None for one in self.held]
+        ranks = [0] * len(self.modules)
+        for one in self.held:
+            ranks = [max(pair) for pair in zip(ranks, self._ranks(one), strict=True)]
+        if self.stacks is not None and ranks != self.stacks.ranks:
+            self.stacks, self.held = None, []
+        return any(self.held)
+
+    def _updates(self, number: int) -> list[LayerUpdate | None]:
+        return [layer.update(number) for _, layer in self.adapted]
+
+    def _ranks(self, held: "_Held | None") -> list[int]:
+        """By projection, that of an update; 0 where it isn't, or is switched off."""
+        ranks = [0] * len(self.modules)
+        for (at, _), one in zip(self.adapted, held.factors() if held else [None] * len(self.adapted), strict=True):
+            ranks[at] = 0 if one is None else len(one.a_RN)
+        return ranks
 
     def refresh(self, numbers: Sequence[int], x_TN: Tensor) -> bool:
         """Have the factors of these updates in their slots, as they are now. False where one has none."""
         if self.stacks is not None and self.stacks.a_SNK.dtype != x_TN.dtype:
             self.stacks, self.held = None, []
         for slot, number in enumerate(numbers):
-            known = slot < len(self.held)
-            if known and self.held[slot].number == number and self.held[slot].current():
+            known = self.held[slot] if slot < len(self.held) else None
+            if known is not None and known.number == number and known.current():
                 continue
-            held = _Held(number, [layer.update(number) for _, layer in self.adapted])
+            held = _Held(number, self._updates(number))
             if not self._put(slot, held, len(numbers), x_TN):
                 return False
             self.held[slot : slot + 1] = [held]
         return True
 
     def _put(self, slot: int, held: "_Held", slots: int, x_TN: Tensor) -> bool:
-        factors = [update.kernel_factors() if update and update.enabled else None for update in held.updates]
+        factors = held.factors()
         if any(f is None and update and update.enabled for f, update in zip(factors, held.updates, strict=True)):
             return False
-        ranks = [0] * len(self.modules)
-        for (at, _), one in zip(self.adapted, factors, strict=True):
-            ranks[at] = 0 if one is None else len(one.a_RN)
-        before = [0] * len(ranks) if self.stacks is None else [b_SRM.shape[1] for b_SRM in self.stacks.bs_SRM]
+        ranks = self._ranks(held)
+        before = [0] * len(ranks) if self.stacks is None else self.stacks.ranks
         if self.stacks is None or any(rank > old for rank, old in zip(ranks, before, strict=True)):
             self._widen([max(pair) for pair in zip(ranks, before, strict=True)], slots, x_TN)
         assert self.stacks is not None
@@ -144,15 +167,14 @@ class _Group:
         shapes = [(rank, weight.shape[0]) for rank, (weight, _) in zip(ranks, self.layers, strict=True)]
         self.stacks = Stacks.zeros(max(slots, len(self.held)), x_TN.shape[1], shapes, x_TN)
         for slot, held in enumerate(self.held):
-            for (at, _), update in zip(self.adapted, held.updates, strict=True):
-                factors = update.kernel_factors() if update and update.enabled else None
-                self.stacks.put(slot, at, *(factors or (None, None, 1.0)))
+            for (at, _), one in zip(self.adapted, held.factors(), strict=True) if held else ():
+                self.stacks.put(slot, at, *(one or (None, None, 1.0)))
 
 
 class _Held:
     """Updates of one number, and what they were when they were copied."""
 
-    def __init__(self, number: int, updates: Sequence[LayerUpdate | None]) -> None:
+    def __init__(self, number: int, updates: list[LayerUpdate | None]) -> None:
         self.number, self.updates = number, updates
         self.some = [update for update in updates if update is not None]
         tensors = [tensor for one in self.some for tensor in (*one.trained().values(), *one.constants().values())]
@@ -161,6 +183,10 @@ class _Held:
 
     def _state(self) -> tuple[list[int], list[object]]:
         return [one._version for one in self.tensors], [(one.enabled, one.strength) for one in self.some]
+
+    def factors(self) -> list[Factors | None]:
+        """Theirs; None where there is none, where it is switched off, and where the kernels don't know it."""
+        return [update.kernel_factors() if update and update.enabled else None for update in self.updates]
 
     def current(self) -> bool:
         """Whether they are what they were."""

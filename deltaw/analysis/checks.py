@@ -4,6 +4,7 @@ Each is a rule over figures that were measured anyway. It says what they show, w
 
     learnt nothing    modules whose ΔW is exactly 0: their gradient was 0 in every step
     got worse         held-out loss above the base's, or above that of the adapter that it started from
+    preferences       chosen answers that became less likely than under the reference
     began and ended   which adapter it started from; that it was extended, or stopped early
     gaps              figures of the run that can't be read; nothing else here uses them
     capacity          nats of the first epoch's labels, in bits, against 2 bits per trained parameter: beyond that, LoRA
@@ -40,6 +41,7 @@ LOW_RATE, FULL_SHARE = 1e-4, 0.1  # LoRA's range begins there; full fine-tuning'
 DOCUMENTS = (64, 128)  # a step: worth a note, worth a warning
 FORGOT, MOVED = 0.25, 0.5  # nats per token: rise of general text's loss, KL from the base
 IDLE = 0.5  # share of the rank that holds 90 % of the energy
+FELL = 0.05  # share of its log-probability by which a chosen answer may become less likely (training/watch.py)
 KEPT = 0.9  # of ΔW, along itself, in a merge
 USUAL = 32.0  # s r of the default, rank 16 at alpha 32
 
@@ -53,10 +55,10 @@ def check_run(training: Training) -> list[Finding]:
     """What a run's figures tell, as far as they are available."""
     return [
         *(Finding("warning", f"read in part: {fault}") for fault in training.faults),
-        *_held_out(training.result),
+        *_held_out(training.result, "" if training.config.objective.is_preference else " nats per token"),
+        *_preferences(training.result),
         *_lineage(training),
-        *_capacity(training),
-        *_rate(training.config),
+        *(() if training.config.objective.is_preference else (*_capacity(training), *_rate(training.config))),
         *_batch(training),
         *_forgetting(training.result.get("forgetting")),
     ]
@@ -99,7 +101,19 @@ def _merging(measures: Mapping[str, Measures]) -> Iterator[Finding]:
         yield Finding("ok", what)
 
 
-def _held_out(result: Mapping[str, Any]) -> Iterator[Finding]:
+def _preferences(result: Mapping[str, Any]) -> Iterator[Finding]:
+    after = result.get("eval", {}).get("after", {})
+    change, logp = after.get("chosen_change"), after.get("logp_chosen")
+    if change is None or logp is None:
+        return
+    if change < -max(1.0, FELL * abs(logp)):
+        what = f"held-out chosen answers are less likely than under the reference, by {-change:.1f} nats each"
+        yield Finding("warning", f"{what}: lower train.lr, raise objective.beta, or set objective.sft_weight")
+    else:
+        yield Finding("ok", f"held-out chosen answers changed by {change:+.1f} nats each against the reference")
+
+
+def _held_out(result: Mapping[str, Any], unit: str) -> Iterator[Finding]:
     sides = [result.get("eval", {}).get(side) for side in ("before", "after")]
     if sides == [{}, {}]:
         yield Finding("note", "no held-out rows, so nothing shows whether it learnt what it should; set data.eval")
@@ -107,10 +121,10 @@ def _held_out(result: Mapping[str, Any]) -> Iterator[Finding]:
         return
     before, after = (side["loss"] for side in sides)
     if after >= before:
-        what = f"the held-out loss rose from {before:.3f} to {after:.3f} nats per token"
+        what = f"the held-out loss rose from {before:.3f} to {after:.3f}{unit}"
         yield Finding("problem", f"{what}: lower train.lr, or check the data")
     else:
-        yield Finding("ok", f"the held-out loss fell from {before:.3f} to {after:.3f} nats per token")
+        yield Finding("ok", f"the held-out loss fell from {before:.3f} to {after:.3f}{unit}")
     start = result.get("eval", {}).get("start", {}).get("loss")
     if start is not None and after >= start:
         what = f"the held-out loss rose from {start:.3f}, which the adapter that it started from had, to {after:.3f}"

@@ -31,7 +31,15 @@ from markupsafe import Markup, escape
 from deltaw.analysis.template import PAGE, STYLE
 from deltaw.files.atomic import write_text_atomic
 
-Cell = str | int | float | None
+
+class Link(NamedTuple):
+    """Words in a table that lead to a file beside the page: `place` is relative to it, and percent-encoded."""
+
+    words: str
+    place: str
+
+
+Cell = str | int | float | Link | None
 
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164"
@@ -131,6 +139,7 @@ class Table:
         looks = []
         for column in range(len(self.head)):
             words = [cell for row in self.rows if isinstance(cell := row[column], str)]
+            words += [cell.words for row in self.rows if isinstance(cell := row[column], Link)]
             longest = max(map(len, words), default=0)
             looks.append(Markup(' class="long"' if longest > 20 else "" if words else ' class="number"'))
         return looks
@@ -259,7 +268,9 @@ def _marked(words: str) -> Markup:
 
 
 def _cell(value: Cell) -> Markup:
-    """A number as one writes it, or words; paths may break after a dot or a slash."""
+    """A number as one writes it, words, or words that lead elsewhere; paths may break after a dot or a slash."""
+    if isinstance(value, Link):
+        return Markup('<a href="./{}">{}</a>').format(value.place, visible(value.words))
     if not isinstance(value, str):
         return escape(number(value))
     return Markup(re.sub(r"(?<=[\w)])([./])(?=\w)", r"\1<wbr>", str(escape(visible(value)))))

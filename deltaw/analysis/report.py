@@ -118,7 +118,7 @@ class Report:
 
 
 def inspect(
-    name: str | Path,
+    name: str | Path | Named,
     *,
     base: str | Path | None = None,
     base_is_known: bool = False,
@@ -132,12 +132,13 @@ def inspect(
     `base_is_known`: skip checking the base, which reads all of it (a run has just trained on it). `effect`: what trying
     the update showed (effect/effect.py), or why that wasn't done.
     """
-    folder, display, named = Path(name).expanduser(), display or Display(quiet=True), Named(str(name))
+    named, display = Named.of(name), display or Display(quiet=True)
+    folder, tried = named.path, effect if isinstance(effect, Effect) else None
     adapter, training = named.adapter, read_training(folder, named.config)
-    source, why = _source(named, fspath(base) if base else None, display)
+    source, why = (tried.base, "") if tried else _source(named, fspath(base) if base else None, display)
     if source is None and page is not None:
         check_not_poorer(page, why)
-    if source is not None and not base_is_known and not isinstance(effect, Effect):  # which was tried on this base
+    if source is not None and not base_is_known and not tried:  # for that, the model was opened on it
         _check_base(adapter, source, display)
     weights = LinearWeights(source.directory, adapter.fan_in_fan_out) if source else None
     with display.task("measuring", len(adapter.factors)) as update:
@@ -153,7 +154,6 @@ def inspect(
     findings.sort(key=lambda finding: order.index(finding.level))
     without = why if source is None else None
     name_of = source.name if source else why
-    tried = effect if isinstance(effect, Effect) else None
     return Report(folder, adapter, name_of, measures, summarise(measures), findings, training, without, tried)
 
 

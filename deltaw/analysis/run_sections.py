@@ -49,7 +49,10 @@ def figures(result: Mapping[str, Any]) -> list[Fact]:
 def of_training(training: Training) -> list[Section]:
     """Sections on a run's own figures: learning, forgetting, answers."""
     result = training.result
-    sections = [Section("Learning", [*_before_after(result), *_curve(training.metrics)])]
+    preference = training.config.objective.is_preference
+    weighed = _weighed(training.metrics) if preference else []
+    unit = f"{training.config.objective.kind}'s" if preference else "nats per token"
+    sections = [Section("Learning", [*_before_after(result), *_curve(training.metrics, unit), *weighed])]
     if lost := result.get("forgetting"):
         sections.append(Section("What it forgot", [*_forgot(lost), *_retained(result.get("retain") or {})]))
     if result.get("answers"):
@@ -134,7 +137,32 @@ def _retained(retain: Mapping[str, Any]) -> list[Block]:
     return [Text(" ".join(words))]
 
 
-def _curve(metrics: Metrics) -> list[Block]:
+def _weighed(metrics: Metrics) -> list[Block]:
+    """What an objective of preferences reports by step."""
+    pictures_of: list[Block] = []
+    for title, y_label, names in (
+        ("Accuracy by step.", "chosen preferred", {"training": "accuracy", "held out": "eval_accuracy"}),
+        ("Log-probability of an answer by step.", "nats", {"chosen": "logp_chosen", "rejected": "logp_rejected"}),
+    ):
+        lines = {kind: [line for line in metrics if name in line] for kind, name in names.items()}
+        series = {
+            kind: ([line["step"] for line in some], [line[names[kind]] for line in some])
+            for kind, some in lines.items()
+            if some
+        }
+        steps = [line for line in metrics if next(iter(names.values())) in line]
+        if len(steps) < 2:
+            continue
+        columns = ["step", *names.values()]
+        shown: list[list[Cell]] = [[line.get(name) for name in columns] for line in steps[-ROWS:]]
+        svg = pictures.lines(series, x_label="step", y_label=y_label)
+        pictures_of.append(
+            Picture(svg, title, title.rstrip("."), Table([figure_name(name) for name in columns], shown))
+        )
+    return pictures_of
+
+
+def _curve(metrics: Metrics, unit: str) -> list[Block]:
     steps = [line for line in metrics if "loss" in line]
     if len(steps) < 2:
         return []
@@ -147,7 +175,7 @@ def _curve(metrics: Metrics) -> list[Block]:
     some = f"{len(shown)} of {number(len(steps))} steps: the highest and the lowest loss of each stretch"
     caption = f"{some}; all of them: `metrics.jsonl`, `deltaw inspect --json`" if len(shown) < len(steps) else ""
     table = Table(["step", "loss", "learning rate", "gradient norm"], rows, caption)
-    svg = pictures.lines(series, x_label="step", y_label="loss, nats per token")
+    svg = pictures.lines(series, x_label="step", y_label=f"loss, {unit}")
     return [Picture(svg, "Loss by step.", f"Training loss over {counted(len(steps), 'step')}", table)]
 
 

@@ -44,6 +44,7 @@ from deltaw.base.parts import PLAIN
 from deltaw.kernels.documents import Documents
 from deltaw.kernels.logprobs import IGNORE
 from deltaw.kernels.segments import NOBODY, Segment, Segments
+from deltaw.kernels.tree import NO_PARENT
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +126,42 @@ class Batch:
         )
         batch._owners()
         return batch
+
+    @staticmethod
+    def joined(batches: Sequence["Batch"]) -> "Batch":
+        """Their documents, one batch's behind the other's; all say whose they are. Raises ValueError for one that has
+        documents `beside`: these belong to all of its own."""
+        if any(batch.beside for batch in batches):
+            raise ValueError("batches with others beside them aren't joined")
+        starts, parents = [0], list[int]()
+        for batch in batches:
+            tree, first = batch.documents.tree, len(starts) - 1
+            own = tree.parents if tree else (NO_PARENT,) * (len(batch.starts) - 1)
+            parents += [parent if parent == NO_PARENT else first + parent for parent in own]
+            starts += [starts[-1] + end for end in batch.starts[1:]]
+
+        def of_all(name: str, missing: Any) -> list[Any]:
+            """By example; nothing, where no batch has it."""
+            values = [getattr(batch, name) or (missing,) * batch.examples for batch in batches]
+            return [each for one in values for each in one] if any(getattr(one, name) for one in batches) else []
+
+        return Batch.of(
+            torch.cat([batch.tokens_T for batch in batches]),
+            starts,
+            torch.cat([batch.labels_T for batch in batches]),
+            parents=parents if any(parent != NO_PARENT for parent in parents) else (),
+            origins=tuple(of_all("origins", "")),
+            updates=of_all("updates", 0),
+            weights=of_all("weights", 1.0),
+            parts=of_all("parts", PLAIN),
+            references=of_all("references", 0.0),
+        )
+
+    def owned(self, update: int) -> "Batch":
+        """The batch, all of whose examples take this update, but those that are `NOBODY`'s."""
+        taken = self.updates or (update,) * self.examples
+        updates = tuple(NOBODY if one == NOBODY else update for one in taken)
+        return replace(self, updates=updates, beside=self.beside and self.beside.owned(update))
 
     @property
     def starts(self) -> list[int]:
@@ -214,7 +251,8 @@ class Batch:
             part if owner == update else PLAIN
             for part, owner in zip(self.parts, self.updates if self.parts else (), strict=True)
         )
-        return replace(self.relabelled(labels_T), origins=origins, parts=parts)
+        beside = self.beside if update in self.updates else None
+        return replace(self.relabelled(labels_T), origins=origins, parts=parts, beside=beside)
 
     def unshared(self) -> "Batch":
         """The same examples, each with tokens and labels of its own: what a model that isn't packed is given."""

@@ -47,6 +47,36 @@ def train(
     show(train_named(run, overrides or (), **options, display=display(quiet)), as_json)
 
 
+@app.command(
+    epilog=examples(
+        "deltaw sweep run.yaml train.lr=1e-4,3e-4,1e-3 adapter.rank=4,16 train.seed=0,1,2",
+        "deltaw sweep run.yaml train.lr=1e-4,3e-4,1e-3 --halving    (the worse half stops early)",
+        "deltaw sweep --runs alice.yaml bob.yaml    (each its own data, one base)",
+        "deltaw sweep runs/first    (resumes, and so does the same command line)",
+    )
+)
+def sweep(
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN", help="A run file and values to try; or the folder of a sweep to resume."),
+    ],
+    runs: Annotated[bool, typer.Option("--runs", help="The names are run files, one for each run.")] = False,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="The sweep's folder.", callback=as_path)] = None,
+    halving: Annotated[
+        bool, typer.Option("--halving", help="Stop the worse half of the settings early, by held-out loss.")
+    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Discard earlier runs in the way.")] = False,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train several adapters on one base at once. Values to compare, or many run files; one copy of the base."""
+    from deltaw.commands.sweep import sweep_named
+
+    flags = {"runs": runs, "halving": halving, "replace": replace, "allow_code": allow_code}
+    show(sweep_named(names, output=output, **flags, display=display(quiet)), as_json)
+
+
 @app.command("verify-resume", epilog=examples("deltaw verify-resume run.yaml"))
 def verify_resume(
     run: RunFile,

@@ -16,7 +16,7 @@ from deltaw.errors import InputError, command
 
 GROUPS = {
     "Start": ("demo", "doctor", "preview", "plan", "cache"),
-    "Train": ("train", "runs", "eval", "verify-resume"),
+    "Train": ("train", "sweep", "runs", "eval", "verify-resume"),
     "Ask": ("chat", "generate", "serve"),
     "Understand": ("inspect", "compare", "decompose", "study"),
     "Reshape": ("resize", "scale", "combine", "extract"),

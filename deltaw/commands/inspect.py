@@ -15,6 +15,7 @@ from deltaw.analysis.effect.effect import Effect, effect_of
 from deltaw.analysis.report import PAGE, inspect
 from deltaw.errors import InputError
 from deltaw.files.lock import claimed_file
+from deltaw.named import Named
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
 from deltaw.training.memory import OutOfMemory, bounded, working_on
@@ -24,19 +25,20 @@ def inspect_named(
     name: str, data: str | None, *, base: str | None, page: str | None, deep: bool, display: Display
 ) -> Result:
     """The page goes into the folder that was named unless another place is given."""
+    named = Named(name)
     target = Path(page) if page else Path(name) / PAGE
     with claimed_file(target) if page or Path(name).is_dir() else nullcontext():  # else there is nothing to inspect
-        effect = _tried(name, data, base, deep, display)
-        report = inspect(name, base=base, page=target, effect=effect, display=display)
+        effect = _tried(named, data, base, deep, display)
+        report = inspect(named, base=base, page=target, effect=effect, display=display)
         path = report.write(page)
     return Result(report.to_json(), f"{report.gist()}\n\npage: {path}")
 
 
-def _tried(name: str, data: str | None, base: str | None, deep: bool, display: Display) -> Effect | str:
+def _tried(named: Named, data: str | None, base: str | None, deep: bool, display: Display) -> Effect | str:
     """What the update does, or why it wasn't tried."""
     try:
         with bounded(torch.device("cpu")), working_on("trying the update on its base"):
-            return effect_of(name, data, base=base, deep=deep, display=display)
+            return effect_of(named, data, base=base, deep=deep, display=display)
     except (InputError, OutOfMemory) as error:
         if data is not None or deep:
             raise

@@ -22,7 +22,8 @@ Letters: N rows, K numbers per row, B resamples, M rows that differ.
 """
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,3 +204,43 @@ def _parts(total: int, rows: int) -> list[int]:
 def _generator(seed: int, purpose: str) -> np.random.Generator:
     digest = hashlib.blake2b(purpose.encode(), digest_size=8).digest()
     return np.random.default_rng([seed, int.from_bytes(digest, "big")])
+
+
+def paired_t(differences: Sequence[float], level: float = LEVEL) -> Interval:
+    """The mean of differences between pairs, with Student's interval at `level`. Raises ValueError for fewer than two:
+    one says nothing of how they vary."""
+    n = len(differences)
+    if n < 2:
+        raise ValueError(f"an interval of {n} differences")
+    mean = math.fsum(differences) / n
+    spread = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1))
+    half = t_quantile(n - 1, (1 + level) / 2) * spread / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
+def t_quantile(freedom: int, p: float) -> float:
+    """t with P(T ≤ t) = p, for p ≥ 1/2 and whole degrees of freedom, by bisection on its distribution."""
+    low, high = 0.0, 1.0
+    while t_below(freedom, high) < p and high < 1e12:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_below(freedom, middle) < p else (low, middle)
+    return high
+
+
+def t_below(freedom: int, t: float) -> float:
+    """P(T ≤ t), t ≥ 0. With θ = atan(t / √n) the share between −t and t is a finite sum (Abramowitz & Stegun 26.7.3-4):
+
+    n odd     2/π (θ + sin θ (cos θ + 2/3 cos³ θ + … + (2·4…(n−3)) / (3·5…(n−2)) cosⁿ⁻² θ))
+    n even    sin θ (1 + 1/2 cos² θ + (1·3)/(2·4) cos⁴ θ + … + (1·3…(n−3)) / (2·4…(n−2)) cosⁿ⁻² θ)
+    """
+    angle = math.atan2(t, math.sqrt(freedom))
+    cos, odd = math.cos(angle), freedom % 2
+    term = cos if odd else 1.0
+    total = 0.0 if freedom == 1 else term
+    for k in range(2 + odd, freedom - 1, 2):
+        term *= (k - 1) / k * cos * cos
+        total += term
+    inside = math.sin(angle) * total
+    return 0.5 + (2 / math.pi * (angle + inside) if odd else inside) / 2

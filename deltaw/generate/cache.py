@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from deltaw.base.batch import Pass, passing_of, segments_of
+from deltaw.base.frozen import dtype_of
 from deltaw.base.limits import context_of
 from deltaw.errors import InputError
 from deltaw.generate.sampling import Sampling, uniform_numbers
@@ -224,3 +225,21 @@ def text_config(model: Any) -> Any:
 def context(model: nn.Module) -> int:
     """The most tokens the model can hold; without a stated limit a large number."""
     return context_of(text_config(model)) or 2**31
+
+
+def bytes_per_token(model: Any) -> int:
+    """What a generated token leaves behind for the next ones: a key and a value in each layer of attention.
+
+    0 where the config has no heads: the state of a recurrence doesn't grow.
+    """
+    config = text_config(model)
+    asked = _most(config, "num_attention_heads")
+    heads = _most(config, "num_key_value_heads") or asked
+    size = _most(config, "head_dim") or _most(config, "hidden_size") // max(1, asked)
+    return 2 * _most(config, "num_hidden_layers") * heads * size * dtype_of(model).itemsize
+
+
+def _most(config: Any, name: str) -> int:
+    """A size in a config, the largest where each layer has its own, 0 where there is none."""
+    value = getattr(config, name, None)
+    return max((v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int)), default=0)

@@ -29,6 +29,7 @@ repetition penalty) into what was asked for.
 Letters: R rows, V vocabulary.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -45,6 +46,7 @@ from deltaw.generate.logprobs import Logprobs, logprobs_of, score
 from deltaw.generate.sampling import NotFinite, Sampling, choose
 from deltaw.generate.slots import Slots
 from deltaw.generate.together import come_to_rest
+from deltaw.kernels.bags import making
 from deltaw.show.progress import Progress, unseen
 
 TOKENS_AT_ONCE = 65_536  # of all rows together: bounds the cache (4 GB for an 8B model), whatever batch_size says
@@ -71,7 +73,7 @@ class Engine:
         self.model, self.batch_size = model, batch_size
         self._device = next(model.parameters()).device
         with evaluating(model):
-            self._slots = Slots(model, piece, alone=batch_size == 1) if Slots.hold(model) else None
+            self._slots = Slots(model, piece) if Slots.hold(model) else None
         self._batches = Batches(model, alone=batch_size == 1, beyond=self._slots is not None)
         self._waiting: list[Row] = []
         self._live: dict[Row, Cache] = {}
@@ -127,7 +129,8 @@ class Engine:
         """
         if self._waiting or not self._modules:  # looking for them is felt in a step of one token
             self._modules = list(self.model.modules())
-        with evaluating(self.model, self._modules):
+        single = making() if self.batch_size == 1 else contextlib.nullcontext()  # as its caller has it, for many rows
+        with evaluating(self.model, self._modules), single:
             for cache in set(self._live.values()):
                 for rows, logits_RV in cache.steps():
                     self._go_on(rows, logits_RV)

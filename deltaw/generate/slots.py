@@ -49,7 +49,6 @@ from deltaw.generate.prefixes import Prefixes
 from deltaw.generate.sampling import Sampling
 from deltaw.generate.shelf import SMALLEST, Part, Shelf
 from deltaw.generate.together import Trial
-from deltaw.kernels.bags import making
 from deltaw.kernels.documents import Documents
 
 KEPT = 16_384  # tokens of rows that have left, beside those of the rows themselves
@@ -60,10 +59,9 @@ class Slots(Cache):
 
     share, patience = 8, 8
 
-    def __init__(self, model: nn.Module, piece: int | None = None, *, alone: bool = False) -> None:
-        """`piece`: the most tokens of prompts in a pass. `alone`: there is never more than one row."""
+    def __init__(self, model: nn.Module, piece: int | None = None) -> None:
+        """`piece`: the most tokens of prompts in a pass."""
         self.model: Any = model
-        self.alone = alone
         self.device = next(model.parameters()).device
         self.piece = piece or (GPU_PIECE if self.device.type == "cuda" else PIECE)
         self.shelves: dict[int, Shelf] = {}  # by capacity: of the rows that go on
@@ -232,7 +230,7 @@ class Slots(Cache):
             del self.stored[row]
 
     def _run(self, this: Pass, ids: Tensor, positions: Tensor, **options: Tensor) -> Tensor:
-        with passing_of(self.model).running(this), making(self.alone):
+        with passing_of(self.model).running(this):
             out = self.model(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True, **options)
         logits: Tensor = out.logits
         return logits

@@ -45,7 +45,7 @@ class Together:
     @staticmethod
     def on(model: nn.Module, most: int, *, alone: bool = False) -> "Together":
         """For rows of at most `most` tokens, on a model in eval mode; `alone`: there is only one."""
-        border = _border(model, min(most, context(model)))
+        border = border_of(model, min(most, context(model)))
         if alone:
             return Together(border=border)
         way = (dtype_of(model), model.config._attn_implementation)  # type: ignore[union-attr]
@@ -138,8 +138,21 @@ def _holds(trial: Callable[[], bool]) -> bool:
         return False
 
 
+def border_of(model: nn.Module, most: int) -> int | None:
+    """The most tokens that a pass may hold without writing into the model's buffers; None where `most` may be held.
+    Looked for once: the passes that it takes would be felt before every answer's first token."""
+    tried, border = _borders.get(model, (0, None))
+    if border is None and most > tried:
+        tried = min(2 ** (most - 1).bit_length(), context(model))  # longer rows will come
+        border = _border(model, tried)
+        _borders[model] = tried, border
+    return border if border is not None and border < most else None
+
+
+_borders: weakref.WeakKeyDictionary[nn.Module, tuple[int, int | None]] = weakref.WeakKeyDictionary()
+
+
 def _border(model: nn.Module, most: int) -> int | None:
-    """The most tokens that a pass may hold without writing into the model's buffers; None where `most` may be held."""
     if "position_ids" not in State(model, *padded([[0]], next(model.parameters()).device)).accepted:
         return None
 

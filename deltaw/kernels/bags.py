@@ -7,12 +7,16 @@ For w = d · q + m, with d and m shared by a group of one row's numbers,
 An inner sum is a weighted sum of rows of codes, which is what an embedding bag computes, and PyTorch's bag over bytes
 turns them into float32 in registers. So nothing is rounded that `unpack` and a product wouldn't round, and a quarter of
 float32's bytes are read. One row and 1536 x 576 on one core, beside the same matrix in float32 in memory: 0.11 ms
-against 0.24 ms; unpacking it takes 0.37 ms alone. Each row is one pass over all codes: beyond some rows tiles are
-cheaper (packed.py).
+against 0.24 ms; unpacking it takes 0.37 ms alone. Each row is one pass over all codes, of which the later find them in
+the cache. On a busy machine, beside tiles (packed.py), which are cheaper beyond some rows:
+
+    rows        1     4     8    12    16
+    bags, ms 0.16  0.35  0.67  0.94  1.21
+    tiles    1.4   1.4   1.6   1.7   1.3
 
 The codes lie column by column here, so they are held a second time, in up to 1.25 bytes per number, as long as the
-base. They are made where one stream is decoded (`making`) and memory isn't short, not in a run's evaluations, whose
-next step needs that memory.
+base. They are made where single streams are decoded (`making`: by an engine of one row, and by a server) and memory
+isn't short, not in a run's evaluations, whose next step needs that memory.
 
 Rejected, measured: PyTorch's int4 product (`_weight_int4pack_mm`: bfloat16 alone is fast, and rounds x, scales and y;
 in float32 it is a loop of 15 times the dense time), its int8 product (the same), its bag over four bits (0.08 ms, but
@@ -34,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-FEW = 4  # rows
+FEW = 12  # rows
 ZERO = 128  # the byte of code 0
 SPARE = 2**31  # bytes of memory that stay free
 
@@ -113,7 +117,7 @@ _making: ContextVar[bool] = ContextVar("making", default=False)
 
 
 @contextlib.contextmanager
-def making(make: bool) -> Iterator[None]:
+def making(make: bool = True) -> Iterator[None]:
     """Inside, bags are made where there are none yet."""
     token = _making.set(make)
     try:

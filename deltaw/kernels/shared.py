@@ -128,9 +128,9 @@ def _by_key_head(x_THE: Tensor, K: int) -> Tensor:
 
 
 def _by_row(x_KTGE: Tensor) -> Tensor:
-    """Back to [T, H, E]."""
+    """Back to [T, H, E], contiguous: models view it in other shapes."""
     K, T, G, E = x_KTGE.shape
-    return x_KTGE.transpose(0, 1).reshape(T, K * G, E)
+    return x_KTGE.transpose(0, 1).reshape(T, K * G, E).contiguous()
 
 
 def _rows(x_KTGE: Tensor, rows: slice) -> Tensor:

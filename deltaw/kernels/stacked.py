@@ -76,6 +76,11 @@ class Stacks(NamedTuple):
         a_SNK = like.new_zeros(updates, inputs, sum(rank for rank, _ in shapes))
         return Stacks(a_SNK, tuple(like.new_zeros(updates, *shape) for shape in shapes))
 
+    @property
+    def ranks(self) -> list[int]:
+        """By projection."""
+        return [b_SRM.shape[1] for b_SRM in self.bs_SRM]
+
     def put(self, slot: int, number: int, a_RN: Tensor | None, b_MR: Tensor | None, scale: float) -> None:
         """The factors of one update of projection `number`; None: zeros."""
         at = sum(b_SRM.shape[1] for b_SRM in self.bs_SRM[:number])
@@ -97,7 +102,7 @@ def stacked_linears(
     x_TN: Tensor, layers: Sequence[tuple[Weight, Tensor | None]], stacks: Stacks | None, places: Places
 ) -> list[Tensor]:
     """Each layer's x Wᵀ + bias, and what the stacks' updates add to it. The twin is `lora_linears_plain`."""
-    ys = [weight.matmul(x_TN, bias_M) for weight, bias_M in layers]
+    ys = [weight.few(x_TN, bias_M) for weight, bias_M in layers]
     if stacks is None or not places.updates:
         return ys
     h_SCK = torch.bmm(places.spread(x_TN), stacks.a_SNK[: places.updates])

@@ -7,7 +7,7 @@ from deltaw.adapter.attach import Attached, at_scale, discard
 from deltaw.generate.cache import BASE
 from deltaw.serve.folder import Look
 
-IDLE_SCALES = 4  # of an adapter, for the next request: what comes and goes has a step's stacks built again
+IDLE_SCALES = 4  # of an adapter, for the next request: factors are copied for one that comes
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from typing import TypeVar
 from deltaw.errors import DeltawError, InputError, RunError, with_kind
 from deltaw.generate.engine import Engine, check
 from deltaw.generate.sampling import NotFinite
+from deltaw.kernels.bags import making
 from deltaw.model import Model
 from deltaw.serve.adapters import Adapters, Later, Served
 from deltaw.serve.answering import Answering
@@ -169,8 +170,9 @@ class Worker:
         error: BaseException = RunError(STOPPING)
         try:
             self.adapters.open()
-            while self._wait():
-                self._round()
+            with making():  # often few rows run
+                while self._wait():
+                    self._round()
         except BaseException as failure:  # nobody would hear of it
             error = RunError(f"the server's worker failed: {with_kind(failure)}")
             raise

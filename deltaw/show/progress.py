@@ -10,13 +10,14 @@ opens a task. One that does a part of its caller's task takes a `progress` and s
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from deltaw.show.text import clock
 
 EVERY = 10.0  # seconds between plain lines
+FLICKER = 0.2  # seconds between two looks of a table
 
 
 Progress = Callable[[int], None]  # how much of a task is done; whoever opened it knows how much there is
@@ -26,6 +27,12 @@ class Task(Protocol):
     """The progress of a task that is open, with a few words beside the figure where there is something to say."""
 
     def __call__(self, done: int, note: str = "") -> None: ...
+
+
+class Board(Protocol):
+    """The progress of a task in parts: how much is done of all, and a row of cells for each part."""
+
+    def __call__(self, done: int, rows: Sequence[Sequence[str]], note: str = "") -> None: ...
 
 
 class Display:
@@ -54,6 +61,50 @@ class Display:
                 yield progress
         else:
             yield self._lines(name, total)
+
+    @contextmanager
+    def board(self, name: str, total: int, head: Sequence[str]) -> Iterator["Board"]:
+        """A task whose parts stand in a table that changes, a row each; where there is no terminal, in lines."""
+        if self.quiet:
+            yield lambda done, rows, note="": None
+        elif sys.stderr.isatty() and self._bar is None:
+            with self._table(name, total, head) as board:
+                yield board
+        else:
+            lines = self._lines(name, total)
+            yield lambda done, rows, note="": lines(done, note)
+
+    @contextmanager
+    def _table(self, name: str, total: int, head: Sequence[str]) -> Iterator["Board"]:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.table import Table
+        from rich.text import Text
+
+        began = shown = time.monotonic()
+        first: int | None = None
+
+        def board(done: int, rows: Sequence[Sequence[str]], note: str = "") -> None:
+            nonlocal first, shown
+            now = time.monotonic()
+            if first is None:
+                first = done
+            elif now - shown < FLICKER and done < total:
+                return
+            shown, fresh = now, done - first
+            left = f", {clock((now - began) * (total - done) / fresh)} left" if fresh > 0 and done < total else ""
+            grid = Table(*head, box=None, pad_edge=False, header_style="bold", title_justify="left")
+            grid.title = Text(f"{name}: {amount(done, total)}{', ' + note if note else ''}{left}")
+            for row in rows:
+                grid.add_row(*map(Text, row))
+            live.update(grid, refresh=True)
+
+        with Live(console=Console(stderr=True), auto_refresh=False) as live:
+            self._bar = live
+            try:
+                yield board
+            finally:
+                self._bar = None
 
     @contextmanager
     def _rich(self, name: str, total: int) -> Iterator[Task]:
@@ -97,6 +148,40 @@ class Display:
             self.say(f"{name}: {amount(done, total)}{', ' + note if note else ''}{left}")
 
         return progress
+
+
+class Within(Display):
+    """Of one part of a larger work: its lines begin with the part's name, and its tasks are called by it."""
+
+    def __init__(self, outer: Display, name: str) -> None:
+        super().__init__(quiet=outer.quiet)
+        self._outer, self._name = outer, name
+
+    def say(self, text: str = "") -> None:
+        self._outer.say(f"{self._name}: {text}" if text else "")
+
+    @contextmanager
+    def task(self, name: str, total: int) -> Iterator[Task]:
+        with self._outer.task(f"{self._name}: {name}", total) as task:
+            yield task
+
+
+class Once(Display):
+    """Of several parts that have much in common: what one has said isn't said again by another."""
+
+    def __init__(self, outer: Display) -> None:
+        super().__init__(quiet=outer.quiet)
+        self._outer, self._said = outer, set[str]()
+
+    def say(self, text: str = "") -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._outer.say(text)
+
+    @contextmanager
+    def task(self, name: str, total: int) -> Iterator[Task]:
+        with self._outer.task(name, total) as task:
+            yield task
 
 
 def amount(done: int, total: int) -> str:

@@ -56,6 +56,9 @@ class Learner:
     @contextmanager
     def dropping(self) -> Iterator[None]:
         """Inside, dropout is on."""
+        if not self.attached.spec.dropout:
+            yield
+            return
         self._dropout(True)
         try:
             yield
@@ -63,15 +66,20 @@ class Learner:
             self._dropout(False)
 
     @contextmanager
-    def drawing(self, batch: int) -> Iterator[None]:
-        """Inside, what is random depends on the run's seed, the step and the batch's number alone."""
+    def drawing(self, batch: int, *, apart: bool = False) -> Iterator[None]:
+        """Inside, what is random depends on the run's seed, the step and the batch's number alone. `apart`: on its own
+        rows, beside other learners that draw for theirs, each as it would alone."""
         if not self.attached.spec.dropout:
             yield
             return
         words = f"{self.config.seed} {self.state.step} {batch}".encode()
-        device = self.attached.parameters[0].device
+        device, seed = self.attached.parameters[0].device, int.from_bytes(hashlib.sha256(words).digest()[:8], "big")
+        if apart:
+            with self.attached.carried.drawing_apart(self.attached.number, seed, device):
+                yield
+            return
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(int.from_bytes(hashlib.sha256(words).digest()[:8], "big"))
+            torch.manual_seed(seed)
             yield
 
     @property
@@ -105,7 +113,7 @@ class Learner:
         return float(nn.utils.clip_grad_norm_(self.attached.parameters, self.config.clip))
 
     def update(self, loss: float, batches: Sequence[Batch], taking: Callable[[], object] | None = None) -> float:
-        """Take the optimiser's step (by `taking`, where that is given) and return its rate. Raises RunError where the
+        """Take the optimiser's step (by `taking`, where that is given) and return its rate. Raises CannotGoOn where the
         updates so far have taught nothing."""
         rate = learning_rate(self.state.step, self.total, self.config)
         set_rate(self.optimizer, rate)

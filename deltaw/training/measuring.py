@@ -18,7 +18,7 @@ import torch
 from deltaw.base.objective import Objective, sft
 from deltaw.config import EvaluateConfig
 from deltaw.data.example import Example
-from deltaw.errors import DeltawError, InputError, RunError, command, with_kind
+from deltaw.errors import DeltawError, InputError, command, with_kind
 from deltaw.evaluation.forgetting import Forgetting, forgetting
 from deltaw.evaluation.held_out import (
     Evaluation,
@@ -38,6 +38,7 @@ from deltaw.training.learner import Learner
 from deltaw.training.memory import OutOfMemory, release, working_on
 from deltaw.training.opening import Opened
 from deltaw.training.references import held_out
+from deltaw.training.watch import CannotGoOn
 from deltaw.training.world import ALONE, World
 
 FORGOTTEN, ANSWERS, LOSS = "measuring what was forgotten", "answering rows", "measuring the loss on held-out rows"
@@ -175,7 +176,7 @@ def record_of(step: int, loss: float, figures: Mapping[str, float], objective: O
 def note_evaluation(
     loss: float, figures: Mapping[str, float], learner: Learner, run: Run, display: Display
 ) -> dict[str, Any]:
-    """The record of a held-out loss on the way. Raises RunError where it isn't finite, unless no step is left that
+    """The record of a held-out loss on the way. Raises CannotGoOn where it isn't finite, unless no step is left that
     could be wasted."""
     step = learner.state.step
     if math.isfinite(loss):
@@ -186,7 +187,7 @@ def note_evaluation(
     what = f"step {step}: the held-out loss is {loss}"
     if step < learner.total:
         without = command("train", run.folder, "train.eval_every=null", options=["--allow"])
-        raise RunError(what, fix=f"lower train.lr, or look at data.eval; to keep the adapter without it: {without}")
+        raise CannotGoOn(what, fix=f"lower train.lr, or look at data.eval; to keep the adapter without it: {without}")
     display.say(f"warning: {what}")
     learner.note_evaluation(loss)
     return {"step": step, "eval_not_finite": str(loss)}

@@ -3,9 +3,12 @@ its end.
 
 The layers' start is drawn when the adapter is attached. An initialiser that wants data gets the first batches of the
 run, in the order in which it will train on them; a run that is resumed has its start in the checkpoint.
+
+`open_run` opens one run. Several on one base (sweep/) are all looked at first (`look`), then one opens the base
+(`opened_on`) and the others come beside it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -59,6 +62,7 @@ from deltaw.training.sharding import NONE, Shards, first_pass, is_wanted, shard
 from deltaw.training.start import Start, described, open_start
 from deltaw.training.world import ALONE, World
 
+OpenRows = Callable[[RunConfig, Display, Source], tuple[Source, Renderer, Dataset]]
 START_BATCHES = 8  # of train.tokens_per_batch, that an initialiser gets: 16,384 tokens by default
 FROZEN_SHARE = 0.25  # of the free memory, that what frozen layers give may take
 
@@ -159,6 +163,85 @@ class Opened:
         return self.model.forward.shares and self.device.type == "cpu" and not self.attached.spec.dropout
 
 
+@dataclass(frozen=True)
+class Ground:
+    """What lies on the disk of the base that one run or several train on: where, its config, its modules without
+    weights."""
+
+    source: Source
+    known: Any
+    skeleton: nn.Module
+
+    @staticmethod
+    def of(config: RunConfig, display: Display) -> "Ground":
+        """Raises InputError where there is no such base, or its weights can't be kept as is asked."""
+        source = find_base(config.base, display=display)
+        known = read_config(source)
+        skeleton = open_skeleton(source, known)
+        check_weights(source, config.base_weights, skeleton)
+        return Ground(source, known, skeleton)
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A run before its weights are read: settings that the data has settled, the adapter that it starts from, its rows,
+    its length, its metrics."""
+
+    config: RunConfig
+    start: Start | None
+    ground: Ground
+    renderer: Renderer
+    dataset: Dataset
+    total: int
+    metrics: tuple[Metric, ...]
+    lineage: History
+    retained: Examples  # of train.retain
+
+
+def look(
+    config: RunConfig,
+    display: Display,
+    consent: Consent = ASKED_FOR,
+    lineage: History = NOTHING,
+    *,
+    start_is_needed: bool = True,
+    world: World = ALONE,
+    ground: Ground | None = None,
+    rows: OpenRows = open_dataset,
+) -> Looked:
+    """Whatever can be checked and read of a run without its weights. `ground`: the base, where it is found already;
+    `rows`: what opens the data. For the rest, and what it raises: `open_run`."""
+    check_loggers(config.train.log_to)
+    check_device(config.train.checkpointing, pick_device(config.train.device))
+    bound_caches()
+    metrics = open_metrics(config.evaluate.metrics, consent)
+    ground = ground or Ground.of(config, display)
+    skeleton, recorded = ground.skeleton, lineage.started_from
+    config, start = open_start(config, skeleton, recorded, needed=start_is_needed, say=display.say)
+    # On the modules alone; attach asks again, of layers that it has tried.
+    targets = find_targets(skeleton, config.adapter)
+    if targets.words:
+        display.say(f"adapted: {targets.words}")
+    check_blocks(config.train.checkpointing, blocks_of(skeleton, targets.paths))
+    _, renderer, dataset = rows(config, display, ground.source)
+    limits = Limits.of(skeleton)
+    limits.check(dataset.rows)
+    for row in dataset.eval[:1]:
+        try_out(metrics, truth_of(renderer, row))
+    asked, config = config, settle_step(config, dataset)
+    total = count_steps(config, dataset)
+    retained = retained_text(config, renderer, limits, display)
+    together = length.for_ranks(config, dataset, world.size)
+    for line in [*config.notes(), *config.switched_off(), *length.notes(asked, config, total), *together]:
+        display.say(line)
+    for note in dataset.report.notes:
+        display.say(note)
+    few = length.warnings(asked, config, dataset, total)
+    for warning in [*dataset.report.warnings, *limits.warnings(dataset.rows), *few]:
+        display.say(f"warning: {warning}")
+    return Looked(config, start, ground, renderer, dataset, total, metrics, lineage, retained)
+
+
 def open_run(
     config: RunConfig,
     display: Display,
@@ -171,45 +254,39 @@ def open_run(
     """Raises InputError, before the weights are read where that is possible. `consent`: to a metric of the user's own
     that the config names. `lineage`: the run's, if it has begun; the adapter that it starts from isn't needed any more
     where a checkpoint is there."""
-    check_loggers(config.train.log_to)
-    check_device(config.train.checkpointing, pick_device(config.train.device))
-    bound_caches()
-    metrics = open_metrics(config.evaluate.metrics, consent)
-    source = find_base(config.base, display=display)
-    known = read_config(source)
-    skeleton = open_skeleton(source, known)
-    check_weights(source, config.base_weights, skeleton)
-    recorded = lineage.started_from
-    config, start = open_start(config, skeleton, recorded, needed=start_is_needed, say=display.say)
-    # On the modules alone; attach asks again, of layers that it has tried.
-    targets = find_targets(skeleton, config.adapter)
-    if targets.words:
-        display.say(f"adapted: {targets.words}")
-    check_blocks(config.train.checkpointing, blocks_of(skeleton, targets.paths))
-    _, renderer, dataset = open_dataset(config, display, source)
-    limits, rows = Limits.of(skeleton), dataset.rows
-    limits.check(rows)
-    for row in dataset.eval[:1]:
-        try_out(metrics, truth_of(renderer, row))
-    asked, config = config, settle_step(config, dataset)
-    total = count_steps(config, dataset)
-    retained = retained_text(config, renderer, limits, display)
-    together = length.for_ranks(config, dataset, world.size)
-    for line in [*config.notes(), *config.switched_off(), *length.notes(asked, config, total), *together]:
-        display.say(line)
-    for note in dataset.report.notes:
-        display.say(note)
-    for warning in [*dataset.report.warnings, *limits.warnings(rows), *length.warnings(asked, config, dataset, total)]:
-        display.say(f"warning: {warning}")
-    sharded = is_wanted(config, source, skeleton, pick_device(config.train.device), world, display.say)
-    if sharded:
-        model, shards = _sharded_model(config, source, known, renderer, display, world)
+    return opened_on(
+        look(config, display, consent, lineage, start_is_needed=start_is_needed, world=world), display, world
+    )
+
+
+def opened_on(looked: Looked, display: Display, world: World = ALONE) -> Opened:
+    """The run with its base, and a fresh adapter on it."""
+    config, ground, shards = looked.config, looked.ground, NONE
+    if is_wanted(config, ground.source, ground.skeleton, pick_device(config.train.device), world, display.say):
+        model, shards = _sharded_model(config, ground, looked.renderer, display, world)
     else:
-        model, shards = _opened_model(config, source, known, renderer, config.train.device, display), NONE
-    _say_opened(model, known, display)
-    pinned, rows_kept = _pinned(config, model), rows_to_keep(config.data)
-    opened = Opened(pinned, model, dataset, total, metrics, rows_kept, lineage, world, shards, retained)
-    return opened if start is None else _started(opened, start, display)
+        model = _opened_model(config, ground, looked.renderer, config.train.device, display)
+    _say_opened(model, ground.known, display)
+    return _opened(looked, model, display, world, shards)
+
+
+def opened_beside(looked: Looked, others: Sequence[Opened], display: Display) -> Opened:
+    """The run on the base that `others` stand on, with a fresh adapter beside those that are on it. Raises InputError
+    for one whose rows can't be told from another's there."""
+    base, forward = others[0].model.base, others[0].model.forward
+    attached = attach_fresh(base.model, looked.config, [other.attached for other in others])
+    return _opened(looked, Model(base, looked.renderer, forward, attached), display)
+
+
+def _opened(looked: Looked, model: Model, display: Display, world: World = ALONE, shards: Shards = NONE) -> Opened:
+    assert model.attached is not None
+    for line in model.attached.notes():
+        display.say(line)
+    config, dataset = _pinned(looked.config, model), looked.dataset
+    rows_kept = rows_to_keep(looked.config.data)
+    known = (looked.total, looked.metrics, rows_kept, looked.lineage, world, shards, looked.retained)
+    opened = Opened(config, model, dataset, *known)
+    return opened if looked.start is None else _started(opened, looked.start, display)
 
 
 def _say_opened(model: Model, known: Any, display: Display) -> None:
@@ -220,36 +297,32 @@ def _say_opened(model: Model, known: Any, display: Display) -> None:
         display.say(f"its weights are {base.kept}")
     if (base.dtype, getattr(known, "dtype", None)) == (torch.bfloat16, torch.float16):
         display.say("its weights are float16, of which bfloat16 drops the last three digits (of eleven, binary)")
-    assert model.attached is not None
-    for line in model.attached.notes():
-        display.say(line)
 
 
 def _sharded_model(
-    config: RunConfig, source: Source, known: Any, renderer: Renderer, display: Display, world: World
+    config: RunConfig, ground: Ground, renderer: Renderer, display: Display, world: World
 ) -> tuple[Model, Shards]:
     """The base with a fresh adapter, of which this process keeps its part."""
     place = pick_device(config.train.device)
     world.start(place)
     with world.in_turn():
-        model, shards = shard(_opened_model(config, source, known, renderer, "cpu", display), place, world)
+        model, shards = shard(_opened_model(config, ground, renderer, "cpu", display), place, world)
     first_pass(model)
     return model, shards
 
 
-def _opened_model(
-    config: RunConfig, source: Source, known: Any, renderer: Renderer, device: str, display: Display
-) -> Model:
+def _opened_model(config: RunConfig, ground: Ground, renderer: Renderer, device: str, display: Display) -> Model:
     """The base with a fresh adapter on it."""
     dtype, weights = config.train.dtype, config.base_weights
-    base = open_base(source, dtype=dtype, device=device, display=display, config=known, weights=weights)
+    base = open_base(ground.source, dtype=dtype, device=device, display=display, config=ground.known, weights=weights)
     return Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config))
 
 
-def attach_fresh(model: nn.Module, config: RunConfig) -> Attached:
+def attach_fresh(model: nn.Module, config: RunConfig, like: Sequence[Attached] = ()) -> Attached:
     """The adapter as it begins, but for a start that wants data, or that another adapter gives."""
     generator, spec = torch.Generator().manual_seed(config.train.seed), config.adapter
-    return attach(model, spec, generator=generator, start_later=spec.from_data or spec.start is not None)
+    later = spec.from_data or spec.start is not None
+    return attach(model, spec, generator=generator, start_later=later, like=like)
 
 
 def _started(opened: Opened, start: Start, display: Display) -> Opened:

@@ -5,6 +5,7 @@ Nothing is computed from the model's shape: each kind of work that the run consi
 the run's own functions, and its peak and its seconds are taken.
 
     opening         the base, the data, the adapter
+    reference       the longest answers of preferences, which are weighed once
     held-out loss   the longest rows, as many as are taken at a time
     answers         the rows with the longest prompts, as many as are generated together, their first NEW tokens
     asking          what the base says of a part of the text of `train.retain`
@@ -29,14 +30,15 @@ from typing import Any
 
 import torch
 
-from deltaw.base.frozen import dtype_of
 from deltaw.base.load import pick_device
 from deltaw.config import RunConfig
 from deltaw.data.example import Example
 from deltaw.data.report import DataReport
 from deltaw.errors import InputError
 from deltaw.evaluation.held_out import answer, rows_asked
+from deltaw.evaluation.weighing import summed_logprobs
 from deltaw.files.output import gib
+from deltaw.generate.cache import bytes_per_token
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.show.table import table
@@ -189,6 +191,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
         steps=work.steps,
         tokens_per_step=opened.config.train.step_tokens,
         length=[
+            *config.notes(),
             *length.notes(config, opened.config, work.steps),
             *length.warnings(config, opened.config, dataset, work.steps),
         ],
@@ -222,9 +225,11 @@ class Rehearsal:
 
     def play(self, general: Sequence[Example]) -> None:
         """All of it."""
-        evaluating = [self._held_out_loss, self._answers] if self.held_out else []
+        answering = [self._answers] if self.opened.is_answered else []
+        evaluating = [self._held_out_loss, *answering] if self.held_out else []
         starting = [self._start] if self.opened.config.adapter.from_data else []
-        acts = [*starting, *evaluating, self._update, self._training, self._saving]
+        weighing = [self._reference] if self.opened.objective.references else []
+        acts = [*starting, *weighing, *evaluating, self._update, self._training, self._saving]
         if retain := self.opened.retain(self.model.forward):
             acts.append(lambda: self._asking(retain))
         acts += [lambda: self._forgetting(general)] if general else []
@@ -259,6 +264,17 @@ class Rehearsal:
             start_from_data(self.opened, self.display)
         self._note("start", seen, 1)
 
+    def _reference(self) -> None:
+        """What the reference says of every answer, once; and of mismatched ones, which each step asks again."""
+        dataset, anchored = self.opened.dataset, self.opened.objective.anchored
+        rows = largest_evaluation(dataset.rows)
+        with window(self.device) as seen:
+            summed_logprobs(self.model.forward, rows)
+        once = count_tokens(dataset.train) + count_tokens(self.held_out)
+        self._note(
+            "reference", seen, ((2 if anchored else 1) * once + anchored * self.work.tokens) / count_tokens(rows)
+        )
+
     def _held_out_loss(self) -> None:
         rows = largest_evaluation(self.held_out)
         with window(self.device) as seen:
@@ -283,7 +299,7 @@ class Rehearsal:
             return
         sampled = self.total // (self.every.sample_every or self.total + 1)
         times = (2 * len(asked) + sampled * config.samples) / len(rows) * config.max_new_tokens / new
-        rest = len(rows) * (config.max_new_tokens - new) * _cache_bytes(self.model.base.model)
+        rest = len(rows) * (config.max_new_tokens - new) * bytes_per_token(self.model.base.model)
         self._note("answers", seen, times, rest)
 
     def _update(self) -> None:
@@ -331,24 +347,6 @@ class Rehearsal:
         with window(self.device) as seen:
             what_was_forgotten(self.model, rows)
         self._note("forgetting", seen, count_tokens(general) / count_tokens(rows))
-
-
-def _cache_bytes(model: Any) -> int:
-    """What a generated token leaves behind for the next ones: a key and a value in each layer of attention.
-
-    0 where the config has no heads: the state of a recurrence doesn't grow.
-    """
-    config = model.config.get_text_config(decoder=True)
-    asked = _most(config, "num_attention_heads")
-    heads = _most(config, "num_key_value_heads") or asked
-    size = _most(config, "head_dim") or _most(config, "hidden_size") // max(1, asked)
-    return 2 * _most(config, "num_hidden_layers") * heads * size * dtype_of(model).itemsize
-
-
-def _most(config: Any, name: str) -> int:
-    """A size in a config, the largest where each layer has its own, 0 where there is none."""
-    value = getattr(config, name, None)
-    return max((v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int)), default=0)
 
 
 def _rows(data: DataReport) -> list[tuple[str, str]]:

@@ -113,12 +113,17 @@ def disk_needed(opened: Opened, learner: Learner) -> int:
 def check_disk(opened: Opened, learner: Learner, run: Run) -> None:
     """Raise RunError where what the run will write doesn't fit beside what it has written."""
     written = len(list_checkpoints(run.checkpoints)) * learner.checkpoint_bytes()
-    needed, free = disk_needed(opened, learner) - written, shutil.disk_usage(existing(run.folder)).free
+    needed, free = disk_needed(opened, learner) - written, free_disk(run.folder)
     if needed > free:
         raise RunError(
             f"output {run.folder}: its checkpoints and adapter need {gib(needed)}, but only {gib(free)} are free",
             fix=f"free some space, choose another output, or set train.keep lower than {opened.config.train.keep}",
         )
+
+
+def free_disk(path: Path) -> int:
+    """Bytes that are free where it lies, or will."""
+    return shutil.disk_usage(existing(path)).free
 
 
 def existing(path: Path) -> Path:

@@ -3,18 +3,16 @@
     claim the run folder; check everything that can be checked before the model is loaded
     open base, rows and adapter (opening.py); or put a checkpoint back
     try the largest pieces of what is to come (preflight.py); measure the base
-    take the steps; after each what is due: an evaluation on held-out rows, samples, a checkpoint
+    take the steps; after each what is due (underway.py): an evaluation on held-out rows, samples, a checkpoint
     stop before the last one where `train.patience` evaluations in a row weren't the best so far
     save the adapter, measure it, write result.json and the report (finish.py)
 
-A signal that comes during a step or a write waits for its end; an evaluation is cut off, and made up for when the run
-resumes (`state.evaluated` is behind). Then the step is saved. Where several processes train together (world.py), rank 0
-does all of this and the others `_follow`.
+A signal waits for the end of a step or a write; an evaluation is cut off, and made up for when the run resumes. Where
+several processes train together (world.py), rank 0 does all of this and the others `_follow`.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -36,14 +34,14 @@ from deltaw.show.progress import QUIET, Display
 from deltaw.training.batch_size import sized
 from deltaw.training.captured import captured_on
 from deltaw.training.changes import restore, settled
-from deltaw.training.checkpoint import Saved, latest_checkpoint, save_checkpoint
+from deltaw.training.checkpoint import Saved, latest_checkpoint
 from deltaw.training.contention import Contention
 from deltaw.training.extend import check_extension, extended
 from deltaw.training.finish import finish, measure_again, report
 from deltaw.training.learner import Learner
 from deltaw.training.length import count_steps
 from deltaw.training.log import EventLog, open_log
-from deltaw.training.measuring import Attempts, loss_on_the_way, measure_base, note_evaluation, record_of, samples
+from deltaw.training.measuring import Attempts, measure_base
 from deltaw.training.memory import Heap, bound_caches, bounded
 from deltaw.training.opening import Opened, above_the_frozen, begin, general_rows, open_run
 from deltaw.training.preflight import short_form, work_of
@@ -52,11 +50,10 @@ from deltaw.training.references import with_references
 from deltaw.training.shortage import explain
 from deltaw.training.step import step
 from deltaw.training.stop import Lost, Stopped, StopRequest
-from deltaw.training.together import alike, check_adapter, hand_out, settings, settled_dtype
-from deltaw.training.watch import TooManySkips
-from deltaw.training.world import ALONE, World
-
-OnStep = Callable[[dict[str, Any]], object]
+from deltaw.training.together import alike, hand_out, settings, settled_dtype
+from deltaw.training.underway import OnStep, Underway
+from deltaw.training.watch import CannotGoOn
+from deltaw.training.world import World
 
 
 def train(
@@ -250,7 +247,7 @@ def _measure_again(config: RunConfig, local: RunConfig, run: Run, consent: Conse
 
 
 class Steps:
-    """A run's remaining steps, and what is due after each."""
+    """A run's remaining steps."""
 
     def __init__(
         self,
@@ -263,138 +260,52 @@ class Steps:
         log: EventLog | None = None,
         on_step: OnStep | None = None,
     ) -> None:
-        self.opened, self.learner, self.run = opened, learner, run
-        self.stop, self.display, self.attempts = stop, display, attempts
-        self._log, self._on_step, self._figures = log, on_step, dict[str, Any]()
-        self._saved_step, self._world = learner.state.step, opened.world
-        self._sharing = ALONE if opened.shards else opened.world  # evaluations; a pass of shards takes all, abreast
+        self.opened, self.learner, self.stop, self.display = opened, learner, stop, display
+        self.underway = Underway(opened, learner, run, stop, display, attempts, log, on_step)
 
     def take(self) -> float | None:
         """All of them; the share of time without a core (contention.py). Saves and raises Stopped at a signal."""
         learner, state, total, device = self.learner, self.learner.state, self.opened.total, self.opened.device
-        captured, abreast, world = None, bool(self.opened.shards), self._world
-        contention = Contention(self.run.folder, torch.get_num_threads(), self.display.say)
+        captured, abreast, world, underway = None, bool(self.opened.shards), self.opened.world, self.underway
+        contention = Contention(underway.run.folder, torch.get_num_threads(), self.display.say)
         try:
             forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
             items, retain = self.opened.loader(state), self.opened.retain(forward)
             loader = Ahead(items if retain is None else retain.beside(items, state.step))
             if not self.opened.shards:
                 captured = captured_on(device, forward, learner, self.opened.longest, self.display.say, loader.fetch)
-            together = nullcontext() if self._world.is_alone else self.stop.held()
+            together = nullcontext() if world.is_alone else self.stop.held()
             with together, self.display.task("training", total) as progress:
                 progress(state.step)
-                self._at_the_start()
-                self._due()  # the evaluation that a stop cut off
+                underway.begin()
                 first = True  # the step of this process that shows whether there is memory enough
                 for batches, position in loader:
-                    if state.step >= total or learner.out_of_patience:
+                    if underway.is_over:
                         break
-                    self._figures = {}
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
-                            (record,) = step(forward, [learner], batches, position, captured, world, abreast, retain)
-                        self._write(record)
-                    self._agree()
+                            how = captured, world, abreast, retain
+                            (record,) = step(forward, [learner], batches, position, *how)
+                        underway.note(record)
+                    underway.agree()
                     first = False
                     if device.type == "cpu":
                         contention.stepped()
-                    loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
-                    progress(state.step, f"{loss}  {state.tokens_per_second:.0f} tokens/s")
-                    self._due()
-                    self._tell()
+                    progress(state.step, underway.in_short)
+                    underway.do_what_is_due()
+                    underway.tell()
                     heap.tidy()
-            self._save(joint=True)  # the last step, where patience ended it
+            underway.save(joint=True)  # the last step, where patience ended it
         except Stopped as stopped:
             if stopped.at_once or not state.step:
                 raise
-            self._save()
+            underway.save()
             self.stop.check(f"stopped after step {state.step} of {total} and saved")
-        except (TooManySkips, Lost):
+        except (CannotGoOn, Lost):
             if state.step:
-                self._save()
+                underway.save()
             raise
         finally:
             if captured is not None:
                 captured.release()
         return contention.waited
-
-    def _at_the_start(self) -> None:
-        """What the adapter that it starts from has on these held-out rows: what there is to improve upon."""
-        rows, start = self.opened.dataset.eval, self.opened.lineage.started_from
-        if not self.learner.state.step and rows and start:
-            loss, figures = loss_on_the_way(self.opened, self._sharing)
-            self.display.say(f"held-out loss {loss:.4f} at the start, from {start.name}")
-            if math.isfinite(loss):
-                self._write(record_of(0, loss, figures, self.learner.objective))
-
-    def _due(self) -> None:
-        """Do what comes after a step: an evaluation, samples, a checkpoint. If it raises, no step is lost."""
-        every, state, total = self.opened.config.train, self.learner.state, self.opened.total
-        if not state.step:
-            return
-        try:
-            due = every.eval_every and (state.step % every.eval_every == 0 or state.step == total)
-            if due and self.opened.dataset.eval and state.evaluated < state.step:
-                loss, figures = loss_on_the_way(self.opened, self._sharing)
-                with self.stop.held():
-                    self._write(note_evaluation(loss, figures, self.learner, self.run, self.display))
-            if every.sample_every and state.step % every.sample_every == 0 and self._saved_step < state.step:
-                self._samples(f"step {state.step}: no samples")
-        except Exception:
-            self._save()
-            raise
-        if due:
-            self._agree()
-        if state.step % every.save_every == 0 or state.step in (total, state.best_step):
-            self._save(joint=True)
-
-    def _samples(self, what: str) -> None:
-        """Answers to held-out rows, by rank 0."""
-        if self._world.is_first:
-            with self.opened.shards.leads():
-                self.attempts("samples", self._sample, what=what)
-        else:
-            self.opened.shards.follow()
-        self._world.barrier("the samples")
-
-    def _agree(self) -> None:
-        """Stop here where one of several processes was asked to."""
-        if not self._world.is_alone:
-            self.stop.agree(int(self._world.most(self.stop.signal or 0, "the end of the step")))
-
-    def _tell(self) -> None:
-        """Call `on_step` with the step's figures. What it raises is the caller's own, with a note."""
-        try:
-            if self._on_step is not None:
-                self._on_step(self._figures)
-        except Stopped:  # a signal that came meanwhile
-            raise
-        except BaseException as error:
-            self._save()
-            error.add_note(f"on_step raised this; step {self.learner.state.step} is saved; {self.stop.advice}")
-            raise
-
-    def _save(self, *, joint: bool = False) -> None:
-        """Write a checkpoint of this step, unless there is one (the run was then resumed from it). `joint`: all
-        processes are here, and none of them on its way out."""
-        if self._saved_step == self.learner.state.step:
-            return
-        if joint:
-            check_adapter(self.learner, self._world)
-        if not self._world.is_first:
-            self._saved_step = self.learner.state.step
-            return
-        with self.stop.held():
-            self.run.sync_metrics()
-            save_checkpoint(self.run.checkpoints, self.learner.saved(), self.opened.config.train.keep)
-            self._saved_step = self.learner.state.step
-
-    def _write(self, record: dict[str, Any]) -> None:
-        if self._log is not None:
-            self._log.write(record)
-        self._figures |= record
-        self.learner.state.metrics_lines += 1
-
-    def _sample(self) -> None:
-        for line in samples(self.opened.model, self.opened.dataset.eval, self.opened.config.evaluate):
-            self.display.say(f"step {self.learner.state.step}: {line}")

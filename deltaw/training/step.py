@@ -28,7 +28,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ from deltaw.kernels.segments import NOBODY
 from deltaw.training.captured import Captured, Ran
 from deltaw.training.learner import Learner
 from deltaw.training.retain import Retain
-from deltaw.training.watch import Unfit, check_loss
+from deltaw.training.watch import CannotGoOn, Unfit, check_loss
 from deltaw.training.world import ALONE, World
 
 
@@ -60,68 +60,110 @@ def step(
     where batches don't say whose they are, there is one learner.
 
     `batches`: of the whole step, whoever takes them. `position`: where the data stands afterwards. `captured`: the only
-    learner's passes and updates, recorded. `world`: the processes that take the step together; `abreast`: each makes
-    as many passes as every other (sharding.py). `retain`: what the base says of rows that are held to it. Raises
-    TooManySkips where a learner may leave out no step more, with its state as it was; RunError where its updates have
-    taught it nothing; ValueError for documents of nobody here.
+    learner's passes and updates, recorded. `world`: the processes that take the step together; `abreast`: each has to
+    make as many passes as every other (sharding.py). `retain`: what the base says of rows that are held to it. Raises
+    CannotGoOn (watch.py) of the first learner that can't, when the others have taken their steps; ValueError for
+    documents of nobody here.
     """
-    _check_owners(learners, batches)
+    positions = [position] * len(learners)
+    how: dict[str, Any] = {"captured": captured, "world": world, "abreast": abreast, "retain": retain}
+    taken = step_together(forward, learners, batches, positions, **how)
+    for one in taken:
+        if one.ended is not None:
+            raise one.ended
+    return [one.record for one in taken]
+
+
+class Taken(NamedTuple):
+    """What a step came to for one learner: its record, or why it can't go on (CannotGoOn), its state as it was."""
+
+    record: dict[str, Any]
+    ended: CannotGoOn | None = None
+
+
+def step_together(
+    forward: Forward,
+    learners: Sequence[Learner],
+    batches: Sequence[Batch],
+    positions: Sequence[LoaderState],
+    *,
+    numbers: Sequence[int] | None = None,
+    captured: Captured | None = None,
+    world: World = ALONE,
+    abreast: bool = False,
+    retain: Retain | None = None,
+) -> list[Taken]:
+    """The same of learners that may each be elsewhere in data of their own, and end by themselves: what became of each.
+
+    `positions`: by learner. `numbers`: by batch, which of its own step it is for the learners whose documents it has;
+    else they are numbered as they come.
+    """
+    _check_owners(learners, batches, retain)
     began = time.monotonic()
+    if retain is not None and abreast:
+        batches = [retain.informed(batch.to(learners[0].attached.parameters[0].device)) for batch in batches]
     shares = [_Share(learner, batches) for learner in learners]
     for share in shares:
         share.anchor(forward, world, abreast)
-    # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
-    ran = _taken(forward, shares, batches, captured, world, abreast, retain)
 
-    records = []
-    for share in shares:
-        learner, state = share.learner, share.learner.state
-        record: dict[str, Any] = {"step": state.step + 1}
+    # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
+    ran = _taken(forward, shares, batches, numbers or range(len(batches)), captured, world, abreast, retain)
+    taken = [_settled(share, position, ran) for share, position in zip(shares, positions, strict=True)]
+    # 6. The time is shared as the tokens are.
+    seconds, tokens = time.monotonic() - began, sum(share.tokens for share in shares)
+    return [
+        one._replace(record=share.timed(one.record, seconds, tokens)) for one, share in zip(taken, shares, strict=True)
+    ]
+
+
+def _settled(share: "_Share", position: LoaderState, ran: Ran | None) -> Taken:
+    """A learner's update, of the gradients that it has."""
+    learner, state = share.learner, share.learner.state
+    record: dict[str, Any] = {"step": state.step + 1}
+    try:
+        # 2. A loss that isn't a number, or is a spike, isn't applied; nor is such a gradient.
+        if share.unfit:
+            raise share.unfit
+        # 3. Clip.
+        if learner.undivided and ran is None:
+            learner.divide(share.count)
+        norm = learner.clip() if ran is None else ran.norm
+        if not math.isfinite(norm):
+            raise Unfit("the gradient is NaN or infinite", share.rows, not_finite=True)
+        check_loss(share.loss, share.rows, state, learner.config)
+        # 4. The rate of this step, and the update.
+        rate = learner.update(share.loss, share.batches, ran.update if ran is not None else None)
+        record |= {"loss": share.loss, "lr": rate, "grad_norm": norm, **share.figures}
+        learner.falling.see(share.figures, state.step + 1)
+    except Unfit as unfit:
         try:
-            # 2. A loss that isn't a number, or is a spike, isn't applied; nor is such a gradient.
-            if share.unfit:
-                raise share.unfit
-            # 3. Clip.
-            if learner.undivided and ran is None:
-                learner.divide(share.count)
-            norm = learner.clip() if ran is None else ran.norm
-            if not math.isfinite(norm):
-                raise Unfit("the gradient is NaN or infinite", share.rows, not_finite=True)
-            check_loss(share.loss, share.rows, state, learner.config)
-            # 4. The rate of this step, and the update.
-            rate = learner.update(share.loss, share.batches, ran.update if ran is not None else None)
-            record |= {"loss": share.loss, "lr": rate, "grad_norm": norm, **share.figures}
-            learner.falling.see(share.figures, state.step + 1)
-        except Unfit as unfit:
             learner.skip(unfit)
-            record |= {"skipped": unfit.what, "rows": unfit.rows}
-        finally:
-            learner.optimizer.zero_grad()
-        # 5. Count, and write down.
-        state.step += 1
-        state.epoch, state.step_in_epoch = position.epoch, position.step
-        state.tokens += share.tokens
-        state.supervised_tokens += share.supervised
-        state.seconds += time.monotonic() - began
-        record |= {"tokens": state.tokens, "supervised_tokens": state.supervised_tokens}
-        records.append({**record, "seconds": round(state.seconds, 3)})
-    return records
+        except CannotGoOn as ended:
+            return Taken({}, ended)
+        record |= {"skipped": unfit.what, "rows": unfit.rows}
+    except CannotGoOn as ended:
+        return Taken({}, ended)
+    finally:
+        learner.optimizer.zero_grad()
+    # 5. Count, and write down.
+    state.step += 1
+    state.epoch, state.step_in_epoch = position.epoch, position.step
+    state.tokens += share.tokens
+    state.supervised_tokens += share.supervised
+    return Taken(record | {"tokens": state.tokens, "supervised_tokens": state.supervised_tokens})
 
 
 def _taken(
     forward: Forward,
     shares: Sequence["_Share"],
     batches: Sequence[Batch],
+    drawn: Sequence[int],
     captured: Captured | None,
     world: World,
     abreast: bool,
     retain: Retain | None,
 ) -> Ran | None:
     """All passes of the step, each by one of the processes; what was recorded gave, where it could be."""
-    if retain is None and any(share.learner.config.retain for share in shares):
-        raise ValueError("a learner is to retain text, and the step is given none")
-    if retain is not None and abreast:  # by all processes, before each goes on with its own batches
-        batches = [retain.informed(batch.to(shares[0].learner.attached.parameters[0].device)) for batch in batches]
     deal = dealt([len(batch.tokens_T) for batch in batches], world.size)
     ran, mine = None, deal[world.rank]
     if captured is not None and not shares[0].unfit:
@@ -130,7 +172,7 @@ def _taken(
         shares[0].losses |= ran.losses
     else:
         passes = max(sum(batches[number].teaches for number in numbers) for numbers in deal)
-        _passes(forward, shares, batches, mine, passes if abreast else 0, retain)
+        _passes(forward, shares, batches, drawn, mine, passes if abreast else 0, retain)
         _add_up(shares, world)
     _see_all(shares, deal, world)
     for share in shares:
@@ -142,12 +184,14 @@ def _passes(
     forward: Forward,
     shares: Sequence["_Share"],
     batches: Sequence[Batch],
+    drawn: Sequence[int],
     numbers: Sequence[int],
     least: int,
     retain: Retain | None,
 ) -> None:
-    """Forward and backward of the batches of these numbers, as long as a learner has use for them. `least`: passes to
-    make in any case; those of which nobody has use add nothing."""
+    """Forward and backward of the batches of these numbers, as long as a learner has use for them. `drawn`: by batch,
+    the number that dropout draws from. `least`: passes to make in any case; those of which nobody has use add
+    nothing."""
     learners = [share.learner for share in shares]
     device = learners[0].attached.parameters[0].device
     with ExitStack() as dropout:
@@ -160,7 +204,9 @@ def _passes(
             batch = batches[number].to(device)
             if retain is not None:
                 batch = retain.informed(batch)  # before anything is drawn: the base draws nothing
-            with learners[0].drawing(number):
+            with ExitStack() as draws:
+                for learner in learners:
+                    draws.enter_context(learner.drawing(drawn[number], apart=len(learners) > 1))
                 losses, drift = _losses(forward, batch, fit)
                 means = [share.mean(loss, number) for share, loss in zip(fit, losses, strict=True)]
                 if drift is not None and retain is not None:
@@ -198,7 +244,7 @@ def _see_all(shares: Sequence["_Share"], deal: Sequence[Sequence[int]], world: W
         shares[0].judge_drift(drifts)
 
 
-def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None:
+def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch], retain: Retain | None) -> None:
     """Raise ValueError where a document has no learner here, or could have two. `NOBODY`'s are nobody's to learn."""
     numbers, first = {learner.attached.number for learner in learners}, learners[0].attached.carried.first
     unknown = {update for batch in batches for update in batch.updates or (first,)} - numbers - {NOBODY}
@@ -206,6 +252,8 @@ def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None
         raise ValueError(f"documents take update {min(unknown)}, and the learners are of {sorted(numbers)}")
     if len(learners) > 1 and not all(batch.updates for batch in batches):
         raise ValueError(f"{len(learners)} learners, and the batch doesn't say which documents belong to which")
+    if retain is None and any(learner.config.retain for learner in learners):
+        raise ValueError("a learner is to retain text, and the step is given none")
     if len(learners) > 1 and any(batch.retained for batch in batches):
         raise ValueError(f"{len(learners)} learners, and a batch with rows that are held to the base has one")
 
@@ -236,6 +284,13 @@ class _Share:
         """What the objective reports of the step."""
         drift = {"retain_kl": self._drift / self.retained} if self.retained else {}
         return self.objective.means(self._sums) | drift
+
+    def timed(self, record: dict[str, Any], seconds: float, tokens: int) -> dict[str, Any]:
+        """The record with the learner's time: its part of `seconds`, which went to `tokens` of all."""
+        if not record:
+            return record
+        self.learner.state.seconds += seconds * (self.tokens / tokens)
+        return {**record, "seconds": round(self.learner.state.seconds, 3)}
 
     @property
     def is_fit(self) -> bool:

@@ -71,7 +71,11 @@ class Unfit(Exception):
         return f"{self.what}; nothing was updated\nrows: {shown}"
 
 
-class TooManySkips(RunError):
+class CannotGoOn(RunError):
+    """This adapter can't be trained further as it is. It says nothing of others that learn on the same base."""
+
+
+class TooManySkips(CannotGoOn):
     """One more step would have to be skipped than is allowed; nothing has been counted yet."""
 
 
@@ -150,7 +154,7 @@ class Watch:
 
     @contextmanager
     def update(self, rate: float, loss: float, batches: Sequence[Batch]) -> Iterator[None]:
-        """Around the optimiser's step, while the gradients exist. Raises RunError where the run learns nothing."""
+        """Around the optimiser's step, while the gradients exist. Raises CannotGoOn where the run learns nothing."""
         self._updates += 1
         if self._updates <= self._patience:
             self._known &= loss < KNOWN
@@ -182,14 +186,14 @@ class Watch:
     def _check_alive(self) -> None:
         seen = self._updates - self._taken
         if self._silent:
-            raise RunError(
+            raise CannotGoOn(
                 f"{len(self._silent)} of {len(self._layers)} adapted modules got no gradient in {seen} updates: they "
                 f"learn nothing\n{listed(sorted(self._silent), 1)}",
                 fix=self._why_silent(),
             )
         still = [f"{path}.{n}" for path, t in self._layers.items() for n in MOVES if n in t and not t[n].any()]
         if still:
-            raise RunError(
+            raise CannotGoOn(
                 f"{len(still)} factors are still zero after {seen} updates\n{listed(still, 1)}",
                 fix="raise train.lr, or choose other adapter.targets",
             )
@@ -217,7 +221,7 @@ class Watch:
         ]
         never = [f"{path}.{name}" for path, name in stuck if not self._has_moved(path, name)]
         if never:
-            raise RunError(
+            raise CannotGoOn(
                 f"the update is below the rounding of {len(never)} parameters: they don't move\n{listed(never, 1)}",
                 fix=f"raise train.lr, which is {self._config.lr:g}",
             )

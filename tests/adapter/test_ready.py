@@ -11,6 +11,7 @@ from deltaw.adapter.ready import Ready
 from deltaw.base.batch import Pass, passing_of, segments_of
 from deltaw.config import AdapterSpec
 from deltaw.kernels.segments import NOBODY
+from deltaw.kernels.stacked import Stacks
 from tests.adapter.test_several import moved
 from tests.architectures import tiny
 
@@ -51,6 +52,27 @@ def test_rows_of_any_adapters_that_come_and_go() -> None:
     assert again.number == b and same(model, ready, [a, b, c])
     with pytest.raises(ValueError, match="number"):
         ready.begin([a, 17], CPU)
+
+
+def test_an_adapter_that_comes_or_goes_has_no_other_copied_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    one, two = put(model, 1), put(model, 2)
+    ready, rows = Ready(model), [one.number, two.number]
+    assert same(model, ready, rows)
+    copied: list[int] = []
+    real = Stacks.put
+    monkeypatch.setattr(Stacks, "put", lambda self, slot, *rest: (copied.append(slot), real(self, slot, *rest)))
+    wide = put(model, 3, rank=5)
+    assert same(model, ready, rows) and not copied
+    assert same(model, ready, [wide.number, *rows]) and copied
+    detach(wide)
+    assert same(model, ready, rows)  # in stacks that are narrow again
+    (group,) = ready.groups.values()
+    assert group.stacks is not None and group.stacks.ranks == [2, 2, 2]
+    copied.clear()
+    detach(two)
+    other = put(model, 4)
+    assert other.number == two.number and same(model, ready, rows) and set(copied) == {1}
 
 
 def test_what_is_changed_in_place_is_seen_in_the_next_step() -> None:

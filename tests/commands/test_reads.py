@@ -69,7 +69,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         (["scale", "one", "--factors", "0,1", "--data", "train.jsonl"], {**MEASURED, "all rows": 2}),  # general text
         (["scale", "one", "--to", "0.5", "-o", "half"], {"adapter": 1}),
         (["generate", "one", "say 3 ", "--max-tokens", "2"], MEASURED),
-        (["inspect", "one", "-o", "page.html"], RUN),
+        (["inspect", "one", "-o", "page.html"], {**MEASURED, "all rows": 1}),  # general text
         (["export", "one", "--to", "peft", "-o", "peft"], SHIPPED),
         (["export", "one", "--to", "vllm", "-o", "vllm"], SHIPPED),
         (["merge", "one", "-o", "merged"], {**SHIPPED, "skeleton": 2, "checkpoint": 2}),  # the merged folder's, too

@@ -150,14 +150,15 @@ def test_documents_out_of_order_are_refused(parents):
         Documents(starts, parents=parents)
 
 
-def test_a_gradient_may_lie_in_memory_in_any_way():
+def test_what_is_returned_lies_in_one_piece_and_a_gradient_may_lie_in_any_way():
     starts, parents = random_tree(3)
-    inputs = [x.requires_grad_() for x in tensors(starts[-1], (4, 2, 8), torch.float64, 0)]
+    inputs = [x.requires_grad_() for x in tensors(starts[-1], (4, 4, 8), torch.float64, 0)]
     weights = torch.randn(8, 4, starts[-1], dtype=torch.float64)
     outs = [
         packed_attention(*inputs, Documents(starts, parents=parents)),
         packed_attention_plain(*inputs, starts, parents=parents),
     ]
+    assert outs[0].is_contiguous()
     grads = [torch.autograd.grad((out.permute(2, 1, 0) * weights).sum(), inputs) for out in outs]
     for mine, twin in zip(*grads, strict=True):
         torch.testing.assert_close(mine, twin, rtol=1e-9, atol=1e-9)

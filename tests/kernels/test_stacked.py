@@ -58,3 +58,14 @@ def test_a_slot_that_is_given_again_keeps_nothing(rank: int) -> None:
     stacks.put(0, 0, torch.ones(rank, N), torch.ones(4, rank), 2.0)
     low = torch.ones(1, 1, N) @ stacks.a_SNK @ stacks.bs_SRM[0]
     torch.testing.assert_close(low, torch.full((1, 1, 4), 2.0 * rank * N))
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (5, 9), (12, 5)])
+def test_few_rows_get_what_many_get(shape: tuple[int, int]) -> None:
+    weight, bias_M = DenseWeight(torch.randn(shape)), torch.randn(shape[0])
+    for rows in (1, 7, 8, 12, 32, 33):
+        x_TN = torch.randn(rows, shape[1])
+        for bias in (None, bias_M):
+            got = weight.few(x_TN, bias)
+            torch.testing.assert_close(got, weight.matmul(x_TN, bias))
+            assert got.is_contiguous()  # it is added to in place, by views

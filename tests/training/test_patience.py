@@ -11,7 +11,7 @@ import pytest
 from deltaw.adapter.file import Adapter
 from deltaw.config import parse_config
 from deltaw.errors import InputError
-from deltaw.training import run as loop
+from deltaw.training import underway
 from deltaw.training.checkpoint import checkpoint_at, latest_checkpoint, read_checkpoint
 from deltaw.training.run import resume, train
 from deltaw.training.stop import Stopped
@@ -26,12 +26,12 @@ STOPPED = 14  # with a patience of two
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The held-out losses on the way are those of LOSSES, whatever the model."""
-    taken = loop.note_evaluation
+    taken = underway.note_evaluation
 
     def note(loss: float, learner: Any, *rest: Any) -> dict[str, Any]:
         return taken(LOSSES[learner.state.step // 2 - 1], learner, *rest)
 
-    monkeypatch.setattr(loop, "note_evaluation", note)
+    monkeypatch.setattr(underway, "note_evaluation", note)
 
 
 def asked(place: Path, output: Path, **options: Any) -> Any:

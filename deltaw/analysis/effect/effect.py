@@ -22,6 +22,7 @@ from deltaw.analysis.effect.modules import ModuleEffect, module_effects
 from deltaw.analysis.effect.passes import Budget, OfRows, Passes, key, pass_over
 from deltaw.analysis.effect.states import Group, states_of
 from deltaw.analysis.effect.tokens import Tokens, by_token
+from deltaw.base.source import Source
 from deltaw.config.sources import SourceValue
 from deltaw.data.example import Example
 from deltaw.errors import InputError
@@ -58,8 +59,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Effect:
-    """All that was tried, and on how much."""
+    """All that was tried, on which base, and on how much."""
 
+    base: Source
     modules: Mapping[str, ModuleEffect]
     tokens: Mapping[str, Tokens]
     points: Sequence[Point]
@@ -133,6 +135,7 @@ def try_update(
     modules = module_effects(model, rows, trained, display)
     passes = pass_over(model, rows, states_of(model.attached, trained, deep=deep), trained, budget, display)
     return Effect(
+        model.base.source,
         modules,
         {kind: by_token(found, model.renderer) for kind, found in passes.rows.items()},
         _points(passes),

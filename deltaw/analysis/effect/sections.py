@@ -100,7 +100,12 @@ def _without(effect: Effect) -> list[Block]:
             "KL from the base falls by": [_half(p.kl_change) for p in kinds],
         })  # fmt: skip
         blocks.append(
-            _picture(svg, "The update off in one kind of module, everywhere; on in all others.", "kind", kinds)
+            _picture(
+                svg,
+                "The update off in one kind of module, on in all others. Whiskers are as long as the 95 % intervals.",
+                "kind",
+                kinds,
+            )
         )
     if layers := effect.of("layer"):
         blocks += [

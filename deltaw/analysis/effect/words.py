@@ -20,6 +20,8 @@ def measured_on(effect: Effect) -> str:
         for kind, tokens in effect.tokens.items()
     ]
     words = f"Measured on {' and '.join(parts)}."
+    if any(tokens.rows == 1 for tokens in effect.tokens.values()):
+        words += " One row or passage alone has no interval."
     if effect.left_out:
         words += f" The time didn't suffice for {', '.join(effect.left_out)}."
     return words

@@ -1,0 +1,150 @@
+"""Steps of several runs together: each takes its own next step, on its own rows, and the base's products are shared.
+
+    run 0    | step 7: batch 0 · batch 1 |        the batches of number 0 of all runs are laid end to end, as far as
+    run 1    | step 3: batch 0           |   →    they fit into tokens_per_batch; then those of number 1; …
+    run 2    | step 7: batch 0 · batch 1 |        [0.0 1.0 2.0] [0.1 2.1]
+
+A run's own batches stay whole. So its gradient is the sum of the same batches as by itself, its dropout draws for the
+same rows from the same stream, and all that differs is how many rows stand beside its own in a product: rounding.
+What is gained is gained where own batches are small, for a product of 64 rows reaches two thirds of the rate of one of
+512; of runs whose batches are as large as `tokens_per_batch` nothing is joined, and nothing would be gained.
+
+A run ends by itself: after its last step, by its patience, or because it can't go on (watch.py), and the others go on.
+
+On a GPU the steps aren't recorded (training/captured.py knows one learner).
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+
+from deltaw.base.batch import Batch
+from deltaw.base.forward import Forward
+from deltaw.show.progress import Board
+from deltaw.show.text import counted
+from deltaw.sweep.live import Live
+from deltaw.training.contention import Contention
+from deltaw.training.memory import Heap, bounded
+from deltaw.training.step import step_together
+from deltaw.training.stop import StopRequest
+from deltaw.training.watch import CannotGoOn
+
+
+def lay(steps: Mapping[int, Sequence[Batch]], capacity: int) -> tuple[list[Batch], list[int]]:
+    """The batches of a step of each run, by the number of its adapter, as common ones of up to `capacity` tokens (or
+    one run's batch); and the number that each has in its runs' own steps. A single run's are left as they are."""
+    if len(steps) == 1:
+        (batches,) = steps.values()
+        return list(batches), list(range(len(batches)))
+    common, numbers = list[Batch](), list[int]()
+    for number in range(max(map(len, steps.values()))):
+        part, size = list[Batch](), 0
+        for update, batches in steps.items():
+            if number >= len(batches):
+                continue
+            batch = batches[number].owned(update)
+            if batch.beside is not None:  # of the whole batch, and of no other run's
+                common.append(batch)
+                continue
+            if part and size + len(batch.tokens_T) > capacity:
+                common.append(Batch.joined(part))
+                part, size = [], 0
+            part.append(batch)
+            size += len(batch.tokens_T)
+        common += [Batch.joined(part)] if part else []
+        numbers += [number] * (len(common) - len(numbers))
+    return common, numbers
+
+
+class Joint:
+    """Takes the steps of `live`, from which runs leave as they end. `ended`: told of each that does, and why if not
+    because it is done."""
+
+    def __init__(
+        self,
+        live: list[Live],
+        stop: StopRequest,
+        contention: Contention,
+        ended: Callable[[Live, CannotGoOn | None], object],
+    ) -> None:
+        self.live, self._stop, self._contention, self._ended = live, stop, contention, ended
+        self._heap, self._first = Heap(live[0].opened.device), True
+        self._all, self._began, self._tokens = list(live), time.monotonic(), 0
+        self._capacity = max(one.opened.config.train.batch_tokens for one in live)
+
+    @property
+    def _forward(self) -> Forward:
+        return self.live[0].opened.model.forward
+
+    def take_until(self, share: float, board: Board) -> None:
+        """All steps up to this share of each run's; those that are done then, or can't go on, leave."""
+        self._leave()
+        while taking := [one for one in self.live if one.learner.state.step < round(share * one.opened.total)]:
+            self._take(taking)
+            if taking[0].opened.device.type == "cpu":
+                self._contention.stepped()
+            self._show(board)
+            self._leave()
+            self._heap.tidy()
+        self._show(board)
+
+    def save(self) -> None:
+        """Each as it stands."""
+        for one in self.live:
+            if one.learner.state.step:
+                one.underway.save()
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Stop these runs where they are, saved."""
+        for one in [one for one in self.live if one.name in names]:
+            one.underway.save()
+            self.live.remove(one)
+            one.leave()
+
+    def _take(self, taking: Sequence[Live]) -> None:
+        """One step of each, and what is due after it."""
+        steps = [next(one.steps) for one in taking]
+        batches, numbers = lay(
+            {one.opened.attached.number: its for one, (its, _) in zip(taking, steps, strict=True)}, self._capacity
+        )
+        lost = list[tuple[Live, CannotGoOn]]()
+        with self._stop.held():
+            learners, positions = [one.learner for one in taking], [position for _, position in steps]
+            with bounded(taking[0].opened.device) if self._first else nullcontext():
+                taken = step_together(self._forward, learners, batches, positions, numbers=numbers)
+            self._first = False  # the step that shows whether there is memory enough
+            self._tokens += sum(len(batch.tokens_T) for batch in batches)
+            for one, result in zip(taking, taken, strict=True):
+                if result.ended is None:
+                    one.underway.note(result.record)
+                else:
+                    lost.append((one, result.ended))
+            self._lose(lost)
+        for one in taking:
+            if one in self.live:
+                try:
+                    one.underway.do_what_is_due()
+                except CannotGoOn as error:
+                    self._lose([(one, error)])
+
+    def _lose(self, lost: Sequence[tuple[Live, CannotGoOn]]) -> None:
+        """Runs that can't go on: saved as far as they came, and off the model."""
+        for one, error in lost:
+            if one.learner.state.step:
+                one.underway.save()
+            self.live.remove(one)
+            one.leave()
+            self._ended(one, error)
+
+    def _leave(self) -> None:
+        """Runs that are done."""
+        for one in [one for one in self.live if one.underway.is_over]:
+            one.finish(self._contention.waited)
+            self.live.remove(one)
+            self._ended(one, None)
+
+    def _show(self, board: Board) -> None:
+        rows = [one.cells for one in self._all if one in self.live]
+        speed = self._tokens / (time.monotonic() - self._began)
+        done = sum(one.learner.state.step for one in self._all)
+        board(done, rows, f"{counted(len(self.live), 'run')}, {speed:.0f} tokens/s")
