@@ -22,6 +22,8 @@ INTRO = {
     "When it doesn't fit": "Bases that stay packed, layers that are recomputed, and rows that are prepared once. Bases "
     "are SmolLM2-135M (builtin) or of the shapes of Llama 3.2 1B and Llama 3.1 8B with random weights.",
     "Looking at an adapter": "`deltaw inspect`, the whole command, on random factors of Llama 3.1 8B's shape.",
+    "Prefixes computed once": "Training steps of SmolLM2-135M with a LoRA of rank 16, whose rows begin alike: with "
+    "their beginning computed once, against without, in turns in one process.",
     "Preferences": "DPO on pairs of about 92 tokens of prompt and two answers of 20, eight pairs a step, beside TRL's "
     "DPOTrainer with PEFT.",
     "Remembering": "`train.retain` beside lower rates, a weaker adapter and replay of plain text at equal cost: the "

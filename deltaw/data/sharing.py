@@ -24,8 +24,8 @@ So a tenth of a step goes into sharing, and a step shares at least `WORTH` of it
 stays what it was, to the bit. A prefix has at least `LEAST` tokens, since each level of a tree costs the same again.
 
 Rejected: one level of prefixes only (pairs of preferences share a prompt, and all of them a system prompt), looking
-beyond the step (which examples a step takes is the shuffle's business), and a trie of single tokens (50 times as slow
-in Python). What it costs: 5 µs for a row that shares nothing, about 15 for one that does.
+beyond the step (which examples a step takes is the shuffle's business), and a trie with a node for every token (a step
+of Python for each). What it costs: 2 µs for a row that shares nothing, 12 for one that shares 200 tokens.
 """
 
 from collections import Counter

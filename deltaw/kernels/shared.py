@@ -22,8 +22,9 @@ the smallest number of their type, not −∞, so that such a part has a weight 
 
 On a GPU each document's keys are gathered, its ancestors' before its own, and PyTorch's varlen attention aligns the
 last query with the last key; gathering's backward adds up what comes back. Rejected there: two calls joined as above
-(its backward takes no gradient for l). Rejected on a CPU: gathered keys (reading a prefix of 200 once per example of 40
-is most of the work), and scores of both parts side by side in one buffer (a product into a strided block is copied).
+(its backward takes no gradient for l). Rejected on a CPU: gathered keys (a prefix's keys and values would be copied for
+each example, and its product fall into as many small ones), and the scores of both parts side by side in one buffer
+(the own part goes by groups of like length, the prefix's by prefix: one of the two would have to be laid out anew).
 
 Letters: T tokens, H query heads, K key/value heads, G = H / K, E head size, n rows that see an ancestor, C of them at a
 time, J its keys, P gathered places (documents.py).

@@ -42,7 +42,7 @@ def contents(batch: Batch) -> Counter:
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(
     examples=rows(),
     capacity=st.integers(1, 200),
