@@ -25,7 +25,7 @@ from deltaw.data.loader import LoaderState
 from deltaw.errors import InputError
 from deltaw.run import Run
 from deltaw.show.progress import QUIET
-from deltaw.training import opening
+from deltaw.training import frozen_layers
 from deltaw.training import retain as module
 from deltaw.training.captured import captured_on
 from deltaw.training.checkpoint import TrainState
@@ -290,7 +290,7 @@ def test_how_a_step_is_computed_changes_no_number(place: Path, way: str) -> None
         made["data"] = {"train": str(place / "train.jsonl"), "limit": 20}
         one, said = place / "from-below", Said()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(opening, "FROZEN_SHARE", 0.0)
+            patch.setattr(frozen_layers, "FROZEN_SHARE", 0.0)
             train({**made, "output": str(one)}, display=said)
         assert not any("computed once" in line for line in said.lines)
     train(made, display=(said := Said()))
