@@ -167,8 +167,8 @@ def demo(folder: Path, weight: float, share: float, record: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", action="store_true", help="the demo with and without it")
-    parser.add_argument("--weight", type=float, default=1.0, help="of the demo's KL")
-    parser.add_argument("--share", type=float, default=0.1, help="of the demo's general tokens")
+    parser.add_argument("--weight", type=float, default=0.3, help="of the demo's KL")
+    parser.add_argument("--share", type=float, default=0.05, help="of the demo's general tokens")
     parser.add_argument("--out", type=Path, default=Path("runs/retain"))
     parser.add_argument("--record", action="store_true", help="keep the figures for docs/performance.md")
     asked = parser.parse_args()

@@ -24,19 +24,16 @@ from deltaw.adapter.file import BaseId
 from deltaw.adapter.history import NOTHING, History
 from deltaw.adapter.init_data import initialise_from_data
 from deltaw.base.forward import Forward, plan_forward
-from deltaw.base.frozen import embedding_of
 from deltaw.base.limits import Limits
 from deltaw.base.load import open_base, pick_device
 from deltaw.base.objective import Objective
 from deltaw.base.preferences import objective_of
-from deltaw.base.prefix import lowest_layer
 from deltaw.config import RunConfig
 from deltaw.config.own_rows import rows_to_keep, with_names
 from deltaw.data.dataset import Dataset
 from deltaw.data.example import Example
 from deltaw.data.examples import Examples
-from deltaw.data.loader import Loader, LoaderState, fill
-from deltaw.data.pack import pack
+from deltaw.data.loader import Loader, LoaderState
 from deltaw.data.render import Renderer
 from deltaw.data.weighed import Weighed
 from deltaw.evaluation.forgetting import general_text
@@ -49,7 +46,6 @@ from deltaw.training.checkpoint import TrainState, conditions
 from deltaw.training.learner import Learner
 from deltaw.training.length import make_loader
 from deltaw.training.looking import Ground, Looked, look
-from deltaw.training.memory import free_memory
 from deltaw.training.optim import WARMUP, warmup_steps
 from deltaw.training.retain import Retain, Text, check_apart
 from deltaw.training.sharding import NONE, Shards, first_pass, is_wanted, shard
@@ -57,7 +53,6 @@ from deltaw.training.start import Start, described
 from deltaw.training.world import ALONE, World
 
 START_BATCHES = 8  # of train.tokens_per_batch, that an initialiser gets: 16,384 tokens by default
-FROZEN_SHARE = 0.25  # of the free memory, that what frozen layers give may take
 
 
 @dataclass(frozen=True)
@@ -264,29 +259,6 @@ def start_from_data(opened: Opened, display: Display) -> None:
     batches = islice(chain.from_iterable(step for step, _ in loader), START_BATCHES)
     here = [batch.to(opened.device) for batch in batches]
     initialise_from_data(opened.attached, opened.model.forward, here, display)
-
-
-def above_the_frozen(opened: Opened, display: Display) -> Forward:
-    """The forward of training steps. Where a run passes its documents more than once, the frozen layers below the
-    lowest adapter are computed once for all of them, if their output fits into `FROZEN_SHARE` of the free memory."""
-    forward, rows, capacity = opened.model.forward, opened.dataset.train, opened.config.train.batch_tokens
-    lowest = lowest_layer(opened.attached.paths)
-    seldom = opened.total <= opened.loader(TrainState()).steps_in_epoch(0)
-    if opened.shards or lowest is None or not lowest[1] or seldom:
-        return forward
-    lengths, kept, words = rows.lengths, opened.retained.lengths, embedding_of(opened.model.base.model)
-    if int(lengths.sum() + kept.sum()) * words.shape[1] * words.dtype.itemsize > FROZEN_SHARE * free_memory(
-        opened.device
-    ):
-        return forward
-    groups = [(rows, group) for group in fill(range(len(lengths)), lengths, capacity)]
-    groups += [(opened.retained, group) for group in fill(range(len(kept)), kept, capacity)]
-    batches = (pack([some[n] for n in group]).to(opened.device) for some, group in groups)
-    with display.task("frozen layers", len(groups)) as progress:
-        forward = forward.above(*lowest, batches, progress)
-        progress(len(groups))
-    display.say(f"training steps: {forward.describe()}")
-    return forward
 
 
 def general_rows(config: RunConfig, model: Model, retained: Sequence[Example] = ()) -> Examples:

@@ -38,12 +38,13 @@ from deltaw.training.checkpoint import Saved, latest_checkpoint
 from deltaw.training.contention import Contention
 from deltaw.training.extend import check_extension, extended
 from deltaw.training.finish import finish, measure_again, report
+from deltaw.training.frozen_layers import above_the_frozen
 from deltaw.training.learner import Learner
 from deltaw.training.length import count_steps
 from deltaw.training.log import EventLog, open_log
 from deltaw.training.measuring import Attempts, measure_base
 from deltaw.training.memory import Heap, bound_caches, bounded
-from deltaw.training.opening import Opened, above_the_frozen, begin, general_rows, open_run
+from deltaw.training.opening import Opened, begin, general_rows, open_run
 from deltaw.training.preflight import short_form, work_of
 from deltaw.training.recomputing import choose, keeping
 from deltaw.training.references import with_references

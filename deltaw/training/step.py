@@ -98,7 +98,7 @@ def step_together(
     `positions`: by learner. `numbers`: by batch, which of its own step it is for the learners whose documents it has;
     else they are numbered as they come.
     """
-    _check_owners(learners, batches)
+    _check_owners(learners, batches, retain)
     began = time.monotonic()
     if retain is not None and abreast:
         batches = [retain.informed(batch.to(learners[0].attached.parameters[0].device)) for batch in batches]
@@ -244,7 +244,7 @@ def _see_all(shares: Sequence["_Share"], deal: Sequence[Sequence[int]], world: W
         shares[0].judge_drift(drifts)
 
 
-def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None:
+def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch], retain: Retain | None) -> None:
     """Raise ValueError where a document has no learner here, or could have two. `NOBODY`'s are nobody's to learn."""
     numbers, first = {learner.attached.number for learner in learners}, learners[0].attached.carried.first
     unknown = {update for batch in batches for update in batch.updates or (first,)} - numbers - {NOBODY}
@@ -252,6 +252,8 @@ def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch]) -> None
         raise ValueError(f"documents take update {min(unknown)}, and the learners are of {sorted(numbers)}")
     if len(learners) > 1 and not all(batch.updates for batch in batches):
         raise ValueError(f"{len(learners)} learners, and the batch doesn't say which documents belong to which")
+    if retain is None and any(learner.config.retain for learner in learners):
+        raise ValueError("a learner is to retain text, and the step is given none")
     if len(learners) > 1 and any(batch.retained for batch in batches):
         raise ValueError(f"{len(learners)} learners, and a batch with rows that are held to the base has one")
 

@@ -18,13 +18,14 @@ from deltaw.adapter.attach import attach, detach
 from deltaw.adapter.file import Adapter
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
-from deltaw.config import AdapterSpec, config_of, parse_config
+from deltaw.config import AdapterSpec, parse_config
+from deltaw.config.retain import RetainConfig
 from deltaw.data.examples import Examples
 from deltaw.data.loader import LoaderState
 from deltaw.errors import InputError
 from deltaw.run import Run
 from deltaw.show.progress import QUIET
-from deltaw.training import opening
+from deltaw.training import frozen_layers
 from deltaw.training import retain as module
 from deltaw.training.captured import captured_on
 from deltaw.training.checkpoint import TrainState
@@ -202,9 +203,17 @@ def test_several_learners_are_not_held_to_the_base_together() -> None:
         step(forward, [one, other], joined, END, retain=keeping)
 
 
+def test_a_step_that_is_to_retain_text_is_given_some() -> None:
+    forward = plan_forward(tiny("llama", torch.float32))
+    one = learner(forward, retain=RetainConfig())
+    with pytest.raises(ValueError, match="retain"):
+        step(forward, [one], batches(), END)
+    assert one.state.step == 0
+
+
 def test_a_run_with_it_is_not_recorded_and_says_why() -> None:
     forward, lines = plan_forward(tiny("llama", torch.float32)), list[str]()
-    one = learner(forward, retain=config_of(base_file(retain="builtin:general-train")).train.retain)
+    one = learner(forward, retain=RetainConfig())
     assert captured_on(torch.device("cuda"), forward, one, 9, lines.append, list) is None
     assert len(lines) == 1 and "train.retain" in lines[0]
     detach(one.attached)
@@ -281,7 +290,7 @@ def test_how_a_step_is_computed_changes_no_number(place: Path, way: str) -> None
         made["data"] = {"train": str(place / "train.jsonl"), "limit": 20}
         one, said = place / "from-below", Said()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(opening, "FROZEN_SHARE", 0.0)
+            patch.setattr(frozen_layers, "FROZEN_SHARE", 0.0)
             train({**made, "output": str(one)}, display=said)
         assert not any("computed once" in line for line in said.lines)
     train(made, display=(said := Said()))
