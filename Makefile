@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 	$(BIN)/deltaw demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2

@@ -28,6 +28,7 @@ INTRO = {
     "DPOTrainer with PEFT.",
     "Remembering": "`train.retain` beside lower rates, a weaker adapter and replay of plain text at equal cost: the "
     "demo's task in 48 steps of 512 tokens, and the demo itself. Forgetting is KL(base ‖ tuned) on builtin:general.",
+    "Sweeps": "Eight learners on one base in one process, beside eight commands.",
     "Serving": "The engine of `deltaw serve` beside llama.cpp, in one run.",
 }
 

@@ -6,7 +6,7 @@ is refused by name. They are filled in when the section is read, so a run's conf
 
 Preferences want a lower rate than supervised rows: they go on until the margin is as large as the adapter can make it,
 and what they lose on the way is the likelihood of every answer. `train.lr`, where it isn't set, is `RATE` then: papers
-have 5e-7 to 5e-6 for all of a model's weights, and LoRA wants some ten times that (benchmarks of rates: docs/log.md).
+have 5e-7 to 5e-6 for all of a model's weights, and LoRA wants some ten times that.
 """
 
 from typing import Any, ClassVar, Literal, Self
