@@ -304,7 +304,7 @@ class Body(nn.Module):
     """A model up to its head, on documents that do not change."""
 
     def __init__(self, model: Any, batch: Batch) -> None:
-        from deltaw.base.batch import Pass, passing_of
+        from deltaw.base.passing import Pass, passing_of
 
         super().__init__()
         self.base = model.base_model

@@ -96,7 +96,7 @@ def test_the_guide_runs_with_its_own_model(tmp_path: Path) -> None:
 
 
 def write_files(folder: Path, base: str | None = None) -> None:
-    (table,), (run_file,) = blocks(GUIDE, "csv"), blocks(GUIDE, "yaml")
+    (table,), (run_file, *_) = blocks(GUIDE, "csv"), blocks(GUIDE, "yaml")
     (folder / "cafe.csv").write_text(table, encoding="utf-8")
     if base is not None:
         raw = yaml.safe_load(run_file)

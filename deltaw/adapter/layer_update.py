@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.base.batch import Passing
 from deltaw.base.frozen import FrozenLinear
+from deltaw.base.passing import Passing
 from deltaw.errors import InputError
 from deltaw.kernels.lora import Factors
 
@@ -30,7 +30,6 @@ class Carried:
         self.numbers: list[int] = []
         self.first = 0
         self.changes = 0  # how often one came or went
-        self._streams: dict[int, torch.Generator] = {}  # of updates that draw their own random numbers
 
     def free(self) -> int:
         """The lowest number that isn't taken."""
@@ -63,16 +62,16 @@ class Carried:
     def drawing_apart(self, number: int, seed: int, device: torch.device) -> Iterator[None]:
         """Inside, what is random in that update's segments comes from a stream of its own, begun at `seed`: the same
         numbers, whoever else is in the pass."""
-        self._streams[number] = torch.Generator(device).manual_seed(seed)
+        self.passing.streams[number] = torch.Generator(device).manual_seed(seed)
         try:
             yield
         finally:
-            del self._streams[number]
+            del self.passing.streams[number]
 
     @contextmanager
     def drawing(self, number: int) -> Iterator[None]:
         """Inside, torch's generator is that update's stream, if it has one: torch's dropout takes no other."""
-        stream = self._streams.get(number)
+        stream = self.passing.streams.get(number)
         if stream is None:
             yield
             return

@@ -30,8 +30,8 @@ from deltaw.adapter.layer_update import Carried, LayerUpdate
 from deltaw.adapter.moving import MovingUpdate
 from deltaw.adapter.targets import Targets, explicit_targets, find_targets, targets_of
 from deltaw.adapter.trial import Observed, differences, holds, observe
-from deltaw.base.batch import passing_of
 from deltaw.base.frozen import FrozenLinear
+from deltaw.base.passing import passing_of
 from deltaw.base.stand_in import StandIn
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, listed

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from deltaw.adapter.layer import AdaptedLinear
 from deltaw.base.attention import AttentionCall
-from deltaw.base.batch import Passing, passing_of
 from deltaw.base.frozen import BringsWeight, FrozenLinear, weight_of
+from deltaw.base.passing import Passing, passing_of
 from deltaw.base.probe import watched_pass
 from deltaw.base.stand_in import StandIn
 from deltaw.kernels.attention import packed_attention

@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 from deltaw.adapter.layer import AdaptedLinear
 from deltaw.adapter.layer_update import LayerUpdate
 from deltaw.base.attention import is_packed
-from deltaw.base.batch import Pass, passing_of
 from deltaw.base.frozen import FrozenLinear
+from deltaw.base.passing import Pass, passing_of
 from deltaw.base.probe import REFUSALS, probe_documents, rounding
 from deltaw.errors import InputError
 

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from deltaw.base.batch import Passing, passing_of
+from deltaw.base.passing import Passing, passing_of
 from deltaw.kernels.attention import packed_attention
 from deltaw.kernels.documents import Documents
 

@@ -1,4 +1,4 @@
-"""What a model is given: `Batch`, documents laid end to end, and `Pass`, what a forward carries to layers besides x.
+"""What a model is given: `Batch`, documents laid end to end.
 
 Three documents of 3, 2 and 4 tokens:
 
@@ -20,25 +20,16 @@ updates share nothing.
 How the documents are grouped for attention (`Documents`) and how many labels count are worked out once, by whoever
 packs them, and travels with the batch: a forward neither repeats it nor waits for the device to be told.
 
-A layer deep inside one of transformers' models is given its input and little else. Whatever more it needs to know of a
-pass is in a `Pass`, and reaches it through the model's `Passing`: one small holder per model, which attention,
-stand-ins and adapted layers keep from the moment they are put in place. Rejected: keyword arguments handed down through
-the model's own code (linear layers never see them, and an unknown name may be refused on the way), a global (two models
-run side by side in one process), and a thread-local (the backward, and what is recomputed in it, runs on another
-thread).
-
 Letters: T tokens, S documents + 1.
 """
 
 import itertools
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltaw.base.parts import PLAIN
 from deltaw.kernels.documents import Documents
@@ -319,76 +310,3 @@ def segments_of(updates: Sequence[int], starts: Sequence[int]) -> Segments | Non
             start = segments.pop().start
         segments.append(Segment(update, start, end))
     return tuple(segments)
-
-
-class Stored(Protocol):
-    """Keys and values of earlier tokens, where attention stands in (generate/slots.py)."""
-
-    def attention(
-        self,
-        layer: nn.Module,
-        q_THE: Tensor,
-        k_TKE: Tensor,
-        v_TKE: Tensor,
-        *,
-        scale: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """Add the rows' keys and values to those of `layer`, and attend to what each row may see: [T, H, E]."""
-
-
-@dataclass(frozen=True, eq=False)
-class Pass:
-    """What one forward carries to the layers.
-
-    documents: how the rows are laid end to end; None where each row of the input is a document of its own
-    segments:  which rows take which update; None: all take the first
-    cache:     keys and values of earlier tokens, which attention adds to and reads; None: there are none
-    below:     what enters the lowest adapted layer [T, D], computed before (prefix.py); None: it is computed now
-    probe:     what watches the calls to attention (attention.py)
-    ready:     what steps of decoding have ready of their layers (adapter/ready.py)
-    """
-
-    documents: Documents | None = None
-    segments: Segments | None = None
-    cache: Stored | None = None
-    below: Tensor | None = None
-    probe: Any = None
-    ready: Any = None
-
-
-NOTHING = Pass()
-
-
-class Passing:
-    """Where a model's layers find the pass that is running. `NOTHING` when somebody simply calls the model."""
-
-    def __init__(self) -> None:
-        self.current = NOTHING
-        self.attention = ""  # the name of the attention that knows this holder (attention.py); "" where none does
-
-    @contextmanager
-    def running(self, this: Pass) -> Iterator[None]:
-        """Inside, `this` is the pass that layers see."""
-        before, self.current = self.current, this
-        try:
-            yield
-        finally:
-            self.current = before
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Passing":
-        """A copied model runs passes of its own; nothing is running in it."""
-        return Passing()
-
-
-_passing: weakref.WeakKeyDictionary[nn.Module, Passing] = weakref.WeakKeyDictionary()
-
-
-def passing_of(model: nn.Module) -> Passing:
-    """The holder of this model, the same one whoever asks. A copied model's is the one that its layers were copied
-    with."""
-    if model not in _passing:
-        holders = (getattr(module, "passing", None) for module in model.modules())
-        _passing[model] = next((holder for holder in holders if isinstance(holder, Passing)), None) or Passing()
-    return _passing[model]

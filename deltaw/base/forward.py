@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from deltaw.base.angles import stand_in_for_angles
 from deltaw.base.attention import is_packed, packed_attention_of
-from deltaw.base.batch import Batch, Pass, passing_of, segments_of
+from deltaw.base.batch import Batch, segments_of
 from deltaw.base.head import Head, find_head
 from deltaw.base.objective import Objective, sft
+from deltaw.base.passing import Pass, passing_of
 from deltaw.base.prefix import Prefix
 from deltaw.base.probe import REFUSALS, Probe, borders, masks_are_told, uncrossed
 from deltaw.base.recompute import Recompute

@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from deltaw.base.batch import Batch, Passing, passing_of
+from deltaw.base.batch import Batch
+from deltaw.base.passing import Passing, passing_of
 from deltaw.base.stand_in import StandIn
 from deltaw.show.progress import Progress
 

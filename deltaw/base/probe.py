@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.base.attention import Calls, is_packed, packed_attention_of, pairs
-from deltaw.base.batch import Batch, Pass, passing_of
+from deltaw.base.batch import Batch
 from deltaw.base.frozen import dtype_of, embedding_of
+from deltaw.base.passing import Pass, passing_of
 
 SHORT = (5, 7)  # tokens of the two documents where the config has no number that is dear to cross
 BUDGET = 4e9  # parameters x tokens of a pass: under half a second on two cores

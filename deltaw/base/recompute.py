@@ -35,7 +35,7 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from deltaw.base.batch import Passing, passing_of
+from deltaw.base.passing import Passing, passing_of
 from deltaw.base.stand_in import StandIn
 from deltaw.errors import InputError
 from deltaw.show.text import counted
@@ -93,9 +93,10 @@ class _Recomputed(StandIn):
         """As the layer's own."""
         if not (self.enabled and torch.is_grad_enabled()):
             return self.original(*args, **kwargs)
-        this = self.passing.current
+        this, drawn = self.passing.current, self.passing.states()
 
         def run(*inputs: Any) -> Any:
+            self.passing.put_back(drawn)
             with self.passing.running(this):
                 return self.original(*inputs, *args[1:], **kwargs)
 

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from deltaw.base.batch import Pass, passing_of, segments_of
+from deltaw.base.batch import segments_of
 from deltaw.base.frozen import dtype_of
 from deltaw.base.limits import context_of
+from deltaw.base.passing import Pass, passing_of
 from deltaw.errors import InputError
 from deltaw.generate.sampling import Sampling, uniform_numbers
 from deltaw.kernels.segments import NOBODY, Segments

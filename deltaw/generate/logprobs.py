@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.base.attention import is_packed
-from deltaw.base.batch import Pass, passing_of
 from deltaw.base.frozen import dtype_of
 from deltaw.base.head import find_head
+from deltaw.base.passing import Pass, passing_of
 from deltaw.base.probe import rounding
 from deltaw.generate.cache import segments_for
 from deltaw.kernels.documents import Documents

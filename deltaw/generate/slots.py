@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from deltaw.adapter.ready import Ready
 from deltaw.adapter.stand_ins import FusedAttention
 from deltaw.base.attention import is_packed
-from deltaw.base.batch import Pass, passing_of
 from deltaw.base.frozen import InParts, dtype_of
+from deltaw.base.passing import Pass, passing_of
 from deltaw.base.probe import REFUSALS
 from deltaw.generate.cache import Cache, Row, segments_for
 from deltaw.generate.filling import GPU_PIECE, PIECE, Continued, Filling, Run, next_runs

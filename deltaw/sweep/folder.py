@@ -22,7 +22,7 @@ from deltaw.config import parse_config
 from deltaw.config.places import STARTED, record
 from deltaw.errors import InputError, command
 from deltaw.files.atomic import write_text_atomic
-from deltaw.files.lock import claimed
+from deltaw.files.lock import claimed, holds_anything
 from deltaw.files.output import check_writable
 from deltaw.files.strict_json import read_json
 from deltaw.run import Run
@@ -171,6 +171,8 @@ def held(grid: Grid, *, new: bool, replace: bool = False) -> Iterator[None]:
                     f"{variant.config.output} already holds a run",
                     fix="start over: --replace   or choose another output",
                 )
+        if holds_anything(grid.folder) and not is_sweep(grid.folder):
+            raise InputError(f"output {grid.folder} exists and isn't a sweep", fix="choose another output")
 
     with claimed(grid.folder, check):
         yield

@@ -8,7 +8,8 @@ from torch import nn
 
 from deltaw.adapter.attach import Attached, attach, detach
 from deltaw.adapter.ready import Ready
-from deltaw.base.batch import Pass, passing_of, segments_of
+from deltaw.base.batch import segments_of
+from deltaw.base.passing import Pass, passing_of
 from deltaw.config import AdapterSpec
 from deltaw.kernels.segments import NOBODY
 from deltaw.kernels.stacked import Stacks

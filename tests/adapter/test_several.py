@@ -11,8 +11,9 @@ from deltaw.adapter.attach import Attached, attach, detach
 from deltaw.adapter.file import BaseId
 from deltaw.adapter.init_data import initialise_from_data
 from deltaw.adapter.layer import AdaptedLinear
-from deltaw.base.batch import Batch, Pass, passing_of
+from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
+from deltaw.base.passing import Pass, passing_of
 from deltaw.config import AdapterSpec
 from deltaw.errors import InputError, RunError
 from deltaw.kernels.segments import NOBODY, Segment

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaw.base.attention import is_packed
-from deltaw.base.batch import NOTHING, Batch, Pass, passing_of, segments_of
+from deltaw.base.batch import Batch, segments_of
 from deltaw.base.forward import Forward, plan_forward
+from deltaw.base.passing import NOTHING, Pass, passing_of
 from deltaw.errors import InputError
 from deltaw.kernels.documents import Documents
 from deltaw.kernels.logprobs import IGNORE

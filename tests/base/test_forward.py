@@ -12,8 +12,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from deltaw.base import attention
 from deltaw.base.attention import is_packed
-from deltaw.base.batch import Batch, Passing
+from deltaw.base.batch import Batch
 from deltaw.base.forward import plan_forward
+from deltaw.base.passing import Passing
 from deltaw.generate.engine import generate
 from deltaw.generate.sampling import Sampling
 from deltaw.kernels.logprobs import IGNORE

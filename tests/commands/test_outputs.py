@@ -22,6 +22,7 @@ FOLDERS: dict[str, list[Any]] = {
     "export": ["one", "--to", "peft"],
     "study": ["rank"],
     "train": ["run.yaml"],
+    "sweep": ["run.yaml", "train.lr=1e-3,2e-3"],
     "plan": ["run.yaml"],
 }
 FILES: dict[str, list[Any]] = {

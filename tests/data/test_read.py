@@ -186,7 +186,7 @@ def test_sources_that_cannot_be_read(tmp_path):
         ("squad", "no such file"),
         ("a\0b", "isn't the name"),
         ("", "isn't the name"),
-        ("builtin:nothing", "known: cmudict, general, sarcasm"),
+        ("builtin:nothing", "known: cmudict, cmudict-pairs, general, general-train, sarcasm"),
     ]:
         with pytest.raises(InputError, match=reason):
             read_rows(source)

@@ -66,7 +66,7 @@ def loss_is_nan(patch: pytest.MonkeyPatch) -> None:
 
 FAILURES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str], str]] = {
     "the loss crashes": (
-        lambda patch: patch.setattr(finish, "loss_on", raising(IndexError("out of range"))),
+        lambda patch: patch.setattr(finish, "measured", raising(IndexError("out of range"))),
         {"held_out_loss"},
         "IndexError: out of range",
     ),

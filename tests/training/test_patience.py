@@ -28,8 +28,8 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The held-out losses on the way are those of LOSSES, whatever the model."""
     taken = underway.note_evaluation
 
-    def note(loss: float, learner: Any, *rest: Any) -> dict[str, Any]:
-        return taken(LOSSES[learner.state.step // 2 - 1], learner, *rest)
+    def note(loss: float, figures: Any, learner: Any, *rest: Any) -> dict[str, Any]:
+        return taken(LOSSES[learner.state.step // 2 - 1], figures, learner, *rest)
 
     monkeypatch.setattr(underway, "note_evaluation", note)
 

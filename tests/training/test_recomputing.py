@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from deltaw.adapter.attach import attach, detach
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
+from deltaw.base.objective import sft
 from deltaw.base.recompute import Recompute, blocks_of
 from deltaw.config import AdapterSpec, parse_config
 from deltaw.data.loader import LoaderState
@@ -319,11 +321,12 @@ def test_offloaded_inputs_are_not_captured_and_it_is_said() -> None:
         type = "cuda"
 
     forward = plan_forward(tiny("llama"))
+    plain = SimpleNamespace(objective=sft, config=SimpleNamespace(retain=None))
     attached = attach(forward.model, SPEC)
     blocks = blocks_of(forward.model, attached.paths)
     for draws, offload in ((False, True), (True, False)):
         said: list[str] = []
         again = Recompute(forward.model, blocks, draws=draws, offload=offload)
         one = replace(forward, recompute=again)
-        assert captured_on(Elsewhere(), one, None, 1, said.append, list) is None and len(said) == 1  # type: ignore[arg-type]
+        assert captured_on(Elsewhere(), one, plain, 1, said.append, list) is None and len(said) == 1  # type: ignore[arg-type]
         again.remove()

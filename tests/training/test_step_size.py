@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from deltaw.commands.preview import preview_named
 from deltaw.config import load_config, parse_config
 from deltaw.data.example import Example
+from deltaw.data.examples import Examples
 from deltaw.errors import InputError
 from deltaw.training.length import DOCUMENTS, FEW, USUAL, count_steps, notes, settle_step, warnings
 from deltaw.training.plan import plan
@@ -27,7 +28,7 @@ LENGTHS = st.lists(st.integers(2, 2048), min_size=1, max_size=200)
 
 def dataset(lengths: list[int]) -> Any:
     examples = [Example(np.zeros(n, np.int32), np.ones(n, bool), "t:1") for n in lengths]
-    return SimpleNamespace(train=examples, eval=[], report=SimpleNamespace(tokens=sum(lengths)))
+    return SimpleNamespace(train=Examples.of(examples), eval=[], report=SimpleNamespace(tokens=sum(lengths)))
 
 
 def config(**options: Any) -> Any:
