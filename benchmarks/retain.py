@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.figures import Measured, note
 from deltaw.config import load_config
 from deltaw.data.builtin import read_builtin
@@ -138,13 +136,13 @@ def curve(folder: Path, record: bool) -> None:
 
 def demo(folder: Path, weight: float, share: float, record: bool) -> None:
     """The demo itself, without it and with it."""
-    recipe = yaml.safe_load((Path(__file__).parents[1] / "recipes/demo.yaml").read_text())
+    recipe = Path(__file__).parents[1] / "recipes/demo.yaml"
     results = []
     for name, retain in (("demo", None), ("demo-retain", {"data": KEPT, "weight": weight, "share": share})):
         run = Run(folder / name)
         if not run.result.is_file():
-            made = {**recipe, "train": {**recipe["train"], "retain": retain}, "output": str(run.folder)}
-            train(made, replace=True)
+            retained = f"train.retain={json.dumps(retain)}"
+            train(load_config(recipe, [retained, f"output={run.folder}"]), replace=True)
         results.append(run.read_json(run.result))
     without, held = results
     error = held["eval"]["after"]["phoneme_error_rate"]
