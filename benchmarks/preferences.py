@@ -154,7 +154,8 @@ def one_arm(arm: str, folder: Path, steps: int) -> dict[str, Any]:
 
 
 def start(folder: Path) -> None:
-    """Write factors that all arms begin with: B not zero, so that the first losses say something."""
+    """Write factors that all arms begin with. B is zero: TRL's reference is the adapter that it is given, deltaw's the
+    base, and here they are one."""
     import torch
 
     from deltaw.adapter.attach import attach, detach
@@ -165,10 +166,6 @@ def start(folder: Path) -> None:
 
     base = open_base(find_base(BASE), dtype="float32", device="cpu")
     attached = attach(base.model, AdapterSpec(rank=16, alpha=32), generator=torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for layer in attached.layers.values():
-            layer.trained()["b"].normal_(std=2e-3, generator=generator)
     detach(attached, BaseId(BASE)).save(folder)
 
 

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
 from deltaw.base.objective import Objective
 from deltaw.data.example import Example
 from deltaw.data.examples import fingerprint
 from deltaw.data.loader import Units, fill
 from deltaw.data.pack import pack
+from deltaw.data.sharing import Shared
 from deltaw.data.weighed import Weighed, mismatched
 from deltaw.errors import RunError
 from deltaw.evaluation.held_out import TOKENS_AT_ONCE, Evaluation
@@ -31,6 +33,8 @@ from deltaw.model import Model
 from deltaw.show.progress import Display, Progress, unseen
 
 TRIVIAL = ("margin", "accuracy", "chosen_change", "kl", "anchor")  # of the reference itself
+
+NEAR = 4096  # examples among which beginnings are looked for
 
 
 @dataclass
@@ -83,14 +87,25 @@ def anchor_of(forward: Forward, weighed: Weighed) -> float:
 def summed_logprobs(forward: Forward, examples: Sequence[Example], *, progress: Progress = unseen) -> np.ndarray:
     """float64: the summed log-probability of each example's labels."""
     device, sums, done = next(forward.model.parameters()).device, np.zeros(len(examples)), 0
-    lengths = np.array([len(example.tokens) for example in examples], np.int64)
+    shares = forward.shares and device.type == "cpu"  # as training's batches (training/opening.py)
     with evaluating(forward.model):
-        for group in batches_of(lengths, range(len(examples))):
-            batch = pack([examples[number] for number in group]).to(device)
-            sums[group] = batch.by_document(forward.logprobs(batch)).to("cpu", torch.float64).numpy()
-            done += len(group)
+        for numbers, batch in _packed(examples, shares=shares):
+            sums[numbers] = batch.by_document(forward.logprobs(batch.to(device))).to("cpu", torch.float64).numpy()
+            done += len(numbers)
             progress(done)
     return sums
+
+
+def _packed(examples: Sequence[Example], *, shares: bool) -> Iterator[tuple[list[int], Batch]]:
+    """All of them in batches, and their numbers; those that begin alike are near, and with `shares` computed once."""
+    for first in range(0, len(examples), NEAR):
+        part = [examples[number] for number in range(first, min(first + NEAR, len(examples)))]
+        if shared := Shared.of(part) if shares else None:
+            yield from (([first + n for n in one.numbers], one.pack()) for one in shared.batches(TOKENS_AT_ONCE))
+            continue
+        lengths = np.array([len(example.tokens) for example in part], np.int64)
+        for group in batches_of(lengths, range(len(part))):
+            yield [first + number for number in group], pack([part[number] for number in group])
 
 
 def batches_of(lengths: np.ndarray, numbers: Sequence[int]) -> Iterator[list[int]]:
