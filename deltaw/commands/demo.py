@@ -15,7 +15,13 @@ DEMO: dict[str, Any] = {
     "base": "builtin:smollm2-135m",
     "adapter": {"rank": 16, "alpha": 32, "targets": "all-linear"},
     "data": {"train": "builtin:cmudict", "eval": 500, "limit": 5500},
-    "train": {"lr": 2e-3, "tokens_per_step": 768, "tokens_per_batch": 768, "sample_every": 40},
+    "train": {
+        "lr": 2e-3,
+        "tokens_per_step": 768,
+        "tokens_per_batch": 768,
+        "sample_every": 40,
+        "retain": {"weight": 0.2, "share": 0.05},
+    },
     "evaluate": {"metrics": ["phoneme_error_rate", "exact_match"], "max_new_tokens": 20},
     "output": "runs/demo",
 }
