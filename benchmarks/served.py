@@ -1,12 +1,10 @@
-"""The server itself: what it costs over its engine, how long a first token takes, and what 1,000 adapters do to it.
+"""The server itself: how long a first token takes, and what 1,000 adapters do to it (what it costs over its engine:
+server.py).
 
-    python -m benchmarks.served [overhead] [first] [adapters] [--count 1000] [--rounds 3] [--threads 2] [--record]
+    python -m benchmarks.served [first] [adapters] [--count 1000] [--threads 2] [--record]
 
 `deltaw serve` runs in a process of its own, on the builtin in float32, and is asked as clients ask it, by streams.
 
-    overhead  16 streams of 48 tokens on the base: the CPU seconds that the server's process takes for a token, over
-              those that the engine alone takes in this one, in turns. CPU seconds, since the clients of a benchmark
-              compute on the same cores
     first     while 15 streams go on, a prompt of 1,000 tokens comes: seconds to its first token, beside those on an
               idle server, and the longest time for which one of the 15 waited for a token, beside their median
     adapters  `--count` of rank 16 on all linear layers in one folder (16 different ones under many names, as links):
@@ -26,15 +24,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.figures import Measured, note
-from benchmarks.serving import BASE, NEW, PROMPT, STREAMS, Ours, make_adapters
-from deltaw.serve.metrics import PREFIX
+from benchmarks.serving import BASE, PROMPT, STREAMS, make_adapters
 
 SECTION = "Serving"
 LONG = 1000  # tokens of a prompt
@@ -80,24 +76,10 @@ class Server:
             connection.close()
 
     @property
-    def cpu(self) -> float:
-        """Seconds that its process has computed."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    @property
     def memory(self) -> float:
         """GB that it holds, without pages that files could give back."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.partition("RssAnon:")[2].split()[0]) * 1024 / 1e9
-
-    @property
-    def made(self) -> float:
-        """Tokens that it has made, as it counts them."""
-        connection = http.client.HTTPConnection(*self.place, timeout=60)
-        connection.request("GET", "/metrics")
-        lines = connection.getresponse().read().decode().splitlines()
-        return next(float(line.split()[-1]) for line in lines if line.startswith(f"{PREFIX}generation_tokens_total "))
 
     def close(self) -> None:
         self.process.terminate()
@@ -109,27 +91,6 @@ def prompts(count: int, length: int = PROMPT) -> list[list[int]]:
     import torch
 
     return torch.randint(1000, 40_000, (count, length)).tolist()  # type: ignore[no-any-return]
-
-
-def overhead(asked: argparse.Namespace) -> dict[str, tuple[float, str]]:
-    """By what part the server's CPU time for a token is more than its engine's."""
-    server, engine = Server(None, asked.threads), Ours("auto", [])
-    try:
-        parts = []
-        for turn in range(1 + asked.rounds):
-            some = prompts(STREAMS)
-            before, made = server.cpu, server.made
-            with ThreadPoolExecutor(STREAMS) as pool:
-                list(pool.map(lambda prompt: list(server.ask(server.base, prompt, NEW)), some))
-            served = (server.cpu - before) / (server.made - made)
-            before = time.process_time()
-            engine.run(some, 0)
-            alone = (time.process_time() - before) / (NEW * STREAMS)
-            print(f"CPU ms per token: server {1e3 * served:.2f}, engine {1e3 * alone:.2f}", flush=True)
-            parts += [served / alone - 1] if turn else []  # the first is to warm up
-        return {"server's CPU time over its engine's, 16 streams": (100 * statistics.median(parts), "%")}
-    finally:
-        server.close()
 
 
 def first(asked: argparse.Namespace) -> dict[str, tuple[float, str]]:
@@ -210,15 +171,13 @@ def _answer(server: Server, name: str) -> float:
     return time.perf_counter() - began
 
 
-PARTS = {"overhead": overhead, "first": first, "adapters": adapters}
-BOUNDS: dict[str, float] = {"server's CPU time over its engine's, 16 streams": 5.0}
+PARTS = {"first": first, "adapters": adapters}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--count", type=int, default=1000, help="adapters in the folder")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--record", action="store_true", help="keep the figures for docs/performance.md")
     asked: Any = parser.parse_args()
@@ -229,7 +188,7 @@ def main() -> None:
         for name, (value, unit) in PARTS[part](asked).items():
             print(f"{name}: {value:.3g} {unit}", flush=True)
             if asked.record:
-                note(Measured(SECTION, name, value, unit, BOUNDS.get(name), at_most=True))
+                note(Measured(SECTION, name, value, unit, at_most=True))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from deltaw.training.finish import finish, measure_again, report
 from deltaw.training.frozen_layers import above_the_frozen
 from deltaw.training.learner import Learner
 from deltaw.training.length import count_steps
-from deltaw.training.log import EventLog, open_log
+from deltaw.training.log import open_log
 from deltaw.training.measuring import Attempts, measure_base
 from deltaw.training.memory import Heap, bound_caches, bounded
 from deltaw.training.opening import Opened, begin, general_rows, open_run
@@ -186,7 +186,7 @@ def _run(
                     opened = with_references(opened, run, display, fresh=saved is None)
                     before = measure_base(opened, run, on_the_way, display)
                 opened = hand_out(opened, learner, world)
-                waited = Steps(opened, learner, run, stop, display, on_the_way, log, on_step).take()
+                waited = Steps(Underway(opened, learner, run, stop, display, on_the_way, log, on_step)).take()
             with opened.shards.leads():
                 adapter = finish(opened, learner, run, before, general, attempts, display, began, waited)
             stop.advice = f"the run is finished, but its report isn't: {command('inspect', run.folder)}"
@@ -210,7 +210,8 @@ def _follow(run: Run, world: World) -> Adapter:
             opened = keeping(opened, world.first(lambda: "none", "what activations are kept"))
             opened.shards.follow()  # and measures the base
             opened = hand_out(opened, learner, world)
-            Steps(opened, learner, run, stop, QUIET, Attempts(opened.device, QUIET.say, shortage)).take()
+            attempts = Attempts(opened.device, QUIET.say, shortage)
+            Steps(Underway(opened, learner, run, stop, QUIET, attempts)).take()
             opened.shards.follow()  # it measures the adapter
         except Exception as error:
             raise shortage(error) or error from None
@@ -250,19 +251,9 @@ def _measure_again(config: RunConfig, local: RunConfig, run: Run, consent: Conse
 class Steps:
     """A run's remaining steps."""
 
-    def __init__(
-        self,
-        opened: Opened,
-        learner: Learner,
-        run: Run,
-        stop: StopRequest,
-        display: Display,
-        attempts: Attempts,
-        log: EventLog | None = None,
-        on_step: OnStep | None = None,
-    ) -> None:
-        self.opened, self.learner, self.stop, self.display = opened, learner, stop, display
-        self.underway = Underway(opened, learner, run, stop, display, attempts, log, on_step)
+    def __init__(self, underway: Underway) -> None:
+        self.underway, self.opened, self.learner = underway, underway.opened, underway.learner
+        self.stop, self.display = underway.stop, underway.display
 
     def take(self) -> float | None:
         """All of them; the share of time without a core (contention.py). Saves and raises Stopped at a signal."""

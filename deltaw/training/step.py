@@ -2,12 +2,11 @@
 
 A learner's loss is the sum over its documents of the step, divided once by what its objective counts in them (its own
 supervised tokens, pairs, …): so gradient accumulation is exact, and other learners' documents in a batch change
-nothing. In float16 it is the
-gradient that is divided, not the loss: below 2⁻²⁴ that type has nothing, and on the demo's rows (SmolLM2-135M) the
-gradient of a mean over 3,770 tokens was off by 4.4 %, over 37,700 by 28 %, and that of the sum by 0.2 % (bfloat16's by
-1.8 %, whichever is divided: it has float32's range, and so the loss is divided as ever). A step is applied only if
-its loss and its gradient are finite (watch.py). It depends on the state before it and on nothing else, so
-stopping anywhere and resuming gives the same bits (on a CPU).
+nothing. In float16 it is the gradient that is divided, not the loss: below 2⁻²⁴ that type has nothing, and on the
+demo's rows (SmolLM2-135M) the gradient of a mean over 3,770 tokens was off by 4.4 %, over 37,700 by 28 %, and that of
+the sum by 0.2 % (bfloat16's by 1.8 %, whichever is divided: it has float32's range, and so the loss is divided as
+ever). A step is applied only if its loss and its gradient are finite (watch.py). It depends on the state before it and
+on nothing else, so stopping anywhere and resuming gives the same bits (on a CPU).
 
 With `train.retain` a step's batches have rows that are held to the base (retain.py): the mean of their KL, over all of
 the step's, is added with its weight to what goes backward. The loss that is recorded, watched and judged stays the

@@ -27,6 +27,7 @@ from deltaw.training.opening import Opened, attach_fresh, begin, open_run
 from deltaw.training.references import with_references
 from deltaw.training.run import Steps
 from deltaw.training.stop import StopRequest
+from deltaw.training.underway import Underway
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _train(opened: Opened, run: Run, saved: Saved | None, display: Display) -> N
         restore(learner, saved, run, display)
     opened = with_references(opened, run, display, fresh=saved is None)
     attempts = Attempts(opened.device, display.say, lambda error: None)  # of nothing: no samples are asked for
-    Steps(opened, learner, run, StopRequest(), display, attempts, EventLog(run, display.say)).take()
+    Steps(Underway(opened, learner, run, StopRequest(), display, attempts, EventLog(run, display.say))).take()
 
 
 def _fresh_adapter(opened: Opened) -> Opened:

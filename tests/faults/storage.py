@@ -20,6 +20,7 @@ from deltaw.training.measuring import Attempts
 from deltaw.training.opening import Opened, begin, open_run
 from deltaw.training.run import Steps
 from deltaw.training.stop import StopRequest
+from deltaw.training.underway import Underway
 from tests.faults import shim
 from tests.faults.common import (
     QUIET,
@@ -54,7 +55,7 @@ def trained() -> tuple[Opened, Learner]:
     with run.claimed(new=True):
         begin(opened, run, QUIET)
         attempts = Attempts(opened.device, QUIET.say, lambda error: None)
-        Steps(opened, learner, run, StopRequest(), QUIET, attempts, EventLog(run, QUIET.say)).take()
+        Steps(Underway(opened, learner, run, StopRequest(), QUIET, attempts, EventLog(run, QUIET.say))).take()
     return opened, learner
 
 
