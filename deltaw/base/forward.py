@@ -81,7 +81,7 @@ class Forward:
             return Logprobs(nothing, nothing.sum())
         hidden_TX = self.rows(batch)
         if self.head is not None:
-            return self.head.logprobs(hidden_TX, batch.labels_T, batch.rows_K)
+            return self.head.logprobs(hidden_TX, batch.labels_T, batch.rows_K, batch.segments())
         return logprobs_of(hidden_TX, batch.labels_T, batch.rows_K)
 
     def scores_and_drift(self, batch: Batch) -> tuple[Logprobs, Tensor]:
@@ -99,7 +99,7 @@ class Forward:
     def logits(self, batch: Batch) -> Tensor:
         """[T, V] in float32: for tests and small inputs; training never forms it."""
         hidden_TX = self.rows(batch)
-        return hidden_TX.float() if self.head is None else self.head.logits(hidden_TX)
+        return hidden_TX.float() if self.head is None else self.head.logits(hidden_TX, batch.segments())
 
     def above(self, layers: str, first: int, batches: Iterable[Batch], progress: Progress) -> "Forward":
         """This forward for passes over the documents of `batches`, begun at layer `first` of the module list `layers`.
