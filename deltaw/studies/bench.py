@@ -13,8 +13,10 @@ Letters: P passages, K labelled tokens, V vocabulary.
 import abc
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +27,25 @@ from deltaw.adapter.attach import Attached, attach, discard
 from deltaw.adapter.file import Adapter
 from deltaw.base.forward import Forward
 from deltaw.base.linear_weights import LinearWeights
-from deltaw.config import AdapterSpec
+from deltaw.config import AdapterSpec, TrainConfig
 from deltaw.data.example import Example
+from deltaw.data.loader import Loader
 from deltaw.data.pack import pack
 from deltaw.evaluation.held_out import held_out_loss
 from deltaw.kernels.logprobs import IGNORE
 from deltaw.studies.statistics import TUNED_WITH, Tuned, tune
+from deltaw.training.optim import learning_rate, make_optimizer, set_rate
 
 NEW_TASK, ACCENTED = "a new task", "an accent"
 TOKENS, STEPS = 1024, 150
+LORA_RATES, FULL_RATES = (3e-3, 6e-3, 1.2e-2), (7.5e-4, 1.5e-3, 3e-3)  # where tuning begins
 AT_ONCE = 50  # passages: their logits of the whole vocabulary, a few times over
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A training, whole but for its seed. `adapter`: a run file's section, or "full"; `train`: more of its `train`;
-    `keep`: store the update."""
+    """A training, whole but for its seed. `adapter`: a run file's section, or "full"; `train`: more of its
+    `train`."""
 
     adapter: Mapping[str, Any] | str = "full"
     lr: float = 3e-3
@@ -48,7 +53,6 @@ class Arm:
     steps: int = STEPS
     tokens: int = TOKENS
     train: Mapping[str, Any] = field(default_factory=dict)
-    keep: bool = False
 
     @property
     def spec(self) -> AdapterSpec:
@@ -63,8 +67,8 @@ class Arm:
         return dataclasses.replace(self, lr=lr)
 
     def key(self) -> str:
-        """All that decides the outcome; whether the update is kept doesn't."""
-        return json.dumps({**asdict(self), "keep": None}, sort_keys=True)
+        """All that decides the outcome."""
+        return json.dumps(asdict(self), sort_keys=True)
 
 
 def lora(rank: int, alpha: float = 32, **more: Any) -> dict[str, Any]:
@@ -115,6 +119,10 @@ class Bench(abc.ABC):
         """Passages of general text, what pretraining was on."""
 
     @abc.abstractmethod
+    def rows(self, stage: str) -> Sequence[Example]:
+        """The rows that a stage is trained on."""
+
+    @abc.abstractmethod
     def train(self, arm: Arm, seed: int) -> Trained:
         """Run it, or read what it came to."""
 
@@ -143,6 +151,36 @@ class Bench(abc.ABC):
             return by_passage(self.forward, attached, rows)
         finally:
             discard(attached)
+
+
+def learn(
+    forward: Forward,
+    attached: Attached,
+    arm: Arm,
+    examples: Sequence[Example],
+    seed: int,
+    after: Callable[[int], object] = lambda step: None,
+) -> list[float]:
+    """Train an attached adapter by the product's own arithmetic; the loss of each step. `after` is told how many steps
+    are done. Ends early where the loss isn't finite."""
+    config, curve = TrainConfig(lr=arm.lr, **arm.train), list[float]()
+    optimizer = make_optimizer(attached, config)
+    device = attached.parameters[0].device
+    for step, (batches, _) in enumerate(islice(Loader(examples, arm.tokens, arm.tokens, seed), arm.steps)):
+        total, count = 0.0, sum(batch.supervised for batch in batches)
+        for batch in batches:
+            loss, _ = forward.loss(batch.to(device))
+            (loss / count).backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(attached.parameters, config.clip)
+        set_rate(optimizer, learning_rate(step, arm.steps, config))
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(total / count)
+        after(step + 1)
+        if not math.isfinite(curve[-1]):
+            break
+    return curve
 
 
 @torch.no_grad()

@@ -64,6 +64,9 @@ class Large(Bench):
         _, renderer, dataset = open_dataset(self._config(Arm(), 0), self.display)
         return renderer, dataset
 
+    def rows(self, stage: str) -> Sequence[Example]:
+        return self._opened[1].train
+
     def held_out(self, stage: str) -> Sequence[Example]:
         return self._opened[1].eval
 

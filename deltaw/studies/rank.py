@@ -9,14 +9,13 @@ import math
 
 from deltaw.analysis import pictures
 from deltaw.analysis.page import Cell, Picture, Table
-from deltaw.studies.bench import ACCENTED, NEW_TASK, Arm, lora
+from deltaw.studies.bench import ACCENTED, LORA_RATES, NEW_TASK, Arm, lora
 from deltaw.studies.lab import Lab
 from deltaw.studies.statistics import Criterion, Estimate, Paired, Tuned, log_ratios
 from deltaw.studies.study import Outcome, Rule, nothing_learnt
 
 LOW, HIGH = 4, 64
 RANKS = (1, LOW, 16, HIGH)
-RATES = (3e-3, 6e-3, 1.2e-2)
 WORSE = 1.05
 ASKED = f"loss of rank {LOW} / rank {HIGH}"
 
@@ -31,7 +30,7 @@ RULE = Rule(
     criteria=(Criterion(ASKED, below=math.log(WORSE), is_log=True),),
     void="either rank's loss is above half of the base's: then nothing was learnt that a rank could matter for",
     change="a task that needs less than it has (see the accent), a larger base, more steps for the low rank",
-    design={"ranks": RANKS, "rates": RATES, "alpha": 32, "steps": Arm().steps, "tokens": Arm().tokens},
+    design={"ranks": RANKS, "rates": LORA_RATES, "alpha": 32, "steps": Arm().steps, "tokens": Arm().tokens},
 )
 
 
@@ -44,7 +43,7 @@ def run(lab: Lab) -> Outcome:
         ranks = RANKS if stage == NEW_TASK else (LOW, HIGH)
         for rank in ranks:
             arm = Arm(lora(rank), stage=stage)
-            best = lab.bench.tuned(arm, RATES)
+            best = lab.bench.tuned(arm, LORA_RATES)
             losses[rank] = lab.bench.losses(arm.at(best.rate), RULE.seeds)
             tuned[f"rank {rank}, {stage}"] = best
             mean = Paired(tuple(losses[rank].values()))

@@ -18,10 +18,9 @@ Letters: N inputs, P passages.
 import dataclasses
 import hashlib
 import json
-import math
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deltaw.adapter.attach import Attached, attach, detach
+from deltaw.adapter.attach import attach, detach
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.load import open_base, open_skeleton
@@ -46,8 +45,8 @@ from deltaw.files.atomic import write_text_atomic
 from deltaw.files.safetensors import save_safetensors
 from deltaw.files.shards import SINGLE
 from deltaw.show.progress import Display
-from deltaw.studies.bench import ACCENTED, NEW_TASK, TOKENS, Arm, Bench, Trained, by_passage
-from deltaw.training.optim import learning_rate, make_optimizer, set_rate
+from deltaw.studies.bench import ACCENTED, NEW_TASK, TOKENS, Arm, Bench, Trained, by_passage, learn
+from deltaw.training.optim import learning_rate
 
 HIDDEN = 128
 CONFIG = {
@@ -81,7 +80,7 @@ class Tiny(Bench):
         self.folder, self.display = folder / "tiny", display
 
     @cached_property
-    def rows(self) -> dict[str, "Stage"]:
+    def _stages(self) -> dict[str, "Stage"]:
         return read_stages()
 
     @cached_property
@@ -91,7 +90,7 @@ class Tiny(Bench):
         if not (base / SINGLE).is_file():
             self.display.say("pretraining the tiny Llama, once")
             forward = tiny_llama()
-            weights = pretrained(forward, self.rows[PRETRAINING].train, self.display)
+            weights = pretrained(forward, self._stages[PRETRAINING].train, self.display)
             base.mkdir(parents=True, exist_ok=True)
             write_text_atomic(base / "config.json", json.dumps(CONFIG))
             save_safetensors(weights, base / SINGLE)
@@ -105,15 +104,18 @@ class Tiny(Bench):
     def weights(self) -> LinearWeights:
         return LinearWeights(self.base)
 
+    def rows(self, stage: str) -> Sequence[Example]:
+        return self._stages[stage].train
+
     def held_out(self, stage: str) -> Sequence[Example]:
-        return self.rows[stage].held_out
+        return self._stages[stage].held_out
 
     @property
     def general(self) -> Sequence[Example]:
         return self.held_out(PRETRAINING)
 
     def before(self, stage: str) -> float:
-        return self._before.setdefault(stage, held_out_loss(self.forward, self.rows[stage].held_out)[0])
+        return self._before.setdefault(stage, held_out_loss(self.forward, self._stages[stage].held_out)[0])
 
     @cached_property
     def _before(self) -> dict[str, float]:
@@ -122,7 +124,7 @@ class Tiny(Bench):
     def train(self, arm: Arm, seed: int) -> Trained:
         folder = self.folder / self.name(arm, seed)
         file = folder / "trained.json"
-        if not file.is_file() or (arm.keep and not (folder / "adapter").is_dir()):
+        if not file.is_file():
             self.display.say(f"training {arm.words}, seed {seed}")
             self._train(arm, seed, folder)
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -133,20 +135,18 @@ class Tiny(Bench):
         return hashlib.sha256(raw.encode()).hexdigest()[:12]
 
     def _train(self, arm: Arm, seed: int, folder: Path) -> None:
-        before, stage = self.before(arm.stage), self.rows[arm.stage]
+        before = self.before(arm.stage)
         attached = attach(self.forward.model, arm.spec, generator=torch.Generator().manual_seed(seed))
         try:
-            curve = learn(self.forward, attached, arm, stage.train, seed)
-            loss, _ = held_out_loss(self.forward, stage.held_out)
+            curve = learn(self.forward, attached, arm, self.rows(arm.stage), seed)
+            loss, _ = held_out_loss(self.forward, self.held_out(arm.stage))
             general = by_passage(self.forward, attached, self.general).sum(0)
         finally:
             adapter = detach(attached)
-        if arm.keep:
-            shutil.rmtree(folder / "adapter", ignore_errors=True)
-            adapter.save(folder / "adapter")
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+        adapter.save(folder / "adapter")
         was, now, kl, count = general.tolist()
         raw = {"loss": loss, "before": before, "general": now / count, "general_before": was / count, "kl": kl / count}
-        folder.mkdir(parents=True, exist_ok=True)
         write_text_atomic(folder / "trained.json", json.dumps({**raw, "curve": curve}))
 
 
@@ -156,34 +156,6 @@ class Stage:
 
     train: Sequence[Example]
     held_out: Sequence[Example]
-
-
-def learn(
-    forward: Forward,
-    attached: Attached,
-    arm: Arm,
-    examples: Sequence[Example],
-    seed: int,
-    after: Callable[[int], object] = lambda step: None,
-) -> list[float]:
-    """Train an attached adapter; the loss of each step. `after` is told how many steps are done."""
-    config, curve = TrainConfig(lr=arm.lr, **arm.train), list[float]()
-    optimizer = make_optimizer(attached, config)
-    for step, (batches, _) in enumerate(islice(Loader(examples, arm.tokens, arm.tokens, seed), arm.steps)):
-        total = count = 0.0
-        for batch in batches:
-            loss, labels = forward.loss(batch)
-            (loss / sum(one.supervised for one in batches)).backward()
-            total, count = total + float(loss.detach()), count + labels
-        torch.nn.utils.clip_grad_norm_(attached.parameters, config.clip)
-        set_rate(optimizer, learning_rate(step, arm.steps, config))
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append(total / count)
-        after(step + 1)
-        if not math.isfinite(curve[-1]):
-            break
-    return curve
 
 
 def pretrained(forward: Forward, examples: Sequence[Example], display: Display) -> Weights:
