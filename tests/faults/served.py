@@ -139,10 +139,10 @@ class Served:
     def at_rest(self) -> None:
         """Nothing is left of all that was asked, and nothing went wrong inside."""
         until = time.monotonic() + 5
-        while (self.worker._running or len(self.worker._line)) and time.monotonic() < until:
+        while (self.worker.busy) and time.monotonic() < until:
             self.run(asyncio.sleep(0.001))
-        engine, tasks = self.worker._engine, asyncio.all_tasks(self.loop)
-        left = (self.worker._running, list(self.worker._line), self.worker._by_row, self.worker._submitted)
+        engine, tasks = self.worker.decoding.engine, asyncio.all_tasks(self.loop)
+        left = (self.worker.decoding.running, list(self.worker._line), self.worker.decoding.by_row)
         left += (self.worker.adapters._requests, tasks, engine is not None and engine.busy)
         expect(not any(left), f"left behind: {left!r:.300}")
         expect(self.worker.alive and not self.said, f"it said {self.said[:3]}")
