@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
+import deltaw
 from deltaw.serve.adapters import Adapters
 from deltaw.serve.app import build
 from deltaw.serve.guard import Access
@@ -121,6 +122,8 @@ class Served:
                 answer.body += message.get("body", b"")
 
         await self.app(scope, receive, send)
+        for kept in (self.canaries.folder, Path(deltaw.__file__).parent):
+            expect(str(kept).encode() not in answer.body, f"it tells where it keeps its files: {answer.body!r:.300}")
         return answer
 
     def send(self, method: str, path: str, body: bytes = b"", **how: Any) -> Answer:

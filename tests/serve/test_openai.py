@@ -178,6 +178,7 @@ def test_errors_are_the_clients_own(client: OpenAI, running: Running, base: str)
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="no-such", messages=CHAT)
     assert missing.value.code == "model_not_found" and missing.value.param == "model"
+    assert all(name in missing.value.message for name in (base, "one", "two"))  # what is served
     with pytest.raises(openai.BadRequestError) as wrong:
         client.chat.completions.create(model=base, messages=CHAT, temperature=3)
     assert wrong.value.param == "temperature" and wrong.value.type == "invalid_request_error"
