@@ -19,6 +19,7 @@ import numpy as np
 
 from deltaw.base.forward import Forward
 from deltaw.base.limits import Limits
+from deltaw.base.parts import ANSWERED, ASKED
 from deltaw.config import EvaluateConfig
 from deltaw.data.example import Example
 from deltaw.data.examples import fingerprint
@@ -208,13 +209,13 @@ def perplexity(loss: float) -> float:
 
 
 def prompt_and_truth(example: Example) -> tuple[list[int], list[int]]:
-    """How a row is asked, and what is its answer: (tokens before the last trained span, the span). A text: its first
-    half asks."""
+    """How a row is asked, and what is its answer: (tokens before the last trained span, the span), which a prompt
+    without one hasn't. A text: its first half asks."""
     trained = np.flatnonzero(example.loss_mask)
     end = int(trained[-1]) + 1
     gaps = np.flatnonzero(np.diff(trained) > 1)
     start = int(trained[gaps[-1] + 1]) if len(gaps) else int(trained[0])
-    if start <= max(1, example.context):
+    if start <= max(1, example.context) and example.part not in (ASKED, ANSWERED):
         start = max(1, end // 2)
     tokens = [int(t) for t in example.tokens]
-    return tokens[:start], tokens[start:end]
+    return tokens[:start], [] if example.part == ASKED else tokens[start:end]

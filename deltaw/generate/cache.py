@@ -42,7 +42,8 @@ class Row:
     `number` names it to its caller, and says with the seed which uniform numbers it draws; `room` is how many tokens it
     may become longer; `update` is which of the layers' updates it takes: a number, `BASE`, or None for the
     first. `key` says what that update is, by content; `logprobs`, how many of the likeliest tokens are told beside each
-    new one (None: not even its own log-probability); `bias` is added to the logits of these tokens.
+    new one (None: not even its own log-probability), at the temperature `heat`; `bias` is added to the logits of these
+    tokens.
     """
 
     id: int
@@ -55,6 +56,7 @@ class Row:
     key: bytes = b""
     logprobs: int | None = None
     bias: Mapping[int, float] = field(default_factory=dict)
+    heat: float = 1.0
     new: list[int] = field(default_factory=list)
     noise: list[float] = field(default_factory=list)
 

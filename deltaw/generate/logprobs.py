@@ -1,6 +1,7 @@
 """What the model says of tokens: their log-probabilities and the likeliest others, by row of logits or for a prompt.
 
-They are of the model's own distribution, before a bias and a temperature, in float32.
+They are of the model's own distribution, before a bias and a temperature, in float32 (but where a row asks for those at
+its temperature: engine.py).
 
 A prompt is scored in one pass, and all of its logits are never there together (a prompt of 8,192 tokens would need
 1.6 GB for a vocabulary of 49,152): the pass is asked for the last token's alone, the hidden rows that enter the head

@@ -157,7 +157,7 @@ class Watch:
         """Around the optimiser's step, while the gradients exist. Raises CannotGoOn where the run learns nothing."""
         self._updates += 1
         if self._updates <= self._patience:
-            self._known &= loss < KNOWN
+            self._known &= loss < KNOWN and not any(b.rewarded for b in batches)
             self._alone &= not any(((b.labels_T != IGNORE) & (b.positions_T > 0)).any() for b in batches)
             self._silent -= self._with_gradient()
         look = self._updates % EVERY == PATIENCE and 2 * rate >= self._config.lr
