@@ -51,12 +51,18 @@ class Forward:
     prefix: Prefix | None = None  # frozen layers that are not computed again
     recompute: Recompute | None = None  # layers that keep their input alone, and run again in the backward
     attention: str = ""  # that the model was left on, where documents are packed
-    shares: bool = False  # documents may continue others, where they are packed
+    continues: bool = False  # documents may continue others, where they are packed
     positions: bool = False  # a padded batch says where its documents end: the model's angles depend on it
 
     @property
     def packed(self) -> bool:
         return self.way == PACKED
+
+    @property
+    def shares(self) -> bool:
+        """Whether a beginning that examples share is computed once: not on a GPU, where recorded passes know offsets
+        alone (training/captured.py)."""
+        return self.continues and next(self.model.parameters()).device.type == "cpu"
 
     def describe(self) -> str:
         """One line for logs: which path runs."""
@@ -117,7 +123,7 @@ class Forward:
     def rows(self, batch: Batch) -> Tensor:
         """A row per token: hidden [T, D] where the head is known, else logits [T, V]."""
         tokens_T = batch.tokens_T
-        if batch.documents.tree is not None and not self.shares:
+        if batch.documents.tree is not None and not self.continues:
             raise ValueError("this model can't be run on documents that continue others: give it batch.unshared()")
         if self.packed:
             self._check_attention()
@@ -185,9 +191,9 @@ def plan_forward(model: nn.Module) -> Forward:
     own = model.config._attn_implementation  # type: ignore[union-attr]
     why = _why_not_packed(model, probe, packed) or _why_not_further(model)
     if not why:
-        shares = probe.shares(dataclasses.replace(packed, shares=True).logits)
+        continues = probe.shares(dataclasses.replace(packed, continues=True).logits)
         now = str(model.config._attn_implementation)  # type: ignore[union-attr]
-        return dataclasses.replace(packed, attention=now, shares=shares)
+        return dataclasses.replace(packed, attention=now, continues=continues)
     model.set_attn_implementation(own)  # type: ignore[operator]
     padded = dataclasses.replace(apart, way=PADDED, why=why)
     try:
