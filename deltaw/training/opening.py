@@ -170,8 +170,8 @@ class Opened:
 
     @property
     def shares(self) -> bool:
-        """Whether examples that begin alike share that: not with dropout (drawn by row), nor on a GPU (captured.py)."""
-        return self.model.forward.shares and self.device.type == "cpu" and not self.attached.spec.dropout
+        """Whether examples that begin alike share that: not with dropout, which is drawn by row."""
+        return self.model.forward.shares and not self.attached.spec.dropout
 
 
 def open_run(
