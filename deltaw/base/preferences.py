@@ -36,7 +36,6 @@ from torch import Tensor
 
 from deltaw.base.batch import Batch
 from deltaw.base.objective import Objective, sft
-
 from deltaw.base.parts import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
 from deltaw.base.rewarded import Grpo
 from deltaw.config import ObjectiveConfig

@@ -110,8 +110,8 @@ def taken_of(groups: Sequence[Group], config: RunConfig) -> tuple[list[list[Take
 
 
 def cut(taken: Sequence[Sequence[Taken]], capacity: int, *, shares: bool, ranks: int = 1) -> list[Shared]:
-    """The answers, numbered through, as batches of up to `capacity` tokens. A group's prompt without its last token is a
-    document that its answers continue, where that saves enough."""
+    """The answers, numbered through, as batches of up to `capacity` tokens. A group's prompt without its last token is
+    a document that its answers continue, where that saves enough."""
     examples = [one.example for group in taken for one in group]
     nodes = [Node(_prompt_of(group[0]) - 1) if len(group) > 1 else Node(0) for group in taken]
     chains: list[tuple[Node, ...]]

@@ -2,8 +2,8 @@
 
 The mean reward of these answers is what a run is judged by: the adapter of the step that has the highest is kept. They
 are as long as answers are in training (`objective.max_new_tokens`), but at temperature 0, since that is how most
-adapters are asked, and so that the figure has no noise of the sampling. Where the rows have answers of their own, the metrics of
-`evaluate.metrics` are of the same greedy answers.
+adapters are asked, and so that the figure has no noise of the sampling. Where the rows have answers of their own, the
+metrics of `evaluate.metrics` are of the same greedy answers.
 
 Learner, checkpoints and patience look for what is lowest: they are told minus the reward.
 """

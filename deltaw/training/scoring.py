@@ -22,6 +22,7 @@ from deltaw.rewards.opening import Rewards, rewards_of
 
 def open_rewards(config: RunConfig, dataset: Dataset, consent: Consent = ASKED_FOR) -> Rewards:
     """Raises InputError where one can't be opened, or rows lack what it needs."""
+    assert config.objective.reward is not None, "only rewards have some"
     columns = {str(name): column for name, column in config.data.columns.items()}
     return rewards_of(config.objective.reward, rows_of(dataset), columns=columns, consent=consent)
 

@@ -63,7 +63,7 @@ SAMPLE = 1024  # of a parameter's numbers, kept from the process's beginning
 
 
 class Unfit(Exception):
-    """This step can't be applied: `what` says why, `rows` are what it trained on; `fix`: what to do where it goes on."""
+    """This step can't be applied: `what` says why, `rows` are what it trained on; `fix`: what to do if it goes on."""
 
     def __init__(self, what: str, rows: Sequence[str], not_finite: bool = False, fix: str = "") -> None:
         super().__init__(what)
