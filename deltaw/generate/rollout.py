@@ -6,8 +6,8 @@ that ended by itself the stop token is a part: a model learns to end, too.
 
 Where the engine keeps beginnings (prefixes.py) a prompt is prefilled once: its first answer begins a step before the
 others, which find what it has made (SmolLM2-135M, 16 prompts of 8 tokens with 8 answers of 8: 6.1 s instead of 6.9 on
-one thread). An engine lives for one call: the weights change between two of them, and what it has kept of a prompt would
-be another model's.
+one thread). An engine lives for one call: the weights change between two of them, and what it has kept of a prompt
+would be another model's.
 """
 
 from collections.abc import Sequence

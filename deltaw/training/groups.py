@@ -6,9 +6,9 @@
     documents                 prompt without its last token | last token and answer | last token and answer | …
                               the last token's row is each answer's own, since its label is the answer's first token
 
-Where the model can't share, or it doesn't pay (data/sharing.py), each answer is a document with its prompt. Groups share
-shorter prompts than rows that merely begin alike do, since there are more that share them. Measured (CPU time of one
-thread, SmolLM2-135M, forward and backward of 8 prompts with 8 answers each):
+Where the model can't share, or it doesn't pay (data/sharing.py), each answer is a document with its prompt. Groups
+share shorter prompts than rows that merely begin alike do, since there are more that share them. Measured (CPU time of
+one thread, SmolLM2-135M, forward and backward of 8 prompts with 8 answers each):
 
     tokens of prompt and answer      8 + 8     14 + 8    24 + 20
     computed of all                  68 %      52 %      55 %

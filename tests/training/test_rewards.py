@@ -1,5 +1,5 @@
-"""Runs on rewards: the reward rises, they resume to the bit, sampling and training agree, every record says what the answers
-were like, and what can't be trained so is refused before the base is read."""
+"""Runs on rewards: the reward rises, they resume to the bit, sampling and training agree, every record says what the
+answers were like, and what can't be trained so is refused before the base is read."""
 
 import json
 from pathlib import Path
