@@ -64,6 +64,7 @@ HOMES = {
     "safetensors": {"files/safetensors.py"},
     "starlette": {"serve/app.py", "serve/page/__init__.py"},
     "sympy": {"linalg/exact.py"},
+    "reasoning_gym": {"data/gym_worker.py"},
     "bitsandbytes": {"kernels/nf4.py"},
     "datasets": {"data/hub.py"},
     "pyarrow": {"data/arrow.py"},

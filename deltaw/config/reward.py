@@ -60,6 +60,10 @@ class RewardConfig(Strict):
     def called(self) -> str:
         return self.name or self.kind
 
+    def wrapped(self, answer: str) -> str:
+        """A row's own answer in the form that is asked for."""
+        return answer
+
     def located(self, folder: Path) -> "RewardConfig":
         """With the whole path of a file that it names: in `folder`, else where deltaw was started."""
         return self
@@ -104,6 +108,9 @@ class _OfATag(RewardConfig):
     @classmethod
     def _a_tag(cls, value: str | None) -> str | None:
         return None if value is None else tag_named(value)
+
+    def wrapped(self, answer: str) -> str:
+        return answer if self.tag is None or f"<{self.tag}>" in answer else f"<{self.tag}>{answer}</{self.tag}>"
 
 
 class ComparedReward(_OfATag):
@@ -195,6 +202,11 @@ class FormatReward(RewardConfig):
         if len({*map(tag_named, value)}) < len(value):
             raise ValueError("has a tag twice")
         return value
+
+    def wrapped(self, answer: str) -> str:
+        *first, last = self.tags
+        answer = answer if f"<{last}>" in answer else f"<{last}>{answer}</{last}>"
+        return "".join(f"<{tag}>…</{tag}>" for tag in first if f"<{tag}>" not in answer) + answer
 
 
 class LengthReward(RewardConfig):

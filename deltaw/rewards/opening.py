@@ -17,9 +17,14 @@ from deltaw.config.reward import RewardConfig
 from deltaw.data.columns import Columns
 from deltaw.data.row import Problem, Row
 from deltaw.errors import InputError, Rejected, RunError, listed
+from deltaw.evaluation.metrics import METRICS
 from deltaw.evaluation.own_metric import ASKED_FOR, Consent
+from deltaw.rewards.compared import Compared
 from deltaw.rewards.function import Function
+from deltaw.rewards.gym import Gym
+from deltaw.rewards.programs import Programs
 from deltaw.rewards.scored import Asked, Scored, Scorer
+from deltaw.rewards.shape import JSON, Pattern, Text
 from deltaw.rewards.truth import Truths
 from deltaw.show.text import counted
 
@@ -35,12 +40,20 @@ class Opening:
 Opener = Callable[[Any, Opening], Scorer]
 OPENERS: dict[str, Opener] = {
     "function": lambda config, opening: Function(config, opening.consent),
+    **dict.fromkeys(METRICS, lambda config, opening: Compared(config, opening.truths)),
+    "regex": lambda config, opening: Pattern(config),
+    "json_schema": lambda config, opening: JSON(config, opening.truths),
+    "pass_at_1": lambda config, opening: Programs(config, opening.truths),
+    "reasoning_gym": lambda config, opening: Gym(config),
+    "format": lambda config, opening: Text.of_format(config),
+    "length": lambda config, opening: Text.of_length(config),
 }
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a row's own answer (None where it has none) and an empty one are worth: shows a wrong verifier at once."""
+    """What a row's own answer (None where it has none; in the tags that the rewards ask for) and an empty one are
+    worth: shows a wrong verifier at once."""
 
     origin: str
     answer: str | None
@@ -105,8 +118,10 @@ class Rewards:
         """What each of these rows' own answer and an empty one are worth. Raises RunError."""
         asked: list[Asked] = []
         for row in rows:
-            prompt, own = self._truths.prompt(row), self._truths.answer(row)
-            asked += [Asked(prompt, text, row.value, origin=row.origin) for text in (*(own or ("",))[:1], "")]
+            prompt, own = self._truths.prompt(row), (self._truths.answer(row) or ("",))[0]
+            for config, _ in self._opened if own else ():
+                own = config.wrapped(own)
+            asked += [Asked(prompt, text, row.value, origin=row.origin) for text in (own, "")]
         scored = self(asked)
         looks = []
         for at in range(0, len(asked), 2):
