@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.base.frozen import FrozenLinear
+from deltaw.base.frozen import FrozenEmbedding, FrozenLinear
 from deltaw.base.passing import Passing
 from deltaw.errors import InputError
+from deltaw.kernels.changed_head import HeadChange
 from deltaw.kernels.lora import Factors
 
 
@@ -96,15 +97,28 @@ class LayerUpdate(nn.Module, abc.ABC):
     """What trains beside one frozen layer. Called, it is that layer with this update alone; `enabled = False` leaves
     the base."""
 
-    def __init__(self, base: FrozenLinear) -> None:
+    def __init__(self, base: FrozenLinear | FrozenEmbedding) -> None:
         super().__init__()
         self._base = (base,)  # in a tuple, or it would become a child: it is the layer's
         self.enabled = True
 
     @property
-    def base(self) -> FrozenLinear:
+    def base(self) -> FrozenLinear | FrozenEmbedding:
         """The frozen layer that this is an update of."""
         return self._base[0]
+
+    def looked_up(self, base: FrozenEmbedding, ids: Tensor) -> Tensor:
+        """What the embedding `base` gives with this update on it. Of those that an embedding can have (ends.py)."""
+        raise TypeError(f"a {type(self).__name__} isn't an update of an embedding")
+
+    def on_head(self, base: FrozenLinear) -> HeadChange | None:
+        """What the head `base` gives otherwise with this update on it; None while it is switched off. As above."""
+        raise TypeError(f"a {type(self).__name__} isn't an update of a head")
+
+    @property
+    def height(self) -> int:
+        """The rows of the base's weight, and more where tokens were added."""
+        return self.base.out_features
 
     @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:

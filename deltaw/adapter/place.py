@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from deltaw.adapter import stand_ins as fused
 from deltaw.adapter.dora import DoRAUpdate
+from deltaw.adapter.ends import Ends, face, find_ends, make_layer, maker, notes_of, places_of, tokens_of, ways_of
 from deltaw.adapter.full import FullUpdate
 from deltaw.adapter.init import fresh_factors, olora_factors, pissa_factors
 from deltaw.adapter.layer import AdaptedLinear, LoRAUpdate, LowRankUpdate
@@ -30,10 +31,13 @@ from deltaw.adapter.layer_update import Carried, LayerUpdate
 from deltaw.adapter.moving import MovingUpdate
 from deltaw.adapter.targets import Targets, explicit_targets, find_targets, targets_of
 from deltaw.adapter.trial import Observed, differences, holds, observe
+from deltaw.adapter.vocabulary import AdaptedVocabulary
+from deltaw.adapter.whole import EndLoRA
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.passing import passing_of
 from deltaw.base.stand_in import StandIn
 from deltaw.config import AdapterSpec
+from deltaw.data.added import Token
 from deltaw.errors import InputError, listed
 from deltaw.factors import LowRank
 from deltaw.updates import Update
@@ -48,6 +52,7 @@ class Placed(NamedTuple):
     carried: Carried
     number: int
     targets: Targets
+    notes: tuple[str, ...] = ()  # on the ends
 
 
 def put_on(
@@ -58,18 +63,25 @@ def put_on(
     fuse: Sequence[str],
     start: torch.Generator | None = None,
     known: bool = False,
+    tokens: Sequence[Token] = (),
 ) -> Placed:
     """Put trained updates on `model`, by path, or fresh ones that begin where the spec says, drawn from `start` (at
-    zeros without one). `known`: fresh ones of this kind train in exactly these places, so nothing is tried. Raises
-    InputError, the model as it was."""
+    zeros without one). `known`: fresh ones of this kind train in exactly these places, so nothing is tried. `tokens`:
+    those that the spec names, as the tokenizer has them. Raises InputError, the model as it was."""
     check_known(model)
+    ways = find_ends(model, spec) if trained is None else ways_of(model, trained)
+    tokens = _checked(spec, tokens) if trained is None else tokens_of(spec, trained, tokens)
     with _beside_others(model) as (carried, others, stand_ins):
         tried = known or (trained is not None and _tried_before(others, spec, trained))
         observed = None if tried else observe(model)
         place = _Place(model, carried, others, observed)
         try:
-            targets, exact, updates = _placed(place, spec, trained, tried=tried)
+            body = None if trained is None else {path: one for path, one in trained.items() if path not in ways}
+            targets, exact, updates = _placed(place, spec, body, tried=tried)
             place.put(others)
+            for path, way in ways.items():
+                updates[path] = place.add_end(path, way, maker(path, way, spec, tokens))
+            check_alone(others, place.layers)
             if tried:
                 fused.put_back(model, stand_ins)
             else:
@@ -83,7 +95,7 @@ def put_on(
             place.clear()
             raise
         carried.add(place.number)
-    return Placed(exact, updates, carried, place.number, targets)
+    return Placed(exact, updates, carried, place.number, targets, tuple(notes_of(model, ways)))
 
 
 def take_off(model: nn.Module, layers: Mapping[str, LayerUpdate], carried: Carried, number: int) -> None:
@@ -91,9 +103,9 @@ def take_off(model: nn.Module, layers: Mapping[str, LayerUpdate], carried: Carri
     carried.remove(number)
     if not carried.numbers:
         fused.remove(model, fused.installed(model))
-    for path, update in layers.items():
-        layer = model.get_submodule(path)
-        if isinstance(layer, AdaptedLinear) and layer.update(number) is update:
+    own = set(layers.values())
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, AdaptedLinear) and layer.update(number) in own:
             layer.take_off(number)
             if not layer.updates:
                 model.set_submodule(path, layer.base.module)
@@ -157,6 +169,19 @@ class _Place:
         update = make(layer.base).train(self.model.training)
         self.layers[path] = layer
         layer.put_on(self.number, update)
+        return update
+
+    def add_end(self, path: str, way: str, make: Callable[..., LayerUpdate]) -> LayerUpdate:
+        """An update of the embedding or the head, in its place and in that of whatever is one matrix with it."""
+        update: LayerUpdate | None = None
+        for place in places_of(self.model, path, way):
+            layer = self.others.get(place) or make_layer(face(self.model, place, Ends.of(self.model)), self.carried)
+            layer.train(self.model.training)
+            update = update or make(layer.base).train(self.model.training)
+            layer.put_on(self.number, update)
+            self.layers[place] = layer
+        self.put({place: self.layers[place] for place in places_of(self.model, path, way)})
+        assert update is not None
         return update
 
     def put(self, layers: Mapping[str, AdaptedLinear]) -> None:
@@ -223,6 +248,25 @@ def _placed(
         unfit |= different
 
 
+def check_alone(others: Mapping[str, AdaptedLinear], layers: Mapping[str, AdaptedLinear]) -> None:
+    """Raise InputError where an adapter that brings tokens is put beside others: each would have a vocabulary of its
+    own."""
+    ends = [layer for layer in layers.values() if isinstance(layer, AdaptedVocabulary)]
+    grown = [layer for layer in [*ends, *others.values()] if isinstance(layer, AdaptedVocabulary)]
+    if others and any(layer.height > layer.base.out_features for layer in grown):
+        raise InputError(
+            "an adapter that adds tokens to the base's vocabulary can't stand beside others on one base",
+            fix="use it alone, or merge it into the base first: deltaw merge",
+        )
+
+
+def _checked(spec: AdapterSpec, tokens: Sequence[Token]) -> Sequence[Token]:
+    """The tokens of a fresh adapter. Raises ValueError where they aren't those that the spec names."""
+    if tuple(token.text for token in tokens) != spec.tokens:
+        raise ValueError("attach needs the tokens that the spec names as its tokenizer has them: add_tokens(…)")
+    return tokens
+
+
 def _check_all_seen(layers: Mapping[str, AdaptedLinear]) -> None:
     """Raise InputError where some of a pass's rows are handed to a layer without saying which."""
     part = [path for path, layer in layers.items() if not layer.sees_all]
@@ -268,6 +312,8 @@ def _update(path: str, spec: AdapterSpec, base: FrozenLinear) -> LayerUpdate:
 def _start(update: LowRankUpdate | DoRAUpdate, spec: AdapterSpec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A and B to begin at, as far as they need no data."""
     rank, weight = update.lora_a.shape[0], update.base.weight
+    if isinstance(update, EndLoRA):
+        return fresh_factors(rank, *weight.shape, generator)
     if spec.init == "pissa":
         return pissa_factors(weight.dense(), rank, update.scale)
     if spec.init == "olora":

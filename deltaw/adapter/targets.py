@@ -110,7 +110,8 @@ def _asked(model: nn.Module, spec: AdapterSpec, linear: tuple[str, ...]) -> tupl
             )
     head = head_path(model)
     if head and any(names_module(name, head) for name in wanted):
-        raise InputError(f"adapter.targets: {head} is the output head, which can't be adapted yet")
+        end = head.rpartition(".")[2]
+        raise InputError(f"adapter.targets: {head} is the output head", fix=f"name it in adapter.also: {{{end}: lora}}")
     if not wanted:
         raise InputError("adapter.targets says only what isn't adapted", fix="begin with all-linear: [all-linear, …]")
     taken = {name: _meant(name, linear) for name in [*wanted, *unwanted]}
@@ -161,11 +162,8 @@ def targets_of(
     """What trained updates adapt on `model`, by their paths. Raises InputError unless each has its layer, of its shape,
     and each layer of the language model that the spec names has its update."""
     linear = linear_paths(model)
-    head = head_path(model)
-    if head in updates:
-        raise InputError(f"{head} is the output head, which can't be adapted yet")
     names = _names(spec)
-    if not any(_matches(name, path) for name in names for path in linear):
+    if updates and not any(_matches(name, path) for name in names for path in linear):
         raise InputError(f"the adapter belongs to another model: {_unknown(list(names), linear)}")
     problems = [f"{path:.120}: no such linear layer in this model" for path in updates if path not in linear]
     problems += [f"{path} {why}" for path, why in (unfit or {}).items() if path in updates]

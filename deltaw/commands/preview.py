@@ -18,18 +18,20 @@ def preview_named(run: Path, overrides: Sequence[str], *, rows: int, display: Di
     from deltaw.data.opening import limits_of, open_dataset
     from deltaw.data.preview import printed
     from deltaw.training.largest import shared_line, work_left
-    from deltaw.training.length import count_steps, settle_step
+    from deltaw.training.length import count_steps, settle_step, tokens_of_step
     from deltaw.training.length import notes as of_length
     from deltaw.training.length import warnings as of_few_steps
 
     source, renderer, dataset = open_dataset(config, display)
     settled = settle_step(config, dataset)
-    steps, size = count_steps(settled, dataset), settled.train.step_tokens
+    steps, size = count_steps(settled, dataset), tokens_of_step(settled, dataset)
     dataset.report.warnings.extend([*limits_of(source, dataset), *of_few_steps(config, settled, dataset, steps)])
     length = of_length(config, settled, steps)
     shares = pick_device(config.train.device).type == "cpu" and not config.adapter.dropout
-    shared = work_left(dataset.train, settled.train, LoaderState(), steps, shares=shares).shared
-    lines = [f"{counted(steps, 'step')} of up to {size:,} tokens", *length]
+    rewarded, shared = config.objective.is_rewarded, 0.0
+    if not rewarded:
+        shared = work_left(dataset.train, settled.train, LoaderState(), steps, shares=shares).shared
+    lines = [f"{counted(steps, 'step')} of up to {size:,} tokens", *(config.notes() if rewarded else []), *length]
     lines += [f"{line}, if the model takes packed documents" for line in shared_line(shared)]
     data = {**asdict(dataset.report), "steps": steps, "tokens_per_step": size, "length": length, "shared": shared}
     return Result(data, "\n".join([printed(dataset, renderer.tokenizer, rows), *lines]))

@@ -236,6 +236,6 @@ def _known(named: Named) -> Evaluation | None:
         return None
     try:
         known = Evaluation.from_json(run.read_json(run.before))
-        return known if math.isfinite(known.loss) else None
+        return known if known.loss is not None and math.isfinite(known.loss) else None
     except (InputError, TypeError, KeyError, ValueError):  # rotten, or of another deltaw
         return None

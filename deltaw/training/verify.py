@@ -99,6 +99,8 @@ def _with(config: RunConfig, train: dict[str, Any]) -> RunConfig:
 def _short_steps(opened: Opened) -> Opened:
     """Of two batches at most; how large a step would be is settled by the data."""
     train = opened.config.train
+    if opened.is_rewarded:
+        return opened
     size = min(train.step_tokens, 2 * train.batch_tokens)
     return dataclasses.replace(opened, config=_with(opened.config, {"tokens_per_step": size}))
 
@@ -136,4 +138,6 @@ def _fresh_adapter(opened: Opened) -> Opened:
 
 
 def _untimed(run: Run) -> list[dict[str, Any]]:
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics()]
+    return [
+        {name: value for name, value in line.items() if not name.endswith("seconds")} for line in run.read_metrics()
+    ]
