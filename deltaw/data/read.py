@@ -382,4 +382,4 @@ def _beside(pattern: str) -> str:
 
 def _known() -> str:
     builtins = ", ".join(f"builtin:{name}" for name in BUILTINS)
-    return f"name a file ({' '.join(READERS)}), a folder of such files, {builtins}, or a hub id org/name"
+    return f"name a file ({' '.join(READERS)}), a folder of such files, {builtins}, reasoning-gym:TASK, or a hub id org/name"
