@@ -60,6 +60,11 @@ class RewardConfig(Strict):
     def called(self) -> str:
         return self.name or self.kind
 
+    @property
+    def file(self) -> Path | None:
+        """The file of the user's that it runs, if there is one."""
+        return None
+
     def wrapped(self, answer: str) -> str:
         """A row's own answer in the form that is asked for."""
         return answer
@@ -90,10 +95,8 @@ class FunctionReward(RewardConfig):
         return self.name or self.function.rpartition(":")[2]
 
     @property
-    def place(self) -> tuple[Path, str]:
-        """The file, and the function in it."""
-        file, _, function = self.function.rpartition(":")
-        return Path(file), function
+    def file(self) -> Path:
+        return Path(self.function.rpartition(":")[0])
 
     def located(self, folder: Path) -> "FunctionReward":
         return self.model_copy(update={"function": located(self.function, folder)})
