@@ -153,8 +153,8 @@ def _suffix(name: str, tensor: Tensor) -> tuple[str, str]:
     foreign = next((kind for s, kind in FOREIGN.items() if name.endswith(s)), "")
     if foreign:
         return suffix, f": {foreign} isn't supported"
-    if not suffix:
-        return suffix, " is neither a factor nor a module's weight"
+    if not suffix or (suffix == WHOLE and not name.startswith(PREFIX)):
+        return suffix, " is neither lora_A nor lora_B, nor anything else that an adapter has"
     if not name.startswith(PREFIX):
         return suffix, f" doesn't begin with {PREFIX!r}"
     if tensor.ndim != 2 or not tensor.is_floating_point():
