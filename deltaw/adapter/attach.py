@@ -23,8 +23,7 @@ from torch import nn
 
 from deltaw.adapter import stand_ins as fused
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.layer import AdaptedLinear
-from deltaw.adapter.layer_update import Carried, LayerUpdate
+from deltaw.adapter.layer_update import AdaptedLayer, Carried, LayerUpdate
 from deltaw.adapter.peft_config import missed_by_peft, rewritten_names
 from deltaw.adapter.place import put_again, put_on, take_off, tried_before
 from deltaw.adapter.targets import lines_of
@@ -104,7 +103,7 @@ class Attached:
         if self.asked is None:
             return False
         mine, its = (
-            (one.kind, one.moves_base, bool(one.dropout), one.targets, one.rank, one.rank_overrides)
+            (one.kind, one.moves_base, bool(one.dropout), one.targets, one.rank, one.rank_overrides, one.expert_rank)
             for one in (self.asked, spec)
         )
         return mine == its
@@ -118,7 +117,8 @@ class Attached:
     def adapter(self, base: BaseId) -> Adapter:
         """What has been learnt so far, as a value on the CPU, its spec's init "lora"; the model keeps its adapter."""
         spec = _as_learnt(self.spec)
-        factors: dict[str, Update] = {path: layer.factors().cpu() for path, layer in self.layers.items()}
+        values = (layer.values(path) for path, layer in self.layers.items())
+        factors = {path: update.cpu() for some in values for path, update in some.items()}
         if self.spec.moves_base:  # √2 · alpha / √(2 rank) may be the next float of alpha / √rank
             factors = {path: update.of(update.tensors(), spec.scale(path)) for path, update in factors.items()}
         transposed = any(layer.base.transposed for layer in self.layers.values())
@@ -201,8 +201,8 @@ def joins(model: nn.Module, adapter: Adapter) -> bool:
 
 def sees_all_rows(model: nn.Module, path: str) -> bool:
     """Whether the adapted layer there is handed all rows of a pass, so that they can take different updates."""
-    layer = model.get_submodule(path)
-    return isinstance(layer, AdaptedLinear) and layer.sees_all
+    layers = (module for name, module in model.named_modules() if name in (path, path.rpartition(".")[0]))
+    return any(isinstance(layer, AdaptedLayer) and layer.sees_all for layer in layers)
 
 
 def _as_learnt(spec: AdapterSpec) -> AdapterSpec:
