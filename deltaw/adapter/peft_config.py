@@ -27,7 +27,9 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import conversion_mapping, core_model_loading
 
+from deltaw.adapter import peft_experts
 from deltaw.config import AdapterSpec, names_module
+from deltaw.config.adapter import expert_of
 from deltaw.errors import InputError, listed
 from deltaw.files.patterns import first_matches
 
@@ -103,7 +105,7 @@ def missed_by_peft(model: nn.Module, paths: Collection[str]) -> tuple[str, ...]:
 def weight_names(config: Mapping[str, Any]) -> frozenset[str]:
     """The last names of the layers that a config names by their weights."""
     entries = config.get("target_parameters") or ()
-    return frozenset(entry.removesuffix(WEIGHT).rpartition(".")[2] for entry in entries)
+    return frozenset(entry.removesuffix(WEIGHT).rpartition(".")[2] for entry in entries if entry.endswith(WEIGHT))
 
 
 def to_spec(config: dict[str, Any], paths: Iterable[str], source: str) -> AdapterSpec:
@@ -112,11 +114,13 @@ def to_spec(config: dict[str, Any], paths: Iterable[str], source: str) -> Adapte
     names = config.get("target_modules")
     weights = config.get("target_parameters") or ()
     by_weight = [path for path in paths if any(names_module(entry, path + WEIGHT) for entry in weights)]
+    experts = peft_experts.named(paths, weights)
     # A string is a regular expression to PEFT, and these fields cut the list down: then the tensors are the truth.
     if isinstance(names, str) or any(config.get(field) not in (None, []) for field in NARROWS):
         names = paths
     else:
         names = [name for name in names or () if any(names_module(name, path) for path in paths)] + by_weight
+        names += list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in experts))
     if strays := [f"{path!r:.120}" for path in paths if not any(names_module(name, path) for name in names)]:
         raise InputError(f"{source}: target_modules doesn't name what the weights are for:\n{listed(strays)}")
     keys = {path: path + WEIGHT if path in by_weight else path for path in paths}
@@ -153,8 +157,12 @@ def from_spec(
     from deltaw.version import PEFT_VERSION
 
     paths = tuple(paths)
+    experts = peft_experts.parameters(paths)
+    paths = tuple(path for path in paths if expert_of(path) is None)
     by_weight = [path for path in paths if _last(path) in rewritten]
     names = [spec.targets] if isinstance(spec.targets, str) else list(spec.targets)
+    names = [name for name in names if not any(names_module(name, path) for path in experts)] if experts else names
+    paths = (*paths, *experts)
     keys = {path: path + WEIGHT if path in set(by_weight) else path for path in paths}
     config = {
         "peft_type": "LORA",
@@ -163,7 +171,7 @@ def from_spec(
         "revision": revision,
         "r": spec.rank,
         "lora_alpha": _plain(spec.alpha),
-        "lora_dropout": 0.0 if by_weight else spec.dropout,
+        "lora_dropout": 0.0 if by_weight or experts else spec.dropout,
         "bias": "none",
         "target_modules": [name for name in names if _last(name) not in rewritten],
         "modules_to_save": None,
@@ -181,7 +189,8 @@ def from_spec(
         "init_lora_weights": True,
         "peft_version": PEFT_VERSION,
     }
-    return config | ({"target_parameters": [path + WEIGHT for path in by_weight]} if by_weight else {})
+    parameters = [path + WEIGHT for path in by_weight] + experts
+    return config | ({"target_parameters": parameters} if parameters else {})
 
 
 def check_config(config: Mapping[str, Any], source: str) -> None:
@@ -230,7 +239,7 @@ def _problems(config: Mapping[str, Any]) -> Iterable[str]:
     weights = config.get("target_parameters")
     if not isinstance(weights, list | None) or not all(isinstance(entry, str) for entry in weights or ()):
         yield f"target_parameters: a list of names is needed, got {weights!r:.60}"
-    elif bare := [entry for entry in weights or () if not entry.endswith(WEIGHT)]:
+    elif bare := [e for e in weights or () if not e.endswith(WEIGHT) and not peft_experts.is_parameter(e)]:
         yield f"target_parameters: LoRA on bare parameters isn't supported ({', '.join(bare):.80})"
     names = config.get("target_modules")
     if not isinstance(names, str | list) or not (names or weights) or not all(isinstance(n, str) and n for n in names):
