@@ -161,7 +161,8 @@ def from_spec(
     paths = tuple(path for path in paths if expert_of(path) is None)
     by_weight = [path for path in paths if _last(path) in rewritten]
     names = [spec.targets] if isinstance(spec.targets, str) else list(spec.targets)
-    names = [name for name in names if not any(names_module(name, path) for path in experts)] if experts else names
+    if experts:  # a name may be of both, `down_proj` say
+        names = [name for name in names if any(names_module(name, path) for path in paths)]
     paths = (*paths, *experts)
     keys = {path: path + WEIGHT if path in set(by_weight) else path for path in paths}
     config = {
