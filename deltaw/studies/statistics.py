@@ -72,7 +72,7 @@ class Paired:
 
     @property
     def value(self) -> float:
-        return sum(self.values) / len(self.values)
+        return sum(self.values) / len(self.values) if self.values else math.nan
 
     @property
     def deviation(self) -> float:
