@@ -36,6 +36,7 @@ from deltaw.data.examples import Examples
 from deltaw.data.loader import Loader, LoaderState
 from deltaw.data.render import Renderer
 from deltaw.data.weighed import Weighed
+from deltaw.errors import InputError
 from deltaw.evaluation.forgetting import general_text
 from deltaw.evaluation.metrics import Metric
 from deltaw.evaluation.own_metric import ASKED_FOR, Consent
@@ -195,6 +196,9 @@ def opened_on(looked: Looked, display: Display, world: World = ALONE) -> Opened:
     """The run with its base, and a fresh adapter on it."""
     config, ground, shards = looked.config, looked.ground, NONE
     if is_wanted(config, ground.source, ground.skeleton, pick_device(config.train.device), world, display.say):
+        if config.objective.is_rewarded:
+            what = "a base that is spread over the ranks can't be sampled from yet"
+            raise InputError(what, fix="set base_weights: nf4 or int8, so that it fits, or train.shard: never")
         model, shards = _sharded_model(config, ground, looked.renderer, display, world)
     else:
         model = _opened_model(config, ground, looked.renderer, config.train.device, display)

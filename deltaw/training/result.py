@@ -152,7 +152,7 @@ def write_result(
         "dropped": report.unusable + report.too_long_dropped + report.untrained,
         "truncated": report.truncated,
         "train_rows": report.train_rows,
-        "epoch_tokens": report.tokens,
+        "epoch_tokens": None if opened.is_rewarded else report.tokens,
         "unused": report.unused,
         "left_out": report.left_out,
         "forward": model.describe(),

@@ -160,9 +160,7 @@ def _run(
         needed = saved is None
         opened = alike(sized(open_run(local, display, consent, lineage, start_is_needed=needed, world=world), display))
         world.start(opened.device)
-        if local is not config:
-            opened = opened.named_as(config)
-        opened = with_rewards(opened, stack)
+        opened = with_rewards(opened if local is config else opened.named_as(config), stack)
         general = general_rows(local, opened.model, opened.retained)
         learner = opened.learner(display)
         shortage = partial(explain, opened=opened, learner=learner, run=run)
