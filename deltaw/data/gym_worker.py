@@ -12,7 +12,7 @@ from typing import Any
 
 from deltaw.errors import InputError
 
-INSTALL = "pip install 'deltaw[reasoning]' (or: pip install --no-deps reasoning-gym==0.1.25)"
+INSTALL = "pip install 'deltaw[reasoning]'"
 MADE_OF_OTHERS = ("composite",)  # its options are other tasks, and its scorer hangs on them
 TUPLES = ("arc_agi", "rearc")  # their scorers compare with tuples, which JSON writes as lists
 Scorer = Callable[[str, dict[str, Any]], Any]
@@ -44,7 +44,7 @@ def entries_of(task: str, size: int, seed: int, options: dict[str, Any]) -> Any:
 
 def _task(name: str) -> Any:
     try:
-        from reasoning_gym.factory import DATASETS  # type: ignore
+        from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise InputError(f"this needs the package reasoning-gym ({error})", fix=INSTALL) from None
     if name not in DATASETS or name in MADE_OF_OTHERS:

@@ -382,4 +382,5 @@ def _beside(pattern: str) -> str:
 
 def _known() -> str:
     builtins = ", ".join(f"builtin:{name}" for name in BUILTINS)
-    return f"name a file ({' '.join(READERS)}), a folder of such files, {builtins}, or a hub id org/name"
+    made = f"{builtins}, {GYM}TASK"
+    return f"name a file ({' '.join(READERS)}), a folder of such files, {made}, or a hub id org/name"

@@ -26,7 +26,7 @@ from deltaw.rewards.programs import Programs
 from deltaw.rewards.scored import Asked, Scored, Scorer
 from deltaw.rewards.shape import JSON, Pattern, Text
 from deltaw.rewards.truth import Truths
-from deltaw.show.text import counted
+from deltaw.show.text import counted, one_line
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,29 @@ class Look:
     answer: str | None
     own: Scored | None
     empty: Scored
+
+
+def looked_at(looks: Sequence[Look]) -> list[str]:
+    """The same for people."""
+    lines = []
+    for look in looks:
+        empty = f"an empty one {look.empty.total:g}{_parts(look.empty)}"
+        if look.own is None:
+            lines.append(f"  {look.origin}: it has no answer of its own; {empty}")
+        else:
+            own = f"its own answer, “{one_line(look.answer or '', 60)}”, is worth {look.own.total:g}{_parts(look.own)}"
+            lines.append(f"  {look.origin}: {own}; {empty}")
+    scored = [look for look in looks if look.own is not None]
+    if scored and all(look.own is not None and look.own.total <= look.empty.total for look in scored):
+        lines.append("warning: none of these rows' own answers is worth more than an empty one")
+    return ["rewards:", *lines] if lines else []
+
+
+def _parts(scored: Scored) -> str:
+    """What a total is made of, where that is more than one number."""
+    if len(scored.parts) < 2:
+        return ""
+    return f" ({', '.join(f'{name} {value:g}' for name, value in scored.parts.items())})"
 
 
 class Rewards:
