@@ -36,7 +36,9 @@ from deltaw.studies.statistics import (
     together,
 )
 
-NAMES: tuple[str, ...] = ("rank",)
+NAMES: tuple[str, ...] = (
+    "rank", "lr10", "where", "phi", "amp", "fullrank", "pretrain", "forget", "intruder", "compress", "bf16",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
