@@ -36,7 +36,7 @@ from deltaw.studies.statistics import (
     together,
 )
 
-NAMES: tuple[str, ...] = ("rank",)
+NAMES: tuple[str, ...] = ("rank", "init", "rslora", "plus", "batch", "accum", "merge4", "rl-rank")
 
 
 @dataclass(frozen=True)
@@ -140,4 +140,4 @@ def find_study(name: str) -> Any:
     """The module of a study. Raises InputError for an unknown name."""
     if name not in NAMES:
         raise InputError(f"there is no study {name!r}", fix=f"studies: {', '.join(NAMES)}")
-    return importlib.import_module(f"deltaw.studies.{name}")
+    return importlib.import_module(f"deltaw.studies.{name.replace('-', '_')}")
