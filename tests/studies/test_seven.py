@@ -56,6 +56,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         patch.setattr(accum, "ROWS", 4)
         patch.setattr(merge4, "SCALES", (1.0,))
         patch.setattr(merge4, "DRAWS", 20)
+        patch.setattr(rl_rank, "ARMS", {name: rl_rank.ARMS[name] for name in ("rank 1", "full")})
+        for module in (merge4, rslora, rl_rank):
+            patch.setattr(module, "RULE", dataclasses.replace(module.RULE, seeds=(0, 1)))
+            rates = {name: (1e-3, 1e-2) for name in ("RATES", "FULL_RATES", "LORA_RATES") if hasattr(module, name)}
+            for name, value in rates.items():
+                patch.setattr(module, name, value)
         for name, value in {"STEPS": 2, "WORDS": 2, "SAMPLES": 2, "MEASURED": 20, "ANSWER": 4}.items():
             patch.setattr(rl_rank, name, value)
         patch.setattr(rl_rank, "known_words", lambda bench: some_words())
