@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from deltaw.analysis import pictures
 from deltaw.analysis.page import Cell, Picture, Table
-from deltaw.studies.bands import band, cells, mean_of
 from deltaw.studies.bench import FULL_RATES, LORA_RATES, STEPS, TOKENS, Arm, lora
 from deltaw.studies.lab import Lab
+from deltaw.studies.means import band, cells, mean_of
 from deltaw.studies.statistics import Criterion, Estimate, Paired, Tuned
 from deltaw.studies.study import Outcome, Rule, nothing_learnt
 

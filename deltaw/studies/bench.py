@@ -14,7 +14,8 @@ import abc
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -73,7 +74,7 @@ class Arm:
         return json.dumps(asdict(self), sort_keys=True)
 
 
-def lora(rank: int, alpha: float = 32, **more: Any) -> dict[str, Any]:
+def lora(rank: int, alpha: float = 32, **more: str) -> dict[str, Any]:
     """LoRA's section of a run file."""
     return {"rank": rank, "alpha": alpha, **more}
 
@@ -138,19 +139,16 @@ class Bench(abc.ABC):
         """The rate with the lowest held-out loss on the tuning seed."""
         return tune(lambda some: {rate: self.train(arm.at(rate), TUNED_WITH).loss for rate in some}, rates, extra)
 
-    def loss_with(self, adapter: Adapter, stage: str = NEW_TASK) -> float:
-        """The held-out loss of the base with an adapter on it."""
-        attached = attach(self.forward.model, adapter)
-        try:
-            return held_out_loss(self.forward, self.held_out(stage))[0]
-        finally:
-            discard(attached)
+    def loss(self, stage: str = NEW_TASK) -> float:
+        """The held-out loss of the base as it is now: with what is attached to it."""
+        return held_out_loss(self.forward, self.held_out(stage))[0]
 
-    def passages(self, adapter: Adapter, rows: Sequence[Example]) -> Tensor:
-        """[P, 4]: `by_passage` of the base with an adapter on it."""
+    @contextmanager
+    def wearing(self, adapter: Adapter) -> Iterator[Attached]:
+        """Inside, the base has an adapter on it."""
         attached = attach(self.forward.model, adapter)
         try:
-            return by_passage(self.forward, attached, rows)
+            yield attached
         finally:
             discard(attached)
 
@@ -194,6 +192,15 @@ def learn(
         if not math.isfinite(curve[-1]):
             break
     return curve
+
+
+@torch.no_grad()
+def weaken(attached: Attached, adapter: Adapter, strength: float) -> None:
+    """Wear an attached adapter that much stronger: its updates times `strength`."""
+    for path, layer in attached.layers.items():
+        trained, tensors = layer.trained(), adapter.factors[path].tensors()
+        name = "b" if "b" in trained else "delta"
+        trained[name].copy_(strength * tensors[name])
 
 
 @torch.no_grad()

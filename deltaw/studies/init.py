@@ -8,9 +8,9 @@ reported beside it.
 
 from deltaw.analysis import pictures
 from deltaw.analysis.page import Cell, Picture, Table
-from deltaw.studies.bands import band, cells, mean_of
 from deltaw.studies.bench import Arm, Trained, lora
 from deltaw.studies.lab import Lab
+from deltaw.studies.means import band, cells, mean_of
 from deltaw.studies.statistics import Criterion, Estimate, Paired, Tuned, differences
 from deltaw.studies.study import Outcome, Rule, nothing_learnt
 

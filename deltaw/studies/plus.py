@@ -10,9 +10,9 @@ import math
 
 from deltaw.analysis import pictures
 from deltaw.analysis.page import Cell, Picture, Table
-from deltaw.studies.bands import cells, mean_of
 from deltaw.studies.bench import Arm, lora
 from deltaw.studies.lab import Lab
+from deltaw.studies.means import cells, mean_of
 from deltaw.studies.statistics import Criterion, Estimate, Tuned, log_ratios
 from deltaw.studies.study import Outcome, Rule, nothing_learnt
 

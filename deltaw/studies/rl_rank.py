@@ -33,9 +33,9 @@ from deltaw.files.atomic import write_text_atomic
 from deltaw.files.strict_json import read_json
 from deltaw.generate.engine import generate
 from deltaw.generate.sampling import Sampling
-from deltaw.studies.bands import cells, mean_of
 from deltaw.studies.bench import ACCENTED, Arm, lora
 from deltaw.studies.lab import Lab
+from deltaw.studies.means import cells, mean_of
 from deltaw.studies.statistics import Criterion, Estimate, Tuned, differences, tune
 from deltaw.studies.study import Outcome, Rule
 from deltaw.studies.tiny import DESIGN, PRETRAINING, ROWS, Tiny, example

@@ -26,9 +26,9 @@ from deltaw.base.forward import Forward
 from deltaw.data.example import Example
 from deltaw.data.pack import pack
 from deltaw.generate.cache import evaluating
-from deltaw.studies.bands import band, cells, mean_of
 from deltaw.studies.bench import LORA_RATES, NEW_TASK, Arm, lora
 from deltaw.studies.lab import Lab
+from deltaw.studies.means import band, cells, mean_of
 from deltaw.studies.statistics import Criterion, Estimate, Paired, log_ratios
 from deltaw.studies.study import Outcome, Rule, nothing_learnt
 

@@ -72,22 +72,23 @@ class Paired:
 
     @property
     def value(self) -> float:
-        return sum(self.values) / len(self.values)
+        return sum(self.values) / len(self.values) if self.values else math.nan
 
     @property
     def deviation(self) -> float:
-        """s, of one value."""
-        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else math.nan
+        """s, of one value; NaN where nothing is known of it."""
+        known = len(self.values) > 1 and all(map(math.isfinite, self.values))
+        return float(np.std(self.values, ddof=1)) if known else math.nan
 
     def bounds(self, alpha: float = ALPHA) -> tuple[float, float]:
-        if len(self.values) < 2 or not all(map(math.isfinite, self.values)):
+        if math.isnan(self.deviation):
             return UNKNOWN  # a training that diverged settles nothing
         half = _student(len(self.values) - 1, alpha) * self.deviation / math.sqrt(len(self.values))
         return self.value - half, self.value + half
 
     @property
     def error(self) -> float:
-        if len(self.values) < 2:
+        if math.isnan(self.deviation):
             return math.inf
         return _noncentral(len(self.values) - 1) * self.deviation / math.sqrt(len(self.values))
 

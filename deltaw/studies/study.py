@@ -36,7 +36,10 @@ from deltaw.studies.statistics import (
     together,
 )
 
-NAMES: tuple[str, ...] = ("rank", "init", "rslora", "plus", "batch", "accum", "merge4", "rl-rank")
+NAMES: tuple[str, ...] = (
+    "rank", "lr10", "where", "phi", "amp", "fullrank", "pretrain", "forget", "intruder", "compress", "bf16",
+    "init", "rslora", "plus", "batch", "accum", "merge4", "rl-rank",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
