@@ -47,7 +47,8 @@ RULE = Rule(
     title="Does a merge into four bits keep the update?",
     claim="Merged into a base that is in four bits, a light update is rounded away; merged into the bfloat16 base, "
     "which is quantised afterwards, it is not.",
-    source="peft#2321 and #2586: merged into four bits, the model answers as the base does",
+    source="peft#2321: a merge into four bits warns of rounding errors, and there is no way round them; "
+    "alpaca_lora_4bit#109: merged so, a LoRA appears to have no effect",
     definition=f"LoRA of rank {RANK} at its best learning rate, scaled to {LIGHT:.0%} of the weights' norm, on "
     f"weights of four bits (blocks of {BLOCK}, absmax): kept is ⟨Q(W + Δ) − Q(W), Δ⟩ / ‖Δ‖² over all modules; the "
     "gain left is the fall of the held-out loss by merging, as a share of the fall with the update beside the base. A "
