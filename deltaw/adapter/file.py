@@ -170,7 +170,7 @@ class Adapter:
         spec = to_spec(config, module_paths(tensors, directory / WEIGHTS), str(directory / CONFIG))
         factors = to_updates(tensors, spec, directory / WEIGHTS)
         transposed = bool(config.get("fan_in_fan_out"))
-        base, history = _base_of(directory, config), _history_of(directory)
+        base, history = base_of(directory, config), _history_of(directory)
         return Adapter(spec, factors, base, transposed, weight_names(config), history)
 
     def _card(self) -> str:
@@ -239,7 +239,7 @@ def _load_full(directory: Path) -> Adapter:
         raise InputError(f"{directory / RECORD} doesn't describe full fine-tuning, but {DELTAS} lies beside it")
     factors = {path: Dense(tensor) for path, tensor in tensors.items()}
     transposed = bool(record.get("fan_in_fan_out"))
-    return Adapter(spec, factors, _base_of(directory, {}), transposed, history=_history_of(directory))
+    return Adapter(spec, factors, base_of(directory, {}), transposed, history=_history_of(directory))
 
 
 def _check_folder(directory: Path) -> None:
@@ -257,7 +257,7 @@ def _check_folder(directory: Path) -> None:
     raise InputError(f"{directory} isn't an adapter: {' and '.join(missing)} missing")
 
 
-def _base_of(directory: Path, config: dict[str, Any]) -> BaseId:
+def base_of(directory: Path, config: dict[str, Any]) -> BaseId:
     """The recorded base: deltaw.json where there is one, else what PEFT's config names."""
     if (directory / RECORD).is_file():
         raw = read_json(directory / RECORD, max_bytes=1_000_000).get("base")

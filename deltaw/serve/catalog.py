@@ -140,6 +140,7 @@ class Catalog:
             "max_model_len": self.model.context,
             "rank": served.rank,
             "report": _report(served.path) is not None,
+            "problem": served.problem or None,
             **self._asked(_template(served.path), served.system, True),
         }
 

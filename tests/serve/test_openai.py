@@ -47,6 +47,7 @@ def test_models(client: OpenAI, base: str) -> None:
     assert next(iter(models)) == base and {"one", "two"} <= set(models)
     assert models[base]["parent"] is None and models["one"]["parent"] == base
     assert client.models.retrieve("two").model_dump() == models["two"]
+    assert models["broken"]["problem"] and models["one"]["problem"] is None  # without its weights being read
     with pytest.raises(openai.NotFoundError) as error:
         client.models.retrieve("three")
     assert error.value.code == "model_not_found"
