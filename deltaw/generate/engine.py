@@ -56,11 +56,13 @@ NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
 class Event(NamedTuple):
-    """A row's next token, with what was asked to be told of it; or None, once, after its last one."""
+    """A row's next token, with what was asked to be told of it; or None, once, after its last one. `stop`: the stop
+    token that ended it, of which the same is told."""
 
     id: int
     token: int | None
     logprobs: Logprobs | None = None
+    stop: int | None = None
 
 
 class Engine:
@@ -97,6 +99,7 @@ class Engine:
         update: int | None = None,
         key: bytes = b"",
         logprobs: int | None = None,
+        tempered: bool = False,
         bias: Mapping[int, float] = NO_BIAS,
         guide: Guide | None = None,
     ) -> int:
@@ -108,6 +111,7 @@ class Engine:
         key:      what that update is, by content (a hash of the adapter and its scale): rows of one key and one
                   beginning share its keys and values; b"" shares nothing
         logprobs: how many of the likeliest tokens to tell beside each new one; 0: its log-probability alone
+        tempered: they are of the distribution at the sampling's temperature, and not of the model's own
         bias:     what is added to the logits of some tokens before one is chosen; `logprobs` doesn't show it
         guide:    which tokens may come next, the row's own (grammar.py); `logprobs` doesn't show it either
 
@@ -118,7 +122,10 @@ class Engine:
         room = min(sampling.max_new_tokens, context(self.model) - len(prompt))
         if any((row.update is None) != (update is None) for row in (*self._waiting[-1:], *self._live)):
             raise ValueError("either all rows of an engine name their update, or none do")
-        row = Row(self._added, tuple(prompt), sampling, stop_ids, number, room, update, key, logprobs, bias, guide)
+        heat = sampling.temperature if tempered and sampling.temperature > 0 else 1.0
+        row = Row(
+            self._added, tuple(prompt), sampling, stop_ids, number, room, update, key, logprobs, bias, guide, heat
+        )
         self._added += 1
         self._waiting.append(row)
         return row.id
@@ -215,7 +222,8 @@ class Engine:
                 row.new.append(token)
                 self._events.append(Event(row.id, token, told.get(row)))
             if ended or len(row.new) == row.room:
-                self._events.append(Event(row.id, None))
+                ending = (told.get(row), token) if ended else (None, None)
+                self._events.append(Event(row.id, None, *ending))
                 self._live.pop(row).leave(row)
 
     def _chosen(self, rows: Sequence[Row], logits_RV: Tensor) -> list[int]:
@@ -246,7 +254,11 @@ class Engine:
         if not ats:
             return {}
         most = max(rows[at].logprobs or 0 for at in ats)
-        told = logprobs_of(logits_RV[ats], [tokens[at] for at in ats], most)
+        asked_RV, heats = logits_RV[ats], [rows[at].heat for at in ats]
+        if any(heat != 1 for heat in heats):
+            wide = torch.promote_types(asked_RV.dtype, torch.float32)
+            asked_RV = asked_RV.to(wide) / torch.tensor(heats, dtype=wide, device=asked_RV.device)[:, None]
+        told = logprobs_of(asked_RV, [tokens[at] for at in ats], most)
         return {rows[at]: Logprobs(own, top[: rows[at].logprobs]) for at, (own, top) in zip(ats, told, strict=True)}
 
 

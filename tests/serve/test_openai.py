@@ -196,7 +196,7 @@ def test_errors_are_the_clients_own(client: OpenAI, running: Running, base: str)
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "grammar", "grammar": "x"}),
         ("tool_choice", "required"),
         ("frequency_penalty", 0.5),
         ("functions", [{"name": "f"}]),
