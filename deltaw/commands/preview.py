@@ -3,11 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from deltaw.config import load_config
+from deltaw.config import RunConfig, load_config
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
 from deltaw.show.text import counted
+
+if TYPE_CHECKING:
+    from deltaw.data.dataset import Dataset
+    from deltaw.rewards.opening import Look
 
 
 def preview_named(run: Path, overrides: Sequence[str], *, rows: int, display: Display) -> Result:
@@ -17,6 +22,7 @@ def preview_named(run: Path, overrides: Sequence[str], *, rows: int, display: Di
     from deltaw.data.loader import LoaderState
     from deltaw.data.opening import limits_of, open_dataset
     from deltaw.data.preview import printed
+    from deltaw.rewards.opening import looked_at
     from deltaw.training.largest import shared_line, work_left
     from deltaw.training.length import count_steps, settle_step, tokens_of_step
     from deltaw.training.length import notes as of_length
@@ -34,4 +40,16 @@ def preview_named(run: Path, overrides: Sequence[str], *, rows: int, display: Di
     lines = [f"{counted(steps, 'step')} of up to {size:,} tokens", *(config.notes() if rewarded else []), *length]
     lines += [f"{line}, if the model takes packed documents" for line in shared_line(shared)]
     data = {**asdict(dataset.report), "steps": steps, "tokens_per_step": size, "length": length, "shared": shared}
+    if rewarded:
+        looks = _looks(config, dataset, rows)
+        lines += looked_at(looks)
+        data["rewards"] = [asdict(look) for look in looks]
     return Result(data, "\n".join([printed(dataset, renderer.tokenizer, rows), *lines]))
+
+
+def _looks(config: RunConfig, dataset: "Dataset", rows: int) -> "list[Look]":
+    """What the first rows' own answers and empty ones are worth."""
+    from deltaw.training.scoring import open_rewards, rows_of
+
+    with open_rewards(config, dataset) as rewards:
+        return rewards.look(rows_of(dataset)[:rows])

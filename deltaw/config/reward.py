@@ -60,6 +60,15 @@ class RewardConfig(Strict):
     def called(self) -> str:
         return self.name or self.kind
 
+    @property
+    def file(self) -> Path | None:
+        """The file of the user's that it runs, if there is one."""
+        return None
+
+    def wrapped(self, answer: str) -> str:
+        """A row's own answer in the form that is asked for."""
+        return answer
+
     def located(self, folder: Path) -> "RewardConfig":
         """With the whole path of a file that it names: in `folder`, else where deltaw was started."""
         return self
@@ -86,10 +95,8 @@ class FunctionReward(RewardConfig):
         return self.name or self.function.rpartition(":")[2]
 
     @property
-    def place(self) -> tuple[Path, str]:
-        """The file, and the function in it."""
-        file, _, function = self.function.rpartition(":")
-        return Path(file), function
+    def file(self) -> Path:
+        return Path(self.function.rpartition(":")[0])
 
     def located(self, folder: Path) -> "FunctionReward":
         return self.model_copy(update={"function": located(self.function, folder)})
@@ -104,6 +111,9 @@ class _OfATag(RewardConfig):
     @classmethod
     def _a_tag(cls, value: str | None) -> str | None:
         return None if value is None else tag_named(value)
+
+    def wrapped(self, answer: str) -> str:
+        return answer if self.tag is None or f"<{self.tag}>" in answer else f"<{self.tag}>{answer}</{self.tag}>"
 
 
 class ComparedReward(_OfATag):
@@ -195,6 +205,11 @@ class FormatReward(RewardConfig):
         if len({*map(tag_named, value)}) < len(value):
             raise ValueError("has a tag twice")
         return value
+
+    def wrapped(self, answer: str) -> str:
+        *first, last = self.tags
+        answer = answer if f"<{last}>" in answer else f"<{last}>{answer}</{last}>"
+        return "".join(f"<{tag}>…</{tag}>" for tag in first if f"<{tag}>" not in answer) + answer
 
 
 class LengthReward(RewardConfig):

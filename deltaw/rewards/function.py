@@ -11,7 +11,7 @@ names only if these bytes ran on request before, or with --allow-code.
 from collections.abc import Sequence
 from typing import Any
 
-from deltaw.config.reward import FunctionReward
+from deltaw.config.reward import FunctionReward, RewardConfig
 from deltaw.data.row import Row
 from deltaw.errors import RunError
 from deltaw.evaluation.own_metric import Consent, check_consent
@@ -26,7 +26,7 @@ class Function:
     """Opened: the file is loaded, in its process. Raises InputError."""
 
     def __init__(self, config: FunctionReward, consent: Consent) -> None:
-        file, self._function = config.place
+        file, self._function = config.file, config.function.rpartition(":")[2]
         self._code = Code.read(file, "reward")
         check_consent(self._code, self._function, consent, what="rewarded")
         spec = {
@@ -38,10 +38,6 @@ class Function:
         }
         self._process = Process(spec, f"the reward {config.called}", config.seconds)
         self._process.open()
-
-    @property
-    def code(self) -> str:
-        return self._code.sha256
 
     def check(self, row: Row) -> None:
         """It takes any row."""
@@ -70,6 +66,12 @@ class Function:
             raise RunError(f"{answer['where']}, on {one.named}: {one_line(answer['raised'])}{trace}",
                            fix=f"the answer was {quoted(one)}")  # fmt: skip
         return Value(answer["value"], {name: part for name, part in answer["parts"].items() if name != "reward"})
+
+
+def code_of(rewards: Sequence[RewardConfig]) -> dict[str, str]:
+    """sha256 of the file of each that runs one, for the run's record: who resumes with another one is told. Raises
+    InputError."""
+    return {one.called: Code.read(one.file, "reward").sha256 for one in rewards if one.file is not None}
 
 
 def quoted(one: Asked) -> str:

@@ -17,11 +17,16 @@ from deltaw.config.reward import RewardConfig
 from deltaw.data.columns import Columns
 from deltaw.data.row import Problem, Row
 from deltaw.errors import InputError, Rejected, RunError, listed
+from deltaw.evaluation.metrics import METRICS
 from deltaw.evaluation.own_metric import ASKED_FOR, Consent
+from deltaw.rewards.compared import Compared
 from deltaw.rewards.function import Function
+from deltaw.rewards.gym import Gym
+from deltaw.rewards.programs import Programs
 from deltaw.rewards.scored import Asked, Scored, Scorer
+from deltaw.rewards.shape import JSON, Pattern, Text
 from deltaw.rewards.truth import Truths
-from deltaw.show.text import counted
+from deltaw.show.text import counted, one_line
 
 
 @dataclass(frozen=True)
@@ -35,17 +40,48 @@ class Opening:
 Opener = Callable[[Any, Opening], Scorer]
 OPENERS: dict[str, Opener] = {
     "function": lambda config, opening: Function(config, opening.consent),
+    **dict.fromkeys(METRICS, lambda config, opening: Compared(config, opening.truths)),
+    "regex": lambda config, opening: Pattern(config),
+    "json_schema": lambda config, opening: JSON(config, opening.truths),
+    "pass_at_1": lambda config, opening: Programs(config, opening.truths),
+    "reasoning_gym": lambda config, opening: Gym(config),
+    "format": lambda config, opening: Text.of_format(config),
+    "length": lambda config, opening: Text.of_length(config),
 }
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a row's own answer (None where it has none) and an empty one are worth: shows a wrong verifier at once."""
+    """What a row's own answer (None where it has none; in the tags that the rewards ask for) and an empty one are
+    worth: shows a wrong verifier at once."""
 
     origin: str
     answer: str | None
     own: Scored | None
     empty: Scored
+
+
+def looked_at(looks: Sequence[Look]) -> list[str]:
+    """The same for people."""
+    lines = []
+    for look in looks:
+        empty = f"an empty one {look.empty.total:g}{_parts(look.empty)}"
+        if look.own is None:
+            lines.append(f"  {look.origin}: it has no answer of its own; {empty}")
+        else:
+            own = f"its own answer, “{one_line(look.answer or '', 60)}”, is worth {look.own.total:g}{_parts(look.own)}"
+            lines.append(f"  {look.origin}: {own}; {empty}")
+    scored = [look for look in looks if look.own is not None]
+    if scored and all(look.own is not None and look.own.total <= look.empty.total for look in scored):
+        lines.append("warning: none of these rows' own answers is worth more than an empty one")
+    return ["rewards:", *lines] if lines else []
+
+
+def _parts(scored: Scored) -> str:
+    """What a total is made of, where that is more than one number."""
+    if len(scored.parts) < 2:
+        return ""
+    return f" ({', '.join(f'{name} {value:g}' for name, value in scored.parts.items())})"
 
 
 class Rewards:
@@ -82,11 +118,6 @@ class Rewards:
             scored.append(Scored(math.fsum(weight * parts[name] for name, weight in weights.items()), parts))
         return scored
 
-    @property
-    def code(self) -> dict[str, str]:
-        """sha256 of the file of each function, for the run's record: who resumes with another one is to be told."""
-        return {config.called: scorer.code for config, scorer in self._opened if scorer.code}
-
     def check(self, rows: Iterable[Row]) -> None:
         """Raises InputError with counts where rows lack what their answers are held against."""
         problems, count = [], 0
@@ -105,8 +136,10 @@ class Rewards:
         """What each of these rows' own answer and an empty one are worth. Raises RunError."""
         asked: list[Asked] = []
         for row in rows:
-            prompt, own = self._truths.prompt(row), self._truths.answer(row)
-            asked += [Asked(prompt, text, row.value, origin=row.origin) for text in (*(own or ("",))[:1], "")]
+            prompt, own = self._truths.prompt(row), (self._truths.answer(row) or ("",))[0]
+            for config, _ in self._opened if own else ():
+                own = config.wrapped(own)
+            asked += [Asked(prompt, text, row.value, origin=row.origin) for text in (own, "")]
         scored = self(asked)
         looks = []
         for at in range(0, len(asked), 2):

@@ -34,10 +34,7 @@ class Truths:
         """All that would be right. Raises Rejected where the row says nothing."""
         if against is None:
             if (own := self.answer(row)) is None:
-                known = ", ".join(ANSWERS[:5])
-                raise Rejected(
-                    f"it has no answer of its own to compare with (messages, {known}, …); set against: field"
-                )
+                raise Rejected("it has no answer of its own to compare with; a field that has it: against: …")
             return own
         value = self.field(row, against)
         texts = tuple(as_text(one) for one in (value if isinstance(value, list) else [value]))

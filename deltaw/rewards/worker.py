@@ -104,12 +104,44 @@ def shown(value: Any) -> str:
 def pattern(spec: dict[str, Any]) -> Score:
     """Whether the run's regular expression is found in an answer."""
     rule = re.compile(spec["pattern"])
-    shut_in()
+    shut_in(spec["parent"])
     found = rule.fullmatch if spec["whole"] else rule.search
     return lambda text: {"value": float(found(text) is not None), "parts": {}}
 
 
-OPENERS: dict[str, Callable[[dict[str, Any]], Score]] = {"function": function, "pattern": pattern}
+def gym(spec: dict[str, Any]) -> Score:
+    """The scorers of the tasks of which `samples` has an entry each."""
+    from deltaw.data.gym_worker import scorer_of
+
+    scorers = {}
+    for task, answer, entry in spec["samples"]:
+        scorers[task] = scorer_of(task)
+        try:
+            scorers[task](answer, entry)  # what it imports only when it is needed must be there before it is shut in
+        except Exception as error:
+            raise InputError(f"reasoning-gym can't score {task}'s own answer: {reason(error)}") from None
+    shut_in(spec["parent"])
+
+    def score(question: Any) -> dict[str, Any]:
+        task, text, entry = question
+        if text is None:
+            return {"value": 0.0, "parts": {"unreadable": 0.0}}
+        try:
+            value = finite(scorers[task](text, entry))
+        except Exception:
+            return {"value": 0.0, "parts": {"unreadable": 1.0}}
+        if value is None or not 0 <= value <= 1:
+            return {"wrong": str(value)}
+        return {"value": value, "parts": {"unreadable": 0.0}}
+
+    return score
+
+
+OPENERS: dict[str, Callable[[dict[str, Any]], Score]] = {
+    "function": function,
+    "pattern": pattern,
+    "reasoning_gym": gym,
+}
 
 
 def bound(memory: int) -> None:
@@ -119,8 +151,9 @@ def bound(memory: int) -> None:
         lower(resource.RLIMIT_DATA, pages * resource.getpagesize() + memory)
 
 
-def shut_in() -> None:
+def shut_in(parent: int) -> None:
     lock_down(SHUT_IN)
+    end_with(parent)  # once more: who becomes nobody isn't told any more
     with contextlib.suppress(OSError):  # no such filter here: what lock_down took away is away
         refuse_calls()
 

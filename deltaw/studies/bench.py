@@ -14,9 +14,10 @@ import abc
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from deltaw.adapter.attach import Attached, attach, discard
 from deltaw.adapter.file import Adapter
+from deltaw.adapter.init_data import initialise_from_data
 from deltaw.base.forward import Forward
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.config import AdapterSpec, TrainConfig
@@ -39,6 +41,7 @@ from deltaw.training.optim import learning_rate, make_optimizer, set_rate
 NEW_TASK, ACCENTED = "a new task", "an accent"
 TOKENS, STEPS = 1024, 150
 LORA_RATES, FULL_RATES = (3e-3, 6e-3, 1.2e-2), (7.5e-4, 1.5e-3, 3e-3)  # where tuning begins
+START_BATCHES = 8  # that a start from data is made of, as in a run
 AT_ONCE = 50  # passages: their logits of the whole vocabulary, a few times over
 
 
@@ -71,7 +74,7 @@ class Arm:
         return json.dumps(asdict(self), sort_keys=True)
 
 
-def lora(rank: int, alpha: float = 32, **more: Any) -> dict[str, Any]:
+def lora(rank: int, alpha: float = 32, **more: str) -> dict[str, Any]:
     """LoRA's section of a run file."""
     return {"rank": rank, "alpha": alpha, **more}
 
@@ -136,21 +139,29 @@ class Bench(abc.ABC):
         """The rate with the lowest held-out loss on the tuning seed."""
         return tune(lambda some: {rate: self.train(arm.at(rate), TUNED_WITH).loss for rate in some}, rates, extra)
 
-    def loss_with(self, adapter: Adapter, stage: str = NEW_TASK) -> float:
-        """The held-out loss of the base with an adapter on it."""
+    def loss(self, stage: str = NEW_TASK) -> float:
+        """The held-out loss of the base as it is now: with what is attached to it."""
+        return held_out_loss(self.forward, self.held_out(stage))[0]
+
+    @contextmanager
+    def wearing(self, adapter: Adapter) -> Iterator[Attached]:
+        """Inside, the base has an adapter on it."""
         attached = attach(self.forward.model, adapter)
         try:
-            return held_out_loss(self.forward, self.held_out(stage))[0]
+            yield attached
         finally:
             discard(attached)
 
-    def passages(self, adapter: Adapter, rows: Sequence[Example]) -> Tensor:
-        """[P, 4]: `by_passage` of the base with an adapter on it."""
-        attached = attach(self.forward.model, adapter)
-        try:
-            return by_passage(self.forward, attached, rows)
-        finally:
-            discard(attached)
+
+def begun(forward: Forward, arm: Arm, examples: Sequence[Example], seed: int) -> Attached:
+    """An arm's update on the model, at its start; if that is made of data, of the first batches that it will learn."""
+    generator = torch.Generator().manual_seed(seed)
+    attached = attach(forward.model, arm.spec, generator=generator, start_later=arm.spec.from_data)
+    if arm.spec.from_data:
+        device = attached.parameters[0].device
+        batches = chain.from_iterable(step for step, _ in Loader(examples, arm.tokens, arm.tokens, seed))
+        initialise_from_data(attached, forward, [batch.to(device) for batch in islice(batches, START_BATCHES)])
+    return attached
 
 
 def learn(
@@ -181,6 +192,15 @@ def learn(
         if not math.isfinite(curve[-1]):
             break
     return curve
+
+
+@torch.no_grad()
+def weaken(attached: Attached, adapter: Adapter, strength: float) -> None:
+    """Wear an attached adapter that much stronger: its updates times `strength`."""
+    for path, layer in attached.layers.items():
+        trained, tensors = layer.trained(), adapter.factors[path].tensors()
+        name = "b" if "b" in trained else "delta"
+        trained[name].copy_(strength * tensors[name])
 
 
 @torch.no_grad()

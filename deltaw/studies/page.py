@@ -51,7 +51,7 @@ def findings_table(rule: Rule, judgement: Judgement) -> Table:
     rows: list[list[Cell]] = []
     for criterion, finding in zip(rule.criteria, judgement.findings, strict=True):
         low, high = (shown_end(criterion, end) for end in (finding.low, finding.high))
-        value, power = criterion.shown(finding.value), _power(criterion, finding.detectable)
+        value, power = criterion.shown(finding.value), power_words(criterion, finding.detectable)
         rows.append([criterion.words, value, f"{low} to {high}", finding.verdict, power])
     head = ["must hold", "found", "interval", "so it", "80 % chance from"]
     caption = (
@@ -69,7 +69,7 @@ def rule_table(rule: Rule) -> Table:
         ["What is measured", rule.definition],
         [f"Rule {rule.hash}, fixed before the run", rule.words],
         ["Void, if", rule.void],
-        ["Seeds", f"{seeds}; learning rates are chosen with seed {rule.tuned_with}"],
+        ["Seeds", f"{seeds}; learning rates that are tuned are tuned with seed {rule.tuned_with}"],
         ["What would change it", rule.change],
     ]
     return Table(["", ""], rows)
@@ -94,7 +94,7 @@ def tuned_table(outcome: Outcome) -> list[Block]:
     return [Table(["", "learning rate", "chosen from (held-out loss)"], rows, "With the tuning seed")] if rows else []
 
 
-def _power(criterion: Criterion, error: float) -> str:
+def power_words(criterion: Criterion, error: float) -> str:
     """Where the truth must lie."""
     if not math.isfinite(error):
         return "–"

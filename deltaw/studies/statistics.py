@@ -72,22 +72,23 @@ class Paired:
 
     @property
     def value(self) -> float:
-        return sum(self.values) / len(self.values)
+        return sum(self.values) / len(self.values) if self.values else math.nan
 
     @property
     def deviation(self) -> float:
-        """s, of one value."""
-        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else math.nan
+        """s, of one value; NaN where nothing is known of it."""
+        known = len(self.values) > 1 and all(map(math.isfinite, self.values))
+        return float(np.std(self.values, ddof=1)) if known else math.nan
 
     def bounds(self, alpha: float = ALPHA) -> tuple[float, float]:
-        if len(self.values) < 2 or not all(map(math.isfinite, self.values)):
+        if math.isnan(self.deviation):
             return UNKNOWN  # a training that diverged settles nothing
         half = _student(len(self.values) - 1, alpha) * self.deviation / math.sqrt(len(self.values))
         return self.value - half, self.value + half
 
     @property
     def error(self) -> float:
-        if len(self.values) < 2:
+        if math.isnan(self.deviation):
             return math.inf
         return _noncentral(len(self.values) - 1) * self.deviation / math.sqrt(len(self.values))
 
@@ -152,6 +153,14 @@ class Exact:
     @property
     def error(self) -> float:
         return 0.0
+
+
+def estimate_of(raw: Mapping[str, Any]) -> Estimate:
+    """An estimate as a record has it: its kind and its numbers, null where one isn't finite."""
+    kinds: Mapping[str, Any] = {kind.__name__: kind for kind in (Paired, Quotient, Resampled, Exact)}
+    fields = {name: _stored(value) for name, value in raw.items() if name != "kind"}
+    estimate: Estimate = kinds[raw["kind"]](**fields)
+    return estimate
 
 
 @dataclass(frozen=True)
@@ -303,6 +312,12 @@ def _noncentral(freedom: int, alpha: float = ALPHA, power: float = POWER) -> flo
         chance = sum(w * (1 + math.erf((middle - s) / math.sqrt(2))) / 2 for w, s in zip(weight, scaled, strict=True))
         low, high = (middle, high) if chance < power else (low, middle)
     return high
+
+
+def _stored(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_stored(one) for one in value)
+    return math.nan if value is None else value
 
 
 def _shared(one: Mapping[int, float], other: Mapping[int, float]) -> list[int]:

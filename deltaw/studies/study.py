@@ -33,10 +33,14 @@ from deltaw.studies.statistics import (
     Finding,
     Tuned,
     Verdict,
+    estimate_of,
     together,
 )
 
-NAMES: tuple[str, ...] = ("rank",)
+NAMES: tuple[str, ...] = (
+    "rank", "lr10", "where", "phi", "amp", "fullrank", "pretrain", "forget", "intruder", "compress", "bf16",
+    "init", "rslora", "plus", "batch", "accum", "merge4", "rl-rank",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,19 @@ def judge(rule: Rule, outcome: Outcome) -> Judgement:
     if outcome.void is not None:
         verdict, reasons = "void", [outcome.void]
     because = "; ".join(reasons) + "."
+    because = because[:1].upper() + because[1:]
     return Judgement(verdict, findings, f"{because} {outcome.words}".strip())
+
+
+def judged_again(rule: Rule, record: Mapping[str, Any]) -> Verdict:
+    """The verdict that a stored record's own numbers give, if it isn't void."""
+    findings = [
+        criterion.find(estimate_of(stored["estimate"]), len(rule.criteria))
+        for criterion, stored in zip(rule.criteria, record["findings"], strict=True)
+    ]
+    if not all(tuned["interior"] for tuned in record["tuned"].values()):
+        return "not settled"
+    return together([finding.verdict for finding in findings])
 
 
 def in_words(criterion: Criterion, finding: Finding) -> str:
@@ -140,4 +156,4 @@ def find_study(name: str) -> Any:
     """The module of a study. Raises InputError for an unknown name."""
     if name not in NAMES:
         raise InputError(f"there is no study {name!r}", fix=f"studies: {', '.join(NAMES)}")
-    return importlib.import_module(f"deltaw.studies.{name}")
+    return importlib.import_module(f"deltaw.studies.{name.replace('-', '_')}")

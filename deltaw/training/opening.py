@@ -41,6 +41,7 @@ from deltaw.evaluation.forgetting import general_text
 from deltaw.evaluation.metrics import Metric
 from deltaw.evaluation.own_metric import ASKED_FOR, Consent
 from deltaw.model import PLAIN, Model
+from deltaw.rewards.function import code_of
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.checkpoint import TrainState, conditions
@@ -117,7 +118,12 @@ class Opened:
         prints = {"base": self.id.fingerprint, "data": self.dataset.fingerprint, "template": self.id.template}
         prints |= {"retained text": self.kept_text.fingerprint} if self.kept_text else {}
         config = self.config.model_dump(mode="json")
-        state = TrainState(fingerprints=prints, config=config, conditions=conditions(self.device, self.world.size))
+        state = TrainState(
+            fingerprints=prints,
+            config=config,
+            conditions=conditions(self.device, self.world.size),
+            code=code_of(self.config.objective.reward or ()),
+        )
         return Learner(self.attached, self.config.train, self.total, state, display.say, self.objective)
 
     @property
