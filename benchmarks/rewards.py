@@ -4,13 +4,13 @@
                                  [--tokens 20]
 
 Each step samples 8 answers of exactly 20 tokens to each of 8 prompts (words of CMUdict, as in the demo), rewards them
-and takes one update; one process per arm. Both begin with the same factors (rank 16, all linear layers; B isn't zero, so
-that the adapter has something to say) and ask the same prompts at the same rate. No token ends an answer, so that both
-arms sample and train the same number of tokens; the reward is the share of letters in an answer that are vowels.
+and takes one update; one process per arm. Both begin with the same factors (rank 16, all linear layers; B isn't zero,
+so that the adapter has something to say) and ask the same prompts at the same rate. No token ends an answer, so that
+both arms sample and train the same number of tokens; the reward is the share of letters in an answer that are vowels.
 
     deltaw      the step as a run takes it: rollouts, groups, step.py
-    trl         GRPOTrainer as documented, generating by transformers in its own process. Made strong as in trainers.py:
-                base in the fast dtype, no gradient checkpointing, fused AdamW, one batch per step, no logging that costs
+    trl         GRPOTrainer as documented, generating by transformers in its process. Made strong as in trainers.py:
+                base in the fast dtype, no gradient checkpointing, fused AdamW, one batch per step, no costly logging
 """
 
 import argparse
