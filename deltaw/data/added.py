@@ -1,9 +1,12 @@
 """Tokens that a run trains by name, in the base's tokenizer: those that it has, and those that are added to it.
 
-An added token isn't flagged special: it stands in rows and in answers, and is one token wherever its text is (encode.py
-guards the names of special ones). Its number is the next that the tokenizer has free, which may be beyond the base's
-last row; adding the same texts to the same tokenizer gives the same numbers, so texts are all that an adapter has to
-remember. What the tokenizer made of the text before is kept, since its row begins there (adapter/rows.py).
+An added token isn't flagged special: it stands in rows and in answers, and is one token wherever its text is. Its
+number is the next that the tokenizer has free, which may be beyond the base's last row; adding the same texts to the
+same tokenizer gives the same numbers, so texts are all that an adapter has to remember. What the tokenizer made of the
+text before is kept, since its row begins there (adapter/rows.py).
+
+One that the tokenizer has and flags special (a reserved one) may stand in rows, too, where it is named: unless the chat
+template writes it or it begins or ends texts, since of these a user's text mustn't make any (encode.py).
 """
 
 from collections.abc import Sequence
@@ -42,3 +45,10 @@ def add_tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[Token, ...]:
             f"adapter.tokens: these aren't one token:\n{listed(wrong)}", fix="name whole tokens, as written"
         )
     return tokens
+
+
+def plain_ids(tokenizer: Any, tokens: Sequence[Token], template: str) -> frozenset[int]:
+    """Those among them that the tokenizer flags special although they mean nothing to it or to the chat template."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    own = {str(value) for value in tokenizer.special_tokens_map.values() if isinstance(value, str)}
+    return frozenset(t.id for t in tokens if t.text in special and t.text not in own and t.text not in template)
