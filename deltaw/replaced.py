@@ -79,8 +79,10 @@ class Rows(Update):
         return type(self)(self.index_K.cpu(), self.rows_KD.cpu())
 
     def rows(self, start: int, stop: int) -> Update:
-        """Those among them, of a weight of these rows alone. Raises ValueError where it has none of them."""
+        """Those among them; where there is none, nothing."""
         inside_K = (self.index_K >= start) & (self.index_K < stop)
+        if not inside_K.any():
+            return LowRank(self.rows_KD.new_zeros(1, self.rows_KD.shape[1]), self.rows_KD.new_zeros(stop - start, 1))
         return Rows(self.index_K[inside_K] - start, self.rows_KD[inside_K])
 
     def relative_to(self, weight: Weight) -> LowRank:

@@ -105,6 +105,15 @@ class Renderer:
             self._chats = ChatWriter(compiled, self._encoder, self._stop_names())
             self.end_of_turn = self._encoder.id_of(self._chats.end_of_turn)
 
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer into `folder`, with the tokens that were added to it."""
+        self.tokenizer.save_pretrained(folder)
+
+    @property
+    def grown(self) -> bool:
+        """Whether tokens were added to the base's tokenizer."""
+        return any(token.pieces for token in self.tokens)
+
     def behind(self, system: str) -> "Renderer":
         """The same, but a chat without a system prompt gets this one."""
         other = copy.copy(self)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from deltaw.adapter.ends import Ends, ways_of
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.peft_config import rewritten_names
 from deltaw.adapter.targets import explicit_targets
@@ -75,17 +76,18 @@ def for_peft(trained: Trained) -> Adapter:
     adapter = trained.adapter
     skeleton = trained.base_files.skeleton
     check_fits(trained, skeleton)
-    targets = explicit_targets(skeleton, tuple(adapter.factors))
+    targets = explicit_targets(skeleton, tuple(Ends.of(skeleton).body(adapter.factors)))
     rewritten = adapter.rewritten | rewritten_names(skeleton)
     base = replace(adapter.base, name=base_name(trained))
-    spec = adapter.spec.model_copy(update={"targets": targets})
+    spec = adapter.spec.model_copy(update={"targets": targets or adapter.spec.targets})
     return replace(adapter, spec=spec, base=base, rewritten=rewritten)
 
 
 def check_fits(trained: Trained, skeleton: nn.Module) -> None:
     """Raise InputError unless every update has a linear layer of its shape in the base."""
     problems, modules = [], dict(skeleton.named_modules())
-    for path, update in trained.adapter.factors.items():
+    ways_of(skeleton, trained.adapter.factors)
+    for path, update in Ends.of(skeleton).body(trained.adapter.factors).items():
         if path not in modules or not FrozenLinear.can_wrap(modules[path]):
             problems.append(f"{path:.120}: no such linear layer")
             continue

@@ -10,7 +10,9 @@ lands in exactly one tensor, and one that lands nowhere is an error. The rules:
 
     names      a tensor is the parameter that transformers would load it into (base/names.py)
     layout     values are those of the file's own layout: GPT-2's Conv1D stores [N, M], so W and ΔW are turned
-    tied       where an update lands on a tied parameter nothing is tied any more: `unties`. The config has to say so
+    tokens     rows of tied parameters stay tied: the tensor that the file holds takes them; tokens that were added make
+               it longer (`more`), and the config says how many words there are
+    tied       where any other update lands on a tied parameter nothing is tied any more: `unties`. The config has to say so
                (`tie_word_embeddings`), and whatever was left out of the files is written
     twice      a tied parameter that the file holds although it could leave it out is a tensor like any other
     made       a parameter that transformers puts together from several tensors, or cuts out of one, takes no update:
@@ -32,14 +34,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaw.adapter.checkpoints import Checkpoint, Stored
+from deltaw.adapter.ends import Ends, face, ways_of
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.targets import head_path, targets_of
-from deltaw.base.frozen import FrozenLinear
+from deltaw.adapter.targets import targets_of
 from deltaw.base.names import places
 from deltaw.errors import InputError, listed
 from deltaw.files.safetensors import read_tensor
 from deltaw.files.shards import shards
 from deltaw.kernels.weight import DenseWeight
+from deltaw.replaced import Rows
 from deltaw.shipping.trained import Trained
 from deltaw.updates import Update
 
@@ -63,6 +66,7 @@ class Planned:
     fate: Fate
     module: str | None = None  # whose update it takes
     transposed: bool = False  # stored as [N, M]
+    more: int = 0  # rows behind those that are stored, of tokens that were added
     part: bool = False
 
 
@@ -74,6 +78,11 @@ class MergePlan:
     adapter: Adapter
     skeleton: nn.Module
     unties: bool = False
+
+    @property
+    def words(self) -> int | None:
+        """How many the merged model knows, where that is more than the base does."""
+        return next((planned.shape[0] for planned in self.tensors if planned.more), None)
 
     @cached_property
     def by_file(self) -> Mapping[Path, tuple[Planned, ...]]:
@@ -110,7 +119,7 @@ class MergePlan:
         wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
         if not torch.isfinite(wide).all():
             raise not_finite(planned)
-        w_MN = wide.T if planned.transposed else wide
+        w_MN = wide.T if planned.transposed else nn.functional.pad(wide, (0, 0, 0, planned.more))
         total_MN = w_MN + update.relative_to(DenseWeight(w_MN)).dense()
         return total_MN.T.contiguous() if planned.transposed else total_MN
 
@@ -126,9 +135,14 @@ def plan_merge(trained: Trained) -> MergePlan:
     checkpoint = trained.base_files.checkpoint
     ties = _ties(skeleton)
     updated = {f"{path}.weight": path for path in adapter.factors}
+    rows = {name: ties.get(name, [name]) for name, path in updated.items() if adapter.factors[path].kind == Rows.kind}
+    updated |= {other: updated[name] for name, group in rows.items() for other in group}
     parts = {name: whole for whole, names in checkpoint.converted.items() for name in names}
-    tied = {name for name in updated if name in ties}
-    problems = [why for name in updated if (why := _nowhere(name, skeleton, checkpoint))]
+    shared = {other for group in rows.values() for other in group}
+    tied = {name for name in updated if name in ties and name not in shared}
+    landing = [name for name in updated if name not in shared or checkpoint.find(name)]
+    problems = [why for name in landing if (why := _nowhere(name, skeleton, checkpoint))]
+    problems += [f"{name}: not in the files" for name, group in rows.items() if not set(group).intersection(landing)]
     if problems:
         raise InputError(
             f"{trained.name}: {len(problems)} of {len(updated)} updates have no tensor of {base.name} to land in:\n"
@@ -141,8 +155,11 @@ def plan_merge(trained: Trained) -> MergePlan:
         turned = path is not None and isinstance(skeleton.get_submodule(path), Conv1D)
         whole = parts.get(own)
         known = whole or (own if own in checkpoint.places else None)
-        place = (stored.file, stored.name, stored.shape, stored.dtype)
-        return Planned(name, *place, known, fate, path, turned, whole is not None)
+        update = None if path is None else adapter.factors[path]
+        more = update.height(stored.shape[0]) - stored.shape[0] if isinstance(update, Rows) else 0
+        shape = (stored.shape[0] + more, *stored.shape[1:]) if more else stored.shape
+        place = (stored.file, stored.name, shape, stored.dtype)
+        return Planned(name, *place, known, fate, path, turned, more, whole is not None)
 
     tensors = [
         planned(own, stored.name, stored, "changed" if own in updated else "copied")
@@ -165,20 +182,19 @@ def not_finite(planned: Planned) -> InputError:
 
 
 def _check_targets(skeleton: nn.Module, adapter: Adapter, name: str) -> None:
-    """Raise InputError unless each update has its layer, of its shape: as `attach` does, but the head may have one."""
-    head = head_path(skeleton)
-    body = {path: update for path, update in adapter.factors.items() if path != head}
-    if body:
+    """Raise InputError unless each update has its layer, of its shape: as `attach` does, but full fine-tuning may have
+    changed the head."""
+    ends = Ends.of(skeleton)
+    if body := ends.body(adapter.factors):
         targets_of(skeleton, adapter.spec, body)
-    if head is None or (update := adapter.factors.get(head)) is None:
+    update = adapter.factors.get(ends.head or "")
+    if update is None or update.kind != "full":
+        ways_of(skeleton, adapter.factors)
         return
-    module = skeleton.get_submodule(head)
-    if not FrozenLinear.can_wrap(module):
-        raise InputError(f"{name}: {head} is a {type(module).__name__}, which takes no update")
-    layer = FrozenLinear(module)
+    layer = face(skeleton, ends.head or "", ends)
     if update.shape != (layer.out_features, layer.in_features):
         raise InputError(
-            f"{name}: {head}: update is {update.shape}, the layer {(layer.out_features, layer.in_features)}"
+            f"{name}: {ends.head}: update is {update.shape}, the layer {(layer.out_features, layer.in_features)}"
         )
 
 
