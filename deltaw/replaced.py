@@ -30,6 +30,8 @@ from deltaw.kernels.weight import Weight
 from deltaw.kinds import Dense
 from deltaw.updates import Plain, Update
 
+MERGE = "merge it into its base: deltaw merge"
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rows(Update):
@@ -101,7 +103,7 @@ class Rows(Update):
         )
 
     def low_rank(self) -> LowRank:
-        raise InputError("trained tokens are rows of a matrix, not two factors", fix="leave adapter.tokens out")
+        raise InputError("trained tokens are rows of a matrix, not two factors", fix=MERGE)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -146,7 +148,7 @@ class Whole(Update):
         )
 
     def low_rank(self) -> LowRank:
-        raise InputError("a module that was trained whole has no factors", fix="train it as LoRA: also: {…: lora}")
+        raise InputError("a module that was trained whole has no factors", fix=MERGE)
 
 
 REPLACED: dict[str, type[Update]] = {update.kind: update for update in (Rows, Whole)}

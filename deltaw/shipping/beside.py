@@ -1,7 +1,7 @@
 """The files beside exported weights, so that answers come out as trained: tokenizer, chat template, stop tokens.
 
-    tokenizer.json, …         the base's own files, byte for byte; local paths in tokenizer_config.json are removed. Where
-                              tokens were added: as transformers writes the tokenizer that has them
+    tokenizer.json, …         the base's own files, byte for byte; local paths in tokenizer_config.json are removed.
+                              Where tokens were added: as transformers writes the tokenizer that has them
     chat_template.jinja       the template that was trained under, if it isn't the tokenizer's own; the tokenizer's
                               config then names none, since loaders differ in which of the two they take
     generation_config.json    the base's, with every token that ends an answer: its own, the tokenizer's eos, and the

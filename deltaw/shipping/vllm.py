@@ -2,9 +2,9 @@
 
 What it reads (0.32, lora/peft_helper.py and lora_model.py): r, lora_alpha, use_rslora, rank_pattern and alpha_pattern
 by PEFT's rule; which modules are adapted it takes from the tensors' names, each of which must end as a layer of the
-served model does. It refuses DoRA, modules_to_save, biases and initialisers that move the base. deltaw's
-adapters have none of these but DoRA, and write init_lora_weights: true. Trained tokens it refuses, too, and whole tensors of an embedding or a
-head it would silently skip; neither is written for it. LoRA on an embedding or a head it reads.
+served model does. It refuses DoRA, modules_to_save, trained tokens, biases and initialisers that move the base, and
+would silently skip whole tensors of an embedding or a head. Nothing of that is written for it, and init_lora_weights is
+true. LoRA on an embedding or a head it reads.
 
 Ranks. The server is started with one bound for all adapters, --max-lora-rank, one of RANKS, 16 by
 default; any rank up to the bound works.

@@ -12,8 +12,8 @@ lands in exactly one tensor, and one that lands nowhere is an error. The rules:
     layout     values are those of the file's own layout: GPT-2's Conv1D stores [N, M], so W and ΔW are turned
     tokens     rows of tied parameters stay tied: the tensor that the file holds takes them; tokens that were added make
                it longer (`more`), and the config says how many words there are
-    tied       where any other update lands on a tied parameter nothing is tied any more: `unties`. The config has to say so
-               (`tie_word_embeddings`), and whatever was left out of the files is written
+    tied       where any other update lands on a tied parameter nothing is tied any more: `unties`. The config has to
+               say so (`tie_word_embeddings`), and whatever was left out of the files is written
     twice      a tied parameter that the file holds although it could leave it out is a tensor like any other
     made       a parameter that transformers puts together from several tensors, or cuts out of one, takes no update:
                what is stored isn't what was adapted
