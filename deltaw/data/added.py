@@ -29,12 +29,12 @@ class Token:
 
 def add_tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[Token, ...]:
     """Each text as a token of `tokenizer`, which gets what it lacks. Raises InputError for what can't be one."""
-    known = tokenizer.get_vocab()
-    pieces = {
-        text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts if text not in known
-    }
+    before = {text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts}
+    unknown = {text for text, ids in before.items() if tokenizer.unk_token_id in ids and text != tokenizer.unk_token}
+    pieces = {text: ids for text, ids in before.items() if len(ids) != 1 or text in unknown}
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in pieces])
-    tokens = tuple(Token(text, tokenizer.convert_tokens_to_ids(text), pieces.get(text, ())) for text in texts)
+    numbers = {text: tokenizer.convert_tokens_to_ids(text) if text in pieces else before[text][0] for text in texts}
+    tokens = tuple(Token(text, numbers[text], pieces.get(text, ())) for text in texts)
     wrong = [
         f"{token.text!r:.60}: encoded as {ids[:8]}, not as its own token {token.id}"
         for token in tokens
