@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.adapter.layer_update import AdaptedLayer, Carried, LayerUpdate
-from deltaw.base.experts import FrozenExperts, FrozenStack
+from deltaw.base.experts import FrozenExperts, FrozenStack, called
 from deltaw.base.frozen import Stored
 from deltaw.config.adapter import expert_path
 from deltaw.errors import InputError
@@ -215,7 +215,7 @@ class AdaptedExperts(AdaptedLayer):
         taken = {number: updates for number in numbers if (updates := self._enabled(number))}
         if not taken:
             return self.base(*args, **kwargs)
-        x, experts_TK, weights_TK = self.base.called(args, kwargs)
+        x, experts_TK, weights_TK = called(self.base.module, args, kwargs)
         x_TN = x.reshape(-1, x.shape[-1])
         routes = route(experts_TK, self.base.count, segments)
         rows_SN = spread(x_TN, routes)

@@ -76,9 +76,9 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unfit: Mapping[str, str] |
     Raises InputError: no match, an override of nothing, a layer asked for by name that can't be adapted.
     """
     linear = linear_paths(model)
-    if not linear:
-        raise InputError(f"this model has no linear layer that LoRA could adapt{_other_kinds(model)}")
     experts = experts_of(model)
+    if not linear and not experts.shapes:
+        raise InputError(f"this model has no linear layer that LoRA could adapt{_other_kinds(model)}")
     every = (*linear, *experts.shapes)
     asked = _asked(model, spec, every, experts)
     language = language_paths(model, every)

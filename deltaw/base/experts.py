@@ -71,7 +71,6 @@ class FrozenExperts(nn.Module):
         if not self.can_wrap(module):
             raise TypeError(f"{type(module).__name__} doesn't keep its experts as transformers' interface does")
         self.module = module
-        self._signature = inspect.signature(type(module).forward)
 
     @staticmethod
     def can_wrap(module: nn.Module) -> bool:
@@ -104,11 +103,6 @@ class FrozenExperts(nn.Module):
         """How the matrices of the last product are stored."""
         return self.stack(DOWN).stored
 
-    def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [T, N], experts [T, K] and weights [T, K] of a call, whatever the module calls its arguments."""
-        x, experts, weights = list(self._signature.bind(None, *args, **kwargs).arguments.values())[1:4]
-        return x, experts, weights
-
     def inner(self, y_SM: Tensor) -> Tensor:
         """What stands between the two products."""
         module: Any = self.module
@@ -133,6 +127,15 @@ class FrozenExperts(nn.Module):
         for name, w_EMN in stacks.items():
             FrozenStack(made, name).w_EMN.copy_(w_EMN)
         return made
+
+
+def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [T, N], experts [T, K] and weights [T, K] of a call of experts, whatever they call their arguments."""
+    if not kwargs:
+        return args  # type: ignore[return-value]
+    names = list(inspect.signature(type(module).forward).parameters)[1:4]
+    x, experts, weights = (*args, *(kwargs[name] for name in names[len(args) :]))
+    return x, experts, weights
 
 
 def names_of(module: nn.Module) -> tuple[str, str]:
