@@ -41,10 +41,15 @@ class FrozenStack:
     transposed = False  # PEFT's word, for a base of Conv1D
 
     @property
+    def turned(self) -> bool:
+        """Whether the module stores each as [N, M]."""
+        return bool(self.module.is_transposed)
+
+    @property
     def w_EMN(self) -> Tensor:
         """All of them, a view of the base's own storage."""
         stored: Tensor = getattr(self.module, self.name)
-        return stored.transpose(1, 2) if self.module.is_transposed else stored
+        return stored.transpose(1, 2) if self.turned else stored
 
     @property
     def bias_EM(self) -> Tensor | None:

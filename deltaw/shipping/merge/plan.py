@@ -13,7 +13,9 @@ lands in exactly one tensor, and one that lands nowhere is an error. The rules:
     tied       where an update lands on a tied parameter nothing is tied any more: `unties`. The config has to say so
                (`tie_word_embeddings`), and whatever was left out of the files is written
     twice      a tied parameter that the file holds although it could leave it out is a tensor like any other
-    made       a parameter that transformers puts together from several tensors, or cuts out of one, takes no update:
+    experts    an expert's matrix in a file takes its rows of that expert's update; a tensor of all experts takes all
+               of theirs (stack.py)
+    made       a parameter that transformers otherwise puts together from several tensors, or cuts out of one, takes no update:
                what is stored isn't what was adapted
 
 Sums are formed in float32 (float64 for a float64 base), so that whoever writes them rounds once.
@@ -21,7 +23,7 @@ Sums are formed in float32 (float64 for a float64 base), so that whoever writes 
 Letters: M outputs, N inputs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,12 +36,16 @@ from transformers.pytorch_utils import Conv1D
 from deltaw.adapter.checkpoints import Checkpoint, Stored
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.targets import head_path, targets_of
+from deltaw.base.experts import expert_stacks
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.names import places
+from deltaw.config.adapter import expert_of, parameter_of
 from deltaw.errors import InputError, listed
+from deltaw.factors import LowRank
 from deltaw.files.safetensors import read_tensor
 from deltaw.files.shards import shards
 from deltaw.kernels.weight import DenseWeight
+from deltaw.shipping.merge.stack import Stacked, by_parameter
 from deltaw.shipping.trained import Trained
 from deltaw.updates import Update
 
@@ -62,6 +68,7 @@ class Planned:
     parameter: str | None
     fate: Fate
     module: str | None = None  # whose update it takes
+    rows: tuple[int, int] | None = None  # which rows of it, where not all
     transposed: bool = False  # stored as [N, M]
     part: bool = False
 
@@ -95,9 +102,24 @@ class MergePlan:
         """Whether the linear layers of this base store [N, M]."""
         return any(planned.transposed for planned in self.tensors)
 
-    def update(self, planned: Planned) -> Update | None:
+    def update(self, planned: Planned) -> Update | Stacked | None:
         """What is added to it."""
-        return None if planned.module is None else self.adapter.factors[planned.module]
+        if planned.module is None:
+            return None
+        update = self.adapter.factors.get(planned.module)
+        if update is None:
+            return Stacked(tuple(self.experts[planned.module]), expert_stacks(self.skeleton)[planned.module].turned)
+        return update if planned.rows is None else update.rows(*planned.rows)
+
+    @cached_property
+    def experts(self) -> Mapping[str, Sequence[LowRank]]:
+        """The updates of experts by the parameter of all."""
+        return by_parameter(self.adapter.factors)
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """Whose updates land somewhere, by the names that the tensors have for them."""
+        return tuple(dict.fromkeys(planned.module for planned in self.tensors if planned.module is not None))
 
     def value(self, planned: Planned) -> Tensor:
         """The tensor of the merged model, in the file's layout: the sum in float32, or the stored numbers as they are.
@@ -111,7 +133,7 @@ class MergePlan:
         if not torch.isfinite(wide).all():
             raise not_finite(planned)
         w_MN = wide.T if planned.transposed else wide
-        total_MN = w_MN + update.relative_to(DenseWeight(w_MN)).dense()
+        total_MN = w_MN + update.relative_to(DenseWeight(w_MN)).dense().view(w_MN.shape)
         return total_MN.T.contiguous() if planned.transposed else total_MN
 
 
@@ -125,7 +147,7 @@ def plan_merge(trained: Trained) -> MergePlan:
     _check_targets(skeleton, adapter, trained.name)
     checkpoint = trained.base_files.checkpoint
     ties = _ties(skeleton)
-    updated = {f"{path}.weight": path for path in adapter.factors}
+    updated = _updated(adapter, checkpoint)
     parts = {name: whole for whole, names in checkpoint.converted.items() for name in names}
     tied = {name for name in updated if name in ties}
     problems = [why for name in updated if (why := _nowhere(name, skeleton, checkpoint))]
@@ -137,12 +159,12 @@ def plan_merge(trained: Trained) -> MergePlan:
         )
 
     def planned(own: str, name: str, stored: Stored, fate: Fate) -> Planned:
-        path = updated.get(own)
-        turned = path is not None and isinstance(skeleton.get_submodule(path), Conv1D)
+        path, rows = updated.get(own, (None, None))
+        turned = own.endswith(".weight") and path is not None and _is_turned(skeleton, path)
         whole = parts.get(own)
         known = whole or (own if own in checkpoint.places else None)
         place = (stored.file, stored.name, stored.shape, stored.dtype)
-        return Planned(name, *place, known, fate, path, turned, whole is not None)
+        return Planned(name, *place, known, fate, path, rows, turned, whole is not None)
 
     tensors = [
         planned(own, stored.name, stored, "changed" if own in updated else "copied")
@@ -182,6 +204,30 @@ def _check_targets(skeleton: nn.Module, adapter: Adapter, name: str) -> None:
         )
 
 
+def _updated(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, int] | None]]:
+    """Whose update lands in a tensor, and which rows of it, by the model's name; an expert's by its name in the file."""
+    updated: dict[str, tuple[str, tuple[int, int] | None]] = {}
+    for path, update in adapter.factors.items():
+        number, whole = expert_of(path), parameter_of(path)
+        if number is None:
+            updated[f"{path}.weight"] = (path, None)
+            continue
+        stored = [name for name in checkpoint.converted.get(whole, ()) if name in checkpoint.slots]
+        if not stored:
+            updated[whole] = (whole, None)
+        for name in stored:
+            expert, part, parts = checkpoint.slots[name]
+            if expert == number:
+                rows = update.shape[0] // parts
+                updated[name] = (path, None if parts == 1 else (part * rows, (part + 1) * rows))
+    return updated
+
+
+def _is_turned(skeleton: nn.Module, path: str) -> bool:
+    """Whether a module stores [N, M]; experts' matrices know themselves how they lie."""
+    return expert_of(path) is None and isinstance(skeleton.get_submodule(path), Conv1D)
+
+
 def _nowhere(own: str, skeleton: nn.Module, checkpoint: Checkpoint) -> str | None:
     """Why an update of a parameter has no tensor to land in, or None."""
     stored = checkpoint.find(own)
@@ -191,6 +237,8 @@ def _nowhere(own: str, skeleton: nn.Module, checkpoint: Checkpoint) -> str | Non
         return f"{own}: not in the files"
     if stored.dtype not in FLOATS:
         return f"{own}: stored as {stored.dtype}, which takes no update"
+    if own in checkpoint.slots:
+        return None
     shape = tuple(skeleton.get_parameter(own).shape)
     return None if stored.shape == shape else f"{own}: {stored.shape} in the files, {shape} in the model"
 
