@@ -1,13 +1,12 @@
 """LoRA on experts: training steps of deltaw and of PEFT (`target_parameters`), in turns, from the same factors.
 
-    python -m benchmarks.experts [--record] [--steps 6] [--experts 16] [--hidden 384] [--tokens 512]
+    python -m benchmarks.experts [--record] [--steps 6] [--experts 32] [--hidden 384] [--tokens 256]
 
 A random mixture of four layers in float32 with two of its experts for each token, adapted in all its linear layers and
 all its experts. A step is forward, backward and AdamW's update on documents of 64 random tokens, all trained; the first
-losses and gradients must agree. PEFT runs the model by each of transformers' implementations of experts that it can, and
-the fastest counts. Seconds are those of this process's CPU where `--cpu` is given, for a machine that others use.
-
-    frozen   what the experts' products cost without an update, beside transformers' own: forward and backward
+losses must agree. PEFT runs the model by transformers' implementations of experts that a CPU has, the fastest counts.
+Seconds are those of this process's CPU where `--cpu` is given, for a machine that others use. What a module of experts
+costs with an update of rank 1 is told beside the model's own.
 """
 
 import argparse
@@ -41,7 +40,7 @@ def mixture(experts: int, hidden: int) -> nn.Module:
     """A random Qwen3-MoE."""
     config = AutoConfig.for_model(
         "qwen3_moe", vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=4,
-        num_attention_heads=6, num_key_value_heads=2, head_dim=hidden // 6, num_experts=experts, num_experts_per_tok=2,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=hidden // 8, num_experts=experts, num_experts_per_tok=2,
         moe_intermediate_size=hidden, max_position_embeddings=256,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -111,7 +110,7 @@ def turns(steps: dict[str, Step], count: int, size: int, clock: Callable[[], flo
 
 
 def frozen(model: nn.Module, size: int, count: int, clock: Callable[[], float]) -> float:
-    """How long an adapted module of experts takes whose update is rank 1, beside the fastest of the model's own ways."""
+    """How fast an adapted module of experts is whose update is rank 1, beside the fastest of the model's own ways."""
     own = next(module for path, module in model.named_modules() if path.endswith("mlp.experts"))
     holder = nn.ModuleDict({"experts": copy.deepcopy(own)})
     attach(holder, AdapterSpec(rank=1, alpha=1.0, targets="experts"), fuse=())
@@ -140,9 +139,9 @@ def frozen(model: nn.Module, size: int, count: int, clock: Callable[[], float]) 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     asked.add_argument("--steps", type=int, default=6)
-    asked.add_argument("--experts", type=int, default=16)
+    asked.add_argument("--experts", type=int, default=32)
     asked.add_argument("--hidden", type=int, default=384)
-    asked.add_argument("--tokens", type=int, default=512)
+    asked.add_argument("--tokens", type=int, default=256)
     asked.add_argument("--rank", type=int, default=16)
     asked.add_argument("--cpu", action="store_true", help="seconds of this process's CPU")
     asked.add_argument("--record", action="store_true")

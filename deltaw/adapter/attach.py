@@ -31,7 +31,6 @@ from deltaw.base.batch import Batch
 from deltaw.base.stand_in import StandIn, disabled
 from deltaw.config import AdapterSpec
 from deltaw.show.text import counted
-from deltaw.updates import Update
 
 
 @dataclass(frozen=True, repr=False)

@@ -99,8 +99,9 @@ def module_paths(tensors: Mapping[str, Tensor], file: Path) -> list[str]:
 def to_updates(
     tensors: Mapping[str, Tensor], spec: AdapterSpec, file: Path, experts: Collection[str] = ()
 ) -> dict[str, Update]:
-    """The updates by module path, float32; `experts`: the paths that are of all experts, each of which gets its own. Raises InputError unless shapes are what the spec says, with a magnitude for
-    each row where it says DoRA, and all numbers are finite."""
+    """The updates by module path, float32; `experts`: the paths that are of all experts, each of which gets its own.
+    Raises InputError unless shapes are what the spec says, with a magnitude for each row where it says DoRA, and all
+    numbers are finite."""
     paths = module_paths(tensors, file)
     _check_shapes(tensors, paths, spec, file, experts)
     _check_magnitudes(tensors, paths, spec, file)

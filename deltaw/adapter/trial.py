@@ -47,7 +47,7 @@ CHANGED = "gives something other than what its weight and bias make of its input
 
 @dataclass(frozen=True)
 class Observed:
-    """One pass of the base on a batch and back: its logits, which linear layers ran, which of them were given all its rows
+    """One pass of the base on a batch and back: its logits, which layers ran, which of them were given all its rows
     (`whole`), and why others can't be adapted (`unfit`), or can but would never learn (`idle`). `routes`: what each
     module of experts was told of where tokens go."""
 

@@ -26,8 +26,9 @@ What an expert beyond E is sent (a router's "no expert") is 0.
 
 W's products are torch's `grouped_mm` where it takes them, as they are in transformers' own code, so that a fresh update
 gives the model's own bits: a router picks others where two experts are nearly equal and a sum was rounded otherwise.
-The low-rank products are loops over the experts that have rows; their counts are read on the host, which waits once per
-layer on a GPU. Rejected for them: `grouped_mm`, which wants ranks that are multiples of 8 there and doesn't add to what is.
+The low-rank products are loops over the experts that have rows. Their counts are read on the host, which waits once per
+layer on a GPU. Rejected for them: `grouped_mm`, which wants ranks that are multiples of 8 there, and can't add to what
+is.
 
 Letters: T tokens, K experts of each, S = T·K rows, E experts, M outputs, N inputs, R rank.
 """
@@ -153,9 +154,7 @@ def grouped_linear_plain(x_SN: Tensor, grouped: Grouped, routes: Routes, low_SN:
     y_SM = torch.zeros(len(x_SN), grouped.w_EMN.shape[1], dtype=x_SN.dtype, device=x_SN.device)
     for expert, start, end in routes.experts:
         bias_M = None if grouped.bias_EM is None else grouped.bias_EM[expert]
-        y_SM = y_SM.index_copy(
-            0, torch.arange(start, end), F.linear(x_SN[start:end], grouped.w_EMN[expert], bias_M)
-        )
+        y_SM = y_SM.index_copy(0, torch.arange(start, end), F.linear(x_SN[start:end], grouped.w_EMN[expert], bias_M))
     for number, (a_ERN, b_EMR, scale) in grouped.updates.items():
         for expert, start, end in routes.spans(number):
             delta_MN = (scale * (b_EMR[expert] @ a_ERN[expert])).to(x_SN.dtype)

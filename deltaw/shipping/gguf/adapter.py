@@ -23,6 +23,7 @@ from torch import nn
 
 from deltaw.adapter.algebra import baked, low_rank_updates
 from deltaw.base.frozen import FrozenLinear
+from deltaw.config.adapter import expert_of
 from deltaw.errors import InputError, command, listed
 from deltaw.factors import LowRank
 from deltaw.files.atomic import write_text_atomic
@@ -49,6 +50,7 @@ class GgufAdapter(Destination):
         skeleton = trained.base_files.skeleton
         self.family = family(skeleton.config)
         _check_kind(trained)
+        _check_experts(trained)
         self.tensors = _tensors(trained, skeleton, self.family)
         self.rank = next(iter(self.tensors.values())).rank
         file, about = _base_file(trained)
@@ -114,6 +116,15 @@ def _check_kind(trained: Trained) -> None:
         )
     if trained.adapter.spec.magnitude:
         raise InputError(f"{trained.name} is DoRA, which llama.cpp doesn't load as an adapter", fix=merge)
+
+
+def _check_experts(trained: Trained) -> None:
+    """Raise InputError for updates of experts, which this file's form isn't tried for."""
+    if experts := [path for path in trained.adapter.factors if expert_of(path) is not None]:
+        raise InputError(
+            f"{trained.name} changes experts ({experts[0]}, …), which isn't written as an adapter for llama.cpp",
+            fix=_whole(trained),
+        )
 
 
 def _whole(trained: Trained) -> str:

@@ -15,8 +15,8 @@ lands in exactly one tensor, and one that lands nowhere is an error. The rules:
     twice      a tied parameter that the file holds although it could leave it out is a tensor like any other
     experts    an expert's matrix in a file takes its rows of that expert's update; a tensor of all experts takes all
                of theirs (stack.py)
-    made       a parameter that transformers otherwise puts together from several tensors, or cuts out of one, takes no update:
-               what is stored isn't what was adapted
+    made       a parameter that transformers otherwise puts together from several tensors, or cuts out of one, takes no
+               update: what is stored isn't what was adapted
 
 Sums are formed in float32 (float64 for a float64 base), so that whoever writes them rounds once.
 
@@ -205,7 +205,7 @@ def _check_targets(skeleton: nn.Module, adapter: Adapter, name: str) -> None:
 
 
 def _updated(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, int] | None]]:
-    """Whose update lands in a tensor, and which rows of it, by the model's name; an expert's by its name in the file."""
+    """Whose update lands in a tensor, and which rows of it, by the model's name; an expert's by the file's."""
     updated: dict[str, tuple[str, tuple[int, int] | None]] = {}
     for path, update in adapter.factors.items():
         number, whole = expert_of(path), parameter_of(path)
