@@ -168,7 +168,8 @@ def adapter_of(factors: Mapping[str, LowRank], like: Adapter) -> Adapter:
     ranks = {path: update.rank for path, update in signed.items()}
     # A parameter counts once, however many experts it is of.
     by_parameter = {parameter_of(path): path for path in factors}
-    ranks, settings = ({name: of[path] for name, path in by_parameter.items()} for of in (ranks, alphas))
+    ranks = {name: ranks[path] for name, path in by_parameter.items()}
+    settings = {name: alphas[path] for name, path in by_parameter.items()}
     rank, alpha = _commonest(ranks), _commonest(settings)
     described = AdapterSpec.checked(
         rank=rank,

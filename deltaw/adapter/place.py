@@ -137,11 +137,16 @@ def check_known(model: nn.Module) -> None:
         )
 
 
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """Those in a model, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
+
+
 @contextmanager
 def _beside_others(model: nn.Module) -> Iterator[tuple[Carried, dict[str, AdaptedLayer], dict[str, StandIn]]]:
     """The bare model for the length of a block, with what tells of its updates, and the layers and the stand-ins that
     were in it. After an error they are put in their places again."""
-    others = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
+    others = adapted_layers(model)
     carried = next((layer.carried for layer in others.values()), None) or Carried(passing_of(model))
     stand_ins, first = fused.installed(model), carried.first
     fused.remove(model, stand_ins)
@@ -229,7 +234,7 @@ def put_again(
 
 def tried_before(model: nn.Module, spec: AdapterSpec, trained: Mapping[str, Update]) -> bool:
     """Whether these updates can be put on the model without trying it again: its layers and stand-ins stay."""
-    others = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
+    others = adapted_layers(model)
     return _tried_before(others, spec, trained)
 
 

@@ -105,7 +105,8 @@ def carrying(model: Model, adapter: Adapter) -> Iterator[Attached]:
             detach(attached)
         return
     sizes = {path: (update.shape, update.rank) for path, update in adapter.factors.items()}
-    carried = {path: layer.factors() for path, layer in model.attached.layers.items()}
+    values = (layer.values(path) for path, layer in model.attached.layers.items())
+    carried = {path: update for some in values for path, update in some.items()}
     if sizes != {path: (update.shape, update.rank) for path, update in carried.items()}:
         raise InputError("the model carries another adapter", fix="open the base alone, or give the adapter it carries")
     with restored(model.attached):
@@ -134,5 +135,7 @@ def check_rows(examples: Sequence[Example]) -> None:
 
 def wear(attached: Attached, smaller: Adapter) -> None:
     """Give the layers a smaller adapter's factors, padded to their ranks."""
-    for path, update in low_rank_updates(smaller, "resized").items():
-        attached.layers[path].set_factors(pad(update, attached.layers[path].factors().rank))
+    updates = low_rank_updates(smaller, "resized")
+    for path, layer in attached.layers.items():
+        ranks = {one: own.rank for one, own in layer.values(path).items()}
+        layer.take_values(path, {one: pad(updates[one], rank) for one, rank in ranks.items()})

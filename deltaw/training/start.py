@@ -65,9 +65,9 @@ class Start:
         """Give its numbers to a fresh adapter of its spec. How many of its rows were empty, and drawn afresh."""
         generator, empty = torch.Generator().manual_seed(seed), 0
         for path, layer in attached.layers.items():
-            update, rows = _filled(self.adapter.factors[path], generator)
-            layer.set_factors(update)
-            empty += rows
+            filled = {one: _filled(self.adapter.factors[one], generator) for one in layer.values(path)}
+            layer.take_values(path, {one: update for one, (update, _) in filled.items()})
+            empty += sum(rows for _, rows in filled.values())
         return empty
 
     def check_base(self, base: BaseId) -> None:

@@ -222,7 +222,7 @@ def norms(s: Subject) -> Iterator[Finding]:
 
 def parameters(s: Subject) -> Iterator[Finding]:
     if names := [key.name for key in s.keys if key.expert and key.part == A]:
-        yield EXPERTS.finding(f"{len(names)} expert parameters: {some(names)}")
+        yield EXPERTS.finding(f"{len(names)} expert parameters: {some(names)}", s.merge())
     elif entries := s.texts("target_parameters"):
         yield BY_WEIGHT.finding(f"target_parameters names {some(entries)}")
 

@@ -44,6 +44,7 @@ from deltaw.kernels.weight import DenseWeight
 from deltaw.linalg.rounding import Survival, survived, survived_of
 from deltaw.linalg.threads import one_thread
 from deltaw.shipping.merge.plan import FLOATS, MergePlan, Planned, not_finite
+from deltaw.shipping.merge.stack import Stacked
 from deltaw.show.progress import Progress, unseen
 from deltaw.updates import Update
 
@@ -65,7 +66,7 @@ class _Tensor:
     size: int
     stream: Stream
     dtype: torch.dtype | None  # of the target; None: its bytes are copied
-    update: Update | None  # in the file's layout
+    update: Update | Stacked | None  # in the file's layout
     weight: bool  # NaN would be the model's
 
     @property
@@ -127,7 +128,7 @@ def rewrite(
     `dtype`: of the parameters, None for each as the base stores it. `progress` gets the bytes of the base done so far.
     Raises InputError for NaN and infinity in the base, or by a narrower type; OSError for what the disk refuses.
     """
-    survivals = dict.fromkeys(plan.adapter.factors, Survival())
+    survivals = dict.fromkeys(plan.modules, Survival())
     done = 0
     for file, tensors in plan.by_file.items():
         check_readable(file)
@@ -172,7 +173,7 @@ def _is_wide(plan: MergePlan, planned: Planned) -> bool:
 def _way(plan: MergePlan, planned: Planned, header: Header, source: int, stream: Stream, word: str) -> _Tensor:
     start, end = header.spans[planned.source]
     update = plan.update(planned)
-    if update is not None and planned.transposed:
+    if isinstance(update, Update) and planned.transposed:
         w_NM = torch.empty(planned.shape, dtype=TYPES[planned.dtype])
         _fill(w_NM, source, start)
         update = update.relative_to(DenseWeight(_wide(w_NM).T)).turned()
