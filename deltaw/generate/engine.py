@@ -39,9 +39,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deltaw.base.frozen import embedding_of
 from deltaw.errors import InputError, RunError
 from deltaw.generate.batches import Batches
-from deltaw.generate.cache import Cache, Row, context, evaluating, text_config
+from deltaw.generate.cache import Cache, Row, context, evaluating
 from deltaw.generate.grammar import Guide
 from deltaw.generate.logprobs import Logprobs, logprobs_of, score
 from deltaw.generate.sampling import NotFinite, RowsFailed, Sampling, choose
@@ -359,7 +360,7 @@ def check(
 ) -> None:
     """Raise InputError for a prompt that the model can't be given, or a bias to what it doesn't have. `full`: the
     prompt may fill the context."""
-    most, vocabulary = context(model) + full, text_config(model).vocab_size
+    most, vocabulary = context(model) + full, embedding_of(model).shape[0]
     if len(prompt) == 0:
         raise InputError(f"prompt {number} is empty", fix="begin with at least one token, such as bos")
     if len(prompt) >= most:
