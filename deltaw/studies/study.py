@@ -39,6 +39,7 @@ from deltaw.studies.statistics import (
 
 NAMES: tuple[str, ...] = (
     "rank", "lr10", "where", "phi", "amp", "fullrank", "pretrain", "forget", "intruder", "compress", "bf16",
+    "init", "rslora", "plus", "batch", "accum", "merge4", "rl-rank",
 )  # fmt: skip
 
 
@@ -155,4 +156,4 @@ def find_study(name: str) -> Any:
     """The module of a study. Raises InputError for an unknown name."""
     if name not in NAMES:
         raise InputError(f"there is no study {name!r}", fix=f"studies: {', '.join(NAMES)}")
-    return importlib.import_module(f"deltaw.studies.{name}")
+    return importlib.import_module(f"deltaw.studies.{name.replace('-', '_')}")
