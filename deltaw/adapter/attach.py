@@ -23,8 +23,7 @@ from torch import nn
 
 from deltaw.adapter import stand_ins as fused
 from deltaw.adapter.file import Adapter, BaseId
-from deltaw.adapter.layer import AdaptedLinear
-from deltaw.adapter.layer_update import Carried, LayerUpdate
+from deltaw.adapter.layer_update import AdaptedLayer, Carried, LayerUpdate
 from deltaw.adapter.peft_config import missed_by_peft, rewritten_names
 from deltaw.adapter.place import put_again, put_on, take_off, tried_before
 from deltaw.adapter.targets import lines_of
@@ -34,7 +33,6 @@ from deltaw.base.stand_in import StandIn, disabled
 from deltaw.config import AdapterSpec
 from deltaw.data.added import Token
 from deltaw.show.text import counted
-from deltaw.updates import Update
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,19 +106,10 @@ class Attached:
         if self.asked is None:
             return False
         mine, its = (
-            (
-                one.kind,
-                one.moves_base,
-                bool(one.dropout),
-                one.targets,
-                one.rank,
-                one.rank_overrides,
-                one.tokens,
-                one.also,
-            )
+            (one.kind, one.moves_base, bool(one.dropout), one.targets, one.rank, one.rank_overrides, one.expert_rank)
             for one in (self.asked, spec)
         )
-        return mine == its
+        return mine == its and (self.asked.tokens, self.asked.also) == (spec.tokens, spec.also)
 
     @contextmanager
     def leading(self) -> Iterator[None]:
@@ -131,7 +120,8 @@ class Attached:
     def adapter(self, base: BaseId) -> Adapter:
         """What has been learnt so far, as a value on the CPU, its spec's init "lora"; the model keeps its adapter."""
         spec = _as_learnt(self.spec)
-        factors: dict[str, Update] = {path: layer.factors().cpu() for path, layer in self.layers.items()}
+        values = (layer.values(path) for path, layer in self.layers.items())
+        factors = {path: update.cpu() for some in values for path, update in some.items()}
         if self.spec.moves_base:  # √2 · alpha / √(2 rank) may be the next float of alpha / √rank
             scales = {path: spec.scale(path) if update.kind == spec.kind else 1.0 for path, update in factors.items()}
             factors = {path: update.of(update.tensors(), scales[path]) for path, update in factors.items()}
@@ -200,7 +190,7 @@ def detach(attached: Attached, base: BaseId | None = None) -> Adapter:
 
 def discard(attached: Attached) -> None:
     """Take the adapter off its model; nobody wants what it has learnt."""
-    take_off(attached.model, attached.layers, attached.carried, attached.number)
+    take_off(attached.model, attached.carried, attached.number)
 
 
 def at_scale(attached: Attached, factor: float) -> Attached:
@@ -218,8 +208,8 @@ def joins(model: nn.Module, adapter: Adapter) -> bool:
 
 def sees_all_rows(model: nn.Module, path: str) -> bool:
     """Whether the adapted layer there is handed all rows of a pass, so that they can take different updates."""
-    layer = model.get_submodule(path)
-    return isinstance(layer, AdaptedLinear) and layer.sees_all
+    layers = (module for name, module in model.named_modules() if name in (path, path.rpartition(".")[0]))
+    return any(isinstance(layer, AdaptedLayer) and layer.sees_all for layer in layers)
 
 
 def _as_learnt(spec: AdapterSpec) -> AdapterSpec:

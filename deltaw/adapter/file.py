@@ -29,12 +29,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from deltaw.adapter import peft_experts
 from deltaw.adapter.history import NOTHING, History
 from deltaw.adapter.peft_config import CONFIG, check_config, from_spec, to_spec, token_rows, weight_names
-from deltaw.adapter.peft_tensors import WEIGHTS, module_paths, not_finite, to_tensors, to_updates
+from deltaw.adapter.peft_tensors import WEIGHTS, by_weight, module_paths, not_finite, to_tensors, to_updates
 from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.source import PICKLES
 from deltaw.config import TARGET_GROUPS, AdapterSpec
+from deltaw.config.adapter import parameter_of
 from deltaw.errors import InputError, RunError, command, listed
 from deltaw.files.atomic import write_text_atomic
 from deltaw.files.safetensors import load_safetensors, save_safetensors
@@ -166,7 +168,8 @@ class Adapter:
     def _peft_config(self) -> dict[str, Any]:
         names = {self.spec.targets} if isinstance(self.spec.targets, str) else set(self.spec.targets)
         # A group is deltaw's own word, so it is spelt out for other tools.
-        spec = self.spec.model_copy(update={"targets": tuple(self.body)} if names & set(TARGET_GROUPS) else {})
+        paths = tuple(dict.fromkeys(parameter_of(path) for path in self.body))
+        spec = self.spec.model_copy(update={"targets": paths} if names & set(TARGET_GROUPS) else {})
         return from_spec(
             spec,
             self.body,
@@ -188,13 +191,15 @@ class Adapter:
         _check_folder(directory)
         config = read_json(directory / CONFIG, max_bytes=1_000_000, allow_nan=True)
         check_config(config, str(directory / CONFIG))
-        tensors = load_safetensors(directory / WEIGHTS)
-        modules, source = module_paths(tensors, directory / WEIGHTS), str(directory / CONFIG)
+        file, source = directory / WEIGHTS, str(directory / CONFIG)
+        tensors = by_weight(load_safetensors(file), config, source)
+        modules = module_paths(tensors, file)
         spec = to_spec(config, modules.low_rank, source, embeddings=modules.embeddings, whole=modules.whole)
         spec = spec.model_copy(update={"tokens": _tokens_of(directory)})
-        factors = to_updates(tensors, spec, directory / WEIGHTS, token_rows(config, modules.tokens))
+        experts = peft_experts.named(modules.linear, config.get("target_parameters") or ())
+        factors = to_updates(tensors, spec, file, experts, token_rows(config, modules.tokens))
         transposed = bool(config.get("fan_in_fan_out"))
-        base, history, words = _base_of(directory, config), _history_of(directory), frozenset(modules.embeddings)
+        base, history, words = base_of(directory, config), _history_of(directory), frozenset(modules.embeddings)
         return Adapter(spec, factors, base, transposed, weight_names(config), history, words)
 
     def _card(self) -> str:
@@ -265,7 +270,7 @@ def _load_full(directory: Path) -> Adapter:
         raise InputError(f"{directory / RECORD} doesn't describe full fine-tuning, but {DELTAS} lies beside it")
     factors = {path: Dense(tensor) for path, tensor in tensors.items()}
     transposed = bool(record.get("fan_in_fan_out"))
-    return Adapter(spec, factors, _base_of(directory, {}), transposed, history=_history_of(directory))
+    return Adapter(spec, factors, base_of(directory, {}), transposed, history=_history_of(directory))
 
 
 def _check_folder(directory: Path) -> None:
@@ -283,7 +288,7 @@ def _check_folder(directory: Path) -> None:
     raise InputError(f"{directory} isn't an adapter: {' and '.join(missing)} missing")
 
 
-def _base_of(directory: Path, config: dict[str, Any]) -> BaseId:
+def base_of(directory: Path, config: dict[str, Any]) -> BaseId:
     """The recorded base: deltaw.json where there is one, else what PEFT's config names."""
     if (directory / RECORD).is_file():
         raw = read_json(directory / RECORD, max_bytes=1_000_000).get("base")

@@ -31,7 +31,9 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import conversion_mapping, core_model_loading
 
+from deltaw.adapter import peft_experts
 from deltaw.config import AdapterSpec, names_module
+from deltaw.config.adapter import expert_of
 from deltaw.errors import InputError, listed
 from deltaw.files.patterns import first_matches
 
@@ -106,7 +108,7 @@ def missed_by_peft(model: nn.Module, paths: Collection[str]) -> tuple[str, ...]:
 def weight_names(config: Mapping[str, Any]) -> frozenset[str]:
     """The last names of the layers that a config names by their weights."""
     entries = config.get("target_parameters") or ()
-    return frozenset(entry.removesuffix(WEIGHT).rpartition(".")[2] for entry in entries)
+    return frozenset(entry.removesuffix(WEIGHT).rpartition(".")[2] for entry in entries if entry.endswith(WEIGHT))
 
 
 def token_rows(config: Mapping[str, Any], paths: Sequence[str]) -> dict[str, list[int]]:
@@ -136,11 +138,13 @@ def to_spec(
     names = config.get("target_modules")
     weights = config.get("target_parameters") or ()
     by_weight = [path for path in paths if any(names_module(entry, path + WEIGHT) for entry in weights)]
+    experts = peft_experts.named(paths, weights)
     # A string is a regular expression to PEFT, and these fields cut the list down: then the tensors are the truth.
     if isinstance(names, str) or any(config.get(field) not in (None, []) for field in NARROWS):
         names = paths
     else:
         names = [name for name in names or () if any(names_module(name, path) for path in paths)] + by_weight
+        names += list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in experts))
     if strays := [f"{path!r:.120}" for path in paths if not any(names_module(name, path) for name in names)]:
         raise InputError(f"{source}: target_modules doesn't name what the weights are for:\n{listed(strays)}")
     keys = {path: path + WEIGHT if path in by_weight else path for path in paths}
@@ -181,9 +185,14 @@ def from_spec(
     from deltaw.version import PEFT_VERSION
 
     paths = tuple(paths)
+    experts = peft_experts.parameters(paths)
+    paths = tuple(path for path in paths if expert_of(path) is None)
     by_weight = [path for path in paths if _last(path) in rewritten]
     names = [spec.targets] if isinstance(spec.targets, str) else list(spec.targets)
+    if experts:  # a name may be of both, `down_proj` say
+        names = [name for name in names if any(names_module(name, path) for path in paths)]
     names += [_last(path) for path in paths if not any(names_module(name, path) for name in names)]  # of the ends
+    paths = (*paths, *experts)
     keys = {path: path + WEIGHT if path in set(by_weight) else path for path in paths}
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -192,7 +201,7 @@ def from_spec(
         "revision": revision,
         "r": spec.rank,
         "lora_alpha": _plain(spec.alpha),
-        "lora_dropout": 0.0 if by_weight else spec.dropout,
+        "lora_dropout": 0.0 if by_weight or experts else spec.dropout,
         "bias": "none",
         "target_modules": [name for name in names if _last(name) not in rewritten],
         "modules_to_save": [_last(path) for path in whole] or None,
@@ -210,8 +219,8 @@ def from_spec(
         "init_lora_weights": True,
         "peft_version": PEFT_VERSION,
     }
-    if by_weight:
-        config["target_parameters"] = [path + WEIGHT for path in by_weight]
+    if parameters := [path + WEIGHT for path in by_weight] + experts:
+        config["target_parameters"] = parameters
     if tokens:
         rows = {_last(path): list(index) for path, index in tokens.items()}
         config["trainable_token_indices"] = rows if len(rows) > 1 else next(iter(rows.values()))
@@ -264,7 +273,7 @@ def _problems(config: Mapping[str, Any]) -> Iterable[str]:
     weights = config.get("target_parameters")
     if not isinstance(weights, list | None) or not all(isinstance(entry, str) for entry in weights or ()):
         yield f"target_parameters: a list of names is needed, got {weights!r:.60}"
-    elif bare := [entry for entry in weights or () if not entry.endswith(WEIGHT)]:
+    elif bare := [e for e in weights or () if not e.endswith(WEIGHT) and not peft_experts.is_parameter(e)]:
         yield f"target_parameters: LoRA on bare parameters isn't supported ({', '.join(bare):.80})"
     names = config.get("target_modules")
     if not isinstance(names, str | list) or not (names or weights) or not all(isinstance(n, str) and n for n in names):

@@ -7,6 +7,8 @@
                                   .token_adapter.trainable_tokens_delta    rows [K, D], of trained tokens
                                   .weight                   W' [V, D], of a module that was trained whole
 
+Experts share an A and a B, named by the module that has them (peft_experts.py).
+
 An update knows what it stores (`Update.tensors`); here its tensors get their names in the file, and the names in a file
 are turned back. What a name or a shape says that isn't such an update is refused, all of it at once. The delta of
 trained tokens is no difference, whatever its name: these are the rows themselves, and the config says whose. Beside
@@ -19,12 +21,15 @@ Letters: R rank, N inputs, M outputs, V words, D hidden size, K rows.
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from deltaw.adapter import peft_experts
 from deltaw.adapter.peft_config import CONFIG
 from deltaw.config import AdapterSpec
+from deltaw.config.adapter import expert_of, parameter_of
 from deltaw.errors import InputError, command, listed
 from deltaw.factors import LowRank
 from deltaw.kinds import KINDS
@@ -46,16 +51,34 @@ FOREIGN = {".lora_B.bias": "a bias on B"}
 def to_tensors(updates: Mapping[str, Update], embeddings: Collection[str] = ()) -> dict[str, Tensor]:
     """What the file holds: float32, on the CPU. `embeddings`: the modules that are one. A whole ΔW, which PEFT has no
     name for, goes by its module's path."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path, update in updates.items():
         names = REPLACES.get(update.kind) or (OF_EMBEDDING if path in embeddings else SUFFIXES)
-        for part, tensor in update.tensors().items():
-            turned = tensor.T if names is OF_EMBEDDING else tensor
+        for part, tensor in update.tensors().items() if expert_of(path) is None else ():
             if part in names:
-                tensors[PREFIX + path + names[part]] = turned
+                tensors[PREFIX + path + names[part]] = tensor.T if names is OF_EMBEDDING else tensor
             elif part != "index":
                 tensors[path] = tensor
+    experts = peft_experts.parameters(updates)
+    for path, wrapper in peft_experts.wrappers(experts).items():
+        count = sum(parameter_of(one) == path for one in updates)
+        joined = peft_experts.joined([updates[one].tensors() for one in peft_experts.of_one(path, count)])
+        tensors |= {PREFIX + wrapper + SUFFIXES[part]: tensor for part, tensor in joined.items()}
     return {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def by_weight(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """The tensors, those of experts by the paths of their parameters. Raises InputError where `target_parameters` names
+    others than there are."""
+    entries = [entry for entry in config.get("target_parameters") or () if peft_experts.is_parameter(entry)]
+    if not entries:
+        return dict(tensors)
+    halves = {name: suffix for name in tensors for suffix in (A, B) if name.endswith(suffix)}
+    paths = {name: _path(name, suffix) for name, suffix in halves.items()}
+    wrapped = [path for path in dict.fromkeys(paths.values()) if peft_experts.is_wrapper(path, entries)]
+    names = peft_experts.by_parameter(wrapped, entries, source)
+    new = {name: PREFIX + names[path] + halves[name] for name, path in paths.items() if path in names}
+    return {new.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -105,12 +128,17 @@ def module_paths(tensors: Mapping[str, Tensor], file: Path) -> Modules:
 
 
 def to_updates(
-    tensors: Mapping[str, Tensor], spec: AdapterSpec, file: Path, indices: Mapping[str, Sequence[int]] | None = None
+    tensors: Mapping[str, Tensor],
+    spec: AdapterSpec,
+    file: Path,
+    experts: Collection[str] = (),
+    indices: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Update]:
-    """The updates by module path, float32. `indices`: which rows trained tokens are. Raises InputError unless shapes
-    are what the spec says, with a magnitude for each row where it says DoRA, and all numbers are finite."""
+    """The updates by module path, float32. `experts`: the paths that are of all experts, each of which gets its own;
+    `indices`: which rows trained tokens are. Raises InputError unless shapes are what the spec says, with a magnitude
+    for each row where it says DoRA, and all numbers are finite."""
     modules = module_paths(tensors, file)
-    _check_shapes(tensors, modules, spec, file)
+    _check_shapes(tensors, modules, spec, file, experts)
     _check_magnitudes(tensors, modules.linear, spec, file)
     # float32 first: not every narrow type can be asked whether it is finite, and a wide one may not fit.
     wide = {name: tensor.float() for name, tensor in tensors.items() if not name.endswith(COPY)}
@@ -118,11 +146,16 @@ def to_updates(
         raise InputError(f"{file} holds NaN or infinity:\n{listed(bad)}")
     updates: dict[str, Update] = {}
     for path in modules.linear:
-        parts = {part: wide[name] for part, suffix in SUFFIXES.items() if (name := PREFIX + path + suffix) in wide}
-        updates[path] = KINDS[spec.kind].of(parts, spec.scale(path))
+        names = {part: PREFIX + path + suffix for part, suffix in SUFFIXES.items()}
+        tensors_of = {part: wide[name] for part, name in names.items() if name in wide}
+        each = {path: tensors_of}
+        if path in experts:
+            parts = peft_experts.split(tensors_of["a"], tensors_of["b"], spec.rank_of(path))
+            each = dict(zip(peft_experts.of_one(path, len(parts)), parts, strict=True))
+        updates |= {one: KINDS[spec.kind].of(some, spec.scale(path)) for one, some in each.items()}
     for path in modules.embeddings:
-        parts = {part: wide[PREFIX + path + suffix].T.contiguous() for part, suffix in OF_EMBEDDING.items()}
-        updates[path] = LowRank.of(parts, spec.scale(path))
+        turned = {part: wide[PREFIX + path + suffix].T.contiguous() for part, suffix in OF_EMBEDDING.items()}
+        updates[path] = LowRank.of(turned, spec.scale(path))
     for path in modules.whole:
         updates[path] = Whole(wide[PREFIX + path + WHOLE])
     for path in modules.tokens:
@@ -153,8 +186,8 @@ def _suffix(name: str, tensor: Tensor) -> tuple[str, str]:
     foreign = next((kind for s, kind in FOREIGN.items() if name.endswith(s)), "")
     if foreign:
         return suffix, f": {foreign} isn't supported"
-    if not suffix:
-        return suffix, " is neither a factor nor a module's weight"
+    if not suffix or (suffix == WHOLE and not name.startswith(PREFIX)):
+        return suffix, " is neither lora_A nor lora_B, nor anything else that an adapter has"
     if not name.startswith(PREFIX):
         return suffix, f" doesn't begin with {PREFIX!r}"
     if tensor.ndim != 2 or not tensor.is_floating_point():
@@ -166,12 +199,15 @@ def _path(name: str, suffix: str) -> str:
     return name.removeprefix(PREFIX).removesuffix(suffix)
 
 
-def _check_shapes(tensors: Mapping[str, Tensor], modules: Modules, spec: AdapterSpec, file: Path) -> None:
+def _check_shapes(
+    tensors: Mapping[str, Tensor], modules: Modules, spec: AdapterSpec, file: Path, experts: Collection[str]
+) -> None:
     problems = []
     for path in modules.low_rank:
         first, second = (EMBEDDING_A, EMBEDDING_B) if path in modules.embeddings else (A, B)
         rank, a_RN, b_MR = spec.rank_of(path), tensors[PREFIX + path + first], tensors[PREFIX + path + second]
-        if (a_RN.shape[0], b_MR.shape[1]) != (rank, rank):
+        count = max(1, a_RN.shape[0] // rank) if path in experts else 1
+        if (a_RN.shape[0], b_MR.shape[1]) != (count * rank, count * rank):
             shapes = f"A is {tuple(a_RN.shape)}, B is {tuple(b_MR.shape)}"
             problems.append(f"{path:.120}: {shapes}, but the config says rank {rank}")
     if problems:

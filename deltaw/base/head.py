@@ -10,7 +10,7 @@ others, and how (kernels/changed_head.py).
 Letters: T tokens, D hidden, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -85,6 +85,10 @@ class Head:
             weight, tuned_RD = weight_of(self.module), hidden_TD[len(hidden_TD) - len(base_RD) :]
             logprobs = linear_logprobs(hidden_TD, weight, labels_T, **self._options)
             return logprobs, linear_divergence(tuned_RD, base_RD, weight, **self._options)
+
+    def at(self, temperature: float) -> "Head":
+        """That of the logits divided by a temperature: cap(z) / T = (c / T) tanh((z / T) / (c / T))."""
+        return replace(self, scale=self.scale / temperature, softcap=self.softcap and self.softcap / temperature)
 
     @property
     def _options(self) -> dict[str, Any]:
