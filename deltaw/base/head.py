@@ -35,12 +35,14 @@ class Head:
         with whole(self.module):  # a backward doesn't ask for the weight again
             return linear_logprobs(hidden_TD, weight_of(self.module), labels_T, **self._options, rows_K=rows_K)
 
-    def logprobs_and_divergence(self, hidden_TD: Tensor, labels_T: Tensor, base_RD: Tensor) -> tuple[Logprobs, Tensor]:
-        """The same, and KL(base ‖ tuned) of the last rows [R] in float32, for which the base has `base_RD`."""
+    def logprobs_and_divergence(
+        self, hidden_TD: Tensor, labels_T: Tensor, row_R: Tensor, base_RD: Tensor
+    ) -> tuple[Logprobs, Tensor]:
+        """The same, and KL(base ‖ tuned) of some rows [R] in float32, for which the base has `base_RD`."""
         with whole(self.module):  # once: a sharded head is gathered by all processes or by none
-            weight, tuned_RD = weight_of(self.module), hidden_TD[len(hidden_TD) - len(base_RD) :]
+            weight = weight_of(self.module)
             logprobs = linear_logprobs(hidden_TD, weight, labels_T, **self._options)
-            return logprobs, linear_divergence(tuned_RD, base_RD, weight, **self._options)
+            return logprobs, linear_divergence(hidden_TD[row_R], base_RD, weight, **self._options)
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -79,7 +79,9 @@ class ObjectiveConfig(Strict):
         None, description="grpo: whether advantages are divided by the spread of their group"
     )
     mask_truncated: bool | None = Field(None, description="grpo: whether answers that were cut off teach nothing")
-    epsilon_low: Weight = Field(None, gt=0, lt=1, description="grpo: a token's probability ratio is clipped at 1 − this")
+    epsilon_low: Weight = Field(
+        None, gt=0, lt=1, description="grpo: a token's probability ratio is clipped at 1 − this"
+    )
     epsilon_high: Weight = Field(None, gt=0, le=1e3, allow_inf_nan=False, description="grpo: and at 1 + this")
 
     @model_validator(mode="before")

@@ -196,9 +196,10 @@ def _check_common(variants: Sequence[Variant]) -> None:
                 f"the runs of a sweep share one base in one process, so {key} can't differ: {pair}",
                 fix="sweep those that share it, and the others after them",
             )
-    if keeping := [variant.name for variant in variants if variant.config.train.retain is not None]:
+    if sampling := [variant.name for variant in variants if variant.config.objective.is_rewarded]:
         raise InputError(
-            f"train.retain can't be swept yet: {keeping[0]} has it",
+            f"objective.kind: a run with {variants[0].config.objective.kind} samples what it learns from, and can't be "
+            f"trained beside others: {sampling[0]}",
             fix="train these runs one after the other: deltaw train run.yaml",
         )
     if variants[0].config.train.shard == "always":

@@ -47,7 +47,7 @@ from deltaw.training.learner import Learner
 from deltaw.training.length import make_loader
 from deltaw.training.looking import Ground, Looked, look
 from deltaw.training.optim import WARMUP, warmup_steps
-from deltaw.training.retain import Retain, Text, check_apart
+from deltaw.training.retain import Kept, Retain, Text, check_apart
 from deltaw.training.sharding import NONE, Shards, first_pass, is_wanted, shard
 from deltaw.training.start import Start, described
 from deltaw.training.world import ALONE, World
@@ -133,10 +133,10 @@ class Opened:
         """What the run is to remember; None where it isn't asked to."""
         return Text.of(self.config, self.retained)
 
-    def retain(self, forward: Forward) -> Retain | None:
-        """The same, for the steps that `forward` takes."""
+    def retain(self, forward: Forward, kept: Kept | None = None) -> Retain | None:
+        """The same, for the steps that `forward` takes. `kept`: where what the base says of it is kept."""
         text = self.kept_text
-        return None if text is None else Retain(text, forward, self.attached, self.config.train.batch_tokens)
+        return None if text is None else Retain(text, forward, self.attached, self.config.train.batch_tokens, kept)
 
     def loader(self, state: TrainState) -> Loader:
         """The batches of the steps after `state`."""

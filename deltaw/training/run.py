@@ -261,8 +261,9 @@ class Steps:
         captured, abreast, world, underway = None, bool(self.opened.shards), self.opened.world, self.underway
         contention = Contention(underway.run.folder, torch.get_num_threads(), self.display.say)
         try:
-            forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
+            forward, heap = above_the_frozen([self.opened], self.display), Heap(device)
             items, retain = self.opened.loader(state), self.opened.retain(forward)
+            retains = {} if retain is None else {self.opened.attached.number: retain}
             loader = Ahead(items if retain is None else retain.beside(items, state.step))
             if not self.opened.shards:
                 captured = captured_on(device, forward, learner, self.opened.longest, self.display.say, loader.fetch)
@@ -276,7 +277,7 @@ class Steps:
                         break
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
-                            how = captured, world, abreast, retain
+                            how = captured, world, abreast, retains
                             (record,) = step(forward, [learner], batches, position, *how)
                         underway.note(record)
                     underway.agree()
