@@ -1,5 +1,6 @@
 """The anchor of a step (KTO's): the mean over the mismatched answers of all its batches of how much likelier they are
-than under the reference. It is asked before the step's passes, without gradient, so it doesn't hang on how these were cut.
+than under the reference. It is asked before the step's passes, without gradient, so it doesn't hang on how these were
+cut.
 
 Of several learners in a pass each has that of its own answers; each process asks for its part of the batches.
 """

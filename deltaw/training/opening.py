@@ -258,7 +258,7 @@ def start_from_data(opened: Opened, display: Display) -> None:
     loader = make_loader(opened.config, opened.dataset, LoaderState())
     batches = islice(chain.from_iterable(step for step, _ in loader), START_BATCHES)
     here = [batch.to(opened.device) for batch in batches]
-    initialise_from_data(opened.attached, opened.model.forward, here, display)
+    initialise_from_data(opened.attached, opened.model.forward, here, display, opened.objective)
 
 
 def general_rows(config: RunConfig, model: Model, retained: Sequence[Example] = ()) -> Examples:
