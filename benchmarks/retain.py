@@ -178,12 +178,12 @@ def write(rows: Sequence[Row], steps: int, tokens: int) -> None:
     held, other = kept(rows)
     PAGE.write_text(
         "# Remembering: the task against forgetting\n\n"
-        f"Each point is a run of the demo's task, {steps} steps of {tokens} tokens, rank 16 (SmolLM2-135M). To the left "
-        "less is forgotten of general text that no run has seen, and further down the task is learnt better.\n\n"
+        f"Each point is a run of the demo's task, {steps} steps of {tokens} tokens, rank 16 (SmolLM2-135M). To the "
+        "left less is forgotten of general text that no run has seen, and further down the task is learnt better.\n\n"
         f"![The held-out loss of the task against the KL from the base, by way]({PAGE.stem}.svg)\n\n"
         + "\n".join(lines)
-        + f"\n\n*lr*: the rate; *scale*: the adapter of lr {RATE:g}, weaker; *replay*: plain text among the rows, for as "
-        "much time as *retain* takes; *retain*: `train.retain`, with weight 1 and share 0.1 where the name doesn't say "
+        + f"\n\n*lr*: the rate; *scale*: the adapter of lr {RATE:g}, weaker; *replay*: plain text among the rows, for "
+        "as much time as *retain* takes; *retain*: `train.retain`, with weight 1 and share 0.1 where the name doesn't say "
         "otherwise. *time*: of the steps, beside the plain run at "
         f"lr {RATE:g}. Written by `python -m benchmarks.retain --record`.\n",
         encoding="utf-8",
