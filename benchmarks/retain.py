@@ -41,6 +41,7 @@ from deltaw.training.run import train
 SECTION, GENERAL, KEPT = "Remembering", "builtin:general", "builtin:general-train"
 WORDS, HELD_OUT = 3000, 150
 PAGE = Path(__file__).parents[1] / "docs" / "remembering.md"
+BASE = "builtin:smollm2-135m"
 PLAIN, RETAIN, WAYS = "lower rates", "retain", ("retain", "replay", "scale")
 RATE, RATES, SCALES = 2e-3, (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), (0.25, 0.5, 0.75)
 WEIGHTS, SHARES = (0.1, 0.3, 1.0, 3.0), (0.05, 0.1)
@@ -91,7 +92,7 @@ def trained(folder: Path, name: str, settings: dict[str, Any], steps: int, token
     replay, words = settings.pop("replay", 0.0), str(folder / "words.jsonl")
     more = {"steps": round(steps * (1 + replay)), "tokens_per_step": tokens, "tokens_per_batch": tokens}
     config = {
-        "base": "builtin:smollm2-135m",
+        "base": BASE,
         "adapter": {"rank": 16, "alpha": 32},
         "data": {"train": [words, KEPT] if replay else words, "eval": str(folder / "held-out.jsonl")},
         "train": {**more, "save_every": 1000, "keep": 1, **settings},
@@ -183,8 +184,8 @@ def write(rows: Sequence[Row], steps: int, tokens: int) -> None:
         f"![The held-out loss of the task against the KL from the base, by way]({PAGE.stem}.svg)\n\n"
         + "\n".join(lines)
         + f"\n\n*lr*: the rate; *scale*: the adapter of lr {RATE:g}, weaker; *replay*: plain text among the rows, for "
-        "as much time as *retain* takes; *retain*: `train.retain`, with weight 1 and share 0.1 where the name doesn't say "
-        "otherwise. *time*: of the steps, beside the plain run at "
+        "as much time as *retain* takes; *retain*: `train.retain`, with weight 1 and share 0.1 where the name doesn't "
+        "say otherwise. *time*: of the steps, beside the plain run at "
         f"lr {RATE:g}. Written by `python -m benchmarks.retain --record`.\n",
         encoding="utf-8",
     )
