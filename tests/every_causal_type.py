@@ -24,8 +24,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deltaw.adapter.attach import Attached, attach
+from deltaw.adapter.expert_targets import GROUP, experts_of
+from deltaw.adapter.experts import ExpertsUpdate
 from deltaw.adapter.file import BaseId
 from deltaw.adapter.peft_config import missed_by_peft
+from deltaw.adapter.peft_experts import joined, wrappers
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.config import AdapterSpec
@@ -100,6 +103,7 @@ class Row:
     head: str = ""
     stand_ins: str = ""
     adapted: str = ""
+    experts: str = ""
     left: str = ""
     loss: float = 0.0
     gradient: float = 0.0
@@ -111,7 +115,11 @@ class Row:
 
     def line(self) -> str:
         """Of the table."""
-        return "| " + " | ".join((self.name, self.way, self.head, self.stand_ins, self.adapted, self.left)) + " |"
+        return (
+            "| "
+            + " | ".join((self.name, self.way, self.head, self.stand_ins, self.adapted, self.experts, self.left))
+            + " |"
+        )
 
 
 def build(name: str) -> nn.Module:
@@ -168,7 +176,8 @@ def examine(name: str) -> Row:
     original = copy.deepcopy(model)
     forward = plan_forward(model)
     try:
-        attached = attach(model, AdapterSpec(rank=1, alpha=4.0))
+        targets = ("all-linear", GROUP) if experts_of(model).shapes else "all-linear"
+        attached = attach(model, AdapterSpec(rank=1, alpha=4.0, targets=targets))
     except InputError as error:
         return Row(name, f"refused: {error}".splitlines()[0])
     generator = torch.Generator().manual_seed(4)
@@ -177,13 +186,16 @@ def examine(name: str) -> Row:
             parameter.normal_(0, 0.05, generator=generator)
     ours, theirs = _ours(forward, attached), _peft(original, attached)
     way = f"{forward.way}: {forward.why}" if forward.why else forward.way
-    missed = missed_by_peft(model, attached.paths)
+    experts = tuple(path for path, layer in attached.layers.items() if isinstance(layer, ExpertsUpdate))
+    linear = tuple(path for path in attached.paths if path not in experts)
+    missed = missed_by_peft(model, linear)
     return Row(
         name,
         way,
         "fused" if forward.head else "its own",
         attached.describe(),
-        _named(attached.paths) + (f"; PEFT's loader misses {len(missed)}" if missed else ""),
+        _named(linear) + (f"; PEFT's loader misses {len(missed)}" if missed else ""),
+        _named(experts),
         _named(attached.unmatched),
         abs(float(ours[0] - theirs[0])) / abs(float(theirs[0])),
         float((ours[1] - theirs[1]).norm() / theirs[1].norm()),
@@ -196,7 +208,17 @@ def _ours(forward: Forward, attached: Attached) -> tuple[Tensor, Tensor]:
     labels[STARTS[1:] - 1] = IGNORE
     loss, _ = forward.loss(Batch.of(tokens(), STARTS.tolist(), labels))
     loss.backward()
-    return loss.detach(), _flat([p.grad if p.grad is not None else torch.zeros_like(p) for p in attached.parameters])
+    return loss.detach(), _flat([part for layer in attached.layers.values() for part in _as_peft(layer, grads=True)])
+
+
+def _as_peft(layer: Any, *, grads: bool) -> list[Tensor]:
+    """What trains in a layer, or its gradients, in the shapes that PEFT has for it."""
+    tensors = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in layer.trained().items()}
+    if not grads:
+        tensors = {name: p.detach() for name, p in layer.trained().items()}
+    if isinstance(layer, ExpertsUpdate):
+        tensors = joined([dict(zip(tensors, each, strict=True)) for each in zip(*tensors.values(), strict=True)])
+    return list(tensors.values())
 
 
 def _peft(original: nn.Module, attached: Attached) -> tuple[Tensor, Tensor]:
@@ -210,15 +232,18 @@ def _peft(original: nn.Module, attached: Attached) -> tuple[Tensor, Tensor]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     theirs: list[Tensor] = []
     missed = set()
+    experts = [path for path, layer in attached.layers.items() if isinstance(layer, ExpertsUpdate)]
+    called = wrappers(experts)
     for path, layer in attached.layers.items():
-        for key, own in layer.trained().items():
-            prefix = f"base_model.model.{path}.lora_{key.upper()}."
+        for key, own in zip(layer.trained(), _as_peft(layer, grads=False), strict=True):
+            prefix = f"base_model.model.{called.get(path, path)}.lora_{key.upper()}."
             (parameter,) = (p for name, p in trained.items() if name.startswith(prefix))
             theirs.append(parameter)
             if not torch.equal(parameter, own):
                 missed.add(path)
                 parameter.data.copy_(own.data)
-    assert missed == set(missed_by_peft(attached.model, attached.paths)), "PEFT reads other factors than were saved"
+    linear = [path for path in attached.paths if path not in experts]
+    assert missed == set(missed_by_peft(attached.model, linear)), "PEFT reads other factors than were saved"
     loss = torch.zeros(())
     for start, end in pairwise(STARTS.tolist()):
         if end - start > 1:
@@ -246,11 +271,12 @@ trains, the loss and the gradients of a batch of documents equal PEFT's on the u
 
 *Documents* are packed (end to end, without padding), padded (one row each: slower, equally right) or run one at a time;
 where a faster way is ruled out, the reason is given. *Head* says whether it is fused into the loss, *stand-ins* which
-modules run on the hand-written kernels. *Adapted* is what `all-linear` adapts, and the last column what it leaves as it
-is: weights that don't belong to plain linear layers.
+modules run on the hand-written kernels. *Adapted* is what `all-linear` adapts, *experts* what `experts` does (`targets:
+[all-linear, experts]`), and the last column what both leave as it is: weights that don't belong to plain linear layers.
+A model whose experts stand in the last column keeps them in a form of its own, and they can't be adapted.
 
-| type | documents | head | stand-ins | adapted | left as it is |
-|---|---|---|---|---|---|"""
+| type | documents | head | stand-ins | adapted | experts | left as it is |
+|---|---|---|---|---|---|---|"""
 
 
 def table() -> Iterator[str]:

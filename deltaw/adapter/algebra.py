@@ -15,6 +15,9 @@ others are overrides by full path, and each alpha is chosen such that the divisi
 float is a quotient by r; where none is, the scale moves by one unit in the last place of float64, 2⁻⁵³ of it. Signs and
 zeros go into B, exactly, because an alpha is positive.
 
+All experts of a parameter share one rank and one scale in the file, so what was cut to several is filled up with zeros
+to the largest of them (`_even`), exact as long as their scales are one.
+
 vLLM silently drops both patterns. `uniform` pads with rows of zeros instead: the same update, one rank, one
 alpha. Cut factors keep their module's scale, which costs nothing here and makes that exact in the usual case of one
 scale for all modules.
@@ -37,6 +40,7 @@ from torch import Tensor
 from deltaw.adapter.cut import Loss, check_size, relative_error, wanted_rank
 from deltaw.adapter.file import Adapter, describes
 from deltaw.config import AdapterSpec
+from deltaw.config.adapter import expert_of, parameter_of
 from deltaw.errors import InputError
 from deltaw.factors import LowRank
 from deltaw.linalg.rank import energy_rank
@@ -151,7 +155,7 @@ def adapter_of(factors: Mapping[str, LowRank], like: Adapter) -> Adapter:
     The spec of `like` stays if it still fits, its targets if the modules are the same, else they are the paths. Raises
     InputError where a scale needs an alpha beyond float64.
     """
-    spec = like.spec
+    spec, factors = like.spec, _even(factors)
     if factors.keys() == like.factors.keys() and all(describes(spec, path, u) for path, u in factors.items()):
         return replace(like, spec=spec.model_copy(update={"dropout": 0.0}), factors=dict(factors))
     known = {} if spec.full else {(spec.scale(p), spec.rank_of(p)): spec.alpha_of(p) for p in like.factors}
@@ -159,14 +163,17 @@ def adapter_of(factors: Mapping[str, LowRank], like: Adapter) -> Adapter:
     signed = {path: _positive(update) for path, update in factors.items()}
     alphas = {p: known.get((u.scale, u.rank)) or _alpha(u.scale, divisors[p]) for p, u in signed.items()}
     ranks = {path: update.rank for path, update in signed.items()}
-    rank, alpha = _commonest(ranks), _commonest(alphas)
+    # A parameter counts once, however many experts it is of.
+    by_parameter = {parameter_of(path): path for path in factors}
+    ranks, settings = ({name: of[path] for name, path in by_parameter.items()} for of in (ranks, alphas))
+    rank, alpha = _commonest(ranks), _commonest(settings)
     described = AdapterSpec.checked(
         rank=rank,
         alpha=alpha,
-        targets=spec.targets if factors.keys() == like.factors.keys() else tuple(factors),
+        targets=spec.targets if factors.keys() == like.factors.keys() else tuple(by_parameter),
         scaling=spec.scaling,
         rank_overrides=_overrides(ranks, rank),
-        alpha_overrides=_overrides(alphas, alpha),
+        alpha_overrides=_overrides(settings, alpha),
     )
     exact = {path: replace(update, scale=alphas[path] / divisors[path]) for path, update in signed.items()}
     return replace(like, spec=described, factors=exact)
@@ -189,6 +196,21 @@ def _cut_all(adapter: Adapter, updates: Mapping[str, LowRank], ranks: Mapping[st
         for path, new in factors.items()
     ]
     return adapter_of(factors, adapter), losses
+
+
+def _even(factors: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """The same updates, those of all experts of a parameter in one rank and with one positive scale."""
+    groups: dict[str, list[str]] = {}
+    for path in factors:
+        if expert_of(path) is not None:
+            groups.setdefault(parameter_of(path), []).append(path)
+    new = dict(factors)
+    for paths in groups.values():
+        some = {path: _positive(factors[path]) for path in paths}
+        rank, scale = max(update.rank for update in some.values()), _commonest({p: u.scale for p, u in some.items()})
+        if any((factors[path].rank, factors[path].scale) != (rank, scale) for path in paths):
+            new |= {path: pad(_rescaled(update, scale), rank) for path, update in some.items()}
+    return new
 
 
 def _positive(update: LowRank) -> LowRank:

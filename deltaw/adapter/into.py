@@ -91,7 +91,7 @@ def merge_into(
         merged = _fused(placed.layers)
     finally:
         originals = {path: layer.base.module for path, layer in placed.layers.items()}
-        take_off(model, placed.layers, placed.carried, placed.number)
+        take_off(model, placed.carried, placed.number)
     for path, module in merged.items():
         model.set_submodule(path, module)
     return MergedInto(model, originals, merged)

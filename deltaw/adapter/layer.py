@@ -23,42 +23,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.adapter.layer_update import Carried, LayerUpdate
+from deltaw.adapter.layer_update import AdaptedLayer, Carried, LayerUpdate
 from deltaw.base.frozen import FrozenLinear, Stored
-from deltaw.errors import RunError
 from deltaw.factors import LowRank
 from deltaw.kernels.lora import Factors, Projection, lora_linears
 from deltaw.kernels.segments import Segments
 
 
-class AdaptedLinear(nn.Module):
-    """A frozen layer and its updates, by their numbers; where it has none of a number, that number's rows are the
-    base's."""
+class AdaptedLinear(AdaptedLayer):
+    """A frozen linear layer and its updates."""
+
+    base: FrozenLinear
 
     def __init__(self, base: FrozenLinear, carried: Carried, *, sees_all: bool = True) -> None:
-        """`sees_all`: the model hands it all rows of a pass in their order, which an expert isn't given."""
-        super().__init__()
+        super().__init__(carried, sees_all=sees_all)
         self.base = base
-        self.carried, self.passing = carried, carried.passing
-        self.sees_all = sees_all
-        self.updates = nn.ModuleDict()
 
     @property
     def weight(self) -> Stored:
         """What a model may ask of a weight that it doesn't use: how the base stores it."""
         return self.base.stored
 
+    @property
+    def stored(self) -> Stored:
+        return self.base.stored
+
+    def face(self, path: str) -> FrozenLinear:
+        return self.base
+
     def update(self, number: int) -> LayerUpdate | None:
         """The update of that number."""
         return self.updates._modules.get(str(number))  # type: ignore[return-value]
 
     def put_on(self, number: int, update: LayerUpdate) -> None:
-        """One more update."""
         self.updates[str(number)] = update
 
-    def take_off(self, number: int) -> None:
-        """Without the update of that number."""
-        del self.updates[str(number)]
+    def sample(self) -> tuple[Tensor, ...]:
+        weight, generator = self.base.weight, torch.Generator().manual_seed(0)
+        return (torch.randn(1, weight.shape[1], generator=generator).to(weight.device, weight.dtype),)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., N] -> [..., M] in x's dtype."""
@@ -93,14 +95,7 @@ class AdaptedLinear(nn.Module):
 
     def _taken(self, segments: Segments) -> dict[int, LayerUpdate]:
         """The updates that the rows of a pass take here."""
-        if not self.sees_all:
-            raise RunError(
-                "this layer is given only some of a pass's rows, so its rows can't take different updates",
-                fix="carry one adapter at a time",
-            )
-        numbers = {segment.update for segment in segments}
-        self.carried.check(numbers)
-        pairs = ((number, self.update(number)) for number in sorted(numbers))
+        pairs = ((number, self.update(number)) for number in self.numbers(segments))
         return {number: update for number, update in pairs if update is not None and update.enabled}
 
     def _projection(self, taken: dict[int, LayerUpdate], segments: Segments | None) -> Projection | None:

@@ -1,4 +1,5 @@
-"""What trains beside one frozen layer (`LayerUpdate`), and which of them a model carries (`Carried`).
+"""What trains beside one frozen weight (`LayerUpdate`), the layer in the base's place that has such updates
+(`AdaptedLayer`), and which of them a model carries (`Carried`).
 
 A model carries one update per layer or several: those of a sweep's learners, those that a server holds. They have
 numbers, and a pass says which of its rows take which (`Segment`, read from the model's `Passing`); where it doesn't
@@ -8,17 +9,20 @@ Letters: N inputs, M outputs.
 """
 
 import abc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltaw.base.frozen import FrozenLinear
+from deltaw.base.frozen import FrozenEmbedding, FrozenLinear, Stored
 from deltaw.base.passing import Passing
-from deltaw.errors import InputError
+from deltaw.errors import InputError, RunError
+from deltaw.kernels.changed_head import HeadChange
 from deltaw.kernels.lora import Factors
+from deltaw.kernels.segments import Segments
+from deltaw.updates import Update
 
 
 class Carried:
@@ -92,19 +96,86 @@ class Carried:
             raise ValueError(f"no update of number {min(unknown)}: the model carries {self.numbers}")
 
 
+class AdaptedLayer(nn.Module, abc.ABC):
+    """A frozen layer and its updates, by their numbers; where it has none of a number, that number's rows are the
+    base's. `base.module` is the model's own, which it stands for."""
+
+    base: Any
+
+    def __init__(self, carried: Carried, *, sees_all: bool = True) -> None:
+        """`sees_all`: the model hands it all rows of a pass in their order, which an expert of its own isn't given."""
+        super().__init__()
+        self.carried, self.passing = carried, carried.passing
+        self.sees_all = sees_all
+        self.updates = nn.ModuleDict()
+
+    @abc.abstractmethod
+    def face(self, path: str) -> Any:
+        """What an update of the weight at `path` is told of the base."""
+
+    @abc.abstractmethod
+    def put_on(self, number: int, update: "LayerUpdate") -> None:
+        """One more update."""
+
+    @abc.abstractmethod
+    def sample(self) -> tuple[Tensor, ...]:
+        """Arguments to call it with, of one row of random numbers."""
+
+    @property
+    @abc.abstractmethod
+    def stored(self) -> Stored:
+        """How the base stores its weights."""
+
+    def weights(self, home: str) -> tuple[str, ...]:
+        """The paths of what it can have updates of; `home`: its own."""
+        return (home,)
+
+    def has(self, number: int) -> bool:
+        """Whether it has an update of that number."""
+        return str(number) in self.updates
+
+    def take_off(self, number: int) -> None:
+        """Without the updates of that number."""
+        del self.updates[str(number)]
+
+    def numbers(self, segments: Segments) -> list[int]:
+        """The updates that the rows of a pass take. Raises RunError where the layer can't tell its rows apart."""
+        if not self.sees_all:
+            raise RunError(
+                "this layer is given only some of a pass's rows, so its rows can't take different updates",
+                fix="carry one adapter at a time",
+            )
+        numbers = {segment.update for segment in segments}
+        self.carried.check(numbers)
+        return sorted(numbers)
+
+
 class LayerUpdate(nn.Module, abc.ABC):
     """What trains beside one frozen layer. Called, it is that layer with this update alone; `enabled = False` leaves
     the base."""
 
-    def __init__(self, base: FrozenLinear) -> None:
+    def __init__(self, base: Any) -> None:
         super().__init__()
         self._base = (base,)  # in a tuple, or it would become a child: it is the layer's
         self.enabled = True
 
     @property
-    def base(self) -> FrozenLinear:
+    def base(self) -> FrozenLinear | FrozenEmbedding:
         """The frozen layer that this is an update of."""
         return self._base[0]
+
+    def looked_up(self, base: FrozenEmbedding, ids: Tensor) -> Tensor:
+        """What the embedding `base` gives with this update on it. Of those that an embedding can have (ends.py)."""
+        raise TypeError(f"a {type(self).__name__} isn't an update of an embedding")
+
+    def on_head(self, base: FrozenLinear) -> HeadChange | None:
+        """What the head `base` gives otherwise with this update on it; None while it is switched off. As above."""
+        raise TypeError(f"a {type(self).__name__} isn't an update of a head")
+
+    @property
+    def height(self) -> int:
+        """The rows of the base's weight, and more where tokens were added."""
+        return self.base.out_features
 
     @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -144,6 +215,19 @@ class LayerUpdate(nn.Module, abc.ABC):
     @abc.abstractmethod
     def set_factors(self, update: Any) -> None:
         """Take an update's numbers. Raises ValueError when it is of another kind or shape."""
+
+    def home(self, path: str) -> str:
+        """The path of the layer that it is an update of; `path`: its weight's."""
+        return path
+
+    def values(self, path: str) -> dict[str, Update]:
+        """What an adapter holds of it, by path; `path`: its own."""
+        update: Update = self.factors()
+        return {path: update}
+
+    def take_values(self, path: str, updates: Mapping[str, Update]) -> None:
+        """Take its numbers from an adapter's. Raises ValueError where those aren't of its kind or shape."""
+        self.set_factors(updates[path])
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:

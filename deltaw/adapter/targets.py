@@ -16,6 +16,8 @@ names: `q_proj` is the language model's. Only a name that matches nothing in it 
 path can name a layer there; one that doesn't run on text, which would never learn, is refused when the adapter is
 attached (trial.py). The language model is the part that is built from the text config.
 
+The experts of a mixture are named, too (expert_targets.py): by `experts`, and by names that no layer has.
+
 A trained adapter adapts what it holds factors for, whatever its spec's names would match (`targets_of`).
 """
 
@@ -27,12 +29,14 @@ from typing import Any
 
 from torch import nn
 
+from deltaw.adapter.expert_targets import GROUP, Experts, ends, experts_of
 from deltaw.adapter.patterns import NOT, is_literal, matched, problem
 from deltaw.adapter.peft_config import rewritten_names
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.language import language_part
 from deltaw.base.packed import PackedEmbedding, PackedLinear
 from deltaw.config import TARGET_GROUPS, AdapterSpec, names_module
+from deltaw.config.adapter import expert_of, parameter_of
 from deltaw.errors import InputError, listed
 from deltaw.show.text import counted
 from deltaw.updates import Update
@@ -74,11 +78,16 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unfit: Mapping[str, str] |
     linear = linear_paths(model)
     if not linear:
         raise InputError(f"this model has no linear layer that LoRA could adapt{_other_kinds(model)}")
-    asked = _asked(model, spec, linear)
-    language = language_paths(model, linear)
-    named = {path for name in _names(spec) for path in _called(name, linear, language)}.intersection(asked)
-    named |= {path for name in spec.rank_overrides for path in _called(name, asked, language)}
-    spec = _by_path(spec, asked)
+    experts = experts_of(model)
+    every = (*linear, *experts.shapes)
+    asked = _asked(model, spec, every, experts)
+    language = language_paths(model, every)
+    named = {path for name in _names(spec) for path in _called(name, every, language, experts)}.intersection(asked)
+    named |= {path for name in spec.rank_overrides for path in _called(name, asked, language, experts)}
+    spec = experts.ranked(_by_path(spec, asked, experts), asked)
+    if refused := experts.refused(spec, asked):
+        lines = listed([f"{path} {reason}" for path, reason in refused.items()], 2)
+        raise InputError(f"adapter.targets: these can't be adapted:\n{lines}", fix="leave experts out of the targets")
     reasons = dict.fromkeys(set(asked).difference(language, named), OUTSIDE)
     reasons |= _narrow(model, spec, [path for path in asked if path not in named])
     reasons |= _unwritable(model, spec, asked) | dict(unfit or {})
@@ -93,11 +102,13 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unfit: Mapping[str, str] |
         more = f" for init {spec.init}, whose update has twice the rank" if spec.moves_base else ""
         lines = listed([f"{path} {reason}" for path, reason in wide.items()])
         raise InputError(f"adapter.rank is too high{more}:\n{lines}", fix="lower rank, or set rank_overrides")
-    words = "" if set(_names(spec)) <= set(TARGET_GROUPS) else in_words(paths, len(linear))
+    layers = [path for path in paths if path not in experts.shapes]
+    some = "" if set(_names(spec)) <= set(TARGET_GROUPS) else in_words(layers, len(linear))
+    words = "; ".join(filter(None, (some, experts.in_words(spec, paths, stacks(experts.among(paths))))))
     return Targets(paths, _unmatched(model, set(paths)), left_out, spec, words)
 
 
-def _asked(model: nn.Module, spec: AdapterSpec, linear: tuple[str, ...]) -> tuple[str, ...]:
+def _asked(model: nn.Module, spec: AdapterSpec, linear: tuple[str, ...], experts: Experts) -> tuple[str, ...]:
     """The layers that the spec asks for. Raises InputError for names and overrides that mean nothing."""
     names = _names(spec)
     wanted, unwanted = ([name for name in names if name.startswith(NOT) == left_out] for left_out in (False, True))
@@ -110,10 +121,12 @@ def _asked(model: nn.Module, spec: AdapterSpec, linear: tuple[str, ...]) -> tupl
             )
     head = head_path(model)
     if head and any(names_module(name, head) for name in wanted):
-        raise InputError(f"adapter.targets: {head} is the output head, which can't be adapted yet")
+        end = head.rpartition(".")[2]
+        raise InputError(f"adapter.targets: {head} is the output head", fix=f"name it in adapter.also: {{{end}: lora}}")
     if not wanted:
         raise InputError("adapter.targets says only what isn't adapted", fix="begin with all-linear: [all-linear, …]")
-    taken = {name: _meant(name, linear) for name in [*wanted, *unwanted]}
+    taken = {name: _meant(name, linear, experts) for name in wanted}
+    taken |= {name: _meant(name, linear, experts, too=True) for name in unwanted}
     # The head never is adapted: who asks for that gets it.
     missing = [
         name for name in taken if not taken[name] and not (head and name in unwanted and names_module(name, head))
@@ -124,7 +137,7 @@ def _asked(model: nn.Module, spec: AdapterSpec, linear: tuple[str, ...]) -> tupl
     asked = tuple(path for path in linear if path in chosen)
     if not asked:
         raise InputError(f"adapter.targets: nothing is left without {', '.join(unwanted)}")
-    idle = [name for name in overrides if not _meant(name, asked)]
+    idle = [name for name in overrides if not _meant(name, asked, experts)]
     if idle:
         raise InputError(f"adapter overrides: {_unknown(idle, asked)}", fix=f"could match: {_choices(asked)}")
     return asked
@@ -134,19 +147,23 @@ def _names(spec: AdapterSpec) -> tuple[str, ...]:
     return (spec.targets,) if isinstance(spec.targets, str) else spec.targets
 
 
-def _meant(name: str, paths: tuple[str, ...]) -> list[str]:
-    """The layers that a group, a name or a pattern means."""
-    return [path for path in paths if _matches(name, path)] if name in TARGET_GROUPS else matched(name, paths)
+def _meant(name: str, paths: tuple[str, ...], experts: Experts, *, too: bool = False) -> list[str]:
+    """The layers, and the experts, that a group, a name or a pattern means; `too`: experts also where it means layers."""
+    if name == GROUP:
+        return experts.among(paths)
+    if name in TARGET_GROUPS:
+        return [path for path in paths if path not in experts.shapes and _matches(name, path)]
+    return experts.meant(name, paths, too=too)
 
 
-def _by_path(spec: AdapterSpec, paths: tuple[str, ...]) -> AdapterSpec:
+def _by_path(spec: AdapterSpec, paths: tuple[str, ...], experts: Experts) -> AdapterSpec:
     """The spec whose overrides are names, to the letter: each layer's own path where there are patterns among them."""
     changes: dict[str, dict[str, Any]] = {}
     for given, default in (("rank_overrides", spec.rank), ("alpha_overrides", spec.alpha)):
         overrides = getattr(spec, given)
         if all(name not in TARGET_GROUPS and any(names_module(name, path) for path in paths) for name in overrides):
             continue
-        layers = {name: set(_meant(name, paths)) for name in overrides}
+        layers = {name: set(_meant(name, paths, experts)) for name in overrides}
         values = {
             path: next((overrides[name] for name in overrides if path in layers[name]), default) for path in paths
         }
@@ -160,14 +177,14 @@ def targets_of(
 ) -> Targets:
     """What trained updates adapt on `model`, by their paths. Raises InputError unless each has its layer, of its shape,
     and each layer of the language model that the spec names has its update."""
-    linear = linear_paths(model)
-    head = head_path(model)
-    if head in updates:
-        raise InputError(f"{head} is the output head, which can't be adapted yet")
+    linear, experts = linear_paths(model), experts_of(model)
     names = _names(spec)
-    if not any(_matches(name, path) for name in names for path in linear):
-        raise InputError(f"the adapter belongs to another model: {_unknown(list(names), linear)}")
-    problems = [f"{path:.120}: no such linear layer in this model" for path in updates if path not in linear]
+    every = (*linear, *experts.shapes)
+    if updates and not any(_matches(name, path) for name in names for path in every):
+        raise InputError(f"the adapter belongs to another model: {_unknown(list(names), every)}")
+    single = {path: update for path, update in updates.items() if expert_of(path) is not None}
+    strays = [path for path in updates if path not in linear and path not in single]
+    problems = [f"{path:.120}: no such linear layer in this model" for path in strays] + experts.misfits(single)
     problems += [f"{path} {why}" for path, why in (unfit or {}).items() if path in updates]
     problems += [
         f"{path}: targeted, but the adapter has no factors for it"
@@ -180,7 +197,8 @@ def targets_of(
             problems.append(f"{path}: update is {shape}, the layer {(layer.out_features, layer.in_features)}")
     if problems:
         raise InputError(f"the adapter doesn't fit this model; {len(problems)} mismatches:\n{listed(problems)}")
-    paths = tuple(path for path in linear if path in updates)
+    adapted = {parameter_of(path) for path in updates}
+    paths = tuple(path for path in every if path in adapted)
     return Targets(paths, _unmatched(model, set(paths)), spec=spec)
 
 
@@ -189,12 +207,12 @@ def language_paths(model: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(filter(language_part(model), paths)) or paths
 
 
-def _called(name: str, paths: tuple[str, ...], language: tuple[str, ...]) -> list[str]:
+def _called(name: str, paths: tuple[str, ...], language: tuple[str, ...], experts: Experts) -> list[str]:
     """The layers that are asked for by name: the language model's, and the rest's only where that has none. A pattern
     asks for what can be done, as a group does, unless all that it means lies outside."""
     if name in TARGET_GROUPS or name.startswith(NOT):
         return []
-    layers = matched(name, paths)
+    layers = _meant(name, paths, experts)
     inside = [path for path in layers if path in language]
     return (inside if is_literal(name) else []) if inside else layers
 
@@ -203,10 +221,12 @@ def _narrow(model: nn.Module, spec: AdapterSpec, paths: Sequence[str], times: in
     """The layers that are narrower than `times` their rank."""
     if spec.full:
         return {}
-    layers = {path: FrozenLinear(model.get_submodule(path)) for path in paths}
+    shapes = experts_of(model).shapes
     sizes = {
-        path: (layer.out_features, layer.in_features, times * spec.rank_of(path)) for path, layer in layers.items()
+        path: (*(shapes[path][1:] if path in shapes else FrozenLinear(model.get_submodule(path)).weight.shape),)
+        for path in paths
     }
+    sizes = {path: (*size, times * spec.rank_of(path)) for path, size in sizes.items()}
     return {path: f"is {m} x {n}: rank {r} > {min(m, n)}" for path, (m, n, r) in sizes.items() if r > min(m, n)}
 
 
@@ -238,9 +258,13 @@ def lines_of(left_out: Mapping[str, str]) -> list[str]:
 
 def explicit_targets(model: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:
     """The shortest list of names that matches exactly `paths`: last parts where that is unambiguous, else paths."""
-    ends = sorted({path.rpartition(".")[2] for path in paths})
-    named = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in ends]
-    return tuple(ends) if set(named) == set(paths) else paths
+    experts = experts_of(model)
+    own, layers = experts.among(paths), [path for path in paths if path not in experts.shapes]
+    last = sorted({path.rpartition(".")[2] for path in layers})
+    named = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in last]
+    stems = sorted({ends(path) for path in own})
+    all_stems = {path for path in experts.shapes if any(names_module(stem, path) for stem in stems)}
+    return (*(last if set(named) == set(layers) else layers), *(stems if all_stems == set(own) else own))
 
 
 def _head(model: nn.Module) -> nn.Module | None:
@@ -288,7 +312,7 @@ def _unmatched(model: nn.Module, adapted: set[str]) -> tuple[str, ...]:
             continue
         names = [name for name, value in module.named_parameters(recurse=False) if value.ndim >= 2]
         whole = names == ["weight"] or isinstance(module, PackedLinear)
-        unmatched += [path] if whole else [f"{path}.{name}" for name in names]
+        unmatched += [path] if whole else [each for name in names if (each := f"{path}.{name}") not in adapted]
     return tuple(unmatched)
 
 

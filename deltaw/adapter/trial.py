@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from deltaw.adapter.layer import AdaptedLinear
-from deltaw.adapter.layer_update import LayerUpdate
+from deltaw.adapter.layer_update import AdaptedLayer, LayerUpdate
 from deltaw.base.attention import is_packed
+from deltaw.base.experts import FrozenExperts
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.passing import Pass, passing_of
 from deltaw.base.probe import REFUSALS, probe_documents, rounding
@@ -53,7 +53,8 @@ class Observed:
 
 def observe(model: nn.Module) -> Observed | None:
     """The base as it is; None where it isn't run by token ids alone."""
-    linear = {path: module for path, module in model.named_modules() if FrozenLinear.can_wrap(module)}
+    kinds = (FrozenLinear, FrozenExperts)
+    linear = {path: module for path, module in model.named_modules() if any(kind.can_wrap(module) for kind in kinds)}
     watch = _Watch(linear)
     hooks: list[Any] = []
     try:
@@ -81,10 +82,10 @@ def observe(model: nn.Module) -> Observed | None:
 
 
 @torch.no_grad()
-def differences(model: nn.Module, layers: Mapping[str, AdaptedLinear], base: Observed | None) -> dict[str, str]:
+def differences(model: nn.Module, layers: Mapping[str, AdaptedLayer], base: Observed | None) -> dict[str, str]:
     """Which of the fresh `layers`, in their places, aren't what they stand for, and why. Raises InputError where the
     model differs and no layer does."""
-    if any(layer.base.weight.device.type == "meta" for layer in layers.values()):
+    if any(layer.stored.device.type == "meta" for layer in layers.values()):
         return {}
     alone = {path: layer for path, layer in layers.items() if base is None or path not in base.ran}
     wrong = {path: CHANGED for path, layer in alone.items() if not _same_on_a_row(layer)}
@@ -101,9 +102,9 @@ def differences(model: nn.Module, layers: Mapping[str, AdaptedLinear], base: Obs
         if path is None:
             raise
         return {path: READ}
-    if not wrong and not _near(logits_TV, base.logits_TV, next(iter(layers.values())).base.weight.dtype):
+    if not wrong and not _near(logits_TV, base.logits_TV, next(iter(layers.values())).stored.dtype):
         if not base.logits_TV.isfinite().all():
-            dtype = str(next(iter(layers.values())).base.weight.dtype).removeprefix("torch.")
+            dtype = str(next(iter(layers.values())).stored.dtype).removeprefix("torch.")
             fix = "set train.dtype: bfloat16 or float32" if dtype == "float16" else "download the base again"
             raise InputError(f"the base answers with NaN or infinity in {dtype}, without any adapter", fix=fix)
         raise InputError("with a fresh adapter the model doesn't answer as it does without one, so none is attached")
@@ -133,7 +134,8 @@ def holds(model: nn.Module, updates: Mapping[str, LayerUpdate], base: Observed |
     if to_train and not (reached and all(gradient.isfinite().all() for gradient in reached)):
         what = "no gradient reaches the adapter" if not reached else "the gradient isn't finite"
         raise InputError(f"{what} in a pass over text", fix="choose other adapter.targets")
-    return _near(logits_TV.detach(), base.logits_TV, next(iter(updates.values())).base.weight.dtype)
+    known_TV = logits_TV.detach()[:, : base.logits_TV.shape[1]]  # an update may add words
+    return _near(known_TV, base.logits_TV, next(iter(updates.values())).base.stored.dtype)
 
 
 class _Watch(TorchFunctionMode):
@@ -208,18 +210,18 @@ def _logits(model: Any) -> Tensor:
     return logits[0].float()
 
 
-def _changed(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str, str]:
+def _changed(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> dict[str, str]:
     """The layers whose output in a pass isn't that of what they stand for."""
     wrong: dict[str, str] = {}
 
     def watch(path: str) -> Any:
-        def compare(module: AdaptedLinear, args: Any, output: Tensor) -> None:
-            if not _near(output, module.base(*args), module.base.weight.dtype, sure=True):
+        def compare(module: AdaptedLayer, args: Any, kwargs: Any, output: Tensor) -> None:
+            if not _near(output, module.base(*args, **kwargs), module.stored.dtype, sure=True):
                 wrong[path] = CHANGED
 
         return compare
 
-    hooks = [layer.register_forward_hook(watch(path)) for path, layer in layers.items()]
+    hooks = [layer.register_forward_hook(watch(path), with_kwargs=True) for path, layer in layers.items()]
     try:
         _logits(model)
     finally:
@@ -228,12 +230,10 @@ def _changed(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str,
     return wrong
 
 
-def _same_on_a_row(layer: AdaptedLinear) -> bool:
-    weight = layer.base.weight
-    row_N = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-    training = layer.training
+def _same_on_a_row(layer: AdaptedLayer) -> bool:
+    row, training = layer.sample(), layer.training
     try:
-        return _near(layer.eval()(row_N), layer.base(row_N), weight.dtype, sure=True)
+        return _near(layer.eval()(*row), layer.base(*row), layer.stored.dtype, sure=True)
     finally:
         layer.train(training)
 

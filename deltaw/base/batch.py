@@ -74,16 +74,17 @@ class Retained:
 
 @dataclass(frozen=True, eq=False)
 class Rewarded:
-    """What is known of a batch's labels [K], in the order of their rows, where these are answers that the model sampled:
+    """What is known of a batch's labels [K], in the order of their rows, where these are of answers that were sampled:
     their log-probabilities then, the advantage of the answer that each is of, and the reference's log-probabilities
-    where they are asked for. `count`: of how many tokens of the step this batch's loss is a part; `why`: why nothing
-    can be learnt from the whole step, where that is so."""
+    where they are asked for. `count`: of how many tokens of the step this batch's loss is a part; `why`, `fix`: why
+    nothing can be learnt from the whole step, where that is so, and what to do."""
 
     sampled_K: Tensor
     advantage_K: Tensor
     count: int
     reference_K: Tensor | None = None
     why: str = ""
+    fix: str = ""
 
     def to(self, device: torch.device | str) -> "Rewarded":
         """The same on `device`."""

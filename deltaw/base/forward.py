@@ -53,6 +53,7 @@ class Forward:
     attention: str = ""  # that the model was left on, where documents are packed
     continues: bool = False  # documents may continue others, where they are packed
     positions: bool = False  # a padded batch says where its documents end: the model's angles depend on it
+    temperature: float = 1.0  # that the logits are divided by, whatever is asked of them
 
     @property
     def packed(self) -> bool:
@@ -87,8 +88,8 @@ class Forward:
             return Logprobs(nothing, nothing.sum())
         hidden_TX = self.rows(batch)
         if self.head is not None:
-            return self.head.logprobs(hidden_TX, batch.labels_T, batch.rows_K)
-        return logprobs_of(hidden_TX, batch.labels_T, batch.rows_K)
+            return self.head.logprobs(hidden_TX, batch.labels_T, batch.rows_K, batch.segments())
+        return logprobs_of(self._tempered(hidden_TX), batch.labels_T, batch.rows_K)
 
     def scores_and_drift(self, batch: Batch) -> tuple[Logprobs, Tensor]:
         """The same, and KL(base ‖ tuned) [R] of the rows that are held to the base: of one pass."""
@@ -103,7 +104,21 @@ class Forward:
     def logits(self, batch: Batch) -> Tensor:
         """[T, V] in float32: for tests and small inputs; training never forms it."""
         hidden_TX = self.rows(batch)
-        return hidden_TX.float() if self.head is None else self.head.logits(hidden_TX)
+        if self.head is not None:
+            return self.head.logits(hidden_TX, batch.segments())
+        return self._tempered(hidden_TX).float()
+
+    def at(self, temperature: float) -> "Forward":
+        """The same whose log-probabilities are of the logits divided by a temperature: of what is sampled at it."""
+        if temperature == self.temperature:
+            return self
+        head = self.head and self.head.at(temperature / self.temperature)
+        return dataclasses.replace(self, head=head, temperature=temperature)
+
+    def _tempered(self, logits_TV: Tensor) -> Tensor:
+        if self.temperature == 1:
+            return logits_TV
+        return logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)) / self.temperature
 
     def above(self, layers: str, first: int, batches: Iterable[Batch], progress: Progress) -> "Forward":
         """This forward for passes over the documents of `batches`, begun at layer `first` of the module list `layers`.

@@ -30,13 +30,14 @@ class Objective(abc.ABC):
     """What a learner minimises. `counts`: what the loss is a mean over, in a word; `references`: whether it wants the
     reference's log-probability of each answer; `sums`: the names of its `figures`, and `largest` of those that don't
     add up, but of which the largest counts; `anchored`: whether it wants the answers `beside` a step's batches, too,
-    before the passes of the step (`with_anchor`)."""
+    before the passes of the step (`with_anchor`); `has_loss`: whether its value says how well a model does."""
 
     counts: ClassVar[str] = "token"
     references: ClassVar[bool] = False
     sums: ClassVar[tuple[str, ...]] = ()
     largest: ClassVar[tuple[str, ...]] = ()
     anchored: ClassVar[bool] = False
+    has_loss: ClassVar[bool] = True
 
     @abc.abstractmethod
     def __call__(self, logprobs: Logprobs, batch: Batch) -> Tensor:

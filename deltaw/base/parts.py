@@ -6,4 +6,4 @@ answer in its row (ANSWERED), or none (ASKED).
 """
 
 PLAIN, CHOSEN, REJECTED, DESIRABLE, UNDESIRABLE, ASKED, ANSWERED = range(7)
-PART_NAMES = ("", "chosen", "rejected", "desirable", "undesirable", "a prompt", "a prompt and what its row answers")
+PART_NAMES = ("", "chosen", "rejected", "desirable", "undesirable", "asked", "asked, with an answer in its row")

@@ -1,8 +1,8 @@
 """The objective of rewards: GRPO with the defaults that the field settled on (Shao et al. 2024; DAPO, Yu et al. 2025).
 
-To each prompt the model samples a group of G answers, of which a reward says how good each is. An answer's advantage is
-what its reward is above the mean of its group, in units of the group's spread (or as it is, `scale: none`; Dr. GRPO, Liu
-et al. 2025):
+To each prompt the model samples a group of G answers, of which a reward says how good each is. An answer's advantage
+is what its reward is above the mean of its group, in units of the group's spread (or as it is, `scale: none`; Dr. GRPO,
+Liu et al. 2025):
 
     A_i = (r_i − mean_g r) / (std_g r + ε)          std over G − 1, ε = 1e-4
 
@@ -58,6 +58,7 @@ class Grpo(Objective):
     epsilon_high: float = 0.28
     beta: float = 0.0
     sums: ClassVar[tuple[str, ...]] = ("passed", "clipped", "divergence")
+    has_loss: ClassVar[bool] = False
     largest: ClassVar[tuple[str, ...]] = ("logp_difference",)
 
     def __call__(self, logprobs: Logprobs, batch: Batch) -> Tensor:
@@ -75,7 +76,7 @@ class Grpo(Objective):
         known, ratio_K = self._ratio(logprobs, batch)
         above_K = (ratio_K > 1 + self.epsilon_high) & (known.advantage_K > 0)
         below_K = (ratio_K < 1 - self.epsilon_low) & (known.advantage_K < 0)
-        difference_K = (logprobs.logp_K - known.sampled_K).abs()
+        difference_K = (logprobs.logp_K.detach() - known.sampled_K).abs()
         largest = float(difference_K.max()) if len(difference_K) else 0.0
         drift = float(self._divergence(logprobs, known).double().sum()) if self.beta else 0.0
         passed, clipped = float(len(ratio_K)), float((above_K | below_K).sum())

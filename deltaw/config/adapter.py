@@ -13,9 +13,10 @@ from pydantic import Field, field_validator, model_validator
 from deltaw.config.strict import PositiveFloat, Strict
 from deltaw.files.paths import PathText
 
-TARGET_GROUPS = ("all-linear", "attention", "mlp")
+TARGET_GROUPS = ("all-linear", "attention", "mlp", "experts")
+Way = Literal["lora", "whole"]
 FACTOR_FIELDS = (  # of AdapterSpec
-    "rank", "alpha", "scaling", "init", "magnitude", "dropout", "rank_overrides", "alpha_overrides",
+    "rank", "alpha", "scaling", "init", "magnitude", "dropout", "rank_overrides", "alpha_overrides", "expert_rank",
 )  # fmt: skip
 
 
@@ -24,6 +25,10 @@ class AdapterSpec(Strict):
 
     `full`: ΔW itself is trained, a matrix of the weight's size, and the fields about factors say nothing. In a run
     file `adapter: full` is short for it.
+
+    `tokens`: texts whose rows of the embedding (and of the head) train; the tokenizer gets those that it doesn't have.
+    `also`: the embedding or the head, by name, as LoRA or whole (adapter/ends.py). A list is short for all of it as
+    LoRA.
 
     `start`, which a run file calls `from`: the run or the adapter's folder whose adapter is trained on. All the other
     fields come from that one (training/start.py), so none of them need be given. A trained adapter's own spec has none.
@@ -43,6 +48,27 @@ class AdapterSpec(Strict):
     dropout: float = Field(0.0, ge=0, lt=1)
     rank_overrides: dict[str, Annotated[int, Field(ge=1, le=65536)]] = Field({})
     alpha_overrides: dict[str, PositiveFloat] = Field({})
+    expert_rank: int | None = Field(
+        None, ge=1, le=65536, description="of each expert's matrices; rank / experts per token unless given"
+    )
+    tokens: tuple[str, ...] = Field((), description="texts that get, or have, a token of their own, which is trained")
+    also: dict[str, Way] = Field({}, description="the embedding, the head: as lora or whole, by module")
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _tokens(cls, value: Any) -> Any:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError("must be a list of texts, each of them one token: ['<tool>', '</tool>']")
+        if len(set(texts)) < len(texts):
+            raise ValueError("names a token twice")
+        return tuple(texts)
+
+    @field_validator("also", mode="before")
+    @classmethod
+    def _also(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        return dict.fromkeys(names, "lora") if isinstance(names, list | tuple) else value
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -51,7 +77,7 @@ class AdapterSpec(Strict):
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise ValueError("must be a name or a list of names")
         if not names or not all(name.strip() for name in names):
-            raise ValueError("is empty: name at least one module, or all-linear, attention, mlp")
+            raise ValueError("is empty: name at least one module, or all-linear, attention, mlp, experts")
         return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
@@ -68,6 +94,16 @@ class AdapterSpec(Strict):
             given = [name for name in FACTOR_FIELDS if getattr(self, name) != AdapterSpec.model_fields[name].default]
             if given:
                 raise ValueError(f"full fine-tuning has no {', '.join(given)}: leave these out, or full")
+        return self
+
+    @model_validator(mode="after")
+    def _ends_go_with_lora(self) -> "AdapterSpec":
+        given = [name for name in ("tokens", "also") if getattr(self, name)]
+        if given and self.full:
+            raise ValueError(f"full fine-tuning is of linear layers alone: leave {' and '.join(given)} out, or full")
+        if "lora" in self.also.values() and (self.magnitude or self.init != "lora"):
+            other = "magnitude (DoRA)" if self.magnitude else f"init {self.init}"
+            raise ValueError(f"{other} is for linear layers: train what also names whole, or leave {other} out")
         return self
 
     @model_validator(mode="after")
@@ -108,8 +144,25 @@ class AdapterSpec(Strict):
 
 
 def names_module(name: str, path: str) -> bool:
-    """True where `name` is the module's path or its dotted end: `q_proj` names `model.layers.0.self_attn.q_proj`.
+    """True where `name` is the module's path or its dotted end: `q_proj` names `model.layers.0.self_attn.q_proj`. What
+    names a parameter of experts names each expert's matrix in it.
 
     Literal, never a regular expression; what a trained adapter's patterns mean is `files/patterns.py`'s to say.
     """
+    path = parameter_of(path)
     return path == name or path.endswith("." + name)
+
+
+def expert_path(path: str, number: int) -> str:
+    """The path of one expert's matrix in the parameter of all: `….experts.down_proj[3]`."""
+    return f"{path}[{number}]"
+
+
+def parameter_of(path: str) -> str:
+    """The parameter that has an expert's matrix; any other path itself."""
+    return path.partition("[")[0] if path.endswith("]") else path
+
+
+def expert_of(path: str) -> int | None:
+    """Which expert's matrix a path means, None for anything else."""
+    return int(path[:-1].rpartition("[")[2]) if path.endswith("]") else None

@@ -15,10 +15,12 @@ stops between them would have to keep the rollout), top-p and top-k while sampli
 trained would be of another distribution than the one that was sampled from), a reward model (a function may ask one).
 """
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from deltaw.config.reward import Rewards
 from deltaw.config.strict import Count, PositiveFloat, Strict
 
 Kind = Literal["sft", "dpo", "ipo", "orpo", "kto", "simpo", "grpo"]
@@ -70,7 +72,9 @@ class ObjectiveConfig(Strict):
     )
     desirable_weight: Weight = Field(None, gt=0, le=1e3, allow_inf_nan=False, description="kto: of desirable answers")
     undesirable_weight: Weight = Field(None, gt=0, le=1e3, allow_inf_nan=False, description="kto: of the others")
-    reward: Any = Field(None, description="grpo: what says how good an answer is: file.py:function, or a verifier")
+    reward: Rewards | None = Field(
+        None, description="grpo: what says how good an answer is: file.py:function, or a verifier"
+    )
     samples: int | None = Field(None, ge=2, le=4096, description="grpo: answers that are sampled to each prompt")
     prompts: Count | None = Field(None, description="grpo: prompts per step")
     max_new_tokens: Count | None = Field(None, description="grpo: the most tokens of an answer")
@@ -113,6 +117,12 @@ class ObjectiveConfig(Strict):
     def options(self) -> dict[str, Any]:
         """Those that the kind has."""
         return {name: getattr(self, name) for name in DEFAULTS[self.kind]}
+
+    def located(self, folder: Path) -> Self:
+        """With whole paths of the files that its rewards name: in `folder`, else where deltaw was started."""
+        if self.reward is None:
+            return self
+        return self.model_copy(update={"reward": tuple(one.located(folder) for one in self.reward)})
 
     @property
     def is_preference(self) -> bool:

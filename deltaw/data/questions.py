@@ -30,7 +30,7 @@ from deltaw.data.example import Example
 from deltaw.data.forms import PAIR_NAMES, SAMPLE, Form, Reads
 from deltaw.data.preferences import BOTH, asked_only, form_for
 from deltaw.data.prompts import ANSWERS, CHATS, prompt_of
-from deltaw.data.report import Reading
+from deltaw.data.report import PROMPTS, Reading
 from deltaw.data.row import Row, says_something
 from deltaw.errors import InputError, Rejected
 
@@ -54,7 +54,7 @@ def form_of_prompts(rows: Sequence[Row], data: DataConfig, *, templated: bool, r
         values, answered = completed(fields.take_all())
         return question(inner.normalise(Row(values, "")).answers[0][0], answered=answered)
 
-    return Form("prompts", f"prompts; {inner.description}", (), convert, names=columns, note=inner.note)
+    return Form("prompts", f"{PROMPTS} {inner.description}", (), convert, names=columns, note=inner.note)
 
 
 def completed(values: Values) -> tuple[Values, bool]:
@@ -128,6 +128,11 @@ class Questions:
         row = source.rows[place]
         (document, _), *_ = source.form.normalise(row).answers
         return Asks(prompt_of(document, chat=True)[0], row.value)
+
+    def row(self, origin: str) -> Row:
+        """The row from there, as it stood."""
+        number, place = self._places[origin]
+        return self._sources[number].rows[place]
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:

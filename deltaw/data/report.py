@@ -128,6 +128,14 @@ class DataReport:
     sources: list[Share]
     warnings: list[str]
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether these are prompts, of which nothing is trained."""
+        return self.form.startswith(PROMPTS)
+
+
+PROMPTS = "prompts;"  # what the form of rows that are only asked begins with
+
 
 def report_of(
     of_train: list[Reading],

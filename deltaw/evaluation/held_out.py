@@ -39,14 +39,15 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss in nats per supervised token (of preferences: per pair or answer), its exponential, and the task's metrics
-    (or the objective's figures) by name. `unanswered`: why this model can't be asked these rows, where that is so.
+    """Loss in nats per supervised token (of preferences: per pair or answer; None of rewards, which have none), its
+    exponential, and the task's metrics (or the objective's figures) by name. `unanswered`: why this model can't be
+    asked these rows, where that is so.
 
     Of what: `rows`, the fingerprint of all rows; `max_new_tokens`, of the answers; `code`, the sha256 of each metric
     that is the user's own. An evaluation by an older deltaw doesn't say.
     """
 
-    loss: float
+    loss: float | None
     perplexity: float
     supervised_tokens: int  # or pairs, or answers: what `counts` says
     metrics: dict[str, float] = field(default_factory=dict)
@@ -70,11 +71,12 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """For result.json: the figures without the answers."""
         perplexity = {"perplexity": self.perplexity} if self.counts == "token" else {}
-        return {"loss": self.loss, **perplexity, **self.metrics}
+        loss = {} if self.loss is None else {"loss": self.loss, **perplexity}
+        return {**loss, **self.metrics}
 
     def line(self) -> str:
         """The loss and the metrics, for people."""
-        figures = {"held-out loss": self.loss, **self.metrics}
+        figures = ({} if self.loss is None else {"held-out loss": self.loss}) | self.metrics
         return ", ".join(f"{figure_name(name)} {rounded(value)}" for name, value in figures.items())
 
     def to_json(self) -> dict[str, Any]:

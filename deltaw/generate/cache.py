@@ -172,8 +172,10 @@ class State:
             # (64 rows on SmolLM2-135M: 3.6 GB, and a first step of 5.3 s instead of 1.2 s).
             length = inputs["input_ids"].shape[1]
             inputs["logits_to_keep"] = torch.tensor([length - 1], device=self.ids.device)
-        segments = segments_for([self.update], [0, inputs["input_ids"].numel()])
-        with passing_of(self.model).running(Pass(segments=segments)):
+        ids = inputs["input_ids"]
+        segments = segments_for([self.update], [0, ids.numel()])
+        kept = segments_for([self.update], [0, len(ids)]) if "logits_to_keep" in self.accepted else None
+        with passing_of(self.model).running(Pass(segments=segments, kept=kept)):
             return self.model(**{**inputs, "return_dict": True})
 
     def append(self, ids_R: Tensor) -> None:

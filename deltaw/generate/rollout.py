@@ -34,6 +34,10 @@ class Sampled:
     logprobs: list[float] = field(default_factory=list)
     truncated: bool = True
 
+    def to_json(self) -> tuple[list[int], list[float], bool]:
+        """For another process: `Sampled(*…)` is the same."""
+        return self.tokens, self.logprobs, self.truncated
+
     @property
     def text_tokens(self) -> list[int]:
         """Those that are text: without the stop token."""
@@ -47,16 +51,19 @@ def sampled(
     sampling: Sampling,
     stop_ids: AbstractSet[int],
     *,
+    first: Sequence[int] = (),
     progress: Progress = unseen,
 ) -> list[list[Sampled]]:
-    """`samples` answers to each prompt, in order. `progress` is called with the number of answers that have ended.
-    Raises InputError for a prompt that is empty or leaves no room."""
-    rows = [number for number in range(len(prompts)) for _ in range(samples)]
+    """`samples` answers to each prompt, in order. `first`: by prompt, the number of its first row, where they aren't
+    simply counted (others of them are sampled elsewhere). `progress` is called with the number of answers that have
+    ended. Raises InputError for a prompt that is empty or leaves no room."""
+    begin = first or range(0, len(prompts) * samples, samples)
+    rows = [(of, begin[of] + sample) for of in range(len(prompts)) for sample in range(samples)]
     device = next(model.parameters()).device.type
     engine = Engine(model, batch_size=max(1, min(PLACES.get(device, 128), len(rows))), piece=ALL_AT_ONCE)
     answers: dict[int, Sampled] = {}
     try:
-        for number, of in enumerate(rows):
+        for of, number in rows:
             prompt = prompts[of]
             key = SAME if samples > 1 and len(prompt) > LONG else b""
             how = {"number": number, "key": key, "logprobs": 0, "tempered": True}

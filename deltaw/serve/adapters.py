@@ -71,9 +71,9 @@ class Adapters:
         self.changes = 0  # of the model's layers and stand-ins, after which nothing that was decoded goes on
         self._carrier: Attached | None = None
 
-    def names(self) -> list[str]:
-        """What can be asked for now, sorted."""
-        return [name for name in self._folder.names() if name not in self._dropped]
+    def names(self, count: int | None = None) -> list[str]:
+        """What can be asked for now, sorted; the first `count`."""
+        return self._folder.names(count, without=self._dropped)
 
     def left_out(self) -> tuple[list[str], list[str]]:
         """Subfolders that can't be asked for: those with names that a model can't have, those without an adapter."""

@@ -55,6 +55,10 @@ class Catalog:
         """The adapter of this name; None for the base's. Raises Unknown."""
         return None if name == self.base else self.adapters.get(name)
 
+    def some(self, count: int) -> list[str]:
+        """Names that can be asked for, at most so many: the base's first."""
+        return [self.base, *self.adapters.names(count - 1)]
+
     def models(self) -> list[dict[str, Any]]:
         """Entries of `/v1/models`: the base first."""
         return [self._base(), *map(self._adapter, self.adapters.all())]

@@ -13,14 +13,15 @@ have settled.
 import hashlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from deltaw.adapter.file import DELTAS, RECORD, Adapter, is_adapter, is_run
 from deltaw.adapter.peft_config import CONFIG
 from deltaw.adapter.peft_tensors import WEIGHTS
-from deltaw.errors import InputError
+from deltaw.errors import DeltawError, InputError
 from deltaw.files.content import SETTLED, Stamp, stamp
 from deltaw.files.strict_json import read_json
 from deltaw.named import template_beside
@@ -89,10 +90,11 @@ class Folder:
         self._named = {name: path.resolve() for name, path in named.items()}
         self._cards: dict[str, tuple[Look, Card]] = {}
 
-    def names(self) -> list[str]:
-        """What is an adapter now, sorted."""
+    def names(self, count: int | None = None, *, without: Collection[str] = ()) -> list[str]:
+        """What is an adapter now, sorted; the first `count`."""
         entries = [] if self._root is None else [entry.name for entry in self._root.iterdir()]
-        return sorted({name for name in {*entries, *self._named} if self._place(name) is not None})
+        ordered = sorted({*entries, *self._named}.difference(without))
+        return list(islice((name for name in ordered if self._place(name) is not None), count))
 
     def left_out(self) -> tuple[list[str], list[str]]:
         """Subfolders that aren't served though they aren't hidden, sorted: adapters whose names can't be a model's, and
@@ -120,7 +122,7 @@ class Folder:
 
     def read(self, look: Look) -> Read:
         """The adapter whole. Raises InputError for one that can't be read, or whose files change meanwhile."""
-        digest, adapter = self.digest(look), Adapter.load(look.directory)
+        digest, adapter = self.digest(look), _loaded(look)
         if self.look(look.name) != look:
             raise InputError(f"the files of the adapter {look.name} are changing", fix="ask again in a moment")
         return Read(look, adapter, digest)
@@ -172,6 +174,17 @@ class Folder:
 def now() -> float:
     """The clock of files."""
     return time.time()
+
+
+def _loaded(look: Look) -> Adapter:
+    """Its errors name files within the adapter: clients are told them."""
+    try:
+        return Adapter.load(look.directory)
+    except DeltawError as error:
+        parts = [error.what, error.fix or ""]
+        for old, new in ((f"{look.directory}/", f"{look.name}/"), (str(look.directory), look.name)):
+            parts = [part.replace(old, new) for part in parts]
+        raise InputError(parts[0], fix=parts[1] or None) from None
 
 
 def _card(directory: Path) -> Card:

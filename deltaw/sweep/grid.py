@@ -196,10 +196,9 @@ def _check_common(variants: Sequence[Variant]) -> None:
                 f"the runs of a sweep share one base in one process, so {key} can't differ: {pair}",
                 fix="sweep those that share it, and the others after them",
             )
-    if sampling := [variant.name for variant in variants if variant.config.objective.is_rewarded]:
+    if rewarded := [variant.name for variant in variants if variant.config.objective.is_rewarded]:
         raise InputError(
-            f"objective.kind: a run with {variants[0].config.objective.kind} samples what it learns from, and can't be "
-            f"trained beside others: {sampling[0]}",
+            f"runs on rewards aren't swept together yet, each samples for itself: {rewarded[0]} is one",
             fix="train these runs one after the other: deltaw train run.yaml",
         )
     if variants[0].config.train.shard == "always":

@@ -58,7 +58,7 @@ class TrainState:
     seconds: float = 0.0
     evaluated: int = 0  # the step of the last evaluation
     best_step: int = 0
-    best_loss: float | None = None
+    best_loss: float | None = None  # or minus the reward
     no_better: int = 0  # evaluations in a row since the best one
     skipped: int = 0  # steps that weren't applied
     not_finite: int = 0  # of those, because a loss or a gradient wasn't a number

@@ -131,7 +131,8 @@ class Learner:
         self.say(f"skipped step {self.state.step + 1}: {unfit}")
 
     def note_evaluation(self, loss: float) -> bool:
-        """Record the held-out loss at this step; returns whether it is the best so far."""
+        """Record the held-out loss at this step (of rewards: minus the reward); returns whether it is the best so
+        far."""
         state = self.state
         state.evaluated = state.step
         best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)

@@ -136,7 +136,8 @@ def _settled(share: "_Share", position: LoaderState, ran: Ran | None) -> Taken:
         check_loss(share.loss, share.rows, state, learner.config)
         # 4. The rate of this step, and the update.
         rate = learner.update(share.loss, share.batches, ran.update if ran is not None else None)
-        record |= {"loss": share.loss, "lr": rate, "grad_norm": norm, **share.figures}
+        loss = {"loss": share.loss} if share.objective.has_loss else {}
+        record |= {**loss, "lr": rate, "grad_norm": norm, **share.figures}
         learner.falling.see(share.figures, state.step + 1)
     except Unfit as unfit:
         try:
@@ -275,9 +276,9 @@ class _Share:
         self.drifts: dict[int, float] = {}  # likewise: the KL of the rows that are held to the base
         self.retained = sum(batch.retained_rows(number) for batch in batches)
         self._sum, self._drift, self._sums = 0.0, 0.0, dict[str, float]()
-        why = [batch.rewarded.why for batch in batches if batch.rewarded and batch.rewarded.why]
-        why += [] if self.supervised else ["none of its tokens is trained"]
-        self.unfit = Unfit(why[0], self.rows) if why else None
+        hollow = next((batch.rewarded for batch in batches if batch.rewarded and batch.rewarded.why), None)
+        self.unfit = None if self.supervised else Unfit("none of its tokens is trained", self.rows)
+        self.unfit = Unfit(hollow.why, self.rows, fix=hollow.fix) if hollow else self.unfit
 
     @property
     def loss(self) -> float:
