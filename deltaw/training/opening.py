@@ -50,7 +50,7 @@ from deltaw.training.learner import Learner
 from deltaw.training.length import make_loader
 from deltaw.training.looking import Ground, Looked, look
 from deltaw.training.optim import WARMUP, warmup_steps
-from deltaw.training.retain import Retain, Text, check_apart
+from deltaw.training.retain import Kept, Retain, Text, check_apart
 from deltaw.training.rollouts import Rollouts, Score
 from deltaw.training.sharding import NONE, Shards, first_pass, is_wanted, shard
 from deltaw.training.start import Start, described
@@ -158,10 +158,10 @@ class Opened:
         """What the run is to remember; None where it isn't asked to."""
         return Text.of(self.config, self.retained)
 
-    def retain(self, forward: Forward) -> Retain | None:
-        """The same, for the steps that `forward` takes."""
+    def retain(self, forward: Forward, kept: Kept | None = None) -> Retain | None:
+        """The same, for the steps that `forward` takes. `kept`: where what the base says of it is kept."""
         text = self.kept_text
-        return None if text is None else Retain(text, forward, self.attached, self.config.train.batch_tokens)
+        return None if text is None else Retain(text, forward, self.attached, self.config.train.batch_tokens, kept)
 
     def rollouts(self, state: TrainState, say: Callable[[str], None]) -> Rollouts | None:
         """The steps after `state` of a run on rewards; None for any other."""
@@ -297,7 +297,7 @@ def start_from_data(opened: Opened, display: Display) -> None:
     loader = make_loader(opened.config, opened.dataset, LoaderState())
     batches = islice(chain.from_iterable(step for step, _ in loader), START_BATCHES)
     here = [batch.to(opened.device) for batch in batches]
-    initialise_from_data(opened.attached, opened.model.forward, here, display)
+    initialise_from_data(opened.attached, opened.model.forward, here, display, opened.objective)
 
 
 def general_rows(config: RunConfig, model: Model, retained: Sequence[Example] = ()) -> Examples:
