@@ -6,8 +6,9 @@ from types import MappingProxyType
 
 from torch import nn
 
+from deltaw.base.frozen import embedding_of
 from deltaw.errors import InputError
-from deltaw.generate.cache import context, text_config
+from deltaw.generate.cache import context
 
 NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
@@ -22,7 +23,7 @@ def check(
 ) -> None:
     """Raise InputError for a prompt that the model can't be given, or a bias to what it doesn't have. `full`: the
     prompt may fill the context."""
-    most, vocabulary = context(model) + full, text_config(model).vocab_size
+    most, vocabulary = context(model) + full, embedding_of(model).shape[0]
     if len(prompt) == 0:
         raise InputError(f"prompt {number} is empty", fix="begin with at least one token, such as bos")
     if len(prompt) >= most:

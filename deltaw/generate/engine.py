@@ -208,6 +208,11 @@ class Engine:
             self._slots.prefixes.clear()
 
     @property
+    def keeps_beginnings(self) -> bool:
+        """Whether rows of one key find what earlier ones have made of the tokens that they begin with."""
+        return self._slots is not None
+
+    @property
     def reused(self) -> int:
         """How many tokens of prompts weren't run, since they had been run for an earlier row of the same key."""
         return self._slots.prefixes.reused if self._slots else 0

@@ -263,8 +263,9 @@ class Steps:
         captured, abreast, world, underway = None, bool(self.opened.shards), self.opened.world, self.underway
         contention = Contention(underway.run.folder, torch.get_num_threads(), self.display.say)
         try:
-            forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
+            forward, heap = above_the_frozen([self.opened], self.display), Heap(device)
             retain, rollouts = self.opened.retain(forward), self.opened.rollouts(state, self.display.say)
+            retains = {} if retain is None else {self.opened.attached.number: retain}
             items: Iterable[Item] = rollouts or self.opened.loader(state)
             loader = Ahead(items if retain is None else retain.beside(items, state.step))
             if not self.opened.shards:
@@ -278,7 +279,7 @@ class Steps:
                     batches, position = next(loader)
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
-                            how = captured, world, abreast, retain
+                            how = captured, world, abreast, retains
                             (record,) = step(forward, [learner], batches, position, *how)
                         underway.note(rollouts.completed(record) if rollouts else record)
                     underway.agree()

@@ -14,6 +14,7 @@ from deltaw.base.batch import Batch
 from deltaw.commands.sweep import sweep_named
 from deltaw.config import parse_config
 from deltaw.errors import InputError
+from deltaw.files.safetensors import load_safetensors
 from deltaw.run import Run
 from deltaw.show.progress import QUIET
 from deltaw.sweep import joint
@@ -37,6 +38,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora-ga": {"adapter": {**LORA, "init": "lora-ga"}},
     "dropout": {"adapter": {**LORA, "dropout": 0.3}},
     "dora with dropout": {"adapter": {**LORA, "magnitude": True, "dropout": 0.3}, "seed": 5},
+    "retain": {"adapter": LORA, "retain": {"data": "builtin:general-train", "share": 0.3}},
+    "retain more": {"adapter": LORA, "retain": {"data": "builtin:general-train", "share": 0.3, "weight": 3.0}},
     "others": {"adapter": {"rank": 7, "targets": "attention", "scaling": "rslora"}, "seed": 3, "tokens_per_step": 70},
 }
 
@@ -96,6 +99,44 @@ def test_each_kind_of_adapter_is_what_its_own_run_makes(place: Path, together: P
         if name != "eval":
             assert results[0][name] == results[1][name]
     assert results[1]["eval"]["after"]["loss"] == pytest.approx(results[0]["eval"]["after"]["loss"], rel=2e-5)
+
+
+OBJECTIVES = ("long", "kto")  # pairs that share a long beginning, weighed by DPO
+
+
+@pytest.fixture(scope="module")
+def weighed(place: Path) -> Path:
+    """A run of each of these, in one sweep."""
+    rows = [{"prompt": f"say {i} ", "chosen": "ab" * (1 + i % 5), "rejected": "ba" * (1 + i % 3)} for i in range(40)]
+    for name, beginning in (("pairs", ""), ("long", "You are asked what a row says. ")):
+        text = "".join(json.dumps({**row, "prompt": beginning + row["prompt"]}) + "\n" for row in rows)
+        (place / f"{name}.jsonl").write_text(text)
+    folder = place / "weighed"
+    begun(grid(folder, {kind: of_pairs(place, ".", kind) for kind in OBJECTIVES}))
+    return folder
+
+
+def of_pairs(place: Path, output: Path | str, kind: str) -> Any:
+    fields = run_file(place, adapter=LORA, evaluate={"general": None, "report": False}, output=str(output))
+    data = {"train": str(place / ("long.jsonl" if kind == "long" else "pairs.jsonl")), "eval": 6}
+    train = {**fields["train"], "eval_every": 3, "tokens_per_step": 300, "tokens_per_batch": 150}
+    objective = {"kind": "dpo" if kind == "long" else kind}
+    return parse_config({**fields, "data": data, "objective": objective, "train": train})
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_each_objective_is_what_its_own_run_minimises(place: Path, weighed: Path, kind: str) -> None:
+    alone = place / "alone" / kind
+    train(of_pairs(place, alone, kind), display=QUIET)
+    lines = [Run(folder).read_metrics() for folder in (alone, weighed / kind)]
+    assert len(lines[0]) == len(lines[1]) == 8
+    for one, other in zip(*lines, strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"seconds", "tokens_per_second"}:
+            assert other[name] == pytest.approx(one[name], rel=2e-4, abs=1e-6), name
+    kept = [load_safetensors(Run(folder).references) for folder in (alone, weighed / kind)]
+    for name in kept[0]:
+        torch.testing.assert_close(kept[1][name], kept[0][name], rtol=1e-5, atol=1e-4)
 
 
 # Ending, one by one and all at once
