@@ -21,6 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, field_validator, model_validator
 
+from deltaw.config.evaluate import CALLED_ELSEWHERE as METRICS_ELSEWHERE
 from deltaw.config.evaluate import METRICS, located, own_metric
 from deltaw.config.strict import Strict
 from deltaw.errors import InputError
@@ -60,6 +61,11 @@ class RewardConfig(Strict):
     def called(self) -> str:
         return self.name or self.kind
 
+    @property
+    def file(self) -> Path | None:
+        """The file of the user's that it runs, if there is one."""
+        return None
+
     def wrapped(self, answer: str) -> str:
         """A row's own answer in the form that is asked for."""
         return answer
@@ -90,10 +96,8 @@ class FunctionReward(RewardConfig):
         return self.name or self.function.rpartition(":")[2]
 
     @property
-    def place(self) -> tuple[Path, str]:
-        """The file, and the function in it."""
-        file, _, function = self.function.rpartition(":")
-        return Path(file), function
+    def file(self) -> Path:
+        return Path(self.function.rpartition(":")[0])
 
     def located(self, folder: Path) -> "FunctionReward":
         return self.model_copy(update={"function": located(self.function, folder)})
@@ -235,10 +239,7 @@ KINDS: dict[str, type[RewardConfig]] = {
     "length": LengthReward,
 }
 CALLED_ELSEWHERE = {
-    "accuracy": "exact_match", "em": "exact_match", "match": "exact_match", "per": "phoneme_error_rate",
-    "wer": "word_error_rate", "cer": "character_error_rate", "rouge": "rouge_l", "rougel": "rouge_l",
-    "math": "number_equal", "number": "number_equal", "numeric": "number_equal", "gsm8k": "number_equal",
-    "mathverify": "number_equal", "regexp": "regex", "pattern": "regex", "json": "json_schema",
+    **METRICS_ELSEWHERE, "match": "exact_match", "regexp": "regex", "pattern": "regex", "json": "json_schema",
     "schema": "json_schema", "code": "pass_at_1", "codetests": "pass_at_1", "tests": "pass_at_1",
     "unittests": "pass_at_1", "humaneval": "pass_at_1", "reasoning": GYM, "formatreward": "format",
     "xmlformat": "format", "overlong": "length", "lengthpenalty": "length", "brevity": "length",

@@ -39,11 +39,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import InputError
+from deltaw.base.frozen import embedding_of
+from deltaw.errors import InputError, RunError
 from deltaw.generate.batches import Batches
-from deltaw.generate.cache import Cache, Row, context, evaluating, text_config
+from deltaw.generate.cache import Cache, Row, context, evaluating
+from deltaw.generate.grammar import Guide
 from deltaw.generate.logprobs import Logprobs, logprobs_of, score
-from deltaw.generate.sampling import NotFinite, Sampling, choose
+from deltaw.generate.sampling import NotFinite, RowsFailed, Sampling, choose
 from deltaw.generate.slots import Slots
 from deltaw.generate.together import come_to_rest
 from deltaw.kernels.bags import making
@@ -100,6 +102,7 @@ class Engine:
         logprobs: int | None = None,
         tempered: bool = False,
         bias: Mapping[int, float] = NO_BIAS,
+        guide: Guide | None = None,
     ) -> int:
         """Have a prompt decoded from the next step on. Its id, by which its tokens come.
 
@@ -111,6 +114,7 @@ class Engine:
         logprobs: how many of the likeliest tokens to tell beside each new one; 0: its log-probability alone
         tempered: they are of the distribution at the sampling's temperature, and not of the model's own
         bias:     what is added to the logits of some tokens before one is chosen; `logprobs` doesn't show it
+        guide:    which tokens may come next, the row's own (grammar.py); `logprobs` doesn't show it either
 
         Raises InputError for an empty prompt, one that fills the model's context, or an id outside its vocabulary;
         ValueError where only some of the rows name their update.
@@ -120,7 +124,9 @@ class Engine:
         if any((row.update is None) != (update is None) for row in (*self._waiting[-1:], *self._live)):
             raise ValueError("either all rows of an engine name their update, or none do")
         heat = sampling.temperature if tempered and sampling.temperature > 0 else 1.0
-        row = Row(self._added, tuple(prompt), sampling, stop_ids, number, room, update, key, logprobs, bias, heat)
+        row = Row(
+            self._added, tuple(prompt), sampling, stop_ids, number, room, update, key, logprobs, bias, guide, heat
+        )
         self._added += 1
         self._waiting.append(row)
         return row.id
@@ -129,8 +135,8 @@ class Engine:
         """The next token of every row that has a place, and None after a row's last one. The stop token that ended a
         row is left out.
 
-        Raises NotFinite where the model gives no logits; what came before is in the next step's, and the rows whose ids
-        it has may be cancelled.
+        Raises RowsFailed where the model gives no logits (NotFinite) or a guide no token; what came before is in the
+        next step's, and the rows whose ids it has may be cancelled.
         """
         if self._waiting or not self._modules:  # looking for them is felt in a step of one token
             self._modules = list(self.model.modules())
@@ -182,6 +188,11 @@ class Engine:
             self._slots.prefixes.clear()
 
     @property
+    def keeps_beginnings(self) -> bool:
+        """Whether rows of one key find what earlier ones have made of the tokens that they begin with."""
+        return self._slots is not None
+
+    @property
     def reused(self) -> int:
         """How many tokens of prompts weren't run, since they had been run for an earlier row of the same key."""
         return self._slots.prefixes.reused if self._slots else 0
@@ -212,6 +223,8 @@ class Engine:
         for row, token in zip(rows, tokens, strict=True):
             ended = token in row.stop_ids
             if not ended:
+                if row.guide is not None:
+                    row.guide.take(token)
                 row.new.append(token)
                 self._events.append(Event(row.id, token, told.get(row)))
             if ended or len(row.new) == row.room:
@@ -220,20 +233,18 @@ class Engine:
                 self._live.pop(row).leave(row)
 
     def _chosen(self, rows: Sequence[Row], logits_RV: Tensor) -> list[int]:
-        """The next token of each row, chosen at once for all that are sampled by one rule."""
-        if any(row.bias for row in rows):
-            logits_RV = logits_RV.clone()
-            for row, logits_V in zip(rows, logits_RV, strict=True):
-                if row.bias:
-                    logits_V[list(row.bias)] += torch.tensor(list(row.bias.values())).to(logits_V)
+        """The next token of each row, chosen at once for all that are sampled by one rule; those with a bias or a guide
+        by themselves, since their logits are changed."""
         tokens = [0] * len(rows)
-        by_rule: dict[object, list[int]] = {}
+        by_rule: dict[tuple[object, bool], list[int]] = {}
         for at, row in enumerate(rows):
-            by_rule.setdefault(row.sampling.rule, []).append(at)
-        for ats in by_rule.values():
+            by_rule.setdefault((row.sampling.rule, bool(row.bias) or row.guide is not None), []).append(at)
+        for (_, changed), ats in by_rule.items():
             some = [rows[at] for at in ats]
             u_R = torch.tensor([row.u for row in some], device=self._device)
-            part_RV = logits_RV if len(ats) == len(rows) else logits_RV[ats]
+            part_RV = logits_RV if len(ats) == len(rows) and not changed else logits_RV[ats]
+            if changed:
+                _change(part_RV, some)
             try:
                 ids_R = choose(part_RV, some[0].sampling, u_R, [row.number for row in some])
             except NotFinite as error:
@@ -255,6 +266,19 @@ class Engine:
             asked_RV = asked_RV.to(wide) / torch.tensor(heats, dtype=wide, device=asked_RV.device)[:, None]
         told = logprobs_of(asked_RV, [tokens[at] for at in ats], most)
         return {rows[at]: Logprobs(own, top[: rows[at].logprobs]) for at, (own, top) in zip(ats, told, strict=True)}
+
+
+def _change(logits_RV: Tensor, rows: Sequence[Row]) -> None:
+    """Add the rows' biases and forbid what their guides don't allow, in place. Raises RowsFailed."""
+    for row, logits_V in zip(rows, logits_RV, strict=True):
+        if row.bias:
+            logits_V[list(row.bias)] += torch.tensor(list(row.bias.values())).to(logits_V)
+        if row.guide is not None:
+            try:
+                allowed_V = row.guide.allowed(len(logits_V))
+            except RunError as error:
+                raise RowsFailed(error.what, [row.id], error.fix) from None
+            logits_V.masked_fill_(~allowed_V.to(logits_V.device), -torch.inf)
 
 
 def answers(
@@ -336,7 +360,7 @@ def check(
 ) -> None:
     """Raise InputError for a prompt that the model can't be given, or a bias to what it doesn't have. `full`: the
     prompt may fill the context."""
-    most, vocabulary = context(model) + full, text_config(model).vocab_size
+    most, vocabulary = context(model) + full, embedding_of(model).shape[0]
     if len(prompt) == 0:
         raise InputError(f"prompt {number} is empty", fix="begin with at least one token, such as bos")
     if len(prompt) >= most:

@@ -19,8 +19,6 @@ from deltaw.rewards.truth import Truths
 
 
 class Compared:
-    code = ""
-
     def __init__(self, config: ComparedReward, truths: Truths) -> None:
         self._config, self._truths, self._metric = config, truths, METRICS[config.kind]
 

@@ -11,11 +11,11 @@ names only if these bytes ran on request before, or with --allow-code.
 from collections.abc import Sequence
 from typing import Any
 
-from deltaw.config.reward import FunctionReward
+from deltaw.config.reward import FunctionReward, RewardConfig
 from deltaw.data.row import Row
 from deltaw.errors import RunError
 from deltaw.evaluation.own_metric import Consent, check_consent
-from deltaw.files.bounded import Failed
+from deltaw.files.bounded import Failed, Late
 from deltaw.files.own_code import Code
 from deltaw.rewards.process import Process
 from deltaw.rewards.scored import Asked, Value, failed
@@ -26,7 +26,7 @@ class Function:
     """Opened: the file is loaded, in its process. Raises InputError."""
 
     def __init__(self, config: FunctionReward, consent: Consent) -> None:
-        file, self._function = config.place
+        file, self._function = config.file, config.function.rpartition(":")[2]
         self._code = Code.read(file, "reward")
         check_consent(self._code, self._function, consent, what="rewarded")
         spec = {
@@ -39,10 +39,6 @@ class Function:
         self._process = Process(spec, f"the reward {config.called}", config.seconds)
         self._process.open()
 
-    @property
-    def code(self) -> str:
-        return self._code.sha256
-
     def check(self, row: Row) -> None:
         """It takes any row."""
 
@@ -53,7 +49,7 @@ class Function:
                 values.append(self._value(answer, asked[len(values)]))
         except Failed as error:
             what = f"{self._code.file}: {self._function}: {error}"
-            late = "takes more" in str(error)
+            late = isinstance(error, Late)
             fix = "make it faster, or give the reward more: seconds: …" if late else "call it by hand with that row"
             raise failed(asked[len(values)], what, fix) from None
         return values
@@ -70,6 +66,12 @@ class Function:
             raise RunError(f"{answer['where']}, on {one.named}: {one_line(answer['raised'])}{trace}",
                            fix=f"the answer was {quoted(one)}")  # fmt: skip
         return Value(answer["value"], {name: part for name, part in answer["parts"].items() if name != "reward"})
+
+
+def code_of(rewards: Sequence[RewardConfig]) -> dict[str, str]:
+    """sha256 of the file of each that runs one, for the run's record: who resumes with another one is told. Raises
+    InputError."""
+    return {one.called: Code.read(one.file, "reward").sha256 for one in rewards if one.file is not None}
 
 
 def quoted(one: Asked) -> str:

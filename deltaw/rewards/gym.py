@@ -21,8 +21,6 @@ UNREADABLE = "unreadable"
 
 
 class Gym:
-    code = ""
-
     def __init__(self, config: GymReward) -> None:
         self._config = config
         self._samples: dict[str, tuple[str, dict[str, object]]] = {}  # a task's own answer, and its entry

@@ -118,11 +118,6 @@ class Rewards:
             scored.append(Scored(math.fsum(weight * parts[name] for name, weight in weights.items()), parts))
         return scored
 
-    @property
-    def code(self) -> dict[str, str]:
-        """sha256 of the file of each function, for the run's record: who resumes with another one is to be told."""
-        return {config.called: scorer.code for config, scorer in self._opened if scorer.code}
-
     def check(self, rows: Iterable[Row]) -> None:
         """Raises InputError with counts where rows lack what their answers are held against."""
         problems, count = [], 0

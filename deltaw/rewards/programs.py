@@ -19,8 +19,6 @@ from deltaw.rewards.truth import Truths
 
 
 class Programs:
-    code = ""
-
     def __init__(self, config: TestsReward, truths: Truths) -> None:
         self._seconds, self._truths = config.seconds, truths
 

@@ -50,10 +50,7 @@ class Value:
 
 
 class Scorer(Protocol):
-    """One reward, opened. `code`: sha256 of the file of the user's that it runs, if there is one."""
-
-    @property
-    def code(self) -> str: ...
+    """One reward, opened."""
 
     def check(self, row: Row) -> None:
         """Raises Rejected where the row lacks what its answers are held against."""

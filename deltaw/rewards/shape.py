@@ -19,8 +19,6 @@ from deltaw.rewards.truth import Truths
 
 
 class Pattern:
-    code = ""
-
     def __init__(self, config: RegexReward) -> None:
         self._config = config
         spec = {"kind": "pattern", "pattern": config.pattern, "whole": config.whole}
@@ -47,8 +45,6 @@ class Pattern:
 
 class JSON:
     """Strict JSON: no NaN, no key twice, nothing around it but blanks."""
-
-    code = ""
 
     def __init__(self, config: JSONReward, truths: Truths) -> None:
         self._against, self._truths, self._schema = config.against, truths, None
@@ -88,8 +84,6 @@ class JSON:
 
 class Text:
     """A reward that hangs on nothing but the answer's text, and takes no time."""
-
-    code = ""
 
     def __init__(self, worth: Callable[[str], float]) -> None:
         self._worth = worth

@@ -1,8 +1,8 @@
 """The requests that are being answered, and the engine that decodes their rows.
 
-What goes wrong with a request ends it alone: an adapter that doesn't fit, logits that aren't finite. What goes wrong
-with the engine ends all that run, and the next begin with a new one. A new one is made, too, when the model's layers
-have changed (adapters.py), which only happens while nothing runs.
+What goes wrong with a request ends it alone: an adapter that doesn't fit, logits that aren't finite, a schema within
+which it can't go on. What goes wrong with the engine ends all that run, and the next begin with a new one. A new one is
+made, too, when the model's layers have changed (adapters.py), which only happens while nothing runs.
 
 Every request is counted once at its end, however it ends, with the time from its arrival: so in the figures the first
 tokens never took longer than the requests that they belong to.
@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 from deltaw.errors import DeltawError, RunError, with_kind
 from deltaw.generate.engine import Engine
-from deltaw.generate.sampling import NotFinite
+from deltaw.generate.sampling import RowsFailed
 from deltaw.model import Model
 from deltaw.serve.adapters import Adapters
 from deltaw.serve.answering import Answering
@@ -79,6 +79,7 @@ class Decoding:
                     key=taken.key,
                     logprobs=ask.logprobs,
                     bias=ask.bias,
+                    guide=ask.grammar.begin() if ask.grammar else None,
                 )
                 running.ids[id] = index
         except BaseException:
@@ -99,7 +100,7 @@ class Decoding:
             return
         try:
             events = self.engine.step()
-        except NotFinite as error:
+        except RowsFailed as error:
             for running in {self.by_row[id] for id in error.rows if id in self.by_row}:
                 self._end(running, "error", error)
             return

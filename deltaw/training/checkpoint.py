@@ -68,6 +68,7 @@ class TrainState:
     fingerprints: dict[str, str] = field(default_factory=dict)  # of base, data and template
     config: dict[str, Any] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)  # what the last bits depend on
+    code: dict[str, str] = field(default_factory=dict)  # sha256 of the file of each reward that is the user's own
 
     @property
     def position(self) -> LoaderState:

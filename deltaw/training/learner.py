@@ -170,7 +170,7 @@ class Learner:
                 "exp_avg_sq": saved.moments[name + SECOND].to(parameter.device),
             }
         now = self.state
-        self.state = dataclasses.replace(saved.state, config=now.config, conditions=now.conditions)
+        self.state = dataclasses.replace(saved.state, config=now.config, conditions=now.conditions, code=now.code)
         self._watch = None
 
     def put_factors_back(self, saved: Saved) -> None:

@@ -30,6 +30,7 @@ from deltaw.base.objective import Objective
 from deltaw.base.preferences import objective_of
 from deltaw.config import EvaluateConfig, RunConfig
 from deltaw.config.own_rows import rows_to_keep, with_names
+from deltaw.data.added import Token
 from deltaw.data.dataset import Dataset
 from deltaw.data.example import Example
 from deltaw.data.examples import Examples
@@ -41,6 +42,7 @@ from deltaw.evaluation.forgetting import general_text
 from deltaw.evaluation.metrics import Metric
 from deltaw.evaluation.own_metric import ASKED_FOR, Consent
 from deltaw.model import PLAIN, Model
+from deltaw.rewards.function import code_of
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.checkpoint import TrainState, conditions
@@ -117,7 +119,12 @@ class Opened:
         prints = {"base": self.id.fingerprint, "data": self.dataset.fingerprint, "template": self.id.template}
         prints |= {"retained text": self.kept_text.fingerprint} if self.kept_text else {}
         config = self.config.model_dump(mode="json")
-        state = TrainState(fingerprints=prints, config=config, conditions=conditions(self.device, self.world.size))
+        state = TrainState(
+            fingerprints=prints,
+            config=config,
+            conditions=conditions(self.device, self.world.size),
+            code=code_of(self.config.objective.reward or ()),
+        )
         return Learner(self.attached, self.config.train, self.total, state, display.say, self.objective)
 
     @property
@@ -198,7 +205,7 @@ def opened_beside(looked: Looked, others: Sequence[Opened], display: Display) ->
     """The run on the base that `others` stand on, with a fresh adapter beside those that are on it. Raises InputError
     for one whose rows can't be told from another's there."""
     base, forward = others[0].model.base, others[0].model.forward
-    attached = attach_fresh(base.model, looked.config, [other.attached for other in others])
+    attached = attach_fresh(base.model, looked.config, looked.renderer.tokens, [other.attached for other in others])
     return _opened(looked, Model(base, looked.renderer, forward, attached), display)
 
 
@@ -239,14 +246,17 @@ def _opened_model(config: RunConfig, ground: Ground, renderer: Renderer, device:
     """The base with a fresh adapter on it."""
     dtype, weights = config.train.dtype, config.base_weights
     base = open_base(ground.source, dtype=dtype, device=device, display=display, config=ground.known, weights=weights)
-    return Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config))
+    return Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config, renderer.tokens))
 
 
-def attach_fresh(model: nn.Module, config: RunConfig, like: Sequence[Attached] = ()) -> Attached:
-    """The adapter as it begins, but for a start that wants data, or that another adapter gives."""
+def attach_fresh(
+    model: nn.Module, config: RunConfig, tokens: Sequence[Token], like: Sequence[Attached] = ()
+) -> Attached:
+    """The adapter as it begins, but for a start that wants data, or that another adapter gives. `tokens`: those that
+    the config names."""
     generator, spec = torch.Generator().manual_seed(config.train.seed), config.adapter
     later = spec.from_data or spec.start is not None
-    return attach(model, spec, generator=generator, start_later=later, like=like)
+    return attach(model, spec, generator=generator, start_later=later, like=like, tokens=tokens)
 
 
 def _started(opened: Opened, start: Start, display: Display) -> Opened:

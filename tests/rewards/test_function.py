@@ -14,6 +14,7 @@ from deltaw.config.reward import parse_rewards
 from deltaw.data.row import Row
 from deltaw.errors import InputError, RunError
 from deltaw.evaluation.own_metric import Consent
+from deltaw.rewards.function import code_of
 from deltaw.rewards.opening import Rewards, rewards_of
 from deltaw.rewards.scored import Asked
 
@@ -114,8 +115,8 @@ def test_code_that_only_a_run_folder_names_asks_first(
     config = parse_rewards(f"{file}:judge")
     with pytest.raises(InputError, match="--allow-code"):
         rewards_of(config, ROWS, consent=Consent("runs/stranger"))
-    with rewards_of(config, ROWS) as opened:
-        assert len(opened.code["judge"]) == 64
+    with rewards_of(config, ROWS):
+        assert len(code_of(config)["judge"]) == 64
     with rewards_of(config, ROWS, consent=Consent("runs/stranger")):
         pass  # these very bytes have run on request
 
