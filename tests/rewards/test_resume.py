@@ -17,8 +17,8 @@ def test_it_stops_saved_and_resumes_with_other_code(tmp_path: Path) -> None:
     words(tmp_path / "train.jsonl", 12)
     judge = tmp_path / "judge.py"
     judge.write_text(JUDGE)
-    reward = {"kind": "grpo", "samples": 2, "prompts": 2, "max_new_tokens": 4, "reward": f"{judge}:judge"}
-    train = {"steps": 6, "lr": 1e-3, "dtype": "float32", "device": "cpu", "save_every": 1}
+    reward = {"kind": "grpo", "samples": 2, "prompts": 4, "max_new_tokens": 4, "reward": f"{judge}:judge"}
+    train = {"steps": 3, "lr": 1e-3, "dtype": "float32", "device": "cpu", "save_every": 1}
     evaluate = {"general": None, "report": False}
     data = {"train": str(tmp_path / "train.jsonl")}
     fields = run_file(tmp_path, data=data, objective=reward, train=train, evaluate=evaluate)
@@ -28,4 +28,4 @@ def test_it_stops_saved_and_resumes_with_other_code(tmp_path: Path) -> None:
     said = Said()
     deltaw.resume(tmp_path / "run", display=said, allow_code=True)
     assert any(line.startswith("warning:") and "judge" in line for line in said.lines)
-    assert Run(tmp_path / "run").read_metrics()[-1]["step"] == 6
+    assert Run(tmp_path / "run").read_metrics()[-1]["step"] == 3
