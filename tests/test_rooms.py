@@ -62,6 +62,7 @@ HOMES = {
     },
     "huggingface_hub": {"base/source.py", "shipping/push.py"},
     "sacrebleu": {"evaluation/chrf.py"},
+    "llguidance": {"generate/grammar.py"},
     "safetensors": {"files/safetensors.py"},
     "starlette": {"serve/app.py", "serve/page/__init__.py"},
     "sympy": {"linalg/exact.py"},

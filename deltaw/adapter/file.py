@@ -199,7 +199,7 @@ class Adapter:
         experts = peft_experts.named(modules.linear, config.get("target_parameters") or ())
         factors = to_updates(tensors, spec, file, experts, token_rows(config, modules.tokens))
         transposed = bool(config.get("fan_in_fan_out"))
-        base, history, words = _base_of(directory, config), _history_of(directory), frozenset(modules.embeddings)
+        base, history, words = base_of(directory, config), _history_of(directory), frozenset(modules.embeddings)
         return Adapter(spec, factors, base, transposed, weight_names(config), history, words)
 
     def _card(self) -> str:
@@ -270,7 +270,7 @@ def _load_full(directory: Path) -> Adapter:
         raise InputError(f"{directory / RECORD} doesn't describe full fine-tuning, but {DELTAS} lies beside it")
     factors = {path: Dense(tensor) for path, tensor in tensors.items()}
     transposed = bool(record.get("fan_in_fan_out"))
-    return Adapter(spec, factors, _base_of(directory, {}), transposed, history=_history_of(directory))
+    return Adapter(spec, factors, base_of(directory, {}), transposed, history=_history_of(directory))
 
 
 def _check_folder(directory: Path) -> None:
@@ -288,7 +288,7 @@ def _check_folder(directory: Path) -> None:
     raise InputError(f"{directory} isn't an adapter: {' and '.join(missing)} missing")
 
 
-def _base_of(directory: Path, config: dict[str, Any]) -> BaseId:
+def base_of(directory: Path, config: dict[str, Any]) -> BaseId:
     """The recorded base: deltaw.json where there is one, else what PEFT's config names."""
     if (directory / RECORD).is_file():
         raw = read_json(directory / RECORD, max_bytes=1_000_000).get("base")

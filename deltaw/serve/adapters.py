@@ -282,11 +282,12 @@ class Adapters:
         self.figures.adapter_bytes = sum(version.bytes for version in versions)
 
     def _served(self, look: Look, *, digest: str = "", number: int | None = None, problem: str = "") -> Served:
-        card, parent = self._folder.card(look), self.model.id.name
+        card, own = self._folder.card(look), self.model.id
+        problem = problem or card.problem or card.base.mismatch(own) or ""
         return Served(
             look.name,
             look.directory,
-            parent,
+            own.name,
             look.modified,
             rank=card.rank,
             system=card.system,

@@ -1,8 +1,8 @@
 """The requests that are being answered, and the engine that decodes their rows.
 
-What goes wrong with a request ends it alone: an adapter that doesn't fit, logits that aren't finite. What goes wrong
-with the engine ends all that run, and the next begin with a new one. A new one is made, too, when the model's layers
-have changed (adapters.py), which only happens while nothing runs.
+What goes wrong with a request ends it alone: an adapter that doesn't fit, logits that aren't finite, a schema within
+which it can't go on. What goes wrong with the engine ends all that run, and the next begin with a new one. A new one is
+made, too, when the model's layers have changed (adapters.py), which only happens while nothing runs.
 
 Every request is counted once at its end, however it ends, with the time from its arrival: so in the figures the first
 tokens never took longer than the requests that they belong to.
@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 from deltaw.errors import DeltawError, RunError, with_kind
 from deltaw.generate.engine import Engine
-from deltaw.generate.sampling import NotFinite
+from deltaw.generate.sampling import RowsFailed
 from deltaw.model import Model
 from deltaw.serve.adapters import Adapters
 from deltaw.serve.answering import Answering
@@ -63,13 +63,9 @@ class Decoding:
         taken = self.adapters.take(ask.adapter, ask.scale)
         try:
             engine, decode = self.current_engine(), self.model.renderer.decode
-            room = min(ask.sampling.max_new_tokens, self.model.context - len(ask.prompt))
+            room = min(ask.sampling.max_new_tokens, self.model.context - len(ask.prompt)) if ask.answer else 0
             running = Running(answering, taken, decode, room=room)
-            if ask.echo:
-                wanted = ask.logprobs is not None
-                scored = engine.score(ask.prompt, update=taken.number, top=ask.logprobs or 0) if wanted else None
-                running.echo(scored)
-            for index in range(ask.n if ask.answer else 0):
+            for index in range(ask.n if ask.answer else 1):  # one runs a prompt that is all that is wanted
                 id = engine.add(
                     ask.prompt,
                     ask.sampling,
@@ -79,6 +75,9 @@ class Decoding:
                     key=taken.key,
                     logprobs=ask.logprobs,
                     bias=ask.bias,
+                    guide=ask.grammar.begin() if ask.grammar else None,
+                    scored=ask.logprobs if ask.echo and index == 0 else None,
+                    answer=ask.answer,
                 )
                 running.ids[id] = index
         except BaseException:
@@ -89,9 +88,6 @@ class Decoding:
         self.running.append(running)
         self.by_row |= dict.fromkeys(running.ids, running)
         self._outbox.tell(answering.loop, lambda: answering.begin(served))
-        if not ask.answer:
-            running.no_answer()
-            self._end(running, running.finish)
 
     def step(self) -> None:
         """One token of each row."""
@@ -99,7 +95,7 @@ class Decoding:
             return
         try:
             events = self.engine.step()
-        except NotFinite as error:
+        except RowsFailed as error:
             for running in {self.by_row[id] for id in error.rows if id in self.by_row}:
                 self._end(running, "error", error)
             return
@@ -118,7 +114,7 @@ class Decoding:
         for running in list(self.running):
             if not running.ids:
                 self._end(running, running.finish)
-            elif running.pieces or running.new:
+            elif running.told and (running.pieces or running.new):
                 self._hand_over(running)
 
     def let_go(self, left: Collection[Answering]) -> None:

@@ -35,6 +35,7 @@ from deltaw.serve.protocol import (
     TokenizeRequest,
 )
 from deltaw.serve.refused import NAMED, Refused, of_error, wrong
+from deltaw.serve.schema import schema_of
 from deltaw.serve.tokens import Tokens
 from deltaw.serve.worker import Answering, Worker
 
@@ -148,10 +149,13 @@ class Desk:
         def prepared() -> tuple[ChatRequest, list[Ask]]:
             request = ChatRequest.read(body)
             request.check(self.limits)
+            schema = schema_of(request.response_format)
             served = self.catalog.served(request.model)
             ids = self.catalog.chat_ids(served, request.messages, request.shown_tools)
             ask = request.ask(ids, self.limits, client, served.name if served else None)
-            return request, [replace(ask, stop_ids=self.catalog.stop_ids(served))]
+            stops = self.catalog.stop_ids(served)
+            grammar = None if schema is None else self.catalog.grammar(schema, stops)
+            return request, [replace(ask, stop_ids=stops, grammar=grammar)]
 
         return await self._answers(Chat, prepared, body)
 

@@ -14,15 +14,16 @@ import hashlib
 import re
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from deltaw.adapter.file import DELTAS, RECORD, Adapter, is_adapter, is_run
+from deltaw.adapter.file import DELTAS, RECORD, Adapter, BaseId, base_of, is_adapter, is_run
 from deltaw.adapter.peft_config import CONFIG
 from deltaw.adapter.peft_tensors import WEIGHTS
 from deltaw.errors import DeltawError, InputError
 from deltaw.files.content import SETTLED, Stamp, stamp
+from deltaw.files.safetensors import read_header
 from deltaw.files.strict_json import read_json
 from deltaw.named import template_beside
 from deltaw.serve.ask import Unknown
@@ -73,11 +74,14 @@ class Read:
 @dataclass(frozen=True)
 class Card:
     """What small files say of an adapter: its rank, the system prompt of its training, and its chat template, where
-    that isn't the tokenizer's own."""
+    that isn't the tokenizer's own. `base`: which one it belongs to; `problem`: what can be seen to be wrong without
+    reading the weights, which a server doesn't do before they are asked for."""
 
     rank: int | None = None
     system: str = ""
     template: Path | None = None
+    base: BaseId = field(default_factory=BaseId)
+    problem: str = ""
 
 
 class Folder:
@@ -114,10 +118,10 @@ class Folder:
         return Look(name, directory, stamps)
 
     def card(self, look: Look) -> Card:
-        """Read once per version; empty where the files are broken, which reading the adapter says."""
+        """Read once per version."""
         known = self._cards.get(look.name)
         if known is None or known[0] != look:
-            known = self._cards[look.name] = look, _card(look.directory)
+            known = self._cards[look.name] = look, _card(look)
         return known[1]
 
     def read(self, look: Look) -> Read:
@@ -181,19 +185,27 @@ def _loaded(look: Look) -> Adapter:
     try:
         return Adapter.load(look.directory)
     except DeltawError as error:
-        parts = [error.what, error.fix or ""]
-        for old, new in ((f"{look.directory}/", f"{look.name}/"), (str(look.directory), look.name)):
-            parts = [part.replace(old, new) for part in parts]
-        raise InputError(parts[0], fix=parts[1] or None) from None
+        raise InputError(_unplaced(error.what, look), fix=_unplaced(error.fix or "", look) or None) from None
 
 
-def _card(directory: Path) -> Card:
+def _unplaced(text: str, look: Look) -> str:
+    return text.replace(f"{look.directory}/", f"{look.name}/").replace(str(look.directory), look.name)
+
+
+def _card(look: Look) -> Card:
+    directory, config, rank = look.directory, {}, None
+    if not {WEIGHTS, DELTAS} & look.stamps.keys():
+        return Card(problem="its weights are missing")
     try:
-        config = read_json(directory / CONFIG, max_bytes=1_000_000, allow_nan=True)
-        rank = config.get("r")
-        base = read_json(directory / RECORD, max_bytes=1_000_000).get("base") if (directory / RECORD).exists() else {}
-        system = base.get("system", "") if isinstance(base, dict) else ""
-    except (InputError, OSError):
-        return Card()
+        if WEIGHTS in look.stamps:
+            read_header(directory / WEIGHTS)
+        if DELTAS in look.stamps:
+            read_header(directory / DELTAS)
+        else:
+            config = read_json(directory / CONFIG, max_bytes=1_000_000, allow_nan=True)
+            rank = config.get("r")
+        base = base_of(directory, config)
+    except (InputError, OSError) as error:
+        return Card(problem=_unplaced(str(error), look))
     whole = rank if isinstance(rank, int) and not isinstance(rank, bool) else None
-    return Card(whole, system if isinstance(system, str) else "", template_beside(directory))
+    return Card(whole, base.system, template_beside(directory), base)

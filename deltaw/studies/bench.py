@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from deltaw.adapter.attach import Attached, attach, discard
 from deltaw.adapter.file import Adapter
+from deltaw.adapter.init_data import initialise_from_data
 from deltaw.base.forward import Forward
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.config import AdapterSpec, TrainConfig
@@ -40,6 +41,7 @@ from deltaw.training.optim import learning_rate, make_optimizer, set_rate
 NEW_TASK, ACCENTED = "a new task", "an accent"
 TOKENS, STEPS = 1024, 150
 LORA_RATES, FULL_RATES = (3e-3, 6e-3, 1.2e-2), (7.5e-4, 1.5e-3, 3e-3)  # where tuning begins
+START_BATCHES = 8  # that a start from data is made of, as in a run
 AT_ONCE = 50  # passages: their logits of the whole vocabulary, a few times over
 
 
@@ -149,6 +151,17 @@ class Bench(abc.ABC):
             yield attached
         finally:
             discard(attached)
+
+
+def begun(forward: Forward, arm: Arm, examples: Sequence[Example], seed: int) -> Attached:
+    """An arm's update on the model, at its start; if that is made of data, of the first batches that it will learn."""
+    generator = torch.Generator().manual_seed(seed)
+    attached = attach(forward.model, arm.spec, generator=generator, start_later=arm.spec.from_data)
+    if arm.spec.from_data:
+        device = attached.parameters[0].device
+        batches = chain.from_iterable(step for step, _ in Loader(examples, arm.tokens, arm.tokens, seed))
+        initialise_from_data(attached, forward, [batch.to(device) for batch in islice(batches, START_BATCHES)])
+    return attached
 
 
 def learn(

@@ -1,10 +1,12 @@
-"""A picture that most studies have: each arm's mean over the seeds, with its interval, and every seed in a table."""
+"""What arms come to over the seeds, as pictures and tables take it: means with their intervals."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from deltaw.analysis import pictures
 from deltaw.analysis.page import Cell, Picture, Table
-from deltaw.studies.statistics import Paired
+from deltaw.studies.statistics import Estimate, Paired
+
+Band = tuple[Sequence[float], Sequence[float | None], Sequence[float | None]]
 
 
 def mean_bars(arms: Mapping[str, Mapping[int, float]], y_label: str, caption: str) -> Picture:
@@ -21,3 +23,19 @@ def mean_bars(arms: Mapping[str, Mapping[int, float]], y_label: str, caption: st
     )
     table = Table(["", "mean", "from", "to", *seeds], rows, "Intervals are of the means, not of the pairs")
     return Picture(drawn, caption, "A bar for each, with its interval", table)
+
+
+def band(xs: Sequence[float], estimates: Sequence[Estimate], shown: Callable[[float], float] = float) -> Band:
+    """(xs, lower ends, upper ends) of the intervals. `shown`: what a value is drawn as, rising with it."""
+    ends = [estimate.bounds() for estimate in estimates]
+    return list(xs), [shown(low) for low, _ in ends], [shown(high) for _, high in ends]
+
+
+def mean_of(by_seed: Mapping[int, float]) -> Paired:
+    """The mean over seeds, with what is known of it."""
+    return Paired(tuple(by_seed.values()))
+
+
+def cells(estimate: Estimate, shown: Callable[[float], float] = float) -> list[Cell]:
+    """A value and the ends of its interval."""
+    return [shown(value) for value in (estimate.value, *estimate.bounds())]

@@ -42,6 +42,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from deltaw.analysis.page import number
 from deltaw.evaluation.intervals import t_quantile
 
 ALPHA, POWER = 0.05, 0.8
@@ -155,6 +156,14 @@ class Exact:
         return 0.0
 
 
+def estimate_of(raw: Mapping[str, Any]) -> Estimate:
+    """An estimate as a record has it: its kind and its numbers, null where one isn't finite."""
+    kinds: Mapping[str, Any] = {kind.__name__: kind for kind in (Paired, Quotient, Resampled, Exact)}
+    fields = {name: _stored(value) for name, value in raw.items() if name != "kind"}
+    estimate: Estimate = kinds[raw["kind"]](**fields)
+    return estimate
+
+
 @dataclass(frozen=True)
 class Finding:
     """A criterion and what was found. `low`, `high`: one-sided bounds at 5 %; `detectable`: how far beyond its bound
@@ -199,7 +208,7 @@ class Criterion:
 
     def shown(self, value: float) -> str:
         """A value of the quantity as it is written: a ratio of a logarithm."""
-        return f"{math.exp(min(value, 700)):.4g}" if self.is_log else f"{value:.4g}"
+        return number(math.exp(min(value, 700)) if self.is_log else value)
 
     def find(self, estimate: Estimate, among: int = 1) -> Finding:
         """Apply it; `among` so many criteria of one rule."""
@@ -304,6 +313,12 @@ def _noncentral(freedom: int, alpha: float = ALPHA, power: float = POWER) -> flo
         chance = sum(w * (1 + math.erf((middle - s) / math.sqrt(2))) / 2 for w, s in zip(weight, scaled, strict=True))
         low, high = (middle, high) if chance < power else (low, middle)
     return high
+
+
+def _stored(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_stored(one) for one in value)
+    return math.nan if value is None else value
 
 
 def _shared(one: Mapping[int, float], other: Mapping[int, float]) -> list[int]:

@@ -33,11 +33,13 @@ from deltaw.studies.statistics import (
     Finding,
     Tuned,
     Verdict,
+    estimate_of,
     together,
 )
 
 NAMES: tuple[str, ...] = (
     "rank", "lr10", "where", "phi", "amp", "fullrank", "pretrain", "forget", "intruder", "compress", "bf16",
+    "init", "rslora", "plus", "batch", "accum", "merge4", "rl-rank",
 )  # fmt: skip
 
 
@@ -109,7 +111,8 @@ def judge(rule: Rule, outcome: Outcome) -> Judgement:
     findings = tuple(c.find(outcome.estimates[c.quantity], len(rule.criteria)) for c in rule.criteria)
     ends = [f"{arm} ({tuned.rate:g})" for arm, tuned in outcome.tuned.items() if not tuned.is_interior]
     verdict = together([finding.verdict for finding in findings])
-    reasons = [in_words(criterion, finding) for criterion, finding in zip(rule.criteria, findings, strict=True)]
+    pairs = zip(rule.criteria, findings, strict=True)
+    reasons = [in_words(criterion, finding) for criterion, finding in pairs if finding.verdict == verdict]
     if ends:
         verdict = "not settled"
         reasons.append(f"the best learning rate lies at the grid's end: {', '.join(ends)}")
@@ -117,6 +120,17 @@ def judge(rule: Rule, outcome: Outcome) -> Judgement:
         verdict, reasons = "void", [outcome.void]
     because = "; ".join(reasons) + "."
     return Judgement(verdict, findings, f"{because} {outcome.words}".strip())
+
+
+def judged_again(rule: Rule, record: Mapping[str, Any]) -> Verdict:
+    """The verdict that a stored record's own numbers give, if it isn't void."""
+    findings = [
+        criterion.find(estimate_of(stored["estimate"]), len(rule.criteria))
+        for criterion, stored in zip(rule.criteria, record["findings"], strict=True)
+    ]
+    if not all(tuned["interior"] for tuned in record["tuned"].values()):
+        return "not settled"
+    return together([finding.verdict for finding in findings])
 
 
 def in_words(criterion: Criterion, finding: Finding) -> str:
@@ -142,4 +156,4 @@ def find_study(name: str) -> Any:
     """The module of a study. Raises InputError for an unknown name."""
     if name not in NAMES:
         raise InputError(f"there is no study {name!r}", fix=f"studies: {', '.join(NAMES)}")
-    return importlib.import_module(f"deltaw.studies.{name}")
+    return importlib.import_module(f"deltaw.studies.{name.replace('-', '_')}")

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deltaw.adapter.attach import attach, detach
+from deltaw.adapter.attach import detach
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.load import open_base, open_skeleton
@@ -45,7 +45,7 @@ from deltaw.files.atomic import write_text_atomic
 from deltaw.files.safetensors import save_safetensors
 from deltaw.files.shards import SINGLE
 from deltaw.show.progress import Display
-from deltaw.studies.bench import ACCENTED, NEW_TASK, TOKENS, Arm, Bench, Trained, by_passage, learn
+from deltaw.studies.bench import ACCENTED, NEW_TASK, TOKENS, Arm, Bench, Trained, begun, by_passage, learn
 from deltaw.training.optim import learning_rate
 
 HIDDEN = 128
@@ -136,7 +136,7 @@ class Tiny(Bench):
 
     def _train(self, arm: Arm, seed: int, folder: Path) -> None:
         before = self.before(arm.stage)
-        attached = attach(self.forward.model, arm.spec, generator=torch.Generator().manual_seed(seed))
+        attached = begun(self.forward, arm, self.rows(arm.stage), seed)
         try:
             curve = learn(self.forward, attached, arm, self.rows(arm.stage), seed)
             loss, _ = held_out_loss(self.forward, self.held_out(arm.stage))
