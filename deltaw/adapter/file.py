@@ -31,7 +31,7 @@ from torch import nn
 
 from deltaw.adapter import peft_experts
 from deltaw.adapter.history import NOTHING, History
-from deltaw.adapter.peft_config import CONFIG, check_config, from_spec, to_spec, weight_names
+from deltaw.adapter.peft_config import CONFIG, check_config, from_spec, to_spec, token_rows, weight_names
 from deltaw.adapter.peft_tensors import WEIGHTS, by_weight, module_paths, not_finite, to_tensors, to_updates
 from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.source import PICKLES
@@ -42,6 +42,7 @@ from deltaw.files.atomic import write_text_atomic
 from deltaw.files.safetensors import load_safetensors, save_safetensors
 from deltaw.files.strict_json import read_json
 from deltaw.kinds import Dense
+from deltaw.replaced import Rows, Whole
 from deltaw.show.text import counted
 from deltaw.updates import Update
 from deltaw.version import VERSION
@@ -91,6 +92,9 @@ class Adapter:
     fan_in_fan_out: bool = False  # PEFT's word for a base that stores its weights transposed (GPT-2's Conv1D)
     rewritten: frozenset[str] = frozenset()  # last names of layers that PEFT is told of by their weights (peft_config)
     history: History = NOTHING
+    embeddings: frozenset[str] = (
+        frozenset()
+    )  # paths of modules that are one, whose LoRA PEFT keeps in a form of its own
 
     def __repr__(self) -> str:
         of = (
@@ -115,13 +119,29 @@ class Adapter:
                 digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
         return f"sha256:{digest.hexdigest()}"
 
+    @property
+    def body(self) -> dict[str, Update]:
+        """The updates that the spec's kind, rank and alpha are of: all but trained tokens and whole modules."""
+        return {path: update for path, update in self.factors.items() if update.kind == self.spec.kind}
+
+    @property
+    def replaced(self) -> dict[str, Update]:
+        """The others."""
+        return {path: update for path, update in self.factors.items() if update.kind != self.spec.kind}
+
+    @property
+    def tokens(self) -> dict[int, str]:
+        """The trained tokens by number, as far as their texts are known."""
+        index = next((one.index_K.tolist() for one in self.factors.values() if isinstance(one, Rows)), [])
+        return dict(zip(index, self.spec.tokens, strict=False))
+
     def save(self, directory: str | Path) -> Path:
         """Write PEFT's layout into `directory`, each file whole or not at all. RunError on NaN or a full disk."""
         directory = Path(directory)
         for path, update in self.factors.items():
             if not describes(self.spec, path, update):
                 raise ValueError(f"{path}: rank {update.rank}, scale {update.scale} aren't what the spec says")
-        tensors = to_tensors(self.factors)
+        tensors = to_tensors(self.factors, self.embeddings)
         if bad := not_finite(tensors):
             raise RunError(f"the adapter holds NaN or infinity and wasn't saved:\n{listed(bad)}")
         directory.mkdir(parents=True, exist_ok=True)
@@ -148,15 +168,17 @@ class Adapter:
     def _peft_config(self) -> dict[str, Any]:
         names = {self.spec.targets} if isinstance(self.spec.targets, str) else set(self.spec.targets)
         # A group is deltaw's own word, so it is spelt out for other tools.
-        paths = tuple(dict.fromkeys(parameter_of(path) for path in self.factors))
+        paths = tuple(dict.fromkeys(parameter_of(path) for path in self.body))
         spec = self.spec.model_copy(update={"targets": paths} if names & set(TARGET_GROUPS) else {})
         return from_spec(
             spec,
-            self.factors,
+            self.body,
             self.rewritten,
             base=self.base.name,
             revision=self.base.revision,
             fan_in_fan_out=self.fan_in_fan_out,
+            whole=[path for path, update in self.replaced.items() if isinstance(update, Whole)],
+            tokens={p: one.index_K.tolist() for p, one in self.replaced.items() if isinstance(one, Rows)},
         )
 
     @staticmethod
@@ -169,14 +191,16 @@ class Adapter:
         _check_folder(directory)
         config = read_json(directory / CONFIG, max_bytes=1_000_000, allow_nan=True)
         check_config(config, str(directory / CONFIG))
-        tensors = by_weight(load_safetensors(directory / WEIGHTS), config, str(directory / CONFIG))
-        paths = module_paths(tensors, directory / WEIGHTS)
-        spec = to_spec(config, paths, str(directory / CONFIG))
-        experts = peft_experts.named(paths, config.get("target_parameters") or ())
-        factors = to_updates(tensors, spec, directory / WEIGHTS, experts)
+        file, source = directory / WEIGHTS, str(directory / CONFIG)
+        tensors = by_weight(load_safetensors(file), config, source)
+        modules = module_paths(tensors, file)
+        spec = to_spec(config, modules.low_rank, source, embeddings=modules.embeddings, whole=modules.whole)
+        spec = spec.model_copy(update={"tokens": _tokens_of(directory)})
+        experts = peft_experts.named(modules.linear, config.get("target_parameters") or ())
+        factors = to_updates(tensors, spec, file, experts, token_rows(config, modules.tokens))
         transposed = bool(config.get("fan_in_fan_out"))
-        base, history = _base_of(directory, config), _history_of(directory)
-        return Adapter(spec, factors, base, transposed, weight_names(config), history)
+        base, history, words = base_of(directory, config), _history_of(directory), frozenset(modules.embeddings)
+        return Adapter(spec, factors, base, transposed, weight_names(config), history, words)
 
     def _card(self) -> str:
         """A few words; what is exported gets a full card (shipping/card.py)."""
@@ -204,6 +228,8 @@ class Adapter:
 
 def describes(spec: AdapterSpec, path: str, update: Update) -> bool:
     """Whether a reader of the spec gets the update's rank and scale right."""
+    if isinstance(update, Rows | Whole):
+        return True
     same = spec.full or (update.rank, update.scale) == (spec.rank_of(path), spec.scale(path))
     return update.kind == spec.kind and same
 
@@ -244,7 +270,7 @@ def _load_full(directory: Path) -> Adapter:
         raise InputError(f"{directory / RECORD} doesn't describe full fine-tuning, but {DELTAS} lies beside it")
     factors = {path: Dense(tensor) for path, tensor in tensors.items()}
     transposed = bool(record.get("fan_in_fan_out"))
-    return Adapter(spec, factors, _base_of(directory, {}), transposed, history=_history_of(directory))
+    return Adapter(spec, factors, base_of(directory, {}), transposed, history=_history_of(directory))
 
 
 def _check_folder(directory: Path) -> None:
@@ -262,7 +288,7 @@ def _check_folder(directory: Path) -> None:
     raise InputError(f"{directory} isn't an adapter: {' and '.join(missing)} missing")
 
 
-def _base_of(directory: Path, config: dict[str, Any]) -> BaseId:
+def base_of(directory: Path, config: dict[str, Any]) -> BaseId:
     """The recorded base: deltaw.json where there is one, else what PEFT's config names."""
     if (directory / RECORD).is_file():
         raw = read_json(directory / RECORD, max_bytes=1_000_000).get("base")
@@ -274,6 +300,13 @@ def _base_of(directory: Path, config: dict[str, Any]) -> BaseId:
         return BaseId(**{name: value for name, value in known.items() if value is not None})
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     return BaseId(name if isinstance(name, str) else "", revision if isinstance(revision, str) else None)
+
+
+def _tokens_of(directory: Path) -> tuple[str, ...]:
+    """The recorded texts of the trained tokens; none beside another tool's adapter."""
+    spec = read_json(directory / RECORD, max_bytes=1_000_000).get("spec") if (directory / RECORD).is_file() else None
+    texts = spec.get("tokens", []) if isinstance(spec, dict) else []
+    return tuple(texts) if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else ()
 
 
 def _history_of(directory: Path) -> History:

@@ -54,12 +54,13 @@ def initialise_from_data(
     if not attached.spec.from_data:
         raise ValueError(f"init {attached.spec.init} needs no data")
     kind = _Inputs if attached.spec.init == "eva" else _Gradient
-    paths = attached.paths
-    groups = fill(range(len(paths)), [kind.bytes_of(attached.layers[path].base) for path in paths], BUDGET)
+    bases = {path: base for path, layer in attached.layers.items() if isinstance(base := layer.base, FrozenLinear)}
+    paths = [path for path in bases if isinstance(attached.layers[path], LowRankUpdate | DoRAUpdate)]
+    groups = fill(range(len(paths)), [kind.bytes_of(bases[path]) for path in paths], BUDGET)
     with display.task(f"init {attached.spec.init}", len(groups) * len(batches)) as progress:
         for number, group in enumerate(groups):
-            sums = {paths[index]: kind(attached.layers[paths[index]].base) for index in group}
-            hooks = [attached.layers[path].base.register_forward_hook(total.watch) for path, total in sums.items()]
+            sums = {paths[index]: kind(bases[paths[index]]) for index in group}
+            hooks = [bases[path].register_forward_hook(total.watch) for path, total in sums.items()]
             hooks += [_leaf(attached.model)] if kind is _Gradient else []
             try:
                 for done, batch in enumerate(batches, 1 + number * len(batches)):

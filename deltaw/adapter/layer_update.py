@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.base.frozen import FrozenLinear, Stored
+from deltaw.base.frozen import FrozenEmbedding, FrozenLinear, Stored
 from deltaw.base.passing import Passing
 from deltaw.errors import InputError, RunError
+from deltaw.kernels.changed_head import HeadChange
 from deltaw.kernels.lora import Factors
 from deltaw.kernels.segments import Segments
 from deltaw.updates import Update
@@ -163,9 +164,22 @@ class LayerUpdate(nn.Module, abc.ABC):
         self.enabled = True
 
     @property
-    def base(self) -> FrozenLinear:
+    def base(self) -> FrozenLinear | FrozenEmbedding:
         """The frozen layer that this is an update of."""
         return self._base[0]
+
+    def looked_up(self, base: FrozenEmbedding, ids: Tensor) -> Tensor:
+        """What the embedding `base` gives with this update on it. Of those that an embedding can have (ends.py)."""
+        raise TypeError(f"a {type(self).__name__} isn't an update of an embedding")
+
+    def on_head(self, base: FrozenLinear) -> HeadChange | None:
+        """What the head `base` gives otherwise with this update on it; None while it is switched off. As above."""
+        raise TypeError(f"a {type(self).__name__} isn't an update of a head")
+
+    @property
+    def height(self) -> int:
+        """The rows of the base's weight, and more where tokens were added."""
+        return self.base.out_features
 
     @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:

@@ -2,13 +2,17 @@
 
 Reading. A trained adapter adapts the modules that it has tensors for; the config gives each of them its scale. PEFT
 ignores names and patterns that match nothing (a list made for many architectures, the rank of a module that isn't
-targeted), and so does this. A field that would change the mathematics and that deltaw does not have (a bias, trained
-tokens, saved modules ...) is refused by name; a field that this file has never heard of is refused unless it is empty,
+targeted), and so does this. A field that would change the mathematics and that deltaw does not have (a bias, layers
+that are used twice ...) is refused by name; a field that this file has never heard of is refused unless it is empty,
 since what it means is unknown and dropping it silently would load another adapter than was trained. Fields that name
 code or only steer PEFT's own targeting are ignored and never imported.
 
 `rank_pattern` and `alpha_pattern` are regular expressions, matched by PEFT's rule (patterns.py). A spec's overrides are
 names: PEFT's keys stay where, as names, they say the same of every module, and are full paths otherwise.
+
+`modules_to_save` is held against the file, which has the tensors. `trainable_token_indices` is a list, for the
+embedding, or has one for each module; trained tokens of a base whose head is its embedding are written as the list,
+since PEFT then puts them into both, and of any other base as a mapping.
 
 Writing. PEFT (0.21, on transformers 5) takes gate_proj, up_proj, down_proj, gate (w1, w2, w3) in `target_modules` of
 certain models with experts for those of the experts, which are parameters there and not layers, even in a full path or
@@ -20,7 +24,7 @@ know for parameters: the dropout of a trained adapter is written as 0, and DoRA 
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -37,8 +41,6 @@ CONFIG = "adapter_config.json"
 # Fields with a meaning deltaw lacks: refused unless they hold this neutral value (or are absent, null, empty, false).
 UNSUPPORTED = {
     "lora_bias": "a bias on B",
-    "modules_to_save": "fully trained modules",
-    "trainable_token_indices": "trained token embeddings",
     "layer_replication": "replicated layers",
     "loftq_config": "a base changed by LoftQ",
     "use_qalora": "QALoRA",
@@ -59,7 +61,8 @@ IGNORED = {
 NARROWS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "rank_pattern",
-    "alpha_pattern", "fan_in_fan_out", "bias", "init_lora_weights", "target_parameters",
+    "alpha_pattern", "fan_in_fan_out", "bias", "init_lora_weights", "target_parameters", "modules_to_save",
+    "trainable_token_indices",
 }  # fmt: skip
 # Initialisers that move the base, so that the saved factors are relative to weights nobody else has (peft#2270).
 MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -108,9 +111,30 @@ def weight_names(config: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(entry.removesuffix(WEIGHT).rpartition(".")[2] for entry in entries if entry.endswith(WEIGHT))
 
 
-def to_spec(config: dict[str, Any], paths: Iterable[str], source: str) -> AdapterSpec:
-    """The spec of a trained adapter whose tensors name `paths`; `config` has passed `check_config`."""
+def token_rows(config: Mapping[str, Any], paths: Sequence[str]) -> dict[str, list[int]]:
+    """Which rows the trained tokens of each module are; `config` has passed `check_config`."""
+    given = config.get("trainable_token_indices") or []
+    if isinstance(given, list):
+        return dict.fromkeys(paths, given)
+    return {path: next((rows for name, rows in given.items() if names_module(name, path)), []) for path in paths}
+
+
+def to_spec(
+    config: dict[str, Any],
+    paths: Iterable[str],
+    source: str,
+    *,
+    embeddings: Sequence[str] = (),
+    whole: Sequence[str] = (),
+) -> AdapterSpec:
+    """The spec of a trained adapter whose tensors name `paths`, some of them `embeddings`, and `whole` modules;
+    `config` has passed `check_config`."""
     paths = tuple(paths)
+    listed_whole = config.get("modules_to_save") or ()
+    if strays := [f"{path!r:.120}" for path in whole if not any(names_module(name, path) for name in listed_whole)]:
+        raise InputError(f"{source}: modules_to_save doesn't name what the weights are for:\n{listed(strays)}")
+    if gone := [f"{name!r:.120}" for name in listed_whole if not any(names_module(name, path) for path in whole)]:
+        raise InputError(f"{source}: modules_to_save names what the file doesn't hold:\n{listed(gone)}")
     names = config.get("target_modules")
     weights = config.get("target_parameters") or ()
     by_weight = [path for path in paths if any(names_module(entry, path + WEIGHT) for entry in weights)]
@@ -127,7 +151,8 @@ def to_spec(config: dict[str, Any], paths: Iterable[str], source: str) -> Adapte
     fields: dict[str, Any] = {
         "rank": config.get("r", 8),
         "alpha": config.get("lora_alpha", 8),
-        "targets": tuple(names),
+        "targets": tuple(names) or tuple(paths),
+        "also": dict.fromkeys(embeddings, "lora") | dict.fromkeys(whole, "whole"),
         "scaling": "rslora" if config.get("use_rslora") else "lora",
         "magnitude": config.get("use_dora", False),
         "dropout": 0.0 if config.get("lora_dropout") is None else config["lora_dropout"],
@@ -151,9 +176,12 @@ def from_spec(
     base: str,
     revision: str | None,
     fan_in_fan_out: bool,
+    whole: Sequence[str] = (),
+    tokens: Mapping[str, Sequence[int]] = {},
 ) -> dict[str, Any]:
-    """PEFT's classic fields of an adapter of `paths`, and `target_parameters` where it has to be; no others: servers
-    differ in what newer ones they know."""
+    """PEFT's classic fields of an adapter of `paths`, and `target_parameters` and `trainable_token_indices` where they
+    have to be; no others: servers differ in what newer ones they know. `whole`: modules that are replaced; `tokens`:
+    the rows that are, by module."""
     from deltaw.version import PEFT_VERSION
 
     paths = tuple(paths)
@@ -163,9 +191,10 @@ def from_spec(
     names = [spec.targets] if isinstance(spec.targets, str) else list(spec.targets)
     if experts:  # a name may be of both, `down_proj` say
         names = [name for name in names if any(names_module(name, path) for path in paths)]
+    names += [_last(path) for path in paths if not any(names_module(name, path) for name in names)]  # of the ends
     paths = (*paths, *experts)
     keys = {path: path + WEIGHT if path in set(by_weight) else path for path in paths}
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -175,7 +204,7 @@ def from_spec(
         "lora_dropout": 0.0 if by_weight or experts else spec.dropout,
         "bias": "none",
         "target_modules": [name for name in names if _last(name) not in rewritten],
-        "modules_to_save": None,
+        "modules_to_save": [_last(path) for path in whole] or None,
         "rank_pattern": _pattern(spec.rank_overrides, {path: spec.rank_of(path) for path in paths}, spec.rank, keys),
         "alpha_pattern": {
             key: _plain(alpha)
@@ -190,8 +219,12 @@ def from_spec(
         "init_lora_weights": True,
         "peft_version": PEFT_VERSION,
     }
-    parameters = [path + WEIGHT for path in by_weight] + experts
-    return config | ({"target_parameters": parameters} if parameters else {})
+    if parameters := [path + WEIGHT for path in by_weight] + experts:
+        config["target_parameters"] = parameters
+    if tokens:
+        rows = {_last(path): list(index) for path, index in tokens.items()}
+        config["trainable_token_indices"] = rows if len(rows) > 1 else next(iter(rows.values()))
+    return config
 
 
 def check_config(config: Mapping[str, Any], source: str) -> None:
@@ -248,6 +281,11 @@ def _problems(config: Mapping[str, Any]) -> Iterable[str]:
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(field), dict | None):
             yield f"{field}: a mapping is needed, got {config[field]!r:.60}"
+    if not _names(config.get("modules_to_save") or []):
+        yield f"modules_to_save: a list of names is needed, got {config['modules_to_save']!r:.60}"
+    rows = config.get("trainable_token_indices") or []
+    if not all(_row_numbers(some) for some in (rows.values() if isinstance(rows, dict) else [rows])):
+        yield f"trainable_token_indices: numbers of rows are needed, got {rows!r:.60}"
     for field in ("use_rslora", "use_dora", "fan_in_fan_out"):
         if not isinstance(config.get(field, False), bool):
             yield f"{field}: true or false is needed, got {config[field]!r:.60}"
@@ -263,6 +301,14 @@ def _problems(config: Mapping[str, Any]) -> Iterable[str]:
     for field in sorted(config.keys() - UNSUPPORTED.keys() - IGNORED - READ):
         if config[field]:
             yield f"{field!r:.60} is unknown, so what it does can't be kept"
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+def _row_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(row) is int and row >= 0 for row in value)
 
 
 def _last(path: str) -> str:

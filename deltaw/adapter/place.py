@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from deltaw.adapter import stand_ins as fused
 from deltaw.adapter.dora import DoRAUpdate
+from deltaw.adapter.ends import Ends, face, find_ends, make_layer, maker, notes_of, places_of, tokens_of, ways_of
 from deltaw.adapter.experts import AdaptedExperts, ExpertsUpdate, MovingExpertsUpdate
 from deltaw.adapter.full import FullUpdate
 from deltaw.adapter.init import fresh_factors, olora_factors, pissa_factors
@@ -31,12 +32,15 @@ from deltaw.adapter.layer_update import AdaptedLayer, Carried, LayerUpdate
 from deltaw.adapter.moving import MovingUpdate
 from deltaw.adapter.targets import Targets, explicit_targets, find_targets, targets_of
 from deltaw.adapter.trial import Observed, differences, holds, observe
+from deltaw.adapter.vocabulary import AdaptedVocabulary
+from deltaw.adapter.whole import EndLoRA
 from deltaw.base.experts import FrozenExperts, FrozenStack, expert_stacks
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.passing import passing_of
 from deltaw.base.stand_in import StandIn
 from deltaw.config import AdapterSpec
 from deltaw.config.adapter import parameter_of
+from deltaw.data.added import Token
 from deltaw.errors import InputError, listed
 from deltaw.factors import LowRank
 from deltaw.updates import Update
@@ -51,6 +55,7 @@ class Placed(NamedTuple):
     carried: Carried
     number: int
     targets: Targets
+    notes: tuple[str, ...] = ()  # on the ends
 
 
 def put_on(
@@ -61,18 +66,25 @@ def put_on(
     fuse: Sequence[str],
     start: torch.Generator | None = None,
     known: bool = False,
+    tokens: Sequence[Token] = (),
 ) -> Placed:
     """Put trained updates on `model`, by path, or fresh ones that begin where the spec says, drawn from `start` (at
-    zeros without one). `known`: fresh ones of this kind train in exactly these places, so nothing is tried. Raises
-    InputError, the model as it was."""
+    zeros without one). `known`: fresh ones of this kind train in exactly these places, so nothing is tried. `tokens`:
+    those that the spec names, as the tokenizer has them. Raises InputError, the model as it was."""
     check_known(model)
+    ways = find_ends(model, spec) if trained is None else ways_of(model, trained)
+    tokens = _checked(spec, tokens) if trained is None else tokens_of(spec, trained, tokens)
     with _beside_others(model) as (carried, others, stand_ins):
         tried = known or (trained is not None and _tried_before(others, spec, trained))
         observed = None if tried else observe(model)
         place = _Place(model, carried, others, observed)
         try:
-            targets, exact, updates = _placed(place, spec, trained, tried=tried)
+            body = None if trained is None else {path: one for path, one in trained.items() if path not in ways}
+            targets, exact, updates = _placed(place, spec, body, tried=tried)
             place.put(others)
+            for path, way in ways.items():
+                updates[path] = place.add_end(path, way, maker(path, way, spec, tokens))
+            _check_alone(others, place.layers)
             if tried:
                 fused.put_back(model, stand_ins)
             else:
@@ -88,20 +100,19 @@ def put_on(
             place.clear()
             raise
         carried.add(place.number)
-    return Placed(exact, updates, carried, place.number, targets)
+    return Placed(exact, updates, carried, place.number, targets, tuple(notes_of(model, ways)))
 
 
-def take_off(model: nn.Module, layers: Mapping[str, LayerUpdate], carried: Carried, number: int) -> None:
+def take_off(model: nn.Module, carried: Carried, number: int) -> None:
     """The updates of that number out of the model, and with the last ones all layers and stand-ins."""
     carried.remove(number)
     if not carried.numbers:
         fused.remove(model, fused.installed(model))
-    for home in dict.fromkeys(update.home(path) for path, update in layers.items()):
-        layer = model.get_submodule(home)
+    for path, layer in list(model.named_modules()):
         if isinstance(layer, AdaptedLayer) and layer.has(number):
             layer.take_off(number)
             if not layer.updates:
-                model.set_submodule(home, layer.base.module)
+                model.set_submodule(path, layer.base.module)
 
 
 def check_bare(model: nn.Module) -> None:
@@ -175,6 +186,20 @@ class _Place:
         layer.put_on(self.number, update)
         return update
 
+    def add_end(self, path: str, way: str, make: Callable[..., LayerUpdate]) -> LayerUpdate:
+        """An update of the embedding or the head, in its place and in that of whatever is one matrix with it."""
+        places = places_of(self.model, path, way)
+        made: LayerUpdate | None = None
+        for place in places:
+            layer = self.others.get(place) or make_layer(face(self.model, place, Ends.of(self.model)), self.carried)
+            layer.train(self.model.training)
+            made = made or make(layer.base).train(self.model.training)
+            layer.put_on(self.number, made)
+            self.layers[place] = layer
+        self.put({place: self.layers[place] for place in places})
+        assert made is not None
+        return made
+
     def put(self, layers: Mapping[str, AdaptedLayer]) -> None:
         """These layers in their places."""
         for path, layer in layers.items():
@@ -239,6 +264,24 @@ def _placed(
         unfit |= {path: why for path in targets.paths if (why := different.get(updates[path].home(path)))}
 
 
+def _check_alone(others: Mapping[str, AdaptedLayer], layers: Mapping[str, AdaptedLayer]) -> None:
+    """Raise InputError where an adapter that brings tokens is put beside others: each would have a vocabulary of its
+    own."""
+    ends = [layer for layer in (*layers.values(), *others.values()) if isinstance(layer, AdaptedVocabulary)]
+    if others and any(layer.height > layer.base.out_features for layer in ends):
+        raise InputError(
+            "an adapter that adds tokens to the base's vocabulary can't stand beside others on one base",
+            fix="use it alone, or merge it into the base first: deltaw merge",
+        )
+
+
+def _checked(spec: AdapterSpec, tokens: Sequence[Token]) -> Sequence[Token]:
+    """The tokens of a fresh adapter. Raises ValueError where they aren't those that the spec names."""
+    if tuple(token.text for token in tokens) != spec.tokens:
+        raise ValueError("attach needs the tokens that the spec names as its tokenizer has them: add_tokens(…)")
+    return tokens
+
+
 def _check_all_seen(layers: Mapping[str, AdaptedLayer]) -> None:
     """Raise InputError where some of a pass's rows are handed to a layer without saying which."""
     part = [path for path, layer in layers.items() if not layer.sees_all]
@@ -292,6 +335,8 @@ def _update(path: str, spec: AdapterSpec, base: FrozenLinear | FrozenStack) -> L
 def _start(update: LowRankUpdate | DoRAUpdate, spec: AdapterSpec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A and B to begin at, as far as they need no data."""
     rank, weight = update.lora_a.shape[0], update.base.weight
+    if isinstance(update, EndLoRA):
+        return fresh_factors(rank, *weight.shape, generator)
     if spec.init == "pissa":
         return pissa_factors(weight.dense(), rank, update.scale)
     if spec.init == "olora":

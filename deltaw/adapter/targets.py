@@ -121,7 +121,8 @@ def _asked(model: nn.Module, spec: AdapterSpec, linear: tuple[str, ...], experts
             )
     head = head_path(model)
     if head and any(names_module(name, head) for name in wanted):
-        raise InputError(f"adapter.targets: {head} is the output head, which can't be adapted yet")
+        end = head.rpartition(".")[2]
+        raise InputError(f"adapter.targets: {head} is the output head", fix=f"name it in adapter.also: {{{end}: lora}}")
     if not wanted:
         raise InputError("adapter.targets says only what isn't adapted", fix="begin with all-linear: [all-linear, …]")
     taken = {name: _meant(name, linear, experts) for name in wanted}
@@ -177,12 +178,9 @@ def targets_of(
     """What trained updates adapt on `model`, by their paths. Raises InputError unless each has its layer, of its shape,
     and each layer of the language model that the spec names has its update."""
     linear, experts = linear_paths(model), experts_of(model)
-    head = head_path(model)
-    if head in updates:
-        raise InputError(f"{head} is the output head, which can't be adapted yet")
     names = _names(spec)
     every = (*linear, *experts.shapes)
-    if not any(_matches(name, path) for name in names for path in every):
+    if updates and not any(_matches(name, path) for name in names for path in every):
         raise InputError(f"the adapter belongs to another model: {_unknown(list(names), every)}")
     single = {path: update for path, update in updates.items() if expert_of(path) is not None}
     strays = [path for path in updates if path not in linear and path not in single]

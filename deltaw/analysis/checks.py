@@ -117,6 +117,8 @@ def _held_out(result: Mapping[str, Any], unit: str) -> Iterator[Finding]:
     sides = [result.get("eval", {}).get(side) for side in ("before", "after")]
     if sides == [{}, {}]:
         yield Finding("note", "no held-out rows, so nothing shows whether it learnt what it should; set data.eval")
+    if all(side and "reward" in side for side in sides):
+        yield from _reward(result, *(side["reward"] for side in sides))
     if not all(side and "loss" in side for side in sides):
         return
     before, after = (side["loss"] for side in sides)
@@ -132,6 +134,22 @@ def _held_out(result: Mapping[str, Any], unit: str) -> Iterator[Finding]:
     best, steps = result.get("best_step"), result.get("steps")
     if best is not None and steps is not None and best < steps:
         yield Finding("note", f"the held-out loss was best at step {best:g} of {steps:g}; that adapter was saved")
+
+
+def _reward(result: Mapping[str, Any], base: float, after: float) -> Iterator[Finding]:
+    """Of the greedy answers to held-out prompts."""
+    start = result.get("eval", {}).get("start", {}).get("reward")
+    before, whose = (base, "the base") if start is None else (start, "the adapter that it started from")
+    rose = f"from {before:.3f}, which {whose} had, to {after:.3f}"
+    if after > before:
+        yield Finding("ok", f"the reward of held-out prompts rose {rose}")
+    else:
+        yield Finding(
+            "problem", f"the reward of held-out prompts didn't rise: {rose}; look at the share of flat groups"
+        )
+    best, steps = result.get("best_step"), result.get("steps")
+    if best is not None and steps is not None and best < steps:
+        yield Finding("note", f"the reward was best at step {best:g} of {steps:g}; that adapter was saved")
 
 
 def _lineage(training: Training) -> Iterator[Finding]:

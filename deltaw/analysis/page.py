@@ -163,7 +163,7 @@ class Picture:
 class Verdict:
     """Whether a published claim held here, and why one says so."""
 
-    status: Literal["held", "did not hold", "too noisy"]
+    status: Literal["held", "did not hold", "not settled", "void"]
     words: str
 
 

@@ -20,6 +20,7 @@ from deltaw.analysis.page import (
     thinned,
 )
 from deltaw.analysis.training import ANSWER, Metrics, Training
+from deltaw.config import RunConfig
 from deltaw.config.sources import label
 from deltaw.errors import command
 from deltaw.files.output import gib
@@ -27,6 +28,17 @@ from deltaw.files.paths import public_name
 from deltaw.show.text import clock, counted, figure_name, framed
 
 LOSSES = {"training": "loss", "held out": "eval_loss"}
+OF_PREFERENCES = (
+    ("Accuracy by step.", "chosen preferred", {"training": "accuracy", "held out": "eval_accuracy"}),
+    ("Log-probability of an answer by step.", "nats", {"chosen": "logp_chosen", "rejected": "logp_rejected"}),
+)
+OF_REWARDS = (
+    ("Reward by step.", "mean reward", {"sampled": "reward", "held out, greedy": "eval_reward"}),
+    ("Groups without a difference, and answers cut off, by step.", "share", {
+        "groups of one reward": "flat_groups", "cut off": "truncated"}),
+    ("Entropy by step.", "nats per token", {"sampled": "entropy"}),
+    ("Length of an answer by step.", "tokens", {"sampled": "answer_tokens"}),
+)  # fmt: skip
 HEADLINES = 5  # held-out figures among the headline numbers
 ROWS, FIGURES = 300, 40  # in a table of the page; a page must not grow with the run
 
@@ -49,9 +61,10 @@ def figures(result: Mapping[str, Any]) -> list[Fact]:
 def of_training(training: Training) -> list[Section]:
     """Sections on a run's own figures: learning, forgetting, answers."""
     result = training.result
-    preference = training.config.objective.is_preference
-    weighed = _weighed(training.metrics) if preference else []
-    unit = f"{training.config.objective.kind}'s" if preference else "nats per token"
+    objective = training.config.objective
+    shown = OF_PREFERENCES if objective.is_preference else OF_REWARDS if objective.is_rewarded else ()
+    weighed = [block for one in shown for block in _by_step(training.metrics, *one)]
+    unit = f"{objective.kind}'s" if objective.is_preference else "nats per token"
     sections = [Section("Learning", [*_before_after(result), *_curve(training.metrics, unit), *weighed])]
     if lost := result.get("forgetting"):
         sections.append(Section("What it forgot", [*_forgot(lost), *_retained(result.get("retain") or {})]))
@@ -70,7 +83,7 @@ def the_run(training: Training, folder: Path) -> Section:
         ("data", [label(config.data.train), _count(result, "train_rows", "row"), f"{number(held_out or 0)} held out"]),
         ("form", [result.get("form", "")]),
         ("length", [_times(training.epochs), _count(result, "steps", "step"), _count(result, "tokens", "token")]),
-        ("learning rate", [f"{train.lr:g}", train.schedule, f"{number(train.tokens_per_step)} tokens per step"]),
+        ("learning rate", [f"{train.lr:g}", train.schedule, _per_step(config)]),
         ("seed", [str(train.seed)]),
         ("finished", [result.get("finished", ""), f"took {clock(took)}" if took else ""]),
         ("machine", [machine.get("device", ""), machine.get("cpu", ""), *_speed(result)]),
@@ -79,6 +92,13 @@ def the_run(training: Training, folder: Path) -> Section:
     ]
     rows: list[list[Cell]] = [[name, ", ".join(filter(None, parts))] for name, parts in facts]
     return Section("The run", [Table(["", ""], [row for row in rows if row[1]])])
+
+
+def _per_step(config: RunConfig) -> str:
+    if config.objective.is_rewarded:
+        prompts, samples, _ = config.objective.group
+        return f"{number(prompts)} prompts with {number(samples)} answers per step"
+    return f"{number(config.train.tokens_per_step)} tokens per step"
 
 
 def _count(result: Mapping[str, Any], name: str, one: str) -> str:
@@ -137,29 +157,21 @@ def _retained(retain: Mapping[str, Any]) -> list[Block]:
     return [Text(" ".join(words))]
 
 
-def _weighed(metrics: Metrics) -> list[Block]:
-    """What an objective of preferences reports by step."""
-    pictures_of: list[Block] = []
-    for title, y_label, names in (
-        ("Accuracy by step.", "chosen preferred", {"training": "accuracy", "held out": "eval_accuracy"}),
-        ("Log-probability of an answer by step.", "nats", {"chosen": "logp_chosen", "rejected": "logp_rejected"}),
-    ):
-        lines = {kind: [line for line in metrics if name in line] for kind, name in names.items()}
-        series = {
-            kind: ([line["step"] for line in some], [line[names[kind]] for line in some])
-            for kind, some in lines.items()
-            if some
-        }
-        steps = [line for line in metrics if next(iter(names.values())) in line]
-        if len(steps) < 2:
-            continue
-        columns = ["step", *names.values()]
-        shown: list[list[Cell]] = [[line.get(name) for name in columns] for line in steps[-ROWS:]]
-        svg = pictures.lines(series, x_label="step", y_label=y_label)
-        pictures_of.append(
-            Picture(svg, title, title.rstrip("."), Table([figure_name(name) for name in columns], shown))
-        )
-    return pictures_of
+def _by_step(metrics: Metrics, title: str, y_label: str, names: Mapping[str, str]) -> list[Block]:
+    """What an objective reports by step. `names`: of the lines, by what they are called."""
+    lines = {kind: [line for line in metrics if name in line] for kind, name in names.items()}
+    series = {
+        kind: ([line["step"] for line in some], [line[names[kind]] for line in some])
+        for kind, some in lines.items()
+        if some
+    }
+    steps = [line for line in metrics if next(iter(names.values())) in line]
+    if len(steps) < 2:
+        return []
+    columns = ["step", *names.values()]
+    shown: list[list[Cell]] = [[line.get(name) for name in columns] for line in steps[-ROWS:]]
+    svg = pictures.lines(series, x_label="step", y_label=y_label)
+    return [Picture(svg, title, title.rstrip("."), Table([figure_name(name) for name in columns], shown))]
 
 
 def _curve(metrics: Metrics, unit: str) -> list[Block]:

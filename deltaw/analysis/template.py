@@ -49,8 +49,9 @@ PAGE = """<!DOCTYPE html>
 {%- endmacro %}
 
 {%- macro verdict(block) -%}
-{%- set look, sign, word = {"held": ("good", "✓", "Held"), "did not hold": ("bad", "✕", "Did not hold"),
-                            "too noisy": ("doubt", "≈", "Too noisy to tell")}[block.status] -%}
+{%- set looks = {"held": ("good", "✓", "Held"), "did not hold": ("bad", "✕", "Did not hold"),
+                 "not settled": ("doubt", "≈", "Not settled"), "void": ("plain", "–", "Void")} -%}
+{%- set look, sign, word = looks[block.status] -%}
 <div class="verdict {{ look }}">{{ status(sign, word) }}{{ block.words|paragraphs }}</div>
 {%- endmacro %}
 

@@ -50,6 +50,27 @@ class Retained:
 
 
 @dataclass(frozen=True, eq=False)
+class Rewarded:
+    """What is known of a batch's labels [K], in the order of their rows, where these are of answers that were sampled:
+    their log-probabilities then, the advantage of the answer that each is of, and the reference's log-probabilities
+    where they are asked for. `count`: of how many tokens of the step this batch's loss is a part; `why`, `fix`: why
+    nothing can be learnt from the whole step, where that is so, and what to do."""
+
+    sampled_K: Tensor
+    advantage_K: Tensor
+    count: int
+    reference_K: Tensor | None = None
+    why: str = ""
+    fix: str = ""
+
+    def to(self, device: torch.device | str) -> "Rewarded":
+        """The same on `device`."""
+        names = ("sampled_K", "advantage_K", "reference_K")
+        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Documents laid end to end, int64: tokens_T, labels_T, positions_T (T,). Made by `Batch.of`.
 
@@ -59,6 +80,7 @@ class Batch:
     PLAIN); `references`, its labels' summed log-probability under the reference (empty: not known). `beside`: further
     documents, which an objective asks for a step's anchor, without gradient. `rows_K`: the rows that the head is asked
     for, where it isn't to look for labels (filled.py). `retained`: rows that are held to the base; none has a label.
+    `rewarded`: of answers that were sampled.
     """
 
     tokens_T: Tensor
@@ -74,6 +96,7 @@ class Batch:
     beside: "Batch | None" = None
     rows_K: Tensor | None = None
     retained: Retained | None = None
+    rewarded: Rewarded | None = None
 
     @staticmethod
     def of(
@@ -122,8 +145,8 @@ class Batch:
     def joined(batches: Sequence["Batch"]) -> "Batch":
         """Their documents, one batch's behind the other's; all say whose they are. Raises ValueError for one that has
         documents `beside`: these belong to all of its own."""
-        if any(batch.beside for batch in batches):
-            raise ValueError("batches with others beside them aren't joined")
+        if any(batch.beside or batch.rewarded for batch in batches):
+            raise ValueError("batches with others beside them, or of sampled answers, aren't joined")
         starts, parents = [0], list[int]()
         for batch in batches:
             tree, first = batch.documents.tree, len(starts) - 1
@@ -257,18 +280,18 @@ class Batch:
             self.tokens_T[row_J], starts, self.labels_T[row_J], **{name: getattr(self, name) for name in names}
         )
         retained = self.retained and replace(self.retained, start=len(row_J) - self.retained_rows)
-        return replace(one, retained=retained)
+        return replace(one, retained=retained, rewarded=self.rewarded)
 
     def relabelled(self, labels_T: Tensor) -> "Batch":
         """The batch with other labels, counted."""
-        return replace(self, labels_T=labels_T, supervised=_count(labels_T, self.documents), rows_K=None)
+        return replace(self, labels_T=labels_T, supervised=_count(labels_T, self.documents), rows_K=None, rewarded=None)
 
     def followed_by(self, documents: "Batch") -> "Batch":
         """The batch and then the documents of another, which have no labels and share nothing; all take the first
         update."""
         count, tree = len(documents.starts) - 1, self.documents.tree
         starts = [*self.starts, *(len(self.tokens_T) + start for start in documents.starts[1:])]
-        return Batch.of(
+        both = Batch.of(
             torch.cat([self.tokens_T, documents.tokens_T]),
             starts,
             torch.cat([self.labels_T, documents.labels_T]),
@@ -279,13 +302,15 @@ class Batch:
             references=(*self.references, *[0.0] * count) if self.references else (),
             beside=self.beside,
         )
+        return replace(both, rewarded=self.rewarded)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
         tensors = {name: getattr(self, name).to(device) for name in ("tokens_T", "labels_T", "positions_T")}
         rows_K = None if self.rows_K is None else self.rows_K.to(device)
-        beside = self.beside and self.beside.to(device)
-        return replace(self, **tensors, documents=self.documents.to(device), rows_K=rows_K, beside=beside)
+        beside, rewarded = self.beside and self.beside.to(device), self.rewarded and self.rewarded.to(device)
+        moved = {"documents": self.documents.to(device), "rows_K": rows_K, "beside": beside, "rewarded": rewarded}
+        return replace(self, **tensors, **moved)  # type: ignore[arg-type]
 
 
 def _count(labels_T: Tensor, documents: Documents) -> int:

@@ -51,12 +51,19 @@ class Forward:
     prefix: Prefix | None = None  # frozen layers that are not computed again
     recompute: Recompute | None = None  # layers that keep their input alone, and run again in the backward
     attention: str = ""  # that the model was left on, where documents are packed
-    shares: bool = False  # documents may continue others, where they are packed
+    continues: bool = False  # documents may continue others, where they are packed
     positions: bool = False  # a padded batch says where its documents end: the model's angles depend on it
+    temperature: float = 1.0  # that the logits are divided by, whatever is asked of them
 
     @property
     def packed(self) -> bool:
         return self.way == PACKED
+
+    @property
+    def shares(self) -> bool:
+        """Whether a beginning that examples share is computed once: not on a GPU, where recorded passes know offsets
+        alone (training/captured.py)."""
+        return self.continues and next(self.model.parameters()).device.type == "cpu"
 
     def describe(self) -> str:
         """One line for logs: which path runs."""
@@ -81,8 +88,8 @@ class Forward:
             return Logprobs(nothing, nothing.sum())
         hidden_TX = self.rows(batch)
         if self.head is not None:
-            return self.head.logprobs(hidden_TX, batch.labels_T, batch.rows_K)
-        return logprobs_of(hidden_TX, batch.labels_T, batch.rows_K)
+            return self.head.logprobs(hidden_TX, batch.labels_T, batch.rows_K, batch.segments())
+        return logprobs_of(self._tempered(hidden_TX), batch.labels_T, batch.rows_K)
 
     def scores_and_drift(self, batch: Batch) -> tuple[Logprobs, Tensor]:
         """The same, and the sum of KL(base ‖ tuned) over the rows that are held to the base: of one pass."""
@@ -99,7 +106,21 @@ class Forward:
     def logits(self, batch: Batch) -> Tensor:
         """[T, V] in float32: for tests and small inputs; training never forms it."""
         hidden_TX = self.rows(batch)
-        return hidden_TX.float() if self.head is None else self.head.logits(hidden_TX)
+        if self.head is not None:
+            return self.head.logits(hidden_TX, batch.segments())
+        return self._tempered(hidden_TX).float()
+
+    def at(self, temperature: float) -> "Forward":
+        """The same whose log-probabilities are of the logits divided by a temperature: of what is sampled at it."""
+        if temperature == self.temperature:
+            return self
+        head = self.head and self.head.at(temperature / self.temperature)
+        return dataclasses.replace(self, head=head, temperature=temperature)
+
+    def _tempered(self, logits_TV: Tensor) -> Tensor:
+        if self.temperature == 1:
+            return logits_TV
+        return logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)) / self.temperature
 
     def above(self, layers: str, first: int, batches: Iterable[Batch], progress: Progress) -> "Forward":
         """This forward for passes over the documents of `batches`, begun at layer `first` of the module list `layers`.
@@ -117,7 +138,7 @@ class Forward:
     def rows(self, batch: Batch) -> Tensor:
         """A row per token: hidden [T, D] where the head is known, else logits [T, V]."""
         tokens_T = batch.tokens_T
-        if batch.documents.tree is not None and not self.shares:
+        if batch.documents.tree is not None and not self.continues:
             raise ValueError("this model can't be run on documents that continue others: give it batch.unshared()")
         if self.packed:
             self._check_attention()
@@ -185,9 +206,9 @@ def plan_forward(model: nn.Module) -> Forward:
     own = model.config._attn_implementation  # type: ignore[union-attr]
     why = _why_not_packed(model, probe, packed) or _why_not_further(model)
     if not why:
-        shares = probe.shares(dataclasses.replace(packed, shares=True).logits)
+        continues = probe.shares(dataclasses.replace(packed, continues=True).logits)
         now = str(model.config._attn_implementation)  # type: ignore[union-attr]
-        return dataclasses.replace(packed, attention=now, shares=shares)
+        return dataclasses.replace(packed, attention=now, continues=continues)
     model.set_attn_implementation(own)  # type: ignore[operator]
     padded = dataclasses.replace(apart, way=PADDED, why=why)
     try:

@@ -207,6 +207,71 @@ class FrozenLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+class FrozenEmbedding(nn.Module):
+    """The same face over an embedding of tokens, W [V, D]. Raises TypeError where `can_wrap` refuses."""
+
+    transposed, brings_weight, bias_M = False, False, None
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        if not self.can_wrap(module):
+            raise TypeError(f"{type(module).__name__} isn't a plain embedding of tokens")
+        self.module = module
+
+    @staticmethod
+    def can_wrap(module: nn.Module) -> bool:
+        """True for what looks its rows up in a plain floating matrix, and for packed ones."""
+        if hasattr(module, "frozen_weight"):
+            return True
+        return isinstance(module, nn.Embedding) and type(module.weight) is nn.Parameter and module.max_norm is None
+
+    @property
+    def weight(self) -> Weight:
+        """W [V, D], of the base's own storage."""
+        module: Any = self.module
+        weight: Weight = module.frozen_weight() if hasattr(module, "frozen_weight") else DenseWeight(module.weight)
+        return weight
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., D] as the wrapped module gives it."""
+        y: Tensor = self.module(ids)
+        return y
+
+    def of(self, w_KD: Tensor, ids: Tensor) -> Tensor:
+        """The same from another matrix, of as many rows and columns as it has: whatever else the module does with a row
+        (Gemma scales it) is done with these."""
+        weight = w_KD.to(self.weight.dtype)
+        if not isinstance(self.module, nn.Embedding):
+            return F.embedding(ids, weight)
+        other: nn.Module = copy.copy(self.module)
+        other._parameters = {"weight": weight}  # type: ignore[dict-item]
+        other.padding_idx = None  # type: ignore[assignment]
+        y: Tensor = other(ids)
+        return y
+
+    @torch.no_grad()
+    def with_weight(self, w_VD: Tensor) -> nn.Module:
+        """A new frozen module with this weight, rounded once to its own's dtype; a plain one where it is packed."""
+        if isinstance(self.module, nn.Embedding):
+            made = copy.deepcopy(self.module)
+            made.num_embeddings, made.weight = len(w_VD), nn.Parameter(w_VD.to(made.weight.dtype), False)
+            return made
+        return nn.Embedding.from_pretrained(w_VD.to(self.weight.dtype))
+
+    @property
+    def stored(self) -> Stored:
+        """How the module stores its weight."""
+        return Stored(self.weight.dtype, self.weight.device, torch.Size(self.weight.shape))
+
+
 @torch.no_grad()
 def _computes_linear(module: nn.Linear | Conv1D) -> bool:
     """Whether `forward` is x Wᵀ + b: the class's own, or one that gives that for small numbers in their place."""

@@ -6,8 +6,9 @@ takes whatever comes, and what it costs doesn't depend on the objective. The ans
 a mean: whoever knows all the batches of a step divides once, by the sum of their `count`s.
 
     sft            −Σ_d w_d Σ_{t in d} logp_t                  w_d = 1 unless the batch has weights; counts labels
-    by document    batch.by_document(logprobs.logp_K)          Σ_{t in d} logp_t, what preferences and rewards speak of
+    by document    batch.by_document(logprobs.logp_K)          Σ_{t in d} logp_t, what preferences speak of
                                                                (preferences.py); they count pairs, or answers
+    by token       batch.rewarded                              of answers that were sampled (rewarded.py)
 
 An objective is a value: what it needs beside the batch is in its fields (a β). A reference model is the base with the
 adapter off: what it says of each answer is computed once for the whole run and travels with the batch.
@@ -27,13 +28,16 @@ from deltaw.kernels.logprobs import Logprobs
 
 class Objective(abc.ABC):
     """What a learner minimises. `counts`: what the loss is a mean over, in a word; `references`: whether it wants the
-    reference's log-probability of each answer; `sums`: the names of its `figures`; `anchored`: whether it wants the
-    answers `beside` a step's batches, too, before the passes of the step (`with_anchor`)."""
+    reference's log-probability of each answer; `sums`: the names of its `figures`, and `largest` of those that don't
+    add up, but of which the largest counts; `anchored`: whether it wants the answers `beside` a step's batches, too,
+    before the passes of the step (`with_anchor`); `has_loss`: whether its value says how well a model does."""
 
     counts: ClassVar[str] = "token"
     references: ClassVar[bool] = False
     sums: ClassVar[tuple[str, ...]] = ()
+    largest: ClassVar[tuple[str, ...]] = ()
     anchored: ClassVar[bool] = False
+    has_loss: ClassVar[bool] = True
 
     @abc.abstractmethod
     def __call__(self, logprobs: Logprobs, batch: Batch) -> Tensor:
@@ -44,7 +48,7 @@ class Objective(abc.ABC):
         """What that sum is divided by, once per step, added up over the step's batches."""
 
     def figures(self, logprobs: Logprobs, batch: Batch) -> dict[str, float]:
-        """Sums that a step reports beside its loss; they add up over batches. Nothing goes backward from them."""
+        """What a step reports beside its loss; it adds up over batches. Nothing goes backward from it."""
         return {}
 
     def right(self, logprobs: Logprobs, batch: Batch) -> list[bool]:

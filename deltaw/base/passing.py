@@ -44,6 +44,7 @@ class Pass:
 
     documents: how the rows are laid end to end; None where each row of the input is a document of its own
     segments:  which rows take which update; None: all take the first
+    kept:      the same of the rows that the head is given, where it isn't given all of them
     cache:     keys and values of earlier tokens, which attention adds to and reads; None: there are none
     below:     what enters the lowest adapted layer [T, D], computed before (prefix.py); None: it is computed now
     probe:     what watches the calls to attention (attention.py)
@@ -52,6 +53,7 @@ class Pass:
 
     documents: Documents | None = None
     segments: Segments | None = None
+    kept: Segments | None = None
     cache: Stored | None = None
     below: Tensor | None = None
     probe: Any = None

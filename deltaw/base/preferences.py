@@ -37,6 +37,7 @@ from torch import Tensor
 from deltaw.base.batch import Batch
 from deltaw.base.objective import Objective, sft
 from deltaw.base.parts import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
+from deltaw.base.rewarded import Grpo
 from deltaw.config import ObjectiveConfig
 from deltaw.kernels.logprobs import Logprobs
 
@@ -254,5 +255,7 @@ class Kto(Objective):
 
 def objective_of(config: ObjectiveConfig) -> Objective:
     """What a run file asks for."""
+    if config.is_rewarded:
+        return Grpo(**{name: config.options[name] for name in ("epsilon_low", "epsilon_high", "beta")})
     kinds = {"dpo": Dpo, "ipo": Ipo, "orpo": Orpo, "kto": Kto, "simpo": SimPo}
     return kinds[config.kind](**config.options) if config.is_preference else sft

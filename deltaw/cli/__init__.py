@@ -45,14 +45,17 @@ def main() -> None:
                 raise KeyboardInterrupt
             sys.exit(code)
         except Stopped as stopped:
+            signals.leaving = True
             _fail(str(stopped), stopped.exit_code, debug)
         except (KeyboardInterrupt, typer.Abort):
+            signals.leaving = True
             _fail("stopped", signals.exit_code or 130, debug)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(141)
         except Exception as error:
             if signals.exit_code:
+                signals.leaving = True
                 _fail("stopped", signals.exit_code, debug)
             _fail(*_said(error), debug)
 

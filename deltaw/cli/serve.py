@@ -41,6 +41,8 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Answer other programs over HTTP as OpenAI's API does: a base and many adapters at once."""
+    screen = display()
+    screen.say("starting: loading libraries")
     from deltaw.commands.serve import Place, serve_named
 
     serve_named(
@@ -49,5 +51,5 @@ def serve(
         weights=base_weights,
         place=Place(host, port, api_key_file, no_key, tuple(allow_origin or ())),
         show=lambda result: show(result, as_json, now=True),
-        display=display(),
+        display=screen,
     )

@@ -12,10 +12,12 @@ from deltaw.training.stop import Stopped
 
 
 class Signals:
-    """Inside the block the first signal is kept as `exit_code`, None where none came."""
+    """Inside the block the first signal is kept as `exit_code`, None where none came. Once `leaving` is set all is said
+    and another signal does nothing: it would turn the last line into a traceback."""
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
+        self.leaving = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Signals":
@@ -34,6 +36,8 @@ class Signals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.leaving:
+            return
         self.exit_code = self.exit_code or 128 + number
         if number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -1,7 +1,8 @@
 """`deltaw serve`: a base, and the adapters of a folder on it, for whoever speaks OpenAI's API.
 
-What can be wrong is found before the weights are read: the key, the port, the folder. Then the model is opened and the
-server runs until a signal comes.
+What can be wrong is found before the weights are read: the key, the port, the folder. Then the model is opened and
+tried, each step is said, and once a request would be answered without a wait, the address is. The server runs until a
+signal comes.
 
 A key is needed as soon as other machines can connect (`--host`), unless `--no-key` says that everybody may ask.
 """
@@ -64,15 +65,18 @@ def serve_named(
     root = None if folder is None else _folder(folder)
     listening = bind(place.host, place.port)
     try:
+        display.say(f"starting: reading {named.base if named.holds_adapter else named.name}")
         model = _opened(named, weights, display)
         served = Adapters(model, root, named=own)
         _check_names(model, served)
         _say_what_is_left_out(served, display)
         worker = Worker(model, served)
         limits = Limits.of(model)
-        server = Server(build(worker, access, limits=limits, say=display.say), worker, limits)
+        server = Server(build(worker, access, limits=limits, say=display.say), worker, limits, say=display.say)
+        display.say("starting: trying the model, ready in a few seconds")
         worker.start()
         try:
+            worker.ready()
             run(server, listening, begun=lambda: show(_result(listening, model, served, access)))
         finally:
             worker.close()

@@ -1,11 +1,10 @@
 """`deltaw study`: the list of studies, or one or all of them run, each written as soon as it is done.
 
 <output>/small/NAME.html, NAME.json     a study's page and figures (studies/page.py); full/ of the full grid
-<output>/small/trials/                  the runs, shared by all studies
+<output>/small/tiny/                    trainings, shared by all studies (studies/bench.py)
 """
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from deltaw.files.lock import claimed_file
@@ -19,10 +18,10 @@ from deltaw.studies.study import NAMES, find_study
 
 def list_studies() -> Result:
     """What can be tried."""
-    claims = [find_study(name).CLAIM for name in NAMES]
-    lines = [f"{claim.name:9} {claim.claim}\n{'':9} {claim.source}" for claim in claims]
+    rules = [find_study(name).RULE for name in NAMES]
+    lines = [f"{rule.name:9} {rule.claim}\n{'':9} {rule.source}" for rule in rules]
     text = "\n".join([*lines, "", "run one: deltaw study rank"])
-    return Result({"studies": [asdict(claim) for claim in claims]}, text)
+    return Result({"studies": [rule.to_json() for rule in rules]}, text)
 
 
 def run_studies(name: str, output: str, full: bool, display: Display) -> Result:
@@ -34,11 +33,10 @@ def run_studies(name: str, output: str, full: bool, display: Display) -> Result:
     lab = Lab(folder, display, full=full)
     results, lines = {}, []
     for study in studies:
-        claim, began = study.CLAIM, time.monotonic()
-        display.say(f"study {claim.name}: {claim.claim}\nrule: {claim.rule}")
-        with claimed_file(folder / f"{claim.name}.html"):
-            outcome = study.run(lab)
-            seconds = time.monotonic() - began
-            results[claim.name] = write_outcome(claim, outcome, lab, seconds)
-        lines.append(f"{claim.name:9} {outcome.verdict}: {outcome.because}\n{'':9} {folder / claim.name}.html")
+        rule, began = study.RULE, time.monotonic()
+        display.say(f"study {rule.name}: {rule.claim}\nrule {rule.hash}: {rule.words}")
+        with claimed_file(folder / f"{rule.name}.html"):
+            record = write_outcome(rule, study.run(lab), lab, time.monotonic() - began)
+        results[rule.name] = record
+        lines.append(f"{rule.name:9} {record['verdict']}: {record['because']}\n{'':9} {folder / rule.name}.html")
     return Result({"studies": results}, "\n".join(lines))

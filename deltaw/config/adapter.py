@@ -14,6 +14,7 @@ from deltaw.config.strict import PositiveFloat, Strict
 from deltaw.files.paths import PathText
 
 TARGET_GROUPS = ("all-linear", "attention", "mlp", "experts")
+Way = Literal["lora", "whole"]
 FACTOR_FIELDS = (  # of AdapterSpec
     "rank", "alpha", "scaling", "init", "magnitude", "dropout", "rank_overrides", "alpha_overrides", "expert_rank",
 )  # fmt: skip
@@ -24,6 +25,10 @@ class AdapterSpec(Strict):
 
     `full`: ΔW itself is trained, a matrix of the weight's size, and the fields about factors say nothing. In a run
     file `adapter: full` is short for it.
+
+    `tokens`: texts whose rows of the embedding (and of the head) train; the tokenizer gets those that it doesn't have.
+    `also`: the embedding or the head, by name, as LoRA or whole (adapter/ends.py). A list is short for all of it as
+    LoRA.
 
     `start`, which a run file calls `from`: the run or the adapter's folder whose adapter is trained on. All the other
     fields come from that one (training/start.py), so none of them need be given. A trained adapter's own spec has none.
@@ -46,6 +51,24 @@ class AdapterSpec(Strict):
     expert_rank: int | None = Field(
         None, ge=1, le=65536, description="of each expert's matrices; rank / experts per token unless given"
     )
+    tokens: tuple[str, ...] = Field((), description="texts that get, or have, a token of their own, which is trained")
+    also: dict[str, Way] = Field({}, description="the embedding, the head: as lora or whole, by module")
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _tokens(cls, value: Any) -> Any:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError("must be a list of texts, each of them one token: ['<tool>', '</tool>']")
+        if len(set(texts)) < len(texts):
+            raise ValueError("names a token twice")
+        return tuple(texts)
+
+    @field_validator("also", mode="before")
+    @classmethod
+    def _also(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        return dict.fromkeys(names, "lora") if isinstance(names, list | tuple) else value
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -71,6 +94,16 @@ class AdapterSpec(Strict):
             given = [name for name in FACTOR_FIELDS if getattr(self, name) != AdapterSpec.model_fields[name].default]
             if given:
                 raise ValueError(f"full fine-tuning has no {', '.join(given)}: leave these out, or full")
+        return self
+
+    @model_validator(mode="after")
+    def _ends_go_with_lora(self) -> "AdapterSpec":
+        given = [name for name in ("tokens", "also") if getattr(self, name)]
+        if given and self.full:
+            raise ValueError(f"full fine-tuning is of linear layers alone: leave {' and '.join(given)} out, or full")
+        if "lora" in self.also.values() and (self.magnitude or self.init != "lora"):
+            other = "magnitude (DoRA)" if self.magnitude else f"init {self.init}"
+            raise ValueError(f"{other} is for linear layers: train what also names whole, or leave {other} out")
         return self
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ METRICS: dict[str, bool] = {  # whether higher is better
     "character_error_rate": False,
     "word_error_rate": False,
     "phoneme_error_rate": False,
+    "number_equal": True,
 }
 CALLED_ELSEWHERE = {
     "accuracy": "exact_match",

@@ -45,13 +45,22 @@ MEANT = {  # ours: theirs
     "text_feature dataset_text_field text_field text_column prompt_field completion_field prompt_column "
     "response_column question_column answer_column field_instruction field_output field_input field_system "
     "field_messages messages_field",
-    "objective": "rl dpo kto orpo ipo simpo pref_loss dpo_config kto_config",
+    "objective": "rl dpo kto orpo ipo simpo grpo pref_loss dpo_config kto_config grpo_config",
     "objective.kind": "loss_type rl_type",
     "objective.beta": "dpo_beta kto_beta orpo_beta pref_beta orpo_alpha",
     "objective.gamma": "simpo_gamma",
     "objective.sft_weight": "rpo_alpha cpo_alpha pref_ftx",
     "objective.desirable_weight": "kto_desirable_weight kto_chosen_weight",
     "objective.undesirable_weight": "kto_undesirable_weight kto_rejected_weight",
+    "objective.reward": "reward_funcs reward_function reward_functions reward_fn reward_func rewards",
+    "objective.samples": "num_generations group_size num_rollouts_per_prompt n_samples_per_prompt rollout_n",
+    "objective.prompts": "prompts_per_step rollout_batch_size groups_per_batch",
+    "objective.max_new_tokens": "max_completion_length response_length max_response_length",
+    "objective.temperature": "sampling_temperature",
+    "objective.epsilon_low": "epsilon clip_ratio clip_ratio_low cliprange",
+    "objective.epsilon_high": "clip_ratio_high",
+    "objective.scale": "scale_rewards norm_adv_by_std_in_grpo",
+    "objective.mask_truncated": "mask_truncated_completions",
     "train": "training_arguments training_args trainer sft_config optimization",
     "train.lr": "learning_rate lr_rate base_lr",
     "train.lr_ratio_b": "loraplus_lr_ratio",
@@ -140,8 +149,11 @@ WITHOUT = (  # what to do instead, theirs
      "processor_type special_tokens pad_token use_fast_tokenizer config_name"),
     ("a LoRA is trained unless adapter says otherwise (adapter: full): leave it out", "finetuning_type fine_tune_type "
      "peft_type task_type sft_type use_peft train_type do_train stage"),
-    ("not supported; preferences are: objective: {kind: dpo, beta: 0.1} (or ipo, orpo, kto, simpo)", "reward_model "
-     "grpo ppo"),
+    ("a reward's function may ask a model: objective: {kind: grpo, reward: judge.py:score}", "reward_model "
+     "reward_model_path ppo ppo_config reward_weights"),
+    ("one update per rollout: leave it out", "num_iterations steps_per_generation ppo_epochs"),
+    ("the adapter's own engine samples, in this process: leave it out", "use_vllm vllm vllm_mode "
+     "vllm_gpu_memory_utilization"),
     ("the reference is the base with the adapter off, or the adapter.from that a run begins with: leave it out",
      "ref_model reference_model ref_model_name precompute_ref_log_probs precompute_ref_batch_size sync_ref_model"),
     ("code from a model's folder never runs: leave it out", "trust_remote_code"),

@@ -64,13 +64,14 @@ def parse_config(
     overrides: Sequence[str] = (),
 ) -> RunConfig:
     """Validate a plain mapping. `node` (the YAML tree) lends the line numbers. `begun`: a run's own, accepted already,
-    so a setting without an effect doesn't keep it from being read. `folder`: where files of metrics are looked for.
-    `overrides`: the keys that don't stand in the file."""
+    so a setting without an effect doesn't keep it from being read. `folder`: where files of metrics and rewards are
+    looked for. `overrides`: the keys that don't stand in the file."""
     try:
         # JSON mode: a list is a tuple, an int is a float, and nothing else converts.
         given = json.dumps(as_it_was(raw) if begun else raw)
         config = RunConfig.model_validate_json(given, context=BEGUN if begun else None)
-        return config.model_copy(update={"evaluate": config.evaluate.located(folder)})
+        named = {"evaluate": config.evaluate.located(folder), "objective": config.objective.located(folder)}
+        return config.model_copy(update=named)
     except ValidationError as error:
         raise InputError(refusal(error, RunConfig, source, file=source, node=node, overrides=overrides)) from None
     except (TypeError, ValueError) as problem:

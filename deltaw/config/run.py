@@ -100,14 +100,51 @@ class RunConfig(Strict):
                 }.items()
                 if given
             }
+        if self.objective.is_rewarded:
+            needs |= self._without_rewards()
         if data.split_text and data.reads_no_text_file:
             needs["data.split_text"] = "a .txt file"
         if data.overlap and data.too_long not in ("auto", "split"):
             needs["data.overlap"] = "pieces: set data.too_long: split"
         return [f"{name} does nothing without {what}" for name, what in needs.items()]
 
+    def _without_rewards(self) -> dict[str, str]:
+        """What a run on rewards can't take, and why."""
+        data, train, evaluate, adapter = self.data, self.train, self.evaluate, self.adapter
+        answers = "answers to train on, and grpo trains on what it samples: leave it out"
+        wrong = {
+            "train.tokens_per_step": (
+                train.tokens_per_step is not None,
+                "rows that are trained on: set objective.prompts",
+            ),
+            "train.skip_spikes": (train.skip_spikes is not None, "a loss that says how well it does: leave it out"),
+            "data.train_on: all": (data.train_on == "all", answers),
+            "data.too_long: split": (data.too_long == "split", answers),
+            f"adapter.init: {adapter.init}": (adapter.from_data, f"{answers}, or start from another adapter"),
+            "train.retain": (
+                train.retain is not None,
+                "steps of so many tokens, which grpo hasn't: objective.beta holds it to the base",
+            ),
+            "adapter.dropout": (
+                bool(adapter.dropout),
+                "the same model in sampling and in training, which dropout makes two: leave it out",
+            ),
+            "evaluate.max_new_tokens": (
+                "max_new_tokens" in evaluate.model_fields_set
+                and evaluate.max_new_tokens != default_of(evaluate, "max_new_tokens"),
+                "a length of its own: answers are as long as objective.max_new_tokens says",
+            ),
+            "objective.beta with adapter.from": (
+                bool(self.objective.beta and adapter.start),
+                "a reference that is the base alone: merge that adapter first (deltaw merge), and train on that",
+            ),
+        }
+        return {name: f"{what}" for name, (given, what) in wrong.items() if given}
+
     def notes(self) -> list[str]:
         """What is to be said of the objective, where it isn't the usual one."""
+        if self.objective.is_rewarded:
+            return [f"objective: {self.objective.words()}; train.lr: {self.train.lr:g}"]
         if not self.objective.is_preference:
             return []
         reference = self.adapter.start or "the base, with the adapter off"

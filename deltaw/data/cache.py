@@ -76,7 +76,7 @@ DTYPES = {"int8": "I8", "uint8": "U8", "int16": "I16", "int32": "I32", "uint32":
 
 def prepared(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", display: Display = QUIET) -> Dataset:
     """`prepare`, out of the cache where it was done before. Raises InputError as that does."""
-    key = Key.of(config, renderer, reads)
+    key = None if renderer.shape == "prompts" else Key.of(config, renderer, reads)  # a reward wants the rows themselves
     if key is None:
         return prepare(config, renderer, reads=reads, display=display)
     if dataset := load(key, display.say):
@@ -108,7 +108,7 @@ def prepared(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", d
 
 def prepared_held_out(config: DataConfig, renderer: Renderer, *, display: Display = QUIET) -> Examples:
     """`prepare_held_out`, out of the cache where all rows were prepared before."""
-    key = Key.of(config, renderer, "auto")
+    key = None if renderer.shape == "prompts" else Key.of(config, renderer, "auto")
     dataset = load(key, display.say) if key else None
     return dataset.eval if dataset else prepare_held_out(config, renderer)
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from deltaw.data.asking import RAW, Asking
 from deltaw.data.examples import Examples, fingerprint
+from deltaw.data.questions import Questions
 from deltaw.data.report import DataReport
 
 
@@ -20,6 +21,7 @@ class Dataset:
     asking: Asking = RAW  # how a text is asked that is to be answered as these rows are
     example: str = ""  # one that is short, of a row that was held out if any was
     known_fingerprint: str = ""  # where it was computed before
+    questions: tuple[Questions, ...] = ()  # of rows that are only asked: those to train on, those held out
 
     @property
     def rows(self) -> Examples:

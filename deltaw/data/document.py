@@ -5,6 +5,7 @@
     Chat         messages, perhaps tools; `weight: 0` on a message says that it isn't trained
     Pair         two of these with one prompt: the answer that was chosen, and the one that was rejected
     Judged       one of these, whose answer was found desirable or not
+    Question     one of these that is only asked, whether its row has an answer or not
 
 A content may come in parts, as `[{"type": "text", "text": …}]`; all else than text in one is refused by name.
 
@@ -17,7 +18,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltaw.base.parts import CHOSEN, DESIRABLE, PLAIN, REJECTED, UNDESIRABLE
+from deltaw.base.parts import ANSWERED, ASKED, CHOSEN, DESIRABLE, PLAIN, REJECTED, UNDESIRABLE
 from deltaw.errors import Rejected
 from deltaw.files import strict_json
 from deltaw.files.strict_json import json_kind
@@ -89,7 +90,19 @@ class Judged(_Document):
         return ((self.answer, DESIRABLE if self.desirable else UNDESIRABLE),)
 
 
-Document = Single | Pair | Judged
+@dataclass(frozen=True, slots=True)
+class Question(_Document):
+    """A prompt, and behind it the answer that its row has, or a stand-in."""
+
+    asked: Single
+    answered: bool
+
+    @property
+    def answers(self) -> tuple[tuple[Single, int], ...]:
+        return ((self.asked, ANSWERED if self.answered else ASKED),)
+
+
+Document = Single | Pair | Judged | Question
 
 
 def checked_chat(messages: Any, tools: Any) -> Chat:

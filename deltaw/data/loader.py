@@ -70,7 +70,7 @@ class Plan(Sequence[Step]):
         if not len(lengths):
             raise ValueError("an epoch needs at least one example")
         self._lengths, self._tokens_per_batch, self._ranks = np.asarray(lengths), tokens_per_batch, ranks
-        self._order = _shuffled(len(lengths), seed, epoch).astype(np.uint32)
+        self._order = shuffled(len(lengths), seed, epoch).astype(np.uint32)
         self._cuts = _cuts(self._lengths[self._order], tokens_per_step)
 
     def __len__(self) -> int:
@@ -91,7 +91,8 @@ class Plan(Sequence[Step]):
         return self._order[self._cuts[begin] : self._cuts[begin + 1]]
 
 
-def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch."""
     # RandomState and not default_rng: NumPy promises the same stream for ever only for the former.
     words = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, epoch]
     return np.random.RandomState(words).permutation(count)
@@ -243,7 +244,7 @@ class Loader:
 
     def _count(self, epoch: int) -> int:
         """The steps of an epoch without their batches, and without keeping them."""
-        order = _shuffled(len(self._lengths), self._seed, epoch)
+        order = shuffled(len(self._lengths), self._seed, epoch)
         return len(_cuts(self._lengths[order], self._tokens_per_step)) - 1
 
 
@@ -261,6 +262,8 @@ class Ahead:
         return self._fetched[0][0]
 
     def __iter__(self) -> Iterator[Item]:
-        while True:
-            self.fetch()
-            yield self._fetched.pop()
+        return self
+
+    def __next__(self) -> Item:
+        self.fetch()
+        return self._fetched.pop()

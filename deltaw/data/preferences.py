@@ -217,7 +217,7 @@ def _last_alone(document: Single) -> Single:
     if not isinstance(document, Chat):
         return document
     last = max(number for number, message in enumerate(document.messages) if message["role"] == "assistant")
-    return replace(document, messages=_asked(document.messages[:last]) + document.messages[last:])
+    return replace(document, messages=asked_only(document.messages[:last]) + document.messages[last:])
 
 
 def _without_common(chosen: Single, rejected: Single) -> tuple[Single, Single]:
@@ -226,7 +226,7 @@ def _without_common(chosen: Single, rejected: Single) -> tuple[Single, Single]:
         return chosen, rejected
     common = _common(chosen.messages, rejected.messages)
     return tuple(  # type: ignore[return-value]
-        replace(one, messages=_asked(one.messages[:common]) + one.messages[common:]) for one in (chosen, rejected)
+        replace(one, messages=asked_only(one.messages[:common]) + one.messages[common:]) for one in (chosen, rejected)
     )
 
 
@@ -236,7 +236,8 @@ def _common(some: Sequence[Message], others: Sequence[Message]) -> int:
     return next((number for number, (one, other) in pairs if one != other), min(len(some), len(others)))
 
 
-def _asked(messages: Sequence[Message]) -> tuple[Message, ...]:
+def asked_only(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Turns of which no answer is trained."""
     return tuple({**message, "weight": 0} if message["role"] == "assistant" else message for message in messages)
 
 

@@ -32,6 +32,7 @@ from deltaw.data.document import Single
 from deltaw.data.example import Example
 from deltaw.data.examples import Builder, Examples, joined
 from deltaw.data.forms import Reads
+from deltaw.data.questions import Questions, as_prompt
 from deltaw.data.render import Renderer
 from deltaw.data.report import Reading, names, report_of
 from deltaw.data.row import Problem, Row
@@ -128,7 +129,9 @@ def prepare(config: DataConfig, renderer: Renderer, *, reads: Reads = "auto", di
     question = question_of(chain(_documents(others, held_out), _documents(sources, train)))
     chat = any(source.is_chat for source in sources)
     parts = joined([one.train for one in sources]), joined([one.held_out for one in others])
-    return Dataset(*parts, report_of(sources, others, *parts, renderer, chat), replace(asking, chat=chat), question)
+    report = report_of(sources, others, *parts, renderer, chat)
+    asked = (Questions(sources), Questions(others)) if renderer.shape == "prompts" else ()
+    return Dataset(*parts, report, replace(asking, chat=chat), question, questions=asked)
 
 
 def prepare_held_out(config: DataConfig, renderer: Renderer) -> Examples:
@@ -296,6 +299,8 @@ def _render(
             before = results.get(place, [])
             if isinstance(before, Rejected) or isinstance(example, Rejected):
                 results[place] = before if isinstance(before, Rejected) else example  # type: ignore[assignment]
+            elif renderer.shape == "prompts":
+                results[place] = [as_prompt(replace(example, part=part), config.max_length)]
             else:
                 results[place] = [*before, replace(example, part=part) if part else example]
     return [results[place] for place in places]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby, islice, pairwise, zip_longest
 from typing import TYPE_CHECKING, Any
 
-from deltaw.base.parts import PART_NAMES
+from deltaw.base.parts import ANSWERED, ASKED, PART_NAMES
 from deltaw.data.dataset import Dataset
 from deltaw.data.encode import Encoder
 from deltaw.data.example import Example
@@ -79,11 +79,18 @@ def summary(report: DataReport) -> list[str]:
         f"{report.source}: {report.form}",
         *mixture(report),
         f"{counted(report.rows_read, 'row')} read, {report.train_rows:,} to train on, {report.eval_rows:,} held out",
-        f"{report.tokens:,} tokens, {report.supervised_tokens:,} of them trained ({report.share:.1%}); "
-        f"the longest row has {report.longest_row:,} ({report.longest_origin})",
+        _tokens(report),
         *([kept(report)] if report.kept < 1 or report.form.startswith("text") else []),
         *report.notes,
     ]
+
+
+def _tokens(report: DataReport) -> str:
+    """How many there are; of prompts nothing is trained but what will be sampled."""
+    longest = f"the longest row has {report.longest_row:,} ({report.longest_origin})"
+    if report.is_asked:
+        return f"{report.tokens - report.supervised_tokens:,} tokens of prompts; {longest}"
+    return f"{report.tokens:,} tokens, {report.supervised_tokens:,} of them trained ({report.share:.1%}); {longest}"
 
 
 def kept(report: DataReport) -> str:
@@ -133,12 +140,21 @@ class Marked:
         from rich.text import Text
 
         colour = console.color_system is not None and not console.no_color
-        counts = f"{counted(len(self.example.tokens), 'token')}, {int(self.example.loss_mask.sum())} trained"
+        example = asked_alone(self.example)
+        counts = counted(len(example.tokens), "token")
+        counts += f", {int(example.loss_mask.sum())} trained" if example.part not in (ASKED, ANSWERED) else ""
         part = f", {PART_NAMES[self.example.part]}" if self.example.part else ""
         text = Text().append(f"{self.example.origin}{part} ({counts})\n", style="bold")
-        text.append_text(_marked(spans(self.example, self.tokenizer), colour))
+        text.append_text(_marked(spans(example, self.tokenizer), colour))
         yield text
         yield Text("")
+
+
+def asked_alone(example: Example) -> Example:
+    """A prompt without its answer, which isn't trained; anything else as it is."""
+    if example.part not in (ASKED, ANSWERED):
+        return example
+    return example.cut(int(example.loss_mask.argmax()))
 
 
 def _marked(stretches: Sequence[tuple[str, bool]], colour: bool) -> Any:

@@ -131,15 +131,16 @@ def _prompt(row: Row) -> tuple[Prompt, tuple[dict[str, Any], ...]]:
     value = {name: row.value[column] for name, column in Columns().of(row.value).items()}
     if all(value.get(name) is not None for name in BOTH):  # any of its answers will do
         form, chat = form_for("any", [row], DataConfig(train=row.origin), templated=True), True
-        return _of_document(form.normalise(row).answers[0][0], chat)
+        return prompt_of(form.normalise(row).answers[0][0], chat)
     value, chat = _with_answer(value)
     if isinstance(value.get("text"), str) and not chat and not any(name in value for name in ANSWERS):
         return value["text"], ()
     document = detect_form([Row(value, row.origin)]).normalise(Row(value, row.origin))
-    return _of_document(document.answers[0][0], chat)
+    return prompt_of(document.answers[0][0], chat)
 
 
-def _of_document(document: Single, chat: bool) -> tuple[Prompt, tuple[dict[str, Any], ...]]:
+def prompt_of(document: Single, chat: bool) -> tuple[Prompt, tuple[dict[str, Any], ...]]:
+    """What a document asks, and the tools with it. `chat`: also a single question is messages."""
     match document:
         case Completion(prompt=prompt):
             return prompt, ()

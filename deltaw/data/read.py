@@ -1,10 +1,10 @@
 """A source's name -> rows.
 
 A source is a file, a folder or a pattern of files (`data/*.jsonl`, `**` for any depth), a folder that `datasets` saved,
-`builtin:NAME`, or a hub id (`org/name`, `org/name:split`, `name:split`). What exists here under a name is meant before
-the hub's set of that name, which is said. A row that can't be read is a `Problem` with its line number and the reading
-goes on: a file of a million lines isn't thrown away for one, and the caller decides how many are too many. A source
-that can't be read at all is an `InputError`.
+`builtin:NAME`, `reasoning-gym:TASK` (gym.py), or a hub id (`org/name`, `org/name:split`, `name:split`). What exists
+here under a name is meant before the hub's set of that name, which is said. A row that can't be read is a `Problem`
+with its line number and the reading goes on: a file of a million lines isn't thrown away for one, and the caller
+decides how many are too many. A source that can't be read at all is an `InputError`.
 
 How each kind of file becomes rows:
 - `.jsonl`, `.ndjson`: one object per line; empty lines are skipped but counted, so that line numbers stay an
@@ -36,6 +36,8 @@ from typing import Any, BinaryIO
 
 from deltaw.data.arrow import is_saved, read_arrow, read_parquet, read_saved
 from deltaw.data.builtin import BUILTINS, read_builtin
+from deltaw.data.gym import PREFIX as GYM
+from deltaw.data.gym import read_gym
 from deltaw.data.hub import files_of_hub, read_hub
 from deltaw.data.row import MAX_LINE, Item, Note, Problem, Row
 from deltaw.data.rows import Rows
@@ -90,7 +92,7 @@ def read_into(
 def files_of(source: str) -> list[Path]:
     """The files whose bytes decide what `read_rows` reads of `source`, or more; none where that isn't known (built-in
     sets, names that lead nowhere)."""
-    if source.startswith("builtin:") or "\0" in source or not source:
+    if source.startswith(("builtin:", GYM)) or "\0" in source or not source:
         return []
     path = Path(source)
     whole = Path(source.rpartition(":")[0] or source)
@@ -113,6 +115,8 @@ def _files_in(path: Path) -> list[Path]:
 def _items(source: str, encoding: str) -> Iterator[Item]:
     if source.startswith("builtin:"):
         return read_builtin(source.removeprefix("builtin:"))
+    if source.startswith(GYM):
+        return read_gym(source.removeprefix(GYM))
     if "\0" in source or not source:
         raise InputError(f"{source!r} isn't the name of a data source")
     path = Path(source)
@@ -378,4 +382,5 @@ def _beside(pattern: str) -> str:
 
 def _known() -> str:
     builtins = ", ".join(f"builtin:{name}" for name in BUILTINS)
-    return f"name a file ({' '.join(READERS)}), a folder of such files, {builtins}, or a hub id org/name"
+    made = f"{builtins}, {GYM}TASK"
+    return f"name a file ({' '.join(READERS)}), a folder of such files, {made}, or a hub id org/name"

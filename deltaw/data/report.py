@@ -128,6 +128,14 @@ class DataReport:
     sources: list[Share]
     warnings: list[str]
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether these are prompts, of which nothing is trained."""
+        return self.form.startswith(PROMPTS)
+
+
+PROMPTS = "prompts;"  # what the form of rows that are only asked begins with
+
 
 def report_of(
     of_train: list[Reading],
@@ -180,7 +188,7 @@ def report_of(
         glued_rows=kinds.sum(lambda kind: kind.glued),
         notes=[*_notes(sources, len(held_out)), *_answers(train)],
         sources=[_share(source, supervised) for source in sources],
-        warnings=[*renderer.end_of_turn_problems(train), *(renderer.header_problems() if chat else ())],
+        warnings=[*_endings(renderer, train), *(renderer.header_problems() if chat else ())],
     )
     report.warnings.extend(_warnings(report, max(source.longest_dropped for source in sources)))
     if report.glued_rows:
@@ -217,6 +225,11 @@ class _Kinds:
             counts.update(dict.fromkeys(getattr(kind, field), count))
         rows = len(self._train) + len(self._held_out)
         return {name: count / rows for name, count in counts.most_common()}
+
+
+def _endings(renderer: Renderer, train: Examples) -> list[str]:
+    """What a model won't learn of ending; from prompts it learns nothing."""
+    return [] if renderer.shape == "prompts" else renderer.end_of_turn_problems(train)
 
 
 def names(sources: Sequence[Reading]) -> str:

@@ -19,6 +19,7 @@ from deltaw.config import DataConfig
 from deltaw.config.sources import ROWS, SourceValue, label, rows_given, sources_of
 from deltaw.data.forms import Reads
 from deltaw.data.preferences import form_for
+from deltaw.data.questions import form_of_prompts
 from deltaw.data.read import read_into
 from deltaw.data.render import Renderer
 from deltaw.data.report import Reading
@@ -80,7 +81,11 @@ def _file(origin: str) -> str:
 
 def _reading(raw: Raw, config: DataConfig, renderer: Renderer, reads: Reads) -> Reading:
     name, weight, rows, problems, notes = raw
-    form = form_for(renderer.shape, rows, config, templated=renderer.template is not None, reads=reads)
+    templated = renderer.template is not None
+    if renderer.shape == "prompts":
+        form = form_of_prompts(rows, config, templated=templated, reads=reads)
+    else:
+        form = form_for(renderer.shape, rows, config, templated=templated, reads=reads)
     splits = form.name == "text" and config.too_long in ("auto", "split")
     if not splits and (config.too_long == "split" or config.overlap):
         setting = "too_long: split" if config.too_long == "split" else f"overlap: {config.overlap}"

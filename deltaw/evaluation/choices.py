@@ -27,16 +27,14 @@ from typing import Any
 import numpy as np
 
 from deltaw.data.example import Example
-from deltaw.data.examples import lengths_of
-from deltaw.data.loader import fill
-from deltaw.data.pack import pack
+from deltaw.data.weighed import Weighed
 from deltaw.errors import InputError, Rejected
+from deltaw.evaluation.batches import batches
 from deltaw.generate.cache import evaluating
 from deltaw.model import Model
 
 LISTS = ("choices", "options", "endings")
 RIGHT = ("answer", "answerkey", "label", "gold", "target", "correct")
-TOKENS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -122,12 +120,11 @@ def likelihoods(
     ]
     asked.sort(key=lambda one: max(len(prompt_choice) for prompt_choice in rows[one[0]][1]) + len(rows[one[0]][0]))
     known: dict[int, dict[int, float]] = {}
-    examples = [example for _, _, example in asked]
-    lengths = lengths_of(examples)
     off = nullcontext() if adapter or model.attached is None else model.attached.disabled()
     with off:
-        for part in fill(np.arange(len(asked)), lengths, TOKENS_AT_ONCE):
-            sums = _sums(model, [examples[number] for number in part])
+        for part, batch in batches(model.forward, Weighed([example for _, _, example in asked])):
+            with evaluating(model.base.model):
+                sums: list[float] = batch.by_document(model.forward.logprobs(batch).double()).tolist()
             for at, value in zip(part, sums, strict=True):
                 number, choice, _ = asked[at]
                 own = known.setdefault(number, {})
@@ -135,14 +132,6 @@ def likelihoods(
                 if len(own) == len(rows[number][1]):
                     del known[number]
                     yield number, [own[k] for k in range(len(own))]
-
-
-def _sums(model: Model, examples: Sequence[Example]) -> list[float]:
-    """The log-probability of each example's masked tokens."""
-    batch = pack(examples).to(next(model.base.model.parameters()).device)
-    with evaluating(model.base.model):
-        sums: list[float] = batch.by_document(model.forward.logprobs(batch).double()).tolist()
-    return sums
 
 
 def _ids(prompt: Sequence[int], choice: Sequence[int]) -> np.ndarray:

@@ -23,12 +23,11 @@ from torch import Tensor
 from deltaw.base.batch import Batch
 from deltaw.config import DataConfig
 from deltaw.data.example import Example
-from deltaw.data.examples import lengths_of
-from deltaw.data.loader import fill
-from deltaw.data.pack import pack
 from deltaw.data.prepare import prepare
 from deltaw.data.render import Renderer
+from deltaw.data.weighed import Weighed
 from deltaw.errors import InputError
+from deltaw.evaluation.batches import batches
 from deltaw.generate.cache import evaluating
 from deltaw.kernels.logprobs import IGNORE
 from deltaw.model import Model
@@ -71,12 +70,12 @@ def general_text(source: str, renderer: Renderer, longest: int | None = None) ->
 def forgetting(model: Model, source: str, examples: Sequence[Example], display: Display) -> Forgetting:
     """Both losses and the divergence. `model` must carry an adapter, switched on."""
     assert model.attached is not None
-    sums: list[Tensor] = []
+    sums_P4, done = torch.zeros(len(examples), 4, dtype=torch.float64), 0
     with evaluating(model.base.model), display.task("forgetting", len(examples)) as progress:
-        for documents in fill(range(len(examples)), lengths_of(examples), TOKENS_AT_ONCE):
-            sums.append(_sums(model, pack([examples[n] for n in documents])))
-            progress(sum(map(len, sums)))
-    sums_P4 = torch.cat(sums)
+        for numbers, batch in batches(model.forward, Weighed(examples), at_once=TOKENS_AT_ONCE):
+            sums_P4[numbers] = _sums(model, batch)
+            done += len(numbers)
+            progress(done)
     sums_P4 = sums_P4[sums_P4[:, 3] > 0]
     if not len(sums_P4):
         raise InputError(f"evaluate.general: {source} has no token to measure on")
@@ -88,15 +87,14 @@ def forgetting(model: Model, source: str, examples: Sequence[Example], display: 
 def _sums(model: Model, batch: Batch) -> Tensor:
     """[P, 4] float64: for each passage of a batch the losses before and after, the divergence, the tokens."""
     assert model.attached is not None
-    on_device = batch.to(model.base.device)
-    rows = on_device.labels_T != IGNORE
-    labels_K1 = on_device.labels_T[rows][:, None]
-    after_KV = model.forward.logits(on_device)[rows].log_softmax(-1)
+    rows = batch.labels_T != IGNORE
+    labels_K1 = batch.labels_T[rows][:, None]
+    after_KV = model.forward.logits(batch)[rows].log_softmax(-1)
     with model.attached.disabled():
-        before_KV = model.forward.logits(on_device)[rows].log_softmax(-1)
+        before_KV = model.forward.logits(batch)[rows].log_softmax(-1)
     losses = [-logp_KV.gather(1, labels_K1).squeeze(1) for logp_KV in (before_KV, after_KV)]
     kl_K = (before_KV.exp() * (before_KV - after_KV)).sum(1)
-    return batch.by_document(torch.stack([*losses, kl_K, torch.ones_like(kl_K)], 1).double().cpu())
+    return batch.by_document(torch.stack([*losses, kl_K, torch.ones_like(kl_K)], 1).double()).cpu()
 
 
 def _interval(part_P: Tensor, tokens_P: Tensor) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ twice.
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -19,13 +19,14 @@ import numpy as np
 
 from deltaw.base.forward import Forward
 from deltaw.base.limits import Limits
+from deltaw.base.parts import ANSWERED, ASKED
 from deltaw.config import EvaluateConfig
 from deltaw.data.example import Example
-from deltaw.data.examples import fingerprint, lengths_of
-from deltaw.data.loader import fill
-from deltaw.data.pack import pack
+from deltaw.data.examples import fingerprint
 from deltaw.data.render import Renderer
+from deltaw.data.weighed import Weighed
 from deltaw.errors import InputError, RunError
+from deltaw.evaluation.batches import batches
 from deltaw.evaluation.metrics import Answer, Metric
 from deltaw.generate.cache import evaluating
 from deltaw.generate.sampling import Sampling
@@ -33,20 +34,20 @@ from deltaw.model import Model
 from deltaw.show.progress import Display, Progress, unseen
 from deltaw.show.text import figure_name, rounded
 
-TOKENS_AT_ONCE = 4096
 Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss in nats per supervised token (of preferences: per pair or answer), its exponential, and the task's metrics
-    (or the objective's figures) by name. `unanswered`: why this model can't be asked these rows, where that is so.
+    """Loss in nats per supervised token (of preferences: per pair or answer; None of rewards, which have none), its
+    exponential, and the task's metrics (or the objective's figures) by name. `unanswered`: why this model can't be
+    asked these rows, where that is so.
 
     Of what: `rows`, the fingerprint of all rows; `max_new_tokens`, of the answers; `code`, the sha256 of each metric
     that is the user's own. An evaluation by an older deltaw doesn't say.
     """
 
-    loss: float
+    loss: float | None
     perplexity: float
     supervised_tokens: int  # or pairs, or answers: what `counts` says
     metrics: dict[str, float] = field(default_factory=dict)
@@ -70,11 +71,12 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """For result.json: the figures without the answers."""
         perplexity = {"perplexity": self.perplexity} if self.counts == "token" else {}
-        return {"loss": self.loss, **perplexity, **self.metrics}
+        loss = {} if self.loss is None else {"loss": self.loss, **perplexity}
+        return {**loss, **self.metrics}
 
     def line(self) -> str:
         """The loss and the metrics, for people."""
-        figures = {"held-out loss": self.loss, **self.metrics}
+        figures = ({} if self.loss is None else {"held-out loss": self.loss}) | self.metrics
         return ", ".join(f"{figure_name(name)} {rounded(value)}" for name, value in figures.items())
 
     def to_json(self) -> dict[str, Any]:
@@ -164,13 +166,11 @@ def rows_asked(
 
 def held_out_loss(forward: Forward, examples: Sequence[Example], *, progress: Progress = unseen) -> tuple[float, int]:
     """(mean cross-entropy in nats over the supervised tokens, their count). 0 rows: (nan, 0)."""
-    device = next(forward.model.parameters()).device
     total, count, done = 0.0, 0, 0
     with evaluating(forward.model):
-        for chunk in _batches(examples):
-            batch = pack(chunk).to(device)
+        for numbers, batch in batches(forward, Weighed(examples)):
             loss, labels = forward.loss(batch)
-            total, count, done = total + float(loss), count + labels, done + len(chunk)
+            total, count, done = total + float(loss), count + labels, done + len(numbers)
             progress(done)
     return (total / count if count else math.nan), count
 
@@ -211,20 +211,13 @@ def perplexity(loss: float) -> float:
 
 
 def prompt_and_truth(example: Example) -> tuple[list[int], list[int]]:
-    """How a row is asked, and what is its answer: (tokens before the last trained span, the span). A text: its first
-    half asks."""
+    """How a row is asked, and what is its answer: (tokens before the last trained span, the span), which a prompt
+    without one hasn't. A text: its first half asks."""
     trained = np.flatnonzero(example.loss_mask)
     end = int(trained[-1]) + 1
     gaps = np.flatnonzero(np.diff(trained) > 1)
     start = int(trained[gaps[-1] + 1]) if len(gaps) else int(trained[0])
-    if start <= max(1, example.context):
+    if start <= max(1, example.context) and example.part not in (ASKED, ANSWERED):
         start = max(1, end // 2)
     tokens = [int(t) for t in example.tokens]
-    return tokens[:start], tokens[start:end]
-
-
-def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """Rows of like length together, at most TOKENS_AT_ONCE tokens per batch."""
-    lengths = lengths_of(examples)
-    for numbers in fill(np.argsort(lengths, kind="stable"), lengths, TOKENS_AT_ONCE):
-        yield [examples[number] for number in numbers]
+    return tokens[:start], [] if example.part == ASKED else tokens[start:end]

@@ -13,6 +13,7 @@ can exceed 1.
     character_error_rate  ┐ insertions + deletions + substitutions that turn the answer into the truth (Levenshtein
     word_error_rate       │ 1966), of characters or of words between white space, per one in the truth. Nothing is
     phoneme_error_rate    ┘ normalised but white space at the ends; phonemes are words
+    number_equal          both end in a number, and these are equal (numbers.py)
 
 Both references of f1 and rouge_l find no word in Chinese or Japanese, or one word per sentence. Here each of
 their characters is a word, as in CMRC's f1 and XL-Sum's ROUGE; on ASCII the results are the references' own. Two texts
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from deltaw.config import METRICS as HIGHER_IS_BETTER
+from deltaw.evaluation import numbers
 
 CHARACTER_WORDS = "\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 SPACED = re.compile(f"([{CHARACTER_WORDS}])")  # Han, Hiragana and Katakana: written without blanks
@@ -89,6 +91,10 @@ def character_error_rate(given: str, truth: str) -> Points:
 
 def word_error_rate(given: str, truth: str) -> Points:
     return _errors(given.split(), truth.split())
+
+
+def number_equal(given: str, truth: str) -> Points:
+    return float(numbers.equal(given, truth)), 1.0
 
 
 def _errors(given: Sequence[str], truth: Sequence[str]) -> Points:
@@ -159,5 +165,6 @@ METRICS = {
         "character_error_rate": character_error_rate,
         "word_error_rate": word_error_rate,
         "phoneme_error_rate": word_error_rate,
+        "number_equal": number_equal,
     }.items()
 }

@@ -3,8 +3,8 @@
     def politeness(answer: str, truth: str) -> float: ...      # a third parameter called `prompt` gets what was asked
     politeness.higher_is_better = False                        # True unless said
 
-It is called once for each row; its figure is the mean over rows. The file is read once: what is hashed is what runs. It
-is loaded alone (it can import what is installed, not files beside it), so that the hash says all of it.
+It is called once for each row; its figure is the mean over rows. files/own_code.py reads and loads the file: what is
+hashed is what runs.
 
 Whose code runs? The code that a run file names is its writer's wish: whoever types `deltaw train run.yaml` or
 `--metrics file.py:function` asks for it. But a run folder names code, too, and may be a stranger's, whose files stay
@@ -20,28 +20,19 @@ instead, and so is the line of the file.
 
 import contextlib
 import functools
-import hashlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import inspect
 import math
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from deltaw.base.source import cache_root
 from deltaw.config import metric_key, own_metric
 from deltaw.errors import InputError, RunError
 from deltaw.evaluation.metrics import METRICS, Answer, Metric, Points
-from deltaw.files.paths import no_such
+from deltaw.files.own_code import Code, as_number, quietly, reason
 from deltaw.show.text import one_line
-
-LARGEST = 10_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -71,44 +62,35 @@ def try_out(metrics: Sequence[Metric], row: Answer) -> None:
                 raise InputError(error.what, fix="it was tried with that row's truth as the answer") from None
 
 
-def _open(name: str, consent: Consent) -> Metric:
-    own = own_metric(name)
-    assert own is not None  # EvaluateConfig has checked it
-    file, function = Path(own[0]), own[1]
-    source = _bytes(file)
-    code = hashlib.sha256(source).hexdigest()
-    known = cache_root() / "code" / code
+def check_consent(code: Code, function: str, consent: Consent, *, what: str, otherwise: str = "") -> None:
+    """Raises InputError where a run folder, not the user, names this code, and these bytes have never run on request.
+    `what` the run is by it; `otherwise`: what to do instead of --allow-code."""
+    known = cache_root() / "code" / code.sha256
     if consent.of_run is not None and not consent.allow and not known.is_file():
         raise InputError(
-            f"{consent.of_run} is measured by code: {function} in {file}, which has not run here before as it is now",
-            fix="read it; then add --allow-code, or choose other metrics (deltaw eval: --metrics f1, or none)",
+            f"{consent.of_run} is {what} by code: {function} in {code.file}, which has not run here before as it is "
+            "now",
+            fix=f"read it; then add --allow-code{otherwise}",
         )
     with contextlib.suppress(OSError):  # without a cache it asks again
         known.parent.mkdir(parents=True, exist_ok=True)
         known.touch()
-    module = _load(file, source, code)
-    call = getattr(module, function, None)
-    if not callable(call):
-        own_ones = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
-        what = f"evaluate.metrics: {file} has no function {function}"
-        raise InputError(what, fix=f"it has {', '.join(own_ones[:8]) or 'none'}")
+
+
+def _open(name: str, consent: Consent) -> Metric:
+    own = own_metric(name)
+    assert own is not None  # EvaluateConfig has checked it
+    file, function = Path(own[0]), own[1]
+    code = Code.read(file, "evaluate.metrics")
+    otherwise = ", or choose other metrics (deltaw eval: --metrics f1, or none)"
+    check_consent(code, function, consent, what="measured", otherwise=otherwise)
+    call = code.function(function, "evaluate.metrics")
     higher = getattr(call, "higher_is_better", True)
     if not isinstance(higher, bool):
         raise InputError(f"{file}: {function}.higher_is_better is {higher!r:.60}", fix="set it to True or False")
-    of = functools.cache(_Own(file, call, _wants_prompt(file, call)))  # it may be dear, or answer otherwise next time
-    return Metric(metric_key(name), higher, of, code)
-
-
-def _bytes(file: Path) -> bytes:
-    """Raises InputError. A stranger's run may name a pipe, or gigabytes."""
-    try:
-        if not file.is_file():
-            raise no_such(file) if not file.exists() else InputError(f"evaluate.metrics: {file} isn't a file")
-        if (size := file.stat().st_size) > LARGEST:
-            raise InputError(f"evaluate.metrics: {file}: {size:,} bytes is too large for a metric")
-        return file.read_bytes()
-    except OSError as error:
-        raise InputError(f"evaluate.metrics: {file}: {error.strerror or error}") from None
+    # It may be dear, or answer otherwise next time.
+    of = functools.cache(_Own(code, call, _wants_prompt(file, call)))
+    return Metric(metric_key(name), higher, of, code.sha256)
 
 
 def _wants_prompt(file: Path, call: Callable[..., Any]) -> bool:
@@ -126,74 +108,25 @@ def _wants_prompt(file: Path, call: Callable[..., Any]) -> bool:
     return bool(more)
 
 
-class _Source(importlib.abc.SourceLoader):
-    """Loads the bytes that were hashed, and writes no __pycache__ beside the user's file."""
-
-    def __init__(self, file: Path, source: bytes) -> None:
-        self.file, self.source = file, source
-
-    def get_filename(self, fullname: str) -> str:
-        return str(self.file)
-
-    def get_data(self, path: bytes | str) -> bytes:
-        return self.source
-
-
-def _load(file: Path, source: bytes, code: str) -> ModuleType:
-    """The file as a module. Raises InputError with the line where it fails."""
-    name = f"deltaw_metric_{code[:16]}"
-    spec = importlib.machinery.ModuleSpec(name, _Source(file, source), origin=str(file))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses in it look themselves up there
-    try:
-        with _quietly():
-            spec.loader.exec_module(module)  # type: ignore[union-attr]
-    except (Exception, SystemExit) as error:
-        beside = isinstance(error, ModuleNotFoundError) and (file.parent / f"{error.name}.py").is_file()
-        fix = "a metric's file is loaded alone: it can import what is installed, not the files beside it"
-        raise InputError(f"{_where(error, file)}: {_reason(error)}", fix=fix if beside else None) from None
-    return module
-
-
 @dataclass(frozen=True)
 class _Own:
     """A row's points by the user's function. Raises RunError that names the row and the line."""
 
-    file: Path
+    code: Code
     call: Callable[..., Any]
     wants_prompt: bool
 
     def __call__(self, answer: Answer) -> Points:
         more = {"prompt": answer.prompt} if self.wants_prompt else {}
         try:
-            with _quietly():
+            with quietly():
                 value = self.call(answer.given, answer.truth, **more)
-                score = float(value) if isinstance(value, int | float) or hasattr(value, "__float__") else None
+                score = as_number(value)
         except (Exception, SystemExit) as error:
-            raise RunError(f"{_where(error, self.file)}, on row {answer.origin}: {_reason(error)}") from None
+            where = self.code.where(error)
+            raise RunError(f"{where}, on row {answer.origin}: {one_line(reason(error))}") from None
         if score is None or not math.isfinite(score):
             name = getattr(self.call, "__name__", "it")
-            raise RunError(
-                f"{self.file}: {name} gave {one_line(repr(value), 60)} for row {answer.origin}, which isn't a number"
-            )
+            given = one_line(repr(value), 60)
+            raise RunError(f"{self.code.file}: {name} gave {given} for row {answer.origin}, which isn't a number")
         return score, 1.0
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """What it prints goes to stderr: stdout is for results."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-def _where(error: BaseException, file: Path) -> str:
-    """file:line of the innermost frame in the file."""
-    if isinstance(error, SyntaxError) and error.filename == str(file):
-        return f"{file}:{error.lineno}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-    return f"{file}:{lines[-1]}" if lines else str(file)
-
-
-def _reason(error: BaseException) -> str:
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
-    return one_line(f"{type(error).__name__}: {text}".rstrip(": "))

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from deltaw.base.limits import Limits
-from deltaw.base.parts import REJECTED, UNDESIRABLE
-from deltaw.config import DataConfig
+from deltaw.base.parts import ASKED, REJECTED, UNDESIRABLE
+from deltaw.config import DataConfig, Shape
 from deltaw.config.places import check_there
 from deltaw.config.sources import SourceValue
 from deltaw.config.tasks import TaskConfig
@@ -36,8 +36,9 @@ def rows_of(
     named = Named.of(name)
     source = own_data(named) if data is None else _of_file(named, data, rows)
     model = open_model(named, base=base, display=display)
-    if data is not None and model.renderer.shape == "pairs":
-        model = replace(model, renderer=model.renderer.of_shape("any"))
+    if data is not None and model.renderer.shape in ("pairs", "prompts"):
+        shape: Shape = "any" if model.renderer.shape == "pairs" else "one"
+        model = replace(model, renderer=model.renderer.of_shape(shape))
     examples = (
         prepared_held_out(source, model.renderer, display=display)
         if data is None
@@ -61,7 +62,7 @@ def rows_of_task(named: Named, task: TaskConfig, model: Model, display: Display)
         Limits.of(model.base.model).check(examples)
         return examples
     examples = prepared_held_out(own_data(named), model.renderer, display=display)
-    examples = examples.take(~np.isin(parts_of(examples), (REJECTED, UNDESIRABLE)))  # answers to be given
+    examples = examples.take(~np.isin(parts_of(examples), (REJECTED, UNDESIRABLE, ASKED)))  # answers to be given
     key = str(task.seed).encode()[-64:]
 
     def order(example: Example) -> bytes:

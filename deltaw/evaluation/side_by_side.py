@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from deltaw.base.parts import ANSWERED, ASKED, PLAIN
 from deltaw.base.preferences import objective_of
 from deltaw.config import DataConfig, EvaluateConfig, RunConfig
 from deltaw.config.sources import SourceValue, label
@@ -135,7 +136,11 @@ def evaluate(
             f"warning: these aren't the rows that {named.name} was measured on when it was trained: the data changed, "
             "or how it is read; some of them may have been trained on"
         )
-    if parts_of(examples).any():
+    kinds = set(parts_of(examples).tolist())
+    asked = bool(kinds & {ASKED, ANSWERED})
+    if asked:
+        _check_asked(named, config, kinds, display)
+    elif kinds - {PLAIN}:
         if config.metrics or every_answer:
             raise InputError(
                 "these rows are preferences: their answers are weighed, and no metric or file of answers fits them",
@@ -146,7 +151,7 @@ def evaluate(
     if rows is not None and rows < len(examples):
         examples, known = spread(examples, rows), None
     try_out(opened, truth_of(model.renderer, examples[0]))
-    measuring = _Measuring(model, examples, config, opened, every_answer, display)
+    measuring = _Measuring(model, examples, config, opened, every_answer, display, has_loss=not asked)
     adapter = measuring.side(None, adapter=True) if model.attached is not None and use_adapter else None
     other = None
     if adapter is None or use_base:
@@ -181,6 +186,18 @@ def _weighed(
     return SideBySide(named.name, measured_on, len(Units(examples)), (), adapter, base, as_trained)
 
 
+def _check_asked(named: Named, config: EvaluateConfig, kinds: set[int], display: Display) -> None:
+    """Of the held-out prompts of a run on rewards. Raises InputError where no metric can be measured on them."""
+    if not config.metrics or ASKED in kinds:
+        why = "some of them have no answer to compare with" if config.metrics else "no metric is named"
+        raise InputError(
+            f"{named.name} was trained on rewards and held out prompts, and {why}",
+            fix=f"its reward before and after is in {Run(named.path).result}; name a file of rows with answers, or "
+            "--metrics where the prompts have some",
+        )
+    display.say(f"the metrics alone: the reward before and after is in {Run(named.path).result}")
+
+
 def _kept(named: Named, count: int) -> np.ndarray | None:
     """What the run's own reference says of its held-out answers."""
     try:
@@ -200,11 +217,14 @@ class _Measuring:
     metrics: tuple[Metric, ...]
     every_answer: bool
     display: Display
+    has_loss: bool = True  # prompts have none
 
     def side(self, known: Evaluation | None, *, adapter: bool) -> Evaluation:
         """`known`: of the same rows; only what it lacks is measured."""
         attached, name = self.model.attached, "adapter" if adapter else "base"
         with nullcontext() if adapter or attached is None else attached.disabled():
+            if known is None and not self.has_loss:
+                known = Evaluation(None, 0.0, len(self.examples), rows=fingerprint(self.examples), counts="answer")
             done = known or evaluate_loss(self.model, self.examples, display=self.display, name=name)
             if not (self.metrics or self.every_answer):
                 return Evaluation(done.loss, done.perplexity, done.supervised_tokens, rows=done.rows)
@@ -236,6 +256,6 @@ def _known(named: Named) -> Evaluation | None:
         return None
     try:
         known = Evaluation.from_json(run.read_json(run.before))
-        return known if math.isfinite(known.loss) else None
+        return known if known.loss is not None and math.isfinite(known.loss) else None
     except (InputError, TypeError, KeyError, ValueError):  # rotten, or of another deltaw
         return None

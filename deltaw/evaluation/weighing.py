@@ -8,7 +8,7 @@ divergence are left out, and how often the chosen answer is the likelier one by 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,25 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
 from deltaw.base.objective import Objective
 from deltaw.data.example import Example
 from deltaw.data.examples import fingerprint
-from deltaw.data.loader import Units, fill
-from deltaw.data.pack import pack
-from deltaw.data.sharing import Shared
 from deltaw.data.weighed import Weighed, mismatched
 from deltaw.errors import RunError
-from deltaw.evaluation.held_out import TOKENS_AT_ONCE, Evaluation
+from deltaw.evaluation.batches import batches
+from deltaw.evaluation.held_out import Evaluation
 from deltaw.evaluation.intervals import Scores, interval
 from deltaw.generate.cache import evaluating
 from deltaw.model import Model
 from deltaw.show.progress import Display, Progress, unseen
 
 TRIVIAL = ("margin", "accuracy", "chosen_change", "kl", "anchor")  # of the reference itself
-
-NEAR = 4096  # examples among which beginnings are looked for
 
 
 @dataclass
@@ -60,19 +55,16 @@ def weighed_sums(
     progress: Progress = unseen,
 ) -> Sums:
     """Of all units of `weighed`, or of these."""
-    device, every = next(forward.model.parameters()).device, Units(weighed.examples)
     total, done = Sums(figures=dict.fromkeys(objective.sums, 0.0)), 0
-    numbers = range(len(every)) if units is None else units
     with evaluating(forward.model):
-        for group in batches_of(every.lengths, numbers):
-            batch = weighed.packed(every.examples_of(group)).to(device)
+        for numbers, batch in batches(forward, weighed, units):
             logprobs = forward.scores(batch)
             total.loss += float(objective(logprobs, batch))
             total.count += objective.count(batch)
             total.right += objective.right(logprobs, batch)
             for name, value in objective.figures(logprobs, batch).items():
                 total.figures[name] += value
-            done += len(group)
+            done += len(numbers)
             progress(done)
     return total
 
@@ -86,32 +78,13 @@ def anchor_of(forward: Forward, weighed: Weighed) -> float:
 
 def summed_logprobs(forward: Forward, examples: Sequence[Example], *, progress: Progress = unseen) -> np.ndarray:
     """float64: the summed log-probability of each example's labels."""
-    device, sums, done = next(forward.model.parameters()).device, np.zeros(len(examples)), 0
-    shares = forward.shares and device.type == "cpu"  # as training's batches (training/opening.py)
+    sums, done = np.zeros(len(examples)), 0
     with evaluating(forward.model):
-        for numbers, batch in _packed(examples, shares=shares):
-            sums[numbers] = batch.by_document(forward.logprobs(batch.to(device))).to("cpu", torch.float64).numpy()
+        for numbers, batch in batches(forward, Weighed(examples)):
+            sums[numbers] = batch.by_document(forward.logprobs(batch)).to("cpu", torch.float64).numpy()
             done += len(numbers)
             progress(done)
     return sums
-
-
-def _packed(examples: Sequence[Example], *, shares: bool) -> Iterator[tuple[list[int], Batch]]:
-    """All of them in batches, and their numbers; those that begin alike are near, and with `shares` computed once."""
-    for first in range(0, len(examples), NEAR):
-        part = [examples[number] for number in range(first, min(first + NEAR, len(examples)))]
-        if shared := Shared.of(part) if shares else None:
-            yield from (([first + n for n in one.numbers], one.pack()) for one in shared.batches(TOKENS_AT_ONCE))
-            continue
-        lengths = np.array([len(example.tokens) for example in part], np.int64)
-        for group in batches_of(lengths, range(len(part))):
-            yield [first + number for number in group], pack([part[number] for number in group])
-
-
-def batches_of(lengths: np.ndarray, numbers: Sequence[int]) -> Iterator[list[int]]:
-    """Those of like length together, at most TOKENS_AT_ONCE tokens per batch."""
-    order = np.asarray(numbers, np.int64)[np.argsort(lengths[list(numbers)], kind="stable")]
-    yield from fill(order, lengths, TOKENS_AT_ONCE)
 
 
 def figures_of(sums: Sums, objective: Objective, *, is_reference: bool = False) -> dict[str, float]:
@@ -127,7 +100,7 @@ def weighed_evaluation(
     isn't finite."""
     if objective.anchored:
         objective = objective.with_anchor(anchor_of(forward, weighed))
-    with display.task(f"{name}: answers weighed", len(Units(weighed.examples))) as progress:
+    with display.task(f"{name}: answers weighed", len(weighed.examples)) as progress:
         sums = weighed_sums(forward, weighed, objective, progress=progress)
     loss = sums.loss / sums.count if sums.count else math.nan
     if not math.isfinite(loss):

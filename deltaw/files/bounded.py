@@ -3,7 +3,8 @@
 Both can take for ever, or all memory, and a template might do worse. So neither is run here: `bounded_worker.py` does
 it, without files, with little memory, and killed when it takes longer than whoever asks is willing to wait.
 
-There is one worker for a process, started by the first question. A fork starts its own: on one pair of pipes parent and
+`Worker` is this end of any such process; rewards have theirs, too (rewards/process.py). For templates and patterns
+there is one worker for a process, started by the first question. A fork starts its own: on one pair of pipes parent and
 child would get each other's answers. It ends with its process, however that ends: killed at exit, by the end of its
 input after a SIGKILL, and by its own alarm when a program keeps it from seeing that.
 
@@ -16,12 +17,13 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,6 @@ MAX_OUTPUT = 2**24  # characters of one text, and of all of a row's as far as th
 MEMORY = 2**28  # bytes, beyond what the interpreter takes
 START_LIMIT = 60.0  # seconds; a worker that isn't up by then never will be
 SCRIPT = Path(__file__).with_name("bounded_worker.py")
-_DEATH = f"it needs more than {MEMORY // 2**20} MB, or crashes"
 
 
 class Failed(Exception):
@@ -39,13 +40,27 @@ class Failed(Exception):
 
 
 class Worker:
-    """This end of a worker: started when something is asked, killed when something goes wrong, then started again."""
+    """This end of a worker: started when something is asked, killed when something goes wrong, then started again.
 
-    def __init__(self) -> None:
+    `start` makes the process, whose first line says how it stands (`ready`); `named`: what it is, for the error of one
+    that can't be started, and `fix`. `death`: why one is thought to have died; left out, how it ended is told.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], "subprocess.Popen[bytes]"],
+        named: str,
+        fix: str,
+        *,
+        death: str = "",
+        start_limit: float = START_LIMIT,
+    ) -> None:
+        self._make, self._named, self._fix, self._death, self._start_limit = start, named, fix, death, start_limit
+        self.ready: Any = None
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._lines: deque[bytes] = deque()  # read, and not asked for yet; the last is a beginning
-        self._patience = START_LIMIT
+        self._patience = 0.0
 
     @contextlib.contextmanager
     def asking(self, request: bytes, patience: float) -> Iterator["Worker"]:
@@ -73,7 +88,7 @@ class Worker:
             try:
                 rest = rest[os.write(pipe, rest) :]
             except BrokenPipeError:
-                raise Failed(_DEATH) from None
+                raise self._died() from None
 
     def answer(self) -> Any:
         """The next line's value."""
@@ -83,7 +98,7 @@ class Worker:
         try:
             return json.loads(self._lines.popleft())
         except ValueError:  # no worker of ours writes that
-            raise Failed(_DEATH) from None
+            raise self._died() from None
 
     def _read(self, pipe: int) -> None:
         """At least one whole line more."""
@@ -95,7 +110,7 @@ class Worker:
             parts.append(os.read(pipe, 2**20))
             size += len(parts[-1])
             if not parts[-1] or size > 6 * MAX_OUTPUT:  # bytes, of which JSON takes up to 6 for a character
-                raise Failed(_DEATH)
+                raise self._died()
         self._lines.extend(b"".join(parts).split(b"\n"))
 
     def stop(self) -> None:
@@ -103,6 +118,8 @@ class Worker:
         process, self._process = self._process, None
         self._lines.clear()
         if process is not None:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)  # it leads a session of its own: what it started goes, too
             process.kill()
             _close(process)
             process.wait()
@@ -115,17 +132,28 @@ class Worker:
 
     def _start(self) -> None:
         try:
-            self._process = shut_in(str(SCRIPT), json.dumps([MEMORY, MAX_OUTPUT]))
+            self._process = self._make()
             for pipe in (self._process.stdin, self._process.stdout):
                 assert pipe is not None
                 os.set_blocking(pipe.fileno(), False)
-            self._patience = START_LIMIT
-            self.answer()
+            self._patience = self._start_limit
+            self.ready = self.answer()
         except (OSError, Failed) as error:
-            raise RunError(
-                f"the process for templates and patterns can't be started: {error}",
-                fix=f"try: {sys.executable} -I -c 'import jinja2'",
-            ) from None
+            raise RunError(f"{self._named} can't be started: {error}", fix=self._fix) from None
+
+    def _died(self) -> Failed:
+        """How it ended, where that is to be told."""
+        assert self._process is not None
+        if self._death:
+            return Failed(self._death)
+        try:
+            code = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return Failed("it closed its pipe")
+        if code >= 0:
+            return Failed(f"its process ended itself (exit code {code})")
+        killed = " (out of memory?)" if code == -signal.SIGKILL else ""
+        return Failed(f"its process was ended by {signal.Signals(-code).name}{killed}")
 
     def _wait(self, pipe: int, event: int, until: float) -> None:
         """Until something can be read or written; what can be at once is never late, since the clock runs on while we
@@ -151,6 +179,15 @@ def shut_in(*arguments: str) -> "subprocess.Popen[bytes]":
     )
 
 
+def _templates() -> Worker:
+    return Worker(
+        lambda: shut_in(str(SCRIPT), json.dumps([MEMORY, MAX_OUTPUT])),
+        "the process for templates and patterns",
+        f"try: {sys.executable} -I -c 'import jinja2'",
+        death=f"it needs more than {MEMORY // 2**20} MB, or crashes",
+    )
+
+
 _WORKERS: dict[int, Worker] = {}
 
 
@@ -161,7 +198,7 @@ def worker() -> Worker:
         for owner in [owner for owner in _WORKERS if owner != mine]:
             if (inherited := _WORKERS.pop(owner, None)) is not None:
                 inherited.forget()
-        _WORKERS.setdefault(mine, Worker())
+        _WORKERS.setdefault(mine, _templates())
     return _WORKERS[mine]
 
 

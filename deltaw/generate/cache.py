@@ -29,6 +29,7 @@ from deltaw.base.frozen import dtype_of
 from deltaw.base.limits import context_of
 from deltaw.base.passing import Pass, passing_of
 from deltaw.errors import InputError
+from deltaw.generate.grammar import Guide
 from deltaw.generate.sampling import Sampling, uniform_numbers
 from deltaw.kernels.segments import NOBODY, Segments
 
@@ -42,7 +43,8 @@ class Row:
     `number` names it to its caller, and says with the seed which uniform numbers it draws; `room` is how many tokens it
     may become longer; `update` is which of the layers' updates it takes: a number, `BASE`, or None for the
     first. `key` says what that update is, by content; `logprobs`, how many of the likeliest tokens are told beside each
-    new one (None: not even its own log-probability); `bias` is added to the logits of these tokens.
+    new one (None: not even its own log-probability), at the temperature `heat`; `bias` is added to the logits of these
+    tokens; `guide` says which tokens may come next.
     """
 
     id: int
@@ -55,6 +57,8 @@ class Row:
     key: bytes = b""
     logprobs: int | None = None
     bias: Mapping[int, float] = field(default_factory=dict)
+    guide: Guide | None = None
+    heat: float = 1.0
     new: list[int] = field(default_factory=list)
     noise: list[float] = field(default_factory=list)
 
@@ -170,8 +174,10 @@ class State:
             # (64 rows on SmolLM2-135M: 3.6 GB, and a first step of 5.3 s instead of 1.2 s).
             length = inputs["input_ids"].shape[1]
             inputs["logits_to_keep"] = torch.tensor([length - 1], device=self.ids.device)
-        segments = segments_for([self.update], [0, inputs["input_ids"].numel()])
-        with passing_of(self.model).running(Pass(segments=segments)):
+        ids = inputs["input_ids"]
+        segments = segments_for([self.update], [0, ids.numel()])
+        kept = segments_for([self.update], [0, len(ids)]) if "logits_to_keep" in self.accepted else None
+        with passing_of(self.model).running(Pass(segments=segments, kept=kept)):
             return self.model(**{**inputs, "return_dict": True})
 
     def append(self, ids_R: Tensor) -> None:

@@ -39,11 +39,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import InputError
+from deltaw.errors import InputError, RunError
 from deltaw.generate.batches import Batches
 from deltaw.generate.cache import Cache, Row, context, evaluating, text_config
+from deltaw.generate.grammar import Guide
 from deltaw.generate.logprobs import Logprobs, logprobs_of, score
-from deltaw.generate.sampling import NotFinite, Sampling, choose
+from deltaw.generate.sampling import NotFinite, RowsFailed, Sampling, choose
 from deltaw.generate.slots import Slots
 from deltaw.generate.together import come_to_rest
 from deltaw.kernels.bags import making
@@ -55,11 +56,13 @@ NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
 class Event(NamedTuple):
-    """A row's next token, with what was asked to be told of it; or None, once, after its last one."""
+    """A row's next token, with what was asked to be told of it; or None, once, after its last one. `stop`: the stop
+    token that ended it, of which the same is told."""
 
     id: int
     token: int | None
     logprobs: Logprobs | None = None
+    stop: int | None = None
 
 
 class Engine:
@@ -96,7 +99,9 @@ class Engine:
         update: int | None = None,
         key: bytes = b"",
         logprobs: int | None = None,
+        tempered: bool = False,
         bias: Mapping[int, float] = NO_BIAS,
+        guide: Guide | None = None,
     ) -> int:
         """Have a prompt decoded from the next step on. Its id, by which its tokens come.
 
@@ -106,7 +111,9 @@ class Engine:
         key:      what that update is, by content (a hash of the adapter and its scale): rows of one key and one
                   beginning share its keys and values; b"" shares nothing
         logprobs: how many of the likeliest tokens to tell beside each new one; 0: its log-probability alone
+        tempered: they are of the distribution at the sampling's temperature, and not of the model's own
         bias:     what is added to the logits of some tokens before one is chosen; `logprobs` doesn't show it
+        guide:    which tokens may come next, the row's own (grammar.py); `logprobs` doesn't show it either
 
         Raises InputError for an empty prompt, one that fills the model's context, or an id outside its vocabulary;
         ValueError where only some of the rows name their update.
@@ -115,7 +122,10 @@ class Engine:
         room = min(sampling.max_new_tokens, context(self.model) - len(prompt))
         if any((row.update is None) != (update is None) for row in (*self._waiting[-1:], *self._live)):
             raise ValueError("either all rows of an engine name their update, or none do")
-        row = Row(self._added, tuple(prompt), sampling, stop_ids, number, room, update, key, logprobs, bias)
+        heat = sampling.temperature if tempered and sampling.temperature > 0 else 1.0
+        row = Row(
+            self._added, tuple(prompt), sampling, stop_ids, number, room, update, key, logprobs, bias, guide, heat
+        )
         self._added += 1
         self._waiting.append(row)
         return row.id
@@ -124,8 +134,8 @@ class Engine:
         """The next token of every row that has a place, and None after a row's last one. The stop token that ended a
         row is left out.
 
-        Raises NotFinite where the model gives no logits; what came before is in the next step's, and the rows whose ids
-        it has may be cancelled.
+        Raises RowsFailed where the model gives no logits (NotFinite) or a guide no token; what came before is in the
+        next step's, and the rows whose ids it has may be cancelled.
         """
         if self._waiting or not self._modules:  # looking for them is felt in a step of one token
             self._modules = list(self.model.modules())
@@ -207,27 +217,28 @@ class Engine:
         for row, token in zip(rows, tokens, strict=True):
             ended = token in row.stop_ids
             if not ended:
+                if row.guide is not None:
+                    row.guide.take(token)
                 row.new.append(token)
                 self._events.append(Event(row.id, token, told.get(row)))
             if ended or len(row.new) == row.room:
-                self._events.append(Event(row.id, None))
+                ending = (told.get(row), token) if ended else (None, None)
+                self._events.append(Event(row.id, None, *ending))
                 self._live.pop(row).leave(row)
 
     def _chosen(self, rows: Sequence[Row], logits_RV: Tensor) -> list[int]:
-        """The next token of each row, chosen at once for all that are sampled by one rule."""
-        if any(row.bias for row in rows):
-            logits_RV = logits_RV.clone()
-            for row, logits_V in zip(rows, logits_RV, strict=True):
-                if row.bias:
-                    logits_V[list(row.bias)] += torch.tensor(list(row.bias.values())).to(logits_V)
+        """The next token of each row, chosen at once for all that are sampled by one rule; those with a bias or a guide
+        by themselves, since their logits are changed."""
         tokens = [0] * len(rows)
-        by_rule: dict[object, list[int]] = {}
+        by_rule: dict[tuple[object, bool], list[int]] = {}
         for at, row in enumerate(rows):
-            by_rule.setdefault(row.sampling.rule, []).append(at)
-        for ats in by_rule.values():
+            by_rule.setdefault((row.sampling.rule, bool(row.bias) or row.guide is not None), []).append(at)
+        for (_, changed), ats in by_rule.items():
             some = [rows[at] for at in ats]
             u_R = torch.tensor([row.u for row in some], device=self._device)
-            part_RV = logits_RV if len(ats) == len(rows) else logits_RV[ats]
+            part_RV = logits_RV if len(ats) == len(rows) and not changed else logits_RV[ats]
+            if changed:
+                _change(part_RV, some)
             try:
                 ids_R = choose(part_RV, some[0].sampling, u_R, [row.number for row in some])
             except NotFinite as error:
@@ -243,8 +254,25 @@ class Engine:
         if not ats:
             return {}
         most = max(rows[at].logprobs or 0 for at in ats)
-        told = logprobs_of(logits_RV[ats], [tokens[at] for at in ats], most)
+        asked_RV, heats = logits_RV[ats], [rows[at].heat for at in ats]
+        if any(heat != 1 for heat in heats):
+            wide = torch.promote_types(asked_RV.dtype, torch.float32)
+            asked_RV = asked_RV.to(wide) / torch.tensor(heats, dtype=wide, device=asked_RV.device)[:, None]
+        told = logprobs_of(asked_RV, [tokens[at] for at in ats], most)
         return {rows[at]: Logprobs(own, top[: rows[at].logprobs]) for at, (own, top) in zip(ats, told, strict=True)}
+
+
+def _change(logits_RV: Tensor, rows: Sequence[Row]) -> None:
+    """Add the rows' biases and forbid what their guides don't allow, in place. Raises RowsFailed."""
+    for row, logits_V in zip(rows, logits_RV, strict=True):
+        if row.bias:
+            logits_V[list(row.bias)] += torch.tensor(list(row.bias.values())).to(logits_V)
+        if row.guide is not None:
+            try:
+                allowed_V = row.guide.allowed(len(logits_V))
+            except RunError as error:
+                raise RowsFailed(error.what, [row.id], error.fix) from None
+            logits_V.masked_fill_(~allowed_V.to(logits_V.device), -torch.inf)
 
 
 def answers(

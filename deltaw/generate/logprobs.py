@@ -1,6 +1,7 @@
 """What the model says of tokens: their log-probabilities and the likeliest others, by row of logits or for a prompt.
 
-They are of the model's own distribution, before a bias and a temperature, in float32.
+They are of the model's own distribution, before a bias and a temperature, in float32 (but where a row asks for those at
+its temperature: engine.py).
 
 A prompt is scored in one pass, and all of its logits are never there together (a prompt of 8,192 tokens would need
 1.6 GB for a vocabulary of 49,152): the pass is asked for the last token's alone, the hidden rows that enter the head
@@ -25,6 +26,7 @@ from deltaw.base.passing import Pass, passing_of
 from deltaw.base.probe import rounding
 from deltaw.generate.cache import segments_for
 from deltaw.kernels.documents import Documents
+from deltaw.kernels.segments import Segments
 
 LOGITS_AT_ONCE = 1 << 24  # numbers: 64 MB in float32
 
@@ -62,13 +64,15 @@ def _logits(model: Any, prompt: Sequence[int], update: int | None) -> Iterator[T
     inputs: dict[str, Any] = {"input_ids": torch.tensor([list(prompt)], device=device)}
     if "position_ids" in accepted:
         inputs["position_ids"] = torch.arange(length, device=device)[None]
-    this = Pass(
-        documents=Documents([0, length], device) if is_packed(model) else None,
-        segments=segments_for([update], [0, length]),
-    )
+    documents = Documents([0, length], device) if is_packed(model) else None
+
+    def taken(rows: Tensor) -> Segments | None:
+        return segments_for([update], [0, len(rows)])
 
     def run(rows: Tensor) -> Tensor:
         more = {"logits_to_keep": rows} if "logits_to_keep" in accepted else {}
+        kept = taken(rows) if more else None
+        this = Pass(documents=documents, segments=segments_for([update], [0, length]), kept=kept)
         with passing_of(model).running(this):
             out: Tensor = model(**inputs, **more, use_cache=False, return_dict=True).logits[0]
         return out
@@ -84,8 +88,8 @@ def _logits(model: Any, prompt: Sequence[int], update: int | None) -> Iterator[T
     rows = max(1, LOGITS_AT_ONCE // own_RV.shape[1])
     if len(own_RV) == length:  # a model that can't be asked for some of them
         yield from own_RV.split(rows)
-    elif head is not None and _same(head.logits(watched[-1][-1:]), own_RV, rounding(dtype_of(model))):
-        yield from (head.logits(hidden_RD) for hidden_RD in watched[-1].split(rows))
+    elif head is not None and _same(head.logits(watched[-1][-1:], taken(own_RV)), own_RV, rounding(dtype_of(model))):
+        yield from (head.logits(hidden_RD, taken(hidden_RD)) for hidden_RD in watched[-1].split(rows))
     else:
         yield from (run(some) for some in torch.arange(length, device=device).split(rows))
 

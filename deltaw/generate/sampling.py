@@ -32,12 +32,19 @@ class Sampling(Strict):
         return self.temperature, self.top_p, self.top_k
 
 
-class NotFinite(RunError):
-    """Logits that are NaN or infinite, and whose: the places of the rows, or what the caller knows them by."""
+class RowsFailed(RunError):
+    """Rows that can't go on, beside others that can: their places, or what the caller knows them by."""
+
+    def __init__(self, what: str, rows: Sequence[int], fix: str | None = None) -> None:
+        self.rows = tuple(rows)
+        super().__init__(what, fix=fix)
+
+
+class NotFinite(RowsFailed):
+    """Logits that are NaN or infinite."""
 
     def __init__(self, what: str, rows: Sequence[int]) -> None:
-        self.rows = tuple(rows)
-        super().__init__(what, fix="use dtype float32, or an older checkpoint")
+        super().__init__(what, rows, fix="use dtype float32, or an older checkpoint")
 
 
 def choose(logits_RV: Tensor, sampling: Sampling, u_R: Tensor, numbers: Sequence[int] = ()) -> Tensor:

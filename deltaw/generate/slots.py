@@ -124,7 +124,12 @@ class Slots(Cache):
         positions_T = torch.cat([torch.arange(first, end, device=self.device) for _, first, end in ordered])
         self._place(ordered)
         cache = self._carried(ordered, starts, positions_T)
-        this = Pass(segments=segments_for([run.row.update for run in ordered], starts), cache=cache)
+        kept = [run.row.update for run in runs if run.whole] or [ordered[0].row.update]
+        this = Pass(
+            segments=segments_for([run.row.update for run in ordered], starts),
+            kept=segments_for(kept, range(len(kept) + 1)),
+            cache=cache,
+        )
         ends = [starts[ordered.index(run) + 1] - 1 for run in runs if run.whole] or [0]  # some row it must give
         ends_R = torch.tensor(ends, device=self.device)
         return self._run(this, tokens_T[None], positions_T[None], logits_to_keep=ends_R)[0]

@@ -98,18 +98,18 @@ def linear_logprobs_plain(
 ) -> Logprobs:
     """The twin: all logits at once, PyTorch's own functions."""
     logits_TV = F.linear(hidden_TD, head.dense(), bias_V)
-    return logprobs_of(capped(scale * logits_TV.to(_wide(logits_TV)), softcap), labels_T)
+    return logprobs_of(capped(scale * logits_TV.to(wide_of(logits_TV)), softcap), labels_T)
 
 
 def logprobs_of(logits_TV: Tensor, labels_T: Tensor, rows_K: Tensor | None = None) -> Logprobs:
     """The same of logits that are formed anyway."""
     if rows_K is not None:
         labels_K = labels_T[rows_K]
-        logp_KV = logits_TV[rows_K].to(_wide(logits_TV)).log_softmax(1)
+        logp_KV = logits_TV[rows_K].to(wide_of(logits_TV)).log_softmax(1)
         logp_K = logp_KV.gather(1, labels_K.clamp_min(0)[:, None]).squeeze(1).masked_fill(labels_K == IGNORE, 0.0)
         return Logprobs(logp_K, -logp_K.sum())
     rows_T = labels_T != IGNORE
-    labels_K, logp_KV = labels_T[rows_T], logits_TV[rows_T].to(_wide(logits_TV)).log_softmax(1)
+    labels_K, logp_KV = labels_T[rows_T], logits_TV[rows_T].to(wide_of(logits_TV)).log_softmax(1)
     return Logprobs(logp_KV.gather(1, labels_K[:, None]).squeeze(1), F.nll_loss(logp_KV, labels_K, reduction="sum"))
 
 
@@ -118,17 +118,17 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide_of(x: Tensor) -> torch.dtype:
     """What x is computed in: float64 stays float64, so that gradcheck sees the real derivative."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _cross_entropy_(
+def cross_entropy_(
     z_CV: Tensor, labels_C: Tensor, scale: float, softcap: float | None, *, gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """(the losses [C], their sum). With `gradient` ∂loss/∂logits takes the place of the logits. In float32 or wider, a
     few rows at a time."""
-    wide = _wide(z_CV)
+    wide = wide_of(z_CV)
     losses: list[Tensor] = []
     total = torch.zeros((), dtype=wide, device=z_CV.device)
     rows = max(1, BLOCK_BYTES // (wide.itemsize * z_CV.shape[1]))
@@ -163,7 +163,7 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         all_labelled = rows_K is None
         rows_K = (labels_T != IGNORE).nonzero().squeeze(1) if rows_K is None else rows_K
-        logp_K = hidden_TD.new_empty(len(rows_K), dtype=_wide(hidden_TD))
+        logp_K = hidden_TD.new_empty(len(rows_K), dtype=wide_of(hidden_TD))
         loss = logp_K.new_zeros(())
         n_KD = hidden_TD.new_empty(len(rows_K), hidden_TD.shape[1]) if ctx.needs_input_grad[0] else None
         chunk = max(1, (GPU_CHUNK_BYTES if hidden_TD.is_cuda else CHUNK_BYTES) // (head.dtype.itemsize * head.shape[0]))
@@ -177,12 +177,12 @@ class _LinearLogprobs(torch.autograd.Function):
             if bias_V is not None:
                 z_CV.add_(bias_V)
             if on_gpu(z_CV):
-                from deltaw.kernels.triton import cross_entropy_
+                from deltaw.kernels.triton import cross_entropy_ as on_triton
 
-                losses_C = cross_entropy_(z_CV, labels_C, scale, softcap)
+                losses_C = on_triton(z_CV, labels_C, scale, softcap)
                 total = losses_C.sum()
             else:
-                losses_C, total = _cross_entropy_(z_CV, labels_C, scale, softcap, gradient=n_KD is not None)
+                losses_C, total = cross_entropy_(z_CV, labels_C, scale, softcap, gradient=n_KD is not None)
             if without_C is not None:
                 total = losses_C.masked_fill_(without_C, 0).sum()
             logp_K[start : start + chunk] = -losses_C

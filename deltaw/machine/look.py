@@ -44,6 +44,9 @@ PACKAGES = {
     "starlette": Package("starlette", "deltaw serve", "pip install 'deltaw[serve]'"),
     "uvicorn": Package("uvicorn", "deltaw serve", "pip install 'deltaw[serve]'"),
     "sacrebleu": Package("sacrebleu", "chrF in deltaw eval --tasks", "pip install 'deltaw[eval]'"),
+    "llguidance": Package(
+        "llguidance", "answers held to JSON or a schema, in deltaw serve", "pip install 'deltaw[json]'"
+    ),
     "xllamacpp": Package("xllamacpp", "deltaw verify in llama.cpp", "pip install 'deltaw[llama-cpp]'"),
     "peft": Package("peft", "deltaw verify in PEFT", "pip install peft"),
     "mlx-lm": Package("mlx_lm", "deltaw verify in MLX", "pip install mlx-lm"),

@@ -71,9 +71,9 @@ class Adapters:
         self.changes = 0  # of the model's layers and stand-ins, after which nothing that was decoded goes on
         self._carrier: Attached | None = None
 
-    def names(self) -> list[str]:
-        """What can be asked for now, sorted."""
-        return [name for name in self._folder.names() if name not in self._dropped]
+    def names(self, count: int | None = None) -> list[str]:
+        """What can be asked for now, sorted; the first `count`."""
+        return self._folder.names(count, without=self._dropped)
 
     def left_out(self) -> tuple[list[str], list[str]]:
         """Subfolders that can't be asked for: those with names that a model can't have, those without an adapter."""
@@ -282,11 +282,12 @@ class Adapters:
         self.figures.adapter_bytes = sum(version.bytes for version in versions)
 
     def _served(self, look: Look, *, digest: str = "", number: int | None = None, problem: str = "") -> Served:
-        card, parent = self._folder.card(look), self.model.id.name
+        card, own = self._folder.card(look), self.model.id
+        problem = problem or card.problem or card.base.mismatch(own) or ""
         return Served(
             look.name,
             look.directory,
-            parent,
+            own.name,
             look.modified,
             rank=card.rank,
             system=card.system,

@@ -1,6 +1,7 @@
 """What a client waits on: the pieces of its answers, handed from the worker's thread to the event loop."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -13,12 +14,14 @@ class Answering(AsyncIterator[Piece]):
     (an adapter that can't be put on this base, say), RunError for what failed while running.
 
     `served`: the adapter's version that answers, once it has begun; None for the base. `prompt_tokens`, and
-    `generated_tokens`: all that were made so far, those of stop texts too.
+    `generated_tokens`: all that were made so far, those of stop texts too. `submitted`: when it came, by the monotonic
+    clock.
     """
 
     def __init__(self, ask: Ask, leave: Callable[["Answering"], None]) -> None:
         """Made in the event loop that waits for it. `leave`: what tells the worker that the client has left."""
         self.ask = ask
+        self.submitted = time.monotonic()
         self.served: Served | None = None
         self.prompt_tokens, self.generated_tokens = len(ask.prompt), 0
         self.loop = asyncio.get_running_loop()

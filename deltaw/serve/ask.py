@@ -8,6 +8,7 @@ from deltaw.errors import DeltawError
 from deltaw.generate.sampling import Sampling
 
 if TYPE_CHECKING:
+    from deltaw.generate.grammar import Grammar
     from deltaw.generate.logprobs import Logprobs
 
 Finish = Literal["stop", "length"]
@@ -36,7 +37,8 @@ class Ask:
     `stop`: texts at which an answer ends, left out of it; `stop_ids`: tokens that end it, None for the model's own.
     `logprobs`: of each token its own and those of so many likely ones. `bias`: what is added to a token's logit. `n`:
     how many answers. `echo`: the prompt comes first, with its logprobs where they are asked for; without `answer` it is
-    all that comes (OpenAI's `max_tokens: 0`). `client`: whom it is from; waiting clients take turns.
+    all that comes (OpenAI's `max_tokens: 0`). `grammar`: what the answers are held to. `client`: whom it is from;
+    waiting clients take turns.
     """
 
     prompt: tuple[int, ...]
@@ -51,6 +53,7 @@ class Ask:
     answer: bool = True
     client: str = ""
     stop_ids: frozenset[int] | None = None
+    grammar: "Grammar | None" = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ client can ask it so; the server doesn't choose between the two for anybody.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from deltaw.data.document import checked_messages
 from deltaw.data.render import Renderer
 from deltaw.errors import InputError, Rejected
 from deltaw.files.strict_json import read_json
+from deltaw.generate.grammar import Grammar, Grammars
 from deltaw.model import Model
 from deltaw.serve.adapters import Adapters, Served
 from deltaw.serve.protocol import Objects
@@ -44,6 +45,7 @@ class Catalog:
     model: Model
     adapters: Adapters
     _renderers: dict[Path, tuple[int, Renderer]] = field(default_factory=dict)
+    _grammars: Grammars | None = None
     _long: threading.Lock = field(default_factory=threading.Lock)  # one long text is encoded at a time
 
     @property
@@ -54,6 +56,10 @@ class Catalog:
     def served(self, name: str) -> Served | None:
         """The adapter of this name; None for the base's. Raises Unknown."""
         return None if name == self.base else self.adapters.get(name)
+
+    def some(self, count: int) -> list[str]:
+        """Names that can be asked for, at most so many: the base's first."""
+        return [self.base, *self.adapters.names(count - 1)]
 
     def models(self) -> list[dict[str, Any]]:
         """Entries of `/v1/models`: the base first."""
@@ -89,6 +95,12 @@ class Catalog:
     def stop_ids(self, served: Served | None) -> frozenset[int]:
         """What ends a chat's answer: with a template of its own an adapter has learnt an end of its own."""
         return frozenset(self._renderer(served).stop_ids)
+
+    def grammar(self, schema: Mapping[str, Any], stop_ids: frozenset[int]) -> Grammar:
+        """What answers that end so are held to. Raises InputError for a schema that can't be kept."""
+        if self._grammars is None:
+            self._grammars = Grammars(self.model.renderer.tokenizer)
+        return self._grammars.of(schema, stop_ids)
 
     def text_ids(self, text: str, *, any_length: bool = False) -> tuple[int, ...]:
         """What the model is given of a completion's text. Raises InputError, or Refused as `chat_ids` does."""
@@ -136,6 +148,7 @@ class Catalog:
             "max_model_len": self.model.context,
             "rank": served.rank,
             "report": _report(served.path) is not None,
+            "problem": served.problem or None,
             **self._asked(_template(served.path), served.system, True),
         }
 

@@ -15,14 +15,14 @@ served in turn (worker.py).
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from deltaw.errors import DeltawError
 from deltaw.serve import metrics
 from deltaw.serve.answers import Chat, Form, Text, Whole, usage
-from deltaw.serve.ask import Ask, Piece
+from deltaw.serve.ask import Ask, Piece, Unknown
 from deltaw.serve.catalog import Catalog, shown
 from deltaw.serve.limits import Limits
 from deltaw.serve.metrics import Counts
@@ -34,7 +34,8 @@ from deltaw.serve.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from deltaw.serve.refused import Refused, of_error, wrong
+from deltaw.serve.refused import NAMED, Refused, of_error, wrong
+from deltaw.serve.schema import schema_of
 from deltaw.serve.tokens import Tokens
 from deltaw.serve.worker import Answering, Worker
 
@@ -148,10 +149,13 @@ class Desk:
         def prepared() -> tuple[ChatRequest, list[Ask]]:
             request = ChatRequest.read(body)
             request.check(self.limits)
+            schema = schema_of(request.response_format)
             served = self.catalog.served(request.model)
             ids = self.catalog.chat_ids(served, request.messages, request.shown_tools)
             ask = request.ask(ids, self.limits, client, served.name if served else None)
-            return request, [replace(ask, stop_ids=self.catalog.stop_ids(served))]
+            stops = self.catalog.stop_ids(served)
+            grammar = None if schema is None else self.catalog.grammar(schema, stops)
+            return request, [replace(ask, stop_ids=stops, grammar=grammar)]
 
         return await self._answers(Chat, prepared, body)
 
@@ -168,10 +172,20 @@ class Desk:
         return await self._answers(Text, prepared, body)
 
     async def _answers(self, form: type[Form], prepared: Any, body: Body) -> tuple[bool, Answers]:
-        with named(body.get("model", "")):
+        async with self._named(body.get("model", "")):
             request, asks = await asyncio.to_thread(prepared)
             answerings = await self._begun(asks)
         return request.stream, self._of(form, request, answerings)
+
+    @asynccontextmanager
+    async def _named(self, model: object) -> AsyncIterator[None]:
+        """What the library refuses inside is refused to the client, who asked for this model."""
+        try:
+            yield
+        except Unknown as error:
+            raise of_error(error, model, await asyncio.to_thread(self.catalog.some, NAMED + 1)) from None
+        except DeltawError as error:
+            raise of_error(error) from None
 
     async def _begun(self, asks: Sequence[Ask]) -> list[Answering]:
         answerings: list[Answering] = []
@@ -200,12 +214,12 @@ class Desk:
 
     async def model(self, name: str) -> dict[str, Any]:
         """`GET /v1/models/NAME`."""
-        with named(name):
+        async with self._named(name):
             return await asyncio.to_thread(self.catalog.entry, name)
 
     async def report(self, name: str) -> bytes:
         """`GET /v1/adapters/NAME/report`."""
-        with named(name):
+        async with self._named(name):
             page = await asyncio.to_thread(self.catalog.report, name)
         if page is None:
             raise Refused(404, "this adapter has no report", param="name")
@@ -221,12 +235,12 @@ class Desk:
         name = AdapterRequest.read(body).name
         if name == self.catalog.base:
             raise wrong(f"{name} is the base, which is always there", "name")
-        with named(name):
+        async with self._named(name):
             return shown(await self.worker.load(name))
 
     async def drop(self, name: str) -> dict[str, Any]:
         """`DELETE /v1/adapters/NAME`."""
-        with named(name):
+        async with self._named(name):
             await self.worker.drop(name)
         return {"id": name, "object": "adapter", "deleted": True}
 
@@ -241,7 +255,7 @@ class Desk:
                 return self.catalog.text_ids(request.prompt or "", any_length=True)
             return self.catalog.chat_ids(None, request.messages, request.tools, any_length=True)
 
-        with named(self.catalog.base):
+        async with self._named(self.catalog.base):
             tokens = await asyncio.to_thread(ids)
         return {"tokens": list(tokens), "count": len(tokens), "max_model_len": self.limits.context}
 
@@ -261,15 +275,6 @@ class Desk:
     def metrics(self) -> str:
         """`GET /metrics`."""
         return metrics.page(self.worker.figures(), self.counts)
-
-
-@contextmanager
-def named(model: object) -> Iterator[None]:
-    """What the library refuses inside is refused to the client, who asked for this model."""
-    try:
-        yield
-    except DeltawError as error:
-        raise of_error(error, model) from None
 
 
 def _short(fingerprint: str) -> str:

@@ -13,15 +13,17 @@ have settled.
 import hashlib
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
-from deltaw.adapter.file import DELTAS, RECORD, Adapter, is_adapter, is_run
+from deltaw.adapter.file import DELTAS, RECORD, Adapter, BaseId, base_of, is_adapter, is_run
 from deltaw.adapter.peft_config import CONFIG
 from deltaw.adapter.peft_tensors import WEIGHTS
-from deltaw.errors import InputError
+from deltaw.errors import DeltawError, InputError
 from deltaw.files.content import SETTLED, Stamp, stamp
+from deltaw.files.safetensors import read_header
 from deltaw.files.strict_json import read_json
 from deltaw.named import template_beside
 from deltaw.serve.ask import Unknown
@@ -72,11 +74,14 @@ class Read:
 @dataclass(frozen=True)
 class Card:
     """What small files say of an adapter: its rank, the system prompt of its training, and its chat template, where
-    that isn't the tokenizer's own."""
+    that isn't the tokenizer's own. `base`: which one it belongs to; `problem`: what can be seen to be wrong without
+    reading the weights, which a server doesn't do before they are asked for."""
 
     rank: int | None = None
     system: str = ""
     template: Path | None = None
+    base: BaseId = field(default_factory=BaseId)
+    problem: str = ""
 
 
 class Folder:
@@ -89,10 +94,11 @@ class Folder:
         self._named = {name: path.resolve() for name, path in named.items()}
         self._cards: dict[str, tuple[Look, Card]] = {}
 
-    def names(self) -> list[str]:
-        """What is an adapter now, sorted."""
+    def names(self, count: int | None = None, *, without: Collection[str] = ()) -> list[str]:
+        """What is an adapter now, sorted; the first `count`."""
         entries = [] if self._root is None else [entry.name for entry in self._root.iterdir()]
-        return sorted({name for name in {*entries, *self._named} if self._place(name) is not None})
+        ordered = sorted({*entries, *self._named}.difference(without))
+        return list(islice((name for name in ordered if self._place(name) is not None), count))
 
     def left_out(self) -> tuple[list[str], list[str]]:
         """Subfolders that aren't served though they aren't hidden, sorted: adapters whose names can't be a model's, and
@@ -112,15 +118,15 @@ class Folder:
         return Look(name, directory, stamps)
 
     def card(self, look: Look) -> Card:
-        """Read once per version; empty where the files are broken, which reading the adapter says."""
+        """Read once per version."""
         known = self._cards.get(look.name)
         if known is None or known[0] != look:
-            known = self._cards[look.name] = look, _card(look.directory)
+            known = self._cards[look.name] = look, _card(look)
         return known[1]
 
     def read(self, look: Look) -> Read:
         """The adapter whole. Raises InputError for one that can't be read, or whose files change meanwhile."""
-        digest, adapter = self.digest(look), Adapter.load(look.directory)
+        digest, adapter = self.digest(look), _loaded(look)
         if self.look(look.name) != look:
             raise InputError(f"the files of the adapter {look.name} are changing", fix="ask again in a moment")
         return Read(look, adapter, digest)
@@ -174,13 +180,32 @@ def now() -> float:
     return time.time()
 
 
-def _card(directory: Path) -> Card:
+def _loaded(look: Look) -> Adapter:
+    """Its errors name files within the adapter: clients are told them."""
     try:
-        config = read_json(directory / CONFIG, max_bytes=1_000_000, allow_nan=True)
-        rank = config.get("r")
-        base = read_json(directory / RECORD, max_bytes=1_000_000).get("base") if (directory / RECORD).exists() else {}
-        system = base.get("system", "") if isinstance(base, dict) else ""
-    except (InputError, OSError):
-        return Card()
+        return Adapter.load(look.directory)
+    except DeltawError as error:
+        raise InputError(_unplaced(error.what, look), fix=_unplaced(error.fix or "", look) or None) from None
+
+
+def _unplaced(text: str, look: Look) -> str:
+    return text.replace(f"{look.directory}/", f"{look.name}/").replace(str(look.directory), look.name)
+
+
+def _card(look: Look) -> Card:
+    directory, config, rank = look.directory, {}, None
+    if not {WEIGHTS, DELTAS} & look.stamps.keys():
+        return Card(problem="its weights are missing")
+    try:
+        if WEIGHTS in look.stamps:
+            read_header(directory / WEIGHTS)
+        if DELTAS in look.stamps:
+            read_header(directory / DELTAS)
+        else:
+            config = read_json(directory / CONFIG, max_bytes=1_000_000, allow_nan=True)
+            rank = config.get("r")
+        base = base_of(directory, config)
+    except (InputError, OSError) as error:
+        return Card(problem=_unplaced(str(error), look))
     whole = rank if isinstance(rank, int) and not isinstance(rank, bool) else None
-    return Card(whole, system if isinstance(system, str) else "", template_beside(directory))
+    return Card(whole, base.system, template_beside(directory), base)

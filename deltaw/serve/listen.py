@@ -6,8 +6,8 @@ meantime waits.
 uvicorn waits for a request's head as long as the client likes, and answers what isn't HTTP in plain text. `Patient` is
 its protocol with a clock, a bound on connections and errors in OpenAI's form.
 
-At the end (Ctrl-C, SIGTERM) no connection is taken any more, answers that are being made have `GRACE` seconds, and then
-the worker ends them with an error that their clients can read. A second Ctrl-C doesn't wait.
+At the end (Ctrl-C, SIGTERM) no connection is taken any more, answers that are being made have `GRACE` seconds, which is
+said, and then the worker ends them with an error that their clients can read. A second Ctrl-C doesn't wait.
 """
 
 import asyncio
@@ -28,6 +28,7 @@ from deltaw.errors import InputError
 from deltaw.serve.limits import Limits
 from deltaw.serve.refused import Refused
 from deltaw.serve.worker import Worker
+from deltaw.show.text import counted
 
 GRACE = 10.0
 LAST = 5  # seconds more, in which clients are told
@@ -59,10 +60,12 @@ def address_of(listening: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """Serves `app` on a socket until a signal comes, or `should_exit` is set."""
+    """Serves `app` on a socket until a signal comes, or `should_exit` is set. `say` is told what it waits for then."""
 
-    def __init__(self, app: Any, worker: Worker, limits: Limits, *, grace: float = GRACE) -> None:
-        self._worker, self._grace = worker, grace
+    def __init__(
+        self, app: Any, worker: Worker, limits: Limits, *, grace: float = GRACE, say: Callable[[str], None] = print
+    ) -> None:
+        self._worker, self._grace, self._say = worker, grace, say
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what it knows, guard.py has said
         super().__init__(
             uvicorn.Config(
@@ -80,6 +83,9 @@ class Server(uvicorn.Server):
         )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._worker.busy and not self.force_exit:
+            requests = counted(self._worker.busy, "request")
+            self._say(f"ending: {requests} may take {self._grace:g} s more; Ctrl-C again doesn't wait")
         loop = asyncio.get_running_loop()
         ending = loop.call_later(self._grace, lambda: loop.run_in_executor(None, self._worker.close))
         await super().shutdown(sockets)

@@ -34,7 +34,7 @@ COUNTERS = {
 HISTOGRAMS = {
     "time_to_first_token_seconds": ("time_to_first_token", "From a request's arrival to its first token."),
     "inter_token_latency_seconds": ("inter_token", "Between two tokens of an answer."),
-    "e2e_request_latency_seconds": ("latency", "From a request's arrival to its end."),
+    "e2e_request_latency_seconds": ("latency", "From a request's arrival to its end, however it ended."),
 }
 
 

@@ -5,9 +5,9 @@ A field is one of five things, and nothing is dropped in silence that would chan
     known       checked by type and range; no text stands for a number, and true isn't 1
     neutral     known to OpenAI's API but not to us, and given its default (`presence_penalty: 0`): as if left out
     harmless    says nothing about the answer (`user`, `metadata`, …): ignored
-    refused     known to OpenAI's API, and something would be missing (`suffix`, `response_format: json_schema`, …)
+    refused     known to OpenAI's API, and something would be missing (`suffix`, penalties, …)
     unknown     refused by name. `chat_template` and patterns of any kind (`guided_regex`) are among these: no template,
-                regex or path from a request is ever used
+                regex or path from a request is ever used (schema.py: nor a schema's `pattern`)
 
 `null` is a field that wasn't sent. Two fields are ours: `top_k`, and `scale`, which multiplies an adapter's update.
 """
@@ -154,6 +154,7 @@ class ChatRequest(Asked):
     max_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0)
+    response_format: dict[str, Any] = Field(default_factory=lambda: {"type": "text"})
 
     def check(self, limits: Limits, prompts: int = 1) -> None:
         super().check(limits)

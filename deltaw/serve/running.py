@@ -1,5 +1,6 @@
 """A request whose rows are being decoded: from the engine's events to the pieces of its answers."""
 
+import time
 from collections.abc import Callable, Sequence
 
 from deltaw.generate.engine import Event
@@ -22,15 +23,13 @@ class Running:
         decode: Callable[[Sequence[int]], str],
         *,
         room: int,
-        submitted: float,
-        begun: float,
     ) -> None:
         self.answering, self.ask, self.taken = answering, answering.ask, taken
         self.ids: dict[int, int] = {}
         self.pieces: list[Piece] = []  # not handed over yet
         self.new = 0  # and how many tokens were made meanwhile
-        self.begun, self.finish = begun, ""
-        self._decode, self._room, self._submitted = decode, room, submitted
+        self.begun, self.finish = time.monotonic(), ""
+        self._decode, self._room = decode, room
         self._texts = [Text(decode, self.ask.stop) for _ in range(self.ask.n)]
         self._last: dict[int, float] = {}
 
@@ -78,5 +77,5 @@ class Running:
         if index in self._last:
             figures.inter_token.observe(now - self._last[index])
         elif not self._last:
-            figures.time_to_first_token.observe(now - self._submitted)
+            figures.time_to_first_token.observe(now - self.answering.submitted)
         self._last[index] = now

@@ -1,50 +1,49 @@
 """The thread that owns model and engine: requests come in from an event loop, pieces of answers go back to it.
 
 In each round the thread lets go of whom has left, begins requests for which there are places, runs one step of the
-engine, and hands over what came of it with one call into the event loop, whatever the number of requests. So a client
-that leaves costs the token that is being made and no more, and nothing of torch runs in the loop.
+engine (decoding.py), and hands over what came of it with one call into each event loop (outbox.py), whatever the number
+of requests. So a client that leaves costs the token that is being made and no more, and nothing of torch runs in the
+loop.
 
 A client has at most `slots` rows decoded at a time. There are a quarter more places than that: whoever comes while one
 client fills all of its own finds one. Those who wait take turns by client (line.py).
 
-What goes wrong with a request ends it alone: an adapter that doesn't fit, logits that aren't finite. What goes wrong
-with the engine ends all that run, and the others go on with a new one. An adapter for which the model must be tried
-again (adapters.py) waits until nothing runs, and nobody overtakes it.
+An adapter for which the model must be tried again (adapters.py) waits until nothing runs, and nobody overtakes it.
 """
 
 import asyncio
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from deltaw.errors import DeltawError, InputError, RunError, with_kind
-from deltaw.generate.engine import Engine, check
-from deltaw.generate.sampling import NotFinite
+from deltaw.generate.engine import check
 from deltaw.kernels.bags import making
 from deltaw.model import Model
 from deltaw.serve.adapters import Adapters, Later, Served
 from deltaw.serve.answering import Answering
 from deltaw.serve.ask import MOST_SCALE, Ask, Busy
+from deltaw.serve.decoding import Decoding
 from deltaw.serve.figures import Figures
 from deltaw.serve.line import Line
-from deltaw.serve.running import Running
+from deltaw.serve.outbox import Outbox
 
 T = TypeVar("T")
-SMOOTH = 0.1  # the share of the last request in how long one takes
 STOPPING = "the server is stopping"
 
 
 @dataclass(eq=False)
 class _Job:
-    """Something to begin that may have to wait for what runs. `wanted`: whether anybody still waits for it."""
+    """Something to begin that may have to wait for what runs. `wanted`: whether anybody still waits for it; `drop` is
+    called where nobody does."""
 
     run: Callable[[], None]
     fail: Callable[[BaseException], None]
     wanted: Callable[[], bool]
+    drop: Callable[[], None] = lambda: None
 
 
 class Worker:
@@ -55,30 +54,29 @@ class Worker:
         if slots < 1 or queue < 1:
             raise InputError(f"slots is {slots} and queue {queue}; both must be at least 1")
         self.model, self.adapters, self.slots, self.queue = model, adapters, slots, queue
-        self._places = slots + max(1, slots // 4)
+        self._outbox = Outbox()
+        self.decoding = Decoding(model, adapters, slots + max(1, slots // 4), self._outbox)
         self._figures = adapters.figures
         self._thread = threading.Thread(target=self._work, name="deltaw-worker", daemon=True)
+        self._ready = threading.Event()
         # Shared with other threads, under this lock.
         self._changed = threading.Condition()
         self._line: Line[Answering] = Line()
         self._left: list[Answering] = []
         self._jobs: deque[_Job] = deque()
-        self._submitted: dict[Answering, float] = {}
         self._closing = False
         # The thread's own.
-        self._engine: Engine | None = None
-        self._layers = -1
-        self._running: list[Running] = []
-        self._by_row: dict[int, Running] = {}
         self._held: tuple[_Job, Later, int] | None = None
-        self._over = 0  # how many requests have ended
-        self._seconds = 0.0  # that one takes, smoothed
-        self._reused = 0  # tokens of prompts, by engines before this one
-        self._out: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Begin to answer; what comes before it is `ready` waits."""
         self._thread.start()
+
+    def ready(self) -> None:
+        """Wait until it answers without a wait. Raises RunError where it came to nothing."""
+        self._ready.wait()
+        if not self.alive:
+            raise RunError("the server's worker couldn't begin")
 
     def close(self, timeout: float = 10.0) -> None:
         """End all requests with an error, and the thread. Returns within `timeout` seconds whatever the thread does."""
@@ -95,11 +93,15 @@ class Worker:
         """Whether it answers: for /health."""
         return self._thread.is_alive() and not self._closing
 
+    @property
+    def busy(self) -> int:
+        """How many requests run or wait."""
+        return len(self.decoding.running) + len(self._line)
+
     def figures(self) -> Figures:
         """What has been counted so far."""
-        engine = self._engine
-        self._figures.running, self._figures.waiting = len(self._running), len(self._line)
-        self._figures.prefix_tokens = self._reused + (engine.reused if engine else 0)
+        self._figures.running, self._figures.waiting = len(self.decoding.running), len(self._line)
+        self._figures.prefix_tokens = self.decoding.reused
         return self._figures
 
     def submit(self, ask: Ask) -> Answering:
@@ -114,7 +116,6 @@ class Worker:
                 self._figures.refused += 1
                 raise Busy(f"{len(self._line)} requests are waiting, and no more may", self._retry_after())
             self._line.add(answering)
-            self._submitted[answering] = time.monotonic()
             self._changed.notify()
         return answering
 
@@ -137,7 +138,7 @@ class Worker:
 
     def _retry_after(self) -> int:
         """In how many seconds there should be a place in the queue's first half."""
-        return min(600, math.ceil(max(1.0, self._seconds * len(self._line) / 2 / self.slots)))
+        return min(600, math.ceil(max(1.0, self.decoding.seconds * len(self._line) / 2 / self.slots)))
 
     async def _do(self, call: Callable[[], T]) -> T:
         """Have the thread call it, between two steps."""
@@ -146,10 +147,10 @@ class Worker:
 
         def run() -> None:
             value = call()
-            self._tell(loop, lambda: None if future.done() else future.set_result(value))
+            self._outbox.tell(loop, lambda: None if future.done() else future.set_result(value))
 
         def fail(error: BaseException) -> None:
-            self._tell(loop, lambda: None if future.done() else future.set_exception(error))
+            self._outbox.tell(loop, lambda: None if future.done() else future.set_exception(error))
 
         with self._changed:
             if not self.alive:
@@ -170,6 +171,8 @@ class Worker:
         error: BaseException = RunError(STOPPING)
         try:
             self.adapters.open()
+            self.decoding.current_engine()
+            self._ready.set()
             with making():  # often few rows run
                 while self._wait():
                     self._round()
@@ -179,23 +182,21 @@ class Worker:
         finally:
             with self._changed:
                 self._closing = True
+            self._ready.set()
             self._end_all(error)
-            self._flush()
             self.adapters.close()
 
     def _wait(self) -> bool:
         """Until there is something to do. False when all is over."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._closing or self._running or self._jobs or self._left or self._held or len(self._line)
-            )
+            self._changed.wait_for(lambda: self._closing or self.busy or self._jobs or self._left or self._held)
             return not self._closing
 
     def _round(self) -> None:
         self._let_go()
         self._begin_some()
-        self._step()
-        self._flush()
+        self.decoding.step()
+        self._outbox.flush()
 
     def _let_go(self) -> None:
         """Of those whose clients have left."""
@@ -203,23 +204,21 @@ class Worker:
             left, self._left = self._left, []
             waited = [answering for answering in left if self._line.remove(answering)]
         for answering in waited:
-            self._submitted.pop(answering, None)
-            self._count_end("cancelled")
-            self._tell(answering.loop, answering.end)
-        for running in [running for running in self._running if running.answering in left]:
-            self._end(running, "cancelled")
+            self.decoding.ended(answering, "cancelled")
+        self.decoding.let_go(left)
 
     def _begin_some(self) -> None:
         """What is waiting and has a place. Those that run wait for one adapter to be put on, and not for several."""
         loads = self._figures.adapter_loads
         while self._figures.adapter_loads == loads and (job := self._next()) is not None:
             if not job.wanted():
+                job.drop()
                 continue
             try:
                 job.run()
             except Later as later:
-                if self._running:
-                    self._held = job, later, self._over
+                if self.decoding.running:
+                    self._held = job, later, self.decoding.over
                     return
                 job.fail(RunError("this adapter can't be put on the model beside the others"))
             except DeltawError as error:
@@ -230,166 +229,35 @@ class Worker:
     def _next(self) -> _Job | None:
         if self._held is not None:
             job, later, over = self._held
-            if self._running and job.wanted() and (later.quiet or over == self._over):
+            if self.decoding.running and job.wanted() and (later.quiet or over == self.decoding.over):
                 return None
             self._held = None
             return job
         with self._changed:
             if self._jobs:
                 return self._jobs.popleft()
-            taken: dict[str, int] = {}
-            for running in self._running:
-                client = running.answering.client
-                taken[client] = taken.get(client, 0) + len(running.ids)
-            free = self._places - sum(taken.values())
+            taken = self.decoding.rows_of_clients()
+            free = self.decoding.places - sum(taken.values())
             answering = self._line.take(free, lambda a: taken.get(a.client, 0) + a.rows <= self.slots)
-            submitted = 0.0 if answering is None else self._submitted.pop(answering)
-        if answering is None:
-            return None
-        return self._asked(answering, submitted)
+        return None if answering is None else self._asked(answering)
 
-    def _asked(self, answering: Answering, submitted: float) -> _Job:
+    def _asked(self, answering: Answering) -> _Job:
         """The beginning of a request."""
-
-        def fail(error: BaseException) -> None:
-            self._count_end("error")
-            self._tell(answering.loop, lambda: answering.end(error))
-
-        return _Job(lambda: self._begin(answering, submitted), fail, lambda: answering not in self._left)
-
-    def _begin(self, answering: Answering, submitted: float) -> None:
-        """Raises Later, or what is wrong with the request."""
-        ask = answering.ask
-        taken = self.adapters.take(ask.adapter, ask.scale)
-        try:
-            engine, decode = self._current_engine(), self.model.renderer.decode
-            room = min(ask.sampling.max_new_tokens, self.model.context - len(ask.prompt))
-            running = Running(answering, taken, decode, room=room, submitted=submitted, begun=time.monotonic())
-            if ask.echo:
-                wanted = ask.logprobs is not None
-                scored = engine.score(ask.prompt, update=taken.number, top=ask.logprobs or 0) if wanted else None
-                running.echo(scored)
-            for index in range(ask.n if ask.answer else 0):
-                id = engine.add(
-                    ask.prompt,
-                    ask.sampling,
-                    self.model.renderer.stop_ids if ask.stop_ids is None else ask.stop_ids,
-                    number=index,
-                    update=taken.number,
-                    key=taken.key,
-                    logprobs=ask.logprobs,
-                    bias=ask.bias,
-                )
-                running.ids[id] = index
-        except BaseException:
-            self.adapters.release(taken)
-            raise
-        served = None if taken.version is None else taken.version.served
-        self._figures.prompt_tokens += len(ask.prompt)
-        self._running.append(running)
-        self._by_row |= dict.fromkeys(running.ids, running)
-        self._tell(answering.loop, lambda: answering.begin(served))
-        if not ask.answer:
-            running.no_answer()
-            self._end(running, running.finish)
-
-    def _current_engine(self) -> Engine:
-        """A new one where the model's layers have changed; nothing runs then."""
-        if self._engine is None or self._layers != self.adapters.changes:
-            self._forget()
-            self._engine, self._layers = Engine(self.model.base.model, batch_size=self._places), self.adapters.changes
-        return self._engine
-
-    def _forget(self) -> None:
-        """The engine, with all that it keeps."""
-        self._reused += self._engine.reused if self._engine else 0
-        self._engine = None
-
-    def _step(self) -> None:
-        """One token of each row."""
-        if self._engine is None or not self._running:
-            return
-        try:
-            events = self._engine.step()
-        except NotFinite as error:
-            for running in {self._by_row[id] for id in error.rows if id in self._by_row}:
-                self._end(running, "error", error)
-            return
-        except Exception as error:
-            self._restart(error)
-            return
-        now = time.monotonic()
-        for event in events:
-            owner = self._by_row.get(event.id)
-            if owner is None:  # of a row that has just been cancelled
-                continue
-            if owner.take(event, now, self._figures):
-                self._engine.cancel(event.id)
-            if event.id not in owner.ids:
-                del self._by_row[event.id]
-        for running in list(self._running):
-            if not running.ids:
-                self._end(running, running.finish)
-            elif running.pieces or running.new:
-                self._hand_over(running)
-
-    def _restart(self, error: Exception) -> None:
-        """The engine has failed: all that run end, and the next begin with a new one."""
-        self._figures.restarts += 1
-        self._forget()
-        failure = error if isinstance(error, DeltawError) else RunError(f"decoding failed: {with_kind(error)}")
-        for running in list(self._running):
-            self._end(running, "error", failure)
-
-    def _end(self, running: Running, how: str, error: BaseException | None = None) -> None:
-        """Of one request: its rows, its hold on the adapter, its place."""
-        for id in running.ids:
-            self._by_row.pop(id, None)
-            if self._engine is not None:
-                self._engine.cancel(id)
-        self._running.remove(running)
-        self._hand_over(running)
-        self._count_end(how)
-        if how in ("stop", "length"):
-            seconds = time.monotonic() - running.begun
-            self._figures.latency.observe(seconds)
-            self._seconds += (seconds - self._seconds) * (SMOOTH if self._seconds else 1.0)
-        self.adapters.release(running.taken)
-        self._tell(running.answering.loop, lambda: running.answering.end(error))
-
-    def _hand_over(self, running: Running) -> None:
-        pieces, new = running.pieces, running.new
-        running.pieces, running.new = [], 0
-        self._tell(running.answering.loop, lambda: running.answering.take(pieces, new))
-
-    def _count_end(self, how: str) -> None:
-        self._over += 1
-        self._figures.ended[how] = self._figures.ended.get(how, 0) + 1
+        return _Job(
+            lambda: self.decoding.begin(answering),
+            lambda error: self.decoding.ended(answering, "error", error),
+            lambda: answering not in self._left,
+            lambda: self.decoding.ended(answering, "cancelled"),
+        )
 
     def _end_all(self, error: BaseException) -> None:
         """Those that run, and those that wait."""
-        for running in list(self._running):
-            self._end(running, "error", error)
+        self.decoding.end_all(error)
         with self._changed:
             jobs = [*self._jobs, *([self._held[0]] if self._held else [])]
-            jobs += [self._asked(answering, 0.0) for answering in self._line]
+            jobs += [self._asked(answering) for answering in self._line]
             self._line, self._held = Line(), None
             self._jobs.clear()
         for job in jobs:
             job.fail(error)
-        self._flush()
-
-    def _tell(self, loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-        """Have it called in the event loop, at the end of the round."""
-        self._out.setdefault(loop, []).append(call)
-
-    def _flush(self) -> None:
-        out, self._out = self._out, {}
-        for loop, calls in out.items():
-
-            def tell(calls: list[Callable[[], None]] = calls) -> None:
-                for call in calls:
-                    call()
-
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(tell)
+        self._outbox.flush()

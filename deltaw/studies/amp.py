@@ -1,191 +1,94 @@
 """amp: ΔW amplifies directions that W has but does not stress.
 
-LoRA §7.3 looks at W in the directions of ΔW, U and V: ‖UᵀW V‖_F lies far below what W has in its own strongest
-directions and above what it has in random ones, and ‖ΔW‖_F over it, the amplification, falls with the rank.
+LoRA §7.3 looks at W in the directions of ΔW, U and V: ‖UᵀW V‖_F lies above what W has in random directions and below
+what it has in as many of its own strongest. Two parts of the claim can't fail, so nothing is concluded from them: the
+strongest directions have the most by definition, and ‖ΔW‖_F over ‖UᵀW V‖_F falls with the rank by counting, since more
+directions hold more of any W. What can fail is "more than random", and how far towards its own:
 
-The last part is weaker than it looks. More directions hold more of any W: random ones about k ‖W‖_F / √(M N), so
-‖ΔW‖_F over *that* falls like 1 / k whatever was learnt. It is shown beside the amplification, as is the amplification
-of the few directions that carry 90 % of the energy, whose number hardly grows with the rank.
+    percentile    the share of random U, V (64 draws per module, analysis/measure.py) in which W has less
+    share         log(‖UᵀW V‖ / chance) / log(own / chance): 0 of random directions, 1 of W's own, whatever the size of
+                  W. In the paper's W_q, r = 4, it is log(0.32 / 0.02) / log(21.67 / 0.02) = 0.40
 
-Random directions are drawn, once per module: their root mean square (analysis/measure.py) lies above two thirds of the
-draws at k = 1, so ΔW would seem to avoid W when it only ignores it.
-
-Letters: M outputs, N inputs, k directions of ΔW: all that can be told from zero.
+Both are means over the modules, one number per seed.
 """
 
-from collections.abc import Mapping, Sequence
-from statistics import median
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+import math
 
 from deltaw.adapter.file import Adapter
 from deltaw.analysis import pictures
-from deltaw.analysis.measure import BaseMeasures
-from deltaw.analysis.page import Block, Cell, Picture, Table, Text
+from deltaw.analysis.measure import CHANCE, measure_adapter
+from deltaw.analysis.page import Cell, Picture, Table
 from deltaw.analysis.words import place
-from deltaw.linalg.threads import one_thread
-from deltaw.studies.lab import RANKS, Lab, best
-from deltaw.studies.study import Claim, Judgement, Outcome, majority
+from deltaw.studies.bench import LORA_RATES, Arm, lora
+from deltaw.studies.lab import Lab
+from deltaw.studies.statistics import Criterion, Estimate, Paired
+from deltaw.studies.study import Outcome, Rule, nothing_learnt
 
-CLAIM = Claim(
+RANK, BESIDE = 4, (16,)
+LEAST, MOST = 0.2, 0.8
+PERCENTILE, SHARE = "percentile of W in ΔW's directions, rank {}", "share of the way from chance to W's own, rank {}"
+
+RULE = Rule(
     name="amp",
     title="Does ΔW amplify what W has but does not stress?",
-    claim="In the directions of ΔW, W has more than in random directions and far less than in its own strongest ones; "
-    "ΔW amplifies it, the more the lower the rank.",
+    claim="In the directions of ΔW, W has more than in random directions and far less than in its own strongest ones.",
     source="LoRA (Hu et al. 2021), §7.3, table 7: in GPT-3's layer 48, at r = 4, W_q has 0.32 in ΔW's directions, "
-    "21.67 in its own, 0.02 in random ones, an amplification of 21.5; at r = 64 1.90, 37.71, 0.33 and about 2",
-    method=f"ranks {', '.join(map(str, RANKS))}, alpha 32, all linear layers, each at its best learning rate of the "
-    "study rank; in every module the Frobenius norm of W in as many directions of ΔW, of its own and of chance",
-    rule="held, if in more modules than not (1) the amplification is smaller at the highest rank than at the lowest, "
-    "and at each rank W's norm in ΔW's directions is (2) larger than in random ones and (3) smaller than in its own; "
-    "did not hold, if in fewer; too noisy, if one of these counts is about half, within what coins do (√n of n "
-    "modules), and none is fewer",
+    "21.67 in its own, 0.02 in random ones (a share of 0.40); one module of one training, one random draw",
+    definition=f"Rank {RANK}, alpha 32, all linear layers, at its best learning rate; in every module the norm of W in "
+    f"ΔW's directions, against {CHANCE} random draws and against as many of W's own; by seed the mean over modules of "
+    "the percentile and of the share. The claim's share is taken to be between half of the paper's and twice it",
+    criteria=(
+        Criterion(PERCENTILE.format(RANK), above=0.5),
+        Criterion(SHARE.format(RANK), above=LEAST, below=MOST),
+    ),
+    void="any of the trainings ends above half of the base's loss",
+    change="a larger base: GPT-3's W may have few strong directions where a small one has many",
+    design={"rank": RANK, "draws": CHANCE, "rates": LORA_RATES, "steps": Arm().steps},
 )
 
 
-class Row(NamedTuple):
-    """A column of table 7: of a module, or medians over modules."""
-
-    update: float  # ‖ΔW‖_F
-    on_update: float  # ‖UᵀW V‖_F in ΔW's directions
-    on_base: float  # … in W's first k
-    on_random: float  # … in k random ones
-    factor: float  # the amplification: update / on_update
-    random_factor: float  # update / on_random
-    top_directions: float  # how many carry 90 % of the energy
-    top_factor: float  # their amplification
-
-
-Rows = Mapping[tuple[int, str], Row]  # by seed and path
-
-
-def verdict(by_rank: Sequence[Rows]) -> Judgement:
-    """`by_rank`: the modules at each rank, the lowest first."""
-    clear = [majority(*falls(by_rank))]
-    for rows in by_rank:
-        clear.append(majority(sum(row.on_update > row.on_random for row in rows.values()), len(rows)))
-        clear.append(majority(sum(row.on_update < row.on_base for row in rows.values()), len(rows)))
-    return "did not hold" if False in clear else "too noisy" if None in clear else "held"
-
-
-def falls(by_rank: Sequence[Rows]) -> tuple[int, int]:
-    """In how many modules the amplification falls from the first to the last rank, of how many."""
-    low, high = by_rank[0], by_rank[-1]
-    both = low.keys() & high.keys()
-    return sum(low[key].factor > high[key].factor for key in both), len(both)
-
-
 def run(lab: Lab) -> Outcome:
-    rates: dict[int, float] = {}
-    modules: dict[int, Rows] = {}
-    for rank in RANKS:
-        adapter = {"rank": rank, "alpha": 32}
-        rates[rank] = best(lab.sweep(adapter))[0]
-        of_rank: dict[tuple[int, str], Row] = {}
-        for seed in lab.seeds:
-            name = f"rank {rank}, seed {seed}"
-            trial = lab.train(name, seed=seed, adapter=adapter, lr=rates[rank])
-            of_rank |= {(seed, path): row for path, row in rows_of(lab, name, trial.adapter()).items()}
-        modules[rank] = of_rank
-    middle = {rank: medians(rows) for rank, rows in modules.items()}
-    low, high = middle[RANKS[0]], middle[RANKS[-1]]
-    fell, of = falls(list(modules.values()))
-    beside = "; ".join(
-        f"{row.on_update / row.on_random:.2f} and {row.on_update / row.on_base:.1%} at rank {rank}"
-        for rank, row in middle.items()
-    )
-    because = (
-        f"The amplification is {low.factor:.3g} at rank {RANKS[0]} and {high.factor:.3g} at rank {RANKS[-1]} "
-        f"(medians), and falls in {fell} of {of} modules; over random directions it would have gone from "
-        f"{low.random_factor:.3g} to {high.random_factor:.3g}. What W has in ΔW's directions is a multiple of what it "
-        f"has in random ones, and a share of what it has in its own: {beside}."
-    )
-    figures = {
-        "rows": {str(rank): {"lr": rates[rank], **row._asdict()} for rank, row in middle.items()},
-        "above_random": {str(k): sum(r.on_update > r.on_random for r in rows.values()) for k, rows in modules.items()},
-        "below_own": {str(k): sum(r.on_update < r.on_base for r in rows.values()) for k, rows in modules.items()},
-        "falls": fell,
-        "modules": of,
-    }
-    return Outcome(verdict(list(modules.values())), because, blocks(middle, rates, modules), figures)
-
-
-def rows_of(lab: Lab, name: str, adapter: Adapter) -> dict[str, Row]:
-    """By module path, without zero updates: they amplify nothing."""
-    rows, generator = {}, torch.Generator().manual_seed(0)
-    measures = lab.measured(name, adapter)
-    with one_thread():
-        for path, m in measures.items():
-            if m.base and m.base.amplification.factor:
-                chance = on_random(lab.weights[path].dense(), m.base.amplification.directions, generator)
-                rows[path] = row_of(m.base, chance)
-    return rows
-
-
-def row_of(base: BaseMeasures, chance: float) -> Row:
-    a, top = base.amplification, base.amplification_top
-    return Row(
-        update=a.update,
-        on_update=a.on_update,
-        on_base=a.on_base,
-        on_random=chance,
-        factor=a.factor or 0.0,
-        random_factor=a.update / chance,
-        top_directions=top.directions,
-        top_factor=top.factor or 0.0,
-    )
-
-
-def on_random(w_MN: Tensor, k: int, generator: torch.Generator) -> float:
-    """‖UᵀW V‖_F with k random directions of each side."""
-    u_MK, v_NK = (torch.linalg.qr(torch.randn(d, k, generator=generator)).Q for d in w_MN.shape)
-    return float((u_MK.T @ w_MN @ v_NK).norm())
-
-
-def medians(rows: Rows) -> Row:
-    return Row(*map(median, zip(*rows.values(), strict=True)))
-
-
-def blocks(middle: Mapping[int, Row], rates: Mapping[int, float], modules: Mapping[int, Rows]) -> list[Block]:
-    head = ["rank", "lr", "‖ΔW‖", "W in ΔW's", "W in its own", "W in random", "amplification", "over random"]
-    table = Table(
-        [*head, "directions of 90 %", "their amplification"],
-        [[rank, rates[rank], *row] for rank, row in middle.items()],
-        "Medians over the modules; LoRA's table 7. The last two are of the directions that carry 90 % of the energy.",
-    )
-    norms = {"‖ΔW‖": 0, "W in ΔW's directions": 1, "W in its own": 2, "W in random ones": 3}
-    factors = {"all directions": 4, "those with 90 % of the energy": 7, "if they were random": 5}
-    curves = [
-        {name: (list(middle), [row[at] for row in middle.values()]) for name, at in each.items()}
-        for each in (norms, factors)
+    estimates: dict[str, Estimate] = {}
+    tuned, kinds, void = {}, dict[str, dict[int, list[float]]](), None
+    for rank in (RANK, *BESIDE):
+        tuned[f"rank {rank}"] = lab.bench.tuned(Arm(lora(rank)), LORA_RATES)
+        trained = lab.bench.by_seed(Arm(lora(rank), tuned[f"rank {rank}"].rate), RULE.seeds)
+        void = void or nothing_learnt(max(one.loss for one in trained.values()), trained[RULE.seeds[0]].before)
+        percentiles, shares = [], []
+        with lab.display.task(f"measuring rank {rank}", len(trained)) as progress:
+            for done, one in enumerate(trained.values(), 1):
+                modules = against_chance(lab, one.adapter())
+                percentiles.append(sum(p for p, _ in modules.values()) / len(modules))
+                shares.append(sum(share for _, share in modules.values()) / len(modules))
+                for path, (p, _) in modules.items():
+                    kinds.setdefault(place(path)[1], {}).setdefault(rank, []).append(p)
+                progress(done)
+        estimates[PERCENTILE.format(rank)] = Paired(tuple(percentiles))
+        estimates[SHARE.format(rank)] = Paired(tuple(shares))
+    rows: list[list[Cell]] = [
+        [kind, *(sum(values) / len(values) for values in by_rank.values())] for kind, by_rank in kinds.items()
     ]
-    return [
-        Picture(
-            pictures.lines(curves[0], x_label="rank", y_label="Frobenius norm", log_x=True, log_y=True),
-            "The size of ΔW, and of W in three sets of equally many directions.",
-            "Four curves over the rank",
-            table,
+    ranks = [f"rank {rank}" for rank in (RANK, *BESIDE)]
+    picture = Picture(
+        pictures.bars(
+            [str(row[0]) for row in rows],
+            {name: [float(row[at]) for row in rows] for at, name in enumerate(ranks, 1)},  # type: ignore[arg-type]
+            y_label="share of random directions in which W has less",
+            baseline=("chance", 0.5),
         ),
-        Picture(
-            pictures.lines(curves[1], x_label="rank", y_label="amplification", log_x=True, log_y=True),
-            "ΔW in its own directions, as a multiple of what W has there.",
-            "Three curves over the rank",
-            table,
-        ),
-        Text(
-            "More directions hold more of any matrix, so part of the fall is mere counting: the curve of random "
-            "directions falls as well."
-        ),
-        table,
-        by_kind(modules),
-    ]
+        "Where W's norm in ΔW's directions lies among random ones, by kind of module.",
+        "A group of bars for each kind, a bar for each rank",
+        Table(["", *ranks], rows, "Mean percentiles over layers and seeds; chance is 0.5"),
+    )
+    main = {f"rank {RANK}": tuned[f"rank {RANK}"]}
+    return Outcome(estimates, [picture], {"kinds": rows}, main, void)
 
 
-def by_kind(modules: Mapping[int, Rows]) -> Table:
-    rows: list[list[Cell]] = []
-    for kind in dict.fromkeys(place(path)[1] for rows in modules.values() for _, path in rows):
-        mine = [{at: row for at, row in rows.items() if place(at[1])[1] == kind} for rows in modules.values()]
-        rows.append([kind, *(medians(rows).factor if rows else None for rows in mine)])
-    return Table(["", *(f"rank {rank}" for rank in modules)], rows, "Median amplification by kind of module")
+def against_chance(lab: Lab, adapter: Adapter) -> dict[str, tuple[float, float]]:
+    """(percentile, share) by module path, without modules whose update is zero."""
+    found = {}
+    for path, measures in measure_adapter(adapter, lab.bench.weights).items():
+        if measures.base and (a := measures.base.amplification).percentile is not None and a.on_update:
+            whole = math.log(a.on_base / a.on_random)
+            found[path] = (a.percentile, math.log(a.on_update / a.on_random) / whole)
+    return found

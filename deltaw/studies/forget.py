@@ -1,182 +1,180 @@
 """forget: at the same task loss, LoRA has forgotten less than full fine-tuning.
 
 That a method which learns less forgets less says little. What matters is the price: how much is forgotten at the same
-task loss. Over a sweep of learning rates each method draws a path of (task loss, forgetting), so two methods can be
-compared where their paths first reach the same loss: a higher rate that ends at that loss again has overshot. Between
-two rates of the grid the task's loss and general text's rise are interpolated linearly, KL and the rate as powers.
+task loss. A trained update can be worn at any strength c, W + c ΔW, so each training draws a front of (task loss,
+forgetting) from the base, c = 0, through the training's end, c = 1, and a little beyond. Two fronts are compared at the
+task loss that is the larger of both methods' best: the hardest one that both reach. Between two strengths the rise of
+general text's loss is interpolated linearly, KL in its logarithm.
 
-The loss chosen is the larger of the two methods' best: the hardest one that both reach, and a trained point of one of
-them.
+The bootstrap draws the general passages again, for all seeds alike: whether the difference is of these passages.
+
+Letters: P passages, B draws.
 """
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from deltaw.analysis import pictures
-from deltaw.analysis.page import Block, Cell, Picture, Table
-from deltaw.studies.lab import Lab, Trial
-from deltaw.studies.study import Claim, Judgement, Outcome
+from deltaw.analysis.page import Cell, Picture, Table
+from deltaw.studies.bench import FULL_RATES, LORA_RATES, Arm, Bench, Trained, by_passage, lora, weaken
+from deltaw.studies.lab import Lab
+from deltaw.studies.statistics import Criterion, Estimate, Paired, Resampled, differences, log_ratios
+from deltaw.studies.study import Outcome, Rule, nothing_learnt
 
-COMPARED = (16, 64)  # ranks
-SIGMAS = 2 * 2**0.5  # twice the noise of a difference
-LEAST = 1e-9  # the lowest KL, which rounding may bring to 0
+RANK, DRAWS = 16, 1000
+STRENGTHS = (0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
+KL = "KL of LoRA / full at one task loss"
+RISE = "rise of LoRA − full at one task loss, nats"
 
-CLAIM = Claim(
+RULE = Rule(
     name="forget",
     title="Does LoRA forget less at the same task loss?",
     claim="Where LoRA and full fine-tuning have learnt the task equally well, LoRA has forgotten less.",
-    source="LoRA Learns Less and Forgets Less (Biderman et al. 2024): after code, HumanEval .498 at rank 256 and .497 "
-    "of full fine-tuning; what is left on general tasks .509 at rank 64, .414 of full fine-tuning. Shuttleworth et "
-    "al. 2024 find the same",
-    method=f"the sweeps over learning rates of ranks {' and '.join(map(str, COMPARED))} and of full fine-tuning; on "
-    "general text the rise of the loss and KL(base ‖ tuned), nats per token; between two rates interpolated at the "
-    "larger of both methods' best task losses",
-    rule="held, if at that loss LoRA's KL is lower than full fine-tuning's by more than seeds make (2√2 standard "
-    "deviations of log KL over three seeds of rank 16) and its rise is lower, at both ranks; did not hold, if at "
-    "either rank KL or rise is higher by more than seeds make; otherwise, or where the losses of two sweeps don't "
-    "overlap, too noisy",
+    source="Shuttleworth et al. 2024 (An Illusion of Equivalence) claim it. LoRA Learns Less and Forgets Less "
+    "(Biderman et al. 2024) has LoRA learn less and forget less, and both seem to lie on the same Pareto curve",
+    definition=f"LoRA of rank {RANK} and full fine-tuning at their best rates, worn at strengths "
+    f"{', '.join(f'{c:g}' for c in STRENGTHS)}; by seed the KL(base ‖ tuned) and the rise of the loss on general "
+    "text at the larger of both methods' lowest task losses. What both forget at their own ends is told beside it",
+    criteria=(Criterion(KL, below=0.0, is_log=True), Criterion(RISE, below=0.0)),
+    void="either ends above half of the base's loss, or the fronts share no task loss",
+    change="longer training at lower rates, as in the papers; a penalty on general text, which both would gain by",
+    design={"rank": RANK, "strengths": STRENGTHS, "rates": [LORA_RATES, FULL_RATES], "steps": Arm().steps},
 )
 
 
 class Point(NamedTuple):
-    """The end of a training, in nats per token."""
+    """An update worn at some strength. `passages_P4`: general text, by passage (bench.by_passage)."""
 
-    rate: float
-    loss: float  # of the task, held out
-    rise: float  # of general text's loss
-    kl: float  # KL(base ‖ tuned) on general text
+    strength: float
+    loss: float
+    passages_P4: Tensor
+
+    @property
+    def kl(self) -> float:
+        return float(self.passages_P4[:, 2].sum() / self.passages_P4[:, 3].sum())
+
+    @property
+    def rise(self) -> float:
+        return float((self.passages_P4[:, 1] - self.passages_P4[:, 0]).sum() / self.passages_P4[:, 3].sum())
 
 
-class Noise(NamedTuple):
-    """Standard deviations over seeds."""
+class Lost(NamedTuple):
+    """Forgetting at a task loss: log KL, the rise, and both by passage, to be drawn again."""
 
-    rise: float
     log_kl: float
-
-
-def verdict(matched: Sequence[tuple[Point, Point] | None], noise: Noise) -> Judgement:
-    """(LoRA, full fine-tuning) at one task loss, a pair for each rank; None if there is no such loss."""
-    pairs = [pair for pair in matched if pair is not None]
-    if not pairs or len(pairs) < len(matched):
-        return "too noisy"
-    rises = [lora.rise - full.rise for lora, full in pairs]
-    ratios = [math.log(lora.kl / full.kl) for lora, full in pairs]
-    if max(ratios) > SIGMAS * noise.log_kl or max(rises) > SIGMAS * noise.rise:
-        return "did not hold"
-    return "held" if max(ratios) < -SIGMAS * noise.log_kl and max(rises) < 0 else "too noisy"
-
-
-def at_best(lora: Sequence[Point], full: Sequence[Point]) -> tuple[Point, Point] | None:
-    """Both methods at the larger of their best losses."""
-    loss = max(min(point.loss for point in points) for points in (lora, full))
-    one, other = at_loss(lora, loss), at_loss(full, loss)
-    return (one, other) if one and other else None
-
-
-def at_loss(points: Sequence[Point], loss: float) -> Point | None:
-    """Where a sweep, in the order of its rates, first reaches `loss`."""
-    place = crossing([point.loss for point in points], loss)
-    if place is None:
-        return None
-    n, t = place
-    a, b = points[n], points[min(n + 1, len(points) - 1)]
-    return Point(a.rate ** (1 - t) * b.rate**t, loss, a.rise + t * (b.rise - a.rise), a.kl ** (1 - t) * b.kl**t)
-
-
-def crossing(losses: Sequence[float], loss: float) -> tuple[int, float] | None:
-    """(n, t): the first place where `loss` lies t of the way from losses[n] to losses[n + 1]."""
-    for n, (a, b) in enumerate(pairwise(losses)):
-        if min(a, b) <= loss <= max(a, b):
-            return n, (loss - a) / (b - a) if b != a else 0.0
-    return None
+    rise: float
 
 
 def run(lab: Lab) -> Outcome:
-    ranks = [f"rank {rank}" for rank in COMPARED]
-    sweeps = {name: sweep_of(lab, {"rank": r, "alpha": 32}) for name, r in zip(ranks, COMPARED, strict=True)}
-    sweeps["full"] = full = sweep_of(lab, "full")
-    seeds = [point_of([lab.train(f"rank 16, seed {seed}", seed=seed)], 0.0) for seed in range(3)]
-    noise = Noise(
-        statistics.stdev(point.rise for point in seeds), statistics.stdev(math.log(point.kl) for point in seeds)
-    )
-    matched = {name: at_best(sweeps[name], full) for name in ranks}
-    sentences = [
-        f"At a task loss of {pair[0].loss:.3f} {name} has moved general text by a KL of {pair[0].kl:.3g} and a rise of "
-        f"{pair[0].rise:+.3g}, full fine-tuning by {pair[1].kl:.3g} and {pair[1].rise:+.3g}."
-        if pair
-        else f"The losses of {name} and of full fine-tuning don't overlap."
-        for name, pair in matched.items()
-    ]
-    best = ", ".join(f"{name} {min(point.loss for point in points):.3f}" for name, points in sweeps.items())
-    because = (
-        f"{' '.join(sentences)} Seeds alone change KL by a factor of {math.exp(noise.log_kl):.2f} and the rise by "
-        f"{noise.rise:.2g}. The lowest task losses are: {best}."
-    )
-    figures = {
-        "sweeps": {name: [point._asdict() for point in points] for name, points in sweeps.items()},
-        "noise": noise._asdict(),
-        "matched": {
-            name: {"lora": pair[0]._asdict(), "full": pair[1]._asdict()} if pair else None
-            for name, pair in matched.items()
-        },
+    arms = {"LoRA": (Arm(lora(RANK)), LORA_RATES), "full": (Arm("full"), FULL_RATES)}
+    tuned = {name: lab.bench.tuned(arm, rates) for name, (arm, rates) in arms.items()}
+    trained = {name: lab.bench.by_seed(arm.at(tuned[name].rate), RULE.seeds) for name, (arm, _) in arms.items()}
+    fronts: dict[str, dict[int, list[Point]]] = {name: {} for name in arms}
+    with lab.display.task("wearing updates at several strengths", len(arms) * len(RULE.seeds)) as progress:
+        for name, by_seed in trained.items():
+            for seed, one in by_seed.items():
+                fronts[name][seed] = front(lab.bench, one)
+                progress(sum(map(len, fronts.values())))
+    matched = {seed: at_one_loss(fronts["LoRA"][seed], fronts["full"][seed]) for seed in RULE.seeds}
+    pairs = [pair for pair in matched.values() if pair is not None]
+    worst = max(one.loss for by_seed in trained.values() for one in by_seed.values())
+    void = nothing_learnt(worst, trained["LoRA"][RULE.seeds[0]].before)
+    if len(pairs) < len(matched):
+        void = void or "the two fronts share no task loss"
+    estimates: dict[str, Estimate] = {
+        KL: Paired(tuple(one.log_kl - other.log_kl for one, other in pairs)),
+        RISE: Paired(tuple(one.rise - other.rise for one, other in pairs)),
+        "rise at one task loss, other passages (bootstrap)": drawn_again(fronts, RULE.seeds),
     }
-    blocks: list[Block] = [*scatters(sweeps), beside(sweeps, ranks)]
-    return Outcome(verdict(list(matched.values()), noise), because, blocks, figures)
+    lost = {n: {s: one.general - one.general_before for s, one in each.items()} for n, each in trained.items()}
+    learnt = {n: {s: one.loss for s, one in each.items()} for n, each in trained.items()}
+    estimates["log task loss of LoRA / full, each at its end"] = log_ratios(learnt["LoRA"], learnt["full"])
+    estimates["rise of LoRA − full, each at its end"] = differences(lost["LoRA"], lost["full"])
+    figures = {
+        name: {str(seed): [[p.strength, p.loss, p.kl, p.rise] for p in points] for seed, points in each.items()}
+        for name, each in fronts.items()
+    }
+    return Outcome(estimates, [picture_of(fronts)], {"fronts": figures}, tuned, void)
 
 
-def sweep_of(lab: Lab, adapter: Mapping[str, int] | str) -> list[Point]:
-    """A point for each rate, averaged over the seeds."""
-    by_seed = [lab.sweep(adapter, seed=seed) for seed in lab.seeds]
-    return [point_of([trials[rate] for trials in by_seed], rate) for rate in sorted(by_seed[0])]
+def front(bench: Bench, one: Trained) -> list[Point]:
+    """Task loss and forgetting at each strength, the base first."""
+    adapter, points = one.adapter(), []
+    with bench.wearing(adapter) as attached:
+        for strength in STRENGTHS:
+            weaken(attached, adapter, strength)
+            points.append(Point(strength, bench.loss(), by_passage(bench.forward, attached, bench.general)))
+    base_P4 = points[0].passages_P4.clone()
+    base_P4[:, 1], base_P4[:, 2] = base_P4[:, 0], 0
+    return [Point(0.0, one.before, base_P4), *points]
 
 
-def point_of(trials: Sequence[Trial], rate: float) -> Point:
-    lost = [trial.forgetting for trial in trials]
-    return Point(
-        rate,
-        statistics.fmean(trial.loss for trial in trials),
-        statistics.fmean(each["loss_after"] - each["loss_before"] for each in lost),
-        statistics.geometric_mean(max(each["kl"], LEAST) for each in lost),
-    )
+def at_one_loss(lora_front: Sequence[Point], full_front: Sequence[Point]) -> tuple[Lost, Lost] | None:
+    """Both at the larger of their lowest losses."""
+    loss = max(min(point.loss for point in points) for points in (lora_front, full_front))
+    one, other = at_loss(lora_front, loss), at_loss(full_front, loss)
+    return (one, other) if one and other else None
 
 
-def scatters(sweeps: Mapping[str, Sequence[Point]]) -> list[Picture]:
-    labels = {name: [f"{point.rate:g}" for point in points] for name, points in sweeps.items()}
+def at_loss(points: Sequence[Point], loss: float) -> Lost | None:
+    """Where a front, from the base on, first reaches a loss."""
+    for a, b in pairwise(points):
+        if b.loss <= loss <= a.loss:
+            t = (a.loss - loss) / (a.loss - b.loss) if a.loss != b.loss else 1.0
+            low, high = (math.log(max(point.kl, 1e-12)) for point in (a, b))
+            return Lost(low + t * (high - low), a.rise + t * (b.rise - a.rise))
+    return None
+
+
+def drawn_again(fronts: dict[str, dict[int, list[Point]]], seeds: Sequence[int]) -> Resampled:
+    """The mean rise of LoRA less full's at one task loss, on other draws of the general passages."""
+    passages = len(fronts["LoRA"][seeds[0]][0].passages_P4)
+    random = np.random.default_rng(0)
+
+    def mean(rows: np.ndarray) -> float:
+        total = []
+        for seed in seeds:
+            some = [
+                [p._replace(passages_P4=p.passages_P4[torch.from_numpy(rows)]) for p in fronts[n][seed]]
+                for n in ("LoRA", "full")
+            ]
+            pair = at_one_loss(*some)
+            total.append(pair[0].rise - pair[1].rise if pair else math.nan)
+        return sum(total) / len(total)
+
+    draws = tuple(mean(random.integers(0, passages, passages)) for _ in range(DRAWS))
+    return Resampled(mean(np.arange(passages)), draws)
+
+
+def picture_of(fronts: dict[str, dict[int, list[Point]]]) -> Picture:
     rows: list[list[Cell]] = [
-        [name, f"{point.rate:g}", point.loss, point.kl, point.rise]
-        for name, points in sweeps.items()
+        [name, seed, point.strength, point.loss, point.kl, point.rise]
+        for name, each in fronts.items()
+        for seed, points in each.items()
         for point in points
     ]
-    table = Table(["", "lr", "task loss", "KL", "rise"], rows, "Forgetting on general text, nats per token")
-    axes = {"KL(base ‖ tuned) on general text": ("kl", True), "rise of general text's loss": ("rise", False)}
-    return [
-        Picture(
-            pictures.scatter(
-                {n: ([p.loss for p in points], [getattr(p, field) for p in points]) for n, points in sweeps.items()},
-                x_label="held-out loss of the task, nats per token",
-                y_label=f"{label}, nats per token",
-                log_x=True,
-                log_y=log,
-                labels=labels,
-            ),
-            f"What was learnt (further left is better) against the {label} (lower is better); the numbers are rates.",
-            "A dot for each training",
-            table,
-        )
-        for label, (field, log) in axes.items()
-    ]
-
-
-def beside(sweeps: Mapping[str, Sequence[Point]], ranks: Sequence[str]) -> Table:
-    """Every full fine-tuning beside LoRA at the same task loss, if LoRA's sweep reaches it."""
-    rows: list[list[Cell]] = []
-    for point in sweeps["full"]:
-        loras = [at_loss(sweeps[name], point.loss) for name in ranks]
-        kls, rises = ([getattr(lora, of) if lora else None for lora in loras] for of in ("kl", "rise"))
-        rows.append([f"{point.rate:g}", point.loss, point.kl, *kls, point.rise, *rises])
-    head = ["full's lr", "task loss", "full: KL", *(f"{n}: KL" for n in ranks), "full: rise"]
-    caption = "LoRA at the task losses of full fine-tuning's runs, interpolated"
-    return Table([*head, *(f"{name}: rise" for name in ranks)], rows, caption)
+    curves = {
+        f"{name}, seed {seed}": ([p.loss for p in points[1:]], [p.kl for p in points[1:]])
+        for name, each in fronts.items()
+        for seed, points in each.items()
+    }
+    return Picture(
+        pictures.scatter(
+            curves,
+            x_label="held-out loss of the task",
+            y_label="KL(base ‖ tuned) on general text, nats per token",
+            log_x=True,
+            log_y=True,
+            joined=True,
+        ),
+        "What was learnt (further left is better) against what was forgotten (lower is better), each update worn at "
+        "several strengths.",
+        "A front for each seed of LoRA and of full fine-tuning",
+        Table(["", "seed", "strength", "task loss", "KL", "rise"], rows, "Nats per token"),
+    )

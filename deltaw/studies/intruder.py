@@ -1,181 +1,175 @@
-"""intruder: LoRA brings new top directions into the weights, the more the higher the rate; full fine-tuning hardly any.
+"""intruder: LoRA brings new top directions into the weights, which full fine-tuning hardly does.
 
-An intruder is one of the first ten left singular vectors of W + ΔW whose cosine with every left singular vector of W
-is below ε (analysis/measure.py). The paper's ε is 0.5. Short trainings of a small model may bring none at all, and a
-count of zero shows nothing about what it depends on, so the ε of the verdict is fixed by the counts' size alone: 0.5,
-or else the first of 0.7 and 0.9 at which all trainings together have a few. The page shows all three.
+An intruder is one of the first ten left singular vectors of W' = W + ΔW whose cosine with every left singular vector
+of W is below ε (Shuttleworth et al. 2024, algorithm 1), and less than half of which lies in the span of W's first
+twenty: a rotation among directions of nearly equal σ resembles none of them, and brings nothing new.
 
-Counts of at most 10 per module add up over the model. Two counts a and b differ when they are further apart than
-2 √(a + b), twice what a Poisson count's difference scatters by.
+The paper's ε is 0.5. Short trainings may bring none at that, so ε is the first of 0.5, 0.7, 0.9 at which LoRA's and
+full fine-tuning's trainings with the *tuning* seed, both at their best rates, have five together. The verdict is on
+other seeds. If there is no such ε the study is void: a count of nothing shows nothing.
+
+What intruders do: their σ is shrunk, W' − λ Σ_j σ_j u_j v_jᵀ, and beside it the whole update by the same Frobenius
+norm, W + (1 − c) ΔW; both are told beside the rule as general text's loss and the task's.
 """
 
-import math
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import dataclasses
+from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from deltaw.adapter.file import Adapter
 from deltaw.analysis import pictures
-from deltaw.analysis.measure import INTRUDER_EPSILON
 from deltaw.analysis.page import Cell, Picture, Table
-from deltaw.studies.forget import crossing
+from deltaw.config import AdapterSpec
+from deltaw.kinds import Dense
+from deltaw.linalg.threads import one_thread
+from deltaw.studies.bench import FULL_RATES, LORA_RATES, Arm, Trained, by_passage, lora
 from deltaw.studies.lab import Lab
-from deltaw.studies.study import Claim, Judgement, Outcome
+from deltaw.studies.statistics import TUNED_WITH, Criterion, Estimate, Paired
+from deltaw.studies.study import Outcome, Rule, nothing_learnt
 
-COMPARED = (1, 16)  # ranks
-EPSILONS = (INTRUDER_EPSILON, 0.7, 0.9)
-FEW = 5  # intruders in all trainings together, below which nothing can be said
-RHO = 0.7
+RANK, FIRST, NEAR, MOSTLY = 16, 10, 20, 0.5
+EPSILONS, FEW, SHRUNK = (0.5, 0.7, 0.9), 5, 0.3
+MORE = "intruders of LoRA − of full fine-tuning"
+FOLLOWS = "intruders of LoRA at twice its best rate − at its best"
 
-CLAIM = Claim(
+RULE = Rule(
     name="intruder",
     title="Does LoRA bring intruder dimensions?",
-    claim="LoRA's tuned weights have leading singular vectors like none of the base's, whose number follows the "
-    "learning rate and forgetting rather than the task; full fine-tuning's hardly have any.",
+    claim="LoRA's tuned weights have leading singular vectors like none of the base's, and the more the higher the "
+    "learning rate; full fine-tuning's hardly have any.",
     source="LoRA vs Full Fine-tuning: An Illusion of Equivalence (Shuttleworth et al. 2024): their number's rank "
     "correlation with forgetting is 0.971 (RoBERTa, MNLI)",
-    method=f"the sweeps over learning rates of ranks {' and '.join(map(str, COMPARED))} and of full fine-tuning; "
-    "intruders among the first 10 left vectors of every module, summed",
-    rule=f"at ε = {EPSILONS[0]:g}, or the first of {EPSILONS[1]:g} and {EPSILONS[2]:g} at which all trainings together "
-    f"have {FEW} intruders: held, if at both ranks the count rises with the rate (Spearman above {RHO:g}) and at the "
-    "larger of the best task losses of LoRA and full fine-tuning LoRA's exceeds the other's by more than 2 √(their "
-    "sum); did not hold, if at either rank it doesn't rise or is no larger; too noisy, if it is larger but not by that "
-    f"much, if there are fewer than {FEW} at every ε, or where the task losses don't overlap",
-)
+    definition=f"LoRA of rank {RANK}, alpha 32, and full fine-tuning at their best rates, and LoRA at twice its own; "
+    f"intruders among the first {FIRST} left vectors of every module, without those of which half lies in W's first "
+    f"{NEAR}; summed over modules, by seed. ε is the first of {', '.join(f'{e:g}' for e in EPSILONS)} at which the "
+    f"matched pair of the tuning seed has {FEW}",
+    criteria=(Criterion(MORE, above=0.0), Criterion(FOLLOWS, above=0.0)),
+    void=f"the pair of the tuning seed has fewer than {FEW} at every ε, or either ends above half of the base's loss",
+    change="longer training; a base with fewer strong directions, among which rotations are rarer",
+    design={
+        "rank": RANK, "first": FIRST, "near": [NEAR, MOSTLY], "epsilons": EPSILONS, "few": FEW, "shrunk": SHRUNK,
+        "rates": [LORA_RATES, FULL_RATES], "steps": Arm().steps,
+    },
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Spot:
-    """The trainings at one rate, averaged over the seeds."""
+class Module(NamedTuple):
+    """A module's W' and its first singular directions, with each one's largest cosine and its share in W's first."""
 
-    rate: float
-    loss: float
-    kl: float
-    counts: Mapping[float, float]  # by ε
+    w_MN: Tensor
+    tuned_MN: Tensor
+    u_MJ: Tensor
+    sigma_J: Tensor
+    v_NJ: Tensor
+    cosine_J: Tensor
+    near_J: Tensor
 
-
-def verdict(epsilon: float | None, rhos: Sequence[float], matched: Sequence[tuple[float, float] | None]) -> Judgement:
-    """`rhos` of the counts with the rate and (LoRA's, full's) counts at one task loss, one for each rank."""
-    pairs = [pair for pair in matched if pair is not None]
-    if epsilon is None or len(pairs) < len(matched):
-        return "too noisy"
-    if min(rhos) <= RHO or any(lora <= full for lora, full in pairs):
-        return "did not hold"
-    clear = all(lora - full > 2 * math.sqrt(lora + full) for lora, full in pairs)
-    return "held" if clear else "too noisy"
-
-
-def threshold(totals: Mapping[float, float]) -> float | None:
-    """The first ε with enough intruders, or None."""
-    return next((epsilon for epsilon, total in totals.items() if total >= FEW), None)
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """The correlation of the ranks, equal numbers sharing theirs; 0 if all numbers of one are equal."""
-    if len(set(x)) < 2 or len(set(y)) < 2:
-        return 0.0
-    ranks = ([sum(b < a for b in z) + (z.count(a) + 1) / 2 for a in z] for z in (list(x), list(y)))
-    return statistics.correlation(*ranks)
-
-
-def at_best(lora: Sequence[Spot], full: Sequence[Spot], epsilon: float) -> tuple[float, float] | None:
-    """Both counts at the larger of their best losses, as in the study `forget`."""
-    loss = max(min(spot.loss for spot in spots) for spots in (lora, full))
-    counts = []
-    for spots in (lora, full):
-        place = crossing([spot.loss for spot in spots], loss)
-        if place is None:
-            return None
-        n, t = place
-        before, after = (spots[min(at, len(spots) - 1)].counts[epsilon] for at in (n, n + 1))
-        counts.append(before + t * (after - before))
-    return counts[0], counts[1]
+    def intruders(self, epsilon: float) -> Tensor:
+        """[J] bool."""
+        return (self.cosine_J < epsilon) & (self.near_J < MOSTLY)
 
 
 def run(lab: Lab) -> Outcome:
-    ranks = [f"rank {rank}" for rank in COMPARED]
-    sweeps = {name: spots_of(lab, name, {"rank": r, "alpha": 32}) for name, r in zip(ranks, COMPARED, strict=True)}
-    sweeps["full"] = full = spots_of(lab, "full", "full")
-    totals = {e: sum(spot.counts[e] for spots in sweeps.values() for spot in spots) for e in EPSILONS}
-    epsilon = threshold(totals)
+    arms = {"LoRA": (Arm(lora(RANK)), LORA_RATES), "full": (Arm("full"), FULL_RATES)}
+    tuned = {name: lab.bench.tuned(arm, rates) for name, (arm, rates) in arms.items()}
+    best = {name: arm.at(tuned[name].rate) for name, (arm, _) in arms.items()}
+    best["LoRA, twice the rate"] = best["LoRA"].at(float(f"{2 * tuned['LoRA'].rate:.4g}"))
+    pair = {name: modules_of(lab, lab.bench.train(best[name], TUNED_WITH)) for name in arms}
+    epsilon = next((e for e in EPSILONS if sum(count(modules, e) for modules in pair.values()) >= FEW), None)
+    trained = {name: lab.bench.by_seed(arm, RULE.seeds) for name, arm in best.items()}
+    counts: dict[str, dict[float, list[int]]] = {name: {e: [] for e in EPSILONS} for name in best}
+    effects: list[tuple[float, float]] = []
+    with lab.display.task("looking for intruders", len(best) * len(RULE.seeds)) as progress:
+        for name, by_seed in trained.items():
+            for one in by_seed.values():
+                modules = modules_of(lab, one)
+                for e in EPSILONS:
+                    counts[name][e].append(count(modules, e))
+                if name == "LoRA" and epsilon is not None:
+                    effects.append(shrunk(lab, one, modules, epsilon))
+                progress(sum(len(each[EPSILONS[0]]) for each in counts.values()))
     shown = EPSILONS[-1] if epsilon is None else epsilon
-    rhos = {name: correlations(spots, shown) for name, spots in sweeps.items()}
-    matched = {name: at_best(sweeps[name], full, shown) for name in ranks}
-    chosen = verdict(epsilon, [rhos[name]["rate"] for name in ranks], list(matched.values()))
-    counts = "; ".join(
-        f"{name} {', '.join(f'{spot.counts[shown]:.4g}' for spot in spots)}" for name, spots in sweeps.items()
-    )
-    follows = "; ".join(
-        f"{name} {rhos[name]['rate']:+.2f} with the rate, {rhos[name]['KL']:+.2f} with KL, {rhos[name]['loss']:+.2f} "
-        f"with the task loss"
-        for name in ranks
-    )
-    at = "; ".join(
-        f"{name} {pair[0]:.1f}, full {pair[1]:.1f}" if pair else f"{name}: losses don't overlap with full's"
-        for name, pair in matched.items()
-    )
-    because = (
-        f"Intruders at ε = {', '.join(f'{e:g}' for e in EPSILONS)} in all trainings: "
-        f"{', '.join(f'{total:.4g}' for total in totals.values())}. At ε = {shown:g}, by rising rate: {counts}. "
-        f"Their rank correlations: {follows}. At one task loss: {at}."
-    )
-    figures = {
-        "epsilon": epsilon,
-        "totals": {f"{e:g}": total for e, total in totals.items()},
-        "correlations": rhos,
-        "matched": matched,
-        "sweeps": {
-            name: [{**vars(s), "counts": {f"{e:g}": count for e, count in s.counts.items()}} for s in spots]
-            for name, spots in sweeps.items()
-        },
+    estimates: dict[str, Estimate] = {
+        MORE: _less(counts["LoRA"][shown], counts["full"][shown]),
+        FOLLOWS: _less(counts["LoRA, twice the rate"][shown], counts["LoRA"][shown]),
     }
-    return Outcome(chosen, because, pictures_of(sweeps, shown), figures)
-
-
-def spots_of(lab: Lab, name: str, adapter: Mapping[str, int] | str) -> list[Spot]:
-    by_seed = [lab.sweep(adapter, seed=seed) for seed in lab.seeds]
-    spots = []
-    for rate in sorted(by_seed[0]):
-        trials = [trials[rate] for trials in by_seed]
-        cosines: list[float] = []
-        for trial in trials:
-            measures = lab.measured(f"{name}, lr {rate:g}", trial.adapter()).values()
-            cosines += [cosine for m in measures if m.base for cosine in m.base.cosines]
-        counts = {e: sum(cosine < e for cosine in cosines) / len(trials) for e in EPSILONS}
-        loss = statistics.fmean(trial.loss for trial in trials)
-        spots.append(Spot(rate, loss, statistics.fmean(trial.forgetting["kl"] for trial in trials), counts))
-    return spots
-
-
-def correlations(spots: Sequence[Spot], epsilon: float) -> dict[str, float]:
-    """Spearman's ρ of the counts with the rate, with forgetting and with the task loss."""
-    counts = [spot.counts[epsilon] for spot in spots]
-    columns = {"rate": [s.rate for s in spots], "KL": [s.kl for s in spots], "loss": [s.loss for s in spots]}
-    return {name: spearman(counts, column) for name, column in columns.items()}
-
-
-def pictures_of(sweeps: Mapping[str, Sequence[Spot]], epsilon: float) -> list[Picture]:
+    if effects:
+        general, task = zip(*effects, strict=True)
+        estimates["general loss, intruders shrunk − all of ΔW by as much"] = Paired(general)
+        estimates["task loss, intruders shrunk − all of ΔW by as much"] = Paired(task)
+    worst = max(one.loss for name in arms for one in trained[name].values())
+    void = nothing_learnt(worst, trained["LoRA"][RULE.seeds[0]].before)
+    if epsilon is None:
+        void = void or f"the matched pair has fewer than {FEW} intruders at every ε"
     rows: list[list[Cell]] = [
-        [name, f"{spot.rate:g}", *(spot.counts[e] for e in EPSILONS), spot.loss, spot.kl]
-        for name, spots in sweeps.items()
-        for spot in spots
+        [name, e, sum(values) / len(values), *values] for name, each in counts.items() for e, values in each.items()
     ]
-    head = ["", "lr", *(f"ε = {e:g}" for e in EPSILONS), "task loss", "KL"]
-    table = Table(head, rows, "Intruders, and what was learnt and forgotten")
-    counts = {name: [spot.counts[epsilon] for spot in spots] for name, spots in sweeps.items()}
-    over = {name: ([spot.rate for spot in spots], counts[name]) for name, spots in sweeps.items()}
-    beside = {name: ([spot.kl for spot in spots], counts[name]) for name, spots in sweeps.items()}
-    label = f"intruders at ε = {epsilon:g}"
-    return [
-        Picture(
-            pictures.lines(over, x_label="learning rate", y_label=label, log_x=True),
-            "Intruders over the learning rate. Full fine-tuning's rates are a tenth of LoRA's.",
-            "A curve for each rank and one for full fine-tuning",
-            table,
+    picture = Picture(
+        pictures.bars(
+            list(counts),
+            {f"ε = {e:g}": [sum(each[e]) / len(each[e]) for each in counts.values()] for e in EPSILONS},
+            y_label="intruders in all modules, mean of the seeds",
+            errors={f"ε = {e:g}": [_half(each[e]) for each in counts.values()] for e in EPSILONS},
         ),
-        Picture(
-            pictures.scatter(beside, x_label="KL(base ‖ tuned) on general text", y_label=label, log_x=True),
-            "Intruders against what was forgotten.",
-            "A dot for each training",
-            table,
-        ),
-    ]
+        "Intruders: first directions of the tuned weights that resemble none of W's and lie outside of its first.",
+        "A group of bars for LoRA, full fine-tuning and LoRA at twice the rate; a bar for each ε",
+        Table(["", "ε", "mean", *(f"seed {seed}" for seed in RULE.seeds)], rows, "Counts"),
+    )
+    words = "" if epsilon is None else f"ε is {epsilon:g}, chosen with the tuning seed."
+    return Outcome(estimates, [picture], {"epsilon": epsilon, "counts": rows}, tuned, void, words)
+
+
+def modules_of(lab: Lab, one: Trained) -> dict[str, Module]:
+    """Every module's first directions beside W's."""
+    modules = {}
+    with one_thread():
+        for path, update in one.adapter().factors.items():
+            w_MN = lab.bench.weights[path].dense().float()
+            modules[path] = module_of(w_MN, update.plain().dense())
+    return modules
+
+
+def module_of(w_MN: Tensor, delta_MN: Tensor) -> Module:
+    """In float64: a match must be found where there is one."""
+    base_MK = torch.linalg.svd(w_MN.double(), full_matrices=False).U
+    tuned_MN = w_MN + delta_MN
+    u_MK, sigma_K, vt_KN = torch.linalg.svd(tuned_MN.double(), full_matrices=False)
+    u_MJ = u_MK[:, :FIRST]
+    across_KJ = base_MK.T @ u_MJ
+    cosine_J, near_J = across_KJ.abs().amax(0), across_KJ[:NEAR].square().sum(0)
+    return Module(w_MN, tuned_MN, u_MJ, sigma_K[:FIRST], vt_KN[:FIRST].T, cosine_J, near_J)
+
+
+def count(modules: dict[str, Module], epsilon: float) -> int:
+    return sum(int(module.intruders(epsilon).sum()) for module in modules.values())
+
+
+def shrunk(lab: Lab, one: Trained, modules: dict[str, Module], epsilon: float) -> tuple[float, float]:
+    """(general loss, task loss) with the intruders' σ shrunk, less those with ΔW shrunk by the same norm."""
+    without, control = {}, {}
+    for path, m in modules.items():
+        delta_MN, chosen_J = m.tuned_MN - m.w_MN, m.intruders(epsilon)
+        part_MN = (SHRUNK * (m.u_MJ[:, chosen_J] * m.sigma_J[chosen_J]) @ m.v_NJ[:, chosen_J].T).float()
+        share = float(part_MN.norm() / delta_MN.norm()) if float(delta_MN.norm()) else 0.0
+        without[path], control[path] = Dense(delta_MN - part_MN), Dense((1 - share) * delta_MN)
+    adapter = one.adapter()
+    found = []
+    for factors in (without, control):
+        changed: Adapter = dataclasses.replace(
+            adapter, spec=AdapterSpec(full=True, targets=tuple(factors)), factors=factors
+        )
+        with lab.bench.wearing(changed) as attached:
+            sums_P4 = by_passage(lab.bench.forward, attached, lab.bench.general)
+            found.append((float(sums_P4[:, 1].sum() / sums_P4[:, 3].sum()), lab.bench.loss()))
+    return found[0][0] - found[1][0], found[0][1] - found[1][1]
+
+
+def _less(one: list[int], other: list[int]) -> Paired:
+    return Paired(tuple(float(a - b) for a, b in zip(one, other, strict=True)))
+
+
+def _half(values: list[int]) -> float:
+    mean = Paired(tuple(map(float, values)))
+    return mean.bounds()[1] - mean.value

@@ -201,6 +201,11 @@ def _check_common(variants: Sequence[Variant]) -> None:
             f"train.retain can't be swept yet: {keeping[0]} has it",
             fix="train these runs one after the other: deltaw train run.yaml",
         )
+    if rewarded := [variant.name for variant in variants if variant.config.objective.is_rewarded]:
+        raise InputError(
+            f"runs on rewards aren't swept together yet, each samples for itself: {rewarded[0]} is one",
+            fix="train these runs one after the other: deltaw train run.yaml",
+        )
     if variants[0].config.train.shard == "always":
         raise InputError("train.shard: always spreads a base over several processes, and a sweep is one process")
 

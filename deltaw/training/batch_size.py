@@ -16,6 +16,7 @@ from deltaw.config.train import PLAIN_BATCH
 from deltaw.files.output import gib
 from deltaw.show.progress import Display
 from deltaw.training.fit import Fit, fit_memory, measure
+from deltaw.training.length import tokens_of_step
 from deltaw.training.memory import free_memory, held_memory, is_out_of_memory
 from deltaw.training.opening import Opened
 
@@ -59,7 +60,8 @@ def _agreed(opened: Opened, display: Display) -> int:
 
 def _measured(opened: Opened, display: Display) -> int:
     rows, train, device = opened.dataset.train, opened.config.train, opened.device
-    step = min(train.step_tokens, int(rows.lengths.sum()))
+    step = tokens_of_step(opened.config, opened.dataset)
+    step = step if opened.is_rewarded else min(step, int(rows.lengths.sum()))
     held, free = held_memory(device), free_memory(device)
     try:
         sizes = [min(size, step) for size in TRIED]

@@ -69,10 +69,16 @@ def restore(learner: Learner, saved: Saved, run: Run, display: Display) -> None:
         )
     check_length(learner.total, saved.state.step, run=str(run.folder))
     now, then = learner.state.conditions, {"processes": 1} | saved.state.conditions  # it used to be always one
+    rewritten = [name for name, code in learner.state.code.items() if saved.state.code.get(name, code) != code]
     learner.restore(saved)
     other = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
     if other:
         display.say(f"warning: it resumes with {', '.join(other)}, so the last bits will differ")
+    if rewritten:
+        display.say(
+            f"warning: the code of the reward {', '.join(rewritten)} isn't what it was: answers are worth other numbers "
+            f"from step {learner.state.step + 1} on"
+        )
     state = learner.state
     if state.best_step and not is_whole(checkpoint_at(run.checkpoints, state.best_step)):
         display.say(

@@ -58,7 +58,7 @@ class TrainState:
     seconds: float = 0.0
     evaluated: int = 0  # the step of the last evaluation
     best_step: int = 0
-    best_loss: float | None = None
+    best_loss: float | None = None  # or minus the reward
     no_better: int = 0  # evaluations in a row since the best one
     skipped: int = 0  # steps that weren't applied
     not_finite: int = 0  # of those, because a loss or a gradient wasn't a number
@@ -68,6 +68,7 @@ class TrainState:
     fingerprints: dict[str, str] = field(default_factory=dict)  # of base, data and template
     config: dict[str, Any] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)  # what the last bits depend on
+    code: dict[str, str] = field(default_factory=dict)  # sha256 of the file of each reward that is the user's own
 
     @property
     def position(self) -> LoaderState:

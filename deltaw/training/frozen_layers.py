@@ -14,9 +14,12 @@ FROZEN_SHARE = 0.25  # of the free memory, that what they give may take
 
 
 def above_the_frozen(opened: Opened, display: Display) -> Forward:
-    """The forward of training steps. Where a run passes its documents more than once, the frozen layers below the
-    lowest adapter are computed once for all of them, if their output fits into `FROZEN_SHARE` of the free memory."""
+    """The forward of training steps; of sampled answers it is at the temperature of the sampling. Where a run passes
+    its documents more than once, the frozen layers below the lowest adapter are computed once for all of them, if their
+    output fits into `FROZEN_SHARE` of the free memory."""
     forward, rows, capacity = opened.model.forward, opened.dataset.train, opened.config.train.batch_tokens
+    if opened.is_rewarded:  # its documents are written as it goes
+        return forward.at(opened.config.objective.temperature or 1.0)
     lowest = lowest_layer(opened.attached.paths)
     if (
         opened.shards

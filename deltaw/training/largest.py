@@ -15,10 +15,10 @@ from deltaw.base.batch import Batch
 from deltaw.config import TrainConfig
 from deltaw.data.example import Example
 from deltaw.data.examples import lengths_of, supervised_of
-from deltaw.data.loader import LoaderState, Plan, Units, fill
+from deltaw.data.loader import LoaderState, Plan, Units
 from deltaw.data.pack import pack
 from deltaw.data.sharing import Shared
-from deltaw.evaluation import forgetting, held_out
+from deltaw.evaluation import batches, forgetting
 
 LOOKING = 5.0  # seconds spent looking for the largest batch of the run
 
@@ -117,14 +117,17 @@ def _steps(lengths: np.ndarray, config: TrainConfig, position: LoaderState, rank
 
 def largest_chunk(general: Sequence[Example]) -> list[Example]:
     """The largest batch that `forgetting` takes."""
-    lengths = lengths_of(general)
-    groups = fill(range(len(general)), lengths, forgetting.TOKENS_AT_ONCE)
-    return [general[n] for n in max(groups, key=lambda group: int(lengths[group].sum()))]
+    return _longest(general, forgetting.TOKENS_AT_ONCE)
 
 
 def largest_evaluation(examples: Sequence[Example]) -> list[Example]:
-    """The largest batch that `held_out_loss` takes; it sorts by length."""
-    taken, room = list[Example](), held_out.TOKENS_AT_ONCE
+    """The largest batch that `held_out_loss` takes."""
+    return _longest(examples, batches.TOKENS_AT_ONCE)
+
+
+def _longest(examples: Sequence[Example], room: int) -> list[Example]:
+    """Rows of like length are measured together (evaluation/batches.py): as many of the longest as have room."""
+    taken = list[Example]()
     for number in np.argsort(-lengths_of(examples), kind="stable"):
         taken.append(examples[number])
         room -= len(taken[-1].tokens)

@@ -131,7 +131,8 @@ class Learner:
         self.say(f"skipped step {self.state.step + 1}: {unfit}")
 
     def note_evaluation(self, loss: float) -> bool:
-        """Record the held-out loss at this step; returns whether it is the best so far."""
+        """Record the held-out loss at this step (of rewards: minus the reward); returns whether it is the best so
+        far."""
         state = self.state
         state.evaluated = state.step
         best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
@@ -169,7 +170,7 @@ class Learner:
                 "exp_avg_sq": saved.moments[name + SECOND].to(parameter.device),
             }
         now = self.state
-        self.state = dataclasses.replace(saved.state, config=now.config, conditions=now.conditions)
+        self.state = dataclasses.replace(saved.state, config=now.config, conditions=now.conditions, code=now.code)
         self._watch = None
 
     def put_factors_back(self, saved: Saved) -> None:

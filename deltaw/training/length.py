@@ -14,6 +14,7 @@ the user's to say).
 """
 
 import math
+from fractions import Fraction
 from typing import Any
 
 from deltaw.config import RunConfig
@@ -23,14 +24,15 @@ from deltaw.data.weighed import Weighed
 from deltaw.errors import InputError
 from deltaw.show.text import counted
 from deltaw.training.optim import warmup_steps
+from deltaw.training.rollouts import Prompts
 
 USUAL, WANTED, DOCUMENTS = 4096, 25, 4  # tokens of a step; steps of a run over little data; documents in one of them
 FEW = 20  # steps
 
 
 def settle_step(config: RunConfig, dataset: Dataset) -> RunConfig:
-    """The config with `train.tokens_per_step` as a number."""
-    if config.train.tokens_per_step is not None:
+    """The config with `train.tokens_per_step` as a number; a run on rewards has none."""
+    if config.train.tokens_per_step is not None or config.objective.is_rewarded:
         return config
     tokens, epochs = dataset.report.tokens, 1.0 if config.train.steps else config.train.epochs
     few = math.ceil(DOCUMENTS * tokens / len(dataset.train.units))
@@ -40,7 +42,7 @@ def settle_step(config: RunConfig, dataset: Dataset) -> RunConfig:
 
 def count_steps(config: RunConfig, dataset: Dataset) -> int:
     """Of the whole run. Raises InputError where its warm-up is no shorter."""
-    total = config.train.steps or make_loader(config, dataset, LoaderState()).total_steps(config.train.epochs)
+    total = config.train.steps or _steps_of(config, dataset)
     warmup = warmup_steps(total, config.train)
     if warmup >= total:
         raise InputError(
@@ -48,6 +50,23 @@ def count_steps(config: RunConfig, dataset: Dataset) -> int:
             fix="lower it, or leave it out (null): a short run then takes a tenth of its steps",
         )
     return total
+
+
+def _steps_of(config: RunConfig, dataset: Dataset) -> int:
+    """Of `train.epochs`."""
+    if config.objective.is_rewarded:
+        epoch = Prompts.of_run(config, dataset).steps
+        return max(1, math.ceil(Fraction(repr(config.train.epochs)) * epoch))
+    return make_loader(config, dataset, LoaderState()).total_steps(config.train.epochs)
+
+
+def tokens_of_step(config: RunConfig, dataset: Dataset) -> int:
+    """The most tokens of a step: of a run on rewards about, if no answer ends before its time."""
+    if not config.objective.is_rewarded:
+        return config.train.step_tokens
+    prompts, samples, longest = config.objective.group
+    asked = float((dataset.train.lengths - dataset.train.supervised).mean())
+    return round(min(prompts, len(dataset.train)) * samples * (asked + longest))
 
 
 def make_loader(
@@ -68,6 +87,12 @@ def for_ranks(config: RunConfig, dataset: Dataset, ranks: int) -> list[str]:
     """What is to be said of a run by so many processes. Raises InputError where a step hasn't a document for each."""
     if ranks == 1:
         return []
+    if config.objective.is_rewarded:
+        prompts = min(config.objective.group[0], len(dataset.train))
+        if prompts < ranks:
+            fix = f"start no more than {prompts}, or set objective.prompts to {ranks}"
+            raise InputError(f"a step has {prompts} prompts, and {ranks} processes want one each", fix=fix)
+        return [f"{ranks} processes train together: each samples for its share of the {prompts} prompts of a step"]
     step, rows = config.train.step_tokens, len(dataset.train.units)
     steps = make_loader(config, dataset, LoaderState()).steps_in_epoch(0)
     if rows < ranks * steps:
@@ -86,7 +111,7 @@ def for_ranks(config: RunConfig, dataset: Dataset, ranks: int) -> list[str]:
 def notes(asked: RunConfig, config: RunConfig, total: int) -> list[str]:
     """What was decided about a run's length, and what it makes idle. `asked`: before `settle_step`."""
     train, length, lines = config.train, f"the run has {counted(total, 'step')}", list[str]()
-    if asked.train.tokens_per_step is None and train.step_tokens < USUAL:
+    if asked.train.tokens_per_step is None and not config.objective.is_rewarded and train.step_tokens < USUAL:
         lines.append(f"train.tokens_per_step: {train.step_tokens:,} instead of {USUAL:,}, since the data is small")
     if train.eval_every and train.eval_every > total:
         patience = ", and train.patience never counts" if train.patience else ""
@@ -108,6 +133,8 @@ def warnings(asked: RunConfig, config: RunConfig, dataset: Dataset, total: int) 
     while steps(epochs=float(epochs)) < FEW:  # a step of the same size may be one more or less an epoch
         epochs += 1
     ways = [f"train.epochs={epochs}"]
+    if config.objective.is_rewarded:
+        return [f"only {counted(total, 'step')} will be taken: set {ways[0]} or objective.prompts lower"]
     smaller = settle_step(_with(config, tokens_per_step=None), dataset).train.step_tokens
     if smaller < config.train.step_tokens and steps(tokens_per_step=smaller) > total:
         ways.append(f"train.tokens_per_step={smaller}")

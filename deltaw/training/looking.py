@@ -26,6 +26,7 @@ from deltaw.training.length import count_steps, settle_step
 from deltaw.training.log import check_loggers
 from deltaw.training.memory import bound_caches
 from deltaw.training.retain import retained_text
+from deltaw.training.scoring import check_prompts, open_rewards
 from deltaw.training.start import Start, open_start
 from deltaw.training.world import ALONE, World
 
@@ -65,6 +66,7 @@ class Looked:
     metrics: tuple[Metric, ...]
     lineage: History
     retained: Examples  # of train.retain
+    consent: Consent = ASKED_FOR
 
 
 def look(
@@ -97,6 +99,10 @@ def look(
     limits.check(dataset.rows)
     for row in dataset.eval[:1]:
         try_out(metrics, truth_of(renderer, row))
+    if config.objective.is_rewarded:
+        check_prompts(config, dataset, limits)
+        if world.is_first:
+            open_rewards(config, dataset, consent).close()
     asked, config = config, settle_step(config, dataset)
     total = count_steps(config, dataset)
     retained = retained_text(config, renderer, limits, display)
@@ -108,4 +114,4 @@ def look(
     few = length.warnings(asked, config, dataset, total)
     for warning in [*dataset.report.warnings, *limits.warnings(dataset.rows), *few]:
         display.say(f"warning: {warning}")
-    return Looked(config, start, ground, renderer, dataset, total, metrics, lineage, retained)
+    return Looked(config, start, ground, renderer, dataset, total, metrics, lineage, retained, consent)

@@ -38,6 +38,7 @@ from deltaw.training.learner import Learner
 from deltaw.training.memory import OutOfMemory, release, working_on
 from deltaw.training.opening import Opened
 from deltaw.training.references import held_out
+from deltaw.training.rewarding import REWARD, rewarded_evaluation
 from deltaw.training.watch import CannotGoOn
 from deltaw.training.world import ALONE, World
 
@@ -84,8 +85,9 @@ def measure_base(opened: Opened, run: Run, attempts: Attempts, display: Display)
     if not rows:
         return None
     known = Evaluation.from_json(run.read_json(run.before)) if run.before.is_file() else None
-    if known and known.scored_by(opened.metrics) and known.max_new_tokens in (0, config.max_new_tokens):
+    if known and known.scored_by(opened.metrics) and known.max_new_tokens in (0, opened.answering.max_new_tokens):
         return known
+    known = None if opened.is_rewarded else known
     with opened.attached.disabled():
         release(opened.device)
         before = known or measured(opened, display, "before")
@@ -106,9 +108,12 @@ def measure_base(opened: Opened, run: Run, attempts: Attempts, display: Display)
 
 
 def measured(opened: Opened, display: Display, name: str) -> Evaluation:
-    """The loss of all held-out rows; of preferences with what the objective says of them. Raises RunError where it
-    isn't finite."""
+    """The loss of all held-out rows; of preferences with what the objective says of them; of prompts the reward of the
+    answers. Raises RunError where it isn't finite."""
     rows = opened.dataset.eval
+    if opened.is_rewarded:
+        with working_on(ANSWERS):
+            return rewarded_evaluation(opened, display=display, name=name)
     if opened.is_answered:
         return loss_on(opened.model, rows, display, name)
     forward, weighed, objective = opened.model.forward, opened.weighed("eval"), opened.objective
@@ -118,7 +123,12 @@ def measured(opened: Opened, display: Display, name: str) -> Evaluation:
 
 
 def loss_on_the_way(opened: Opened, world: World) -> tuple[float, dict[str, float]]:
-    """The loss of all held-out rows, finite or not, and what the objective says of them."""
+    """The loss of all held-out rows, finite or not (of prompts minus the reward), and what the objective says of
+    them."""
+    if opened.is_rewarded:
+        with working_on(ANSWERS):
+            figures = rewarded_evaluation(opened, world=world, metrics=False).metrics
+        return -figures[REWARD], figures
     if opened.is_answered:
         return plain_loss(opened.model, opened.dataset.eval, world), {}
     return held_out(opened, world)
@@ -169,8 +179,17 @@ def samples(model: Model, rows: Sequence[Example], config: EvaluateConfig) -> li
 
 def record_of(step: int, loss: float, figures: Mapping[str, float], objective: Objective) -> dict[str, Any]:
     """A line of metrics.jsonl on held-out rows."""
+    if not objective.has_loss:
+        return {"step": step, **{f"eval_{name}": value for name, value in figures.items()}}
     more = {"eval_perplexity": perplexity(loss)} if objective is sft else {}
     return {"step": step, "eval_loss": loss, **more, **{f"eval_{name}": value for name, value in figures.items()}}
+
+
+def held_out_words(loss: float, figures: Mapping[str, float]) -> str:
+    """What the rows held out say, for people."""
+    if REWARD in figures:
+        return f"held-out reward {figures[REWARD]:.4f}"
+    return f"held-out loss {loss:.4f}" + (f", accuracy {figures['accuracy']:.3f}" if "accuracy" in figures else "")
 
 
 def note_evaluation(
@@ -181,8 +200,7 @@ def note_evaluation(
     step = learner.state.step
     if math.isfinite(loss):
         best = learner.note_evaluation(loss)
-        more = f", accuracy {figures['accuracy']:.3f}" if "accuracy" in figures else ""
-        display.say(f"step {step}: held-out loss {loss:.4f}{more}" + ("  (best so far)" if best else ""))
+        display.say(f"step {step}: {held_out_words(loss, figures)}" + ("  (best so far)" if best else ""))
         return record_of(step, loss, figures, learner.objective)
     what = f"step {step}: the held-out loss is {loss}"
     if step < learner.total:

@@ -8,7 +8,7 @@ run, in the order in which it will train on them; a run that is resumed has its 
 (`opened_on`) and the others come beside it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -28,7 +28,7 @@ from deltaw.base.limits import Limits
 from deltaw.base.load import open_base, pick_device
 from deltaw.base.objective import Objective
 from deltaw.base.preferences import objective_of
-from deltaw.config import RunConfig
+from deltaw.config import EvaluateConfig, RunConfig
 from deltaw.config.own_rows import rows_to_keep, with_names
 from deltaw.data.dataset import Dataset
 from deltaw.data.example import Example
@@ -36,10 +36,12 @@ from deltaw.data.examples import Examples
 from deltaw.data.loader import Loader, LoaderState
 from deltaw.data.render import Renderer
 from deltaw.data.weighed import Weighed
+from deltaw.errors import InputError
 from deltaw.evaluation.forgetting import general_text
 from deltaw.evaluation.metrics import Metric
 from deltaw.evaluation.own_metric import ASKED_FOR, Consent
 from deltaw.model import PLAIN, Model
+from deltaw.rewards.function import code_of
 from deltaw.run import Run
 from deltaw.show.progress import Display
 from deltaw.training.checkpoint import TrainState, conditions
@@ -48,6 +50,7 @@ from deltaw.training.length import make_loader
 from deltaw.training.looking import Ground, Looked, look
 from deltaw.training.optim import WARMUP, warmup_steps
 from deltaw.training.retain import Retain, Text, check_apart
+from deltaw.training.rollouts import Rollouts, Score
 from deltaw.training.sharding import NONE, Shards, first_pass, is_wanted, shard
 from deltaw.training.start import Start, described
 from deltaw.training.world import ALONE, World
@@ -71,6 +74,8 @@ class Opened:
     shards: Shards = NONE  # what of the base is on other ranks
     retained: Examples = field(default_factory=lambda: Examples.of([]))  # the pieces of train.retain's text
     references: Mapping[str, np.ndarray] = field(default_factory=dict)  # what the reference says (references.py)
+    consent: Consent = ASKED_FOR  # to code of the user's own
+    score: Score | None = None  # what says what answers are worth, while it is open (rewarding.py)
 
     @property
     def attached(self) -> Attached:
@@ -102,21 +107,40 @@ class Opened:
 
     @property
     def longest(self) -> int:
-        """The tokens of the longest row that is trained on."""
-        return int(self.dataset.train.lengths.max())
+        """The tokens of the longest row that is trained on; of a prompt with an answer as long as it may become."""
+        rows = self.dataset.train
+        if self.is_rewarded:
+            return int((rows.lengths - rows.supervised).max()) + self.config.objective.group[2]
+        return int(rows.lengths.max())
 
     def learner(self, display: Display) -> Learner:
         """Of the adapter, at its beginning."""
         prints = {"base": self.id.fingerprint, "data": self.dataset.fingerprint, "template": self.id.template}
         prints |= {"retained text": self.kept_text.fingerprint} if self.kept_text else {}
         config = self.config.model_dump(mode="json")
-        state = TrainState(fingerprints=prints, config=config, conditions=conditions(self.device, self.world.size))
+        state = TrainState(
+            fingerprints=prints,
+            config=config,
+            conditions=conditions(self.device, self.world.size),
+            code=code_of(self.config.objective.reward or ()),
+        )
         return Learner(self.attached, self.config.train, self.total, state, display.say, self.objective)
 
     @property
     def is_answered(self) -> bool:
-        """Whether held-out rows are answered: those of preferences are weighed."""
-        return not self.config.objective.is_preference
+        """Whether held-out rows have a loss and are answered: preferences are weighed, and prompts rewarded."""
+        return self.config.objective.kind == "sft"
+
+    @property
+    def is_rewarded(self) -> bool:
+        return self.config.objective.is_rewarded
+
+    @property
+    def answering(self) -> EvaluateConfig:
+        """How held-out rows are answered: in training on rewards as they are there, if greedily."""
+        evaluate, objective = self.config.evaluate, self.config.objective
+        longest = objective.group[2] if self.is_rewarded else evaluate.max_new_tokens
+        return evaluate.model_copy(update={"max_new_tokens": longest})
 
     @cached_property
     def objective(self) -> Objective:
@@ -138,15 +162,23 @@ class Opened:
         text = self.kept_text
         return None if text is None else Retain(text, forward, self.attached, self.config.train.batch_tokens)
 
+    def rollouts(self, state: TrainState, say: Callable[[str], None]) -> Rollouts | None:
+        """The steps after `state` of a run on rewards; None for any other."""
+        if not self.is_rewarded:
+            return None
+        assert self.score is not None or not self.world.is_first, "the rewards aren't open"
+        how: dict[str, Any] = {"shares": self.shares, "world": self.world}
+        return Rollouts(self.config, self.model, self.dataset, self.score, state, say, **how)
+
     def loader(self, state: TrainState) -> Loader:
-        """The batches of the steps after `state`."""
+        """The batches of the steps after `state`, of rows that are trained on as they are."""
         ranks, weighed = self.world.size, self.weighed("train")
         return make_loader(self.config, self.dataset, state.position, ranks, self.shares, weighed)
 
     @property
     def shares(self) -> bool:
-        """Whether examples that begin alike share that: not with dropout (drawn by row), nor on a GPU (captured.py)."""
-        return self.model.forward.shares and self.device.type == "cpu" and not self.attached.spec.dropout
+        """Whether examples that begin alike share that: not with dropout, which is drawn by row."""
+        return self.model.forward.shares and not self.attached.spec.dropout
 
 
 def open_run(
@@ -170,6 +202,9 @@ def opened_on(looked: Looked, display: Display, world: World = ALONE) -> Opened:
     """The run with its base, and a fresh adapter on it."""
     config, ground, shards = looked.config, looked.ground, NONE
     if is_wanted(config, ground.source, ground.skeleton, pick_device(config.train.device), world, display.say):
+        if config.objective.is_rewarded:
+            what = "a base that is spread over the ranks can't be sampled from yet"
+            raise InputError(what, fix="set base_weights: nf4 or int8, so that it fits, or train.shard: never")
         model, shards = _sharded_model(config, ground, looked.renderer, display, world)
     else:
         model = _opened_model(config, ground, looked.renderer, config.train.device, display)
@@ -192,7 +227,7 @@ def _opened(looked: Looked, model: Model, display: Display, world: World = ALONE
     config, dataset = _pinned(looked.config, model), looked.dataset
     rows_kept = rows_to_keep(looked.config.data)
     known = (looked.total, looked.metrics, rows_kept, looked.lineage, world, shards, looked.retained)
-    opened = Opened(config, model, dataset, *known)
+    opened = Opened(config, model, dataset, *known, consent=looked.consent)
     return opened if looked.start is None else _started(opened, looked.start, display)
 
 

@@ -7,6 +7,8 @@ the run's own functions, and its peak and its seconds are taken.
     opening         the base, the data, the adapter
     reference       the longest answers of preferences, which are weighed once
     held-out loss   the longest rows, as many as are taken at a time
+    sampling        of a run on rewards: answers to the longest prompts, as many as a step has, their first NEW tokens;
+                    steps are planned as if no answer ended before its time (imagined.py), and rewards cost nothing
     answers         the rows with the longest prompts, as many as are generated together, their first NEW tokens
     asking          what the base says of a part of the text of `train.retain`
     training        the largest batch of the whole run, unless it takes long; smaller ones for the fit (fit.py); one
@@ -24,7 +26,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +34,27 @@ import torch
 from deltaw.base.load import pick_device
 from deltaw.config import RunConfig
 from deltaw.data.example import Example
-from deltaw.data.report import DataReport
 from deltaw.errors import InputError
 from deltaw.evaluation.held_out import answer, rows_asked
 from deltaw.evaluation.weighing import summed_logprobs
-from deltaw.files.output import gib
 from deltaw.generate.cache import bytes_per_token
+from deltaw.generate.rollout import sampled
+from deltaw.generate.sampling import Sampling
 from deltaw.run import Run
 from deltaw.show.progress import Display
-from deltaw.show.table import table
-from deltaw.show.text import clock, counted
 from deltaw.training import fit, length, memory
 from deltaw.training.batch_size import sized
 from deltaw.training.checkpoint import save_checkpoint
-from deltaw.training.fit import Fit, Point
-from deltaw.training.largest import Work, count_tokens, largest_chunk, largest_evaluation, shared_line
+from deltaw.training.fit import Point
+from deltaw.training.imagined import imagined_groups
+from deltaw.training.largest import Work, count_tokens, largest_chunk, largest_evaluation
 from deltaw.training.learner import Learner
 from deltaw.training.measuring import ANSWERS, plain_loss, what_was_forgotten
 from deltaw.training.memory import Window, window, working_on
 from deltaw.training.opening import Opened, general_rows, open_run, start_from_data
+from deltaw.training.planned import Phase, Plan, Retaining
 from deltaw.training.preflight import check_longest, disk_needed, existing, work_of
-from deltaw.training.recomputing import Choice, choose
+from deltaw.training.recomputing import choose
 from deltaw.training.retain import Retain
 from deltaw.training.shortage import explain
 
@@ -61,102 +62,6 @@ NEW, ROWS = 32, 128  # tokens generated for each of so many rows
 LONG, PIECE = 16_384, 10.0  # tokens from which on smaller pieces are tried first; seconds that one piece may take
 ASKING = "asking the base"
 WHAT_IF = (0.5, 1, 2, 4)  # times train.tokens_per_batch
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One kind of work: the peak of one piece of it in bytes, and the seconds of all of it in the run."""
-
-    name: str
-    peak: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Retaining:
-    """General text that is passed beside the task's tokens (`train.retain`), and the seconds that it takes, of those of
-    the whole training."""
-
-    data: str
-    tokens: int
-    seconds: float
-    training: float
-
-    def line(self) -> str:
-        """For people."""
-        more = self.seconds / max(1e-9, self.training - self.seconds)
-        return (
-            f"{self.tokens:,} tokens of {self.data} besides, held to the base: {clock(self.seconds)}, {more:.0%} more"
-        )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will take, in bytes, seconds and counts; `what_if`: the training's peak by tokens in a batch."""
-
-    output: str
-    computed: str  # "bfloat16 on cpu"
-    steps: int
-    tokens_per_step: int
-    length: list[str]  # what there is to say of it (length.py)
-    checkpointing: str  # none, blocks or offload
-    recomputed: Choice  # the same, with what was measured of it
-    tokens: int
-    supervised_tokens: int
-    retained: Retaining | None
-    longest_batch: int
-    shared: float  # of the tokens, which examples share with others, so that they aren't computed again
-    phases: list[Phase]
-    memory_there: int
-    fit: Fit
-    what_if: dict[int, int]
-    tokens_per_second: float
-    disk_needed: int
-    disk_free: int
-    data: DataReport
-
-    @property
-    def largest(self) -> Phase:
-        return max(self.phases, key=lambda phase: phase.peak)
-
-    @property
-    def seconds(self) -> float:
-        return sum(phase.seconds for phase in self.phases)
-
-    def to_json(self) -> dict[str, Any]:
-        peak = {"peak_memory_bytes": self.largest.peak, "peak_in": self.largest.name}
-        return {**asdict(self), **peak, "seconds": round(self.seconds, 1)}
-
-    def _steps(self) -> str:
-        batch = f"the largest batch of {self.longest_batch:,}"
-        return f"{self.steps:,} of up to {self.tokens_per_step:,} tokens, {batch}"
-
-    def text(self) -> str:
-        """For people."""
-        lines = [
-            ("run", f"{self.output}, in {self.computed}"),
-            ("steps", self._steps()),
-            *(("", line) for line in self.length),
-            ("tokens", f"{self.tokens:,}, of which {self.supervised_tokens:,} are trained ({self.data.share:.1%})"),
-            *(("", line) for line in shared_line(self.shared)),
-            *([("retain", self.retained.line())] if self.retained else []),
-            (
-                "memory",
-                f"{gib(self.largest.peak)} at its peak, in {self.largest.name}; {gib(self.memory_there)} available",
-            ),
-            *([("", self.recomputed.line())] if self.checkpointing != "none" else []),
-            ("time", f"{clock(self.seconds)}, training at {self.tokens_per_second:.0f} tokens/s, without the report"),
-            ("disk", f"{gib(self.disk_needed)}; {gib(self.disk_free)} free"),
-            *_rows(self.data),
-        ]
-        head = [f"{name:8} {text}".rstrip() for name, text in lines]
-        phases = [(phase.name, gib(phase.peak), clock(phase.seconds)) for phase in self.phases]
-        fit = f"{gib(self.fit.fixed)} + {gib(self.fit.token * 1000)} per 1,000 tokens"
-        if self.fit.supervised:
-            fit += f" + {gib(self.fit.supervised * 1000)} per 1,000 trained ones"
-        what_if = [(f"{tokens:,} tokens", gib(peak)) for tokens, peak in self.what_if.items()]
-        tables = table(phases, ("", "peak", "time"), align="lr"), table(what_if, align="lr")
-        return "\n".join([*head, "", tables[0], "", f"a batch takes {fit}:", tables[1]])
 
 
 def plan(config: RunConfig, display: Display | None = None) -> Plan:
@@ -189,7 +94,7 @@ def plan(config: RunConfig, display: Display | None = None) -> Plan:
         output=config.output,
         computed=", its base ".join(filter(None, [f"{str(base.dtype).removeprefix('torch.')} on {device}", base.kept])),
         steps=work.steps,
-        tokens_per_step=opened.config.train.step_tokens,
+        tokens_per_step=length.tokens_of_step(opened.config, dataset),
         length=[
             *config.notes(),
             *length.notes(config, opened.config, work.steps),
@@ -225,11 +130,13 @@ class Rehearsal:
 
     def play(self, general: Sequence[Example]) -> None:
         """All of it."""
-        answering = [self._answers] if self.opened.is_answered else []
-        evaluating = [self._held_out_loss, *answering] if self.held_out else []
+        answering = [] if self.opened.config.objective.is_preference else [self._answers]
+        losses = [] if self.opened.is_rewarded else [self._held_out_loss]
+        evaluating = [*losses, *answering] if self.held_out else []
         starting = [self._start] if self.opened.config.adapter.from_data else []
         weighing = [self._reference] if self.opened.objective.references else []
-        acts = [*starting, *weighing, *evaluating, self._update, self._training, self._saving]
+        sampling = [self._sampling] if self.opened.is_rewarded else []
+        acts = [*starting, *weighing, *evaluating, *sampling, self._update, self._training, self._saving]
         if retain := self.opened.retain(self.model.forward):
             acts.append(lambda: self._asking(retain))
         acts += [lambda: self._forgetting(general)] if general else []
@@ -279,12 +186,26 @@ class Rehearsal:
         rows = largest_evaluation(self.held_out)
         with window(self.device) as seen:
             plain_loss(self.model, rows)
-        often = 2 + (math.ceil(self.total / self.every.eval_every) if self.every.eval_every else 0)
+        often = 2 + self._evaluations
         self._note("held-out loss", seen, count_tokens(self.held_out) / count_tokens(rows) * often)
 
+    @property
+    def _evaluations(self) -> int:
+        """On the way."""
+        return math.ceil(self.total / self.every.eval_every) if self.every.eval_every else 0
+
+    def _sampling(self) -> None:
+        _, samples, longest = self.opened.config.objective.group
+        prompts, new = [group.prompt for group in imagined_groups(self.opened)], min(NEW, longest)
+        sampling = Sampling(max_new_tokens=new, temperature=1.0, seed=0)
+        with window(self.device) as seen, working_on(ANSWERS):
+            sampled(self.model.base.model, prompts, samples, sampling, frozenset())
+        rest = min(len(prompts) * samples, ROWS) * (longest - new) * bytes_per_token(self.model.base.model)
+        self._note("sampling", seen, self.work.steps * longest / new, rest)
+
     def _answers(self) -> None:
-        config = self.opened.config.evaluate
-        asked = rows_asked(self.model, self.held_out, config)
+        config, rewarded = self.opened.answering, self.opened.is_rewarded
+        asked = rows_asked(self.model, self.held_out, config, every_row=rewarded)
         by_prompt = sorted(asked, key=lambda row: int(row.loss_mask.sum()) - len(row.tokens))
         rows, new = by_prompt[:ROWS], min(NEW, config.max_new_tokens)
         if not rows:
@@ -298,7 +219,8 @@ class Rehearsal:
             self.display.say(f"no answers to held-out rows: {error.what}")
             return
         sampled = self.total // (self.every.sample_every or self.total + 1)
-        times = (2 * len(asked) + sampled * config.samples) / len(rows) * config.max_new_tokens / new
+        often = 2 + (self._evaluations if rewarded else 0)
+        times = (often * len(asked) + sampled * config.samples) / len(rows) * config.max_new_tokens / new
         rest = len(rows) * (config.max_new_tokens - new) * bytes_per_token(self.model.base.model)
         self._note("answers", seen, times, rest)
 
@@ -347,35 +269,6 @@ class Rehearsal:
         with window(self.device) as seen:
             what_was_forgotten(self.model, rows)
         self._note("forgetting", seen, count_tokens(general) / count_tokens(rows))
-
-
-def _rows(data: DataReport) -> list[tuple[str, str]]:
-    """What becomes of the rows; those that are lost are named by number."""
-    lines = [("rows", f"{data.train_rows:,} to train on, {data.eval_rows:,} held out, of {data.rows_read:,} read")]
-    kinds = {"left out": data.too_long_dropped, "cut": data.truncated, "with nothing left to train": data.untrained}
-    long = ", ".join(f"{count:,} {what}" for what, count in kinds.items() if count)
-    if long:
-        lines.append(("", f"too long, {long}: {_listed(data.too_long, sum(kinds.values()), ', ')}"))
-    if data.split_rows:
-        lines.append(
-            ("", f"{counted(data.split_rows, 'text')} split into {data.pieces:,} pieces, {data.kept:.1%} kept")
-        )
-    if data.unusable:
-        lines.append(("", f"unusable, {data.unusable:,}: {_listed(data.problems, data.unusable, '; ')}"))
-    if data.duplicates or data.overlap:
-        lines.append(
-            (
-                "",
-                f"{counted(data.duplicates, 'copy', 'copies')} of another; "
-                f"{counted(data.overlap, 'held-out row is', 'held-out rows are')} also trained on",
-            )
-        )
-    return lines
-
-
-def _listed(names: Sequence[str], count: int, between: str) -> str:
-    shown = between.join(names)
-    return shown if count <= len(names) else f"{shown}{between}and {count - len(names):,} more"
 
 
 @contextmanager

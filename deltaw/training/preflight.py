@@ -24,6 +24,7 @@ from deltaw.model import Model
 from deltaw.run import Run
 from deltaw.training.checkpoint import list_checkpoints
 from deltaw.training.fit import one_pass
+from deltaw.training.imagined import imagined_work
 from deltaw.training.largest import Work, count_tokens, largest_chunk, largest_evaluation, shared_line, work_left
 from deltaw.training.learner import Learner
 from deltaw.training.measuring import plain_loss, what_was_forgotten
@@ -48,7 +49,9 @@ def short_form(opened: Opened, learner: Learner, run: Run, general: Sequence[Exa
             one_pass(model.forward, learner, work.batch(), accumulating=work.batches > 1)
         if general and _logits_bytes(model, largest_chunk(general)) > TIGHT * free_memory(opened.device):
             what_was_forgotten(model, largest_chunk(general))
-        if held_out and run.before.is_file():  # else the base is measured on them all, right now
+        if (
+            held_out and run.before.is_file() and not opened.is_rewarded
+        ):  # else the base is measured on them all, right now
             plain_loss(model, largest_evaluation(held_out))
     release(opened.device)
 
@@ -58,6 +61,11 @@ def work_of(opened: Opened, learner: Learner, say: Callable[[str], object] = lam
     meets the head. `say`: where a line goes that says what of it is shared."""
     left = max(0, learner.total - learner.state.step)
     state, config = learner.state, learner.config
+    if opened.is_rewarded:
+        work = imagined_work(opened, left)
+        for line in shared_line(work.shared):
+            say(line)
+        return work
     work = work_left(opened.dataset.train, config, state.position, left, opened.world.size, shares=opened.shares)
     for line in shared_line(work.shared):
         say(line)

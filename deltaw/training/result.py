@@ -22,10 +22,12 @@ from deltaw.show.table import table
 from deltaw.show.text import counted, figure_name, framed, one_line, rounded
 from deltaw.training.checkpoint import TrainState
 from deltaw.training.contention import waits_passively
+from deltaw.training.groups import PART
 from deltaw.training.learner import Learner
 from deltaw.training.memory import peak_memory
 from deltaw.training.opening import Opened
 from deltaw.training.retain import time_share
+from deltaw.training.rewarding import REWARD
 from deltaw.version import VERSION
 
 SHOWN = 10  # answers kept in result.json
@@ -50,7 +52,9 @@ class Measured:
         code = result["eval"].get("code", {})
         return Measured(
             before,
-            Evaluation(after.pop("loss"), after.pop("perplexity", 0.0), 0, metrics=after, code=code) if after else None,
+            Evaluation(after.pop("loss", None), after.pop("perplexity", 0.0), 0, metrics=after, code=code)
+            if after
+            else None,
             Forgetting(**lost) if lost else None,
             result["answers"],
         )
@@ -71,7 +75,7 @@ def measurements(measured: Measured, run: Run, opened: Opened) -> dict[str, Any]
             "start": at_the_start(run),
             "after": after.summary() if after else None,
             "unanswered": before.unanswered if before else None,
-            "higher_is_better": {metric.name: metric.higher_is_better for metric in opened.metrics},
+            "higher_is_better": {**_directions(after), **{m.name: m.higher_is_better for m in opened.metrics}},
             "code": {metric.name: metric.code for metric in opened.metrics if metric.code},
         },
         "forgetting": asdict(measured.forgetting) if measured.forgetting else None,
@@ -100,9 +104,18 @@ def retained(opened: Opened, run: Run, state: TrainState) -> dict[str, Any] | No
     }
 
 
+def _directions(after: Evaluation | None) -> dict[str, bool]:
+    """Of the figures of a reward: more of it is better, and fewer answers that were cut off."""
+    names = [name for name in after.metrics if name == REWARD or name.startswith(PART)] if after else []
+    return {**dict.fromkeys(names, True), "truncated": False} if names else {}
+
+
 def at_the_start(run: Run) -> dict[str, float] | None:
-    """The held-out loss of the adapter that the run started from."""
-    losses = [line["eval_loss"] for line in run.read_metrics() if line["step"] == 0 and "eval_loss" in line]
+    """The held-out loss of the adapter that the run started from, or its reward."""
+    first = [line for line in run.read_metrics() if line["step"] == 0]
+    if rewards := [line[f"eval_{REWARD}"] for line in first if f"eval_{REWARD}" in line]:
+        return {REWARD: rewards[0]}
+    losses = [line["eval_loss"] for line in first if "eval_loss" in line]
     return {"loss": losses[0], "perplexity": perplexity(losses[0])} if losses else None
 
 
@@ -139,7 +152,7 @@ def write_result(
         "dropped": report.unusable + report.too_long_dropped + report.untrained,
         "truncated": report.truncated,
         "train_rows": report.train_rows,
-        "epoch_tokens": report.tokens,
+        "epoch_tokens": None if opened.is_rewarded else report.tokens,
         "unused": report.unused,
         "left_out": report.left_out,
         "forward": model.describe(),
@@ -178,9 +191,9 @@ def summary(run: Run) -> str:
     parts = []
     if result["answers"]:
         parts.append(_answers(result["answers"]))
-    losses = [line["loss"] for line in run.read_metrics() if "loss" in line]
-    if len(losses) > 1:
-        parts.append("training loss\n" + plot(losses))
+    for name, title in (("loss", "training loss"), (REWARD, "reward of the sampled answers")):
+        if len(values := [line[name] for line in run.read_metrics() if name in line]) > 1:
+            parts.append(f"{title}\n{plot(values)}")
     parts.append(_figures(result))
     parts.append(f"adapter: {run.adapter}\nnext:    " + "\n         ".join(_next(run, result)))
     return "\n\n".join(parts)
@@ -229,7 +242,9 @@ def _figures(result: dict[str, Any]) -> str:
             for name in after
         ]
         if start := result["eval"].get("start"):
-            lines.append(f"{'loss at the start':20} {rounded(start['loss']):>9}, of the adapter that it started from")
+            ((name, value), *_) = start.items()
+            at = f"{name} at the start"
+            lines.append(f"{at:20} {rounded(value):>9}, of the adapter that it started from")
         lines.append(f"{'':20} measured on {counted(result['eval']['rows'], 'held-out row')}")
     if lost := result.get("forgetting"):
         lines.append(

@@ -13,7 +13,7 @@ several processes train together (world.py), rank 0 does all of this and the oth
 
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from deltaw.adapter.file import Adapter
 from deltaw.adapter.history import NOTHING, History
 from deltaw.config import RunConfig, config_of
 from deltaw.config.places import placed
-from deltaw.data.loader import Ahead
+from deltaw.data.loader import Ahead, Item
 from deltaw.data.opening import open_dataset
 from deltaw.errors import command
 from deltaw.evaluation.own_metric import ASKED_FOR, Consent, open_metrics
@@ -48,6 +48,7 @@ from deltaw.training.opening import Opened, begin, general_rows, open_run
 from deltaw.training.preflight import short_form, work_of
 from deltaw.training.recomputing import choose, keeping
 from deltaw.training.references import with_references
+from deltaw.training.rewarding import with_rewards
 from deltaw.training.shortage import explain
 from deltaw.training.step import step
 from deltaw.training.stop import Lost, Stopped, StopRequest
@@ -154,13 +155,12 @@ def _run(
     if not world.is_alone:
         config, given = settled_dtype(config), given and settled_dtype(given)
     local = given or config
-    with StopRequest(relayed=not world.is_alone) as stop:
+    with StopRequest(relayed=not world.is_alone) as stop, ExitStack() as stack:
         local = settings(local, world)
         needed = saved is None
         opened = alike(sized(open_run(local, display, consent, lineage, start_is_needed=needed, world=world), display))
         world.start(opened.device)
-        if local is not config:
-            opened = opened.named_as(config)
+        opened = with_rewards(opened if local is config else opened.named_as(config), stack)
         general = general_rows(local, opened.model, opened.retained)
         learner = opened.learner(display)
         shortage = partial(explain, opened=opened, learner=learner, run=run)
@@ -232,14 +232,16 @@ def _begun(run: Run) -> str:
 
 def _measure_again(config: RunConfig, local: RunConfig, run: Run, consent: Consent, display: Display) -> Adapter:
     """Measure what result.json lists as failed, on the adapter as it was saved."""
-    with StopRequest("the run is finished, but some measurements are missing") as stop:
+    with StopRequest("the run is finished, but some measurements are missing") as stop, ExitStack() as stack:
         bound_caches()
         metrics = open_metrics(config.evaluate.metrics, consent)
         model = open_model(run.folder, device=config.train.device, display=display)
         _, _, dataset = open_dataset(local, display, model.base.source)
         general = general_rows(local, model)
         run.write_config(config)
-        opened = Opened(config, model, dataset, count_steps(config, dataset), metrics, lineage=run.read_lineage())
+        known = {"lineage": run.read_lineage(), "consent": consent}
+        opened = Opened(config, model, dataset, count_steps(config, dataset), metrics, **known)  # type: ignore[arg-type]
+        opened = with_rewards(opened, stack)
         learner = opened.learner(display)
         attempts = Attempts(opened.device, display.say, partial(explain, opened=opened, learner=learner, run=run))
         measure_again(opened, run, learner.state.fingerprints, general, attempts, display)
@@ -262,7 +264,8 @@ class Steps:
         contention = Contention(underway.run.folder, torch.get_num_threads(), self.display.say)
         try:
             forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
-            items, retain = self.opened.loader(state), self.opened.retain(forward)
+            retain, rollouts = self.opened.retain(forward), self.opened.rollouts(state, self.display.say)
+            items: Iterable[Item] = rollouts or self.opened.loader(state)
             loader = Ahead(items if retain is None else retain.beside(items, state.step))
             if not self.opened.shards:
                 captured = captured_on(device, forward, learner, self.opened.longest, self.display.say, loader.fetch)
@@ -271,14 +274,13 @@ class Steps:
                 progress(state.step)
                 underway.begin()
                 first = True  # the step of this process that shows whether there is memory enough
-                for batches, position in loader:
-                    if underway.is_over:
-                        break
+                while not underway.is_over:
+                    batches, position = next(loader)
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
                             how = captured, world, abreast, retain
                             (record,) = step(forward, [learner], batches, position, *how)
-                        underway.note(record)
+                        underway.note(rollouts.completed(record) if rollouts else record)
                     underway.agree()
                     first = False
                     if device.type == "cpu":

@@ -132,7 +132,8 @@ def _settled(share: "_Share", position: LoaderState, ran: Ran | None) -> Taken:
         check_loss(share.loss, share.rows, state, learner.config)
         # 4. The rate of this step, and the update.
         rate = learner.update(share.loss, share.batches, ran.update if ran is not None else None)
-        record |= {"loss": share.loss, "lr": rate, "grad_norm": norm, **share.figures}
+        loss = {"loss": share.loss} if share.objective.has_loss else {}
+        record |= {**loss, "lr": rate, "grad_norm": norm, **share.figures}
         learner.falling.see(share.figures, state.step + 1)
     except Unfit as unfit:
         try:
@@ -272,7 +273,9 @@ class _Share:
         self.drifts: dict[int, float] = {}  # likewise: the KL of the rows that are held to the base
         self.retained = sum(batch.retained_rows for batch in batches)
         self._sum, self._drift, self._sums = 0.0, 0.0, dict[str, float]()
+        hollow = next((batch.rewarded for batch in batches if batch.rewarded and batch.rewarded.why), None)
         self.unfit = None if self.supervised else Unfit("none of its tokens is trained", self.rows)
+        self.unfit = Unfit(hollow.why, self.rows, fix=hollow.fix) if hollow else self.unfit
 
     @property
     def loss(self) -> float:
@@ -319,7 +322,8 @@ class _Share:
             logp_K = logprobs.logp_K[mine.labels_T[batch.labels_T != IGNORE] != IGNORE]
             own = Logprobs(logp_K, -logp_K.sum())
         for name, value in self.objective.figures(Logprobs(*(part.detach() for part in own)), mine).items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+            before = self._sums.get(name, 0.0)
+            self._sums[name] = max(before, value) if name in self.objective.largest else before + value
         return self.objective(own, mine)
 
     def mean(self, loss: Tensor, number: int) -> Tensor | None:
@@ -341,7 +345,9 @@ class _Share:
         names = self.objective.sums
         if names and not world.is_alone:
             sums = [self._sums.get(name, 0.0) for name in names]
-            self._sums = dict(zip(names, world.sums(sums, "what the objective reports"), strict=True))
+            self._sums |= dict(zip(names, world.sums(sums, "what the objective reports"), strict=True))
+        for name in self.objective.largest if not world.is_alone else ():
+            self._sums[name] = world.most(self._sums.get(name, 0.0), "what the objective reports")
 
     def judge(self, losses: Sequence[float], ranks: Mapping[int, int]) -> None:
         """Take the losses of all batches, up to one that isn't a number. `ranks`: who passed which, where there are

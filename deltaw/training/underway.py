@@ -18,7 +18,7 @@ from deltaw.show.progress import Display
 from deltaw.training.checkpoint import save_checkpoint
 from deltaw.training.learner import Learner
 from deltaw.training.log import EventLog
-from deltaw.training.measuring import Attempts, loss_on_the_way, note_evaluation, record_of, samples
+from deltaw.training.measuring import Attempts, held_out_words, loss_on_the_way, note_evaluation, record_of, samples
 from deltaw.training.opening import Opened
 from deltaw.training.stop import Stopped, StopRequest
 from deltaw.training.together import check_adapter
@@ -55,8 +55,9 @@ class Underway:
     @property
     def in_short(self) -> str:
         """The last step, for whoever watches."""
-        loss = f"loss {self._figures['loss']:.3f}" if "loss" in self._figures else "skipped"
-        return f"{loss}  {self.learner.state.tokens_per_second:.0f} tokens/s"
+        known = next((name for name in ("loss", "reward") if name in self._figures), None)
+        words = "skipped" if known is None or "skipped" in self._figures else f"{known} {self._figures[known]:.3f}"
+        return f"{words}  {self.learner.state.tokens_per_second:.0f} tokens/s"
 
     def begin(self) -> None:
         """Before the first step of this process: what the adapter that it starts from has on these held-out rows (what
@@ -65,7 +66,7 @@ class Underway:
         if not self.learner.state.step and rows and start:
             with self.opened.attached.leading():
                 loss, figures = loss_on_the_way(self.opened, self._sharing)
-            self.display.say(f"held-out loss {loss:.4f} at the start, from {start.name}")
+            self.display.say(f"{held_out_words(loss, figures)} at the start, from {start.name}")
             if math.isfinite(loss):
                 self._write(record_of(0, loss, figures, self.learner.objective))
         self.do_what_is_due()
@@ -144,7 +145,7 @@ class Underway:
 
     def _sample(self) -> None:
         with self.opened.attached.leading():
-            lines = samples(self.opened.model, self.opened.dataset.eval, self.opened.config.evaluate)
+            lines = samples(self.opened.model, self.opened.dataset.eval, self.opened.answering)
         for line in lines:
             self.display.say(f"step {self.learner.state.step}: {line}")
 

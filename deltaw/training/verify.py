@@ -11,6 +11,7 @@ batches: enough to be accumulated. The schedule is that of a run of `steps` step
 import dataclasses
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from deltaw.training.log import EventLog
 from deltaw.training.measuring import Attempts
 from deltaw.training.opening import Opened, attach_fresh, begin, open_run
 from deltaw.training.references import with_references
+from deltaw.training.rewarding import with_rewards
 from deltaw.training.run import Steps
 from deltaw.training.stop import StopRequest
 from deltaw.training.underway import Underway
@@ -81,7 +83,8 @@ def verify_resume(config: RunConfig, steps: int, display: Display) -> Verified:
         "patience": None,
     }
     opened = _short_steps(open_run(_with(config, train), display))
-    with tempfile.TemporaryDirectory(prefix="verify-resume-") as place:
+    with tempfile.TemporaryDirectory(prefix="verify-resume-") as place, ExitStack() as stack:
+        opened = with_rewards(opened, stack)
         straight = Run(Path(place) / "straight")
         straight.folder.mkdir()
         _train(opened, straight, None, display)
@@ -99,6 +102,8 @@ def _with(config: RunConfig, train: dict[str, Any]) -> RunConfig:
 def _short_steps(opened: Opened) -> Opened:
     """Of two batches at most; how large a step would be is settled by the data."""
     train = opened.config.train
+    if opened.is_rewarded:
+        return opened
     size = min(train.step_tokens, 2 * train.batch_tokens)
     return dataclasses.replace(opened, config=_with(opened.config, {"tokens_per_step": size}))
 
@@ -136,4 +141,6 @@ def _fresh_adapter(opened: Opened) -> Opened:
 
 
 def _untimed(run: Run) -> list[dict[str, Any]]:
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics()]
+    return [
+        {name: value for name, value in line.items() if not name.endswith("seconds")} for line in run.read_metrics()
+    ]

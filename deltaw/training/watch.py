@@ -21,6 +21,9 @@ The median is over losses of steps that were applied: a spike that is let into i
 and a NaN would hide them all (OLMo's trainer met that). Below `NOTHING` nats per token there is nothing to lose, so
 there no step is a spike: a memorised run's median is 0, and everything is many times 0.
 
+A step of sampled answers from which nothing can be learnt (all of a group have one reward, or all were cut off) counts
+as skipped, too: ten in a row, and the run stops with what to do.
+
 Where answers are weighed it warns once that the likelihood of the chosen ones falls (`Falling`): the run goes on, since
 that may be wanted.
 
@@ -60,11 +63,11 @@ SAMPLE = 1024  # of a parameter's numbers, kept from the process's beginning
 
 
 class Unfit(Exception):
-    """This step can't be applied: `what` says why, `rows` are what it trained on."""
+    """This step can't be applied: `what` says why, `rows` are what it trained on; `fix`: what to do if it goes on."""
 
-    def __init__(self, what: str, rows: Sequence[str], not_finite: bool = False) -> None:
+    def __init__(self, what: str, rows: Sequence[str], not_finite: bool = False, fix: str = "") -> None:
         super().__init__(what)
-        self.what, self.rows, self.not_finite = what, list(rows), not_finite
+        self.what, self.rows, self.not_finite, self.fix = what, list(rows), not_finite, fix
 
     def __str__(self) -> str:
         shown = ", ".join(self.rows[:8]) + (f" and {len(self.rows) - 8} more" if len(self.rows) > 8 else "")
@@ -105,7 +108,8 @@ def note_skip(unfit: Unfit, state: TrainState, config: TrainConfig) -> None:
         raise TooManySkips(step, fix=fix)
     if not unfit.not_finite and state.in_a_row >= IN_A_ROW:
         raise TooManySkips(
-            step, fix=f"{IN_A_ROW} steps in a row were skipped before it: look at the data, or at train.lr"
+            step,
+            fix=f"{IN_A_ROW} steps in a row were skipped before it: {unfit.fix or 'look at the data, or at train.lr'}",
         )
     state.skipped += 1
     state.not_finite += unfit.not_finite
@@ -157,7 +161,7 @@ class Watch:
         """Around the optimiser's step, while the gradients exist. Raises CannotGoOn where the run learns nothing."""
         self._updates += 1
         if self._updates <= self._patience:
-            self._known &= loss < KNOWN
+            self._known &= loss < KNOWN and not any(b.rewarded for b in batches)
             self._alone &= not any(((b.labels_T != IGNORE) & (b.positions_T > 0)).any() for b in batches)
             self._silent -= self._with_gradient()
         look = self._updates % EVERY == PATIENCE and 2 * rate >= self._config.lr

@@ -269,13 +269,19 @@ WEIGHT_FAULTS: dict[str, tuple[Any, str]] = {
     "extra key": ({**tensors(), "base_model.model.junk": torch.ones(1)}, "junk"),
     "no tensors": ({}, "no tensors"),
     "DoRA": (beside(lora_magnitude_vector=torch.ones(32)), "DoRA"),
-    "embedding": (
-        {KEY + ".lora_embedding_A": torch.ones(2, 97), KEY + ".lora_embedding_B": torch.ones(32, 2)},
-        "LoRA on an embedding",
+    "half an embedding": (
+        {KEY + ".lora_embedding_A": torch.ones(2, 97)},
+        "has lora_embedding_A but not its other half",
     ),
-    "trainable tokens": ({**tensors(), f"{KEY}.token_adapter.trainable_tokens_delta": torch.ones(2, 32)}, "embeddings"),
+    "tokens without numbers": (
+        {**tensors(), f"{KEY}.token_adapter.trainable_tokens_delta": torch.ones(2, 32)},
+        "trainable_token_indices",
+    ),
     "bias on B": ({**tensors(), f"{KEY}.lora_B.bias": torch.ones(32)}, "bias on B"),
-    "saved module": ({**tensors(), "base_model.model.lm_head.weight": torch.ones(97, 32)}, "lm_head"),
+    "saved module": (
+        {**tensors(), "base_model.model.lm_head.weight": torch.ones(97, 32)},
+        "modules_to_save doesn't name",
+    ),
     "another rank": (tensors(rank=3), "the config says rank 2"),
     "ranks that differ": ({**tensors(), f"{KEY}.lora_B.weight": torch.ones(32, 5)}, "the config says rank 2"),
     "3-D": ({**tensors(), f"{KEY}.lora_B.weight": torch.ones(32, 2, 1)}, "not a floating matrix"),
@@ -317,7 +323,7 @@ def test_doras_magnitudes_are_one_for_each_row_of_each_module(fault: str, tmp_pa
 CONFIG_FAULTS: dict[str, tuple[Any, str]] = {
     "DoRA": ({**GOOD, "use_dora": True}, "use_dora"),
     "modules_to_save": ({**GOOD, "modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "trainable tokens": ({**GOOD, "trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+    "trainable tokens": ({**GOOD, "trainable_token_indices": {"embed_tokens": [-1]}}, "trainable_token_indices"),
     "lora_bias": ({**GOOD, "lora_bias": True}, "lora_bias"),
     "bias": ({**GOOD, "bias": "lora_only"}, "bias='lora_only'"),
     **{init: ({**GOOD, "init_lora_weights": init}, init) for init in ("pissa", "pissa_niter_4", "olora", "loftq")},

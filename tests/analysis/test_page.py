@@ -82,7 +82,7 @@ def page_of(words: str) -> Page:
         Findings([Finding("warning", words)]),
         table,
         Picture(SVG, words, words, table),
-        Verdict("too noisy", "said " + words),
+        Verdict("not settled", "said " + words),
         Samples([Sample("p" + words, "b" + words, "a" + words, "t" + words)]),
     ]
     return Page(words, words, [Section(words, blocks), *[Section(words, [])] * 3])
@@ -251,7 +251,8 @@ def test_pictures_that_follow_each_other_share_a_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "word"), [("held", "Held"), ("did not hold", "Did not hold"), ("too noisy", "Too noisy to tell")]
+    ("status", "word"),
+    [("held", "Held"), ("did not hold", "Did not hold"), ("not settled", "Not settled"), ("void", "Void")],
 )
 def test_a_verdict_is_a_word_before_it_is_a_colour(status, word: str) -> None:  # type: ignore[no-untyped-def]
     found = html(Verdict(status, "since `x`"))

@@ -69,7 +69,11 @@ def a_study() -> Page:
     """Every kind of picture (test_pictures.py), and the blocks that no report has."""
     rows: list[list[Cell]] = [["model.layers.19.mlp.down_proj", 30.7, 7], ["lm_head", None, 0]]
     table = Table(["module", "‖ΔW‖", "rank"], rows, "Two modules")
-    verdicts = [Verdict("held", "Within 0.02."), Verdict("did not hold", "Lost 0.3."), Verdict("too noisy", "By 0.02.")]
+    verdicts = [
+        Verdict("held", "Within 0.02."),
+        Verdict("did not hold", "Lost 0.3."),
+        Verdict("not settled", "By 0.02."),
+    ]
     shown = [Picture(drawn(name), f"What `{name}` is.", name, table) for name in PICTURES]
     hostile = "<script>alert(1)</script>\t</pre></svg>\u202eabc\x00 & \"quotes\" 'too'"
     samples = [Sample("two\n\nlines", "a " * 300, "b", "b"), Sample(hostile, "x" * 2000, "", "مرحبا بالعالم 日本語")]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
+import deltaw
 from deltaw.serve.adapters import Adapters
 from deltaw.serve.app import build
 from deltaw.serve.guard import Access
@@ -121,6 +122,8 @@ class Served:
                 answer.body += message.get("body", b"")
 
         await self.app(scope, receive, send)
+        for kept in (self.canaries.folder, Path(deltaw.__file__).parent):
+            expect(str(kept).encode() not in answer.body, f"it tells where it keeps its files: {answer.body!r:.300}")
         return answer
 
     def send(self, method: str, path: str, body: bytes = b"", **how: Any) -> Answer:
@@ -139,10 +142,10 @@ class Served:
     def at_rest(self) -> None:
         """Nothing is left of all that was asked, and nothing went wrong inside."""
         until = time.monotonic() + 5
-        while (self.worker._running or len(self.worker._line)) and time.monotonic() < until:
+        while (self.worker.busy) and time.monotonic() < until:
             self.run(asyncio.sleep(0.001))
-        engine, tasks = self.worker._engine, asyncio.all_tasks(self.loop)
-        left = (self.worker._running, list(self.worker._line), self.worker._by_row, self.worker._submitted)
+        engine, tasks = self.worker.decoding.engine, asyncio.all_tasks(self.loop)
+        left = (self.worker.decoding.running, list(self.worker._line), self.worker.decoding.by_row)
         left += (self.worker.adapters._requests, tasks, engine is not None and engine.busy)
         expect(not any(left), f"left behind: {left!r:.300}")
         expect(self.worker.alive and not self.said, f"it said {self.said[:3]}")

@@ -192,6 +192,6 @@ def replaced_while_asked(canaries: Canaries, scratch: Path, count: int, seed: in
     assert not wrong, wrong[:3]
     assert figures.adapter_loads > 3 and figures.restarts == 0 and set(figures.ended) <= {"length", "stop", "error"}
     assert figures.ended.get("error", 0) <= unknown
-    assert not worker._by_row and not worker._submitted and not worker.adapters._requests
+    assert not worker.decoding.by_row and not worker.busy and not worker.adapters._requests
     assert asked - unknown <= sum(figures.ended.values()) <= asked and asked >= count
     assert sum(map(len, history.values())) > len(history)

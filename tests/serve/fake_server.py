@@ -22,6 +22,7 @@ from starlette.routing import Route
 from deltaw.serve import page
 
 BASE = "builtin:smollm2-135m"
+NAMES = ("words", "a/b ü")
 HOSTILE = "<img src=x onerror=\"document.title='hacked'\">"
 
 
@@ -34,6 +35,8 @@ class Fake:
     wait: float = 0.0
     plain: bool = False
     asked: list[dict[str, Any]] = field(default_factory=list)
+    names: list[str] = field(default_factory=lambda: list(NAMES))
+    broken: set[str] = field(default_factory=set)
     left: int = 0  # clients that were gone before the end
     script: dict[str, Any] = field(default_factory=dict)
     url: str = ""
@@ -55,7 +58,14 @@ class Fake:
     async def models(self, request: Request) -> Response:
         asking = "plain" if self.plain else "chat"
         adapters = [
-            {"id": name, "parent": BASE, "report": name == "words", "asking": asking} for name in ("words", "a/b ü")
+            {
+                "id": name,
+                "parent": BASE,
+                "report": name == "words",
+                "asking": asking,
+                "problem": "its file is cut short" if name in self.broken else None,
+            }
+            for name in self.names
         ]
         return self.refused(request) or JSONResponse(
             {"data": [*adapters, {"id": BASE, "parent": None, "max_model_len": 2048}]}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import deltaw
 from deltaw.model import Model, open_model
 from deltaw.serve.adapters import Adapters
 from deltaw.serve.app import build
@@ -24,13 +25,14 @@ KEY = "a-key"
 
 @dataclass
 class Running:
-    """A server that answers. `said`: what it said of defects."""
+    """A server that answers. `said`: what it said of defects; `kept`: what no client may be told."""
 
     model: Model
     worker: Worker
     server: Server
     address: str
     said: list[str]
+    kept: tuple[str, ...] = ()
 
     @property
     def place(self) -> tuple[str, int]:
@@ -48,6 +50,7 @@ class Running:
             connection.request(method, path, data, {**sent, **(headers or {})})
             answer = connection.getresponse()
             text = answer.read().decode()
+            assert not any(path in text or path in str(answer.headers) for path in self.kept), text
             is_json = answer.getheader("content-type", "").startswith("application/json")
             value = json.loads(text) if is_json and text else text
             return answer.status, value, {name.lower(): value for name, value in answer.getheaders()}
@@ -86,7 +89,8 @@ def serving(
         until = time.monotonic() + 20
         while not server.started and time.monotonic() < until:
             time.sleep(0.005)
-        yield Running(model, work, server, address_of(listening), said)
+        kept = {str(base.parent), str(base.parent.resolve()), str(Path(deltaw.__file__).parent)}
+        yield Running(model, work, server, address_of(listening), said, tuple(kept))
     finally:
         server.should_exit = True
         thread.join(20)

@@ -1,6 +1,8 @@
 """The real `openai` client against a real server, and its numbers against those of the model itself."""
 
+import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +47,7 @@ def test_models(client: OpenAI, base: str) -> None:
     assert next(iter(models)) == base and {"one", "two"} <= set(models)
     assert models[base]["parent"] is None and models["one"]["parent"] == base
     assert client.models.retrieve("two").model_dump() == models["two"]
+    assert models["broken"]["problem"] and models["one"]["problem"] is None  # without its weights being read
     with pytest.raises(openai.NotFoundError) as error:
         client.models.retrieve("three")
     assert error.value.code == "model_not_found"
@@ -176,6 +179,7 @@ def test_errors_are_the_clients_own(client: OpenAI, running: Running, base: str)
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="no-such", messages=CHAT)
     assert missing.value.code == "model_not_found" and missing.value.param == "model"
+    assert all(name in missing.value.message for name in (base, "one", "two"))  # what is served
     with pytest.raises(openai.BadRequestError) as wrong:
         client.chat.completions.create(model=base, messages=CHAT, temperature=3)
     assert wrong.value.param == "temperature" and wrong.value.type == "invalid_request_error"
@@ -192,7 +196,7 @@ def test_errors_are_the_clients_own(client: OpenAI, running: Running, base: str)
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "grammar", "grammar": "x"}),
         ("tool_choice", "required"),
         ("frequency_penalty", 0.5),
         ("functions", [{"name": "f"}]),
@@ -276,7 +280,7 @@ def test_a_runs_report_is_shown_and_runs_nothing(running: Running, client: OpenA
 def test_health_and_metrics(running: Running) -> None:
     assert running.send("GET", "/health", key=None)[:2] == (200, {"status": "ok"})
     before = metrics(running)
-    status, answer = running.post("/v1/completions", model="one", prompt="a", max_tokens=4)
+    status, answer = running.post("/v1/completions", model="one", prompt="a", max_tokens=4, temperature=0)
     after = metrics(running)
     made = after["deltaw:generation_tokens_total"] - before["deltaw:generation_tokens_total"]
     assert status == 200 and made == answer["usage"]["completion_tokens"] > 0
@@ -285,6 +289,37 @@ def test_health_and_metrics(running: Running) -> None:
         buckets = [value for key, value in after.items() if key.startswith(f"deltaw:{name}_bucket")]
         assert buckets == sorted(buckets) and buckets[-1] == after[f"deltaw:{name}_count"] > 0
     assert all(math.isfinite(value) for value in after.values())
+
+
+def test_what_metrics_say_of_one_request_agrees(running: Running, base: str) -> None:
+    """Whatever the requests were and however they ended, once all have: a first token comes before its request's end,
+    and each is counted once."""
+    for body in (
+        {"model": "two", "prompt": "a", "max_tokens": 5, "n": 2, "logit_bias": {"5": 100}},
+        {"model": "run", "prompt": "a", "max_tokens": 1},  # read for it
+        {"model": base, "prompt": "abc", "max_tokens": 0, "echo": True},
+        {"model": "broken", "prompt": "a"},
+    ):
+        running.post("/v1/completions", **body)
+    body = json.dumps({"model": base, "prompt": "a", "max_tokens": 200, "logit_bias": {"5": 100}, "stream": True})
+    with running.open() as leaves:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+        leaves.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        leaves.recv(100)
+    until = time.monotonic() + 10
+    while running.worker.busy and time.monotonic() < until:
+        time.sleep(0.01)
+    shown = metrics(running)
+    first, whole = (f"deltaw:{name}_seconds" for name in ("time_to_first_token", "e2e_request_latency"))
+    ended = {name: value for name, value in shown.items() if name.startswith("deltaw:request_success_total")}
+    assert shown[f"{whole}_count"] == sum(ended.values()) and len(ended) >= 3
+    assert 0 < shown[f"{first}_sum"] <= shown[f"{whole}_sum"]
+    for name, value in shown.items():
+        if name.startswith(f"{first}_bucket"):  # of any time, more first tokens than requests took no longer
+            bound = name.partition("{")[2]
+            assert value + shown[f"{whole}_count"] - shown[f"{first}_count"] >= shown[f"{whole}_bucket{{{bound}"]
+    tokens = shown["deltaw:generation_tokens_total"]
+    assert tokens >= shown[f"{first}_count"] + shown["deltaw:inter_token_latency_seconds_count"]
 
 
 def metrics(running: Running) -> dict[str, float]:

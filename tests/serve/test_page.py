@@ -15,7 +15,7 @@ import pytest
 from starlette.responses import JSONResponse, Response
 
 from deltaw.serve import page as served
-from tests.serve.fake_server import BASE, HOSTILE, Fake, serving
+from tests.serve.fake_server import BASE, HOSTILE, NAMES, Fake, serving
 from tests.serve.serving import KEY, Running
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def server() -> Iterator[Fake]:
 @pytest.fixture
 def fake(server: Fake) -> Fake:
     server.key, server.wait, server.plain, server.left = "", 0.0, False, 0
+    server.names, server.broken = list(NAMES), set()
     server.asked.clear()
     server.script.clear()
     return server
@@ -148,6 +149,7 @@ def page(tab: "Page", fake: Fake) -> Iterator["Page"]:
     tab.on("console", on_console)
     opened(tab, fake)
     yield tab
+    tab.goto(f"{fake.url}/page/icon.svg")  # leaving, it keeps the chat
     tab.evaluate("sessionStorage.clear(), localStorage.clear()")
     tab.unroute_all()
     tab.remove_listener("pageerror", on_error)
@@ -360,6 +362,90 @@ def test_what_was_trained_on_plain_text_is_asked_so(page: "Page", fake: Fake) ->
     assert fake.asked[-1]["messages"][-1]["content"] == "chat"
 
 
+def test_a_reload_keeps_the_chat_and_a_new_chat_forgets_it(page: "Page", fake: Fake) -> None:
+    fake.script = {"bad": ["half", {"error": {"message": "out of memory"}}]}
+    page.locator(".scale input").last.fill("1.5")
+    page.fill("#temperature", "0.7")
+    page.fill("#system", "Be brief.")
+    said = [ask(page, "One two"), ask(page, "bad")]
+    page.click("#add")
+    page.locator(".answer").nth(5).wait_for()
+    answers(page)
+    look = """() => [document.getElementById("conversation").innerText, document.querySelectorAll(".token").length,
+                     [...document.querySelectorAll(".model")].map(one => one.value),
+                     ["temperature", "system", "form"].map(id => document.getElementById(id).value)]"""
+    before = page.evaluate(look)
+    page.reload()
+    page.wait_for_selector(".column")
+    assert page.evaluate(look) == before and before[1] > 6 and len(said) == 2
+    page.locator(".token").nth(1).hover()
+    assert page.locator("#alternatives li").count() == 5
+    ask(page, "Three")
+    body = fake.asked[-2]
+    assert body["scale"] == 1.5 and [message["content"] for message in body["messages"]][:2] == ["Be brief.", "One two"]
+
+    fake.wait, fake.script = 0.02, {"long": [f" {i}" for i in range(1000)]}
+    page.fill("#prompt", "long")
+    page.press("#prompt", "Enter")
+    page.locator(".turn:last-child .token").nth(4).wait_for()
+    page.reload()  # amid an answer
+    page.wait_for_selector(".column")
+    assert page.locator(".turn:last-child .answer .words").first.text_content().startswith(" 0 1")
+    page.evaluate("sessionStorage.setItem('deltaw-chat', '{\"columns\": [1], \"turns\": 3}')")
+    page.evaluate("addEventListener('pagehide', event => event.stopImmediatePropagation(), true)")
+    page.click("#new")
+    page.reload()
+    page.wait_for_selector(".column")
+    assert page.locator(".turn").count() == 0 and page.locator(".column").count() == 3
+
+
+def test_what_is_kept_can_be_of_another_version_and_too_large(page: "Page", fake: Fake) -> None:
+    ask(page, "One two")
+    for text in ("{", "3", '{"columns": [1], "turns": 3}', '{"columns": [{"model": "gone"}], "turns": [{}]}'):
+        page.goto(f"{fake.url}/page/icon.svg")
+        page.evaluate("text => sessionStorage.setItem('deltaw-chat', text)", text)
+        opened(page, fake)
+        assert ask(page, "One")[0] == f"{BASE} says: One"
+        page.click("#new")
+    ask(page, "words")
+    page.evaluate(
+        "sessionStorage.setItem('other', 'x'.repeat(5 * 2 ** 20 - 700 - sessionStorage['deltaw-chat'].length))"
+    )
+    ask(page, "more words")  # whose tokens don't fit any more
+    page.reload()
+    page.wait_for_selector(".column")
+    assert page.locator(".turn").count() == 2 and page.locator(".token").count() == 0
+    assert page.locator(".answer .words").last.text_content() == "words says: more words"
+
+
+def test_the_list_follows_the_server_and_a_broken_adapter_is_not_picked(page: "Page", fake: Fake) -> None:
+    chosen = [BASE, "words"]
+    page.evaluate("performance.now = ((time) => () => time += 2000)(0)")  # long enough to ask again
+
+    def names() -> list[str]:
+        return page.locator(".model").first.locator("option").all_text_contents()
+
+    assert page.locator(".model").evaluate_all("all => all.map(one => one.value)") == chosen
+    ask(page, "One")
+    fake.broken, fake.names = {"a first"}, ["a first", "words", "late"]
+    page.locator(".model").first.hover()
+    page.locator(".model").first.locator("option", has_text="late").wait_for(state="attached")
+    assert names() == ["base", "a first (broken)", "words", "late"] and page.locator(".turn").count() == 1
+    assert page.locator(".model").evaluate_all("all => all.map(one => one.value)") == chosen
+    page.locator(".model").last.select_option("a first")
+    assert "cut short" in page.locator(".problem:not([hidden])").text_content()
+    page.locator(".model").last.select_option("words")
+    fake.names = ["late"]
+    page.evaluate("dispatchEvent(new Event('focus'))")
+    page.locator(".model").last.locator("option", has_text="words (gone)").wait_for(state="attached")
+    assert names() == ["base", "late"]
+    fake.names = ["a first", "words"]
+    page.goto(f"{fake.url}/page/icon.svg")
+    page.evaluate("sessionStorage.clear()")
+    opened(page, fake)
+    assert page.locator(".model").evaluate_all("all => all.map(one => one.value)") == chosen
+
+
 @pytest.mark.parametrize("width", [360, 1280])
 def test_it_can_be_read_at_any_width_in_light_and_dark(page: "Page", fake: Fake, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 800})
@@ -377,7 +463,9 @@ def test_it_can_be_read_at_any_width_in_light_and_dark(page: "Page", fake: Fake,
     page.get_by_label("Dark colours").click()  # against the system's choice, and it stays
     page.reload()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != ground
-    page.evaluate("document.getElementById('empty').style.cssText = 'color: #999; min-width: 3000px'")
+    page.wait_for_selector(".turn")
+    bad_style = "color: #999; min-width: 3000px"
+    page.evaluate(f"Object.assign(document.getElementById('empty'), {{hidden: false}}).style = '{bad_style}'")
     bad = page.evaluate(MEASURE)
     assert bad["low"] and bad["wide"] > 0  # the measure sees what it is for
 

@@ -117,7 +117,7 @@ def test_it_stops_at_a_text(canaries: Canaries, worker: Worker) -> None:
     whole = canaries.expected(None, PROMPTS[0])
     stop = whole[3:5]
     answer = run(lambda: pieces(worker, ask(stop=(stop, "never comes"), most=200)))
-    assert not worker._engine.busy  # type: ignore[union-attr]
+    assert not worker.decoding.engine.busy  # type: ignore[union-attr]
     assert "".join(piece.text for piece in answer) == whole[: whole.index(stop)]
     assert answer[-1].finish == "stop"
     assert run(lambda: pieces(worker, ask(stop=("never comes",))))[-1].finish == "length"
@@ -129,8 +129,8 @@ def test_a_client_that_leaves_frees_its_slot(worker: Worker) -> None:
         await anext(answering)
         before = worker.figures().generation_tokens
         await answering.aclose()
-        await until(lambda: not worker._running)
-        assert not worker._engine.busy  # type: ignore[union-attr]
+        await until(lambda: not worker.decoding.running)
+        assert not worker.decoding.engine.busy  # type: ignore[union-attr]
         with pytest.raises(StopAsyncIteration):
             while True:
                 await anext(answering)
@@ -150,7 +150,7 @@ def test_one_that_leaves_the_line_is_never_begun(worker: Worker) -> None:
         assert [piece async for piece in waiting] == []
         for each in running:
             each.cancel()
-        await until(lambda: not worker._running)
+        await until(lambda: not worker.decoding.running)
         assert not len(worker._line)
 
     run(work)
@@ -184,7 +184,7 @@ def test_clients_take_turns(worker: Worker) -> None:
 
     async def work() -> None:
         many = [asyncio.ensure_future(one("many")) for _ in range(20)]
-        await until(lambda: len(worker._running) == 4)
+        await until(lambda: len(worker.decoding.running) == 4)
         await asyncio.gather(one("few"), one("other"), *many)
 
     run(work)
@@ -269,7 +269,7 @@ def test_closing_ends_all_within_its_time(canaries: Canaries, folder: Path) -> N
     async def work() -> list[Any]:
         asks = [pieces(worker, ask(most=200, adapter="lora1")) for _ in range(8)]
         answers = asyncio.gather(*asks, return_exceptions=True)
-        await until(lambda: bool(worker._running))
+        await until(lambda: bool(worker.decoding.running))
         await asyncio.to_thread(worker.close)
         assert not worker.alive
         with pytest.raises(Busy):

@@ -124,7 +124,7 @@ def test_the_short_form_of_a_resumed_run_evaluates_the_longest_rows(folder: Path
     run, learner, place = opened(folder)
     place.folder.mkdir()
     place.before.write_text("{}")
-    monkeypatch.setattr(largest.held_out, "TOKENS_AT_ONCE", 50)
+    monkeypatch.setattr(largest.batches, "TOKENS_AT_ONCE", 50)
     with watched() as sizes:
         short_form(run, learner, place)
     longest = sorted((len(row.tokens) for row in run.dataset.eval), reverse=True)
@@ -202,9 +202,9 @@ def test_where_only_a_smaller_base_fits_it_says_so(folder: Path, monkeypatch) ->
 @pytest.mark.parametrize(
     ("target", "doing", "setting"),
     [
-        ("deltaw.evaluation.forgetting.pack", "measuring what was forgotten", "evaluate.general=null"),
+        ("deltaw.evaluation.forgetting.batches", "measuring what was forgotten", "evaluate.general=null"),
         ("deltaw.generate.batches.padded", "answering rows", "evaluate.max_new_tokens=2"),
-        ("deltaw.evaluation.held_out.pack", "measuring the loss on held-out rows", "data.max_length="),
+        ("deltaw.evaluation.held_out.batches", "measuring the loss on held-out rows", "data.max_length="),
     ],
 )
 def test_an_evaluation_that_is_too_large_is_told_apart(

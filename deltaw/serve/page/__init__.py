@@ -42,9 +42,11 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+SCRIPTS = ("page", "dom", "figures", "remember", "server", "settings", "theme", "tokens")
 FILES = {  # address -> file
     "/": "index.html",
-    **{f"/page/{name}": name for name in ("page.css", "page.js", "server.js", "theme.js", "tokens.js", "icon.svg")},
+    **{f"/page/{name}": name for name in ("page.css", "icon.svg")},
+    **{f"/page/{name}.js": f"{name}.js" for name in SCRIPTS},
 }
 
 

@@ -3,26 +3,33 @@
 // A prompt goes to all columns at once; a column's conversation is the prompts with that column's own answers, so that
 // they are kept in step and never mixed. What is changed above (a model, a scale) holds from the next answer on, and
 // each answer says what gave it. A new column answers the conversation so far, turn after turn.
+//
+// Adapters come and go while the page is open: its list is asked for again when it is looked at. A reload loses nothing
+// (remember.js).
 
+import { at, keepLow, made, notice } from "./dom.js";
+import { Figures } from "./figures.js";
+import { forget, kept, remember, remembered, shownAgain } from "./remember.js";
 import { Refusal, answer, hasKey, models, report, setKey } from "./server.js";
+import { isTouched, listenToSettings, panel, setValues, valid, values } from "./settings.js";
 import { switchTheme } from "./theme.js";
 import { Words, explain } from "./tokens.js";
 
 const MOST_COLUMNS = 4;
 const FRAME = 16;  // ms
-
-const at = (id) => document.getElementById(id);
-const made = (id) => at(id).content.firstElementChild.cloneNode(true);
+const FRESH = 1000;  // ms for which the list of models isn't asked for again
 
 const columns = [];  // {element, answers: turn -> answer}
 const turns = [];  // {prompt, element}
-const touched = new Set();  // settings that the user has set: no adapter's own are put in their place
 let known = [];  // the server's models
+let asked = -Infinity;  // when they were asked for
 let round = null;  // the AbortController of the answers that are coming
 
 // ---- models and columns
 
 async function load() {
+  asked = performance.now();
+  const before = JSON.stringify(known);
   try {
     known = await models();
   } catch (error) {
@@ -32,10 +39,8 @@ async function load() {
   notice("");
   at("base-name").textContent = known[0]?.id ?? "";
   at("most").max = known[0]?.max_model_len ?? "";
-  for (const column of columns) options(column);
-  if (!columns.length) {
-    for (const model of [known[0], known.find((model) => model.parent)]) if (model) add(model);
-  }
+  if (JSON.stringify(known) !== before) for (const column of columns) options(column);
+  if (!columns.length) begin();
   at("add").hidden = columns.length >= MOST_COLUMNS;
   if (known.length && known.every((model) => !model.parent)) {
     notice("No adapters are served: start “deltaw serve” with --adapters FOLDER to see one beside the base.");
@@ -43,12 +48,56 @@ async function load() {
   buttons();
 }
 
-function add(model) {
+/** Models come and go, and one that looked whole turns out to be broken when it is asked. */
+function refresh() {
+  if (!round && !document.hidden && performance.now() - asked > FRESH) load();
+}
+
+/** With the chat that this tab had, or with the base and the first adapter that isn't known to be broken. */
+function begin() {
+  const chat = remembered();
+  try {
+    if (chat?.columns.length) return restore(chat);
+  } catch {
+    forget();  // of another version of this page
+    while (columns.length) columns.pop().element.remove();
+    turns.length = 0;
+    at("conversation").replaceChildren();
+  }
+  for (const model of [known[0], known.find((model) => model.parent && !model.problem)]) if (model) add(model);
+}
+
+function restore({ columns: before, turns: said, settings }) {
+  setValues(settings);
+  for (const { model, scale } of before) add({ id: model }, scale);
+  for (const { prompt, answers } of said) {
+    const turn = newTurn(prompt);
+    answers.forEach((answer, i) => {
+      if (answer) put(columns[i], turn, shownAgain(answer));
+    });
+  }
+}
+
+/** What `restore` is given after a reload. */
+function chat() {
+  return {
+    columns: columns.map((column) => ({ model: part(column, ".model").value, scale: scaled(column) })),
+    turns: turns.map((turn) => ({
+      prompt: turn.prompt,
+      answers: columns.map((column) => kept(column.answers.get(turn))),
+    })),
+    settings: values(),
+  };
+}
+
+function add(model, scaleOf = 1) {
   const column = { element: made("column"), answers: new Map() };
   columns.push(column);
   at("columns").append(column.element);
   const [select, scale] = [part(column, ".model"), part(column, ".scale input")];
+  scale.value = scaleOf;
   options(column, model.id);
+  for (const looked of ["pointerenter", "focus"]) select.addEventListener(looked, refresh);
   select.addEventListener("change", () => {
     about(column);
     suggest();
@@ -91,8 +140,8 @@ function options(column, id = part(column, ".model").value) {
   const select = part(column, ".model");
   const gone = known.some((model) => model.id === id) ? [] : [{ id, parent: "gone" }];
   select.replaceChildren(...[...known, ...gone].map((model) => {
-    const words = model.parent ? model.id : "base";
-    return new Option(model.parent === "gone" ? `${words} (gone)` : words, model.id, false, model.id === id);
+    const state = model.parent === "gone" ? " (gone)" : model.problem ? " (broken)" : "";
+    return new Option((model.parent ? model.id : "base") + state, model.id, false, model.id === id);
   }));
   about(column);
 }
@@ -101,6 +150,8 @@ function about(column) {
   const model = chosen(column);
   part(column, ".scale").hidden = !model?.parent;
   part(column, ".scale output").textContent = scaled(column).toFixed(2);
+  part(column, ".problem").textContent = model?.problem ?? "";
+  part(column, ".problem").hidden = !model?.problem;
   const link = part(column, ".report");
   link.hidden = !model?.report;
   if (model?.report) link.href = `v1/adapters/${encodeURIComponent(model.id)}/report`;
@@ -123,8 +174,8 @@ async function openReport(event, column) {
 function suggest() {
   const models = columns.map(chosen).filter(Boolean);
   const plain = models.find((model) => model.asking === "plain");
-  if (!touched.has("form")) at("form").value = plain ? "plain" : "chat";
-  if (!touched.has("system")) at("system").value = models.find((model) => model.system)?.system ?? "";
+  if (!isTouched("form")) at("form").value = plain ? "plain" : "chat";
+  if (!isTouched("system")) at("system").value = models.find((model) => model.system)?.system ?? "";
   const asPlain = at("form").value === "plain";
   const why = !plain ? "" : plain.parent ? ` “${plain.id}” was trained on plain text.` : " The base has no chat template.";
   at("form-note").textContent =
@@ -142,13 +193,18 @@ async function send() {
   if (!prompt.trim() || round || !columns.length || !valid()) return;
   at("prompt").value = "";
   grow();
+  const turn = newTurn(prompt);
+  scrollTo({ top: document.documentElement.scrollHeight });
+  await together(columns.map((column) => () => ask(column, turn)));
+}
+
+function newTurn(prompt) {
   const turn = { prompt, element: made("turn") };
   turn.element.querySelector(".asked .words").textContent = prompt;
   turns.push(turn);
   at("conversation").append(turn.element);
   at("empty").hidden = true;
-  scrollTo({ top: document.documentElement.scrollHeight });
-  await together(columns.map((column) => () => ask(column, turn)));
+  return turn;
 }
 
 async function regenerate() {
@@ -172,29 +228,22 @@ async function together(jobs) {
     round = null;
     at("conversation").setAttribute("aria-busy", "false");
     buttons();
+    remember(chat());
+    if (asked < 0) refresh();
   }
-}
-
-/** Whether the settings can be sent; the browser points at one that can't. */
-function valid() {
-  const wrong = [at("most"), at("seed")].find((field) => !field.checkValidity());
-  if (!wrong) return true;
-  panel(true);
-  wrong.reportValidity();
-  return false;
 }
 
 /** One column's answer to one turn, in place of one that it gave before. True if it came to its end. */
 async function ask(column, turn) {
   const model = chosen(column) ?? { id: part(column, ".model").value, parent: "gone" };
-  const given = { element: made("answer"), text: "", abort: new AbortController() };
+  const given = { element: made("answer"), text: "", pieces: [], abort: new AbortController() };
   const show = (selector) => given.element.querySelector(selector);
   show("h3").textContent = model.parent ? model.id : "base";
   if (model.parent && scaled(column) !== 1) show("h3").textContent += ` × ${scaled(column).toFixed(2)}`;
   keepLow(() => put(column, turn, given));
   const words = new Words(show(".words"));
   const signal = AbortSignal.any([round.signal, given.abort.signal]);
-  const figures = { begin: null, tokens: 0, finish: null };
+  const figures = new Figures();
   let [timer, pause] = [null, FRAME];
   given.element.classList.add("coming");
   try {
@@ -202,23 +251,25 @@ async function ask(column, turn) {
     for await (const piece of answer({ plain, body: request(column, turn, model, plain), signal })) {
       words.add(piece);
       given.text = words.text;
+      if (piece.text || piece.tokens.length) given.pieces.push({ text: piece.text, tokens: piece.tokens });
       timer ??= setTimeout(() => {
         timer = null;
         const begin = performance.now();
         keepLow(() => words.show());
         pause = Math.max(FRAME, 5 * (performance.now() - begin));
       }, pause);
-      count(figures, piece);
+      figures.count(piece);
     }
   } catch (error) {
     if (signal.aborted) figures.finish = "stopped";
     else keepLow(() => fail(show(".error"), error));
+    asked = -Infinity;  // it may be gone, or broken
     return false;
   } finally {
     keepLow(() => {
       words.end();
       given.element.classList.remove("coming");
-      show(".figures").textContent = summary(figures, given.text);
+      show(".figures").textContent = figures.words(given.text);
     });
   }
   return true;
@@ -258,24 +309,6 @@ function messages(column, turn) {
 
 // ---- what is seen of an answer beside its words
 
-function count(figures, piece) {
-  figures.begin ??= piece.text ? performance.now() : null;
-  figures.finish = piece.finish ?? figures.finish;
-  figures.tokens = piece.usage?.completion_tokens ?? figures.tokens + piece.tokens.length;
-  if (piece.text || piece.finish) figures.end = performance.now();
-}
-
-function summary({ begin, end, tokens, finish }, text) {
-  const said = [];
-  if (tokens) said.push(`${tokens} token${tokens === 1 ? "" : "s"}`);
-  const seconds = (end - begin) / 1000;
-  if (tokens > 1 && seconds > 0.05) said.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
-  if (finish === "length") said.push("cut at the limit");
-  if (finish === "stopped") said.push("stopped");
-  if (!text && finish === "stop") said.push("an empty answer");
-  return said.join(" · ");
-}
-
 function fail(element, error) {
   element.textContent = error instanceof Refusal ? error.message : `The page failed: ${error.message}`;
   element.hidden = false;
@@ -291,18 +324,6 @@ function askForKey(error) {
   at("key-form").hidden = false;
   notice(hasKey() ? error.message : "");
   at("key").focus();
-}
-
-function notice(words) {
-  at("notice").textContent = words;
-  at("notice").hidden = !words;
-}
-
-/** Whoever reads at the page's end stays there as it grows. */
-function keepLow(change) {
-  const low = innerHeight + scrollY >= document.documentElement.scrollHeight - 60;
-  change();
-  if (low) scrollTo({ top: document.documentElement.scrollHeight });
 }
 
 // ---- the controls
@@ -322,6 +343,7 @@ function newChat() {
   at("conversation").replaceChildren();
   at("empty").hidden = false;
   buttons();
+  remember(chat());
   at("prompt").focus();
 }
 
@@ -329,11 +351,6 @@ function grow() {
   const field = at("prompt");
   field.style.height = "auto";
   field.style.height = `${field.scrollHeight + 2}px`;
-}
-
-function panel(open) {
-  at("settings").hidden = !open;
-  at("settings-button").setAttribute("aria-expanded", open);
 }
 
 function listen() {
@@ -355,7 +372,7 @@ function listen() {
   at("new").addEventListener("click", newChat);
   at("add").addEventListener("click", () => {
     const taken = new Set(columns.map((column) => part(column, ".model").value));
-    catchUp(add(known.find((model) => !taken.has(model.id)) ?? known.at(-1)));
+    catchUp(add(known.find((model) => !taken.has(model.id) && !model.problem) ?? known[0]));
   });
   at("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -363,22 +380,10 @@ function listen() {
     at("key").value = "";
     load();
   });
-  at("settings-button").addEventListener("click", () => panel(at("settings").hidden));
-  at("temperature").addEventListener("input", () => {
-    at("temperature-value").textContent = Number(at("temperature").value).toFixed(1);
-  });
-  for (const id of ["form", "system"]) {
-    at(id).addEventListener("input", () => {
-      touched.add(id);
-      suggest();
-    });
-  }
-  at("probabilities").addEventListener("change", () => {
-    at("conversation").classList.toggle("bare", !at("probabilities").checked);
-  });
-  document.addEventListener("visibilitychange", () => {
-    if (!document.hidden && !round) load();  // adapters come and go
-  });
+  listenToSettings(suggest);
+  document.addEventListener("visibilitychange", refresh);
+  addEventListener("focus", refresh);
+  addEventListener("pagehide", () => columns.length && remember(chat()));
 }
 
 switchTheme(at("theme"));

@@ -1,0 +1,44 @@
+"""Tokens that a run trains by name, in the base's tokenizer: those that it has, and those that are added to it.
+
+An added token isn't flagged special: it stands in rows and in answers, and is one token wherever its text is (encode.py
+guards the names of special ones). Its number is the next that the tokenizer has free, which may be beyond the base's
+last row; adding the same texts to the same tokenizer gives the same numbers, so texts are all that an adapter has to
+remember. What the tokenizer made of the text before is kept, since its row begins there (adapter/rows.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AddedToken
+
+from deltaw.errors import InputError, listed
+
+
+@dataclass(frozen=True)
+class Token:
+    """A text with a token of its own. `pieces`: the tokens that it was before, of one that was added."""
+
+    text: str
+    id: int
+    pieces: tuple[int, ...] = ()
+
+
+def add_tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[Token, ...]:
+    """Each text as a token of `tokenizer`, which gets what it lacks. Raises InputError for what can't be one."""
+    known = tokenizer.get_vocab()
+    pieces = {
+        text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts if text not in known
+    }
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in pieces])
+    tokens = tuple(Token(text, tokenizer.convert_tokens_to_ids(text), pieces.get(text, ())) for text in texts)
+    wrong = [
+        f"{token.text!r:.60}: encoded as {ids[:8]}, not as its own token {token.id}"
+        for token in tokens
+        if (ids := tokenizer(token.text, add_special_tokens=False)["input_ids"]) != [token.id]
+    ]
+    if wrong:
+        raise InputError(
+            f"adapter.tokens: these aren't one token:\n{listed(wrong)}", fix="name whole tokens, as written"
+        )
+    return tokens
