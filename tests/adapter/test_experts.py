@@ -156,7 +156,8 @@ def test_rows_of_several_adapters_take_their_own() -> None:
     batch = Batch.of(tokens, [0, 12, 24, 36])
     with torch.no_grad():
         together = forward.logits(replace(batch, updates=(second.number, -1, first.number)))
-        apart = [forward.logits(one) for one in (second.taken_by(batch), replace(batch, updates=(-1,) * 3), first.taken_by(batch))]  # fmt: skip
+        nobody = replace(batch, updates=(-1,) * 3)
+        apart = [forward.logits(one) for one in (second.taken_by(batch), nobody, first.taken_by(batch))]
     for number, alone in enumerate(apart):
         rows = slice(12 * number, 12 * number + 12)
         assert same(together[rows], alone[rows])
