@@ -103,13 +103,17 @@ def put_on(
     return Placed(exact, updates, carried, place.number, targets, tuple(notes_of(model, ways)))
 
 
-def take_off(model: nn.Module, carried: Carried, number: int) -> None:
-    """The updates of that number out of the model, and with the last ones all layers and stand-ins."""
+def take_off(model: nn.Module, layers: Mapping[str, LayerUpdate], carried: Carried, number: int) -> None:
+    """These updates, of that number, out of the model, and with the last ones all layers and stand-ins. One update may
+    be in several layers, and one layer may have several of a number."""
+    own = set(layers.values())
     carried.remove(number)
     if not carried.numbers:
         fused.remove(model, fused.installed(model))
     for path, layer in list(model.named_modules()):
-        if isinstance(layer, AdaptedLayer) and layer.has(number):
+        if not (isinstance(layer, AdaptedLayer) and layer.has(number)):
+            continue
+        if own.intersection(layer.updates[str(number)].modules()):
             layer.take_off(number)
             if not layer.updates:
                 model.set_submodule(path, layer.base.module)

@@ -98,7 +98,7 @@ def carrying(model: Model, adapter: Adapter) -> Iterator[Attached]:
         raise InputError(f"the adapter doesn't belong to this base: {wrong}")
     if model.attached is None:
         check_bare(model.base.model)  # rows that say nothing take an adapter that was there before
-        attached = attach(model.base.model, adapter)
+        attached = attach(model.base.model, adapter, tokens=model.renderer.tokens)
         try:
             yield attached
         finally:

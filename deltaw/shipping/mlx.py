@@ -67,12 +67,12 @@ class MlxAdapter(Destination):
                 fix=f"convert the whole model: {remade('merge', trained)}   then: mlx_lm.convert --hf-path …",
             )
         refuse_experts(trained, "an adapter for mlx_lm")
-        check_fits(trained, skeleton)
         self.names = {path: mlx_name(path, kind) for path in trained.adapter.factors}
         outside = [path for path, name in self.names.items() if not BLOCK.fullmatch(name)]
         if outside:
             fix = f"the whole model: {remade('merge', trained)}"
             raise InputError(f"mlx_lm adapts the layers of the language model's blocks only:\n{listed(outside)}", fix)
+        check_fits(trained, skeleton)
         self.blocks = int(skeleton.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
 
     def size(self) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from deltaw.adapter.ends import Ends, ways_of
 from deltaw.adapter.expert_targets import experts_of
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.peft_config import rewritten_names
@@ -86,10 +87,11 @@ def for_peft(trained: Trained) -> Adapter:
     adapter = trained.adapter
     skeleton = trained.base_files.skeleton
     check_fits(trained, skeleton)
-    targets = explicit_targets(skeleton, tuple(dict.fromkeys(map(parameter_of, adapter.factors))))
+    body = Ends.of(skeleton).body(adapter.factors)
+    targets = explicit_targets(skeleton, tuple(dict.fromkeys(map(parameter_of, body))))
     rewritten = adapter.rewritten | rewritten_names(skeleton)
     base = replace(adapter.base, name=base_name(trained))
-    spec = adapter.spec.model_copy(update={"targets": targets})
+    spec = adapter.spec.model_copy(update={"targets": targets or adapter.spec.targets})
     return replace(adapter, spec=spec, base=base, rewritten=rewritten)
 
 
@@ -97,7 +99,8 @@ def check_fits(trained: Trained, skeleton: nn.Module) -> None:
     """Raise InputError unless every update has a linear layer of its shape in the base."""
     experts = {path: update for path, update in trained.adapter.factors.items() if expert_of(path) is not None}
     problems, modules = experts_of(skeleton).misfits(experts), dict(skeleton.named_modules())
-    for path, update in trained.adapter.factors.items():
+    ways_of(skeleton, trained.adapter.factors)
+    for path, update in Ends.of(skeleton).body(trained.adapter.factors).items():
         if path in experts:
             continue
         if path not in modules or not FrozenLinear.can_wrap(modules[path]):

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltaw.adapter.file import Adapter
+from deltaw.analysis.report import inspect
 from deltaw.files.safetensors import load_safetensors
 from tests.data.toys import toy
 from tests.test_cli import call
@@ -110,5 +111,5 @@ def test_what_is_not_a_form_of_it_is_refused_before_work(run: Path, tmp_path: Pa
     code, _, err = call("export", str(run), "--to", "gguf", "-o", str(tmp_path / "gguf"))
     assert code == 2 and "experts" in err and not (tmp_path / "gguf").exists()
     assert call("export", str(run), "--to", "vllm", "-o", str(tmp_path / "vllm"))[0] == 0
-    code, out, _ = call("inspect", str(run), "--json")
-    assert code == 0 and any(path.endswith("[3]") for path in json.loads(out)["modules"])
+    measures = inspect(run).measures
+    assert all(measures[path].base is not None for path in Adapter.load(run).factors)

@@ -28,6 +28,7 @@ from deltaw.errors import InputError, command, listed
 from deltaw.factors import LowRank
 from deltaw.files.atomic import write_text_atomic
 from deltaw.files.gguf_parts import parts_of, read_model
+from deltaw.replaced import Rows, Whole
 from deltaw.shipping.beside import missing_stop
 from deltaw.shipping.destination import Destination, Options, Written
 from deltaw.shipping.gguf.modelfile import FILE, modelfile
@@ -116,6 +117,12 @@ def _check_kind(trained: Trained) -> None:
         )
     if trained.adapter.spec.magnitude:
         raise InputError(f"{trained.name} is DoRA, which llama.cpp doesn't load as an adapter", fix=merge)
+    words = {Rows.kind: "trained tokens", Whole.kind: "modules that were trained whole"}
+    if replaced := [words[update.kind] for update in trained.adapter.replaced.values()]:
+        what = f"{trained.name} has {' and '.join(dict.fromkeys(replaced))}, which llama.cpp doesn't load as an adapter"
+        raise InputError(what, fix=merge)
+    if trained.adapter.embeddings:
+        raise InputError(f"{trained.name} has LoRA on an embedding, which isn't written for llama.cpp here", fix=merge)
 
 
 def _check_experts(trained: Trained) -> None:

@@ -10,8 +10,10 @@ lands in exactly one tensor, and one that lands nowhere is an error. The rules:
 
     names      a tensor is the parameter that transformers would load it into (base/names.py)
     layout     values are those of the file's own layout: GPT-2's Conv1D stores [N, M], so W and ΔW are turned
-    tied       where an update lands on a tied parameter nothing is tied any more: `unties`. The config has to say so
-               (`tie_word_embeddings`), and whatever was left out of the files is written
+    tokens     rows of tied parameters stay tied: the tensor that the file holds takes them; tokens that were added make
+               it longer (`more`), and the config says how many words there are
+    tied       where any other update lands on a tied parameter nothing is tied any more: `unties`. The config has to
+               say so (`tie_word_embeddings`), and whatever was left out of the files is written
     twice      a tied parameter that the file holds although it could leave it out is a tensor like any other
     experts    an expert's matrix in a file takes its rows of that expert's update; a tensor of all experts takes all
                of theirs (stack.py)
@@ -34,10 +36,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaw.adapter.checkpoints import Checkpoint, Stored
+from deltaw.adapter.ends import Ends, face, ways_of
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.targets import head_path, targets_of
+from deltaw.adapter.targets import targets_of
 from deltaw.base.experts import expert_stacks
-from deltaw.base.frozen import FrozenLinear
 from deltaw.base.names import places
 from deltaw.config.adapter import expert_of, parameter_of
 from deltaw.errors import InputError, listed
@@ -45,6 +47,7 @@ from deltaw.factors import LowRank
 from deltaw.files.safetensors import read_tensor
 from deltaw.files.shards import shards
 from deltaw.kernels.weight import DenseWeight
+from deltaw.replaced import Rows
 from deltaw.shipping.merge.stack import Stacked, by_parameter
 from deltaw.shipping.trained import Trained
 from deltaw.updates import Update
@@ -70,6 +73,7 @@ class Planned:
     module: str | None = None  # whose update it takes
     rows: tuple[int, int] | None = None  # which rows of it, where not all
     transposed: bool = False  # stored as [N, M]
+    more: int = 0  # rows behind those that are stored, of tokens that were added
     part: bool = False
 
 
@@ -81,6 +85,11 @@ class MergePlan:
     adapter: Adapter
     skeleton: nn.Module
     unties: bool = False
+
+    @property
+    def words(self) -> int | None:
+        """How many the merged model knows, where that is more than the base does."""
+        return next((planned.shape[0] for planned in self.tensors if planned.more), None)
 
     @cached_property
     def by_file(self) -> Mapping[Path, tuple[Planned, ...]]:
@@ -132,7 +141,9 @@ class MergePlan:
         wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
         if not torch.isfinite(wide).all():
             raise not_finite(planned)
-        w_MN = wide.T if planned.transposed else wide
+        w_MN = (
+            wide.T if planned.transposed else nn.functional.pad(wide, (0, 0, 0, planned.more)) if planned.more else wide
+        )
         total_MN = w_MN + update.relative_to(DenseWeight(w_MN)).dense().view(w_MN.shape)
         return total_MN.T.contiguous() if planned.transposed else total_MN
 
@@ -147,10 +158,14 @@ def plan_merge(trained: Trained) -> MergePlan:
     _check_targets(skeleton, adapter, trained.name)
     checkpoint = trained.base_files.checkpoint
     ties = _ties(skeleton)
-    updated = _updated(adapter, checkpoint)
+    updated, groups = _updated(adapter, checkpoint), _token_rows(adapter, ties)
+    updated |= {other: updated[name] for name, group in groups.items() for other in group}
     parts = {name: whole for whole, names in checkpoint.converted.items() for name in names}
-    tied = {name for name in updated if name in ties}
-    problems = [why for name in updated if (why := _nowhere(name, skeleton, checkpoint))]
+    shared = {other for group in groups.values() for other in group}
+    tied = {name for name in updated if name in ties and name not in shared}
+    landing = [name for name in updated if name not in shared or checkpoint.find(name)]
+    problems = [why for name in landing if (why := _nowhere(name, skeleton, checkpoint))]
+    problems += [f"{name}: not in the files" for name, group in groups.items() if not set(group).intersection(landing)]
     if problems:
         raise InputError(
             f"{trained.name}: {len(problems)} of {len(updated)} updates have no tensor of {base.name} to land in:\n"
@@ -163,8 +178,11 @@ def plan_merge(trained: Trained) -> MergePlan:
         turned = own.endswith(".weight") and path is not None and _is_turned(skeleton, path)
         whole = parts.get(own)
         known = whole or (own if own in checkpoint.places else None)
-        place = (stored.file, stored.name, stored.shape, stored.dtype)
-        return Planned(name, *place, known, fate, path, rows, turned, whole is not None)
+        update = adapter.factors.get(path or "")
+        more = update.height(stored.shape[0]) - stored.shape[0] if isinstance(update, Rows) else 0
+        shape = (stored.shape[0] + more, *stored.shape[1:]) if more else stored.shape
+        place = (stored.file, stored.name, shape, stored.dtype)
+        return Planned(name, *place, known, fate, path, rows, turned, more, whole is not None)
 
     tensors = [
         planned(own, stored.name, stored, "changed" if own in updated else "copied")
@@ -187,20 +205,19 @@ def not_finite(planned: Planned) -> InputError:
 
 
 def _check_targets(skeleton: nn.Module, adapter: Adapter, name: str) -> None:
-    """Raise InputError unless each update has its layer, of its shape: as `attach` does, but the head may have one."""
-    head = head_path(skeleton)
-    body = {path: update for path, update in adapter.factors.items() if path != head}
-    if body:
+    """Raise InputError unless each update has its layer, of its shape: as `attach` does, but full fine-tuning may have
+    changed the head."""
+    ends = Ends.of(skeleton)
+    if body := ends.body(adapter.factors):
         targets_of(skeleton, adapter.spec, body)
-    if head is None or (update := adapter.factors.get(head)) is None:
+    update = adapter.factors.get(ends.head or "")
+    if update is None or update.kind != "full":
+        ways_of(skeleton, adapter.factors)
         return
-    module = skeleton.get_submodule(head)
-    if not FrozenLinear.can_wrap(module):
-        raise InputError(f"{name}: {head} is a {type(module).__name__}, which takes no update")
-    layer = FrozenLinear(module)
+    layer = face(skeleton, ends.head or "", ends)
     if update.shape != (layer.out_features, layer.in_features):
         raise InputError(
-            f"{name}: {head}: update is {update.shape}, the layer {(layer.out_features, layer.in_features)}"
+            f"{name}: {ends.head}: update is {update.shape}, the layer {(layer.out_features, layer.in_features)}"
         )
 
 
@@ -221,6 +238,12 @@ def _updated(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, tuple[str, t
                 rows = update.shape[0] // parts
                 updated[name] = (path, None if parts == 1 else (part * rows, (part + 1) * rows))
     return updated
+
+
+def _token_rows(adapter: Adapter, ties: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """The parameters that trained tokens are rows of, each with those that are one with it."""
+    names = [f"{path}.weight" for path, update in adapter.factors.items() if isinstance(update, Rows)]
+    return {name: ties.get(name, [name]) for name in names}
 
 
 def _is_turned(skeleton: nn.Module, path: str) -> bool:

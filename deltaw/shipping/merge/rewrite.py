@@ -156,6 +156,7 @@ def entries(plan: MergePlan, file: Path, header: Header, dtype: torch.dtype | No
 
 def _entry(plan: MergePlan, planned: Planned, header: Header, dtype: torch.dtype | None) -> Entry:
     start, end = header.spans[planned.source]
+    end += (end - start) // max(1, planned.shape[0] - planned.more) * planned.more if planned.shape else 0
     if dtype is None or planned.dtype not in FLOATS or planned.parameter not in plan.weights or _is_wide(plan, planned):
         return Entry(planned.dtype, planned.shape, end - start)
     numbers = (end - start) // TYPES[planned.dtype].itemsize
@@ -223,7 +224,9 @@ def _written(piece: _Piece) -> tuple[_Piece, int, Survival]:
     dtype, columns = TYPES[tensor.planned.dtype], tensor.columns
     rows, wide = last - first, torch.promote_types(dtype, torch.float32)
     raw = _scratch.get("raw", rows * columns * dtype.itemsize, torch.uint8)
-    _fill(raw, tensor.source, tensor.start + first * columns * dtype.itemsize)
+    stored = min(rows, max(0, tensor.planned.shape[0] - tensor.planned.more - first)) if tensor.planned.more else rows
+    _fill(raw[: stored * columns * dtype.itemsize], tensor.source, tensor.start + first * columns * dtype.itemsize)
+    raw[stored * columns * dtype.itemsize :] = 0  # tokens that were added have no row yet
     total, again = (_scratch.get(name, rows * columns, wide).view(rows, columns) for name in ("total", "again"))
     buffers = _Buffers(total, again, _scratch.get("rounded", rows * columns, tensor.dtype).view(rows, columns))
     return piece, raw.numel(), _summed(tensor, raw.view(dtype).view(rows, columns), first, buffers)
