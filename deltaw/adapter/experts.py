@@ -117,7 +117,9 @@ class ExpertsUpdate(LayerUpdate):
         a_EKN = torch.stack([one.a_RN for one in update.each]).to(self.lora_a)
         b_EMK = torch.stack([one.b_MR for one in update.each]).to(self.lora_b)
         if (a_EKN.shape, b_EMK.shape) != tuple(factor.shape for factor in self.acting()):
-            raise ValueError(f"updates of {tuple(b_EMK.shape)} and {tuple(a_EKN.shape)}, the layer: {self.extra_repr()}")
+            raise ValueError(
+                f"updates of {tuple(b_EMK.shape)} and {tuple(a_EKN.shape)}, the layer: {self.extra_repr()}"
+            )
         self.take(a_EKN, b_EMK)
         self.scale = update.each[0].scale
 

@@ -30,7 +30,7 @@ from typing import Any
 from torch import nn
 
 from deltaw.adapter.expert_targets import GROUP, Experts, ends, experts_of
-from deltaw.adapter.patterns import NOT, is_literal, matched, problem
+from deltaw.adapter.patterns import NOT, is_literal, problem
 from deltaw.adapter.peft_config import rewritten_names
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.language import language_part

@@ -28,7 +28,12 @@ from torch import Tensor, nn
 
 from deltaw.base.frozen import PLAIN, Stored
 
-FLAGS = ("has_gate", "has_bias", "is_transposed", "num_experts")  # what a module of transformers' interface says of itself
+FLAGS = (
+    "has_gate",
+    "has_bias",
+    "is_transposed",
+    "num_experts",
+)  # what a module of transformers' interface says of itself
 DOWN = "down_proj"
 
 
@@ -155,7 +160,14 @@ def chosen(model: nn.Module) -> int:
     config: Any = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
-    for name in ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "num_selected_experts"):
+    for name in (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "top_k_experts",
+        "moe_topk",
+        "moe_k",
+        "num_selected_experts",
+    ):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value

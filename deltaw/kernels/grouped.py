@@ -144,9 +144,7 @@ def grouped_linear_plain(x_SN: Tensor, grouped: Grouped, routes: Routes, low_SN:
     y_SM = torch.zeros(len(x_SN), grouped.w_EMN.shape[1], dtype=x_SN.dtype, device=x_SN.device)
     for expert, start, end in routes.experts:
         bias_M = None if grouped.bias_EM is None else grouped.bias_EM[expert]
-        y_SM = y_SM.index_copy(
-            0, torch.arange(start, end), F.linear(x_SN[start:end], grouped.w_EMN[expert], bias_M)
-        )
+        y_SM = y_SM.index_copy(0, torch.arange(start, end), F.linear(x_SN[start:end], grouped.w_EMN[expert], bias_M))
     for number, (a_ERN, b_EMR, scale) in grouped.updates.items():
         for expert, start, end in routes.spans(number):
             delta_MN = (scale * (b_EMR[expert] @ a_ERN[expert])).to(x_SN.dtype)

@@ -269,7 +269,10 @@ WEIGHT_FAULTS: dict[str, tuple[Any, str]] = {
     "extra key": ({**tensors(), "base_model.model.junk": torch.ones(1)}, "junk"),
     "no tensors": ({}, "no tensors"),
     "DoRA": (beside(lora_magnitude_vector=torch.ones(32)), "DoRA"),
-    "half an embedding": ({KEY + ".lora_embedding_A": torch.ones(2, 97)}, "has lora_embedding_A but not its other half"),
+    "half an embedding": (
+        {KEY + ".lora_embedding_A": torch.ones(2, 97)},
+        "has lora_embedding_A but not its other half",
+    ),
     "tokens without numbers": (
         {**tensors(), f"{KEY}.token_adapter.trainable_tokens_delta": torch.ones(2, 32)},
         "trainable_token_indices",
