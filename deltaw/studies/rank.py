@@ -53,9 +53,8 @@ def run(lab: Lab) -> Outcome:
             estimates[ASKED if (stage, rank) == (NEW_TASK, LOW) else beside] = log_ratios(losses[rank], losses[HIGH])
         if stage == NEW_TASK:
             worst = max(loss for rank in (LOW, HIGH) for loss in losses[rank].values())
-            void = nothing_learnt(
-                worst, lab.bench.train(Arm(lora(LOW)).at(tuned[f"rank {LOW}, {stage}"].rate), 0).before
-            )
+            first = Arm(lora(LOW), tuned[f"rank {LOW}, {stage}"].rate)
+            void = nothing_learnt(worst, lab.bench.train(first, RULE.seeds[0]).before)
             curves = {f"seed {s}": (list(ranks), [losses[r][s] for r in ranks]) for s in RULE.seeds}
     head = ["task", "rank", "learning rate", "held-out loss", "from", "to"]
     picture = Picture(
@@ -64,7 +63,6 @@ def run(lab: Lab) -> Outcome:
         "A curve for each seed",
         Table(head, rows, "Means over the seeds, with intervals for the mean"),
     )
-    main = {arm: best for arm, best in tuned.items() if arm in (f"rank {LOW}, {NEW_TASK}", f"rank {HIGH}, {NEW_TASK}")}
-    return Outcome(
-        estimates, [picture], {"rows": rows, "rates": {arm: best.to_json() for arm, best in tuned.items()}}, main, void
-    )
+    asked = {arm: tuned[arm] for arm in (f"rank {LOW}, {NEW_TASK}", f"rank {HIGH}, {NEW_TASK}")}
+    figures = {"rows": rows, "rates": {arm: best.to_json() for arm, best in tuned.items()}}
+    return Outcome(estimates, [picture], figures, asked, void)
