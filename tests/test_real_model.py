@@ -15,7 +15,6 @@ import torch
 import deltaw
 from deltaw.base.load import Base, open_base
 from deltaw.cli import main
-from deltaw.commands.demo import DEMO
 from deltaw.show.progress import Display
 from tests.bases import BUILTIN
 from tests.test_guide import blocks as blocks_of
@@ -38,10 +37,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).symlink_to(REPOSITORY / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def test_the_demo_recipe_is_the_demo() -> None:
-    assert deltaw.load_config(REPOSITORY / "recipes/demo.yaml") == deltaw.parse_config(DEMO)
 
 
 @pytest.mark.parametrize("recipe", ["chat-classification", "dpo", "text"])  # the demo is trained below

@@ -41,6 +41,12 @@ def test_own_answers_are_worth_one_and_what_it_cant_read_is_told(rows: list[Row]
     assert [row.origin for row in rows] == [f"countdown/seed-5:{number}" for number in (1, 2, 3)]
 
 
+def test_another_seed_gives_other_rows() -> None:
+    """The package's own next seed would give the same but one."""
+    one, other = ({row["question"] for row in entries_of("countdown", 20, seed, {})} for seed in (1, 2))
+    assert len(one) == 20 and not one & other
+
+
 @pytest.mark.parametrize(
     ("task", "options", "word"),
     [("chain_sums", {}, "chain_sum"), ("chain_sum", {"max_term": 3}, "max_terms"), ("composite", {}, "composite"),

@@ -1,5 +1,5 @@
-"""Runs on rewards: the reward rises, they resume to the bit, sampling and training agree, every record says what it should,
-and what can't be trained so is refused before the base is read."""
+"""Runs on rewards: the reward rises, they resume to the bit, sampling and training agree, every record says what the
+answers were like, and what can't be trained so is refused before the base is read."""
 
 import json
 from pathlib import Path
@@ -174,7 +174,7 @@ def test_a_run_from_which_nothing_can_be_learnt_stops_and_says_why(place: Path) 
 
 
 def test_a_reward_that_fails_stops_the_run_saved_and_names_the_row(place: Path) -> None:
-    with pytest.raises((RunError, InputError), match="train.jsonl:8"):
+    with pytest.raises((RunError, InputError), match=r"train\.jsonl:8"):
         deltaw.train(fields(place, "broken", "broken", data=rows(place), train={"steps": 20}), display=QUIET)
 
 
