@@ -15,7 +15,6 @@ import torch
 import deltaw
 from deltaw.base.load import Base, open_base
 from deltaw.cli import main
-from deltaw.commands.demo import DEMO
 from deltaw.show.progress import Display
 from tests.bases import BUILTIN
 from tests.test_guide import blocks as blocks_of
@@ -40,10 +39,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_demo_recipe_is_the_demo() -> None:
-    assert deltaw.load_config(REPOSITORY / "recipes/demo.yaml") == deltaw.parse_config(DEMO)
-
-
 @pytest.mark.parametrize("recipe", ["chat-classification", "dpo", "text"])  # the demo is trained below
 def test_every_recipe_trains_for_two_steps(recipe: str, here: Path) -> None:
     if recipe == "chat-classification" and importlib.util.find_spec("evals") is None:
@@ -56,6 +51,17 @@ def test_every_recipe_trains_for_two_steps(recipe: str, here: Path) -> None:
     result = json.loads((Path(config.output) / "result.json").read_text())
     assert result["steps"] == 2 and result["eval"]["after"]["loss"] > 0
     assert result["forward"] == "packed documents, fused head and loss, fused 61 norms, 30 attention blocks, 30 MLPs"
+
+
+@pytest.mark.slow
+def test_the_recipe_of_sums_is_shown_first_then_rewarded(here: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    few = ["data.limit=50", "data.eval=4", "train.steps=2", *BARE]
+    shown = ["objective=sft", "adapter.from=null", "output=runs/sums-shown", "evaluate.max_new_tokens=8"]
+    deltaw.train(deltaw.load_config("recipes/grpo-reasoning.yaml", [*shown, *few]), display=QUIET)
+    deltaw.train(deltaw.load_config("recipes/grpo-reasoning.yaml", [*few, "objective.prompts=2"]), display=QUIET)
+    after = json.loads(Path("runs/sums/result.json").read_text())["eval"]["after"]
+    assert after["reward"] == after["number_equal"] and 0 <= after["reward"] <= 1
 
 
 @pytest.mark.slow

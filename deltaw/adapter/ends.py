@@ -178,7 +178,7 @@ def notes_of(model: nn.Module, ways: Mapping[str, str]) -> list[str]:
     lines = []
     for path, way in ways.items():
         places = " and ".join(places_of(model, path, way))
-        words = {TOKENS: "rows of tokens", LORA: "LoRA", WHOLE: "the whole matrix"}
+        words = {TOKENS: "rows of tokens", LORA: "LoRA", WHOLE: "the whole matrix, at a tenth of the rate"}
         lines.append(f"{places}: {words[way]}")
         if ends.tied and way != TOKENS and len(ways) == 1:
             other = next(one for one in ends.paths if one != path)

@@ -130,6 +130,10 @@ class AdaptedLayer(nn.Module, abc.ABC):
         """The paths of what it can have updates of; `home`: its own."""
         return (home,)
 
+    @abc.abstractmethod
+    def fused(self, number: int) -> nn.Module:
+        """A new module of the base's own kind whose weights are W + ΔW, summed in float32 and rounded once."""
+
     def has(self, number: int) -> bool:
         """Whether it has an update of that number."""
         return str(number) in self.updates

@@ -33,6 +33,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from deltaw.config import Shape
+from deltaw.data.added import Token, plain_ids
 from deltaw.data.asking import behind
 from deltaw.data.chat import NO_TEMPLATE, ChatWriter, Layout, Piece, template_source
 from deltaw.data.document import Chat, Completion, Message, Single, Text
@@ -65,7 +66,8 @@ class Renderer:
     """Renders documents with one tokenizer. `template`: None is the tokenizer's own, `chatml`, or a .jinja file.
 
     `rendered`: texts, prompts and completions hold control tokens, bos and eos already, and they are taken as such.
-    `shape`: what a row is to give (config/objective.py).
+    `shape`: what a row is to give (config/objective.py). `tokens`: those that are trained by name, which the tokenizer
+    has by now (added.py).
     """
 
     def __init__(
@@ -75,13 +77,14 @@ class Renderer:
         template: str | None = None,
         rendered: bool = False,
         shape: Shape = "one",
+        tokens: Sequence[Token] = (),
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError(
                 "the tokenizer has no end-of-sequence token, so a model could not learn to stop",
                 fix="set eos_token in tokenizer_config.json",
             )
-        self.tokenizer, self.shape = tokenizer, shape
+        self.tokenizer, self.shape, self.tokens = tokenizer, shape, tuple(tokens)
         self._train_on, self._rendered = train_on, rendered
         self._system = ""  # of chats that have none
         self._encoder = Encoder(tokenizer)
@@ -93,11 +96,23 @@ class Renderer:
         self.template_fingerprint, self._chats = "none", None
         self.template = template_source(tokenizer, template, self._encoder) or None
         """The chat template's text, whoever it is from."""
+        self._plain_ids = plain_ids(tokenizer, self.tokens, self.template or "")
+        if self._plain_ids:
+            self._encoder = Encoder(tokenizer, [token.text for token in tokens if token.id in self._plain_ids])
         if source := self.template:
             compiled = Template(source, tokenizer.special_tokens_map)
             self.template_fingerprint = compiled.fingerprint
             self._chats = ChatWriter(compiled, self._encoder, self._stop_names())
             self.end_of_turn = self._encoder.id_of(self._chats.end_of_turn)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer into `folder`, with the tokens that were added to it."""
+        self.tokenizer.save_pretrained(folder)
+
+    @property
+    def grown(self) -> bool:
+        """Whether tokens were added to the base's tokenizer."""
+        return any(token.pieces for token in self.tokens)
 
     def behind(self, system: str) -> "Renderer":
         """The same, but a chat without a system prompt gets this one."""
@@ -120,6 +135,7 @@ class Renderer:
             "template": self.template,
             "system": self._system,
             "shape": self.shape,
+            **({"tokens": {token.text: token.id for token in self.tokens}} if self.tokens else {}),
         }
 
     @property
@@ -221,7 +237,10 @@ class Renderer:
         return "".join(self.tokenizer.convert_ids_to_tokens(list(self._bos)))
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`."""
+        """The text of `ids`; `skip_special`: without control tokens."""
+        if skip_special and self._plain_ids:
+            dropped = {*self.tokenizer.all_special_ids, *self._encoder.control_ids} - self._plain_ids
+            ids, skip_special = [id for id in ids if id not in dropped], False
         return str(
             self.tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         )
