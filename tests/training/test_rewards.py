@@ -262,5 +262,5 @@ def test_eval_asks_the_reward_again(place: Path) -> None:
     command_line |= {"max_tokens": None, "output": None, "allow_code": False, "display": QUIET}
     told = eval_named(str(place / "run"), None, **command_line).data  # type: ignore[arg-type]
     result = Run(place / "run").read_json(Run(place / "run").result)["eval"]
-    assert told["adapter"]["reward"] == pytest.approx(result["after"]["reward"])
+    assert told["reward"] == pytest.approx(result["after"]["reward"])
     assert told["base"]["reward"] == pytest.approx(result["before"]["reward"])
