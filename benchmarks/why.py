@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deltaw.analysis.page import number
 from deltaw.studies.page import power_words
 from deltaw.studies.study import NAMES, Rule, find_study, shown_end
 
@@ -80,7 +81,8 @@ def study_page(name: str) -> str:
 
 
 def sentence(words: str) -> str:
-    return words[:1].upper() + words[1:]
+    """With a capital, unless it begins with a symbol."""
+    return words[:1].upper() + words[1:] if words[:1].isascii() else words
 
 
 def rule_text(rule: Rule) -> str:
@@ -88,8 +90,8 @@ def rule_text(rule: Rule) -> str:
     exploratory = " **Exploratory**: it was written after a look at such results." if rule.exploratory else ""
     return (
         f"`{rule.hash}`: {rule.words}.{exploratory} Void, if {rule.void}. Seeds {seeds}; learning rates that are tuned "
-        f"are tuned with seed {rule.tuned_with}, and one at its grid's end settles nothing. Each end of an interval errs "
-        "in 5 % of such studies; an interval that reaches over a bound settles nothing, either."
+        f"are tuned with seed {rule.tuned_with}, and one at its grid's end settles nothing. Each end of an interval "
+        "errs in 5 % of such studies; an interval that reaches over a bound settles nothing, either."
     )
 
 
@@ -125,7 +127,7 @@ def _number(value: float | None) -> float:
 
 
 def _short(value: float | None) -> str:
-    return "?" if value is None else f"{value:.4g}"
+    return "?" if value is None else number(value)
 
 
 def picture(page: str) -> str:

@@ -45,6 +45,7 @@ _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164"
     "\ud800-\udfff\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\U000e0000-\U000e0fff]"
 )
+_BREAKS = re.compile(r"(?<=[\w)])(?!(?<=\d)\.\d)([./])(?=\w)")
 _MARKUP = re.compile(r"(`[^`\n]+`|\[[^\[\]\n]+\]\(#[a-z0-9-]+\)|(?<!\S)\*[\w‖][^*`\[\]]*\w\*(?![\w*]))")
 
 
@@ -273,7 +274,7 @@ def _cell(value: Cell) -> Markup:
         return Markup('<a href="./{}">{}</a>').format(value.place, visible(value.words))
     if not isinstance(value, str):
         return escape(number(value))
-    return Markup(re.sub(r"(?<=[\w)])([./])(?=\w)", r"\1<wbr>", str(escape(visible(value)))))
+    return Markup(_BREAKS.sub(r"\1<wbr>", str(escape(visible(value)))))
 
 
 def _names(titles: Sequence[str]) -> list[str]:

@@ -139,12 +139,10 @@ def own_step(forward: Forward, parts: Sequence[Sequence[Example]], seed: int) ->
     for batches in (list(map(pack, parts)), [pack([row for rows in parts for row in rows])]):
         attached = started(forward, seed)
         try:
-            seen: list[list[Tensor]] = []
             config = TrainConfig(lr=1e-9, clip=1e9, dtype="float32", device="cpu")
             learner = Watched(attached, config, 100, TrainState(), lambda line: None)
-            learner.seen = seen
             step(forward, [learner], batches, LoaderState())
-            found.append(seen[0])
+            found.append(learner.whole)
         finally:
             discard(attached)
     return apart(*found)
@@ -153,12 +151,10 @@ def own_step(forward: Forward, parts: Sequence[Sequence[Example]], seed: int) ->
 class Watched(Learner):
     """A learner that keeps its gradient when it is clipped, which is when it is whole."""
 
-    seen: list[list[Tensor]]
+    whole: Sequence[Tensor] = ()
 
     def clip(self) -> float:
-        self.seen.append(
-            [parameter.grad.clone() for parameter in self.attached.parameters if parameter.grad is not None]
-        )
+        self.whole = [parameter.grad.clone() for parameter in self.attached.parameters if parameter.grad is not None]
         return super().clip()
 
 

@@ -159,22 +159,23 @@ def picture_of(fronts: dict[str, dict[int, list[Point]]]) -> Picture:
         for seed, points in each.items()
         for point in points
     ]
-    curves = {
-        f"{name}, seed {seed}": ([p.loss for p in points[1:]], [p.kl for p in points[1:]])
+    dots = {
+        name: (
+            [p.loss for points in each.values() for p in points[1:]],
+            [p.kl for points in each.values() for p in points[1:]],
+        )
         for name, each in fronts.items()
-        for seed, points in each.items()
     }
     return Picture(
         pictures.scatter(
-            curves,
+            dots,
             x_label="held-out loss of the task",
             y_label="KL(base ‖ tuned) on general text, nats per token",
             log_x=True,
             log_y=True,
-            joined=True,
         ),
         "What was learnt (further left is better) against what was forgotten (lower is better), each update worn at "
         "several strengths.",
-        "A front for each seed of LoRA and of full fine-tuning",
+        "A dot for each strength and seed of LoRA and of full fine-tuning",
         Table(["", "seed", "strength", "task loss", "KL", "rise"], rows, "Nats per token"),
     )

@@ -35,13 +35,13 @@ RULE = Rule(
 def run(lab: Lab) -> Outcome:
     arms = {"LoRA": (Arm(lora(RANK)), LORA_RATES), "full": (Arm("full"), FULL_RATES)}
     tuned, best, void = {}, {}, None
-    curves: dict[str, tuple[list[float], list[float]]] = {}
+    curves: dict[str, dict[float, Paired]] = {}
     for name, (arm, rates) in arms.items():
         tuned[name] = lab.bench.tuned(arm, rates)
         around = [float(f"{tuned[name].rate * STEP**power:.4g}") for power in (-1, 0, 1)]
         losses = {rate: lab.bench.by_seed(arm.at(rate), RULE.seeds) for rate in around}
         best[name] = [valley({rate: losses[rate][seed].loss for rate in around}) for seed in RULE.seeds]
-        curves |= {f"{name}, seed {s}": (around, [losses[rate][s].loss for rate in around]) for s in RULE.seeds}
+        curves[name] = {rate: Paired(tuple(one.loss for one in losses[rate].values())) for rate in around}
         middle = losses[around[1]].values()
         void = void or nothing_learnt(max(one.loss for one in middle), next(iter(middle)).before)
     ratios = tuple(one - other for one, other in zip(best["LoRA"], best["full"], strict=True))
@@ -49,9 +49,19 @@ def run(lab: Lab) -> Outcome:
         [seed, *(math.exp(best[name][at]) for name in arms), math.exp(ratios[at])] for at, seed in enumerate(RULE.seeds)
     ]
     picture = Picture(
-        pictures.lines(curves, x_label="learning rate", y_label="held-out loss", log_x=True, log_y=True),
+        pictures.lines(
+            {name: (list(means), [mean.value for mean in means.values()]) for name, means in curves.items()},
+            x_label="learning rate",
+            y_label="held-out loss, nats per learnt token",
+            log_x=True,
+            log_y=True,
+            bands={
+                name: (list(means), [m.bounds()[0] for m in means.values()], [m.bounds()[1] for m in means.values()])
+                for name, means in curves.items()
+            },
+        ),
         "Held-out loss at three learning rates around the best one.",
-        "A curve for each seed of LoRA and of full fine-tuning",
+        "A curve for LoRA and one for full fine-tuning, means of the seeds with intervals",
         Table(["seed", "LoRA's best rate", "full's best rate", "ratio"], rows, "Least points of the parabolas"),
     )
     return Outcome({ASKED: Paired(ratios)}, [picture], {"rows": rows}, tuned, void)

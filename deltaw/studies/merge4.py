@@ -32,12 +32,14 @@ from deltaw.kinds import Dense
 from deltaw.linalg.rounding import Survival, survived
 from deltaw.studies.bench import LORA_RATES, NEW_TASK, Arm, by_passage, lora
 from deltaw.studies.lab import Lab
+from deltaw.studies.means import mean_of
 from deltaw.studies.statistics import Criterion, Estimate, Paired, Quotient, Resampled
 from deltaw.studies.study import Outcome, Rule, nothing_learnt
 
 RANK, BLOCK, MOST = 16, 32, 7
 LIGHT, SCALES = 0.03, (0.1, 0.3, 1.0)
 NEARLY_ALL, NEARLY_NONE, HALF, DRAWS = 0.9, 0.1, 0.5, 2000
+LIGHTLY = f"{LIGHT:.0%}"
 BASES = ("off the grid", "on the grid")
 KEPT = {base: f"kept of an update of {LIGHT:.0%}, base {base}" for base in BASES}
 GAIN = {base: f"share of the gain that is left at {LIGHT:.0%}, base {base}" for base in BASES}
@@ -65,53 +67,55 @@ RULE = Rule(
 )  # fmt: skip
 
 Deltas = Mapping[str, Tensor]
+Results = dict[tuple[str, str], dict[int, "Merged"]]  # by base and strength, by seed
 
 
 def run(lab: Lab) -> Outcome:
     tuned = lab.bench.tuned(Arm(lora(RANK)), LORA_RATES)
     trained = lab.bench.by_seed(Arm(lora(RANK), lr=tuned.rate), RULE.seeds)
     forward, rows = lab.bench.forward, lab.bench.held_out(NEW_TASK)
-    paths = trained[RULE.seeds[0]].adapter().factors
-    before = {path: lab.bench.weights[path].dense().float() for path in paths}
-    results: dict[tuple[str, str, int], Merged] = {}
+    before = {path: lab.bench.weights[path].dense().float() for path in trained[RULE.seeds[0]].adapter().factors}
+    results: Results = {}
     with lab.display.task("merging", len(trained) * len(BASES) * (len(SCALES) + 1)) as progress:
         for seed, one in trained.items():
             deltas = {path: update.plain().dense().float() for path, update in one.adapter().factors.items()}
-            size = share_of(deltas, before)
-            for name, factor in {f"{LIGHT:.0%}": LIGHT / size, **{f"× {scale:g}": scale for scale in SCALES}}.items():
+            factors = {LIGHTLY: LIGHT / share_of(deltas, before)} | {f"× {scale:g}": scale for scale in SCALES}
+            for name, factor in factors.items():
+                light = {path: factor * delta for path, delta in deltas.items()}
                 for base in BASES:
-                    light = {path: factor * delta for path, delta in deltas.items()}
-                    results[base, name, seed] = merged(forward, before, light, rows, on_grid=base == "on the grid")
-                    progress(len(results))
-    names = list(dict.fromkeys(name for _, name, _ in results))
+                    one_merged = merged(forward, before, light, rows, on_grid=base == "on the grid")
+                    results.setdefault((base, name), {})[seed] = one_merged
+                    progress(sum(map(len, results.values())))
     estimates: dict[str, Estimate] = {}
+    for (base, name), by_seed in results.items():
+        if name == LIGHTLY:
+            estimates |= {KEPT[base]: kept(by_seed), GAIN[base]: gain(by_seed)}
+        else:
+            estimates[f"kept at {name}, base {base}"] = kept(by_seed)
+    void = nothing_learnt(max(one.loss for one in trained.values()), trained[RULE.seeds[0]].before)
+    if void is None and min(one.gain_beside for base in BASES for one in results[base, LIGHTLY].values()) <= 0:
+        void = "the light update beside the base gains nothing"
+    figures = {
+        f"{base}, {name}": {seed: one.to_json() for seed, one in by_seed.items()}
+        for (base, name), by_seed in results.items()
+    }
+    return Outcome(estimates, [picture(results)], figures, {f"rank {RANK}": tuned}, void)
+
+
+def picture(results: "Results") -> Picture:
+    """What is kept, and the losses."""
+    names = list(dict.fromkeys(name for _, name in results))
     table: list[list[Cell]] = []
-    for base in BASES:
-        for name in names:
-            of = [results[base, name, seed] for seed in RULE.seeds]
-            kept = Paired(tuple(one.survival.kept for one in of))
-            gain = Quotient(tuple(one.gain for one in of), tuple(one.gain_beside for one in of))
-            if name == names[0]:
-                estimates[KEPT[base]], estimates[GAIN[base]] = kept, gain
-            else:
-                estimates[f"kept at {name}, base {base}"] = kept
-            losses = [bootstrapped([one.losses for one in of], column) for column in range(3)]
-            size = Paired(tuple(one.size for one in of)).value
-            cells = [
-                f"{loss.value:.3f} ({low:.3f} to {high:.3f})" for loss in losses for low, high in [loss.bounds(0.025)]
-            ]
-            table.append([base, name, f"{size:.1%}", kept.value, gain.value, *cells])
-    picture = Picture(
+    for (base, name), by_seed in results.items():
+        losses = [bootstrapped([one.losses for one in by_seed.values()], column).bounds(0.025) for column in range(3)]
+        size = mean_of({seed: one.size for seed, one in by_seed.items()}).value
+        ends = [f"{low:.3f} to {high:.3f}" for low, high in losses]
+        table.append([base, name, f"{size:.1%}", kept(by_seed).value, gain(by_seed).value, *ends])
+    return Picture(
         pictures.bars(
             names,
-            {
-                base: [Paired(tuple(results[base, n, s].survival.kept for s in RULE.seeds)).value for n in names]
-                for base in BASES
-            },
-            errors={
-                base: [half(Paired(tuple(results[base, n, s].survival.kept for s in RULE.seeds))) for n in names]
-                for base in BASES
-            },
+            {base: [kept(results[base, name]).value for name in names] for base in BASES},
+            errors={base: [half(kept(results[base, name])) for name in names] for base in BASES},
             y_label="kept of the update",
         ),
         "What of the update four bits keep, by its strength; whiskers are intervals over the seeds.",
@@ -122,13 +126,14 @@ def run(lab: Lab) -> Outcome:
             "Means over the seeds; of the losses the middle 95 % of a bootstrap over held-out rows",
         ),
     )
-    worst = max(one.loss for one in trained.values())
-    gains = [results[base, names[0], seed].gain_beside for base in BASES for seed in RULE.seeds]
-    void = nothing_learnt(worst, trained[RULE.seeds[0]].before)
-    if void is None and min(gains) <= 0:
-        void = "the light update beside the base gains nothing"
-    figures = {f"{base}, {name}, seed {seed}": one.to_json() for (base, name, seed), one in results.items()}
-    return Outcome(estimates, [picture], figures, {f"rank {RANK}": tuned}, void)
+
+
+def kept(by_seed: "Mapping[int, Merged]") -> Paired:
+    return mean_of({seed: one.survival.kept for seed, one in by_seed.items()})
+
+
+def gain(by_seed: "Mapping[int, Merged]") -> Quotient:
+    return Quotient(tuple(one.gain for one in by_seed.values()), tuple(one.gain_beside for one in by_seed.values()))
 
 
 class Merged:

@@ -19,8 +19,8 @@ from deltaw.studies.study import Judgement, Outcome, Rule, judge, shown_end
 def write_outcome(rule: Rule, outcome: Outcome, lab: Lab, seconds: float) -> dict[str, Any]:
     """Write the page and the JSON; returns the latter."""
     judgement = judge(rule, outcome)
-    scale = "the full grid" if lab.full else "the small grid"
-    subtitle = f"{scale}, {clock(seconds)} on this machine (runs from earlier studies took no time)"
+    scale = "SmolLM2-135M" if lab.full else "the tiny Llama"
+    subtitle = f"{scale}, {clock(seconds)} on this machine (trainings of other studies took no time)"
     exploratory = " (exploratory: the rule was written after a look at such results)" if rule.exploratory else ""
     verdict = Verdict(judgement.verdict, judgement.because + exploratory)
     sections = [
@@ -53,7 +53,7 @@ def findings_table(rule: Rule, judgement: Judgement) -> Table:
         low, high = (shown_end(criterion, end) for end in (finding.low, finding.high))
         value, power = criterion.shown(finding.value), power_words(criterion, finding.detectable)
         rows.append([criterion.words, value, f"{low} to {high}", finding.verdict, power])
-    head = ["must hold", "found", "interval", "so it", "80 % chance from"]
+    head = ["must hold", "found", "interval", "so it", "80 % if the truth is"]
     caption = (
         f"Each end of an interval errs in {ALPHA:.0%} of such studies. The last column: where the true value has to "
         "lie for four of five studies with this noise to find that it holds"
@@ -102,7 +102,7 @@ def power_words(criterion: Criterion, error: float) -> str:
     high = None if criterion.below is None else criterion.below - error
     if low is not None and high is not None:
         return f"{criterion.shown(low)} to {criterion.shown(high)}" if low < high else "nowhere"
-    return f"{criterion.shown(low)} up" if low is not None else f"{criterion.shown(high or 0.0)} down"
+    return f"above {criterion.shown(low)}" if low is not None else f"below {criterion.shown(high or 0.0)}"
 
 
 def _others(rule: Rule, outcome: Outcome) -> list[str]:

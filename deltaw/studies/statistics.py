@@ -42,6 +42,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from deltaw.analysis.page import number
 from deltaw.evaluation.intervals import t_quantile
 
 ALPHA, POWER = 0.05, 0.8
@@ -207,7 +208,7 @@ class Criterion:
 
     def shown(self, value: float) -> str:
         """A value of the quantity as it is written: a ratio of a logarithm."""
-        return f"{math.exp(min(value, 700)):.4g}" if self.is_log else f"{value:.4g}"
+        return number(math.exp(min(value, 700)) if self.is_log else value)
 
     def find(self, estimate: Estimate, among: int = 1) -> Finding:
         """Apply it; `among` so many criteria of one rule."""

@@ -111,14 +111,14 @@ def judge(rule: Rule, outcome: Outcome) -> Judgement:
     findings = tuple(c.find(outcome.estimates[c.quantity], len(rule.criteria)) for c in rule.criteria)
     ends = [f"{arm} ({tuned.rate:g})" for arm, tuned in outcome.tuned.items() if not tuned.is_interior]
     verdict = together([finding.verdict for finding in findings])
-    reasons = [in_words(criterion, finding) for criterion, finding in zip(rule.criteria, findings, strict=True)]
+    pairs = zip(rule.criteria, findings, strict=True)
+    reasons = [in_words(criterion, finding) for criterion, finding in pairs if finding.verdict == verdict]
     if ends:
         verdict = "not settled"
         reasons.append(f"the best learning rate lies at the grid's end: {', '.join(ends)}")
     if outcome.void is not None:
         verdict, reasons = "void", [outcome.void]
     because = "; ".join(reasons) + "."
-    because = because[:1].upper() + because[1:]
     return Judgement(verdict, findings, f"{because} {outcome.words}".strip())
 
 

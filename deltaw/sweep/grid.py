@@ -196,11 +196,6 @@ def _check_common(variants: Sequence[Variant]) -> None:
                 f"the runs of a sweep share one base in one process, so {key} can't differ: {pair}",
                 fix="sweep those that share it, and the others after them",
             )
-    if keeping := [variant.name for variant in variants if variant.config.train.retain is not None]:
-        raise InputError(
-            f"train.retain can't be swept yet: {keeping[0]} has it",
-            fix="train these runs one after the other: deltaw train run.yaml",
-        )
     if rewarded := [variant.name for variant in variants if variant.config.objective.is_rewarded]:
         raise InputError(
             f"runs on rewards aren't swept together yet, each samples for itself: {rewarded[0]} is one",

@@ -48,9 +48,9 @@ from deltaw.show.progress import Display
 from deltaw.training.checkpoint import TrainState, conditions
 from deltaw.training.learner import Learner
 from deltaw.training.length import make_loader
-from deltaw.training.looking import Ground, Looked, look
+from deltaw.training.looking import NEW, Ground, Looked, Terms, look
 from deltaw.training.optim import WARMUP, warmup_steps
-from deltaw.training.retain import Retain, Text, check_apart
+from deltaw.training.retain import Kept, Retain, Text, check_apart
 from deltaw.training.rollouts import Rollouts, Score
 from deltaw.training.sharding import NONE, Shards, first_pass, is_wanted, shard
 from deltaw.training.start import Start, described
@@ -158,10 +158,10 @@ class Opened:
         """What the run is to remember; None where it isn't asked to."""
         return Text.of(self.config, self.retained)
 
-    def retain(self, forward: Forward) -> Retain | None:
-        """The same, for the steps that `forward` takes."""
+    def retain(self, forward: Forward, kept: Kept | None = None) -> Retain | None:
+        """The same, for the steps that `forward` takes. `kept`: where what the base says of it is kept."""
         text = self.kept_text
-        return None if text is None else Retain(text, forward, self.attached, self.config.train.batch_tokens)
+        return None if text is None else Retain(text, forward, self.attached, self.config.train.batch_tokens, kept)
 
     def rollouts(self, state: TrainState, say: Callable[[str], None]) -> Rollouts | None:
         """The steps after `state` of a run on rewards; None for any other."""
@@ -182,21 +182,9 @@ class Opened:
         return self.model.forward.shares and not self.attached.spec.dropout
 
 
-def open_run(
-    config: RunConfig,
-    display: Display,
-    consent: Consent = ASKED_FOR,
-    lineage: History = NOTHING,
-    *,
-    start_is_needed: bool = True,
-    world: World = ALONE,
-) -> Opened:
-    """Raises InputError, before the weights are read where that is possible. `consent`: to a metric of the user's own
-    that the config names. `lineage`: the run's, if it has begun; the adapter that it starts from isn't needed any more
-    where a checkpoint is there."""
-    return opened_on(
-        look(config, display, consent, lineage, start_is_needed=start_is_needed, world=world), display, world
-    )
+def open_run(config: RunConfig, display: Display, terms: Terms = NEW) -> Opened:
+    """Raises InputError, before the weights are read where that is possible."""
+    return opened_on(look(config, display, terms), display, terms.world)
 
 
 def opened_on(looked: Looked, display: Display, world: World = ALONE) -> Opened:
@@ -300,7 +288,7 @@ def start_from_data(opened: Opened, display: Display) -> None:
     loader = make_loader(opened.config, opened.dataset, LoaderState())
     batches = islice(chain.from_iterable(step for step, _ in loader), START_BATCHES)
     here = [batch.to(opened.device) for batch in batches]
-    initialise_from_data(opened.attached, opened.model.forward, here, display)
+    initialise_from_data(opened.attached, opened.model.forward, here, display, opened.objective)
 
 
 def general_rows(config: RunConfig, model: Model, retained: Sequence[Example] = ()) -> Examples:
