@@ -37,7 +37,7 @@ from deltaw.training.finish import finish, report
 from deltaw.training.frozen_layers import above_the_frozen
 from deltaw.training.learner import Learner
 from deltaw.training.log import EventLog, open_log
-from deltaw.training.looking import Ground, look
+from deltaw.training.looking import Ground, Terms, look
 from deltaw.training.measuring import Attempts, measure_base
 from deltaw.training.memory import free_memory
 from deltaw.training.opening import Opened, begin, general_rows, opened_beside, opened_on
@@ -158,7 +158,7 @@ def open_all(
     looked = []
     for one, consent in zip(waiting, consents, strict=True):
         needed, lineage = one.saved is None, NOTHING if one.is_new else one.run.read_lineage()
-        looked.append(look(one.config, once, consent, lineage, start_is_needed=needed, ground=ground, rows=rows))
+        looked.append(look(one.config, once, Terms(consent, lineage, needed), ground=ground, rows=rows))
     live, texts = list[Live](), dict[str, Examples]()
     for one, known in zip(waiting, looked, strict=True):
         opened = sized(

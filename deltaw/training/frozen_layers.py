@@ -18,8 +18,8 @@ FROZEN_SHARE = 0.25  # of the free memory, that what they give may take
 
 def above_the_frozen(runs: Sequence[Opened], display: Display) -> Forward:
     """The forward of training steps; of sampled answers it is at the temperature of the sampling. Where documents are
-    passed more than once, by one run or by several, the frozen layers below the lowest adapter are computed once for all
-    of them, if their output fits into `FROZEN_SHARE` of the free memory."""
+    passed more than once, by one run or by several, the frozen layers below the lowest adapter are computed once for
+    all of them, if their output fits into `FROZEN_SHARE` of the free memory."""
     first, paths = runs[0], [path for run in runs for path in run.attached.paths]
     forward, lowest = first.model.forward, lowest_layer(paths)
     if first.is_rewarded:  # its documents are written as it goes

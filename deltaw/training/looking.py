@@ -102,26 +102,38 @@ class Looked:
     consent: Consent = ASKED_FOR
 
 
+@dataclass(frozen=True)
+class Terms:
+    """On what terms a run is opened. `consent`: to a metric of the user's own that the config names. `lineage`: the
+    run's, if it has begun. `start_is_needed`: not where a checkpoint is there, which has more than the adapter that it
+    started from. `world`: the processes that train it together."""
+
+    consent: Consent = ASKED_FOR
+    lineage: History = NOTHING
+    start_is_needed: bool = True
+    world: World = ALONE
+
+
+NEW = Terms()  # asked for here and now, by one process
+
+
 def look(
     config: RunConfig,
     display: Display,
-    consent: Consent = ASKED_FOR,
-    lineage: History = NOTHING,
+    terms: Terms = NEW,
     *,
-    start_is_needed: bool = True,
-    world: World = ALONE,
     ground: Ground | None = None,
     rows: OpenRows = open_dataset,
 ) -> Looked:
     """Whatever can be checked and read of a run without its weights. `ground`: the base, where it is found already;
-    `rows`: what opens the data. For the rest, and what it raises: `open_run`."""
+    `rows`: what opens the data. What it raises: `open_run`."""
     check_loggers(config.train.log_to)
     check_device(config.train.checkpointing, pick_device(config.train.device))
     bound_caches()
-    metrics = open_metrics(config.evaluate.metrics, consent)
+    metrics = open_metrics(config.evaluate.metrics, terms.consent)
     ground = ground or Ground.of(config, display)
-    skeleton, recorded = ground.skeleton, lineage.started_from
-    config, start = open_start(config, skeleton, recorded, needed=start_is_needed, say=display.say)
+    skeleton, recorded = ground.skeleton, terms.lineage.started_from
+    config, start = open_start(config, skeleton, recorded, needed=terms.start_is_needed, say=display.say)
     # On the modules alone; attach asks again, of layers that it has tried.
     targets = find_targets(skeleton, config.adapter)
     check_trained_ends(config, skeleton)
@@ -137,12 +149,12 @@ def look(
         try_out(metrics, truth_of(renderer, row))
     if config.objective.is_rewarded:
         check_prompts(config, dataset, limits)
-        if world.is_first:
-            open_rewards(config, dataset, consent).close()
+        if terms.world.is_first:
+            open_rewards(config, dataset, terms.consent).close()
     asked, config = config, settle_step(config, dataset)
     total = count_steps(config, dataset)
     retained = retained_text(config, renderer, limits, display)
-    together = length.for_ranks(config, dataset, world.size)
+    together = length.for_ranks(config, dataset, terms.world.size)
     for line in [*config.notes(), *config.switched_off(), *length.notes(asked, config, total), *together]:
         display.say(line)
     for note in dataset.report.notes:
@@ -150,4 +162,4 @@ def look(
     few = length.warnings(asked, config, dataset, total)
     for warning in [*dataset.report.warnings, *limits.warnings(dataset.rows), *few]:
         display.say(f"warning: {warning}")
-    return Looked(config, start, ground, renderer, dataset, total, metrics, lineage, retained, consent)
+    return Looked(config, start, ground, renderer, dataset, total, metrics, terms.lineage, retained, terms.consent)

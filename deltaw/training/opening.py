@@ -48,7 +48,7 @@ from deltaw.show.progress import Display
 from deltaw.training.checkpoint import TrainState, conditions
 from deltaw.training.learner import Learner
 from deltaw.training.length import make_loader
-from deltaw.training.looking import Ground, Looked, look
+from deltaw.training.looking import NEW, Ground, Looked, Terms, look
 from deltaw.training.optim import WARMUP, warmup_steps
 from deltaw.training.retain import Kept, Retain, Text, check_apart
 from deltaw.training.rollouts import Rollouts, Score
@@ -182,21 +182,9 @@ class Opened:
         return self.model.forward.shares and not self.attached.spec.dropout
 
 
-def open_run(
-    config: RunConfig,
-    display: Display,
-    consent: Consent = ASKED_FOR,
-    lineage: History = NOTHING,
-    *,
-    start_is_needed: bool = True,
-    world: World = ALONE,
-) -> Opened:
-    """Raises InputError, before the weights are read where that is possible. `consent`: to a metric of the user's own
-    that the config names. `lineage`: the run's, if it has begun; the adapter that it starts from isn't needed any more
-    where a checkpoint is there."""
-    return opened_on(
-        look(config, display, consent, lineage, start_is_needed=start_is_needed, world=world), display, world
-    )
+def open_run(config: RunConfig, display: Display, terms: Terms = NEW) -> Opened:
+    """Raises InputError, before the weights are read where that is possible."""
+    return opened_on(look(config, display, terms), display, terms.world)
 
 
 def opened_on(looked: Looked, display: Display, world: World = ALONE) -> Opened:

@@ -22,9 +22,10 @@ from deltaw.sweep.folder import SweepFolder
 from deltaw.sweep.grid import Grid, Variant, of_grid
 from deltaw.sweep.standing import ranked
 from deltaw.sweep.sweep import run_sweep
+from deltaw.training import frozen_layers
 from deltaw.training.run import resume, train
 from deltaw.training.stop import Stopped
-from tests.tiny import run_file, tiny_base, words
+from tests.tiny import Said, run_file, tiny_base, words
 
 NO_ANSWERS = {"samples": 0, "general": None, "report": False}
 LORA = {"rank": 4, "alpha": 8}
@@ -99,6 +100,25 @@ def test_each_kind_of_adapter_is_what_its_own_run_makes(place: Path, together: P
         if name != "eval":
             assert results[0][name] == results[1][name]
     assert results[1]["eval"]["after"]["loss"] == pytest.approx(results[0]["eval"]["after"]["loss"], rel=2e-5)
+
+
+def test_frozen_layers_are_computed_once_for_all(place: Path) -> None:
+    """Those below the lowest adapter of any; what each comes to is its own run's."""
+
+    def upper(output: Path | str, lr: float) -> Any:
+        adapter = {**LORA, "targets": ["layers.1.mlp.up_proj", "layers.1.mlp.down_proj"]}
+        made = config(place, output, adapter=adapter, lr=lr)
+        return made.model_copy(update={"data": made.data.model_copy(update={"limit": 20, "eval": None})})
+
+    rates, said = (1e-2, 3e-2), Said()
+    made = grid(place / "upper", {f"lr-{lr}": upper(".", lr) for lr in rates})
+    run_sweep(SweepFolder(made), new=True, display=said)
+    assert any("computed once" in line for line in said.lines)
+    for lr in rates:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(frozen_layers, "FROZEN_SHARE", 0.0)
+            train(upper(place / f"alone/upper-{lr}", lr), display=QUIET)
+        assert losses(place / f"upper/lr-{lr}") == pytest.approx(losses(place / f"alone/upper-{lr}"), rel=2e-5)
 
 
 OBJECTIVES = ("long", "kto")  # pairs that share a long beginning, weighed by DPO
