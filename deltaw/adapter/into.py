@@ -87,12 +87,13 @@ def merge_into(
             fix="load its own base; an adapter with base=BaseId() goes on any model of its shapes",
         )
     placed = put_on(model, spec, updates, fuse=())
-    adapted = adapted_layers(model)
+    layers, homes = adapted_layers(model), {update.home(path) for path, update in placed.layers.items()}
+    adapted = {home: layer for home, layer in layers.items() if home in homes}
     try:
         merged = _fused(adapted, placed.number)
     finally:
         originals = {path: layer.base.module for path, layer in adapted.items()}
-        take_off(model, placed.layers, placed.carried, placed.number)
+        take_off(model, placed.carried, placed.number)
     for path, module in merged.items():
         model.set_submodule(path, module)
     return MergedInto(model, originals, merged)

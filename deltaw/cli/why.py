@@ -26,7 +26,7 @@ def decompose(
 @app.command(epilog=examples("deltaw study    (lists them)", "deltaw study rank", "deltaw study all --full"))
 def study(
     name: Annotated[str | None, typer.Argument(help="A study, or all. Without a name they are listed.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Run the full grid, with three seeds: hours.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="On SmolLM2-135M instead of a tiny model: hours.")] = False,
     output: Annotated[
         str, typer.Option("--output", "-o", help="The folder for runs and pages.", callback=as_path)
     ] = "runs/studies",

@@ -1,6 +1,6 @@
 """`deltaw study`: the list of studies, or one or all of them run, each written as soon as it is done.
 
-<output>/small/NAME.html, NAME.json     a study's page and figures (studies/page.py); full/ of the full grid
+<output>/small/NAME.html, NAME.json     a study's page and record (studies/page.py); full/ of the large bench
 <output>/small/tiny/                    trainings, shared by all studies (studies/bench.py)
 """
 

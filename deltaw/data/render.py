@@ -239,7 +239,7 @@ class Renderer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; `skip_special`: without control tokens."""
         if skip_special and self._plain_ids:
-            dropped = set(self.tokenizer.all_special_ids) | self._encoder.control_ids
+            dropped = {*self.tokenizer.all_special_ids, *self._encoder.control_ids} - self._plain_ids
             ids, skip_special = [id for id in ids if id not in dropped], False
         return str(
             self.tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)

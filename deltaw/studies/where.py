@@ -14,13 +14,14 @@ from torch import nn
 
 from deltaw.adapter.targets import find_targets
 from deltaw.base.frozen import FrozenLinear
-from deltaw.config import TARGET_GROUPS, AdapterSpec
+from deltaw.config import AdapterSpec
 from deltaw.studies.bench import LORA_RATES, Arm, lora
 from deltaw.studies.lab import Lab
 from deltaw.studies.means import mean_bars
 from deltaw.studies.statistics import Criterion, log_ratios
 from deltaw.studies.study import Outcome, Rule, nothing_learnt
 
+GROUPS = ("all-linear", "attention", "mlp")
 RANK, WORSE = 16, 1.05  # of all-linear; the others follow
 MLP_BEST = "loss of the MLP / attention"
 NO_WORSE = "loss of all layers / {}"
@@ -69,7 +70,7 @@ def run(lab: Lab) -> Outcome:
 def equal_ranks(model: nn.Module) -> dict[str, int]:
     """The rank at which each group of layers trains about as many numbers as all layers at `RANK`."""
     sizes = {}
-    for group in TARGET_GROUPS:
+    for group in GROUPS:
         paths = find_targets(model, AdapterSpec(targets=group, rank=1)).paths
         layers = [FrozenLinear(model.get_submodule(path)) for path in paths]
         sizes[group] = sum(layer.in_features + layer.out_features for layer in layers)

@@ -117,7 +117,7 @@ def test_a_prompt_draws_alike_in_any_company() -> None:
     engine = Engine(model)
     engine.add(PROMPTS[1], Sampling(max_new_tokens=3))  # greedy, beside it
     id = engine.add(PROMPTS[4], sampling, number=4)
-    tokens = [token for _ in range(NEW) for other, token, _ in engine.step() if other == id and token is not None]
+    tokens = [token for _ in range(NEW) for other, token, *_ in engine.step() if other == id and token is not None]
     assert tokens == expected[4]
 
 
