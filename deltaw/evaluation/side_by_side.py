@@ -25,7 +25,7 @@ from deltaw.config.sources import SourceValue, label
 from deltaw.data.example import Example
 from deltaw.data.examples import fingerprint, parts_of
 from deltaw.data.loader import Units
-from deltaw.errors import InputError
+from deltaw.errors import InputError, command
 from deltaw.evaluation.held_out import Evaluation, add_answers, evaluate_loss, spread, truth_of
 from deltaw.evaluation.metrics import Metric
 from deltaw.evaluation.own_metric import Consent, open_metrics, try_out
@@ -192,7 +192,7 @@ def _check_asked(named: Named, config: EvaluateConfig, kinds: set[int], display:
         why = "some of them have no answer to compare with" if config.metrics else "no metric is named"
         raise InputError(
             f"{named.name} was trained on rewards and held out prompts, and {why}",
-            fix=f"deltaw eval {named.name}, without options, measures the reward; or name a file of rows with answers",
+            fix=f"measure the reward: {command('eval', named.name)}; or name a file of rows with answers",
         )
     display.say(f"the metrics alone: the reward before and after is in {Run(named.path).result}")
 
