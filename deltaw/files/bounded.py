@@ -206,9 +206,9 @@ def worker() -> Worker:
     return _WORKERS[mine]
 
 
-def line(value: Any) -> bytes:
-    """A question, or a part of one, as the worker reads it."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+def line(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:
+    """A question, or a part of one, as the worker reads it. `default`: what to write for what JSON hasn't got."""
+    return json.dumps(value, ensure_ascii=False, default=default).encode("utf-8", "surrogatepass") + b"\n"
 
 
 @atexit.register

@@ -10,7 +10,6 @@ import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import linecache
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -90,7 +89,6 @@ class Code:
         return shown
 
     def _frames(self, error: BaseException) -> list[traceback.FrameSummary]:
-        linecache.checkcache(str(self.file))
         return [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(self.file)]
 
 

@@ -41,7 +41,7 @@ class Process:
 
     def answers(self, questions: Sequence[Any]) -> Iterator[Any]:
         """An answer to each. Raises Failed in place of one that doesn't come: the others are to be asked again."""
-        message = b"".join(line(one) for one in (len(questions), *questions))
+        message = b"".join(line(one, str) for one in (len(questions), *questions))
         with self._worker.asking(message, self._seconds) as worker:
             self._check(worker)
             for _ in questions:
@@ -55,8 +55,9 @@ class Process:
             raise InputError(refusal["error"], fix=refusal.get("fix"))
 
     def _start(self) -> "subprocess.Popen[bytes]":
+        own = self._spec["kind"] == "function"  # whose warnings are its writer's; those of a package are nobody's
         process = subprocess.Popen(
-            [sys.executable, "-P", "-c", START, str(Path(__file__).parents[2])],
+            [sys.executable, "-P", *([] if own else ["-W", "ignore"]), "-c", START, str(Path(__file__).parents[2])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -64,5 +65,7 @@ class Process:
             start_new_session=True,  # Ctrl-C is for us
         )
         assert process.stdin is not None
-        process.stdin.write(line({**self._spec, "parent": os.getpid()}))
+        rest = memoryview(line({**self._spec, "parent": os.getpid()}))
+        while rest:
+            rest = rest[process.stdin.write(rest) :]
         return process

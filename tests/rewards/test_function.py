@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,12 @@ def test_numbers_and_dicts_of_numbers_are_rewards(rewards: Rewards, capfd: pytes
     for one, (total, parts) in zip(scored, values.values(), strict=True):
         assert (one.total, one.parts) == (total, {"judge": total, **parts})
     assert capfd.readouterr().out == "" and rewards([]) == []
+
+
+def test_what_json_hasnt_got_comes_as_text(rewards: Rewards) -> None:
+    row = {"when": date(2026, 1, 2), "raw": "\ud800", "n": float("inf")}
+    text = "row['when'] == '2026-01-02' and row['raw'] == chr(0xd800) and row['n'] > 9"
+    assert rewards([Asked([{"role": "user", "content": "?"}], text, row)])[0].total == 1
 
 
 WRONG = ["None", "'1'", "float('nan')", "-float('inf')", "[1]", "{}", "{'a': None}", "{1: 2}", "10**400"]
