@@ -87,8 +87,7 @@ def merge_into(
             fix="load its own base; an adapter with base=BaseId() goes on any model of its shapes",
         )
     placed = put_on(model, spec, updates, fuse=())
-    layers, homes = adapted_layers(model), {update.home(path) for path, update in placed.layers.items()}
-    adapted = {home: layer for home, layer in layers.items() if home in homes}
+    adapted = {home: layer for home, layer in adapted_layers(model).items() if layer.has(placed.number)}
     try:
         merged = _fused(adapted, placed.number)
     finally:

@@ -89,11 +89,11 @@ class RowsChange(HeadChange):
         own_CI = x_CD @ tensors[0].to(x_CD.dtype).T
         if bias_V is not None:
             own_CI = own_CI + torch.cat([bias_V, bias_V.new_zeros(self.more)])[self.index_I]
-        return z_CV.index_copy(1, self.index_I, own_CI)
+        return z_CV.index_copy_(1, self.index_I, own_CI)
 
     def back(self, dz_CV: Tensor, head: Weight, tensors: tuple[Tensor, ...]) -> Tensor:
         own_CI = dz_CV[:, self.index_I]
-        dz_CV = dz_CV.index_fill(1, self.index_I, 0)
+        dz_CV.index_fill_(1, self.index_I, 0)
         base_CV = dz_CV[:, : dz_CV.shape[1] - self.more]
         return head.matmul_t(base_CV).add_(own_CI @ tensors[0].to(dz_CV.dtype))
 

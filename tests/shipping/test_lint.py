@@ -261,6 +261,17 @@ def test_a_kind_that_llama_cpp_is_not_known_to_have(tmp_path: Path, monkeypatch:
     check(verdict, "DW506", {LLAMA_CPP: UNSURE})
 
 
+def test_trained_tokens_that_the_base_does_not_have(tmp_path: Path) -> None:
+    place = tiny_base(tmp_path / "base", tie_word_embeddings=True)
+    tensors, config = good(opened(place))
+    tensors |= {f"{EMBED}.token_adapter.trainable_tokens_delta": torch.randn(2, 32)}
+    for row, wanted in ((361, False), (362, True)):
+        folder = write(tmp_path / f"{row}", tensors, changed(config, trainable_token_indices=[1, row]))
+        verdict = lint(folder, base=str(place))
+        assert ("DW340" in {finding.code for finding in verdict.findings}) == wanted
+    check(verdict, "DW340", {PEFT: REFUSED, VLLM: REFUSED})
+
+
 @pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
 def test_tied_ends(end: str, tmp_path: Path) -> None:
     place = tiny_base(tmp_path / "base", tie_word_embeddings=True)
