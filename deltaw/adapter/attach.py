@@ -28,6 +28,7 @@ from deltaw.adapter.peft_config import missed_by_peft, rewritten_names
 from deltaw.adapter.place import put_again, put_on, take_off, tried_before
 from deltaw.adapter.targets import lines_of
 from deltaw.base.batch import Batch
+from deltaw.base.experts import expert_stacks
 from deltaw.base.frozen import FrozenEmbedding
 from deltaw.base.stand_in import StandIn, disabled
 from deltaw.config import AdapterSpec
@@ -75,10 +76,15 @@ class Attached:
     def notes(self) -> list[str]:
         """For logs: what isn't adapted, a line for each reason, then the first of the weights without one; and what of
         the adapter PEFT won't find."""
-        rest = [path for path in self.unmatched if path not in self.left_out]
+        experts = expert_stacks(self.model)
+        idle = [path for path in self.unmatched if path in experts]
+        rest = [path for path in self.unmatched if path not in self.left_out and path not in experts]
         first = [path + (" …" if len(rest) > 3 else "") for path in rest[:3]]
         lines = [f"trained beside linear layers: {line}" for line in self.ends]
         lines += [f"not adapted: {line}" for line in lines_of(self.left_out) + first]
+        if idle:
+            each, layers = counted(experts[idle[0]].shape[0], "expert"), {path.rpartition(".")[0] for path in idle}
+            lines.append(f"not adapted: {each} in each of {counted(len(layers), 'layer')} (adapter.targets: experts)")
         if missed := missed_by_peft(self.model, self.paths):
             lines.append(
                 "warning: when PEFT loads an adapter of this model, even one that it saved itself, it renames "
