@@ -87,7 +87,8 @@ def merge_into(
             fix="load its own base; an adapter with base=BaseId() goes on any model of its shapes",
         )
     placed = put_on(model, spec, updates, fuse=())
-    adapted = adapted_layers(model)
+    layers, homes = adapted_layers(model), {update.home(path) for path, update in placed.layers.items()}
+    adapted = {home: layer for home, layer in layers.items() if home in homes}
     try:
         merged = _fused(adapted, placed.number)
     finally:

@@ -150,8 +150,8 @@ def holds(model: nn.Module, updates: Mapping[str, LayerUpdate], base: Observed |
     if to_train and not (reached and all(gradient.isfinite().all() for gradient in reached)):
         what = "no gradient reaches the adapter" if not reached else "the gradient isn't finite"
         raise InputError(f"{what} in a pass over text", fix="choose other adapter.targets")
-    known_TV = logits_TV.detach()[:, : base.logits_TV.shape[1]]  # an update may add words
     dtype = next(iter(updates.values())).base.stored.dtype
+    known_TV = logits_TV.detach()[:, : base.logits_TV.shape[1]]  # an update may add words
     return _near(known_TV, base.logits_TV, dtype) or _near_as_routed(model, base, dtype)
 
 
