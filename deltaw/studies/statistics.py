@@ -245,12 +245,6 @@ def log_ratios(one: Mapping[int, float], other: Mapping[int, float]) -> Paired:
     return Paired(tuple(_log(one[seed]) - _log(other[seed]) for seed in _shared(one, other)))
 
 
-def percentile(value: float, draws: Sequence[float]) -> float:
-    """The share of chance's draws below a value, half of those that equal it: 1/2 on average if it is chance itself."""
-    drawn = np.asarray(draws)
-    return float((drawn < value).mean() + (drawn == value).mean() / 2)
-
-
 @dataclass(frozen=True)
 class Tuned:
     """A learning rate and the losses, by rate, that chose it."""

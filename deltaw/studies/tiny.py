@@ -8,11 +8,10 @@ pretraining's held-out words. All stages are measured on the same 500 held-out w
     <lab>/tiny/<hash of arm, seed>/  trained.json: losses; adapter/: the update, LoRA's factors or full fine-tuning's ΔW
 
 In all trainings the linear layers' updates train, LoRA's or W's own; embeddings, norms and head stay as pretrained.
-The arithmetic is the product's own: attach, loader, optimiser, schedule, clipping. A step of 1,024 bytes fills a core's
-products, so several learners on one base (deltaw/sweep) would gain nothing here; what is gained is gained by not
-opening a 135M base for each run.
+The arithmetic is the product's own: attach, loader, optimiser, schedule, clipping. Several learners on one
+base (deltaw/sweep) gain where their own batches are small, and a step here is 1,024 bytes; so arms run one by one.
 
-Letters: N inputs, P passages.
+Letters: M outputs, N inputs.
 """
 
 import dataclasses

@@ -24,7 +24,6 @@ from deltaw.studies.statistics import (
     Verdict,
     differences,
     log_ratios,
-    percentile,
     together,
     tune,
     valley,
@@ -206,13 +205,6 @@ def test_pairs_are_of_one_seed_each() -> None:
     one, other = {0: 2.0, 1: 4.0, 2: 8.0}, {1: 2.0, 0: 2.0, 7: 1.0}
     assert differences(one, other).values == (0.0, 2.0)
     assert log_ratios(one, other).values == pytest.approx((0.0, math.log(2)))
-
-
-def test_the_percentile_of_chance_is_a_half() -> None:
-    draws = list(np.random.default_rng(0).normal(size=64))
-    mean = np.mean([percentile(float(x), draws) for x in np.random.default_rng(1).normal(size=500)])
-    assert mean == pytest.approx(0.5, abs=0.1)
-    assert percentile(1.0, [1.0, 1.0]) == 0.5 and percentile(2.0, [1.0]) == 1.0
 
 
 def test_a_rules_hash_is_of_all_of_it() -> None:
