@@ -27,8 +27,10 @@ INTRO = {
     "Preferences": "DPO on pairs of about 92 tokens of prompt and two answers of 20, eight pairs a step, beside TRL's "
     "DPOTrainer with PEFT.",
     "Remembering": "`train.retain` beside lower rates, a weaker adapter and replay of plain text at equal cost: the "
-    "demo's task in 48 steps of 512 tokens, and the demo itself. Forgetting is KL(base ‖ tuned) on builtin:general.",
+    "demo's task in 40 steps of 512 tokens, and the demo itself. Forgetting is KL(base ‖ tuned) on builtin:general.",
     "Sweeps": "Eight learners on one base in one process, beside eight commands.",
+    "LoRA on experts": "A random mixture of four layers, 32 experts in each and two of them for a token, beside PEFT's "
+    "`target_parameters` by the fastest of transformers' implementations.",
     "Serving": "The engine of `deltaw serve` beside llama.cpp, in one run.",
 }
 

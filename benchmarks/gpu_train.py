@@ -40,7 +40,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import COLUMNS, build_model, conditions, flops_per_token
+from benchmarks.gpu import COLUMNS, conditions
+from benchmarks.gpu_models import build_model, flops_per_token
 from deltaw.config import RunConfig, parse_config
 from deltaw.show.progress import Display
 from deltaw.training import run as running

@@ -15,75 +15,24 @@ To be run on an idle machine, where it takes some three minutes. `--record` note
 """
 
 import argparse
+import contextlib
 import http.client
-import json
 import os
 import statistics
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.figures import Measured, note
-from benchmarks.serving import BASE, PROMPT, STREAMS, make_adapters
+from benchmarks.server_process import Server
+from benchmarks.serving import PROMPT, STREAMS, make_adapters
 
 SECTION = "Serving"
 LONG = 1000  # tokens of a prompt
-NAME = BASE.partition(":")[2]
-
-
-class Server:
-    """`deltaw serve` in its own process, until `close`. `seconds`: from its start to its first answer."""
-
-    def __init__(self, folder: Path | None, threads: int) -> None:
-        command = [sys.executable, "-m", "deltaw", "serve", BASE, "--port", "0", "--json"]
-        began = time.perf_counter()
-        self.process = subprocess.Popen(
-            [*command, *(["--adapters", str(folder)] if folder else [])],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
-        )
-        assert self.process.stdout is not None
-        told = self.process.stdout.readline()
-        if not told:
-            sys.exit("the server didn't start")
-        data = json.loads(told)
-        self.base = data["base"]
-        host, _, port = data["address"].removeprefix("http://").rpartition(":")
-        self.place = host, int(port)
-        list(self.ask(self.base, [1, 2, 3], 1))
-        self.seconds = time.perf_counter() - began
-
-    def ask(self, model: str, prompt: list[int], new: int) -> Iterator[float]:
-        """When each piece of a stream came."""
-        connection = http.client.HTTPConnection(*self.place, timeout=600)
-        try:
-            body = {"model": model, "prompt": prompt, "max_tokens": new, "temperature": 0, "stream": True}
-            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            if answer.status != 200:
-                sys.exit(answer.read().decode())
-            for line in answer:
-                if line.startswith(b"data: {"):
-                    yield time.perf_counter()
-        finally:
-            connection.close()
-
-    @property
-    def memory(self) -> float:
-        """GB that it holds, without pages that files could give back."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.partition("RssAnon:")[2].split()[0]) * 1024 / 1e9
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
+GOING_ON = 400  # of the streams beside it, which aren't waited for
 
 
 def prompts(count: int, length: int = PROMPT) -> list[list[int]]:
@@ -95,17 +44,17 @@ def prompts(count: int, length: int = PROMPT) -> list[list[int]]:
 
 def first(asked: argparse.Namespace) -> dict[str, tuple[float, str]]:
     """Times of a long prompt's first token, and of the others'."""
-    server = Server(None, asked.threads)
-    try:
+    with Server(None, asked.threads) as server:
         alone = _first_token(server)
         times: list[list[float]] = [[] for _ in range(STREAMS - 1)]
 
         def follow(number: int, prompt: list[int]) -> None:
-            times[number] += server.ask(server.base, prompt, 400)
+            with contextlib.suppress(OSError, http.client.HTTPException):  # of the server's end
+                for at in server.ask(server.base, prompt, GOING_ON):
+                    times[number].append(at)
 
-        threads = [threading.Thread(target=follow, args=each) for each in enumerate(prompts(STREAMS - 1))]
-        for thread in threads:
-            thread.start()
+        for each in enumerate(prompts(STREAMS - 1)):
+            threading.Thread(target=follow, args=each, daemon=True).start()
         while min(map(len, times)) < 8:
             time.sleep(0.01)
         began = time.perf_counter()
@@ -121,9 +70,6 @@ def first(asked: argparse.Namespace) -> dict[str, tuple[float, str]]:
             ),
             "a stream's median wait before": (statistics.median(wait for wait, at in waits if at < began), "s"),
         }
-    finally:
-        server.process.kill()
-        server.process.wait()
 
 
 def _first_token(server: Server) -> float:
@@ -134,7 +80,7 @@ def _first_token(server: Server) -> float:
 def adapters(asked: argparse.Namespace) -> dict[str, tuple[float, str]]:
     """Start, memory, misses and hits with a folder of many."""
     with TemporaryDirectory() as folder:
-        made, _ = make_adapters(Path(folder), STREAMS)
+        made = make_adapters(Path(folder), STREAMS)
         few, many = Path(folder) / "few", Path(folder) / "many"
         for root, count in ((few, STREAMS), (many, asked.count)):
             for number in range(count):
@@ -142,11 +88,9 @@ def adapters(asked: argparse.Namespace) -> dict[str, tuple[float, str]]:
                 own.mkdir(parents=True)
                 for file in made[number % STREAMS].iterdir():
                     os.link(file, own / file.name)
-        server = Server(few, asked.threads)
-        started = server.seconds
-        server.close()
-        server = Server(many, asked.threads)
-        try:
+        with Server(few, asked.threads) as server:
+            started = server.seconds
+        with Server(many, asked.threads) as server:
             before, used = server.memory, min(64, asked.count)
             misses, hits = (
                 [_answer(server, f"adapter-{number:04}") for number in range(used)] for _ in ("miss", "hit")
@@ -160,8 +104,6 @@ def adapters(asked: argparse.Namespace) -> dict[str, tuple[float, str]]:
                 "an answer of one token, adapter not on the model yet": (statistics.median(misses[1:]), "s"),
                 "an answer of one token, adapter on the model": (statistics.median(hits), "s"),
             }
-        finally:
-            server.close()
 
 
 def _answer(server: Server, name: str) -> float:

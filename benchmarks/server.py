@@ -31,25 +31,11 @@ from contextlib import contextmanager
 from http.client import HTTPConnection
 
 from benchmarks.figures import Measured, note
+from benchmarks.server_process import BASE, Server
 
-BASE, STREAMS, PROMPT, NEW = "builtin:smollm2-135m", 16, 20, 48
+STREAMS, PROMPT, NEW = 16, 20, 48
 CLIENTS, SHORT, SLOW, ELSEWHERE = 4, 16, 64, "127.0.0.2"
 SECTION = "Serving"
-
-
-@contextmanager
-def serving() -> Iterator[tuple[tuple[str, int], str]]:
-    """A server in a process of its own: where it listens, and its model's name."""
-    command = [sys.executable, "-m", "deltaw", "serve", BASE, "--port", "0", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        told = json.loads(process.stdout.readline())
-        host, _, port = told["address"].removeprefix("http://").rpartition(":")
-        yield (host, int(port)), told["base"]
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -114,7 +100,8 @@ def overhead(rounds: int) -> float:
         return time.perf_counter() - began
 
     ratios = []
-    with serving() as (place, name):
+    with Server() as server:
+        place, name = server.place, server.base
         for turn in range(1 + rounds):  # the first is to warm up
             alone, served = by_engine(), by_server(place, name, turn)
             speeds = [NEW * STREAMS / seconds for seconds in (alone, served)]
@@ -211,7 +198,8 @@ def honest(place: tuple[str, int], name: str, seconds: float) -> list[float]:
 def hostile(rounds: int, seconds: float) -> float:
     """The honest clients' 99th percentile beside hostile ones, by that alone."""
     alone, beside = list[float](), list[float]()
-    with serving() as (place, name):
+    with Server() as server:
+        place, name = server.place, server.base
         honest(place, name, 3)
         for _ in range(rounds):
             alone += honest(place, name, seconds)

@@ -105,17 +105,16 @@ class Ours:
         return tokens / (time.perf_counter() - began)
 
 
-def make_adapters(folder: Path, count: int) -> tuple[list[Path], list[str]]:
-    """Random adapters: PEFT's folders, and the same as GGUF."""
+def make_adapters(folder: Path, count: int) -> list[Path]:
+    """Random adapters, PEFT's folders."""
     import torch
 
     from deltaw.adapter.attach import attach, detach
-    from deltaw.commands.export import export
     from deltaw.config import AdapterSpec
     from deltaw.model import open_model
 
     opened = open_model(BASE, dtype="float32")
-    folders, files = [], []
+    folders = []
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
         attached = attach(opened.base.model, AdapterSpec(rank=16, alpha=32), generator=generator)
@@ -123,9 +122,18 @@ def make_adapters(folder: Path, count: int) -> tuple[list[Path], list[str]]:
             for layer in attached.layers.values():
                 layer.trained()["b"].normal_(std=0.01, generator=generator)
         folders.append(detach(attached, opened.id).save(folder / f"a{number}"))
-        export(folders[-1], to="gguf", output=folder / f"g{number}")
-        files += [str(path) for path in (folder / f"g{number}").glob("*.gguf")]
-    return folders, files
+    return folders
+
+
+def as_gguf(folders: list[Path]) -> list[str]:
+    """The same as llama.cpp reads them."""
+    from deltaw.commands.export import export
+
+    files = list[str]()
+    for folder in folders:
+        export(folder, to="gguf", output=folder.with_suffix(".gguf"))
+        files += map(str, folder.with_suffix(".gguf").glob("*.gguf"))
+    return files
 
 
 def main() -> None:
@@ -148,8 +156,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(1000, 40_000, (STREAMS, PROMPT), generator=generator).tolist()
     with TemporaryDirectory() as folder:
-        folders, files = make_adapters(Path(folder), asked.adapters)
-        llama = Llama(str(builtin_file(BASE)), files, asked.threads)
+        folders = make_adapters(Path(folder), asked.adapters)
+        llama = Llama(str(builtin_file(BASE)), as_gguf(folders), asked.threads)
         ours = {weights: Ours(weights, folders) for weights in asked.weights}
         sides: dict[str, Any] = {"llama.cpp": llama, **ours}
         for streams in asked.streams:

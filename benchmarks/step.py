@@ -17,7 +17,7 @@ from deltaw.adapter.attach import attach
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.base.load import open_base
-from deltaw.commands.demo import DEMO
+from deltaw.commands.demo import demo_config
 from deltaw.config import RunConfig, parse_config
 from deltaw.data.loader import Loader
 from deltaw.data.opening import open_dataset
@@ -44,8 +44,9 @@ def gemm_gigaflops(rows: int) -> float:
 
 def demo_steps(count: int) -> tuple[RunConfig, Forward, list[list[Batch]]]:
     """The demo's settings, its base ready to run, and the batches of its first `count` steps."""
-    sections = {"data": {**DEMO["data"], "limit": 2000, "eval": None}, "train": {**DEMO["train"], "sample_every": None}}
-    config = parse_config({**DEMO, **sections, "evaluate": {}})
+    raw = demo_config().model_dump(mode="json", by_alias=True)
+    sections = {"data": {**raw["data"], "limit": 2000, "eval": None}, "train": {**raw["train"], "sample_every": None}}
+    config = parse_config({**raw, **sections, "evaluate": {}})
     _, _, dataset = open_dataset(config, Display(quiet=True))
     sizes = config.train
     loader = Loader(dataset.train, sizes.tokens_per_step, sizes.tokens_per_batch, 0)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from deltaw.base.source import find_base
-from deltaw.commands.demo import DEMO
+from deltaw.commands.demo import demo_config
 from deltaw.config import parse_config
 from deltaw.data.example import Example
 from deltaw.data.opening import open_dataset
@@ -35,7 +35,7 @@ from deltaw.data.render import open_tokenizer
 from deltaw.show.progress import Display
 
 Step = list[Example]
-BASE: str = DEMO["base"]
+BASE = demo_config().base
 GROUP = 50  # batches that are sorted together, transformers' figure
 TOKENS_PER_BATCH = 2048  # deltaw's default; every bare loop splits a longer step at the same places
 SHORTEST, LONGEST = 512, 2048  # of the long texts
@@ -113,12 +113,12 @@ def _long(seed: int) -> list[Step]:
 
 
 def _words(seed: int) -> list[Step]:
-    return grouped(_rows(DEMO["data"]["train"], 45 * GROUP), 45, seed)
+    return grouped(_rows("builtin:cmudict", 45 * GROUP), 45, seed)
 
 
 def _few(seed: int) -> list[Step]:
     # Not grouped: the curves are to show learning, and words of one length at a time would be a rough road.
-    rows = _rows(DEMO["data"]["train"], 2500)
+    rows = _rows("builtin:cmudict", 2500)
     order = np.random.RandomState(seed).permutation(len(rows))
     return [[rows[number] for number in order[start : start + 7]] for start in range(0, len(rows) - 6, 7)]
 
@@ -143,7 +143,7 @@ def _all(ids: Sequence[int], origin: str) -> Example:
 @cache
 def _rows(source: str, limit: int) -> list[Example]:
     """The first `limit` rows of a data set as the project itself prepares them."""
-    raw: dict[str, Any] = {**DEMO, "data": {"train": source, "limit": limit}, "train": {}, "evaluate": {}}
+    raw: dict[str, Any] = {"base": BASE, "data": {"train": source, "limit": limit}, "output": "runs/unused"}
     _, _, dataset = open_dataset(parse_config(raw), Display(quiet=True))
     return dataset.train
 

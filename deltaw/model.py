@@ -182,7 +182,7 @@ def open_model(
     config = named.local
     source = _found(named, fspath(base) if base else named.base if adapter else None, display)
     dtype = dtype or (config.train.dtype if config else "auto")
-    renderer = open_renderer(source, config, named.template)
+    renderer = open_renderer(source, config, named.template, named.tokens if adapter else None)
     how = asked_as(adapter, renderer).changed(chat=chat, system=system, template=renderer.template is not None)
     weights = weights or (as_kept(source, config.base_weights) if config else "auto")
     opened = open_base(source, dtype=dtype, device=device, display=display, weights=weights)
@@ -201,7 +201,7 @@ def open_model(
             f"{named.name} was trained on {adapter.base.weights_in_words} weights of its base, and here are "
             f"{model.id.weights_in_words}: answers differ a little from those that were measured"
         )
-    return replace(model, attached=attach(opened.model, adapter))
+    return replace(model, attached=attach(opened.model, adapter, tokens=renderer.tokens))
 
 
 def _found(named: Named, base: str | None, display: Display) -> Source:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from deltaw.adapter.file import Adapter, is_adapter, is_run
+from deltaw.adapter.file import Adapter, adapter_folder, is_adapter, is_run
 from deltaw.base.source import found_as, may_be_base
 from deltaw.config import RunConfig, load_config
 from deltaw.config.places import check_there, placed
-from deltaw.data.render import TEMPLATE
+from deltaw.data.render import TEMPLATE, open_tokenizer
 from deltaw.errors import InputError
+from deltaw.replaced import Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +98,20 @@ class Named:
             return error  # it is a model
         fix = error.fix if self.path.is_dir() else "name a run's folder, an adapter's, or a base"
         return InputError(f"{self.name} isn't a run, an adapter or a base", fix=fix)
+
+    @property
+    def tokens(self) -> dict[int, str]:
+        """The tokens that the adapter trains by name; those that another tool's doesn't name are looked up in the
+        tokenizer beside it, where one lies there. Raises InputError where there is no adapter."""
+        ids = next((one.index_K.tolist() for one in self.adapter.factors.values() if isinstance(one, Rows)), [])
+        texts = self.adapter.tokens
+        if not ids or len(texts) == len(ids):
+            return texts
+        folder = adapter_folder(self.path)
+        if not (folder / "tokenizer.json").is_file():
+            return {}
+        added = open_tokenizer(folder).added_tokens_decoder
+        return {id: added[id].content for id in ids if id in added}
 
     @property
     def template(self) -> Path | None:

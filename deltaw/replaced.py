@@ -30,6 +30,8 @@ from deltaw.kernels.weight import Weight
 from deltaw.kinds import Dense
 from deltaw.updates import Plain, Update
 
+MERGE = "merge it into its base: deltaw merge"
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rows(Update):
@@ -79,8 +81,10 @@ class Rows(Update):
         return type(self)(self.index_K.cpu(), self.rows_KD.cpu())
 
     def rows(self, start: int, stop: int) -> Update:
-        """Those among them, of a weight of these rows alone. Raises ValueError where it has none of them."""
+        """Those among them; where there is none, nothing."""
         inside_K = (self.index_K >= start) & (self.index_K < stop)
+        if not inside_K.any():
+            return LowRank(self.rows_KD.new_zeros(1, self.rows_KD.shape[1]), self.rows_KD.new_zeros(stop - start, 1))
         return Rows(self.index_K[inside_K] - start, self.rows_KD[inside_K])
 
     def relative_to(self, weight: Weight) -> LowRank:
@@ -99,7 +103,7 @@ class Rows(Update):
         )
 
     def low_rank(self) -> LowRank:
-        raise InputError("trained tokens are rows of a matrix, not two factors", fix="leave adapter.tokens out")
+        raise InputError("trained tokens are rows of a matrix, not two factors", fix=MERGE)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -144,7 +148,7 @@ class Whole(Update):
         )
 
     def low_rank(self) -> LowRank:
-        raise InputError("a module that was trained whole has no factors", fix="train it as LoRA: also: {…: lora}")
+        raise InputError("a module that was trained whole has no factors", fix=MERGE)
 
 
 REPLACED: dict[str, type[Update]] = {update.kind: update for update in (Rows, Whole)}

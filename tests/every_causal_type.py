@@ -115,9 +115,11 @@ class Row:
 
     def line(self) -> str:
         """Of the table."""
-        return "| " + " | ".join((
-            self.name, self.way, self.head, self.stand_ins, self.adapted, self.experts, self.left
-        )) + " |"
+        return (
+            "| "
+            + " | ".join((self.name, self.way, self.head, self.stand_ins, self.adapted, self.experts, self.left))
+            + " |"
+        )
 
 
 def build(name: str) -> nn.Module:

@@ -15,7 +15,6 @@ import torch
 import deltaw
 from deltaw.base.load import Base, open_base
 from deltaw.cli import main
-from deltaw.commands.demo import DEMO
 from deltaw.show.progress import Display
 from tests.bases import BUILTIN
 from tests.test_guide import blocks as blocks_of
@@ -40,11 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_demo_recipe_is_the_demo() -> None:
-    assert deltaw.load_config(REPOSITORY / "recipes/demo.yaml") == deltaw.parse_config(DEMO)
-
-
-@pytest.mark.parametrize("recipe", ["chat-classification", "dpo", "text"])  # the demo is trained below
+@pytest.mark.parametrize("recipe", ["chat-classification", "dpo", "new-tokens", "text"])  # the demo is trained below
 def test_every_recipe_trains_for_two_steps(recipe: str, here: Path) -> None:
     if recipe == "chat-classification" and importlib.util.find_spec("evals") is None:
         pytest.skip("its data is not installed: pip install --no-deps evals==3.0.1.post1")
@@ -52,10 +47,36 @@ def test_every_recipe_trains_for_two_steps(recipe: str, here: Path) -> None:
     small = SMALL if recipe != "text" else [*BRIEF, *one_page]
     config = deltaw.load_config(f"recipes/{recipe}.yaml", ["train.steps=2", *small, *BARE])
     adapter = deltaw.train(config, display=QUIET)
-    assert adapter.parameters == 4_884_480
+    assert adapter.parameters == 4_884_480 + 576 * len(config.adapter.tokens)
     result = json.loads((Path(config.output) / "result.json").read_text())
     assert result["steps"] == 2 and result["eval"]["after"]["loss"] > 0
     assert result["forward"] == "packed documents, fused head and loss, fused 61 norms, 30 attention blocks, 30 MLPs"
+
+
+@pytest.mark.slow
+def test_the_recipe_of_sums_is_shown_first_then_rewarded(here: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    few = ["data.limit=50", "data.eval=4", "train.steps=2", *BARE]
+    shown = ["objective=sft", "adapter.from=null", "output=runs/sums-shown", "evaluate.max_new_tokens=8"]
+    deltaw.train(deltaw.load_config("recipes/grpo-reasoning.yaml", [*shown, *few]), display=QUIET)
+    deltaw.train(deltaw.load_config("recipes/grpo-reasoning.yaml", [*few, "objective.prompts=2"]), display=QUIET)
+    after = json.loads(Path("runs/sums/result.json").read_text())["eval"]["after"]
+    assert after["reward"] == after["number_equal"] and 0 <= after["reward"] <= 1
+
+
+@pytest.mark.slow
+def test_the_recipe_of_rewards_goes_on_from_the_demo(here: Path) -> None:
+    deltaw.train(deltaw.load_config("recipes/demo.yaml", [*SMALL, *BARE, "train.steps=30"]), display=QUIET)
+    few = ["train.steps=2", "objective.prompts=4", "objective.samples=4", "data.eval=4", "data.limit=100"]
+    config = deltaw.load_config("recipes/grpo.yaml", [*few, *BARE])
+    adapter = deltaw.train(config, display=QUIET)
+    assert adapter.parameters == 4_884_480
+    result = json.loads((Path(config.output) / "result.json").read_text())
+    lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
+    assert 0 <= result["eval"]["after"]["reward"] <= 1 and result["eval"]["start"]["reward"] >= 0
+    assert result["eval"]["after"]["phoneme_error_rate"] > 0
+    most = 1e-4 if result["dtype"] == "float32" else 0.2
+    assert all(line["logp_difference"] <= most for line in lines if "logp_difference" in line)
 
 
 def test_it_learns_and_peft_gives_the_same_logits(here: Path) -> None:

@@ -56,7 +56,7 @@ def resize(
     A module of lower rank stays as it is. `uniform`: padded to one rank afterwards. Raises InputError unless exactly
     one of both is given and possible: 1 ≤ rank ≤ the adapter's own largest, 0 < energy ≤ 1.
     """
-    updates = low_rank_updates(adapter, "resized")
+    updates = low_rank_updates(adapter, "resized", beside=True)
     check_size(rank, energy)
     largest = max(update.rank for update in updates.values())
     if rank is not None and rank > largest:
@@ -71,7 +71,7 @@ def resize_global(adapter: Adapter, energy: float) -> tuple[Adapter, list[Loss]]
 
     Raises InputError unless 0 < energy ≤ 1.
     """
-    updates = low_rank_updates(adapter, "resized")
+    updates = low_rank_updates(adapter, "resized", beside=True)
     check_size(None, energy)
     spectra = [update.wide_svd[1] for update in updates.values()]
     sigma_K, order_K = torch.cat(spectra).sort(descending=True, stable=True)
@@ -83,7 +83,7 @@ def resize_global(adapter: Adapter, energy: float) -> tuple[Adapter, list[Loss]]
 
 def energy_shares(adapter: Adapter) -> Tensor:
     """[K], float64: the share of Σ ‖ΔW‖²_F that the largest 1, 2, …, K singular values of all modules hold."""
-    updates = low_rank_updates(adapter, "resized")
+    updates = low_rank_updates(adapter, "resized", beside=True)
     sigma_K = torch.cat([update.wide_svd[1] for update in updates.values()]).sort(descending=True).values
     energy_K = (sigma_K / (float(sigma_K[0]) or 1)).square().cumsum(0)
     return energy_K / (float(energy_K[-1]) or 1)
@@ -108,7 +108,7 @@ def pad_all(adapter: Adapter) -> Adapter:
     Exact where all modules have one scale; where they differ, the ratio goes into B, which rounds it. Raises
     InputError where a module that is to be padded is too narrow for the largest rank.
     """
-    updates = low_rank_updates(adapter, "padded")
+    updates = low_rank_updates(adapter, "padded", beside=True)
     rank = max(update.rank for update in updates.values())
     narrow = next((path for path, update in updates.items() if min(update.shape) < rank > update.rank), None)
     if narrow:
@@ -151,13 +151,16 @@ def mixed(adapter: Adapter) -> str | None:
 
 def adapter_of(factors: Mapping[str, LowRank], like: Adapter) -> Adapter:
     """An adapter of `factors` whose spec describes them exactly; base and layout are those of `like`, dropout is 0.
+    What `like` has beside modules like these (trained tokens, whole modules) stays.
 
     The spec of `like` stays if it still fits, its targets if the modules are the same, else they are the paths. Raises
     InputError where a scale needs an alpha beyond float64.
     """
     spec, factors = like.spec, _even(factors)
-    if factors.keys() == like.factors.keys() and all(describes(spec, path, u) for path, u in factors.items()):
-        return replace(like, spec=spec.model_copy(update={"dropout": 0.0}), factors=dict(factors))
+    same = factors.keys() == like.body.keys()
+    beside = like.replaced if same else {}
+    if same and all(describes(spec, path, u) for path, u in factors.items()):
+        return replace(like, spec=spec.model_copy(update={"dropout": 0.0}), factors={**factors, **beside})
     known = {} if spec.full else {(spec.scale(p), spec.rank_of(p)): spec.alpha_of(p) for p in like.factors}
     divisors = {path: math.sqrt(u.rank) if spec.scaling == "rslora" else u.rank for path, u in factors.items()}
     signed = {path: _positive(update) for path, update in factors.items()}
@@ -165,26 +168,30 @@ def adapter_of(factors: Mapping[str, LowRank], like: Adapter) -> Adapter:
     ranks = {path: update.rank for path, update in signed.items()}
     # A parameter counts once, however many experts it is of.
     by_parameter = {parameter_of(path): path for path in factors}
-    ranks, settings = ({name: of[path] for name, path in by_parameter.items()} for of in (ranks, alphas))
+    ranks = {name: ranks[path] for name, path in by_parameter.items()}
+    settings = {name: alphas[path] for name, path in by_parameter.items()}
     rank, alpha = _commonest(ranks), _commonest(settings)
     described = AdapterSpec.checked(
         rank=rank,
         alpha=alpha,
-        targets=spec.targets if factors.keys() == like.factors.keys() else tuple(by_parameter),
+        targets=spec.targets if same else tuple(by_parameter),
+        **({"also": spec.also, "tokens": spec.tokens} if same else {}),
         scaling=spec.scaling,
         rank_overrides=_overrides(ranks, rank),
         alpha_overrides=_overrides(settings, alpha),
     )
     exact = {path: replace(update, scale=alphas[path] / divisors[path]) for path, update in signed.items()}
-    return replace(like, spec=described, factors=exact)
+    return replace(like, spec=described, factors={**exact, **beside})
 
 
-def low_rank_updates(adapter: Adapter, verb: str) -> dict[str, LowRank]:
-    """The adapter's factors. Raises InputError for full fine-tuning, DoRA, and an adapter of nothing."""
+def low_rank_updates(adapter: Adapter, verb: str, *, beside: bool = False) -> dict[str, LowRank]:
+    """The adapter's factors; `beside`: trained tokens and whole modules may stay beside them. Raises InputError for
+    full fine-tuning, DoRA, an adapter of nothing, and for those unless they may."""
     if not adapter.factors:
         raise InputError(f"the adapter has no modules, so it can't be {verb}")
     try:
-        return {path: update.low_rank() for path, update in adapter.factors.items()}
+        updates = adapter.body if beside and adapter.body else adapter.factors
+        return {path: update.low_rank() for path, update in updates.items()}
     except InputError as error:
         raise InputError(f"{error.what}, so it can't be {verb}", error.fix) from None
 

@@ -190,7 +190,7 @@ def detach(attached: Attached, base: BaseId | None = None) -> Adapter:
 
 def discard(attached: Attached) -> None:
     """Take the adapter off its model; nobody wants what it has learnt."""
-    take_off(attached.model, attached.carried, attached.number)
+    take_off(attached.model, attached.layers, attached.carried, attached.number)
 
 
 def at_scale(attached: Attached, factor: float) -> Attached:

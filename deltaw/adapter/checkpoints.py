@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.base.linear_weights import HEADER_BYTES, TENSORS
-from deltaw.base.names import places
+from deltaw.base.names import Slot, places
 from deltaw.errors import InputError, listed
 from deltaw.files.safetensors import read_header, read_tensor
 from deltaw.files.shards import shards
@@ -73,9 +73,12 @@ class Checkpoint:
         self.vocabulary = _vocabulary(skeleton)
         self.stored: dict[str, Stored] = {}
         self.converted: dict[str, list[str]] = {}
+        self.slots: dict[str, Slot] = {}  # of those that are experts' matrices, by their names in the file
         for file, names in shards(folder).items():
             header = read_header(file, max_header_bytes=HEADER_BYTES, max_tensors=TENSORS)
             for name, place in places(skeleton, names).items():
+                if place.slot is not None:
+                    self.slots[name] = place.slot
                 if place.converted:
                     self.converted.setdefault(place.name or name, []).append(name)
                 own_name = name if place.converted else place.name or name

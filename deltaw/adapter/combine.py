@@ -91,7 +91,8 @@ def combine(
     base = next((adapter.base for adapter in adapters if adapter.base.fingerprint), adapters[0].base)
     base = replace(base, template=adapters[0].base.template, system=adapters[0].base.system)
     rewritten = frozenset[str]().union(*(adapter.rewritten for adapter in adapters))
-    return adapter_of(factors, replace(like, base=base, rewritten=rewritten)), losses
+    words = frozenset[str]().union(*(adapter.embeddings for adapter in adapters))
+    return adapter_of(factors, replace(like, base=base, rewritten=rewritten, embeddings=words)), losses
 
 
 def ties(weights: Sequence[float], deltas_DMN: Tensor, density: float) -> Tensor:

@@ -25,6 +25,7 @@ from deltaw.base.frozen import FrozenEmbedding, FrozenLinear
 from deltaw.config import AdapterSpec, names_module
 from deltaw.data.added import Token
 from deltaw.errors import InputError, listed
+from deltaw.replaced import MERGE
 from deltaw.updates import Update
 
 TOKENS, LORA, WHOLE = "tokens", "lora", "whole"
@@ -104,7 +105,7 @@ def ways_of(model: nn.Module, updates: Mapping[str, Update]) -> dict[str, str]:
     if strays:
         raise InputError(
             f"only an embedding and a head can be trained like this here ({', '.join(ends.paths)}):\n{listed(strays)}",
-            fix="merge it with PEFT (merge_and_unload), which can read it",
+            fix=MERGE,
         )
     check_ends(model, ways)
     problems = []
@@ -178,7 +179,7 @@ def notes_of(model: nn.Module, ways: Mapping[str, str]) -> list[str]:
     lines = []
     for path, way in ways.items():
         places = " and ".join(places_of(model, path, way))
-        words = {TOKENS: "rows of tokens", LORA: "LoRA", WHOLE: "the whole matrix"}
+        words = {TOKENS: "rows of tokens", LORA: "LoRA", WHOLE: "the whole matrix, at a tenth of the rate"}
         lines.append(f"{places}: {words[way]}")
         if ends.tied and way != TOKENS and len(ways) == 1:
             other = next(one for one in ends.paths if one != path)

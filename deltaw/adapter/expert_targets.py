@@ -1,9 +1,9 @@
 """Experts as targets: which parameters a spec's names mean, of what rank, and in what words that is told.
 
 The experts of a mixture are parameters, each of all experts at once (base/experts.py). The group `experts` is all of
-them, and their paths and ends (`experts.down_proj`) are names like those of layers; a name that a linear layer has means
-the layer, so `down_proj` is a dense or a shared MLP's where there is one. What is left out (`not layers.0-3`) is left
-out of both. Other groups leave experts alone, and a line says so.
+them, and their paths and ends (`experts.down_proj`) are names like those of layers; a name that a linear layer has
+means the layer, so `down_proj` is a dense or a shared MLP's where there is one. What is left out (`not layers.0-3`) is
+left out of both. Other groups leave experts alone, and a line says so.
 
 Each expert's matrices get the rank divided by the number of experts that a token goes to, at least 1, unless
 `expert_rank` or an override says otherwise (LoRA Without Regret: a token then meets as many trained directions as in a

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.adapter.layer_update import AdaptedLayer, Carried, LayerUpdate
-from deltaw.base.experts import FrozenExperts, FrozenStack
+from deltaw.base.experts import FrozenExperts, FrozenStack, called
 from deltaw.base.frozen import Stored
 from deltaw.config.adapter import expert_path
 from deltaw.errors import InputError
@@ -46,6 +46,15 @@ class ExpertUpdates:
     def by_path(self, path: str) -> dict[str, LowRank]:
         """By the experts' own paths."""
         return {expert_path(path, number): update for number, update in enumerate(self.each)}
+
+    @property
+    def rank(self) -> int:
+        """R, of each."""
+        return self.each[0].rank
+
+    def times(self, factor: float) -> "ExpertUpdates":
+        """factor · ΔW."""
+        return ExpertUpdates(tuple(update.times(factor) for update in self.each))
 
     def cpu(self) -> "ExpertUpdates":
         """On the CPU."""
@@ -117,7 +126,9 @@ class ExpertsUpdate(LayerUpdate):
         a_EKN = torch.stack([one.a_RN for one in update.each]).to(self.lora_a)
         b_EMK = torch.stack([one.b_MR for one in update.each]).to(self.lora_b)
         if (a_EKN.shape, b_EMK.shape) != tuple(factor.shape for factor in self.acting()):
-            raise ValueError(f"updates of {tuple(b_EMK.shape)} and {tuple(a_EKN.shape)}, the layer: {self.extra_repr()}")
+            raise ValueError(
+                f"updates of {tuple(b_EMK.shape)} and {tuple(a_EKN.shape)}, the layer: {self.extra_repr()}"
+            )
         self.take(a_EKN, b_EMK)
         self.scale = update.each[0].scale
 
@@ -200,7 +211,7 @@ class AdaptedExperts(AdaptedLayer):
         assert isinstance(update, ExpertsUpdate)
         if not self.has(number):
             self.updates[str(number)] = nn.ModuleDict()
-        self.updates[str(number)][update.stack_of_base.name] = update  # type: ignore[index, operator]
+        self.updates[str(number)][update.stack_of_base.name] = update  # type: ignore[operator]
 
     def sample(self) -> tuple[Tensor, ...]:
         first, stored = self.base.stack(self.base.module_names[0]), self.stored
@@ -215,7 +226,7 @@ class AdaptedExperts(AdaptedLayer):
         taken = {number: updates for number in numbers if (updates := self._enabled(number))}
         if not taken:
             return self.base(*args, **kwargs)
-        x, experts_TK, weights_TK = self.base.called(args, kwargs)
+        x, experts_TK, weights_TK = called(self.base.module, args, kwargs)
         x_TN = x.reshape(-1, x.shape[-1])
         routes = route(experts_TK, self.base.count, segments)
         rows_SN = spread(x_TN, routes)
@@ -226,8 +237,10 @@ class AdaptedExperts(AdaptedLayer):
         return gather(weighted_SN, routes).to(x.dtype).view(x.shape)
 
     def _enabled(self, number: int) -> dict[str, ExpertsUpdate]:
+        """Those of that number that are switched on, by their parameters' names."""
         updates = self.updates._modules.get(str(number))
-        return {name: update for name, update in getattr(updates, "items", dict)() if update.enabled}
+        named = {} if updates is None else updates._modules
+        return {name: one for name, one in named.items() if isinstance(one, ExpertsUpdate) and one.enabled}
 
     def _product(
         self, name: str, x_SN: Tensor, routes: Routes, taken: Mapping[int, Mapping[str, ExpertsUpdate]]
@@ -256,5 +269,4 @@ class AdaptedExperts(AdaptedLayer):
 
     @torch.no_grad()
     def fused(self, number: int) -> nn.Module:
-        """A new module of the base's own kind with W + ΔW in the places of the adapted parameters."""
         return self.base.with_weights({name: update.sum() for name, update in self._enabled(number).items()})

@@ -3,7 +3,7 @@
 Both watch the base, its adapter switched off, on a few batches: hooks on the frozen layers add up
 
     eva        Σ (x − μ)(x − μ)ᵀ [N, N], float64, over all tokens     one pass forward
-    lora-ga    ∂L/∂W = Σ Gᵀ x [M, N], float32                         one pass forward and back
+    lora-ga    ∂L/∂W = Σ Gᵀ x [M, N], float32, L the run's objective  one pass forward and back
 
 and init.py turns each sum into factors. A running mean is subtracted batch by batch and the batches' means are joined
 as in Chan, Golub & LeVeque (1983): XᵀX − T μμᵀ would lose the small directions beside the few inputs of language models
@@ -21,6 +21,7 @@ Letters: T tokens, N inputs, M outputs.
 
 import abc
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from deltaw.adapter.layer import LowRankUpdate
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
 from deltaw.base.frozen import FrozenLinear
+from deltaw.base.objective import Objective, sft
 from deltaw.data.loader import fill
 from deltaw.errors import RunError
 from deltaw.show.progress import QUIET, Display
@@ -46,8 +48,10 @@ def initialise_from_data(
     forward: Forward,
     batches: Sequence[Batch],
     display: Display = QUIET,
+    objective: Objective = sft,
 ) -> None:
-    """Set every layer's start as `attached.spec.init` (eva or lora-ga) says, from `batches`, which lie on its device.
+    """Set every layer's start as `attached.spec.init` (eva or lora-ga) says, from `batches`, which lie on its device;
+    `objective`: what they are to be better by, whose reference is the base.
 
     Raises RunError for a layer that the batches tell nothing of, or NaN, and ValueError for an init that needs no data.
     """
@@ -64,7 +68,7 @@ def initialise_from_data(
             hooks += [_leaf(attached.model)] if kind is _Gradient else []
             try:
                 for done, batch in enumerate(batches, 1 + number * len(batches)):
-                    _pass(attached, forward, batch, backward=kind is _Gradient)
+                    _pass(attached, forward, batch, objective if kind is _Gradient else None)
                     progress(done)
             finally:
                 for hook in hooks:
@@ -75,12 +79,18 @@ def initialise_from_data(
                 layer.start(*sums.pop(path).factors(layer.lora_a.shape[0], path))
 
 
-def _pass(attached: Attached, forward: Forward, batch: Batch, *, backward: bool) -> None:
-    """The base on one batch."""
-    with attached.disabled(), torch.set_grad_enabled(backward):
-        loss, labels = forward.loss(attached.taken_by(batch))
-        if backward and labels:
-            loss.backward()
+def _pass(attached: Attached, forward: Forward, batch: Batch, objective: Objective | None) -> None:
+    """The base on one batch, and back from the objective."""
+    batch = attached.taken_by(batch)
+    with attached.disabled(), torch.set_grad_enabled(objective is not None):
+        if objective is None:
+            forward.rows(batch)
+            return
+        scores = forward.scores(batch)
+        if objective.references:  # which is the base, as it stands here
+            batch = replace(batch, references=tuple(batch.by_document(scores.logp_K.detach()).tolist()))
+        if batch.supervised:
+            objective(scores, batch).backward()
 
 
 def _leaf(model: Any) -> RemovableHandle:

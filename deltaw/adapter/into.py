@@ -19,8 +19,8 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from deltaw.adapter.layer_update import LayerUpdate
-from deltaw.adapter.place import check_bare, put_on, take_off
+from deltaw.adapter.layer_update import AdaptedLayer
+from deltaw.adapter.place import adapted_layers, check_bare, put_on, take_off
 from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.load import fingerprint as fingerprint_of
 from deltaw.config import AdapterSpec
@@ -87,19 +87,21 @@ def merge_into(
             fix="load its own base; an adapter with base=BaseId() goes on any model of its shapes",
         )
     placed = put_on(model, spec, updates, fuse=())
+    layers, homes = adapted_layers(model), {update.home(path) for path, update in placed.layers.items()}
+    adapted = {home: layer for home, layer in layers.items() if home in homes}
     try:
-        merged = _fused(placed.layers)
+        merged = _fused(adapted, placed.number)
     finally:
-        originals = {path: layer.base.module for path, layer in placed.layers.items()}
-        take_off(model, placed.carried, placed.number)
+        originals = {path: layer.base.module for path, layer in adapted.items()}
+        take_off(model, placed.layers, placed.carried, placed.number)
     for path, module in merged.items():
         model.set_submodule(path, module)
     return MergedInto(model, originals, merged)
 
 
-def _fused(layers: Mapping[str, LayerUpdate]) -> dict[str, nn.Module]:
-    merged = {path: layer.fuse() for path, layer in layers.items()}
-    broken = [path for path, layer in merged.items() if not torch.isfinite(layer.weight).all()]  # type: ignore[arg-type]
+def _fused(layers: Mapping[str, AdaptedLayer], number: int) -> dict[str, nn.Module]:
+    merged = {path: layer.fused(number) for path, layer in layers.items()}
+    broken = [path for path, layer in merged.items() if not all(torch.isfinite(p).all() for p in layer.parameters())]
     if broken:
         raise InputError(
             f"merged, {len(broken)} weights hold numbers too large for their type, or NaN:\n{listed(broken)}",

@@ -58,6 +58,11 @@ class AdaptedLinear(AdaptedLayer):
     def put_on(self, number: int, update: LayerUpdate) -> None:
         self.updates[str(number)] = update
 
+    def fused(self, number: int) -> nn.Module:
+        update = self.update(number)
+        assert update is not None
+        return update.fused_onto(self.base)
+
     def sample(self) -> tuple[Tensor, ...]:
         weight, generator = self.base.weight, torch.Generator().manual_seed(0)
         return (torch.randn(1, weight.shape[1], generator=generator).to(weight.device, weight.dtype),)

@@ -130,6 +130,10 @@ class AdaptedLayer(nn.Module, abc.ABC):
         """The paths of what it can have updates of; `home`: its own."""
         return (home,)
 
+    @abc.abstractmethod
+    def fused(self, number: int) -> nn.Module:
+        """A new module of the base's own kind whose weights are W + ΔW, summed in float32 and rounded once."""
+
     def has(self, number: int) -> bool:
         """Whether it has an update of that number."""
         return str(number) in self.updates
@@ -228,6 +232,10 @@ class LayerUpdate(nn.Module, abc.ABC):
     def take_values(self, path: str, updates: Mapping[str, Update]) -> None:
         """Take its numbers from an adapter's. Raises ValueError where those aren't of its kind or shape."""
         self.set_factors(updates[path])
+
+    def fused_onto(self, base: Any) -> nn.Module:
+        """The same of the layer `base`, which is another than its own where one update stands in two (rows.py)."""
+        return self.fuse()
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:

@@ -103,13 +103,17 @@ def put_on(
     return Placed(exact, updates, carried, place.number, targets, tuple(notes_of(model, ways)))
 
 
-def take_off(model: nn.Module, carried: Carried, number: int) -> None:
-    """The updates of that number out of the model, and with the last ones all layers and stand-ins."""
+def take_off(model: nn.Module, layers: Mapping[str, LayerUpdate], carried: Carried, number: int) -> None:
+    """These updates, of that number, out of the model, and with the last ones all layers and stand-ins. One update may
+    be in several layers, and one layer may have several of a number."""
+    own = set(layers.values())
     carried.remove(number)
     if not carried.numbers:
         fused.remove(model, fused.installed(model))
     for path, layer in list(model.named_modules()):
-        if isinstance(layer, AdaptedLayer) and layer.has(number):
+        if not (isinstance(layer, AdaptedLayer) and layer.has(number)):
+            continue
+        if own.intersection(layer.updates[str(number)].modules()):
             layer.take_off(number)
             if not layer.updates:
                 model.set_submodule(path, layer.base.module)
@@ -133,11 +137,16 @@ def check_known(model: nn.Module) -> None:
         )
 
 
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """Those in a model, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
+
+
 @contextmanager
 def _beside_others(model: nn.Module) -> Iterator[tuple[Carried, dict[str, AdaptedLayer], dict[str, StandIn]]]:
     """The bare model for the length of a block, with what tells of its updates, and the layers and the stand-ins that
     were in it. After an error they are put in their places again."""
-    others = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
+    others = adapted_layers(model)
     carried = next((layer.carried for layer in others.values()), None) or Carried(passing_of(model))
     stand_ins, first = fused.installed(model), carried.first
     fused.remove(model, stand_ins)
@@ -225,7 +234,7 @@ def put_again(
 
 def tried_before(model: nn.Module, spec: AdapterSpec, trained: Mapping[str, Update]) -> bool:
     """Whether these updates can be put on the model without trying it again: its layers and stand-ins stay."""
-    others = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
+    others = adapted_layers(model)
     return _tried_before(others, spec, trained)
 
 

@@ -30,7 +30,7 @@ from typing import Any
 from torch import nn
 
 from deltaw.adapter.expert_targets import GROUP, Experts, ends, experts_of
-from deltaw.adapter.patterns import NOT, is_literal, matched, problem
+from deltaw.adapter.patterns import NOT, is_literal, problem
 from deltaw.adapter.peft_config import rewritten_names
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.language import language_part
@@ -76,9 +76,9 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unfit: Mapping[str, str] |
     Raises InputError: no match, an override of nothing, a layer asked for by name that can't be adapted.
     """
     linear = linear_paths(model)
-    if not linear:
-        raise InputError(f"this model has no linear layer that LoRA could adapt{_other_kinds(model)}")
     experts = experts_of(model)
+    if not linear and not experts.shapes:
+        raise InputError(f"this model has no linear layer that LoRA could adapt{_other_kinds(model)}")
     every = (*linear, *experts.shapes)
     asked = _asked(model, spec, every, experts)
     language = language_paths(model, every)
@@ -148,7 +148,7 @@ def _names(spec: AdapterSpec) -> tuple[str, ...]:
 
 
 def _meant(name: str, paths: tuple[str, ...], experts: Experts, *, too: bool = False) -> list[str]:
-    """The layers, and the experts, that a group, a name or a pattern means; `too`: experts also where it means layers."""
+    """The layers and experts that a group, a name or a pattern means; `too`: experts also where it means layers."""
     if name == GROUP:
         return experts.among(paths)
     if name in TARGET_GROUPS:
@@ -221,12 +221,9 @@ def _narrow(model: nn.Module, spec: AdapterSpec, paths: Sequence[str], times: in
     """The layers that are narrower than `times` their rank."""
     if spec.full:
         return {}
-    shapes = experts_of(model).shapes
-    sizes = {
-        path: (*(shapes[path][1:] if path in shapes else FrozenLinear(model.get_submodule(path)).weight.shape),)
-        for path in paths
-    }
-    sizes = {path: (*size, times * spec.rank_of(path)) for path, size in sizes.items()}
+    experts = experts_of(model).shapes
+    shapes = {p: experts[p][1:] if p in experts else FrozenLinear(model.get_submodule(p)).weight.shape for p in paths}
+    sizes = {path: (m, n, times * spec.rank_of(path)) for path, (m, n) in shapes.items()}
     return {path: f"is {m} x {n}: rank {r} > {min(m, n)}" for path, (m, n, r) in sizes.items() if r > min(m, n)}
 
 

@@ -10,6 +10,10 @@ layers, which are ΔW = 0, in place (`differences`): the logits must be the base
 otherwise (another shape of the same product), each layer's output its own base's. Last with the kernels' stand-ins, and
 back where it is to be trained (`holds`): the logits up to the stand-ins' rounding, a gradient that reaches the factors.
 
+A router picks other experts where two of them are nearly equal and something before it was rounded otherwise, and then
+the logits are others, too, though nothing is wrong. So where they differ, the model is run once more with the choices
+and weights that its routers made in the first pass.
+
 A layer that doesn't run on the documents (an expert that no token chose) and a model that isn't run by token ids alone
 (somebody's own module) are tried layer by layer on a row of random numbers. On the meta device there is nothing to run.
 
@@ -27,12 +31,14 @@ from torch.overrides import TorchFunctionMode
 
 from deltaw.adapter.layer_update import AdaptedLayer, LayerUpdate
 from deltaw.base.attention import is_packed
-from deltaw.base.experts import FrozenExperts
+from deltaw.base.batch import Batch
+from deltaw.base.experts import FrozenExperts, called
 from deltaw.base.frozen import FrozenLinear
 from deltaw.base.passing import Pass, passing_of
 from deltaw.base.probe import REFUSALS, probe_documents, rounding
 from deltaw.errors import InputError
 
+Routed = tuple[Tensor, Tensor]  # experts and weights of each token
 NOT_TEXT = "doesn't run on text"
 SILENT = "gets no gradient from the model's answers"
 READ = "has its weight read by the model itself, past the layer"
@@ -41,10 +47,13 @@ CHANGED = "gives something other than what its weight and bias make of its input
 
 @dataclass(frozen=True)
 class Observed:
-    """One pass of the base and back: its logits, which linear layers ran, which of them were given all its rows
-    (`whole`), and why others can't be adapted (`unfit`), or can but would never learn (`idle`)."""
+    """One pass of the base on a batch and back: its logits, which layers ran, which of them were given all its rows
+    (`whole`), and why others can't be adapted (`unfit`), or can but would never learn (`idle`). `routes`: what each
+    module of experts was told of where tokens go."""
 
+    batch: Batch
     logits_TV: Tensor
+    routes: Mapping[str, list[Routed]]
     ran: frozenset[str]
     whole: frozenset[str]
     unfit: Mapping[str, str]
@@ -57,12 +66,16 @@ def observe(model: nn.Module) -> Observed | None:
     linear = {path: module for path, module in model.named_modules() if any(kind.can_wrap(module) for kind in kinds)}
     watch = _Watch(linear)
     hooks: list[Any] = []
+    routes: dict[str, list[Routed]] = {}
     try:
         for path, module in linear.items():
             hooks += watch.on(path, module)
+            if FrozenExperts.can_wrap(module):
+                hooks.append(module.register_forward_pre_hook(_noting(routes.setdefault(path, [])), with_kwargs=True))
         hooks.append(model.get_input_embeddings().register_forward_hook(_with_gradient))  # type: ignore[operator]
+        batch = probe_documents(model)
         with _evaluating(model), torch.enable_grad(), watch:
-            logits_TV = _logits(model)
+            logits_TV = _logits(model, batch)
     except REFUSALS:
         return None
     finally:
@@ -73,7 +86,9 @@ def observe(model: nn.Module) -> Observed | None:
     idle = dict.fromkeys([path for path in linear if _family(path) not in ran], NOT_TEXT)
     idle |= dict.fromkeys(watch.without_gradient(logits_TV), SILENT)
     return Observed(
+        batch,
         logits_TV.detach(),
+        routes,
         frozenset(watch.outputs),
         frozenset(path for path, ys in watch.outputs.items() if all(_rows(y) == len(logits_TV) for y in ys)),
         dict.fromkeys(watch.read, READ),
@@ -93,20 +108,21 @@ def differences(model: nn.Module, layers: Mapping[str, AdaptedLayer], base: Obse
         return wrong
     try:
         with _evaluating(model):
-            logits_TV = _logits(model)
+            logits_TV = _logits(model, base.batch)
             if torch.equal(logits_TV, base.logits_TV):
                 return {}
-            wrong = _changed(model, layers)
+            wrong = _changed(model, layers, base.batch)
     except AttributeError as error:  # what the model asks of its own layer, and this one doesn't have
         path = next((path for path, layer in layers.items() if layer is getattr(error, "obj", None)), None)
         if path is None:
             raise
         return {path: READ}
-    if not wrong and not _near(logits_TV, base.logits_TV, next(iter(layers.values())).stored.dtype):
+    dtype = next(iter(layers.values())).stored.dtype
+    if not wrong and not (_near(logits_TV, base.logits_TV, dtype) or _near_as_routed(model, base, dtype)):
         if not base.logits_TV.isfinite().all():
-            dtype = str(next(iter(layers.values())).stored.dtype).removeprefix("torch.")
-            fix = "set train.dtype: bfloat16 or float32" if dtype == "float16" else "download the base again"
-            raise InputError(f"the base answers with NaN or infinity in {dtype}, without any adapter", fix=fix)
+            name = str(dtype).removeprefix("torch.")
+            fix = "set train.dtype: bfloat16 or float32" if name == "float16" else "download the base again"
+            raise InputError(f"the base answers with NaN or infinity in {name}, without any adapter", fix=fix)
         raise InputError("with a fresh adapter the model doesn't answer as it does without one, so none is attached")
     return wrong
 
@@ -120,7 +136,7 @@ def holds(model: nn.Module, updates: Mapping[str, LayerUpdate], base: Observed |
     reached: list[Tensor] = []
     try:
         with _evaluating(model), torch.set_grad_enabled(to_train):
-            logits_TV = _logits(model)
+            logits_TV = _logits(model, base.batch)
             if logits_TV.requires_grad:
                 gradients = torch.autograd.grad(logits_TV.square().mean(), parameters, allow_unused=True)
                 reached = [gradient for gradient in gradients if gradient is not None]
@@ -134,8 +150,9 @@ def holds(model: nn.Module, updates: Mapping[str, LayerUpdate], base: Observed |
     if to_train and not (reached and all(gradient.isfinite().all() for gradient in reached)):
         what = "no gradient reaches the adapter" if not reached else "the gradient isn't finite"
         raise InputError(f"{what} in a pass over text", fix="choose other adapter.targets")
+    dtype = next(iter(updates.values())).base.stored.dtype
     known_TV = logits_TV.detach()[:, : base.logits_TV.shape[1]]  # an update may add words
-    return _near(known_TV, base.logits_TV, next(iter(updates.values())).base.stored.dtype)
+    return _near(known_TV, base.logits_TV, dtype) or _near_as_routed(model, base, dtype)
 
 
 class _Watch(TorchFunctionMode):
@@ -186,6 +203,44 @@ class _Watch(TorchFunctionMode):
         return made
 
 
+def _noting(routes: list[Routed]) -> Any:
+    """A hook before a module of experts that adds what it is told to `routes`."""
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        _, experts_TK, weights_TK = called(module, args, kwargs)
+        routes.append((experts_TK.detach(), weights_TK.detach()))
+
+    return note
+
+
+def _replaying(routes: Iterator[Routed]) -> Any:
+    """A hook that tells it, each time it is called, what was noted."""
+
+    def replace(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return (called(module, args, kwargs)[0], *next(routes)), {}
+
+    return replace
+
+
+@torch.no_grad()
+def _near_as_routed(model: nn.Module, base: Observed, dtype: torch.dtype) -> bool:
+    """Whether it gives the base's logits where its tokens go to the experts that they went to in the base's pass."""
+    if not base.routes:
+        return False
+    hooks = [
+        model.get_submodule(path).register_forward_pre_hook(_replaying(iter(routes)), with_kwargs=True)
+        for path, routes in base.routes.items()
+    ]
+    try:
+        with _evaluating(model):
+            return _near(_logits(model, base.batch), base.logits_TV, dtype)
+    except StopIteration:  # called more often than it was
+        return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _rows(y: Tensor) -> int:
     return y.shape[:-1].numel()
 
@@ -199,9 +254,8 @@ def _with_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output.detach().requires_grad_().clone()  # a model may write into it, which no leaf allows
 
 
-def _logits(model: Any) -> Tensor:
+def _logits(model: Any, batch: Batch) -> Tensor:
     """[T, V] in float32 of two short documents, packed where the model runs packed, else in a row."""
-    batch = probe_documents(model)
     inputs, this = {"input_ids": batch.tokens_T[None]}, Pass()
     if is_packed(model):
         inputs["position_ids"], this = batch.positions_T[None], Pass(documents=batch.documents)
@@ -210,7 +264,7 @@ def _logits(model: Any) -> Tensor:
     return logits[0].float()
 
 
-def _changed(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> dict[str, str]:
+def _changed(model: nn.Module, layers: Mapping[str, AdaptedLayer], batch: Batch) -> dict[str, str]:
     """The layers whose output in a pass isn't that of what they stand for."""
     wrong: dict[str, str] = {}
 
@@ -223,7 +277,7 @@ def _changed(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> dict[str, 
 
     hooks = [layer.register_forward_hook(watch(path), with_kwargs=True) for path, layer in layers.items()]
     try:
-        _logits(model)
+        _logits(model, batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -31,6 +31,7 @@ from torch import Tensor
 from deltaw.adapter.file import Adapter
 from deltaw.analysis.measure import in_order
 from deltaw.base.fingerprint import describe
+from deltaw.config.adapter import parameter_of
 from deltaw.errors import InputError, listed
 from deltaw.linalg.rank import tolerance
 from deltaw.linalg.subspace import principal_angles, random_similarity, similarity
@@ -128,7 +129,7 @@ class Comparison:
         groups: dict[str, list[ModuleComparison]] = {}
         for path, module in self.modules.items():
             if module.right.phi_IJ.numel():
-                groups.setdefault(path.rpartition(".")[2], []).append(module)
+                groups.setdefault(parameter_of(path).rpartition(".")[2], []).append(module)
         return {
             kind: {"right": _mean([m.right for m in group]), "left": _mean([m.left for m in group])}
             for kind, group in groups.items()

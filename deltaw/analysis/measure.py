@@ -70,6 +70,7 @@ from deltaw.linalg.rounding import survival
 from deltaw.linalg.subspace import random_overlap
 from deltaw.linalg.svd import randomised_svd
 from deltaw.linalg.threads import one_thread
+from deltaw.replaced import Rows
 from deltaw.show.progress import Progress, unseen
 from deltaw.updates import Plain, Update
 
@@ -163,7 +164,10 @@ def measure_adapter(
 
     def of(path: str) -> Measures:
         update, w_MN = adapter.factors[path], None if weights is None else weights[path].dense()
-        if w_MN is not None and tuple(w_MN.shape) != update.shape:
+        if w_MN is not None and isinstance(update, Rows):  # tokens that were added have no row of W
+            more = update.height(len(w_MN)) - len(w_MN)
+            w_MN = torch.nn.functional.pad(w_MN, (0, 0, 0, more))
+        elif w_MN is not None and tuple(w_MN.shape) != update.shape:
             raise InputError(
                 f"{path}: the update has shape {update.shape}, the base's weight {tuple(w_MN.shape)}",
                 fix="measure the adapter against the base that it was trained on",

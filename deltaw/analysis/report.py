@@ -20,6 +20,7 @@ from os import fspath
 from pathlib import Path
 from typing import Any
 
+from deltaw.adapter.expert_weights import WithExperts
 from deltaw.adapter.file import Adapter
 from deltaw.analysis.checks import check_adapter, check_run
 from deltaw.analysis.effect.effect import Effect
@@ -36,7 +37,9 @@ from deltaw.base.fingerprint import describe, same_base
 from deltaw.base.linear_weights import LinearWeights
 from deltaw.base.load import fingerprint_of_files, open_base
 from deltaw.base.source import Source, find_base
+from deltaw.config.adapter import expert_of
 from deltaw.errors import InputError, RunError
+from deltaw.kernels.weight import Weight
 from deltaw.named import Named
 from deltaw.show.progress import Display
 from deltaw.show.text import counted
@@ -140,7 +143,11 @@ def inspect(
         check_not_poorer(page, why)
     if source is not None and not base_is_known and not tried:  # for that, the model was opened on it
         _check_base(adapter, source, display)
-    weights = LinearWeights(source.directory, adapter.fan_in_fan_out) if source else None
+    weights: Mapping[str, Weight] | None = None
+    if source:
+        weights = linear = LinearWeights(source.directory, adapter.fan_in_fan_out)
+        if any(expert_of(path) is not None for path in adapter.factors):
+            weights = WithExperts(linear, source)
     with display.task("measuring", len(adapter.factors)) as update:
         measures = measure_adapter(adapter, weights, progress=update)
     findings = check_adapter(measures)

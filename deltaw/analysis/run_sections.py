@@ -20,12 +20,12 @@ from deltaw.analysis.page import (
     thinned,
 )
 from deltaw.analysis.training import ANSWER, Metrics, Training
-from deltaw.config import RunConfig
+from deltaw.config import ObjectiveConfig, RunConfig
 from deltaw.config.sources import label
 from deltaw.errors import command
 from deltaw.files.output import gib
 from deltaw.files.paths import public_name
-from deltaw.show.text import clock, counted, figure_name, framed
+from deltaw.show.text import clock, counted, figure_name, framed, percent
 
 LOSSES = {"training": "loss", "held out": "eval_loss"}
 OF_PREFERENCES = (
@@ -79,12 +79,16 @@ def the_run(training: Training, folder: Path) -> Section:
     train, machine, held_out = config.train, result.get("machine", {}), result.get("eval", {}).get("rows")
     took = result.get("total_seconds")
     facts: list[tuple[str, list[str]]] = [
-        ("base", [config.base, result.get("dtype", "")]),
+        ("base", [config.base, result.get("dtype", ""), _kept_as(config.base_weights)]),
+        ("objective", [_objective(config.objective)]),
+        ("held to", [f"the base on {public_name(str(train.retain.data))}" if train.retain else ""]),
         ("data", [label(config.data.train), _count(result, "train_rows", "row"), f"{number(held_out or 0)} held out"]),
         ("form", [result.get("form", "")]),
         ("length", [_times(training.epochs), _count(result, "steps", "step"), _count(result, "tokens", "token")]),
         ("learning rate", [f"{train.lr:g}", train.schedule, _per_step(config)]),
         ("seed", [str(train.seed)]),
+        ("activations", ["" if (way := result.get("checkpointing", "none")) == "none" else f"checkpointing: {way}"]),
+        ("processes", [_several(int(result.get("processes", 1)))]),
         ("finished", [result.get("finished", ""), f"took {clock(took)}" if took else ""]),
         ("machine", [machine.get("device", ""), machine.get("cpu", ""), *_speed(result)]),
         ("made with", [f"{name} {version}" for name, version in result.get("versions", {}).items()]),
@@ -92,6 +96,20 @@ def the_run(training: Training, folder: Path) -> Section:
     ]
     rows: list[list[Cell]] = [[name, ", ".join(filter(None, parts))] for name, parts in facts]
     return Section("The run", [Table(["", ""], [row for row in rows if row[1]])])
+
+
+def _kept_as(weights: str) -> str:
+    return "" if weights == "auto" else f"base_weights: {weights}"
+
+
+def _objective(objective: ObjectiveConfig) -> str:
+    """Its kind and numbers; nothing of plain supervision."""
+    options = [f"{name} {value:g}" for name, value in objective.options.items() if isinstance(value, float) and value]
+    return "" if objective.kind == "sft" else ", ".join([objective.kind, *options])
+
+
+def _several(processes: int) -> str:
+    return "" if processes == 1 else f"{processes}, which took each step together"
 
 
 def _per_step(config: RunConfig) -> str:
@@ -151,7 +169,7 @@ def _retained(retain: Mapping[str, Any]) -> list[Block]:
     words = [
         "It was held to the base while it learnt (`train.retain`):",
         f"{number(tokens)} tokens of `{public_name(str(retain.get('data', '–')))}`, weight {number(weight)}, about "
-        f"{time:.0%} of the time of training.",
+        f"{percent(float(time or 0))} of the time of training.",
         f"In its last steps the KL from the base on that text was {number(kl)} nats per token.",
     ]
     return [Text(" ".join(words))]

@@ -22,9 +22,8 @@ Fault = Callable[[str], None]
 
 FIGURES = (
     "trained_parameters", "steps", "best_step", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes",
-    "train_rows", "epoch_tokens", "planned_steps", "total_seconds",
-)  # fmt: skip
-WORDS = ("form", "dtype", "finished")
+    "train_rows", "epoch_tokens", "planned_steps", "total_seconds", "processes")  # fmt: skip
+WORDS = ("form", "dtype", "finished", "checkpointing")
 LOST = ("tokens", "loss_before", "loss_after", "kl", "passages")
 RETAIN = ("weight", "share", "tokens", "time_share", "kl")
 ALWAYS = ("trained_parameters", "steps", "best_step", "tokens", "train_rows", "eval", "answers")  # by every version

@@ -1,9 +1,9 @@
 """What was measured, in plain words: one sentence per module, a few for the model.
 
 A path gives its layer (its first number) and its kind (its last part): `model.layers.12.mlp.down_proj` is layer 12's
-down_proj. Directions "in use" are those that hold 90 % of ‖ΔW‖²_F. That is energy, not function: only a trial tells
-what a model does with the rest. How strong an update is beside W in its directions means something only when compared
-with random directions, so both are given.
+down_proj, and so is that of each of its experts. Directions "in use" are those that hold 90 % of ‖ΔW‖²_F. That is
+energy, not function: only a trial tells what a model does with the rest. How strong an update is beside W in its
+directions means something only when compared with random directions, so both are given.
 """
 
 from collections import Counter
@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from deltaw.analysis.measure import NEAR, Measures
+from deltaw.config.adapter import expert_of, parameter_of
 from deltaw.show.text import counted, percent
 
 KINDS = 16  # columns of a map
@@ -23,7 +24,7 @@ ORDER = (
 
 def place(path: str) -> tuple[int | None, str]:
     """(layer, kind): (12, "down_proj"); the layer is None if the path has no number."""
-    parts = path.split(".")
+    parts = parameter_of(path).split(".")
     layer = next((int(part) for part in parts if part.isdigit()), None)
     return layer, parts[-1]
 
@@ -53,7 +54,9 @@ def columns_of(paths: Iterable[str]) -> dict[str, str]:
 def title(path: str) -> str:
     """ "layer 12 down_proj", or the path."""
     layer, kind = place(path)
-    return path if layer is None else f"layer {layer} {kind}"
+    expert = expert_of(path)
+    which = "" if expert is None else f" of expert {expert}"
+    return path if layer is None else f"layer {layer} {kind}{which}"
 
 
 def sentence(path: str, m: Measures) -> str:

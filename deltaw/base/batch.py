@@ -40,13 +40,36 @@ from deltaw.kernels.tree import NO_PARENT
 
 @dataclass(frozen=True, eq=False)
 class Retained:
-    """The rows of a batch, from `start` to its end, whose predictions are to stay the base's. `pieces`: which of the
-    text that is retained they are (training/retain.py); `base_RX`: what the base has in their place, as `Forward.rows`
-    gives it; None until somebody asks the base."""
+    """The rows of a batch whose predictions are to stay the base's. By piece of the text that is retained: `spans`, its
+    rows (first, end); `pieces`, which one it is (training/retain.py); `owners`, the update that it holds (empty: the
+    first one). `base_RX`: what the base has in their place, as `Forward.rows` gives it; None until somebody asks it."""
 
-    start: int
+    spans: tuple[tuple[int, int], ...]
     pieces: tuple[int, ...]
+    owners: tuple[int, ...] = ()
     base_RX: Tensor | None = None
+
+    @property
+    def rows(self) -> list[int]:
+        """Of all pieces, in order."""
+        return [row for start, end in self.spans for row in range(start, end)]
+
+    def lengths(self, update: int) -> list[int]:
+        """The rows of each piece that holds `update`; 0 for those of others."""
+        owners = self.owners or (update,) * len(self.spans)
+        return [(end - start) * (owner == update) for owner, (start, end) in zip(owners, self.spans, strict=True)]
+
+    @staticmethod
+    def joined(batches: "Sequence[Batch]") -> "Retained | None":
+        """Of batches that are laid end to end; None where none has any. The base is to be asked again."""
+        spans, pieces, owners, first = list[tuple[int, int]](), list[int](), list[int](), 0
+        for batch in batches:
+            if batch.retained:
+                spans += [(first + start, first + end) for start, end in batch.retained.spans]
+                pieces += batch.retained.pieces
+                owners += batch.retained.owners
+            first += len(batch.tokens_T)
+        return Retained(tuple(spans), tuple(pieces), tuple(owners)) if spans else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,10 +166,11 @@ class Batch:
 
     @staticmethod
     def joined(batches: Sequence["Batch"]) -> "Batch":
-        """Their documents, one batch's behind the other's; all say whose they are. Raises ValueError for one that has
-        documents `beside`: these belong to all of its own."""
-        if any(batch.beside or batch.rewarded for batch in batches):
-            raise ValueError("batches with others beside them, or of sampled answers, aren't joined")
+        """Their documents, one batch's behind the other's, and those beside them likewise; all say whose they are.
+        Raises ValueError for answers that were sampled."""
+        if any(batch.rewarded for batch in batches):
+            raise ValueError("batches of sampled answers aren't joined")
+        beside = [batch.beside for batch in batches if batch.beside]
         starts, parents = [0], list[int]()
         for batch in batches:
             tree, first = batch.documents.tree, len(starts) - 1
@@ -159,7 +183,7 @@ class Batch:
             values = [getattr(batch, name) or (missing,) * batch.examples for batch in batches]
             return [each for one in values for each in one] if any(getattr(one, name) for one in batches) else []
 
-        return Batch.of(
+        joined = Batch.of(
             torch.cat([batch.tokens_T for batch in batches]),
             starts,
             torch.cat([batch.labels_T for batch in batches]),
@@ -169,13 +193,16 @@ class Batch:
             weights=of_all("weights", 1.0),
             parts=of_all("parts", PLAIN),
             references=of_all("references", 0.0),
+            beside=Batch.joined(beside) if beside else None,
         )
+        return replace(joined, retained=Retained.joined(batches))
 
     def owned(self, update: int) -> "Batch":
         """The batch, all of whose examples take this update, but those that are `NOBODY`'s."""
         taken = self.updates or (update,) * self.examples
         updates = tuple(NOBODY if one == NOBODY else update for one in taken)
-        return replace(self, updates=updates, beside=self.beside and self.beside.owned(update))
+        retained = self.retained and replace(self.retained, owners=(update,) * len(self.retained.spans))
+        return replace(self, updates=updates, beside=self.beside and self.beside.owned(update), retained=retained)
 
     @property
     def starts(self) -> list[int]:
@@ -206,10 +233,9 @@ class Batch:
             return [end - start for start, end in itertools.pairwise(self.starts)]
         return [sum(end - start for start, end in tree.whole(number)) for number in range(self.examples)]
 
-    @property
-    def retained_rows(self) -> int:
-        """How many rows are held to the base."""
-        return 0 if self.retained is None else len(self.tokens_T) - self.retained.start
+    def retained_rows(self, update: int) -> int:
+        """How many rows hold `update` to the base."""
+        return 0 if self.retained is None else sum(self.retained.lengths(update))
 
     def rows_of(self, example: int) -> list[int]:
         """The rows of all tokens of an example, in order."""
@@ -248,9 +274,9 @@ class Batch:
 
     def tokens_of(self, update: int) -> int:
         """How many tokens the examples of `update` have, but for those that are only held to the base."""
-        if not self.updates:
-            return self.tokens - self.retained_rows
-        return sum(length for length, owner in zip(self.lengths, self.updates, strict=True) if owner == update)
+        owners = self.updates or (update,) * self.examples
+        every = sum(length for length, owner in zip(self.lengths, owners, strict=True) if owner == update)
+        return every - self.retained_rows(update)
 
     def labelled_for(self, update: int) -> "Batch":
         """The batch with the labels, the parts and the origins of `update`'s documents alone."""
@@ -279,7 +305,9 @@ class Batch:
         one = Batch.of(
             self.tokens_T[row_J], starts, self.labels_T[row_J], **{name: getattr(self, name) for name in names}
         )
-        retained = self.retained and replace(self.retained, start=len(row_J) - self.retained_rows)
+        place = {row: at for at, row in enumerate(row_J.tolist())}  # a piece shares nothing: each row is there once
+        spans = tuple((place[start], place[end - 1] + 1) for start, end in self.retained.spans) if self.retained else ()
+        retained = self.retained and replace(self.retained, spans=spans)
         return replace(one, retained=retained, rewarded=self.rewarded)
 
     def relabelled(self, labels_T: Tensor) -> "Batch":
@@ -302,7 +330,7 @@ class Batch:
             references=(*self.references, *[0.0] * count) if self.references else (),
             beside=self.beside,
         )
-        return replace(both, rewarded=self.rewarded)
+        return replace(both, rewarded=self.rewarded, retained=Retained.joined([self, documents]))
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""

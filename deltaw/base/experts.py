@@ -1,8 +1,8 @@
 """FrozenExperts: the experts of a mixture as transformers 5 keeps them, and what an adapter needs to know of them.
 
-transformers keeps the matrices of all experts of a layer in one parameter of three dimensions, and calls the module that
-has them with the tokens, the experts that the router chose for each, and their weights. Every architecture that takes
-part in its choice of implementations (`experts_implementation`) computes one formula,
+transformers keeps the matrices of all experts of a layer in one parameter of three dimensions, and calls the module
+that has them with the tokens, the experts that the router chose for each, and their weights. Every architecture that
+takes part in its choice of implementations (`experts_implementation`) computes one formula,
 
     Σ_k weight_k · down_e(gate(in_e(x))),    e the k-th expert of x
 
@@ -10,10 +10,10 @@ with `in` called gate_up_proj (gate and up in one, side by side or by turns, whi
 with or without a bias, stored [E, M, N] or [E, N, M] (`is_transposed`). The module itself says which of these it is, so
 nothing is known here by a model's name; what a module does beside that shows when an adapter is tried (adapter/trial).
 
-A model whose experts aren't kept so (Llama 4, DBRX, JetMoE, whose experts lie in another form or are called in another
-way) has none that can be adapted, and they are named among what is left out.
+A model whose experts aren't kept so (Llama 4 and JetMoE, whose experts are called in another way) has none that can be
+adapted, and they are named among what is left out. docs/models.md has each type.
 
-`Experts[name]` is one parameter by itself, the weight that an update belongs to: `<module>.<name>` is its path, and
+A `FrozenStack` is one parameter by itself, the weight that an update belongs to: `<module>.<name>` is its path, and
 `<module>.<name>[e]` that of one expert's matrix.
 
 Letters: T tokens, K experts of each, E experts, M outputs, N inputs.
@@ -28,7 +28,12 @@ from torch import Tensor, nn
 
 from deltaw.base.frozen import PLAIN, Stored
 
-FLAGS = ("has_gate", "has_bias", "is_transposed", "num_experts")  # what a module of transformers' interface says of itself
+FLAGS = (
+    "has_gate",
+    "has_bias",
+    "is_transposed",
+    "num_experts",
+)  # what a module of transformers' interface says of itself
 DOWN = "down_proj"
 
 
@@ -41,10 +46,15 @@ class FrozenStack:
     transposed = False  # PEFT's word, for a base of Conv1D
 
     @property
+    def turned(self) -> bool:
+        """Whether the module stores each as [N, M]."""
+        return bool(self.module.is_transposed)
+
+    @property
     def w_EMN(self) -> Tensor:
         """All of them, a view of the base's own storage."""
         stored: Tensor = getattr(self.module, self.name)
-        return stored.transpose(1, 2) if self.module.is_transposed else stored
+        return stored.transpose(1, 2) if self.turned else stored
 
     @property
     def bias_EM(self) -> Tensor | None:
@@ -71,7 +81,6 @@ class FrozenExperts(nn.Module):
         if not self.can_wrap(module):
             raise TypeError(f"{type(module).__name__} doesn't keep its experts as transformers' interface does")
         self.module = module
-        self._signature = inspect.signature(type(module).forward)
 
     @staticmethod
     def can_wrap(module: nn.Module) -> bool:
@@ -104,11 +113,6 @@ class FrozenExperts(nn.Module):
         """How the matrices of the last product are stored."""
         return self.stack(DOWN).stored
 
-    def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [T, N], experts [T, K] and weights [T, K] of a call, whatever the module calls its arguments."""
-        x, experts, weights = list(self._signature.bind(None, *args, **kwargs).arguments.values())[1:4]
-        return x, experts, weights
-
     def inner(self, y_SM: Tensor) -> Tensor:
         """What stands between the two products."""
         module: Any = self.module
@@ -135,6 +139,16 @@ class FrozenExperts(nn.Module):
         return made
 
 
+def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [T, N], experts [T, K] and weights [T, K] of a call of experts, whatever they call their arguments."""
+    if not kwargs:
+        x, experts, weights = args
+        return x, experts, weights
+    names = list(inspect.signature(type(module).forward).parameters)[1:4]
+    x, experts, weights = (*args, *(kwargs[name] for name in names[len(args) :]))
+    return x, experts, weights
+
+
 def names_of(module: nn.Module) -> tuple[str, str]:
     """Its two parameters, in the order of its products (and of the module's own parameters)."""
     return ("gate_up_proj" if module.has_gate else "up_proj", DOWN)
@@ -155,7 +169,14 @@ def chosen(model: nn.Module) -> int:
     config: Any = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
-    for name in ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "num_selected_experts"):
+    for name in (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "top_k_experts",
+        "moe_topk",
+        "moe_k",
+        "num_selected_experts",
+    ):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value

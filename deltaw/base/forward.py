@@ -92,16 +92,14 @@ class Forward:
         return logprobs_of(self._tempered(hidden_TX), batch.labels_T, batch.rows_K)
 
     def scores_and_drift(self, batch: Batch) -> tuple[Logprobs, Tensor]:
-        """The same, and the sum of KL(base ‖ tuned) over the rows that are held to the base: of one pass."""
+        """The same, and KL(base ‖ tuned) [R] of the rows that are held to the base: of one pass."""
         retained = batch.retained
         assert retained is not None and retained.base_RX is not None
         hidden_TX, base_RX = self.rows(batch), retained.base_RX
+        row_R = torch.tensor(retained.rows, device=hidden_TX.device)
         if self.head is not None:
-            logprobs, drift_R = self.head.logprobs_and_divergence(hidden_TX, batch.labels_T, base_RX)
-        else:
-            logprobs = logprobs_of(hidden_TX, batch.labels_T)
-            drift_R = divergence_of(hidden_TX[retained.start :], base_RX)
-        return logprobs, drift_R.sum()
+            return self.head.logprobs_and_divergence(hidden_TX, batch.labels_T, row_R, base_RX)
+        return logprobs_of(hidden_TX, batch.labels_T), divergence_of(hidden_TX[row_R], base_RX)
 
     def logits(self, batch: Batch) -> Tensor:
         """[T, V] in float32: for tests and small inputs; training never forms it."""

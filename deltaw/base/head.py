@@ -77,14 +77,16 @@ class Head:
             return linear_logprobs(hidden_TD, weight, labels_T, **options)
         return changed_logprobs(hidden_TD, weight, labels_T, change, **options)
 
-    def logprobs_and_divergence(self, hidden_TD: Tensor, labels_T: Tensor, base_RD: Tensor) -> tuple[Logprobs, Tensor]:
-        """The same, and KL(base ‖ tuned) of the last rows [R] in float32, for which the base has `base_RD`."""
+    def logprobs_and_divergence(
+        self, hidden_TD: Tensor, labels_T: Tensor, row_R: Tensor, base_RD: Tensor
+    ) -> tuple[Logprobs, Tensor]:
+        """The same, and KL(base ‖ tuned) of some rows [R] in float32, for which the base has `base_RD`."""
         if any(change is not None for change, _ in self._changes(len(hidden_TD), None)):
             raise RunError("what a head that is trained itself forgets isn't measured against the base's head")
         with whole(self.module):  # once: a sharded head is gathered by all processes or by none
-            weight, tuned_RD = weight_of(self.module), hidden_TD[len(hidden_TD) - len(base_RD) :]
+            weight = weight_of(self.module)
             logprobs = linear_logprobs(hidden_TD, weight, labels_T, **self._options)
-            return logprobs, linear_divergence(tuned_RD, base_RD, weight, **self._options)
+            return logprobs, linear_divergence(hidden_TD[row_R], base_RD, weight, **self._options)
 
     def at(self, temperature: float) -> "Head":
         """That of the logits divided by a temperature: cap(z) / T = (c / T) tanh((z / T) / (c / T))."""

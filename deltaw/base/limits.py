@@ -11,8 +11,8 @@ padding. What shows neither in the modules nor in the config shows when the long
 (training/preflight.py).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import nn
@@ -57,6 +57,12 @@ class Limits:
     def longest(self) -> int | None:
         """The longest row that nothing speaks against."""
         return min((limit for limit in (self.table, self.context) if limit is not None), default=None)
+
+    def knowing(self, ids: Iterable[int]) -> "Limits":
+        """The same of a model that has these words, too: those that an adapter adds."""
+        if self.vocabulary is None:
+            return self
+        return replace(self, vocabulary=max(self.vocabulary, *(id + 1 for id in ids), 0))
 
     def check(self, rows: Rows, name: str = "data") -> None:
         """Raise InputError where the model can't be given some of `rows`, and name them."""

@@ -8,6 +8,9 @@ A module path is its weight's name in the file without `.weight`. A checkpoint o
 part of the paths that the whole model uses (GPT-2: the module `transformer.h.0.attn.c_attn` is stored as
 `h.0.attn.c_attn.weight`), so a path is looked for as it is, then without its first part, then with one part before it.
 
+A head that the config ties to the embedding isn't in the files: its path stands for the embedding. Either of the two is
+stored as [V, D], whatever the linear layers are.
+
 Rejected: the names of a skeleton on the meta device (seconds of imports for the one rule above), and KeyError for a
 path that isn't there: somebody typed it, or an adapter was made for another base.
 
@@ -24,9 +27,11 @@ from torch import Tensor
 from deltaw.errors import InputError, listed
 from deltaw.files.safetensors import read_header, read_tensor
 from deltaw.files.shards import shards
+from deltaw.files.strict_json import read_json
 from deltaw.kernels.weight import DenseWeight, Weight
 
 SUFFIX = ".weight"
+EMBEDDINGS, HEADS = ("embed_tokens", "wte", "embed_in", "word_embeddings"), ("lm_head", "embed_out", "output")
 HEADER_BYTES, TENSORS = 100_000_000, 1_000_000  # what `shards` accepts of a base
 
 
@@ -41,6 +46,7 @@ class LinearWeights(Mapping[str, Weight]):
     def __init__(self, folder: Path, transposed: bool = False) -> None:
         self.folder, self.transposed = folder, transposed
         self._files: dict[str, Path] = {}
+        self._tied = (folder / "config.json").is_file() and _ties(folder / "config.json")
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file, names in shards(folder).items():
             shapes = read_header(file, max_header_bytes=HEADER_BYTES, max_tensors=TENSORS).shapes
@@ -58,7 +64,7 @@ class LinearWeights(Mapping[str, Weight]):
         weight = read_tensor(self._files[stored], stored + SUFFIX)
         if not weight.is_floating_point():
             raise InputError(f"{self.folder}: {stored} holds {weight.dtype} numbers, not floating-point ones")
-        weight_MN = (weight.T if self.transposed else weight).float().contiguous()
+        weight_MN = (weight.T if self._turned(stored) else weight).float().contiguous()
         if not torch.isfinite(weight_MN).all():
             raise InputError(
                 f"{self.folder}: {stored}, shape {shape}, holds NaN or infinity", fix="download the base again"
@@ -82,7 +88,10 @@ class LinearWeights(Mapping[str, Weight]):
             raise InputError(
                 f"{self.folder}: {stored} has shape {shape}, which isn't a matrix", fix="name a linear layer"
             )
-        return shape[::-1] if self.transposed else shape
+        return shape[::-1] if self._turned(stored) else shape
+
+    def _turned(self, stored: str) -> bool:
+        return self.transposed and stored.rpartition(".")[2] not in (*EMBEDDINGS, *HEADS)
 
     def _stored(self, path: str) -> str:
         """The path under which the file has it."""
@@ -103,4 +112,19 @@ class LinearWeights(Mapping[str, Weight]):
         for exact in (path, tail):
             if exact in self._shapes:
                 return [exact]
-        return [stored for stored in self._shapes if stored.partition(".")[2] == path]
+        named = [stored for stored in self._shapes if stored.partition(".")[2] == path]
+        if not named and self._tied and path.rpartition(".")[2] in HEADS:
+            return [stored for stored in self._shapes if stored.rpartition(".")[2] in EMBEDDINGS]
+        return named
+
+
+def _ties(config: Path) -> bool:
+    """Whether a model's head is its embedding: so it is unless its config says otherwise."""
+    known = read_json(config, allow_nan=True)
+    inner = known.get("text_config")
+    own = [
+        part["tie_word_embeddings"]
+        for part in (known, inner)
+        if isinstance(part, dict) and "tie_word_embeddings" in part
+    ]
+    return bool(own[0]) if own else True

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from deltaw.base.attention import Calls, is_packed, packed_attention_of, pairs
 from deltaw.base.batch import Batch
-from deltaw.base.frozen import dtype_of, embedding_of
+from deltaw.base.frozen import dtype_of, stored_of
 from deltaw.base.passing import Pass, passing_of
 
 SHORT = (5, 7)  # tokens of the two documents where the config has no number that is dear to cross
@@ -48,7 +48,10 @@ def probe_documents(model: nn.Module) -> Batch:
     """Two documents end to end, the second beyond as many borders of the config as a pass of this model allows."""
     device = next(model.parameters()).device
     lengths = (SHORT[0], max(SHORT[1], _crossing(model)))
-    vocabulary = embedding_of(model).shape[0]
+    words = model.get_input_embeddings()  # type: ignore[operator]
+    stored = stored_of(getattr(words, "base", words))  # the base's own words, whatever an adapter adds
+    assert stored is not None
+    vocabulary = stored.shape[0]
     tokens_T = (torch.arange(sum(lengths), device=device) * 7919 + 13) % vocabulary
     return Batch.of(tokens_T, [0, lengths[0], sum(lengths)])
 

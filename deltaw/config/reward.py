@@ -21,6 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, field_validator, model_validator
 
+from deltaw.config.evaluate import CALLED_ELSEWHERE as METRICS_ELSEWHERE
 from deltaw.config.evaluate import METRICS, located, own_metric
 from deltaw.config.strict import Strict
 from deltaw.errors import InputError
@@ -238,10 +239,7 @@ KINDS: dict[str, type[RewardConfig]] = {
     "length": LengthReward,
 }
 CALLED_ELSEWHERE = {
-    "accuracy": "exact_match", "em": "exact_match", "match": "exact_match", "per": "phoneme_error_rate",
-    "wer": "word_error_rate", "cer": "character_error_rate", "rouge": "rouge_l", "rougel": "rouge_l",
-    "math": "number_equal", "number": "number_equal", "numeric": "number_equal", "gsm8k": "number_equal",
-    "mathverify": "number_equal", "regexp": "regex", "pattern": "regex", "json": "json_schema",
+    **METRICS_ELSEWHERE, "match": "exact_match", "regexp": "regex", "pattern": "regex", "json": "json_schema",
     "schema": "json_schema", "code": "pass_at_1", "codetests": "pass_at_1", "tests": "pass_at_1",
     "unittests": "pass_at_1", "humaneval": "pass_at_1", "reasoning": GYM, "formatreward": "format",
     "xmlformat": "format", "overlong": "length", "lengthpenalty": "length", "brevity": "length",

@@ -52,8 +52,8 @@ WORDS = {  # lm-eval's: what to write instead
     "doc_to_target": "write 'columns': {answer: its column}",
     "doc_to_choice": "write 'columns': {choices: its column}",
     "generation_kwargs": "did you mean 'max_new_tokens'? Answers are greedy",
-    "num_fewshot": "write the examples into 'prompt', or into the rows",
-    "fewshot_split": "write the examples into 'prompt', or into the rows",
+    "num_fewshot": "did you mean 'shots'?",
+    "fewshot_split": "write 'shots_from': org/name:split, or a file",
 }
 Column = Literal[ColumnName, "choices", "test", "entry_point"]
 TASK = re.compile(r"\w[\w.-]{0,63}")
@@ -98,6 +98,8 @@ class TaskConfig(Strict):
     system: str | None = Field(None, description="a system prompt; null: the one that the adapter was trained with")
     limit: Count | None = Field(None, description="so many rows, chosen at random by seed")
     seed: Seed = Field(0, description="of the choice of rows, and of the intervals")
+    shots: int = Field(0, ge=0, le=64, description="so many examples with their answers in front of what is asked")
+    shots_from: Sources | None = Field(None, description="rows to show; null: of data, which aren't asked then")
     max_new_tokens: int | None = Field(None, ge=1, le=65536, description="null: 64, or 512 for programs")
     judge: JudgeConfig | None = Field(None, strict=False)
 
@@ -143,6 +145,8 @@ class TaskConfig(Strict):
             "columns": bool(self.columns) and self.data is None and "data",
             "prompt": self.prompt is not None and self.data is None and "data",
             "chat": self.chat is not None and self.data is None and "data",
+            "shots": self.shots > 0 and self.data is None and "data",
+            "shots_from": self.shots_from is not None and not self.shots and "shots",
         }
         if wrong := [f"{name} does nothing without {what}" for name, what in idle.items() if what]:
             raise ValueError("; ".join(wrong))
@@ -150,6 +154,8 @@ class TaskConfig(Strict):
             raise ValueError(
                 f"data is missing: held-out rows have no {'choices' if self.form == 'choices' else 'tests'}"
             )
+        if self.shots and PASSES in self.metrics:
+            raise ValueError(f"shots: rows of {PASSES} have tests, and no answer to show")
         if self.data is not None and any(source.weight != 1 for source in sources_of(self.data)):
             raise ValueError("data: a weight says how often a row is trained on, and here each counts once")
         if self.prompt is not None and not re.search(r"\{[^{}]+\}", self.prompt):
@@ -193,8 +199,9 @@ class TaskFile(Strict):
 
     def _changed(self, task: TaskConfig, folder: Path) -> Iterator[tuple[str, Any]]:
         yield "metrics", tuple(located(name, folder) for name in task.metrics)
-        if isinstance(task.data, str | tuple):
-            yield "data", _placed(task.data, folder)
+        for name in ("data", "shots_from"):
+            if isinstance(value := getattr(task, name), str | tuple):
+                yield name, _placed(value, folder)
         if task.judge is None and JUDGED in task.metrics:
             yield "judge", self.judge
 

@@ -69,13 +69,15 @@ class _Part:
 
 
 class Encoder:
-    """Encodes pieces of documents with one tokenizer. `control_ids` are the ids that only a template may write."""
+    """Encodes pieces of documents with one tokenizer. `control_ids` are the ids that only a template may write;
+    `plain`: special tokens that a user's text may have, too, since they are trained by name."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, plain: Collection[str] = ()) -> None:
         self._tokenizer = tokenizer
         special = {str(token): id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
-        special.pop("", None)
+        for name in ("", *plain):
+            special.pop(name, None)
         self._name_start = re.compile(f"(?={_any_of(special)})(.)", re.DOTALL)
         self._name = re.compile(_any_of(special))
         self._first_characters = {name[0] for name in special}

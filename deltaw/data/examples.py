@@ -99,12 +99,12 @@ class Columns:
         """The largest token id of each row; 0 of one without any."""
         return self._of_rows(lambda part, starts: np.maximum.reduceat(self.tokens[part], starts))
 
-    def trains_any(self, ids: Iterable[int]) -> np.ndarray:
-        """Whether one of `ids` is among each row's trained tokens, bool [R]."""
+    def trains_any(self, ids: Iterable[int], *, anywhere: bool = False) -> np.ndarray:
+        """Whether one of `ids` is among each row's trained tokens (`anywhere`: among its tokens), bool [R]."""
         wanted = np.array(sorted(ids), np.int32)
         hits = self._of_rows(
             lambda part, starts: np.add.reduceat(
-                np.isin(self.tokens[part], wanted) & self.mask[part], starts, dtype=np.int64
+                np.isin(self.tokens[part], wanted) & (self.mask[part] | anywhere), starts, dtype=np.int64
             )
         )
         return hits > 0
@@ -191,9 +191,9 @@ class Examples(Sequence[Example]):
         """The largest token id of each row."""
         return self.columns.highest[self.rows]
 
-    def train_any(self, ids: Iterable[int]) -> np.ndarray:
-        """Whether one of `ids` is among each row's trained tokens, bool."""
-        return self.columns.trains_any(ids)[self.rows]
+    def train_any(self, ids: Iterable[int], *, anywhere: bool = False) -> np.ndarray:
+        """Whether one of `ids` is among each row's trained tokens (`anywhere`: among its tokens), bool."""
+        return self.columns.trains_any(ids, anywhere=anywhere)[self.rows]
 
     def origin(self, number: int) -> str:
         """Where a row comes from."""

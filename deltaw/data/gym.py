@@ -4,7 +4,8 @@
     reasoning-gym:chain_sum:size=500,seed=7,max_terms=3       how many, which, and the task's own options
 
 A row is an entry of the package: `question`, `answer` and `metadata`, which its scorer needs (rewards/gym.py). Entry i
-of a seed is the same whatever the size, and another seed gives others; so train and held-out rows differ by seed:
+of a seed is the same whatever the size, and another seed gives others (the package's own seeds don't: its seed 2 is its
+seed 1 from the second entry on, so ours are a million apart); so train and held-out rows differ by seed:
 
     data: {train: "reasoning-gym:chain_sum:size=2000,seed=1", eval: "reasoning-gym:chain_sum:size=100,seed=2"}
 
@@ -29,7 +30,7 @@ from deltaw.show.text import counted
 PREFIX = "reasoning-gym:"
 SIZE, SEED = 1000, 0
 LATE = 900.0  # seconds
-MOST = 1_000_000
+MOST, LAST_SEED = 1_000_000, 4_000  # a million entries of each, within the 32 bits that NumPy takes
 START = "import sys; sys.path.insert(0, sys.argv[1]); from deltaw.data.gym_worker import main; main(sys.argv[2])"
 NEXT = re.compile(r",(?=\w+=)")
 
@@ -39,9 +40,9 @@ def read_gym(name: str) -> Iterator[Item]:
     task, _, given = name.partition(":")
     options = {"size": SIZE, "seed": SEED, **_options(given, name)}
     size, seed = options.pop("size"), options.pop("seed")
-    for word, value, least in (("size", size, 1), ("seed", seed, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
-            raise InputError(f"{PREFIX}{name}: {word}={value} must be a whole number from {least} to {MOST:,}")
+    for word, value, least, most in (("size", size, 1, MOST), ("seed", seed, 0, LAST_SEED)):
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise InputError(f"{PREFIX}{name}: {word}={value} must be a whole number from {least} to {most:,}")
     before: set[str] = set()
     for number, entry in enumerate(_entries(name, {"task": task, "size": size, "seed": seed, "options": options}), 1):
         if entry["question"] not in before:

@@ -15,6 +15,7 @@ from deltaw.errors import InputError
 INSTALL = "pip install 'deltaw[reasoning]'"
 MADE_OF_OTHERS = ("composite",)  # its options are other tasks, and its scorer hangs on them
 TUPLES = ("arc_agi", "rearc")  # their scorers compare with tuples, which JSON writes as lists
+APART = 1_000_000  # the package draws entry i of a seed from seed + i: the next seed would give the same but one
 Scorer = Callable[[str, dict[str, Any]], Any]
 
 
@@ -34,7 +35,7 @@ def entries_of(task: str, size: int, seed: int, options: dict[str, Any]) -> Any:
         has = ", ".join(name for name in known if name not in ("size", "seed"))
         raise InputError(f"no option {wrong[0]!r:.40}", fix=f"did you mean {near[0]}?" if near else f"it has {has}")
     try:
-        settings = config(size=size, seed=seed, **options)
+        settings = config(size=size, seed=seed * APART, **options)
         if hasattr(settings, "validate"):
             settings.validate()
         return kind(config=settings)

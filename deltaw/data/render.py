@@ -33,6 +33,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from deltaw.config import Shape
+from deltaw.data.added import Token, plain_ids, without_special
 from deltaw.data.asking import behind
 from deltaw.data.chat import NO_TEMPLATE, ChatWriter, Layout, Piece, template_source
 from deltaw.data.document import Chat, Completion, Message, Single, Text
@@ -65,7 +66,7 @@ class Renderer:
     """Renders documents with one tokenizer. `template`: None is the tokenizer's own, `chatml`, or a .jinja file.
 
     `rendered`: texts, prompts and completions hold control tokens, bos and eos already, and they are taken as such.
-    `shape`: what a row is to give (config/objective.py).
+    `shape`: what a row is to give (config/objective.py). `tokens`: those that are trained by name (added.py).
     """
 
     def __init__(
@@ -75,13 +76,14 @@ class Renderer:
         template: str | None = None,
         rendered: bool = False,
         shape: Shape = "one",
+        tokens: Sequence[Token] = (),
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError(
                 "the tokenizer has no end-of-sequence token, so a model could not learn to stop",
                 fix="set eos_token in tokenizer_config.json",
             )
-        self.tokenizer, self.shape = tokenizer, shape
+        self.tokenizer, self.shape, self.tokens = tokenizer, shape, tuple(tokens)
         self._train_on, self._rendered = train_on, rendered
         self._system = ""  # of chats that have none
         self._encoder = Encoder(tokenizer)
@@ -93,11 +95,19 @@ class Renderer:
         self.template_fingerprint, self._chats = "none", None
         self.template = template_source(tokenizer, template, self._encoder) or None
         """The chat template's text, whoever it is from."""
+        self._plain_ids = plain_ids(tokenizer, self.tokens, self.template or "")
+        if self._plain_ids:
+            self._encoder = Encoder(tokenizer, [token.text for token in tokens if token.id in self._plain_ids])
         if source := self.template:
             compiled = Template(source, tokenizer.special_tokens_map)
             self.template_fingerprint = compiled.fingerprint
             self._chats = ChatWriter(compiled, self._encoder, self._stop_names())
             self.end_of_turn = self._encoder.id_of(self._chats.end_of_turn)
+
+    @property
+    def grown(self) -> bool:
+        """Whether tokens were added to the base's tokenizer."""
+        return any(token.pieces for token in self.tokens)
 
     def behind(self, system: str) -> "Renderer":
         """The same, but a chat without a system prompt gets this one."""
@@ -120,6 +130,7 @@ class Renderer:
             "template": self.template,
             "system": self._system,
             "shape": self.shape,
+            **({"tokens": {token.text: token.id for token in self.tokens}} if self.tokens else {}),
         }
 
     @property
@@ -221,10 +232,10 @@ class Renderer:
         return "".join(self.tokenizer.convert_ids_to_tokens(list(self._bos)))
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`."""
-        return str(
-            self.tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
-        )
+        """The text of `ids`; `skip_special`: without control tokens."""
+        shown = without_special(self.tokenizer, ids, self._plain_ids) if skip_special else list(ids)
+        skip = skip_special and not self._plain_ids
+        return str(self.tokenizer.decode(shown, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
 
     def end_of_turn_problems(self, examples: Examples) -> list[str]:
         """Why the trained model may not stop, in words for the user; nothing when all is well."""

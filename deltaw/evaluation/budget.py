@@ -98,14 +98,15 @@ def carrying(model: Model, adapter: Adapter) -> Iterator[Attached]:
         raise InputError(f"the adapter doesn't belong to this base: {wrong}")
     if model.attached is None:
         check_bare(model.base.model)  # rows that say nothing take an adapter that was there before
-        attached = attach(model.base.model, adapter)
+        attached = attach(model.base.model, adapter, tokens=model.renderer.tokens)
         try:
             yield attached
         finally:
             detach(attached)
         return
     sizes = {path: (update.shape, update.rank) for path, update in adapter.factors.items()}
-    carried = {path: layer.factors() for path, layer in model.attached.layers.items()}
+    values = (layer.values(path) for path, layer in model.attached.layers.items())
+    carried = {path: update for some in values for path, update in some.items()}
     if sizes != {path: (update.shape, update.rank) for path, update in carried.items()}:
         raise InputError("the model carries another adapter", fix="open the base alone, or give the adapter it carries")
     with restored(model.attached):
@@ -134,5 +135,7 @@ def check_rows(examples: Sequence[Example]) -> None:
 
 def wear(attached: Attached, smaller: Adapter) -> None:
     """Give the layers a smaller adapter's factors, padded to their ranks."""
-    for path, update in low_rank_updates(smaller, "resized").items():
-        attached.layers[path].set_factors(pad(update, attached.layers[path].factors().rank))
+    updates = low_rank_updates(smaller, "resized")
+    for path, layer in attached.layers.items():
+        ranks = {one: own.rank for one, own in layer.values(path).items()}
+        layer.take_values(path, {one: pad(updates[one], rank) for one, rank in ranks.items()})

@@ -18,6 +18,7 @@ from deltaw.errors import InputError
 from deltaw.evaluation.budget import check_rows, restored
 from deltaw.evaluation.held_out import held_out_loss
 from deltaw.model import Model
+from deltaw.replaced import REPLACED
 from deltaw.show.progress import Display
 
 
@@ -51,6 +52,8 @@ def slide(
     layers, points = model.attached.layers, []
     with restored(model.attached), display.task("sliding", len(factors)) as progress:
         trained = {path: layer.factors() for path, layer in layers.items()}
+        if replaced := [path for path, update in trained.items() if update.kind in REPLACED]:
+            raise InputError(f"{replaced[0]} has new rows in place of the base's, of which there is no multiple")
         for factor in factors:
             for path, layer in layers.items():
                 layer.set_factors(trained[path].times(factor))

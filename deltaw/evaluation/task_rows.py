@@ -5,6 +5,8 @@ as `deltaw eval FILE` asks them: by the same renderer, so that the two give the 
 tests, or under a task's own `prompt`, aren't training rows; they are asked as `deltaw generate --file` asks them
 (data/prompts.py). All of a task's files are read before the weights are.
 
+Examples in front of a row (`shots`) are shots.py's; such rows are asked in the second way, too.
+
 Which rows `limit` chooses is decided as `data.limit` decides it: in the order of a hash of (seed, content). A row that
 can't be asked is named and left out, of both sides; more than `BAD` of them are an error, as in training.
 """
@@ -12,6 +14,7 @@ can't be asked is named and left out, of both sides; more than `BAD` of them are
 import re
 import string
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +31,7 @@ from deltaw.evaluation.choices import LISTS, RIGHT, Choices, check_room, choices
 from deltaw.evaluation.held_out import prompt_and_truth
 from deltaw.evaluation.programs import TESTS, Checks, checks_of
 from deltaw.evaluation.rows import own_data, rows_of_task
+from deltaw.evaluation.shots import APART, Shot, asks, behind, chosen
 from deltaw.files.encoding import without_setting
 from deltaw.model import Model
 from deltaw.named import Named
@@ -51,6 +55,7 @@ class Asked:
     choices: Choices | None = None
     behind: tuple[Sequence[int], ...] = ()
     tests: Checks | None = None
+    ends: str = ""  # at this text an answer is over
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class TaskRows:
     task: TaskConfig
     rows: tuple[_Read, ...] | None
     problems: tuple[Problem, ...] = ()
+    shots: tuple[Shot, ...] = ()
 
     @staticmethod
     def read(task: TaskConfig, named: Named) -> "TaskRows":
@@ -86,7 +92,7 @@ class TaskRows:
             unread = [problem for raw in raws for problem in raw[3]]
             columns = Columns({str(name): column for name, column in task.columns.items()})
             columns.check(rows, of_this_file=True)
-            if task.form == "generate" and PASSES not in task.metrics and task.prompt is None:
+            if task.form == "generate" and PASSES not in task.metrics and task.prompt is None and not task.shots:
                 return TaskRows(task, None)
             return _taken(task, rows, unread, columns)
         except InputError as error:
@@ -106,7 +112,7 @@ class TaskRows:
             rows, problems = list[Asked](), list(self.problems)
             for row in self.rows:
                 try:
-                    rows.append(_tokens(row, model))
+                    rows.append(_tokens(row, model, self.shots))
                 except InputError as error:
                     problems.append(Problem(row.origin, without_setting(error.what)))
             _check(len(rows), problems)
@@ -124,18 +130,41 @@ def _of_task(task: TaskConfig, error: InputError) -> InputError:
 
 def _taken(task: TaskConfig, rows: Sequence[Row], unread: Sequence[Problem], columns: Columns) -> TaskRows:
     """The rows that `limit` chooses, read."""
-    key = str(task.seed).encode()[-64:]
+    key, shots = str(task.seed).encode()[-64:], _shots(task, rows, columns)
+    shown = {asks(shot.prompt) for shot in shots}
     taken, refused = dict[int, _Read](), dict[int, Problem]()
     for number in sorted(range(len(rows)), key=lambda number: digest(rows[number], key)):
         if len(taken) == task.limit:
             break
         try:
-            taken[number] = _read(rows[number], task, columns)
+            one = _read(rows[number], task, columns)
         except Rejected as rejected:
             refused[number] = Problem(rows[number].origin, str(rejected))
+            continue
+        if asks(one.prompt) not in shown:
+            taken[number] = one
     problems = (*unread, *(refused[number] for number in sorted(refused)))
     _check(len(taken), problems)
-    return TaskRows(task, tuple(taken[number] for number in sorted(taken)), problems)
+    return TaskRows(task, tuple(taken[number] for number in sorted(taken)), problems, shots)
+
+
+def _shots(task: TaskConfig, rows: Sequence[Row], columns: Columns) -> tuple[Shot, ...]:
+    """The examples that a task shows. Raises InputError."""
+    if not task.shots:
+        return ()
+
+    def read(row: Row) -> Shot:
+        one = _read(row, task, columns)
+        return Shot(one.prompt, one.choices.texts[one.choices.gold] if one.choices else one.truth)
+
+    if task.shots_from is None:
+        return chosen(rows, read, task.shots, task.seed)
+    others = [row for raw in read_sources(task.shots_from, DataConfig(train=task.shots_from)) for row in raw[2]]
+    own = set[str]()
+    for row in rows:
+        with suppress(Rejected):
+            own.add(asks(_read(row, task, columns).prompt))
+    return chosen(others, read, task.shots, task.seed, own)
 
 
 def _check(usable: int, problems: Sequence[Problem]) -> None:
@@ -186,26 +215,28 @@ def _filled(template: str, value: Mapping[str, Any]) -> str:
     return PLACE.sub(column, template)
 
 
-def _tokens(row: _Read, model: Model) -> Asked:
+def _tokens(row: _Read, model: Model, shots: Sequence[Shot]) -> Asked:
     """Raises InputError where the model can't be asked this."""
     prompt = row.prompt
     if isinstance(prompt, str):
         prompt = model.asking.prompt(prompt)
     elif prompt and prompt[0].get("role") != "system":
         prompt = [*model.asking.start, *prompt]
+    prompt = behind(prompt, shots)
     texts: list[str] = []
     if row.choices is not None:
         prompt, texts = texts_behind(prompt, row.choices)
     ids = model.renderer.prompt_ids(prompt, row.tools)
     if not ids:
         raise InputError("its prompt is empty")
-    behind = tuple(model.renderer.answer_ids(text) for text in texts)
-    if behind:
-        check_room(len(ids) + max(map(len, behind)), model.context)
+    choices = tuple(model.renderer.answer_ids(text) for text in texts)
+    if choices:
+        check_room(len(ids) + max(map(len, choices)), model.context)
     elif len(ids) >= model.context:
         raise InputError(f"it has {len(ids):,} tokens, and the context, answer included, holds {model.context:,}")
     shown = model.renderer.decode(ids)
-    return Asked(row.origin, ids, shown, row.truth, row.choices, behind, row.tests)
+    ends = APART if shots and isinstance(prompt, str) else ""
+    return Asked(row.origin, ids, shown, row.truth, row.choices, choices, row.tests, ends)
 
 
 def _examples(task: TaskConfig, model: Model, named: Named, display: Display) -> tuple[list[Asked], list[Problem]]:

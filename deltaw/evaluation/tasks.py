@@ -140,6 +140,7 @@ class Measured:
         return {
             "name": task.name,
             "form": task.form,
+            "shots": task.shots,
             "rows": len(self.rows),
             "left_out": [str(problem) for problem in self.left_out],
             "unjudged": [self.rows[n].origin for n in self.unjudged],
@@ -248,8 +249,10 @@ def gather(
 
     def said(missing: list[int]) -> Iterator[tuple[int, Any]]:
         prompts, sampling = {n: rows[n].ids for n in missing}, Sampling(max_new_tokens=task.longest)
-        for n, *answer in model.answers(prompts, sampling, adapter=side == "adapter"):
-            yield n, answer
+        for n, text, cut in model.answers(prompts, sampling, adapter=side == "adapter"):
+            ends = rows[n].ends
+            over = bool(ends) and ends in text
+            yield n, [text.partition(ends)[0] if over else text, cut and not over]
 
     def ran(missing: list[int]) -> Iterator[tuple[int, Any]]:
         for n in missing:

@@ -39,6 +39,10 @@ class Failed(Exception):
     """No answer: the worker was late, or it died."""
 
 
+class Late(Failed):
+    """It didn't come in time."""
+
+
 class Worker:
     """This end of a worker: started when something is asked, killed when something goes wrong, then started again.
 
@@ -161,7 +165,7 @@ class Worker:
         poll = select.poll()
         poll.register(pipe, event)
         if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
-            raise Failed(f"it takes more than {self._patience:g} s")
+            raise Late(f"it takes more than {self._patience:g} s")
 
 
 def shut_in(*arguments: str) -> "subprocess.Popen[bytes]":

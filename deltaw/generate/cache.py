@@ -44,7 +44,8 @@ class Row:
     may become longer; `update` is which of the layers' updates it takes: a number, `BASE`, or None for the
     first. `key` says what that update is, by content; `logprobs`, how many of the likeliest tokens are told beside each
     new one (None: not even its own log-probability), at the temperature `heat`; `bias` is added to the logits of these
-    tokens; `guide` says which tokens may come next.
+    tokens; `guide` says which tokens may come next; `scored`, how many of the likeliest tokens are told beside each of
+    the prompt's own (None: nothing is told of these).
     """
 
     id: int
@@ -58,6 +59,7 @@ class Row:
     logprobs: int | None = None
     bias: Mapping[int, float] = field(default_factory=dict)
     guide: Guide | None = None
+    scored: int | None = None
     heat: float = 1.0
     new: list[int] = field(default_factory=list)
     noise: list[float] = field(default_factory=list)
@@ -80,7 +82,7 @@ class Row:
     def u(self) -> float:
         """The uniform number of its next token."""
         if not self.noise:
-            self.noise = uniform_numbers(self.sampling, self.number, self.room)
+            self.noise = uniform_numbers(self.sampling, self.number, max(1, self.room))
         return self.noise[len(self.new)]
 
 

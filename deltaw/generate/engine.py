@@ -30,10 +30,8 @@ Letters: R rows, V vocabulary.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -41,7 +39,8 @@ from torch import Tensor, nn
 
 from deltaw.errors import InputError, RunError
 from deltaw.generate.batches import Batches
-from deltaw.generate.cache import Cache, Row, context, evaluating, text_config
+from deltaw.generate.cache import Cache, Row, context, evaluating
+from deltaw.generate.check import NO_BIAS, check
 from deltaw.generate.grammar import Guide
 from deltaw.generate.logprobs import Logprobs, logprobs_of, score
 from deltaw.generate.sampling import NotFinite, RowsFailed, Sampling, choose
@@ -52,17 +51,18 @@ from deltaw.show.progress import Progress, unseen
 
 TOKENS_AT_ONCE = 65_536  # of all rows together: bounds the cache (4 GB for an 8B model), whatever batch_size says
 ALL_AT_ONCE = 4096  # tokens of prompts in a step where only the end counts
-NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
 class Event(NamedTuple):
     """A row's next token, with what was asked to be told of it; or None, once, after its last one. `stop`: the stop
-    token that ended it, of which the same is told."""
+    token that ended it, of which the same is told. `prompt`: in its first event, what was asked to be told of the
+    prompt's tokens but the first."""
 
     id: int
     token: int | None
     logprobs: Logprobs | None = None
     stop: int | None = None
+    prompt: tuple[Logprobs, ...] | None = None
 
 
 class Engine:
@@ -81,6 +81,7 @@ class Engine:
         self._waiting: list[Row] = []
         self._live: dict[Row, Cache] = {}
         self._events: list[Event] = []
+        self._scores: dict[Row, Sequence[Logprobs]] = {}  # of prompts whose own passes didn't tell them
         self._added = self._free_for = 0  # steps for which a place has been free that a row waits for
         self._modules: list[nn.Module] = []
 
@@ -102,6 +103,8 @@ class Engine:
         tempered: bool = False,
         bias: Mapping[int, float] = NO_BIAS,
         guide: Guide | None = None,
+        scored: int | None = None,
+        answer: bool = True,
     ) -> int:
         """Have a prompt decoded from the next step on. Its id, by which its tokens come.
 
@@ -113,18 +116,32 @@ class Engine:
         logprobs: how many of the likeliest tokens to tell beside each new one; 0: its log-probability alone
         tempered: they are of the distribution at the sampling's temperature, and not of the model's own
         bias:     what is added to the logits of some tokens before one is chosen; `logprobs` doesn't show it
-        guide:    which tokens may come next, the row's own (grammar.py); `logprobs` doesn't show it either
+        scored:   how many of the likeliest tokens to tell beside each of the prompt's own; None: nothing of them
+        answer:   whether a token is wanted; without, the row ends where its prompt does, which may fill the context
+        guide:    which tokens may come next (grammar.py); `logprobs` doesn't show it either
 
         Raises InputError for an empty prompt, one that fills the model's context, or an id outside its vocabulary;
         ValueError where only some of the rows name their update.
         """
-        check(self.model, prompt, number, bias)
-        room = min(sampling.max_new_tokens, context(self.model) - len(prompt))
+        check(self.model, prompt, number, bias, full=not answer)
+        room = min(sampling.max_new_tokens, context(self.model) - len(prompt)) if answer else 0
         if any((row.update is None) != (update is None) for row in (*self._waiting[-1:], *self._live)):
             raise ValueError("either all rows of an engine name their update, or none do")
         heat = sampling.temperature if tempered and sampling.temperature > 0 else 1.0
         row = Row(
-            self._added, tuple(prompt), sampling, stop_ids, number, room, update, key, logprobs, bias, guide, heat
+            self._added,
+            tuple(prompt),
+            sampling,
+            stop_ids,
+            number,
+            room,
+            update,
+            key,
+            logprobs,
+            bias,
+            guide,
+            scored,
+            heat,
         )
         self._added += 1
         self._waiting.append(row)
@@ -146,6 +163,9 @@ class Engine:
                     self._go_on(rows, logits_RV)
             while joining := self._joining():
                 cache, rows = joining
+                if cache is self._batches:
+                    asked = {row: row.scored for row in rows if row.scored is not None}
+                    self._scores |= {row: self.score(row.prompt, update=row.update, top=n) for row, n in asked.items()}
                 cache.join(rows)
                 self._live |= dict.fromkeys(rows, cache)
                 self._waiting = [row for row in self._waiting if row not in self._live]
@@ -163,6 +183,7 @@ class Engine:
         self._events = [event for event in self._events if event.id != id]
         with torch.inference_mode():
             for row in [row for row in self._live if row.id == id]:
+                self._scores.pop(row, None)
                 self._live.pop(row).leave(row)
 
     def score(self, prompt: Sequence[int], *, update: int | None = None, top: int = 0) -> list[Logprobs]:
@@ -185,6 +206,11 @@ class Engine:
             self.cancel(id)
         if self._slots:
             self._slots.prefixes.clear()
+
+    @property
+    def keeps_beginnings(self) -> bool:
+        """Whether rows of one key find what earlier ones have made of the tokens that they begin with."""
+        return self._slots is not None
 
     @property
     def reused(self) -> int:
@@ -211,20 +237,27 @@ class Engine:
         return (cache, rows) if rows else None
 
     def _go_on(self, rows: Sequence[Row], logits_RV: Tensor) -> None:
-        """Choose each row's next token, and let go of the rows that end with it."""
+        """Choose each row's next token, and let go of the rows that end with it, or of which no token is wanted."""
         tokens = self._chosen(rows, logits_RV)
         told = self._told(rows, logits_RV, tokens)
         for row, token in zip(rows, tokens, strict=True):
-            ended = token in row.stop_ids
-            if not ended:
+            ended = row.room > 0 and token in row.stop_ids
+            prompt = None if row.new or row.scored is None else self._prompt(row)
+            if row.room and not ended:
                 if row.guide is not None:
                     row.guide.take(token)
                 row.new.append(token)
-                self._events.append(Event(row.id, token, told.get(row)))
+                self._events.append(Event(row.id, token, told.get(row), prompt=prompt))
+                prompt = None
             if ended or len(row.new) == row.room:
-                ending = (told.get(row), token) if ended else (None, None)
-                self._events.append(Event(row.id, None, *ending))
+                said, stop = (told.get(row), token) if ended else (None, None)
+                self._events.append(Event(row.id, None, said, stop, prompt))
                 self._live.pop(row).leave(row)
+
+    def _prompt(self, row: Row) -> tuple[Logprobs, ...]:
+        """What is told of its prompt."""
+        in_slots = self._slots.scores.pop(row, ()) if self._slots else ()
+        return tuple(self._scores.pop(row, in_slots))
 
     def _chosen(self, rows: Sequence[Row], logits_RV: Tensor) -> list[int]:
         """The next token of each row, chosen at once for all that are sampled by one rule; those with a bias or a guide
@@ -342,30 +375,3 @@ def _streamed(engine: Engine) -> Iterator[int]:
             yield from [event.token for event in engine.step() if event.token is not None]
     finally:
         engine.close()
-
-
-def check(
-    model: nn.Module,
-    prompt: Sequence[int],
-    number: int,
-    bias: Mapping[int, float] = NO_BIAS,
-    *,
-    full: bool = False,
-) -> None:
-    """Raise InputError for a prompt that the model can't be given, or a bias to what it doesn't have. `full`: the
-    prompt may fill the context."""
-    most, vocabulary = context(model) + full, text_config(model).vocab_size
-    if len(prompt) == 0:
-        raise InputError(f"prompt {number} is empty", fix="begin with at least one token, such as bos")
-    if len(prompt) >= most:
-        including = "" if full else ", including the answer,"
-        raise InputError(
-            f"prompt {number} has {len(prompt):,} tokens; the context{including} holds {context(model):,}",
-            fix="shorten it",
-        )
-    if min(prompt) < 0 or max(prompt) >= vocabulary:
-        raise InputError(f"prompt {number} holds ids outside the model's vocabulary of {vocabulary:,}")
-    if bias and (min(bias) < 0 or max(bias) >= vocabulary):
-        raise InputError(f"the bias of prompt {number} is to ids outside the model's vocabulary of {vocabulary:,}")
-    if any(not math.isfinite(value) for value in bias.values()):
-        raise InputError(f"the bias of prompt {number} isn't finite", fix="use -100 to forbid a token")

@@ -13,6 +13,9 @@ go on are all of their shelves.
 The beginnings of rows that name their key are kept when they are whole and when they leave, and read by rows that come
 later (prefixes.py). A row that begins as one does that is being filled waits for it, and reads what it has made.
 
+What the model says of a prompt's own tokens is told from the pass that fills its slot, where that is asked for: so a
+prompt that is measured runs once. It reads no beginning of another row then, which has no logits.
+
 The model is run with one row per sequence ([R, 1]) and not with all rows as one sequence, since angles that depend on a
 document's company (base/angles.py) are asked for by row.
 
@@ -42,9 +45,10 @@ from deltaw.base.attention import is_packed
 from deltaw.base.frozen import InParts, dtype_of
 from deltaw.base.passing import Pass, passing_of
 from deltaw.base.probe import REFUSALS
-from deltaw.generate.cache import Cache, Row, segments_for
+from deltaw.generate.cache import Cache, Row, segments_for, text_config
 from deltaw.generate.filling import GPU_PIECE, PIECE, Continued, Filling, Run, next_runs
 from deltaw.generate.going import GoingOn
+from deltaw.generate.logprobs import LOGITS_AT_ONCE, Logprobs, logprobs_of
 from deltaw.generate.prefixes import Prefixes
 from deltaw.generate.sampling import Sampling
 from deltaw.generate.shelf import SMALLEST, Part, Shelf
@@ -68,6 +72,7 @@ class Slots(Cache):
         self.filling: dict[int, Shelf] = {}  # and of those whose prompts are in pieces
         self.shelf_of: dict[Row, Shelf] = {}
         self.stored: dict[Row, int] = {}  # how many of its tokens' keys and values a row has, in the order they came
+        self.scores: dict[Row, list[Logprobs]] = {}  # of prompts' tokens, for rows that ask
         self.prefixes = Prefixes(KEPT)
         parts = any(isinstance(module, InParts) for module in model.modules())  # their weights come and go
         self.ready = None if parts else Ready(model)
@@ -98,6 +103,7 @@ class Slots(Cache):
             for row, _, _ in runs:
                 self._free(row)
                 self.stored[row] = 0
+                self.scores.pop(row, None)
             raise
         for row, _, end in runs:
             self.stored[row] = end
@@ -111,10 +117,15 @@ class Slots(Cache):
         for row, stored in self.stored.items():
             if stored < len(row.prompt):
                 # The last token is run in any case: its logits are wanted.
-                begun[row] = max(stored, self.prefixes.count(row.key, row.prompt[:-1]))
-        runs = next_runs(begun, self.piece)
+                kept = self.prefixes.count(row.key, row.prompt[:-1]) if row.scored is None else 0
+                begun[row] = max(stored, kept)
+        size = self.piece
+        if any(row.scored is not None for row in begun):
+            size = max(1, min(size, LOGITS_AT_ONCE // text_config(self.model).vocab_size))
+        runs = next_runs(begun, size)
         follow = {run.row for n, run in enumerate(runs) if any(run.follows(other) for other in runs[:n])}
-        return next_runs({row: first for row, first in begun.items() if row not in follow}, self.piece)
+        free = {row: first for row, first in begun.items() if row not in follow or row.scored is not None}
+        return next_runs(free, size)
 
     def _filled(self, runs: Sequence[Run]) -> Tensor:
         """Run them. Logits [R, V] of the next token of each that is whole."""
@@ -130,9 +141,27 @@ class Slots(Cache):
             kept=segments_for(kept, range(len(kept) + 1)),
             cache=cache,
         )
-        ends = [starts[ordered.index(run) + 1] - 1 for run in runs if run.whole] or [0]  # some row it must give
-        ends_R = torch.tensor(ends, device=self.device)
-        return self._run(this, tokens_T[None], positions_T[None], logits_to_keep=ends_R)[0]
+        spans = {run: range(starts[at], starts[at + 1]) for at, run in enumerate(ordered)}
+        asked = {
+            run: span if run.row.scored is not None else span[-1:] if run.whole else () for run, span in spans.items()
+        }
+        wanted_R = torch.tensor(
+            [at for run in runs for at in asked[run]] or [0], device=self.device
+        )  # some it must give
+        logits_RV = self._run(this, tokens_T[None], positions_T[None], logits_to_keep=wanted_R)[0]
+        parts = logits_RV[: sum(map(len, asked.values()))].split([len(asked[run]) for run in runs])
+        for run, part_RV in zip(runs, parts, strict=True):
+            self._score(run, part_RV)
+        lasts = [part_RV[-1] for run, part_RV in zip(runs, parts, strict=True) if run.whole]
+        return torch.stack(lasts) if lasts else logits_RV[:0]
+
+    def _score(self, run: Run, logits_RV: Tensor) -> None:
+        """Keep what the logits say of the prompt's tokens that follow the run's, where that is asked for."""
+        row, first, end = run
+        following = row.prompt[first + 1 : end + 1]
+        if row.scored is not None and following:
+            told = logprobs_of(logits_RV[: len(following)], following, row.scored)
+            self.scores.setdefault(row, []).extend(told)
 
     def _place(self, runs: Sequence[Run]) -> None:
         """Give the runs' rows the slots that they need now, with what is kept of their beginnings."""
@@ -232,6 +261,7 @@ class Slots(Cache):
         if row in self.stored:
             self._keep(row)
             self._free(row)
+            self.scores.pop(row, None)
             del self.stored[row]
 
     def _run(self, this: Pass, ids: Tensor, positions: Tensor, **options: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ Letters: T rows, D hidden size, V words, C rows of a chunk, K rows with a label,
 """
 
 import abc
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -84,7 +85,7 @@ class RowsChange(HeadChange):
     def logits(self, x_CD: Tensor, head: Weight, bias_V: Tensor | None, tensors: tuple[Tensor, ...]) -> Tensor:
         z_CV = head.matmul(x_CD, bias_V)
         if self.more:
-            z_CV = torch.cat([z_CV, z_CV.new_empty(len(z_CV), self.more)], 1)
+            z_CV = torch.cat([z_CV, z_CV.new_full((len(z_CV), self.more), -math.inf)], 1)
         own_CI = x_CD @ tensors[0].to(x_CD.dtype).T
         if bias_V is not None:
             own_CI = own_CI + torch.cat([bias_V, bias_V.new_zeros(self.more)])[self.index_I]

@@ -24,8 +24,11 @@ as its products do.
 
 What an expert beyond E is sent (a router's "no expert") is 0.
 
-The counts of rows are read on the host: on a GPU that waits once per layer. Rejected for the low-rank products there:
-`torch.nn.functional.grouped_mm`, which wants ranks that are multiples of 8.
+W's products are torch's `grouped_mm` where it takes them, as they are in transformers' own code, so that a fresh update
+gives the model's own bits: a router picks others where two experts are nearly equal and a sum was rounded otherwise.
+The low-rank products are loops over the experts that have rows. Their counts are read on the host, which waits once per
+layer on a GPU. Rejected for them: `grouped_mm`, which wants ranks that are multiples of 8 there, and can't add to what
+is.
 
 Letters: T tokens, K experts of each, S = T·K rows, E experts, M outputs, N inputs, R rank.
 """
@@ -40,6 +43,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltaw.kernels.segments import Segments
+
+GROUPED = (torch.float32, torch.bfloat16, torch.float16)  # what torch's grouped product takes
 
 
 class Stack(NamedTuple):
@@ -74,6 +79,8 @@ class Routes(NamedTuple):
 
     order_S: Tensor
     back_S: Tensor
+    expert_S: Tensor  # of each sorted row; the last, where nobody's
+    ends_E: Tensor  # the row behind each expert's last
     choices: int  # K
     experts: tuple[Span, ...]
     updates: Mapping[int, tuple[Span, ...]] | None = None
@@ -93,7 +100,7 @@ def route(experts_TK: Tensor, count: int, segments: Segments | None = None) -> R
     t, k = experts_TK.shape
     key_S = experts_TK.reshape(-1).clamp(max=count)
     numbers = sorted({segment.update for segment in segments or ()})
-    kinds = len(numbers) + 1
+    kinds = 1 if segments is None else len(numbers) + 1
     if segments is not None:
         kind_T = torch.full((t,), len(numbers), dtype=torch.int64)
         for update, start, end in segments:
@@ -104,9 +111,12 @@ def route(experts_TK: Tensor, count: int, segments: Segments | None = None) -> R
     order_S = key_S.argsort(stable=True)
     back_S = torch.empty_like(order_S)
     back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-    if segments is None:
-        return Routes(order_S, back_S, k, _spans(key_S.bincount(minlength=count + 1)[:count].tolist()))
+    expert_S = experts_TK.reshape(-1)[order_S].clamp(max=count - 1)
     counts = key_S.bincount(minlength=(count + 1) * kinds)[: count * kinds].view(count, kinds)
+    ends_E = counts.sum(1).cumsum(0, dtype=torch.int32)
+    sorted_rows = (order_S, back_S, expert_S, ends_E, k)
+    if segments is None:
+        return Routes(*sorted_rows, _spans(counts.sum(1).tolist()))
     parts = _spans(counts.flatten().tolist())
     updates: dict[int, list[Span]] = {number: [] for number in numbers}
     for part in parts:
@@ -114,7 +124,7 @@ def route(experts_TK: Tensor, count: int, segments: Segments | None = None) -> R
         if kind < len(numbers):
             updates[numbers[kind]].append(Span(expert, part.start, part.end))
     experts = _spans(counts.sum(1).tolist())
-    return Routes(order_S, back_S, k, experts, {number: tuple(spans) for number, spans in updates.items()})
+    return Routes(*sorted_rows, experts, {number: tuple(spans) for number, spans in updates.items()})
 
 
 def spread(x_TN: Tensor, routes: Routes) -> Tensor:
@@ -144,9 +154,7 @@ def grouped_linear_plain(x_SN: Tensor, grouped: Grouped, routes: Routes, low_SN:
     y_SM = torch.zeros(len(x_SN), grouped.w_EMN.shape[1], dtype=x_SN.dtype, device=x_SN.device)
     for expert, start, end in routes.experts:
         bias_M = None if grouped.bias_EM is None else grouped.bias_EM[expert]
-        y_SM = y_SM.index_copy(
-            0, torch.arange(start, end), F.linear(x_SN[start:end], grouped.w_EMN[expert], bias_M)
-        )
+        y_SM = y_SM.index_copy(0, torch.arange(start, end), F.linear(x_SN[start:end], grouped.w_EMN[expert], bias_M))
     for number, (a_ERN, b_EMR, scale) in grouped.updates.items():
         for expert, start, end in routes.spans(number):
             delta_MN = (scale * (b_EMR[expert] @ a_ERN[expert])).to(x_SN.dtype)
@@ -165,17 +173,35 @@ def _spans(counts: Sequence[int]) -> tuple[Span, ...]:
     return tuple(spans)
 
 
+def _products(x_SN: Tensor, w_ENM: Tensor, routes: Routes) -> Tensor:
+    """Each row by its expert's matrix; what stands behind them is undefined."""
+    if hasattr(F, "grouped_mm") and _can_group(x_SN) and all(map(_aligned, (x_SN, w_ENM))):
+        return F.grouped_mm(x_SN, w_ENM, offs=routes.ends_E)
+    y_SM = x_SN.new_empty(len(x_SN), w_ENM.shape[2])
+    for expert, start, end in routes.experts:
+        torch.mm(x_SN[start:end], w_ENM[expert], out=y_SM[start:end])
+    return y_SM
+
+
+def _can_group(x: Tensor) -> bool:
+    """Whether torch has grouped products of this type on this device."""
+    return x.dtype in GROUPED and (x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0))
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether torch's grouped product takes it: rows that begin at multiples of 16 bytes."""
+    strides = [stride for stride in x.stride()[-2:] if stride != 1]
+    return x.data_ptr() % 16 == 0 and len(strides) == 1 and strides[0] * x.itemsize % 16 == 0
+
+
 def _forward(
     x_SN: Tensor, low_SN: Tensor, grouped: Grouped, routes: Routes
 ) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor]]]:
     """(y, H [S, R] of each update, each update's factors in x's dtype)."""
     w_EMN, bias_EM = grouped.w_EMN, grouped.bias_EM
-    y_SM = x_SN.new_empty(len(x_SN), w_EMN.shape[1])
-    for expert, start, end in routes.experts:
-        if bias_EM is None:
-            torch.mm(x_SN[start:end], w_EMN[expert].T, out=y_SM[start:end])
-        else:
-            torch.addmm(bias_EM[expert], x_SN[start:end], w_EMN[expert].T, out=y_SM[start:end])
+    y_SM = _products(x_SN, w_EMN.transpose(1, 2), routes)
+    if bias_EM is not None:
+        y_SM += bias_EM[routes.expert_S]
     y_SM[routes.taken :] = 0
     hs, cast = [], []
     for number, (a_ERN, b_EMR, scale) in grouped.updates.items():
@@ -207,9 +233,7 @@ class _GroupedLinear(torch.autograd.Function):
         g_SM = g_SM.contiguous()
         dx_SN = dlow_SN = None
         if ctx.needs_input_grad[0]:
-            dx_SN = g_SM.new_empty(len(g_SM), grouped.w_EMN.shape[2])
-            for expert, start, end in routes.experts:
-                torch.mm(g_SM[start:end], grouped.w_EMN[expert], out=dx_SN[start:end])
+            dx_SN = _products(g_SM, grouped.w_EMN, routes)
             dx_SN[routes.taken :] = 0
         if ctx.apart and ctx.needs_input_grad[1]:
             dlow_SN = torch.zeros_like(low_SN)

@@ -15,7 +15,7 @@ from deltaw.config.reward import FunctionReward, RewardConfig
 from deltaw.data.row import Row
 from deltaw.errors import RunError
 from deltaw.evaluation.own_metric import Consent, check_consent
-from deltaw.files.bounded import Failed
+from deltaw.files.bounded import Failed, Late
 from deltaw.files.own_code import Code
 from deltaw.rewards.process import Process
 from deltaw.rewards.scored import Asked, Value, failed
@@ -49,7 +49,7 @@ class Function:
                 values.append(self._value(answer, asked[len(values)]))
         except Failed as error:
             what = f"{self._code.file}: {self._function}: {error}"
-            late = "takes more" in str(error)
+            late = isinstance(error, Late)
             fix = "make it faster, or give the reward more: seconds: …" if late else "call it by hand with that row"
             raise failed(asked[len(values)], what, fix) from None
         return values

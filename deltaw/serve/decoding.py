@@ -63,13 +63,9 @@ class Decoding:
         taken = self.adapters.take(ask.adapter, ask.scale)
         try:
             engine, decode = self.current_engine(), self.model.renderer.decode
-            room = min(ask.sampling.max_new_tokens, self.model.context - len(ask.prompt))
+            room = min(ask.sampling.max_new_tokens, self.model.context - len(ask.prompt)) if ask.answer else 0
             running = Running(answering, taken, decode, room=room)
-            if ask.echo:
-                wanted = ask.logprobs is not None
-                scored = engine.score(ask.prompt, update=taken.number, top=ask.logprobs or 0) if wanted else None
-                running.echo(scored)
-            for index in range(ask.n if ask.answer else 0):
+            for index in range(ask.n if ask.answer else 1):  # one runs a prompt that is all that is wanted
                 id = engine.add(
                     ask.prompt,
                     ask.sampling,
@@ -80,6 +76,8 @@ class Decoding:
                     logprobs=ask.logprobs,
                     bias=ask.bias,
                     guide=ask.grammar.begin() if ask.grammar else None,
+                    scored=ask.logprobs if ask.echo and index == 0 else None,
+                    answer=ask.answer,
                 )
                 running.ids[id] = index
         except BaseException:
@@ -90,9 +88,6 @@ class Decoding:
         self.running.append(running)
         self.by_row |= dict.fromkeys(running.ids, running)
         self._outbox.tell(answering.loop, lambda: answering.begin(served))
-        if not ask.answer:
-            running.no_answer()
-            self._end(running, running.finish)
 
     def step(self) -> None:
         """One token of each row."""
@@ -119,7 +114,7 @@ class Decoding:
         for running in list(self.running):
             if not running.ids:
                 self._end(running, running.finish)
-            elif running.pieces or running.new:
+            elif running.told and (running.pieces or running.new):
                 self._hand_over(running)
 
     def let_go(self, left: Collection[Answering]) -> None:

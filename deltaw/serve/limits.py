@@ -7,7 +7,7 @@ has left isn't wrong, for the answer then says `finish_reason: length`.
 
 from dataclasses import dataclass
 
-from deltaw.generate.cache import text_config
+from deltaw.base.frozen import embedding_of
 from deltaw.model import Model
 
 
@@ -36,4 +36,4 @@ class Limits:
     @staticmethod
     def of(model: Model) -> "Limits":
         """For a model."""
-        return Limits(model.context, text_config(model.base.model).vocab_size)
+        return Limits(model.context, embedding_of(model.base.model).shape[0])

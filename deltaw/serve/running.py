@@ -32,23 +32,21 @@ class Running:
         self._decode, self._room = decode, room
         self._texts = [Text(decode, self.ask.stop) for _ in range(self.ask.n)]
         self._last: dict[int, float] = {}
+        self._awaited = self.ask.echo and self.ask.logprobs is not None
+        if self.ask.echo and not self._awaited:
+            self._echo(None)
 
-    def echo(self, scored: Sequence[Logprobs] | None) -> None:
-        """The prompt, at the head of each answer; `scored`: what the model says of its tokens but the first."""
-        logprobs = None if scored is None else (None, *scored)
-        text = self._decode(self.ask.prompt)
-        for index in range(self.ask.n):
-            self.pieces.append(Piece(index, text, self.ask.prompt, logprobs, echoed=True))
-
-    def no_answer(self) -> None:
-        """The prompt was all that was asked for."""
-        self.finish = "length"
-        self.pieces += [Piece(index, "", logprobs=self._told(()), finish="length") for index in range(self.ask.n)]
+    @property
+    def told(self) -> bool:
+        """Whether pieces may be handed over: none goes before the prompt, which may wait for what is said of it."""
+        return not self._awaited
 
     def take(self, event: Event, now: float, figures: Figures) -> bool:
         """A token of one of its rows, or the row's end. Whether the row is to be cancelled: a stop text has come."""
         index = self.ids[event.id]
         text = self._texts[index]
+        if event.prompt is not None:
+            self._echo((None, *event.prompt))
         if event.token is None:
             self._end(event.id, text.end(), "length" if text.tokens == self._room else "stop")
             return False
@@ -61,9 +59,16 @@ class Running:
             self._add(index, part)
         return False
 
+    def _echo(self, logprobs: tuple[Logprobs | None, ...] | None) -> None:
+        """The prompt, at the head of each answer, with what the model says of its tokens."""
+        text = self._decode(self.ask.prompt)
+        echoed = [Piece(index, text, self.ask.prompt, logprobs, echoed=True) for index in range(self.ask.n)]
+        self.pieces, self._awaited = [*echoed, *self.pieces], False
+
     def _end(self, id: int, part: Part, finish: Finish) -> None:
-        self.finish = finish
-        self._add(self.ids.pop(id), part, finish)
+        self.finish, index = finish, self.ids.pop(id)
+        for each in (index,) if self.ask.answer else range(self.ask.n):  # one row runs a prompt for all of them
+            self._add(each, part, finish)
 
     def _add(self, index: int, part: Part, finish: Finish | None = None) -> None:
         self.pieces.append(Piece(index, part.text, part.tokens, self._told(part.logprobs), finish))

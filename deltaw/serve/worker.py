@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from deltaw.errors import DeltawError, InputError, RunError, with_kind
-from deltaw.generate.engine import check
+from deltaw.generate.check import check
 from deltaw.kernels.bags import making
 from deltaw.model import Model
 from deltaw.serve.adapters import Adapters, Later, Served

@@ -1,6 +1,7 @@
 """The files beside exported weights, so that answers come out as trained: tokenizer, chat template, stop tokens.
 
-    tokenizer.json, …         the base's own files, byte for byte; local paths in tokenizer_config.json are removed
+    tokenizer.json, …         the base's own files, byte for byte; local paths in tokenizer_config.json are removed.
+                              Where tokens were added: as transformers writes the tokenizer that has them
     chat_template.jinja       the template that was trained under, if it isn't the tokenizer's own; the tokenizer's
                               config then names none, since loaders differ in which of the two they take
     generation_config.json    the base's, with every token that ends an answer: its own, the tokenizer's eos, and the
@@ -31,7 +32,9 @@ PATHS = ("name_or_path", "tokenizer_file", "special_tokens_map_file")  # where i
 def write_beside(trained: Trained, folder: Path) -> None:
     """Write tokenizer, template and generation config into `folder`. Raises RunError for what the disk refuses."""
     base = trained.base.directory
-    for name in TOKENIZER:
+    if trained.renderer.grown:
+        trained.renderer.tokenizer.save_pretrained(folder)
+    for name in () if trained.renderer.grown else TOKENIZER:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
     if (base / MORE_TEMPLATES).is_dir() and trained.renderer.own_template:

@@ -32,7 +32,7 @@ from deltaw.files.atomic import write_text_atomic
 from deltaw.files.safetensors import save_safetensors
 from deltaw.shipping.beside import beside_size, write_beside
 from deltaw.shipping.destination import Destination, Options, Written
-from deltaw.shipping.peft import adapter_size, check_fits, refuse_full, remade
+from deltaw.shipping.peft import adapter_size, check_fits, refuse_experts, refuse_full, remade
 from deltaw.shipping.trained import Trained
 from deltaw.shipping.usage import mlx_usage
 from deltaw.show.progress import Display
@@ -66,12 +66,13 @@ class MlxAdapter(Destination):
                 "doesn't know",
                 fix=f"convert the whole model: {remade('merge', trained)}   then: mlx_lm.convert --hf-path …",
             )
-        check_fits(trained, skeleton)
+        refuse_experts(trained, "an adapter for mlx_lm")
         self.names = {path: mlx_name(path, kind) for path in trained.adapter.factors}
         outside = [path for path, name in self.names.items() if not BLOCK.fullmatch(name)]
         if outside:
             fix = f"the whole model: {remade('merge', trained)}"
             raise InputError(f"mlx_lm adapts the layers of the language model's blocks only:\n{listed(outside)}", fix)
+        check_fits(trained, skeleton)
         self.blocks = int(skeleton.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
 
     def size(self) -> int:

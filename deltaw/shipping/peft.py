@@ -13,10 +13,13 @@ from pathlib import Path
 
 from torch import nn
 
+from deltaw.adapter.ends import Ends, ways_of
+from deltaw.adapter.expert_targets import experts_of
 from deltaw.adapter.file import Adapter
 from deltaw.adapter.peft_config import rewritten_names
 from deltaw.adapter.targets import explicit_targets
 from deltaw.base.frozen import FrozenLinear
+from deltaw.config.adapter import expert_of, parameter_of
 from deltaw.errors import InputError, command, listed
 from deltaw.shipping.beside import beside_size, write_beside
 from deltaw.shipping.destination import Destination, Options, Written
@@ -70,22 +73,36 @@ def adapter_size(adapter: Adapter) -> int:
     return 4 * adapter.parameters + 2_000 * len(adapter.factors) + CONFIG_BYTES
 
 
+def refuse_experts(trained: Trained, reader: str) -> None:
+    """Raise InputError for updates of experts, where the reader has no form for them."""
+    if experts := [path for path in trained.adapter.factors if expert_of(path) is not None]:
+        raise InputError(
+            f"{reader} has no form for updates of experts: {counted(len(experts), 'matrix', 'matrices')}, {experts[0]}",
+            fix=f"the whole model: {remade('merge', trained)}",
+        )
+
+
 def for_peft(trained: Trained) -> Adapter:
     """The adapter with its base's public name, and modules named by their last part if that is unambiguous."""
     adapter = trained.adapter
     skeleton = trained.base_files.skeleton
     check_fits(trained, skeleton)
-    targets = explicit_targets(skeleton, tuple(adapter.factors))
+    body = Ends.of(skeleton).body(adapter.factors)
+    targets = explicit_targets(skeleton, tuple(dict.fromkeys(map(parameter_of, body))))
     rewritten = adapter.rewritten | rewritten_names(skeleton)
     base = replace(adapter.base, name=base_name(trained))
-    spec = adapter.spec.model_copy(update={"targets": targets})
+    spec = adapter.spec.model_copy(update={"targets": targets or adapter.spec.targets})
     return replace(adapter, spec=spec, base=base, rewritten=rewritten)
 
 
 def check_fits(trained: Trained, skeleton: nn.Module) -> None:
     """Raise InputError unless every update has a linear layer of its shape in the base."""
-    problems, modules = [], dict(skeleton.named_modules())
-    for path, update in trained.adapter.factors.items():
+    experts = {path: update for path, update in trained.adapter.factors.items() if expert_of(path) is not None}
+    problems, modules = experts_of(skeleton).misfits(experts), dict(skeleton.named_modules())
+    ways_of(skeleton, trained.adapter.factors)
+    for path, update in Ends.of(skeleton).body(trained.adapter.factors).items():
+        if path in experts:
+            continue
         if path not in modules or not FrozenLinear.can_wrap(modules[path]):
             problems.append(f"{path:.120}: no such linear layer")
             continue

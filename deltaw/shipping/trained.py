@@ -74,7 +74,7 @@ def open_trained(name: str | Path, *, base: str | None = None, display: Display 
     source = find_base(base or named.base, display=display)
     files = BaseFiles(source)
     _check_base(name, adapter, files)
-    renderer = open_renderer(source, named.local, named.template)
+    renderer = open_renderer(source, named.local, named.template, named.tokens)
     if adapter.base.template not in ("", PLAIN, renderer.template_fingerprint):
         raise InputError(
             f"{name} was trained under another chat template than the tokenizer's of {source.name}",

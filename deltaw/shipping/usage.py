@@ -26,11 +26,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # this folder, or its name on the hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
 base = AutoModelForCausalLM.from_pretrained({_literal(base_name(trained))}{pinned})
-model = PeftModel.from_pretrained(base, folder)
+{resized(trained)}model = PeftModel.from_pretrained(base, folder)
 
 {answer_lines(trained)}
 ```
 """
+
+
+def resized(trained: Trained) -> str:
+    """What PEFT's loader needs for tokens that the base doesn't have."""
+    if not trained.renderer.grown:
+        return ""
+    return "base.resize_token_embeddings(len(tokenizer))  # the adapter brings tokens of its own\n"
 
 
 def transformers_usage(trained: Trained) -> str:

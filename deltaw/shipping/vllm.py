@@ -2,9 +2,9 @@
 
 What it reads (0.32, lora/peft_helper.py and lora_model.py): r, lora_alpha, use_rslora, rank_pattern and alpha_pattern
 by PEFT's rule; which modules are adapted it takes from the tensors' names, each of which must end as a layer of the
-served model does. It refuses DoRA, modules_to_save, biases and initialisers that move the base. deltaw's
-adapters have none of these but DoRA, and write init_lora_weights: true. It would silently skip whole tensors of an
-embedding or a head; loading refuses those (adapter/file.py), so none gets here.
+served model does. It refuses DoRA, modules_to_save, trained tokens, biases and initialisers that move the base, and
+would silently skip whole tensors of an embedding or a head. Nothing of that is written for it, and init_lora_weights is
+true. LoRA on an embedding or a head it reads.
 
 Ranks. The server is started with one bound for all adapters, --max-lora-rank, one of RANKS, 16 by
 default; any rank up to the bound works.
@@ -24,6 +24,7 @@ from deltaw.adapter.algebra import baked, low_rank_updates, mixed
 from deltaw.adapter.file import Adapter
 from deltaw.base.source import check_folder
 from deltaw.errors import InputError, listed
+from deltaw.replaced import Rows, Whole
 from deltaw.shipping.beside import beside_size, write_beside
 from deltaw.shipping.destination import Destination, Options, Written
 from deltaw.shipping.peft import adapter_size, for_peft, refuse_full, remade
@@ -57,7 +58,7 @@ class VllmAdapter(Destination):
     def write(self, folder: Path, display: Display) -> Written:
         self.adapter.save(folder)
         write_beside(self.trained, folder)
-        bound = max_lora_rank([update.rank for update in self.adapter.factors.values()])
+        bound = max_lora_rank([update.rank for update in self.adapter.body.values()])
         lines = [f"LoRA for vLLM, start it with --max-lora-rank {bound}"]
         if mixed(self.adapter):
             lines.append("its modules have ranks or scales of their own: for a vLLM that ignores those, add --plain")
@@ -83,7 +84,10 @@ def _problems(trained: Trained) -> list[tuple[str, str]]:
     problems = []
     if adapter.spec.magnitude:
         problems.append(("DoRA isn't supported", merge))
-    ranks = [update.rank for update in adapter.factors.values()]
+    words = {Rows.kind: "trained tokens", Whole.kind: "modules that were trained whole"}
+    for kind in dict.fromkeys(update.kind for update in adapter.replaced.values()):
+        problems.append((f"{words[kind]} aren't supported", merge))
+    ranks = [update.rank for update in adapter.body.values()]
     if max(ranks) > RANKS[-1]:
         smaller = remade("resize", trained, "--rank", str(RANKS[-1]))
         problems.append((f"rank {max(ranks)}, the largest that it serves is {RANKS[-1]}", smaller))

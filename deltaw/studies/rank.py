@@ -9,7 +9,7 @@ import math
 
 from deltaw.analysis import pictures
 from deltaw.analysis.page import Cell, Picture, Table
-from deltaw.studies.bench import ACCENTED, LORA_RATES, NEW_TASK, Arm, lora
+from deltaw.studies.bench import LORA_RATES, NEW_TASK, Arm, lora
 from deltaw.studies.lab import Lab
 from deltaw.studies.statistics import Criterion, Estimate, Paired, Tuned, log_ratios
 from deltaw.studies.study import Outcome, Rule, nothing_learnt
@@ -49,13 +49,12 @@ def run(lab: Lab) -> Outcome:
             mean = Paired(tuple(losses[rank].values()))
             rows.append([stage, rank, f"{best.rate:g}", mean.value, *mean.bounds()])
         for rank in ranks[:-1]:
-            name = f"loss of rank {rank} / rank {HIGH}" + ("" if stage == NEW_TASK else f", {stage}")
-            estimates[name] = log_ratios(losses[rank], losses[HIGH])
+            beside = f"log loss of rank {rank} / rank {HIGH}, {stage}"
+            estimates[ASKED if (stage, rank) == (NEW_TASK, LOW) else beside] = log_ratios(losses[rank], losses[HIGH])
         if stage == NEW_TASK:
             worst = max(loss for rank in (LOW, HIGH) for loss in losses[rank].values())
-            void = nothing_learnt(
-                worst, lab.bench.train(Arm(lora(LOW)).at(tuned[f"rank {LOW}, {stage}"].rate), 0).before
-            )
+            first = Arm(lora(LOW), tuned[f"rank {LOW}, {stage}"].rate)
+            void = nothing_learnt(worst, lab.bench.train(first, RULE.seeds[0]).before)
             curves = {f"seed {s}": (list(ranks), [losses[r][s] for r in ranks]) for s in RULE.seeds}
     head = ["task", "rank", "learning rate", "held-out loss", "from", "to"]
     picture = Picture(
@@ -64,5 +63,6 @@ def run(lab: Lab) -> Outcome:
         "A curve for each seed",
         Table(head, rows, "Means over the seeds, with intervals for the mean"),
     )
-    main = {arm: best for arm, best in tuned.items() if ACCENTED not in arm}
-    return Outcome(estimates, [picture], {"rows": rows}, main, void)
+    asked = {arm: tuned[arm] for arm in (f"rank {LOW}, {NEW_TASK}", f"rank {HIGH}, {NEW_TASK}")}
+    figures = {"rows": rows, "rates": {arm: best.to_json() for arm, best in tuned.items()}}
+    return Outcome(estimates, [picture], figures, asked, void)

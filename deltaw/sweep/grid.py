@@ -196,11 +196,6 @@ def _check_common(variants: Sequence[Variant]) -> None:
                 f"the runs of a sweep share one base in one process, so {key} can't differ: {pair}",
                 fix="sweep those that share it, and the others after them",
             )
-    if keeping := [variant.name for variant in variants if variant.config.train.retain is not None]:
-        raise InputError(
-            f"train.retain can't be swept yet: {keeping[0]} has it",
-            fix="train these runs one after the other: deltaw train run.yaml",
-        )
     if rewarded := [variant.name for variant in variants if variant.config.objective.is_rewarded]:
         raise InputError(
             f"runs on rewards aren't swept together yet, each samples for itself: {rewarded[0]} is one",
@@ -229,6 +224,10 @@ def _check_halving(variants: Sequence[Variant]) -> None:
         raise InputError(
             f"--halving compares losses on held-out rows, and these runs have none:\n{listed(without)}",
             fix="set data.eval",
+        )
+    if len({variant.config.objective.model_dump_json() for variant in variants}) > 1:
+        raise InputError(
+            "--halving compares losses of one objective, and these runs have several", fix="leave --halving out"
         )
     rows = {variant.config.data.model_copy(update={"train": ""}).model_dump_json() for variant in variants}
     if len(rows) > 1 or any(variant.config.data.train != variants[0].config.data.train for variant in variants):

@@ -17,6 +17,7 @@ On a GPU the steps aren't recorded (training/captured.py knows one learner).
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward
@@ -43,9 +44,6 @@ def lay(steps: Mapping[int, Sequence[Batch]], capacity: int) -> tuple[list[Batch
             if number >= len(batches):
                 continue
             batch = batches[number].owned(update)
-            if batch.beside is not None:  # of the whole batch, and of no other run's
-                common.append(batch)
-                continue
             if part and size + len(batch.tokens_T) > capacity:
                 common.append(Batch.joined(part))
                 part, size = [], 0
@@ -63,18 +61,15 @@ class Joint:
     def __init__(
         self,
         live: list[Live],
+        forward: Forward,
         stop: StopRequest,
         contention: Contention,
         ended: Callable[[Live, CannotGoOn | None], object],
     ) -> None:
-        self.live, self._stop, self._contention, self._ended = live, stop, contention, ended
+        self.live, self._forward, self._stop, self._contention, self._ended = live, forward, stop, contention, ended
         self._heap, self._first = Heap(live[0].opened.device), True
         self._all, self._began, self._tokens = list(live), time.monotonic(), 0
         self._capacity = max(one.opened.config.train.batch_tokens for one in live)
-
-    @property
-    def _forward(self) -> Forward:
-        return self.live[0].opened.model.forward
 
     def take_until(self, share: float, board: Board) -> None:
         """All steps up to this share of each run's; those that are done then, or can't go on, leave."""
@@ -111,7 +106,9 @@ class Joint:
         with self._stop.held():
             learners, positions = [one.learner for one in taking], [position for _, position in steps]
             with bounded(taking[0].opened.device) if self._first else nullcontext():
-                taken = step_together(self._forward, learners, batches, positions, numbers=numbers)
+                retains = {one.opened.attached.number: one.retain for one in taking if one.retain is not None}
+                more: dict[str, Any] = {"numbers": numbers, "retains": retains}
+                taken = step_together(self._forward, learners, batches, positions, **more)
             self._first = False  # the step that shows whether there is memory enough
             self._tokens += sum(len(batch.tokens_T) for batch in batches)
             for one, result in zip(taking, taken, strict=True):

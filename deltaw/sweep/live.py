@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from deltaw.adapter.attach import discard
 from deltaw.adapter.history import NOTHING
+from deltaw.base.forward import Forward
 from deltaw.base.source import Source
 from deltaw.config import RunConfig
 from deltaw.config.places import placed
@@ -33,15 +34,17 @@ from deltaw.training.batch_size import sized
 from deltaw.training.changes import restore, settled
 from deltaw.training.checkpoint import Saved, latest_checkpoint, list_checkpoints
 from deltaw.training.finish import finish, report
+from deltaw.training.frozen_layers import above_the_frozen
 from deltaw.training.learner import Learner
 from deltaw.training.log import EventLog, open_log
-from deltaw.training.looking import Ground, look
+from deltaw.training.looking import Ground, Terms, look
 from deltaw.training.measuring import Attempts, measure_base
 from deltaw.training.memory import free_memory
 from deltaw.training.opening import Opened, begin, general_rows, opened_beside, opened_on
 from deltaw.training.preflight import disk_needed, free_disk, short_form, work_of
 from deltaw.training.recomputing import choose
-from deltaw.training.references import with_references
+from deltaw.training.references import Asked, with_references
+from deltaw.training.retain import KEPT, Kept
 from deltaw.training.stop import StopRequest
 from deltaw.training.underway import Underway
 
@@ -92,13 +95,18 @@ class Live:
         return [self.name, f"{state.step} of {self.opened.total}", self.underway.in_short, best]
 
     def open_log(self) -> None:
-        """From here on its steps are written down, and its rows are fetched."""
+        """From here on its steps are written down."""
         log: EventLog = self._stack.enter_context(
             open_log(self.run, self.opened.config, self.learner.state.step, self.display.say)
         )
         on_the_way = Attempts(self.opened.device, self.display.say, lambda error: None)
         self.underway = Underway(self.opened, self.learner, self.run, self.stop, self.display, on_the_way, log)
-        self.steps = iter(Ahead(self.opened.loader(self.learner.state)))
+
+    def start(self, forward: Forward, kept: Kept | None) -> None:
+        """Its steps, which `forward` takes, are fetched. `kept`: where what the base says of its general text is."""
+        state = self.learner.state
+        items, self.retain = self.opened.loader(state), self.opened.retain(forward, kept)
+        self.steps = iter(Ahead(items if self.retain is None else self.retain.beside(items, state.step)))
 
     def finish(self, waited: float | None) -> None:
         """After its last step: the adapter is saved and measured, and leaves the model."""
@@ -150,7 +158,7 @@ def open_all(
     looked = []
     for one, consent in zip(waiting, consents, strict=True):
         needed, lineage = one.saved is None, NOTHING if one.is_new else one.run.read_lineage()
-        looked.append(look(one.config, once, consent, lineage, start_is_needed=needed, ground=ground, rows=rows))
+        looked.append(look(one.config, once, Terms(consent, lineage, needed), ground=ground, rows=rows))
     live, texts = list[Live](), dict[str, Examples]()
     for one, known in zip(waiting, looked, strict=True):
         opened = sized(
@@ -158,7 +166,8 @@ def open_all(
         )
         if one.config is not one.written:
             opened = opened.named_as(one.written)
-        source = f"{one.config.evaluate.general} {opened.model.renderer.template_fingerprint}"
+        retain = one.config.train.retain  # which general text mustn't be a part of
+        source = f"{one.config.evaluate.general} {opened.model.renderer.template_fingerprint} {retain and retain.data}"
         if source not in texts:
             texts[source] = general_rows(one.config, opened.model, opened.retained)
         live.append(Live(one, opened, texts[source], stop, Within(display, one.variant.name), began))
@@ -179,7 +188,7 @@ def begin_all(live: Sequence[Live], waiting: Sequence[Waiting]) -> None:
 
 def rehearse_all(live: Sequence[Live], display: Display) -> None:
     """Try the largest of what is to come and measure the base, once for all that have the same rows."""
-    tried, choice, measured = set[str](), None, dict[tuple[object, ...], Evaluation]()
+    tried, choice, measured, asked = set[str](), None, dict[tuple[object, ...], Evaluation](), Asked()
     for one in live:
         with one.opened.attached.leading():
             if choice is None:
@@ -191,9 +200,25 @@ def rehearse_all(live: Sequence[Live], display: Display) -> None:
             if rows not in tried:
                 short_form(one.opened, one.learner, one.run, one.general)
                 tried.add(rows)
-            one.opened = with_references(one.opened, one.run, one.display, fresh=not one.learner.state.step)
+            fresh = not one.learner.state.step
+            one.opened = with_references(one.opened, one.run, one.display, fresh=fresh, asked=asked)
             one.before = _measured_once(one, measured, display)
         one.open_log()
+
+
+def start_all(live: Sequence[Live], display: Display) -> Forward:
+    """Each run's steps, and the forward that takes them. What the base says of general text is kept once for all that
+    take the same in the same order."""
+    forward = above_the_frozen([one.opened for one in live], display)
+    texts = {
+        one.name: (text.fingerprint, len(text.pieces), (train := one.opened.config.train).seed, train.batch_tokens)
+        for one in live
+        if (text := one.opened.kept_text)
+    }
+    kept = {which: Kept(KEPT // len({*texts.values()})) for which in {*texts.values()}}
+    for one in live:
+        one.start(forward, kept[texts[one.name]] if one.name in texts else None)
+    return forward
 
 
 def _measured_once(one: Live, measured: dict[tuple[object, ...], Evaluation], display: Display) -> Evaluation | None:

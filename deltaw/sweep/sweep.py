@@ -23,7 +23,7 @@ from deltaw.show.text import counted
 from deltaw.sweep.folder import FAILED, HALVED, Rung, SweepFolder, held
 from deltaw.sweep.halving import by_setting, kept, shares, stopped
 from deltaw.sweep.joint import Joint
-from deltaw.sweep.live import HEAD, Live, Waiting, begin_all, open_all, rehearse_all, waiting_for
+from deltaw.sweep.live import HEAD, Live, Waiting, begin_all, open_all, rehearse_all, start_all, waiting_for
 from deltaw.sweep.page import write_page
 from deltaw.sweep.standing import Ranking, ranked
 from deltaw.training.contention import Contention
@@ -97,7 +97,7 @@ class _Going:
 
     def _take(self, live: list[Live], stop: StopRequest) -> None:
         contention = Contention(self.sweep.path, torch.get_num_threads(), self._display.say)
-        joint = Joint(live, stop, contention, self._ended)
+        joint = Joint(live, start_all(live, self._display), stop, contention, self._ended)
         settings = len({variant.setting for variant in self.sweep.grid.variants})
         shortest = min(one.opened.total for one in live)
         rungs = shares(settings, shortest) if self.sweep.grid.halving else [1.0]

@@ -76,8 +76,8 @@ def restore(learner: Learner, saved: Saved, run: Run, display: Display) -> None:
         display.say(f"warning: it resumes with {', '.join(other)}, so the last bits will differ")
     if rewritten:
         display.say(
-            f"warning: the code of the reward {', '.join(rewritten)} isn't what it was: answers are worth other numbers "
-            f"from step {learner.state.step + 1} on"
+            f"warning: the code of the reward {', '.join(rewritten)} isn't what it was: answers are worth "
+            f"other numbers from step {learner.state.step + 1} on"
         )
     state = learner.state
     if state.best_step and not is_whole(checkpoint_at(run.checkpoints, state.best_step)):

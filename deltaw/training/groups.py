@@ -6,7 +6,13 @@
     documents                 prompt without its last token | last token and answer | last token and answer | …
                               the last token's row is each answer's own, since its label is the answer's first token
 
-Where the model can't share, or it doesn't pay (data/sharing.py), each answer is a document with its prompt.
+Where the model can't share, or it doesn't pay (data/sharing.py), each answer is a document with its prompt. Groups
+share shorter prompts than rows that merely begin alike do, since there are more that share them. Measured (CPU time of
+one thread, SmolLM2-135M, forward and backward of 8 prompts with 8 answers each):
+
+    tokens of prompt and answer      8 + 8     14 + 8    24 + 20
+    computed of all                  68 %      52 %      55 %
+    times as fast                    1.32      1.68      1.69
 """
 
 from collections.abc import Sequence
@@ -23,11 +29,12 @@ from deltaw.base.forward import Forward
 from deltaw.base.rewarded import ALIKE, advantages
 from deltaw.config import RunConfig
 from deltaw.data.example import Example
-from deltaw.data.sharing import LEAST, WORTH, Node, Shared
+from deltaw.data.sharing import WORTH, Node, Shared
 from deltaw.generate.rollout import Sampled
 from deltaw.rewards.scored import Scored
 
 PART = "reward_"  # before the name of a part of the reward, in a record
+SHORTEST = 4  # tokens of a prompt from which on its answers share it
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,9 @@ def cut(taken: Sequence[Sequence[Taken]], capacity: int, *, shares: bool, ranks:
     examples = [one.example for group in taken for one in group]
     nodes = [Node(_prompt_of(group[0]) - 1) if len(group) > 1 else Node(0) for group in taken]
     chains: list[tuple[Node, ...]]
-    chains = [(node,) if node.depth >= LEAST else () for node, group in zip(nodes, taken, strict=True) for _ in group]
+    chains = [
+        (node,) if node.depth >= SHORTEST else () for node, group in zip(nodes, taken, strict=True) for _ in group
+    ]
     numbers, begins = list(range(len(examples))), [True] * len(examples)
     shared = Shared(examples, chains, numbers, begins)
     whole = sum(len(example.tokens) for example in examples)

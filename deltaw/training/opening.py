@@ -30,6 +30,7 @@ from deltaw.base.objective import Objective
 from deltaw.base.preferences import objective_of
 from deltaw.config import EvaluateConfig, RunConfig
 from deltaw.config.own_rows import rows_to_keep, with_names
+from deltaw.data.added import Token
 from deltaw.data.dataset import Dataset
 from deltaw.data.example import Example
 from deltaw.data.examples import Examples
@@ -47,9 +48,9 @@ from deltaw.show.progress import Display
 from deltaw.training.checkpoint import TrainState, conditions
 from deltaw.training.learner import Learner
 from deltaw.training.length import make_loader
-from deltaw.training.looking import Ground, Looked, look
+from deltaw.training.looking import NEW, Ground, Looked, Terms, look
 from deltaw.training.optim import WARMUP, warmup_steps
-from deltaw.training.retain import Retain, Text, check_apart
+from deltaw.training.retain import Kept, Retain, Text, check_apart
 from deltaw.training.rollouts import Rollouts, Score
 from deltaw.training.sharding import NONE, Shards, first_pass, is_wanted, shard
 from deltaw.training.start import Start, described
@@ -157,10 +158,10 @@ class Opened:
         """What the run is to remember; None where it isn't asked to."""
         return Text.of(self.config, self.retained)
 
-    def retain(self, forward: Forward) -> Retain | None:
-        """The same, for the steps that `forward` takes."""
+    def retain(self, forward: Forward, kept: Kept | None = None) -> Retain | None:
+        """The same, for the steps that `forward` takes. `kept`: where what the base says of it is kept."""
         text = self.kept_text
-        return None if text is None else Retain(text, forward, self.attached, self.config.train.batch_tokens)
+        return None if text is None else Retain(text, forward, self.attached, self.config.train.batch_tokens, kept)
 
     def rollouts(self, state: TrainState, say: Callable[[str], None]) -> Rollouts | None:
         """The steps after `state` of a run on rewards; None for any other."""
@@ -181,27 +182,18 @@ class Opened:
         return self.model.forward.shares and not self.attached.spec.dropout
 
 
-def open_run(
-    config: RunConfig,
-    display: Display,
-    consent: Consent = ASKED_FOR,
-    lineage: History = NOTHING,
-    *,
-    start_is_needed: bool = True,
-    world: World = ALONE,
-) -> Opened:
-    """Raises InputError, before the weights are read where that is possible. `consent`: to a metric of the user's own
-    that the config names. `lineage`: the run's, if it has begun; the adapter that it starts from isn't needed any more
-    where a checkpoint is there."""
-    return opened_on(
-        look(config, display, consent, lineage, start_is_needed=start_is_needed, world=world), display, world
-    )
+def open_run(config: RunConfig, display: Display, terms: Terms = NEW) -> Opened:
+    """Raises InputError, before the weights are read where that is possible."""
+    return opened_on(look(config, display, terms), display, terms.world)
 
 
 def opened_on(looked: Looked, display: Display, world: World = ALONE) -> Opened:
     """The run with its base, and a fresh adapter on it."""
     config, ground, shards = looked.config, looked.ground, NONE
     if is_wanted(config, ground.source, ground.skeleton, pick_device(config.train.device), world, display.say):
+        if config.adapter.tokens or config.adapter.also:
+            what = "the embedding and the head of a base that is spread over the ranks can't be trained yet"
+            raise InputError(what, fix="leave out adapter.tokens and adapter.also, or set train.shard: never")
         if config.objective.is_rewarded:
             what = "a base that is spread over the ranks can't be sampled from yet"
             raise InputError(what, fix="set base_weights: nf4 or int8, so that it fits, or train.shard: never")
@@ -216,7 +208,7 @@ def opened_beside(looked: Looked, others: Sequence[Opened], display: Display) ->
     """The run on the base that `others` stand on, with a fresh adapter beside those that are on it. Raises InputError
     for one whose rows can't be told from another's there."""
     base, forward = others[0].model.base, others[0].model.forward
-    attached = attach_fresh(base.model, looked.config, [other.attached for other in others])
+    attached = attach_fresh(base.model, looked.config, looked.renderer.tokens, [other.attached for other in others])
     return _opened(looked, Model(base, looked.renderer, forward, attached), display)
 
 
@@ -257,14 +249,17 @@ def _opened_model(config: RunConfig, ground: Ground, renderer: Renderer, device:
     """The base with a fresh adapter on it."""
     dtype, weights = config.train.dtype, config.base_weights
     base = open_base(ground.source, dtype=dtype, device=device, display=display, config=ground.known, weights=weights)
-    return Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config))
+    return Model(base, renderer, plan_forward(base.model), attach_fresh(base.model, config, renderer.tokens))
 
 
-def attach_fresh(model: nn.Module, config: RunConfig, like: Sequence[Attached] = ()) -> Attached:
-    """The adapter as it begins, but for a start that wants data, or that another adapter gives."""
+def attach_fresh(
+    model: nn.Module, config: RunConfig, tokens: Sequence[Token], like: Sequence[Attached] = ()
+) -> Attached:
+    """The adapter as it begins, but for a start that wants data, or that another adapter gives. `tokens`: those that
+    the config names."""
     generator, spec = torch.Generator().manual_seed(config.train.seed), config.adapter
     later = spec.from_data or spec.start is not None
-    return attach(model, spec, generator=generator, start_later=later, like=like)
+    return attach(model, spec, generator=generator, start_later=later, like=like, tokens=tokens)
 
 
 def _started(opened: Opened, start: Start, display: Display) -> Opened:
@@ -293,7 +288,7 @@ def start_from_data(opened: Opened, display: Display) -> None:
     loader = make_loader(opened.config, opened.dataset, LoaderState())
     batches = islice(chain.from_iterable(step for step, _ in loader), START_BATCHES)
     here = [batch.to(opened.device) for batch in batches]
-    initialise_from_data(opened.attached, opened.model.forward, here, display)
+    initialise_from_data(opened.attached, opened.model.forward, here, display, opened.objective)
 
 
 def general_rows(config: RunConfig, model: Model, retained: Sequence[Example] = ()) -> Examples:

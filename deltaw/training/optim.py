@@ -5,7 +5,9 @@ run has no scheduler state to restore or to lose. LoRA+ (Hayou et al. 2024) adds
 times as fast as A.
 
 Weight decay pulls ΔW towards 0, the base: A and B of plain LoRA, and what an initialiser's factors have changed by
-(layer.py). DoRA's magnitudes are the lengths of W's rows at first; decayed they would shrink W itself, so they aren't.
+(layer.py). DoRA's magnitudes are the lengths of W's rows at first, and trained tokens and whole modules are rows of W;
+decayed they would shrink W itself, so they aren't. A module that is trained whole learns at `WHOLE_SHARE` of the rate:
+what suits a LoRA is ten times too much for a full matrix (Schulman et al. 2025, "LoRA Without Regret").
 
 On a GPU the rate is a number there, and the count of updates too: an update that is captured (captured.py) reads them
 each time it is replayed.
@@ -19,6 +21,8 @@ from torch import Tensor
 from deltaw.adapter.attach import Attached
 from deltaw.config import TrainConfig
 
+WHOLE_SHARE = 0.1
+ABSOLUTE = ("magnitude", "rows", "weight")  # what isn't a part of ΔW
 WARMUP = 10  # updates, where the config leaves it open
 
 
@@ -44,8 +48,8 @@ def make_optimizer(attached: Attached, config: TrainConfig) -> torch.optim.AdamW
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for layer in attached.layers.values():
         for name, parameter in layer.trained().items():
-            ratio = config.lr_ratio_b if name == "b" else 1.0
-            decay = 0.0 if name == "magnitude" else config.weight_decay
+            ratio = config.lr_ratio_b if name == "b" else WHOLE_SHARE if name == "weight" else 1.0
+            decay = 0.0 if name in ABSOLUTE else config.weight_decay
             groups.setdefault((ratio, decay), []).append(parameter)
     device = next(iter(groups.values()))[0].device
     return torch.optim.AdamW(

@@ -33,10 +33,12 @@ from deltaw.show.progress import Display, Progress
 from deltaw.training.opening import Opened
 from deltaw.training.world import ALONE, World
 
+Asked = dict[str, dict[str, np.ndarray]]  # what references said, by what they are of
 
-def with_references(opened: Opened, run: Run, display: Display, *, fresh: bool) -> Opened:
+
+def with_references(opened: Opened, run: Run, display: Display, *, fresh: bool, asked: Asked | None = None) -> Opened:
     """The same with what the reference says of each answer, where the objective asks for it. `fresh`: no step is taken
-    yet. Raises RunError where it is lost."""
+    yet; `asked`: what was asked for other runs on this base, which is added to. Raises RunError where it is lost."""
     if not opened.objective.references:
         return opened
     file, of = run.references, _of(opened)
@@ -53,8 +55,11 @@ def with_references(opened: Opened, run: Run, display: Display, *, fresh: bool) 
             "each answer can't be found again, since it has been trained on",
             fix="put the file back, or begin again: deltaw train run.yaml --replace",
         )
-    with nullcontext() if start else opened.attached.disabled():
-        arrays = _computed(opened, display)
+    asked, what = {} if asked is None else asked, f"{of} {[*_wanted(opened)]}"
+    if what not in asked:
+        with nullcontext() if start else opened.attached.disabled():
+            asked[what] = _computed(opened, display)
+    arrays = asked[what]
     save_safetensors({name: torch.from_numpy(array) for name, array in arrays.items()}, file, {"of": of})
     return _with(opened, arrays)
 

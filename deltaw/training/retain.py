@@ -24,8 +24,9 @@ for the pieces of its own batches; with a sharded base, where all must make the 
 Letters: R rows that are held to the base, T tokens, X what `Forward.rows` gives per token.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -175,11 +176,34 @@ def time_share(task: int, general: int, asked: int) -> float:
     return besides / (task + besides)
 
 
-class Retain:
-    """The text beside the batches of each step, and what the base says of it. `merges`: whether it goes into the task's
-    batches; `capacity`: tokens of a batch of its own."""
+class Kept:
+    """What the base gave, by chapter, the last one in any case, and the first ones as far as there is room."""
 
-    def __init__(self, text: Text, forward: Forward, attached: Attached, capacity: int) -> None:
+    def __init__(self, room: int | None = None) -> None:
+        self._room = KEPT if room is None else room
+        self._chapters: dict[int, list[Tensor]] = {}
+        self._last = (-1, list[Tensor]())
+
+    def chapter(self, number: int, ask: Callable[[int], list[Tensor]]) -> list[Tensor]:
+        """Of a chapter, for which `ask` asks where it isn't known."""
+        chapter = self._chapters.get(number)
+        if chapter is None:
+            chapter = self._last[1] if self._last[0] == number else ask(number)
+            self._last = number, chapter
+            size = sum(rows_TX.nbytes for rows_TX in chapter)
+            if size <= self._room:
+                self._chapters[number] = chapter
+                self._room -= size
+        return chapter
+
+
+class Retain:
+    """The text beside the batches of each step, and what the base says of it. `capacity`: tokens of a batch of its own;
+    `kept`: where what the base gave is kept, which learners of the same text in the same order may share."""
+
+    def __init__(
+        self, text: Text, forward: Forward, attached: Attached, capacity: int, kept: Kept | None = None
+    ) -> None:
         self.text, self.weight, self._forward, self._attached = text, text.weight, forward, attached
         self._capacity = capacity
         self._device = attached.parameters[0].device
@@ -187,8 +211,7 @@ class Retain:
         chapter = CHAPTER if self._device.type == "cpu" else max(CHAPTER, capacity)
         self._chapters = fill(range(len(order)), lengths[order], chapter)
         self._chapter_of = {place: n for n, places in enumerate(self._chapters) for place in places}
-        self._kept: dict[int, list[Tensor]] = {}
-        self._bytes, self._last = 0, (-1, list[Tensor]())
+        self._kept = Kept() if kept is None else kept
 
     @property
     def chapters(self) -> int:
@@ -218,39 +241,36 @@ class Retain:
     def _behind(self, batch: Batch, places: Sequence[int]) -> Batch:
         if not places:
             return batch
-        joined = batch.followed_by(self._packed(places))
-        return replace(joined, retained=Retained(len(batch.tokens_T), tuple(places)))
+        return batch.followed_by(self._packed(places))
 
     def _packed(self, places: Sequence[int]) -> Batch:
         """These pieces as a batch of their own, without labels."""
         batch = pack(self.text.at(places))
         batch = batch.relabelled(torch.full_like(batch.labels_T, IGNORE))
-        return replace(batch, retained=Retained(0, tuple(places)))
+        return replace(batch, retained=Retained(tuple(pairwise(batch.starts)), tuple(places)))
 
-    def informed(self, batch: Batch) -> Batch:
-        """The batch, which is on the device, with what the base has at the rows that are held to it."""
-        retained = batch.retained
-        if retained is None or retained.base_RX is not None:
-            return batch
-        base_RX = torch.cat([self._base_of(place) for place in retained.pieces])
-        return replace(batch, retained=replace(retained, base_RX=base_RX))
-
-    def _base_of(self, place: int) -> Tensor:
+    def base_of(self, place: int) -> Tensor:
+        """What the base has at the rows of a piece."""
         number = self._chapter_of[place]
-        chapter = self._kept.get(number)
-        if chapter is None:
-            chapter = self._last[1] if self._last[0] == number else self.ask(number)
-            self._last = number, chapter
-            size = sum(rows_TX.nbytes for rows_TX in chapter)
-            if self._bytes + size <= KEPT:
-                self._kept[number] = chapter
-                self._bytes += size
-        return chapter[self._chapters[number].index(place)]
+        return self._kept.chapter(number, self.ask)[self._chapters[number].index(place)]
 
     @torch.no_grad()
     def ask(self, number: int) -> list[Tensor]:
         """What the base has at the rows of each piece of a chapter: a pass with the adapter off."""
         batch = self._packed(self._chapters[number]).to(self._device)
-        with self._attached.disabled():
+        with self._attached.leading(), self._attached.disabled():
             rows_TX = self._forward.rows(batch)
-        return list(rows_TX.split([end - start for start, end in zip(batch.starts, batch.starts[1:], strict=False)]))
+        return list(rows_TX.split([end - start for start, end in pairwise(batch.starts)]))
+
+
+Retains = Mapping[int, Retain]  # what holds each learner, by the number of its adapter
+
+
+def informed(batch: Batch, retains: Retains) -> Batch:
+    """The batch, which is on the device, with what the base has at the rows that are held to it."""
+    retained = batch.retained
+    if retained is None or retained.base_RX is not None:
+        return batch
+    owners = retained.owners or (next(iter(retains)),) * len(retained.pieces)
+    bases = [retains[owner].base_of(place) for owner, place in zip(owners, retained.pieces, strict=True)]
+    return replace(batch, retained=replace(retained, base_RX=torch.cat(bases)))

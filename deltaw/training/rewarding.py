@@ -93,6 +93,6 @@ def _answers(opened: Opened, prompts: list[list[int]], display: Display, name: s
         own = sampled(model, [prompts[at] for at in mine], 1, sampling, stops, progress=progress)
     answers = {at: answer for at, (answer,) in zip(mine, own, strict=True)}
     if not world.is_alone:
-        told = world.gathered({at: one.to_json() for at, one in answers.items()}, "the answers to held-out prompts")
-        answers = {at: Sampled(*one) for part in told for at, one in part.items()}
+        told = world.gathered([(at, one.to_json()) for at, one in answers.items()], "the answers to held-out prompts")
+        answers = {at: Sampled(*one) for part in told for at, one in part}
     return [answers[at] for at in range(len(prompts))]

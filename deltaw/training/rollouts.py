@@ -146,10 +146,9 @@ class Rollouts:
             )
         every = dict(zip(mine, answers, strict=True))
         if not self._world.is_alone:
-            told = self._world.gathered(
-                {at: [one.to_json() for one in group] for at, group in every.items()}, "answers"
-            )
-            every = {at: [Sampled(*one) for one in group] for part in told for at, group in part.items()}
+            own = [(at, [one.to_json() for one in group]) for at, group in every.items()]
+            told = self._world.gathered(own, "the answers that were sampled")
+            every = {at: [Sampled(*one) for one in group] for part in told for at, group in part}
         return [
             Group(prompt, row.origin, every[at]) for at, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
         ]

@@ -42,6 +42,7 @@ from deltaw.training.frozen_layers import above_the_frozen
 from deltaw.training.learner import Learner
 from deltaw.training.length import count_steps
 from deltaw.training.log import open_log
+from deltaw.training.looking import Terms
 from deltaw.training.measuring import Attempts, measure_base
 from deltaw.training.memory import Heap, bound_caches, bounded
 from deltaw.training.opening import Opened, begin, general_rows, open_run
@@ -157,8 +158,8 @@ def _run(
     local = given or config
     with StopRequest(relayed=not world.is_alone) as stop, ExitStack() as stack:
         local = settings(local, world)
-        needed = saved is None
-        opened = alike(sized(open_run(local, display, consent, lineage, start_is_needed=needed, world=world), display))
+        terms = Terms(consent, lineage, start_is_needed=saved is None, world=world)
+        opened = alike(sized(open_run(local, display, terms), display))
         world.start(opened.device)
         opened = with_rewards(opened if local is config else opened.named_as(config), stack)
         general = general_rows(local, opened.model, opened.retained)
@@ -201,7 +202,7 @@ def _follow(run: Run, world: World) -> Adapter:
     """Take the steps of rank 0's run with it, and return its adapter."""
     with StopRequest(relayed=True) as stop:
         config = settings(None, world)
-        opened = alike(sized(open_run(config, QUIET, start_is_needed=False, world=world), QUIET))
+        opened = alike(sized(open_run(config, QUIET, Terms(start_is_needed=False, world=world)), QUIET))
         world.start(opened.device)
         learner = opened.learner(QUIET)
         shortage = partial(explain, opened=opened, learner=learner, run=run)
@@ -263,8 +264,9 @@ class Steps:
         captured, abreast, world, underway = None, bool(self.opened.shards), self.opened.world, self.underway
         contention = Contention(underway.run.folder, torch.get_num_threads(), self.display.say)
         try:
-            forward, heap = above_the_frozen(self.opened, self.display), Heap(device)
+            forward, heap = above_the_frozen([self.opened], self.display), Heap(device)
             retain, rollouts = self.opened.retain(forward), self.opened.rollouts(state, self.display.say)
+            retains = {} if retain is None else {self.opened.attached.number: retain}
             items: Iterable[Item] = rollouts or self.opened.loader(state)
             loader = Ahead(items if retain is None else retain.beside(items, state.step))
             if not self.opened.shards:
@@ -278,7 +280,7 @@ class Steps:
                     batches, position = next(loader)
                     with self.stop.held():
                         with bounded(device) if first else nullcontext():
-                            how = captured, world, abreast, retain
+                            how = captured, world, abreast, retains
                             (record,) = step(forward, [learner], batches, position, *how)
                         underway.note(rollouts.completed(record) if rollouts else record)
                     underway.agree()

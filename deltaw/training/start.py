@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.adapter.attach import Attached
+from deltaw.adapter.ends import TOKENS, Ends, ways_of
 from deltaw.adapter.file import Adapter, BaseId
 from deltaw.adapter.history import History
 from deltaw.adapter.init import fresh_factors
@@ -40,11 +41,14 @@ from deltaw.errors import DeltawError, InputError, command, listed
 from deltaw.files.paths import public_name
 from deltaw.model import PLAIN
 from deltaw.named import Named, is_run
+from deltaw.replaced import Rows
 from deltaw.run import Run
 from deltaw.show.text import counted
 from deltaw.updates import Update
 
-ITS_OWN = ("full", "rank", "alpha", "scaling", "magnitude", "rank_overrides", "alpha_overrides")  # never another's
+ITS_OWN = (  # never another's
+    "full", "rank", "alpha", "scaling", "magnitude", "rank_overrides", "alpha_overrides", "tokens", "also",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,15 @@ class Start:
     adapter: Adapter
     history: History
     asked: AdapterSpec
+    tokens: tuple[str, ...] = ()  # that it trains by name
 
     def put(self, attached: Attached, seed: int) -> int:
         """Give its numbers to a fresh adapter of its spec. How many of its rows were empty, and drawn afresh."""
         generator, empty = torch.Generator().manual_seed(seed), 0
         for path, layer in attached.layers.items():
-            update, rows = _filled(self.adapter.factors[path], generator)
-            layer.set_factors(update)
-            empty += rows
+            filled = {one: _filled(self.adapter.factors[one], generator) for one in layer.values(path)}
+            layer.take_values(path, {one: update for one, (update, _) in filled.items()})
+            empty += sum(rows for _, rows in filled.values())
         return empty
 
     def check_base(self, base: BaseId) -> None:
@@ -136,7 +141,17 @@ def _opened(name: str, output: Path) -> Start:
     folder = named.path.parent if is_run(named.path.parent) else named.path  # a run's adapter/ is the run's
     history = known.model_copy(update={"name": public_name(str(folder)), "fingerprint": adapter.fingerprint})
     asked = run.adapter if run and run.adapter.start is None else adapter.spec
-    return Start(name, adapter, history, asked)
+    return Start(name, adapter, history, asked, _tokens(named))
+
+
+def _tokens(named: Named) -> tuple[str, ...]:
+    """Raises InputError where the texts of its tokens aren't known."""
+    texts, rows = named.tokens, [one for one in named.adapter.factors.values() if isinstance(one, Rows)]
+    if any(len(texts) != len(one.index_K) for one in rows):
+        raise InputError(
+            f"{named.name} trains rows of tokens, and doesn't say of which", fix="put its tokenizer beside it"
+        )
+    return tuple(texts.values())
 
 
 def _told_by(run: Run, config: RunConfig) -> History:
@@ -160,12 +175,15 @@ def _with_its_spec(config: RunConfig, start: Start, skeleton: nn.Module) -> RunC
     """The config with the start's spec; its own dropout, where it states one. Raises InputError where it states
     others."""
     asked, adapter = config.adapter, start.adapter
-    paths = targets_of(skeleton, adapter.spec, adapter.factors).paths
+    paths = targets_of(skeleton, adapter.spec, Ends.of(skeleton).body(adapter.factors)).paths
+    ways = ways_of(skeleton, adapter.factors)
+    also = {path: way for path, way in ways.items() if way != TOKENS}
+    spec = adapter.spec.model_copy(update={"also": also, "tokens": start.tokens})
     wrong = [
-        f"{name}: {_word(getattr(asked, name))}, and its own is {_word(getattr(adapter.spec, name))}"
+        f"{name}: {_word(getattr(asked, name))}, and its own is {_word(getattr(spec, name))}"
         for name in ITS_OWN
         if name in asked.model_fields_set
-        and getattr(asked, name) != getattr(adapter.spec, name)
+        and getattr(asked, name) != getattr(spec, name)
         and (start.asked.moves_base or getattr(asked, name) != getattr(start.asked, name))
     ]
     if "targets" in asked.model_fields_set and not _same_targets(asked, start, skeleton, paths):
@@ -179,7 +197,7 @@ def _with_its_spec(config: RunConfig, start: Start, skeleton: nn.Module) -> RunC
         )
     own: dict[str, Any] = {"start": asked.start, "targets": explicit_targets(skeleton, paths)}
     own |= {"dropout": asked.dropout} if "dropout" in asked.model_fields_set else {}
-    config = config.model_copy(update={"adapter": adapter.spec.model_copy(update=own)})
+    config = config.model_copy(update={"adapter": spec.model_copy(update=own)})
     if idle := config.without_effect():
         raise InputError("; ".join(idle))
     return config

@@ -38,11 +38,14 @@ from deltaw.base.objective import sft
 from deltaw.data.loader import LoaderState, dealt
 from deltaw.kernels.logprobs import IGNORE, Logprobs
 from deltaw.kernels.segments import NOBODY
+from deltaw.training.anchor import anchors
 from deltaw.training.captured import Captured, Ran
 from deltaw.training.learner import Learner
-from deltaw.training.retain import Retain
+from deltaw.training.retain import Retains, informed
 from deltaw.training.watch import CannotGoOn, Unfit, check_loss
 from deltaw.training.world import ALONE, World
+
+NO_RETAINS: Retains = {}
 
 
 def step(
@@ -53,19 +56,19 @@ def step(
     captured: Captured | None = None,
     world: World = ALONE,
     abreast: bool = False,
-    retain: Retain | None = None,
+    retains: Retains = NO_RETAINS,
 ) -> list[dict[str, Any]]:
     """A record for each learner: its update, or why there was none. Its documents are those that take its adapter;
     where batches don't say whose they are, there is one learner.
 
     `batches`: of the whole step, whoever takes them. `position`: where the data stands afterwards. `captured`: the only
     learner's passes and updates, recorded. `world`: the processes that take the step together; `abreast`: each has to
-    make as many passes as every other (sharding.py). `retain`: what the base says of rows that are held to it. Raises
+    make as many passes as every other (sharding.py). `retains`: what holds learners to the base (retain.py). Raises
     CannotGoOn (watch.py) of the first learner that can't, when the others have taken their steps; ValueError for
     documents of nobody here.
     """
     positions = [position] * len(learners)
-    how: dict[str, Any] = {"captured": captured, "world": world, "abreast": abreast, "retain": retain}
+    how: dict[str, Any] = {"captured": captured, "world": world, "abreast": abreast, "retains": retains}
     taken = step_together(forward, learners, batches, positions, **how)
     for one in taken:
         if one.ended is not None:
@@ -90,23 +93,24 @@ def step_together(
     captured: Captured | None = None,
     world: World = ALONE,
     abreast: bool = False,
-    retain: Retain | None = None,
+    retains: Retains = NO_RETAINS,
 ) -> list[Taken]:
     """The same of learners that may each be elsewhere in data of their own, and end by themselves: what became of each.
 
     `positions`: by learner. `numbers`: by batch, which of its own step it is for the learners whose documents it has;
     else they are numbered as they come.
     """
-    _check_owners(learners, batches, retain)
+    _check_owners(learners, batches, retains)
     began = time.monotonic()
-    if retain is not None and abreast:
-        batches = [retain.informed(batch.to(learners[0].attached.parameters[0].device)) for batch in batches]
+    if retains and abreast:
+        batches = [informed(batch.to(learners[0].attached.parameters[0].device), retains) for batch in batches]
     shares = [_Share(learner, batches) for learner in learners]
-    for share in shares:
-        share.anchor(forward, world, abreast)
+    for number, anchor in anchors(forward, learners, batches, world, abreast=abreast).items():
+        share = next(share for share in shares if share.learner.attached.number == number)
+        share.objective = share.objective.with_anchor(anchor)
 
     # 1. Forward and backward, batch by batch. Each learner's loss counts by its own tokens; the gradients add up.
-    ran = _taken(forward, shares, batches, numbers or range(len(batches)), captured, world, abreast, retain)
+    ran = _taken(forward, shares, batches, numbers or range(len(batches)), captured, world, abreast, retains)
     taken = [_settled(share, position, ran) for share, position in zip(shares, positions, strict=True)]
     # 6. The time is shared as the tokens are.
     seconds, tokens = time.monotonic() - began, sum(share.tokens for share in shares)
@@ -161,7 +165,7 @@ def _taken(
     captured: Captured | None,
     world: World,
     abreast: bool,
-    retain: Retain | None,
+    retains: Retains,
 ) -> Ran | None:
     """All passes of the step, each by one of the processes; what was recorded gave, where it could be."""
     deal = dealt([len(batch.tokens_T) for batch in batches], world.size)
@@ -172,7 +176,7 @@ def _taken(
         shares[0].losses |= ran.losses
     else:
         passes = max(sum(batches[number].teaches for number in numbers) for numbers in deal)
-        _passes(forward, shares, batches, drawn, mine, passes if abreast else 0, retain)
+        _passes(forward, shares, batches, drawn, mine, passes if abreast else 0, retains)
         _add_up(shares, world)
     _see_all(shares, deal, world)
     for share in shares:
@@ -187,7 +191,7 @@ def _passes(
     drawn: Sequence[int],
     numbers: Sequence[int],
     least: int,
-    retain: Retain | None,
+    retains: Retains,
 ) -> None:
     """Forward and backward of the batches of these numbers, as long as a learner has use for them. `drawn`: by batch,
     the number that dropout draws from. `least`: passes to make in any case; those of which nobody has use add
@@ -202,15 +206,16 @@ def _passes(
             if not fit:
                 break
             batch = batches[number].to(device)
-            if retain is not None:
-                batch = retain.informed(batch)  # before anything is drawn: the base draws nothing
+            if retains:
+                batch = informed(batch, retains)  # before anything is drawn: the base draws nothing
             with ExitStack() as draws:
                 for learner in learners:
                     draws.enter_context(learner.drawing(drawn[number], apart=len(learners) > 1))
-                losses, drift = _losses(forward, batch, fit)
+                losses, drifts = _losses(forward, batch, fit)
                 means = [share.mean(loss, number) for share, loss in zip(fit, losses, strict=True)]
-                if drift is not None and retain is not None:
-                    means.append(fit[0].held(drift, number, retain.weight))
+                for share, drift in zip(fit, drifts, strict=True):
+                    if drift is not None:
+                        means.append(share.held(drift, number, retains[share.learner.attached.number].weight))
                 counted = [mean for mean in means if mean is not None]
                 if least and batches[number].teaches:
                     least, counted = least - 1, counted or [0.0 * losses[0]]
@@ -233,18 +238,18 @@ def _see_all(shares: Sequence["_Share"], deal: Sequence[Sequence[int]], world: W
     """The losses of all batches, in each process: what a step is judged by."""
     count = sum(map(len, deal))
     losses = [share.losses.get(number, 0.0) for share in shares for number in range(count)]
-    drifts = [shares[0].drifts.get(number, 0.0) for number in range(count)] if shares[0].retained else []
+    drifts = [sum(share.drifts.values()) for share in shares]
     if not world.is_alone:
         sums = world.sums([*losses, *drifts], f"the losses of step {shares[0].learner.state.step + 1}")
         losses, drifts = sums[: len(losses)], sums[len(losses) :]
     ranks = {number: rank for rank, numbers in enumerate(deal) for number in numbers}
     for number, share in enumerate(shares):
         share.judge(losses[number * count : (number + 1) * count], {} if world.is_alone else ranks)
-    if drifts:
-        shares[0].judge_drift(drifts)
+        if share.retained:
+            share.judge_drift(drifts[number])
 
 
-def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch], retain: Retain | None) -> None:
+def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch], retains: Retains) -> None:
     """Raise ValueError where a document has no learner here, or could have two. `NOBODY`'s are nobody's to learn."""
     numbers, first = {learner.attached.number for learner in learners}, learners[0].attached.carried.first
     unknown = {update for batch in batches for update in batch.updates or (first,)} - numbers - {NOBODY}
@@ -252,10 +257,8 @@ def _check_owners(learners: Sequence[Learner], batches: Sequence[Batch], retain:
         raise ValueError(f"documents take update {min(unknown)}, and the learners are of {sorted(numbers)}")
     if len(learners) > 1 and not all(batch.updates for batch in batches):
         raise ValueError(f"{len(learners)} learners, and the batch doesn't say which documents belong to which")
-    if retain is None and any(learner.config.retain for learner in learners):
+    if any(learner.config.retain and learner.attached.number not in retains for learner in learners):
         raise ValueError("a learner is to retain text, and the step is given none")
-    if len(learners) > 1 and any(batch.retained for batch in batches):
-        raise ValueError(f"{len(learners)} learners, and a batch with rows that are held to the base has one")
 
 
 class _Share:
@@ -271,7 +274,7 @@ class _Share:
         self.count = sum(self.objective.count(batch) for batch in self.batches)
         self.losses: dict[int, float] = {}  # by the number of the batch: of those that this process passed
         self.drifts: dict[int, float] = {}  # likewise: the KL of the rows that are held to the base
-        self.retained = sum(batch.retained_rows for batch in batches)
+        self.retained = sum(batch.retained_rows(number) for batch in batches)
         self._sum, self._drift, self._sums = 0.0, 0.0, dict[str, float]()
         hollow = next((batch.rewarded for batch in batches if batch.rewarded and batch.rewarded.why), None)
         self.unfit = None if self.supervised else Unfit("none of its tokens is trained", self.rows)
@@ -299,22 +302,6 @@ class _Share:
         """Whether there is something to learn from, as far as this process has seen."""
         return self.unfit is None and all(map(math.isfinite, [*self.losses.values(), *self.drifts.values()]))
 
-    def anchor(self, forward: Forward, world: World, abreast: bool) -> None:
-        """Give the objective its anchor, where it wants one: each process asks for its share of the batches."""
-        if not self.objective.anchored:
-            return
-        beside = [batch.beside for batch in self.batches if batch.beside is not None]
-        device, total, count = self.learner.attached.parameters[0].device, 0.0, 0.0
-        alone = world.is_alone or abreast  # a pass of shards takes all processes, so each asks for all
-        with torch.no_grad():
-            for batch in beside if alone else beside[world.rank :: world.size]:
-                logp_D = batch.by_document(forward.logprobs(batch.to(device)).cpu()).double()
-                total += float((logp_D - logp_D.new_tensor(batch.references)).sum())
-                count += len(batch.references)
-        if not alone:
-            total, count = world.sums([total, count], f"the anchor of step {self.learner.state.step + 1}")
-        self.objective = self.objective.with_anchor(total / max(count, 1))
-
     def loss_of(self, logprobs: Logprobs, batch: Batch) -> Tensor:
         """Of its documents in a batch, from a pass over all of them; what it reports of them is noted."""
         mine, own = batch.labelled_for(self.learner.attached.number), logprobs
@@ -340,6 +327,15 @@ class _Share:
             return None
         return drift * (weight / self.retained * (self.count if self.learner.undivided else 1))
 
+    def drift_of(self, drift_R: Tensor, batch: Batch) -> Tensor | None:
+        """The sum of the KL over its own rows of a batch; None where it has none."""
+        assert batch.retained is not None
+        lengths = batch.retained.lengths(self.learner.attached.number)
+        if sum(lengths) in (0, len(drift_R)):
+            return drift_R.sum() if sum(lengths) else None
+        parts = drift_R.split([end - start for start, end in batch.retained.spans])
+        return torch.cat([part for part, length in zip(parts, lengths, strict=True) if length]).sum()
+
     def add_figures(self, world: World) -> None:
         """Those of all processes, in each of them."""
         names = self.objective.sums
@@ -362,20 +358,25 @@ class _Share:
             what = f"the loss of batch {number + 1} of {len(losses)} is NaN or infinite{where}"
             self.unfit = Unfit(what, self.batches[number].origins, not_finite=True)
 
-    def judge_drift(self, drifts: Sequence[float]) -> None:
+    def judge_drift(self, drift: float) -> None:
         """Take the KL of all batches."""
-        self._drift = sum(drifts)
+        self._drift = drift
         if self.unfit is None and not math.isfinite(self._drift):
             self.unfit = Unfit("the KL from the base (train.retain) is NaN or infinite", self.rows, not_finite=True)
 
 
-def _losses(forward: Forward, batch: Batch, shares: Sequence[_Share]) -> tuple[Sequence[Tensor], Tensor | None]:
-    """(the sum over each learner's documents, the KL of the rows that are held to the base), from one pass."""
+def _losses(
+    forward: Forward, batch: Batch, shares: Sequence[_Share]
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    """By learner (the sum over its documents, the KL of its rows that are held to the base), from one pass."""
     if batch.retained is not None:
-        logprobs, drift = forward.scores_and_drift(batch)
-        return [share.loss_of(logprobs, batch) for share in shares], drift
+        logprobs, drift_R = forward.scores_and_drift(batch)
+        return [share.loss_of(logprobs, batch) for share in shares], [
+            share.drift_of(drift_R, batch) for share in shares
+        ]
+    without: list[Tensor | None] = [None] * len(shares)
     if not batch.updates and all(share.objective is sft for share in shares):
         (_,) = shares
-        return [forward.loss(batch)[0]], None
+        return [forward.loss(batch)[0]], without
     logprobs = forward.scores(batch)
-    return [share.loss_of(logprobs, batch) for share in shares], None
+    return [share.loss_of(logprobs, batch) for share in shares], without

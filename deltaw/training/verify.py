@@ -136,7 +136,7 @@ def _train(opened: Opened, run: Run, saved: Saved | None, display: Display) -> N
 
 def _fresh_adapter(opened: Opened) -> Opened:
     detach(opened.attached)
-    attached = attach_fresh(opened.model.base.model, opened.config)
+    attached = attach_fresh(opened.model.base.model, opened.config, opened.model.renderer.tokens)
     return dataclasses.replace(opened, model=dataclasses.replace(opened.model, attached=attached))
 
 

@@ -269,7 +269,10 @@ WEIGHT_FAULTS: dict[str, tuple[Any, str]] = {
     "extra key": ({**tensors(), "base_model.model.junk": torch.ones(1)}, "junk"),
     "no tensors": ({}, "no tensors"),
     "DoRA": (beside(lora_magnitude_vector=torch.ones(32)), "DoRA"),
-    "half an embedding": ({KEY + ".lora_embedding_A": torch.ones(2, 97)}, "has lora_embedding_A but not its other half"),
+    "half an embedding": (
+        {KEY + ".lora_embedding_A": torch.ones(2, 97)},
+        "has lora_embedding_A but not its other half",
+    ),
     "tokens without numbers": (
         {**tensors(), f"{KEY}.token_adapter.trainable_tokens_delta": torch.ones(2, 32)},
         "trainable_token_indices",
@@ -523,8 +526,6 @@ KINDS: dict[str, tuple[Any, str]] = {
     "prefix tuning": (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PREFIX_TUNING"),
     "layer norms": (LNTuningConfig(target_modules=["input_layernorm"]), "LN_TUNING"),
     "KaSA": (LoraConfig(target_modules=["q_proj"], kasa_config=KasaConfig()), "KaSA"),
-    "saved modules": (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules_to_save"),
-    "tokens": (LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1]), "trainable_token_indices"),
     "experts": (
         LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]),
         "target_parameters",
@@ -615,12 +616,13 @@ def test_an_adapter_of_another_model_is_refused_by_module() -> None:
         attach(tiny("llama"), Adapter(llama.spec, deeper))
 
 
-def test_an_adapter_on_the_output_head_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_of_the_head_alone_goes_on_it(tmp_path: Path) -> None:
     head = {"base_model.model.lm_head.lora_A.weight": torch.ones(2, 32)}
     head |= {"base_model.model.lm_head.lora_B.weight": torch.ones(97, 2)}
     broken(tmp_path, config={**GOOD, "target_modules": ["lm_head"]}, weights=head)
-    with pytest.raises(InputError, match="lm_head is the output head"):
-        attach(tiny("llama"), Adapter.load(tmp_path))
+    attached = attach(tiny("llama"), Adapter.load(tmp_path))
+    assert attached.paths == ("lm_head",)
+    assert torch.equal(attached.adapter(BaseId()).factors["lm_head"].low_rank().a_RN, torch.ones(2, 32))
 
 
 def test_the_wrong_base_is_told_by_fingerprint_not_by_name() -> None:

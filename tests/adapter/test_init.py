@@ -25,6 +25,8 @@ from deltaw.adapter.moving import MovingUpdate
 from deltaw.base.batch import Batch
 from deltaw.base.forward import plan_forward
 from deltaw.base.frozen import FrozenLinear
+from deltaw.base.parts import CHOSEN, REJECTED
+from deltaw.base.preferences import Dpo
 from deltaw.config import AdapterSpec
 from deltaw.data.example import Example
 from deltaw.data.pack import pack
@@ -463,6 +465,29 @@ def test_lora_gas_directions_are_pefts() -> None:
         for side, (ours, other) in enumerate(pairs):
             unit = nn.functional.normalize(other, dim=1 - side)
             torch.testing.assert_close(ours.abs(), zeta * unit.abs(), rtol=1e-3, atol=1e-4)
+
+
+def test_lora_ga_on_pairs_follows_the_gradient_of_their_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the loss of both answers: β σ(0) times what raises the one and lowers the other."""
+    random, heads = np.random.RandomState(2), np.random.RandomState(3).randint(3, 97, (3, 20))
+    pairs = [
+        Example(np.concatenate([head, random.randint(3, 97, 5)]).astype(np.int32), np.arange(25) >= 20, "x", part=part)
+        for head in heads
+        for part in (CHOSEN, REJECTED)
+    ]
+    plain, seen = tiny("llama", torch.float32), watched(monkeypatch, "lora_ga_factors")
+    weight = plain.get_submodule("model.layers.1.mlp.up_proj").weight.requires_grad_()
+    for number, example in enumerate(pairs):
+        logp = plain(torch.tensor(example.tokens[None], dtype=torch.long)).logits[0].log_softmax(-1)
+        answer = sum(logp[at - 1, int(example.tokens[at])] for at in range(20, 25))
+        (0.05 * (2 * (number % 2) - 1) * answer).backward()
+    mine = tiny("llama", torch.float32)
+    attached = attach(
+        mine, SPEC.model_copy(update={"init": "lora-ga", "targets": ("layers.1.mlp.up_proj",)}), start_later=True
+    )
+    initialise_from_data(attached, plan_forward(mine), [pack(pairs[:4]), pack(pairs[4:])], objective=Dpo(0.1))
+    (got,) = seen
+    torch.testing.assert_close(got, weight.grad, rtol=1e-3, atol=1e-5 * float(weight.grad.abs().max()))
 
 
 def test_one_seed_makes_one_start() -> None:

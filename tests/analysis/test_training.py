@@ -216,6 +216,8 @@ def test_the_page_says_how_the_run_was_made_and_how_to_make_it_again(tmp_path: P
         "finished": "2026-01-02T03:04:05+00:00",
         "total_seconds": 75.0,
         "versions": {"deltaw": "9.8.7"},
+        "checkpointing": "blocks",
+        "processes": 2,
     }
     folder = folder_of(tmp_path / "a run", json.dumps(finished), written(STEPS))
     (section,) = [section for section in report_of(folder).page().sections if section.title == "The run"]
@@ -224,6 +226,7 @@ def test_the_page_says_how_the_run_was_made_and_how_to_make_it_again(tmp_path: P
     rows = {str(name): str(words) for name, words in table.rows}
     assert rows["base"] == "b" and "100 rows" in rows["data"] and "20 steps" in rows["length"]
     assert rows["finished"] == "2026-01-02T03:04:05+00:00, took 1:15" and rows["made with"] == "deltaw 9.8.7"
+    assert "blocks" in rows["activations"] and rows["processes"].startswith("2") and "objective" not in rows
     program, verb, config, output = shlex.split(rows["again"])
     assert (program, verb, config) == ("deltaw", "train", str(folder / "config.yaml")) and output.startswith("output=")
 

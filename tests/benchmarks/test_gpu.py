@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_train
-from benchmarks.gpu import SHAPES, TOY, Arm, Batch, Row
+from benchmarks import gpu, gpu_arms, gpu_models, gpu_timed, gpu_train
+from benchmarks.gpu_arms import Arm
+from benchmarks.gpu_models import SHAPES, TOY, Batch, Row
 
 SCRIPT = Path(gpu.__file__)
 
@@ -54,7 +55,7 @@ def test_what_cannot_run_has_a_row_that_says_why(tmp_path: Path, monkeypatch: py
 
 
 def test_an_arm_that_computes_something_else_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu.deltaw_arm
+    right = gpu_arms.deltaw_arm
 
     def wrong(*arguments: str) -> Arm:
         arm = right(*arguments)
@@ -62,13 +63,13 @@ def test_an_arm_that_computes_something_else_is_not_timed(tmp_path: Path, monkey
         arm.loss = lambda batch: loss(batch) * 1.001
         return arm
 
-    monkeypatch.setitem(gpu.ARMS, "deltaw", (wrong, ""))
+    monkeypatch.setitem(gpu_arms.ARMS, "deltaw", (wrong, ""))
     rows = [row for row in run(tmp_path, monkeypatch, "--arms", "deltaw") if row["arm"] == "deltaw"]
     assert len(rows) == 1 and rows[0]["note"].startswith("gate FAILED")
 
 
 def test_an_error_at_one_size_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu.deltaw_arm
+    right = gpu_arms.deltaw_arm
 
     def small(*arguments: str) -> Arm:
         arm = right(*arguments)
@@ -82,8 +83,8 @@ def test_an_error_at_one_size_leaves_the_others(monkeypatch: pytest.MonkeyPatch)
         arm.loss = limited
         return arm
 
-    monkeypatch.setitem(gpu.ARMS, "deltaw", (small, ""))
-    first, second = gpu.run_arm("deltaw", "toy", TOY, "cpu", None)
+    monkeypatch.setitem(gpu_arms.ARMS, "deltaw", (small, ""))
+    first, second = gpu_timed.run_arm("deltaw", "toy", TOY, "cpu", None)
     assert first["note"] == "out of memory: tried to allocate" and "tokens_per_s" not in first
     assert second["tokens_per_s"] > 0
 
@@ -122,7 +123,7 @@ def test_order_gates_and_shares() -> None:
         ("deltaw-graph", ("135m",), ()),  # for small models only
     ]
     (timed,) = [row for row in rows if row.get("tokens_per_s")]
-    assert timed["share"] == pytest.approx(1000 * gpu.flops_per_token("1b") / 1e15)
+    assert timed["share"] == pytest.approx(1000 * gpu_models.flops_per_token("1b") / 1e15)
     assert {"arm": "peft", "model": "1b", "note": "skip: its gate was not passed"} in rows
 
 
@@ -154,27 +155,27 @@ def test_what_there_is_no_time_for_is_said() -> None:
 
 @pytest.mark.parametrize(("shape", "size"), [("toy", 64), ("135m", 2048), ("1b", 16384)])
 def test_batches_have_the_tokens_asked_for_and_little_padding(shape: str, size: int) -> None:
-    for batch in gpu.batches(shape, size, 4, "cpu"):
+    for batch in gpu_models.batches(shape, size, 4, "cpu"):
         starts = batch.starts_S.tolist()
         assert len(batch.tokens_T) == size == starts[-1] and batch.ids_BL.numel() < 1.6 * size
         assert len(starts) > 2 and int(batch.tokens_T.max()) < SHAPES[shape]["vocabulary"]
-        assert int((batch.labels_T != gpu.IGNORE).sum()) == batch.count == size - len(starts) + 1
+        assert int((batch.labels_T != gpu_models.IGNORE).sum()) == batch.count == size - len(starts) + 1
         for row, (start, end) in enumerate(itertools.pairwise(starts)):
             document = batch.tokens_T[start:end]
             assert torch.equal(batch.labels_T[start : end - 1], document[1:])
             assert torch.equal(batch.positions_T[start:end], torch.arange(end - start))
             assert torch.equal(batch.ids_BL[row, : end - start], document)
             assert torch.equal(batch.padded_BL[row, : end - start], document)
-            assert bool((batch.padded_BL[row, end - start :] == gpu.IGNORE).all())
+            assert bool((batch.padded_BL[row, end - start :] == gpu_models.IGNORE).all())
 
 
 @pytest.mark.parametrize(("shape", "millions"), [("135m", 134.5), ("1b", 1235.7), ("8b", 7504.7)])
 def test_the_arithmetic_counts_these_models_weights(shape: str, millions: float) -> None:
-    assert gpu.flops_per_token(shape) / 4e6 == pytest.approx(millions, abs=0.1)
+    assert gpu_models.flops_per_token(shape) / 4e6 == pytest.approx(millions, abs=0.1)
 
 
 def test_every_process_makes_the_same_model() -> None:
-    one, two = gpu.build_model("toy", "cpu"), gpu.build_model("toy", "cpu")
+    one, two = gpu_models.build_model("toy", "cpu"), gpu_models.build_model("toy", "cpu")
     for (name, a), (_, b) in zip(one.named_parameters(), two.named_parameters(), strict=True):
         assert torch.equal(a, b) and a.dtype == torch.bfloat16 and not a.requires_grad, name
 

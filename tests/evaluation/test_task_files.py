@@ -42,7 +42,7 @@ def test_whatever_stands_in_it(path: Path, raw: dict) -> None:
     ("text", "words"),
     [
         ("tasks:\n  - name: a\n    metrcs: [f1]\n", ["tasks.yaml:3", "metrics"]),
-        ("tasks:\n  - name: a\n    num_fewshot: 3\n", ["tasks.yaml:3", "prompt"]),
+        ("tasks:\n  - name: a\n    num_fewshot: 3\n", ["tasks.yaml:3", "shots"]),
         ("tasks:\n  - name: a\n  - name: a\n", ["two tasks are called a"]),
         ("tasks: []\n", ["empty"]),
         ("- name: a\n", ["mapping"]),

@@ -134,3 +134,44 @@ def test_prompts_that_cannot_be_scored_are_refused(model: PreTrainedModel) -> No
     for prompt in ([], [97], [5] * 49):
         with pytest.raises(InputError):
             engine.score(prompt)
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba"])  # in the pass that fills a slot, and in one of its own
+@pytest.mark.parametrize("piece", [4, 256])
+def test_a_prompt_is_told_by_the_row_that_runs_it(name: str, piece: int) -> None:
+    """Whatever its company, in pieces or not, with an answer or none; and its beginning serves others."""
+    model = adapted() if name == "llama" else build(*ALL[name])
+    engine, passes = Engine(model, piece=piece), [0]
+    wanted = engine.score(PROMPT, top=3)
+    sampling = Sampling(max_new_tokens=4, temperature=1.0, seed=3)
+    model.register_forward_hook(lambda *call: passes.__setitem__(0, passes[0] + call[2].logits.shape[0]))
+    rows = {
+        engine.add(PROMPT, sampling, key=b"k", scored=3): True,
+        engine.add(PROMPT, sampling, key=b"k", scored=3, answer=False): False,
+        engine.add(PROMPT, sampling, key=b"k"): None,
+    }
+    events: dict[int, list[Event]] = {}
+    while engine.busy:
+        for event in engine.step():
+            events.setdefault(event.id, []).append(event)
+    plain, alone = Engine(model), []
+    plain.add(PROMPT, sampling)
+    while plain.busy:
+        alone += [event.token for event in plain.step()]
+    for id, answered in rows.items():
+        first, *others = events[id]
+        assert [event.token for event in events[id]] == ([None] if answered is False else alone)
+        assert not any(event.prompt for event in others)
+        if answered is None:
+            assert first.prompt is None
+            continue
+        assert first.prompt is not None and len(first.prompt) == len(PROMPT) - 1
+        for mine, theirs in zip(first.prompt, wanted, strict=True):
+            assert math.isclose(mine.token, theirs.token, abs_tol=1e-4)
+            assert [id for id, _ in mine.top] == [id for id, _ in theirs.top]
+    if name == "llama" and piece == 256:
+        for _ in range(2):  # at first the model is tried
+            passes[0] = 0
+            engine.add(PROMPT, sampling, key=b"k", scored=0, answer=False)
+            engine.step()
+        assert passes[0] == 1 and not engine.busy  # one pass, and no more

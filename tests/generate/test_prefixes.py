@@ -33,7 +33,7 @@ def answered(engine: Engine, prompts: list[list[int]], at_once: int = 99, **aske
         ids = [engine.add(prompt, NEW, **asked) for prompt in prompts[first : first + at_once]]
         got: dict[int, list[int]] = {id: [] for id in ids}
         while engine.busy:
-            for id, token, _ in engine.step():
+            for id, token, *_ in engine.step():
                 if token is not None:
                     got[id].append(token)
         answers += got.values()
@@ -121,7 +121,7 @@ def test_rows_of_several_updates_and_of_none_share_by_key_alone() -> None:
     ids = {engine.add(TURNS[n], NEW, update=u, key=b"%d" % u): (u, n) for u, n in asked}
     got: dict[int, list[int]] = {id: [] for id in ids}
     while engine.busy:
-        for id, token, _ in engine.step():
+        for id, token, *_ in engine.step():
             if token is not None:
                 got[id].append(token)
     assert all(got[id] == expected[update][n] for id, (update, n) in ids.items())
@@ -140,7 +140,7 @@ def test_rows_that_go_on_get_a_token_between_two_pieces() -> None:
     steps = 0
     while engine.busy:
         steps += 1
-        for id, token, _ in engine.step():
+        for id, token, *_ in engine.step():
             if token is not None:
                 got[id].append(token)
         assert len(got[going]) == min(20, steps + 1)
@@ -181,7 +181,7 @@ def test_a_piece_that_fails_is_run_again() -> None:
     assert engine._slots is not None and not engine._slots.shelf_of
     got: dict[int, list[int]] = {id: [] for id in ids}
     while engine.busy:
-        for id, token, _ in engine.step():
+        for id, token, *_ in engine.step():
             if token is not None:
                 got[id].append(token)
     assert list(got.values()) == generate(model, TURNS[:3], NEW, set())

@@ -83,7 +83,7 @@ def test_rows_join_grow_and_leave(name: str, monkeypatch: pytest.MonkeyPatch) ->
     for step in range(60):
         if step % 3 == 0 and len(ids) < 2 * len(LONG):  # every prompt twice
             ids.append(engine.add(LONG[len(ids) % len(LONG)], sampling))
-        for id, token, _ in engine.step():
+        for id, token, *_ in engine.step():
             if token is not None:
                 got.setdefault(id, []).append(token)
     assert not engine.busy
@@ -101,7 +101,7 @@ def test_a_cancelled_row_is_gone_and_changes_nothing() -> None:
         if step == 2:
             engine.cancel(first)
             engine.cancel(others[-1])  # which waits still
-        for id, token, _ in engine.step():
+        for id, token, *_ in engine.step():
             got[id].append(token)
     assert got[first] == truth[0][:2] and got[others[-1]] == []
     assert [got[id] for id in others[:-1]] == [[*answer, None] for answer in truth[1:-1]]
@@ -117,7 +117,7 @@ def test_a_prompt_draws_alike_in_any_company() -> None:
     engine = Engine(model)
     engine.add(PROMPTS[1], Sampling(max_new_tokens=3))  # greedy, beside it
     id = engine.add(PROMPTS[4], sampling, number=4)
-    tokens = [token for _ in range(NEW) for other, token, _ in engine.step() if other == id and token is not None]
+    tokens = [token for _ in range(NEW) for other, token, *_ in engine.step() if other == id and token is not None]
     assert tokens == expected[4]
 
 
@@ -174,7 +174,7 @@ def test_rows_of_two_adapters_in_one_step() -> None:
         engine.add(PROMPTS[0], Sampling())
     got: dict[int, list[int]] = {id: [] for id in ids}
     while engine.busy:
-        for id, token, _ in engine.step():
+        for id, token, *_ in engine.step():
             if token is not None:
                 got[id].append(token)
     by_update = {update: [got[id] for id, (u, _) in zip(ids, asked, strict=True) if u == update] for update, _ in asked}

@@ -64,7 +64,9 @@ def test_a_token_gets_what_its_experts_give() -> None:
     y_TM = gather(grouped_linear(spread(x_TN, way), one, way), way)
     a_ERN, b_EMR, scale = one.updates[1]
     w_EMN = one.w_EMN + scale * (b_EMR @ a_ERN)
-    wanted = torch.stack([sum(w_EMN[e] @ x + one.bias_EM[e] for e in es) for es, x in zip(experts_TK, x_TN)])
+    wanted = torch.stack(
+        [sum(w_EMN[e] @ x + one.bias_EM[e] for e in es) for es, x in zip(experts_TK, x_TN, strict=True)]
+    )
     torch.testing.assert_close(y_TM, wanted)
     inputs = (x_TN, a_ERN, b_EMR)
     got, its = (torch.autograd.grad(y.square().sum(), inputs, retain_graph=True) for y in (y_TM, wanted))

@@ -123,13 +123,9 @@ def test_code_that_only_a_run_folder_names_asks_first(
 
 def test_its_process_ends_with_ours_while_it_computes(tmp_path: Path) -> None:
     mark = tmp_path / "id"
-    (tmp_path / "own.py").write_text(
-        f"import os, time\ndef f(p, c, r):\n    open({str(mark)!r}, 'w').write(str(os.getpid()))\n    time.sleep(60)"
-    )
-    code = (
-        "from deltaw.config.reward import parse_rewards; from deltaw.rewards.opening import rewards_of\n"
-        f"from deltaw.data.row import Row; rewards_of(parse_rewards({f'{tmp_path}/own.py:f'!r}), [Row({{}}, 'x:1')])"
-    )
+    own = f"import os, time\ndef f(p, c, r):\n    open({str(mark)!r}, 'w').write(str(os.getpid()))\n    time.sleep(60)"
+    spec = {"kind": "function", "file": "own.py", "source": own.encode().hex(), "function": "f", "memory": 100}
+    code = f"from deltaw.rewards.process import Process; list(Process({spec}, 'it', 60).answers([['', '', {{}}]]))"
     ours = subprocess.Popen([sys.executable, "-c", code])
     until = time.monotonic() + 60
     while not (mark.exists() and mark.read_text()) and time.monotonic() < until:

@@ -14,6 +14,7 @@ from deltaw.base.batch import Batch
 from deltaw.commands.sweep import sweep_named
 from deltaw.config import parse_config
 from deltaw.errors import InputError
+from deltaw.files.safetensors import load_safetensors
 from deltaw.run import Run
 from deltaw.show.progress import QUIET
 from deltaw.sweep import joint
@@ -21,9 +22,10 @@ from deltaw.sweep.folder import SweepFolder
 from deltaw.sweep.grid import Grid, Variant, of_grid
 from deltaw.sweep.standing import ranked
 from deltaw.sweep.sweep import run_sweep
+from deltaw.training import frozen_layers
 from deltaw.training.run import resume, train
 from deltaw.training.stop import Stopped
-from tests.tiny import run_file, tiny_base, words
+from tests.tiny import Said, run_file, tiny_base, words
 
 NO_ANSWERS = {"samples": 0, "general": None, "report": False}
 LORA = {"rank": 4, "alpha": 8}
@@ -37,6 +39,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora-ga": {"adapter": {**LORA, "init": "lora-ga"}},
     "dropout": {"adapter": {**LORA, "dropout": 0.3}},
     "dora with dropout": {"adapter": {**LORA, "magnitude": True, "dropout": 0.3}, "seed": 5},
+    "retain": {"adapter": LORA, "retain": {"data": "builtin:general-train", "share": 0.3}},
+    "retain more": {"adapter": LORA, "retain": {"data": "builtin:general-train", "share": 0.3, "weight": 3.0}},
     "others": {"adapter": {"rank": 7, "targets": "attention", "scaling": "rslora"}, "seed": 3, "tokens_per_step": 70},
 }
 
@@ -96,6 +100,77 @@ def test_each_kind_of_adapter_is_what_its_own_run_makes(place: Path, together: P
         if name != "eval":
             assert results[0][name] == results[1][name]
     assert results[1]["eval"]["after"]["loss"] == pytest.approx(results[0]["eval"]["after"]["loss"], rel=2e-5)
+
+
+def test_frozen_layers_are_computed_once_for_all(place: Path) -> None:
+    """Those below the lowest adapter of any; what each comes to is its own run's."""
+
+    def upper(output: Path | str, lr: float) -> Any:
+        adapter = {**LORA, "targets": ["layers.1.mlp.up_proj", "layers.1.mlp.down_proj"]}
+        made = config(place, output, adapter=adapter, lr=lr)
+        return made.model_copy(update={"data": made.data.model_copy(update={"limit": 20, "eval": None})})
+
+    rates, said = (1e-2, 3e-2), Said()
+    made = grid(place / "upper", {f"lr-{lr}": upper(".", lr) for lr in rates})
+    run_sweep(SweepFolder(made), new=True, display=said)
+    assert any("computed once" in line for line in said.lines)
+    for lr in rates:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(frozen_layers, "FROZEN_SHARE", 0.0)
+            train(upper(place / f"alone/upper-{lr}", lr), display=QUIET)
+        assert losses(place / f"upper/lr-{lr}") == pytest.approx(losses(place / f"alone/upper-{lr}"), rel=2e-5)
+
+
+OBJECTIVES = ("long", "kto")  # pairs that share a long beginning, weighed by DPO
+
+
+@pytest.fixture(scope="module")
+def weighed(place: Path) -> Path:
+    """A run of each of these, in one sweep."""
+    rows = [{"prompt": f"say {i} ", "chosen": "ab" * (1 + i % 5), "rejected": "ba" * (1 + i % 3)} for i in range(40)]
+    for name, beginning in (("pairs", ""), ("long", "You are asked what a row says. ")):
+        text = "".join(json.dumps({**row, "prompt": beginning + row["prompt"]}) + "\n" for row in rows)
+        (place / f"{name}.jsonl").write_text(text)
+    folder = place / "weighed"
+    begun(grid(folder, {kind: of_pairs(place, ".", kind) for kind in OBJECTIVES}))
+    return folder
+
+
+def of_pairs(place: Path, output: Path | str, kind: str) -> Any:
+    fields = run_file(place, adapter=LORA, evaluate={"general": None, "report": False}, output=str(output))
+    data = {"train": str(place / ("long.jsonl" if kind == "long" else "pairs.jsonl")), "eval": 6}
+    train = {**fields["train"], "eval_every": 3, "tokens_per_step": 300, "tokens_per_batch": 150}
+    objective = {"kind": "dpo" if kind == "long" else kind}
+    return parse_config({**fields, "data": data, "objective": objective, "train": train})
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_each_objective_is_what_its_own_run_minimises(place: Path, weighed: Path, kind: str) -> None:
+    alone = place / "alone" / kind
+    train(of_pairs(place, alone, kind), display=QUIET)
+    lines = [Run(folder).read_metrics() for folder in (alone, weighed / kind)]
+    assert len(lines[0]) == len(lines[1]) == 8
+    for one, other in zip(*lines, strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"seconds", "tokens_per_second"}:
+            assert other[name] == pytest.approx(one[name], rel=2e-4, abs=1e-6), name
+    kept = [load_safetensors(Run(folder).references) for folder in (alone, weighed / kind)]
+    for name in kept[0]:
+        torch.testing.assert_close(kept[1][name], kept[0][name], rtol=1e-5, atol=1e-4)
+
+
+def test_losses_of_different_objectives_are_not_ranked(place: Path, weighed: Path) -> None:
+    ranking = ranked(SweepFolder.read(weighed))
+    assert ranking.winner is None and not ranking.settings and all(run.loss is not None for run in ranking.runs)
+    variants = [
+        Variant(f"beta-{beta}", made, {"objective.beta": beta})
+        for beta in (0.1, 0.5)
+        for made in [of_pairs(place, place / f"halved/{beta}", "dpo")]
+        for made in [made.model_copy(update={"objective": made.objective.model_copy(update={"beta": beta})})]
+    ]
+    assert not ranked(SweepFolder(Grid(place / "halved", tuple(variants)).checked())).settings
+    with pytest.raises(InputError, match="objective"):
+        Grid(place / "halved", tuple(variants), halving=True).checked()
 
 
 # Ending, one by one and all at once

@@ -208,6 +208,13 @@ def test_the_documents_of_a_step_are_the_same_for_every_number_of_ranks(
         assert sum(not share for share in shares) == max(0, ranks - len(step)), "none idles while another has two"
 
 
+def test_a_plan_is_made_by_the_first_of_them(place: Path) -> None:
+    first, second = together(2, lambda rank: command("plan", file_of(place, "planned"), "--json")())
+    assert (first.code, second.code) == (0, 0)
+    assert '"peak_memory_bytes"' in first.output and not second.output.strip()
+    assert not (place / "planned").exists()
+
+
 def test_a_signal_that_torchrun_hands_on_is_the_same_wish() -> None:
     with StopRequest(relayed=True) as stop, pytest.raises(BaseException) as raised, stop.held():
         for _ in range(2):

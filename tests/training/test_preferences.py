@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import deltaw
+from deltaw.adapter.file import Adapter
 from deltaw.base.parts import CHOSEN, REJECTED
 from deltaw.data.loader import LoaderState
 from deltaw.errors import InputError, RunError
@@ -22,6 +24,7 @@ from deltaw.training.length import make_loader
 from deltaw.training.opening import Opened, open_run
 from deltaw.training.watch import Falling
 from tests.tiny import run_file, tiny_base
+from tests.training.processes import together
 
 TRAIN = {
     "steps": 6,
@@ -156,6 +159,24 @@ def test_a_prompt_that_is_shared_changes_nothing(
     for one, other in zip(*lines, strict=True):
         for name in one.keys() - {"seconds"}:
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_two_processes_train_what_one_trains(place: Path, tmp_path: Path, kind: str) -> None:
+    by_one, by_two = place / "run" if kind == "dpo" else tmp_path / "one", tmp_path / "two"
+    if kind == "kto":
+        deltaw.train(fields(place, kind, str(by_one)), display=QUIET)
+    ended = together(2, lambda rank: deltaw.train(fields(place, kind, str(by_two)), display=QUIET))
+    assert [rank.code for rank in ended] == [0, 0], ended
+    one, two = metrics(by_one), metrics(by_two)
+    assert len(one) == len(two) == 8
+    for mine, other in zip(one, two, strict=True):
+        assert mine.keys() == other.keys()
+        for name in mine.keys() - {"seconds"}:
+            assert other[name] == pytest.approx(mine[name], rel=2e-4, abs=1e-6), name
+    ends = [Adapter.load(by_one), Adapter.load(by_two)]
+    for path, update in ends[0].factors.items():
+        torch.testing.assert_close(ends[1].factors[path].dense(), update.dense(), rtol=1e-3, atol=1e-5)
 
 
 def test_a_run_that_starts_from_an_adapter_is_compared_with_that(place: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from deltaw.training.captured import captured_on
 from deltaw.training.checkpoint import TrainState
 from deltaw.training.learner import Learner
 from deltaw.training.plan import plan
-from deltaw.training.retain import Retain, Schedule, Text
+from deltaw.training.retain import Retain, Schedule, Text, informed
 from deltaw.training.run import train
 from deltaw.training.step import step
 from deltaw.training.verify import verify_resume
@@ -131,7 +131,7 @@ def test_a_step_has_the_gradient_of_the_task_and_of_the_divergence(name: str, sp
     keeping = Retain(text(), forward, one.attached, 64)
     ((step_batches, _),) = list(keeping.beside([(batches(), END)], 0))
     assert any(each.retained for each in step_batches[:2]) if forward.packed else step_batches[2].retained
-    (record,) = step(forward, [one], step_batches, END, retain=keeping)
+    (record,) = step(forward, [one], step_batches, END, retains={0: keeping})
     assert len(taken) == len(wanted) > 0
     for got, its in zip(taken, wanted, strict=True):
         torch.testing.assert_close(got, its, rtol=1e-3, atol=5e-5 * float(its.abs().max()))
@@ -160,8 +160,10 @@ def test_the_base_is_asked_once_where_its_answer_is_kept_and_in_the_same_passes_
 
         keeping, rows = Counted(text(), forward, one.attached, 64), []
         for number in range(begin, 6):
-            informed = [keeping.informed(each) for each in keeping._joined(batches(), text().schedule.of_step(number))]
-            rows.append(torch.cat([each.retained.base_RX for each in informed if each.retained]))  # type: ignore[misc]
+            bases = [
+                informed(each, {0: keeping}) for each in keeping._joined(batches(), text().schedule.of_step(number))
+            ]
+            rows.append(torch.cat([each.retained.base_RX for each in bases if each.retained]))  # type: ignore[misc]
         return rows, len(asked)
 
     kept, once = bases(0)
@@ -180,9 +182,9 @@ def test_a_divergence_that_is_no_number_is_not_applied(monkeypatch: pytest.Monke
     before = [parameter.detach().clone() for parameter in one.attached.parameters]
     keeping = Retain(text(), forward, one.attached, 64)
     ((step_batches, _),) = list(keeping.beside([(batches(), END)], 0))
-    informed = [keeping.informed(each) for each in step_batches]
-    broken = [not_a_number(each) for each in informed]
-    (record,) = step(forward, [one], broken, END, retain=keeping)
+    with_base = [informed(each, {0: keeping}) for each in step_batches]
+    broken = [not_a_number(each) for each in with_base]
+    (record,) = step(forward, [one], broken, END, retains={0: keeping})
     assert "KL" in record["skipped"] and "loss" not in record
     assert all(torch.equal(a, b) for a, b in zip(before, one.attached.parameters, strict=True))
 
@@ -194,13 +196,25 @@ def not_a_number(given_batch: Batch) -> Batch:
     return replace(given_batch, retained=replace(retained, base_RX=retained.base_RX * math.nan))
 
 
-def test_several_learners_are_not_held_to_the_base_together() -> None:
-    forward = plan_forward(tiny("llama", torch.float32))
-    one, other = learner(forward), learner(forward)
-    keeping = Retain(text(), forward, one.attached, 64)
-    joined = [replace(each, updates=(0,) * (len(each.starts) - 1)) for each in keeping._joined(batches(), [0, 1])]
-    with pytest.raises(ValueError, match="held to the base"):
-        step(forward, [one, other], joined, END, retain=keeping)
+def test_several_learners_are_each_held_by_their_own_text() -> None:
+    """In one pass, of other text and another weight, as each would be alone."""
+    forward, other = (plan_forward(tiny("llama", torch.float32)) for _ in range(2))
+    learners, same = ([learner(way), learner(way)] for way in (forward, other))
+    texts = [text(), replace(text(4, (5, 12, 3)), weight=0.5)]
+    keeping = {
+        n: Retain(own, forward, one.attached, 64) for n, (own, one) in enumerate(zip(texts, learners, strict=True))
+    }
+    own = [[each.owned(n) for each in keeping[n]._joined(batches(), [0, 1])] for n in keeping]
+    joined = [Batch.joined(pair) for pair in zip(*own, strict=True)]
+    records = step(forward, learners, joined, END, retains=keeping)
+    for number, one in enumerate(same):
+        held = {number: Retain(texts[number], other, one.attached, 64)}
+        (alone,) = step(other, [one], own[number], END, retains=held)
+        for name in ("loss", "retain_kl", "tokens", "grad_norm"):
+            assert records[number][name] == pytest.approx(alone[name], rel=1e-4), name
+        for name, tensor in one.saved().factors.items():
+            torch.testing.assert_close(learners[number].saved().factors[name], tensor, rtol=1e-3, atol=1e-6)
+    assert records[0]["retain_kl"] != pytest.approx(records[1]["retain_kl"], rel=1e-2)
 
 
 def test_a_step_that_is_to_retain_text_is_given_some() -> None:

@@ -1,5 +1,5 @@
-"""Runs on rewards: the reward rises, they resume to the bit, sampling and training agree, every record says what it should,
-and what can't be trained so is refused before the base is read."""
+"""Runs on rewards: the reward rises, they resume to the bit, sampling and training agree, every record says what the
+answers were like, and what can't be trained so is refused before the base is read."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import deltaw
+from deltaw.commands.eval import eval_named
 from deltaw.config import config_of
 from deltaw.data.loader import LoaderState
 from deltaw.errors import InputError, RunError
@@ -16,7 +17,9 @@ from deltaw.show.progress import QUIET
 from deltaw.training.plan import plan
 from deltaw.training.rollouts import Prompts
 from deltaw.training.verify import verify_resume
+from tests.faults.common import command
 from tests.tiny import Said, run_file, tiny_base
+from tests.training.processes import together
 
 REWARDS = """
 def vowels(prompt, completion, row):
@@ -174,7 +177,7 @@ def test_a_run_from_which_nothing_can_be_learnt_stops_and_says_why(place: Path) 
 
 
 def test_a_reward_that_fails_stops_the_run_saved_and_names_the_row(place: Path) -> None:
-    with pytest.raises((RunError, InputError), match="train.jsonl:8"):
+    with pytest.raises((RunError, InputError), match=r"train\.jsonl:8"):
         deltaw.train(fields(place, "broken", "broken", data=rows(place), train={"steps": 20}), display=QUIET)
 
 
@@ -238,3 +241,26 @@ def test_drawing_depends_on_seed_step_prompt_and_sample_alone(place: Path) -> No
         for one in group:
             assert len(one.tokens) == len(one.logprobs) and one.truncated == (one.tokens[-1] != 0)
             assert one.text_tokens == (one.tokens if one.truncated else one.tokens[:-1])
+
+
+def test_two_processes_take_the_steps_of_one(place: Path) -> None:
+    config = fields(place, "two", train={"steps": 2})
+    (place / "two.yaml").write_text(json.dumps(config))
+    deltaw.train(fields(place, "one", train={"steps": 2}), display=QUIET)
+    work = command("train", place / "two.yaml", "--quiet")
+    ranks = together(2, lambda rank: work())
+    assert [rank.code for rank in ranks] == [0, 0], ranks
+    one, two = untimed(place / "one"), untimed(place / "two")
+    told = [[line.get("reward", line.get("eval_reward")) for line in lines] for lines in (one, two)]
+    assert len(told[0]) == 3 and told[1] == pytest.approx(told[0])
+    norms = [[line["grad_norm"] for line in lines if "grad_norm" in line] for lines in (one, two)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_eval_asks_the_reward_again(place: Path) -> None:
+    command_line = {"base": None, "use_adapter": True, "use_base": True, "metrics": None, "rows": None}
+    command_line |= {"max_tokens": None, "output": None, "allow_code": False, "display": QUIET}
+    told = eval_named(str(place / "run"), None, **command_line).data  # type: ignore[arg-type]
+    result = Run(place / "run").read_json(Run(place / "run").result)["eval"]
+    assert told["reward"] == pytest.approx(result["after"]["reward"])
+    assert told["base"]["reward"] == pytest.approx(result["before"]["reward"])

@@ -58,7 +58,7 @@ class ModuleEffect:
 def module_effects(
     model: Model, rows: Mapping[str, Sequence[Example]], trained: Trained, display: Display
 ) -> dict[str, ModuleEffect]:
-    """By module path."""
+    """By module path; of linear layers alone: an expert's rows are known to its whole module only."""
     attached = model.attached
     assert attached is not None
     chosen = {kind: [_cut(row) for row in examples[:DOCUMENTS]] for kind, examples in rows.items()}
@@ -69,8 +69,12 @@ def module_effects(
             {kind: _mean(seen.get(path, [])) for kind, seen in watched.items()},
             _random(layer, trained[path], generator),
         )
-        for path, layer in attached.layers.items()
+        for path, layer in _linear(attached).items()
     }
+
+
+def _linear(attached: Attached) -> dict[str, LayerUpdate]:
+    return {path: layer for path, layer in attached.layers.items() if layer.home(path) == path}
 
 
 def _cut(row: Example) -> Example:
@@ -81,7 +85,7 @@ def _watch(
     model: Model, attached: Attached, trained: Trained, kind: str, examples: Sequence[Example], display: Display
 ) -> dict[str, list[tuple[float, int]]]:
     """By module: for each document that reached it, (the sum over its tokens, how many they are)."""
-    seen: dict[str, list[tuple[float, int]]] = {path: [] for path in attached.layers}
+    seen: dict[str, list[tuple[float, int]]] = {path: [] for path in _linear(attached)}
 
     def note(path: str) -> Any:
         def hook(layer: LayerUpdate, args: tuple[Tensor, ...], y: Tensor) -> None:
@@ -93,7 +97,7 @@ def _watch(
     with ExitStack() as stack, display.task(f"effect on {kind} tokens", len(examples)) as progress:
         stack.enter_context(evaluating(model.base.model))
         stack.enter_context(disabled(list(attached.stand_ins.values())))
-        for path, layer in attached.layers.items():
+        for path, layer in _linear(attached).items():
             stack.callback(layer.register_forward_hook(note(path)).remove)
         for number, example in enumerate(examples, 1):
             model.forward.rows(pack([example]).to(model.base.device))

@@ -19,7 +19,7 @@ from deltaw.adapter.attach import Attached
 from deltaw.analysis.words import columns_of, place
 from deltaw.base.stand_in import disabled
 from deltaw.factors import LowRank
-from deltaw.updates import Update
+from deltaw.updates import Plain, Update
 
 SCALES = (0.25, 0.5, 0.75, 1.25)
 RANKS = (1, 2, 4, 8, 16)
@@ -47,7 +47,8 @@ class State:
             try:
                 if self.change is not None:
                     for path, layer in attached.layers.items():
-                        layer.set_factors(self.change(trained[path]))
+                        if isinstance(trained[path], Plain):  # trained tokens and whole modules stay as they are
+                            layer.set_factors(self.change(trained[path]))
                 yield
             finally:
                 if self.change is not None:
@@ -61,8 +62,8 @@ def states_of(attached: Attached, trained: Trained, *, deep: bool) -> list[State
     states = []
     if not attached.spec.magnitude:
         states += [State("scale", f"{factor:g}", change=_times(factor)) for factor in SCALES]
-    if all(isinstance(update, LowRank) for update in trained.values()):
-        most = max(update.rank for update in trained.values())
+    if all(isinstance(update, LowRank) for update in trained.values() if isinstance(update, Plain)):
+        most = max((update.rank for update in trained.values() if isinstance(update, LowRank)), default=0)
         states += [State("rank", f"{rank}", change=_cut(rank)) for rank in RANKS if rank < most]
     if deep:
         kinds = columns_of(attached.layers)

@@ -23,10 +23,12 @@ from torch import nn
 
 from deltaw.adapter.algebra import baked, low_rank_updates
 from deltaw.base.frozen import FrozenLinear
+from deltaw.config.adapter import expert_of
 from deltaw.errors import InputError, command, listed
 from deltaw.factors import LowRank
 from deltaw.files.atomic import write_text_atomic
 from deltaw.files.gguf_parts import parts_of, read_model
+from deltaw.replaced import Rows, Whole
 from deltaw.shipping.beside import missing_stop
 from deltaw.shipping.destination import Destination, Options, Written
 from deltaw.shipping.gguf.modelfile import FILE, modelfile
@@ -49,6 +51,7 @@ class GgufAdapter(Destination):
         skeleton = trained.base_files.skeleton
         self.family = family(skeleton.config)
         _check_kind(trained)
+        _check_experts(trained)
         self.tensors = _tensors(trained, skeleton, self.family)
         self.rank = next(iter(self.tensors.values())).rank
         file, about = _base_file(trained)
@@ -114,6 +117,21 @@ def _check_kind(trained: Trained) -> None:
         )
     if trained.adapter.spec.magnitude:
         raise InputError(f"{trained.name} is DoRA, which llama.cpp doesn't load as an adapter", fix=merge)
+    words = {Rows.kind: "trained tokens", Whole.kind: "modules that were trained whole"}
+    if replaced := [words[update.kind] for update in trained.adapter.replaced.values()]:
+        what = f"{trained.name} has {' and '.join(dict.fromkeys(replaced))}, which llama.cpp doesn't load as an adapter"
+        raise InputError(what, fix=merge)
+    if trained.adapter.embeddings:
+        raise InputError(f"{trained.name} has LoRA on an embedding, which isn't written for llama.cpp here", fix=merge)
+
+
+def _check_experts(trained: Trained) -> None:
+    """Raise InputError for updates of experts, which this file's form isn't tried for."""
+    if experts := [path for path in trained.adapter.factors if expert_of(path) is not None]:
+        raise InputError(
+            f"{trained.name} changes experts ({experts[0]}, …), which isn't written as an adapter for llama.cpp",
+            fix=_whole(trained),
+        )
 
 
 def _whole(trained: Trained) -> str:

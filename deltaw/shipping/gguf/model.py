@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.base.source import HUB_ID
+from deltaw.errors import InputError, command
 from deltaw.files.atomic import write_text_atomic
 from deltaw.files.gguf_header import Typed, read_metadata
 from deltaw.files.gguf_parts import parts_of
@@ -50,9 +51,14 @@ class GgufModel(Destination):
         self.type = type_named(options.type)
         self.quantizer = None if self.type in PLAIN else find_quantizer(self.type)
         plan = plan_merge(trained)
+        if plan.words and trained.base.gguf is not None:
+            raise InputError(
+                f"{trained.name} adds tokens, and the tokenizer of a base that is a GGUF is taken as it is",
+                fix=f"the whole model: {command('merge', trained.name, options=['-o', 'merged'])}",
+            )
         whole: Any = plan.skeleton.config
         self.config, self.family = whole.get_text_config(decoder=True), family(whole)
-        self.meta = metadata(self.config, len(plan.skeleton.get_input_embeddings().weight))  # type: ignore[operator]
+        self.meta = metadata(self.config, plan.words or len(plan.skeleton.get_input_embeddings().weight))  # type: ignore[operator]
         self.tensors = Tensors(plan, self.family)
         shapes = self.tensors.shapes
         shapes |= {name: (len(values),) for name, values in self.meta.tensors.items()}

@@ -45,7 +45,7 @@ class Tensors:
         names = [name for name in every if reads(name) or name == self._head()]
         self.left_out = len(every) - len(names)
         """How many tensors belong to what sees pictures, which a GGUF of its own has."""
-        if lost := [name for name in plan.adapter.factors if f"{name}.weight" not in names]:
+        if lost := [name for name in plan.modules if name not in names and f"{name}.weight" not in names]:
             raise InputError(
                 f"{len(lost)} of {len(plan.adapter.factors)} updates belong to the vision part, which llama.cpp reads "
                 f"from another file:\n{listed(lost, 2)}",

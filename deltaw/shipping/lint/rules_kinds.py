@@ -40,6 +40,7 @@ from deltaw.show.text import counted
 PLAIN_ONLY = {VLLM: REFUSED, LLAMA_CPP: REFUSED, OLLAMA: REFUSED}  # refuse tensors that they don't know by name
 LOADERS = (PEFT, TRANSFORMERS)
 MERGE_THERE = "merge it with PEFT (merge_and_unload), which can read it"
+MERGE = "merge it into its base: deltaw merge"
 DORA = code(
     "DW321",
     "DoRA: servers refuse it, and transformers' load_adapter drops its magnitudes with only a line in the log",
@@ -60,7 +61,7 @@ BIAS_TORN = code(
     "write lora_bias: true",
 )
 TRAINED_BIAS = code("DW325", "trained biases of the base (bias)", {VLLM: REFUSED}, MERGE_THERE)
-SAVED = code("DW326", "whole trained tensors (modules_to_save: a head, an embedding)", PLAIN_ONLY, MERGE_THERE)
+SAVED = code("DW326", "whole trained tensors (modules_to_save: a head, an embedding)", PLAIN_ONLY, MERGE)
 SAVED_MISSING = code(
     "DW327",
     "modules_to_save names modules that the file doesn't hold",
@@ -77,7 +78,7 @@ EMBEDDING = code(
     "DW329",
     "LoRA on an embedding",
     {VLLM: LOADS, LLAMA_CPP: LOADS, OLLAMA: REFUSED},
-    "merge it with PEFT (merge_and_unload) for Ollama",
+    "merge it into its base for Ollama: deltaw merge",
 )
 COPIED = code(
     "DW330",
@@ -85,7 +86,7 @@ COPIED = code(
     {VLLM: UNSURE, LLAMA_CPP: UNSURE, OLLAMA: REFUSED},
     "if the embedding was resized or trained, merge it with PEFT; otherwise remove the copy",
 )
-TRAINED_TOKENS = code("DW331", "trained token embeddings (trainable_token_indices)", PLAIN_ONLY, MERGE_THERE)
+TRAINED_TOKENS = code("DW331", "trained token embeddings (trainable_token_indices)", PLAIN_ONLY, MERGE)
 NORMS = code(
     "DW332",
     "trained norms, which llama.cpp silently ignores",
@@ -128,7 +129,13 @@ TIED = code(
     "DW339",
     "an update of only the embedding or only the head, on a base where the two share one matrix",
     {PEFT: LOADS, TRANSFORMERS: LOADS, VLLM: UNSURE, LLAMA_CPP: REFUSED, OLLAMA: REFUSED},
-    "merge it with PEFT, untied (tie_word_embeddings: false)",
+    "merge it into its base, which unties them: deltaw merge",
+)
+ADDED = code(
+    "DW340",
+    "trained tokens that the base doesn't have: PEFT loads them once the base has as many rows",
+    {PEFT: REFUSED, TRANSFORMERS: REFUSED, **PLAIN_ONLY},
+    "first model.resize_token_embeddings(len(tokenizer)), with the tokenizer beside the adapter; or merge it",
 )
 # init_lora_weights that only choose the factors' first values
 STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -167,7 +174,7 @@ def whole_tensors(s: Subject) -> Iterator[Finding]:
         last = {key.path.rpartition(".")[2] for key in saved}
         effects = {**PLAIN_ONLY, VLLM: LOADS if last <= {"classifier", "score"} else REFUSED}
         yield SAVED.finding(
-            f"{counted(len(saved), 'whole tensor')}: {some([key.name for key in saved])}", effects=effects
+            f"{counted(len(saved), 'whole tensor')}: {some([key.name for key in saved])}", s.merge(), effects
         )
     if (gone := sorted(listed.all.difference(present))) and s.shapes:
         yield SAVED_MISSING.finding(f"modules_to_save names {some(gone)}, missing from the file")
@@ -189,11 +196,23 @@ def _unlisted(s: Subject, paths: list[str], names: list[str]) -> Iterator[Findin
 
 def embeddings(s: Subject) -> Iterator[Finding]:
     if names := named(s.keys, EMBEDDING_A):
-        yield EMBEDDING.finding(f"LoRA on {some(names)}")
+        yield EMBEDDING.finding(f"LoRA on {some(names)}", s.merge())
     if names := named(s.keys, COPY):
         yield COPIED.finding(f"{some(names)}: vLLM and llama.cpp silently ignore it")
     if names := named(s.keys, TOKENS):
-        yield TRAINED_TOKENS.finding(f"{some(names)}")
+        yield TRAINED_TOKENS.finding(f"{some(names)}", s.merge())
+        yield from _added(s)
+
+
+def _added(s: Subject) -> Iterator[Finding]:
+    """Trained tokens beyond the base's last row."""
+    given = s.get("trainable_token_indices", [])
+    lists = given.values() if isinstance(given, dict) else [given]
+    rows = [row for some_rows in lists if isinstance(some_rows, list) for row in some_rows if type(row) is int]
+    own = s.base.embeddings.get(s.base.embedding) if s.base else None
+    if own and rows and max(rows) >= own[0]:
+        words = f"row {max(rows)} of {own[0]} in {s.base.source.name}" if s.base else ""
+        yield ADDED.finding(f"trained tokens that the base doesn't have: {words}")
 
 
 def norms(s: Subject) -> Iterator[Finding]:
@@ -203,7 +222,7 @@ def norms(s: Subject) -> Iterator[Finding]:
 
 def parameters(s: Subject) -> Iterator[Finding]:
     if names := [key.name for key in s.keys if key.expert and key.part == A]:
-        yield EXPERTS.finding(f"{len(names)} expert parameters: {some(names)}")
+        yield EXPERTS.finding(f"{len(names)} expert parameters: {some(names)}", s.merge())
     elif entries := s.texts("target_parameters"):
         yield BY_WEIGHT.finding(f"target_parameters names {some(entries)}")
 
@@ -241,14 +260,15 @@ def tied(s: Subject) -> Iterator[Finding]:
     if s.base is None or not s.base.tied:
         return
     ends = {s.base.head: "head", s.base.embedding: "embedding"}
-    updated = {key.path for key in s.keys if key.path in ends}
+    updated = {key.path for key in s.keys if key.path in ends and key.part != TOKENS}  # their rows stay tied
     if len(updated) == 1:
         (path,) = updated
         head = path == s.base.head
         effects = {**TIED.effects, LLAMA_CPP: REFUSED if head else UNSURE}
         yield TIED.finding(
             f"{path} is updated, but in {s.base.source.name} the head and the embedding share one matrix",
-            effects=effects,
+            s.merge(),
+            effects,
         )
 
 

@@ -72,6 +72,8 @@ def _config(base: Path, plan: MergePlan, dtype: torch.dtype | None) -> dict[str,
         for key in ("dtype", "torch_dtype"):
             if key in part and dtype is not None:
                 part[key] = word
+        if plan.words and "vocab_size" in part:
+            part["vocab_size"] = plan.words
         if plan.unties:  # a family's default may be to tie, in the whole and in its language model
             part["tie_word_embeddings"] = False
     if "dtype" not in config and "torch_dtype" not in config:

@@ -10,18 +10,22 @@ lands in exactly one tensor, and one that lands nowhere is an error. The rules:
 
     names      a tensor is the parameter that transformers would load it into (base/names.py)
     layout     values are those of the file's own layout: GPT-2's Conv1D stores [N, M], so W and ΔW are turned
-    tied       where an update lands on a tied parameter nothing is tied any more: `unties`. The config has to say so
-               (`tie_word_embeddings`), and whatever was left out of the files is written
+    tokens     rows of tied parameters stay tied: the tensor that the file holds takes them; tokens that were added make
+               it longer (`more`), and the config says how many words there are
+    tied       where any other update lands on a tied parameter nothing is tied any more: `unties`. The config has to
+               say so (`tie_word_embeddings`), and whatever was left out of the files is written
     twice      a tied parameter that the file holds although it could leave it out is a tensor like any other
-    made       a parameter that transformers puts together from several tensors, or cuts out of one, takes no update:
-               what is stored isn't what was adapted
+    experts    an expert's matrix in a file takes its rows of that expert's update; a tensor of all experts takes all
+               of theirs (stack.py)
+    made       a parameter that transformers otherwise puts together from several tensors, or cuts out of one, takes no
+               update: what is stored isn't what was adapted
 
 Sums are formed in float32 (float64 for a float64 base), so that whoever writes them rounds once.
 
 Letters: M outputs, N inputs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,14 +36,19 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaw.adapter.checkpoints import Checkpoint, Stored
+from deltaw.adapter.ends import Ends, face, ways_of
 from deltaw.adapter.file import Adapter
-from deltaw.adapter.targets import head_path, targets_of
-from deltaw.base.frozen import FrozenLinear
+from deltaw.adapter.targets import targets_of
+from deltaw.base.experts import expert_stacks
 from deltaw.base.names import places
+from deltaw.config.adapter import expert_of, parameter_of
 from deltaw.errors import InputError, listed
+from deltaw.factors import LowRank
 from deltaw.files.safetensors import read_tensor
 from deltaw.files.shards import shards
 from deltaw.kernels.weight import DenseWeight
+from deltaw.replaced import Rows
+from deltaw.shipping.merge.stack import Stacked, by_parameter
 from deltaw.shipping.trained import Trained
 from deltaw.updates import Update
 
@@ -62,7 +71,9 @@ class Planned:
     parameter: str | None
     fate: Fate
     module: str | None = None  # whose update it takes
+    rows: tuple[int, int] | None = None  # which rows of it, where not all
     transposed: bool = False  # stored as [N, M]
+    more: int = 0  # rows behind those that are stored, of tokens that were added
     part: bool = False
 
 
@@ -74,6 +85,11 @@ class MergePlan:
     adapter: Adapter
     skeleton: nn.Module
     unties: bool = False
+
+    @property
+    def words(self) -> int | None:
+        """How many the merged model knows, where that is more than the base does."""
+        return next((planned.shape[0] for planned in self.tensors if planned.more), None)
 
     @cached_property
     def by_file(self) -> Mapping[Path, tuple[Planned, ...]]:
@@ -95,9 +111,24 @@ class MergePlan:
         """Whether the linear layers of this base store [N, M]."""
         return any(planned.transposed for planned in self.tensors)
 
-    def update(self, planned: Planned) -> Update | None:
+    def update(self, planned: Planned) -> Update | Stacked | None:
         """What is added to it."""
-        return None if planned.module is None else self.adapter.factors[planned.module]
+        if planned.module is None:
+            return None
+        update = self.adapter.factors.get(planned.module)
+        if update is None:
+            return Stacked(tuple(self.experts[planned.module]), expert_stacks(self.skeleton)[planned.module].turned)
+        return update if planned.rows is None else update.rows(*planned.rows)
+
+    @cached_property
+    def experts(self) -> Mapping[str, Sequence[LowRank]]:
+        """The updates of experts by the parameter of all."""
+        return by_parameter(self.adapter.factors)
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """Whose updates land somewhere, by the names that the tensors have for them."""
+        return tuple(dict.fromkeys(planned.module for planned in self.tensors if planned.module is not None))
 
     def value(self, planned: Planned) -> Tensor:
         """The tensor of the merged model, in the file's layout: the sum in float32, or the stored numbers as they are.
@@ -110,8 +141,10 @@ class MergePlan:
         wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
         if not torch.isfinite(wide).all():
             raise not_finite(planned)
-        w_MN = wide.T if planned.transposed else wide
-        total_MN = w_MN + update.relative_to(DenseWeight(w_MN)).dense()
+        w_MN = (
+            wide.T if planned.transposed else nn.functional.pad(wide, (0, 0, 0, planned.more)) if planned.more else wide
+        )
+        total_MN = w_MN + update.relative_to(DenseWeight(w_MN)).dense().view(w_MN.shape)
         return total_MN.T.contiguous() if planned.transposed else total_MN
 
 
@@ -125,10 +158,14 @@ def plan_merge(trained: Trained) -> MergePlan:
     _check_targets(skeleton, adapter, trained.name)
     checkpoint = trained.base_files.checkpoint
     ties = _ties(skeleton)
-    updated = {f"{path}.weight": path for path in adapter.factors}
+    updated, groups = _updated(adapter, checkpoint), _token_rows(adapter, ties)
+    updated |= {other: updated[name] for name, group in groups.items() for other in group}
     parts = {name: whole for whole, names in checkpoint.converted.items() for name in names}
-    tied = {name for name in updated if name in ties}
-    problems = [why for name in updated if (why := _nowhere(name, skeleton, checkpoint))]
+    shared = {other for group in groups.values() for other in group}
+    tied = {name for name in updated if name in ties and name not in shared}
+    landing = [name for name in updated if name not in shared or checkpoint.find(name)]
+    problems = [why for name in landing if (why := _nowhere(name, skeleton, checkpoint))]
+    problems += [f"{name}: not in the files" for name, group in groups.items() if not set(group).intersection(landing)]
     if problems:
         raise InputError(
             f"{trained.name}: {len(problems)} of {len(updated)} updates have no tensor of {base.name} to land in:\n"
@@ -137,12 +174,15 @@ def plan_merge(trained: Trained) -> MergePlan:
         )
 
     def planned(own: str, name: str, stored: Stored, fate: Fate) -> Planned:
-        path = updated.get(own)
-        turned = path is not None and isinstance(skeleton.get_submodule(path), Conv1D)
+        path, rows = updated.get(own, (None, None))
+        turned = own.endswith(".weight") and path is not None and _is_turned(skeleton, path)
         whole = parts.get(own)
         known = whole or (own if own in checkpoint.places else None)
-        place = (stored.file, stored.name, stored.shape, stored.dtype)
-        return Planned(name, *place, known, fate, path, turned, whole is not None)
+        update = adapter.factors.get(path or "")
+        more = update.height(stored.shape[0]) - stored.shape[0] if isinstance(update, Rows) else 0
+        shape = (stored.shape[0] + more, *stored.shape[1:]) if more else stored.shape
+        place = (stored.file, stored.name, shape, stored.dtype)
+        return Planned(name, *place, known, fate, path, rows, turned, more, whole is not None)
 
     tensors = [
         planned(own, stored.name, stored, "changed" if own in updated else "copied")
@@ -165,21 +205,50 @@ def not_finite(planned: Planned) -> InputError:
 
 
 def _check_targets(skeleton: nn.Module, adapter: Adapter, name: str) -> None:
-    """Raise InputError unless each update has its layer, of its shape: as `attach` does, but the head may have one."""
-    head = head_path(skeleton)
-    body = {path: update for path, update in adapter.factors.items() if path != head}
-    if body:
+    """Raise InputError unless each update has its layer, of its shape: as `attach` does, but full fine-tuning and DoRA
+    may have changed the head."""
+    ends = Ends.of(skeleton)
+    if body := ends.body(adapter.factors):
         targets_of(skeleton, adapter.spec, body)
-    if head is None or (update := adapter.factors.get(head)) is None:
+    update = adapter.factors.get(ends.head or "")
+    if update is None or update.kind not in ("full", "dora"):
+        ways_of(skeleton, adapter.factors)
         return
-    module = skeleton.get_submodule(head)
-    if not FrozenLinear.can_wrap(module):
-        raise InputError(f"{name}: {head} is a {type(module).__name__}, which takes no update")
-    layer = FrozenLinear(module)
+    layer = face(skeleton, ends.head or "", ends)
     if update.shape != (layer.out_features, layer.in_features):
         raise InputError(
-            f"{name}: {head}: update is {update.shape}, the layer {(layer.out_features, layer.in_features)}"
+            f"{name}: {ends.head}: update is {update.shape}, the layer {(layer.out_features, layer.in_features)}"
         )
+
+
+def _updated(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, int] | None]]:
+    """Whose update lands in a tensor, and which rows of it, by the model's name; an expert's by the file's."""
+    updated: dict[str, tuple[str, tuple[int, int] | None]] = {}
+    for path, update in adapter.factors.items():
+        number, whole = expert_of(path), parameter_of(path)
+        if number is None:
+            updated[f"{path}.weight"] = (path, None)
+            continue
+        stored = [name for name in checkpoint.converted.get(whole, ()) if name in checkpoint.slots]
+        if not stored:
+            updated[whole] = (whole, None)
+        for name in stored:
+            expert, part, parts = checkpoint.slots[name]
+            if expert == number:
+                rows = update.shape[0] // parts
+                updated[name] = (path, None if parts == 1 else (part * rows, (part + 1) * rows))
+    return updated
+
+
+def _token_rows(adapter: Adapter, ties: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """The parameters that trained tokens are rows of, each with those that are one with it."""
+    names = [f"{path}.weight" for path, update in adapter.factors.items() if isinstance(update, Rows)]
+    return {name: ties.get(name, [name]) for name in names}
+
+
+def _is_turned(skeleton: nn.Module, path: str) -> bool:
+    """Whether a module stores [N, M]; experts' matrices know themselves how they lie."""
+    return expert_of(path) is None and isinstance(skeleton.get_submodule(path), Conv1D)
 
 
 def _nowhere(own: str, skeleton: nn.Module, checkpoint: Checkpoint) -> str | None:
@@ -191,6 +260,8 @@ def _nowhere(own: str, skeleton: nn.Module, checkpoint: Checkpoint) -> str | Non
         return f"{own}: not in the files"
     if stored.dtype not in FLOATS:
         return f"{own}: stored as {stored.dtype}, which takes no update"
+    if own in checkpoint.slots:
+        return None
     shape = tuple(skeleton.get_parameter(own).shape)
     return None if stored.shape == shape else f"{own}: {stored.shape} in the files, {shape} in the model"
 

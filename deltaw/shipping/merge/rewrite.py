@@ -44,6 +44,7 @@ from deltaw.kernels.weight import DenseWeight
 from deltaw.linalg.rounding import Survival, survived, survived_of
 from deltaw.linalg.threads import one_thread
 from deltaw.shipping.merge.plan import FLOATS, MergePlan, Planned, not_finite
+from deltaw.shipping.merge.stack import Stacked
 from deltaw.show.progress import Progress, unseen
 from deltaw.updates import Update
 
@@ -65,7 +66,7 @@ class _Tensor:
     size: int
     stream: Stream
     dtype: torch.dtype | None  # of the target; None: its bytes are copied
-    update: Update | None  # in the file's layout
+    update: Update | Stacked | None  # in the file's layout
     weight: bool  # NaN would be the model's
 
     @property
@@ -127,7 +128,7 @@ def rewrite(
     `dtype`: of the parameters, None for each as the base stores it. `progress` gets the bytes of the base done so far.
     Raises InputError for NaN and infinity in the base, or by a narrower type; OSError for what the disk refuses.
     """
-    survivals = dict.fromkeys(plan.adapter.factors, Survival())
+    survivals = dict.fromkeys(plan.modules, Survival())
     done = 0
     for file, tensors in plan.by_file.items():
         check_readable(file)
@@ -155,6 +156,7 @@ def entries(plan: MergePlan, file: Path, header: Header, dtype: torch.dtype | No
 
 def _entry(plan: MergePlan, planned: Planned, header: Header, dtype: torch.dtype | None) -> Entry:
     start, end = header.spans[planned.source]
+    end += (end - start) // max(1, planned.shape[0] - planned.more) * planned.more if planned.shape else 0
     if dtype is None or planned.dtype not in FLOATS or planned.parameter not in plan.weights or _is_wide(plan, planned):
         return Entry(planned.dtype, planned.shape, end - start)
     numbers = (end - start) // TYPES[planned.dtype].itemsize
@@ -171,7 +173,7 @@ def _is_wide(plan: MergePlan, planned: Planned) -> bool:
 def _way(plan: MergePlan, planned: Planned, header: Header, source: int, stream: Stream, word: str) -> _Tensor:
     start, end = header.spans[planned.source]
     update = plan.update(planned)
-    if update is not None and planned.transposed:
+    if isinstance(update, Update) and planned.transposed:
         w_NM = torch.empty(planned.shape, dtype=TYPES[planned.dtype])
         _fill(w_NM, source, start)
         update = update.relative_to(DenseWeight(_wide(w_NM).T)).turned()
@@ -222,7 +224,9 @@ def _written(piece: _Piece) -> tuple[_Piece, int, Survival]:
     dtype, columns = TYPES[tensor.planned.dtype], tensor.columns
     rows, wide = last - first, torch.promote_types(dtype, torch.float32)
     raw = _scratch.get("raw", rows * columns * dtype.itemsize, torch.uint8)
-    _fill(raw, tensor.source, tensor.start + first * columns * dtype.itemsize)
+    stored = min(rows, max(0, tensor.planned.shape[0] - tensor.planned.more - first)) if tensor.planned.more else rows
+    _fill(raw[: stored * columns * dtype.itemsize], tensor.source, tensor.start + first * columns * dtype.itemsize)
+    raw[stored * columns * dtype.itemsize :] = 0  # tokens that were added have no row yet
     total, again = (_scratch.get(name, rows * columns, wide).view(rows, columns) for name in ("total", "again"))
     buffers = _Buffers(total, again, _scratch.get("rounded", rows * columns, tensor.dtype).view(rows, columns))
     return piece, raw.numel(), _summed(tensor, raw.view(dtype).view(rows, columns), first, buffers)

@@ -34,7 +34,7 @@ class Adapted(Running):
     def load(self) -> None:
         opened = open_base(self.trained.base, dtype=self._dtype, weights=self.weights)
         plan_forward(opened.model)
-        attached = attach(opened.model, self.trained.adapter)
+        attached = attach(opened.model, self.trained.adapter, tokens=self.trained.renderer.tokens)
         renderer = self.trained.renderer
         self.stops = frozenset(renderer.stop_ids)
         stand_ins = list(attached.stand_ins.values())
