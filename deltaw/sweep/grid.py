@@ -225,6 +225,10 @@ def _check_halving(variants: Sequence[Variant]) -> None:
             f"--halving compares losses on held-out rows, and these runs have none:\n{listed(without)}",
             fix="set data.eval",
         )
+    if len({variant.config.objective.model_dump_json() for variant in variants}) > 1:
+        raise InputError(
+            "--halving compares losses of one objective, and these runs have several", fix="leave --halving out"
+        )
     rows = {variant.config.data.model_copy(update={"train": ""}).model_dump_json() for variant in variants}
     if len(rows) > 1 or any(variant.config.data.train != variants[0].config.data.train for variant in variants):
         raise InputError(

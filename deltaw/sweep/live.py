@@ -166,7 +166,8 @@ def open_all(
         )
         if one.config is not one.written:
             opened = opened.named_as(one.written)
-        source = f"{one.config.evaluate.general} {opened.model.renderer.template_fingerprint}"
+        retain = one.config.train.retain  # which general text mustn't be a part of
+        source = f"{one.config.evaluate.general} {opened.model.renderer.template_fingerprint} {retain and retain.data}"
         if source not in texts:
             texts[source] = general_rows(one.config, opened.model, opened.retained)
         live.append(Live(one, opened, texts[source], stop, Within(display, one.variant.name), began))
@@ -210,7 +211,9 @@ def start_all(live: Sequence[Live], display: Display) -> Forward:
     take the same in the same order."""
     forward = above_the_frozen([one.opened for one in live], display)
     texts = {
-        one.name: (text.fingerprint, one.opened.config.train.seed) for one in live if (text := one.opened.kept_text)
+        one.name: (text.fingerprint, len(text.pieces), (train := one.opened.config.train).seed, train.batch_tokens)
+        for one in live
+        if (text := one.opened.kept_text)
     }
     kept = {which: Kept(KEPT // len({*texts.values()})) for which in {*texts.values()}}
     for one in live:

@@ -12,7 +12,8 @@ often differ by more than two rates do. The winner is the best of several, so it
 been chosen: where there are k other settings the interval is at 1 − 0.05 / k (Bonferroni), which is what "more than
 noise" means here.
 
-Losses on different rows can't be compared: runs with different data are listed, and nothing is ranked. A run that
+Losses on different rows can't be compared, nor those of different objectives (another β is another loss): such runs
+are listed, and nothing is ranked. A run that
 halving stopped is not ranked among those that took all their steps.
 
 All is read off the run folders, so that it can be read again.
@@ -140,6 +141,11 @@ def ranked(sweep: SweepFolder) -> Ranking:
     runs = tuple(_standing(sweep, variant) for variant in sweep.grid.variants)
     if len({_rows(variant) for variant in sweep.grid.variants}) > 1:
         return Ranking(runs, why="The runs have different data, so their losses can't be compared.")
+    if len({variant.config.objective.model_dump_json() for variant in sweep.grid.variants}) > 1:
+        what = "The runs have different objectives, so their losses can't be compared"
+        return Ranking(
+            runs, why=f"{what}: see accuracy and margin in their reports, or ask: deltaw eval RUN --tasks FILE."
+        )
     measured = [run for run in runs if run.loss is not None]
     if not measured:
         none = all(variant.config.data.eval is None for variant in sweep.grid.variants)

@@ -159,6 +159,20 @@ def test_each_objective_is_what_its_own_run_minimises(place: Path, weighed: Path
         torch.testing.assert_close(kept[1][name], kept[0][name], rtol=1e-5, atol=1e-4)
 
 
+def test_losses_of_different_objectives_are_not_ranked(place: Path, weighed: Path) -> None:
+    ranking = ranked(SweepFolder.read(weighed))
+    assert ranking.winner is None and not ranking.settings and all(run.loss is not None for run in ranking.runs)
+    variants = [
+        Variant(f"beta-{beta}", made, {"objective.beta": beta})
+        for beta in (0.1, 0.5)
+        for made in [of_pairs(place, place / f"halved/{beta}", "dpo")]
+        for made in [made.model_copy(update={"objective": made.objective.model_copy(update={"beta": beta})})]
+    ]
+    assert not ranked(SweepFolder(Grid(place / "halved", tuple(variants)).checked())).settings
+    with pytest.raises(InputError, match="objective"):
+        Grid(place / "halved", tuple(variants), halving=True).checked()
+
+
 # Ending, one by one and all at once
 
 
