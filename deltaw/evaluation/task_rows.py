@@ -144,6 +144,10 @@ def _taken(task: TaskConfig, rows: Sequence[Row], unread: Sequence[Problem], col
         if asks(one.prompt) not in shown:
             taken[number] = one
     problems = (*unread, *(refused[number] for number in sorted(refused)))
+    if shots and not taken and not problems:
+        raise InputError(
+            f"shots: {task.shots}, and no row is left to ask", fix="lower it, or name other rows: shots_from"
+        )
     _check(len(taken), problems)
     return TaskRows(task, tuple(taken[number] for number in sorted(taken)), problems, shots)
 

@@ -111,6 +111,14 @@ def test_rows_of_another_file_leave_all_to_be_asked(model: Model, rows: Path, tm
         assert sums[n] == pytest.approx(one[n], abs=1e-3)
 
 
+def test_rows_that_are_all_shown_leave_none_to_ask(model: Model, rows: Path) -> None:
+    how: dict[str, Any] = {"data": str(rows), "form": "choices", "prompt": "{question}"}
+    assert len(asked(model, **how, shots=11)) == 1
+    for count in (12, 13):
+        with pytest.raises(InputError, match="shots"):
+            asked(model, **how, shots=count)
+
+
 @pytest.mark.parametrize(
     "task",
     [
