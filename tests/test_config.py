@@ -55,7 +55,8 @@ WRONG_VALUES = {
     "adapter: {rank: 2024-01-01}": 'adapter.rank: must be a valid integer (got "2024-01-01")',
     "adapter: {targets: 3}": "adapter.targets: must be a name or a list of names (got 3)",
     "adapter: {targets: [q_proj, 3]}": "adapter.targets: must be a name or a list of names",
-    "adapter: {targets: []}": "adapter.targets: is empty: name at least one module, or all-linear, attention, mlp",
+    "adapter: {targets: []}": "adapter.targets: is empty: name at least one module, or all-linear, attention, mlp, "
+    "experts",
     "adapter: {rank_overrides: {v: 0}}": "adapter.rank_overrides.v: must be greater than or equal to 1 (got 0)",
     "evaluate: {metrics: [bleu]}": f'evaluate.metrics.0: must be {KNOWN}, or file.py:function (got "bleu")',
 }

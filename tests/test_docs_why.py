@@ -48,7 +48,7 @@ def test_what_the_prose_says_was_found_is_in_the_records() -> None:
     assert full and bf16
     share, growth, more = (finding["value"] for finding in full["findings"])
     assert f"after 192 steps {100 * share:.1f} % of them" in prose
-    assert f"{100 * growth:.1f} % more than after 12 steps, and {100 * more:.1f} % more in the MLP" in prose
+    assert f"{100 * growth:.1f} points more than after 12 steps, and {100 * more:.1f} points more in the MLP" in prose
     assert f"{100 * share:.1f} % are {round(128 * share)} directions of 128" in prose
     moved = {name: one["value"] for name, one in bf16["beside"].items()}
     assert f"at 1e-5 {100 * bf16['findings'][0]['value']:.1f} % of A's entries moved" in prose

@@ -39,7 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("recipe", ["chat-classification", "dpo", "text"])  # the demo is trained below
+@pytest.mark.parametrize("recipe", ["chat-classification", "dpo", "new-tokens", "text"])  # the demo is trained below
 def test_every_recipe_trains_for_two_steps(recipe: str, here: Path) -> None:
     if recipe == "chat-classification" and importlib.util.find_spec("evals") is None:
         pytest.skip("its data is not installed: pip install --no-deps evals==3.0.1.post1")
@@ -47,7 +47,7 @@ def test_every_recipe_trains_for_two_steps(recipe: str, here: Path) -> None:
     small = SMALL if recipe != "text" else [*BRIEF, *one_page]
     config = deltaw.load_config(f"recipes/{recipe}.yaml", ["train.steps=2", *small, *BARE])
     adapter = deltaw.train(config, display=QUIET)
-    assert adapter.parameters == 4_884_480
+    assert adapter.parameters == 4_884_480 + 576 * len(config.adapter.tokens)
     result = json.loads((Path(config.output) / "result.json").read_text())
     assert result["steps"] == 2 and result["eval"]["after"]["loss"] > 0
     assert result["forward"] == "packed documents, fused head and loss, fused 61 norms, 30 attention blocks, 30 MLPs"

@@ -25,6 +25,7 @@ from deltaw.base.frozen import FrozenEmbedding, FrozenLinear
 from deltaw.config import AdapterSpec, names_module
 from deltaw.data.added import Token
 from deltaw.errors import InputError, listed
+from deltaw.replaced import MERGE
 from deltaw.updates import Update
 
 TOKENS, LORA, WHOLE = "tokens", "lora", "whole"
@@ -104,7 +105,7 @@ def ways_of(model: nn.Module, updates: Mapping[str, Update]) -> dict[str, str]:
     if strays:
         raise InputError(
             f"only an embedding and a head can be trained like this here ({', '.join(ends.paths)}):\n{listed(strays)}",
-            fix="merge it with PEFT (merge_and_unload), which can read it",
+            fix=MERGE,
         )
     check_ends(model, ways)
     problems = []

@@ -237,8 +237,10 @@ class AdaptedExperts(AdaptedLayer):
         return gather(weighted_SN, routes).to(x.dtype).view(x.shape)
 
     def _enabled(self, number: int) -> dict[str, ExpertsUpdate]:
+        """Those of that number that are switched on, by their parameters' names."""
         updates = self.updates._modules.get(str(number))
-        return {name: update for name, update in getattr(updates, "items", dict)() if update.enabled}
+        named = {} if updates is None else updates._modules
+        return {name: one for name, one in named.items() if isinstance(one, ExpertsUpdate) and one.enabled}
 
     def _product(
         self, name: str, x_SN: Tensor, routes: Routes, taken: Mapping[int, Mapping[str, ExpertsUpdate]]

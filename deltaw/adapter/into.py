@@ -93,7 +93,7 @@ def merge_into(
         merged = _fused(adapted, placed.number)
     finally:
         originals = {path: layer.base.module for path, layer in adapted.items()}
-        take_off(model, placed.carried, placed.number)
+        take_off(model, placed.layers, placed.carried, placed.number)
     for path, module in merged.items():
         model.set_submodule(path, module)
     return MergedInto(model, originals, merged)

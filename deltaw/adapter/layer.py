@@ -61,7 +61,7 @@ class AdaptedLinear(AdaptedLayer):
     def fused(self, number: int) -> nn.Module:
         update = self.update(number)
         assert update is not None
-        return update.fuse()
+        return update.fused_onto(self.base)
 
     def sample(self) -> tuple[Tensor, ...]:
         weight, generator = self.base.weight, torch.Generator().manual_seed(0)

@@ -233,6 +233,10 @@ class LayerUpdate(nn.Module, abc.ABC):
         """Take its numbers from an adapter's. Raises ValueError where those aren't of its kind or shape."""
         self.set_factors(updates[path])
 
+    def fused_onto(self, base: Any) -> nn.Module:
+        """The same of the layer `base`, which is another than its own where one update stands in two (rows.py)."""
+        return self.fuse()
+
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """A new layer of the base's own kind whose weight is W + ΔW, summed in float32 and rounded once."""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from deltaw.adapter.layer_update import LayerUpdate
 from deltaw.base.frozen import FrozenEmbedding, FrozenLinear
 from deltaw.data.added import Token
+from deltaw.errors import InputError
 from deltaw.kernels.changed_head import HeadChange, RowsChange
 from deltaw.kernels.weight import Weight
 from deltaw.replaced import Rows
@@ -93,11 +94,17 @@ class RowsUpdate(LayerUpdate):
             raise ValueError(f"a {type(update).__name__} update isn't of the rows {self.index_K.tolist()[:10]}")
         self.rows.copy_(update.rows_KD)
 
-    @torch.no_grad()
     def fuse(self) -> nn.Module:
-        weight = self.base.weight
-        w_VD = torch.cat([weight.dense().float(), self.fresh_KD.new_zeros(self.more, weight.shape[1])])
-        return self.base.with_weight(w_VD.index_copy(0, self.index_K, self.rows))
+        return self.fused_onto(self.base)
+
+    @torch.no_grad()
+    def fused_onto(self, base: FrozenLinear | FrozenEmbedding) -> nn.Module:
+        if self.more:
+            raise InputError(
+                "an adapter that adds tokens to the base's vocabulary can't be merged into a loaded model",
+                fix="merge the files: deltaw merge",
+            )
+        return base.with_weight(base.weight.dense().float().index_copy(0, self.index_K, self.rows))
 
     def extra_repr(self) -> str:
         return f"rows={len(self.index_K)}"

@@ -4,14 +4,19 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from deltaw.evaluation.side_by_side import SideBySide, evaluate
 from deltaw.files.atomic import write_text_atomic
 from deltaw.files.lock import claimed_file
+from deltaw.named import Named
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
 from deltaw.show.table import table
 from deltaw.show.text import counted, figure_name, rounded
+from deltaw.training.groups import PART
+from deltaw.training.reward_sides import reward_side_by_side
+from deltaw.training.rewarding import REWARD
 
 LOWER = ("loss", "perplexity")  # is better
 PREFERRED = {"margin": True, "accuracy": True, "likelier": True, "logp_chosen": True}  # of preferences
@@ -33,19 +38,18 @@ def eval_named(
 ) -> Result:
     """`output`: a JSONL file of each row's answers and scores. Raises InputError before the weights are read."""
     with nullcontext() if output is None else claimed_file(Path(output)):
-        measured = evaluate(
-            name,
-            data,
-            base=base,
-            use_adapter=use_adapter,
-            use_base=use_base,
-            metrics=metrics,
-            rows=rows,
-            max_tokens=max_tokens,
-            every_answer=output is not None,
-            allow_code=allow_code,
-            display=display,
-        )
+        named = Named.of(name)
+        sides: dict[str, Any] = {"base": base, "use_adapter": use_adapter, "use_base": use_base, "rows": rows}
+        sides |= {"allow_code": allow_code, "display": display}
+        if (
+            named.config is not None
+            and named.config.objective.is_rewarded
+            and (data, metrics, max_tokens) == (None,) * 3
+        ):
+            measured = reward_side_by_side(named, **sides)
+        else:
+            every = output is not None
+            measured = evaluate(named, data, metrics=metrics, max_tokens=max_tokens, every_answer=every, **sides)
         lines = [in_words(measured)]
         if output is not None:
             rows_of = [json.dumps(row, ensure_ascii=False) + "\n" for row in measured.answers()]
@@ -59,6 +63,8 @@ def in_words(measured: SideBySide) -> str:
     sides = {"base": measured.base, "adapter": measured.adapter}
     figures = {side: evaluation.summary() for side, evaluation in sides.items() if evaluation}
     higher = {**dict.fromkeys(LOWER, False), **PREFERRED, **{m.name: m.higher_is_better for m in measured.metrics}}
+    rewards = {name: True for name in measured.main.summary() if name == REWARD or name.startswith(PART)}
+    higher |= {**rewards, "truncated": False} if rewards else {}
     rows = []
     for name in measured.main.summary():
         values = [side[name] for side in figures.values() if name in side]
@@ -68,10 +74,10 @@ def in_words(measured: SideBySide) -> str:
     head = ("", *figures, *(("change", "") if len(figures) == 2 else ()))
     of = measured.data or "held-out"
     where = f"{counted(measured.rows, 'row')} of {of}" if measured.data else counted(measured.rows, f"{of} row")
-    counts, ends = measured.main.counts, measured.main.intervals.get("accuracy")
-    tokens = f"{counted(measured.main.supervised_tokens, counts)} measured"
-    if ends and None not in ends:
-        tokens += f"; accuracy between {ends[0]:.3f} and {ends[1]:.3f} (95 %)"
+    tokens = f"{counted(measured.main.supervised_tokens, measured.main.counts)} measured"
+    for name, ends in measured.main.intervals.items():
+        if None not in ends:
+            tokens += f"; {name} between {ends[0]:.3f} and {ends[1]:.3f} (95 %)"
     other = "" if measured.as_trained is not False else "; not the rows that the run held out when it was trained"
     return "\n".join([table(rows, head, align="lrrrl", rule=True), "", f"{where}, {tokens}{other}"])
 

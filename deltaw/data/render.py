@@ -33,7 +33,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from deltaw.config import Shape
-from deltaw.data.added import Token, plain_ids
+from deltaw.data.added import Token, plain_ids, without_special
 from deltaw.data.asking import behind
 from deltaw.data.chat import NO_TEMPLATE, ChatWriter, Layout, Piece, template_source
 from deltaw.data.document import Chat, Completion, Message, Single, Text
@@ -66,8 +66,7 @@ class Renderer:
     """Renders documents with one tokenizer. `template`: None is the tokenizer's own, `chatml`, or a .jinja file.
 
     `rendered`: texts, prompts and completions hold control tokens, bos and eos already, and they are taken as such.
-    `shape`: what a row is to give (config/objective.py). `tokens`: those that are trained by name, which the tokenizer
-    has by now (added.py).
+    `shape`: what a row is to give (config/objective.py). `tokens`: those that are trained by name (added.py).
     """
 
     def __init__(
@@ -104,10 +103,6 @@ class Renderer:
             self.template_fingerprint = compiled.fingerprint
             self._chats = ChatWriter(compiled, self._encoder, self._stop_names())
             self.end_of_turn = self._encoder.id_of(self._chats.end_of_turn)
-
-    def save_tokenizer(self, folder: Path) -> None:
-        """Write the tokenizer into `folder`, with the tokens that were added to it."""
-        self.tokenizer.save_pretrained(folder)
 
     @property
     def grown(self) -> bool:
@@ -238,12 +233,9 @@ class Renderer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; `skip_special`: without control tokens."""
-        if skip_special and self._plain_ids:
-            dropped = {*self.tokenizer.all_special_ids, *self._encoder.control_ids} - self._plain_ids
-            ids, skip_special = [id for id in ids if id not in dropped], False
-        return str(
-            self.tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
-        )
+        shown = without_special(self.tokenizer, ids, self._plain_ids) if skip_special else list(ids)
+        skip = skip_special and not self._plain_ids
+        return str(self.tokenizer.decode(shown, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
 
     def end_of_turn_problems(self, examples: Examples) -> list[str]:
         """Why the trained model may not stop, in words for the user; nothing when all is well."""

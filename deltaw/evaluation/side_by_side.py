@@ -192,8 +192,7 @@ def _check_asked(named: Named, config: EvaluateConfig, kinds: set[int], display:
         why = "some of them have no answer to compare with" if config.metrics else "no metric is named"
         raise InputError(
             f"{named.name} was trained on rewards and held out prompts, and {why}",
-            fix=f"its reward before and after is in {Run(named.path).result}; name a file of rows with answers, or "
-            "--metrics where the prompts have some",
+            fix=f"deltaw eval {named.name}, without options, measures the reward; or name a file of rows with answers",
         )
     display.say(f"the metrics alone: the reward before and after is in {Run(named.path).result}")
 

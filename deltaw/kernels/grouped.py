@@ -175,12 +175,17 @@ def _spans(counts: Sequence[int]) -> tuple[Span, ...]:
 
 def _products(x_SN: Tensor, w_ENM: Tensor, routes: Routes) -> Tensor:
     """Each row by its expert's matrix; what stands behind them is undefined."""
-    if x_SN.dtype in GROUPED and hasattr(F, "grouped_mm") and all(map(_aligned, (x_SN, w_ENM))):
+    if hasattr(F, "grouped_mm") and _can_group(x_SN) and all(map(_aligned, (x_SN, w_ENM))):
         return F.grouped_mm(x_SN, w_ENM, offs=routes.ends_E)
     y_SM = x_SN.new_empty(len(x_SN), w_ENM.shape[2])
     for expert, start, end in routes.experts:
         torch.mm(x_SN[start:end], w_ENM[expert], out=y_SM[start:end])
     return y_SM
+
+
+def _can_group(x: Tensor) -> bool:
+    """Whether torch has grouped products of this type on this device."""
+    return x.dtype in GROUPED and (x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0))
 
 
 def _aligned(x: Tensor) -> bool:

@@ -44,6 +44,7 @@ PACKAGES = {
     "starlette": Package("starlette", "deltaw serve", "pip install 'deltaw[serve]'"),
     "uvicorn": Package("uvicorn", "deltaw serve", "pip install 'deltaw[serve]'"),
     "sacrebleu": Package("sacrebleu", "chrF in deltaw eval --tasks", "pip install 'deltaw[eval]'"),
+    "reasoning-gym": Package("reasoning_gym", "its tasks, as data and as rewards", "pip install 'deltaw[reasoning]'"),
     "llguidance": Package(
         "llguidance", "answers held to JSON or a schema, in deltaw serve", "pip install 'deltaw[json]'"
     ),

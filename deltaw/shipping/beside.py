@@ -33,7 +33,7 @@ def write_beside(trained: Trained, folder: Path) -> None:
     """Write tokenizer, template and generation config into `folder`. Raises RunError for what the disk refuses."""
     base = trained.base.directory
     if trained.renderer.grown:
-        trained.renderer.save_tokenizer(folder)
+        trained.renderer.tokenizer.save_pretrained(folder)
     for name in () if trained.renderer.grown else TOKENIZER:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)

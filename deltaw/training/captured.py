@@ -263,6 +263,8 @@ def captured_on(
         why = "its objective sums by answer, of which every batch has other ones"
     why = f"the output of its {forward.prefix.first} frozen layers is kept by document" if forward.prefix else why
     why = "train.retain asks the base on the way" if learner.config.retain is not None else why
+    if any(layer.home(path) != path for path, layer in learner.attached.layers.items()):
+        why = "which experts its rows go to is read on the way"
     if forward.recompute is not None and forward.recompute.offload:
         why = "its layers' inputs are moved to the machine's memory and back"
     elif forward.recompute is not None and forward.recompute.draws:

@@ -105,7 +105,7 @@ def save_adapter(opened: Opened, learner: Learner, run: Run, display: Display) -
     adapter = replace(learner.attached.adapter(opened.id), history=history(opened, state))
     _save_template(opened, run)  # before the weights: an adapter that is there has what it needs
     if opened.model.renderer.grown:  # PEFT and servers look for added tokens beside the adapter
-        opened.model.renderer.save_tokenizer(run.adapter)
+        opened.model.renderer.tokenizer.save_pretrained(run.adapter)
     adapter.save(run.adapter)
     return adapter
 

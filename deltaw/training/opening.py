@@ -191,6 +191,9 @@ def opened_on(looked: Looked, display: Display, world: World = ALONE) -> Opened:
     """The run with its base, and a fresh adapter on it."""
     config, ground, shards = looked.config, looked.ground, NONE
     if is_wanted(config, ground.source, ground.skeleton, pick_device(config.train.device), world, display.say):
+        if config.adapter.tokens or config.adapter.also:
+            what = "the embedding and the head of a base that is spread over the ranks can't be trained yet"
+            raise InputError(what, fix="leave out adapter.tokens and adapter.also, or set train.shard: never")
         if config.objective.is_rewarded:
             what = "a base that is spread over the ranks can't be sampled from yet"
             raise InputError(what, fix="set base_weights: nf4 or int8, so that it fits, or train.shard: never")

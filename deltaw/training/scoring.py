@@ -31,13 +31,14 @@ def check_prompts(config: RunConfig, dataset: Dataset, limits: Limits) -> None:
     """Raise InputError where a prompt leaves no room for an answer, or a metric has nothing to compare one with."""
     longest, rows = config.objective.group[2], dataset.rows
     prompts = rows.lengths - rows.supervised
+    room = (limits.context or 0) - longest
     if limits.context is not None and (over := np.flatnonzero(prompts + longest > limits.context)).size:
         at = int(over[prompts[over].argmax()])
         raise InputError(
             f"{len(over):,} of {len(rows):,} prompts leave no room for an answer of {longest:,} tokens in the "
             f"{limits.context:,} of this base; the longest has {int(prompts[at]):,}: {rows.origin(at)}",
-            fix=f"set objective.max_new_tokens lower, or data.max_length to {max(1, limits.context - longest)}, which "
-            "leaves those out",
+            fix="set objective.max_new_tokens lower"
+            + (f", or data.max_length to {room}, which leaves those out" if room > 16 else ""),
         )
     if config.evaluate.metrics and (parts_of(dataset.eval) == ASKED).any():
         raise InputError(

@@ -222,6 +222,20 @@ def decoded(model: nn.Module, prompts: list[list[int]], updates: list[int]) -> l
     return [tokens[id] for id in asked]
 
 
+@TIED
+@pytest.mark.parametrize("kind", ["tokens", "both", "whole"])
+def test_merged_into_a_loaded_model_and_out_again(tied: bool, kind: str) -> None:
+    model = model_of(tied)
+    before = alone(model)
+    attached = put(model, kind, fuse=())
+    move(attached)
+    tuned = alone(model)
+    adapter = detach(attached)
+    with adapter.merge_into(model) as merged:
+        assert near(alone(merged), tuned)
+    assert torch.equal(alone(model), before)
+
+
 def test_resize_leaves_rows_alone_and_a_multiple_of_them_is_refused() -> None:
     attached = put(model_of(True), "tokens")
     move(attached)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import deltaw
+from deltaw.commands.eval import eval_named
 from deltaw.config import config_of
 from deltaw.data.loader import LoaderState
 from deltaw.errors import InputError, RunError
@@ -254,3 +255,12 @@ def test_two_processes_take_the_steps_of_one(place: Path) -> None:
     assert len(told[0]) == 3 and told[1] == pytest.approx(told[0])
     norms = [[line["grad_norm"] for line in lines if "grad_norm" in line] for lines in (one, two)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_eval_asks_the_reward_again(place: Path) -> None:
+    command_line = {"base": None, "use_adapter": True, "use_base": True, "metrics": None, "rows": None}
+    command_line |= {"max_tokens": None, "output": None, "allow_code": False, "display": QUIET}
+    told = eval_named(str(place / "run"), None, **command_line).data  # type: ignore[arg-type]
+    result = Run(place / "run").read_json(Run(place / "run").result)["eval"]
+    assert told["reward"] == pytest.approx(result["after"]["reward"])
+    assert told["base"]["reward"] == pytest.approx(result["before"]["reward"])

@@ -205,13 +205,13 @@ def not_finite(planned: Planned) -> InputError:
 
 
 def _check_targets(skeleton: nn.Module, adapter: Adapter, name: str) -> None:
-    """Raise InputError unless each update has its layer, of its shape: as `attach` does, but full fine-tuning may have
-    changed the head."""
+    """Raise InputError unless each update has its layer, of its shape: as `attach` does, but full fine-tuning and DoRA
+    may have changed the head."""
     ends = Ends.of(skeleton)
     if body := ends.body(adapter.factors):
         targets_of(skeleton, adapter.spec, body)
     update = adapter.factors.get(ends.head or "")
-    if update is None or update.kind != "full":
+    if update is None or update.kind not in ("full", "dora"):
         ways_of(skeleton, adapter.factors)
         return
     layer = face(skeleton, ends.head or "", ends)
