@@ -86,7 +86,7 @@ def test_frozen_layers_are_kept_by_example(alike: Path, monkeypatch: pytest.Monk
     said = Said()
     kept = train(parse_config(settings), display=said)
     assert any("frozen layers computed once" in line for line in said.lines)
-    monkeypatch.setattr(run, "above_the_frozen", lambda opened, display: opened.model.forward)
+    monkeypatch.setattr(run, "above_the_frozen", lambda runs, display: runs[0].model.forward)
     monkeypatch.setattr(opening.Opened, "shares", False)
     assert off(kept, train(parse_config(settings), replace=True, display=Said())) < 1e-3
 
