@@ -330,7 +330,8 @@ def _unknown(names: list[str], paths: tuple[str, ...]) -> str:
 
 def _choices(paths: tuple[str, ...]) -> str:
     counts = Counter(path.rpartition(".")[2] for path in paths)
-    return ", ".join([*TARGET_GROUPS, *(f"{name} ({count})" for name, count in counts.items()), *stacks(paths)])
+    groups = [group for group in TARGET_GROUPS if group != GROUP or any(f".{GROUP}." in path for path in paths)]
+    return ", ".join([*groups, *(f"{name} ({count})" for name, count in counts.items()), *stacks(paths)])
 
 
 def stacks(paths: Iterable[str]) -> list[str]:
