@@ -49,7 +49,7 @@ def check_installed() -> None:
         import llguidance  # noqa: F401
     except ImportError:
         what = "answers can't be held to JSON here: the package llguidance isn't installed"
-        raise InputError(what, fix="pip install 'deltaw[json]'") from None
+        raise InputError(what, fix="pip install 'deltaw[serve]'") from None
 
 
 class Guide:

@@ -46,7 +46,7 @@ PACKAGES = {
     "sacrebleu": Package("sacrebleu", "chrF in deltaw eval --tasks", "pip install 'deltaw[eval]'"),
     "reasoning-gym": Package("reasoning_gym", "its tasks, as data and as rewards", "pip install 'deltaw[reasoning]'"),
     "llguidance": Package(
-        "llguidance", "answers held to JSON or a schema, in deltaw serve", "pip install 'deltaw[json]'"
+        "llguidance", "answers held to JSON or a schema, in deltaw serve", "pip install 'deltaw[serve]'"
     ),
     "xllamacpp": Package("xllamacpp", "deltaw verify in llama.cpp", "pip install 'deltaw[llama-cpp]'"),
     "peft": Package("peft", "deltaw verify in PEFT", "pip install peft"),

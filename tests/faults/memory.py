@@ -149,7 +149,7 @@ def later_step(n: int, scratch: Path) -> None:
 )
 def evaluation(n: int, scratch: Path) -> None:
     target, doing, setting = (
-        ("deltaw.evaluation.forgetting.fill", "measuring what was forgotten", "evaluate.general=null"),
+        ("deltaw.evaluation.forgetting.batches", "measuring what was forgotten", "evaluate.general=null"),
         ("deltaw.generate.batches.padded", "answering rows", "evaluate.max_new_tokens=2"),
         ("deltaw.evaluation.held_out._batches", "measuring the loss on held-out rows", "train.dtype=bfloat16"),
     )[n]

@@ -16,7 +16,7 @@ from deltaw.generate.sampling import RowsFailed, Sampling
 from deltaw.model import Model, open_model
 from tests.tiny import tiny_base
 
-pytest.importorskip("llguidance", reason="pip install 'deltaw[json]'")
+pytest.importorskip("llguidance", reason="pip install 'deltaw[serve]'")
 PROMPT = (5, 6, 7)
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 from tests.serve.serving import KEY, Running
 
-pytest.importorskip("llguidance", reason="pip install 'deltaw[json]'")
+pytest.importorskip("llguidance", reason="pip install 'deltaw[serve]'")
 CHAT, HELLO = "/v1/chat/completions", [{"role": "user", "content": "Who is it? Answer in JSON."}]
 SOON = 5.0
 

@@ -74,7 +74,7 @@ FAILURES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str], str]] 
     "an answer crashes": (answers_fail, {"answers"}, "RuntimeError: Sizes of tensors must match"),
     "no memory for forgetting": (
         lambda patch: patch.setattr(
-            "deltaw.evaluation.forgetting.fill", raising(torch.OutOfMemoryError("out of memory"))
+            "deltaw.evaluation.forgetting.batches", raising(torch.OutOfMemoryError("out of memory"))
         ),
         {"forgetting"},
         "out of memory measuring what was forgotten after step 6 of 6",

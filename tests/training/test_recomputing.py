@@ -321,8 +321,8 @@ def test_offloaded_inputs_are_not_captured_and_it_is_said() -> None:
         type = "cuda"
 
     forward = plan_forward(tiny("llama"))
-    plain = SimpleNamespace(objective=sft, config=SimpleNamespace(retain=None))
     attached = attach(forward.model, SPEC)
+    plain = SimpleNamespace(objective=sft, config=SimpleNamespace(retain=None), attached=attached)
     blocks = blocks_of(forward.model, attached.paths)
     for draws, offload in ((False, True), (True, False)):
         said: list[str] = []
