@@ -31,17 +31,17 @@ from deltaw.studies.statistics import (
 from deltaw.studies.study import NAMES, Outcome, Rule, find_study, judge, nothing_learnt
 
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "studies"
-DRAWS = 500
+DRAWS = 1000
 MOST = ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / DRAWS)  # what DRAWS coins of 5 % stay below
 
 
 def measured_noise() -> np.ndarray:
     """Noise of one seed as the records have it; normal where there are few.
 
-    A residual divided by the deviation of its own five numbers is never beyond 1.8, whatever the noise. Times a deviation
-    drawn anew (χ of n − 1 degrees of freedom, which doesn't depend on such residuals where noise is normal) it is
-    normal where the noise is. With both signs: which arm of a pair is taken from which is a matter of writing, and a few
-    dozen numbers lean to one side by chance.
+    A residual divided by the deviation of its own five numbers is never beyond 1.8, whatever the noise. Times a
+    deviation drawn anew (χ of n − 1 degrees of freedom, which doesn't depend on such residuals where noise is normal)
+    it is normal where the noise is. With both signs: which arm of a pair is taken from which is a matter of writing,
+    and a few dozen numbers lean to one side by chance.
     """
     random, pool, known = np.random.default_rng(0), [], 0
     for file in sorted(RECORDS.glob("*.json")):
