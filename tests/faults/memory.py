@@ -151,14 +151,14 @@ def evaluation(n: int, scratch: Path) -> None:
     target, doing, setting = (
         ("deltaw.evaluation.forgetting.batches", "measuring what was forgotten", "evaluate.general=null"),
         ("deltaw.generate.batches.padded", "answering rows", "evaluate.max_new_tokens=2"),
-        ("deltaw.evaluation.held_out._batches", "measuring the loss on held-out rows", "train.dtype=bfloat16"),
+        ("deltaw.evaluation.held_out.batches", "measuring the loss on held-out rows", "train.dtype=bfloat16"),
     )[n]
     module, name = target.rsplit(".", 1)
     run = scratch / f"evaluation-{n}"
     asked = {"metrics": ["exact_match"], "max_new_tokens": 4, "general": "builtin:general", "report": False}
 
     def broken() -> None:
-        with changed(__import__(module, fromlist=[name]), name, lambda *args: _run_out()):
+        with changed(__import__(module, fromlist=[name]), name, lambda *args, **how: _run_out()):
             command_for(config(run, evaluate=asked))()
 
     if n == 0:  # the general text is tried at once only where memory is short
