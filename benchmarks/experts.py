@@ -105,7 +105,7 @@ def turns(steps: dict[str, Step], count: int, size: int, clock: Callable[[], flo
             if number:
                 seconds[name].append(clock() - began)
             else:
-                print(f"{name}: first loss {loss:.6f}", flush=True)
+                print(f"{name}: {loss:.6f} at first", flush=True)
     return {name: statistics.median(some) for name, some in seconds.items()}
 
 
@@ -122,8 +122,9 @@ def frozen(model: nn.Module, size: int, count: int, clock: Callable[[], float]) 
     weights_TK = torch.rand(size, 2, generator=generator)
 
     def run(module: nn.Module) -> float:
-        module(x_TN, experts_TK, weights_TK).sum().backward()
-        return 0.0
+        total = module(x_TN, experts_TK, weights_TK).sum()
+        total.backward()
+        return float(total.detach())
 
     steps: dict[str, Step] = {"deltaw": lambda _: run(mine)}
     for way in ("eager", "grouped_mm"):

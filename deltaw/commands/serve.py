@@ -21,6 +21,7 @@ from deltaw.base.load import as_kept
 from deltaw.base.source import find_base
 from deltaw.config import BaseWeights
 from deltaw.errors import InputError, command
+from deltaw.linalg.threads import apart
 from deltaw.model import Model, open_model
 from deltaw.named import Named
 from deltaw.serve.adapters import Adapters
@@ -66,7 +67,7 @@ def serve_named(
     listening = bind(place.host, place.port)
     try:
         display.say(f"starting: reading {named.base if named.holds_adapter else named.name}")
-        model = _opened(named, weights, display)
+        model = apart(lambda: _opened(named, weights, display))  # the worker's thread decodes
         served = Adapters(model, root, named=own)
         _check_names(model, served)
         _say_what_is_left_out(served, display)
