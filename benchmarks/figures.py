@@ -31,7 +31,7 @@ INTRO = {
     "Sweeps": "Eight learners on one base in one process, beside eight commands.",
     "LoRA on experts": "A random mixture of four layers, 32 experts in each and two of them for a token, beside PEFT's "
     "`target_parameters` by the fastest of transformers' implementations.",
-    "Rewards": "GRPO on 8 prompts with 8 answers of 20 tokens to each, beside TRL's GRPOTrainer with PEFT in turns. Both "
+    "Rewards": "GRPO on 8 prompts with 8 answers of 20 tokens to each, beside TRL's GRPOTrainer with PEFT. Both "
     "are bound by the same products: 20 passes of 64 rows, and one of some 1,400 rows forward and back.",
     "Serving": "`deltaw serve` on the builtin, over HTTP. Beside llama.cpp: docs/log.md.",
 }
