@@ -105,7 +105,7 @@ def of_trl(folder: Path, steps: int, *, once: bool) -> dict[str, Any]:
     from trl import DPOConfig, DPOTrainer
 
     from benchmarks.loops import peft_model
-    from benchmarks.trainers import Clock
+    from benchmarks.trainers import Clock, settings
     from deltaw.base.dtype import fast_dtype
     from deltaw.base.source import find_base
     from deltaw.data.render import open_tokenizer
@@ -114,23 +114,9 @@ def of_trl(folder: Path, steps: int, *, once: bool) -> dict[str, Any]:
     clock, reference = Clock(lambda: None, lambda: None), 0.0
     with tempfile.TemporaryDirectory() as output:
         config = DPOConfig(
-            output_dir=output,
-            max_steps=steps,
-            per_device_train_batch_size=PAIRS,
+            **settings(output, steps, PAIRS, RATE),
             train_sampling_strategy="sequential",
-            learning_rate=RATE,
-            lr_scheduler_type="constant",
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            optim="adamw_torch_fused",
             logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
-            gradient_checkpointing=False,
             max_length=None,
             beta=0.1,
             precompute_ref_log_probs=once,

@@ -101,7 +101,7 @@ def of_trl(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from trl import GRPOConfig, GRPOTrainer
 
     from benchmarks.loops import peft_model
-    from benchmarks.trainers import Clock
+    from benchmarks.trainers import Clock, settings
     from deltaw.base.dtype import fast_dtype
     from deltaw.base.source import find_base
     from deltaw.data.render import open_tokenizer
@@ -114,27 +114,13 @@ def of_trl(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as output:
         config = GRPOConfig(
-            output_dir=output,
-            max_steps=options.steps,
-            per_device_train_batch_size=options.prompts * options.samples,
+            **settings(output, options.steps, options.prompts * options.samples, RATE),
             num_generations=options.samples,
             max_completion_length=options.tokens,
             generation_kwargs={"min_new_tokens": options.tokens},
             temperature=1.0,
             shuffle_dataset=False,
-            learning_rate=RATE,
-            lr_scheduler_type="constant",
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            optim="adamw_torch_fused",
             logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
-            gradient_checkpointing=False,
         )
         data = Dataset.from_list([{"prompt": prompt} for prompt in prompts(options.steps * options.prompts)])
         more: dict[str, Any] = {"processing_class": tokenizer, "callbacks": [clock]}

@@ -52,6 +52,30 @@ class Clock(TrainerCallback):
             self.after()
 
 
+def settings(
+    folder: str, steps: int, rows: int, rate: float, *, decay: float = 0.0, clip: float = 1.0
+) -> dict[str, Any]:
+    """What makes a trainer of transformers, or one of TRL's, strong and quiet: a batch of `rows` per step at a constant
+    rate, on the CPU."""
+    return {
+        "output_dir": folder,
+        "max_steps": steps,
+        "per_device_train_batch_size": rows,
+        "learning_rate": rate,
+        "lr_scheduler_type": "constant",
+        "weight_decay": decay,
+        "max_grad_norm": clip,
+        "optim": "adamw_torch_fused",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+    }
+
+
 def train(arm: str, factors: Path, dtype: torch.dtype, steps: list[Step], clock: Clock) -> float:
     """Take the steps under `clock`; the loss of the first. Raises ValueError when steps differ in their rows."""
     sizes = {len(step) for step in steps}
@@ -59,24 +83,8 @@ def train(arm: str, factors: Path, dtype: torch.dtype, steps: list[Step], clock:
         raise ValueError("a trainer takes steps of one number of rows; this workload has steps of several")
     model, tokenizer = peft_model(factors, dtype), open_tokenizer(find_base(BASE).directory)
     with tempfile.TemporaryDirectory() as folder:
-        common: dict[str, Any] = {
-            "output_dir": folder,
-            "max_steps": len(steps),
-            "per_device_train_batch_size": sizes.pop(),
-            "train_sampling_strategy": "sequential",
-            "learning_rate": TRAIN.lr,
-            "lr_scheduler_type": "constant",
-            "weight_decay": TRAIN.weight_decay,
-            "max_grad_norm": TRAIN.clip,
-            "optim": "adamw_torch_fused",
-            "logging_first_step": True,
-            "logging_steps": 10**6,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-            "disable_tqdm": True,
-        }
+        common = settings(folder, len(steps), sizes.pop(), TRAIN.lr, decay=TRAIN.weight_decay, clip=TRAIN.clip)
+        common |= {"train_sampling_strategy": "sequential", "logging_first_step": True, "logging_steps": 10**6}
         trainer: Trainer
         if arm == "peft-trainer":
             trainer = Trainer(
@@ -87,10 +95,10 @@ def train(arm: str, factors: Path, dtype: torch.dtype, steps: list[Step], clock:
                 callbacks=[clock],
             )
         else:
-            ours: dict[str, Any] = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, "bf16": False}
+            ours: dict[str, Any] = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
             trainer = SFTTrainer(
                 model,
-                SFTConfig(**common, **ours, gradient_checkpointing=False, padding_free=arm == "trl-free"),
+                SFTConfig(**common, **ours, padding_free=arm == "trl-free"),
                 train_dataset=dataset(steps, mask=False),
                 processing_class=tokenizer,
                 callbacks=[clock],

@@ -242,3 +242,13 @@ class LayerUpdate(nn.Module, abc.ABC):
         """A new layer of the base's own kind whose weight is W + ΔW, summed in float32 and rounded once."""
         weight = self.base.weight
         return self.base.with_weight(weight.dense().float() + self.factors().relative_to(weight).dense())
+
+
+class EndUpdate(LayerUpdate):
+    """An update of an embedding or a head that isn't added to what the layer gives: rows or a matrix in its place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.base, FrozenEmbedding):
+            return self.looked_up(self.base, x)
+        change = self.on_head(self.base)
+        return self.base(x) if change is None else change.apply(x, self.base.weight, self.base.bias_M)

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deltaw.adapter.layer_update import LayerUpdate
+from deltaw.adapter.layer_update import EndUpdate
 from deltaw.base.frozen import FrozenEmbedding, FrozenLinear
 from deltaw.data.added import Token
 from deltaw.errors import InputError
@@ -33,7 +33,7 @@ from deltaw.kernels.weight import Weight
 from deltaw.replaced import Rows
 
 
-class RowsUpdate(LayerUpdate):
+class RowsUpdate(EndUpdate):
     """`rows` [K, D] trains, float32."""
 
     index_K: Tensor
@@ -61,12 +61,6 @@ class RowsUpdate(LayerUpdate):
     def acting(self) -> Tensor | None:
         """The rows that stand in now; None where the base has all of them itself."""
         return self.rows if self.enabled else self.fresh_KD if self.more else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.base, FrozenEmbedding):
-            return self.looked_up(self.base, x)
-        change = self.on_head(self.base)
-        return self.base(x) if change is None else change.apply(x, self.base.weight, self.base.bias_M)
 
     def looked_up(self, base: FrozenEmbedding, ids: Tensor) -> Tensor:
         rows_KD = self.acting

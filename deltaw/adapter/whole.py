@@ -14,24 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.adapter.layer import LoRAUpdate
-from deltaw.adapter.layer_update import LayerUpdate
+from deltaw.adapter.layer_update import EndUpdate
 from deltaw.base.frozen import FrozenEmbedding, FrozenLinear
 from deltaw.kernels.changed_head import FactorsChange, HeadChange, WholeChange
 from deltaw.replaced import Whole
 
 
-class WholeUpdate(LayerUpdate):
+class WholeUpdate(EndUpdate):
     """`weight` [V, D] trains, float32; the base's own numbers at first."""
 
     def __init__(self, base: FrozenLinear | FrozenEmbedding) -> None:
         super().__init__(base)
         self.weight = nn.Parameter(base.weight.dense().detach().float().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.base, FrozenEmbedding):
-            return self.looked_up(self.base, x)
-        change = self.on_head(self.base)
-        return self.base(x) if change is None else change.apply(x, self.base.weight, self.base.bias_M)
 
     def looked_up(self, base: FrozenEmbedding, ids: Tensor) -> Tensor:
         return base.of(self.weight, ids) if self.enabled else base(ids)

@@ -22,7 +22,7 @@ Letters: T rows, D hidden size, V words, C rows of a chunk, K rows with a label,
 
 import abc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deltaw.kernels.device import on_gpu
-from deltaw.kernels.logprobs import CHUNK_BYTES, GPU_CHUNK_BYTES, IGNORE, Logprobs, cross_entropy_, wide_of
+from deltaw.kernels.logprobs import Chunks, Logprobs, losses_, wide_of
 from deltaw.kernels.lora import Factors
 from deltaw.kernels.weight import Weight
 
@@ -165,26 +164,6 @@ def changed_logprobs(
     return Logprobs(*_ChangedLogprobs.apply(hidden_TD, head, *options, *change.tensors))
 
 
-class _Chunks:
-    """Some rows at a time: where they are, their labels, and which have none."""
-
-    def __init__(self, hidden_TD: Tensor, labels_T: Tensor, rows_K: Tensor | None, words: int) -> None:
-        self.hidden_TD, self.labels_T = hidden_TD, labels_T
-        self.all_labelled = rows_K is None
-        self.rows_K = (labels_T != IGNORE).nonzero().squeeze(1) if rows_K is None else rows_K
-        size = GPU_CHUNK_BYTES if hidden_TD.is_cuda else CHUNK_BYTES
-        self.size = max(1, size // (hidden_TD.dtype.itemsize * words))
-
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-        for start in range(0, len(self.rows_K), self.size):
-            rows_C = self.rows_K[start : start + self.size]
-            labels_C = self.labels_T[rows_C]
-            without_C = None if self.all_labelled else labels_C == IGNORE
-            if without_C is not None:
-                labels_C = labels_C.masked_fill(without_C, 0)
-            yield slice(start, start + len(rows_C)), self.hidden_TD[rows_C], labels_C, without_C
-
-
 class _ChangedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -199,31 +178,25 @@ class _ChangedLogprobs(torch.autograd.Function):
         change: HeadChange,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        chunks = _Chunks(hidden_TD, labels_T, rows_K, head.shape[0])
+        chunks = Chunks(hidden_TD, labels_T, rows_K, head)
         logp_K = hidden_TD.new_empty(len(chunks.rows_K), dtype=wide_of(hidden_TD))
         loss = logp_K.new_zeros(())
         wanted = any(ctx.needs_input_grad)
         n_KD = hidden_TD.new_empty(len(logp_K), hidden_TD.shape[1]) if wanted else None
         kept: list[Tensor] = []
 
-        def gradient(x_CD: Tensor, labels_C: Tensor, without_C: Tensor | None) -> tuple[Tensor, Tensor]:
-            """The losses, and dz in the place of the logits."""
+        def gradient(x_CD: Tensor, labels_C: Tensor, without_C: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            """The losses, their sum, and dz in the place of the logits."""
             z_CV = change.logits(x_CD, head, bias_V, tensors)
-            if on_gpu(z_CV):
-                from deltaw.kernels.triton import cross_entropy_ as on_triton
-
-                losses_C = on_triton(z_CV, labels_C, scale, softcap)
-            else:
-                losses_C = cross_entropy_(z_CV, labels_C, scale, softcap, gradient=wanted)[0]
+            losses_C, total = losses_(z_CV, labels_C, without_C, scale, softcap, gradient=wanted)
             if without_C is not None:
-                losses_C = losses_C.masked_fill(without_C, 0)
                 z_CV.masked_fill_(without_C[:, None], 0)
-            return losses_C, z_CV
+            return losses_C, total, z_CV
 
         for where, x_CD, labels_C, without_C in chunks:
-            losses_C, dz_CV = gradient(x_CD, labels_C, without_C)
+            losses_C, total, dz_CV = gradient(x_CD, labels_C, without_C)
             logp_K[where] = -losses_C
-            loss += losses_C.sum()
+            loss += total
             if n_KD is not None:
                 kept += [change.part(dz_CV)] if change.keeps else []
                 n_KD[where] = change.back(dz_CV, head, tensors)
@@ -247,12 +220,12 @@ class _ChangedLogprobs(torch.autograd.Function):
 
 
 def _summed(
-    chunks: _Chunks,
+    chunks: Chunks,
     change: HeadChange,
     tensors: tuple[Tensor, ...],
     g_K: Tensor,
     columns_KI: Tensor | None,
-    gradient: Callable[..., tuple[Tensor, Tensor]],
+    gradient: Callable[..., tuple[Tensor, Tensor, Tensor]],
 ) -> tuple[Tensor, ...]:
     """∂L/∂tensors, over all rows."""
     sums = tuple(torch.zeros_like(tensor) for tensor in tensors)
@@ -260,7 +233,7 @@ def _summed(
         if columns_KI is not None:
             part_C = columns_KI[where] * g_K[where]
         else:
-            part_C = gradient(x_CD, labels_C, without_C)[1].mul_(g_K[where])
+            part_C = gradient(x_CD, labels_C, without_C)[2].mul_(g_K[where])
         for total, more in zip(sums, change.gradients(part_C, x_CD, tensors), strict=True):
             total += more
     return sums

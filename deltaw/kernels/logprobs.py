@@ -27,6 +27,7 @@ gradient accumulation exact to the token.
 Letters: T rows, D hidden size, V vocabulary, C rows of one chunk, B rows of one block, K rows with a label.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -149,6 +150,44 @@ def cross_entropy_(
     return torch.cat(losses), total
 
 
+class Chunks:
+    """The rows with a label, or those that are named, some at a time: where they are among them, their hidden rows,
+    their labels, and which have none (None: all have one)."""
+
+    def __init__(self, hidden_TD: Tensor, labels_T: Tensor, rows_K: Tensor | None, head: Weight) -> None:
+        self.hidden_TD, self.labels_T = hidden_TD, labels_T
+        self.all_labelled = rows_K is None
+        self.rows_K = (labels_T != IGNORE).nonzero().squeeze(1) if rows_K is None else rows_K
+        size = GPU_CHUNK_BYTES if hidden_TD.is_cuda else CHUNK_BYTES
+        self.size = max(1, size // (head.dtype.itemsize * head.shape[0]))
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+        for start in range(0, len(self.rows_K), self.size):
+            rows_C = self.rows_K[start : start + self.size]
+            labels_C = self.labels_T[rows_C]
+            without_C = None if self.all_labelled else labels_C == IGNORE
+            if without_C is not None:
+                labels_C = labels_C.masked_fill(without_C, 0)  # any that the vocabulary has
+            yield slice(start, start + len(rows_C)), self.hidden_TD[rows_C], labels_C, without_C
+
+
+def losses_(
+    z_CV: Tensor, labels_C: Tensor, without_C: Tensor | None, scale: float, softcap: float | None, *, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """(the losses of a chunk, their sum), by the kernel of its device; 0 of a row without a label. With `gradient`
+    ∂loss/∂logits takes the place of the logits, where a row without a label has any numbers."""
+    if on_gpu(z_CV):
+        from deltaw.kernels.triton import cross_entropy_ as on_triton
+
+        losses_C = on_triton(z_CV, labels_C, scale, softcap)
+        total = losses_C.sum()
+    else:
+        losses_C, total = cross_entropy_(z_CV, labels_C, scale, softcap, gradient=gradient)
+    if without_C is not None:
+        total = losses_C.masked_fill_(without_C, 0).sum()
+    return losses_C, total
+
+
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -161,40 +200,25 @@ class _LinearLogprobs(torch.autograd.Function):
         softcap: float | None,
         rows_K: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        all_labelled = rows_K is None
-        rows_K = (labels_T != IGNORE).nonzero().squeeze(1) if rows_K is None else rows_K
-        logp_K = hidden_TD.new_empty(len(rows_K), dtype=wide_of(hidden_TD))
+        chunks = Chunks(hidden_TD, labels_T, rows_K, head)
+        logp_K = hidden_TD.new_empty(len(chunks.rows_K), dtype=wide_of(hidden_TD))
         loss = logp_K.new_zeros(())
-        n_KD = hidden_TD.new_empty(len(rows_K), hidden_TD.shape[1]) if ctx.needs_input_grad[0] else None
-        chunk = max(1, (GPU_CHUNK_BYTES if hidden_TD.is_cuda else CHUNK_BYTES) // (head.dtype.itemsize * head.shape[0]))
-        for start in range(0, len(rows_K), chunk):
-            rows_C = rows_K[start : start + chunk]
-            labels_C = labels_T[rows_C]
-            without_C = None if all_labelled else labels_C == IGNORE
-            if without_C is not None:
-                labels_C = labels_C.masked_fill(without_C, 0)  # any that the vocabulary has
-            z_CV = head.matmul(hidden_TD[rows_C])
+        n_KD = hidden_TD.new_empty(len(logp_K), hidden_TD.shape[1]) if ctx.needs_input_grad[0] else None
+        for where, x_CD, labels_C, without_C in chunks:
+            z_CV = head.matmul(x_CD)
             if bias_V is not None:
                 z_CV.add_(bias_V)
-            if on_gpu(z_CV):
-                from deltaw.kernels.triton import cross_entropy_ as on_triton
-
-                losses_C = on_triton(z_CV, labels_C, scale, softcap)
-                total = losses_C.sum()
-            else:
-                losses_C, total = cross_entropy_(z_CV, labels_C, scale, softcap, gradient=n_KD is not None)
-            if without_C is not None:
-                total = losses_C.masked_fill_(without_C, 0).sum()
-            logp_K[start : start + chunk] = -losses_C
+            losses_C, total = losses_(z_CV, labels_C, without_C, scale, softcap, gradient=n_KD is not None)
+            logp_K[where] = -losses_C
             loss += total
             if n_KD is not None:
-                n_CD = n_KD[start : start + chunk]
+                n_CD = n_KD[where]
                 n_CD.copy_(head.matmul_t(z_CV))
                 if without_C is not None:
                     n_CD.masked_fill_(without_C[:, None], 0)
             del z_CV  # before the next chunk's is made
         if n_KD is not None:
-            ctx.save_for_backward(n_KD, rows_K)
+            ctx.save_for_backward(n_KD, chunks.rows_K)
             ctx.rows = len(hidden_TD)
         return logp_K, loss
 

@@ -43,19 +43,16 @@ class Function:
         """It takes any row."""
 
     def score(self, asked: Sequence[Asked]) -> list[Value]:
-        values: list[Value] = []
-        try:
-            for answer in self._process.answers([[one.prompt, one.completion, one.row] for one in asked]):
-                values.append(self._value(answer, asked[len(values)]))
-        except Failed as error:
-            what = f"{self._code.file}: {self._function}: {error}"
-            late = isinstance(error, Late)
-            fix = "make it faster, or give the reward more: seconds: …" if late else "call it by hand with that row"
-            raise failed(asked[len(values)], what, fix) from None
-        return values
+        questions = [[one.prompt, one.completion, one.row] for one in asked]
+        return self._process.scored(asked, questions, self._value, self._explained)
 
     def close(self) -> None:
         self._process.close()
+
+    def _explained(self, error: Failed) -> tuple[str, str]:
+        late = isinstance(error, Late)
+        fix = "make it faster, or give the reward more: seconds: …" if late else "call it by hand with that row"
+        return f"{self._code.file}: {self._function}: {error}", fix
 
     def _value(self, answer: dict[str, Any], one: Asked) -> Value:
         if "wrong" in answer:

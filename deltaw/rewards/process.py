@@ -15,12 +15,13 @@ deadline (nothing stops a thread); `multiprocessing` (its pipes carry pickles).
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deltaw.errors import InputError
-from deltaw.files.bounded import Worker, line
+from deltaw.files.bounded import Failed, Worker, line
+from deltaw.rewards.scored import Asked, Value, failed
 
 LOADING = 600.0  # seconds: a file may load a model
 START = "import sys; sys.path.insert(0, sys.argv[1]); from deltaw.rewards.worker import main; main()"
@@ -46,6 +47,23 @@ class Process:
             self._check(worker)
             for _ in questions:
                 yield worker.answer()
+
+    def scored(
+        self,
+        asked: Sequence[Asked],
+        questions: Sequence[Any],
+        valued: Callable[[dict[str, Any], Asked], Value],
+        explained: Callable[[Failed], tuple[str, str]],
+    ) -> list[Value]:
+        """What each answer is worth, by `valued`. Raises RunError that names the row whose value doesn't come, with
+        what is wrong and what to do as `explained` has it."""
+        values: list[Value] = []
+        try:
+            for answer in self.answers(questions):
+                values.append(valued(answer, asked[len(values)]))
+        except Failed as error:
+            raise failed(asked[len(values)], *explained(error)) from None
+        return values
 
     def close(self) -> None:
         self._worker.stop()

@@ -14,7 +14,7 @@ from deltaw.files.bounded import Failed
 from deltaw.files.strict_json import NotJSON, parse
 from deltaw.rewards.process import Process
 from deltaw.rewards.schema import Schema, Unsupported
-from deltaw.rewards.scored import Asked, Value, failed
+from deltaw.rewards.scored import Asked, Value
 from deltaw.rewards.truth import Truths
 
 
@@ -29,15 +29,12 @@ class Pattern:
         """It asks nothing of a row."""
 
     def score(self, asked: Sequence[Asked]) -> list[Value]:
-        values: list[Value] = []
-        try:
-            for answer in self._process.answers([one.completion for one in asked]):
-                values.append(Value(answer["value"]))
-        except Failed as error:
-            what = f"the pattern {self._config.pattern!r:.60} can't be decided: {error}"
-            fix = "write it without repetitions inside repetitions, such as (a+)+"
-            raise failed(asked[len(values)], what, fix) from None
-        return values
+        questions = [one.completion for one in asked]
+        return self._process.scored(asked, questions, lambda answer, _: Value(answer["value"]), self._explained)
+
+    def _explained(self, error: Failed) -> tuple[str, str]:
+        what = f"the pattern {self._config.pattern!r:.60} can't be decided: {error}"
+        return what, "write it without repetitions inside repetitions, such as (a+)+"
 
     def close(self) -> None:
         self._process.close()

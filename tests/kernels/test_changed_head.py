@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltaw.kernels import changed_head
+from deltaw.kernels import logprobs
 from deltaw.kernels.changed_head import FactorsChange, HeadChange, RowsChange, WholeChange, changed_logprobs
 from deltaw.kernels.logprobs import IGNORE
 from deltaw.kernels.lora import Factors
@@ -48,7 +48,7 @@ def plain(kind: str, tensors: tuple[Tensor, ...]) -> Tensor:
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "scale": 0.5}, {"bias_V": drawn(V, seed=5)}, {"rows": 1}])
 @pytest.mark.parametrize("kind", TENSORS)
 def test_a_changed_head_is_the_changed_matrix(kind: str, options: dict[str, Any], monkeypatch: Any) -> None:
-    monkeypatch.setattr(changed_head, "CHUNK_BYTES", 3 * 8 * V)  # three rows at a time
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", 3 * 8 * V)  # three rows at a time
     options = dict(options)
     rows_K = torch.arange(T) if options.pop("rows", None) else None
     tensors = tuple(t.clone().requires_grad_() for t in TENSORS[kind])
