@@ -1,4 +1,4 @@
-"""benchmarks/results.csv, algebra.csv and figures.csv -> docs/performance.md and docs/performance.svg.
+"""benchmarks/results.csv, gpu.csv, algebra.csv and figures.csv -> docs/performance.md and docs/performance.svg.
 
     python -m benchmarks.report [--out FOLDER]      (make bench calls it; nothing is measured here)
 
@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import algebra
+from benchmarks import algebra, gpu_page
 from benchmarks.figures import FILE, read, sections
 from benchmarks.results import PACKAGES, Figure, Key, Row, figures, read_rows, targets
 from benchmarks.tables import shown, table
@@ -169,7 +169,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def write(rows: Sequence[Row], root: Path = ROOT) -> None:
     """Page and picture under `root`/docs."""
     (root / "docs").mkdir(parents=True, exist_ok=True)
-    more = [algebra.section(algebra.read(root)), sections(read(root / "benchmarks" / FILE.name))]
+    single = sections(read(root / "benchmarks" / FILE.name))
+    more = [gpu_page.section(gpu_page.read(root)), algebra.section(algebra.read(root)), single]
     text = "\n".join([page(rows), *filter(None, more)])
     (root / "docs" / "performance.md").write_text(text, encoding="utf-8")
     draw(rows, root / "docs" / "performance.svg")
