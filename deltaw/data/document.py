@@ -212,7 +212,7 @@ def parsed(value: Any, name: str) -> Any:
 
 
 def held_in_cell(value: Any) -> Any:
-    """The list or object that a table's cell holds as a text, as JSON or as Python prints it; any other value itself."""
+    """The list or object that a table's cell holds, as JSON or as Python prints it; any other value itself."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         for read in (json.loads, ast.literal_eval):
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
