@@ -1,5 +1,6 @@
 """The run file: every mistake is one InputError that names file, line and field; what is accepted comes back."""
 
+import json
 import math
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from deltaw.config import METRICS, AdapterSpec, RunConfig, load_config, parse_config
+from deltaw.config.retain import RetainConfig
 from deltaw.errors import InputError
 from deltaw.files.paths import written
 
@@ -296,3 +298,13 @@ def test_what_is_wrong_with_an_override_isnt_said_of_a_line_of_the_file(tmp_path
     lines = str(error.value).splitlines()
     assert any(f"{file}:5: train.lr" in line for line in lines)
     assert sum("override: " in line for line in lines) == 2
+
+
+def test_an_override_reaches_into_a_section_that_a_word_is_short_for(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    short = {"objective": "dpo", "train": {"retain": "builtin:general-train"}, "adapter": "full"}
+    file.write_text(json.dumps({"base": "b", "data": {"train": "t"}, "output": "o", **short}))  # which is YAML
+    config = load_config(file, ["objective.beta=0.3", "train.retain.weight=2", "adapter.targets=mlp"])
+    assert config.objective.kind == "dpo" and config.objective.beta == 0.3
+    assert config.train.retain == RetainConfig(weight=2.0)
+    assert config.adapter.full and config.adapter.targets == "mlp"

@@ -24,7 +24,7 @@ from deltaw.adapter.expert_weights import WithExperts
 from deltaw.adapter.file import Adapter
 from deltaw.analysis.checks import check_adapter, check_run
 from deltaw.analysis.effect.effect import Effect
-from deltaw.analysis.effect.sections import of_effect
+from deltaw.analysis.effect.sections import BY_TOKEN, WITH_PARTS_OFF, of_effect
 from deltaw.analysis.effect.words import in_words
 from deltaw.analysis.measure import Measures, measure_adapter
 from deltaw.analysis.page import Finding, Findings, Page, Section, write
@@ -174,6 +174,25 @@ def check_not_poorer(page: Path, why: str) -> None:
         raise InputError(
             f"{why}\n{page} was made with the base's weights, so it isn't replaced by a page without them",
             fix="name the base with --base, or write another page: -o page.html",
+        )
+
+
+def check_shows_more(page: Path, *, deep: bool, untried: str = "") -> None:
+    """Raise InputError where a page that shows less of what the update does would replace one that shows more.
+    `untried`: why it shows nothing of that."""
+    try:
+        there = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    except OSError:  # as above
+        return
+    another = "write another page: -o page.html"
+    if untried and f"<h2>{BY_TOKEN}</h2>" in there:
+        raise InputError(
+            f"{untried}\n{page} shows what the update does, so it isn't replaced by a page without that", fix=another
+        )
+    if not deep and f"<h2>{WITH_PARTS_OFF}</h2>" in there:
+        raise InputError(
+            f"{page} was made with --deep, so it isn't replaced by a page that shows less",
+            fix=f"go as deep again: --deep, or {another}",
         )
 
 

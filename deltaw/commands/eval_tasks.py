@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.config.tasks import load_tasks
-from deltaw.errors import InputError
+from deltaw.errors import InputError, RunError
 from deltaw.evaluation.answers import depends_on_model
 from deltaw.evaluation.intervals import Difference, Interval
 from deltaw.evaluation.task_rows import Asked
@@ -112,6 +112,9 @@ def _measured(
             if not journal.complete:
                 with stop.held():
                     journal.finish(_json(line) + "\n" for result in results for line in result.lines())
+        except RunError as error:  # a judge that broke off, a metric of the user's
+            fix = KEPT if kept else LOST
+            raise RunError(error.what, fix=f"{error.fix}; {fix}" if error.fix else fix) from None
         finally:
             journal.close()
     return results

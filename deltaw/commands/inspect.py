@@ -3,7 +3,7 @@
 
 The update is tried where there is something to try it on: with a run, which has rows, or on a data file. Otherwise, and
 where the base isn't here or doesn't fit into memory, the page says why it wasn't. What was asked for in so many words
-(a data file, --deep) is an error instead.
+(a data file, --deep) is an error instead. A page that shows more is never replaced by one that shows less.
 """
 
 from contextlib import nullcontext
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from deltaw.analysis.effect.effect import Effect, effect_of
-from deltaw.analysis.report import PAGE, inspect
+from deltaw.analysis.report import PAGE, check_shows_more, inspect
 from deltaw.errors import InputError
 from deltaw.files.lock import claimed_file
 from deltaw.named import Named
@@ -28,7 +28,10 @@ def inspect_named(
     named = Named(name)
     target = Path(page) if page else Path(name) / PAGE
     with claimed_file(target) if page or Path(name).is_dir() else nullcontext():  # else there is nothing to inspect
+        check_shows_more(target, deep=deep)  # before minutes of work
         effect = _tried(named, data, base, deep, display)
+        if isinstance(effect, str):
+            check_shows_more(target, deep=deep, untried=effect)
         report = inspect(named, base=base, page=target, effect=effect, display=display)
         path = report.write(page)
     return Result(report.to_json(), f"{report.gist()}\n\npage: {path}")

@@ -2,9 +2,9 @@
 
 import re
 from fractions import Fraction
-from typing import ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from deltaw.config.sources import HeldOut, Sources, SourceValue, sources_of
 from deltaw.config.strict import MANY, Count, Seed, Strict
@@ -17,6 +17,17 @@ ColumnName = Literal[
 ]  # fmt: skip
 
 
+def apart(columns: dict[Any, str]) -> dict[Any, str]:
+    """The same. Raises ValueError where a column is to be two things, of which it could only be one."""
+    known = {name: " ".join(column.casefold().split()) for name, column in columns.items()}
+    first = {column: name for name, column in reversed(known.items())}
+    if twice := next((name for name, column in known.items() if first[column] != name), None):
+        raise ValueError(
+            f"{first[known[twice]]} and {twice} are both {columns[twice]!r:.80}, and a column is one thing"
+        )
+    return columns
+
+
 class DataConfig(Strict):
     """Where the rows are and how they become tokens and masks."""
 
@@ -27,7 +38,7 @@ class DataConfig(Strict):
     )
     form: Literal["auto", "text", "chat", "completion", "alpaca", "sharegpt"] = "auto"
     encoding: str = Field("utf-8", description="of text files: utf-8, cp1252, gb18030, utf-16, …")
-    columns: dict[ColumnName, str] = Field(
+    columns: Annotated[dict[ColumnName, str], AfterValidator(apart)] = Field(
         {}, description="what your columns are called, as in {prompt: question, completion: answer}"
     )
     join: str | None = Field(

@@ -16,6 +16,7 @@ from deltaw.errors import InputError
 from deltaw.files.paths import similar
 from deltaw.files.run_yaml import PROBLEMS, Loader, not_yaml
 
+SHORT = {"objective": "kind", "train.retain": "data"}  # sections for which a text alone stands: the field that it is
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
@@ -114,9 +115,8 @@ def _override(raw: dict[str, Any], item: str) -> str:
     if not equals or not key:
         raise InputError(f"{item!r} is not an override", fix="write key=value, for example train.lr=1e-3")
     *parents, last = key.split(".")
-    for name in parents:
-        if raw.get(name) is None:  # absent, or a section whose lines are all commented out
-            raw[name] = {}
+    for depth, name in enumerate(parents, 1):
+        raw[name] = _written_out(".".join(parents[:depth]), raw.get(name))
         raw = raw[name]
         if not isinstance(raw, dict):
             raise InputError(f"{item!r}: {name} is a single value, it has no fields")
@@ -125,6 +125,16 @@ def _override(raw: dict[str, Any], item: str) -> str:
     except PROBLEMS:
         raise InputError(f"{item!r:.200}: the value is not valid YAML") from None
     return key
+
+
+def _written_out(section: str, value: Any) -> Any:
+    """A section of which one field is to be set: one that is absent, or whose lines are all commented out, is empty,
+    and a word that is short for one is what it is short for."""
+    if value is None:
+        return {}
+    if section in SHORT and isinstance(value, str):
+        return {SHORT[section]: value}
+    return {"full": True} if (section, value) == ("adapter", "full") else value
 
 
 def _kind(value: Any) -> str:

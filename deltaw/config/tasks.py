@@ -20,11 +20,11 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from deltaw.config.data import ColumnName
+from deltaw.config.data import ColumnName, apart
 from deltaw.config.evaluate import CALLED_ELSEWHERE, METRICS, located, metric_key, own_metric, unknown
 from deltaw.config.load import read_yaml, shipped
 from deltaw.config.places import place
@@ -92,7 +92,9 @@ class TaskConfig(Strict):
     data: Sources | None = Field(None, description="null: the rows that the run held out")
     form: Literal["generate", "choices"] = "generate"
     metrics: tuple[str, ...] = ()
-    columns: dict[Column, str] = Field({}, description="what your columns are called, as in {choices: endings}")
+    columns: Annotated[dict[Column, str], AfterValidator(apart)] = Field(
+        {}, description="what your columns are called, as in {choices: endings}"
+    )
     prompt: str | None = Field(None, description="what is asked of a row, with its columns as {column}")
     chat: bool | None = Field(None, description="as a chat, or as plain text; null: as the adapter was trained")
     system: str | None = Field(None, description="a system prompt; null: the one that the adapter was trained with")
@@ -127,7 +129,7 @@ class TaskConfig(Strict):
                 other = GENERATE if form == "choices" else CHOICES
                 if name in other:
                     raise ValueError(f"{name} isn't for form {form}, which has {', '.join(known)}")
-                shown = name if name.isprintable() else ascii(name)
+                shown = f"{name if name.isprintable() else ascii(name):.80}"
                 raise ValueError(f"{shown} {unknown(name, known, ELSEWHERE[form])}")
         names = [metric_key(name) for name in value]
         if twice := next((name for name in names if names.count(name) > 1), None):

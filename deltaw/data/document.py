@@ -14,7 +14,9 @@ it doesn't. The arguments of a tool call are an object, also where the row has t
 templates write them with `tojson`, and a text would be quoted once more.
 """
 
+import ast
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,6 +209,15 @@ def parsed(value: Any, name: str) -> Any:
         return json.loads(value if value.strip() else "null")
     except (ValueError, RecursionError):
         raise Rejected(f"{name} is a text, but not JSON") from None
+
+
+def held_in_cell(value: Any) -> Any:
+    """The list or object that a table's cell holds, as JSON or as Python prints it; any other value itself."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                return read(value.strip())
+    return value
 
 
 def list_of_objects(value: Any, name: str) -> list[dict[str, Any]]:

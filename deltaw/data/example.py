@@ -34,6 +34,11 @@ class Example:
     glued: bool = False
     part: int = PLAIN
 
+    def equals(self, other: "Example") -> bool:
+        """Whether both have the same tokens, and the same of them trained."""
+        same = np.array_equal(self.tokens, other.tokens)
+        return same and np.array_equal(self.loss_mask, other.loss_mask)
+
     def cut(self, length: int) -> "Example":
         """Its first `length` tokens."""
         return replace(self, tokens=self.tokens[:length].copy(), loss_mask=self.loss_mask[:length].copy())

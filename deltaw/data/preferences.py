@@ -66,7 +66,8 @@ def form_for(shape: Shape, rows: Sequence[Row], data: DataConfig, *, templated: 
 
     def convert(fields: Fields) -> Pair | Judged:
         answers, desirable = _taken(fields, label, paired)
-        documents = [_normalised(inner, values, name) for name, values in zip(own.columns, answers, strict=False)]
+        whose = BOTH if paired else ("",)
+        documents = [_normalised(inner, values, name) for name, values in zip(whose, answers, strict=True)]
         for name in documents[0].unused:
             fields.leave(name)
         if not paired:
@@ -114,11 +115,12 @@ def _why_not(form: Form, row: Row, label: str, paired: bool) -> str:
 
 
 def _normalised(inner: Form, values: Values, name: str) -> Single:
+    """`name`: which of two answers it is, for what is wrong with it."""
     try:
         (single, _), *_ = inner.normalise(Row(values, "")).answers
         return single
     except Rejected as rejected:
-        raise Rejected(f"{name}: {rejected}") from None
+        raise Rejected(f"{name}: {rejected}" if name else str(rejected)) from None
 
 
 def _taken(fields: Fields, label: str, paired: bool) -> tuple[list[Values], bool]:
@@ -147,6 +149,8 @@ def _answer(value: Any, name: str) -> str | list[Message]:
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
         raise Rejected(f"{name} is {json_kind(value)}, neither a text nor messages")
+    if not all({"role", "from"} & {*one} for one in messages):
+        raise Rejected(f"{name}: a message has no role")
     return [_message(one) for one in messages]
 
 

@@ -301,6 +301,8 @@ def _render(
                 results[place] = before if isinstance(before, Rejected) else example  # type: ignore[assignment]
             elif renderer.shape == "prompts":
                 results[place] = [as_prompt(replace(example, part=part), config.max_length)]
+            elif any(example.equals(one) for one in before):
+                results[place] = Rejected("chosen and rejected are the same once the template has written them")
             else:
                 results[place] = [*before, replace(example, part=part) if part else example]
     return [results[place] for place in places]
@@ -329,11 +331,13 @@ def _fit(result: list[Example] | Rejected, source: Reading, origin: str, config:
     if config.too_long != "truncate":
         source.too_long_dropped += 1
         return []
-    if not all(example.loss_mask[: config.max_length].any() for example in result):
+    cut = [example.cut(config.max_length) for example in result]
+    alike = len(cut) > 1 and cut[0].equals(cut[1])  # of a pair: they part behind the cut
+    if alike or not all(example.loss_mask.any() for example in cut):
         source.untrained += 1
         return []
     source.truncated += 1
-    return [example.cut(config.max_length) for example in result]
+    return cut
 
 
 def _check(sources: Sequence[Reading], config: DataConfig, *, usable: bool) -> None:

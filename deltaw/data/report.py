@@ -188,11 +188,12 @@ def report_of(
         glued_rows=kinds.sum(lambda kind: kind.glued),
         notes=[*_notes(sources, len(held_out)), *_answers(train)],
         sources=[_share(source, supervised) for source in sources],
-        warnings=[*_endings(renderer, train), *(renderer.header_problems() if chat else ())],
+        warnings=[*_endings(renderer, train), *(renderer.header_problems() if chat else ()), *_one_sided(train)],
     )
     report.warnings.extend(_warnings(report, max(source.longest_dropped for source in sources)))
     if report.glued_rows:
-        report.warnings.append(_glued(report, kinds.first(lambda kind: kind.glued)))
+        first, paired = kinds.first(lambda kind: kind.glued), CHOSEN in parts_of(train)
+        report.warnings.append(_glued(report, first, "answer" if paired else "row"))
     if named:
         report.warnings.append(_named(report, sorted({name for kind, *_ in kinds.all for name in kind.names}), chat))
     return report
@@ -270,7 +271,8 @@ def _answers(train: Examples) -> list[str]:
     """What is weighed, where answers are."""
     count = Counter(parts_of(train).tolist())
     if count[DESIRABLE] + count[UNDESIRABLE]:
-        return [f"{count[DESIRABLE]:,} desirable answers, {count[UNDESIRABLE]:,} undesirable ones"]
+        good, bad = (counted(count[part], "answer") for part in (DESIRABLE, UNDESIRABLE))
+        return [f"{good} found desirable, {bad} undesirable"]
     if not count[CHOSEN]:
         return []
     means = (train.supervised[parts_of(train) == part].mean() for part in (CHOSEN, REJECTED))
@@ -281,8 +283,17 @@ def _answers(train: Examples) -> list[str]:
     ]
 
 
-def _glued(report: DataReport, first: str) -> str:
-    where = f"in {counted(report.glued_rows, 'row')} prompt and completion meet without a blank; the first: {first}"
+def _one_sided(train: Examples) -> list[str]:
+    """Whether answers were all judged alike, which leaves nothing to tell apart."""
+    there = {*parts_of(train).tolist()} & {DESIRABLE, UNDESIRABLE}
+    if len(there) != 1:
+        return []
+    word, other = ("desirable", "undesirable") if DESIRABLE in there else ("undesirable", "desirable")
+    return [f"every answer is {word}, so nothing says what a good one has that a bad one lacks: add {other} ones"]
+
+
+def _glued(report: DataReport, first: str, of: str) -> str:
+    where = f"in {counted(report.glued_rows, of)} prompt and completion meet without a blank; the first: {first}"
     return (
         f"{where}; set data.join: ' ' or \"\\n\" to put one between, or data.form: chat on a base with a chat template"
     )

@@ -18,6 +18,7 @@ right one under `answer`, `answerKey`, `label`, `gold`, `target` or `correct`: i
 or its text.
 """
 
+import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from deltaw.data.document import held_in_cell
 from deltaw.data.example import Example
 from deltaw.data.weighed import Weighed
 from deltaw.errors import InputError, Rejected
@@ -34,6 +36,7 @@ from deltaw.generate.cache import evaluating
 from deltaw.model import Model
 
 LISTS = ("choices", "options", "endings")
+NUMBER = re.compile(r"\d{1,9}(\.0+)?")
 RIGHT = ("answer", "answerkey", "label", "gold", "target", "correct")
 
 
@@ -67,7 +70,7 @@ def choices_of(value: Mapping[str, Any]) -> Choices:
     name = next((name for name in LISTS if value.get(name) is not None), None)
     if name is None:
         raise Rejected(f"it has no choices: a column called {', '.join(LISTS)}")
-    given, labels = value[name], [*string.ascii_uppercase]
+    given, labels = held_in_cell(value[name]), [*string.ascii_uppercase]
     if isinstance(given, Mapping):
         named = given.get("label")
         labels = [str(label) for label in named] if isinstance(named, list) else labels
@@ -93,7 +96,9 @@ def _gold(value: Any, texts: Sequence[str], labels: Sequence[str]) -> int | None
         for names in (texts, [text.strip() for text in texts], labels):
             if value in names:
                 return names.index(value)
-        value = int(value) if value.isdecimal() else None
+        value = float(value) if NUMBER.fullmatch(value) else None
+    if isinstance(value, float) and value.is_integer():  # a table's column of numbers that lacks some
+        value = int(value)
     fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(texts)
     return value if fits else None
 

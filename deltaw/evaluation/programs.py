@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from deltaw.data.document import held_in_cell
 from deltaw.errors import Rejected
 
 TESTS = ("test", "tests", "test_list")
@@ -38,7 +39,8 @@ def checks_of(value: Mapping[str, Any], asked: str) -> Checks:
     name = next((name for name in TESTS if value.get(name)), None)
     if name is None:
         raise Rejected(f"it has no tests: a column called {', '.join(TESTS)}")
-    lines = value[name] if isinstance(value[name], list) else [value[name]]
+    cell = held_in_cell(value[name])  # a list as a text would be a program that asserts nothing
+    lines = cell if isinstance(cell, list) else [value[name]]
     lines = [*([value["test_setup_code"]] if value.get("test_setup_code") else []), *lines]
     if not all(isinstance(line, str) for line in lines):
         raise Rejected(f"{name} isn't a text, or a list of texts")

@@ -43,6 +43,7 @@ def chosen(
 ) -> tuple[Shot, ...]:
     """So many of the rows, none that asks what is in `avoided`. Raises InputError where there aren't as many."""
     shots: dict[str, Shot] = {}
+    asked = 0
     for row in sorted(rows, key=lambda row: digest(row, f"shots {seed}".encode()[-64:])):
         if len(shots) == count:
             break
@@ -50,11 +51,15 @@ def chosen(
             shot = read(row)
         except Rejected:
             continue
-        if (what := asks(shot.prompt)) not in avoided:
+        if (what := asks(shot.prompt)) in avoided:
+            asked += 1
+        else:
             shots.setdefault(what, shot)
     if len(shots) < count:
+        there = counted(len(shots), "row is", "rows are")
+        but = f" ({counted(asked, 'more asks', 'more ask')} what the task asks)" if asked else ""
         raise InputError(
-            f"shots: {count}, and there {'is' if len(shots) == 1 else 'are'} {counted(len(shots), 'row')} to show",
+            f"shots: {count}, and {there} there to show{but}",
             fix="lower it, or name other rows: shots_from",
         )
     return tuple(shots.values())

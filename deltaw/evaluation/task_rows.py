@@ -22,6 +22,7 @@ from deltaw.config import DataConfig
 from deltaw.config.tasks import PASSES, TaskConfig
 from deltaw.data.asking import Prompt
 from deltaw.data.columns import Columns
+from deltaw.data.document import held_in_cell
 from deltaw.data.prepare import LEAVE_OUT, digest
 from deltaw.data.prompts import asked
 from deltaw.data.row import Problem, Row
@@ -36,7 +37,7 @@ from deltaw.files.encoding import without_setting
 from deltaw.model import Model
 from deltaw.named import Named
 from deltaw.show.progress import Display
-from deltaw.show.text import counted
+from deltaw.show.text import counted, one_line
 
 BAD = 0.01  # share of rows that may be left out
 TRUTHS = ("completion", "answer", "output", "response", "target")
@@ -125,6 +126,8 @@ def _of_task(task: TaskConfig, error: InputError) -> InputError:
     """A task file has no settings of a run file to advise."""
     what = without_setting(error.what).replace("data.columns", "columns")
     fix = None if error.fix is None else error.fix.replace(f", or {LEAVE_OUT}", "")
+    if fix and "objective" in fix:  # rows of preferences
+        fix = "say which column is the right answer: columns: {completion: chosen}"
     return InputError(f"task {task.name}: {what}", fix=fix)
 
 
@@ -209,7 +212,9 @@ def _filled(template: str, value: Mapping[str, Any]) -> str:
 
     def column(match: re.Match[str]) -> str:
         if (found := value.get(match[1])) is None:
-            raise Rejected(f"prompt: the row has no column {match[1]!r}")
+            there = one_line(", ".join(str(name) for name, given in value.items() if given is not None), 200)
+            raise Rejected(f"prompt: the row has no column {match[1]!r:.80}, it has {there}")
+        found = held_in_cell(found) if match[1] in LISTS else found
         if isinstance(found, Mapping) and isinstance(found.get("text"), list):
             found = found["text"]
         if isinstance(found, list):
@@ -233,6 +238,8 @@ def _tokens(row: _Read, model: Model, shots: Sequence[Shot]) -> Asked:
     ids = model.renderer.prompt_ids(prompt, row.tools)
     if not ids:
         raise InputError("its prompt is empty")
+    if len({*texts}) < len(texts):  # else the first would be the likeliest, whatever the model says
+        raise InputError("two of its choices differ in blanks alone, and not at all behind this prompt")
     choices = tuple(model.renderer.answer_ids(text) for text in texts)
     if choices:
         check_room(len(ids) + max(map(len, choices)), model.context)

@@ -62,7 +62,11 @@ class OpenTask:
         if CHRF in task.metrics:
             check_installed()
         names = [name for name in task.scored_by if name not in (CHRF, PASSES, JUDGED, *CHOICES)]
-        own = {metric.name: metric for metric in open_metrics(names)}
+        try:
+            own = {metric.name: metric for metric in open_metrics(names)}
+        except InputError as error:
+            what = error.what.removeprefix("evaluate.")  # a task's metrics stand in no section
+            raise InputError(f"task {task.name}: {what}", fix=error.fix) from None
         judge = Judge(task.judge) if task.judge and JUDGED in task.metrics else None
         return OpenTask(TaskRows.read(task, named), own, judge)
 

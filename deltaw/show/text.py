@@ -23,9 +23,9 @@ def counted(count: int, one: str, many: str | None = None) -> str:
 
 
 def rounded(figure: float) -> str:
-    """A loss, a metric: four decimals, fewer of a large one. "0.4689", "1,915.9"."""
+    """A loss, a metric: four decimals, fewer of a large one, no minus before a 0. "0.4689", "1,915.9"."""
     size = abs(figure)
-    return f"{figure:.4f}" if size < 100 else f"{figure:,.1f}" if size < 1e6 else f"{figure:.3g}"
+    return f"{figure:z.4f}" if size < 100 else f"{figure:,.1f}" if size < 1e6 else f"{figure:.3g}"
 
 
 def figure_name(name: str) -> str:

@@ -122,14 +122,28 @@ class SweepFolder:
             for one in raw["runs"]:
                 config = parse_config(one["config"], source=f"{file}, {one['name']}", begun=True)
                 place = os.path.normpath(folder / one["folder"])
-                variants.append(Variant(one["name"], config.model_copy(update={"output": place}), one["settings"]))
-            ended = {name: Ended(one["state"], one["why"]) for name, one in raw["ended"].items()}
-            rungs = tuple(Rung(one["share"], one["losses"]) for one in raw["rungs"])
-            return SweepFolder(Grid(folder, tuple(variants), raw["halving"]), ended, rungs)
-        except (KeyError, TypeError, AttributeError) as error:
+                settings = {_text(key): value for key, value in one["settings"].items()}
+                variants.append(Variant(_text(one["name"]), config.model_copy(update={"output": place}), settings))
+            ended = {name: Ended(_text(one["state"]), _text(one["why"])) for name, one in raw["ended"].items()}
+            rungs = tuple(_rung(one) for one in raw["rungs"])
+            if not variants:
+                raise ValueError("it has no runs")
+            return SweepFolder(Grid(folder, tuple(variants), bool(raw["halving"])), ended, rungs)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(
                 f"{file} is damaged: {error!r}", fix="its runs are intact: deltaw train resumes each"
             ) from None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.40} isn't a text")
+    return value
+
+
+def _rung(raw: Mapping[str, Any]) -> Rung:
+    losses = {name: None if loss is None else float(loss) for name, loss in raw["losses"].items()}
+    return Rung(float(raw["share"]), losses)
 
 
 def is_sweep(folder: Path) -> bool:

@@ -31,7 +31,8 @@ LONGEST = 120  # characters of a folder's name
 
 @dataclass(frozen=True)
 class Variant:
-    """One run of a sweep. `settings`: what sets it apart, by key, as values; `config.output` is its folder."""
+    """One run of a sweep. `settings`: what sets it apart, by key, as values, and a whole section as it was written (all
+    of its defaults would be no name for it); `config.output` is its folder."""
 
     name: str
     config: RunConfig
@@ -95,7 +96,11 @@ def of_grid(run: Path, overrides: Sequence[str], *, halving: bool = False) -> Gr
         texts = [item.partition("=")[2] for item in choice if item.partition("=")[0] in short]
         name = _unused("_".join(f"{short[key]}-{_plain(text)}" for key, text in zip(keys, texts, strict=True)), names)
         config = config.model_copy(update={"output": str(folder / name)})
-        variants.append(Variant(name, config, {key: value_of(config, key) for key in keys}))
+        given = {key: value_of(config, key) for key in keys}
+        told = {
+            key: text if isinstance(given[key], dict) else given[key] for key, text in zip(keys, texts, strict=True)
+        }
+        variants.append(Variant(name, config, told))
     return Grid(folder, tuple(variants), halving).checked()
 
 
@@ -127,13 +132,12 @@ def words(settings: Mapping[str, Any]) -> str:
 
 
 def _word(value: Any) -> str:
-    return (
-        f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-        if not isinstance(value, list)
-        else "+".join(map(_word, value))
-    )
+    """As a run file has it; a list with + between."""
+    if isinstance(value, list):
+        return "+".join(map(_word, value))
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _short(keys: Iterable[str]) -> dict[str, str]:

@@ -29,7 +29,7 @@ from deltaw.training import length
 from deltaw.training.length import count_steps, settle_step
 from deltaw.training.log import check_loggers
 from deltaw.training.memory import bound_caches
-from deltaw.training.retain import retained_text
+from deltaw.training.retain import retained_text, scarce_text
 from deltaw.training.scoring import check_prompts, open_rewards
 from deltaw.training.start import Start, open_start
 from deltaw.training.world import ALONE, World
@@ -160,6 +160,7 @@ def look(
     for note in dataset.report.notes:
         display.say(note)
     few = length.warnings(asked, config, dataset, total)
-    for warning in [*dataset.report.warnings, *limits.warnings(dataset.rows), *few]:
+    scarce = scarce_text(config, retained, total)
+    for warning in [*dataset.report.warnings, *limits.warnings(dataset.rows), *few, *scarce]:
         display.say(f"warning: {warning}")
     return Looked(config, start, ground, renderer, dataset, total, metrics, terms.lineage, retained, terms.consent)

@@ -257,7 +257,7 @@ def _figures(result: dict[str, Any]) -> str:
             )
     if (retain := result.get("retain")) and retain["kl"] is not None:
         lines.append(
-            f"{'held to the base on':20} {retain['tokens']:,} tokens of {retain['data']}, KL {retain['kl']:.4f} there "
+            f"{'held to the base on':20} {retain['tokens']:,} tokens of {retain['data']}, KL {retain['kl']:z.4f} there "
             f"at the end; about {retain['time_share']:.0%} of the time of training"
         )
     lines += [f"no {name.replace('_', ' ')}: {why}" for name, why in result.get("failed", {}).items()]

@@ -37,17 +37,21 @@ from deltaw.base.batch import Batch, Retained
 from deltaw.base.forward import Forward
 from deltaw.base.limits import Limits
 from deltaw.config import DataConfig, RunConfig
+from deltaw.config.sources import sources_of
 from deltaw.data.cache import prepared
 from deltaw.data.example import Example
 from deltaw.data.examples import Examples, fingerprint
 from deltaw.data.loader import Item, fill
 from deltaw.data.pack import pack
 from deltaw.data.render import Renderer
+from deltaw.data.sources import open_sources
 from deltaw.errors import InputError
 from deltaw.evaluation.forgetting import LENGTH, without_end
 from deltaw.kernels.logprobs import IGNORE
 from deltaw.show.progress import Display
+from deltaw.show.text import counted
 
+FEW = 1024  # tokens: less is no sample of what a model knows
 SHORTEST = 16  # tokens of a piece, where a step takes fewer
 CHAPTER = 512  # tokens that the base is asked for at once, on a CPU: from here on a product has its full speed
 KEPT = 256 << 20  # bytes of what the base gave
@@ -83,20 +87,45 @@ class Schedule:
 
 
 def retained_text(config: RunConfig, renderer: Renderer, limits: Limits, display: Display) -> Examples:
-    """The pieces of `train.retain.data`; none where it isn't asked. Raises InputError where it has no token."""
+    """The pieces of `train.retain.data`; none where it isn't asked. Raises InputError where it has no token.
+
+    Rows that are no texts (chats, questions with answers) aren't torn apart: their beginnings are taken, of which every
+    token counts, whoever wrote it."""
     retain = config.train.retain
     if retain is None:
         return Examples.of([])
-    longest = min(LENGTH, limits.longest or LENGTH, max(SHORTEST, int(retain.share * config.train.step_tokens)))
-    data = DataConfig(train=retain.data, max_length=longest, too_long="split")
+    if retain.data in (source.path for source in sources_of(config.data.train)):
+        raise InputError(
+            f"train.retain.data is what is trained on, {retain.data}: the run would be held to the base on the very "
+            "rows that it is to learn",
+            fix="name other text: train.retain.data=builtin:general-train",
+        )
+    longest = min(LENGTH, limits.longest or LENGTH)
+    piece = min(longest, max(SHORTEST, int(retain.share * config.train.step_tokens)))
+    reader = Renderer(renderer.tokenizer, "all")
+    data = DataConfig(train=retain.data, max_length=piece)
     try:
-        rows = prepared(data, Renderer(renderer.tokenizer), display=display).train
+        if not all(source.splits for source in open_sources(data.train, data, reader)):
+            data = DataConfig(train=retain.data, max_length=longest, too_long="truncate")
+        rows = prepared(data, reader, display=display).train
     except InputError as error:
         raise InputError(f"train.retain.data: {error.what}", fix=error.fix) from None
     pieces = [piece for piece in (without_end(row, renderer.stop_ids) for row in rows) if len(piece.tokens)]
     if not pieces:
         raise InputError(f"train.retain.data: {retain.data} has no token")
     return Examples.of(pieces)
+
+
+def scarce_text(config: RunConfig, pieces: Examples, steps: int) -> list[str]:
+    """What is to be said of text that is too short to stand for what the base knows."""
+    text = Text.of(config, pieces)
+    if text is None or (whole := int(pieces.lengths.sum())) >= FEW or text.schedule.begun(steps) <= 2 * len(pieces):
+        return []
+    times = text.schedule.begun(steps) / len(pieces)
+    return [
+        f"train.retain.data has {counted(whole, 'token')}, which this run takes {times:.0f} times: what the base says "
+        "of so little is learnt by heart, and the rest isn't kept; take more text, as builtin:general-train has"
+    ]
 
 
 def check_apart(config: RunConfig, retained: Sequence[Example], general: Sequence[Example]) -> None:

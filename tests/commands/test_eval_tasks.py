@@ -154,7 +154,14 @@ def test_the_docs_name_every_metric_and_every_setting_and_their_file_is_valid(tm
         ({"metrics": ["judge"]}, "judge"),
         ({"metrcs": ["f1"]}, "tasks.yaml:2"),
         ({"form": "choices"}, "data"),
-        ({"prompt": "Q: {nothing}", "data": [{"a": "b", "answer": "c"}]}, "nothing"),
+        ({"prompt": "Q: {nothing}", "data": [{"a": "b", "answer": "c"}]}, "it has a, answer"),
+        ({"metrics": ["none.py:f"]}, "task t"),
+        ({"metrics": ["x" * 5000]}, "metrics"),
+        ({"data": ENDINGS, "form": "choices", "columns": {"choices": "endings", "answer": "endings"}}, "one thing"),
+        (
+            {"data": [*ENDINGS, {**ENDINGS[0], "prompt": "b"}], "form": "choices", "shots": 2, "shots_from": ENDINGS},
+            "1 more asks",
+        ),
         ({"chat": False, "system": "Be brief."}, "system"),
     ],
 )
@@ -171,6 +178,11 @@ def test_what_does_not_go_together(folder: Path, tmp_path: Path) -> None:
     one = {"name": "a", "data": str(folder / "chats.jsonl"), "chat": False}
     code, _, err = call("eval", folder / "one", "--tasks", task_file(tmp_path, one))
     assert code == 2 and "chat" in err  # messages can't be asked as they are
+    pair = {"name": "a", "data": [{"prompt": "a", "chosen": "b", "rejected": "c"}]}
+    advice = {"columns": {"completion": "chosen"}}
+    code, _, err = call("eval", folder / "one", "--tasks", task_file(tmp_path, pair))
+    assert code == 2 and "columns: {completion: chosen}" in err
+    assert measured(folder / "one", "--tasks", task_file(tmp_path, {**pair, **advice}), "--no-base")
     one = {"name": "a", "data": [{"prompt": "a", "completion": "b"}], "chat": True, "max_new_tokens": 1}
     measured(folder / "one", "--tasks", task_file(tmp_path, one), "-o", tmp_path / "rows.jsonl", "--no-base")
     assert "assistant" in rows_in(tmp_path / "rows.jsonl")[0]["prompt"]
@@ -215,6 +227,31 @@ def test_a_judge_without_any_score_leaves_the_other_figures(
     assert [line["scores"]["judge"] for line in rows_in(output)] == [None, None]
     code, out, _ = call("eval", folder / "one", "--tasks", file, "-o", output)  # complete: no judge is needed
     assert code == 0 and "splendid" in out
+
+
+def test_a_judge_that_breaks_off_says_what_is_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DELTAW_API_KEY", raising=False)
+    endpoint = Endpoint()
+    endpoint.script = [(400, "no", {})] * 9
+    judged = {**HELD_OUT, "metrics": ["judge"], "limit": 2}
+    file = task_file(tmp_path, judged, judge={"url": endpoint.url, "model": "m"})
+    for more, words in (([], "-o"), (["-o", tmp_path / "rows.jsonl"], "the same command goes on")):
+        code, _, err = call("eval", folder / "one", "--tasks", file, *more)
+        assert code == 1 and words in err
+    endpoint.server.shutdown()
+    endpoint.server.server_close()
+
+
+def test_choices_that_blanks_alone_set_apart_are_no_choice(folder: Path, tmp_path: Path) -> None:
+    """In plain text a line break in front keeps them apart; behind a word, and in a chat, nothing does."""
+    rows = [{"prompt": prompt, "choices": ["ab", " ab"], "answer": 1} for prompt in ("say", "say\n")]
+    task = {"name": "t", "form": "choices", "data": rows}
+    for run, asked in (("one", ["say\n"]), ("chats", [])):
+        for row in rows:
+            file = task_file(tmp_path, {**task, "data": [row]})
+            assert (call("eval", folder / run, "--tasks", file)[0] == 0) == (row["prompt"] in asked)
 
 
 @pytest.mark.parametrize("form", [{}, {"prompt": "{prompt}"}])

@@ -193,3 +193,24 @@ def test_what_was_asked_for_in_words_is_an_error_where_it_cannot_be(folder: Path
         code, _, err = call("inspect", adapter, *more, "--base", folder / "base")
         assert code == 2 and len(err.strip().splitlines()) <= 5
     assert not (adapter / "report.html").exists()
+
+
+def test_a_page_that_shows_more_is_not_replaced_by_one_that_shows_less(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(effects, "QUICK", Budget(100, 60.0))
+    monkeypatch.setattr(effects, "DEEP", Budget(100, 60.0))
+    page, rows = tmp_path / "page.html", folder / "train.jsonl"
+    adapter, on_base = folder / "one/adapter", ["--base", folder / "base", "-o", page]
+    assert call("inspect", adapter, rows, *on_base, "--deep")[0] == 0
+    deep = page.read_bytes()
+    for less in ([rows], []):
+        code, _, err = call("inspect", adapter, *less, *on_base)
+        assert code == 2 and "--deep" in err and page.read_bytes() == deep
+    assert call("inspect", adapter, rows, *on_base, "--deep")[0] == 0
+    page.unlink()
+    assert call("inspect", adapter, rows, *on_base)[0] == 0
+    tried = page.read_bytes()
+    code, _, err = call("inspect", adapter, *on_base)  # without rows there is nothing to try it on
+    assert code == 2 and "-o page.html" in err and page.read_bytes() == tried
+    assert call("inspect", adapter, rows, *on_base)[0] == 0

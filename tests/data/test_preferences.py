@@ -208,3 +208,45 @@ def test_a_mismatched_answer_is_anothers() -> None:
     for number, (prompt, answer, _) in enumerate(texts([mismatched(examples, n) for n in range(8)])):
         assert prompt == own[number][0]
         assert answer in [other for given, other, _ in own if given != prompt]
+
+
+ANSWERS = st.sampled_from(["ab", "ab ", " ab", "abc", "abcd", "ab" * 9 + "c", "ab" * 9 + "d"])
+
+
+@given(chosen=ANSWERS, rejected=ANSWERS, messages=st.booleans(), length=st.sampled_from([20, 2048]))
+def test_no_pair_of_equal_answers_is_weighed_however_they_came_to_be_equal(
+    chosen: str, rejected: str, messages: bool, length: int
+) -> None:
+    """Equal as they stand, where they were cut, or once a template that drops a field has written them."""
+    answers: dict[str, Any] = {"chosen": chosen, "rejected": rejected}
+    if messages:
+        answers = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
+        answers["rejected"][0]["name"] = "bob"
+    other = {"prompt": Q, "chosen": "x", "rejected": "y"}
+    made = dataset([{"prompt": Q, **answers}, other], max_length=length, too_long="truncate", bad_rows=1.0)
+    pairs = list(zip(made.train[::2], made.train[1::2], strict=True))
+    assert pairs and all(not one.equals(two) for one, two in pairs)
+    assert made.report.unusable + made.report.untrained == 2 - len(pairs)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_answers_that_are_all_judged_alike_are_warned_of(label: bool) -> None:
+    rows = [{"prompt": f"{n} ", "completion": "a", "label": label} for n in range(3)]
+    word = "desirable" if label else "undesirable"
+    assert any(f"every answer is {word}," in warning for warning in dataset(rows, "judged").report.warnings)
+    both = [*rows, {"prompt": "b ", "completion": "c", "label": not label}]
+    assert not any("every answer" in warning for warning in dataset(both, "judged").report.warnings)
+
+
+def test_what_is_wrong_with_an_answer_is_said_of_that_answer() -> None:
+    judged = [{"prompt": "a ", "completion": text, "label": True} for text in ("b", "")]
+    assert dataset(judged, "judged", bad_rows=1.0).report.problems == ["the rows given:2: completion is empty"]
+    with pytest.raises(InputError, match="chosen: a message has no role"):
+        dataset([{"prompt": "a", "chosen": {"text": "b"}, "rejected": {"text": "c"}}])
+
+
+def test_a_column_is_one_thing() -> None:
+    for columns in ({"chosen": "best", "rejected": "best"}, {"prompt": "Best ", "chosen": "best"}):
+        with pytest.raises(InputError, match="a column is one thing"):
+            DataConfig(train="x.jsonl", columns=columns)
+    DataConfig(train="x.jsonl", columns={"chosen": "rejected", "rejected": "chosen"})

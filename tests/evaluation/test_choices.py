@@ -31,6 +31,10 @@ TEXTS = ["Oslo", "Rome", "Paris"]
         ({"choices": {"text": TEXTS, "label": ["A", "B", "C"]}, "answerkey": "B"}, 1),  # ARC
         ({"choices": {"text": TEXTS, "label": ["1", "2", "3"]}, "answerkey": "1"}, 0),  # ARC, labelled from 1
         ({"options": ["3", "1", "2"], "answer": "1"}, 1),  # a choice of that text comes first
+        ({"choices": TEXTS, "answer": 2.0}, 2),  # a table's column of numbers that lacks some
+        ({"choices": TEXTS, "answer": "2.0"}, 2),
+        ({"choices": json.dumps(TEXTS), "answer": 2}, 2),  # a table's cell
+        ({"choices": repr({"text": TEXTS, "label": ["1", "2", "3"]}), "answer": "3"}, 2),
     ],
 )
 def test_the_right_one_however_it_is_named(row: dict, gold: int) -> None:
@@ -51,6 +55,10 @@ def test_the_right_one_however_it_is_named(row: dict, gold: int) -> None:
         {"choices": ["a", "a"], "answer": 0},
         {"choices": ["a", " "], "answer": 0},
         {"choices": "abc", "answer": 0},
+        {"choices": "['a' 'b']", "answer": 0},
+        {"choices": "[" * 9999, "answer": 0},
+        {"choices": TEXTS, "answer": 1.5},
+        {"choices": TEXTS, "answer": float("nan")},
     ],
 )
 def test_what_is_no_row_of_choices(row: dict) -> None:

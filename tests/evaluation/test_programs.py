@@ -1,5 +1,7 @@
 """pass@1: what an answer becomes, and what a program can't do."""
 
+import json
+
 import pytest
 
 from deltaw.errors import Rejected
@@ -37,6 +39,9 @@ def test_where_the_tests_stand() -> None:
     assert checks_of(human, PROMPT) == HUMAN
     mbpp = {"text": "?", "test_list": ["assert a", "assert b"], "test_setup_code": "import re"}
     assert checks_of(mbpp, "?").test == "import re\nassert a\nassert b"
+    for cell in (json.dumps(mbpp["test_list"]), repr(mbpp["test_list"])):  # by itself a text that asserts nothing
+        assert checks_of({**mbpp, "test_list": cell}, "?") == checks_of(mbpp, "?")
+    assert checks_of({"test": "[f() for _ in '12']"}, "?").test == "[f() for _ in '12']"
     for wrong in ({}, {"test": 3}, {"test": "x", "entry_point": "os; 1"}):
         with pytest.raises(Rejected):
             checks_of(wrong, "")

@@ -1,7 +1,7 @@
 """A sweep trains each run as it would be trained alone, ends each by itself, and resumes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from deltaw.files.safetensors import load_safetensors
 from deltaw.run import Run
 from deltaw.show.progress import QUIET
 from deltaw.sweep import joint
-from deltaw.sweep.folder import SweepFolder
+from deltaw.sweep.folder import HALVED, Ended, Rung, SweepFolder
 from deltaw.sweep.grid import Grid, Variant, of_grid
 from deltaw.sweep.standing import ranked
 from deltaw.sweep.sweep import run_sweep
@@ -332,6 +332,43 @@ def test_values_in_brackets_and_quotes_are_one_value(folder: Path) -> None:
     assert [variant.config.adapter.targets for variant in made.variants] == [("q_proj", "v_proj"), "all-linear"]
     assert made.keys == ("adapter.targets",)
     assert all(variant.config.train.lr == 1e-3 for variant in made.variants)
+
+
+def test_a_section_is_called_what_was_written(folder: Path) -> None:
+    """Not all that it has by default, and nothing in Python's words."""
+    written = ["adapter={rank: 2},{rank: 4}", "train.retain=builtin:general-train,null", "evaluate.report=true,false"]
+    made = of_grid(folder / "run.yaml", written)
+    first, last = made.variants[0].setting, made.variants[-1].setting
+    assert first == "adapter {rank: 2}, retain builtin:general-train, report true"
+    assert last == "adapter {rank: 4}, retain null, report false"
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of all that stands in a JSON value, but for what is in a config."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        if key != "config":
+            yield from places(value[key])
+
+
+def test_a_damaged_record_is_read_or_refused_whatever_stands_in_it(place: Path, tmp_path: Path) -> None:
+    made = grid(tmp_path, {name: config(place, tmp_path / name, seed=n) for n, name in enumerate("ab")}, halving=True)
+    SweepFolder(made, {"a": Ended(HALVED, "late")}, (Rung(0.5, {"a": 2.0, "b": None}),)).write()
+    file = tmp_path / "sweep.json"
+    whole, refused = file.read_text(), 0
+    assert ranked(SweepFolder.read(tmp_path)).to_json()
+    for number in range(sum(1 for _ in places(json.loads(whole)))):
+        for junk in (None, 3, -1.5, "x", [], {}, [None], {"x": None}):
+            raw = json.loads(whole)
+            container, key = list(places(raw))[number]
+            container[key] = junk
+            file.write_text(json.dumps(raw))
+            try:
+                ranking = ranked(SweepFolder.read(tmp_path))
+                assert ranking.verdict() and json.dumps(ranking.to_json())
+            except InputError as error:
+                refused += "sweep.json" in error.what
+    assert refused > 100
 
 
 def test_the_batches_of_one_number_are_laid_together_whole() -> None:

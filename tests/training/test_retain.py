@@ -18,10 +18,12 @@ from deltaw.adapter.attach import attach, detach
 from deltaw.adapter.file import Adapter
 from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
+from deltaw.base.limits import Limits
 from deltaw.config import AdapterSpec, parse_config
 from deltaw.config.retain import RetainConfig
 from deltaw.data.examples import Examples
 from deltaw.data.loader import LoaderState
+from deltaw.data.render import Renderer
 from deltaw.errors import InputError
 from deltaw.run import Run
 from deltaw.show.progress import QUIET
@@ -31,11 +33,12 @@ from deltaw.training.captured import captured_on
 from deltaw.training.checkpoint import TrainState
 from deltaw.training.learner import Learner
 from deltaw.training.plan import plan
-from deltaw.training.retain import Retain, Schedule, Text, informed
+from deltaw.training.retain import Retain, Schedule, Text, informed, retained_text
 from deltaw.training.run import train
 from deltaw.training.step import step
 from deltaw.training.verify import verify_resume
 from tests.architectures import tiny
+from tests.data.toys import toy
 from tests.tiny import Said, run_file, tiny_base, words
 from tests.training.processes import together
 from tests.training.test_distributed import same_run
@@ -333,9 +336,46 @@ def test_what_forgetting_is_measured_on_is_not_trained_on(place: Path) -> None:
     train(made | {"train": made["train"] | {"steps": 1}}, display=QUIET)
 
 
+def test_what_is_to_be_learnt_is_not_held_fast(place: Path) -> None:
+    with pytest.raises(InputError, match="what is trained on"):
+        train(fields(place, "own", retain=str(place / "train.jsonl")), display=QUIET)
+
+
 def test_text_that_is_not_there_is_named(place: Path) -> None:
     with pytest.raises(InputError, match=r"train\.retain\.data: .*nowhere\.txt"):
         train(fields(place, "nowhere", retain=str(place / "nowhere.txt")), display=QUIET)
+
+
+LONG = "and so on " * 40
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "text": [{"text": f"{n} {LONG}"} for n in range(3)],
+    "chat": [{"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": LONG}]}
+             for n in range(3)],
+    "long prompt": [{"messages": [{"role": "user", "content": LONG}, {"role": "assistant", "content": f"{n}"}]}
+                    for n in range(3)],
+    "completion": [{"prompt": f"{n} ", "completion": LONG} for n in range(3)],
+    "alpaca": [{"instruction": f"{n}", "output": "Yes."} for n in range(3)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_the_text_may_be_in_any_form_of_data(place: Path, form: str) -> None:
+    """Rows of answers aren't torn apart, and none is lost that is longer than a step takes."""
+    file = place / f"{form}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[form]))
+    made = parse_config(fields(place, form, retain={"data": str(file), "share": 0.3}))
+    pieces = retained_text(made, Renderer(toy("chatml")), Limits(context=256), QUIET)
+    rows = {piece.origin.partition(" (")[0].rpartition(":")[2] for piece in pieces}
+    assert rows == {"1", "2", "3"} and max(pieces.lengths) <= 256
+    assert (len(pieces) > 3) == (form == "text")
+
+
+def test_text_that_is_too_short_is_warned_of(place: Path) -> None:
+    (place / "short.txt").write_text("Hi.")
+    for data in ("short.txt", "general.jsonl"):
+        said = Said()
+        plan(parse_config(fields(place, "short", retain={"data": str(place / data), "share": 0.05})), said)
+        assert any("learnt by heart" in line for line in said.lines) == (data == "short.txt")
 
 
 def test_it_forgets_less(place: Path) -> None:

@@ -13,6 +13,7 @@ from deltaw.analysis.words import short
 from deltaw.evaluation.intervals import Interval
 
 INTERVALS = "All intervals are of 95 %: where the figure would lie on other rows like these."
+WITH_PARTS_OFF, BY_TOKEN = "With parts of it off", "Token by token"
 LABELS = {TASK: "the task's labels", OTHER: "general text"}
 HEAD = ["task loss", "from", "to", "KL", "from", "to", "task loss, change", "from", "to", "KL, change", "from", "to"]
 
@@ -23,8 +24,8 @@ def of_effect(effect: Effect) -> list[Section]:
     blocks: list[Block] = [Text("\n\n".join(words)), _pareto(effect), *_modules(effect)]
     sections = [Section("What it does", blocks)]
     if off := _without(effect):
-        sections.append(Section("With parts of it off", off))
-    return [*sections, Section("Token by token", _tokens(effect))]
+        sections.append(Section(WITH_PARTS_OFF, off))
+    return [*sections, Section(BY_TOKEN, _tokens(effect))]
 
 
 def _pareto(effect: Effect) -> Picture:
