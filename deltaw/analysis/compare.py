@@ -36,6 +36,7 @@ from deltaw.errors import InputError, listed
 from deltaw.linalg.rank import tolerance
 from deltaw.linalg.subspace import principal_angles, random_similarity, similarity
 from deltaw.linalg.threads import one_thread
+from deltaw.replaced import REPLACED
 from deltaw.show.progress import Progress, unseen
 from deltaw.updates import Plain
 
@@ -85,10 +86,12 @@ class ModuleComparison:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """`modules` by path, layer by layer; `only`: the modules of the first and of the second adapter alone."""
+    """`modules` by path, layer by layer; `only`: the modules of the first and of the second adapter alone; `replaced`:
+    those where either has trained tokens or a whole module, of which no difference from the base is known."""
 
     modules: Mapping[str, ModuleComparison]
     only: tuple[list[str], list[str]]
+    replaced: tuple[str, ...] = ()
 
     @property
     def cosine(self) -> float | None:
@@ -143,6 +146,7 @@ class Comparison:
             "frobenius": self.frobenius,
             "medians": self.medians,
             "only": {"first": self.only[0], "second": self.only[1]},
+            "replaced": list(self.replaced),
             "kinds": {
                 kind: {name: side.to_json() for name, side in sides.items()} for kind, sides in self.kinds.items()
             },
@@ -151,7 +155,7 @@ class Comparison:
 
 
 def compare(first: Adapter, second: Adapter, *, progress: Progress = unseen) -> Comparison:
-    """All modules that both adapt. `progress` gets the number of modules done.
+    """All modules that both adapt, but for trained tokens and whole modules. `progress` gets how many are done.
 
     Raises InputError: bases of different fingerprints, no module in common, updates of different shapes.
     """
@@ -161,10 +165,15 @@ def compare(first: Adapter, second: Adapter, *, progress: Progress = unseen) -> 
             f"the two adapters have different bases: {names[0]} and {names[1]}",
             fix="compare adapters of one base: only updates of the same weights can be compared",
         )
-    common = in_order(first.factors.keys() & second.factors.keys())
-    only = tuple(in_order(x.factors.keys() - y.factors.keys()) for x, y in ((first, second), (second, first)))
+    replaced = {path for one in (first, second) for path, update in one.factors.items() if update.kind in REPLACED}
+    common = in_order((first.factors.keys() & second.factors.keys()) - replaced)
+    only = tuple(
+        in_order(x.factors.keys() - y.factors.keys() - replaced) for x, y in ((first, second), (second, first))
+    )
     if not common:
-        raise InputError(f"no module in common: one adapts {_some(only[0])}, the other {_some(only[1])}")
+        beside = f" (beside {', '.join(in_order(replaced))}, which aren't compared)" if replaced else ""
+        what = f"no module in common: one adapts {_some(only[0])}, the other {_some(only[1])}{beside}"
+        raise InputError(what, fix="compare adapters that have modules in common")
     shapes = {path: (first.factors[path].shape, second.factors[path].shape) for path in common}
     differ = [f"{path}: {one} and {two}" for path, (one, two) in shapes.items() if one != two]
     if differ:
@@ -177,7 +186,7 @@ def compare(first: Adapter, second: Adapter, *, progress: Progress = unseen) -> 
         for path in common:
             modules[path] = compare_updates(_plain(path, first), _plain(path, second))
             progress(len(modules))
-    return Comparison(modules, (only[0], only[1]))
+    return Comparison(modules, (only[0], only[1]), tuple(in_order(replaced)))
 
 
 def compare_updates(first: Plain, second: Plain) -> ModuleComparison:
@@ -227,7 +236,10 @@ def _plain(path: str, adapter: Adapter) -> Plain:
     try:
         return adapter.factors[path].plain()
     except InputError as error:
-        raise InputError(f"{path}: {error.what}, so it can't be compared without the base") from None
+        raise InputError(
+            f"{path}: {error.what}, so it can't be compared without the base",
+            fix="look at each beside its base: deltaw inspect",
+        ) from None
 
 
 def _cosine(product: float, one: float, other: float) -> float | None:
@@ -239,4 +251,4 @@ def _rounded(grid: Tensor) -> list[list[float]]:
 
 
 def _some(paths: list[str]) -> str:
-    return f"{paths[0]:.80}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}"
+    return f"{paths[0]:.80}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}" if paths else "nothing else"

@@ -75,6 +75,8 @@ def in_words(comparison: Comparison, one: str, other: str) -> list[str]:
     for name, paths in zip((one, other), comparison.only, strict=True):
         if paths:
             lines.append(f"{len(paths)} modules are only in {name}, such as {title(paths[0])}.")
+    if comparison.replaced:
+        lines.append(f"Not compared: {', '.join(comparison.replaced)}, where new rows took the place of the base's.")
     return lines
 
 

@@ -189,14 +189,14 @@ def measure(update: Update, w_MN: Tensor | None = None, seed: int = 0) -> Measur
 
     Raises ValueError when W hasn't the update's shape, InputError for DoRA without W, which has no ΔW.
     """
-    if w_MN is not None and tuple(w_MN.shape) != update.shape:
-        raise ValueError(f"update of shape {update.shape}, weight of shape {tuple(w_MN.shape)}")
     plain = update.plain() if w_MN is None else update.relative_to(DenseWeight(w_MN))
+    if w_MN is not None and tuple(w_MN.shape) != plain.shape:
+        raise ValueError(f"update of shape {plain.shape}, weight of shape {tuple(w_MN.shape)}")
     u_MK, sigma_K, vt_KN = plain.svd()
-    sigma_K = torch.where(sigma_K > tolerance(sigma_K, *update.shape), sigma_K, 0)
+    sigma_K = torch.where(sigma_K > tolerance(sigma_K, *plain.shape), sigma_K, 0)
     effective = float(effective_rank(sigma_K))
     return Measures(
-        shape=update.shape,
+        shape=plain.shape,
         rank=plain.rank,
         parameters=update.parameters,
         spectrum=sigma_K[:SPECTRUM].tolist(),

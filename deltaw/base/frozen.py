@@ -105,7 +105,7 @@ def embedding_of(model: nn.Module) -> "Stored":
 def stored_of(module: nn.Module | None) -> "Stored | None":
     """Type, device and shape of a module's matrix, without making one that is packed; None where it has none."""
     stored: Stored | None = getattr(module, "stored", None)  # of a packed one (packed.py)
-    if stored is None and isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+    if stored is None and isinstance(weight := getattr(module, "weight", None), Tensor):
         return Stored.of(weight)
     return stored
 

@@ -20,11 +20,12 @@ from typing import Any
 from deltaw.base.load import as_kept
 from deltaw.base.source import find_base
 from deltaw.config import BaseWeights
+from deltaw.data.opening import open_renderer
 from deltaw.errors import InputError, command
 from deltaw.linalg.threads import apart
 from deltaw.model import Model, open_model
 from deltaw.named import Named
-from deltaw.serve.adapters import Adapters
+from deltaw.serve.adapters import Adapters, check_words
 from deltaw.serve.app import build
 from deltaw.serve.catalog import Catalog
 from deltaw.serve.guard import Access, is_loopback
@@ -136,6 +137,7 @@ def _opened(named: Named, weights: BaseWeights | None, display: Display) -> Mode
     if not named.holds_adapter:
         return open_model(named, weights=weights, display=display)
     source, config = find_base(named.base, display=display), named.local
+    check_words(named.name, named.adapter, open_renderer(source, config, tokens={}))
     weights = weights or (as_kept(source, config.base_weights) if config else None)
     return open_model(named.base, dtype=config.train.dtype if config else None, weights=weights, display=display)
 

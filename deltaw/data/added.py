@@ -9,7 +9,7 @@ One that the tokenizer has and flags special (a reserved one) may stand in rows,
 template writes it or it begins or ends texts, since of these a user's text mustn't make any (encode.py).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,13 @@ def plain_ids(tokenizer: Any, tokens: Sequence[Token], template: str) -> frozens
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     own = {str(value) for value in tokenizer.special_tokens_map.values() if isinstance(value, str)}
     return frozenset(t.id for t in tokens if t.text in special and t.text not in own and t.text not in template)
+
+
+def unread(tokenizer: Any, tokens: Mapping[int, str], template: str) -> list[str]:
+    """Those of a trained adapter's tokens that the base's own tokenizer doesn't read and write as such in texts."""
+    plain = plain_ids(tokenizer, [Token(text, id) for id, text in tokens.items()], template)
+    ids = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in tokens.values()}
+    return [text for id, text in tokens.items() if id in plain or ids[text] != [id]]
 
 
 def without_special(tokenizer: Any, ids: Sequence[int], plain: Collection[int]) -> list[int]:

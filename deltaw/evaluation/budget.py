@@ -68,7 +68,7 @@ def resize_to_loss(
         def measured(smaller: Adapter, energy: float) -> float:
             wear(attached, smaller)
             loss, _ = held_out_loss(model.forward, examples)
-            ranks = [factors.rank for factors in smaller.factors.values()]
+            ranks = [factors.rank for factors in smaller.body.values()]
             trials.append(Trial(energy, smaller.parameters, sum(ranks) / len(ranks), loss))
             progress(len(trials), f"{smaller.parameters:,} parameters, loss {loss:.4f}")
             return loss
@@ -134,8 +134,9 @@ def check_rows(examples: Sequence[Example]) -> None:
 
 
 def wear(attached: Attached, smaller: Adapter) -> None:
-    """Give the layers a smaller adapter's factors, padded to their ranks."""
-    updates = low_rank_updates(smaller, "resized")
+    """Give the layers a smaller adapter's factors, padded to their ranks; trained tokens and whole modules stay."""
+    updates = low_rank_updates(smaller, "resized", beside=True)
     for path, layer in attached.layers.items():
-        ranks = {one: own.rank for one, own in layer.values(path).items()}
-        layer.take_values(path, {one: pad(updates[one], rank) for one, rank in ranks.items()})
+        ranks = {one: own.rank for one, own in layer.values(path).items() if one in updates}
+        if ranks:
+            layer.take_values(path, {one: pad(updates[one], rank) for one, rank in ranks.items()})

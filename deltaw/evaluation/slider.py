@@ -41,7 +41,8 @@ def slide(
 ) -> list[Point]:
     """A point for each factor, in the order given. The model is left as it was.
 
-    Raises InputError: no adapter on the model, DoRA (no multiple of it is one), no rows, a factor that is not finite.
+    Raises InputError: no adapter on the model, DoRA, trained tokens and whole modules (of which there is no multiple),
+    no rows, a factor that is not finite.
     """
     if model.attached is None:
         raise InputError("this model carries no adapter, so there is nothing to scale", fix="name a run or an adapter")
@@ -50,10 +51,14 @@ def slide(
     check_rows(task_examples)
     check_rows(general_examples)
     layers, points = model.attached.layers, []
+    values = [update for path, layer in layers.items() for update in layer.values(path).items()]
+    if replaced := [path for path, update in values if update.kind in REPLACED]:
+        raise InputError(
+            f"{replaced[0]} has new rows in place of the base's, of which there is no multiple",
+            fix="measure it as it is: deltaw eval",
+        )
     with restored(model.attached), display.task("sliding", len(factors)) as progress:
         trained = {path: layer.factors() for path, layer in layers.items()}
-        if replaced := [path for path, update in trained.items() if update.kind in REPLACED]:
-            raise InputError(f"{replaced[0]} has new rows in place of the base's, of which there is no multiple")
         for factor in factors:
             for path, layer in layers.items():
                 layer.set_factors(trained[path].times(factor))

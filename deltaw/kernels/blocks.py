@@ -89,7 +89,7 @@ class BlockWeight(PackedWeight):
 def numbers_of(kind: Format, parts: Parts) -> Tensor:
     """Some rows' numbers [K, N] in float32."""
     out_KN = _codes(kind, parts)
-    out_KGg = out_KN.view(len(out_KN), -1, kind.group)
+    out_KGg = out_KN.view(len(out_KN), out_KN.shape[1] // kind.group, kind.group)
     d_KG, m_KG = _scales(kind, parts)
     out_KGg.mul_(d_KG[..., None])
     if m_KG is not None:  # in two passes: addcmul, which makes one, takes twice their time with numbers for a group
@@ -144,8 +144,9 @@ def _scales(kind: Format, parts: Parts) -> tuple[Tensor, Tensor | None]:
     if kind.scales is None:
         return d, m
     per = kind.size // kind.group
-    d = (d[..., None] * parts["s"].unflatten(1, (-1, per))).flatten(1)
-    return d, None if m is None else (m.neg_()[..., None] * parts["t"].unflatten(1, (-1, per))).flatten(1)
+    blocks = (d.shape[1], per)  # in so many words, since there may be no row
+    d = (d[..., None] * parts["s"].unflatten(1, blocks)).flatten(1)
+    return d, None if m is None else (m.neg_()[..., None] * parts["t"].unflatten(1, blocks)).flatten(1)
 
 
 def _halves(raw_MBx: Tensor, at: int) -> Tensor:

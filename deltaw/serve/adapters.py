@@ -24,8 +24,11 @@ from pathlib import Path
 from time import sleep
 
 from deltaw.adapter.attach import Attached, attach, discard, joins, sees_all_rows
+from deltaw.adapter.file import Adapter
 from deltaw.config import AdapterSpec
-from deltaw.errors import DeltawError, InputError
+from deltaw.data.added import unread
+from deltaw.data.render import Renderer
+from deltaw.errors import DeltawError, InputError, command
 from deltaw.model import Model
 from deltaw.serve.ask import Unknown
 from deltaw.serve.figures import Figures
@@ -231,6 +234,7 @@ class Adapters:
             read = self._folder.read(look)
             if wrong := read.adapter.base.mismatch(self.model.id):
                 raise InputError(f"the adapter {look.name} doesn't belong to this base: {wrong}")
+            check_words(look.name, read.adapter, self.model.renderer)
             self.figures.adapter_loads += 1
             self._read = read
         return self._read
@@ -295,4 +299,16 @@ class Adapters:
             digest=digest,
             number=number,
             problem=problem,
+        )
+
+
+def check_words(name: str, adapter: Adapter, renderer: Renderer) -> None:
+    """Raise InputError for tokens that the base's tokenizer, by which all prompts are read and all answers written,
+    doesn't have."""
+    if words := unread(renderer.tokenizer, adapter.tokens, renderer.template or ""):
+        more = f" and {len(words) - 3} more" if len(words) > 3 else ""
+        raise InputError(
+            f"the adapter {name} has tokens that the base's tokenizer doesn't have: "
+            f"{', '.join(f'{text!r:.40}' for text in words[:3])}{more}",
+            fix=f"merge it and serve that: {command('merge', name, options=['-o', f'{name}-merged'])}",
         )

@@ -35,7 +35,7 @@ def test_rows_are_those_of_the_whole(form: "type[PackedWeight]", dtype: torch.dt
     weight = form(random(90, 128).t().contiguous().t(), dtype)  # a view, as of a Conv1D
     whole = weight.dense()
     assert (whole.shape, whole.dtype, weight.dtype) == ((90, 128), dtype, dtype)
-    for index in (slice(3, 50), slice(None), torch.tensor([7, 7, 88]), slice(80, 200)):
+    for index in (slice(3, 50), slice(None), torch.tensor([7, 7, 88]), slice(80, 200), torch.tensor([]).long()):
         assert torch.equal(weight.rows(index), whole[index])
     assert all(not part.is_floating_point() for part in weight.parts.values())
     assert weight.nbytes < 90 * 128 * (0.55 if form is to_nf4 else 1.05)

@@ -3,6 +3,7 @@ the tokens that they brought, and go nowhere that can't hold them."""
 
 import copy
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from deltaw.model import open_model
 from deltaw.show.progress import Display
 from deltaw.training.run import resume, train
 from deltaw.training.stop import Stopped
+from tests.base.gguf_models import model_of, write_model
 from tests.data.toys import toy
+from tests.test_cli import call
 from tests.tiny import run_file, tiny_base
 from tests.training.test_loop import stop_at
 
@@ -31,6 +34,7 @@ TOKENS = ["<tool>", "</tool>"]
 BARE = {"samples": 0, "general": None, "report": False, "metrics": []}
 ADAPTERS: dict[str, dict[str, Any]] = {
     "tokens": {"tokens": TOKENS},
+    "own": {"tokens": ["b"]},
     "also": {"also": {"embed_tokens": "lora", "lm_head": "whole"}},
 }
 
@@ -45,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for tied in (True, False):
         train(fields(folder, tied, "tokens", f"tokens-{tied}"), display=QUIET)
     train(fields(folder, True, "also", "also-True"), display=QUIET)
+    train(fields(folder, True, "own", "own-True"), display=QUIET)
     return folder
 
 
@@ -117,3 +122,54 @@ def test_a_special_token_that_is_named_may_stand_in_rows() -> None:
     ids = renderer.prompt_ids("a<|spare|>b<|im_end|><new>")
     assert tokens[0].id in ids and tokens[2].id in ids and tokens[1].id not in ids
     assert "<|spare|>" in renderer.decode(ids) and renderer.rules["tokens"]["<new>"] == tokens[2].id
+
+
+VERBS: dict[str, tuple[object, ...]] = {
+    "eval": ("eval", "RUN", "--rows", 4),
+    "generate": ("generate", "RUN", "say 3 ", "--max-tokens", 4),
+    "inspect": ("inspect", "RUN", "-o", "OUT/page.html"),
+    "compare": ("compare", "RUN", "RUN", "-o", "OUT/page.html"),
+    "resize": ("resize", "RUN", "--rank", 2, "-o", "OUT/small"),
+    "resize to a loss": ("resize", "RUN", "--max-loss-increase", "50%", "-o", "OUT/small"),
+    "plan": ("plan", "RUN/config.yaml"),
+    "merge and verify": ("verify", "RUN", "MERGED", "--prompts", 2),
+    "merge to 16 bits and verify": ("verify", "RUN", "MERGED16", "--prompts", 2),
+    "PEFT": ("verify", "RUN", "peft:RUN/adapter", "--prompts", 2),
+    "GGUF": ("export", "RUN", "--to", "gguf", "--merged", "--type", "F32", "-o", "OUT/gguf"),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("run", ["tokens-True", "tokens-False", "also-True", "own-True", "own-int8", "tokens-keep"])
+def test_every_verb_takes_such_a_run(folder: Path, tmp_path: Path, run: str, verb: str) -> None:
+    kind, _, base = run.partition("-")
+    if not (folder / run).exists():
+        how = {"base": str(kept(folder)), "base_weights": "keep"} if base == "keep" else {}
+        how |= {"base_weights": "int8"} if base == "int8" else {}
+        train(fields(folder, True, kind, run, **how), display=QUIET)
+    for name in ("MERGED", "MERGED16"):
+        if name in VERBS[verb]:
+            merge_named(str(folder / run), str(tmp_path / name), dtype="float16" if name == "MERGED16" else "float32")
+    places = {"RUN": str(folder / run), "OUT": str(tmp_path), "MERGED": str(tmp_path / "MERGED")}
+    words = [re.sub("RUN|OUT|MERGED", lambda found: places[found[0]], str(word)) for word in VERBS[verb]]
+    code, out, err = call(*words)
+    if base == "keep" and verb == "GGUF":  # the file's own tokenizer is taken as it is
+        assert code == 2 and "deltaw merge" in err
+    else:  # what is dense elsewhere has other numbers than what is packed here
+        assert code == 0 or (
+            words[0] == "verify" and base in ("int8", "keep") and code == 1 and "base_weights" in out
+        ), err
+
+
+def kept(folder: Path) -> Path:
+    """A base that is a GGUF."""
+    if not (path := folder / "kept.gguf").exists():
+        sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 16}
+        write_model(path, model_of("llama", **sizes, num_hidden_layers=1), types=("Q8_0", "Q4_1"))
+    return path
+
+
+def test_what_no_scale_or_server_can_have_says_what_to_do(folder: Path, tmp_path: Path) -> None:
+    for verb in (("scale", folder / "own-True"), ("serve", folder / "tokens-True", "--port", 0)):
+        code, _, err = call(*verb)
+        assert code == 2 and "deltaw " in err and "Traceback" not in err

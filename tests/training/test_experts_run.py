@@ -110,6 +110,27 @@ def test_merged_it_is_base_and_adapter(run: Path, tmp_path: Path, kind: str) -> 
 def test_what_is_not_a_form_of_it_is_refused_before_work(run: Path, tmp_path: Path) -> None:
     code, _, err = call("export", str(run), "--to", "gguf", "-o", str(tmp_path / "gguf"))
     assert code == 2 and "experts" in err and not (tmp_path / "gguf").exists()
+    assert "--merged" not in err and "deltaw merge" in err  # which this type isn't written by
     assert call("export", str(run), "--to", "vllm", "-o", str(tmp_path / "vllm"))[0] == 0
     measures = inspect(run).measures
     assert all(measures[path].base is not None for path in Adapter.load(run).factors)
+
+
+VERBS: dict[str, tuple[object, ...]] = {
+    "eval": ("eval", "RUN", "--rows", 4),
+    "generate": ("generate", "RUN", "say 3 ", "--max-tokens", 4),
+    "compare": ("compare", "RUN", "RUN", "-o", "OUT/page.html"),
+    "scale": ("scale", "RUN", "--factors", "0,1"),
+    "scale to": ("scale", "RUN", "--to", 0.5, "-o", "OUT/half"),
+    "resize": ("resize", "RUN", "--energy", 0.9, "-o", "OUT/small"),
+    "resize to a loss": ("resize", "RUN", "--max-loss-increase", "50%", "-o", "OUT/small"),
+    "ties": ("combine", "RUN", "RUN", "--method", "ties", "--density", 0.5, "--rank", 2, "-o", "OUT/ties"),
+    "PEFT": ("verify", "RUN", "peft:RUN/adapter", "--prompts", 2),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_takes_such_a_run(run: Path, tmp_path: Path, verb: str) -> None:
+    words = [str(word).replace("RUN", str(run)).replace("OUT", str(tmp_path)) for word in VERBS[verb]]
+    code, _, err = call(*words)
+    assert code == 0, err

@@ -31,6 +31,7 @@ from deltaw.files.gguf_parts import parts_of, read_model
 from deltaw.replaced import Rows, Whole
 from deltaw.shipping.beside import missing_stop
 from deltaw.shipping.destination import Destination, Options, Written
+from deltaw.shipping.gguf.meta import MODELS
 from deltaw.shipping.gguf.modelfile import FILE, modelfile
 from deltaw.shipping.gguf.names import Family, family
 from deltaw.shipping.trained import TEMPLATE, Trained
@@ -135,7 +136,10 @@ def _check_experts(trained: Trained) -> None:
 
 
 def _whole(trained: Trained) -> str:
-    """What helps where no adapter does."""
+    """What helps where no adapter does: a whole model, by llama.cpp's converter where it isn't written as GGUF here."""
+    if trained.base_files.skeleton.config.model_type not in MODELS:
+        merge = command("merge", trained.name, options=["-o", "merged"])
+        return f"the whole model: {merge}, then llama.cpp's own converter"
     options = ["--to", "gguf", "--merged", "-o", "merged-gguf"]
     return f"the whole model: {command('export', trained.name, options=options)}"
 

@@ -53,7 +53,7 @@ def family(config: Any) -> "Family":
     if config.model_type not in TYPES:
         raise InputError(
             f"a model of the type {config.model_type!r} can't be written as GGUF",
-            fix=f"as GGUF: {', '.join(TYPES)}",
+            fix=f"as GGUF: {', '.join(TYPES)}; for others use deltaw merge and llama.cpp's own converter",
         )
     try:
         import gguf  # noqa: F401

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.base.language import language_part
@@ -120,7 +121,9 @@ class Tensors:
         return self._stored(planned, self.plan.value(planned).float())
 
     def _base(self, planned: Planned) -> Tensor:
-        return self._stored(planned, read_tensor(planned.file, planned.source).float())
+        """With zeros where tokens were added, as an update has it (replaced.py)."""
+        weight = read_tensor(planned.file, planned.source).float()
+        return self._stored(planned, F.pad(weight, (0, 0, 0, planned.more)) if planned.more else weight)
 
     def _stored(self, planned: Planned, weight: Tensor) -> Tensor:
         """In GGUF's layout."""

@@ -26,11 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.adapter.layer import AdaptedLinear
+from deltaw.adapter.vocabulary import AdaptedEmbedding
 from deltaw.base.frozen import has_weight, weight_of
 from deltaw.base.packed import PackedEmbedding
 from deltaw.kernels.weight import AT_ONCE, Weight
 from deltaw.shipping.verify.sides.formats import UNIT, error, exact, known
 from deltaw.shipping.verify.sides.side import Numbers
+
+EMBEDDINGS = (nn.Embedding, PackedEmbedding, AdaptedEmbedding)
 
 
 @contextlib.contextmanager
@@ -43,7 +46,8 @@ def noisy(model: nn.Module, sides: Sequence[Numbers], seed: int) -> Iterator[Non
     formats = [side.activations[0] for side in sides if known(side.activations[0]) in UNIT]
     formats = [name for name in formats if not exact(name)] or ["float32"]
     linears = dict(_linears(model))
-    inside = {id(child) for layer in linears.values() for child in layer.modules()} - {id(x) for x in linears.values()}
+    whole = [*linears.values(), *(module for module in model.modules() if isinstance(module, AdaptedEmbedding))]
+    inside = {id(child) for layer in whole for child in layer.modules()} - {id(x) for x in whole}
 
     def into(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return (_shaken(given[0], activations, generator), *given[1:]) if given and _floats(given[0]) else None
@@ -56,7 +60,8 @@ def noisy(model: nn.Module, sides: Sequence[Numbers], seed: int) -> Iterator[Non
 
     def weighed(path: str, weight: Weight) -> Any:
         def hook(_: nn.Module, given: tuple[Any, ...], y: Tensor) -> Tensor:
-            return y + _of_weights(given[0], weight, weights, zlib.crc32(path.encode()) ^ seed).to(y.dtype)
+            e = _of_weights(given[0], weight, weights, zlib.crc32(path.encode()) ^ seed)
+            return y + F.pad(e, (0, y.shape[-1] - e.shape[-1])).to(y.dtype)  # a head that has new tokens is wider
 
         return hook
 
@@ -69,7 +74,7 @@ def noisy(model: nn.Module, sides: Sequence[Numbers], seed: int) -> Iterator[Non
             if id(module) not in inside and module is not model:
                 handles.append(module.register_forward_hook(out_of))
             stacked = any(weight.ndim == 3 for weight in module.parameters(recurse=False))  # experts
-            if weights and (stacked or isinstance(module, nn.Embedding | PackedEmbedding)):
+            if weights and id(module) not in inside and (stacked or isinstance(module, EMBEDDINGS)):
                 handles.append(module.register_forward_hook(looked_up))
         yield
     finally:
@@ -83,7 +88,8 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             inside |= {id(child) for child in module.modules()}
-            yield path, module
+            if not isinstance(module, AdaptedEmbedding):
+                yield path, module
         elif id(module) not in inside and ".lora_" not in path and has_weight(module):
             yield path, module
 

@@ -27,6 +27,11 @@ class Adapted(Running):
         # On the weights that it was trained on, as they are kept there.
         config = self.trained.config
         self.weights = as_kept(self.source, config.base_weights) if config else "auto"
+        if self.weights != "auto":
+            self.notes.append(
+                f"{name} is asked on {self.weights} weights of its base, as it was trained (base_weights): a side on "
+                "others differs by more than rounding"
+            )
         self._dtype = working_type(self.source)
         self.numbers = running(self._dtype, "float32")
         self.chats = not self.trained.plain and bool(self.trained.renderer.template)

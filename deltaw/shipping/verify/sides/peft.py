@@ -10,12 +10,13 @@ import importlib.util
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
 from deltaw.adapter.file import CONFIG, WEIGHTS, is_run
 from deltaw.adapter.peft_config import check_config
+from deltaw.base.frozen import embedding_of
 from deltaw.base.load import open_base
 from deltaw.base.source import find_base, found_as
 from deltaw.data.render import open_tokenizer
@@ -71,6 +72,7 @@ class Peft(Running):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             try:
+                _make_room(opened.model, self.folder)
                 model = PeftModel.from_pretrained(opened.model, str(self.folder))
             except Exception as error:  # whatever PEFT makes of the folder
                 reason = " ".join(str(error).split())[:200]
@@ -86,6 +88,15 @@ class Peft(Running):
 
     def decode(self, ids: Sequence[int]) -> str | None:
         return self._words.decode(ids)
+
+
+def _make_room(model: Any, folder: Path) -> None:
+    """Rows for tokens that the adapter adds, as its card tells its users to make."""
+    tokens = read_json(folder / CONFIG, max_bytes=1_000_000, allow_nan=True).get("trainable_token_indices") or []
+    lists = tokens.values() if isinstance(tokens, dict) else [tokens]
+    most = max((id for ids in lists for id in ids), default=-1) + 1
+    if most > embedding_of(model).shape[0]:
+        model.resize_token_embeddings(most, mean_resizing=False)
 
 
 def _base_of(name: object, folder: Path) -> str:
