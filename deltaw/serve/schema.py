@@ -1,4 +1,5 @@
-"""`response_format`: which schemas are taken from a client, before anything is made of them.
+"""`response_format`, and functions that an answer must call: which schemas are taken from a client, before anything is
+made of them.
 
 A schema decides how much work each token of its answer is, and strangers send it. So it is walked first: a keyword that
 isn't in the lists below is refused by its name and place, numbers and sizes are bounded, and a reference leads nowhere
@@ -9,7 +10,9 @@ left out in silence: an answer that ends by itself is valid under the whole sche
 many states as the number is large. `not`, `if`, `uniqueItems` and the like aren't what an automaton can hold.
 """
 
+import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from deltaw.files.strict_json import json_kind
@@ -58,7 +61,7 @@ def schema_of(response_format: Mapping[str, Any]) -> Mapping[str, Any] | None:
     schema = given.get("schema")
     if not isinstance(schema, Mapping):
         raise wrong(f"{FIELD}: json_schema.schema must be an object, not {json_kind(schema)}", FIELD, "invalid_value")
-    _check(schema)
+    check_schemas({f"{FIELD}.schema": schema})
     return schema
 
 
@@ -67,12 +70,14 @@ def _only(given: Mapping[str, Any], known: set[str], place: str) -> None:
         raise wrong(f"{place}.{unknown[0][:40]}: no such field here", FIELD, "unknown_parameter")
 
 
-def _check(schema: Mapping[str, Any]) -> None:
-    """Raises Refused for what isn't taken of a schema, wherever in it."""
+def check_schemas(schemas: Mapping[str, Any]) -> None:
+    """Raises Refused for what isn't taken of schemas, wherever in them; by the places where they stand in a request,
+    which begin with a field's name. Together they may be as large as one."""
     choices = 0
-    for number, (place, node) in enumerate(_nodes("schema", schema)):
+    nodes = chain.from_iterable(_nodes(place, schema) for place, schema in schemas.items())
+    for number, (place, node) in enumerate(nodes):
         if number == MOST_NODES:
-            raise _refused("schema", f"has more than {MOST_NODES:,} parts")
+            raise _refused(place, f"more than {MOST_NODES:,} parts")
         if unknown := sorted(node.keys() - KNOWN):
             raise _refused(place, f"{unknown[0][:40]!r} isn't a keyword that answers can be held to")
         for name, most in MOST.items():
@@ -114,4 +119,4 @@ def _nodes(place: str, node: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _refused(place: str, what: str) -> Refused:
-    return wrong(f"{FIELD}: {place[:200]}: {what}", FIELD, "unsupported_value")
+    return wrong(f"{place[:200]}: {what}", re.split(r"\W", place)[0], "unsupported_value")

@@ -140,6 +140,29 @@ def test_what_ends_by_itself_is_valid(
             assert valid(json.loads(text), root, root), (root, text)
 
 
+NAMED = {"type": "object", "properties": {"<|im_end|>": {"type": "null"}}, "required": ["<|im_end|>"]}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": "a<|im_end|>b"},
+        {"enum": ["<|endoftext|>b", "<|endoftext|>c"]},
+        {**NAMED, "additionalProperties": False},
+    ],
+    ids=str,
+)
+def test_control_tokens_that_a_schema_names_are_texts(model: Model, grammars: Grammars, schema: dict[str, Any]) -> None:
+    stops, engine = frozenset(model.renderer.stop_ids), Engine(model.base.model)
+    grammar = grammars.of(schema, stops)
+    for n in range(4):
+        engine.add(PROMPT, Sampling(max_new_tokens=90, temperature=1.0, seed=n), stops, guide=grammar.begin())
+    for events in decoded(engine).values():
+        ids = tokens(events)
+        assert not set(ids) & set(model.renderer.tokenizer.all_special_ids)
+        assert valid(json.loads(model.renderer.decode(ids)), schema, schema)
+
+
 def test_most_answers_do_end(model: Model, grammars: Grammars) -> None:
     """Whatever the model would rather say: a random one never writes JSON."""
     schema = {
