@@ -103,10 +103,10 @@ class Catalog:
         chats = self._renderer(served).chats
         if chats is None or not choice.shown:
             return None
-        if not chats.takes_tools:
-            raise wrong("this model's chat template takes no tools: leave them out, or tool_choice: none", TOOLS)
         if chats.call_form is not None:
             return Calling(chats.call_form, choice)
+        if not chats.takes_tools:
+            raise wrong("this model's chat template takes no tools: leave them out, or tool_choice: none", TOOLS)
         if choice.held:
             raise wrong("this model's chat template writes no calls that an answer could be held to", CHOICE)
         return None
