@@ -68,6 +68,11 @@ class ChatWriter:
         """What the template writes in front of an answer, but not when it is asked for a generation prompt."""
         return self._frame.header
 
+    @property
+    def writes_calls(self) -> bool:
+        """Whether the template has heard of calls of tools."""
+        return "tool_calls" in self._template.words
+
     @cached_property
     def takes_tools(self) -> bool:
         """Whether the template writes tools."""

@@ -33,7 +33,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from deltaw.config import Shape
-from deltaw.data.added import Token, plain_ids, without_special
+from deltaw.data.added import Token, plain_ids, special_ids
 from deltaw.data.asking import behind
 from deltaw.data.chat import NO_TEMPLATE, ChatWriter, Layout, Piece, template_source
 from deltaw.data.document import Chat, Completion, Message, Single, Text
@@ -97,6 +97,7 @@ class Renderer:
         self.template = template_source(tokenizer, template, self._encoder) or None
         """The chat template's text, whoever it is from."""
         self._plain_ids = plain_ids(tokenizer, self.tokens, self.template or "")
+        self._special = special_ids(tokenizer)
         if self._plain_ids:
             self._encoder = Encoder(tokenizer, [token.text for token in tokens if token.id in self._plain_ids])
         if source := self.template:
@@ -234,9 +235,9 @@ class Renderer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True, shown: frozenset[int] = frozenset()) -> str:
         """The text of `ids`; `skip_special`: without control tokens but those that are `shown`."""
-        plain = self._plain_ids | shown
-        left = without_special(self.tokenizer, ids, plain) if skip_special else list(ids)
-        skip = skip_special and not plain
+        shown |= self._plain_ids
+        skip = skip_special and not shown  # else the tokenizer does it itself
+        left = [id for id in ids if not skip_special or skip or id in shown or id not in self._special]
         return str(self.tokenizer.decode(left, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
 
     def end_of_turn_problems(self, examples: Examples) -> list[str]:

@@ -53,11 +53,6 @@ class CallForm:
     tokens: Mapping[str, int]
 
     @property
-    def texts(self) -> tuple[str, ...]:
-        """All that a model writes around names and arguments."""
-        return self.before, self.between or "", self.after, self.head, self.middle, self.foot
-
-    @property
     def bare(self) -> bool:
         """Whether nothing says that a call comes."""
         return not self.before.strip()

@@ -139,7 +139,10 @@ class Grammars:
         if not matcher.is_error():
             matcher.compute_bitmask()  # what nothing fits shows at the first token
         if matcher.is_error():
-            raise InputError(f"the schema can't be kept: {matcher.get_error().partition(chr(10))[0][:200]}")
+            what = matcher.get_error().partition("\n")[0][:200]
+            if "coerce_one_of" in what:
+                what = "a value might be of two branches of oneOf, as far as can be told: send anyOf"
+            raise InputError(f"the schema can't be kept: {what}")
         return Grammar(matcher)
 
     def _vocabulary(self, stop_ids: frozenset[int]) -> Any:

@@ -83,12 +83,14 @@ class Catalog:
         """What the model is given of a chat. Raises InputError, or Refused for one that is far too long, too, unless
         `any_length` may be."""
         renderer = self._renderer(served)
-        if renderer.template is None:
+        if renderer.chats is None:
             raise wrong("this base has no chat template: ask with /v1/completions", "model")
         try:
             checked = checked_messages(messages)
         except Rejected as rejected:
             raise wrong(str(rejected), "messages") from None
+        if not renderer.chats.writes_calls and any("tool_calls" in message for message in checked):
+            raise wrong("messages: this model's chat template doesn't write tool_calls: tell them in words", "messages")
         texts = [message.get("content") for message in checked]
         with self._bounded("\n".join(text for text in (*texts, *map(str, tools)) if isinstance(text, str)), any_length):
             return tuple(renderer.prompt_ids([_unweighted(message) for message in checked], tools))

@@ -161,12 +161,13 @@ class Desk:
             ids = self.catalog.chat_ids(served, request.messages, choice.shown)
             ask = request.ask(ids, self.limits, client, served.name if served else None)
             stops = self.catalog.stop_ids(served)
-            grammar = None if schema is None else self.catalog.grammar(schema, stops)
-            if calling is not None and schema is None:
-                grammar = self.catalog.call_grammar(calling, stops) if choice.held else None
-                ask = replace(ask, shown=frozenset(calling.form.tokens.values()))
-            form = partial(Chat, calling=None if schema else calling)
-            return form, request, [replace(ask, stop_ids=stops, grammar=grammar)]
+            ask = replace(ask, stop_ids=stops)
+            if schema is not None:  # what is held to JSON calls nothing
+                return Chat, request, [replace(ask, grammar=self.catalog.grammar(schema, stops))]
+            if calling is None:
+                return Chat, request, [ask]
+            grammar = self.catalog.call_grammar(calling, stops) if choice.held else None
+            return partial(Chat, calling=calling), request, [replace(ask, grammar=grammar, shown=calling.shown)]
 
         return await self._answers(prepared, body)
 

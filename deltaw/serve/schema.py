@@ -7,7 +7,8 @@ but into the schema. What the library behind (generate/grammar.py) can't keep of
 left out in silence: an answer that ends by itself is valid under the whole schema.
 
 `pattern` isn't taken: no regular expression from a request is ever used. Nor is `multipleOf`, whose automaton has as
-many states as the number is large. `not`, `if`, `uniqueItems` and the like aren't what an automaton can hold.
+many states as the number is large. `not`, `if`, `uniqueItems` and the like aren't what an automaton can hold. Of
+`oneOf` the library takes those of which no value can be of two branches, as far as it can tell.
 """
 
 import re
@@ -24,9 +25,10 @@ MOST_NODES, MOST_LENGTH, MOST_ITEMS, MOST_PROPERTIES, MOST_CHOICES, MOST_TEXT = 
 
 WORDS = frozenset(  # what is about the schema and says nothing of the answer
     {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$schema", "$comment"}
+    | {"discriminator"}
 )
 ONE = frozenset({"items", "additionalProperties"})  # a schema, or true or false
-SOME = frozenset({"anyOf", "allOf", "prefixItems"})  # a list of schemas
+SOME = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})  # a list of schemas
 NAMED = frozenset({"properties", "$defs", "definitions"})  # schemas by name
 MOST = {
     "minLength": MOST_LENGTH,

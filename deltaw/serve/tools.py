@@ -36,6 +36,11 @@ class Calling:
     form: CallForm
     choice: Choice
 
+    @property
+    def shown(self) -> frozenset[int]:
+        """The control tokens that an answer's text must have for calls to be found."""
+        return frozenset(self.form.tokens.values())
+
     def splitter(self) -> CallSplitter:
         """For one answer."""
         return CallSplitter(self.form, self.choice.names, self.choice.most)

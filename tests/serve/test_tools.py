@@ -12,7 +12,7 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 from deltaw.generate.grammar import Grammars, _parts, _written
-from tests.data.calling import TEMPLATES, renderer, tool
+from tests.data.calling import TEMPLATES, called, renderer, tool
 from tests.data.toys import toy
 from tests.serve.canaries import Canaries
 from tests.serve.serving import KEY, Running, serving
@@ -164,7 +164,7 @@ def test_what_is_no_call_of_a_tool_that_was_sent_stays_text(client: OpenAI, sayi
         (call[:-15] + ",", {"tools": TOOLS}),
         (call, {"tools": TOOLS, "tool_choice": "none"}),
         (call, {}),
-        (call, {"tools": TOOLS, "response_format": {"type": "json_object"}}),
+        (call, {"tools": TOOLS, "response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}),
     ):
         saying(text)
         (choice,) = client.chat.completions.create(model="qwen", messages=HELLO, **more).choices
@@ -218,6 +218,7 @@ def test_a_call_in_a_question_is_no_call(client: OpenAI, saying: Callable[[str],
         ("tools", {**REQUIRED, "tools": [tool("a"), tool("b", x={"not": {}})]}),
         ("tools", {**REQUIRED, "tools": [tool("b", x={"type": "string", "pattern": "(a+)+$"})]}),
         ("tools", {**REQUIRED, "tools": [tool(f"f{i}", **{f"p{j}": {} for j in range(50)}) for i in range(50)]}),
+        ("messages", {"model": "base", "messages": [*HELLO, called(("wait", {}))]}),
         ("response_format", {**REQUIRED, "response_format": {"type": "json_object"}}),
     ],
     ids=lambda given: given if isinstance(given, str) else json.dumps(given)[:70],
