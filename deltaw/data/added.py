@@ -9,7 +9,7 @@ One that the tokenizer has and flags special (a reserved one) may stand in rows,
 template writes it or it begins or ends texts, since of these a user's text mustn't make any (encode.py).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +61,7 @@ def unread(tokenizer: Any, tokens: Mapping[int, str], template: str) -> list[str
     return [text for id, text in tokens.items() if id in plain or ids[text] != [id]]
 
 
-def without_special(tokenizer: Any, ids: Sequence[int], plain: Collection[int]) -> list[int]:
-    """The ids without the tokenizer's special ones, where some of these are `plain`; else all, for it to leave out."""
-    special = {
-        *tokenizer.all_special_ids,
-        *(id for id, token in tokenizer.added_tokens_decoder.items() if token.special),
-    }
-    return [id for id in ids if not plain or id in plain or id not in special]
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """All that the tokenizer flags special."""
+    added = (id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset((*tokenizer.all_special_ids, *added))

@@ -12,12 +12,15 @@ text, which is what it then gets; it is known by refusing an object, or by writi
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from deltaw.data.call_form import find_form, probes
 from deltaw.data.document import Chat, Message
 from deltaw.data.encode import Encoder
 from deltaw.data.left_out import Survey
+from deltaw.data.tool_calls import CallForm
 from deltaw.data.turns import Frame, find_answer, find_frame, trial
 from deltaw.errors import InputError, Rejected
 from deltaw.files.template import CHATML, MAX_TEMPLATE, Asked, Template, Unfinished
@@ -64,6 +67,24 @@ class ChatWriter:
     def header(self) -> str:
         """What the template writes in front of an answer, but not when it is asked for a generation prompt."""
         return self._frame.header
+
+    @property
+    def writes_calls(self) -> bool:
+        """Whether the template has heard of calls of tools."""
+        return "tool_calls" in self._template.words
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the template writes tools."""
+        with_tools, without = (probes(offered)[-1] for offered in (True, False))
+        texts, others = self._template.render_rows([with_tools, without])
+        return not isinstance(texts, Rejected) and texts != others
+
+    @cached_property
+    def call_form(self) -> CallForm | None:
+        """How the template writes calls of tools, where that can be read."""
+        asked = [probe._replace(messages=self._guarded(probe.messages)) for probe in probes()]
+        return find_form(self._template.render_rows(asked), self._encoder.ids, self.end_of_turn)
 
     def ask(self, chat: Chat, train_on: str) -> Asked:
         """What the template is asked to write: the whole chat, then p and q (`turns.py`) for every answer wanted."""

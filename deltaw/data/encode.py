@@ -69,8 +69,8 @@ class _Part:
 
 
 class Encoder:
-    """Encodes pieces of documents with one tokenizer. `control_ids` are the ids that only a template may write;
-    `plain`: special tokens that a user's text may have, too, since they are trained by name."""
+    """Encodes pieces of documents with one tokenizer. `control_ids` are the ids that only a template may write, in
+    `ids` by their names; `plain`: special tokens that a user's text may have, too, since they are trained by name."""
 
     def __init__(self, tokenizer: Any, plain: Collection[str] = ()) -> None:
         self._tokenizer = tokenizer
@@ -86,7 +86,7 @@ class Encoder:
         emitted = set(self._plain([UNASSIGNED])[0])
         control = {name: id for name, id in special.items() if id not in emitted}
         self._control = re.compile(_any_of(control))
-        self._ids = control
+        self.ids = control
         self.control_ids = frozenset(control.values())
         newline = self._plain(["\n"])[0]
         joined = self._plain(["\na", "a"])
@@ -155,7 +155,7 @@ class Encoder:
 
     def id_of(self, name: str) -> int | None:
         """The id of the control token of this name, if it is one."""
-        return self._ids.get(name)
+        return self.ids.get(name)
 
     def controls(self, text: str) -> list[re.Match[str]]:
         """The control tokens a template wrote into `text`, in order."""

@@ -33,7 +33,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from deltaw.config import Shape
-from deltaw.data.added import Token, plain_ids, without_special
+from deltaw.data.added import Token, plain_ids, special_ids
 from deltaw.data.asking import behind
 from deltaw.data.chat import NO_TEMPLATE, ChatWriter, Layout, Piece, template_source
 from deltaw.data.document import Chat, Completion, Message, Single, Text
@@ -92,17 +92,19 @@ class Renderer:
         self.model_stop_ids = frozenset({self._eos, *_generation_stops(tokenizer)})
         """What servers stop at: eos and the generation config's."""
         self.end_of_turn: int | None = None
-        self.template_fingerprint, self._chats = "none", None
+        self.template_fingerprint, self.chats = "none", None
+        """The template at work, where there is one."""
         self.template = template_source(tokenizer, template, self._encoder) or None
         """The chat template's text, whoever it is from."""
         self._plain_ids = plain_ids(tokenizer, self.tokens, self.template or "")
+        self._special = special_ids(tokenizer)
         if self._plain_ids:
             self._encoder = Encoder(tokenizer, [token.text for token in tokens if token.id in self._plain_ids])
         if source := self.template:
             compiled = Template(source, tokenizer.special_tokens_map)
             self.template_fingerprint = compiled.fingerprint
-            self._chats = ChatWriter(compiled, self._encoder, self._stop_names())
-            self.end_of_turn = self._encoder.id_of(self._chats.end_of_turn)
+            self.chats = ChatWriter(compiled, self._encoder, self._stop_names())
+            self.end_of_turn = self._encoder.id_of(self.chats.end_of_turn)
 
     @property
     def grown(self) -> bool:
@@ -231,11 +233,12 @@ class Renderer:
         """What the tokenizer puts in front of a text by itself."""
         return "".join(self.tokenizer.convert_ids_to_tokens(list(self._bos)))
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`; `skip_special`: without control tokens."""
-        shown = without_special(self.tokenizer, ids, self._plain_ids) if skip_special else list(ids)
-        skip = skip_special and not self._plain_ids
-        return str(self.tokenizer.decode(shown, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
+    def decode(self, ids: Sequence[int], skip_special: bool = True, shown: frozenset[int] = frozenset()) -> str:
+        """The text of `ids`; `skip_special`: without control tokens but those that are `shown`."""
+        shown |= self._plain_ids
+        skip = skip_special and not shown  # else the tokenizer does it itself
+        left = [id for id in ids if not skip_special or skip or id in shown or id not in self._special]
+        return str(self.tokenizer.decode(left, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
 
     def end_of_turn_problems(self, examples: Examples) -> list[str]:
         """Why the trained model may not stop, in words for the user; nothing when all is well."""
@@ -256,12 +259,9 @@ class Renderer:
 
     def header_problems(self) -> list[str]:
         """Whether servers that use the template ask the model for an answer as it is trained here."""
-        header = self._chats.header if self._chats else ""
-        problem = (
-            f"the chat template never asks for an answer: the answer is trained after {header!r}, which servers don't "
-            "write"
-        )
-        return [problem] if header else []
+        header = self.chats.header if self.chats else ""
+        what = f"the answer is trained after {header!r}, which servers don't write"
+        return [f"the chat template never asks for an answer: {what}"] if header else []
 
     def _layouts(self, documents: Sequence[Single]) -> list[Layout | Rejected]:
         """How every document is cut into pieces; the chats after the template has written them all."""
@@ -361,9 +361,9 @@ class Renderer:
             raise InputError(
                 "data.rendered is for text and for prompt / completion, but the rows are chats", fix=RENDERED
             )
-        if self._chats is None:
+        if self.chats is None:
             raise InputError("this base has no chat template, but the rows are chats", fix=NO_TEMPLATE)
-        return self._chats
+        return self.chats
 
     def _encode(self, text: str) -> list[int]:
         return self._encoder.encode([[text]])[0][0].ids

@@ -12,20 +12,26 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from string import ascii_letters, digits
 from typing import Any, ClassVar
 
+from deltaw.data.tool_calls import CallSplitter, Read, ToolCall
 from deltaw.serve.ask import Piece
 from deltaw.serve.tokens import Tokens
+from deltaw.serve.tools import Calling
 
 LOWEST = -9999.0  # in place of -inf, which JSON doesn't have
 
 
 @dataclass
 class Whole:
-    """An answer as it comes together: its pieces, and the text of all of them."""
+    """An answer as it comes together: its pieces, and the text of all of them. `splitter`: what finds the calls in it,
+    where there may be any; `calls`: how many were told."""
 
     text: str = ""
     pieces: list[Piece] = field(default_factory=list)
+    splitter: CallSplitter | None = None
+    calls: int = 0
 
     def add(self, piece: Piece) -> None:
         """One more."""
@@ -80,6 +86,10 @@ class Form(abc.ABC):
         """The first choice of a stream's answer, if there is one."""
         return None
 
+    def begun(self) -> Whole:
+        """An answer of which nothing has come."""
+        return Whole()
+
     @abc.abstractmethod
     def chunk(self, index: int, piece: Piece, before: Whole) -> list[dict[str, Any]]:
         """The choices of a stream for one piece. `before`: the answer up to it."""
@@ -89,8 +99,11 @@ class Form(abc.ABC):
         """A whole answer."""
 
 
+@dataclass
 class Chat(Form):
-    """Of `/v1/chat/completions`."""
+    """Of `/v1/chat/completions`. `calling`: the calls of tools that an answer may have."""
+
+    calling: Calling | None = None
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -98,21 +111,41 @@ class Chat(Form):
         return self._delta(index, {"role": "assistant", "content": ""})
 
     def chunk(self, index: int, piece: Piece, before: Whole) -> list[dict[str, Any]]:
+        parts: Read = [piece.text]
+        if before.splitter is not None:
+            parts = [*before.splitter.push(piece.text), *(before.splitter.end() if piece.finish else ())] or [""]
+        if parts == [""] and not (piece.tokens and (self.logprobs or before.splitter is None)):
+            parts = []
         choices = []
-        if piece.text or piece.tokens:
-            shown = {"logprobs": self._logprobs([piece])}
-            choices.append({**self._delta(index, {"content": piece.text}), **shown})
+        for part in parts:
+            if isinstance(part, str):
+                delta: dict[str, Any] = {"content": part}
+            else:
+                delta = {"tool_calls": [{"index": before.calls, **_call(part)}]}
+                before.calls += 1
+            choices.append(self._delta(index, delta))
+        if choices:
+            choices[0]["logprobs"] = self._logprobs([piece])
         if piece.finish:
-            choices.append({**self._delta(index, {}), "finish_reason": piece.finish})
+            choices.append({**self._delta(index, {}), "finish_reason": _finish(piece.finish, before)})
         return choices
 
     def choice(self, index: int, answer: Whole) -> dict[str, Any]:
+        parts: Read = [answer.text]
+        if answer.splitter is not None:
+            parts = [*answer.splitter.push(answer.text), *answer.splitter.end()]
+        text = "".join(part for part in parts if isinstance(part, str))
+        calls = [_call(part) for part in parts if isinstance(part, ToolCall)]
+        content = {"content": text or None, "tool_calls": calls} if calls else {"content": text}
         return {
             "index": index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "message": {"role": "assistant", "refusal": None, **content},
             "logprobs": self._logprobs(answer.pieces),
-            "finish_reason": answer.finish,
+            "finish_reason": _finish(answer.finish, answer),
         }
+
+    def begun(self) -> Whole:
+        return Whole(splitter=self.calling.splitter() if self.calling else None)
 
     def _delta(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
@@ -185,6 +218,19 @@ class Listed:
     token_logprobs: list[float | None] = field(default_factory=list)
     top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
     text_offset: list[int] = field(default_factory=list)
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    """A call, with an id that every template takes (Mistral's want nine letters and digits)."""
+    id = "".join(secrets.choice(ascii_letters + digits) for _ in range(9))
+    return {"id": id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _finish(finish: str | None, answer: Whole) -> str | None:
+    """How an answer ends, as it is told: one that is cut short is `length` whatever was called before."""
+    splitter = answer.splitter
+    called = splitter is not None and splitter.count > 0 and (splitter.over or finish == "stop")
+    return "tool_calls" if called else finish
 
 
 def finite(logprob: float) -> float:

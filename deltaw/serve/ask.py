@@ -37,8 +37,8 @@ class Ask:
     `stop`: texts at which an answer ends, left out of it; `stop_ids`: tokens that end it, None for the model's own.
     `logprobs`: of each token its own and those of so many likely ones. `bias`: what is added to a token's logit. `n`:
     how many answers. `echo`: the prompt comes first, with its logprobs where they are asked for; without `answer` it is
-    all that comes (OpenAI's `max_tokens: 0`). `grammar`: what the answers are held to. `client`: whom it is from;
-    waiting clients take turns.
+    all that comes (OpenAI's `max_tokens: 0`). `grammar`: what the answers are held to. `shown`: control
+    tokens that their text has nevertheless. `client`: whom it is from; waiting clients take turns.
     """
 
     prompt: tuple[int, ...]
@@ -54,6 +54,7 @@ class Ask:
     client: str = ""
     stop_ids: frozenset[int] | None = None
     grammar: "Grammar | None" = None
+    shown: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ client can ask it so; the server doesn't choose between the two for anybody.
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from deltaw.model import Model
 from deltaw.serve.adapters import Adapters, Served
 from deltaw.serve.protocol import Objects
 from deltaw.serve.refused import wrong
+from deltaw.serve.tools import CHOICE, TOOLS, Calling, Choice
 
 REPORT = "report.html"
 HEAD, FAR = (
@@ -77,17 +78,19 @@ class Catalog:
         return file.read_bytes() if file else None
 
     def chat_ids(
-        self, served: Served | None, messages: Objects, tools: Objects, *, any_length: bool = False
+        self, served: Served | None, messages: Objects, tools: Sequence[dict[str, Any]], *, any_length: bool = False
     ) -> tuple[int, ...]:
         """What the model is given of a chat. Raises InputError, or Refused for one that is far too long, too, unless
         `any_length` may be."""
         renderer = self._renderer(served)
-        if renderer.template is None:
+        if renderer.chats is None:
             raise wrong("this base has no chat template: ask with /v1/completions", "model")
         try:
             checked = checked_messages(messages)
         except Rejected as rejected:
             raise wrong(str(rejected), "messages") from None
+        if not renderer.chats.writes_calls and any("tool_calls" in message for message in checked):
+            raise wrong("messages: this model's chat template doesn't write tool_calls: tell them in words", "messages")
         texts = [message.get("content") for message in checked]
         with self._bounded("\n".join(text for text in (*texts, *map(str, tools)) if isinstance(text, str)), any_length):
             return tuple(renderer.prompt_ids([_unweighted(message) for message in checked], tools))
@@ -96,11 +99,33 @@ class Catalog:
         """What ends a chat's answer: with a template of its own an adapter has learnt an end of its own."""
         return frozenset(self._renderer(served).stop_ids)
 
+    def calling(self, served: Served | None, choice: Choice) -> Calling | None:
+        """How answers call the tools that they are shown; None where calls can't be told from text. Raises Refused
+        where they can't be shown any, or not be held to calls."""
+        chats = self._renderer(served).chats
+        if chats is None or not choice.shown:
+            return None
+        if chats.call_form is not None:
+            return Calling(chats.call_form, choice)
+        if not chats.takes_tools:
+            raise wrong("this model's chat template takes no tools: leave them out, or tool_choice: none", TOOLS)
+        if choice.held:
+            raise wrong("this model's chat template writes no calls that an answer could be held to", CHOICE)
+        return None
+
+    def call_grammar(self, calling: Calling, stop_ids: frozenset[int]) -> Grammar:
+        """What answers are held to that must be calls. Raises InputError for what can't be kept."""
+        return self._all_grammars.of_calls(calling.form, calling.choice.held, calling.choice.most, stop_ids)
+
     def grammar(self, schema: Mapping[str, Any], stop_ids: frozenset[int]) -> Grammar:
         """What answers that end so are held to. Raises InputError for a schema that can't be kept."""
+        return self._all_grammars.of(schema, stop_ids)
+
+    @property
+    def _all_grammars(self) -> Grammars:
         if self._grammars is None:
             self._grammars = Grammars(self.model.renderer.tokenizer)
-        return self._grammars.of(schema, stop_ids)
+        return self._grammars
 
     def text_ids(self, text: str, *, any_length: bool = False) -> tuple[int, ...]:
         """What the model is given of a completion's text. Raises InputError, or Refused as `chat_ids` does."""

@@ -10,6 +10,7 @@ tokens never took longer than the requests that they belong to.
 
 import time
 from collections.abc import Collection
+from functools import partial
 
 from deltaw.errors import DeltawError, RunError, with_kind
 from deltaw.generate.engine import Engine
@@ -62,7 +63,7 @@ class Decoding:
         ask = answering.ask
         taken = self.adapters.take(ask.adapter, ask.scale)
         try:
-            engine, decode = self.current_engine(), self.model.renderer.decode
+            engine, decode = self.current_engine(), partial(self.model.renderer.decode, shown=ask.shown)
             room = min(ask.sampling.max_new_tokens, self.model.context - len(ask.prompt)) if ask.answer else 0
             running = Running(answering, taken, decode, room=room)
             for index in range(ask.n if ask.answer else 1):  # one runs a prompt that is all that is wanted

@@ -14,14 +14,15 @@ served in turn (worker.py).
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from deltaw.errors import DeltawError
 from deltaw.serve import metrics
-from deltaw.serve.answers import Chat, Form, Text, Whole, usage
+from deltaw.serve.answers import Chat, Form, Text, usage
 from deltaw.serve.ask import Ask, Piece, Unknown
 from deltaw.serve.catalog import Catalog, shown
 from deltaw.serve.limits import Limits
@@ -37,9 +38,11 @@ from deltaw.serve.protocol import (
 from deltaw.serve.refused import NAMED, Refused, of_error, wrong
 from deltaw.serve.schema import schema_of
 from deltaw.serve.tokens import Tokens
+from deltaw.serve.tools import choice_of
 from deltaw.serve.worker import Answering, Worker
 
 Body = Mapping[str, Any]
+Prepared = tuple[Callable[..., Form], Asked, list[Ask]]
 LATER = 2  # seconds after which a client that has its share may ask again
 
 
@@ -64,7 +67,7 @@ class Answers:
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one object."""
-        answers = [Whole() for _ in range(len(self.answerings) * self.n)]
+        answers = [self.form.begun() for _ in range(len(self.answerings) * self.n)]
         async for index, piece in self._pieces():
             answers[index].add(piece)
         choices = [self.form.choice(index, answer) for index, answer in enumerate(answers)]
@@ -72,7 +75,7 @@ class Answers:
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """The objects of a stream; the last may be an error."""
-        answers = [Whole() for _ in range(len(self.answerings) * self.n)]
+        answers = [self.form.begun() for _ in range(len(self.answerings) * self.n)]
         for index in range(len(answers)):
             if opened := self.form.opened(index):
                 yield self.form.envelope([opened], stream=True)
@@ -146,34 +149,44 @@ class Desk:
     async def chat(self, body: Body, client: str) -> tuple[bool, Answers]:
         """(whether a stream is wanted, the answers)."""
 
-        def prepared() -> tuple[ChatRequest, list[Ask]]:
+        def prepared() -> Prepared:
             request = ChatRequest.read(body)
             request.check(self.limits)
             schema = schema_of(request.response_format)
+            choice = choice_of(request.tools, request.tool_choice, request.parallel_tool_calls)
+            if choice.held and schema is not None:
+                raise wrong("an answer that must be calls can't be held to a schema, too", "response_format")
             served = self.catalog.served(request.model)
-            ids = self.catalog.chat_ids(served, request.messages, request.shown_tools)
+            calling = self.catalog.calling(served, choice)
+            ids = self.catalog.chat_ids(served, request.messages, choice.shown)
             ask = request.ask(ids, self.limits, client, served.name if served else None)
             stops = self.catalog.stop_ids(served)
-            grammar = None if schema is None else self.catalog.grammar(schema, stops)
-            return request, [replace(ask, stop_ids=stops, grammar=grammar)]
+            ask = replace(ask, stop_ids=stops)
+            if schema is not None:  # what is held to JSON calls nothing
+                return Chat, request, [replace(ask, grammar=self.catalog.grammar(schema, stops))]
+            if calling is None:
+                return Chat, request, [ask]
+            grammar = self.catalog.call_grammar(calling, stops) if choice.held else None
+            return partial(Chat, calling=calling), request, [replace(ask, grammar=grammar, shown=calling.shown)]
 
-        return await self._answers(Chat, prepared, body)
+        return await self._answers(prepared, body)
 
     async def complete(self, body: Body, client: str) -> tuple[bool, Answers]:
         """The same for texts."""
 
-        def prepared() -> tuple[CompletionRequest, list[Ask]]:
+        def prepared() -> Prepared:
             request = CompletionRequest.read(body)
             request.check(self.limits)
             served = self.catalog.served(request.model)
             prompts = [self.catalog.text_ids(p) if isinstance(p, str) else p for p in request.prompt]
-            return request, [request.ask(ids, self.limits, client, served.name if served else None) for ids in prompts]
+            name = served.name if served else None
+            return Text, request, [request.ask(ids, self.limits, client, name) for ids in prompts]
 
-        return await self._answers(Text, prepared, body)
+        return await self._answers(prepared, body)
 
-    async def _answers(self, form: type[Form], prepared: Any, body: Body) -> tuple[bool, Answers]:
+    async def _answers(self, prepared: Callable[[], Prepared], body: Body) -> tuple[bool, Answers]:
         async with self._named(body.get("model", "")):
-            request, asks = await asyncio.to_thread(prepared)
+            form, request, asks = await asyncio.to_thread(prepared)
             answerings = await self._begun(asks)
         return request.stream, self._of(form, request, answerings)
 
@@ -199,7 +212,7 @@ class Desk:
             raise
         return answerings
 
-    def _of(self, form: type[Form], request: Asked, answerings: Sequence[Answering]) -> Answers:
+    def _of(self, form: Callable[..., Form], request: Asked, answerings: Sequence[Answering]) -> Answers:
         options = request.stream_options
         model = self.catalog.model.base.fingerprint
         served = answerings[0].served

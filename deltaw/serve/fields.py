@@ -16,8 +16,6 @@ from deltaw.serve.refused import Refused, wrong
 ROUTES = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}  # where fields go that another route has
 WHY = {
     "response_format": "chats alone are held to JSON or a schema: /v1/chat/completions",
-    "tool_choice": "the model can't be made to call a tool: send none or auto",
-    "parallel_tool_calls": "how many tools a model calls can't be limited",
     "functions": "send tools",
     "function_call": "send tools",
     "suffix": "a text can only be continued at its end",

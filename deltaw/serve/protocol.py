@@ -22,7 +22,7 @@ from pydantic import Field
 from deltaw.config import Strict
 from deltaw.generate.sampling import Sampling
 from deltaw.serve.ask import MOST_SCALE, Ask
-from deltaw.serve.fields import WHY, Biases, Ids, Objects, Prompts, Request, Texts, short
+from deltaw.serve.fields import Biases, Ids, Objects, Prompts, Request, Texts, short
 from deltaw.serve.limits import Limits
 from deltaw.serve.refused import wrong
 from deltaw.show.text import counted
@@ -150,6 +150,7 @@ class ChatRequest(Asked):
     messages: Objects
     tools: Objects = Field(default_factory=list)
     tool_choice: str | dict[str, Any] = "auto"
+    parallel_tool_calls: bool = True
     max_completion_tokens: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
@@ -158,8 +159,6 @@ class ChatRequest(Asked):
 
     def check(self, limits: Limits, prompts: int = 1) -> None:
         super().check(limits)
-        if self.tool_choice not in ("none", "auto"):
-            raise wrong(f"tool_choice isn't supported with this value: {WHY['tool_choice']}", "tool_choice")
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise wrong("max_tokens and max_completion_tokens are the same: send one of them", "max_tokens")
         if (self.max_completion_tokens or 0) > limits.context:
@@ -175,11 +174,6 @@ class ChatRequest(Asked):
     @property
     def likely(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def shown_tools(self) -> list[dict[str, Any]]:
-        """The tools that the template is given."""
-        return self.tools if self.tool_choice == "auto" else []
 
 
 class CompletionRequest(Asked):

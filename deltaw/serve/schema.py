@@ -1,4 +1,5 @@
-"""`response_format`: which schemas are taken from a client, before anything is made of them.
+"""`response_format`, and functions that an answer must call: which schemas are taken from a client, before anything is
+made of them.
 
 A schema decides how much work each token of its answer is, and strangers send it. So it is walked first: a keyword that
 isn't in the lists below is refused by its name and place, numbers and sizes are bounded, and a reference leads nowhere
@@ -6,10 +7,13 @@ but into the schema. What the library behind (generate/grammar.py) can't keep of
 left out in silence: an answer that ends by itself is valid under the whole schema.
 
 `pattern` isn't taken: no regular expression from a request is ever used. Nor is `multipleOf`, whose automaton has as
-many states as the number is large. `not`, `if`, `uniqueItems` and the like aren't what an automaton can hold.
+many states as the number is large. `not`, `if`, `uniqueItems` and the like aren't what an automaton can hold. Of
+`oneOf` the library takes those of which no value can be of two branches, as far as it can tell.
 """
 
+import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from deltaw.files.strict_json import json_kind
@@ -21,9 +25,10 @@ MOST_NODES, MOST_LENGTH, MOST_ITEMS, MOST_PROPERTIES, MOST_CHOICES, MOST_TEXT = 
 
 WORDS = frozenset(  # what is about the schema and says nothing of the answer
     {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$schema", "$comment"}
+    | {"discriminator"}
 )
 ONE = frozenset({"items", "additionalProperties"})  # a schema, or true or false
-SOME = frozenset({"anyOf", "allOf", "prefixItems"})  # a list of schemas
+SOME = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})  # a list of schemas
 NAMED = frozenset({"properties", "$defs", "definitions"})  # schemas by name
 MOST = {
     "minLength": MOST_LENGTH,
@@ -58,7 +63,7 @@ def schema_of(response_format: Mapping[str, Any]) -> Mapping[str, Any] | None:
     schema = given.get("schema")
     if not isinstance(schema, Mapping):
         raise wrong(f"{FIELD}: json_schema.schema must be an object, not {json_kind(schema)}", FIELD, "invalid_value")
-    _check(schema)
+    check_schemas({f"{FIELD}.schema": schema})
     return schema
 
 
@@ -67,12 +72,14 @@ def _only(given: Mapping[str, Any], known: set[str], place: str) -> None:
         raise wrong(f"{place}.{unknown[0][:40]}: no such field here", FIELD, "unknown_parameter")
 
 
-def _check(schema: Mapping[str, Any]) -> None:
-    """Raises Refused for what isn't taken of a schema, wherever in it."""
+def check_schemas(schemas: Mapping[str, Any]) -> None:
+    """Raises Refused for what isn't taken of schemas, wherever in them; by the places where they stand in a request,
+    which begin with a field's name. Together they may be as large as one."""
     choices = 0
-    for number, (place, node) in enumerate(_nodes("schema", schema)):
+    nodes = chain.from_iterable(_nodes(place, schema) for place, schema in schemas.items())
+    for number, (place, node) in enumerate(nodes):
         if number == MOST_NODES:
-            raise _refused("schema", f"has more than {MOST_NODES:,} parts")
+            raise _refused(place, f"more than {MOST_NODES:,} parts")
         if unknown := sorted(node.keys() - KNOWN):
             raise _refused(place, f"{unknown[0][:40]!r} isn't a keyword that answers can be held to")
         for name, most in MOST.items():
@@ -114,4 +121,4 @@ def _nodes(place: str, node: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _refused(place: str, what: str) -> Refused:
-    return wrong(f"{FIELD}: {place[:200]}: {what}", FIELD, "unsupported_value")
+    return wrong(f"{place[:200]}: {what}", re.split(r"\W", place)[0], "unsupported_value")

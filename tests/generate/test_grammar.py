@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from deltaw.errors import RunError
+from deltaw.errors import InputError, RunError
 from deltaw.generate.engine import Engine, Event
 from deltaw.generate.grammar import Grammars, Guide
 from deltaw.generate.sampling import RowsFailed, Sampling
@@ -37,6 +37,8 @@ def valid(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
         return valid(value, root["$defs"][schema["$ref"].rpartition("/")[2]], root)
     if "anyOf" in schema:
         return any(valid(value, one, root) for one in schema["anyOf"])
+    if "oneOf" in schema:
+        return sum(valid(value, one, root) for one in schema["oneOf"]) == 1
     if "enum" in schema or "const" in schema:
         return any(value == one and type(value) is type(one) for one in schema.get("enum", [schema.get("const")]))
     kind = schema.get("type")
@@ -85,6 +87,7 @@ SCHEMAS = st.recursive(
             st.integers(0, 3),
         ),
         st.lists(inner, min_size=1, max_size=3).map(lambda some: {"anyOf": some}),
+        st.lists(inner, min_size=1, max_size=3).map(lambda some: {"oneOf": some}),
         st.dictionaries(st.text(min_size=1, max_size=5), inner, max_size=3).flatmap(
             lambda own: (
                 st.lists(st.sampled_from(sorted(own)), unique=True).map(
@@ -124,7 +127,11 @@ def test_what_ends_by_itself_is_valid(
     """With rows beside it that aren't held to anything, and get what they get without it."""
     root = {**schema, "$defs": {"own": {"type": "integer", "minimum": 0, "maximum": 9}}}
     stops = frozenset(model.renderer.stop_ids)
-    grammar = grammars.of(root, stops)
+    try:
+        grammar = grammars.of(root, stops)
+    except InputError:  # branches of a oneOf that may overlap
+        assume("oneOf" not in str(schema))
+        raise
     sampling = Sampling(max_new_tokens=200, temperature=temperature, top_p=0.9, seed=seed)
     plain, engine = Sampling(max_new_tokens=12, temperature=1.0, seed=seed), Engine(model.base.model)
     held = [engine.add(PROMPT, sampling, stops, number=n, guide=grammar.begin()) for n in range(2)]
@@ -138,6 +145,53 @@ def test_what_ends_by_itself_is_valid(
         if len(ids) < 200:
             text = model.renderer.decode(ids)
             assert valid(json.loads(text), root, root), (root, text)
+
+
+NAMED = {"type": "object", "properties": {"<|im_end|>": {"type": "null"}}, "required": ["<|im_end|>"]}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": "a<|im_end|>b"},
+        {"enum": ["<|endoftext|>b", "<|endoftext|>c"]},
+        {**NAMED, "additionalProperties": False},
+    ],
+    ids=str,
+)
+def test_control_tokens_that_a_schema_names_are_texts(model: Model, grammars: Grammars, schema: dict[str, Any]) -> None:
+    stops, engine = frozenset(model.renderer.stop_ids), Engine(model.base.model)
+    grammar = grammars.of(schema, stops)
+    for n in range(4):
+        engine.add(PROMPT, Sampling(max_new_tokens=90, temperature=1.0, seed=n), stops, guide=grammar.begin())
+    for events in decoded(engine).values():
+        ids = tokens(events)
+        assert not set(ids) & set(model.renderer.tokenizer.all_special_ids)
+        assert valid(json.loads(model.renderer.decode(ids)), schema, schema)
+
+
+BRANCHES = {
+    "type": [{"type": "string", "maxLength": 2}, {"type": "integer", "minimum": 0, "maximum": 9}, {"type": "null"}],
+    "kind": [
+        {"type": "object", "properties": {"kind": {"const": kind}, "n": {"enum": [1, 2]}}, "required": ["kind"],
+         "additionalProperties": False}
+        for kind in ("a", "b")
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_one_of_branches_that_no_two_values_share(model: Model, grammars: Grammars, name: str) -> None:
+    schema = {"oneOf": BRANCHES[name]}
+    stops, engine = frozenset(model.renderer.stop_ids), Engine(model.base.model)
+    grammar = grammars.of(schema, stops)
+    for n in range(8):
+        sampling = Sampling(max_new_tokens=150, temperature=1.0, seed=1)
+        engine.add(PROMPT, sampling, stops, number=n, guide=grammar.begin())
+    answers = [model.renderer.decode(tokens(events)) for events in decoded(engine).values()]
+    assert all(valid(json.loads(text), schema, schema) for text in answers) and len({*answers}) > 1
+    with pytest.raises(InputError, match="oneOf"):
+        grammars.of({"oneOf": [*BRANCHES[name], BRANCHES[name][0]]}, stops)
 
 
 def test_most_answers_do_end(model: Model, grammars: Grammars) -> None:

@@ -201,7 +201,6 @@ def test_errors_are_the_clients_own(client: OpenAI, running: Running, base: str)
         ("frequency_penalty", 0.5),
         ("functions", [{"name": "f"}]),
         ("reasoning_effort", "high"),
-        ("parallel_tool_calls", False),
     ],
 )
 def test_what_cant_be_done_is_refused_by_name(client: OpenAI, base: str, field: str, value: object) -> None:
@@ -250,7 +249,10 @@ def test_tools_reach_the_template(running: Running) -> None:
     assert status == 200
     status, with_tools = running.post("/tokenize", messages=CHAT, tools=tools)
     assert status == 200 and with_tools["tokens"] == running.model.prompt_ids(CHAT, tools=tools)
-    status, answer = running.post("/v1/chat/completions", model="one", messages=CHAT, tools=tools, max_tokens=1)
+    asked = {"model": "one", "messages": CHAT, "tools": tools, "max_tokens": 1}
+    status, refused = running.post("/v1/chat/completions", **asked)
+    assert (status, refused["error"]["param"]) == (400, "tools")  # this base's template doesn't write them
+    status, answer = running.post("/v1/chat/completions", **asked, tool_choice="none")
     assert status == 200 and answer["usage"]["prompt_tokens"] == len(with_tools["tokens"])
 
 
