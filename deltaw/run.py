@@ -12,13 +12,15 @@
 
 Everything in it is named relative to the folder, so it can be moved. result.json is written when everything else is
 safe (the report only shows what is there), so a folder that has it is finished; `failed` in it names what couldn't be
-measured. A folder that is not a run is never touched. Files rot on disks and are edited by hand: a line of
+measured. A folder that is not a run is never touched, whoever names it (a sweep.json may be damaged, or a stranger's);
+of one that is replaced, only what is listed here goes. Files rot on disks and are edited by hand: a line of
 metrics.jsonl that can't be read is left out and counted.
 """
 
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,14 +30,15 @@ from typing import Any, TypeGuard
 
 from deltaw.adapter.history import NOTHING, History
 from deltaw.config import RunConfig, load_config
-from deltaw.config.places import record
+from deltaw.config.places import STARTED, record
 from deltaw.errors import InputError, RunError, command
 from deltaw.files.atomic import fsync, replacing, sweep, temporary_name, write_text_atomic
-from deltaw.files.lock import LOCK, claimed, holds_anything
+from deltaw.files.lock import claimed, held_in
 from deltaw.files.output import check_writable
 from deltaw.files.strict_json import NotJSON, parse, read_json
 
 LAST = 50_000  # bytes of metrics.jsonl: some 300 lines
+EARLIER = re.compile(r"result\.step-\d+\.json")
 WORDS = ("skipped", "rows")  # of a line of metrics.jsonl; everything else in it is a number
 
 
@@ -146,23 +149,40 @@ class Run:
     @contextmanager
     def claimed(self, *, new: bool, replace: bool = False) -> Iterator[None]:
         """Inside the block the folder belongs to this process alone. `new`: it must not hold a run yet, unless it may
-        be replaced. Raises InputError. A folder that was made for the block and stays empty is removed again."""
-        with claimed(self.folder, lambda: self._check_new(replace) if new else None):
+        be replaced. Raises InputError, also where it holds something and isn't a run. A folder that was made for the
+        block and stays empty is removed again."""
+        with claimed(self.folder, lambda: self._check(new, replace)):
             for folder in (self.folder, self.adapter, self.checkpoints):
                 sweep(folder)
             yield
 
-    def _check_new(self, replace: bool) -> None:
+    def _check(self, new: bool, replace: bool) -> None:
         self.check_place()
-        if not holds_anything(self.folder):
+        there = held_in(self.folder)
+        begun, ours = self.config.is_file(), STARTED in {path.name for path in there}
+        # What killed a run at its birth may have left what it writes before config.yaml, and nothing else.
+        unborn = ours and not begun and all(self._writes(path) for path in there)
+        if not there or unborn or (begun and not new):
             return
-        if not self.config.is_file():
+        if not begun:
             raise InputError(f"output {self.folder} exists and isn't a run", fix="choose another output")
+        if not ours:
+            raise InputError(
+                f"output {self.folder} has a config.yaml, but nothing says that deltaw wrote it",
+                fix="choose another output",
+            )
         if not replace:
             raise InputError(
                 f"output {self.folder} already holds a run",
                 fix=f"resume it: {command('train', self.folder)}   start over: --replace   or choose another output",
             )
+
+    def _writes(self, path: Path) -> bool:
+        """Whether that is an entry of the folder which a run writes."""
+        named = (self.config, self.before, self.references, self.metrics, self.result, self.lineage, self.report)
+        folders = (self.checkpoints, self.adapter)
+        others = STARTED, "data", "tensorboard", "wandb"
+        return path in (*named, *folders) or path.name in others or bool(EARLIER.fullmatch(path.name))
 
     def check_place(self) -> None:
         """Raise InputError where no run can be written, whatever lies there."""
@@ -171,16 +191,16 @@ class Run:
             raise InputError(f"output {self.folder} is not a folder", fix="choose another output")
 
     def create(self, config: RunConfig, files: Mapping[str, str] | None = None) -> None:
-        """Write the resolved config and the files that belong to it into the claimed folder; whatever an earlier run
-        left there is removed."""
+        """Write the resolved config and the files that belong to it into the claimed folder; what an earlier run wrote
+        there is removed."""
         old = temporary_name(self.folder / "earlier")
-        # The old config goes last: until then the folder is a run that can be replaced.
-        earlier = sorted(self.folder.iterdir(), key=lambda path: path == self.config)
+        # The old config goes last, and before it the mark: until then the folder is a run that can be replaced.
+        earlier = [path for path in self.folder.iterdir() if self._writes(path)]
+        earlier.sort(key=lambda path: (path == self.config, path.name == STARTED))
         try:
             old.mkdir()
             for path in earlier:
-                if path.name != LOCK:
-                    path.rename(old / path.name)
+                path.rename(old / path.name)
         except OSError as error:
             raise RunError(f"{self.folder}: the earlier run can't be removed: {error}") from None
         shutil.rmtree(old, ignore_errors=True)

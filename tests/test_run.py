@@ -30,10 +30,10 @@ def test_a_folder_that_is_there_stays(tmp_path: Path) -> None:
 def test_what_a_killed_process_was_writing_is_no_run_and_no_stranger(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     run.folder.mkdir()
-    (run.folder / ".0123456789abcdef.tmp").write_text("half a con")
+    (run.folder / ".config.yaml.0123456789abcdef.tmp").write_text("half a con")
     (run.folder / ".lock").write_text("1 elsewhere")
-    (run.folder / ".89abcdef.tmp").mkdir()
-    (run.folder / ".89abcdef.tmp/result.json").write_text("{}")
+    (run.folder / ".earlier.0123456789abcdef.tmp").mkdir()
+    (run.folder / ".earlier.0123456789abcdef.tmp/result.json").write_text("{}")
     with run.claimed(new=True):
         assert {path.name for path in run.folder.iterdir()} == {".lock"}
         run.create(config(run.folder))
@@ -52,6 +52,51 @@ def test_replacing_takes_all_that_was_there(tmp_path: Path) -> None:
     with run.claimed(new=True, replace=True):
         run.create(config(run.folder))
     assert {path.name for path in run.folder.iterdir()} == {"config.yaml", "started.json", ".lock"}
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["new", "begun"])
+@pytest.mark.parametrize("there", [["notes.md"], [".bashrc"], ["data/rows.jsonl"], ["started.json", "notes.md"]])
+def test_a_folder_that_is_not_a_run_is_never_touched(tmp_path: Path, there: list[str], new: bool) -> None:
+    for name in there:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match="isn't a run"), Run(tmp_path).claimed(new=new, replace=True):
+        pass
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {tmp_path / name for name in there}
+
+
+def test_a_folder_with_a_config_of_somebody_elses_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("mine")
+    with pytest.raises(InputError, match="nothing says that deltaw wrote it"):
+        Run.check(config(tmp_path), replace=True)
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
+def test_replacing_a_run_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with run.claimed(new=True):
+        run.create(config(run.folder), {"data/train.jsonl": "{}"})
+    own = [*run.folder.glob("[!.]*"), run.folder / "result.step-000120.json", run.report, run.lineage]
+    for path in (*own[3:], run.folder / "notes.md", run.folder / ".backup.tmp", run.folder / "result.step-x.json"):
+        path.write_text("mine")
+    with run.claimed(new=True, replace=True):
+        run.create(config(run.folder))
+    left = {"config.yaml", "started.json", ".lock", "notes.md", ".backup.tmp", "result.step-x.json"}
+    assert {path.name for path in run.folder.iterdir()} == left
+
+
+def test_a_run_that_was_killed_at_its_birth_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path / "run")
+    with monkeypatch.context() as patch, run.claimed(new=True):
+        patch.setattr(Run, "write_config", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.create(config(run.folder), {"data/train.jsonl": "{}"})
+    for new in (True, False):
+        with run.claimed(new=new):
+            pass
+    with run.claimed(new=True):
+        run.create(config(run.folder))
+    assert run.config.is_file()
 
 
 def test_only_what_can_go_on_is_resumable(tmp_path: Path) -> None:

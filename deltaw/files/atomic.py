@@ -1,6 +1,6 @@
 """Files and folders written whole or not at all, and what a killed process leaves of them.
 
-Whatever is written lies under a temporary name beside the final one (`.*.tmp`), is fsynced and renamed, and the
+Whatever is written lies under a temporary name beside the final one (`TEMPORARY`), is fsynced and renamed, and the
 folder is fsynced. A reader sees the old bytes or the new ones, also after a power cut; a kill leaves at most a
 temporary, which `sweep` removes. Modes follow the umask, or stay what they were: the safetensors library leaves 0600,
 so that a server run by another user couldn't read the file.
@@ -9,6 +9,7 @@ so that a server run by another user couldn't read the file.
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from deltaw.errors import RunError
 from deltaw.files.output import FULL, gib, is_special
+
+TEMPORARY = re.compile(r"\..+\.([0-9a-f]{16}|new|old)\.tmp", re.DOTALL)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -94,7 +97,8 @@ def temporary_name(path: Path) -> Path:
 
 
 def is_temporary(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(".tmp")
+    """Whether it has a name that is made here, which another program's files hardly have."""
+    return TEMPORARY.fullmatch(path.name) is not None
 
 
 def sweep(folder: Path) -> None:

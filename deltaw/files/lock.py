@@ -99,7 +99,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
             raise InputError(f"output {output} exists already", fix="choose another folder")
 
     with claimed(folder, check, keep_lock=False):
-        _clear(folder)  # of what a killed process was still writing
+        atomic.sweep(folder)
         try:
             yield folder
         except BaseException:
@@ -136,10 +136,15 @@ def in_use(file: Path) -> bool:
         os.close(descriptor)
 
 
-def holds_anything(folder: Path) -> bool:
-    """The lock and what a killed process was still writing don't count."""
+def held_in(folder: Path) -> list[Path]:
+    """All that is in it but the lock and what a killed process was still writing."""
     paths = folder.iterdir() if folder.is_dir() else ()
-    return any(path.name != LOCK and not atomic.is_temporary(path) for path in paths)
+    return [path for path in paths if path.name != LOCK and not atomic.is_temporary(path)]
+
+
+def holds_anything(folder: Path) -> bool:
+    """As `held_in`."""
+    return bool(held_in(folder))
 
 
 def _clear(folder: Path) -> None:

@@ -185,10 +185,10 @@ def left_over(n: int, scratch: Path) -> None:
     last = list_checkpoints(run / "checkpoints")[-1]
     (run / "adapter").mkdir()
     left = [
-        Path(shutil.copytree(last, last.with_name(".step-000099.01234567.tmp"))),
-        last.with_name(".step-000006.89abcdef.tmp"),
-        run / ".0123456789abcdef.tmp",
-        run / "adapter" / ".0123456789abcdef.tmp",
+        Path(shutil.copytree(last, last.with_name(".step-000099.new.tmp"))),
+        last.with_name(".step-000006.0123456789abcdef.tmp"),
+        run / ".result.json.0123456789abcdef.tmp",
+        run / "adapter" / ".adapter_config.json.0123456789abcdef.tmp",
     ]
     left[1].mkdir(exist_ok=True)
     for file in left[2:]:

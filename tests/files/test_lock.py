@@ -79,7 +79,7 @@ from deltaw.files.lock import new_folder
 target, mode = Path(sys.argv[1]), sys.argv[2]
 if mode == "kill":
     with new_folder(target):
-        (target / ".ab12.tmp").write_text("half")
+        (target / ".mine.0123456789abcdef.tmp").write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
 entered = turn = 0
 until = time.monotonic() + 60

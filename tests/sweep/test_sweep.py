@@ -371,6 +371,22 @@ def test_a_damaged_record_is_read_or_refused_whatever_stands_in_it(place: Path, 
     assert refused > 100
 
 
+def test_a_record_that_names_a_folder_of_something_else_leaves_it_alone(place: Path, tmp_path: Path) -> None:
+    strange = tmp_path / "documents"
+    (strange / "adapter").mkdir(parents=True)
+    for file in (kept := (strange / "thesis.tex", strange / "adapter/notes.md")):
+        file.write_text("mine")
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    SweepFolder(grid(sweep, {"a": config(place, "."), "b": config(place, ".", seed=1)})).write()
+    raw = json.loads((sweep / "sweep.json").read_text())
+    raw["runs"][0]["folder"] = "../documents"
+    (sweep / "sweep.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="documents exists and isn't a run"):
+        run_sweep(SweepFolder.read(sweep), new=False, display=QUIET)
+    assert [path for path in strange.rglob("*") if path.is_file()] and all(file.read_text() == "mine" for file in kept)
+
+
 def test_the_batches_of_one_number_are_laid_together_whole() -> None:
     def batch(tokens: int) -> Batch:
         return Batch.of(torch.arange(tokens), [0, 2, tokens], torch.arange(tokens), origins=("a", "b"))

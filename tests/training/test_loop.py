@@ -120,7 +120,7 @@ def test_a_crash_between_checkpoints_loses_only_the_steps_since(folder: Path, mo
     monkeypatch.undo()
     with (folder / "cut/metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # a line cut short
-    (folder / "cut/checkpoints/.step-000004.tmp").mkdir()
+    (folder / "cut/checkpoints/.step-000004.new.tmp").mkdir()
     resume(folder / "cut", display=QUIET)
     assert digest(folder / "cut") == digest(folder / "run")
     assert len(metrics(folder / "cut")) == len(metrics(folder / "run"))
