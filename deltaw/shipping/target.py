@@ -3,7 +3,7 @@
 It is written hidden beside its final name, fsynced and renamed, so whoever sees it sees it complete, even after
 a kill or on a full disk. What is known to be too large for the disk is refused before the first byte. An existing
 folder is replaced only if that was asked for *and* deltaw wrote it (it holds the mark): `--replace` with a slip of the
-finger must not cost a home directory. Nor is one replaced that holds what is read (`sources`: the base, the adapter): a
+finger must not cost a home directory, nor what a user has put beside what was written. Nor is one replaced that holds what is read (`sources`: the base, the adapter): a
 merge over its own base would leave an adapter without a base. The old one is removed once the new one is in place. A
 link is followed: its target is written, the link stays.
 """
@@ -19,9 +19,10 @@ from deltaw.errors import InputError, RunError
 from deltaw.files.atomic import recover, replacing_folder, write_text_atomic
 from deltaw.files.lock import holds_anything, locked
 from deltaw.files.output import check_writable, gib, make_folder
+from deltaw.files.strict_json import read_json
 from deltaw.version import VERSION
 
-MARK = "deltaw-export.json"  # what was written here, by which version, from what
+MARK = "deltaw-export.json"  # what was written here, by which version, from what: `files` are its names
 SPARE = 1 << 20  # bytes added to what is asked for, for the small files
 
 
@@ -49,7 +50,12 @@ def target(
         _room(final, needed)
         with replacing_folder(final, fix="free some space, or choose another") as hidden:
             yield hidden
-            write_text_atomic(hidden / MARK, json.dumps({"deltaw": VERSION, **what}, indent=2) + "\n")
+            mark = {"deltaw": VERSION, **what, "files": _files(hidden)}
+            write_text_atomic(hidden / MARK, json.dumps(mark, indent=2) + "\n")
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
 def _place(output: str | Path) -> Path:
@@ -76,8 +82,19 @@ def _check(final: Path, replace: bool, sources: Sequence[Path]) -> None:
         raise InputError(f"output {final} exists already", fix="choose another folder, or add --replace")
     if not (final / MARK).is_file():
         raise InputError(f"output {final} was not written by deltaw, so it isn't replaced", fix="choose another folder")
+    written = _recorded(final / MARK)
+    if others := [name for name in _files(final) if written is not None and name not in (MARK, *written)]:
+        raise InputError(f"output {final} holds {others[0]}, which deltaw didn't write", fix="move it somewhere else")
     if within := [source for source in sources if source.resolve().is_relative_to(final)]:
         raise InputError(f"output {final} is what this is made from ({within[0]})", fix="choose another folder")
+
+
+def _recorded(mark: Path) -> list[str] | None:
+    """What a mark says that was written; None where it doesn't."""
+    try:
+        return list(read_json(mark)["files"])
+    except (KeyError, TypeError, InputError):
+        return None
 
 
 def _room(final: Path, needed: int) -> None:

@@ -46,6 +46,18 @@ def test_an_existing_folder_is_replaced_only_if_asked_for_and_deltaws(tmp_path: 
     assert (tmp_path / "home/letter").read_text() == "dear"
 
 
+def test_what_a_user_put_beside_what_was_written_is_not_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "out", "one")
+    (tmp_path / "out/notes").mkdir()
+    (letter := tmp_path / "out/notes/letter").write_text("dear")
+    with pytest.raises(InputError, match="notes/letter, which deltaw didn't write"):
+        write(tmp_path / "out", "two", replace=True)
+    assert letter.read_text() == "dear"
+    letter.unlink()
+    write(tmp_path / "out", "three", replace=True)
+    assert (tmp_path / "out/file").read_text() == "three"
+
+
 def test_what_a_killed_process_moved_away_comes_back(tmp_path: Path) -> None:
     write(tmp_path / "out", "one")
     (tmp_path / "out").rename(tmp_path / ".out.old.tmp")
