@@ -1,8 +1,12 @@
 """Calls of tools: what a template writes is read back, however it comes in pieces, and all else is text."""
 
+import copy
 import json
+import re
 import time
+from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +77,40 @@ def test_the_form_is_found(name: str, before: str, between: str | None, after: s
     assert (found.before.lstrip("\n"), found.between, found.after) == (before, between, after)
     assert ("<|endoftext|>" in found.tokens) == ("<|endoftext|>" in before)
     assert found.preamble == ("<think>\n\n</think>\n\n" if name == "qwen" else "")
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "middle", "tokens"),
+    [
+        ("qwen2_5", "<tool_call>\n", '", "arguments": ', 0),
+        ("qwen3", "<tool_call>\n", '", "arguments": ', 0),
+        ("qwen3_vl", "<tool_call>\n", '", "arguments": ', 0),
+        ("llama3_1", "", '", "parameters": ', 0),
+        ("llama3_2", "", '", "parameters": ', 0),
+        ("deepseekv3", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n", 5),
+        ("gptoss", " to=functions.", "<|channel|>commentary json<|message|>", 2),
+        ("qwen3_5_think", None, "", 0),  # arguments in tags
+        ("lfm2_2_5", None, "", 0),  # as Python
+        ("gemma4", None, "", 0),
+        ("phi3", None, "", 0),
+    ],
+)
+def test_the_form_of_models_own_templates(file: str, before: str | None, middle: str, tokens: int) -> None:
+    """Templates as models were published with them, which TRL brings along; their control tokens by their look."""
+    found = find_spec("trl")
+    folder = Path(found.origin).parent / "chat_templates" if found and found.origin else Path()
+    if not (folder / f"{file}.jinja").is_file():
+        pytest.skip("TRL isn't there, or has no such template")
+    tokenizer = copy.deepcopy(toy("bos"))
+    tokenizer.chat_template = (folder / f"{file}.jinja").read_text(encoding="utf-8")
+    special = sorted({*re.findall(r"<[|｜][^<>{}\n|｜]+[|｜]>", tokenizer.chat_template)})
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    chats = Renderer(tokenizer).chats
+    assert chats is not None
+    form = chats.call_form
+    assert (form is None) == (before is None)
+    if form is not None:
+        assert (form.before, form.middle, len(form.tokens)) == (before, middle, tokens)
 
 
 @pytest.mark.parametrize("kind", TEMPLATED)
