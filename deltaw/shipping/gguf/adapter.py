@@ -16,6 +16,7 @@ float32, since B holds the scales: float16 ends at 6·10⁻⁸ and 65,504, and t
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,8 @@ def _check_experts(trained: Trained) -> None:
 
 def _whole(trained: Trained) -> str:
     """What helps where no adapter does: a whole model, by llama.cpp's converter where it isn't written as GGUF here."""
-    if trained.base_files.skeleton.config.model_type not in MODELS:
+    config: Any = trained.base_files.skeleton.config
+    if config.model_type not in MODELS:
         merge = command("merge", trained.name, options=["-o", "merged"])
         return f"the whole model: {merge}, then llama.cpp's own converter"
     options = ["--to", "gguf", "--merged", "-o", "merged-gguf"]
