@@ -1,8 +1,8 @@
 """`file.py:function`: reward(prompt, completion, row) -> float | dict, the user's own.
 
 A number is the reward (True is 1, False 0). Of a dict of numbers `reward` is, if it has that, else their sum; the
-others are told as parts. None, texts, NaN and infinities are no rewards. Nothing that goes wrong becomes a 0: it is an
-error that names the row and the line, since a 0 would be learnt from.
+others are told as parts. None, texts, NaN, infinities and what is beyond 1e30 are no rewards. Nothing that goes wrong
+becomes a 0: it is an error that names the row and the line, since a 0 would be learnt from.
 
 Whose code runs is as with metrics (evaluation/own_metric.py): what the user's run file names runs, what a run folder
 names only if these bytes ran on request before, or with --allow-code.
@@ -56,7 +56,7 @@ class Function:
 
     def _value(self, answer: dict[str, Any], one: Asked) -> Value:
         if "wrong" in answer:
-            what = f"{self._code.file}: {self._function} gave {answer['wrong']}, which isn't a finite number"
+            what = f"{self._code.file}: {self._function} gave {answer['wrong']}, which isn't a finite number below 1e30"
             raise failed(one, what, f"a reward is a number, or a dict of numbers; the answer was {quoted(one)}")
         if "raised" in answer:
             trace = "".join(f"\n  {one_line(frame)}" for frame in answer["trace"])

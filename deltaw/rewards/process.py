@@ -13,6 +13,7 @@ deadline (nothing stops a thread); `multiprocessing` (its pipes carry pickles).
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,8 @@ class Process:
 
     def __init__(self, spec: Mapping[str, Any], named: str, seconds: float) -> None:
         self._spec, self._seconds = spec, seconds
-        fix = f"try: {sys.executable} -c 'import deltaw'"
+        own = spec.get("file")  # of the user's, which may end the process that loads it
+        fix = f"try: {shlex.join([sys.executable, own] if own else [sys.executable, '-c', 'import deltaw'])}"
         self._worker = Worker(self._start, f"the process for {named}", fix, start_limit=LOADING)
 
     def open(self) -> None:

@@ -38,6 +38,7 @@ from deltaw.files.program_worker import refuse_calls
 MB = 2**20
 SHUT_IN = 512 * MB  # bytes beyond what the interpreter takes
 TRACED = 2  # lines of a traceback
+LARGEST = 1e30  # a reward: its square, and sums of many, must be numbers, too
 PR_SET_PDEATHSIG = 1
 Score = Callable[[Any], dict[str, Any]]
 
@@ -90,8 +91,9 @@ def valued(given: Any) -> dict[str, Any]:
 
 
 def finite(value: Any) -> float | None:
+    """A reward that can be reckoned with."""
     number = as_number(value)
-    return number if number is not None and math.isfinite(number) else None
+    return number if number is not None and abs(number) <= LARGEST else None
 
 
 def shown(value: Any) -> str:

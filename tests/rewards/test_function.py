@@ -86,7 +86,19 @@ def test_what_json_hasnt_got_comes_as_text(rewards: Rewards) -> None:
     assert rewards([Asked([{"role": "user", "content": "?"}], text, row)])[0].total == 1
 
 
-WRONG = ["None", "'1'", "float('nan')", "-float('inf')", "[1]", "{}", "{'a': None}", "{1: 2}", "10**400"]
+WRONG = [
+    "None",
+    "'1'",
+    "float('nan')",
+    "-float('inf')",
+    "[1]",
+    "{}",
+    "{'a': None}",
+    "{1: 2}",
+    "10**400",
+    "1e300",
+    "{'a': -1e31}",
+]
 
 
 @pytest.mark.parametrize("completion", [*WRONG, "raises", "exits", "eats", "hangs", "crashes", "leaves"])
@@ -99,6 +111,12 @@ def test_whatever_goes_wrong_is_an_error_that_names_the_row(rewards: Rewards, co
     if completion == "raises":
         assert "judge.py:8" in str(raised.value) and "nothing" in str(raised.value)
     assert rewards([asked("1")])[0].total == 1
+
+
+def test_a_file_that_ends_its_process_is_named(tmp_path: Path) -> None:
+    (path := tmp_path / "leaving.py").write_text("import os\nos._exit(0)\n")
+    with pytest.raises((InputError, RunError), match=r"leaving\.py"):
+        rewards_of(parse_rewards(f"{path}:judge"), ROWS)
 
 
 @pytest.mark.parametrize(
