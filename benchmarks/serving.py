@@ -95,7 +95,7 @@ class Ours:
         from deltaw.generate.sampling import Sampling
 
         began = time.perf_counter()
-        engine = Engine(self.model, batch_size=len(prompts))
+        engine = Engine(self.model, batch_size=len(prompts), copies=True)
         for at, prompt in enumerate(prompts):
             engine.add(prompt, Sampling(max_new_tokens=NEW), update=self.numbers[at % used] if used else ALONE)
         tokens = 0

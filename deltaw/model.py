@@ -29,6 +29,7 @@ from deltaw.errors import InputError
 from deltaw.generate.cache import context
 from deltaw.generate.engine import answers, generate, stream
 from deltaw.generate.sampling import Sampling
+from deltaw.kernels.copies import making
 from deltaw.named import Named
 from deltaw.show.progress import Display, Progress, unseen
 from deltaw.show.text import counted
@@ -93,7 +94,7 @@ class Model:
         one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict))
         prompts: Sequence[Any] = [prompt] if one else prompt
         ids = [self.prompt_ids(each, chat=chat) for each in prompts]
-        with self._switch(adapter):
+        with self._switch(adapter), making():
             answers = self.generate_all(ids, Sampling.checked(**sampling))
         return answers[0] if one else answers
 

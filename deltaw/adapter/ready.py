@@ -83,7 +83,7 @@ class Ready:
         group = self.groups.get(modules[0])
         if group is None or group.modules != modules:
             group = self.groups[modules[0]] = _Group(modules)
-        if self.rows is None or not group.fits or (group.adapted and len(x_TN) != len(self.rows)):
+        if self.rows is None or not group.fits or (group.adapted and x_TN.shape[0] != len(self.rows)):
             return None
         if group.adapted and not group.refresh(self.numbers, x_TN):
             return None
@@ -110,10 +110,13 @@ class _Group:
         self.fits = all(module.sees_all for _, module in self.adapted)
         self.stacks: Stacks | None = None
         self.held: list[_Held | None] = []  # by slot
+        self.numbers: list[int] = []  # of the step before, by slot
+        self.seen: _Seen | None = None  # all of theirs: asked one by one, 16 adapters take as long as their products
 
     def look(self) -> bool:
         """Let go of updates that their layers don't have any more, and of stacks that are wider than the others need.
         Whether anything is left."""
+        self.seen = None
         self.fits = all(module.sees_all for _, module in self.adapted)
         self.held = [one if one and one.updates == self._updates(one.number) else None for one in self.held]
         ranks = [0] * len(self.modules)
@@ -136,15 +139,20 @@ class _Group:
     def refresh(self, numbers: Sequence[int], x_TN: Tensor) -> bool:
         """Have the factors of these updates in their slots, as they are now. False where one has none."""
         if self.stacks is not None and self.stacks.a_SNK.dtype != x_TN.dtype:
-            self.stacks, self.held = None, []
+            self.stacks, self.held, self.seen = None, [], None
+        if numbers == self.numbers and self.seen is not None and self.seen.current():
+            return True
+        self.seen = None
         for slot, number in enumerate(numbers):
             known = self.held[slot] if slot < len(self.held) else None
-            if known is not None and known.number == number and known.current():
+            if known is not None and known.number == number and known.seen.current():
                 continue
             held = _Held(number, self._updates(number))
             if not self._put(slot, held, len(numbers), x_TN):
                 return False
             self.held[slot : slot + 1] = [held]
+        live = [held for held in self.held[: len(numbers)] if held is not None]
+        self.numbers, self.seen = list(numbers), _Seen([update for held in live for update in held.seen.updates])
         return True
 
     def _put(self, slot: int, held: "_Held", slots: int, x_TN: Tensor) -> bool:
@@ -176,17 +184,24 @@ class _Held:
 
     def __init__(self, number: int, updates: list[LayerUpdate | None]) -> None:
         self.number, self.updates = number, updates
-        self.some = [update for update in updates if update is not None]
-        tensors = [tensor for one in self.some for tensor in (*one.trained().values(), *one.constants().values())]
-        self.tensors = [tensor for tensor in tensors if not tensor.is_inference()]  # others have no version
-        self.state = self._state()
-
-    def _state(self) -> tuple[list[int], list[object]]:
-        return [one._version for one in self.tensors], [(one.enabled, one.strength) for one in self.some]
+        self.seen = _Seen([update for update in updates if update is not None])
 
     def factors(self) -> list[Factors | None]:
         """Theirs; None where there is none, where it is switched off, and where the kernels don't know it."""
         return [update.kernel_factors() if update and update.enabled else None for update in self.updates]
+
+
+class _Seen:
+    """Some updates, and what they were."""
+
+    def __init__(self, updates: list[LayerUpdate]) -> None:
+        self.updates = updates
+        tensors = [tensor for one in updates for tensor in (*one.trained().values(), *one.constants().values())]
+        self.tensors = [tensor for tensor in tensors if not tensor.is_inference()]  # others have no version
+        self.state = self._state()
+
+    def _state(self) -> tuple[list[int], list[object]]:
+        return [one._version for one in self.tensors], [(one.enabled, one.strength) for one in self.updates]
 
     def current(self) -> bool:
         """Whether they are what they were."""

@@ -109,8 +109,8 @@ class Head:
                     parts += lora_linears(hidden_TD[rows], [Projection(weight_of(self.module), self.bias_V)])
                 else:
                     parts.append(change.apply(hidden_TD[rows], weight_of(self.module), self.bias_V))
-        z_TV = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return capped(self.scale * z_TV.float(), self.softcap)
+        z_TV = (parts[0] if len(parts) == 1 else torch.cat(parts)).float()
+        return capped(z_TV if self.scale == 1 else self.scale * z_TV, self.softcap)
 
 
 def _plain(module: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from deltaw.evaluation.side_by_side import SideBySide, evaluate
 from deltaw.files.atomic import write_text_atomic
 from deltaw.files.lock import claimed_file
+from deltaw.kernels.copies import making
 from deltaw.named import Named
 from deltaw.show.progress import Display
 from deltaw.show.result import Result
@@ -37,7 +38,7 @@ def eval_named(
     display: Display,
 ) -> Result:
     """`output`: a JSONL file of each row's answers and scores. Raises InputError before the weights are read."""
-    with nullcontext() if output is None else claimed_file(Path(output)):
+    with making(), nullcontext() if output is None else claimed_file(Path(output)):
         named = Named.of(name)
         sides: dict[str, Any] = {"base": base, "use_adapter": use_adapter, "use_base": use_base, "rows": rows}
         sides |= {"allow_code": allow_code, "display": display}

@@ -17,6 +17,7 @@ from deltaw.evaluation.tasks import Measured, OpenTask, gather, gathered, try_me
 from deltaw.files.journal import Journal
 from deltaw.files.lock import claimed_file
 from deltaw.files.strict_json import parse
+from deltaw.kernels.copies import making
 from deltaw.model import Model, open_model
 from deltaw.named import Named
 from deltaw.show.progress import Display
@@ -48,6 +49,7 @@ def eval_tasks_named(
         tasks = tuple(task.model_copy(update={"limit": min(rows, task.limit or rows)}) for task in tasks)
     opened = [OpenTask.of(task, named, allow_code=allow_code) for task in tasks]
     with ExitStack() as stack:
+        stack.enter_context(making())
         if output is None:
             path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "rows.jsonl"
         else:

@@ -20,6 +20,7 @@ from deltaw.evaluation.answers import (
 from deltaw.files.journal import Journal
 from deltaw.files.lock import claimed_file
 from deltaw.generate.sampling import Sampling
+from deltaw.kernels.copies import making
 from deltaw.model import Model, open_model
 from deltaw.named import Named
 from deltaw.show.progress import Display
@@ -83,6 +84,7 @@ def generate_file_named(
     rows = prompts_of_text(_stdin()) if source == STD else read_prompts(source)
     file = None if output in (None, STD) else Path(str(output))
     with ExitStack() as stack:
+        stack.enter_context(making())
         if file is not None:
             _check(file, source)
             stack.enter_context(claimed_file(file))

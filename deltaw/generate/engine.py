@@ -46,7 +46,7 @@ from deltaw.generate.logprobs import Logprobs, logprobs_of, score
 from deltaw.generate.sampling import NotFinite, RowsFailed, Sampling, choose
 from deltaw.generate.slots import Slots
 from deltaw.generate.together import come_to_rest
-from deltaw.kernels.bags import making
+from deltaw.kernels.copies import making
 from deltaw.show.progress import Progress, unseen
 
 TOKENS_AT_ONCE = 65_536  # of all rows together: bounds the cache (4 GB for an 8B model), whatever batch_size says
@@ -68,12 +68,16 @@ class Event(NamedTuple):
 class Engine:
     """Decodes up to `batch_size` rows at a time. Modes and gradients are set for each step: what the caller does in
     between is its own. `piece` is the most tokens of prompts in a step; None: as few as cost no more for it, so that no
-    row waits long for its next token. `close` it when rows may be left. Raises InputError for a batch size below 1."""
+    row waits long for its next token. `copies`: steps make copies of matrices that are read faster (kernels/copies.py);
+    without, where its caller has them made. `close` it when rows may be left. Raises InputError for a batch size below
+    1."""
 
-    def __init__(self, model: nn.Module, *, batch_size: int = 128, piece: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, batch_size: int = 128, piece: int | None = None, copies: bool = False
+    ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; it must be at least 1")
-        self.model, self.batch_size = model, batch_size
+        self.model, self.batch_size, self.copies = model, batch_size, copies
         self._device = next(model.parameters()).device
         with evaluating(model):
             self._slots = Slots(model, piece) if Slots.hold(model) else None
@@ -156,8 +160,8 @@ class Engine:
         """
         if self._waiting or not self._modules:  # looking for them is felt in a step of one token
             self._modules = list(self.model.modules())
-        single = making() if self.batch_size == 1 else contextlib.nullcontext()  # as its caller has it, for many rows
-        with evaluating(self.model, self._modules), single:
+        copies = making() if self.copies else contextlib.nullcontext()  # as its caller has it
+        with evaluating(self.model, self._modules), copies:
             for cache in set(self._live.values()):
                 for rows, logits_RV in cache.steps():
                     self._go_on(rows, logits_RV)
@@ -364,7 +368,7 @@ def stream(model: nn.Module, prompt: Sequence[int], sampling: Sampling, stop_ids
 
     Raises InputError as `generate` does, at the call and not at the first token.
     """
-    engine = Engine(model, batch_size=1)
+    engine = Engine(model, batch_size=1, copies=True)
     engine.add(prompt, sampling, stop_ids)
     return _streamed(engine)
 

@@ -43,6 +43,8 @@ from deltaw.adapter.ready import Ready
 from deltaw.adapter.stand_ins import FusedAttention
 from deltaw.base.attention import is_packed
 from deltaw.base.frozen import InParts, dtype_of
+from deltaw.base.head import find_head
+from deltaw.base.packed import PackedLinear
 from deltaw.base.passing import Pass, passing_of
 from deltaw.base.probe import REFUSALS
 from deltaw.generate.cache import Cache, Row, segments_for, text_config
@@ -63,8 +65,8 @@ class Slots(Cache):
 
     share, patience = 8, 8
 
-    def __init__(self, model: nn.Module, piece: int | None = None) -> None:
-        """`piece`: the most tokens of prompts in a pass."""
+    def __init__(self, model: nn.Module, piece: int | None = None, *, own_head: bool | None = None) -> None:
+        """`piece`: the most tokens of prompts in a pass. `own_head`: the head is made here; None: as was tried."""
         self.model: Any = model
         self.device = next(model.parameters()).device
         self.piece = piece or (GPU_PIECE if self.device.type == "cuda" else PIECE)
@@ -76,6 +78,7 @@ class Slots(Cache):
         self.prefixes = Prefixes(KEPT)
         parts = any(isinstance(module, InParts) for module in model.modules())  # their weights come and go
         self.ready = None if parts else Ready(model)
+        self.own_head = _own_head(model) if own_head is None else own_head
 
     @property
     def tokens(self) -> int:
@@ -148,7 +151,7 @@ class Slots(Cache):
         wanted_R = torch.tensor(
             [at for run in runs for at in asked[run]] or [0], device=self.device
         )  # some it must give
-        logits_RV = self._run(this, tokens_T[None], positions_T[None], logits_to_keep=wanted_R)[0]
+        logits_RV = self._run(this, tokens_T[None], positions_T[None], wanted_R)
         parts = logits_RV[: sum(map(len, asked.values()))].split([len(asked[run]) for run in runs])
         for run, part_RV in zip(runs, parts, strict=True):
             self._score(run, part_RV)
@@ -223,7 +226,7 @@ class Slots(Cache):
         ids_R1 = torch.tensor([[row.last] for row in rows], device=self.device)
         positions_R1 = torch.tensor([[row.place] for row in rows], device=self.device)
         this = Pass(segments=segments, cache=GoingOn(parts), ready=self.ready)
-        logits_RV = self._run(this, ids_R1, positions_R1)[:, -1]
+        logits_RV = self._run(this, ids_R1, positions_R1)
         self.stored |= {row: row.place + 1 for row in rows}
         yield rows, logits_RV
 
@@ -264,11 +267,23 @@ class Slots(Cache):
             self.scores.pop(row, None)
             del self.stored[row]
 
-    def _run(self, this: Pass, ids: Tensor, positions: Tensor, **options: Tensor) -> Tensor:
+    def _run(self, this: Pass, ids: Tensor, positions: Tensor, at_R: Tensor | None = None) -> Tensor:
+        """Logits [R, V] of the rows of tokens, or of those at `at_R` of the only row. A head that is a plain product is
+        made here, where its matrix may be prepacked (kernels/prepacked.py)."""
+        inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False, "return_dict": True}
+        module = self.model.get_output_embeddings() if self.own_head else None
         with passing_of(self.model).running(this):
-            out = self.model(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True, **options)
-        logits: Tensor = out.logits
-        return logits
+            if module is None or type(module) not in (
+                nn.Linear,
+                PackedLinear,
+            ):  # one with updates is the model's to run
+                options = {} if at_R is None else {"logits_to_keep": at_R}
+                logits: Tensor = self.model(**inputs, **options).logits
+                return logits[:, -1] if at_R is None else logits[0]
+            hidden: Tensor = self.model.base_model(**inputs).last_hidden_state
+        head = find_head(self.model)
+        assert head is not None
+        return head.logits(hidden[:, -1] if at_R is None else hidden[0, at_R])
 
     @staticmethod
     def hold(model: nn.Module) -> bool:
@@ -278,15 +293,22 @@ class Slots(Cache):
             return False
         dtype = dtype_of(model)
         if _tried.get(stand_ins[0], (None,))[0] != dtype:
-            _tried[stand_ins[0]] = dtype, _holds(model)
-        return _tried[stand_ins[0]][1]
+            ways = [own_head for own_head in (True, False) if own_head <= (find_head(model) is not None)]
+            _tried[stand_ins[0]] = dtype, next((own_head for own_head in ways if _holds(model, own_head)), None)
+        return _tried[stand_ins[0]][1] is not None
 
 
-_tried: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref.WeakKeyDictionary()  # spares the passes
+# Whether the head may be made here, where rows may be in slots. Spares the passes.
+_tried: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool | None]] = weakref.WeakKeyDictionary()
+
+
+def _own_head(model: nn.Module) -> bool:
+    first = next((module for module in model.modules() if isinstance(module, FusedAttention)), None)
+    return first is not None and bool(_tried.get(first, (None, None))[1])
 
 
 @torch.no_grad()
-def _holds(model: nn.Module) -> bool:
+def _holds(model: nn.Module, own_head: bool) -> bool:
     """Two rows join, go on, one leaves, and another joins the one that is left, which takes the same step again. The
     first two join in pieces, the third at once."""
     if not {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters):
@@ -294,7 +316,7 @@ def _holds(model: nn.Module) -> bool:
     try:
         trial = Trial(model)
         truth_2RV = torch.stack([trial.logits([ids])[:, 0] for ids in (trial.short, trial.long)], 1)
-        slots, token = Slots(model, piece=8), int(trial.other[0])
+        slots, token = Slots(model, piece=8, own_head=own_head), int(trial.other[0])
         short, long, again = (
             Row(n, tuple(ids.tolist()), Sampling(), set(), n, room=2)
             for n, ids in enumerate((trial.short, trial.long, trial.short))

@@ -15,8 +15,7 @@ the cache. On a busy machine, beside tiles (packed.py), which are cheaper beyond
     tiles    1.4   1.4   1.6   1.7   1.3
 
 The codes lie column by column here, so they are held a second time, in up to 1.25 bytes per number, as long as the
-base. They are made where single streams are decoded (`making`: by an engine of one row, and by a server) and memory
-isn't short, not in a run's evaluations, whose next step needs that memory.
+base (copies.py says when they are made).
 
 Rejected, measured: PyTorch's int4 product (`_weight_int4pack_mm`: bfloat16 alone is fast, and rounds x, scales and y;
 in float32 it is a loop of 15 times the dense time), its int8 product (the same), its bag over four bits (0.08 ms, but
@@ -26,21 +25,17 @@ rounded x as llama.cpp makes them (another answer than the base's).
 Letters: M outputs, N inputs, T rows of x, G groups of a row that share a scale.
 """
 
-import contextlib
 import functools
-import re
-from collections.abc import Iterator
-from contextvars import ContextVar
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from deltaw.kernels.copies import are_made, fits
+
 FEW = 12  # rows
 ZERO = 128  # the byte of code 0
-SPARE = 2**31  # bytes of memory that stay free
 
 
 class Coded(Protocol):
@@ -113,25 +108,12 @@ def _bag() -> Any:
 _bags: "WeakIdKeyDictionary" = WeakIdKeyDictionary()  # by the matrix's first part, which outlives what reads it
 
 
-_making: ContextVar[bool] = ContextVar("making", default=False)
-
-
-@contextlib.contextmanager
-def making(make: bool = True) -> Iterator[None]:
-    """Inside, bags are made where there are none yet."""
-    token = _making.set(make)
-    try:
-        yield
-    finally:
-        _making.reset(token)
-
-
 def bags_for(weight: Coded, x_TN: Tensor) -> Bags | None:
     """The matrix for so few rows in a step of decoding; None where tiles must do."""
     if not Bags.take(x_TN):
         return None
     part = next(iter(weight.parts.values()))
-    if _making.get() and part not in _bags:
+    if are_made() and part not in _bags:
         _bags[part] = Bags(weight) if _worth(weight) else None
     bags: Bags | None = _bags.get(part)
     return bags
@@ -143,12 +125,4 @@ def _worth(weight: Coded) -> bool:
     if not wide or weight.device.type != "cpu" or weight.coded(slice(0, 1)) is None:
         return False
     m, n = weight.shape
-    return _available() > SPARE + 2 * m * n
-
-
-def _available() -> float:
-    """Bytes of memory that may still be had, where the system says so."""
-    with contextlib.suppress(OSError):
-        if told := re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii")):
-            return 1024 * int(told[1])
-    return float("inf")
+    return fits(m * n)

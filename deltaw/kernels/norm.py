@@ -22,7 +22,8 @@ from deltaw.kernels.device import on_gpu
 
 def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """[..., D] in x's dtype. Only x can get a gradient."""
-    if torch.is_inference_mode_enabled() and not offset and x_TD.dtype == w_D.dtype == torch.float32:
+    one_call = x_TD.dtype == torch.float32 or (x_TD.dtype == torch.bfloat16 and not x_TD.is_cuda)
+    if one_call and torch.is_inference_mode_enabled() and not offset and x_TD.dtype == w_D.dtype:
         return F.rms_norm(x_TD, w_D.shape, w_D, eps)  # in one call: decoding
     if not torch.is_grad_enabled():  # a Function's own cost is felt where a pass is one token
         return _normed(x_TD, w_D, eps, offset, on_gpu(x_TD, x_TD.shape[-1]))[0]

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaw.kernels.prepacked import Prepacked, prepacked
+
 AT_ONCE = 2**24  # numbers of a weight that are looked at in one piece
 # Rows for which a CPU makes W xᵀ sooner than x Wᵀ where N is 2 M or more (an MLP's way down). One core, float32, ms:
 #   rows                  6      8     12     16     32     64
@@ -90,10 +92,11 @@ class Weight(abc.ABC):
 class DenseWeight(Weight):
     """The matrix of a tensor [M, N], which may be a view."""
 
-    __slots__ = ("_w_MN",)
+    __slots__ = ("_copy", "_w_MN")
 
     def __init__(self, w_MN: Tensor) -> None:
         self._w_MN = w_MN
+        self._copy: Prepacked | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,11 +111,18 @@ class DenseWeight(Weight):
         return self._w_MN.device
 
     def matmul(self, x_TN: Tensor, bias_M: Tensor | None = None) -> Tensor:
-        return F.linear(x_TN, self._w_MN, bias_M)
+        copy = self._prepacked() if torch.is_inference_mode_enabled() else None
+        return F.linear(x_TN, self._w_MN, bias_M) if copy is None else copy.matmul(x_TN, bias_M)
+
+    def _prepacked(self) -> Prepacked | None:
+        if self._copy is None or not self._copy.current(self._w_MN):
+            self._copy = prepacked(self._w_MN)
+        return self._copy
 
     def few(self, x_TN: Tensor, bias_M: Tensor | None = None) -> Tensor:
-        (m, n), rows = self._w_MN.shape, len(x_TN)
-        if n < 2 * m or rows not in TURNED or x_TN.is_cuda or x_TN.dtype != torch.float32:
+        (m, n), rows = self._w_MN.shape, x_TN.shape[0]  # len is felt: it is Python
+        wide = n >= 2 * m and rows in TURNED and x_TN.dtype == torch.float32 and not x_TN.is_cuda
+        if not wide or (torch.is_inference_mode_enabled() and self._prepacked() is not None):
             return self.matmul(x_TN, bias_M)
         y_TM = torch.mm(self._w_MN, x_TN.T).T.contiguous()
         return y_TM if bias_M is None else y_TM.add_(bias_M)

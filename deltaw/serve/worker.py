@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from deltaw.errors import DeltawError, InputError, RunError, with_kind
 from deltaw.generate.check import check
-from deltaw.kernels.bags import making
+from deltaw.kernels.copies import making
 from deltaw.model import Model
 from deltaw.serve.adapters import Adapters, Later, Served
 from deltaw.serve.answering import Answering

@@ -144,7 +144,7 @@ def test_a_prompt_is_told_by_the_row_that_runs_it(name: str, piece: int) -> None
     engine, passes = Engine(model, piece=piece), [0]
     wanted = engine.score(PROMPT, top=3)
     sampling = Sampling(max_new_tokens=4, temperature=1.0, seed=3)
-    model.register_forward_hook(lambda *call: passes.__setitem__(0, passes[0] + call[2].logits.shape[0]))
+    model.base_model.register_forward_hook(lambda *call: passes.__setitem__(0, passes[0] + len(call[2][0])))
     rows = {
         engine.add(PROMPT, sampling, key=b"k", scored=3): True,
         engine.add(PROMPT, sampling, key=b"k", scored=3, answer=False): False,

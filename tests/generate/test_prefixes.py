@@ -174,7 +174,7 @@ def test_a_piece_that_fails_is_run_again() -> None:
     model = adapted()
     engine = Engine(model)
     ids = [engine.add(prompt, NEW, key=KEY) for prompt in TURNS[:3]]
-    hook = model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
+    hook = model.base_model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
         engine.step()
     hook.remove()

@@ -1,5 +1,6 @@
 """Slots of our own: rows join, grow, leave and are followed by others, and each gets what transformers gives it."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from deltaw.generate.cache import BASE, Row, evaluating
 from deltaw.generate.engine import Engine, generate, stream
 from deltaw.generate.sampling import Sampling
 from deltaw.generate.slots import Slots
+from deltaw.kernels import prepacked
 from tests.generate.test_together import ALL, NEW, PROMPTS, STOP, alone, build, until_stop
 
 OURS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "qwen3_moe", "dynamic", "starcoder2"]
@@ -44,6 +46,31 @@ def whole(cache: Slots, rows: list[Row]) -> None:
 def holds(model: nn.Module) -> bool:
     with evaluating(model):
         return Slots.hold(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_of_matrices_give_the_models_own_answers(dtype: torch.dtype) -> None:
+    """With an adapter or without, one row or several: log-probabilities are as near the truth as without copies."""
+    if not prepacked._can(torch.device("cpu"), dtype):
+        pytest.skip("this PyTorch has no prepacked products")
+    model = adapted().to(dtype)
+    assert holds(model)
+    ids = [*LONG[2], *LONG[3]]
+    wide = copy.deepcopy(model).double()
+    with torch.no_grad():
+        truth_T = wide(torch.tensor([ids])).logits[0].log_softmax(-1)[range(len(ids) - 1), ids[1:]].tolist()
+    off = []
+    for copies in (False, True):
+        engine = Engine(model, batch_size=3, copies=copies)
+        for prompt in (ids[:50], ids, ids[:70]):
+            engine.add(prompt, Sampling(max_new_tokens=3), scored=0)
+        told = [event.prompt for _ in range(8) for event in engine.step() if event.prompt]
+        assert sorted(map(len, told)) == [49, 69, len(ids) - 1]
+        off.append(max(abs(one.token - true) for row in told for one, true in zip(row, truth_T, strict=False)))
+    assert off[1] <= off[0] + 4 * torch.finfo(dtype).eps
+    made = {parameter for parameter in model.parameters() if prepacked._copies.get(parameter) is not None}
+    linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    assert made == linear  # the head's among them
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -5,8 +5,9 @@ import gc
 import pytest
 import torch
 
-from deltaw.kernels import bags
+from deltaw.kernels import bags, copies
 from deltaw.kernels.blocks import FORMATS, BlockWeight, parts_of
+from deltaw.kernels.copies import making
 from deltaw.kernels.int8 import to_int8
 from deltaw.kernels.packed import CastWeight, PackedWeight
 from tests.kernels.test_blocks import random_blocks
@@ -37,7 +38,7 @@ def test_products_by_codes_are_as_near_as_plain_ones(m: int, blocks: int, rows: 
         wide += 0 if m_MG is None else m_MG.abs().double()[..., None]
         terms = terms + x_TN.double().abs() @ wide.flatten(1).T + bias_M.abs()
         plain = (weight.matmul(x_TN, bias_M).double() - truth).abs()
-        with torch.inference_mode(), bags.making(True):
+        with torch.inference_mode(), making(True):
             assert bags.bags_for(weight, x_TN) is not None, name
             fast = (weight.matmul(x_TN, bias_M).double() - truth).abs()
         assert (fast <= plain + 8 * torch.finfo(torch.float32).eps * terms).all(), name
@@ -45,10 +46,10 @@ def test_products_by_codes_are_as_near_as_plain_ones(m: int, blocks: int, rows: 
 
 def test_only_few_rows_of_a_step_of_decoding_and_as_long_as_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x_TN = to_int8(torch.randn(8, 64), torch.float32), torch.randn(bags.FEW + 1, 64)
-    with bags.making(True):
+    with making(True):
         assert bags.bags_for(weight, x_TN[:1]) is None  # gradients may be asked for
-    with torch.inference_mode(), bags.making(True):
-        with bags.making(False):
+    with torch.inference_mode(), making(True):
+        with making(False):
             assert bags.bags_for(weight, x_TN[:1]) is None
         assert bags.bags_for(weight, x_TN) is None and bags.bags_for(weight, x_TN[:1].bfloat16()) is None
         assert bags.bags_for(CastWeight(torch.randn(8, 64).bfloat16(), torch.float32), x_TN[:1]) is None
@@ -59,7 +60,7 @@ def test_only_few_rows_of_a_step_of_decoding_and_as_long_as_the_matrix(monkeypat
         del weight
         gc.collect()
         assert len(bags._bags) == before - 1
-        monkeypatch.setattr(bags, "SPARE", 2**60)
+        monkeypatch.setattr(copies, "SPARE", 2**60)
         short = to_int8(torch.randn(8, 64), torch.float32)
         assert bags.bags_for(short, x_TN[:1]) is None
         assert torch.allclose(short.matmul(x_TN[:1]), x_TN[:1] @ short.dense().T, rtol=1e-5, atol=1e-5)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltaw.kernels import stacked
 from deltaw.kernels.lora import Factors, Projection, lora_linears_plain
 from deltaw.kernels.segments import Segment
 from deltaw.kernels.stacked import Places, Stacks, stacked_linears
@@ -19,11 +20,12 @@ N, OUTPUTS = 6, (5, 4)
     ranks=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=4, max_size=4),
     bias=st.booleans(),
     in_order=st.booleans(),
+    few=st.sampled_from([-1, 99]),
 )
 def test_each_row_gets_its_own_update(
-    slots: list[int | None], ranks: list[tuple[int, int]], bias: bool, in_order: bool
+    slots: list[int | None], ranks: list[tuple[int, int]], bias: bool, in_order: bool, few: int
 ) -> None:
-    """Ranks differ between updates and projections; 0: the update isn't on that one."""
+    """By bags and by batched products. Ranks differ between updates and projections; 0: it isn't on that one."""
     generator = torch.Generator().manual_seed(len(slots))
 
     def random(*shape: int) -> torch.Tensor:
@@ -43,12 +45,14 @@ def test_each_row_gets_its_own_update(
             stacks.put(slot, number, *updates[number].get(slot, (None, None, 1.0)))
     segments = tuple(Segment(slot, at, at + 1) for at, slot in enumerate(slots) if slot is not None)
     projections = [Projection(*layer, one, segments) for layer, one in zip(layers, updates, strict=True)]
-    places = Places.of(slots, x_TN.device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stacked, "FEW", few)
+        places = Places.of(slots, x_TN.device)
     assert (places.rows_P is None) or not in_order
-    for got, wanted in zip(
-        stacked_linears(x_TN, layers, stacks, places), lora_linears_plain(x_TN, projections), strict=True
-    ):
-        torch.testing.assert_close(got, wanted)
+    assert (places.bags is None) == (few < 1 or not any(slot is not None for slot in slots))
+    wanted = lora_linears_plain(x_TN, projections)
+    for got, one in zip(stacked_linears(x_TN, layers, stacks, places), wanted, strict=True):
+        torch.testing.assert_close(got, one)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
