@@ -2,10 +2,11 @@
 
 It is written hidden beside its final name, fsynced and renamed, so whoever sees it sees it complete, even after
 a kill or on a full disk. What is known to be too large for the disk is refused before the first byte. An existing
-folder is replaced only if that was asked for *and* deltaw wrote it (it holds the mark): `--replace` with a slip of the
-finger must not cost a home directory, nor what a user has put beside what was written. Nor is one replaced that holds what is read (`sources`: the base, the adapter): a
-merge over its own base would leave an adapter without a base. The old one is removed once the new one is in place. A
-link is followed: its target is written, the link stays.
+folder is replaced only if that was asked for *and* deltaw wrote all of it (it holds the mark, which has the names):
+`--replace` with a slip of the finger must cost neither a home directory nor what a user has put beside what was
+written. Nor is one replaced that holds what is read (`sources`: the base, the adapter): a merge over its own base would
+leave an adapter without a base. The old one is removed once the new one is in place. A link is followed: its target is
+written, the link stays.
 """
 
 import contextlib
