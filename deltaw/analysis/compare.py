@@ -227,7 +227,10 @@ def _plain(path: str, adapter: Adapter) -> Plain:
     try:
         return adapter.factors[path].plain()
     except InputError as error:
-        raise InputError(f"{path}: {error.what}, so it can't be compared without the base") from None
+        raise InputError(
+            f"{path}: {error.what}, so it can't be compared without the base",
+            fix="make a LoRA of it: deltaw merge, then deltaw extract with --base",
+        ) from None
 
 
 def _cosine(product: float, one: float, other: float) -> float | None:
