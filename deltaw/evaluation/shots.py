@@ -43,13 +43,14 @@ def chosen(
 ) -> tuple[Shot, ...]:
     """So many of the rows, none that asks what is in `avoided`. Raises InputError where there aren't as many."""
     shots: dict[str, Shot] = {}
-    asked = 0
+    asked, refused = 0, ""
     for row in sorted(rows, key=lambda row: digest(row, f"shots {seed}".encode()[-64:])):
         if len(shots) == count:
             break
         try:
             shot = read(row)
-        except Rejected:
+        except Rejected as rejected:
+            refused = refused or f"; {row.origin} can't be: {rejected}"
             continue
         if (what := asks(shot.prompt)) in avoided:
             asked += 1
@@ -59,7 +60,7 @@ def chosen(
         there = counted(len(shots), "row is", "rows are")
         but = f" ({counted(asked, 'more asks', 'more ask')} what the task asks)" if asked else ""
         raise InputError(
-            f"shots: {count}, and {there} there to show{but}",
+            f"shots: {count}, and {there} there to show{but}{refused}",
             fix="lower it, or name other rows: shots_from",
         )
     return tuple(shots.values())

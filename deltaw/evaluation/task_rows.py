@@ -23,6 +23,7 @@ from deltaw.config.tasks import PASSES, TaskConfig
 from deltaw.data.asking import Prompt
 from deltaw.data.columns import Columns
 from deltaw.data.document import held_in_cell
+from deltaw.data.forms import SHAREGPT_ROLES
 from deltaw.data.prepare import LEAVE_OUT, digest
 from deltaw.data.prompts import asked
 from deltaw.data.row import Problem, Row
@@ -190,10 +191,20 @@ def _read(row: Row, task: TaskConfig, columns: Columns) -> _Read:
     truth = ""
     if not choices and not tests:
         values = (known.get(name) for name in TRUTHS)
-        truth = str(next((value for value in values if isinstance(value, str | int | float)), ""))
+        truth = str(next((value for value in values if isinstance(value, str | int | float)), _last_answer(known)))
         if not truth.strip():
             raise Rejected(f"it has no answer to compare with: a column called {', '.join(TRUTHS)}")
     return _Read(row.origin, prompt, tools, truth, choices, tests)
+
+
+def _last_answer(value: Mapping[str, Any]) -> str:
+    """The answer that a chat ends with; empty where it ends otherwise, or there is no chat."""
+    for name, speaker, text in (("messages", "role", "content"), ("conversations", "from", "value")):
+        turns = value.get(name)
+        if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
+            whose, said = str(turns[-1].get(speaker)).lower(), turns[-1].get(text)
+            return said if SHAREGPT_ROLES.get(whose, whose) == "assistant" and isinstance(said, str) else ""
+    return ""
 
 
 def _asked(row: Row, task: TaskConfig, known: Mapping[str, Any]) -> tuple[Prompt, tuple[dict[str, Any], ...]]:

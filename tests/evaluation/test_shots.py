@@ -111,6 +111,26 @@ def test_rows_of_another_file_leave_all_to_be_asked(model: Model, rows: Path, tm
         assert sums[n] == pytest.approx(one[n], abs=1e-3)
 
 
+CHATS: dict[str, Any] = {
+    "messages": lambda n: {"messages": [{"role": "system", "content": "Add."}, {"role": "user", "content": f"{n} + 1"},
+                                        {"role": "assistant", "content": f"sum {n + 1}"}]},
+    "conversations": lambda n: {"conversations": [{"from": "human", "value": f"{n} + 1"},
+                                                  {"from": "gpt", "value": f"sum {n + 1}"}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHATS)
+def test_chats_are_shown_with_the_answers_that_they_end_with(model: Model, kind: str) -> None:
+    data = [CHATS[kind](n) for n in range(4)]
+    plain, shown = asked(model, data=data, chat=True), asked(model, data=data, chat=True, shots=2)
+    truths = {row.origin: row.truth.removesuffix("<|im_end|>").strip() for row in plain}
+    assert len(shown) == 2 and [row.truth for row in shown] == [truths[row.origin] for row in shown]
+    for row in shown:
+        assert row.prompt.count("sum ") == 2 and row.truth not in row.prompt
+    with pytest.raises(InputError, match=r"rows given:1 can't be: it has no answer"):
+        asked(model, data=[{"prompt": "a"}], shots=1)
+
+
 def test_rows_that_are_all_shown_leave_none_to_ask(model: Model, rows: Path) -> None:
     how: dict[str, Any] = {"data": str(rows), "form": "choices", "prompt": "{question}"}
     assert len(asked(model, **how, shots=11)) == 1
