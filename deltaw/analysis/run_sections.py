@@ -103,9 +103,10 @@ def _kept_as(weights: str) -> str:
 
 
 def _objective(objective: ObjectiveConfig) -> str:
-    """Its kind and numbers; nothing of plain supervision."""
+    """Its kind, rewards and numbers; nothing of plain supervision."""
+    rewards = [f"reward {' + '.join(one.called for one in objective.reward)}"] if objective.reward else []
     options = [f"{name} {value:g}" for name, value in objective.options.items() if isinstance(value, float) and value]
-    return "" if objective.kind == "sft" else ", ".join([objective.kind, *options])
+    return "" if objective.kind == "sft" else ", ".join([objective.kind, *rewards, *options])
 
 
 def _several(processes: int) -> str:

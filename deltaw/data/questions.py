@@ -76,6 +76,9 @@ def completed(values: Values) -> tuple[Values, bool]:
     if isinstance(values.get("text"), str):
         rest = {name: value for name, value in values.items() if name != "text"}
         return {**rest, "prompt": values["text"], "completion": STAND_IN}, False
+    blank = next((name for name in ANSWERS if isinstance(values.get(name), str)), None)
+    if blank is not None and values.get(ANSWERS[blank]) is None:  # what it lacks is a prompt, which is said of it
+        return {**values, ANSWERS[blank]: STAND_IN}, False
     return values, True
 
 
@@ -91,7 +94,7 @@ def question(document: Single, *, answered: bool) -> Question:
             return Question(replace(document, messages=(*asked_only(messages[:last]), end)), answered)
         case Text(text=text):  # it is asked, and not continued from its middle
             return Question(Completion(text, STAND_IN), False)
-        case Completion(prompt=prompt) if not prompt:
+        case Completion(prompt=prompt) if not prompt.strip():
             raise Rejected("its prompt is empty")
     return Question(document, answered)
 

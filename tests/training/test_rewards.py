@@ -264,3 +264,11 @@ def test_eval_asks_the_reward_again(place: Path) -> None:
     result = Run(place / "run").read_json(Run(place / "run").result)["eval"]
     assert told["reward"] == pytest.approx(result["after"]["reward"])
     assert told["base"]["reward"] == pytest.approx(result["before"]["reward"])
+
+
+@pytest.mark.parametrize("blank", ["", "  \n"])
+def test_a_row_that_asks_nothing_is_said_to_lack_its_prompt(place: Path, tmp_path: Path, blank: str) -> None:
+    rows = [{"prompt": "say 1 ", "gold": 1}, {"prompt": blank, "gold": 2}, {"prompt": "say 3 "}]
+    (tmp_path / "blank.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"blank\.jsonl:2: its prompt is empty"):
+        deltaw.train(fields(place, "blank", data={"train": str(tmp_path / "blank.jsonl")}), display=QUIET)
