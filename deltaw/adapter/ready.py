@@ -43,9 +43,10 @@ class Ready:
         self.groups: dict[nn.Module, _Group] = {}  # by the first of its modules
         self._angles: dict[int, tuple[Any, Tensor, Tensor]] = {}
 
-    def begin(self, updates: Sequence[int | None], device: torch.device) -> None:
+    def begin(self, updates: Sequence[int | None], device: torch.device, others: Sequence[int | None] = ()) -> None:
         """The rows of the pass that follows, by the number of the update that each takes (None: the first; `NOBODY`).
-        Raises ValueError for a number that the model doesn't carry."""
+        `others`: updates of rows that aren't in it, which keep their slots. Raises ValueError for a number that the
+        model doesn't carry."""
         self._angles = {}
         self._look()
         rows = list(updates)
@@ -53,7 +54,8 @@ class Ready:
             return
         first = self.carried.first if self.carried else NOBODY
         wanted = [first if update is None else update for update in rows]
-        live = dict.fromkeys(number for number in wanted if number != NOBODY) if self.carried else {}
+        all_rows = dict.fromkeys([*wanted, *(first if update is None else update for update in others)])
+        live = [number for number in all_rows if number != NOBODY] if self.carried else []
         if self.carried:
             self.carried.check(live)
         free = [slot for slot, number in enumerate(self.numbers) if number not in live]

@@ -139,10 +139,12 @@ class Slots(Cache):
         self._place(ordered)
         cache = self._carried(ordered, starts, positions_T)
         kept = [run.row.update for run in runs if run.whole] or [ordered[0].row.update]
+        ready = self._ready([run.row.update for run in ordered for _ in range(run.first, run.end)])
         this = Pass(
             segments=segments_for([run.row.update for run in ordered], starts),
             kept=segments_for(kept, range(len(kept) + 1)),
             cache=cache,
+            ready=ready if ready is not None and ready.places.dense else None,
         )
         spans = {run: range(starts[at], starts[at + 1]) for at, run in enumerate(ordered)}
         asked = {
@@ -221,14 +223,18 @@ class Slots(Cache):
             parts.append(Part(shelf, which, torch.arange(len(shelf.rows), device=self.device), ats_R))
         updates = [row.update for row in rows]
         segments = segments_for(updates, range(len(rows) + 1))
-        if self.ready is not None:
-            self.ready.begin(updates, self.device)
         ids_R1 = torch.tensor([[row.last] for row in rows], device=self.device)
         positions_R1 = torch.tensor([[row.place] for row in rows], device=self.device)
-        this = Pass(segments=segments, cache=GoingOn(parts), ready=self.ready)
+        this = Pass(segments=segments, cache=GoingOn(parts), ready=self._ready(updates))
         logits_RV = self._run(this, ids_R1, positions_R1)
         self.stored |= {row: row.place + 1 for row in rows}
         yield rows, logits_RV
+
+    def _ready(self, updates: Sequence[int | None]) -> Ready | None:
+        """What a pass whose rows take these updates has ready of its layers."""
+        if self.ready is not None:
+            self.ready.begin(updates, self.device, [row.update for row in self.stored])
+        return self.ready
 
     def _grow(self) -> None:
         """Move rows that have filled their slots to larger ones."""

@@ -93,6 +93,11 @@ class Places(NamedTuple):
         places = [slots[row] * width + at for row, at in zip(rows, within, strict=True)]  # type: ignore[operator]
         return Places(updates, width, torch.tensor(rows, device=device), torch.tensor(places, device=device))
 
+    @property
+    def dense(self) -> bool:
+        """Whether most places have a row: else going update by update (lora.py) takes less."""
+        return self.rows_P is None or self.updates * self.width <= 2 * self.rows_P.shape[0]
+
     def low(self, x_TN: Tensor, a_SNK: Tensor) -> Tensor:
         """H = x A, as `add` takes it: [T, K] or [S, C, K]."""
         if self.bags is not None:

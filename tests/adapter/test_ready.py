@@ -76,6 +76,22 @@ def test_an_adapter_that_comes_or_goes_has_no_other_copied_again(monkeypatch: py
     assert other.number == two.number and same(model, ready, rows) and set(copied) == {1}
 
 
+def test_updates_of_rows_outside_a_pass_keep_their_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that joins has no other row's factors copied again."""
+    model = tiny("llama")
+    a, b, c = (put(model, seed).number for seed in (1, 2, 3))
+    ready = Ready(model)
+    assert same(model, ready, [a, b])
+    copied: list[int] = []
+    real = Stacks.put
+    monkeypatch.setattr(Stacks, "put", lambda self, slot, *rest: (copied.append(slot), real(self, slot, *rest)))
+    ready.begin([c, c, c], CPU, [a, b])
+    assert ready.linears(projections(model), torch.randn(3, 32)) is not None
+    assert set(copied) == {2}
+    copied.clear()
+    assert same(model, ready, [a, b]) and not copied
+
+
 def test_what_is_changed_in_place_is_seen_in_the_next_step() -> None:
     model = tiny("llama")
     one, two = put(model, 1), put(model, 2)

@@ -73,3 +73,10 @@ def test_few_rows_get_what_many_get(shape: tuple[int, int]) -> None:
             got = weight.few(x_TN, bias)
             torch.testing.assert_close(got, weight.matmul(x_TN, bias))
             assert got.is_contiguous()  # it is added to in place, by views
+
+
+def test_places_of_unlike_segments_are_not_dense() -> None:
+    cpu = torch.device("cpu")
+    assert Places.of([0] * 20 + [1] * 20, cpu).dense and Places.of([None, 0], cpu).dense
+    assert Places.of([0] * 20 + [1] * 15 + [None], cpu).dense
+    assert not Places.of([0] * 90 + [1, 2, 3], cpu).dense and not Places.of([9] * 20, cpu).dense
