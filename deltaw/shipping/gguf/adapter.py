@@ -141,7 +141,7 @@ def _whole(trained: Trained) -> str:
     config: Any = trained.base_files.skeleton.config
     if config.model_type not in MODELS:
         merge = command("merge", trained.name, options=["-o", "merged"])
-        return f"the whole model: {merge}, then llama.cpp's own converter"
+        return f"the whole model: {merge}   then llama.cpp's own converter"
     options = ["--to", "gguf", "--merged", "-o", "merged-gguf"]
     return f"the whole model: {command('export', trained.name, options=options)}"
 
