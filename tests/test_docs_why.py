@@ -69,6 +69,14 @@ TOLD: dict[str, list[tuple[str, str, float]]] = {  # by study: what the prose sa
         ("in {:.0f} % of random directions at rank 4", "percentile of W in ΔW's directions, rank 4", 100),
         ("and in {:.0f} % at rank 16", "percentile of W in ΔW's directions, rank 16", 100),
     ],
+    "phi": [
+        ("share {:.2f} of one seed", "φ(1, 1) of ranks 16 and 64, one seed", 1),
+        ("and {:.2f} of two", "φ(1, 1) of ranks 16 and 64, two seeds", 1),
+        ("of ranks 4 and 64 {:.2f}", "φ(1, 1) of ranks 4 and 64, one seed", 1),
+        ("shared more ({:.2f},", "left, φ(1, 1), ranks 16 and 64, one seed", 1),
+        (", {:.2f} and", "left, φ(1, 1), ranks 16 and 64, two seeds", 1),
+        ("and {:.2f}). At this width", "left, φ(1, 1), ranks 4 and 64, one seed", 1),
+    ],
     "fullrank": [
         ("after 192 steps {:.1f} % of them", "share of directions that hold 90 % after 192 steps", 100),
         ("{:.1f} points more than after 12 steps", "growth of that share from 12 to 192 steps", 100),
@@ -110,6 +118,10 @@ TOLD: dict[str, list[tuple[str, str, float]]] = {  # by study: what the prose sa
         ("(slope {:.3f})", "slope with α/√r", 1),
         ("a slope of only −{:.3f}", "slope with α/r", -1),
         ("α/√r has {:.2f} times the loss", "log of (loss with α/√r / with α/r) at rank 64", 1),
+    ],
+    "rl-rank": [
+        ("ends {:.3f} above full fine-tuning", "greedy reward of rank 1 less full fine-tuning's", 1),
+        ("Full fine-tuning gains {:.2f}", "gain of full fine-tuning", 1),
     ],
     "plus": [
         ("the loss is {:.3f} times that", "log of (loss with ratio 4 / with 1)", 1),
