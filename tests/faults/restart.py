@@ -9,6 +9,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import torch
+
 from deltaw.adapter.file import Adapter
 from tests.faults.common import QUIET, Ended, child
 from tests.faults.fault import expect, fault
@@ -17,10 +19,14 @@ from tests.serve.canaries import PROMPTS, TOKENS
 
 
 def serving(base: Path, folder: Path, port: int, told: Path) -> Callable[[], None]:
-    """A child's work: `deltaw serve BASE --adapters FOLDER --port PORT`; its address comes into the file."""
+    """A child's work: `deltaw serve BASE --adapters FOLDER --port PORT`; its address comes into the file. In float32,
+    as what it is compared with: a random model's likeliest token changes with the rounding of bfloat16."""
 
     def work() -> None:
+        from deltaw.base import load
         from deltaw.commands.serve import Place, serve_named
+
+        load.fast_dtype = lambda *_: torch.float32  # type: ignore[assignment]
 
         def show(result: Any) -> None:
             told.with_suffix(".new").write_text(result.data["address"])
