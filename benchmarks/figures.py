@@ -33,7 +33,8 @@ INTRO = {
     "`target_parameters` by the fastest of transformers' implementations.",
     "Rewards": "GRPO on 8 prompts with 8 answers of 20 tokens to each, beside TRL's GRPOTrainer with PEFT. Both "
     "are bound by the same products: 20 passes of 64 rows, and one of some 1,400 rows forward and back.",
-    "Serving": "`deltaw serve` on the builtin, over HTTP. Beside llama.cpp: docs/log.md.",
+    "Serving": "`deltaw serve` on the builtin, over HTTP; the engine alone beside llama.cpp (xllamacpp) with the "
+    "builtin's own Q4_1, two threads each.",
 }
 
 

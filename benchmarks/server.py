@@ -82,7 +82,7 @@ def overhead(rounds: int) -> float:
 
     def by_engine() -> float:
         began = time.perf_counter()
-        engine = Engine(model, batch_size=STREAMS)
+        engine = Engine(model, batch_size=STREAMS, copies=True)
         for prompt in asked:
             engine.add(prompt, Sampling(max_new_tokens=NEW), update=ALONE, bias=bias)
         tokens = 0

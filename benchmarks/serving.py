@@ -1,6 +1,6 @@
 """Decoding for many streams, deltaw's engine beside llama.cpp: new tokens per second, and their ratio.
 
-    python benchmarks/serving.py [--weights auto keep] [--rounds 3] [--threads 2]
+    python -m benchmarks.serving [--weights auto keep] [--rounds 3] [--threads 2] [--record]
 
 The builtin with the base alone, one adapter for all, and another adapter for each stream (rank 16, all linear layers,
 random), 1 and 16 streams, prompts of 20 tokens, 48 new ones, greedy, nothing stops early. llama.cpp (xllamacpp) serves
@@ -21,8 +21,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.request import Request, urlopen
 
+from benchmarks.figures import Measured, note
+
 BASE, STREAMS, PROMPT, NEW = "builtin:smollm2-135m", 16, 20, 48
 ARMS = {"base": 0, "one adapter": 1, "16 adapters": STREAMS}  # how many are in use
+ASKED = "auto"  # the weights whose figures are noted
+WANTED, OF_BASE = {(STREAMS, "base"): 1.8, (STREAMS, "16 adapters"): 3.5}, 0.85
 
 
 def serve() -> None:
@@ -45,7 +49,7 @@ class Llama:
     """Its server."""
 
     def __init__(self, model: str, adapters: list[str], threads: int) -> None:
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
+        command = [sys.executable, "-m", "benchmarks.serving", "--serve"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps({"model": model, "adapters": adapters, "threads": threads}) + "\n")
@@ -84,7 +88,7 @@ class Ours:
         from deltaw.base.forward import plan_forward
         from deltaw.base.load import open_base
 
-        self.model = open_base(BASE, dtype="float32", weights=weights).model
+        self.model = open_base(BASE, weights=weights).model
         plan_forward(self.model)
         self.numbers = [attach(self.model, Adapter.load(folder)).number for folder in folders]
 
@@ -113,7 +117,7 @@ def make_adapters(folder: Path, count: int) -> list[Path]:
     from deltaw.config import AdapterSpec
     from deltaw.model import open_model
 
-    opened = open_model(BASE, dtype="float32")
+    opened = open_model(BASE)
     folders = []
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
@@ -143,6 +147,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=STREAMS, help="fewer, for a short look")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--record", action="store_true", help="note the figures in benchmarks/figures.csv")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.serve:
@@ -159,6 +164,8 @@ def main() -> None:
         folders = make_adapters(Path(folder), asked.adapters)
         llama = Llama(str(builtin_file(BASE)), as_gguf(folders), asked.threads)
         ours = {weights: Ours(weights, folders) for weights in asked.weights}
+        speeds: dict[tuple[str, int, str], float] = {}  # medians
+        ratios: dict[tuple[str, int, str], float] = {}
         sides: dict[str, Any] = {"llama.cpp": llama, **ours}
         for streams in asked.streams:
             for name, used in ARMS.items():
@@ -169,12 +176,20 @@ def main() -> None:
                         for _ in range(1 + asked.rounds)  # the first is to warm up
                     ][1:]
                     for side in sides:
-                        speed = statistics.median(one[side] for one in rounds)
-                        ratio = statistics.median(one[side] / one["llama.cpp"] for one in rounds)
+                        arm = side, streams, name
+                        speed = speeds[arm] = statistics.median(one[side] for one in rounds)
+                        ratio = ratios[arm] = statistics.median(one[side] / one["llama.cpp"] for one in rounds)
                         print(f"{streams:2} x {name:11}  {side:9} {speed:6.0f} tokens/s  {ratio:5.2f} x", flush=True)
         assert llama.process.stdin is not None
         llama.process.stdin.close()
         llama.process.wait()
+    if asked.record:
+        for (side, streams, name), ratio in ratios.items():
+            if side == ASKED:
+                told = f"{streams} stream{'s' * (streams > 1)}, {name}, of llama.cpp's speed"
+                note(Measured("Serving", told, ratio, bound=WANTED.get((streams, name))))
+        if (base := speeds.get((ASKED, STREAMS, "base"))) and (each := speeds.get((ASKED, STREAMS, "16 adapters"))):
+            note(Measured("Serving", "16 streams, 16 adapters, of the base's speed", each / base, bound=OF_BASE))
 
 
 if __name__ == "__main__":
