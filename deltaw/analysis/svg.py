@@ -114,7 +114,8 @@ def _inline(svg: str, hover: Mapping[str, Sequence[str]]) -> str:
             ElementTree.SubElement(shape, "title").text = visible(text)
     width = float(root.get("viewBox", "0 0 0 0").split()[2])
     least = min(width, max(READABLE[0], READABLE[1] * width))
-    look = f"width:{width / ROOT:g}rem;min-width:{least / ROOT:g}rem;max-width:100%;height:auto;overflow:visible"
+    size = f"width:{width / ROOT:g}rem;min-width:{least / ROOT:g}rem;max-width:100%;height:auto"
+    look = f"{size};overflow:visible;text-rendering:geometricPrecision"  # letters as wide as they were measured
     whole = ElementTree.Element("svg", {"viewBox": root.get("viewBox", ""), "role": "img", "style": look})
     whole.extend(part for child in root for part in _tidied(child, names))
     return ElementTree.tostring(whole, encoding="unicode", short_empty_elements=False)

@@ -30,9 +30,9 @@ def inspect_named(
     with claimed_file(target) if page or Path(name).is_dir() else nullcontext():  # else there is nothing to inspect
         check_shows_more(target, deep=deep)  # before minutes of work
         effect = _tried(named, data, base, deep, display)
+        report = inspect(named, base=base, page=target, effect=effect, display=display)  # a base that is missing first
         if isinstance(effect, str):
             check_shows_more(target, deep=deep, untried=effect)
-        report = inspect(named, base=base, page=target, effect=effect, display=display)
         path = report.write(page)
     return Result(report.to_json(), f"{report.gist()}\n\npage: {path}")
 

@@ -88,6 +88,11 @@ def near(mine: Tensor, other: Tensor) -> bool:
     return torch.allclose(mine, other, rtol=1e-4, atol=1e-4)
 
 
+def begins_at(base: Tensor, mine: Tensor, kind: str) -> bool:
+    """To the bit; the columns of trained tokens are a product of their own, which may be summed in another order."""
+    return torch.allclose(mine, base, rtol=1e-6, atol=1e-6) if kind == "tokens" else torch.equal(mine, base)
+
+
 @TIED
 @pytest.mark.parametrize("kind", KINDS)
 def test_ends_hold_what_every_update_holds(tied: bool, kind: str, tmp_path: Path) -> None:
@@ -96,7 +101,7 @@ def test_ends_hold_what_every_update_holds(tied: bool, kind: str, tmp_path: Path
     forward = plan_forward(model)
     base = logits(forward)
     attached = put(model, kind, fuse=())
-    assert torch.equal(logits(forward), base)
+    assert begins_at(base, logits(forward), kind)
     move(attached)
     with attached.disabled():
         assert torch.equal(logits(forward), base)
@@ -272,5 +277,5 @@ def test_a_scaled_embedding_scales_its_rows() -> None:
     base = logits(forward)
     for kind in ("tokens", "embedding", "whole embedding"):
         attached = put(model, kind, fuse=())
-        assert torch.equal(logits(forward), base)
+        assert begins_at(base, logits(forward), kind)
         detach(attached)
