@@ -95,7 +95,7 @@ const checks = {
     assert.ok(logprobs[1] < 0 && Object.values(top[2]).includes(logprobs[2]));
   },
 
-  async "stop texts, tools in the template, a system prompt"() {
+  async "stop texts, a system prompt, tools that this template doesn't take"() {
     const { choices } = await client.chat.completions.create({ ...greedy, max_tokens: 8 });
     const stop = choices[0].message.content.slice(1, 3);
     const cut = await client.chat.completions.create({ ...greedy, max_tokens: 8, stop: [stop] });
@@ -104,8 +104,11 @@ const checks = {
     const parameters = { type: "object", properties: { city: { type: "string" } } };
     const tools = [{ type: "function", function: { name: "weather", description: "of a city", parameters } }];
     const system = [{ role: "system", content: "Be brief." }, ...messages];
-    const answer = await client.chat.completions.create({ ...greedy, messages: system, tools, tool_choice: "auto" });
-    assert.equal(typeof (answer.choices[0].message.content ?? ""), "string");
+    const asked = { ...greedy, messages: system, tools };
+    const error = await refused(OpenAI.BadRequestError, client.chat.completions.create({ ...asked, tool_choice: "auto" }));
+    assert.equal(error.param, "tools");
+    const answer = await client.chat.completions.create({ ...asked, tool_choice: "none" });
+    assert.equal(typeof answer.choices[0].message.content, "string");
   },
 
   async "errors have their class, their field and their code"() {
