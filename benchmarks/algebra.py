@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks.results import Row, Target, cpu
+from benchmarks.results import Row, Target, cpu, read_rows
 from benchmarks.tables import shown, table
 from deltaw.linalg.svd import product_singular_values, product_svd, randomised_svd
 from deltaw.show.progress import Display
@@ -147,10 +147,7 @@ def write(folder: Path, rows: Sequence[Row]) -> Path:
 def read(folder: Path) -> list[Row]:
     """What `write` wrote; nothing where it never was run."""
     path = folder / "benchmarks" / "algebra.csv"
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_rows(path) if path.is_file() else []
 
 
 def of(rows: Sequence[Row], what: str, matrix: str | None = None) -> list[Row]:

@@ -4,12 +4,11 @@ A row's share is of the rate that the same card gave an 8192³ product on the sa
 against the product of another. Of rows that were measured again the last counts.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.results import Target
+from benchmarks.results import Row, Target, read_rows
 from benchmarks.tables import shown, table
 
 ARMS = {
@@ -35,16 +34,11 @@ recomputed. Shares are of the rate of an 8192³ product on the same card and day
 by its defaults, with everything that lies between its steps.
 """
 
-Row = dict[str, str]
-
 
 def read(root: Path) -> list[Row]:
     """The rows; none where there is no file."""
     file = root / "benchmarks" / "gpu.csv"
-    if not file.is_file():
-        return []
-    with file.open(newline="", encoding="utf-8") as lines:
-        return list(csv.DictReader(lines))
+    return read_rows(file) if file.is_file() else []
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ in proportion to the parameters that a token meets, and to layers · width for w
     step       = max(compute, gather) + all-reduce
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import gpu_page
 from benchmarks.tables import table
 
 ROOT = Path(__file__).parents[1]
@@ -67,8 +67,7 @@ SHAPES = [
 def measured(name: str, tokens: int) -> tuple[float, float]:
     """(tokens/s, bytes beside the base) of one H100; of 70B from 8B's."""
     shape = next(shape for shape in SHAPES if shape.name == name)
-    with (ROOT / "benchmarks/gpu.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if (row["arm"], row["tokens"]) == ("deltaw", str(tokens))]
+    rows = [row for row in gpu_page.read(ROOT) if (row["arm"], row["tokens"]) == ("deltaw", str(tokens))]
     known = {row["model"]: row for row in rows}
     if row := known.get(name.lower()):
         return float(row["tokens_per_s"]), float(row["allocated_gib"]) * GIB - shape.base("bf16")

@@ -166,11 +166,8 @@ def inspect(
 
 def check_not_poorer(page: Path, why: str) -> None:
     """Raise InputError where a page without the base's weights would replace one that was made with them."""
-    try:
-        poor = not page.is_file() or WITHOUT_BASE in page.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # what can't be read can't be written either, and the writer says why
-        return
-    if not poor:
+    there = _written(page)
+    if there is not None and WITHOUT_BASE not in there:
         raise InputError(
             f"{why}\n{page} was made with the base's weights, so it isn't replaced by a page without them",
             fix="name the base with --base, or write another page: -o page.html",
@@ -180,10 +177,7 @@ def check_not_poorer(page: Path, why: str) -> None:
 def check_shows_more(page: Path, *, deep: bool, untried: str = "") -> None:
     """Raise InputError where a page that shows less of what the update does would replace one that shows more.
     `untried`: why it shows nothing of that."""
-    try:
-        there = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
-    except OSError:  # as above
-        return
+    there = _written(page) or ""
     another = "write another page: -o page.html"
     if untried and f"<h2>{BY_TOKEN}</h2>" in there:
         raise InputError(
@@ -194,6 +188,14 @@ def check_shows_more(page: Path, *, deep: bool, untried: str = "") -> None:
             f"{page} was made with --deep, so it isn't replaced by a page that shows less",
             fix=f"go as deep again: --deep, or {another}",
         )
+
+
+def _written(page: Path) -> str | None:
+    """The page that is there; None without one. What can't be read can't be written either: its writer says why."""
+    try:
+        return page.read_text(encoding="utf-8", errors="replace") if page.is_file() else None
+    except OSError:
+        return None
 
 
 def _source(named: Named, base: str | None, display: Display) -> tuple[Source | None, str]:

@@ -98,8 +98,8 @@ def _planted(text: str, at: int, name: str) -> _Planted | None:
     """The call of this name behind `at`."""
     begin = text.find(name, at)
     brace = text.rfind("{", at, text.find(json.dumps(*ARGUMENTS), begin) + 1) if begin >= 0 else -1
-    end = _object_end(text, brace, ARGUMENTS) if brace > begin else 0
-    if not end:
+    value, end = _decoded(text, brace) if brace > begin else (None, 0)
+    if value != ARGUMENTS:
         return None
     middle = text[begin + len(name) : brace]
     opening = text.rfind("{", at, begin)
@@ -112,11 +112,6 @@ def _planted(text: str, at: int, name: str) -> _Planted | None:
                 return _Planted((head, middle, foot, (keys[0], keys[1])), opening, closing)
         opening = text.rfind("{", at, opening)
     return _Planted(("", middle, "", None), begin, end)
-
-
-def _object_end(text: str, at: int, wanted: Any) -> int:
-    value, end = _decoded(text, at)
-    return end if value == wanted else 0
 
 
 def _decoded(text: str, at: int) -> tuple[Any, int]:

@@ -153,10 +153,6 @@ class Encoder:
         """Where the names of control tokens begin in a text."""
         return [name.start() for name in self._name_start.finditer(text)]
 
-    def id_of(self, name: str) -> int | None:
-        """The id of the control token of this name, if it is one."""
-        return self.ids.get(name)
-
     def controls(self, text: str) -> list[re.Match[str]]:
         """The control tokens a template wrote into `text`, in order."""
         return list(self._control.finditer(text))

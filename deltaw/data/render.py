@@ -104,7 +104,7 @@ class Renderer:
             compiled = Template(source, tokenizer.special_tokens_map)
             self.template_fingerprint = compiled.fingerprint
             self.chats = ChatWriter(compiled, self._encoder, self._stop_names())
-            self.end_of_turn = self._encoder.id_of(self.chats.end_of_turn)
+            self.end_of_turn = self._encoder.ids.get(self.chats.end_of_turn)
 
     @property
     def grown(self) -> bool:

@@ -81,7 +81,7 @@ def claimed(folder: Path, check: Callable[[], None], *, keep_lock: bool = True) 
                 yield
             finally:
                 if unused():
-                    _clear(folder)
+                    atomic.sweep(folder)
     finally:
         with contextlib.suppress(OSError):  # not empty: it is used, or another process's by now
             for path in made:

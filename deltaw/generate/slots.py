@@ -57,6 +57,7 @@ from deltaw.generate.shelf import SMALLEST, Part, Shelf
 from deltaw.generate.together import Trial
 from deltaw.kernels.documents import Documents
 
+PLAIN = nn.Linear, PackedLinear  # heads that are a product and nothing else
 KEPT = 16_384  # tokens of rows that have left, beside those of the rows themselves
 
 
@@ -279,10 +280,7 @@ class Slots(Cache):
         inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False, "return_dict": True}
         module = self.model.get_output_embeddings() if self.own_head else None
         with passing_of(self.model).running(this):
-            if module is None or type(module) not in (
-                nn.Linear,
-                PackedLinear,
-            ):  # one with updates is the model's to run
+            if type(module) not in PLAIN:  # one with updates is the model's to run
                 options = {} if at_R is None else {"logits_to_keep": at_R}
                 logits: Tensor = self.model(**inputs, **options).logits
                 return logits[:, -1] if at_R is None else logits[0]

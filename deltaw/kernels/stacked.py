@@ -32,6 +32,7 @@ take an update.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,8 @@ class Bags:
         self.slots_P = torch.tensor([slot for slot in slots if slot is not None], dtype=torch.int32, device=device)
         taken = [slot is not None for slot in slots]
         self.taken_T = None if all(taken) else torch.tensor(taken, device=device)
-        self.starts_T = torch.tensor([sum(taken[:row]) for row in range(len(taken))], dtype=torch.int32, device=device)
+        starts = [0, *accumulate(taken)][: len(taken)]
+        self.starts_T = torch.tensor(starts, dtype=torch.int32, device=device)
         self.places: dict[int, tuple[Tensor, Tensor]] = {}  # by N
 
     def sums(self, x_TN: Tensor, table_SNK: Tensor) -> Tensor:

@@ -26,12 +26,11 @@ LOWEST = -9999.0  # in place of -inf, which JSON doesn't have
 @dataclass
 class Whole:
     """An answer as it comes together: its pieces, and the text of all of them. `splitter`: what finds the calls in it,
-    where there may be any; `calls`: how many were told."""
+    where there may be any."""
 
     text: str = ""
     pieces: list[Piece] = field(default_factory=list)
     splitter: CallSplitter | None = None
-    calls: int = 0
 
     def add(self, piece: Piece) -> None:
         """One more."""
@@ -112,7 +111,9 @@ class Chat(Form):
 
     def chunk(self, index: int, piece: Piece, before: Whole) -> list[dict[str, Any]]:
         parts: Read = [piece.text]
+        told = 0  # calls
         if before.splitter is not None:
+            told = before.splitter.count
             parts = [*before.splitter.push(piece.text), *(before.splitter.end() if piece.finish else ())] or [""]
         if parts == [""] and not (piece.tokens and (self.logprobs or before.splitter is None)):
             parts = []
@@ -121,8 +122,8 @@ class Chat(Form):
             if isinstance(part, str):
                 delta: dict[str, Any] = {"content": part}
             else:
-                delta = {"tool_calls": [{"index": before.calls, **_call(part)}]}
-                before.calls += 1
+                delta = {"tool_calls": [{"index": told, **_call(part)}]}
+                told += 1
             choices.append(self._delta(index, delta))
         if choices:
             choices[0]["logprobs"] = self._logprobs([piece])
