@@ -30,6 +30,7 @@ from deltaw.base.passing import Passing, passing_of
 from deltaw.base.probe import watched_pass
 from deltaw.base.stand_in import StandIn
 from deltaw.kernels.attention import packed_attention
+from deltaw.kernels.joined import joined_gated_mlp, joined_linears
 from deltaw.kernels.lora import ACTIVATIONS, Projection, gated, lora_gated_mlp, lora_linears
 from deltaw.kernels.norm import rms_norm
 from deltaw.kernels.rotary import rotary, turned
@@ -65,7 +66,11 @@ class FusedMLP(StandIn):
         own, ready = self._modules, self.passing.current.ready
         if ready is not None and (gu := ready.linears((own["gate_proj"], own["up_proj"]), x.flatten(0, -2))):
             inner_TI = gated(gu[0], gu[1], self.activation)
-            return _linears(ready, (own["down_proj"],), inner_TI)[0].view(*x.shape[:-1], -1)
+            return _linears(self.passing, (own["down_proj"],), inner_TI)[0].view(*x.shape[:-1], -1)
+        folded = self.passing.folded
+        pair = folded and folded.of((own["gate_proj"], own["up_proj"]))
+        if pair and (last := folded.of((own["down_proj"],))):
+            return joined_gated_mlp(x.flatten(0, -2), pair, last, self.activation).view(*x.shape[:-1], -1)
         gate, up, down = (_projection(own[name]) for name in ("gate_proj", "up_proj", "down_proj"))
         return lora_gated_mlp(x, gate, up, down, self.activation)
 
@@ -87,7 +92,7 @@ class FusedAttention(StandIn):
             return self.original(hidden_states, *args, **kwargs)
         x_TD = hidden_states.flatten(0, 1)
         own, ready, head = self._modules, self.passing.current.ready, self.call.head_size
-        q, k, v = _linears(ready, (own["q_proj"], own["k_proj"], own["v_proj"]), x_TD)
+        q, k, v = _linears(self.passing, (own["q_proj"], own["k_proj"], own["v_proj"]), x_TD)
         q_THE, k_TKE = (self._norm(name, x, head) for name, x in (("q_norm", q), ("k_norm", k)))
         if ready is not None and angles[0].shape[-1] == head:
             qk = turned(torch.cat([q_THE, k_TKE], 1), *ready.angles(angles, q.dtype))
@@ -102,7 +107,7 @@ class FusedAttention(StandIn):
         else:
             assert documents is not None
             out_THE = packed_attention(q_THE, k_TKE, v_TKE, documents, **asked)
-        y_TD = _linears(ready, (own["o_proj"],), out_THE.flatten(1))[0]
+        y_TD = _linears(self.passing, (own["o_proj"],), out_THE.flatten(1))[0]
         return y_TD.view(*hidden_states.shape[:-1], -1), None
 
     def _norm(self, name: str, x_TM: Tensor, head: int) -> Tensor:
@@ -209,8 +214,12 @@ def _projection(module: nn.Module | None) -> Projection:
     return Projection(weight_of(module), module.bias)  # type: ignore[arg-type]
 
 
-def _linears(ready: Any, modules: tuple[nn.Module | None, ...], x_TN: Tensor) -> Sequence[Tensor]:
-    """Each module of one x, by what steps of decoding have ready of them, where they have it."""
+def _linears(passing: Passing, modules: tuple[nn.Module | None, ...], x_TN: Tensor) -> Sequence[Tensor]:
+    """Each module of one x: by what steps of decoding have ready of them, or by their joined matrix (folding.py), where
+    there is one."""
+    if passing.folded is not None and (joined := passing.folded.of(modules)) is not None:
+        return joined_linears(x_TN, joined)
+    ready = passing.current.ready
     ys = None if ready is None else ready.linears(modules, x_TN)
     return lora_linears(x_TN, [_projection(module) for module in modules]) if ys is None else ys
 
