@@ -30,7 +30,7 @@ from deltaw.base.passing import Passing, passing_of
 from deltaw.base.probe import watched_pass
 from deltaw.base.stand_in import StandIn
 from deltaw.kernels.attention import packed_attention
-from deltaw.kernels.joined import joined_gated_mlp, joined_linears
+from deltaw.kernels.joined import joined_gated_mlp, joined_heads, joined_linears
 from deltaw.kernels.lora import ACTIVATIONS, Projection, gated, lora_gated_mlp, lora_linears
 from deltaw.kernels.norm import rms_norm
 from deltaw.kernels.rotary import rotary, turned
@@ -92,15 +92,20 @@ class FusedAttention(StandIn):
             return self.original(hidden_states, *args, **kwargs)
         x_TD = hidden_states.flatten(0, 1)
         own, ready, head = self._modules, self.passing.current.ready, self.call.head_size
-        q, k, v = _linears(self.passing, (own["q_proj"], own["k_proj"], own["v_proj"]), x_TD)
-        q_THE, k_TKE = (self._norm(name, x, head) for name, x in (("q_norm", q), ("k_norm", k)))
-        if ready is not None and angles[0].shape[-1] == head:
-            qk = turned(torch.cat([q_THE, k_TKE], 1), *ready.angles(angles, q.dtype))
-            q_THE, k_TKE = qk.split([q_THE.shape[1], k_TKE.shape[1]], 1)
+        three = (own["q_proj"], own["k_proj"], own["v_proj"])
+        joined = self.passing.folded and self.passing.folded.of(three)
+        if joined and cache is None and not own.keys() & {"q_norm", "k_norm"}:
+            q_THE, k_TKE, v_TKE = joined_heads(x_TD, joined, *(angle.flatten(0, 1) for angle in angles), head)
         else:
-            cos_TR, sin_TR = (angle.flatten(0, 1) for angle in angles)
-            q_THE, k_TKE = rotary(q_THE, cos_TR, sin_TR), rotary(k_TKE, cos_TR, sin_TR)
-        v_TKE = v.unflatten(-1, (-1, head))
+            q, k, v = _linears(self.passing, three, x_TD)
+            q_THE, k_TKE = (self._norm(name, x, head) for name, x in (("q_norm", q), ("k_norm", k)))
+            if ready is not None and angles[0].shape[-1] == head:
+                qk = turned(torch.cat([q_THE, k_TKE], 1), *ready.angles(angles, q.dtype))
+                q_THE, k_TKE = qk.split([q_THE.shape[1], k_TKE.shape[1]], 1)
+            else:
+                cos_TR, sin_TR = (angle.flatten(0, 1) for angle in angles)
+                q_THE, k_TKE = rotary(q_THE, cos_TR, sin_TR), rotary(k_TKE, cos_TR, sin_TR)
+            v_TKE = v.unflatten(-1, (-1, head))
         asked: dict[str, Any] = {"scale": self.call.scale, "window": self.call.window, "softcap": self.call.softcap}
         if cache is not None:
             out_THE = cache.attention(self, q_THE, k_TKE, v_TKE, **asked)

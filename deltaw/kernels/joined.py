@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltaw.kernels.lora import Factors, gated, gated_back
+from deltaw.kernels.rotary import turn_columns
 
 FILL = 16  # columns that factors are filled up to
 LINE = 128  # bytes at whose multiples rows begin
@@ -148,8 +149,26 @@ class Joined:
 def joined_linears(x_TN: Tensor, joined: Joined) -> tuple[Tensor, ...]:
     """Each projection of x [T, N]: [T, ·] in x's dtype, columns of one matrix. Only x and the factors can get
     gradients."""
-    ys: tuple[Tensor, ...] = _JoinedLinears.apply(x_TN, joined, *joined.factors)
+    ys: tuple[Tensor, ...] = _JoinedLinears.apply(x_TN, joined, None, *joined.factors)
     return ys
+
+
+def joined_heads(x_TN: Tensor, joined: Joined, cos_TR: Tensor, sin_TR: Tensor, head: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values [T, ·, head] of x, queries and keys turned by the angles of each token (rotary.py)."""
+    ys = _JoinedLinears.apply(x_TN, joined, _Turn(cos_TR, sin_TR, head), *joined.factors)
+    return tuple(y_TM.unflatten(1, (-1, head)) for y_TM in ys)
+
+
+class _Turn(NamedTuple):
+    """The angles by which the first two projections' heads turn."""
+
+    cos_TR: Tensor
+    sin_TR: Tensor
+    head: int
+
+    def __call__(self, parts_TM: Sequence[Tensor], sign: int, out_TM: Tensor) -> None:
+        parts = [part_TM.unflatten(1, (-1, self.head)) for part_TM in parts_TM]
+        turn_columns(parts, self.cos_TR, self.sin_TR, sign, out_TM)
 
 
 def joined_gated_mlp(x_TN: Tensor, pair: Joined, down: Joined, activation: str) -> Tensor:
@@ -160,23 +179,29 @@ def joined_gated_mlp(x_TN: Tensor, pair: Joined, down: Joined, activation: str) 
 
 class _JoinedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TN: Tensor, joined: Joined, *factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x_TN: Tensor, joined: Joined, turn: _Turn | None, *factors: Tensor) -> tuple[Tensor, ...]:
         x_TX = joined.with_room(x_TN)
         ctx.save_for_backward(x_TX, *factors)
-        ctx.joined = joined
+        ctx.joined, ctx.turn = joined, turn
         y_TM = joined.product(x_TX)
-        return tuple(y_TM[:, rows] for rows in joined.rows) if len(joined.rows) > 1 else (y_TM,)
+        ys = tuple(y_TM[:, rows] for rows in joined.rows) if len(joined.rows) > 1 else (y_TM,)
+        if turn is not None:
+            turn(ys[:2], 1, y_TM)
+        return ys
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         joined, x_TX = ctx.joined, ctx.saved_tensors[0]
         g_TX = roomy(len(x_TX), joined.outputs, joined.room, x_TX)
-        for rows, grad in zip(joined.rows, grads, strict=True):
-            g_TX[:, rows].copy_(grad)
+        if ctx.turn is None:
+            for rows, grad in zip(joined.rows, grads, strict=True):
+                g_TX[:, rows].copy_(grad)
+        else:
+            ctx.turn(grads, -1, g_TX)
         joined.back(g_TX)
         dx_TN = joined.to_input(g_TX) if ctx.needs_input_grad[0] else None
-        return dx_TN, None, *joined.to_factors(*x_TX.split([joined.inputs, joined.room], 1), g_TX)
+        return dx_TN, None, None, *joined.to_factors(*x_TX.split([joined.inputs, joined.room], 1), g_TX)
 
 
 class _JoinedMLP(torch.autograd.Function):
