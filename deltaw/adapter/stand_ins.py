@@ -95,7 +95,8 @@ class FusedAttention(StandIn):
         three = (own["q_proj"], own["k_proj"], own["v_proj"])
         joined = self.passing.folded and self.passing.folded.of(three)
         if joined and cache is None and not own.keys() & {"q_norm", "k_norm"}:
-            q_THE, k_TKE, v_TKE = joined_heads(x_TD, joined, *(angle.flatten(0, 1) for angle in angles), head)
+            cos_TR, sin_TR = (angle.flatten(0, 1) for angle in angles)
+            q_THE, k_TKE, v_TKE = joined_heads(x_TD, joined, cos_TR, sin_TR, head)
         else:
             q, k, v = _linears(self.passing, three, x_TD)
             q_THE, k_TKE = (self._norm(name, x, head) for name, x in (("q_norm", q), ("k_norm", k)))
