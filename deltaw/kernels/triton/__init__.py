@@ -1,8 +1,8 @@
 """The GPU's versions of the memory-bound kernels, in Triton: each reads its inputs once and writes its outputs once.
 
-The formulas are those of norm.py, rotary.py, lora.py and logprobs.py, which derive them and which stay the twins that
-these are tested against. What a GPU adds is the cost of a pass: the gated MLP's backward in PyTorch's operations reads
-or writes a [T, I] tensor fourteen times, here six. Everything is float32 inside and rounded once, on the way out.
+The formulas are those of norm.py, rotary.py, lora.py, logprobs.py and spread.py, which derive them and stay the twins
+that these are tested against. What a GPU adds is the cost of a pass: the gated MLP's backward in PyTorch's operations
+reads or writes a [T, I] tensor fourteen times, here six. Everything is float32 inside and rounded once, on the way out.
 
 Rejected. A matrix product fused with the loss (Apple's cut cross-entropy): saves the chunk of logits but makes the
 products twice, and chunks already bound the memory. Norm fused with the residual's addition: saves a read and a write
@@ -17,6 +17,7 @@ This is the only folder that imports triton. Nothing in it is needed on a CPU; d
 """
 
 from deltaw.kernels.triton.cross_entropy import cross_entropy_
+from deltaw.kernels.triton.factors import spread, spread_table
 from deltaw.kernels.triton.gated import gated_backward, gated_forward
 from deltaw.kernels.triton.norm import rms_norm_backward, rms_norm_forward
 from deltaw.kernels.triton.rotary import rotary_turn
@@ -28,4 +29,6 @@ __all__ = [
     "rms_norm_backward",
     "rms_norm_forward",
     "rotary_turn",
+    "spread",
+    "spread_table",
 ]
