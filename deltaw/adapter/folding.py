@@ -36,10 +36,17 @@ class Folded:
     def __init__(self, passing: Passing, joined: dict[tuple[nn.Module, ...], Joined]) -> None:
         self._passing, self._joined = passing, joined
         self._spread = Spread([place for one in joined.values() for place in one.places])
+        self._rooms: dict[int, int] = {}
+        for one in joined.values():
+            self._rooms[one.inputs] = max(one.room, self._rooms.get(one.inputs, 0))
 
     def of(self, modules: tuple[nn.Module | None, ...]) -> Joined | None:
         """The matrix of these modules, in this order."""
         return self._joined.get(modules)  # type: ignore[arg-type]
+
+    def room(self, columns: int) -> int:
+        """The most columns that a matrix of so many inputs wants behind them."""
+        return self._rooms.get(columns, 0)
 
     @contextmanager
     def on(self) -> Iterator[None]:

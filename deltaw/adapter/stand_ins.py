@@ -33,6 +33,7 @@ from deltaw.kernels.attention import packed_attention
 from deltaw.kernels.joined import joined_gated_mlp, joined_heads, joined_linears
 from deltaw.kernels.lora import ACTIVATIONS, Projection, gated, lora_gated_mlp, lora_linears
 from deltaw.kernels.norm import rms_norm
+from deltaw.kernels.room import room_of
 from deltaw.kernels.rotary import rotary, turned
 
 KINDS = ("norm", "attention", "mlp")
@@ -41,15 +42,21 @@ KINDS = ("norm", "attention", "mlp")
 class FusedNorm(StandIn):
     """An RMSNorm."""
 
-    def __init__(self, original: nn.Module, offset: float) -> None:
+    def __init__(self, original: nn.Module, offset: float, passing: Passing) -> None:
         super().__init__(original)
-        self.offset, self.eps = offset, _epsilon(original)
+        self.offset, self.eps, self.passing = offset, _epsilon(original), passing
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         if not self.enabled:
             return self.original(hidden_states)
-        return rms_norm(hidden_states, self.weight, self.eps, self.offset)
+        return rms_norm(hidden_states, self.weight, self.eps, self.offset, self.room)
+
+    @property
+    def room(self) -> int:
+        """Columns that what reads the norm wants behind it."""
+        folded = self.passing.folded
+        return 0 if folded is None else folded.room(self.weight.shape[0])
 
 
 class FusedMLP(StandIn):
@@ -70,7 +77,8 @@ class FusedMLP(StandIn):
         folded = self.passing.folded
         pair = folded and folded.of((own["gate_proj"], own["up_proj"]))
         if pair and (last := folded.of((own["down_proj"],))):
-            return joined_gated_mlp(x.flatten(0, -2), pair, last, self.activation).view(*x.shape[:-1], -1)
+            y_TD = joined_gated_mlp(x.flatten(0, -2), pair, last, self.activation, room_of(x))
+            return y_TD.view(*x.shape[:-1], -1)
         gate, up, down = (_projection(own[name]) for name in ("gate_proj", "up_proj", "down_proj"))
         return lora_gated_mlp(x, gate, up, down, self.activation)
 
@@ -96,7 +104,7 @@ class FusedAttention(StandIn):
         joined = self.passing.folded and self.passing.folded.of(three)
         if joined and cache is None and not own.keys() & {"q_norm", "k_norm"}:
             cos_TR, sin_TR = (angle.flatten(0, 1) for angle in angles)
-            q_THE, k_TKE, v_TKE = joined_heads(x_TD, joined, cos_TR, sin_TR, head)
+            q_THE, k_TKE, v_TKE = joined_heads(x_TD, joined, cos_TR, sin_TR, head, room_of(hidden_states))
         else:
             q, k, v = _linears(self.passing, three, x_TD)
             q_THE, k_TKE = (self._norm(name, x, head) for name, x in (("q_norm", q), ("k_norm", k)))
@@ -196,7 +204,7 @@ def _build(kind: str, module: nn.Module, call: AttentionCall | None, passing: Pa
         return None
     if kind == "norm":
         offset = _offset(module)
-        return None if offset is None else FusedNorm(module, offset)
+        return None if offset is None else FusedNorm(module, offset, passing)
     names = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
     if not all(_can_project(module._modules[name]) for name in names[kind]):
         return None

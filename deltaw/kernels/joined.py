@@ -22,8 +22,8 @@ The factors stay the float32 masters that they are. `Joined.places` says where i
 the weights' dtype, before a pass (adapter/folding.py does it, all in one launch). Their gradients are summed in the
 products' own accumulators and added in the factors' dtype: to `sinks`, where there are some, else they are returned.
 
-K is filled up to a multiple of 16 with zeros, and rows begin at multiples of 128 bytes: a GPU's matrix units are fed in
-such pieces.
+K is filled up to a multiple of 16 with zeros, and rows begin at multiples of 128 bytes (room.py): a GPU's matrix units
+are fed in such pieces.
 
 Letters: T rows, N inputs, M outputs of all together, R rank of one, K the ranks' sum, filled up; I inner size.
 """
@@ -36,11 +36,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deltaw.kernels.device import on_gpu
 from deltaw.kernels.lora import Factors, gated, gated_back
+from deltaw.kernels.room import roomy
 from deltaw.kernels.rotary import turn_columns
 
 FILL = 16  # columns that factors are filled up to
-LINE = 128  # bytes at whose multiples rows begin
 
 
 class Sinks(NamedTuple):
@@ -107,25 +108,22 @@ class Joined:
                 found |= {update.a_RN: a_KN[ranks], update.b_MR: b_MR}
         return found
 
-    def with_room(self, x_TN: Tensor) -> Tensor:
-        """[x H]: a copy of x with its part in rank space behind it."""
-        return self.ranked(_copied(x_TN, self.room))
-
-    def ranked(self, x_TX: Tensor) -> Tensor:
-        """The same of an x that has room behind it: H is written there."""
-        x_TN, h_TK = x_TX.split([self.inputs, self.room], 1)
-        torch.mm(x_TN, self.a_KN.T, out=h_TK)
-        return x_TX
+    def ranked(self, x_TN: Tensor, x_TX: Tensor | None = None) -> Tensor:
+        """[x H]: in x's own place where `x_TX` is x and at least as much room behind it, else in a copy of x."""
+        return _ranked(x_TN, self.a_KN.T) if x_TX is None else _ranked_in_place(x_TX, self.a_KN.T)
 
     def product(self, x_TX: Tensor) -> Tensor:
         """y [T, M] of [x H]."""
         whole_MX = self.whole[: self.outputs, : self.inputs + self.room]
         return x_TX @ whole_MX.T if self.bias_M is None else torch.addmm(self.bias_M, x_TX, whole_MX.T)
 
-    def back(self, g_TX: Tensor) -> Tensor:
-        """P, written behind G: [T, K]."""
-        g_TM, p_TK = g_TX.split([self.outputs, self.room], 1)
-        return torch.mm(g_TM, self.s_MK, out=p_TK)
+    def ranked_back(self, g_TM: Tensor) -> Tensor:
+        """[G P], in a copy of G."""
+        return _ranked(g_TM, self.s_MK)
+
+    def ranked_back_in_place(self, g_TX: Tensor) -> Tensor:
+        """[G P] of a G with room behind it."""
+        return _ranked_in_place(g_TX, self.s_MK)
 
     def to_input(self, g_TX: Tensor) -> Tensor:
         """∂L/∂x [T, N] of [G P]."""
@@ -146,16 +144,18 @@ class Joined:
         return found
 
 
-def joined_linears(x_TN: Tensor, joined: Joined) -> tuple[Tensor, ...]:
+def joined_linears(x_TN: Tensor, joined: Joined, x_TX: Tensor | None = None) -> tuple[Tensor, ...]:
     """Each projection of x [T, N]: [T, ·] in x's dtype, columns of one matrix. Only x and the factors can get
-    gradients."""
-    ys: tuple[Tensor, ...] = _JoinedLinears.apply(x_TN, joined, None, *joined.factors)
+    gradients. `x_TX`: x where it lies, with at least `joined.room` columns behind it that may be written to."""
+    ys: tuple[Tensor, ...] = _JoinedLinears.apply(x_TN, x_TX, joined, None, *joined.factors)
     return ys
 
 
-def joined_heads(x_TN: Tensor, joined: Joined, cos_TR: Tensor, sin_TR: Tensor, head: int) -> tuple[Tensor, ...]:
+def joined_heads(
+    x_TN: Tensor, joined: Joined, cos_TR: Tensor, sin_TR: Tensor, head: int, x_TX: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Queries, keys and values [T, ·, head] of x, queries and keys turned by the angles of each token (rotary.py)."""
-    ys = _JoinedLinears.apply(x_TN, joined, _Turn(cos_TR, sin_TR, head), *joined.factors)
+    ys = _JoinedLinears.apply(x_TN, x_TX, joined, _Turn(cos_TR, sin_TR, head), *joined.factors)
     return tuple(y_TM.unflatten(1, (-1, head)) for y_TM in ys)
 
 
@@ -171,16 +171,18 @@ class _Turn(NamedTuple):
         turn_columns(parts, self.cos_TR, self.sin_TR, sign, out_TM)
 
 
-def joined_gated_mlp(x_TN: Tensor, pair: Joined, down: Joined, activation: str) -> Tensor:
+def joined_gated_mlp(x_TN: Tensor, pair: Joined, down: Joined, activation: str, x_TX: Tensor | None = None) -> Tensor:
     """down(act(gate(x)) ∘ up(x)) [T, N] of `pair` = gate and up; `activation` is a key of lora.py's ACTIVATIONS."""
-    y_TN: Tensor = _JoinedMLP.apply(x_TN, pair, down, activation, *pair.factors, *down.factors)
+    y_TN: Tensor = _JoinedMLP.apply(x_TN, x_TX, pair, down, activation, *pair.factors, *down.factors)
     return y_TN
 
 
 class _JoinedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TN: Tensor, joined: Joined, turn: _Turn | None, *factors: Tensor) -> tuple[Tensor, ...]:
-        x_TX = joined.with_room(x_TN)
+    def forward(
+        ctx: Any, x_TN: Tensor, x_TX: Tensor | None, joined: Joined, turn: _Turn | None, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        x_TX = joined.ranked(x_TN, x_TX)
         ctx.save_for_backward(x_TX, *factors)
         ctx.joined, ctx.turn = joined, turn
         y_TM = joined.product(x_TX)
@@ -193,27 +195,32 @@ class _JoinedLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         joined, x_TX = ctx.joined, ctx.saved_tensors[0]
-        g_TX = roomy(len(x_TX), joined.outputs, joined.room, x_TX)
-        if ctx.turn is None:
-            for rows, grad in zip(joined.rows, grads, strict=True):
-                g_TX[:, rows].copy_(grad)
+        if len(grads) == 1:
+            g_TX = joined.ranked_back(grads[0])
         else:
-            ctx.turn(grads, -1, g_TX)
-        joined.back(g_TX)
+            g_TX = roomy(len(x_TX), joined.outputs, joined.room, x_TX)
+            if ctx.turn is not None:
+                ctx.turn(grads, -1, g_TX)
+            else:
+                torch._foreach_copy_([g_TX[:, rows] for rows in joined.rows], list(grads))
+            joined.ranked_back_in_place(g_TX)
         dx_TN = joined.to_input(g_TX) if ctx.needs_input_grad[0] else None
-        return dx_TN, None, None, *joined.to_factors(*x_TX.split([joined.inputs, joined.room], 1), g_TX)
+        return dx_TN, None, None, None, *joined.to_factors(*x_TX.split([joined.inputs, joined.room], 1), g_TX)
 
 
 class _JoinedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TN: Tensor, pair: Joined, down: Joined, activation: str, *factors: Tensor) -> Tensor:
-        x_TX, size = pair.with_room(x_TN), down.inputs
+    def forward(
+        ctx: Any, x_TN: Tensor, x_TX: Tensor | None, pair: Joined, down: Joined, activation: str, *factors: Tensor
+    ) -> Tensor:
+        x_TX, size = pair.ranked(x_TN, x_TX), down.inputs
         gu_TI = pair.product(x_TX)
         inner_TX = roomy(len(x_TN), size, down.room, x_TN)
-        gated(gu_TI[:, :size], gu_TI[:, size:], activation, out=inner_TX[:, :size])
-        down.ranked(inner_TX)
+        inner_TI, h_TK = inner_TX.split([size, down.room], 1)
+        gated(gu_TI[:, :size], gu_TI[:, size:], activation, out=inner_TI)
+        down.ranked(inner_TI, inner_TX)
         # H in a copy of its own: kept in its place it would keep all that it lies behind.
-        ctx.save_for_backward(x_TX, gu_TI, inner_TX[:, size:].clone(), *factors)
+        ctx.save_for_backward(x_TX, gu_TI, h_TK.clone(), *factors)
         ctx.pair, ctx.down, ctx.activation = pair, down, activation
         return down.product(inner_TX)
 
@@ -221,32 +228,36 @@ class _JoinedMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, ...]:
         pair, down, (x_TX, gu_TI, h_TK, *_) = ctx.pair, ctx.down, ctx.saved_tensors
-        size, T = down.inputs, len(x_TX)
-        grad_TX = _copied(grad_TN, down.room)
-        down.back(grad_TX)
+        size, grad_TX = down.inputs, down.ranked_back(grad_TN)
         d_TI = down.to_input(grad_TX)
-        inner_TI, g_TX = torch.empty_like(d_TI), roomy(T, pair.outputs, pair.room, x_TX)
+        inner_TI, g_TX = torch.empty_like(d_TI), roomy(len(x_TX), pair.outputs, pair.room, x_TX)
         out = inner_TI, g_TX[:, :size], g_TX[:, size : 2 * size]
         gated_back(d_TI, gu_TI[:, :size], gu_TI[:, size:], ctx.activation, out=out)
         del d_TI
         of_down = down.to_factors(inner_TI, h_TK, grad_TX)
-        pair.back(g_TX)
+        pair.ranked_back_in_place(g_TX)
         dx_TN = pair.to_input(g_TX) if ctx.needs_input_grad[0] else None
         of_pair = pair.to_factors(*x_TX.split([pair.inputs, pair.room], 1), g_TX)
-        return dx_TN, None, None, None, *of_pair, *of_down
+        return dx_TN, None, None, None, None, *of_pair, *of_down
 
 
-def roomy(rows: int, columns: int, room: int, like: Tensor) -> Tensor:
-    """[rows, columns + room] of any numbers, in the dtype and on the device of `like`; each row begins a line."""
-    line = max(1, LINE // like.element_size())
-    width = columns + room
-    return like.new_empty(rows, -(-width // line) * line)[:, :width]
+def _ranked(x_TN: Tensor, a_NK: Tensor) -> Tensor:
+    """[x  x a], in a copy of x."""
+    (T, N), K = x_TN.shape, a_NK.shape[1]
+    x_TX = roomy(T, N, K, x_TN)
+    if on_gpu(x_TN):
+        from deltaw.kernels.triton import ranked
+
+        return ranked(x_TN, a_NK, x_TX)
+    x_TX[:, :N].copy_(x_TN)
+    return _ranked_in_place(x_TX, a_NK)
 
 
-def _copied(x_TN: Tensor, room: int) -> Tensor:
-    """x with room behind it."""
-    x_TX = roomy(x_TN.shape[0], x_TN.shape[1], room, x_TN)
-    x_TX[:, : x_TN.shape[1]].copy_(x_TN)
+def _ranked_in_place(x_TX: Tensor, a_NK: Tensor) -> Tensor:
+    """[x  x a] of an x with room behind it."""
+    N, K = a_NK.shape
+    x_TX = x_TX[:, : N + K]
+    torch.mm(x_TX[:, :N], a_NK, out=x_TX[:, N:])
     return x_TX
 
 

@@ -8,10 +8,10 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from deltaw.kernels.triton import cross_entropy, factors, gated, norm, rotary
+from deltaw.kernels.triton import cross_entropy, factors, gated, norm, rotary, thin
 
 NUMBERS = '''rows stride grad_row dsum_row x_row delta_row y_row dx_row x_token x_head cos_token sin_token width d_row
-g_row u_row inner_row dg_row du_row V'''
+g_row u_row inner_row dg_row du_row V columns ranks a_row a_column out_row'''
 SCALARS = {name: "i32" for name in NUMBERS.split()}
 SCALARS |= {name: "fp32" for name in ("eps", "offset", "scale", "cap")}
 POINTERS = {"r_at": "*fp32", "loss_at": "*fp32", "labels_at": "*i64", "parts_at": "*i64", "scales_at": "*fp32",
@@ -40,6 +40,7 @@ for activation in ("silu", "gelu", "gelu_tanh"):
     build(gated._gated_backward, 4, ACT=activation, BLOCK=gated.BLOCK)
 for capped in (False, True):
     build(cross_entropy._cross_entropy, 16, CAPPED=capped, BLOCK=cross_entropy.VOCABULARY)
+build(thin._ranked, 4, ROWS=32, BLOCK=thin.BLOCK, RANKS=64)
 build(factors._spread, 4, OUT=factors.tl.bfloat16, BLOCK=factors.BLOCK)
 """
 
@@ -50,7 +51,7 @@ def test_every_kernel_compiles_for_hopper_and_moves_16_bytes_at_a_time(tmp_path)
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 23
+    assert len(done.stdout.splitlines()) == 24
     narrow = [line.split()[0] for line in done.stdout.splitlines() if not line.endswith("v4")]
     assert narrow == ["_spread"]  # whose addresses are known only when it runs
     assert done.stdout.count("_cross_entropy exact") == 2
