@@ -24,7 +24,7 @@ from deltaw.kernels.triton.norm import (
     rms_norm_backward,
     rms_norm_forward,
 )
-from deltaw.kernels.triton.rotary import rotary_turn
+from deltaw.kernels.triton.rotary import rotary_back, rotary_turn
 
 __all__ = [
     "add_rms_norm_backward",
@@ -34,6 +34,7 @@ __all__ = [
     "gated_forward",
     "rms_norm_backward",
     "rms_norm_forward",
+    "rotary_back",
     "rotary_turn",
     "spread",
     "spread_table",

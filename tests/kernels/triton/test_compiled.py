@@ -10,8 +10,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from deltaw.kernels.triton import cross_entropy, factors, gated, norm, rotary
 
-NUMBERS = '''rows stride grad_row dsum_row x_row delta_row y_row dx_row x_token x_head cos_token sin_token width d_row
-g_row u_row inner_row dg_row du_row V'''
+NUMBERS = '''rows stride grad_row dsum_row x_row delta_row y_row dx_row x_token x_head y_token y_head dq_token dq_head
+dk_token dk_head dv_token dv_head cos_token sin_token width d_row g_row u_row inner_row dg_row du_row V'''
 SCALARS = {name: "i32" for name in NUMBERS.split()}
 SCALARS |= {name: "fp32" for name in ("eps", "offset", "scale", "cap")}
 POINTERS = {"r_at": "*fp32", "loss_at": "*fp32", "labels_at": "*i64", "parts_at": "*i64", "scales_at": "*fp32",
@@ -35,6 +35,8 @@ for size in (64, 2048, 16384):
         build(norm._rms_norm_backward, 16 if size > 8192 else 8, **fixed)
 build(rotary._rotary_turn, 8, SIGN=-1, H=32, E=128, HALF=64, HEADS=32, PART=64, REST=0)
 build(rotary._rotary_turn, 2, SIGN=1, H=9, E=80, HALF=32, HEADS=16, PART=32, REST=16)
+build(rotary._rotary_back, 8, H=32, K=8, E=128, HALF=64, HEADS=32, SHARED=8, WHOLE=128, PART=64, REST=0)
+build(rotary._rotary_back, 2, H=9, K=3, E=80, HALF=32, HEADS=16, SHARED=4, WHOLE=128, PART=32, REST=16)
 for activation in ("silu", "gelu", "gelu_tanh"):
     build(gated._gated_forward, 4, ACT=activation, BLOCK=gated.BLOCK)
     build(gated._gated_backward, 4, ACT=activation, BLOCK=gated.BLOCK)
@@ -50,7 +52,7 @@ def test_every_kernel_compiles_for_hopper_and_moves_16_bytes_at_a_time(tmp_path)
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 23
+    assert len(done.stdout.splitlines()) == 25
     narrow = [line.split()[0] for line in done.stdout.splitlines() if not line.endswith("v4")]
     assert narrow == ["_spread"]  # whose addresses are known only when it runs
     assert done.stdout.count("_cross_entropy exact") == 2
