@@ -107,25 +107,27 @@ class Steps:
         captured = captured_on(device, *given, lambda: self._coming)
         self.captured = captured or Captured(*given, None, lambda: self._coming)
 
-    def passed(self, batch: Any, coming: Any) -> Any:
-        """Forward and backward of a batch that lies on the host; the gradients, clipped, are in `grad`."""
-        self._coming = [coming]
-        ran = self.captured.run([batch], batch.supervised)
+    def passed(self, batches: Sequence[Any], coming: Sequence[Any]) -> tuple[float, Callable[[], object]]:
+        """Forward and backward of a step's batches, which lie on the host; the gradients, clipped, are in `grad`. (The
+        mean loss, the update.)"""
+        self._coming = list(coming)
+        count = sum(batch.supervised for batch in batches)
+        ran = self.captured.run(batches, count)
         if ran is None:
             raise RuntimeError(f"steps aren't captured: {self.captured.why_not}")
-        return ran
+        return sum(ran.losses.values()) / count, ran.update
 
-    def step(self, batch: Any, coming: Any) -> float:
+    def step(self, batches: Sequence[Any], coming: Sequence[Any]) -> float:
         """One update; the mean loss before it."""
-        ran = self.passed(batch, coming)
-        ran.update()
+        loss, update = self.passed(batches, coming)
+        update()
         self.learner.optimizer.zero_grad()
-        return float(ran.losses[0] / batch.supervised)
+        return loss
 
-    def meet(self, some: Sequence[Any]) -> None:
-        """So many steps that every size of these batches is recorded: it runs as it is at first, then it is."""
-        for batch in [*some, *some]:
-            self.step(batch, batch)
+    def meet(self, some: Sequence[Sequence[Any]]) -> None:
+        """So many steps that every size of these steps' batches is recorded: it runs as it is at first, then it is."""
+        for batches in [*some, *some]:
+            self.step(batches, batches)
 
     def release(self) -> None:
         self.captured.release()
@@ -138,14 +140,14 @@ def _captured(parameters: dict[str, nn.Parameter], forward: Any, attached: Any, 
         while one:
             one.pop().release()
         one.append(Steps(forward, attached, len(some[0].tokens_T), longest))
-        one[0].meet([batch.on_host for batch in some])
+        one[0].meet([[batch.on_host] for batch in some])
         arm.note = "; ".join([note, *one[0].said])
 
     def passed(batch: Batch) -> float:
-        return float(one[0].passed(batch.on_host, batch.on_host).losses[0] / batch.count)
+        return one[0].passed([batch.on_host], [batch.on_host])[0]
 
     def step(batch: Batch, coming: Batch) -> float:
-        return one[0].step(batch.on_host, coming.on_host)
+        return one[0].step([batch.on_host], [coming.on_host])
 
     arm = Arm(parameters, passed, step, note, prepare)
     return arm

@@ -265,3 +265,31 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_training_on_a_gpu_says_that_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_train.main([]) == 2
     assert capsys.readouterr().err.startswith("no GPU here")
+
+
+def test_train_and_the_loop_take_the_same_batches(tmp_path: Path) -> None:
+    given = {"steps": 6, "tokens_per_step": 128, "warmup_steps": 0}
+    gpu_train.make_base("toy", tmp_path, "cpu", 1024)
+    row, clock = gpu_train.timed(gpu_train.run_file(tmp_path, "large", device="cpu", **given))
+    assert row["tokens"] == 128 and row["tokens_per_s"] > 0 and len(clock.marks) == 6
+    seen: list[list[int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        take = gpu_arms.Steps.step
+        patch.setattr(
+            gpu_arms.Steps,
+            "step",
+            lambda self, batches, coming: (
+                seen.append([len(b.tokens_T) for b in batches]) or take(self, batches, coming)
+            ),
+        )
+        row = gpu_train.loop_row(tmp_path, "cpu", **given)
+    assert row["tokens"] == 128 and row["tokens_per_s"] > 0 and "3 steps" in row["note"]
+    assert [sum(each) for each in seen[-3:]] == [mark.tokens for mark in clock.marks[3:]]
+
+
+def test_steps_that_record_and_those_under_a_profiler_are_not_counted() -> None:
+    clock = gpu_train.Clocked(20, profiled=True)
+    clock.marks = [gpu_train.Mark(float(n), n + 0.5, 10, 1.0, n == 11) for n in range(20)]
+    assert [one.began for one, _ in clock.steady()] == [10.0], "of 10, 11 and 12; none is known to follow the last"
+    clock.marks[14] = clock.marks[14]._replace(began=99.0)
+    assert all(gap == 1.0 for _, gap in clock.steady())
