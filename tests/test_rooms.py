@@ -70,6 +70,8 @@ HOMES = {
     "bitsandbytes": {"kernels/nf4.py"},
     "datasets": {"data/hub.py"},
     "pyarrow": {"data/arrow.py"},
+    "flash_attn": {"kernels/flash.py"},
+    "flash_attn_interface": {"kernels/flash.py"},
     "matplotlib": {"analysis/pictures.py", "analysis/svg.py"},
     "triton": {"kernels/triton.py"},
     "torch.distributed": {"training/distributed.py", "training/sharding.py"},
