@@ -50,7 +50,7 @@ class Tape(TorchDispatchMode):
 
 
 class Recorder:
-    """Records as captured.py's `Recorder` does, and counts. `changed`: the tensors that work may write to."""
+    """Records as recorded.py's `Recorder` does, and counts. `changed`: the tensors that work may write to."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0

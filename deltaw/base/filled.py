@@ -1,6 +1,6 @@
 """Batches filled up to one of a few sizes, and the places on a device that such a batch is put into.
 
-A pass that is captured once and replayed (training/captured.py) always does the same work on the same addresses, so
+A pass that is captured once and replayed (recorded.py) always does the same work on the same addresses, so
 every batch that it is to serve must have the same sizes. What fills a batch up changes nothing of it:
 
     tokens      token 0, in documents of their own behind the real ones, so that no real token sees them

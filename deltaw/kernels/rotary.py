@@ -10,6 +10,7 @@ its halves exchanged, one negated, and two products, and autograd as many again.
 Letters: T tokens, H heads, E head size, R ≤ E entries that turn.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,16 @@ def rotary_plain(x_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 def turned(x_THE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor) -> Tensor:
     """[T, H, E] where all E entries turn, forward alone, in three calls; sin's first half is negative."""
     return torch.addcmul(x_THE * cos_T1E, x_THE.roll(x_THE.shape[2] // 2, -1), sin_T1E)
+
+
+def turn_columns(parts: Sequence[Tensor], cos_TR: Tensor, sin_TR: Tensor, sign: int, out_TM: Tensor) -> None:
+    """Write queries, keys and, where they are given, values, each [T, H, E], side by side to the columns of `out_TM`
+    (where they may be already): queries and keys turned, or back (sign −1). Without autograd."""
+    at = 0
+    for number, x_THE in enumerate(parts):
+        width = x_THE.shape[1] * x_THE.shape[2]
+        out_TM[:, at : at + width].copy_((_turn(x_THE, cos_TR, sin_TR, sign) if number < 2 else x_THE).flatten(1))
+        at += width
 
 
 def _turn(x_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor, sign: int) -> Tensor:

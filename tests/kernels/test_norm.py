@@ -1,4 +1,4 @@
-"""rms_norm and rotary: hand-written backwards against autograd and truth."""
+"""rms_norm, with an addition before it, and rotary: hand-written backwards against autograd and truth."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaw.kernels.norm import rms_norm, rms_norm_plain
+from deltaw.kernels.norm import add_rms_norm, rms_norm, rms_norm_plain
 from deltaw.kernels.rotary import rotary, rotary_plain
 
 T, D, H, E = 7, 24, 3, 8
@@ -49,6 +49,24 @@ def test_norm_error_is_within_the_plain_twins(dtype: torch.dtype, offset: float,
 def test_a_row_of_zeros_is_no_nan() -> None:
     for got in run(rms_norm, torch.zeros(2, D), torch.ones(2, D), torch.ones(D), 1e-6):
         assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_add_norm_gradcheck(offset: float) -> None:
+    """Of both results together and of each alone."""
+    x, delta, w = (torch.randn(T, D, dtype=torch.float64) for _ in range(3))
+    leaves = (x.requires_grad_(), delta.requires_grad_())
+    for part in (slice(None), slice(1), slice(1, None)):
+        assert torch.autograd.gradcheck(lambda x, d, part=part: add_rms_norm(x, d, w, 1e-3, offset)[part], leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_norm_is_the_sum_and_its_norm(dtype: torch.dtype) -> None:
+    x, delta, w = torch.randn(T, D).to(dtype), torch.randn(T, D).to(dtype), torch.randn(D).to(dtype)
+    for grad in (torch.no_grad(), torch.enable_grad()):
+        with grad:
+            total, y = add_rms_norm(x.clone().requires_grad_(), delta, w, 1e-6, 1.0)
+            assert torch.equal(total, x + delta) and torch.equal(y, rms_norm(x + delta, w, 1e-6, 1.0))
 
 
 @pytest.mark.parametrize("turned", [E, E // 2])
