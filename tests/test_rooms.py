@@ -71,6 +71,8 @@ HOMES = {
     "bitsandbytes": {"kernels/nf4.py"},
     "datasets": {"data/hub.py"},
     "pyarrow": {"data/arrow.py"},
+    "flash_attn": {"kernels/flash.py"},
+    "flash_attn_interface": {"kernels/flash.py"},
     "matplotlib": {"analysis/pictures.py", "analysis/svg.py"},
     "triton": {f"kernels/triton/{name}.py" for name in KERNELS},
     "torch.distributed": {"training/distributed.py", "training/sharding.py"},
