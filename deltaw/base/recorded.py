@@ -52,6 +52,11 @@ class OfSize:
         self._result = torch.empty(0)
         self._met = at_once
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether it is replayed from now on."""
+        return self._replay is not None
+
     def __call__(
         self,
         filled: Batch,

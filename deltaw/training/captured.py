@@ -192,7 +192,7 @@ class _Pass:
 
     @property
     def is_recorded(self) -> bool:
-        return self._replay is not None
+        return self._pass.is_recorded
 
     def __call__(self, number: int, batch: Batch) -> Tensor:
         """The loss of the step's batch of that number, and its gradient added."""

@@ -11,7 +11,8 @@ from triton.compiler import ASTSource
 from deltaw.kernels.triton import cross_entropy, factors, gated, norm, rotary, thin
 
 NUMBERS = '''rows stride grad_row dsum_row x_row delta_row y_row dx_row x_token x_head y_token y_head dq_token dq_head
-dk_token dk_head dv_token dv_head cos_token sin_token width d_row g_row u_row inner_row dg_row du_row V columns ranks a_row a_column out_row'''
+dk_token dk_head dv_token dv_head cos_token sin_token width d_row g_row u_row inner_row dg_row du_row V
+columns ranks a_row a_column out_row'''
 SCALARS = {name: "i32" for name in NUMBERS.split()}
 SCALARS |= {name: "fp32" for name in ("eps", "offset", "scale", "cap")}
 POINTERS = {"r_at": "*fp32", "loss_at": "*fp32", "labels_at": "*i64", "parts_at": "*i64", "scales_at": "*fp32",
