@@ -25,6 +25,7 @@ from deltaw.kernels.triton.norm import (
     rms_norm_forward,
 )
 from deltaw.kernels.triton.rotary import rotary_back, rotary_turn
+from deltaw.kernels.triton.thin import ranked
 
 __all__ = [
     "add_rms_norm_backward",
@@ -32,6 +33,7 @@ __all__ = [
     "cross_entropy_",
     "gated_backward",
     "gated_forward",
+    "ranked",
     "rms_norm_backward",
     "rms_norm_forward",
     "rotary_back",
