@@ -23,8 +23,10 @@ from deltaw.training.memory import release
 def choose_attention(model: Model, longest: int, say: Callable[[str], None]) -> None:
     """Let the fastest kernel have the model's attention, for the rest of the process; a line says which, where there is
     a choice. `longest`: tokens of the longest row. Raises InputError for a kernel that leaves the GPU unusable."""
-    base, heads = model.base, heads_of(model.base.model, model.base.dtype)
-    if base.device.type != "cuda" or torch.version.hip is not None or not model.forward.packed or heads is None:
+    base = model.base
+    if base.device.type != "cuda" or torch.version.hip is not None or not model.forward.packed:
+        return
+    if (heads := heads_of(base.model, base.dtype)) is None:
         return
     try:
         lines = fastest_attention(heads, longest, base.device, compiled_kernels()).lines()
@@ -42,9 +44,10 @@ def heads_of(model: Any, dtype: torch.dtype) -> Heads | None:
     """By its config; None where it says nothing of them, or where PyTorch's own kernels take another way. Layers with
     other heads than that keep PyTorch's own."""
     config = text_config(model)
-    query, size = getattr(config, "num_attention_heads", None), getattr(config, "head_dim", None)
+    query, width = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    if not isinstance(query, int) or not isinstance(width, int) or dtype not in HALF:
+        return None  # it has none, or each layer its own
     shared = getattr(config, "num_key_value_heads", None) or query
-    if not isinstance(query, int) or not isinstance(shared, int) or dtype not in HALF:
-        return None
-    size = size if isinstance(size, int) else config.hidden_size // query
-    return Heads(query, shared, size, dtype) if size % 8 == 0 and size <= 256 else None
+    size = getattr(config, "head_dim", None) or width // query
+    whole = isinstance(shared, int) and isinstance(size, int) and size % 8 == 0 and size <= 256
+    return Heads(query, shared, size, dtype) if whole else None

@@ -33,9 +33,13 @@ def model_of(config: Any = LLAMA, device: str = "cuda", dtype: torch.dtype = BF1
         (LlamaConfig(hidden_size=96, num_attention_heads=6, head_dim=12), BF16, None),
         (LlamaConfig(hidden_size=96, num_attention_heads=6, head_dim=512), BF16, None),
         (MambaConfig(), BF16, None),
+        (SimpleNamespace(num_attention_heads=[4, 8], hidden_size=64), BF16, None),
+        (SimpleNamespace(num_attention_heads=4, hidden_size=64, num_key_value_heads=[2, 4]), BF16, None),
     ],
 )
 def test_the_heads_that_a_config_states(config: Any, dtype: torch.dtype, heads: tuple | None) -> None:
+    if isinstance(config, SimpleNamespace):
+        config.get_text_config = lambda decoder: config
     assert heads_of(SimpleNamespace(config=config), dtype) == (heads and Heads(*heads, dtype))
 
 
