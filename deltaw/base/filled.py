@@ -20,6 +20,7 @@ document (its rows would be seen).
 Letters: T tokens, S documents + 1, K rows that the head is asked for.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,11 +47,18 @@ class Size:
     def of(batch: Batch, capacity: int, longest: int) -> "Size":
         """The smallest of the sizes that holds `batch`, where a full one has `capacity` tokens, and no document of the
         run more than `longest`."""
+        counts = len(batch.tokens_T), len(batch.starts) - 1, batch.supervised
+        return Size.holding([counts], capacity, max(longest, batch.documents.longest))
+
+    @staticmethod
+    def holding(batches: Sequence[tuple[int, int, int]], capacity: int, longest: int) -> "Size":
+        """The smallest that holds each of these batches of so many (tokens, documents, labels)."""
         step = max(LEAST, -(-capacity // PARTS))
-        tokens = _up(len(batch.tokens_T), step)
-        longest = min(tokens, max(longest, batch.documents.longest))
-        documents = len(batch.starts) - 1 + -(-(tokens - len(batch.tokens_T)) // longest)
-        labels = min(tokens, _up(max(1, batch.supervised), max(1, tokens // PARTS)))
+        tokens = _up(max(count for count, _, _ in batches), step)
+        longest = min(tokens, longest)
+        documents = max(number + -(-(tokens - count) // longest) for count, number, _ in batches)
+        labels = max(1, *(number for _, _, number in batches))
+        labels = min(tokens, _up(labels, max(1, tokens // PARTS)))
         return Size(tokens, max(FEWEST, 1 << (documents - 1).bit_length()), longest, labels)
 
 

@@ -39,7 +39,7 @@ from torch.autograd.function import once_differentiable
 from deltaw.kernels.device import on_gpu
 from deltaw.kernels.lora import Factors, gated, gated_back
 from deltaw.kernels.room import roomy
-from deltaw.kernels.rotary import turn_columns
+from deltaw.kernels.rotary import turn_, turn_back
 
 FILL = 16  # columns that factors are filled up to
 
@@ -166,9 +166,14 @@ class _Turn(NamedTuple):
     sin_TR: Tensor
     head: int
 
-    def __call__(self, parts_TM: Sequence[Tensor], sign: int, out_TM: Tensor) -> None:
-        parts = [part_TM.unflatten(1, (-1, self.head)) for part_TM in parts_TM]
-        turn_columns(parts, self.cos_TR, self.sin_TR, sign, out_TM)
+    def turn(self, y_TM: Tensor, rows: Sequence[slice]) -> None:
+        """Turn queries and keys where they lie in y."""
+        turn_(y_TM[:, : rows[1].stop].unflatten(1, (-1, self.head)), self.cos_TR, self.sin_TR)
+
+    def back(self, grads: Sequence[Tensor], g_TX: Tensor) -> None:
+        """Write the gradients side by side, those of queries and keys turned back."""
+        dq, dk, dv = (grad.unflatten(1, (-1, self.head)) for grad in grads)
+        turn_back(dq, dk, dv, self.cos_TR, self.sin_TR, g_TX)
 
 
 def joined_gated_mlp(x_TN: Tensor, pair: Joined, down: Joined, activation: str, x_TX: Tensor | None = None) -> Tensor:
@@ -188,7 +193,7 @@ class _JoinedLinears(torch.autograd.Function):
         y_TM = joined.product(x_TX)
         ys = tuple(y_TM[:, rows] for rows in joined.rows) if len(joined.rows) > 1 else (y_TM,)
         if turn is not None:
-            turn(ys[:2], 1, y_TM)
+            turn.turn(y_TM, joined.rows)
         return ys
 
     @staticmethod
@@ -200,7 +205,7 @@ class _JoinedLinears(torch.autograd.Function):
         else:
             g_TX = roomy(len(x_TX), joined.outputs, joined.room, x_TX)
             if ctx.turn is not None:
-                ctx.turn(grads, -1, g_TX)
+                ctx.turn.back(grads, g_TX)
             else:
                 torch._foreach_copy_([g_TX[:, rows] for rows in joined.rows], list(grads))
             joined.ranked_back_in_place(g_TX)

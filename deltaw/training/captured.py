@@ -115,6 +115,12 @@ class Captured:
             return None
         return Ran(dict(zip(losses, values, strict=False)), values[-1], self._step)
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many sizes of batches were met, and how many of their passes are recorded. A step that changes this is
+        slower than those that come."""
+        return len(self._passes), sum(one.is_recorded for one in self._passes.values())
+
     def _passed(self, number: int, batch: Batch) -> Tensor:
         """The batch's loss on the device; its gradient is added."""
         size = self._size_of(batch)
@@ -183,6 +189,10 @@ class _Pass:
         device = captured.learner.attached.parameters[0].device
         self._captured, self._record = captured, record
         self._pass = OfSize(size, device, captured.loss_of, record)
+
+    @property
+    def is_recorded(self) -> bool:
+        return self._pass.is_recorded
 
     def __call__(self, number: int, batch: Batch) -> Tensor:
         """The loss of the step's batch of that number, and its gradient added."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels.norm import add_rms_norm, rms_norm, rms_norm_plain
-from deltaw.kernels.rotary import rotary, rotary_plain
+from deltaw.kernels.rotary import rotary, rotary_plain, turn_, turn_back
 
 T, D, H, E = 7, 24, 3, 8
 
@@ -82,6 +82,21 @@ def test_rotary_error_is_within_the_plain_twins(dtype: torch.dtype, turned: int)
     cos, sin = cos.to(dtype), sin.to(dtype)
     truth = run(rotary_plain, x.double(), grad, cos.double(), sin.double())
     within_budget(run(rotary, x, grad, cos, sin), run(rotary_plain, x, grad, cos, sin), truth)
+
+
+def test_turning_in_place_and_back_are_rotary_and_its_gradient() -> None:
+    """Of queries, keys and values in one matrix, and something behind them that stays."""
+    cos, sin = angles(E // 2)
+    qkv, d = torch.randn(T, (H + 2) * E, dtype=torch.float64), torch.randn(T, H + 2, E, dtype=torch.float64)
+    leaf, out = qkv.clone().requires_grad_(), torch.randn(T, (H + 2) * E + 3, dtype=torch.float64)
+    heads = leaf.unflatten(1, (-1, E))
+    y = torch.cat([rotary_plain(heads[:, : H + 1], cos, sin), heads[:, H + 1 :]], 1)
+    turn_(qkv.unflatten(1, (-1, E))[:, : H + 1], cos, sin)
+    torch.testing.assert_close(qkv, y.detach().flatten(1))
+    beside = out[:, -3:].clone()
+    assert turn_back(*d.split([H, 1, 1], 1), cos, sin, out) is out
+    torch.testing.assert_close(out[:, :-3], torch.autograd.grad(y, leaf, d)[0])
+    assert torch.equal(out[:, -3:], beside)
 
 
 def test_rotation_keeps_lengths() -> None:

@@ -24,7 +24,7 @@ from deltaw.kernels.triton.norm import (
     rms_norm_backward,
     rms_norm_forward,
 )
-from deltaw.kernels.triton.rotary import rotary_turn
+from deltaw.kernels.triton.rotary import rotary_back, rotary_turn
 from deltaw.kernels.triton.thin import ranked
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "ranked",
     "rms_norm_backward",
     "rms_norm_forward",
+    "rotary_back",
     "rotary_turn",
     "spread",
     "spread_table",

@@ -33,7 +33,11 @@ def test_norm_and_rotary_are_sent_to_the_gpu_kernels(monkeypatch: pytest.MonkeyP
     x, d, (cos, sin) = randn(5, 2, 8), randn(5, 2, 8), angles(5, 8, torch.float32)
     fast = with_gradients(rotary.rotary, 1)(x, cos, sin, d)
     assert_within_budget(fast, with_gradients(rotary.rotary_plain, 1), x, cos, sin, d)
-    assert asked == [16, 16, 1, 1]
+    heads, out = randn(5, 4, 8), randn(5, 32)
+    back = rotary.turn_back(*heads.split([2, 1, 1], 1), cos, sin, out).clone()
+    torch.testing.assert_close(rotary.turn_(out.unflatten(1, (-1, 8))[:, :3], cos, sin), heads[:, :3])
+    assert torch.equal(back[:, 24:], heads[:, 3]) and not torch.equal(back, heads.flatten(1))
+    assert asked == [16, 16, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
