@@ -30,8 +30,10 @@ from deltaw.base.passing import Passing, passing_of
 from deltaw.base.probe import watched_pass
 from deltaw.base.stand_in import StandIn
 from deltaw.kernels.attention import packed_attention
+from deltaw.kernels.joined import joined_gated_mlp, joined_heads, joined_linears
 from deltaw.kernels.lora import ACTIVATIONS, Projection, gated, lora_gated_mlp, lora_linears
 from deltaw.kernels.norm import rms_norm
+from deltaw.kernels.room import room_of
 from deltaw.kernels.rotary import rotary, turned
 
 KINDS = ("norm", "attention", "mlp")
@@ -40,15 +42,21 @@ KINDS = ("norm", "attention", "mlp")
 class FusedNorm(StandIn):
     """An RMSNorm."""
 
-    def __init__(self, original: nn.Module, offset: float) -> None:
+    def __init__(self, original: nn.Module, offset: float, passing: Passing) -> None:
         super().__init__(original)
-        self.offset, self.eps = offset, _epsilon(original)
+        self.offset, self.eps, self.passing = offset, _epsilon(original), passing
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         if not self.enabled:
             return self.original(hidden_states)
-        return rms_norm(hidden_states, self.weight, self.eps, self.offset)
+        return rms_norm(hidden_states, self.weight, self.eps, self.offset, self.room)
+
+    @property
+    def room(self) -> int:
+        """Columns that what reads the norm wants behind it."""
+        folded = self.passing.folded
+        return 0 if folded is None else folded.room(self.weight.shape[0])
 
 
 class FusedMLP(StandIn):
@@ -65,7 +73,12 @@ class FusedMLP(StandIn):
         own, ready = self._modules, self.passing.current.ready
         if ready is not None and (gu := ready.linears((own["gate_proj"], own["up_proj"]), x.flatten(0, -2))):
             inner_TI = gated(gu[0], gu[1], self.activation)
-            return _linears(ready, (own["down_proj"],), inner_TI)[0].view(*x.shape[:-1], -1)
+            return _linears(self.passing, (own["down_proj"],), inner_TI)[0].view(*x.shape[:-1], -1)
+        folded = self.passing.folded
+        pair = folded and folded.of((own["gate_proj"], own["up_proj"]))
+        if pair and (last := folded.of((own["down_proj"],))):
+            y_TD = joined_gated_mlp(x.flatten(0, -2), pair, last, self.activation, room_of(x))
+            return y_TD.view(*x.shape[:-1], -1)
         gate, up, down = (_projection(own[name]) for name in ("gate_proj", "up_proj", "down_proj"))
         return lora_gated_mlp(x, gate, up, down, self.activation)
 
@@ -87,22 +100,28 @@ class FusedAttention(StandIn):
             return self.original(hidden_states, *args, **kwargs)
         x_TD = hidden_states.flatten(0, 1)
         own, ready, head = self._modules, self.passing.current.ready, self.call.head_size
-        q, k, v = _linears(ready, (own["q_proj"], own["k_proj"], own["v_proj"]), x_TD)
-        q_THE, k_TKE = (self._norm(name, x, head) for name, x in (("q_norm", q), ("k_norm", k)))
-        if ready is not None and angles[0].shape[-1] == head:
-            qk = turned(torch.cat([q_THE, k_TKE], 1), *ready.angles(angles, q.dtype))
-            q_THE, k_TKE = qk.split([q_THE.shape[1], k_TKE.shape[1]], 1)
-        else:
+        three = (own["q_proj"], own["k_proj"], own["v_proj"])
+        joined = self.passing.folded and self.passing.folded.of(three)
+        if joined and cache is None and not own.keys() & {"q_norm", "k_norm"}:
             cos_TR, sin_TR = (angle.flatten(0, 1) for angle in angles)
-            q_THE, k_TKE = rotary(q_THE, cos_TR, sin_TR), rotary(k_TKE, cos_TR, sin_TR)
-        v_TKE = v.unflatten(-1, (-1, head))
+            q_THE, k_TKE, v_TKE = joined_heads(x_TD, joined, cos_TR, sin_TR, head, room_of(hidden_states))
+        else:
+            q, k, v = _linears(self.passing, three, x_TD)
+            q_THE, k_TKE = (self._norm(name, x, head) for name, x in (("q_norm", q), ("k_norm", k)))
+            if ready is not None and angles[0].shape[-1] == head:
+                qk = turned(torch.cat([q_THE, k_TKE], 1), *ready.angles(angles, q.dtype))
+                q_THE, k_TKE = qk.split([q_THE.shape[1], k_TKE.shape[1]], 1)
+            else:
+                cos_TR, sin_TR = (angle.flatten(0, 1) for angle in angles)
+                q_THE, k_TKE = rotary(q_THE, cos_TR, sin_TR), rotary(k_TKE, cos_TR, sin_TR)
+            v_TKE = v.unflatten(-1, (-1, head))
         asked: dict[str, Any] = {"scale": self.call.scale, "window": self.call.window, "softcap": self.call.softcap}
         if cache is not None:
             out_THE = cache.attention(self, q_THE, k_TKE, v_TKE, **asked)
         else:
             assert documents is not None
             out_THE = packed_attention(q_THE, k_TKE, v_TKE, documents, **asked)
-        y_TD = _linears(ready, (own["o_proj"],), out_THE.flatten(1))[0]
+        y_TD = _linears(self.passing, (own["o_proj"],), out_THE.flatten(1))[0]
         return y_TD.view(*hidden_states.shape[:-1], -1), None
 
     def _norm(self, name: str, x_TM: Tensor, head: int) -> Tensor:
@@ -185,7 +204,7 @@ def _build(kind: str, module: nn.Module, call: AttentionCall | None, passing: Pa
         return None
     if kind == "norm":
         offset = _offset(module)
-        return None if offset is None else FusedNorm(module, offset)
+        return None if offset is None else FusedNorm(module, offset, passing)
     names = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
     if not all(_can_project(module._modules[name]) for name in names[kind]):
         return None
@@ -209,8 +228,12 @@ def _projection(module: nn.Module | None) -> Projection:
     return Projection(weight_of(module), module.bias)  # type: ignore[arg-type]
 
 
-def _linears(ready: Any, modules: tuple[nn.Module | None, ...], x_TN: Tensor) -> Sequence[Tensor]:
-    """Each module of one x, by what steps of decoding have ready of them, where they have it."""
+def _linears(passing: Passing, modules: tuple[nn.Module | None, ...], x_TN: Tensor) -> Sequence[Tensor]:
+    """Each module of one x: by what steps of decoding have ready of them, or by their joined matrix (folding.py), where
+    there is one."""
+    if passing.folded is not None and (joined := passing.folded.of(modules)) is not None:
+        return joined_linears(x_TN, joined)
+    ready = passing.current.ready
     ys = None if ready is None else ready.linears(modules, x_TN)
     return lora_linears(x_TN, [_projection(module) for module in modules]) if ys is None else ys
 

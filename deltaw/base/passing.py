@@ -69,6 +69,7 @@ class Passing:
     def __init__(self) -> None:
         self.current = NOTHING
         self.attention = ""  # the name of the attention that knows this holder (attention.py); "" where none does
+        self.folded: Any = None  # the joined matrices that stand-ins are to use (adapter/folding.py)
         self.streams: dict[int, torch.Generator] = {}  # of updates that draw random numbers of their own, by number
 
     @contextmanager

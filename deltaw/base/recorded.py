@@ -27,7 +27,7 @@ from deltaw.base.batch import Batch
 from deltaw.base.filled import Places, Size
 from deltaw.errors import first_line
 
-ROOM = 0.5  # of the free memory, that a recording must leave
+ROOM = 0.2  # of the free memory, that a recording must leave
 
 Work = Callable[[], Tensor]
 Recording = tuple[Callable[[], object], Tensor]  # (replay, its result's place)
@@ -51,6 +51,11 @@ class OfSize:
         self._replay: Callable[[], object] | None = None
         self._result = torch.empty(0)
         self._met = at_once
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether it is replayed from now on."""
+        return self._replay is not None
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""Which tensors the GPU kernels of triton.py accept.
+"""Which tensors the GPU kernels in triton/ accept.
 
 Float64 stays with PyTorch's own operations (truth in tests, and those kernels sum in float32), and so does a GPU
 without triton (Windows builds of PyTorch come without it). Asked once per call, so the answer about triton is kept.

@@ -148,25 +148,33 @@ def _plain(x_TN: Tensor, projection: Projection) -> Tensor:
     return y_TM + low_TM.view_as(y_TM)
 
 
-def gated(g_TI: Tensor, u_TI: Tensor, activation: str) -> Tensor:
-    """act(g) ∘ u."""
+def gated(g_TI: Tensor, u_TI: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+    """act(g) ∘ u, in `out` where that is given."""
     if on_gpu(g_TI):
         from deltaw.kernels.triton import gated_forward
 
-        return gated_forward(g_TI, u_TI, activation)
-    return ACTIVATIONS[activation].forward(g_TI).mul_(u_TI)
+        return gated_forward(g_TI, u_TI, activation, out=out)
+    inner = ACTIVATIONS[activation].forward(g_TI).mul_(u_TI)
+    return inner if out is None else out.copy_(inner)
 
 
-def _gated_back(d_TI: Tensor, g_TI: Tensor, u_TI: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(act(g) ∘ u once more, ∂L/∂g, ∂L/∂u) of D = ∂L/∂(act(g) ∘ u), which may be overwritten."""
+def gated_back(
+    d_TI: Tensor, g_TI: Tensor, u_TI: Tensor, activation: str, out: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(act(g) ∘ u once more, ∂L/∂g, ∂L/∂u) of D = ∂L/∂(act(g) ∘ u), which may be overwritten; in `out` where that is
+    given."""
     if on_gpu(g_TI):
         from deltaw.kernels.triton import gated_backward
 
-        return gated_backward(d_TI, g_TI, u_TI, activation)
+        return gated_backward(d_TI, g_TI, u_TI, activation, out=out)
     act = ACTIVATIONS[activation]
     act_g = act.forward(g_TI)
     inner, du = act_g * u_TI, act_g.mul_(d_TI)
-    return inner, act.backward(d_TI.mul_(u_TI), g_TI), du
+    found = inner, act.backward(d_TI.mul_(u_TI), g_TI), du
+    if out is None:
+        return found
+    torch._foreach_copy_(list(out), list(found))
+    return out
 
 
 class _Span(NamedTuple):
@@ -328,7 +336,7 @@ class _LoRAGatedMLP(torch.autograd.Function):
         if not pair and not ctx.needs_input_grad[0]:  # nothing below down_proj trains
             inner, nothing = gated(g, u, ctx.activation), [None] * len(_factors(three[:2]))
             return None, None, None, *nothing, *_back_to_factors(inner, down_hs, down_ps, rows, three[2:], down)
-        inner, dg, du = _gated_back(_back_to_input(down_ps, rows, three[2:], down), g, u, ctx.activation)
+        inner, dg, du = gated_back(_back_to_input(down_ps, rows, three[2:], down), g, u, ctx.activation)
         down_grads = _back_to_factors(inner, down_hs, down_ps, rows, three[2:], down)
         pair_ps = _rank_space([dg, du], pair)
         dx_TN = _back_to_input(pair_ps, [dg, du], three[:2], pair) if ctx.needs_input_grad[0] else None

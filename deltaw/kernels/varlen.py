@@ -31,6 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from deltaw.kernels.flash import preferred
+
 FILL = 1.25  # padded places per token, at most
 HALF = (torch.bfloat16, torch.float16)
 AMPERE = (8, 0)  # FlashAttention-2 needs it
@@ -74,14 +76,38 @@ def varlen_attention(
     keys_S, most = seen or (starts_S, longest)
     way = _way(q_THE, k_TKE, len(starts_S) - 1, most, scale, window, softcap)
     if way == "flash":
-        extra = _keywords(_parameters(), q_THE, k_TKE, scale, _window(window, most))
-        assert extra is not None
-        out = varlen.varlen_attn(q_THE, k_TKE, v_TKE, starts_S, keys_S, longest, most, **extra)
-        assert isinstance(out, Tensor)  # nothing else was asked for
-        return out
+        window = _window(window, most)
+        if window is None and seen is None and (attend := preferred(q_THE, k_TKE)):
+            return attend(q_THE, k_TKE, v_TKE, starts_S, longest, q_THE.shape[2] ** -0.5 if scale is None else scale)
+        return _own(q_THE, k_TKE, v_TKE, (starts_S, longest), (keys_S, most), scale, window)
     if way == "padded" and seen is None:
         return padded_attention(q_THE, k_TKE, v_TKE, starts_S, longest, scale=scale)
     raise ValueError("no GPU attention for this call (soft cap, window in float32, or very unlike lengths)")
+
+
+def own_attention(
+    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, starts_S: Tensor, longest: int, scale: float, /
+) -> Tensor:
+    """The flash way by PyTorch's own kernel, whatever is preferred."""
+    return _own(q_THE, k_TKE, v_TKE, (starts_S, longest), (starts_S, longest), scale, None)
+
+
+def _own(
+    q_THE: Tensor,
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    queries: tuple[Tensor, int],
+    keys: tuple[Tensor, int],
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """`queries`, `keys`: their offsets, and the most of one document."""
+    extra = _keywords(_parameters(), q_THE, k_TKE, scale, window)
+    assert extra is not None
+    (starts_S, longest), (keys_S, most) = queries, keys
+    out = varlen.varlen_attn(q_THE, k_TKE, v_TKE, starts_S, keys_S, longest, most, **extra)
+    assert isinstance(out, Tensor)  # nothing else was asked for
+    return out
 
 
 def padded_attention(

@@ -52,8 +52,9 @@ def run(
     forward = plan_forward(tiny("llama", torch.float64))
     assert forward.packed
     config = CONFIG.model_copy(update={"dtype": changes.pop("dtype", CONFIG.dtype)})
+    folding = changes.pop("folding", False)
     one, lines = learner(forward, config, **changes), list[str]()
-    captured = Captured(forward, one, longest=24, say=lines.append, record=recorder)
+    captured = Captured(forward, one, longest=24, say=lines.append, record=recorder, folding=folding)
     if isinstance(recorder, Recorder):
         moments = one.optimizer.state
         recorder.changed = lambda: [
@@ -76,7 +77,9 @@ def run(
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"dropout": 0.3}, {"magnitude": True}, HALF], ids=["plain", "dropout", "dora", "undivided"]
+    "changes",
+    [{}, {"dropout": 0.3}, {"magnitude": True}, HALF, {"folding": True}],
+    ids=["plain", "dropout", "dora", "undivided", "folded"],
 )
 def test_replayed_steps_are_the_steps_to_the_bit(changes: dict[str, Any]) -> None:
     recorder = Recorder()
@@ -87,8 +90,9 @@ def test_replayed_steps_are_the_steps_to_the_bit(changes: dict[str, Any]) -> Non
     assert all(torch.equal(mine, its) for mine, its in zip(factors, theirs, strict=True))
 
 
-def test_filled_steps_are_the_uncaptured_ones() -> None:
-    records, factors = run(None, blind=False)
+@pytest.mark.parametrize("folding", [False, True])
+def test_filled_steps_are_the_uncaptured_ones(folding: bool) -> None:
+    records, factors = run(None, blind=False, folding=folding)
     forward = plan_forward(tiny("llama", torch.float64))
     one = learner(forward)
     for number, (lengths, record) in enumerate(zip(STEPS, records, strict=True)):
