@@ -22,7 +22,6 @@ Without a GPU all of this runs as it is, except for recording: `Captured(..., re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from deltaw.base.filled import Places, Size, fill
 from deltaw.base.forward import Forward
 from deltaw.base.objective import sft
 from deltaw.errors import first_line
+from deltaw.kernels.graphs import Record, Recorder, can_record
 from deltaw.training.learner import Learner
 from deltaw.training.memory import release
 from deltaw.training.stop import Lost
@@ -41,9 +41,6 @@ from deltaw.training.world import ALONE, World
 CLOSE = 1e-2  # of the gradient, by which two runs of one backward may differ: attention adds in any order
 SIZES = 32  # recorded at most; batches of others run as they are
 SPREAD = 3  # times what two runs of the pass itself differ by, where that is more
-ROOM = 0.5  # of the free memory, that a recording must leave
-
-Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]  # work -> (replay, its result's place)
 
 
 @dataclass(frozen=True)
@@ -269,7 +266,7 @@ def captured_on(
 ) -> Captured | None:
     """The captured steps of a run, where its device can record; `following` packs the batches of the next step. A line
     says why a run isn't captured on a device that can."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    if not can_record(device):
         return None
     why = "" if forward.packed else "its documents can't be packed"
     if learner.objective is not sft:
@@ -285,30 +282,4 @@ def captured_on(
     if why:
         say(f"steps aren't captured, so they are slower on this device: {why}")
         return None
-    return Captured(forward, learner, longest, say, Recorder(), following)
-
-
-class Recorder:
-    """Records CUDA graphs. They share memory: they never run at once, and only their results outlive a replay."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info()
-        try:
-            # Other threads may go on (a progress display, another run's): only this one can spoil a recording.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                result = work()
-        except Exception:
-            torch.cuda.set_stream(stream)  # a recording that failed leaves its own behind
-            raise
-        left, _ = torch.cuda.mem_get_info()
-        if left < free * ROOM:
-            raise RuntimeError(
-                "a recorded pass keeps its memory, and evaluations would lack it; lower tokens_per_batch"
-            )
-        self._pool = graph.pool()
-        return graph.replay, result
+    return Captured(forward, learner, longest, say, Recorder("; lower tokens_per_batch"), following)
