@@ -203,17 +203,17 @@ def loop_row(folder: Path, device: str, **train: Any) -> Row:
 
 def exact_row(folder: Path, device: str) -> Row:
     """Steps on one batch: as it is, recorded, replayed. Of short rows, whose attention has one order of adding."""
+    from deltaw.base.recorded import recorder_on
     from deltaw.training.batch_size import sized
-    from deltaw.training.captured import Captured, Recorder
+    from deltaw.training.captured import Captured
     from deltaw.training.opening import open_run
 
     display, raw = Lines(), run_file(folder, "exact", steps=100, device=device)
     raw["data"] |= {"max_length": 100, "too_long": "truncate"}
     opened = sized(open_run(parse_config(raw), display), display)
     learner = opened.learner(display)
-    captured = Captured(
-        opened.model.forward, learner, opened.longest, display.say, Recorder() if device == "cuda" else None
-    )
+    given = (opened.model.forward, learner, opened.longest, display.say)
+    captured = Captured(*given, recorder_on(opened.device))
     batches, _ = next(iter(opened.loader(learner.state)))
     seen = []
     for _ in range(4):

@@ -122,7 +122,7 @@ def test_a_step_that_is_not_captured_says_so() -> None:
     assert float(arm.step(some[0], some[1])) > 0
     assert not all(torch.equal(before[name], parameter) for name, parameter in arm.parameters.items())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Captured, "loss_of", lambda *_: 1 / 0)
+        patch.setattr(Captured, "filled", lambda *_: 1 / 0)
         with pytest.raises(RuntimeError, match="steps aren't captured: division by zero"):
             arm.step(some[1], some[0])
 

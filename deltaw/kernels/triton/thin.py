@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deltaw.kernels.triton.views import power_of_two, uncopied
 
-BLOCK = 128
+BLOCK = 256
 PROGRAMS = 256  # wanted at least
 
 

@@ -20,7 +20,7 @@ def test_ranked(rows: int, columns: int, ranks: int, dtype: torch.dtype) -> None
         assert torch.equal(out[:, :columns], x) and torch.equal(wide[:, columns + ranks :], behind)
         truth = x.double() @ a.double()
         off = (out[:, columns:].double() - truth).norm() / truth.norm().clamp_min(1e-30)
-        assert off <= 2 * torch.finfo(dtype).eps
+        assert off <= 4 * torch.finfo(dtype).eps
 
 
 def test_ranked_refuses_rows_that_it_would_have_to_copy() -> None:
