@@ -20,7 +20,7 @@ Without a GPU all of this runs as it is, except for recording: `Captured(..., re
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.adapter.folding import fold
+from deltaw.adapter.residual import FusedLayers
 from deltaw.base.batch import Batch
 from deltaw.base.filled import Size, fill
 from deltaw.base.forward import Forward
@@ -58,7 +59,7 @@ class Ran:
 class Captured:
     """The passes and updates of one learner. `longest`: tokens of its longest document; `say`: where a line goes;
     `following`: the batches of the next step; `folding`: whether factors are folded into the weights
-    (adapter/folding.py), which a GPU gains by; None: on a GPU."""
+    (adapter/folding.py) and additions into the norms (adapter/residual.py), which a GPU gains by; None: on a GPU."""
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class Captured:
         device = self._parameters[0].device
         folding = device.type == "cuda" if folding is None else folding
         self._folded = fold(learner.attached) if folding else None
+        self._layers = FusedLayers(learner.attached.model) if folding else None
         sums = {} if self._folded is None else self._folded.collect()
         self.gradients = [sums[one] if one in sums else torch.zeros_like(one) for one in self._parameters]
         self._supervised = torch.ones((), device=device)
@@ -171,7 +173,10 @@ class Captured:
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Forward and backward: the work of a pass."""
-        with nullcontext() if self._folded is None else self._folded.on():
+        with ExitStack() as stack:
+            for part in (self._folded, self._layers):
+                if part is not None:
+                    stack.enter_context(part.on())
             loss, _ = self.forward.loss(batch)
             (loss if self.learner.undivided else loss / self._supervised).backward()
         return loss.detach()
