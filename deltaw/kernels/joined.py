@@ -41,6 +41,8 @@ from deltaw.kernels.lora import Factors, gated, gated_back
 from deltaw.kernels.room import roomy
 from deltaw.kernels.rotary import turn_, turn_back
 
+HALF = (torch.bfloat16, torch.float16)
+NARROW = 2**26  # bytes
 FILL = 16  # columns that factors are filled up to
 
 
@@ -98,14 +100,11 @@ class Joined:
 
     def collect(self) -> dict[Tensor, Tensor]:
         """Sinks, made: by factor, where its gradient is added up."""
-        updates = [update for update in self.updates if update is not None]
-        a_KN = updates[0].a_RN.new_zeros(self.room, self.inputs)
-        bs = tuple(None if update is None else torch.zeros_like(update.b_MR) for update in self.updates)
-        self.sinks = Sinks(a_KN, bs)
+        self.sinks = self._sums()
         found: dict[Tensor, Tensor] = {}
-        for ranks, update, b_MR in zip(self.ranks, self.updates, bs, strict=True):
+        for ranks, update, b_MR in zip(self.ranks, self.updates, self.sinks.bs, strict=True):
             if update is not None and b_MR is not None:
-                found |= {update.a_RN: a_KN[ranks], update.b_MR: b_MR}
+                found |= {update.a_RN: self.sinks.a_KN[ranks], update.b_MR: b_MR}
         return found
 
     def ranked(self, x_TN: Tensor, x_TX: Tensor | None = None) -> Tensor:
@@ -132,16 +131,28 @@ class Joined:
     def to_factors(self, x_TN: Tensor, h_TK: Tensor, g_TX: Tensor) -> list[Tensor | None]:
         """∂L/∂A and ∂L/∂B of each update in turn, of [G P]; None where they were added to the sinks."""
         g_TM, p_TK = g_TX.split([self.outputs, self.room], 1)
-        sinks, found = self.sinks, list[Tensor | None]()
-        kind = self.factors[0].dtype
-        a_KN = _sum(p_TK.T, x_TN, kind, onto=None if sinks is None else sinks.a_KN)
-        for number, (rows, ranks, update) in enumerate(zip(self.rows, self.ranks, self.updates, strict=True)):
-            if update is None:
-                continue
-            onto = None if sinks is None else sinks.bs[number]
-            b_MR = _sum(g_TM[:, rows].T, h_TK[:, ranks], kind, update.scale, onto)
-            found += [a_KN[ranks], b_MR] if sinks is None else [None, None]
-        return found
+        kind, sinks = self.factors[0].dtype, self.sinks or self._sums()
+        sums = [_Sum(x_TN, p_TK, sinks.a_KN.T, 1.0)]
+        for rows, ranks, update, b_MR in zip(self.rows, self.ranks, self.updates, sinks.bs, strict=True):
+            if update is not None and b_MR is not None:
+                sums.append(_Sum(g_TM[:, rows], h_TK[:, ranks], b_MR, update.scale))
+        if _are_narrow(sums) and kind == torch.float32:
+            from deltaw.kernels.triton import factor_sums
+
+            factor_sums(sums)
+        else:
+            for one in sums:
+                _add(one)
+        if self.sinks is not None:
+            return [None] * len(self.factors)
+        pairs = zip(self.ranks, sinks.bs, strict=True)
+        return [part for ranks, b_MR in pairs if b_MR is not None for part in (sinks.a_KN[ranks], b_MR)]
+
+    def _sums(self) -> Sinks:
+        """Zeros, to which gradients are added."""
+        first = self.factors[0]
+        bs = tuple(None if update is None else torch.zeros_like(update.b_MR) for update in self.updates)
+        return Sinks(first.new_zeros(self.room, self.inputs), bs)
 
 
 def joined_linears(x_TN: Tensor, joined: Joined, x_TX: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -270,12 +281,31 @@ def _spans(sizes: Sequence[int]) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(accumulate(sizes, initial=0))]
 
 
-def _sum(a_RT: Tensor, b_TN: Tensor, kind: torch.dtype, scale: float = 1.0, onto: Tensor | None = None) -> Tensor:
-    """scale · a b [R, N] in `kind`, added to `onto` where that is given; on a GPU not rounded on the way."""
-    if onto is None:
-        onto = a_RT.new_zeros(a_RT.shape[0], b_TN.shape[1], dtype=kind)
-    if a_RT.dtype == kind:
-        return onto.addmm_(a_RT, b_TN, alpha=scale)
-    if a_RT.is_cuda and kind == torch.float32:
-        return torch.addmm(onto, a_RT, b_TN, out_dtype=kind, alpha=scale, out=onto)
-    return onto.add_((a_RT @ b_TN).to(kind), alpha=scale)
+class _Sum(NamedTuple):
+    """scale · wideᵀ thin, to be added to `out`."""
+
+    wide_TC: Tensor
+    thin_TR: Tensor
+    out_CR: Tensor
+    scale: float
+
+
+def _are_narrow(sums: Sequence[_Sum]) -> bool:
+    """Whether a GPU takes them sooner all at once (kernels/triton/sums.py): those of wider matrices fill it one by one,
+    and read them at the memory's speed."""
+    wide = sums[0].wide_TC
+    bytes_read = sum(one.wide_TC.numel() for one in sums) * wide.element_size()
+    return on_gpu(wide) and wide.dtype in HALF and bytes_read <= NARROW
+
+
+def _add(one: _Sum) -> None:
+    """By a product; on a GPU not rounded on the way."""
+    wide_TC, thin_TR, out_CR, scale = one
+    if out_CR.stride(0) == 1:  # written in the order in which it lies
+        wide_TC, thin_TR, out_CR = thin_TR, wide_TC, out_CR.T
+    if wide_TC.dtype == out_CR.dtype:
+        out_CR.addmm_(wide_TC.T, thin_TR, alpha=scale)
+    elif wide_TC.is_cuda and out_CR.dtype == torch.float32:
+        torch.addmm(out_CR, wide_TC.T, thin_TR, out_dtype=torch.float32, alpha=scale, out=out_CR)
+    else:
+        out_CR.add_((wide_TC.T @ thin_TR).to(out_CR.dtype), alpha=scale)

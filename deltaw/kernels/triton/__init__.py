@@ -25,12 +25,14 @@ from deltaw.kernels.triton.norm import (
     rms_norm_forward,
 )
 from deltaw.kernels.triton.rotary import rotary_back, rotary_turn
+from deltaw.kernels.triton.sums import factor_sums
 from deltaw.kernels.triton.thin import ranked
 
 __all__ = [
     "add_rms_norm_backward",
     "add_rms_norm_forward",
     "cross_entropy_",
+    "factor_sums",
     "gated_backward",
     "gated_forward",
     "ranked",

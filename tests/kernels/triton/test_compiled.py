@@ -8,20 +8,28 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from deltaw.kernels.triton import cross_entropy, factors, gated, norm, rotary, thin
+from deltaw.kernels.triton import cross_entropy, factors, gated, norm, rotary, sums, thin
 
 NUMBERS = '''rows stride grad_row dsum_row x_row delta_row y_row dx_row x_token x_head y_token y_head dq_token dq_head
 dk_token dk_head dv_token dv_head cos_token sin_token width d_row g_row u_row inner_row dg_row du_row V
-columns ranks a_row a_column out_row'''
+columns ranks a_row a_column out_row blocks share shares'''
 SCALARS = {name: "i32" for name in NUMBERS.split()}
 SCALARS |= {name: "fp32" for name in ("eps", "offset", "scale", "cap")}
 POINTERS = {"r_at": "*fp32", "loss_at": "*fp32", "labels_at": "*i64", "parts_at": "*i64", "scales_at": "*fp32",
-            "programs_at": "*i32"}
+            "programs_at": "*i32", "partial_at": "*fp32"}
+PART = ("*bf16", "*bf16", "*fp32", *8 * ("i32",))
+PART = (*PART[:9], "fp32", "i32", "i32")
+TUPLES = {"parts": 4 * (PART,)}
 
 def build(kernel, warps, **fixed):
     names = kernel.arg_names
-    types = {n: "constexpr" if n in fixed else SCALARS.get(n) or POINTERS.get(n, "*bf16") for n in names}
-    even = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n] == "i32" or types[n][0] == "*"}
+    known = SCALARS | POINTERS | TUPLES
+    types = {n: "constexpr" if n in fixed else known.get(n, "*bf16") for n in names}
+    places = {(i,): types[n] for i, n in enumerate(names) if not isinstance(types[n], tuple)}
+    for i, n in enumerate(names):
+        if n in TUPLES:
+            places |= {(i, p, j): kind for p, part in enumerate(TUPLES[n]) for j, kind in enumerate(part)}
+    even = {place: [["tt.divisibility", 16]] for place, kind in places.items() if kind == "i32" or kind[0] == "*"}
     source = ASTSource(kernel, types, {(names.index(n),): value for n, value in fixed.items()}, even)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     ptx = made.asm["ptx"]
@@ -44,6 +52,8 @@ for activation in ("silu", "gelu", "gelu_tanh"):
     build(gated._gated_backward, 4, ACT=activation, BLOCK=gated.BLOCK)
 for capped in (False, True):
     build(cross_entropy._cross_entropy, 16, CAPPED=capped, BLOCK=cross_entropy.VOCABULARY)
+build(sums._partial_sums, 4, PARTS=4, STEP=sums.STEP, BLOCK=sums.BLOCK, RANKS=32)
+build(sums._add_up, 4, PARTS=4, BLOCK=sums.BLOCK, RANKS=32)
 build(thin._ranked, 4, ROWS=32, BLOCK=thin.BLOCK, RANKS=64)
 build(factors._spread, 4, OUT=factors.tl.bfloat16, BLOCK=factors.BLOCK)
 """
@@ -55,7 +65,8 @@ def test_every_kernel_compiles_for_hopper_and_moves_16_bytes_at_a_time(tmp_path)
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 26
+    assert len(done.stdout.splitlines()) == 28
     narrow = [line.split()[0] for line in done.stdout.splitlines() if not line.endswith("v4")]
-    assert narrow == ["_spread"]  # whose addresses are known only when it runs
+    # Strides and addresses that are known only when they run.
+    assert narrow == ["_add_up", "_spread"]
     assert done.stdout.count("_cross_entropy exact") == 2
