@@ -75,6 +75,15 @@ class Recorder:
 
 
 @contextmanager
+def recording() -> Iterator[None]:
+    """Inside, transformers looks at no positions (whether they start over), as where it sees that it is captured. For
+    models that are planned and adapted."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(masking_utils, "is_tracing", lambda tensor=None: True)
+        yield
+
+
+@contextmanager
 def attention_by_offsets() -> Iterator[None]:
     """Inside, attention over packed documents is as a GPU has it: it knows the offsets and the longest document, and
     nothing else. For models that are planned and adapted."""
@@ -99,9 +108,7 @@ def attention_by_offsets() -> Iterator[None]:
         s_HTT = (scale or q_THE.shape[2] ** -0.5) * (q_THE.transpose(0, 1) @ k.transpose(1, 2))
         return (s_HTT.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(0, 1)
 
-    with pytest.MonkeyPatch.context() as patched:
-        # transformers looks whether positions start over, unless it sees that it is being captured
-        patched.setattr(masking_utils, "is_tracing", lambda tensor=None: True)
+    with recording(), pytest.MonkeyPatch.context() as patched:
         patched.setattr(varlen, "applies", lambda *args, **kwargs: True)
         patched.setattr(varlen, "varlen_attention", attend)
         yield

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.adapter.layer import AdaptedLinear
-from deltaw.adapter.layer_update import Carried, LayerUpdate
+from deltaw.adapter.layer_update import AdaptedLayer, Carried, LayerUpdate
 from deltaw.base.frozen import weight_of
 from deltaw.kernels.lora import Factors
 from deltaw.kernels.segments import NOBODY
@@ -33,12 +33,14 @@ from deltaw.kernels.weight import Weight
 class Ready:
     """For one engine; `begin` says which rows a pass has."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, *, doubling: bool = False) -> None:
+        """`doubling`: stacks have room for powers of two of updates."""
+        self.model, self.doubling = model, doubling
         self.carried: Carried | None = None
         self.changes = -1
         self.numbers: list[int] = []  # of the updates, by slot
         self.rows: list[int | None] | None = None
+        self.count: int | None = None  # of the rows of the pass
         self.places = Places(0, 0)
         self.groups: dict[nn.Module, _Group] = {}  # by the first of its modules
         self._angles: dict[int, tuple[Any, Tensor, Tensor]] = {}
@@ -50,10 +52,25 @@ class Ready:
         self._angles = {}
         self._look()
         rows = list(updates)
-        if rows == self.rows:
-            return
+        if rows != self.rows:
+            places = Places.of(self._slots(rows, others), device)
+            self.rows, self.count, self.places = rows, len(rows), places
+
+    def slots(self, updates: Sequence[int | None], others: Sequence[int | None] = ()) -> list[int | None]:
+        """The same for a pass whose places its caller knows: the slot of each row's update. `stand` says them."""
+        self._look()
+        self.rows = None
+        return self._slots(updates, others)
+
+    def stand(self, count: int, places: Places) -> None:
+        """The pass that follows has so many rows, there."""
+        self._angles = {}
+        self.rows, self.count, self.places = None, count, places
+
+    def _slots(self, updates: Sequence[int | None], others: Sequence[int | None]) -> list[int | None]:
+        """By row. Updates that no row takes any more lose theirs."""
         first = self.carried.first if self.carried else NOBODY
-        wanted = [first if update is None else update for update in rows]
+        wanted = [first if update is None else update for update in updates]
         all_rows = dict.fromkeys([*wanted, *(first if update is None else update for update in others)])
         live = [number for number in all_rows if number != NOBODY] if self.carried else []
         if self.carried:
@@ -68,7 +85,7 @@ class Ready:
         while self.numbers and self.numbers[-1] not in live:
             self.numbers.pop()
         slot_of = {number: slot for slot, number in enumerate(self.numbers)}
-        self.rows, self.places = rows, Places.of([slot_of.get(number) for number in wanted], device)
+        return [slot_of.get(number) for number in wanted]
 
     def _look(self) -> None:
         """Let go of what isn't there any more where adapters have been put on or taken off."""
@@ -85,11 +102,33 @@ class Ready:
         group = self.groups.get(modules[0])
         if group is None or group.modules != modules:
             group = self.groups[modules[0]] = _Group(modules)
-        if self.rows is None or not group.fits or (group.adapted and x_TN.shape[0] != len(self.rows)):
+        if self.count is None or not group.fits or (group.adapted and x_TN.shape[0] != self.count):
             return None
-        if group.adapted and not group.refresh(self.numbers, x_TN):
+        if group.adapted and not group.refresh(self.numbers, self.room, x_TN):
             return None
         return stacked_linears(x_TN, group.layers, group.stacks, self.places)
+
+    @property
+    def room(self) -> int:
+        """How many updates the stacks have room for, at least."""
+        count = len(self.numbers)
+        return 1 << (count - 1).bit_length() if self.doubling and count else count
+
+    @property
+    def stacks(self) -> list[Stacks | None]:
+        """Those of all groups. A pass that is recorded reads these very ones for ever."""
+        return [group.stacks for group in self.groups.values()]
+
+    @property
+    def current(self) -> bool:
+        """Whether the stacks hold what the updates are now."""
+        return all(not group.adapted or group.current(self.numbers) for group in self.groups.values())
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last pass took all that it has of updates from the stacks."""
+        own = {module for group in self.groups.values() if group.current(self.numbers) for _, module in group.adapted}
+        return all(module in own for module in self.model.modules() if isinstance(module, AdaptedLayer))
 
     def angles(self, angles: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and, the first half negative, sin, [T, 1, E], once for all layers that are given the same."""
@@ -138,19 +177,26 @@ class _Group:
             ranks[at] = 0 if one is None else len(one.a_RN)
         return ranks
 
-    def refresh(self, numbers: Sequence[int], x_TN: Tensor) -> bool:
-        """Have the factors of these updates in their slots, as they are now. False where one has none."""
+    def current(self, numbers: Sequence[int]) -> bool:
+        """Whether the stacks hold these updates as they are now."""
+        return numbers == self.numbers and self.seen is not None and self.seen.current()
+
+    def refresh(self, numbers: Sequence[int], room: int, x_TN: Tensor) -> bool:
+        """Have the factors of these updates in their slots, as they are now, of at least `room`. False where one has
+        none."""
         if self.stacks is not None and self.stacks.a_SNK.dtype != x_TN.dtype:
             self.stacks, self.held, self.seen = None, [], None
-        if numbers == self.numbers and self.seen is not None and self.seen.current():
+        if self.current(numbers):
             return True
         self.seen = None
+        if self.stacks is not None and room > len(self.stacks.a_SNK):
+            self.stacks = self.stacks.enlarged(max(room, len(self.stacks.a_SNK) * 5 // 4))
         for slot, number in enumerate(numbers):
             known = self.held[slot] if slot < len(self.held) else None
             if known is not None and known.number == number and known.seen.current():
                 continue
             held = _Held(number, self._updates(number))
-            if not self._put(slot, held, len(numbers), x_TN):
+            if not self._put(slot, held, room, x_TN):
                 return False
             self.held[slot : slot + 1] = [held]
         live = [held for held in self.held[: len(numbers)] if held is not None]
@@ -166,8 +212,6 @@ class _Group:
         if self.stacks is None or any(rank > old for rank, old in zip(ranks, before, strict=True)):
             self._widen([max(pair) for pair in zip(ranks, before, strict=True)], slots, x_TN)
         assert self.stacks is not None
-        if slot >= len(self.stacks.a_SNK):
-            self.stacks = self.stacks.enlarged(max(slots, len(self.stacks.a_SNK) * 5 // 4))
         for (at, _), one in zip(self.adapted, factors, strict=True):
             self.stacks.put(slot, at, *(one or (None, None, 1.0)))
         return True

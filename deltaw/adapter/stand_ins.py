@@ -10,7 +10,8 @@ window, a soft cap, a scale) shows in the call it makes to attention, and is tak
 something else keeps its own code and is merely slower: `Attached.describe()` counts what stands in.
 
 Whole decoder layers were rejected as the unit: they differ between architectures in residuals, extra norms and scales,
-which cost next to nothing, while these three parts are all but the same everywhere.
+which cost next to nothing, while these three parts are all but the same everywhere. (A recorded pass of a GPU, where
+they do cost something, has them for its length: residual.py.)
 
 Letters: T tokens, D hidden size, H query heads, K key/value heads, E head size.
 """
@@ -32,7 +33,7 @@ from deltaw.base.stand_in import StandIn
 from deltaw.kernels.attention import packed_attention
 from deltaw.kernels.joined import joined_gated_mlp, joined_heads, joined_linears
 from deltaw.kernels.lora import ACTIVATIONS, Projection, gated, lora_gated_mlp, lora_linears
-from deltaw.kernels.norm import rms_norm
+from deltaw.kernels.norm import add_rms_norm, rms_norm
 from deltaw.kernels.room import room_of
 from deltaw.kernels.rotary import rotary, turned
 
@@ -51,6 +52,11 @@ class FusedNorm(StandIn):
         if not self.enabled:
             return self.original(hidden_states)
         return rms_norm(hidden_states, self.weight, self.eps, self.offset, self.room)
+
+    def behind(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x + delta, or x itself, and the norm of that), both [..., D]; in the backward what reaches x past the norm
+        is added to its gradient in one go."""
+        return add_rms_norm(x, delta, self.weight, self.eps, self.offset, self.room)
 
     @property
     def room(self) -> int:
@@ -154,7 +160,7 @@ def install(model: nn.Module, kinds: Sequence[str] = KINDS) -> dict[str, StandIn
                 continue
             stand_in = _build(kind, module, calls.get(module), passing_of(model))
             with passing_of(model).running(this):
-                same = stand_in is not None and _same(stand_in, *watched[path])
+                same = stand_in is not None and same_output(stand_in, *watched[path])
             if stand_in is not None and same:
                 model.set_submodule(path, stand_in)
                 stand_ins[path] = stand_in
@@ -277,7 +283,7 @@ def _takes_one(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _same(stand_in: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+def same_output(stand_in: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
     """Whether the stand-in gives the output that was watched, up to the roundings of two orders of the same sums."""
     try:
         mine = stand_in(*args, **kwargs)

@@ -22,7 +22,7 @@ Letters: T tokens, S documents + 1, K rows that the head is asked for.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
@@ -32,7 +32,7 @@ from deltaw.kernels.logprobs import IGNORE
 
 PARTS = 8  # of a full batch, and of its labels
 LEAST = 64  # tokens of such a part
-FEWEST = 8  # documents
+FEWEST = 16  # documents, and four times as many, and so on: an empty one costs attention next to nothing
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,15 @@ class Size:
         documents = max(number + -(-(tokens - count) // longest) for count, number, _ in batches)
         labels = max(1, *(number for _, _, number in batches))
         labels = min(tokens, _up(labels, step))
-        return Size(tokens, max(FEWEST, 1 << (documents - 1).bit_length()), longest, labels)
+        room = FEWEST
+        while room < documents:
+            room *= 4
+        return Size(tokens, room, longest, labels)
+
+    def with_(self, other: "Size") -> "Size":
+        """The smallest that holds what either holds."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Size(*(max(pair) for pair in pairs))
 
 
 def fill(batch: Batch, size: Size) -> Batch:

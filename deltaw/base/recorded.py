@@ -18,7 +18,6 @@ Without a GPU all of this runs as it is: `record=None`. Tests have a recorder of
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -26,12 +25,10 @@ from torch import Tensor
 from deltaw.base.batch import Batch
 from deltaw.base.filled import Places, Size
 from deltaw.errors import first_line
-
-ROOM = 0.2  # of the free memory, that a recording must leave
+from deltaw.kernels.graphs import Record, Recorder, can_record
 
 Work = Callable[[], Tensor]
 Recording = tuple[Callable[[], object], Tensor]  # (replay, its result's place)
-Record = Callable[[Work], Recording]
 
 
 class OfSize:
@@ -104,34 +101,7 @@ class Recorded:
         return self._result
 
 
-class Recorder:
-    """Records CUDA graphs. They share memory: they never run at once, and only their results outlive a replay."""
-
-    def __init__(self) -> None:
-        self._graphs = WeakSet[torch.cuda.CUDAGraph]()  # those that are still in use
-
-    def __call__(self, work: Work) -> Recording:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        pool = next((other.pool() for other in self._graphs), None)
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info()
-        try:
-            # Other threads may go on (a progress display, another run's): only this one can spoil a recording.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                result = work()
-        except Exception:
-            torch.cuda.set_stream(stream)  # a recording that failed leaves its own behind
-            raise
-        left, _ = torch.cuda.mem_get_info()
-        if left < free * ROOM:
-            raise RuntimeError(
-                "a recorded pass keeps its memory, and evaluations would lack it; lower tokens_per_batch"
-            )
-        self._graphs.add(graph)
-        return graph.replay, result
-
-
 @cache
 def recorder_on(device: torch.device) -> Recorder | None:
     """What records on a device; None where nothing can."""
-    return Recorder() if device.type == "cuda" and torch.version.hip is None else None
+    return Recorder("; lower tokens_per_batch") if can_record(device) else None

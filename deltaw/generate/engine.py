@@ -47,6 +47,7 @@ from deltaw.generate.sampling import NotFinite, RowsFailed, Sampling, choose
 from deltaw.generate.slots import Slots
 from deltaw.generate.together import come_to_rest
 from deltaw.kernels.copies import making
+from deltaw.kernels.graphs import Record, Recorder, can_record
 from deltaw.show.progress import Progress, unseen
 
 TOKENS_AT_ONCE = 65_536  # of all rows together: bounds the cache (4 GB for an 8B model), whatever batch_size says
@@ -69,18 +70,26 @@ class Engine:
     """Decodes up to `batch_size` rows at a time. Modes and gradients are set for each step: what the caller does in
     between is its own. `piece` is the most tokens of prompts in a step; None: as few as cost no more for it, so that no
     row waits long for its next token. `copies`: steps make copies of matrices that are read faster (kernels/copies.py);
-    without, where its caller has them made. `close` it when rows may be left. Raises InputError for a batch size below
-    1."""
+    without, where its caller has them made. `record`: how steps are recorded (generate/captured.py); None: as graphs
+    on a GPU. `close` it when rows may be left. Raises InputError for a batch size below 1."""
 
     def __init__(
-        self, model: nn.Module, *, batch_size: int = 128, piece: int | None = None, copies: bool = False
+        self,
+        model: nn.Module,
+        *,
+        batch_size: int = 128,
+        piece: int | None = None,
+        copies: bool = False,
+        record: Record | None = None,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; it must be at least 1")
         self.model, self.batch_size, self.copies = model, batch_size, copies
         self._device = next(model.parameters()).device
+        if record is None and can_record(self._device):
+            record = Recorder()
         with evaluating(model):
-            self._slots = Slots(model, piece) if Slots.hold(model) else None
+            self._slots = Slots(model, piece, record=record) if Slots.hold(model) else None
         self._batches = Batches(model, alone=batch_size == 1, beyond=self._slots is not None)
         self._waiting: list[Row] = []
         self._live: dict[Row, Cache] = {}
@@ -209,7 +218,7 @@ class Engine:
         for id in [row.id for row in (*self._waiting, *self._live)]:
             self.cancel(id)
         if self._slots:
-            self._slots.prefixes.clear()
+            self._slots.clear()
 
     @property
     def keeps_beginnings(self) -> bool:

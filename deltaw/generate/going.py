@@ -1,6 +1,6 @@
 """What a step of one token per row carries to attention: each token goes to its row's slot, and sees what is there.
 
-Rows of a shelf are read together up to the longest of them.
+Rows of a shelf are read together, up to the longest of them.
 
 Letters: R rows, H query heads, K key/value heads, E head size, L places that are read.
 """
@@ -15,11 +15,11 @@ from deltaw.kernels.decode import cached_attention
 
 
 class GoingOn:
-    """What a step of one token per row carries to attention."""
+    """What a step of one token per row carries to attention. `ends`: bounds on how many places a row of each part sees,
+    the least and the most."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = parts
-        self.ends = [(min(ats) + 1, max(ats) + 1) for ats in (part.ats.tolist() for part in parts)]
+    def __init__(self, parts: Sequence[Part], ends: Sequence[tuple[int, int]]) -> None:
+        self.parts, self.ends = parts, ends
         self.biases: dict[tuple[int, int | None], Tensor | None] = {}  # by part and window
 
     def attention(

@@ -2,6 +2,7 @@
 
 The rows in use are a shelf's first ones, so that they are read together as a view: the last takes the place of one that
 leaves. What no row has written is zero, always: it is multiplied by a probability of 0, which leaves no zero of a NaN.
+But the first place of a slot that no row has may hold anything (captured.py): its next row writes it before it reads.
 
 Letters: T tokens, S slots, K key/value heads, C capacity, E head size.
 """
@@ -18,10 +19,12 @@ SMALLEST = 64  # places of a slot
 
 
 class Shelf:
-    """Slots of one capacity. `rows` are those in use, by place."""
+    """Slots of one capacity. `rows` are those in use, by place; `moves`, how often its tensors have been made anew.
+    `doubling`: their number is a power of two."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.size = capacity, 0
+    def __init__(self, capacity: int, *, doubling: bool = False) -> None:
+        self.capacity, self.size, self.moves = capacity, 0, 0
+        self.doubling = doubling
         self.rows: list[Row] = []
         self.stored: dict[nn.Module, Tensor] = {}  # by layer: [2, S, K, C, E], keys and values
 
@@ -35,6 +38,9 @@ class Shelf:
         """Give each a slot."""
         if len(self.rows) + len(rows) > self.size:
             self.size = max(len(self.rows) + len(rows), self.size * 5 // 4)
+            if self.doubling:
+                self.size = power_of_two(self.size)
+            self.moves += 1
             for layer, old in self.stored.items():
                 self.stored[layer] = old.new_zeros(2, self.size, *old.shape[2:])
                 self.stored[layer][:, : old.shape[1]] = old
@@ -66,6 +72,11 @@ class Shelf:
             stored[:, len(self.rows) - 1] = 0
         self.rows[place] = self.rows[-1]
         self.rows.pop()
+
+
+def power_of_two(count: int) -> int:
+    """The smallest that is at least `count`."""
+    return 1 << max(0, count - 1).bit_length()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ a short row doesn't pay for a long one: capacities go up by half from 64, and a 
 the next shelf. A prompt that isn't whole with its first piece has its slot on a shelf apart until it is: the rows that
 go on are all of their shelves.
 
+On a GPU steps are recorded and replayed (captured.py), and capacities are powers of two.
+
 The beginnings of rows that name their key are kept when they are whole and when they leave, and read by rows that come
 later (prefixes.py). A row that begins as one does that is being filled waits for it, and reads what it has made.
 
@@ -48,14 +50,17 @@ from deltaw.base.packed import PackedLinear
 from deltaw.base.passing import Pass, passing_of
 from deltaw.base.probe import REFUSALS
 from deltaw.generate.cache import Cache, Row, segments_for, text_config
+from deltaw.generate.captured import EMPTY, Captured
+from deltaw.generate.captured import SMALLEST as DOUBLING_FROM
 from deltaw.generate.filling import GPU_PIECE, PIECE, Continued, Filling, Run, next_runs
 from deltaw.generate.going import GoingOn
 from deltaw.generate.logprobs import LOGITS_AT_ONCE, Logprobs, logprobs_of
 from deltaw.generate.prefixes import Prefixes
 from deltaw.generate.sampling import Sampling
-from deltaw.generate.shelf import SMALLEST, Part, Shelf
+from deltaw.generate.shelf import SMALLEST, Part, Shelf, power_of_two
 from deltaw.generate.together import Trial
 from deltaw.kernels.documents import Documents
+from deltaw.kernels.graphs import Record
 
 PLAIN = nn.Linear, PackedLinear  # heads that are a product and nothing else
 KEPT = 16_384  # tokens of rows that have left, beside those of the rows themselves
@@ -66,8 +71,16 @@ class Slots(Cache):
 
     share, patience = 8, 8
 
-    def __init__(self, model: nn.Module, piece: int | None = None, *, own_head: bool | None = None) -> None:
-        """`piece`: the most tokens of prompts in a pass. `own_head`: the head is made here; None: as was tried."""
+    def __init__(
+        self,
+        model: nn.Module,
+        piece: int | None = None,
+        *,
+        own_head: bool | None = None,
+        record: Record | None = None,
+    ) -> None:
+        """`piece`: the most tokens of prompts in a pass. `own_head`: the head is made here; None: as was tried.
+        `record`: how steps are recorded; None: they aren't."""
         self.model: Any = model
         self.device = next(model.parameters()).device
         self.piece = piece or (GPU_PIECE if self.device.type == "cuda" else PIECE)
@@ -78,8 +91,11 @@ class Slots(Cache):
         self.scores: dict[Row, list[Logprobs]] = {}  # of prompts' tokens, for rows that ask
         self.prefixes = Prefixes(KEPT)
         parts = any(isinstance(module, InParts) for module in model.modules())  # their weights come and go
-        self.ready = None if parts else Ready(model)
+        self.ready = None if parts else Ready(model, doubling=record is not None)
         self.own_head = _own_head(model) if own_head is None else own_head
+        self.captured: Captured | None = None
+        if record is not None and self.ready is not None:
+            self.captured = Captured(self._run, self._stepped, self._holds_shelf, self.ready, record)
 
     @property
     def tokens(self) -> int:
@@ -173,10 +189,10 @@ class Slots(Cache):
         """Give the runs' rows the slots that they need now, with what is kept of their beginnings."""
 
         def needed(run: Run) -> tuple[bool, int]:
-            return run.whole, _capacity(len(run.row.prompt) + 1)
+            return run.whole, self._capacity(len(run.row.prompt) + 1)
 
         for (whole, capacity), some in groupby(sorted(runs, key=needed), needed):
-            shelf = (self.shelves if whole else self.filling).setdefault(capacity, Shelf(capacity))
+            shelf = self._shelf(self.shelves if whole else self.filling, capacity)
             new = [row for row, _, _ in some if self.shelf_of.get(row) is not shelf]
             shelf.add([row for row in new if row not in self.shelf_of])
             for row in new:
@@ -213,23 +229,31 @@ class Slots(Cache):
         return Filling(parts, documents, fresh_T, continued)
 
     def steps(self) -> Iterator[tuple[list[Row], Tensor]]:
-        if not self.shelves:
-            return
         self._grow()
+        shelves = [shelf for shelf in self.shelves.values() if shelf.rows]
+        if not shelves:
+            return
+        rows = [row for shelf in shelves for row in shelf.rows]
+        logits_RV = self.captured.step(shelves, [*self.stored]) if self.captured else self._stepped(shelves)
+        self.stored |= {row: row.place + 1 for row in rows}
+        yield rows, logits_RV
+
+    def _stepped(self, shelves: Sequence[Shelf]) -> Tensor:
+        """Logits [R, V] of the next tokens of all of their rows."""
         rows: list[Row] = []
-        parts = []
-        for shelf in self.shelves.values():
+        parts, ends = [], []
+        for shelf in shelves:
             which = slice(len(rows), len(rows := [*rows, *shelf.rows]))
-            ats_R = torch.tensor([row.place for row in shelf.rows], device=self.device)
+            ats = [row.place for row in shelf.rows]
+            ats_R = torch.tensor(ats, device=self.device)
             parts.append(Part(shelf, which, torch.arange(len(shelf.rows), device=self.device), ats_R))
+            ends.append((min(ats) + 1, max(ats) + 1))
         updates = [row.update for row in rows]
         segments = segments_for(updates, range(len(rows) + 1))
         ids_R1 = torch.tensor([[row.last] for row in rows], device=self.device)
         positions_R1 = torch.tensor([[row.place] for row in rows], device=self.device)
-        this = Pass(segments=segments, cache=GoingOn(parts), ready=self._ready(updates))
-        logits_RV = self._run(this, ids_R1, positions_R1)
-        self.stored |= {row: row.place + 1 for row in rows}
-        yield rows, logits_RV
+        this = Pass(segments=segments, cache=GoingOn(parts, ends), ready=self._ready(updates))
+        return self._run(this, ids_R1, positions_R1)
 
     def _ready(self, updates: Sequence[int | None]) -> Ready | None:
         """What a pass whose rows take these updates has ready of its layers."""
@@ -241,8 +265,23 @@ class Slots(Cache):
         """Move rows that have filled their slots to larger ones."""
         for shelf in list(self.shelves.values()):
             for row in [row for row in shelf.rows if row.place >= shelf.capacity]:
-                capacity = _capacity(row.place + 1)
-                self._move(row, self.shelves.setdefault(capacity, Shelf(capacity)))
+                self._move(row, self._shelf(self.shelves, self._capacity(row.place + 1)))
+
+    def _shelf(self, shelves: dict[int, Shelf], capacity: int) -> Shelf:
+        """That of a capacity."""
+        return shelves.setdefault(capacity, Shelf(capacity, doubling=self.captured is not None))
+
+    def _holds_shelf(self, shelf: Shelf) -> bool:
+        return self.shelves.get(shelf.capacity) is shelf
+
+    def _capacity(self, tokens: int) -> int:
+        """The size of the smallest slot that holds so many."""
+        if self.captured is not None:
+            return power_of_two(max(tokens, DOUBLING_FROM))
+        capacity = SMALLEST
+        while capacity < tokens:
+            capacity += capacity // 2
+        return capacity
 
     def _move(self, row: Row, shelf: Shelf) -> None:
         """To another shelf, where it has a slot already if it comes from none."""
@@ -257,8 +296,9 @@ class Slots(Cache):
         shelf = self.shelf_of.pop(row, None)
         if shelf is not None:
             shelf.remove(row)
+            stays = self.captured is not None and shelf.size * shelf.capacity <= EMPTY and self._holds_shelf(shelf)
             for shelves in (self.shelves, self.filling):
-                if not shelf.rows and shelves.get(shelf.capacity) is shelf:
+                if not shelf.rows and not stays and shelves.get(shelf.capacity) is shelf:
                     del shelves[shelf.capacity]
 
     def _keep(self, row: Row) -> None:
@@ -266,6 +306,13 @@ class Slots(Cache):
         if row.key and row in self.shelf_of:
             tokens = (*row.prompt, *row.new)[: self.stored[row]]
             self.prefixes.keep(row.key, tokens, self.shelf_of[row].read(row))
+
+    def clear(self) -> None:
+        """Let go of all that is kept for rows to come."""
+        self.prefixes.clear()
+        if self.captured is not None:
+            self.captured.release()
+        self.shelves = {capacity: shelf for capacity, shelf in self.shelves.items() if shelf.rows}
 
     def leave(self, row: Row) -> None:
         if row in self.stored:
@@ -347,11 +394,3 @@ def _joined(slots: Slots, rows: Sequence[Row]) -> Tensor:
         for whole, logits_RV in slots.fill():
             logits_V |= zip(whole, logits_RV, strict=True)
     return torch.stack([logits_V[row] for row in rows])
-
-
-def _capacity(tokens: int) -> int:
-    """The size of the smallest slot that holds so many."""
-    capacity = SMALLEST
-    while capacity < tokens:
-        capacity += capacity // 2
-    return capacity

@@ -8,7 +8,8 @@ in float32 and y is rounded once; the module that this stands in for rounds twic
 forward and backward of 2048 x 576 float32 in transformers' Llama: 3.7 ms on two cores, here 1.5 ms).
 
 `add_rms_norm`: the residual's addition and the norm behind it, both of whose results the layer goes on with. Of the
-gradients of the two, ∂L/∂x = ∂L/∂delta is the norm's with the sum's added to it; on a GPU each is one kernel.
+gradients of the two, ∂L/∂x = ∂L/∂delta is the norm's with the sum's added to it; on a GPU each is one kernel. Without a
+delta it is x and its norm, and the backward's addition alone.
 
 Letters: T rows, D features.
 """
@@ -39,10 +40,10 @@ def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float, offset: float = 0.0, room: i
 
 
 def add_rms_norm(
-    x_TD: Tensor, delta_TD: Tensor, w_D: Tensor, eps: float, offset: float = 0.0, room: int = 0
+    x_TD: Tensor, delta_TD: Tensor | None, w_D: Tensor, eps: float, offset: float = 0.0, room: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(x + delta, its norm), both [..., D] in x's dtype, which is delta's. Only x and delta can get a gradient. `room`:
-    behind the norm."""
+    """(x + delta, its norm), both [..., D] in x's dtype, which is delta's; (x, its norm) without a delta. Only x and
+    delta can get a gradient. `room`: behind the norm."""
     if room:
         total, y = _AddRMSNorm.apply(x_TD, delta_TD, w_D, eps, offset, room)
         return total, give_room(y, room)
@@ -89,9 +90,11 @@ def _normed(x: Tensor, w_D: Tensor, eps: float, offset: float, gpu: bool, room: 
 
 
 def _added(
-    x: Tensor, delta: Tensor, w_D: Tensor, eps: float, offset: float, gpu: bool, room: int = 0
+    x: Tensor, delta: Tensor | None, w_D: Tensor, eps: float, offset: float, gpu: bool, room: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x + delta, y, r)."""
+    if delta is None:
+        return x, *_normed(x, w_D, eps, offset, gpu, room)
     if gpu:
         from deltaw.kernels.triton import add_rms_norm_forward
 
@@ -133,7 +136,7 @@ class _RMSNorm(torch.autograd.Function):
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, delta: Tensor, w_D: Tensor, eps: float, offset: float, room: int
+        ctx: Any, x: Tensor, delta: Tensor | None, w_D: Tensor, eps: float, offset: float, room: int
     ) -> tuple[Tensor, Tensor]:
         ctx.offset, ctx.gpu = offset, on_gpu(x, x.shape[-1])
         ctx.set_materialize_grads(False)
@@ -146,4 +149,4 @@ class _AddRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dsum: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         total, w_D, r_T1 = ctx.saved_tensors
         dx = dsum if grad is None else _back(grad, total, w_D, r_T1, ctx.offset, dsum, ctx.gpu)
-        return dx, dx, None, None, None, None
+        return dx, dx if ctx.needs_input_grad[1] else None, None, None, None, None

@@ -69,7 +69,9 @@ class Bags:
 
 class Places(NamedTuple):
     """Where the rows of a pass stand: in `bags`, or in [S, C]. `rows_P`: those that take an update, and `places_P`
-    where each stands; None: all do, in order, C to each."""
+    where each stands; None: all do, in order, C to each. Places without `rows_P` are those of all rows, S C that of
+    rows that take none: which rows take which update is then in the tensor alone, and may change where a pass is
+    recorded."""
 
     updates: int
     width: int
@@ -104,8 +106,12 @@ class Places(NamedTuple):
         """H = x A, as `add` takes it: [T, K] or [S, C, K]."""
         if self.bags is not None:
             return self.bags.sums(x_TN, a_SNK)
-        if self.rows_P is None or self.places_P is None:
+        if self.places_P is None:
             return torch.bmm(x_TN.view(self.updates, self.width, -1), a_SNK)
+        if self.rows_P is None:
+            x_PN = x_TN.new_zeros(self.updates * self.width + 1, x_TN.shape[1])
+            x_PN[self.places_P] = x_TN
+            return torch.bmm(x_PN[:-1].view(self.updates, self.width, -1), a_SNK)
         x_PN = x_TN.new_zeros(self.updates * self.width, x_TN.shape[1])
         x_PN[self.places_P] = x_TN[self.rows_P]
         return torch.bmm(x_PN.view(self.updates, self.width, -1), a_SNK)
@@ -114,8 +120,12 @@ class Places(NamedTuple):
         """y += H B, in place."""
         if self.bags is not None:
             y_TM += self.bags.sums(h, b_SRM)
-        elif self.rows_P is None or self.places_P is None:
+        elif self.places_P is None:
             y_TM.view(self.updates, self.width, -1).baddbmm_(h, b_SRM)
+        elif self.rows_P is None:
+            out_PM = y_TM.new_zeros(self.updates * self.width + 1, y_TM.shape[1])
+            torch.bmm(h, b_SRM, out=out_PM[:-1].view(self.updates, self.width, -1))
+            y_TM += out_PM[self.places_P]
         else:
             y_TM.index_add_(0, self.rows_P, torch.bmm(h, b_SRM).flatten(0, 1)[self.places_P])
 

@@ -14,9 +14,10 @@ A run ends by itself: after its last step, by its patience, or because it can't 
 On a GPU a run whose steps can be recorded (training/captured.py) takes them by itself, one run after the other up to
 the same share. Together they aren't recorded, and then the host is what takes the time: some 150 launches per layer,
 and the thin products of each run's factors beside the base's, which don't become fewer. Recorded, the device works
-alone, and what sharing would save it is little: of a product of 2,048 rows nothing. Rejected: recording common steps.
-Which rows are whose is the host's to say, so each layout of segments would be a size of its own, filled up by run; it
-would gain only where a run's batches are of a few hundred tokens. Runs that can't be recorded go on together.
+alone, and sharing would save it little: from some 300 rows on a product isn't bound by reading its matrix. Rejected:
+recording common steps. Which rows are whose is the host's to say, so each layout of segments would be a size of its
+own, filled up by run; it would gain only where a run's batches are of a few hundred tokens. Runs that can't be recorded
+go on together.
 """
 
 import time

@@ -20,20 +20,22 @@ Without a GPU all of this runs as it is, except for recording: `Captured(..., re
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
 
 from deltaw.adapter.folding import fold
+from deltaw.adapter.residual import FusedLayers
 from deltaw.base.batch import Batch
 from deltaw.base.filled import Size, fill
 from deltaw.base.forward import Forward
 from deltaw.base.objective import sft
-from deltaw.base.recorded import OfSize, Record, Recorded, Recording, Work, recorder_on
+from deltaw.base.recorded import OfSize, Recorded, Recording, Work, recorder_on
 from deltaw.errors import first_line
+from deltaw.kernels.graphs import Record, can_record
 from deltaw.training.learner import Learner
 from deltaw.training.memory import release
 from deltaw.training.stop import Lost
@@ -57,7 +59,7 @@ class Ran:
 class Captured:
     """The passes and updates of one learner. `longest`: tokens of its longest document; `say`: where a line goes;
     `following`: the batches of the next step; `folding`: whether factors are folded into the weights
-    (adapter/folding.py), which a GPU gains by; None: on a GPU."""
+    (adapter/folding.py) and additions into the norms (adapter/residual.py), which a GPU gains by; None: on a GPU."""
 
     def __init__(
         self,
@@ -75,12 +77,14 @@ class Captured:
         device = self._parameters[0].device
         folding = device.type == "cuda" if folding is None else folding
         self._folded = fold(learner.attached) if folding else None
+        self._layers = FusedLayers(learner.attached.model) if folding else None
         sums = {} if self._folded is None else self._folded.collect()
         self.gradients = [sums[one] if one in sums else torch.zeros_like(one) for one in self._parameters]
         self._supervised = torch.ones((), device=device)
         self._passes: dict[Size, _Pass] = {}
-        self._filled: list[tuple[Batch, Batch]] = []  # of the step to come: (a batch, the same filled up)
+        self._filled: list[tuple[Batch, Size, Batch]] = []  # of the step to come: (a batch, its size, filled up to it)
         self._clip, self._step = Recorded(self._clipped, record, say), Recorded(self._stepped, record, say)
+        self._one: Size | None = None  # that all batches are filled up to
         self.why_not = ""
 
     def run(
@@ -108,6 +112,9 @@ class Captured:
             raise
         except Exception as error:
             short = isinstance(error, torch.OutOfMemoryError)
+            if short and self._one is None and len(self._passes) > 1 and world is ALONE:
+                self._keep_one()
+                return self.run(batches, supervised, mine)
             self.why_not = "there isn't memory enough to record a pass" if short else first_line(error)
             self._say(f"steps aren't captured, so they are slower on this device: {self.why_not:.200}")
             self.release()
@@ -125,25 +132,51 @@ class Captured:
         """The batch's loss on the device; its gradient is added."""
         size = self._size_of(batch)
         if size not in self._passes:
+            if self._one is not None:
+                self._forget()
             record = self._record if len(self._passes) < SIZES else None
             self._passes[size] = _Pass(self, size, record)
         return self._passes[size](number, batch)
 
     def prepare(self, batches: Sequence[Batch]) -> None:
         """Fill up the batches of the step to come: what the host does while the device works."""
-        self._filled = [(batch, fill(batch, self._size_of(batch))) for batch in batches if batch.supervised]
+        sized = ((batch, self._size_of(batch)) for batch in batches if batch.supervised)
+        self._filled = [(batch, size, fill(batch, size)) for batch, size in sized]
 
     def filled(self, batch: Batch) -> Batch:
         """A batch of the step, filled up."""
-        ready = (filled for raw, filled in self._filled if raw is batch)
-        return next(ready, None) or fill(batch, self._size_of(batch))
+        now = self._size_of(batch)
+        ready = (filled for raw, size, filled in self._filled if raw is batch and size == now)
+        return next(ready, None) or fill(batch, now)
 
     def _size_of(self, batch: Batch) -> Size:
-        return Size.of(batch, self.learner.config.batch_tokens, self._longest)
+        size = Size.of(batch, self.learner.config.batch_tokens, self._longest)
+        if self._one is not None:
+            self._one = size = self._one.with_(size)
+        return size
+
+    def _keep_one(self) -> None:
+        """From now on one size for all batches. A size that is met runs as it is, beside what the recorded ones keep:
+        where memory is short, that is room for two passes, and no more is ever wanted of one size."""
+        self._one = reduce(Size.with_, self._passes)
+        self._filled.clear()
+        self._forget()
+        self._say("all batches are filled up to one size: there isn't memory for passes of several")
+
+    def _forget(self) -> None:
+        """Give up what was recorded of passes, and its memory."""
+        device = self._parameters[0].device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # it may be running
+        self._passes.clear()
+        release(device)
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Forward and backward: the work of a pass."""
-        with nullcontext() if self._folded is None else self._folded.on():
+        with ExitStack() as stack:
+            for part in (self._folded, self._layers):
+                if part is not None:
+                    stack.enter_context(part.on())
             loss, _ = self.forward.loss(batch)
             (loss if self.learner.undivided else loss / self._supervised).backward()
         return loss.detach()
@@ -163,14 +196,11 @@ class Captured:
 
     def release(self) -> None:
         """Give up what was recorded, and its memory."""
-        device = self._parameters[0].device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # it may be running
-        self._passes.clear()
+        self._forget()
+        self._clip, self._step = (Recorded(work, None, self._say) for work in (self._clipped, self._stepped))
         if self._folded is not None:
             self._folded.undo()
-        self._clip, self._step = (Recorded(work, None, self._say) for work in (self._clipped, self._stepped))
-        release(device)
+            release(self._parameters[0].device)
 
     def _clipped(self) -> Tensor:
         if self.learner.undivided:
@@ -208,13 +238,13 @@ class _Pass:
             with drawing(number):
                 truth = self._captured.gradient_of(lambda: losses.append(work()))
             with drawing(number):
+                again = self._captured.gradient_of(work)
+            with drawing(number):
                 replay, place = record(work)
             with drawing(number):
                 replayed = self._captured.gradient_of(replay)
-            off, may = _difference(replayed, truth), CLOSE
-            if off > may:  # deep models hand on what two runs of one pass differ by
-                with drawing(number):
-                    may = SPREAD * _difference(self._captured.gradient_of(work), truth)
+            # Deep models hand on what two runs of one pass differ by.
+            off, may = _difference(replayed, truth), max(CLOSE, SPREAD * _difference(again, truth))
             if bool(losses[0].isfinite()) and not (torch.equal(place, losses[0]) and off <= may):
                 raise RuntimeError(f"a recorded pass isn't the pass itself: its gradient is off by {off:.1e}")
         return replay, place
@@ -237,7 +267,7 @@ def captured_on(
 ) -> Captured | None:
     """The captured steps of a run, where its device can record; `following` packs the batches of the next step. A line
     says why a run isn't captured on a device that can."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    if not can_record(device):
         return None
     why = "" if forward.packed else "its documents can't be packed"
     if learner.objective is not sft:

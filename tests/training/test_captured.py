@@ -192,3 +192,41 @@ def test_a_batch_is_a_part_of_a_step_that_fits(step_tokens: int, token: float, s
 
 def test_a_batch_has_2048_tokens_where_nobody_says_otherwise() -> None:
     assert TrainConfig().batch_tokens == 2048 and TrainConfig(tokens_per_batch=64).batch_tokens == 64
+
+
+class Short(Recorder):
+    """A device on which memory is short as soon as a second size is met as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.captured: Any = None
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        if len(self.captured._passes) > 1 and any(one.is_recorded for one in self.captured._passes.values()):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return type(self.captured).loss_of(self.captured, batch)
+
+
+def test_where_memory_is_short_all_batches_have_one_size() -> None:
+    forward, said, recorder = plan_forward(tiny("llama", torch.float64)), list[str](), Short()
+    one = learner(forward)
+    captured = recorder.captured = Captured(forward, one, longest=24, say=said.append, record=recorder)
+    captured.loss_of = recorder.loss_of  # type: ignore[method-assign]
+    moments = one.optimizer.state
+    recorder.changed = lambda: [
+        *captured.gradients,
+        *one.attached.parameters,
+        *(tensor for state in moments.values() for tensor in state.values()),
+    ]
+    lengths, records = [[(9, 4, 12)], [(9, 4, 12)], [(2,) * 17], [(9, 4)], [(3,) * 20], [(9, 4, 12)]], []
+    with attention_by_offsets():
+        for number, some in enumerate(lengths):
+            (record,) = step(forward, [one], batches(some, 10 * number), LoaderState(0, number + 1), captured)
+            records.append(record["loss"])
+    assert said == ["all batches are filled up to one size: there isn't memory for passes of several"]
+    assert not captured.why_not and captured.sizes == (1, 1)
+    plain = plan_forward(tiny("llama", torch.float64))
+    other = learner(plain)
+    for number, some in enumerate(lengths):
+        (record,) = step(plain, [other], batches(some, 10 * number), LoaderState(0, number + 1))
+        assert record["loss"] == pytest.approx(records[number], rel=1e-5)

@@ -1,0 +1,49 @@
+"""Work that is recorded on a GPU as a CUDA graph and replayed: one launch, where the host made one per operation.
+
+What is recorded sees the same tensors at the same addresses for ever, every number that the host gave it included; what
+would wait for the device can't be recorded. Who records says what may change, and looks whether a replay is the work
+itself (training/captured.py, generate/captured.py).
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOM = 0.2  # of the free memory, that a recording must leave
+
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]  # work -> (replay, its result's place)
+
+
+def can_record(device: torch.device) -> bool:
+    """Whether it has such graphs."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+class Recorder:
+    """Records CUDA graphs. They share memory: they never run at once, and only their results outlive a replay.
+    `fix`: what to do where a recording takes too much of it."""
+
+    def __init__(self, fix: str = "") -> None:
+        self._fix = fix
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        pool = next((other.pool() for other in self._graphs), None)  # one whose graphs are gone is gone
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        try:
+            # Other threads may go on (a progress display, another run's): only this one can spoil a recording.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                result = work()
+        except Exception:
+            torch.cuda.set_stream(stream)  # a recording that failed leaves its own behind
+            raise
+        left, _ = torch.cuda.mem_get_info()
+        if left < free * ROOM:
+            raise RuntimeError("a recording keeps its memory, and too little would be left" + self._fix)
+        self._graphs.add(graph)
+        return graph.replay, result
