@@ -126,7 +126,6 @@ class Steps:
         """One update; the mean loss before it."""
         loss, update = self.passed(batches, coming)
         update()
-        self.learner.optimizer.zero_grad()
         return loss
 
     def meet(self, some: Sequence[Sequence[Any]]) -> None:
