@@ -35,10 +35,10 @@ fi
 failed=0
 for part in $PARTS; do
   case "$part" in
-    peers) "$PYTHON" benchmarks/gpu.py --budget 240 "$@" || failed=$? ;;
-    train) timeout 130 "$PYTHON" benchmarks/gpu_train.py --budget 100 || failed=$? ;;
+    peers) "$PYTHON" benchmarks/gpu.py --budget 220 "$@" || failed=$? ;;
+    train) timeout 130 "$PYTHON" benchmarks/gpu_train.py --budget 110 || failed=$? ;;
     tests)
-      TRITON_INTERPRET=0 timeout 110 "$PYTHON" -m pytest tests/kernels -q -n 8 -p no:cacheprovider || failed=$?
+      TRITON_INTERPRET=0 timeout 120 "$PYTHON" -m pytest tests/kernels -q -n 8 -p no:cacheprovider || failed=$?
       ;;
     *) echo "PARTS: $part is none of peers, train, tests" >&2; exit 2 ;;
   esac
