@@ -8,7 +8,7 @@
 #   PARTS    which of peers, train and tests, in this order or another           peers train tests
 #   OUT      where gpu.csv goes                                                  benchmarks
 #   PYTHON   a Python with torch, transformers, peft and deltaw's dependencies   python3
-#   WHEELS   a folder of wheels for what that Python lacks; nothing is fetched, and nothing is installed into it
+#   WHEELS   folders of wheels for what that Python lacks; nothing is fetched, and nothing is installed into it
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python3}"
@@ -21,7 +21,10 @@ fi
 if [ -n "${WHEELS:-}" ]; then
   extra="$(mktemp -d)"
   trap 'rm -rf "$extra"' EXIT
-  "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$extra" "$WHEELS"/*.whl
+  wheels=""
+  for folder in $WHEELS; do wheels="$wheels $folder/*.whl"; done
+  # shellcheck disable=SC2086  # names of files, to be expanded
+  "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$extra" $wheels
   PYTHONPATH="$PYTHONPATH:$extra"
 fi
 export PYTHONPATH
@@ -32,10 +35,10 @@ fi
 failed=0
 for part in $PARTS; do
   case "$part" in
-    peers) "$PYTHON" benchmarks/gpu.py --budget 240 "$@" || failed=$? ;;
-    train) timeout 130 "$PYTHON" benchmarks/gpu_train.py --budget 100 || failed=$? ;;
+    peers) "$PYTHON" benchmarks/gpu.py --budget 220 "$@" || failed=$? ;;
+    train) timeout 130 "$PYTHON" benchmarks/gpu_train.py --budget 110 || failed=$? ;;
     tests)
-      TRITON_INTERPRET=0 timeout 110 "$PYTHON" -m pytest tests/kernels -q -n 8 -p no:cacheprovider || failed=$?
+      TRITON_INTERPRET=0 timeout 120 "$PYTHON" -m pytest tests/kernels -q -n 8 -p no:cacheprovider || failed=$?
       ;;
     *) echo "PARTS: $part is none of peers, train, tests" >&2; exit 2 ;;
   esac

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ def deltaw_arm(shape: str, device: str, way: str = "") -> Arm:
     from deltaw.adapter.attach import attach
     from deltaw.base.forward import plan_forward
     from deltaw.config import AdapterSpec, TrainConfig
+    from deltaw.training.attention import choose_attention
     from deltaw.training.optim import make_optimizer, set_rate
 
     model = build_model(shape, device)
@@ -75,7 +77,10 @@ def deltaw_arm(shape: str, device: str, way: str = "") -> Arm:
         parameters |= {f"{path}.A": layer.lora_a, f"{path}.B": layer.lora_b}
     note = f"{forward.describe()}, {attached.describe()}"
     if way == "":
-        return _captured(parameters, forward, attached, longest_of(shape), note)
+        given: Any = SimpleNamespace(base=SimpleNamespace(model=model, device=model.device, dtype=model.dtype))
+        given.forward, said = forward, list[str]()
+        choose_attention(given, longest_of(shape), said.append)  # as a run does when its model is opened
+        return _captured(parameters, forward, attached, longest_of(shape), "; ".join([note, *said]))
     optimizer = make_optimizer(attached, TrainConfig(lr=LR))
     set_rate(optimizer, LR)
 
@@ -121,7 +126,6 @@ class Steps:
         """One update; the mean loss before it."""
         loss, update = self.passed(batches, coming)
         update()
-        self.learner.optimizer.zero_grad()
         return loss
 
     def meet(self, some: Sequence[Sequence[Any]]) -> None:

@@ -158,8 +158,8 @@ def timed(raw: Mapping[str, Any], *, capturing: bool = True, profiled: bool = Fa
     config: RunConfig = parse_config(raw)
     assert config.train.steps
     clock, display = Clocked(config.train.steps, profiled=profiled), Lines()
+    free_memory()
     if CUDA:
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with clock.around(capturing=capturing):
         running.train(config, replace=True, display=display)
@@ -182,6 +182,7 @@ def loop_row(folder: Path, device: str, **train: Any) -> Row:
     from deltaw.training.batch_size import sized
     from deltaw.training.opening import open_run
 
+    free_memory()  # of the run before
     display = Lines()
     opened = sized(open_run(parse_config(run_file(folder, "loop", device=device, **train)), display), display)
     config = opened.config.train

@@ -6,8 +6,10 @@
     one wait per step: the losses of its batches and the gradient's norm, which decide whether it is applied
 
 The gradients lie at addresses that stay, and a pass adds to them, so several batches of a step and several sizes need
-nothing else. What the host decides (a loss that isn't a number, a spike, the watchdog) it decides where it
-always did, between the gradient and the update, from the same numbers: a captured run skips, stops and resumes as any.
+nothing else. They stay where the optimiser looks for them from step to step: putting some hundred of them there, taking
+them away and setting each to 0 was half of what the host does between its wait and the next pass. What the host decides
+(a loss that isn't a number, a spike, the watchdog) it decides where it always did, between the gradient and the update,
+from the same numbers: a captured run skips, stops and resumes as any.
 Rejected: reading them a step later, with the update guarded on the device. It would save the wait, and every promise of
 watch.py would need a second version of itself; while the device works on a step the host has nothing better to do.
 
@@ -83,7 +85,8 @@ class Captured:
         self._supervised = torch.ones((), device=device)
         self._passes: dict[Size, _Pass] = {}
         self._filled: list[tuple[Batch, Size, Batch]] = []  # of the step to come: (a batch, its size, filled up to it)
-        self._clip, self._step = Recorded(self._clipped, record, say), Recorded(self._stepped, record, say)
+        works = self._zeroed, self._clipped, self._stepped
+        self._zero, self._clip, self._step = (Recorded(work, record, say) for work in works)
         self._one: Size | None = None  # that all batches are filled up to
         self.why_not = ""
 
@@ -95,9 +98,10 @@ class Captured:
         looks for it. None where that can't be captured, and then nothing has happened."""
         if self.why_not:
             return None
-        torch._foreach_zero_(self.gradients)
-        for parameter, gradient in zip(self._parameters, self.gradients, strict=True):
-            parameter.grad = gradient
+        self._zero()
+        if self._parameters[0].grad is not self.gradients[0]:  # at first, and where a step between wasn't captured
+            for parameter, gradient in zip(self._parameters, self.gradients, strict=True):
+                parameter.grad = gradient
         self._supervised.fill_(supervised)
         try:
             with self.learner.dropping():
@@ -118,7 +122,6 @@ class Captured:
             self.why_not = "there isn't memory enough to record a pass" if short else first_line(error)
             self._say(f"steps aren't captured, so they are slower on this device: {self.why_not:.200}")
             self.release()
-            self.learner.optimizer.zero_grad()
             return None
         return Ran(dict(zip(losses, values, strict=False)), values[-1], self._step)
 
@@ -197,10 +200,16 @@ class Captured:
     def release(self) -> None:
         """Give up what was recorded, and its memory."""
         self._forget()
-        self._clip, self._step = (Recorded(work, None, self._say) for work in (self._clipped, self._stepped))
+        works = self._zeroed, self._clipped, self._stepped
+        self._zero, self._clip, self._step = (Recorded(work, None, self._say) for work in works)
+        self.learner.optimizer.zero_grad()
         if self._folded is not None:
             self._folded.undo()
             release(self._parameters[0].device)
+
+    def _zeroed(self) -> Tensor:
+        torch._foreach_zero_(self.gradients)
+        return self._supervised
 
     def _clipped(self) -> Tensor:
         if self.learner.undivided:

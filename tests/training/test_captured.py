@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -16,6 +16,7 @@ from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.config import AdapterSpec, TrainConfig
 from deltaw.data.loader import Ahead, LoaderState
+from deltaw.kernels.logprobs import IGNORE
 from deltaw.training.batch_size import LEAST, MOST, fitting
 from deltaw.training.captured import Captured
 from deltaw.training.checkpoint import TrainState
@@ -44,6 +45,13 @@ def batches(lengths: Sequence[Sequence[int]], seed: int) -> list[Batch]:
     return [batch(documents(some, seed + n)) for n, some in enumerate(lengths)]
 
 
+def changing(captured: Captured) -> list[Tensor]:
+    """What recorded work writes to."""
+    moments = captured.learner.optimizer.state.values()
+    states = (tensor for state in moments for tensor in state.values())
+    return [*captured.gradients, *captured.learner.attached.parameters, *states]
+
+
 def run(
     recorder: Recorder | None, *, blind: bool = True, said: list[str] | None = None, **changes: Any
 ) -> tuple[list[Any], list[Tensor]]:
@@ -56,12 +64,7 @@ def run(
     one, lines = learner(forward, config, **changes), list[str]()
     captured = Captured(forward, one, longest=24, say=lines.append, record=recorder, folding=folding)
     if isinstance(recorder, Recorder):
-        moments = one.optimizer.state
-        recorder.changed = lambda: [
-            *captured.gradients,
-            *one.attached.parameters,
-            *(tensor for state in moments.values() for tensor in state.values()),
-        ]
+        recorder.changed = partial(changing, captured)
     records = []
     with attention_by_offsets() if blind else nullcontext():
         for number, lengths in enumerate(STEPS):
@@ -230,3 +233,30 @@ def test_where_memory_is_short_all_batches_have_one_size() -> None:
     for number, some in enumerate(lengths):
         (record,) = step(plain, [other], batches(some, 10 * number), LoaderState(0, number + 1))
         assert record["loss"] == pytest.approx(records[number], rel=1e-5)
+
+
+def test_gradients_are_found_again_after_a_step_that_is_not_captured() -> None:
+    def taken(capturing: bool) -> list[Tensor]:
+        forward = plan_forward(tiny("llama", torch.float64))
+        one = learner(forward)
+        recorder = Recorder()
+        captured = Captured(forward, one, longest=24, say=lambda text: None, record=recorder) if capturing else None
+        if captured is not None:
+            recorder.changed = partial(changing, captured)
+        with attention_by_offsets() if capturing else nullcontext():
+            for number, lengths in enumerate([*STEPS, *STEPS]):
+                some = batches(lengths, 10 * number)
+                if number == 4:  # nothing of it is trained
+                    some = [each.relabelled(torch.full_like(each.labels_T, IGNORE)) for each in some]
+                (record,) = step(forward, [one], some, LoaderState(0, number + 1), captured)
+                assert ("skipped" in record) == (number == 4)
+                if captured is not None:
+                    kept = [parameter.grad is not None for parameter in one.attached.parameters]
+                    assert all(kept) == (number != 4), "until the next step"
+        if captured is not None:
+            captured.release()
+            assert all(parameter.grad is None for parameter in one.attached.parameters)
+        return [parameter.detach().clone() for parameter in one.attached.parameters]
+
+    for mine, its in zip(taken(True), taken(False), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
