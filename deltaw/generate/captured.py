@@ -14,10 +14,10 @@ What a step's work depends on is its `Size`, or lies in tensors that stay where 
 
 A size is recorded when it is met for the third time, since a recording takes as long as three steps. It isn't used
 unless it gives the logits of its work, run as it is, to the bit, and these are the step's own within rounding. What
-moves makes other sizes: a shelf that has grown or is another one, updates that need more room. The stacks are read
-where they lie, so whether these are still theirs, and hold what the updates are now, is looked at while the device
-works: if not, the step is taken again as it is, which only writes what it has written. The last `GRAPHS` sizes used are
-kept; an empty shelf stays while it is small (slots.py), since the next row would make a new one.
+moves makes other sizes: a shelf that has grown or is another one, adapters that come or go, more room for updates. The
+stacks are read where they lie, so whether these are still theirs, and hold what the updates are now, is looked at while
+the device works: if not, the step is taken again as it is, which only writes what it has written. The `GRAPHS` sizes
+that were used last are kept. An empty shelf stays while it is small (slots.py): a new one would be other tensors.
 
 Not recorded: models whose weights come and go, and those of which a layer takes its updates otherwise than from the
 stacks (DoRA, experts, a head); a work that waits for the device (experts that are chosen, frequencies that grow with
@@ -60,22 +60,24 @@ Run = Callable[[Pass, Tensor, Tensor], Tensor]  # what it carries, ids [B, 1], p
 
 class Size(NamedTuple):
     """All that a step's work depends on beside tensors that stay. `shelves`: each with its moves and its rows, filled
-    up; `updates` [S, C] as in `Places`; `spread`: where rows stand is in the inputs."""
+    up; `updates` [S, C] as in `Places`; `spread`: where rows stand is in the inputs; `changes`: of the model's updates,
+    with which its layers may have been made anew."""
 
+    changes: int
     shelves: tuple[tuple[Shelf, int, int], ...]
     updates: tuple[int, int]
     spread: bool
 
     @staticmethod
-    def of(shelves: Sequence[Shelf], slots: Sequence[int | None], room: int) -> "Size":
-        """`slots`: of each row's update in stacks with so much room."""
+    def of(shelves: Sequence[Shelf], slots: Sequence[int | None], ready: Ready) -> "Size":
+        """`slots`: of each row's update."""
         parts = tuple((shelf, shelf.moves, power_of_two(len(shelf.rows))) for shelf in shelves)
         taken = Counter(slot for slot in slots if slot is not None)
         if not taken:
-            return Size(parts, (0, 0), False)
+            return Size(ready.changes, parts, (0, 0), False)
         if taken == {0: len(slots)}:
-            return Size(parts, (1, sum(rows for *_, rows in parts)), False)
-        return Size(parts, (room, power_of_two(max(taken.values()))), True)
+            return Size(ready.changes, parts, (1, sum(rows for *_, rows in parts)), False)
+        return Size(ready.changes, parts, (ready.room, power_of_two(max(taken.values()))), True)
 
     @property
     def rows(self) -> int:
@@ -100,7 +102,7 @@ class Size(NamedTuple):
         return Places(*self.updates, places_P=places_B if self.spread else None)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Graph:
     """A recorded step: `stacks` are those that it reads."""
 
@@ -144,7 +146,7 @@ class Captured:
             return self._plain(shelves)
         updates = [row.update for shelf in shelves for row in shelf.rows]
         slots = self._ready.slots(updates, [row.update for row in others])
-        size = Size.of(shelves, slots, self._ready.room)
+        size = Size.of(shelves, slots, self._ready)
         if size != self._last:
             self._let_go()
             self._last = size
@@ -211,7 +213,8 @@ class Captured:
         """Of sizes that won't come back, and of the memory that they hold."""
 
         def lives(size: Size) -> bool:
-            return all(shelf.moves == moves and self._held(shelf) for shelf, moves, _ in size.shelves)
+            still = all(shelf.moves == moves and self._held(shelf) for shelf, moves, _ in size.shelves)
+            return still and size.changes == self._ready.changes
 
         for kept in (self.graphs, self._met):
             for size in [size for size in kept if not lives(size)]:

@@ -55,6 +55,24 @@ def test_rows_of_any_adapters_that_come_and_go() -> None:
         ready.begin([a, 17], CPU)
 
 
+def test_slots_that_were_asked_for_in_between_are_known() -> None:
+    model = tiny("llama")
+    a, b, c = (put(model, seed).number for seed in range(3))
+    ready = Ready(model)
+    assert same(model, ready, [a, b])
+    assert ready.slots([c]) == [0] and same(model, ready, [a, b])
+
+
+def test_stacks_may_have_room_for_powers_of_two() -> None:
+    model = tiny("llama")
+    numbers = [put(model, seed).number for seed in range(3)]
+    ready = Ready(model, doubling=True)
+    for count in (1, 2, 3):
+        assert same(model, ready, numbers[:count])
+        assert ready.room == (1, 2, 4)[count - 1]
+        assert all(stacks is not None and len(stacks.a_SNK) >= ready.room for stacks in ready.stacks)
+
+
 def test_an_adapter_that_comes_or_goes_has_no_other_copied_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     one, two = put(model, 1), put(model, 2)

@@ -51,8 +51,12 @@ def test_each_row_gets_its_own_update(
     assert (places.rows_P is None) or not in_order
     assert (places.bags is None) == (few < 1 or not any(slot is not None for slot in slots))
     wanted = lora_linears_plain(x_TN, projections)
-    for got, one in zip(stacked_linears(x_TN, layers, stacks, places), wanted, strict=True):
-        torch.testing.assert_close(got, one)
+    width = max(map(slots.count, {*slots} - {None}), default=0) + 1
+    at = [4 * width if slot is None else slot * width + slots[:row].count(slot) for row, slot in enumerate(slots)]
+    in_tensor = Places(4, width, places_P=torch.tensor(at))
+    for one in (places, in_tensor):
+        for got, its in zip(stacked_linears(x_TN, layers, stacks, one), wanted, strict=True):
+            torch.testing.assert_close(got, its)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
