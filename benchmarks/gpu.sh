@@ -34,6 +34,7 @@ for part in $PARTS; do
     tests) TRITON_INTERPRET=0 "$PYTHON" -m pytest tests/kernels -q -n 8 -p no:cacheprovider || failed=1 ;;
     peers) "$PYTHON" benchmarks/gpu.py "$@" || failed=$? ;;
     train) "$PYTHON" benchmarks/gpu_train.py || failed=$? ;;
+    decode) "$PYTHON" benchmarks/gpu_decode.py || failed=$? ;;
     *) echo "PARTS: $part is none of tests, peers, train" >&2; exit 2 ;;
   esac
 done
