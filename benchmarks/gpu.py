@@ -1,26 +1,27 @@
 """LoRA training on one GPU: deltaw, its peers and the bare matrix product, in one CSV.
 
-    benchmarks/gpu.sh                                             all of it, at most nine minutes
+    benchmarks/gpu.sh                                             all of it
     python -m benchmarks.gpu --arms deltaw,peft --models 1b --sizes 2048
     python -m benchmarks.gpu --device cpu --toy                   the same code on a tiny model
 
 Models have the shapes of SmolLM2-135M, Llama 3.2 1B and Llama 3.1 8B and random weights, the same for every arm;
 nothing is fetched. Text is the language reference that ships with Python, a token a word or sign and its id by
 frequency, in documents at their real lengths up to 2048 (a longer one in pieces of random lengths), those of like
-length together, as transformers' `group_by_length` does (gpu_models.py).
+length together, as transformers' `group_by_length` does (gpu_models.py). `8b-4k` is 8B on documents of exactly 4,096,
+for deltaw alone: what others publish is measured on packed sequences of that length.
 Batches have exactly so many real tokens; padding is never counted. Rank 16 on all linear layers, float32 factors, no
 checkpointing, clip at 1, AdamW (fused).
 
-Arms (gpu_arms.py), each in a process of its own:
+Arms (gpu_arms.py), each in processes of its own, one for the smaller models and one for 8B:
 
-    gemm            8192³ in bf16: the rate that the shares are of; and a model's own products, back to back
-    deltaw          packed documents
-    deltaw-graph    its body (not head, loss and optimiser) replayed as CUDA graphs; one set of document lengths
-    deltaw-compile  its decoder layers under torch.compile
-    peft            right padding and no mask (causal attention needs none), SDPA, autocast, input casting off
-    peft-bf16       factors in bf16 and no autocast: less exact, and PEFT's fastest
-    peft-liger      peft with Liger's kernels, its fused head and loss among them
-    unsloth         its own loader and trainer-free loop
+    gemm              8192³ in bf16: the rate that the shares are of; and a model's own products, back to back
+    deltaw            packed documents; passes, clip and update recorded and replayed, as `deltaw train` does; a step
+                      waits for the device once. `profile` beside each size says what three of its steps are made of
+    unsloth           its own loader and trainer-free loop
+    peft-liger        peft with Liger's kernels, its fused head and loss among them
+    peft              right padding and no mask (causal attention needs none), SDPA, autocast, input casting off
+    deltaw-uncaptured deltaw's passes, each operation launched by itself
+    peft-bf16         factors in bf16 and no autocast: less exact, and PEFT's fastest; only where it is asked for
 
 Correctness first (gpu_gate.py): an arm's loss at step 0 must be within 1e-3 of a float32 run of plain autograd over
 single documents, and its dA and dB must have a cosine above 0.999 with that run's, at the 135M shape. An arm that fails
@@ -32,7 +33,6 @@ import argparse
 import csv
 import datetime
 import importlib.util
-import itertools
 import json
 import os
 import platform
@@ -41,6 +41,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,34 +51,45 @@ from benchmarks.gpu_models import SHAPES, TOY, Effort, Row, flops_per_token
 from benchmarks.gpu_timed import run_arm, run_gemm
 
 ROOT = str(Path(__file__).parents[1])
-BUDGET = 530  # seconds for everything
+BUDGET = 220  # seconds for everything
 LEAST = 20  # seconds that must be left to start a process
 LONGEST_RUN = 150  # seconds that a process may take
+GATED = "135m"
 
 NEEDS = {  # arm: the package without which it is skipped
     "deltaw": "deltaw",
-    "peft": "peft",
     "unsloth": "unsloth",
     "peft-liger": "liger_kernel",
-    "deltaw-graph": "deltaw",
+    "peft": "peft",
+    "deltaw-uncaptured": "deltaw",
     "peft-bf16": "peft",
-    "deltaw-compile": "deltaw",
 }  # in the order in which they run, should time run out
-SMALL = {"deltaw-graph": ("135m", "toy"), "deltaw-compile": ("135m", "1b", "toy")}  # arms for these models only
+USUAL = tuple(arm for arm in NEEDS if arm != "peft-bf16")
+LARGE = ("8b", "8b-4k")
+ALONE = {"8b-4k": ("deltaw",)}  # shapes for these arms only
 COLUMNS = ("date", "gpu", "torch", "cuda", "arm", "model", "tokens", "tokens_per_s", "share_of_gemm")
 COLUMNS += ("allocated_gib", "reserved_gib", "note")
 
 
 def child(options: argparse.Namespace) -> Iterator[Row]:
-    effort = _effort(options)
+    effort, shapes = _effort(options), options.models
     if options.arm == "gemm":
-        yield from run_gemm(options.models, effort, options.device)
-    elif options.arm == "truth":
-        shape = options.models[0]
-        save_truth(shape, gate_batch(shape, options.device), options.device, options.truth)
-        yield {"passed": True}
-    else:
-        yield from run_arm(options.arm, options.models[0], effort, options.device, options.truth)
+        yield from run_gemm([shape for shape in shapes if shape not in ALONE], effort, options.device)
+        gated = _gated(options)
+        save_truth(gated, gate_batch(gated, options.device), options.device, options.truth)
+        yield {"arm": "truth", "passed": True}
+        return
+    gated = [_gated(options)] if options.truth else []
+    for shape in dict.fromkeys([*gated, *shapes]):
+        some = effort if shape in shapes else replace(effort, sizes=())  # its gate alone: it wasn't asked for
+        for row in run_arm(options.arm, shape, some, options.device, options.truth if shape in gated else None):
+            yield row
+            if not row.get("passed", True) and "tokens" not in row and shape in gated:
+                return
+
+
+def _gated(options: argparse.Namespace) -> str:
+    return "toy" if options.toy else GATED
 
 
 # The whole
@@ -104,9 +116,9 @@ def spawn(arguments: list[str], seconds: float) -> tuple[list[Row], str]:
 
 def run_all(options: argparse.Namespace, write: Callable[[Row], None], run: Spawn = spawn) -> None:
     """Every arm on every model, as long as time lasts; `write` gets each row at once."""
-    end, gated = time.monotonic() + options.budget, "toy" if options.toy else "135m"
+    end = time.monotonic() + options.budget
     common = ["--device", options.device, *(["--toy"] if options.toy else [])]
-    sizes = ["--sizes", ",".join(map(str, _effort(options).sizes))]
+    common += ["--sizes", ",".join(map(str, _effort(options).sizes))]
 
     def started(*arguments: str) -> tuple[list[Row], str]:
         left = end - time.monotonic()
@@ -114,42 +126,45 @@ def run_all(options: argparse.Namespace, write: Callable[[Row], None], run: Spaw
             return [], "skip: out of time"
         return run([*arguments, *common], min(left, LONGEST_RUN))
 
-    rate = None
-    rows, problem = started("--arm", "gemm", "--models", ",".join(options.models), *sizes)
-    for row in rows:
-        rate = row.get("rate", rate)
-        write({"arm": "gemm", **row, "share": _share(row, rate)})
-    if problem:
-        write({"arm": "gemm", "note": problem})
     with tempfile.TemporaryDirectory() as folder:
         truth = str(Path(folder) / "truth.safetensors")
-        rows, problem = started("--arm", "truth", "--models", gated, "--truth", truth, *sizes)
-        if problem or not rows:
-            write({"arm": "truth", "model": gated, "note": problem or "error: nothing came back"})
+        rows, problem = started("--arm", "gemm", "--models", ",".join(options.models), "--truth", truth)
+        rate = next((row["rate"] for row in rows if "rate" in row), None)
+        for row in rows:
+            if row.get("arm") != "truth":
+                write({"arm": "gemm", **row, "share": _share(row, rate)})
+        if not any(row.get("arm") == "truth" for row in rows):
+            write({"arm": "truth", "model": _gated(options), "note": problem or "error: nothing came back"})
             return
         passed: dict[str, bool] = {}
         losses: dict[tuple[str, int], tuple[str, float]] = {}
-        shapes = [gated, *(shape for shape in options.models if shape != gated)]
-        for arm, shape in itertools.product(options.arms, shapes):
-            where = {"arm": arm, "model": shape}
+        for arm, shapes in in_order(options.arms, options.models):
             if importlib.util.find_spec(NEEDS[arm]) is None:
-                if shape in options.models:
-                    write({**where, "note": f"skip: {NEEDS[arm]} is not installed"})
+                for shape in shapes:
+                    write({"arm": arm, "model": shape, "note": f"skip: {NEEDS[arm]} is not installed"})
                 continue
-            if shape not in SMALL.get(arm, (shape,)):
+            if not passed.get(arm, True):
+                for shape in shapes:
+                    write({"arm": arm, "model": shape, "note": "skip: its gate was not passed"})
                 continue
-            if shape != gated and not passed.get(arm):
-                write({**where, "note": "skip: its gate was not passed"})
-                continue
-            timed = sizes if shape in options.models else ["--sizes", ""]
-            proof = ["--truth", truth] if shape == gated else []
-            rows, problem = started("--arm", arm, "--models", shape, *timed, *proof)
+            proof = [] if arm in passed else ["--truth", truth]
+            rows, problem = started("--arm", arm, "--models", ",".join(shapes), *proof)
             for row in rows:
                 if proof and "tokens" not in row:
-                    passed[arm] = bool(row.get("passed"))
+                    passed.setdefault(arm, bool(row.get("passed")))
                 write({**_compared(row, losses), "share": _share(row, rate)})
             if problem:
-                write({**where, "note": problem})
+                write({"arm": arm, "model": shapes[0], "note": problem})
+
+
+def in_order(arms: Sequence[str], shapes: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """(an arm, the models of one process), what matters most first: the large models of other arms come last."""
+    large = [shape for shape in shapes if shape in LARGE]
+    groups = [[shape for shape in shapes if shape not in LARGE], large]
+    ours = [(arm, group) for arm in arms for group in groups if arm == "deltaw"]
+    for arm, group in ours + [(arm, group) for group in groups for arm in arms if arm != "deltaw"]:
+        if some := [shape for shape in group if arm in ALONE.get(shape, (arm,))]:
+            yield arm, some
 
 
 def _compared(row: Row, losses: dict[tuple[str, int], tuple[str, float]]) -> Row:
@@ -170,8 +185,7 @@ def _share(row: Row, rate: float | None) -> float | None:
 
 def _effort(options: argparse.Namespace) -> Effort:
     effort = TOY if options.toy else Effort()
-    sizes = effort.sizes if options.sizes is None else options.sizes
-    return Effort(sizes, effort.warm, effort.steps, effort.seconds, effort.square)
+    return effort if options.sizes is None else replace(effort, sizes=options.sizes)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -179,7 +193,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         return tuple(filter(None, text.split(",")))
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--arms", type=names, default=tuple(NEEDS), help=f"of {', '.join(NEEDS)}")
+    parser.add_argument("--arms", type=names, default=USUAL, help=f"of {', '.join(NEEDS)}")
     parser.add_argument("--models", type=names, help=f"of {', '.join(SHAPES)}; all but toy")
     parser.add_argument("--sizes", type=lambda text: tuple(map(int, names(text))), help="real tokens of a batch")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -188,7 +202,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arm", help=argparse.SUPPRESS)  # in this process, rows to stdout
     parser.add_argument("--truth", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.models = options.models or (("toy",) if options.toy else ("135m", "1b", "8b"))
+    options.models = options.models or (("toy",) if options.toy else ("135m", "1b", *LARGE))
     unknown = sorted({*options.arms} - {*NEEDS}) + sorted({*options.models} - {*SHAPES})
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
@@ -230,8 +244,9 @@ def main(arguments: Sequence[str] | None = None, run: Spawn = spawn) -> int:
             file.flush()
             speed = "" if rate is None else f"{rate:,.0f} tokens/s" + (f", {share:.1%} of the rate" if share else "")
             memory = f", {row['allocated_gib']} GiB" if "allocated_gib" in row else ""
-            head = f"{row['arm']:14} {row.get('model', ''):7} {row.get('tokens', ''):>6}"
+            head = f"{row['arm']:17} {row.get('model', ''):7} {row.get('tokens', ''):>6}"
             print(f"{head}  {speed}{memory}{'  ' if speed else ''}{row.get('note', '')}", flush=True)
+            print(*(f"    {line}\n" for line in row.get("kernels", ())), sep="", end="", flush=True)
 
         run_all(options, write, run)
     print(f"written to {path}")

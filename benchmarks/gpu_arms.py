@@ -1,105 +1,159 @@
-"""The arms of gpu.py: deltaw and its peers, each a loss of a batch and what trains. gpu.py says what each is."""
+"""The arms of gpu.py: deltaw and its peers, each the steps on a batch and what they train. gpu.py says what each is."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_models import LONGEST, Batch, build_model, free_memory
+from benchmarks.gpu_models import Batch, build_model, free_memory, longest_of
 
 RANK, ALPHA, LR, CLIP = 16, 32.0, 1e-4, 1.0
 
 
 @dataclass
 class Arm:
-    """`loss(batch)`: the mean over its labels, differentiable. Parameters go by "<module path>.A" and ".B".
+    """Parameters go by "<module path>.A" and ".B".
 
-    `prepare` sees the first batch of each size; `fixed` arms then see that batch alone.
+    `passed(batch)`: forward and backward; the loss, a mean over its labels, and the gradients in `grad`.
+    `step(batch, coming)`: one update; the loss before it. `coming`: the batch of the next one.
+    `prepare(some)`: sees the batches of a size before any is timed.
     """
 
     parameters: dict[str, nn.Parameter]
-    loss: Callable[[Batch], Tensor]
-    optimizer: torch.optim.Optimizer
+    passed: Callable[[Batch], Tensor | float]
+    step: Callable[[Batch, Batch], Tensor | float]
     note: str
-    prepare: Callable[[Batch], None] = field(default=lambda batch: None)
-    fixed: bool = False
+    prepare: Callable[[Sequence[Batch]], None] = field(default=lambda some: None)
     pads: bool = False
 
-    def step(self, batch: Batch) -> Tensor:
-        """One update; the loss before it, still on the device."""
-        loss = self.loss(batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(list(self.parameters.values()), CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+    @staticmethod
+    def plain(
+        parameters: dict[str, nn.Parameter],
+        loss: Callable[[Batch], Tensor],
+        optimizer: torch.optim.Optimizer,
+        note: str,
+        *,
+        pads: bool = False,
+    ) -> "Arm":
+        """Of a loss that is differentiable, each operation launched by itself; nothing waits for the device."""
+
+        def passed(batch: Batch) -> Tensor:
+            value = loss(batch)
+            value.backward()
+            return value.detach()
+
+        def step(batch: Batch, coming: Batch) -> Tensor:
+            value = passed(batch)
+            nn.utils.clip_grad_norm_(list(parameters.values()), CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return value
+
+        return Arm(parameters, passed, step, note, pads=pads)
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
 
 def deltaw_arm(shape: str, device: str, way: str = "") -> Arm:
     from deltaw.adapter.attach import attach
     from deltaw.base.forward import plan_forward
     from deltaw.config import AdapterSpec, TrainConfig
+    from deltaw.training.attention import choose_attention
     from deltaw.training.optim import make_optimizer, set_rate
 
     model = build_model(shape, device)
     forward = plan_forward(model)
     attached = attach(model, AdapterSpec(rank=RANK, alpha=ALPHA))
-    optimizer = make_optimizer(attached, TrainConfig(lr=LR))
-    set_rate(optimizer, LR)
     parameters: dict[str, nn.Parameter] = {}
     for path, layer in attached.layers.items():
         parameters |= {f"{path}.A": layer.lora_a, f"{path}.B": layer.lora_b}
     note = f"{forward.describe()}, {attached.describe()}"
-    if way == "graph":
-        return _graphed(model, forward, Arm(parameters, lambda batch: torch.empty(0), optimizer, note, fixed=True))
-    if way == "compile":
-        for layer in model.base_model.layers:
-            layer.compile(dynamic=False)
+    if way == "":
+        given: Any = SimpleNamespace(base=SimpleNamespace(model=model, device=model.device, dtype=model.dtype))
+        given.forward, said = forward, list[str]()
+        choose_attention(given, longest_of(shape), said.append)  # as a run does when its model is opened
+        return _captured(parameters, forward, attached, longest_of(shape), "; ".join([note, *said]))
+    optimizer = make_optimizer(attached, TrainConfig(lr=LR))
+    set_rate(optimizer, LR)
 
     def loss(batch: Batch) -> Tensor:
         total, count = forward.loss(batch.packed)
         return total / count
 
-    # A size is compiled for itself.
-    prepare = (lambda batch: torch._dynamo.reset()) if way == "compile" else (lambda batch: None)
-    return Arm(parameters, loss, optimizer, note, prepare)
+    return Arm.plain(parameters, loss, optimizer, note)
 
 
-class Body(nn.Module):
-    """A model up to its head, on documents that do not change."""
+class Steps:
+    """What `deltaw train` does of a step on a device, on batches of up to `size` tokens: passes, clip and update,
+    recorded once and replayed. Without a GPU the same runs as it is."""
 
-    def __init__(self, model: Any, batch: Batch) -> None:
-        from deltaw.base.passing import Pass, passing_of
+    def __init__(self, forward: Any, attached: Any, size: int, longest: int) -> None:
+        from deltaw.config import TrainConfig
+        from deltaw.training.captured import Captured, captured_on
+        from deltaw.training.checkpoint import TrainState
+        from deltaw.training.learner import Learner
+        from deltaw.training.optim import set_rate
 
-        super().__init__()
-        self.base = model.base_model
-        self.positions_T = batch.positions_T
-        self.passing, self.this = passing_of(model), Pass(documents=batch.packed.documents)
+        self.said: list[str] = []
+        self._coming: list[Any] = []
+        config = TrainConfig(lr=LR, clip=CLIP, tokens_per_batch=size)
+        self.learner = Learner(attached, config, 1000, TrainState(), self.said.append)
+        set_rate(self.learner.optimizer, LR)
+        given = (forward, self.learner, longest, self.said.append)
+        device = attached.parameters[0].device
+        captured = captured_on(device, *given, lambda: self._coming)
+        self.captured = captured or Captured(*given, None, lambda: self._coming)
 
-    def forward(self, tokens_T: Tensor) -> Tensor:
-        with self.passing.running(self.this):
-            out = self.base(input_ids=tokens_T[None], position_ids=self.positions_T[None], use_cache=False)
-        return out.last_hidden_state[0]
+    def passed(self, batches: Sequence[Any], coming: Sequence[Any]) -> tuple[float, Callable[[], object]]:
+        """Forward and backward of a step's batches, which lie on the host; the gradients, clipped, are in `grad`. (The
+        mean loss, the update.)"""
+        self._coming = list(coming)
+        count = sum(batch.supervised for batch in batches)
+        ran = self.captured.run(batches, count)
+        if ran is None:
+            raise RuntimeError(f"steps aren't captured: {self.captured.why_not}")
+        return sum(ran.losses.values()) / count, ran.update
+
+    def step(self, batches: Sequence[Any], coming: Sequence[Any]) -> float:
+        """One update; the mean loss before it."""
+        loss, update = self.passed(batches, coming)
+        update()
+        return loss
+
+    def meet(self, some: Sequence[Sequence[Any]]) -> None:
+        """So many steps that every size of these steps' batches is recorded: it runs as it is at first, then it is."""
+        for batches in [*some, *some]:
+            self.step(batches, batches)
+
+    def release(self) -> None:
+        self.captured.release()
 
 
-def _graphed(model: Any, forward: Any, arm: Arm) -> Arm:
-    if not forward.packed or forward.head is None:
-        raise RuntimeError("graphs need packed documents and a fused head")
-    bodies: list[Any] = []
+def _captured(parameters: dict[str, nn.Parameter], forward: Any, attached: Any, longest: int, note: str) -> Arm:
+    one: list[Steps] = []
 
-    def prepare(batch: Batch) -> None:
-        bodies.clear()
-        free_memory()
-        bodies.append(torch.cuda.make_graphed_callables(Body(model, batch), (batch.tokens_T,)))
+    def prepare(some: Sequence[Batch]) -> None:
+        while one:
+            one.pop().release()
+        one.append(Steps(forward, attached, len(some[0].tokens_T), longest))
+        one[0].meet([[batch.on_host] for batch in some])
+        arm.note = "; ".join([note, *one[0].said])
 
-    def loss(batch: Batch) -> Tensor:
-        return forward.head.logprobs(bodies[0](batch.tokens_T), batch.labels_T).loss / batch.count
+    def passed(batch: Batch) -> float:
+        return one[0].passed([batch.on_host], [batch.on_host])[0]
 
-    arm.prepare, arm.loss = prepare, loss
+    def step(batch: Batch, coming: Batch) -> float:
+        return one[0].step([batch.on_host], [coming.on_host])
+
+    arm = Arm(parameters, passed, step, note, prepare)
     return arm
 
 
@@ -131,7 +185,7 @@ def unsloth_arm(shape: str, device: str, way: str = "") -> Arm:
         _save_tokenizer(folder)
         free_memory()
         model, _ = FastLanguageModel.from_pretrained(
-            folder, max_seq_length=LONGEST, dtype=torch.bfloat16, load_in_4bit=False
+            folder, max_seq_length=longest_of(shape), dtype=torch.bfloat16, load_in_4bit=False
         )
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = FastLanguageModel.get_peft_model(
@@ -158,7 +212,7 @@ def _peft_like(model: nn.Module, loss: Callable[[Batch], Tensor], note: str) -> 
             path, _, half = name.removeprefix("base_model.model.").removesuffix(".default.weight").rpartition(".lora_")
             parameters[f"{path}.{half}"] = parameter
     optimizer = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=0.0, fused=True)
-    return Arm(parameters, loss, optimizer, note, pads=True)
+    return Arm.plain(parameters, loss, optimizer, note, pads=True)
 
 
 def _save_tokenizer(folder: str) -> None:
@@ -173,8 +227,7 @@ def _save_tokenizer(folder: str) -> None:
 
 ARMS: dict[str, tuple[Callable[[str, str, str], Arm], str]] = {
     "deltaw": (deltaw_arm, ""),
-    "deltaw-graph": (deltaw_arm, "graph"),
-    "deltaw-compile": (deltaw_arm, "compile"),
+    "deltaw-uncaptured": (deltaw_arm, "uncaptured"),
     "peft": (peft_arm, ""),
     "peft-bf16": (peft_arm, "bf16"),
     "peft-liger": (peft_arm, "liger"),

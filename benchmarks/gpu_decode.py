@@ -80,17 +80,17 @@ def compared(model: nn.Module, rows: int, updates: Sequence[int], new: int) -> I
     prompts = torch.randint(3, size, (rows, PROMPT), generator=generator).tolist()
     taken = [updates[row % len(updates)] for row in range(rows)]
     counted, tokens = rows * (new - 1), {}
-    can_record = engines.can_record
+    recorder_on = engines.recorder_on
     for arm in ("decode-uncaptured", "decode"):
         free_memory()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         captured = arm == "decode"
-        setattr(engines, "can_record", can_record if captured else lambda device: False)  # noqa: B010
+        setattr(engines, "recorder_on", recorder_on if captured else lambda device: None)  # noqa: B010
         try:
             engine = Engine(model, batch_size=rows, record=again if captured and device.type == "cpu" else None)
         finally:
-            setattr(engines, "can_record", can_record)  # noqa: B010
+            setattr(engines, "recorder_on", recorder_on)  # noqa: B010
         assert engine._slots is not None, "its rows aren't in slots"
         first, first_seconds = decoded(engine, prompts, taken, new)
         tokens[arm], seconds = decoded(engine, prompts, taken, new)

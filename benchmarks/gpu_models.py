@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 IGNORE = -100
-LONGEST = 2048  # tokens of a document
+LONGEST = 2048  # tokens of a document, where a shape doesn't say
 
 SHAPES: dict[str, dict[str, Any]] = {
     "135m": {"layers": 30, "hidden": 576, "inner": 1536, "heads": (9, 3), "vocabulary": 49152, "tied": True},
     "1b": {"layers": 16, "hidden": 2048, "inner": 8192, "heads": (32, 8), "vocabulary": 128256, "tied": True},
     "8b": {"layers": 32, "hidden": 4096, "inner": 14336, "heads": (32, 8), "vocabulary": 128256, "tied": False},
+    "8b-4k": {"layers": 32, "hidden": 4096, "inner": 14336, "heads": (32, 8), "vocabulary": 128256, "tied": False}
+    | {"longest": 4096, "shortest": 4096},
     "toy": {"layers": 2, "hidden": 64, "inner": 96, "heads": (4, 2), "vocabulary": 512, "tied": True, "longest": 40},
 }
 
@@ -36,10 +38,10 @@ Row = dict[str, Any]
 class Effort:
     """How much is measured: of `steps` timed ones at least three, however long they take."""
 
-    sizes: tuple[int, ...] = (2048, 4096, 8192, 16384)
+    sizes: tuple[int, ...] = (2048, 8192)
     warm: int = 3
     steps: int = 12
-    seconds: float = 5.0
+    seconds: float = 4.0
     square: int = 8192
 
 
@@ -65,6 +67,13 @@ class Batch:
 
         return batch.Batch.of(self.tokens_T, self.starts_S.tolist(), self.labels_T)
 
+    @cached_property
+    def on_host(self) -> Any:
+        """The same as deltaw's loader gives it."""
+        from deltaw.base import batch
+
+        return batch.Batch.of(self.tokens_T.cpu(), self.starts_S.tolist(), self.labels_T.cpu())
+
     @staticmethod
     def of(documents: Sequence[Sequence[int]], device: str) -> "Batch":
         lengths = [len(document) for document in documents]
@@ -81,13 +90,23 @@ class Batch:
         return Batch(*there, starts_S, ids_BL.to(device), padded_BL.to(device), sum(lengths) - len(lengths))
 
 
+def longest_of(shape: str) -> int:
+    """Tokens of its longest document."""
+    longest: int = SHAPES[shape].get("longest", LONGEST)
+    return longest
+
+
 @cache
-def reference(vocabulary: int, longest: int) -> list[list[int]]:
-    """The language reference's texts and pieces, the shortest first, as ids by frequency."""
+def reference(vocabulary: int, longest: int, shortest: int = 0) -> list[list[int]]:
+    """The language reference's texts and pieces, the shortest first, as ids by frequency. Where the shortest is to be
+    as long as the longest, all texts are one, in pieces of that length."""
     texts = [re.findall(r"\w+|[^\w\s]", text) for _, text in sorted(topics.items())]
     ranked = [word for word, _ in collections.Counter(itertools.chain(*texts)).most_common()]
     number = {word: rank % vocabulary for rank, word in enumerate(ranked)}
     pieces, draw = [], random.Random(0)
+    if shortest == longest:
+        ids = [number[word] for word in itertools.chain(*texts)]
+        return [ids[start : start + longest] for start in range(0, len(ids) - longest + 1, longest)]
     for text in texts:
         while text:
             length = len(text) if len(text) <= longest else draw.randint(longest // 8, longest)
@@ -101,7 +120,8 @@ def batches(shape: str, size: int, count: int, device: str) -> list[Batch]:
 
     Cutting the last alone would leave it far shorter than the rest, and whoever pads would pay for that.
     """
-    texts, found = reference(SHAPES[shape]["vocabulary"], SHAPES[shape].get("longest", LONGEST)), []
+    shortest = SHAPES[shape].get("shortest", 0)
+    texts, found = reference(SHAPES[shape]["vocabulary"], longest_of(shape), shortest), []
     ends = list(itertools.accumulate(map(len, texts)))
     for part in range(count):
         # From the middle of the part-th of `count` equal shares of all tokens, or so that enough are left.

@@ -1,5 +1,6 @@
 """What a process of gpu.py does: steps timed on the device's own clock, and rows of what they came to."""
 
+import collections
 import itertools
 import math
 import statistics
@@ -111,6 +112,7 @@ def run_gemm(models: Sequence[str], effort: Effort, device: str) -> Iterator[Row
 def run_arm(arm: str, shape: str, effort: Effort, device: str, truth: str | None) -> Iterator[Row]:
     """Rows of one arm on one model: its gate, if there is a truth, then one row per size. Errors are rows."""
     where: Row = {"arm": arm, "model": shape}
+    free_memory()  # of the model before
     try:
         make, way = ARMS[arm]
         made = make(shape, device, way)
@@ -126,16 +128,19 @@ def run_arm(arm: str, shape: str, effort: Effort, device: str, truth: str | None
         return
     clock = Clock(device)
     for size in effort.sizes:
+        if size < 2 * SHAPES[shape].get("shortest", 0):
+            continue
         free_memory()
         try:
             some = batches(shape, size, 4, device)
-            some = some[:1] if made.fixed else some
-            made.prepare(some[0])
+            clock.forget_peak()
+            made.prepare(some)
+            recording = clock.peak()
             fill_factors(made.parameters)
-            losses: list[Tensor] = []
+            losses: list[Tensor | float] = []
 
-            def step(number: int, some: list[Batch] = some, losses: list[Tensor] = losses) -> None:
-                losses.append(made.step(some[number % len(some)]))
+            def step(number: int, some: list[Batch] = some, losses: list[Tensor | float] = losses) -> None:
+                losses.append(made.step(some[number % len(some)], some[(number + 1) % len(some)]))
 
             seconds, count = median_seconds(step, clock, effort)
             first, last = float(losses[0]), float(losses[-1])
@@ -144,11 +149,41 @@ def run_arm(arm: str, shape: str, effort: Effort, device: str, truth: str | None
                 note += f"; padding {statistics.mean(batch.ids_BL.numel() / size for batch in some) - 1:.0%} more"
             if not math.isfinite(last):
                 raise FloatingPointError(f"the loss became {last}")
-            speed = {"tokens_per_s": size / seconds, "first_loss": first}
-            yield {**where, "tokens": size, **speed, **clock.peak(), "note": note}
+            row = {**where, "tokens": size, "tokens_per_s": size / seconds, "first_loss": first, "note": note}
+            # A replay asks the allocator for nothing: what its tensors take shows while it is recorded.
+            taken = {name: max(value, recording[name]) for name, value in clock.peak().items()}
+            yield row | taken
+            if arm == "deltaw":
+                yield {"arm": "profile", "model": shape, "tokens": size, **profiled(step, clock, seconds)}
         except Exception as error:
-            made.optimizer.zero_grad(set_to_none=True)
+            made.forget()
             yield {**where, "tokens": size, **_failed(error)}
+
+
+def profiled(step: Callable[[int], Any], clock: Clock, seconds: float, steps: int = 3) -> Row:
+    """What so many steps are made of. `seconds`: of one by the clock, when nobody looked."""
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if clock.cuda else activity.CPU]) as profile:
+        for number in range(steps):
+            step(number)
+        clock.forget_peak()  # waits
+    return made_of(profile, clock.cuda, seconds, steps)
+
+
+def made_of(profile: Any, cuda: bool, seconds: float, steps: int) -> Row:
+    """The row of a profile of so many steps; "kernels": lines on the largest, for whoever watches."""
+    kinds: dict[str, list[float]] = collections.defaultdict(list)
+    for event in profile.events():
+        if not cuda:
+            kinds[event.name].append(event.self_cpu_time_total / 1000)
+        elif event.device_type == torch.autograd.DeviceType.CUDA:
+            kinds[event.name].append(event.device_time / 1000)
+    largest = sorted(kinds.items(), key=lambda kind: -sum(kind[1]))[:10]
+    busy, launches = sum(map(sum, kinds.values())) / steps, sum(map(len, kinds.values())) // steps
+    return {
+        "note": f"per step {busy:.1f} ms of kernels in {launches} launches; {1000 * seconds:.1f} ms by the clock",
+        "kernels": [f"{sum(ms) / steps:8.2f} ms {len(ms) // steps:6d}  {name[:80]}" for name, ms in largest],
+    }
 
 
 def _failed(error: Exception) -> Row:

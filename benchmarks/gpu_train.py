@@ -1,25 +1,28 @@
 """`deltaw train` itself on one GPU: its steps against the clock, captured and not, killed and resumed.
 
     benchmarks/gpu.sh                                          after gpu.py, whose table it goes on
-    python benchmarks/gpu_train.py --models 135m --steps 60
+    python benchmarks/gpu_train.py --models 135m --steps 48
     python benchmarks/gpu_train.py --device cpu --toy          the same code on a tiny model, which measures nothing
 
-A base of gpu.py's shapes with random weights and a byte-level tokenizer is made in a temporary folder, and rows from
-the language reference that ships with Python. Rows of the table (arm, model, tokens per step, tokens/s over the later
-half of a run, with everything that lies between its steps):
+A base of gpu.py's shapes with random weights and a tokenizer of words is made in a temporary folder, and rows from the
+language reference that ships with Python, in documents of the lengths that gpu.py's have. Rows of the table (arm,
+model, tokens per step, tokens/s):
 
-    train              the run file's defaults, then 8,192 tokens per step
-    train-uncaptured   as it was before passes were captured: batches of 2,048 tokens, each operation launched by itself
+    train              8,192 tokens per step, and then the run file's defaults: from the beginning of a step to that of
+                       the next, over the later half of a run, with everything that lies between. Steps that met or
+                       recorded a new size aren't counted; their number is in the note. No evaluation and no checkpoint
+                       lies between these steps: they come every so many steps, as often as a run file asks for them
+    loop               the same steps on the same batches in gpu.py's loop: passes, clip, update and nothing else
+    profile            of five steps: the kernels' time and number against the clock's; the largest go to stdout
     train-exact        a captured pass against the pass itself on the same filled batch, to the bit
     train-killed       the default run by the command line, killed by SIGKILL half way and resumed, and the loss of its
                        last step beside that of the run that wasn't killed
-    profile            of five steps: the kernels' time and number against the clock's; the largest go to stdout
+    train-uncaptured   as it was before passes were captured: batches of 2,048 tokens, each operation launched by itself
 
 One process does all but the command line: starting one takes a quarter of a minute on a slow host.
 """
 
 import argparse
-import collections
 import contextlib
 import csv
 import itertools
@@ -35,14 +38,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.gpu import COLUMNS, conditions
-from benchmarks.gpu_models import build_model, flops_per_token
-from deltaw.config import RunConfig, parse_config
+from benchmarks.gpu_arms import Steps
+from benchmarks.gpu_models import SHAPES, build_model, flops_per_token, free_memory, longest_of, reference
+from benchmarks.gpu_timed import Clock, made_of
+from deltaw.config import RunConfig, config_of, parse_config
 from deltaw.show.progress import Display
 from deltaw.training import run as running
 
@@ -50,28 +54,25 @@ Row = dict[str, Any]
 CUDA = torch.cuda.is_available()
 
 
-def make_base(shape: str, folder: Path, device: str) -> None:
-    """A base with a tokenizer, and rows.jsonl of texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def make_base(shape: str, folder: Path, device: str, tokens: int) -> None:
+    """A base with a tokenizer, and rows.jsonl of texts of so many tokens at least. A token of a text is a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     build_model(shape, device).save_pretrained(folder / "base")
-    texts = [text for _, text in sorted(topics.items())]
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet, size = pre_tokenizers.ByteLevel.alphabet(), 500 if shape == "toy" else 8192
-    options: dict[str, Any] = {"special_tokens": ["<|end|>"], "initial_alphabet": alphabet, "show_progress": False}
-    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **options))
+    free_memory()
+    vocabulary = SHAPES[shape]["vocabulary"]
+    words = {"<|end|>": 0, **{f"w{number}": number for number in range(1, vocabulary)}}
+    core = Tokenizer(models.WordLevel(words, unk_token="<|end|>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>").save_pretrained(folder / "base")
-    draw, rows = random.Random(0), []
-    for text in texts:
-        while text:
-            length = int(min(4000, 60 + draw.expovariate(1 / 700)))
-            rows.append(text[:length])
-            text = text[length:]
-    draw.shuffle(rows)
-    lines = (json.dumps({"text": row}) + "\n" for row in rows if row.strip())
+    texts, draw = reference(vocabulary, longest_of(shape)), random.Random(0)
+    ids, rows = list(itertools.chain(*texts)), list[list[int]]()
+    while sum(map(len, rows)) < tokens:  # pieces of the same lengths from elsewhere, so that no row is there twice
+        for text in draw.sample(texts, len(texts)):
+            start, length = draw.randrange(len(ids)), len(text) - 1  # and the end
+            rows.append((ids + ids)[start : start + length])
+    lines = (json.dumps({"text": " ".join(f"w{max(1, number)}" for number in row)}) + "\n" for row in rows)
     (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
@@ -86,11 +87,21 @@ def run_file(folder: Path, name: str, **train: Any) -> Row:
     }
 
 
+class Mark(NamedTuple):
+    """A step by the clock: seconds, tokens, loss; whether it met or recorded a new size of batches."""
+
+    began: float
+    ended: float
+    tokens: int
+    loss: float
+    new: bool
+
+
 class Clocked:
     """Steps of a run with the clock beside them; `profiled`: five of the last under PyTorch's profiler."""
 
     def __init__(self, steps: int, *, profiled: bool = False) -> None:
-        self.marks: list[tuple[float, float, int, float]] = []  # began, ended, tokens, loss
+        self.marks: list[Mark] = []
         self.captured: Any = None
         self._first = steps - 7 if profiled else None
         self.profile: Any = None
@@ -108,10 +119,11 @@ class Clocked:
             if len(self.marks) == self._first:
                 self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
                 self.profile.__enter__()
-            began = time.perf_counter()
+            sizes, began = self.captured and self.captured.sizes, time.perf_counter()
             records = take(*args)
+            ended, new = time.perf_counter(), bool(self.captured) and self.captured.sizes != sizes
             tokens = sum(len(batch.tokens_T) for batch in args[2])
-            self.marks.append((began, time.perf_counter(), tokens, records[0].get("loss", float("nan"))))
+            self.marks.append(Mark(began, ended, tokens, records[0].get("loss", float("nan")), new))
             if self.profile is not None and len(self.marks) == (self._first or 0) + 5:
                 torch.cuda.synchronize()
                 self.profile.__exit__(None, None, None)
@@ -125,9 +137,11 @@ class Clocked:
             setattr(running, "step", take)  # noqa: B010
             setattr(running, "captured_on", capture)  # noqa: B010
 
-    def later_half(self) -> list[tuple[float, float, int, float]]:
-        """Without what was profiled."""
-        return self.marks[len(self.marks) // 2 : self._first]
+    def steady(self) -> list[tuple[Mark, float]]:
+        """Of the later half, without what was profiled and without new sizes: each step, and the seconds from its
+        beginning to that of the next."""
+        half = self.marks[len(self.marks) // 2 : self._first]
+        return [(one, after.began - one.began) for one, after in itertools.pairwise(half) if not one.new]
 
 
 class Lines(Display):
@@ -144,52 +158,63 @@ def timed(raw: Mapping[str, Any], *, capturing: bool = True, profiled: bool = Fa
     config: RunConfig = parse_config(raw)
     assert config.train.steps
     clock, display = Clocked(config.train.steps, profiled=profiled), Lines()
+    free_memory()
     if CUDA:
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with clock.around(capturing=capturing):
         running.train(config, replace=True, display=display)
-    half = clock.later_half()
-    tokens, seconds = sum(mark[2] for mark in half), half[-1][1] - half[0][0]
-    inside = statistics.median(ended - began for began, ended, _, _ in half)
-    note = f"{len(half)} steps, {1000 * inside:.1f} ms in each at the median; loss {clock.marks[-1][3]:.5f} at last"
+    steady, new = clock.steady(), sum(mark.new for mark in clock.marks)
+    tokens, seconds = sum(one.tokens for one, _ in steady), sum(gap for _, gap in steady)
+    inside = statistics.median(one.ended - one.began for one, _ in steady)
+    note = f"{len(steady)} steps, {1000 * inside:.1f} ms in each at the median and {1000 * seconds / len(steady):.1f} "
+    note += f"from one to the next; {new} more met or recorded a size; loss {clock.marks[-1].loss:.5f} at last"
     note += "".join(f"; {line}" for line in display.lines if line.startswith(("batches of", "steps aren't", "updates")))
-    row: Row = {"tokens": config.train.tokens_per_step, "tokens_per_s": tokens / seconds, "note": note}
+    settled = config_of(Path(config.output) / "config.yaml").train.step_tokens
+    row: Row = {"tokens": settled, "tokens_per_s": tokens / seconds, "note": note}
     if CUDA:
         row["allocated_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         row["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
     return row, clock
 
 
-def profile_row(clock: Clocked) -> Row:
-    """What five steps were made of."""
-    events = [e for e in clock.profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    kinds: dict[str, list[float]] = collections.defaultdict(list)
-    for event in events:
-        kinds[event.name[:80]].append(event.device_time / 1000)
-    for name, times in sorted(kinds.items(), key=lambda kind: -sum(kind[1]))[:16]:
-        print(f"    {sum(times) / 5:8.2f} ms {len(times) // 5:6d}  {name}")
-    marks = clock.later_half()
-    usual = statistics.median(after[0] - before[0] for before, after in itertools.pairwise(marks))
-    busy = sum(map(sum, kinds.values())) / 5
-    return {
-        "note": f"per step {busy:.1f} ms of kernels in {len(events) // 5} launches; {1000 * usual:.1f} ms by the clock"
-    }
+def loop_row(folder: Path, device: str, **train: Any) -> Row:
+    """gpu.py's loop on the batches of a run's later half."""
+    from deltaw.training.batch_size import sized
+    from deltaw.training.opening import open_run
+
+    free_memory()  # of the run before
+    display = Lines()
+    opened = sized(open_run(parse_config(run_file(folder, "loop", device=device, **train)), display), display)
+    config = opened.config.train
+    assert config.steps
+    every = itertools.islice(opened.loader(opened.learner(display).state), config.steps)
+    steps = [batches for batches, _ in every][config.steps // 2 :]
+    one, clock = Steps(opened.model.forward, opened.attached, config.batch_tokens, opened.longest), Clock(device)
+    one.meet(steps)
+    marks = [clock.mark()]
+    for batches, coming in itertools.pairwise([*steps, steps[0]]):
+        loss = one.step(batches, coming)
+        marks.append(clock.mark())
+    seconds, tokens = sum(clock.gaps(marks)), sum(len(batch.tokens_T) for batches in steps for batch in batches)
+    one.release()
+    note = f"{len(steps)} steps, {1000 * seconds / len(steps):.1f} ms each; loss {loss:.5f} at last"
+    note = "; ".join([note, *one.said])
+    return {"tokens": config.tokens_per_step, "tokens_per_s": tokens / seconds, "note": note}
 
 
 def exact_row(folder: Path, device: str) -> Row:
     """Steps on one batch: as it is, recorded, replayed. Of short rows, whose attention has one order of adding."""
+    from deltaw.base.recorded import recorder_on
     from deltaw.training.batch_size import sized
-    from deltaw.training.captured import Captured, Recorder
+    from deltaw.training.captured import Captured
     from deltaw.training.opening import open_run
 
     display, raw = Lines(), run_file(folder, "exact", steps=100, device=device)
     raw["data"] |= {"max_length": 100, "too_long": "truncate"}
     opened = sized(open_run(parse_config(raw), display), display)
     learner = opened.learner(display)
-    captured = Captured(
-        opened.model.forward, learner, opened.longest, display.say, Recorder() if device == "cuda" else None
-    )
+    given = (opened.model.forward, learner, opened.longest, display.say)
+    captured = Captured(*given, recorder_on(opened.device))
     batches, _ = next(iter(opened.loader(learner.state)))
     seen = []
     for _ in range(4):
@@ -234,34 +259,41 @@ def killed_row(folder: Path, steps: int, loss: float, **train: Any) -> Row:
     }
 
 
-def rows_of(shape: str, steps: int, device: str, folder: Path, left: Callable[[], float]) -> Iterator[tuple[str, Row]]:
-    """(arm, row) of everything about one shape, as long as time is left."""
-    make_base(shape, folder, device)
-    large = 8192 if shape != "toy" else 1024
+def rows_of(shape: str, steps: int, device: str, folder: Path, _: Callable[[], float]) -> Iterator[tuple[str, Row]]:
+    """(arm, row) of what a run is held to."""
+    large = 8192 if shape != "toy" else 512
+    make_base(shape, folder, device, (steps + 2) * large)
+    given = {"steps": steps, "tokens_per_step": large}
+    row, clock = timed(run_file(folder, "large", device=device, **given), profiled=CUDA)
+    yield "train", row
+    yield "loop", loop_row(folder, device, **given)
+    if CUDA:
+        usual = statistics.median(gap for _, gap in clock.steady())
+        yield "profile", {"tokens": large, **made_of(clock.profile, CUDA, usual, 5)}
+
+
+def more_of(shape: str, steps: int, device: str, folder: Path, left: Callable[[], float]) -> Iterator[tuple[str, Row]]:
+    """(arm, row) of everything else, as long as time is left."""
     given = {"device": device}
     yield "train-exact", exact_row(folder, device)
-    row, clock = timed(run_file(folder, "plain", steps=steps, **given), profiled=CUDA)
+    if left() < 20:
+        return
+    row, clock = timed(run_file(folder, "plain", steps=steps, **given))
     yield "train", row
-    if CUDA:
-        yield "profile", profile_row(clock)
-    yield "train", timed(run_file(folder, "large", steps=steps, tokens_per_step=large, **given))[0]
+    if left() > 60 and shape in ("135m", "toy"):
+        yield "train-killed", killed_row(folder, steps, clock.marks[-1].loss, **given)
     if left() > 30:
-        before = {**given, "tokens_per_batch": 2048}
-        yield (
-            "train-uncaptured",
-            timed(run_file(folder, "before", steps=max(4, steps // 4), **before), capturing=False)[0],
-        )
-    if left() > 75 and shape in ("135m", "toy"):
-        yield "train-killed", killed_row(folder, steps, clock.marks[-1][3], **given)
+        raw = run_file(folder, "before", steps=max(4, steps // 4), tokens_per_batch=2048, **given)
+        yield "train-uncaptured", timed(raw, capturing=False)[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", type=lambda text: text.split(","), default=None, help="135m,1b")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--toy", action="store_true", help="a tiny model: tests this script, measures nothing")
-    parser.add_argument("--budget", type=float, default=240, help="seconds for everything")
+    parser.add_argument("--budget", type=float, default=120, help="seconds for everything")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not CUDA:
         print("no GPU here: nothing was measured (--device cpu --toy tests the script)", file=sys.stderr)
@@ -274,13 +306,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="")
         if new:
             table.writeheader()
-        for shape in options.models or (["toy"] if options.toy else ["135m", "1b"]):
-            if end - time.monotonic() < 45:
+        shapes, failed = options.models or (["toy"] if options.toy else ["135m", "1b"]), set[str]()
+        for rows, shape in itertools.product((rows_of, more_of), shapes):
+            if shape in failed:
+                continue
+            if end - time.monotonic() < 20:
                 print(f"{shape}: skipped, out of time")
                 continue
             try:
                 there = Path(folder) / shape
-                for arm, row in rows_of(shape, options.steps, options.device, there, lambda: end - time.monotonic()):
+                for arm, row in rows(shape, options.steps, options.device, there, lambda: end - time.monotonic()):
                     speed = row.get("tokens_per_s")
                     shown = {"tokens_per_s": "" if speed is None else f"{speed:.1f}"}
                     table.writerow({**row, **fixed, "arm": arm, "model": shape, **shown})
@@ -291,7 +326,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         else f"{speed:,.0f} tokens/s, {speed * flops_per_token(shape) / 1e12:.1f} TFLOP/s  "
                     )
                     print(f"{arm:17} {shape:5} {row.get('tokens', ''):>6}  {rate}{row['note']}", flush=True)
+                    print(*(f"    {line}\n" for line in row.get("kernels", ())), sep="", end="", flush=True)
             except Exception as error:
+                failed.add(shape)
                 traceback.print_exc()
                 table.writerow({**fixed, "arm": "train", "model": shape, "note": f"error: {error!s:.200}"})
     return 0

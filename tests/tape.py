@@ -50,21 +50,21 @@ class Tape(TorchDispatchMode):
 
 
 class Recorder:
-    """Records as captured.py's `Recorder` does, and counts. `changed`: the tensors that work may write to."""
+    """Records as recorded.py's `Recorder` does, and counts. `changed`: the tensors that work may write to."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
         self.changed: Callable[[], list[Tensor]] = list
 
-    @torch.no_grad()
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         self.recorded += 1
         generator, tensors = torch.random.get_rng_state(), self.changed()
-        before = [tensor.clone() for tensor in tensors]
-        with Tape() as tape, torch.enable_grad():
+        before = [tensor.detach().clone() for tensor in tensors]
+        with Tape() as tape:
             result = work()
-        for tensor, value in zip(tensors, before, strict=True):
-            tensor.copy_(value)  # on a GPU, what is being recorded doesn't run
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)  # on a GPU, what is being recorded doesn't run
         torch.random.set_rng_state(generator)
 
         def replay() -> None:

@@ -46,7 +46,7 @@ SIDEWAYS = {
 
 # Each heavy library has its home.
 VERBS = ("__init__", "app", "ask", "machine", "run", "serve", "ship", "update", "verbs", "why")
-KERNELS = ("cross_entropy", "gated", "norm", "rotary", "tanh", "views")
+KERNELS = ("cross_entropy", "factors", "gated", "norm", "rotary", "sums", "thin", "tanh", "views")
 HOMES = {
     "jinja2": {"analysis/page.py", "files/bounded_worker.py"},
     "rich": {"show/progress.py", "show/table.py", "data/preview.py"},
@@ -71,6 +71,8 @@ HOMES = {
     "bitsandbytes": {"kernels/nf4.py"},
     "datasets": {"data/hub.py"},
     "pyarrow": {"data/arrow.py"},
+    "flash_attn": {"kernels/flash.py"},
+    "flash_attn_interface": {"kernels/flash.py"},
     "matplotlib": {"analysis/pictures.py", "analysis/svg.py"},
     "triton": {f"kernels/triton/{name}.py" for name in KERNELS},
     "torch.distributed": {"training/distributed.py", "training/sharding.py"},

@@ -22,6 +22,7 @@ from deltaw.adapter.stand_ins import FusedAttention, FusedMLP
 from deltaw.base.passing import Passing, passing_of
 from deltaw.kernels.joined import Joined
 from deltaw.kernels.lora import Factors
+from deltaw.kernels.spread import Spread
 
 GROUPS = {
     FusedAttention: (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
@@ -34,16 +35,23 @@ class Folded:
 
     def __init__(self, passing: Passing, joined: dict[tuple[nn.Module, ...], Joined]) -> None:
         self._passing, self._joined = passing, joined
-        self._places = [place for one in joined.values() for place in one.places]
+        self._spread = Spread([place for one in joined.values() for place in one.places])
+        self._rooms: dict[int, int] = {}
+        for one in joined.values():
+            self._rooms[one.inputs] = max(one.room, self._rooms.get(one.inputs, 0))
 
     def of(self, modules: tuple[nn.Module | None, ...]) -> Joined | None:
         """The matrix of these modules, in this order."""
         return self._joined.get(modules)  # type: ignore[arg-type]
 
+    def room(self, columns: int) -> int:
+        """The most columns that a matrix of so many inputs wants behind them."""
+        return self._rooms.get(columns, 0)
+
     @contextmanager
     def on(self) -> Iterator[None]:
         """Inside, the stand-ins use the joined matrices, with the factors as they are now."""
-        self._write()
+        self._spread.spread()
         self._passing.folded = self
         try:
             yield
@@ -60,18 +68,13 @@ class Folded:
     @torch.no_grad()
     def undo(self) -> None:
         """Put every weight back into a storage of its own."""
-        self._places.clear()
+        self._spread = Spread(())
         while self._joined:  # one after the other: each gives its memory back
             modules, _ = self._joined.popitem()
             for module in modules:
                 weight = _weight(module)
                 assert weight is not None
                 weight.data = weight.data.clone(memory_format=torch.contiguous_format)
-
-    @torch.no_grad()
-    def _write(self) -> None:
-        for factor, place, scale in self._places:
-            torch.mul(factor, scale, out=place) if factor.dtype == place.dtype else place.copy_(factor * scale)
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ window, a soft cap, a scale) shows in the call it makes to attention, and is tak
 something else keeps its own code and is merely slower: `Attached.describe()` counts what stands in.
 
 Whole decoder layers were rejected as the unit: they differ between architectures in residuals, extra norms and scales,
-which cost next to nothing, while these three parts are all but the same everywhere.
+which cost next to nothing, while these three parts are all but the same everywhere. (A recorded pass of a GPU, where
+they do cost something, has them for its length: residual.py.)
 
 Letters: T tokens, D hidden size, H query heads, K key/value heads, E head size.
 """
@@ -30,9 +31,10 @@ from deltaw.base.passing import Passing, passing_of
 from deltaw.base.probe import watched_pass
 from deltaw.base.stand_in import StandIn
 from deltaw.kernels.attention import packed_attention
-from deltaw.kernels.joined import joined_gated_mlp, joined_linears
+from deltaw.kernels.joined import joined_gated_mlp, joined_heads, joined_linears
 from deltaw.kernels.lora import ACTIVATIONS, Projection, gated, lora_gated_mlp, lora_linears
-from deltaw.kernels.norm import rms_norm
+from deltaw.kernels.norm import add_rms_norm, rms_norm
+from deltaw.kernels.room import room_of
 from deltaw.kernels.rotary import rotary, turned
 
 KINDS = ("norm", "attention", "mlp")
@@ -41,15 +43,26 @@ KINDS = ("norm", "attention", "mlp")
 class FusedNorm(StandIn):
     """An RMSNorm."""
 
-    def __init__(self, original: nn.Module, offset: float) -> None:
+    def __init__(self, original: nn.Module, offset: float, passing: Passing) -> None:
         super().__init__(original)
-        self.offset, self.eps = offset, _epsilon(original)
+        self.offset, self.eps, self.passing = offset, _epsilon(original), passing
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         if not self.enabled:
             return self.original(hidden_states)
-        return rms_norm(hidden_states, self.weight, self.eps, self.offset)
+        return rms_norm(hidden_states, self.weight, self.eps, self.offset, self.room)
+
+    def behind(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x + delta, or x itself, and the norm of that), both [..., D]; in the backward what reaches x past the norm
+        is added to its gradient in one go."""
+        return add_rms_norm(x, delta, self.weight, self.eps, self.offset, self.room)
+
+    @property
+    def room(self) -> int:
+        """Columns that what reads the norm wants behind it."""
+        folded = self.passing.folded
+        return 0 if folded is None else folded.room(self.weight.shape[0])
 
 
 class FusedMLP(StandIn):
@@ -70,7 +83,8 @@ class FusedMLP(StandIn):
         folded = self.passing.folded
         pair = folded and folded.of((own["gate_proj"], own["up_proj"]))
         if pair and (last := folded.of((own["down_proj"],))):
-            return joined_gated_mlp(x.flatten(0, -2), pair, last, self.activation).view(*x.shape[:-1], -1)
+            y_TD = joined_gated_mlp(x.flatten(0, -2), pair, last, self.activation, room_of(x))
+            return y_TD.view(*x.shape[:-1], -1)
         gate, up, down = (_projection(own[name]) for name in ("gate_proj", "up_proj", "down_proj"))
         return lora_gated_mlp(x, gate, up, down, self.activation)
 
@@ -92,15 +106,21 @@ class FusedAttention(StandIn):
             return self.original(hidden_states, *args, **kwargs)
         x_TD = hidden_states.flatten(0, 1)
         own, ready, head = self._modules, self.passing.current.ready, self.call.head_size
-        q, k, v = _linears(self.passing, (own["q_proj"], own["k_proj"], own["v_proj"]), x_TD)
-        q_THE, k_TKE = (self._norm(name, x, head) for name, x in (("q_norm", q), ("k_norm", k)))
-        if ready is not None and angles[0].shape[-1] == head:
-            qk = turned(torch.cat([q_THE, k_TKE], 1), *ready.angles(angles, q.dtype))
-            q_THE, k_TKE = qk.split([q_THE.shape[1], k_TKE.shape[1]], 1)
-        else:
+        three = (own["q_proj"], own["k_proj"], own["v_proj"])
+        joined = self.passing.folded and self.passing.folded.of(three)
+        if joined and cache is None and not own.keys() & {"q_norm", "k_norm"}:
             cos_TR, sin_TR = (angle.flatten(0, 1) for angle in angles)
-            q_THE, k_TKE = rotary(q_THE, cos_TR, sin_TR), rotary(k_TKE, cos_TR, sin_TR)
-        v_TKE = v.unflatten(-1, (-1, head))
+            q_THE, k_TKE, v_TKE = joined_heads(x_TD, joined, cos_TR, sin_TR, head, room_of(hidden_states))
+        else:
+            q, k, v = _linears(self.passing, three, x_TD)
+            q_THE, k_TKE = (self._norm(name, x, head) for name, x in (("q_norm", q), ("k_norm", k)))
+            if ready is not None and angles[0].shape[-1] == head:
+                qk = turned(torch.cat([q_THE, k_TKE], 1), *ready.angles(angles, q.dtype))
+                q_THE, k_TKE = qk.split([q_THE.shape[1], k_TKE.shape[1]], 1)
+            else:
+                cos_TR, sin_TR = (angle.flatten(0, 1) for angle in angles)
+                q_THE, k_TKE = rotary(q_THE, cos_TR, sin_TR), rotary(k_TKE, cos_TR, sin_TR)
+            v_TKE = v.unflatten(-1, (-1, head))
         asked: dict[str, Any] = {"scale": self.call.scale, "window": self.call.window, "softcap": self.call.softcap}
         if cache is not None:
             out_THE = cache.attention(self, q_THE, k_TKE, v_TKE, **asked)
@@ -140,7 +160,7 @@ def install(model: nn.Module, kinds: Sequence[str] = KINDS) -> dict[str, StandIn
                 continue
             stand_in = _build(kind, module, calls.get(module), passing_of(model))
             with passing_of(model).running(this):
-                same = stand_in is not None and _same(stand_in, *watched[path])
+                same = stand_in is not None and same_output(stand_in, *watched[path])
             if stand_in is not None and same:
                 model.set_submodule(path, stand_in)
                 stand_ins[path] = stand_in
@@ -190,7 +210,7 @@ def _build(kind: str, module: nn.Module, call: AttentionCall | None, passing: Pa
         return None
     if kind == "norm":
         offset = _offset(module)
-        return None if offset is None else FusedNorm(module, offset)
+        return None if offset is None else FusedNorm(module, offset, passing)
     names = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
     if not all(_can_project(module._modules[name]) for name in names[kind]):
         return None
@@ -263,7 +283,7 @@ def _takes_one(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _same(stand_in: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+def same_output(stand_in: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
     """Whether the stand-in gives the output that was watched, up to the roundings of two orders of the same sums."""
     try:
         mine = stand_in(*args, **kwargs)

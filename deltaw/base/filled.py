@@ -1,6 +1,6 @@
 """Batches filled up to one of a few sizes, and the places on a device that such a batch is put into.
 
-A pass that is captured once and replayed (training/captured.py) always does the same work on the same addresses, so
+A pass that is captured once and replayed (recorded.py) always does the same work on the same addresses, so
 every batch that it is to serve must have the same sizes. What fills a batch up changes nothing of it:
 
     tokens      token 0, in documents of their own behind the real ones, so that no real token sees them
@@ -9,10 +9,11 @@ every batch that it is to serve must have the same sizes. What fills a batch up 
     rows_K      as many rows for the head as the size has labels: the labelled ones, then others, each once; a row
                 without a label costs its product and nothing else (kernels/logprobs.py)
 
-The sizes are steps of an eighth of a full batch in tokens, of an eighth of these in labels, and powers of two in
-documents: a full batch is filled by what its last document left over, and few sizes are met in a run. The longest
-document is the run's, for all of them: attention only has to know a bound. Filler is cut into documents no longer than
-that one, because a model's table of positions may end there.
+The sizes are steps of an eighth of a full batch in tokens and in labels, and powers of two in documents: a full batch
+is filled by what its last document left over, and few sizes are met in a run. Each costs two passes as they are and a
+recording; at 135M a step as it is took 544 ms on an H100, a replayed one 25. The longest document is the run's, for all
+of them: attention only has to know a bound. Filler is cut into documents no longer than that one, because a model's
+table of positions may end there.
 
 Rejected: padding every batch to the full size (the last of a step may be almost empty), and filler inside a real
 document (its rows would be seen).
@@ -20,7 +21,8 @@ document (its rows would be seen).
 Letters: T tokens, S documents + 1, K rows that the head is asked for.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
@@ -30,7 +32,7 @@ from deltaw.kernels.logprobs import IGNORE
 
 PARTS = 8  # of a full batch, and of its labels
 LEAST = 64  # tokens of such a part
-FEWEST = 8  # documents
+FEWEST = 16  # documents, and four times as many, and so on: an empty one costs attention next to nothing
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,27 @@ class Size:
     def of(batch: Batch, capacity: int, longest: int) -> "Size":
         """The smallest of the sizes that holds `batch`, where a full one has `capacity` tokens, and no document of the
         run more than `longest`."""
+        counts = len(batch.tokens_T), len(batch.starts) - 1, batch.supervised
+        return Size.holding([counts], capacity, max(longest, batch.documents.longest))
+
+    @staticmethod
+    def holding(batches: Sequence[tuple[int, int, int]], capacity: int, longest: int) -> "Size":
+        """The smallest that holds each of these batches of so many (tokens, documents, labels)."""
         step = max(LEAST, -(-capacity // PARTS))
-        tokens = _up(len(batch.tokens_T), step)
-        longest = min(tokens, max(longest, batch.documents.longest))
-        documents = len(batch.starts) - 1 + -(-(tokens - len(batch.tokens_T)) // longest)
-        labels = min(tokens, _up(max(1, batch.supervised), max(1, tokens // PARTS)))
-        return Size(tokens, max(FEWEST, 1 << (documents - 1).bit_length()), longest, labels)
+        tokens = _up(max(count for count, _, _ in batches), step)
+        longest = min(tokens, longest)
+        documents = max(number + -(-(tokens - count) // longest) for count, number, _ in batches)
+        labels = max(1, *(number for _, _, number in batches))
+        labels = min(tokens, _up(labels, step))
+        room = FEWEST
+        while room < documents:
+            room *= 4
+        return Size(tokens, room, longest, labels)
+
+    def with_(self, other: "Size") -> "Size":
+        """The smallest that holds what either holds."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Size(*(max(pair) for pair in pairs))
 
 
 def fill(batch: Batch, size: Size) -> Batch:

@@ -77,10 +77,13 @@ class Grpo(Objective):
         above_K = (ratio_K > 1 + self.epsilon_high) & (known.advantage_K > 0)
         below_K = (ratio_K < 1 - self.epsilon_low) & (known.advantage_K < 0)
         difference_K = (logprobs.logp_K.detach() - known.sampled_K).abs()
-        largest = float(difference_K.max()) if len(difference_K) else 0.0
-        drift = float(self._divergence(logprobs, known).double().sum()) if self.beta else 0.0
-        passed, clipped = float(len(ratio_K)), float((above_K | below_K).sum())
-        return {"passed": passed, "clipped": clipped, "divergence": drift, "logp_difference": largest}
+        clipped = (above_K | below_K).sum().double()
+        drift = self._divergence(logprobs, known).double().sum() if self.beta else torch.zeros_like(clipped)
+        largest = difference_K.max().double() if len(difference_K) else torch.zeros_like(clipped)
+        numbers = torch.stack([clipped, drift, largest]).tolist()  # at once: on a GPU each question waits for it
+        return dict(
+            zip(("passed", "clipped", "divergence", "logp_difference"), [float(len(ratio_K)), *numbers], strict=True)
+        )
 
     def means(self, sums: Mapping[str, float]) -> dict[str, float]:
         passed = sums.get("passed", 0.0)

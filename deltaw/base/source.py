@@ -148,6 +148,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaw"
 
 
+def compiled_kernels() -> Path:
+    """Where a package's kernels of attention are kept once they are compiled."""
+    return cache_root() / "attention"
+
+
 def check_folder(folder: Path) -> dict[str, Any]:
     """config.json of a model folder, after checking it and the weight files' headers. Raises InputError."""
     if not (folder / "config.json").is_file():

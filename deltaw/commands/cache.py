@@ -2,6 +2,7 @@
 
     rows     prepared data sets (data/cache.py): a user's own data
     model    GGUF bases as folders of safetensors (base/gguf.py)
+    kernels  of attention, as a package compiled them (kernels/flash.py)
 
 All of it is made again when it is needed. Rows that a living process has open stay, and so do models that one is
 converting just now.
@@ -11,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaw.base.source import cache_root
+from deltaw.base.source import cache_root, compiled_kernels
 from deltaw.data.cache import kept_rows
 from deltaw.data.cache import remove as remove_rows
 from deltaw.errors import InputError
@@ -24,6 +25,7 @@ from deltaw.show.table import table
 from deltaw.show.text import counted, one_line
 
 DAY = 86_400
+OBJECT = ".o"  # how a compiled kernel's file ends
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def cache_listed(*, clean: bool = False, older_than: float | None = None) -> Res
     """What there is; with `clean`, what was removed of it. Raises InputError."""
     if older_than is not None and not clean:
         raise InputError("--older-than says what to remove, so it needs --clean", fix="add --clean")
-    root, items = cache_root(), sorted([*_rows(), *_models()], key=lambda item: -item.used)
+    root, items = cache_root(), sorted([*_rows(), *_models(), *_kernels()], key=lambda item: -item.used)
     chosen = [item for item in items if time.time() - item.used >= (older_than or 0) * DAY] if clean else []
     removed = [item for item in chosen if _remove(item)]
     left = [item for item in items if item not in removed]
@@ -90,6 +92,14 @@ def _models() -> list[Item]:
     return items
 
 
+def _kernels() -> list[Item]:
+    files = list((folder := compiled_kernels()).rglob(f"*{OBJECT}"))
+    if not files:
+        return []
+    size, used = sum(file.stat().st_size for file in files), max(_used(file.parent) for file in files)
+    return [Item("kernels", f"of attention, {counted(len(files), 'file')}", folder, size, used)]
+
+
 def _used(folder: Path) -> float:
     """When a file in it was read last, as far as the file system tells."""
     return max(max(file.stat().st_atime, file.stat().st_mtime) for file in folder.iterdir())
@@ -98,6 +108,10 @@ def _used(folder: Path) -> float:
 def _remove(item: Item) -> bool:
     if item.kind == "rows":
         return any(remove_rows(kept) for kept in kept_rows() if kept.file == item.path)
+    if item.kind == "kernels":  # the files alone: a process that compiles another one wants the folder
+        for file in item.path.rglob(f"*{OBJECT}"):
+            file.unlink(missing_ok=True)
+        return True
     if in_use(item.path.with_name(f"{item.path.name}{LOCK}")):
         return False
     aside = atomic.temporary_name(item.path)

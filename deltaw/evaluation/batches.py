@@ -1,5 +1,7 @@
 """Rows that are measured, in batches: beginnings that they share are computed once, as in training (data/sharing.py);
-where they share nothing, rows of like length stand together.
+where they share nothing, rows of like length stand together. On a GPU, where documents are packed, they stay in the
+order in which they come: so every batch has about as many documents and labels, and one recorded pass serves them all
+(scoring.py).
 
 Beginnings are looked for among `NEAR` neighbours, so that not all rows of a large set are in memory. Whatever is
 measured is a sum by row or by label, so it doesn't depend on how rows are batched, but for rounding.
@@ -21,22 +23,34 @@ TOKENS_AT_ONCE = 4096  # that are computed
 def batches(
     forward: Forward, weighed: Weighed, units: Sequence[int] | None = None, *, at_once: int = TOKENS_AT_ONCE
 ) -> Iterator[tuple[list[int], Batch]]:
-    """(numbers of the examples, their batch on the model's device) until all are through. `units`: of these alone; the
-    two answers of a pair are one, and in one batch."""
-    examples, device = weighed.examples, next(forward.model.parameters()).device
-    every, by_length = Units(examples), list[int]()
+    """(numbers of the examples, their batch, on a CPU) until all are through. `units`: of these alone; the two answers
+    of a pair are one, and in one batch."""
+    if not forward.shares:
+        for own in groups(forward, weighed, units, at_once=at_once):
+            yield own, weighed.packed(own)
+        return
+    examples, every, alone = weighed.examples, Units(weighed.examples), list[int]()
     asked = range(len(every)) if units is None else units
     for first in range(0, len(asked), NEAR):
         near = asked[first : first + NEAR]
-        shared = every.shared(examples, near) if forward.shares else None
+        shared = every.shared(examples, near)
         if shared is None:
-            by_length += near
+            alone += near
             continue
         numbers = every.examples_of(near)
         for part in shared.batches(at_once):
             own = [numbers[number] for number in part.numbers]
-            yield own, weighed.dressed(part.pack(), own).to(device)
-    order = np.array(by_length, np.int64)
-    for group in fill(order[np.argsort(every.lengths[order], kind="stable")], every.lengths, at_once):
-        own = every.examples_of(group)
-        yield own, weighed.packed(own).to(device)
+            yield own, weighed.dressed(part.pack(), own)
+    for own in groups(forward, weighed, alone, at_once=at_once):
+        yield own, weighed.packed(own)
+
+
+def groups(
+    forward: Forward, weighed: Weighed, units: Sequence[int] | None = None, *, at_once: int = TOKENS_AT_ONCE
+) -> list[list[int]]:
+    """The numbers of the examples of each batch, where no beginning is shared."""
+    every = Units(weighed.examples)
+    order = np.arange(len(every)) if units is None else np.array(units, np.int64)
+    if not (forward.packed and next(forward.model.parameters()).is_cuda):
+        order = order[np.argsort(every.lengths[order], kind="stable")]
+    return [every.examples_of(group) for group in fill(order, every.lengths, at_once)]

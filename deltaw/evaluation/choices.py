@@ -31,8 +31,7 @@ from deltaw.data.document import held_in_cell
 from deltaw.data.example import Example
 from deltaw.data.weighed import Weighed
 from deltaw.errors import InputError, Rejected
-from deltaw.evaluation.batches import batches
-from deltaw.generate.cache import evaluating
+from deltaw.evaluation.scoring import Say, scored_batches, unsaid
 from deltaw.model import Model
 
 LISTS = ("choices", "options", "endings")
@@ -115,7 +114,11 @@ def texts_behind(prompt: object, choices: Choices) -> tuple[Any, list[str]]:
 
 
 def likelihoods(
-    model: Model, rows: Mapping[int, tuple[Sequence[int], Sequence[Sequence[int]]]], *, adapter: bool
+    model: Model,
+    rows: Mapping[int, tuple[Sequence[int], Sequence[Sequence[int]]]],
+    *,
+    adapter: bool,
+    say: Say = unsaid,
 ) -> Iterator[tuple[int, list[float]]]:
     """(number, ll of each choice) of rows of (prompt's ids, ids of each choice), as they are known."""
     asked = [
@@ -127,9 +130,9 @@ def likelihoods(
     known: dict[int, dict[int, float]] = {}
     off = nullcontext() if adapter or model.attached is None else model.attached.disabled()
     with off:
-        for part, batch in batches(model.forward, Weighed([example for _, _, example in asked])):
-            with evaluating(model.base.model):
-                sums: list[float] = batch.by_document(model.forward.logprobs(batch).double()).tolist()
+        weighed = Weighed([example for _, _, example in asked])
+        for part, batch, scores in scored_batches(model.forward, weighed, say=say):
+            sums: list[float] = batch.by_document(scores.logp_K.double()).tolist()
             for at, value in zip(part, sums, strict=True):
                 number, choice, _ = asked[at]
                 own = known.setdefault(number, {})

@@ -16,6 +16,7 @@ Letters: K tokens with a label, V vocabulary, P passages, B resamples.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from deltaw.data.render import Renderer
 from deltaw.data.weighed import Weighed
 from deltaw.errors import InputError
 from deltaw.evaluation.batches import batches
-from deltaw.generate.cache import evaluating
+from deltaw.evaluation.scoring import passes
 from deltaw.kernels.logprobs import IGNORE
 from deltaw.model import Model
 from deltaw.show.progress import Display
@@ -66,14 +67,15 @@ def general_text(source: str, renderer: Renderer, longest: int | None = None) ->
     return [without_end(row, renderer.stop_ids) for row in rows]
 
 
-@torch.no_grad()
 def forgetting(model: Model, source: str, examples: Sequence[Example], display: Display) -> Forgetting:
     """Both losses and the divergence. `model` must carry an adapter, switched on."""
     assert model.attached is not None
     sums_P4, done = torch.zeros(len(examples), 4, dtype=torch.float64), 0
-    with evaluating(model.base.model), display.task("forgetting", len(examples)) as progress:
-        for numbers, batch in batches(model.forward, Weighed(examples), at_once=TOKENS_AT_ONCE):
-            sums_P4[numbers] = _sums(model, batch)
+    rows, ask, at_once = Weighed(examples), partial(_of_labels, model), TOKENS_AT_ONCE
+    recorded = passes(model.forward, ask, rows, at_once=at_once, say=display.say)
+    with recorded as passed, display.task("forgetting", len(examples)) as progress:
+        for numbers, batch in batches(model.forward, rows, at_once=at_once):
+            sums_P4[numbers] = batch.by_document(passed(batch).double().cpu())
             done += len(numbers)
             progress(done)
     sums_P4 = sums_P4[sums_P4[:, 3] > 0]
@@ -84,17 +86,17 @@ def forgetting(model: Model, source: str, examples: Sequence[Example], display: 
     return Forgetting(source, int(tokens), before / tokens, after / tokens, kl / tokens, len(sums_P4), rise, divergence)
 
 
-def _sums(model: Model, batch: Batch) -> Tensor:
-    """[P, 4] float64: for each passage of a batch the losses before and after, the divergence, the tokens."""
+def _of_labels(model: Model, batch: Batch) -> Tensor:
+    """[K, 4]: at each label of a batch the losses before and after, the divergence, 1."""
     assert model.attached is not None
-    rows = batch.labels_T != IGNORE
-    labels_K1 = batch.labels_T[rows][:, None]
+    rows = batch.labels_T != IGNORE if batch.rows_K is None else batch.rows_K
+    labels_K1 = batch.labels_T[rows][:, None].clamp_min(0)  # a filled batch has rows without a label
     after_KV = model.forward.logits(batch)[rows].log_softmax(-1)
     with model.attached.disabled():
         before_KV = model.forward.logits(batch)[rows].log_softmax(-1)
     losses = [-logp_KV.gather(1, labels_K1).squeeze(1) for logp_KV in (before_KV, after_KV)]
     kl_K = (before_KV.exp() * (before_KV - after_KV)).sum(1)
-    return batch.by_document(torch.stack([*losses, kl_K, torch.ones_like(kl_K)], 1).double()).cpu()
+    return torch.stack([*losses, kl_K, torch.ones_like(kl_K)], 1)
 
 
 def _interval(part_P: Tensor, tokens_P: Tensor) -> tuple[float, float] | None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from deltaw.base.forward import Forward
 from deltaw.base.limits import Limits
+from deltaw.base.objective import sft
 from deltaw.base.parts import ANSWERED, ASKED
 from deltaw.config import EvaluateConfig
 from deltaw.data.example import Example
@@ -26,9 +27,8 @@ from deltaw.data.examples import fingerprint
 from deltaw.data.render import Renderer
 from deltaw.data.weighed import Weighed
 from deltaw.errors import InputError, RunError
-from deltaw.evaluation.batches import batches
 from deltaw.evaluation.metrics import Answer, Metric
-from deltaw.generate.cache import evaluating
+from deltaw.evaluation.scoring import Say, scored_batches, unsaid
 from deltaw.generate.sampling import Sampling
 from deltaw.model import Model
 from deltaw.show.progress import Display, Progress, unseen
@@ -90,7 +90,7 @@ class Evaluation:
 def evaluate_loss(model: Model, examples: Sequence[Example], *, display: Display, name: str) -> Evaluation:
     """The loss on all rows, nothing asked yet. Raises RunError where it isn't finite: it would look like a result."""
     with display.task(f"{name}: loss", len(examples)) as progress:
-        loss, count = held_out_loss(model.forward, examples, progress=progress)
+        loss, count = held_out_loss(model.forward, examples, progress=progress, say=display.say)
     if not math.isfinite(loss):
         raise RunError(f"the loss on the held-out rows is {loss}", fix="look at data.eval, or use dtype float32")
     return Evaluation(loss, perplexity(loss), count, rows=fingerprint(examples))
@@ -164,14 +164,14 @@ def rows_asked(
     return spread([row for row in examples if not is_long(row)], config.samples)
 
 
-def held_out_loss(forward: Forward, examples: Sequence[Example], *, progress: Progress = unseen) -> tuple[float, int]:
+def held_out_loss(
+    forward: Forward, examples: Sequence[Example], *, progress: Progress = unseen, say: Say = unsaid
+) -> tuple[float, int]:
     """(mean cross-entropy in nats over the supervised tokens, their count). 0 rows: (nan, 0)."""
     total, count, done = 0.0, 0, 0
-    with evaluating(forward.model):
-        for numbers, batch in batches(forward, Weighed(examples)):
-            loss, labels = forward.loss(batch)
-            total, count, done = total + float(loss), count + labels, done + len(numbers)
-            progress(done)
+    for numbers, batch, scores in scored_batches(forward, Weighed(examples), say=say):
+        total, count, done = total + float(sft(scores, batch)), count + sft.count(batch), done + len(numbers)
+        progress(done)
     return (total / count if count else math.nan), count
 
 

@@ -249,7 +249,8 @@ def gather(
                 progress(done)
 
     def likely(missing: list[int]) -> Iterator[tuple[int, Any]]:
-        return likelihoods(model, {n: (rows[n].ids, rows[n].behind) for n in missing}, adapter=side == "adapter")
+        asked = {n: (rows[n].ids, rows[n].behind) for n in missing}
+        return likelihoods(model, asked, adapter=side == "adapter", say=display.say)
 
     def said(missing: list[int]) -> Iterator[tuple[int, Any]]:
         prompts, sampling = {n: rows[n].ids for n in missing}, Sampling(max_new_tokens=task.longest)

@@ -22,10 +22,9 @@ from deltaw.data.example import Example
 from deltaw.data.examples import fingerprint
 from deltaw.data.weighed import Weighed, mismatched
 from deltaw.errors import RunError
-from deltaw.evaluation.batches import batches
 from deltaw.evaluation.held_out import Evaluation
 from deltaw.evaluation.intervals import Scores, interval
-from deltaw.generate.cache import evaluating
+from deltaw.evaluation.scoring import Say, scored_batches, unsaid
 from deltaw.model import Model
 from deltaw.show.progress import Display, Progress, unseen
 
@@ -53,19 +52,18 @@ def weighed_sums(
     units: Sequence[int] | None = None,
     *,
     progress: Progress = unseen,
+    say: Say = unsaid,
 ) -> Sums:
     """Of all units of `weighed`, or of these."""
     total, done = Sums(figures=dict.fromkeys(objective.sums, 0.0)), 0
-    with evaluating(forward.model):
-        for numbers, batch in batches(forward, weighed, units):
-            logprobs = forward.scores(batch)
-            total.loss += float(objective(logprobs, batch))
-            total.count += objective.count(batch)
-            total.right += objective.right(logprobs, batch)
-            for name, value in objective.figures(logprobs, batch).items():
-                total.figures[name] += value
-            done += len(numbers)
-            progress(done)
+    for numbers, batch, logprobs in scored_batches(forward, weighed, units, say=say):
+        total.loss += float(objective(logprobs, batch))
+        total.count += objective.count(batch)
+        total.right += objective.right(logprobs, batch)
+        for name, value in objective.figures(logprobs, batch).items():
+            total.figures[name] += value
+        done += len(numbers)
+        progress(done)
     return total
 
 
@@ -76,14 +74,15 @@ def anchor_of(forward: Forward, weighed: Weighed) -> float:
     return float((summed_logprobs(forward, examples) - weighed.beside).mean())
 
 
-def summed_logprobs(forward: Forward, examples: Sequence[Example], *, progress: Progress = unseen) -> np.ndarray:
+def summed_logprobs(
+    forward: Forward, examples: Sequence[Example], *, progress: Progress = unseen, say: Say = unsaid
+) -> np.ndarray:
     """float64: the summed log-probability of each example's labels."""
     sums, done = np.zeros(len(examples)), 0
-    with evaluating(forward.model):
-        for numbers, batch in batches(forward, Weighed(examples)):
-            sums[numbers] = batch.by_document(forward.logprobs(batch)).to("cpu", torch.float64).numpy()
-            done += len(numbers)
-            progress(done)
+    for numbers, batch, logprobs in scored_batches(forward, Weighed(examples), say=say):
+        sums[numbers] = batch.by_document(logprobs.logp_K).to("cpu", torch.float64).numpy()
+        done += len(numbers)
+        progress(done)
     return sums
 
 
@@ -101,7 +100,7 @@ def weighed_evaluation(
     if objective.anchored:
         objective = objective.with_anchor(anchor_of(forward, weighed))
     with display.task(f"{name}: answers weighed", len(weighed.examples)) as progress:
-        sums = weighed_sums(forward, weighed, objective, progress=progress)
+        sums = weighed_sums(forward, weighed, objective, progress=progress, say=display.say)
     loss = sums.loss / sums.count if sums.count else math.nan
     if not math.isfinite(loss):
         raise RunError(f"the loss on the held-out rows is {loss}", fix="look at data.eval, or use dtype float32")
@@ -131,7 +130,8 @@ def both_sides(
     off = nullcontext if attached is None else attached.disabled
     if objective.references:
         with off(), display.task("the reference", len(examples)) as progress:
-            references = summed_logprobs(model.forward, examples, progress=progress) if kept is None else kept
+            if kept is None:
+                references = summed_logprobs(model.forward, examples, progress=progress, say=display.say)
             if objective.anchored:
                 others = [mismatched(examples, number) for number in range(len(examples))]
                 beside = summed_logprobs(model.forward, others)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOM = 0.5  # of the free memory, that a recording must leave
+ROOM = 0.2  # of the free memory, that a recording must leave
 
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]  # work -> (replay, its result's place)
 

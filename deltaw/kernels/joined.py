@@ -22,8 +22,8 @@ The factors stay the float32 masters that they are. `Joined.places` says where i
 the weights' dtype, before a pass (adapter/folding.py does it, all in one launch). Their gradients are summed in the
 products' own accumulators and added in the factors' dtype: to `sinks`, where there are some, else they are returned.
 
-K is filled up to a multiple of 16 with zeros, and rows begin at multiples of 128 bytes: a GPU's matrix units are fed in
-such pieces.
+K is filled up to a multiple of 16 with zeros, and rows begin at multiples of 128 bytes (room.py): a GPU's matrix units
+are fed in such pieces.
 
 Letters: T rows, N inputs, M outputs of all together, R rank of one, K the ranks' sum, filled up; I inner size.
 """
@@ -36,10 +36,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deltaw.kernels.device import on_gpu
 from deltaw.kernels.lora import Factors, gated, gated_back
+from deltaw.kernels.room import roomy
+from deltaw.kernels.rotary import turn_, turn_back
 
+HALF = (torch.bfloat16, torch.float16)
+NARROW = 2**26  # bytes
 FILL = 16  # columns that factors are filled up to
-LINE = 128  # bytes at whose multiples rows begin
 
 
 class Sinks(NamedTuple):
@@ -96,35 +100,29 @@ class Joined:
 
     def collect(self) -> dict[Tensor, Tensor]:
         """Sinks, made: by factor, where its gradient is added up."""
-        updates = [update for update in self.updates if update is not None]
-        a_KN = updates[0].a_RN.new_zeros(self.room, self.inputs)
-        bs = tuple(None if update is None else torch.zeros_like(update.b_MR) for update in self.updates)
-        self.sinks = Sinks(a_KN, bs)
+        self.sinks = self._sums()
         found: dict[Tensor, Tensor] = {}
-        for ranks, update, b_MR in zip(self.ranks, self.updates, bs, strict=True):
+        for ranks, update, b_MR in zip(self.ranks, self.updates, self.sinks.bs, strict=True):
             if update is not None and b_MR is not None:
-                found |= {update.a_RN: a_KN[ranks], update.b_MR: b_MR}
+                found |= {update.a_RN: self.sinks.a_KN[ranks], update.b_MR: b_MR}
         return found
 
-    def with_room(self, x_TN: Tensor) -> Tensor:
-        """[x H]: a copy of x with its part in rank space behind it."""
-        return self.ranked(_copied(x_TN, self.room))
-
-    def ranked(self, x_TX: Tensor) -> Tensor:
-        """The same of an x that has room behind it: H is written there."""
-        x_TN, h_TK = x_TX.split([self.inputs, self.room], 1)
-        torch.mm(x_TN, self.a_KN.T, out=h_TK)
-        return x_TX
+    def ranked(self, x_TN: Tensor, x_TX: Tensor | None = None) -> Tensor:
+        """[x H]: in x's own place where `x_TX` is x and at least as much room behind it, else in a copy of x."""
+        return _ranked(x_TN, self.a_KN.T) if x_TX is None else _ranked_in_place(x_TX, self.a_KN.T)
 
     def product(self, x_TX: Tensor) -> Tensor:
         """y [T, M] of [x H]."""
         whole_MX = self.whole[: self.outputs, : self.inputs + self.room]
         return x_TX @ whole_MX.T if self.bias_M is None else torch.addmm(self.bias_M, x_TX, whole_MX.T)
 
-    def back(self, g_TX: Tensor) -> Tensor:
-        """P, written behind G: [T, K]."""
-        g_TM, p_TK = g_TX.split([self.outputs, self.room], 1)
-        return torch.mm(g_TM, self.s_MK, out=p_TK)
+    def ranked_back(self, g_TM: Tensor) -> Tensor:
+        """[G P], in a copy of G."""
+        return _ranked(g_TM, self.s_MK)
+
+    def ranked_back_in_place(self, g_TX: Tensor) -> Tensor:
+        """[G P] of a G with room behind it."""
+        return _ranked_in_place(g_TX, self.s_MK)
 
     def to_input(self, g_TX: Tensor) -> Tensor:
         """∂L/∂x [T, N] of [G P]."""
@@ -133,62 +131,112 @@ class Joined:
     def to_factors(self, x_TN: Tensor, h_TK: Tensor, g_TX: Tensor) -> list[Tensor | None]:
         """∂L/∂A and ∂L/∂B of each update in turn, of [G P]; None where they were added to the sinks."""
         g_TM, p_TK = g_TX.split([self.outputs, self.room], 1)
-        sinks, found = self.sinks, list[Tensor | None]()
-        kind = self.factors[0].dtype
-        a_KN = _sum(p_TK.T, x_TN, kind, onto=None if sinks is None else sinks.a_KN)
-        for number, (rows, ranks, update) in enumerate(zip(self.rows, self.ranks, self.updates, strict=True)):
-            if update is None:
-                continue
-            onto = None if sinks is None else sinks.bs[number]
-            b_MR = _sum(g_TM[:, rows].T, h_TK[:, ranks], kind, update.scale, onto)
-            found += [a_KN[ranks], b_MR] if sinks is None else [None, None]
-        return found
+        kind, sinks = self.factors[0].dtype, self.sinks or self._sums()
+        sums = [_Sum(x_TN, p_TK, sinks.a_KN.T, 1.0)]
+        for rows, ranks, update, b_MR in zip(self.rows, self.ranks, self.updates, sinks.bs, strict=True):
+            if update is not None and b_MR is not None:
+                sums.append(_Sum(g_TM[:, rows], h_TK[:, ranks], b_MR, update.scale))
+        if _are_narrow(sums) and kind == torch.float32:
+            from deltaw.kernels.triton import factor_sums
+
+            factor_sums(sums)
+        else:
+            for one in sums:
+                _add(one)
+        if self.sinks is not None:
+            return [None] * len(self.factors)
+        pairs = zip(self.ranks, sinks.bs, strict=True)
+        return [part for ranks, b_MR in pairs if b_MR is not None for part in (sinks.a_KN[ranks], b_MR)]
+
+    def _sums(self) -> Sinks:
+        """Zeros, to which gradients are added."""
+        first = self.factors[0]
+        bs = tuple(None if update is None else torch.zeros_like(update.b_MR) for update in self.updates)
+        return Sinks(first.new_zeros(self.room, self.inputs), bs)
 
 
-def joined_linears(x_TN: Tensor, joined: Joined) -> tuple[Tensor, ...]:
+def joined_linears(x_TN: Tensor, joined: Joined, x_TX: Tensor | None = None) -> tuple[Tensor, ...]:
     """Each projection of x [T, N]: [T, ·] in x's dtype, columns of one matrix. Only x and the factors can get
-    gradients."""
-    ys: tuple[Tensor, ...] = _JoinedLinears.apply(x_TN, joined, *joined.factors)
+    gradients. `x_TX`: x where it lies, with at least `joined.room` columns behind it that may be written to."""
+    ys: tuple[Tensor, ...] = _JoinedLinears.apply(x_TN, x_TX, joined, None, *joined.factors)
     return ys
 
 
-def joined_gated_mlp(x_TN: Tensor, pair: Joined, down: Joined, activation: str) -> Tensor:
+def joined_heads(
+    x_TN: Tensor, joined: Joined, cos_TR: Tensor, sin_TR: Tensor, head: int, x_TX: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Queries, keys and values [T, ·, head] of x, queries and keys turned by the angles of each token (rotary.py)."""
+    ys = _JoinedLinears.apply(x_TN, x_TX, joined, _Turn(cos_TR, sin_TR, head), *joined.factors)
+    return tuple(y_TM.unflatten(1, (-1, head)) for y_TM in ys)
+
+
+class _Turn(NamedTuple):
+    """The angles by which the first two projections' heads turn."""
+
+    cos_TR: Tensor
+    sin_TR: Tensor
+    head: int
+
+    def turn(self, y_TM: Tensor, rows: Sequence[slice]) -> None:
+        """Turn queries and keys where they lie in y."""
+        turn_(y_TM[:, : rows[1].stop].unflatten(1, (-1, self.head)), self.cos_TR, self.sin_TR)
+
+    def back(self, grads: Sequence[Tensor], g_TX: Tensor) -> None:
+        """Write the gradients side by side, those of queries and keys turned back."""
+        dq, dk, dv = (grad.unflatten(1, (-1, self.head)) for grad in grads)
+        turn_back(dq, dk, dv, self.cos_TR, self.sin_TR, g_TX)
+
+
+def joined_gated_mlp(x_TN: Tensor, pair: Joined, down: Joined, activation: str, x_TX: Tensor | None = None) -> Tensor:
     """down(act(gate(x)) ∘ up(x)) [T, N] of `pair` = gate and up; `activation` is a key of lora.py's ACTIVATIONS."""
-    y_TN: Tensor = _JoinedMLP.apply(x_TN, pair, down, activation, *pair.factors, *down.factors)
+    y_TN: Tensor = _JoinedMLP.apply(x_TN, x_TX, pair, down, activation, *pair.factors, *down.factors)
     return y_TN
 
 
 class _JoinedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TN: Tensor, joined: Joined, *factors: Tensor) -> tuple[Tensor, ...]:
-        x_TX = joined.with_room(x_TN)
+    def forward(
+        ctx: Any, x_TN: Tensor, x_TX: Tensor | None, joined: Joined, turn: _Turn | None, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        x_TX = joined.ranked(x_TN, x_TX)
         ctx.save_for_backward(x_TX, *factors)
-        ctx.joined = joined
+        ctx.joined, ctx.turn = joined, turn
         y_TM = joined.product(x_TX)
-        return tuple(y_TM[:, rows] for rows in joined.rows) if len(joined.rows) > 1 else (y_TM,)
+        ys = tuple(y_TM[:, rows] for rows in joined.rows) if len(joined.rows) > 1 else (y_TM,)
+        if turn is not None:
+            turn.turn(y_TM, joined.rows)
+        return ys
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         joined, x_TX = ctx.joined, ctx.saved_tensors[0]
-        g_TX = roomy(len(x_TX), joined.outputs, joined.room, x_TX)
-        for rows, grad in zip(joined.rows, grads, strict=True):
-            g_TX[:, rows].copy_(grad)
-        joined.back(g_TX)
+        if len(grads) == 1:
+            g_TX = joined.ranked_back(grads[0])
+        else:
+            g_TX = roomy(len(x_TX), joined.outputs, joined.room, x_TX)
+            if ctx.turn is not None:
+                ctx.turn.back(grads, g_TX)
+            else:
+                torch._foreach_copy_([g_TX[:, rows] for rows in joined.rows], list(grads))
+            joined.ranked_back_in_place(g_TX)
         dx_TN = joined.to_input(g_TX) if ctx.needs_input_grad[0] else None
-        return dx_TN, None, *joined.to_factors(*x_TX.split([joined.inputs, joined.room], 1), g_TX)
+        return dx_TN, None, None, None, *joined.to_factors(*x_TX.split([joined.inputs, joined.room], 1), g_TX)
 
 
 class _JoinedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TN: Tensor, pair: Joined, down: Joined, activation: str, *factors: Tensor) -> Tensor:
-        x_TX, size = pair.with_room(x_TN), down.inputs
+    def forward(
+        ctx: Any, x_TN: Tensor, x_TX: Tensor | None, pair: Joined, down: Joined, activation: str, *factors: Tensor
+    ) -> Tensor:
+        x_TX, size = pair.ranked(x_TN, x_TX), down.inputs
         gu_TI = pair.product(x_TX)
         inner_TX = roomy(len(x_TN), size, down.room, x_TN)
-        gated(gu_TI[:, :size], gu_TI[:, size:], activation, out=inner_TX[:, :size])
-        down.ranked(inner_TX)
+        inner_TI, h_TK = inner_TX.split([size, down.room], 1)
+        gated(gu_TI[:, :size], gu_TI[:, size:], activation, out=inner_TI)
+        down.ranked(inner_TI, inner_TX)
         # H in a copy of its own: kept in its place it would keep all that it lies behind.
-        ctx.save_for_backward(x_TX, gu_TI, inner_TX[:, size:].clone(), *factors)
+        ctx.save_for_backward(x_TX, gu_TI, h_TK.clone(), *factors)
         ctx.pair, ctx.down, ctx.activation = pair, down, activation
         return down.product(inner_TX)
 
@@ -196,32 +244,36 @@ class _JoinedMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, ...]:
         pair, down, (x_TX, gu_TI, h_TK, *_) = ctx.pair, ctx.down, ctx.saved_tensors
-        size, T = down.inputs, len(x_TX)
-        grad_TX = _copied(grad_TN, down.room)
-        down.back(grad_TX)
+        size, grad_TX = down.inputs, down.ranked_back(grad_TN)
         d_TI = down.to_input(grad_TX)
-        inner_TI, g_TX = torch.empty_like(d_TI), roomy(T, pair.outputs, pair.room, x_TX)
+        inner_TI, g_TX = torch.empty_like(d_TI), roomy(len(x_TX), pair.outputs, pair.room, x_TX)
         out = inner_TI, g_TX[:, :size], g_TX[:, size : 2 * size]
         gated_back(d_TI, gu_TI[:, :size], gu_TI[:, size:], ctx.activation, out=out)
         del d_TI
         of_down = down.to_factors(inner_TI, h_TK, grad_TX)
-        pair.back(g_TX)
+        pair.ranked_back_in_place(g_TX)
         dx_TN = pair.to_input(g_TX) if ctx.needs_input_grad[0] else None
         of_pair = pair.to_factors(*x_TX.split([pair.inputs, pair.room], 1), g_TX)
-        return dx_TN, None, None, None, *of_pair, *of_down
+        return dx_TN, None, None, None, None, *of_pair, *of_down
 
 
-def roomy(rows: int, columns: int, room: int, like: Tensor) -> Tensor:
-    """[rows, columns + room] of any numbers, in the dtype and on the device of `like`; each row begins a line."""
-    line = max(1, LINE // like.element_size())
-    width = columns + room
-    return like.new_empty(rows, -(-width // line) * line)[:, :width]
+def _ranked(x_TN: Tensor, a_NK: Tensor) -> Tensor:
+    """[x  x a], in a copy of x."""
+    (T, N), K = x_TN.shape, a_NK.shape[1]
+    x_TX = roomy(T, N, K, x_TN)
+    if on_gpu(x_TN):
+        from deltaw.kernels.triton import ranked
+
+        return ranked(x_TN, a_NK, x_TX)
+    x_TX[:, :N].copy_(x_TN)
+    return _ranked_in_place(x_TX, a_NK)
 
 
-def _copied(x_TN: Tensor, room: int) -> Tensor:
-    """x with room behind it."""
-    x_TX = roomy(x_TN.shape[0], x_TN.shape[1], room, x_TN)
-    x_TX[:, : x_TN.shape[1]].copy_(x_TN)
+def _ranked_in_place(x_TX: Tensor, a_NK: Tensor) -> Tensor:
+    """[x  x a] of an x with room behind it."""
+    N, K = a_NK.shape
+    x_TX = x_TX[:, : N + K]
+    torch.mm(x_TX[:, :N], a_NK, out=x_TX[:, N:])
     return x_TX
 
 
@@ -229,12 +281,31 @@ def _spans(sizes: Sequence[int]) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(accumulate(sizes, initial=0))]
 
 
-def _sum(a_RT: Tensor, b_TN: Tensor, kind: torch.dtype, scale: float = 1.0, onto: Tensor | None = None) -> Tensor:
-    """scale · a b [R, N] in `kind`, added to `onto` where that is given; on a GPU not rounded on the way."""
-    if onto is None:
-        onto = a_RT.new_zeros(a_RT.shape[0], b_TN.shape[1], dtype=kind)
-    if a_RT.dtype == kind:
-        return onto.addmm_(a_RT, b_TN, alpha=scale)
-    if a_RT.is_cuda and kind == torch.float32:
-        return torch.addmm(onto, a_RT, b_TN, out_dtype=kind, alpha=scale, out=onto)
-    return onto.add_((a_RT @ b_TN).to(kind), alpha=scale)
+class _Sum(NamedTuple):
+    """scale · wideᵀ thin, to be added to `out`."""
+
+    wide_TC: Tensor
+    thin_TR: Tensor
+    out_CR: Tensor
+    scale: float
+
+
+def _are_narrow(sums: Sequence[_Sum]) -> bool:
+    """Whether a GPU takes them sooner all at once (kernels/triton/sums.py): those of wider matrices fill it one by one,
+    and read them at the memory's speed."""
+    wide = sums[0].wide_TC
+    bytes_read = sum(one.wide_TC.numel() for one in sums) * wide.element_size()
+    return on_gpu(wide) and wide.dtype in HALF and bytes_read <= NARROW
+
+
+def _add(one: _Sum) -> None:
+    """By a product; on a GPU not rounded on the way."""
+    wide_TC, thin_TR, out_CR, scale = one
+    if out_CR.stride(0) == 1:  # written in the order in which it lies
+        wide_TC, thin_TR, out_CR = thin_TR, wide_TC, out_CR.T
+    if wide_TC.dtype == out_CR.dtype:
+        out_CR.addmm_(wide_TC.T, thin_TR, alpha=scale)
+    elif wide_TC.is_cuda and out_CR.dtype == torch.float32:
+        torch.addmm(out_CR, wide_TC.T, thin_TR, out_dtype=torch.float32, alpha=scale, out=out_CR)
+    else:
+        out_CR.add_((wide_TC.T @ thin_TR).to(out_CR.dtype), alpha=scale)

@@ -18,7 +18,7 @@ everything else: the same products in the same order. Rounding n_k · ∂L/∂lo
 [K, D], against a number that is off by half a unit of the rows' own dtype.
 
 The labelled rows are found by asking the labels, which on a GPU means waiting for it, and how many there are decides
-the shapes of all that follows. A captured pass (training/captured.py) can do neither: it brings a fixed number of
+the shapes of all that follows. A captured pass (base/recorded.py) can do neither: it brings a fixed number of
 rows, `rows_K`, the labelled ones among them; the others have no log-probability (0) and get no gradient.
 
 Sums and counts are returned, never a mean: whoever knows all the batches of a step divides once, which is what makes

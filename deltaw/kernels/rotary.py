@@ -7,7 +7,7 @@ A head's first R entries are two halves; entry i of the one and of the other tur
 The backward is the rotation back, so nothing of x is kept. The usual `x ∘ cos + rotate_half(x) ∘ sin` makes a copy with
 its halves exchanged, one negated, and two products, and autograd as many again.
 
-Letters: T tokens, H heads, E head size, R ≤ E entries that turn.
+Letters: T tokens, H heads, K key/value heads, E head size, R ≤ E entries that turn, M columns of the whole.
 """
 
 from typing import Any
@@ -38,6 +38,28 @@ def rotary_plain(x_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 def turned(x_THE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor) -> Tensor:
     """[T, H, E] where all E entries turn, forward alone, in three calls; sin's first half is negative."""
     return torch.addcmul(x_THE * cos_T1E, x_THE.roll(x_THE.shape[2] // 2, -1), sin_T1E)
+
+
+def turn_(x_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """`rotary` in x's own place, without a gradient: queries and keys, say, as the first heads of one product."""
+    if on_gpu(x_THE):
+        from deltaw.kernels.triton import rotary_turn
+
+        return rotary_turn(x_THE, cos_TR, sin_TR, 1, out=x_THE)
+    return x_THE.copy_(_turn(x_THE, cos_TR, sin_TR, 1))
+
+
+def turn_back(dq_THE: Tensor, dk_TKE: Tensor, dv_TKE: Tensor, cos_TR: Tensor, sin_TR: Tensor, out_TM: Tensor) -> Tensor:
+    """The gradient of what one product gave, from those of queries and keys that have been turned, and of values: in
+    the first (H + 2K) E columns of `out`, which is returned."""
+    if on_gpu(dq_THE):
+        from deltaw.kernels.triton import rotary_back
+
+        return rotary_back(dq_THE, dk_TKE, dv_TKE, cos_TR, sin_TR, out_TM)
+    back = [_turn(dq_THE, cos_TR, sin_TR, -1), _turn(dk_TKE, cos_TR, sin_TR, -1), dv_TKE]
+    whole_TM = torch.cat([part.flatten(1) for part in back], 1)
+    out_TM[:, : whole_TM.shape[1]] = whole_TM
+    return out_TM
 
 
 def _turn(x_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor, sign: int) -> Tensor:

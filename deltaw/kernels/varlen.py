@@ -3,7 +3,8 @@
 The same function as `packed_attention`, by one of two ways:
 
     flash    torch.nn.attention.varlen (FlashAttention over cumulative offsets): half precision, no padding, windows,
-             shared key/value heads; nothing of T² is ever held
+             shared key/value heads; nothing of T² is ever held. Plain causal calls may be done by another kernel
+             that was raced against it (race.py)
     padded   scaled_dot_product_attention over [documents, longest], for what the first cannot do (float32, an older
              GPU, odd head sizes), where filling up costs little
 
@@ -15,7 +16,8 @@ PyTorch's function has grown: 2.10 has `is_causal` and neither scale nor window;
 stay there, and the longest document's length comes from the host, which knows it.
 
 Rejected: FlexAttention (compiles a kernel per mask, seconds at start); cuDNN's attention over padded rows (its sizes
-must be padded to like lengths first); flash-attn, the package (another build for every PyTorch and CUDA).
+must be padded to like lengths first); flash-attn 2, the package (another build for every PyTorch and CUDA, of the
+kernels that PyTorch has).
 
 Letters: T tokens, H query heads, K key/value heads, E head size, S documents + 1, D documents, L the longest.
 """
@@ -30,6 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen
+
+from deltaw.kernels.flash import preferred
 
 FILL = 1.25  # padded places per token, at most
 HALF = (torch.bfloat16, torch.float16)
@@ -74,14 +78,39 @@ def varlen_attention(
     keys_S, most = seen or (starts_S, longest)
     way = _way(q_THE, k_TKE, len(starts_S) - 1, most, scale, window, softcap)
     if way == "flash":
-        extra = _keywords(_parameters(), q_THE, k_TKE, scale, _window(window, most))
-        assert extra is not None
-        out = varlen.varlen_attn(q_THE, k_TKE, v_TKE, starts_S, keys_S, longest, most, **extra)
-        assert isinstance(out, Tensor)  # nothing else was asked for
-        return out
+        window = _window(window, most)
+        is_raced = window is None and seen is None and v_TKE.shape == k_TKE.shape
+        if is_raced and (attend := preferred(q_THE, k_TKE)):
+            return attend(q_THE, k_TKE, v_TKE, starts_S, longest, q_THE.shape[2] ** -0.5 if scale is None else scale)
+        return _own(q_THE, k_TKE, v_TKE, (starts_S, longest), (keys_S, most), scale, window)
     if way == "padded" and seen is None:
         return padded_attention(q_THE, k_TKE, v_TKE, starts_S, longest, scale=scale)
     raise ValueError("no GPU attention for this call (soft cap, window in float32, or very unlike lengths)")
+
+
+def own_attention(
+    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, starts_S: Tensor, longest: int, scale: float, /
+) -> Tensor:
+    """The flash way by PyTorch's own kernel, whatever is preferred."""
+    return _own(q_THE, k_TKE, v_TKE, (starts_S, longest), (starts_S, longest), scale, None)
+
+
+def _own(
+    q_THE: Tensor,
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    queries: tuple[Tensor, int],
+    keys: tuple[Tensor, int],
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """`queries`, `keys`: their offsets, and the most of one document."""
+    extra = _keywords(_parameters(), q_THE, k_TKE, scale, window)
+    assert extra is not None
+    (starts_S, longest), (keys_S, most) = queries, keys
+    out = varlen.varlen_attn(q_THE, k_TKE, v_TKE, starts_S, keys_S, longest, most, **extra)
+    assert isinstance(out, Tensor)  # nothing else was asked for
+    return out
 
 
 def padded_attention(

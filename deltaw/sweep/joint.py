@@ -11,7 +11,13 @@ What is gained is gained where own batches are small, for a product of 64 rows r
 
 A run ends by itself: after its last step, by its patience, or because it can't go on (watch.py), and the others go on.
 
-On a GPU the steps aren't recorded (training/captured.py knows one learner).
+On a GPU a run whose steps can be recorded (training/captured.py) takes them by itself, one run after the other up to
+the same share. Together they aren't recorded, and then the host is what takes the time: some 150 launches per layer,
+and the thin products of each run's factors beside the base's, which don't become fewer. Recorded, the device works
+alone, and sharing would save it little: from some 300 rows on a product isn't bound by reading its matrix. Rejected:
+recording common steps. Which rows are whose is the host's to say, so each layout of segments would be a size of its
+own, filled up by run; it would gain only where a run's batches are of a few hundred tokens. Runs that can't be recorded
+go on together.
 """
 
 import time
@@ -24,6 +30,7 @@ from deltaw.base.forward import Forward
 from deltaw.show.progress import Board
 from deltaw.show.text import counted
 from deltaw.sweep.live import Live
+from deltaw.training.captured import Captured, captured_on
 from deltaw.training.contention import Contention
 from deltaw.training.memory import Heap, bounded
 from deltaw.training.step import step_together
@@ -56,7 +63,7 @@ def lay(steps: Mapping[int, Sequence[Batch]], capacity: int) -> tuple[list[Batch
 
 class Joint:
     """Takes the steps of `live`, from which runs leave as they end. `ended`: told of each that does, and why if not
-    because it is done."""
+    because it is done; `say`: where a line goes that says how steps are taken."""
 
     def __init__(
         self,
@@ -65,8 +72,10 @@ class Joint:
         stop: StopRequest,
         contention: Contention,
         ended: Callable[[Live, CannotGoOn | None], object],
+        say: Callable[[str], None],
     ) -> None:
         self.live, self._forward, self._stop, self._contention, self._ended = live, forward, stop, contention, ended
+        self._say = say
         self._heap, self._first = Heap(live[0].opened.device), True
         self._all, self._began, self._tokens = list(live), time.monotonic(), 0
         self._capacity = max(one.opened.config.train.batch_tokens for one in live)
@@ -74,7 +83,9 @@ class Joint:
     def take_until(self, share: float, board: Board) -> None:
         """All steps up to this share of each run's; those that are done then, or can't go on, leave."""
         self._leave()
-        while taking := [one for one in self.live if one.learner.state.step < round(share * one.opened.total)]:
+        for one in list(self.live):
+            self._take_alone(one, share, board)
+        while taking := [one for one in self.live if one.is_before(share)]:
             self._take(taking)
             if taking[0].opened.device.type == "cpu":
                 self._contention.stepped()
@@ -96,8 +107,26 @@ class Joint:
             self.live.remove(one)
             one.leave()
 
-    def _take(self, taking: Sequence[Live]) -> None:
-        """One step of each, and what is due after it."""
+    def _take_alone(self, one: Live, share: float, board: Board) -> None:
+        """The steps of a run up to this share, recorded, where its device can."""
+        device, longest = one.opened.device, one.opened.longest
+        if not one.is_before(share):
+            return
+        captured = captured_on(device, self._forward, one.learner, longest, self._say, one.steps.fetch)
+        if captured is None:
+            return
+        if len(self.live) > 1:
+            self._say("steps are recorded, so runs take them one after the other: together they would be slower")
+        try:
+            while one in self.live and one.is_before(share) and not (one.underway.is_over or captured.why_not):
+                self._take([one], captured)
+                self._show(board)
+        finally:
+            captured.release()
+        self._leave()
+
+    def _take(self, taking: Sequence[Live], captured: Captured | None = None) -> None:
+        """One step of each, and what is due after it. `captured`: the passes of the only one."""
         steps = [next(one.steps) for one in taking]
         batches, numbers = lay(
             {one.opened.attached.number: its for one, (its, _) in zip(taking, steps, strict=True)}, self._capacity
@@ -105,9 +134,10 @@ class Joint:
         lost = list[tuple[Live, CannotGoOn]]()
         with self._stop.held():
             learners, positions = [one.learner for one in taking], [position for _, position in steps]
-            with bounded(taking[0].opened.device) if self._first else nullcontext():
+            alone = taking[0].opened.attached.leading() if len(taking) == 1 else nullcontext()  # its batches don't say
+            with bounded(taking[0].opened.device) if self._first else nullcontext(), alone:
                 retains = {one.opened.attached.number: one.retain for one in taking if one.retain is not None}
-                more: dict[str, Any] = {"numbers": numbers, "retains": retains}
+                more: dict[str, Any] = {"numbers": numbers, "captured": captured, "retains": retains}
                 taken = step_together(self._forward, learners, batches, positions, **more)
             self._first = False  # the step that shows whether there is memory enough
             self._tokens += sum(len(batch.tokens_T) for batch in batches)

@@ -87,6 +87,10 @@ class Live:
         """How much of its steps it has taken."""
         return self.learner.state.step / self.opened.total
 
+    def is_before(self, share: float) -> bool:
+        """Whether it has steps to take up to this share of them."""
+        return self.learner.state.step < round(share * self.opened.total)
+
     @property
     def cells(self) -> list[str]:
         """For the table that shows how it goes: `HEAD`."""
@@ -106,7 +110,7 @@ class Live:
         """Its steps, which `forward` takes, are fetched. `kept`: where what the base says of its general text is."""
         state = self.learner.state
         items, self.retain = self.opened.loader(state), self.opened.retain(forward, kept)
-        self.steps = iter(Ahead(items if self.retain is None else self.retain.beside(items, state.step)))
+        self.steps = Ahead(items if self.retain is None else self.retain.beside(items, state.step))
 
     def finish(self, waited: float | None) -> None:
         """After its last step: the adapter is saved and measured, and leaves the model."""

@@ -18,7 +18,7 @@ import torch
 
 from deltaw.errors import DeltawError, command
 from deltaw.evaluation.own_metric import ASKED_FOR, Consent
-from deltaw.show.progress import Display
+from deltaw.show.progress import Display, Once
 from deltaw.show.text import counted
 from deltaw.sweep.folder import FAILED, HALVED, Rung, SweepFolder, held
 from deltaw.sweep.halving import by_setting, kept, shares, stopped
@@ -85,19 +85,16 @@ class _Going:
 
     def _say(self, live: Sequence[Live]) -> None:
         """What is going to happen."""
-        opened, finished = live[0].opened, [v for v in self.sweep.grid.variants if self.sweep.is_finished(v)]
+        finished = [v for v in self.sweep.grid.variants if self.sweep.is_finished(v)]
         trained = sum(p.numel() for one in live for p in one.opened.attached.parameters)
         self._display.say(f"{counted(len(live), 'run')} on one base, {trained:,} parameters trained in all")
         if finished:
             self._display.say(f"{counted(len(finished), 'run is', 'runs are')} finished already")
-        if opened.device.type == "cuda":
-            self._display.say(
-                "their steps aren't recorded (that is for one run): small ones may be faster by themselves"
-            )
 
     def _take(self, live: list[Live], stop: StopRequest) -> None:
         contention = Contention(self.sweep.path, torch.get_num_threads(), self._display.say)
-        joint = Joint(live, start_all(live, self._display), stop, contention, self._ended)
+        forward = start_all(live, self._display)
+        joint = Joint(live, forward, stop, contention, self._ended, Once(self._display).say)
         settings = len({variant.setting for variant in self.sweep.grid.variants})
         shortest = min(one.opened.total for one in live)
         rungs = shares(settings, shortest) if self.sweep.grid.halving else [1.0]

@@ -6,8 +6,10 @@
     one wait per step: the losses of its batches and the gradient's norm, which decide whether it is applied
 
 The gradients lie at addresses that stay, and a pass adds to them, so several batches of a step and several sizes need
-nothing else. What the host decides (a loss that isn't a number, a spike, the watchdog) it decides where it
-always did, between the gradient and the update, from the same numbers: a captured run skips, stops and resumes as any.
+nothing else. They stay where the optimiser looks for them from step to step: putting some hundred of them there, taking
+them away and setting each to 0 was half of what the host does between its wait and the next pass. What the host decides
+(a loss that isn't a number, a spike, the watchdog) it decides where it always did, between the gradient and the update,
+from the same numbers: a captured run skips, stops and resumes as any.
 Rejected: reading them a step later, with the update guarded on the device. It would save the wait, and every promise of
 watch.py would need a second version of itself; while the device works on a step the host has nothing better to do.
 
@@ -20,19 +22,22 @@ Without a GPU all of this runs as it is, except for recording: `Captured(..., re
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
 
 from deltaw.adapter.folding import fold
+from deltaw.adapter.residual import FusedLayers
 from deltaw.base.batch import Batch
-from deltaw.base.filled import Places, Size, fill
+from deltaw.base.filled import Size, fill
 from deltaw.base.forward import Forward
 from deltaw.base.objective import sft
+from deltaw.base.recorded import OfSize, Recorded, Recording, Work, recorder_on
 from deltaw.errors import first_line
-from deltaw.kernels.graphs import Record, Recorder, can_record
+from deltaw.kernels.graphs import Record, can_record
 from deltaw.training.learner import Learner
 from deltaw.training.memory import release
 from deltaw.training.stop import Lost
@@ -56,7 +61,7 @@ class Ran:
 class Captured:
     """The passes and updates of one learner. `longest`: tokens of its longest document; `say`: where a line goes;
     `following`: the batches of the next step; `folding`: whether factors are folded into the weights
-    (adapter/folding.py), which a GPU gains by; None: on a GPU."""
+    (adapter/folding.py) and additions into the norms (adapter/residual.py), which a GPU gains by; None: on a GPU."""
 
     def __init__(
         self,
@@ -74,12 +79,15 @@ class Captured:
         device = self._parameters[0].device
         folding = device.type == "cuda" if folding is None else folding
         self._folded = fold(learner.attached) if folding else None
+        self._layers = FusedLayers(learner.attached.model) if folding else None
         sums = {} if self._folded is None else self._folded.collect()
         self.gradients = [sums[one] if one in sums else torch.zeros_like(one) for one in self._parameters]
         self._supervised = torch.ones((), device=device)
         self._passes: dict[Size, _Pass] = {}
-        self._filled: list[tuple[Batch, Batch]] = []  # of the step to come: (a batch, the same filled up)
-        self._clip, self._step = Recorded(self._clipped, record, say), Recorded(self._stepped, record, say)
+        self._filled: list[tuple[Batch, Size, Batch]] = []  # of the step to come: (a batch, its size, filled up to it)
+        works = self._zeroed, self._clipped, self._stepped
+        self._zero, self._clip, self._step = (Recorded(work, record, say) for work in works)
+        self._one: Size | None = None  # that all batches are filled up to
         self.why_not = ""
 
     def run(
@@ -90,9 +98,10 @@ class Captured:
         looks for it. None where that can't be captured, and then nothing has happened."""
         if self.why_not:
             return None
-        torch._foreach_zero_(self.gradients)
-        for parameter, gradient in zip(self._parameters, self.gradients, strict=True):
-            parameter.grad = gradient
+        self._zero()
+        if self._parameters[0].grad is not self.gradients[0]:  # at first, and where a step between wasn't captured
+            for parameter, gradient in zip(self._parameters, self.gradients, strict=True):
+                parameter.grad = gradient
         self._supervised.fill_(supervised)
         try:
             with self.learner.dropping():
@@ -107,36 +116,70 @@ class Captured:
             raise
         except Exception as error:
             short = isinstance(error, torch.OutOfMemoryError)
+            if short and self._one is None and len(self._passes) > 1 and world is ALONE:
+                self._keep_one()
+                return self.run(batches, supervised, mine)
             self.why_not = "there isn't memory enough to record a pass" if short else first_line(error)
             self._say(f"steps aren't captured, so they are slower on this device: {self.why_not:.200}")
             self.release()
-            self.learner.optimizer.zero_grad()
             return None
         return Ran(dict(zip(losses, values, strict=False)), values[-1], self._step)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many sizes of batches were met, and how many of their passes are recorded. A step that changes this is
+        slower than those that come."""
+        return len(self._passes), sum(one.is_recorded for one in self._passes.values())
 
     def _passed(self, number: int, batch: Batch) -> Tensor:
         """The batch's loss on the device; its gradient is added."""
         size = self._size_of(batch)
         if size not in self._passes:
+            if self._one is not None:
+                self._forget()
             record = self._record if len(self._passes) < SIZES else None
             self._passes[size] = _Pass(self, size, record)
         return self._passes[size](number, batch)
 
     def prepare(self, batches: Sequence[Batch]) -> None:
         """Fill up the batches of the step to come: what the host does while the device works."""
-        self._filled = [(batch, fill(batch, self._size_of(batch))) for batch in batches if batch.supervised]
+        sized = ((batch, self._size_of(batch)) for batch in batches if batch.supervised)
+        self._filled = [(batch, size, fill(batch, size)) for batch, size in sized]
 
     def filled(self, batch: Batch) -> Batch:
         """A batch of the step, filled up."""
-        ready = (filled for raw, filled in self._filled if raw is batch)
-        return next(ready, None) or fill(batch, self._size_of(batch))
+        now = self._size_of(batch)
+        ready = (filled for raw, size, filled in self._filled if raw is batch and size == now)
+        return next(ready, None) or fill(batch, now)
 
     def _size_of(self, batch: Batch) -> Size:
-        return Size.of(batch, self.learner.config.batch_tokens, self._longest)
+        size = Size.of(batch, self.learner.config.batch_tokens, self._longest)
+        if self._one is not None:
+            self._one = size = self._one.with_(size)
+        return size
+
+    def _keep_one(self) -> None:
+        """From now on one size for all batches. A size that is met runs as it is, beside what the recorded ones keep:
+        where memory is short, that is room for two passes, and no more is ever wanted of one size."""
+        self._one = reduce(Size.with_, self._passes)
+        self._filled.clear()
+        self._forget()
+        self._say("all batches are filled up to one size: there isn't memory for passes of several")
+
+    def _forget(self) -> None:
+        """Give up what was recorded of passes, and its memory."""
+        device = self._parameters[0].device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # it may be running
+        self._passes.clear()
+        release(device)
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Forward and backward: the work of a pass."""
-        with nullcontext() if self._folded is None else self._folded.on():
+        with ExitStack() as stack:
+            for part in (self._folded, self._layers):
+                if part is not None:
+                    stack.enter_context(part.on())
             loss, _ = self.forward.loss(batch)
             (loss if self.learner.undivided else loss / self._supervised).backward()
         return loss.detach()
@@ -156,14 +199,17 @@ class Captured:
 
     def release(self) -> None:
         """Give up what was recorded, and its memory."""
-        device = self._parameters[0].device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # it may be running
-        self._passes.clear()
+        self._forget()
+        works = self._zeroed, self._clipped, self._stepped
+        self._zero, self._clip, self._step = (Recorded(work, None, self._say) for work in works)
+        self.learner.optimizer.zero_grad()
         if self._folded is not None:
             self._folded.undo()
-        self._clip, self._step = (Recorded(work, None, self._say) for work in (self._clipped, self._stepped))
-        release(device)
+            release(self._parameters[0].device)
+
+    def _zeroed(self) -> Tensor:
+        torch._foreach_zero_(self.gradients)
+        return self._supervised
 
     def _clipped(self) -> Tensor:
         if self.learner.undivided:
@@ -180,31 +226,19 @@ class _Pass:
 
     def __init__(self, captured: Captured, size: Size, record: Record | None) -> None:
         device = captured.learner.attached.parameters[0].device
-        self._captured, self._places, self._record = captured, Places(size, device), record
-        self._replay: Callable[[], object] | None = None
-        self._loss = torch.zeros((), device=device)
-        self._met = False
+        self._captured, self._record = captured, record
+        self._pass = OfSize(size, device, captured.loss_of, record)
+
+    @property
+    def is_recorded(self) -> bool:
+        return self._pass.is_recorded
 
     def __call__(self, number: int, batch: Batch) -> Tensor:
         """The loss of the step's batch of that number, and its gradient added."""
-        drawing = self._captured.learner.drawing
-        filled = self._captured.filled(batch)
-        self._places.put(filled)
-        blind = self._record is not None  # a pass that will be replayed may know no batch's documents
+        drawing = partial(self._captured.learner.drawing, number)
+        return self._pass(self._captured.filled(batch), partial(self._recorded, number), drawing)
 
-        def work() -> Tensor:
-            return self._captured.loss_of(self._places.batch(None if blind else filled.documents))
-
-        if self._replay is None and self._record is not None and self._met:
-            self._replay, self._loss = self._recorded(number, work)
-        self._met = True
-        with drawing(number):
-            if self._replay is None:
-                return work()
-            self._replay()
-            return self._loss.clone()
-
-    def _recorded(self, number: int, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+    def _recorded(self, number: int, work: Work) -> Recording:
         """The pass recorded, after it has shown that it does what the pass does."""
         drawing, record = self._captured.learner.drawing, self._record
         assert record is not None
@@ -213,13 +247,13 @@ class _Pass:
             with drawing(number):
                 truth = self._captured.gradient_of(lambda: losses.append(work()))
             with drawing(number):
+                again = self._captured.gradient_of(work)
+            with drawing(number):
                 replay, place = record(work)
             with drawing(number):
                 replayed = self._captured.gradient_of(replay)
-            off, may = _difference(replayed, truth), CLOSE
-            if off > may:  # deep models hand on what two runs of one pass differ by
-                with drawing(number):
-                    may = SPREAD * _difference(self._captured.gradient_of(work), truth)
+            # Deep models hand on what two runs of one pass differ by.
+            off, may = _difference(replayed, truth), max(CLOSE, SPREAD * _difference(again, truth))
             if bool(losses[0].isfinite()) and not (torch.equal(place, losses[0]) and off <= may):
                 raise RuntimeError(f"a recorded pass isn't the pass itself: its gradient is off by {off:.1e}")
         return replay, place
@@ -230,30 +264,6 @@ def _difference(some: list[Tensor], others: list[Tensor]) -> float:
     sizes = torch.stack([norm.double() for norm in torch._foreach_norm(others)])
     differences = torch.stack([norm.double() for norm in torch._foreach_norm(torch._foreach_sub(some, others))])
     return float(differences.norm() / sizes.norm().clamp_min(1e-30))
-
-
-class Recorded:
-    """Work that is run as it is the first time, recorded the second, and replayed from then on; where it can't be
-    recorded, it is run as it is."""
-
-    def __init__(self, work: Callable[[], Tensor], record: Record | None, say: Callable[[str], None]) -> None:
-        self._work, self._record, self._say, self._met = work, record, say, False
-        self._replay: Callable[[], object] | None = None
-        self._result = torch.empty(0)
-
-    def __call__(self) -> Tensor:
-        """Its result, good until the next call."""
-        if self._replay is None and self._record is not None and self._met:
-            try:
-                self._replay, self._result = self._record(self._work)
-            except Exception as error:
-                self._record = None
-                self._say(f"updates aren't captured, so they are slower on this device: {first_line(error):.200}")
-        self._met = True
-        if self._replay is None:
-            return self._work()
-        self._replay()
-        return self._result
 
 
 def captured_on(
@@ -282,4 +292,4 @@ def captured_on(
     if why:
         say(f"steps aren't captured, so they are slower on this device: {why}")
         return None
-    return Captured(forward, learner, longest, say, Recorder("; lower tokens_per_batch"), following)
+    return Captured(forward, learner, longest, say, recorder_on(device), following)

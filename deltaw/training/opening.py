@@ -45,6 +45,7 @@ from deltaw.model import PLAIN, Model
 from deltaw.rewards.function import code_of
 from deltaw.run import Run
 from deltaw.show.progress import Display
+from deltaw.training.attention import choose_attention
 from deltaw.training.checkpoint import TrainState, conditions
 from deltaw.training.learner import Learner
 from deltaw.training.length import make_loader
@@ -201,7 +202,9 @@ def opened_on(looked: Looked, display: Display, world: World = ALONE) -> Opened:
     else:
         model = _opened_model(config, ground, looked.renderer, config.train.device, display)
     _say_opened(model, ground.known, display)
-    return _opened(looked, model, display, world, shards)
+    opened = _opened(looked, model, display, world, shards)
+    choose_attention(model, opened.longest, display.say)
+    return opened
 
 
 def opened_beside(looked: Looked, others: Sequence[Opened], display: Display) -> Opened:

@@ -102,8 +102,8 @@ def _computed(opened: Opened, display: Display) -> dict[str, np.ndarray]:
         for name, rows in wanted.items():
             beside = name.endswith("_beside")
             examples = [mismatched(rows, number) for number in range(len(rows))] if beside else rows
-            before = done  # examples of the arrays before this one
-            arrays[name] = summed_logprobs(opened.model.forward, examples, progress=partial(_beyond, progress, before))
+            seen = partial(_beyond, progress, done)  # after the examples of the arrays before this one
+            arrays[name] = summed_logprobs(opened.model.forward, examples, progress=seen, say=display.say)
             done += len(rows)
     if wrong := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
         rows = wanted[wrong[0]]

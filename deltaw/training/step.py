@@ -148,7 +148,8 @@ def _settled(share: "_Share", position: LoaderState, ran: Ran | None) -> Taken:
     except CannotGoOn as ended:
         return Taken({}, ended)
     finally:
-        learner.optimizer.zero_grad()
+        if ran is None:  # what is recorded keeps its gradients
+            learner.optimizer.zero_grad()
     # 5. Count, and write down.
     state.step += 1
     state.epoch, state.step_in_epoch = position.epoch, position.step

@@ -215,14 +215,18 @@ class Watch:
         return "choose other adapter.targets: these don't reach the loss"
 
     def _check_moved(self, before: dict[str, dict[str, Tensor]]) -> None:
-        stuck = [
-            (path, name)
+        named = {
+            (path, name): (parameter.detach(), parameter.grad)
             for path, trained in self._layers.items()
             for name, parameter in trained.items()
-            if (parameter.detach() != before[path][name]).float().mean() < MOVED
-            and parameter.grad is not None
-            and (parameter.grad != 0).float().mean() > MOVED
+            if parameter.grad is not None
+        }
+        shares = [
+            torch.stack([(now != before[path][name]).float().mean(), (grad != 0).float().mean()])
+            for (path, name), (now, grad) in named.items()
         ]
+        asked = torch.stack(shares).tolist() if shares else []  # at once: on a GPU each question waits for it
+        stuck = [which for which, (moved, wanted) in zip(named, asked, strict=True) if moved < MOVED < wanted]
         never = [f"{path}.{name}" for path, name in stuck if not self._has_moved(path, name)]
         if never:
             raise CannotGoOn(

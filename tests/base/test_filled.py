@@ -47,6 +47,7 @@ def test_a_filled_batch_begins_with_the_batch_and_what_follows_is_nobodys(
     assert rows is not None and len(rows) == size.labels == len(set(rows.tolist()))
     assert set((batch.labels_T != IGNORE).nonzero().flatten().tolist()) <= set(rows.tolist())
     fewer = -(-capacity // 8)
+    assert size.labels % max(64, fewer) == 0, "a small batch isn't of another size for each share of labels"
     assert size.tokens - T < max(64, fewer) and Size.of(filled, capacity, longest).tokens == size.tokens
 
 

@@ -5,6 +5,8 @@ import itertools
 import json
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from benchmarks import gpu, gpu_arms, gpu_models, gpu_timed, gpu_train
 from benchmarks.gpu_arms import Arm
 from benchmarks.gpu_models import SHAPES, TOY, Batch, Row
+from deltaw.training.captured import Captured
 
 SCRIPT = Path(gpu.__file__)
 
@@ -35,58 +38,98 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, spawn:
 
 def test_deltaw_and_peft_pass_the_gate_and_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
-    rows = run(tmp_path, monkeypatch, "--arms", "deltaw,peft,peft-bf16")
+    rows = run(tmp_path, monkeypatch, "--arms", "deltaw,peft,peft-bf16,deltaw-uncaptured")
     assert all(row["torch"] == torch.__version__ and row["date"] and row["gpu"] for row in rows)
     assert "TFLOP/s" in rows[0]["note"] and rows[0]["arm"] == "gemm"
-    for arm in ("deltaw", "peft", "peft-bf16"):
+    for arm in ("deltaw", "peft", "peft-bf16", "deltaw-uncaptured"):
         gate, *timed = [row for row in rows if row["arm"] == arm]
         assert gate["note"].startswith("gate passed") and not gate["tokens_per_s"]
         assert [int(row["tokens"]) for row in timed] == list(TOY.sizes)
         assert all(float(row["tokens_per_s"]) > 0 and float(row["share_of_gemm"]) > 0 for row in timed)
         assert not any("DIFFERS" in row["note"] for row in timed)
+    profiles = [row for row in rows if row["arm"] == "profile"]
+    assert [int(row["tokens"]) for row in profiles] == list(TOY.sizes), "of deltaw alone"
+    assert all("launches" in row["note"] and not row["tokens_per_s"] for row in profiles)
 
 
 def test_what_cannot_run_has_a_row_that_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gpu.NEEDS, "unsloth", "a_package_that_nobody_has")
-    rows = run(tmp_path, monkeypatch, "--arms", "unsloth,deltaw-graph")
-    notes = {row["arm"]: row["note"] for row in rows}
-    assert notes["unsloth"] == "skip: a_package_that_nobody_has is not installed"
-    assert notes["deltaw-graph"].startswith("error: RuntimeError: ")  # no graphs without CUDA
+    rows = run(tmp_path, monkeypatch, "--arms", "unsloth")
+    assert rows[-1]["note"] == "skip: a_package_that_nobody_has is not installed"
 
 
-def test_an_arm_that_computes_something_else_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def changed(monkeypatch: pytest.MonkeyPatch, change: Callable[[Arm], None]) -> None:
     right = gpu_arms.deltaw_arm
 
     def wrong(*arguments: str) -> Arm:
         arm = right(*arguments)
-        loss = arm.loss
-        arm.loss = lambda batch: loss(batch) * 1.001
+        change(arm)
         return arm
 
     monkeypatch.setitem(gpu_arms.ARMS, "deltaw", (wrong, ""))
+
+
+def test_an_arm_that_computes_something_else_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(arm: Arm) -> None:
+        passed = arm.passed
+        arm.passed = lambda batch: passed(batch) * 1.001
+
+    changed(monkeypatch, change)
+    rows = [row for row in run(tmp_path, monkeypatch, "--arms", "deltaw") if row["arm"] == "deltaw"]
+    assert len(rows) == 1 and rows[0]["note"].startswith("gate FAILED")
+
+
+def test_the_gate_is_of_gradients_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(arm: Arm) -> None:
+        passed = arm.passed
+
+        def other(batch: Batch) -> Any:
+            loss = passed(batch)
+            for name, parameter in arm.parameters.items():
+                if name.endswith(".A") and parameter.grad is not None:
+                    parameter.grad[0].zero_()
+            return loss
+
+        arm.passed = other
+
+    changed(monkeypatch, change)
     rows = [row for row in run(tmp_path, monkeypatch, "--arms", "deltaw") if row["arm"] == "deltaw"]
     assert len(rows) == 1 and rows[0]["note"].startswith("gate FAILED")
 
 
 def test_an_error_at_one_size_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu_arms.deltaw_arm
+    def change(arm: Arm) -> None:
+        step = arm.step
 
-    def small(*arguments: str) -> Arm:
-        arm = right(*arguments)
-        loss = arm.loss
-
-        def limited(batch: Batch) -> torch.Tensor:
+        def limited(batch: Batch, coming: Batch) -> Any:
             if len(batch.tokens_T) == TOY.sizes[0]:
                 raise torch.OutOfMemoryError("tried to allocate\nmuch")
-            return loss(batch)
+            return step(batch, coming)
 
-        arm.loss = limited
-        return arm
+        arm.step = limited
 
-    monkeypatch.setitem(gpu_arms.ARMS, "deltaw", (small, ""))
-    first, second = gpu_timed.run_arm("deltaw", "toy", TOY, "cpu", None)
+    changed(monkeypatch, change)
+    first, second, profile = gpu_timed.run_arm("deltaw", "toy", TOY, "cpu", None)
     assert first["note"] == "out of memory: tried to allocate" and "tokens_per_s" not in first
-    assert second["tokens_per_s"] > 0
+    assert second["tokens_per_s"] > 0 and profile["arm"] == "profile"
+
+
+def test_a_step_that_is_not_captured_says_so() -> None:
+    arm = gpu_arms.deltaw_arm("toy", "cpu")
+    some = gpu_models.batches("toy", 64, 2, "cpu")
+    arm.prepare(some)
+    before = {name: parameter.detach().clone() for name, parameter in arm.parameters.items()}
+    assert float(arm.step(some[0], some[1])) > 0
+    assert not all(torch.equal(before[name], parameter) for name, parameter in arm.parameters.items())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Captured, "filled", lambda *_: 1 / 0)
+        with pytest.raises(RuntimeError, match="steps aren't captured: division by zero"):
+            arm.step(some[1], some[0])
+
+
+def test_documents_of_one_length() -> None:
+    for batch in gpu_models.batches("8b-4k", 8192, 4, "cpu"):
+        assert batch.starts_S.tolist() == [0, 4096, 8192] and int(batch.tokens_T.max()) < 128256
 
 
 def of_arms(answers: dict[str, tuple[list[Row], str]], asked: list[list[str]]) -> Any:
@@ -96,12 +139,10 @@ def of_arms(answers: dict[str, tuple[list[Row], str]], asked: list[list[str]]) -
         asked.append(arguments)
         options = gpu.parse(arguments)
         if options.arm == "gemm":
-            return [{"model": "8192^3", "tokens": 8192, "rate": 1e15}], ""
-        if options.arm == "truth":
-            return [{"passed": True}], ""
+            return [{"model": "8192^3", "tokens": 8192, "rate": 1e15}, {"arm": "truth", "passed": True}], ""
         gate = [{"arm": options.arm, "note": "gate passed", "passed": True}] if options.truth else []
-        row = {"arm": options.arm, "model": options.models[0], "tokens_per_s": 1000.0, "first_loss": 10.0, "note": ""}
-        timed = [{**row, "tokens": size} for size in options.sizes]
+        row = {"arm": options.arm, "tokens_per_s": 1000.0, "first_loss": 10.0, "note": ""}
+        timed = [{**row, "model": model, "tokens": size} for model in options.models for size in options.sizes]
         return answers.get(options.arm, (gate + timed, ""))
 
     return spawn
@@ -110,21 +151,36 @@ def of_arms(answers: dict[str, tuple[list[Row], str]], asked: list[list[str]]) -
 def test_order_gates_and_shares() -> None:
     asked: list[list[str]] = []
     rows: list[Row] = []
-    options = gpu.parse(["--models", "1b", "--arms", "deltaw,peft,deltaw-graph", "--sizes", "2048"])
+    options = gpu.parse(["--models", "1b,8b,8b-4k", "--arms", "deltaw,peft,deltaw-uncaptured", "--sizes", "2048"])
     failed = {"peft": ([{"arm": "peft", "note": "gate FAILED", "passed": False}], "")}
     gpu.run_all(options, rows.append, of_arms(failed, asked))
-    runs = [(gpu.parse(arguments).arm, gpu.parse(arguments).models, gpu.parse(arguments).sizes) for arguments in asked]
+    runs = [(each.arm, each.models, each.sizes, bool(each.truth)) for each in map(gpu.parse, asked)]
     assert runs == [
-        ("gemm", ("1b",), (2048,)),
-        ("truth", ("135m",), (2048,)),
-        ("deltaw", ("135m",), ()),  # its gate alone: that model was not asked for
-        ("deltaw", ("1b",), (2048,)),
-        ("peft", ("135m",), ()),
-        ("deltaw-graph", ("135m",), ()),  # for small models only
+        ("gemm", ("1b", "8b", "8b-4k"), (2048,), True),
+        ("deltaw", ("1b",), (2048,), True),
+        ("deltaw", ("8b", "8b-4k"), (2048,), False),
+        ("peft", ("1b",), (2048,), True),
+        ("deltaw-uncaptured", ("1b",), (2048,), True),
+        ("deltaw-uncaptured", ("8b",), (2048,), False),
     ]
-    (timed,) = [row for row in rows if row.get("tokens_per_s")]
-    assert timed["share"] == pytest.approx(1000 * gpu_models.flops_per_token("1b") / 1e15)
-    assert {"arm": "peft", "model": "1b", "note": "skip: its gate was not passed"} in rows
+    timed = [row for row in rows if row.get("tokens_per_s")]
+    assert timed[0]["share"] == pytest.approx(1000 * gpu_models.flops_per_token("1b") / 1e15)
+    assert {"arm": "peft", "model": "8b", "note": "skip: its gate was not passed"} in rows
+
+
+def test_a_model_that_was_not_asked_for_is_gated_alone() -> None:
+    options = ["--device", "cpu", "--toy", "--arm", "deltaw", "--models", "small", "--sizes", "64"]
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setitem(SHAPES, "small", SHAPES["toy"])
+        truth = ["--truth", str(Path(folder) / "truth")]
+        last = list(gpu.child(gpu.parse([*options, *truth, "--arm", "gemm"])))[-1]
+        rows = list(gpu.child(gpu.parse([*options, *truth])))
+    assert last == {"arm": "truth", "passed": True}
+    assert [(row["arm"], row["model"], row.get("tokens")) for row in rows] == [
+        ("deltaw", "toy", None),
+        ("deltaw", "small", 64),
+        ("profile", "small", 64),
+    ]
 
 
 def test_a_first_loss_unlike_the_first_arms_is_marked() -> None:
@@ -143,7 +199,7 @@ def test_what_there_is_no_time_for_is_said() -> None:
     options.budget = 30
 
     def slow(arguments: list[str], seconds: float) -> tuple[list[Row], str]:
-        quick = gpu.parse(arguments).arm in ("gemm", "truth")
+        quick = gpu.parse(arguments).arm == "gemm"
         return of_arms({}, asked)(arguments, seconds) if quick else ([], f"stopped after {seconds:.0f} s")
 
     gpu.run_all(options, rows.append, slow)
@@ -209,3 +265,31 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_training_on_a_gpu_says_that_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_train.main([]) == 2
     assert capsys.readouterr().err.startswith("no GPU here")
+
+
+def test_train_and_the_loop_take_the_same_batches(tmp_path: Path) -> None:
+    given = {"steps": 6, "tokens_per_step": 128, "warmup_steps": 0}
+    gpu_train.make_base("toy", tmp_path, "cpu", 1024)
+    row, clock = gpu_train.timed(gpu_train.run_file(tmp_path, "large", device="cpu", **given))
+    assert row["tokens"] == 128 and row["tokens_per_s"] > 0 and len(clock.marks) == 6
+    seen: list[list[int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        take = gpu_arms.Steps.step
+        patch.setattr(
+            gpu_arms.Steps,
+            "step",
+            lambda self, batches, coming: (
+                seen.append([len(b.tokens_T) for b in batches]) or take(self, batches, coming)
+            ),
+        )
+        row = gpu_train.loop_row(tmp_path, "cpu", **given)
+    assert row["tokens"] == 128 and row["tokens_per_s"] > 0 and "3 steps" in row["note"]
+    assert [sum(each) for each in seen[-3:]] == [mark.tokens for mark in clock.marks[3:]]
+
+
+def test_steps_that_record_and_those_under_a_profiler_are_not_counted() -> None:
+    clock = gpu_train.Clocked(20, profiled=True)
+    clock.marks = [gpu_train.Mark(float(n), n + 0.5, 10, 1.0, n == 11) for n in range(20)]
+    assert [one.began for one, _ in clock.steady()] == [10.0], "of 10, 11 and 12; none is known to follow the last"
+    clock.marks[14] = clock.marks[14]._replace(began=99.0)
+    assert all(gap == 1.0 for _, gap in clock.steady())

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from toys import toy
 
+from deltaw.base.source import compiled_kernels
 from deltaw.commands.cache import cache_listed
 from deltaw.config import DataConfig
 from deltaw.data import cache
@@ -300,3 +301,16 @@ def test_what_is_kept_is_listed_and_removed(place, base):
     assert len(cache_listed(clean=True).data["removed"]) == 1
     with pytest.raises(InputError):
         cache_listed(older_than=3)
+
+
+def test_compiled_kernels_are_listed_and_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path))
+    folder = compiled_kernels() / "release" / "fwd"
+    folder.mkdir(parents=True)
+    for name in ("one.o", "two.o"):
+        (folder / name).write_bytes(b"code")
+    (listed,) = cache_listed().data["items"]
+    assert (listed["kind"], listed["bytes"]) == ("kernels", 8)
+    assert cache_listed(clean=True, older_than=1).data["removed"] == []
+    assert len(cache_listed(clean=True).data["removed"]) == 1
+    assert not cache_listed().data["items"] and folder.is_dir()  # another process may write there

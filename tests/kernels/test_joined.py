@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from deltaw.kernels.joined import FILL, Joined, joined_gated_mlp, joined_linears
+from deltaw.kernels.joined import FILL, Joined, joined_gated_mlp, joined_heads, joined_linears
 from deltaw.kernels.lora import ACTIVATIONS, Factors, Projection, lora_gated_mlp_plain, lora_linears_plain
+from deltaw.kernels.rotary import rotary_plain
 from deltaw.kernels.weight import DenseWeight
 
 WIDE = torch.float64
@@ -125,3 +126,19 @@ def test_a_bias_here_and_none_there_is_refused() -> None:
     w = torch.randn(3, 4)
     with pytest.raises(ValueError, match="bias"):
         Joined([w, w], [torch.zeros(3), None], [None, Factors(torch.zeros(1, 4), torch.zeros(3, 1), 1.0)])
+
+
+@given(st.integers(1, 3), st.integers(1, 2), st.integers(0, 5), st.integers(0, 1000))
+def test_heads_are_turned(heads: int, kv_heads: int, rows: int, seed: int) -> None:
+    head, turning = 8, 6
+    layers = Layers([heads * head, kv_heads * head, kv_heads * head], [2, 0, 3], 5, seed)
+    x = torch.randn(rows, 5, dtype=WIDE, requires_grad=True)
+    angle_TR = torch.randn(rows, turning // 2, dtype=WIDE).repeat(1, 2)
+    cos, sin = angle_TR.cos(), angle_TR.sin()
+    ours = joined_heads(x, layers.joined, cos, sin, head)
+    q, k, v = (y.unflatten(1, (-1, head)) for y in lora_linears_plain(x, layers.plain))
+    plain = rotary_plain(q, cos, sin), rotary_plain(k, cos, sin), v
+    for mine, wanted in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, wanted)
+    factors = layers.joined.factors
+    torch.testing.assert_close(gradients(ours, x, factors, seed), gradients(plain, x, factors, seed))

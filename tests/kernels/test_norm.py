@@ -1,4 +1,4 @@
-"""rms_norm and rotary: hand-written backwards against autograd and truth."""
+"""rms_norm, with an addition before it, and rotary: hand-written backwards against autograd and truth."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaw.kernels.norm import rms_norm, rms_norm_plain
-from deltaw.kernels.rotary import rotary, rotary_plain
+from deltaw.kernels.norm import add_rms_norm, rms_norm, rms_norm_plain
+from deltaw.kernels.rotary import rotary, rotary_plain, turn_, turn_back
 
 T, D, H, E = 7, 24, 3, 8
 
@@ -51,6 +51,25 @@ def test_a_row_of_zeros_is_no_nan() -> None:
         assert got.isfinite().all()
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_add_norm_gradcheck(offset: float) -> None:
+    """Of both results together and of each alone."""
+    x, delta, w = (torch.randn(T, D, dtype=torch.float64) for _ in range(3))
+    leaves = (x.requires_grad_(), delta.requires_grad_())
+    for part in (slice(None), slice(1), slice(1, None)):
+        assert torch.autograd.gradcheck(lambda x, d, part=part: add_rms_norm(x, d, w, 1e-3, offset)[part], leaves)
+        assert torch.autograd.gradcheck(lambda x, part=part: add_rms_norm(x, None, w, 1e-3, offset)[part], leaves[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_norm_is_the_sum_and_its_norm(dtype: torch.dtype) -> None:
+    x, delta, w = torch.randn(T, D).to(dtype), torch.randn(T, D).to(dtype), torch.randn(D).to(dtype)
+    for grad in (torch.no_grad(), torch.enable_grad()):
+        with grad:
+            total, y = add_rms_norm(x.clone().requires_grad_(), delta, w, 1e-6, 1.0)
+            assert torch.equal(total, x + delta) and torch.equal(y, rms_norm(x + delta, w, 1e-6, 1.0))
+
+
 @pytest.mark.parametrize("turned", [E, E // 2])
 def test_rotary_gradcheck(turned: int) -> None:
     x, (cos, sin) = torch.randn(T, H, E, dtype=torch.float64).requires_grad_(), angles(turned)
@@ -64,6 +83,21 @@ def test_rotary_error_is_within_the_plain_twins(dtype: torch.dtype, turned: int)
     cos, sin = cos.to(dtype), sin.to(dtype)
     truth = run(rotary_plain, x.double(), grad, cos.double(), sin.double())
     within_budget(run(rotary, x, grad, cos, sin), run(rotary_plain, x, grad, cos, sin), truth)
+
+
+def test_turning_in_place_and_back_are_rotary_and_its_gradient() -> None:
+    """Of queries, keys and values in one matrix, and something behind them that stays."""
+    cos, sin = angles(E // 2)
+    qkv, d = torch.randn(T, (H + 2) * E, dtype=torch.float64), torch.randn(T, H + 2, E, dtype=torch.float64)
+    leaf, out = qkv.clone().requires_grad_(), torch.randn(T, (H + 2) * E + 3, dtype=torch.float64)
+    heads = leaf.unflatten(1, (-1, E))
+    y = torch.cat([rotary_plain(heads[:, : H + 1], cos, sin), heads[:, H + 1 :]], 1)
+    turn_(qkv.unflatten(1, (-1, E))[:, : H + 1], cos, sin)
+    torch.testing.assert_close(qkv, y.detach().flatten(1))
+    beside = out[:, -3:].clone()
+    assert turn_back(*d.split([H, 1, 1], 1), cos, sin, out) is out
+    torch.testing.assert_close(out[:, :-3], torch.autograd.grad(y, leaf, d)[0])
+    assert torch.equal(out[:, -3:], beside)
 
 
 def test_rotation_keeps_lengths() -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from deltaw.adapter.file import Adapter
 from deltaw.base.batch import Batch
+from deltaw.base.forward import Forward
 from deltaw.commands.sweep import sweep_named
 from deltaw.config import parse_config
 from deltaw.errors import InputError
@@ -23,6 +24,8 @@ from deltaw.sweep.grid import Grid, Variant, of_grid
 from deltaw.sweep.standing import ranked
 from deltaw.sweep.sweep import run_sweep
 from deltaw.training import frozen_layers
+from deltaw.training.captured import Captured
+from deltaw.training.learner import Learner
 from deltaw.training.run import resume, train
 from deltaw.training.stop import Stopped
 from tests.tiny import Said, run_file, tiny_base, words
@@ -259,6 +262,53 @@ def test_halving_stops_settings_and_not_seeds(place: Path, tmp_path: Path) -> No
     stopped = {run.step for run in ranking.runs if run.state == "halved"}
     assert stopped == {10, 20}
     assert (tmp_path / "sweep/sweep.html").is_file()
+
+
+def test_runs_of_different_lengths_are_halved(place: Path, tmp_path: Path) -> None:
+    """One goes on to its share while the other, whose adapter is the first, is there already."""
+    lengths = {f"{steps}": config(place, ".", steps=steps, eval_every=None) for steps in (20, 30)}
+    variants = [
+        Variant(name, one.model_copy(update={"output": str(tmp_path / "sweep" / name)}), {"train.steps": int(name)})
+        for name, one in lengths.items()
+    ]
+    ranking = begun(Grid(tmp_path / "sweep", tuple(variants), halving=True).checked())
+    assert sorted(run.state for run in ranking.runs) == ["finished", "halved"]
+
+
+def test_where_steps_are_recorded_runs_take_them_one_after_the_other(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; those that can't be recorded take theirs together."""
+    kinds = {name: KINDS[name] for name in ("retain", "lora", "dora", "retain more")}
+    monkeypatch.setattr(Forward, "shares", property(lambda self: False))
+    taking, seen, released = joint.step_together, list[list[int]](), list[int]()
+
+    class Counted(Captured):
+        def release(self) -> None:
+            released.append(self.learner.attached.number)
+            assert not self.why_not
+            super().release()
+
+    def captured_on(device: Any, forward: Any, learner: Learner, longest: int, say: Any, following: Any) -> Any:
+        recordable = learner.config.retain is None
+        return Counted(forward, learner, longest, say, None, following) if recordable else None
+
+    def step(forward: Any, learners: Any, batches: Any, positions: Any, **options: Any) -> Any:
+        assert (options["captured"] is None) == any(one.config.retain for one in learners)
+        seen.append([learner.attached.number for learner in learners])
+        return taking(forward, learners, batches, positions, **options)
+
+    monkeypatch.setattr(joint, "captured_on", captured_on)
+    monkeypatch.setattr(joint, "step_together", step)
+    said = Said()
+    made = grid(tmp_path / "sweep", {kind: config(place, ".", **options) for kind, options in kinds.items()})
+    run_sweep(SweepFolder(made), new=True, display=said)
+    steps = len(seen) // 3
+    assert seen == [[1]] * steps + [[2]] * steps + [[0, 3]] * steps and released == [1, 2]
+    assert sum("one after the other" in line for line in said.lines) == 1
+    for kind in ("lora", "dora"):
+        train(config(place, tmp_path / kind, **kinds[kind]), display=QUIET)
+        assert losses(tmp_path / "sweep" / kind) == pytest.approx(losses(tmp_path / kind), rel=2e-5)
 
 
 # The command line

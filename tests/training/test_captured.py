@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -16,6 +16,7 @@ from deltaw.base.batch import Batch
 from deltaw.base.forward import Forward, plan_forward
 from deltaw.config import AdapterSpec, TrainConfig
 from deltaw.data.loader import Ahead, LoaderState
+from deltaw.kernels.logprobs import IGNORE
 from deltaw.training.batch_size import LEAST, MOST, fitting
 from deltaw.training.captured import Captured
 from deltaw.training.checkpoint import TrainState
@@ -44,6 +45,13 @@ def batches(lengths: Sequence[Sequence[int]], seed: int) -> list[Batch]:
     return [batch(documents(some, seed + n)) for n, some in enumerate(lengths)]
 
 
+def changing(captured: Captured) -> list[Tensor]:
+    """What recorded work writes to."""
+    moments = captured.learner.optimizer.state.values()
+    states = (tensor for state in moments for tensor in state.values())
+    return [*captured.gradients, *captured.learner.attached.parameters, *states]
+
+
 def run(
     recorder: Recorder | None, *, blind: bool = True, said: list[str] | None = None, **changes: Any
 ) -> tuple[list[Any], list[Tensor]]:
@@ -56,12 +64,7 @@ def run(
     one, lines = learner(forward, config, **changes), list[str]()
     captured = Captured(forward, one, longest=24, say=lines.append, record=recorder, folding=folding)
     if isinstance(recorder, Recorder):
-        moments = one.optimizer.state
-        recorder.changed = lambda: [
-            *captured.gradients,
-            *one.attached.parameters,
-            *(tensor for state in moments.values() for tensor in state.values()),
-        ]
+        recorder.changed = partial(changing, captured)
     records = []
     with attention_by_offsets() if blind else nullcontext():
         for number, lengths in enumerate(STEPS):
@@ -192,3 +195,68 @@ def test_a_batch_is_a_part_of_a_step_that_fits(step_tokens: int, token: float, s
 
 def test_a_batch_has_2048_tokens_where_nobody_says_otherwise() -> None:
     assert TrainConfig().batch_tokens == 2048 and TrainConfig(tokens_per_batch=64).batch_tokens == 64
+
+
+class Short(Recorder):
+    """A device on which memory is short as soon as a second size is met as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.captured: Any = None
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        if len(self.captured._passes) > 1 and any(one.is_recorded for one in self.captured._passes.values()):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return type(self.captured).loss_of(self.captured, batch)
+
+
+def test_where_memory_is_short_all_batches_have_one_size() -> None:
+    forward, said, recorder = plan_forward(tiny("llama", torch.float64)), list[str](), Short()
+    one = learner(forward)
+    captured = recorder.captured = Captured(forward, one, longest=24, say=said.append, record=recorder)
+    captured.loss_of = recorder.loss_of  # type: ignore[method-assign]
+    moments = one.optimizer.state
+    recorder.changed = lambda: [
+        *captured.gradients,
+        *one.attached.parameters,
+        *(tensor for state in moments.values() for tensor in state.values()),
+    ]
+    lengths, records = [[(9, 4, 12)], [(9, 4, 12)], [(2,) * 17], [(9, 4)], [(3,) * 20], [(9, 4, 12)]], []
+    with attention_by_offsets():
+        for number, some in enumerate(lengths):
+            (record,) = step(forward, [one], batches(some, 10 * number), LoaderState(0, number + 1), captured)
+            records.append(record["loss"])
+    assert said == ["all batches are filled up to one size: there isn't memory for passes of several"]
+    assert not captured.why_not and captured.sizes == (1, 1)
+    plain = plan_forward(tiny("llama", torch.float64))
+    other = learner(plain)
+    for number, some in enumerate(lengths):
+        (record,) = step(plain, [other], batches(some, 10 * number), LoaderState(0, number + 1))
+        assert record["loss"] == pytest.approx(records[number], rel=1e-5)
+
+
+def test_gradients_are_found_again_after_a_step_that_is_not_captured() -> None:
+    def taken(capturing: bool) -> list[Tensor]:
+        forward = plan_forward(tiny("llama", torch.float64))
+        one = learner(forward)
+        recorder = Recorder()
+        captured = Captured(forward, one, longest=24, say=lambda text: None, record=recorder) if capturing else None
+        if captured is not None:
+            recorder.changed = partial(changing, captured)
+        with attention_by_offsets() if capturing else nullcontext():
+            for number, lengths in enumerate([*STEPS, *STEPS]):
+                some = batches(lengths, 10 * number)
+                if number == 4:  # nothing of it is trained
+                    some = [each.relabelled(torch.full_like(each.labels_T, IGNORE)) for each in some]
+                (record,) = step(forward, [one], some, LoaderState(0, number + 1), captured)
+                assert ("skipped" in record) == (number == 4)
+                if captured is not None:
+                    kept = [parameter.grad is not None for parameter in one.attached.parameters]
+                    assert all(kept) == (number != 4), "until the next step"
+        if captured is not None:
+            captured.release()
+            assert all(parameter.grad is None for parameter in one.attached.parameters)
+        return [parameter.detach().clone() for parameter in one.attached.parameters]
+
+    for mine, its in zip(taken(True), taken(False), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)

@@ -24,10 +24,23 @@ def test_norm_and_rotary_are_sent_to_the_gpu_kernels(monkeypatch: pytest.MonkeyP
     x, w, d = randn(2, 4, 16), randn(16), randn(2, 4, 16)
     fast = with_gradients(lambda x, w: norm.rms_norm(x, w, 1e-5, 1.0), 1)(x, w, d)
     assert_within_budget(fast, with_gradients(lambda x, w: norm.rms_norm_plain(x, w, 1e-5, 1.0), 1), x, w, d)
+    calls = [
+        with_gradients(lambda x, delta, w, call=call: torch.cat(call(x, delta, w, 1e-5, 1.0)), 2)
+        for call in (norm.add_rms_norm, norm.add_rms_norm_plain)
+    ]
+    delta, both = randn(2, 4, 16), randn(4, 4, 16)
+    assert_within_budget(calls[0](x, delta, w, both), calls[1], x, delta, w, both)
+    alone = with_gradients(lambda x, w: torch.cat(norm.add_rms_norm(x, None, w, 1e-5, 1.0)), 1)
+    plain = with_gradients(lambda x, w: torch.cat([x, norm.rms_norm_plain(x, w, 1e-5, 1.0)]), 1)
+    assert_within_budget(alone(x, w, both), plain, x, w, both)
     x, d, (cos, sin) = randn(5, 2, 8), randn(5, 2, 8), angles(5, 8, torch.float32)
     fast = with_gradients(rotary.rotary, 1)(x, cos, sin, d)
     assert_within_budget(fast, with_gradients(rotary.rotary_plain, 1), x, cos, sin, d)
-    assert asked == [16, 1, 1]
+    heads, out = randn(5, 4, 8), randn(5, 32)
+    back = rotary.turn_back(*heads.split([2, 1, 1], 1), cos, sin, out).clone()
+    torch.testing.assert_close(rotary.turn_(out.unflatten(1, (-1, 8))[:, :3], cos, sin), heads[:, :3])
+    assert torch.equal(back[:, 24:], heads[:, 3]) and not torch.equal(back, heads.flatten(1))
+    assert asked == [16, 16, 16, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
