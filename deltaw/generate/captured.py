@@ -147,7 +147,7 @@ class Captured:
         slots = self._ready.slots(updates, [row.update for row in others])
         size = Size.of(shelves, slots, self._ready)
         if size != self._last:
-            self._let_go()
+            self.let_go()
             self._last = size
         graph = self.graphs.pop(size, None)
         if graph is not None:
@@ -208,13 +208,14 @@ class Captured:
         """What two roundings of a step differ by."""
         return max(rounding(next(iter(size.shelves[0][0].stored.values())).dtype), 1e-6)
 
-    def _let_go(self) -> None:
-        """Of sizes that won't come back, and of the memory that they hold."""
+    def let_go(self) -> None:
+        """Of sizes that won't come back, and of the memory that they hold: their shelves' too."""
 
         def lives(size: Size) -> bool:
             still = all(shelf.moves == moves and self._held(shelf) for shelf, moves, _ in size.shelves)
             return still and size.changes == self._ready.changes
 
+        self._last = None
         for kept in (self.graphs, self._met):
             for size in [size for size in kept if not lives(size)]:
                 del kept[size]

@@ -300,6 +300,8 @@ class Slots(Cache):
             for shelves in (self.shelves, self.filling):
                 if not shelf.rows and not stays and shelves.get(shelf.capacity) is shelf:
                     del shelves[shelf.capacity]
+                    if self.captured is not None:
+                        self.captured.let_go()
 
     def _keep(self, row: Row) -> None:
         """Keep what it has for others, where it names its key."""

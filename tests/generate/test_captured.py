@@ -1,6 +1,7 @@
 """Captured steps of decoding are the steps themselves: recorded and replayed on a CPU (tests/tape.py)."""
 
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -256,8 +257,9 @@ def test_empty_shelves_that_are_large_go(monkeypatch: pytest.MonkeyPatch) -> Non
         side.join(0, [5] * 20, 0)
         side.go_on(4)
         assert side.captured.graphs
+        (large,) = map(weakref.ref, side.slots.shelves.values())
         side.leave(0)
-        assert not side.slots.shelves
+        assert not side.slots.shelves and large() is None, "nothing holds its memory"
         side.join(1, [5] * 3, 0)
         side.go_on(2)
         assert all(one.capacity == 8 for size in side.captured.graphs for one, *_ in size.shelves)
