@@ -37,6 +37,7 @@ for part in $PARTS; do
   case "$part" in
     peers) "$PYTHON" benchmarks/gpu.py --budget 220 "$@" || failed=$? ;;
     train) timeout 130 "$PYTHON" benchmarks/gpu_train.py --budget 110 || failed=$? ;;
+    decode) timeout 80 "$PYTHON" benchmarks/gpu_decode.py --budget 55 || failed=$? ;;
     tests)
       TRITON_INTERPRET=0 timeout 120 "$PYTHON" -m pytest tests/kernels -q -n 8 -p no:cacheprovider || failed=$?
       ;;

@@ -3,8 +3,8 @@ model's step as fast as the device runs it.
 
 What a step's work depends on is its `Size`, or lies in tensors that stay where they are:
 
-    rows       of each shelf, filled up to a power of two by rows that nobody reads: token 0 in the first place of a
-               slot that no row has. Whoever gets that slot writes its first place before anything reads it
+    rows       of each shelf, filled up to a power of two, or to all of its slots, by rows that nobody reads: token 0 in
+               the first place of a slot that no row has. Whoever gets it writes that place before anything reads it
     places     all that a slot of the shelf has are read; which a row sees is made on the device from its position.
                So slots' capacities are powers of two here, too, from `SMALLEST` on: few sizes are met in a row's life
     inputs     one tensor [3, B] of int64: each row's token, its position, and where it stands among the updates
@@ -53,7 +53,6 @@ from deltaw.kernels.stacked import Places, Stacks
 SMALLEST = 256  # places of a slot
 OFTEN = 3  # times that a size is met before it is recorded
 GRAPHS = 16  # kept at most
-EMPTY = 16_384  # places that a shelf without rows may keep
 
 Run = Callable[[Pass, Tensor, Tensor], Tensor]  # what it carries, ids [B, 1], positions [B, 1] -> logits [B, V]
 
@@ -71,7 +70,7 @@ class Size(NamedTuple):
     @staticmethod
     def of(shelves: Sequence[Shelf], slots: Sequence[int | None], ready: Ready) -> "Size":
         """`slots`: of each row's update."""
-        parts = tuple((shelf, shelf.moves, power_of_two(len(shelf.rows))) for shelf in shelves)
+        parts = tuple((shelf, shelf.moves, min(shelf.size, power_of_two(len(shelf.rows)))) for shelf in shelves)
         taken = Counter(slot for slot in slots if slot is not None)
         if not taken:
             return Size(ready.changes, parts, (0, 0), False)
@@ -148,7 +147,7 @@ class Captured:
         slots = self._ready.slots(updates, [row.update for row in others])
         size = Size.of(shelves, slots, self._ready)
         if size != self._last:
-            self._let_go()
+            self.let_go()
             self._last = size
         graph = self.graphs.pop(size, None)
         if graph is not None:
@@ -209,13 +208,14 @@ class Captured:
         """What two roundings of a step differ by."""
         return max(rounding(next(iter(size.shelves[0][0].stored.values())).dtype), 1e-6)
 
-    def _let_go(self) -> None:
-        """Of sizes that won't come back, and of the memory that they hold."""
+    def let_go(self) -> None:
+        """Of sizes that won't come back, and of the memory that they hold: their shelves' too."""
 
         def lives(size: Size) -> bool:
             still = all(shelf.moves == moves and self._held(shelf) for shelf, moves, _ in size.shelves)
             return still and size.changes == self._ready.changes
 
+        self._last = None
         for kept in (self.graphs, self._met):
             for size in [size for size in kept if not lives(size)]:
                 del kept[size]

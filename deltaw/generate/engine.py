@@ -37,6 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deltaw.base.recorded import recorder_on
 from deltaw.errors import InputError, RunError
 from deltaw.generate.batches import Batches
 from deltaw.generate.cache import Cache, Row, context, evaluating
@@ -47,7 +48,7 @@ from deltaw.generate.sampling import NotFinite, RowsFailed, Sampling, choose
 from deltaw.generate.slots import Slots
 from deltaw.generate.together import come_to_rest
 from deltaw.kernels.copies import making
-from deltaw.kernels.graphs import Record, Recorder, can_record
+from deltaw.kernels.graphs import Record
 from deltaw.show.progress import Progress, unseen
 
 TOKENS_AT_ONCE = 65_536  # of all rows together: bounds the cache (4 GB for an 8B model), whatever batch_size says
@@ -86,9 +87,8 @@ class Engine:
             raise InputError(f"batch_size is {batch_size}; it must be at least 1")
         self.model, self.batch_size, self.copies = model, batch_size, copies
         self._device = next(model.parameters()).device
-        if record is None and can_record(self._device):
-            record = Recorder()
         with evaluating(model):
+            record = record or recorder_on(self._device)
             self._slots = Slots(model, piece, record=record) if Slots.hold(model) else None
         self._batches = Batches(model, alone=batch_size == 1, beyond=self._slots is not None)
         self._waiting: list[Row] = []

@@ -16,17 +16,22 @@ from torch import Tensor, nn
 from deltaw.generate.cache import Row
 
 SMALLEST = 64  # places of a slot
+SMALL = 16_384  # places of a shelf that may have more slots than it needs
 
 
 class Shelf:
     """Slots of one capacity. `rows` are those in use, by place; `moves`, how often its tensors have been made anew.
-    `doubling`: their number is a power of two."""
+    `doubling`: while it is small it has a power of two of slots, so that it moves seldom."""
 
     def __init__(self, capacity: int, *, doubling: bool = False) -> None:
         self.capacity, self.size, self.moves = capacity, 0, 0
         self.doubling = doubling
         self.rows: list[Row] = []
         self.stored: dict[nn.Module, Tensor] = {}  # by layer: [2, S, K, C, E], keys and values
+
+    @property
+    def small(self) -> bool:
+        return self.size * self.capacity <= SMALL
 
     def of(self, layer: nn.Module, like_TKE: Tensor) -> Tensor:
         """The keys and values of a layer."""
@@ -38,7 +43,7 @@ class Shelf:
         """Give each a slot."""
         if len(self.rows) + len(rows) > self.size:
             self.size = max(len(self.rows) + len(rows), self.size * 5 // 4)
-            if self.doubling:
+            if self.doubling and power_of_two(self.size) * self.capacity <= SMALL:
                 self.size = power_of_two(self.size)
             self.moves += 1
             for layer, old in self.stored.items():

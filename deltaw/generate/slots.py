@@ -50,8 +50,8 @@ from deltaw.base.packed import PackedLinear
 from deltaw.base.passing import Pass, passing_of
 from deltaw.base.probe import REFUSALS
 from deltaw.generate.cache import Cache, Row, segments_for, text_config
-from deltaw.generate.captured import EMPTY, Captured
 from deltaw.generate.captured import SMALLEST as DOUBLING_FROM
+from deltaw.generate.captured import Captured
 from deltaw.generate.filling import GPU_PIECE, PIECE, Continued, Filling, Run, next_runs
 from deltaw.generate.going import GoingOn
 from deltaw.generate.logprobs import LOGITS_AT_ONCE, Logprobs, logprobs_of
@@ -296,10 +296,12 @@ class Slots(Cache):
         shelf = self.shelf_of.pop(row, None)
         if shelf is not None:
             shelf.remove(row)
-            stays = self.captured is not None and shelf.size * shelf.capacity <= EMPTY and self._holds_shelf(shelf)
+            stays = self.captured is not None and shelf.small and self._holds_shelf(shelf)
             for shelves in (self.shelves, self.filling):
                 if not shelf.rows and not stays and shelves.get(shelf.capacity) is shelf:
                     del shelves[shelf.capacity]
+                    if self.captured is not None:
+                        self.captured.let_go()
 
     def _keep(self, row: Row) -> None:
         """Keep what it has for others, where it names its key."""

@@ -1,6 +1,7 @@
 """Captured steps of decoding are the steps themselves: recorded and replayed on a CPU (tests/tape.py)."""
 
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from deltaw.adapter.attach import attach
 from deltaw.adapter.layer import AdaptedLinear, LoRAUpdate
 from deltaw.adapter.ready import Ready
 from deltaw.config import AdapterSpec
-from deltaw.generate import captured, slots
+from deltaw.generate import captured, shelf, slots
 from deltaw.generate.cache import BASE, Row, evaluating
 from deltaw.generate.captured import Captured
 from deltaw.generate.engine import Engine
@@ -110,10 +111,16 @@ def first_layer(model: nn.Module, number: int) -> LoRAUpdate:
     return update
 
 
-@settings(max_examples=6, deadline=None, phases=[Phase.generate])
-@given(st.sampled_from(["llama", "mistral", "gemma2", "qwen3"]), st.randoms(use_true_random=False))
-def test_whatever_happens_each_row_gets_the_same_logits(name: str, draw: random.Random) -> None:
-    """Replayed as not captured, and to the bit as by the work that was recorded."""
+@settings(max_examples=5, deadline=None, phases=[Phase.generate])
+@given(st.sampled_from(["llama", "mistral", "gemma2", "qwen3"]), st.sampled_from([30, 10_000]), st.integers(0, 2**32))
+def test_whatever_happens_each_row_gets_the_same_logits(name: str, small: int, seed: int) -> None:
+    """Replayed as not captured, and to the bit as by the work that was recorded. On shelves of which some are large."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(shelf, "SMALL", small)
+        live(name, random.Random(seed))
+
+
+def live(name: str, draw: random.Random) -> None:
     model = adapted(name, max_position_embeddings=256)
     updates, recorder = [0, another(model, 1), another(model, 5)], Recorder()
     with evaluating(model):
@@ -141,9 +148,9 @@ def test_whatever_happens_each_row_gets_the_same_logits(name: str, draw: random.
                         assert torch.equal(mine[id], work[id])
                         for side in (replayed, plain, worked):
                             side.rows[id].new.append(int(logits_V.argmax()))
-    assert recorder.recorded and recorder.replayed > recorder.recorded
+    assert recorder.replayed >= recorder.recorded
     for size in replayed.captured.graphs:
-        counts = [*(size.updates if size.spread else ()), *(count for *_, count in size.shelves)]
+        counts = [*(size.updates if size.spread else ()), *(count for one, _, count in size.shelves if one.small)]
         assert all(count & (count - 1) == 0 for count in counts), "powers of two"
 
 
@@ -223,16 +230,14 @@ def test_what_has_moved_goes() -> None:
             side.join(number, [5 + number] * 4, 0)
             side.go_on(4)
         graphs = side.captured.graphs
-        for shelf in side.slots.shelves.values():
-            assert shelf.size in (1, 2, 4, 8, 16), "a power of two"
-        assert graphs and all(shelf.moves == moves for size in graphs for shelf, moves, _ in size.shelves)
+        assert graphs and all(one.moves == moves for size in graphs for one, moves, _ in size.shelves)
         for number in range(8):
             side.leave(number)
         side.join(9, [7] * 3, 0)
         side.go_on(3)
         kept, before = [*graphs], recorder.recorded
         side.leave(9)
-        assert any(not shelf.rows for shelf in side.slots.shelves.values()), "an empty shelf that is small stays"
+        assert any(not one.rows for one in side.slots.shelves.values()), "an empty shelf that is small stays"
         side.join(10, [8] * 2, 0)
         side.go_on(4)
         assert recorder.recorded == before and [*graphs] == kept, "nothing was recorded again"
@@ -245,18 +250,19 @@ def test_what_has_moved_goes() -> None:
 
 
 def test_empty_shelves_that_are_large_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "EMPTY", 16)
+    monkeypatch.setattr(shelf, "SMALL", 16)
     model = adapted()
     with evaluating(model):
         side = Side(model, Recorder())
         side.join(0, [5] * 20, 0)
         side.go_on(4)
         assert side.captured.graphs
+        (large,) = map(weakref.ref, side.slots.shelves.values())
         side.leave(0)
-        assert not side.slots.shelves
+        assert not side.slots.shelves and large() is None, "nothing holds its memory"
         side.join(1, [5] * 3, 0)
         side.go_on(2)
-        assert all(shelf.capacity == 8 for size in side.captured.graphs for shelf, *_ in size.shelves)
+        assert all(one.capacity == 8 for size in side.captured.graphs for one, *_ in size.shelves)
 
 
 def test_one_updates_broken_factors_are_no_others_rows_affair() -> None:
