@@ -105,10 +105,16 @@ class Joined:
                 found |= {update.a_RN: self.sinks.a_KN[ranks], update.b_MR: b_MR}
         return found
 
-    def ranked(self, x_TN: Tensor, x_TX: Tensor | None = None) -> Tensor:
-        """[x H]: in x's own place where `x_TX` is x and at least as much room behind it, else in a copy of x."""
+    def forward(self, x_TN: Tensor, x_TX: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(y [T, M], what the backward wants of x: x and H). H is made in x's own place where `x_TX` is x and at least
+        as much room behind it. Else it is made behind a copy of x, and kept in one of its own: somebody else keeps x
+        (attention its output), and the copy is as large."""
         a_NK = self.a_KN.T
-        return with_product(x_TN, a_NK) if x_TX is None else product_behind(x_TX, a_NK)
+        if x_TX is None:
+            x_TX = with_product(x_TN, a_NK)
+            return self.product(x_TX), (x_TN, x_TX[:, self.inputs :].clone())
+        x_TX = product_behind(x_TX, a_NK)
+        return self.product(x_TX), (x_TX[:, : self.inputs], x_TX[:, self.inputs :])
 
     def product(self, x_TX: Tensor) -> Tensor:
         """y [T, M] of [x H]."""
@@ -191,10 +197,9 @@ class _JoinedLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x_TN: Tensor, x_TX: Tensor | None, joined: Joined, turn: _Turn | None, *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        x_TX = joined.ranked(x_TN, x_TX)
-        ctx.save_for_backward(x_TX, *factors)
+        y_TM, kept = joined.forward(x_TN, x_TX)
+        ctx.save_for_backward(*kept, *factors)
         ctx.joined, ctx.turn = joined, turn
-        y_TM = joined.product(x_TX)
         ys = tuple(y_TM[:, rows] for rows in joined.rows) if len(joined.rows) > 1 else (y_TM,)
         if turn is not None:
             turn.turn(y_TM, joined.rows)
@@ -203,18 +208,18 @@ class _JoinedLinears(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        joined, x_TX = ctx.joined, ctx.saved_tensors[0]
+        joined, (x_TN, h_TK, *_) = ctx.joined, ctx.saved_tensors
         if len(grads) == 1:
             g_TX = joined.ranked_back(grads[0])
         else:
-            g_TX = roomy(len(x_TX), joined.outputs, joined.room, x_TX)
+            g_TX = roomy(len(x_TN), joined.outputs, joined.room, x_TN)
             if ctx.turn is not None:
                 ctx.turn.back(grads, g_TX)
             else:
                 torch._foreach_copy_([g_TX[:, rows] for rows in joined.rows], list(grads))
             joined.ranked_back_in_place(g_TX)
         dx_TN = joined.to_input(g_TX) if ctx.needs_input_grad[0] else None
-        return dx_TN, None, None, None, *joined.to_factors(*x_TX.split([joined.inputs, joined.room], 1), g_TX)
+        return dx_TN, None, None, None, *joined.to_factors(x_TN, h_TK, g_TX)
 
 
 class _JoinedMLP(torch.autograd.Function):
@@ -222,26 +227,24 @@ class _JoinedMLP(torch.autograd.Function):
     def forward(
         ctx: Any, x_TN: Tensor, x_TX: Tensor | None, pair: Joined, down: Joined, activation: str, *factors: Tensor
     ) -> Tensor:
-        x_TX, size = pair.ranked(x_TN, x_TX), down.inputs
-        gu_TI = pair.product(x_TX)
+        size, (gu_TI, kept) = down.inputs, pair.forward(x_TN, x_TX)
         inner_TX = gated_with_product(gu_TI[:, :size], gu_TI[:, size:], activation, down.a_KN.T)
-        # H in a copy of its own: kept in its place it would keep all that it lies behind.
-        ctx.save_for_backward(x_TX, gu_TI, inner_TX[:, size:].clone(), *factors)
+        ctx.save_for_backward(*kept, gu_TI, inner_TX[:, size:].clone(), *factors)
         ctx.pair, ctx.down, ctx.activation = pair, down, activation
         return down.product(inner_TX)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, ...]:
-        pair, down, (x_TX, gu_TI, h_TK, *_) = ctx.pair, ctx.down, ctx.saved_tensors
+        pair, down, (x_TN, h_TK, gu_TI, inner_h_TK, *_) = ctx.pair, ctx.down, ctx.saved_tensors
         size, grad_TX = down.inputs, down.ranked_back(grad_TN)
-        d_TI, g_TX = down.to_input(grad_TX), roomy(len(x_TX), pair.outputs, pair.room, x_TX)
+        d_TI, g_TX = down.to_input(grad_TX), roomy(len(x_TN), pair.outputs, pair.room, x_TN)
         halves = gu_TI[:, :size], gu_TI[:, size:]
         inner_TI = gated_back_with_product(d_TI, *halves, ctx.activation, pair.s_MK, g_TX)
         del d_TI
-        of_down = down.to_factors(inner_TI, h_TK, grad_TX)
+        of_down = down.to_factors(inner_TI, inner_h_TK, grad_TX)
         dx_TN = pair.to_input(g_TX) if ctx.needs_input_grad[0] else None
-        of_pair = pair.to_factors(*x_TX.split([pair.inputs, pair.room], 1), g_TX)
+        of_pair = pair.to_factors(x_TN, h_TK, g_TX)
         return dx_TN, None, None, None, None, *of_pair, *of_down
 
 
