@@ -45,7 +45,7 @@ from deltaw.training.world import ALONE, World
 
 CLOSE = 1e-2  # of the gradient, by which two runs of one backward may differ: attention adds in any order
 SIZES = 32  # recorded at most; batches of others run as they are
-SPREAD = 3  # times what two runs of the pass itself differ by, where that is more
+SPREAD, FAR = 3, 0.1  # times what two runs of the pass itself differ by, where that is more; and at most
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class _Pass:
                 truth = self._captured.gradient_of(lambda: losses.append(work()))
             with drawing(number):
                 # Deep models hand on what two runs of one pass differ by.
-                may = max(CLOSE, SPREAD * _difference(self._captured.gradient_of(work), truth))
+                may = min(FAR, max(CLOSE, SPREAD * _difference(self._captured.gradient_of(work), truth)))
             with drawing(number):
                 replay, place = record(work)
             with drawing(number):
