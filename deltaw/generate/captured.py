@@ -9,7 +9,7 @@ What a step's work depends on is its `Size`, or lies in tensors that stay where 
                So slots' capacities are powers of two here, too, from `SMALLEST` on: few sizes are met in a row's life
     inputs     one tensor [3, B] of int64: each row's token, its position, and where it stands among the updates
     updates    how many the stacks have room for and the most rows of one, both powers of two. Which row takes which is
-               in the inputs (Places without rows, kernels/stacked.py); rows that all take the first one need nothing
+               in the inputs (`Spread`, kernels/stacked.py); rows that all take the first one need nothing
     results    logits [B, V], good until the next step. Tokens are chosen outside
 
 A size is recorded when it is met for the third time, since a recording takes as long as three steps. It isn't used
@@ -48,7 +48,7 @@ from deltaw.generate.cache import Row
 from deltaw.generate.going import GoingOn
 from deltaw.generate.shelf import Part, Shelf, power_of_two
 from deltaw.kernels.graphs import Record
-from deltaw.kernels.stacked import Places, Stacks
+from deltaw.kernels.stacked import Places, Spread, Stacks
 
 SMALLEST = 256  # places of a slot
 OFTEN = 3  # times that a size is met before it is recorded
@@ -98,7 +98,7 @@ class Size(NamedTuple):
         return [tokens, ats, places]
 
     def places(self, places_B: Tensor) -> Places:
-        return Places(*self.updates, places_P=places_B if self.spread else None)
+        return Places(*self.updates, spread=Spread(*self.updates, places_B) if self.spread else None)
 
 
 @dataclass(frozen=True, eq=False)
