@@ -91,8 +91,8 @@ class Spread:
 
 
 class Places(NamedTuple):
-    """Where the rows of a pass stand: in `bags`, as `spread` says, or in [S, C]. `rows_P`: those that take an update, and
-    `places_P` where each stands; None: all do, in order, C to each."""
+    """Where the rows of a pass stand: in `bags`, as `spread` says, or in [S, C]. `rows_P`: those that take an update,
+    and `places_P` where each stands; None: all do, in order, C to each."""
 
     updates: int
     width: int
