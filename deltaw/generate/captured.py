@@ -19,9 +19,10 @@ stacks are read where they lie, so whether these are still theirs, and hold what
 the device works: if not, the step is taken again as it is, which only writes what it has written. The `GRAPHS` sizes
 that were used last are kept. An empty shelf stays while it is small (slots.py): a new one would be other tensors.
 
-Not recorded: models whose weights come and go, and those of which a layer takes its updates otherwise than from the
-stacks (DoRA, experts, a head); a work that waits for the device (experts that are chosen, frequencies that grow with
-the longest row). Then decoding goes on as before, and a line says why. Prompts run as they are: no two are alike.
+Not recorded: models whose weights come and go, or whose rows can't be in slots; those of which a layer takes its
+updates otherwise than from the stacks (DoRA, experts, a head); work that waits for the device (experts that are chosen,
+frequencies that grow with the longest row). Then decoding goes on as before, and a line says why. Prompts run as they
+are: no two are alike.
 
 Rejected: a graph for each shelf, which would read the weights as many times. Lengths that are rounded up below a
 slot's capacity: more graphs, and reading is the small part. Graphs that outlive their engine: they would have to
@@ -115,9 +116,9 @@ class Graph:
 
 
 @cache
-def say(line: str) -> None:
-    """Once, however many engines find the same."""
-    print(line, file=sys.stderr)
+def say(why: str) -> None:
+    """Why steps aren't captured: once, however many engines find the same."""
+    print(f"steps of decoding aren't captured, so they are slower on this device: {why:.200}", file=sys.stderr)
 
 
 class Captured:
@@ -165,7 +166,7 @@ class Captured:
             except Exception as error:
                 short = isinstance(error, torch.OutOfMemoryError)
                 self.why_not = "there isn't memory enough to record them" if short else first_line(error)
-                self._say(f"steps of decoding aren't captured, so they are slower on this device: {self.why_not:.200}")
+                self._say(self.why_not)
                 self.release()
         return own_RV
 
