@@ -1,5 +1,6 @@
 """The arms of gpu.py: deltaw and its peers, each the steps on a batch and what they train. gpu.py says what each is."""
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -178,6 +179,9 @@ def peft_arm(shape: str, device: str, way: str = "") -> Arm:
 
 
 def unsloth_arm(shape: str, device: str, way: str = "") -> Arm:
+    # What it asks the network for is put off at once, and what it writes isn't left here.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp(prefix="unsloth-"))
     from unsloth import FastLanguageModel  # isort: skip, it wants to be imported before transformers
 
     with tempfile.TemporaryDirectory() as folder:  # it loads from a folder only

@@ -36,13 +36,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deltaw.kernels.device import on_gpu
-from deltaw.kernels.lora import Factors, gated, gated_back
+from deltaw.kernels.lora import Factors
 from deltaw.kernels.room import roomy
 from deltaw.kernels.rotary import turn_, turn_back
+from deltaw.kernels.thin import Sum, add_sums, gated_back_with_product, gated_with_product, product_behind, with_product
 
-HALF = (torch.bfloat16, torch.float16)
-NARROW = 2**26  # bytes
 FILL = 16  # columns that factors are filled up to
 
 
@@ -109,7 +107,8 @@ class Joined:
 
     def ranked(self, x_TN: Tensor, x_TX: Tensor | None = None) -> Tensor:
         """[x H]: in x's own place where `x_TX` is x and at least as much room behind it, else in a copy of x."""
-        return _ranked(x_TN, self.a_KN.T) if x_TX is None else _ranked_in_place(x_TX, self.a_KN.T)
+        a_NK = self.a_KN.T
+        return with_product(x_TN, a_NK) if x_TX is None else product_behind(x_TX, a_NK)
 
     def product(self, x_TX: Tensor) -> Tensor:
         """y [T, M] of [x H]."""
@@ -118,11 +117,11 @@ class Joined:
 
     def ranked_back(self, g_TM: Tensor) -> Tensor:
         """[G P], in a copy of G."""
-        return _ranked(g_TM, self.s_MK)
+        return with_product(g_TM, self.s_MK)
 
     def ranked_back_in_place(self, g_TX: Tensor) -> Tensor:
         """[G P] of a G with room behind it."""
-        return _ranked_in_place(g_TX, self.s_MK)
+        return product_behind(g_TX, self.s_MK)
 
     def to_input(self, g_TX: Tensor) -> Tensor:
         """∂L/∂x [T, N] of [G P]."""
@@ -131,18 +130,12 @@ class Joined:
     def to_factors(self, x_TN: Tensor, h_TK: Tensor, g_TX: Tensor) -> list[Tensor | None]:
         """∂L/∂A and ∂L/∂B of each update in turn, of [G P]; None where they were added to the sinks."""
         g_TM, p_TK = g_TX.split([self.outputs, self.room], 1)
-        kind, sinks = self.factors[0].dtype, self.sinks or self._sums()
-        sums = [_Sum(x_TN, p_TK, sinks.a_KN.T, 1.0)]
+        sinks = self.sinks or self._sums()
+        sums = [Sum(x_TN, p_TK, sinks.a_KN.T, 1.0)]
         for rows, ranks, update, b_MR in zip(self.rows, self.ranks, self.updates, sinks.bs, strict=True):
             if update is not None and b_MR is not None:
-                sums.append(_Sum(g_TM[:, rows], h_TK[:, ranks], b_MR, update.scale))
-        if _are_narrow(sums) and kind == torch.float32:
-            from deltaw.kernels.triton import factor_sums
-
-            factor_sums(sums)
-        else:
-            for one in sums:
-                _add(one)
+                sums.append(Sum(g_TM[:, rows], h_TK[:, ranks], b_MR, update.scale))
+        add_sums(sums)
         if self.sinks is not None:
             return [None] * len(self.factors)
         pairs = zip(self.ranks, sinks.bs, strict=True)
@@ -231,12 +224,9 @@ class _JoinedMLP(torch.autograd.Function):
     ) -> Tensor:
         x_TX, size = pair.ranked(x_TN, x_TX), down.inputs
         gu_TI = pair.product(x_TX)
-        inner_TX = roomy(len(x_TN), size, down.room, x_TN)
-        inner_TI, h_TK = inner_TX.split([size, down.room], 1)
-        gated(gu_TI[:, :size], gu_TI[:, size:], activation, out=inner_TI)
-        down.ranked(inner_TI, inner_TX)
+        inner_TX = gated_with_product(gu_TI[:, :size], gu_TI[:, size:], activation, down.a_KN.T)
         # H in a copy of its own: kept in its place it would keep all that it lies behind.
-        ctx.save_for_backward(x_TX, gu_TI, h_TK.clone(), *factors)
+        ctx.save_for_backward(x_TX, gu_TI, inner_TX[:, size:].clone(), *factors)
         ctx.pair, ctx.down, ctx.activation = pair, down, activation
         return down.product(inner_TX)
 
@@ -245,67 +235,15 @@ class _JoinedMLP(torch.autograd.Function):
     def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, ...]:
         pair, down, (x_TX, gu_TI, h_TK, *_) = ctx.pair, ctx.down, ctx.saved_tensors
         size, grad_TX = down.inputs, down.ranked_back(grad_TN)
-        d_TI = down.to_input(grad_TX)
-        inner_TI, g_TX = torch.empty_like(d_TI), roomy(len(x_TX), pair.outputs, pair.room, x_TX)
-        out = inner_TI, g_TX[:, :size], g_TX[:, size : 2 * size]
-        gated_back(d_TI, gu_TI[:, :size], gu_TI[:, size:], ctx.activation, out=out)
+        d_TI, g_TX = down.to_input(grad_TX), roomy(len(x_TX), pair.outputs, pair.room, x_TX)
+        halves = gu_TI[:, :size], gu_TI[:, size:]
+        inner_TI = gated_back_with_product(d_TI, *halves, ctx.activation, pair.s_MK, g_TX)
         del d_TI
         of_down = down.to_factors(inner_TI, h_TK, grad_TX)
-        pair.ranked_back_in_place(g_TX)
         dx_TN = pair.to_input(g_TX) if ctx.needs_input_grad[0] else None
         of_pair = pair.to_factors(*x_TX.split([pair.inputs, pair.room], 1), g_TX)
         return dx_TN, None, None, None, None, *of_pair, *of_down
 
 
-def _ranked(x_TN: Tensor, a_NK: Tensor) -> Tensor:
-    """[x  x a], in a copy of x."""
-    (T, N), K = x_TN.shape, a_NK.shape[1]
-    x_TX = roomy(T, N, K, x_TN)
-    if on_gpu(x_TN):
-        from deltaw.kernels.triton import ranked
-
-        return ranked(x_TN, a_NK, x_TX)
-    x_TX[:, :N].copy_(x_TN)
-    return _ranked_in_place(x_TX, a_NK)
-
-
-def _ranked_in_place(x_TX: Tensor, a_NK: Tensor) -> Tensor:
-    """[x  x a] of an x with room behind it."""
-    N, K = a_NK.shape
-    x_TX = x_TX[:, : N + K]
-    torch.mm(x_TX[:, :N], a_NK, out=x_TX[:, N:])
-    return x_TX
-
-
 def _spans(sizes: Sequence[int]) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(accumulate(sizes, initial=0))]
-
-
-class _Sum(NamedTuple):
-    """scale · wideᵀ thin, to be added to `out`."""
-
-    wide_TC: Tensor
-    thin_TR: Tensor
-    out_CR: Tensor
-    scale: float
-
-
-def _are_narrow(sums: Sequence[_Sum]) -> bool:
-    """Whether a GPU takes them sooner all at once (kernels/triton/sums.py): those of wider matrices fill it one by one,
-    and read them at the memory's speed."""
-    wide = sums[0].wide_TC
-    bytes_read = sum(one.wide_TC.numel() for one in sums) * wide.element_size()
-    return on_gpu(wide) and wide.dtype in HALF and bytes_read <= NARROW
-
-
-def _add(one: _Sum) -> None:
-    """By a product; on a GPU not rounded on the way."""
-    wide_TC, thin_TR, out_CR, scale = one
-    if out_CR.stride(0) == 1:  # written in the order in which it lies
-        wide_TC, thin_TR, out_CR = thin_TR, wide_TC, out_CR.T
-    if wide_TC.dtype == out_CR.dtype:
-        out_CR.addmm_(wide_TC.T, thin_TR, alpha=scale)
-    elif wide_TC.is_cuda and out_CR.dtype == torch.float32:
-        torch.addmm(out_CR, wide_TC.T, thin_TR, out_dtype=torch.float32, alpha=scale, out=out_CR)
-    else:
-        out_CR.add_((wide_TC.T @ thin_TR).to(out_CR.dtype), alpha=scale)

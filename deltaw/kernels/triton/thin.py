@@ -16,11 +16,11 @@ from torch import Tensor
 
 from deltaw.kernels.triton.views import power_of_two, uncopied
 
-BLOCK = 256
+BLOCK = 128
 PROGRAMS = 256  # wanted at least
 
 
-def ranked(x_TN: Tensor, a_NK: Tensor, out_TX: Tensor) -> Tensor:
+def ranked(x_TN: Tensor, a_NK: Tensor, out_TX: Tensor, block: int = BLOCK) -> Tensor:
     """`out` [T, N + K] in x's dtype: x, and behind it x a, added up in float32. `a` in x's dtype, any strides; K at
     least 16, for a GPU's matrix units.
 
@@ -28,15 +28,21 @@ def ranked(x_TN: Tensor, a_NK: Tensor, out_TX: Tensor) -> Tensor:
     """
     (T, N), K = x_TN.shape, a_NK.shape[1]
     x, out = uncopied("x", x_TN, x_TN.shape), uncopied("out", out_TX, torch.Size((T, N + K)))
-    rows = 64
-    while rows > 16 and triton.cdiv(T, rows) < PROGRAMS:
-        rows //= 2
+    rows = few_rows(T)
     strides = (x.stride(0), a_NK.stride(0), a_NK.stride(1), out.stride(0))
-    options = {"ROWS": rows, "BLOCK": BLOCK, "RANKS": power_of_two(max(K, 16)), "num_warps": 4, "num_stages": 4}
+    options = {"ROWS": rows, "BLOCK": block, "RANKS": power_of_two(max(K, 16)), "num_warps": 4, "num_stages": 4}
     if T:
         with torch.cuda.device_of(x):
             _ranked[(triton.cdiv(T, rows),)](x, a_NK, out, T, N, K, *strides, **options)
     return out
+
+
+def few_rows(T: int) -> int:
+    """Rows of a program."""
+    rows = 64
+    while rows > 16 and triton.cdiv(T, rows) < PROGRAMS:
+        rows //= 2
+    return rows
 
 
 @triton.jit
