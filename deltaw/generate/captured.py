@@ -9,7 +9,7 @@ What a step's work depends on is its `Size`, or lies in tensors that stay where 
                So slots' capacities are powers of two here, too, from `SMALLEST` on: few sizes are met in a row's life
     inputs     one tensor [3, B] of int64: each row's token, its position, and where it stands among the updates
     updates    how many the stacks have room for and the most rows of one, both powers of two. Which row takes which is
-               in the inputs (Places without rows, kernels/stacked.py); rows that all take the first one need nothing
+               in the inputs (`Spread`, kernels/stacked.py); rows that all take the first one need nothing
     results    logits [B, V], good until the next step. Tokens are chosen outside
 
 A size is recorded when it is met for the third time, since a recording takes as long as three steps. It isn't used
@@ -19,9 +19,10 @@ stacks are read where they lie, so whether these are still theirs, and hold what
 the device works: if not, the step is taken again as it is, which only writes what it has written. The `GRAPHS` sizes
 that were used last are kept. An empty shelf stays while it is small (slots.py): a new one would be other tensors.
 
-Not recorded: models whose weights come and go, and those of which a layer takes its updates otherwise than from the
-stacks (DoRA, experts, a head); a work that waits for the device (experts that are chosen, frequencies that grow with
-the longest row). Then decoding goes on as before, and a line says why. Prompts run as they are: no two are alike.
+Not recorded: models whose weights come and go, or whose rows can't be in slots; those of which a layer takes its
+updates otherwise than from the stacks (DoRA, experts, a head); work that waits for the device (experts that are chosen,
+frequencies that grow with the longest row). Then decoding goes on as before, and a line says why. Prompts run as they
+are: no two are alike.
 
 Rejected: a graph for each shelf, which would read the weights as many times. Lengths that are rounded up below a
 slot's capacity: more graphs, and reading is the small part. Graphs that outlive their engine: they would have to
@@ -48,7 +49,7 @@ from deltaw.generate.cache import Row
 from deltaw.generate.going import GoingOn
 from deltaw.generate.shelf import Part, Shelf, power_of_two
 from deltaw.kernels.graphs import Record
-from deltaw.kernels.stacked import Places, Stacks
+from deltaw.kernels.stacked import Places, Spread, Stacks
 
 SMALLEST = 256  # places of a slot
 OFTEN = 3  # times that a size is met before it is recorded
@@ -98,7 +99,7 @@ class Size(NamedTuple):
         return [tokens, ats, places]
 
     def places(self, places_B: Tensor) -> Places:
-        return Places(*self.updates, places_P=places_B if self.spread else None)
+        return Places(*self.updates, spread=Spread(*self.updates, places_B) if self.spread else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,9 +116,9 @@ class Graph:
 
 
 @cache
-def say(line: str) -> None:
-    """Once, however many engines find the same."""
-    print(line, file=sys.stderr)
+def say(why: str) -> None:
+    """Why steps aren't captured: once, however many engines find the same."""
+    print(f"steps of decoding aren't captured, so they are slower on this device: {why:.200}", file=sys.stderr)
 
 
 class Captured:
@@ -165,7 +166,7 @@ class Captured:
             except Exception as error:
                 short = isinstance(error, torch.OutOfMemoryError)
                 self.why_not = "there isn't memory enough to record them" if short else first_line(error)
-                self._say(f"steps of decoding aren't captured, so they are slower on this device: {self.why_not:.200}")
+                self._say(self.why_not)
                 self.release()
         return own_RV
 

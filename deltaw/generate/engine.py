@@ -41,6 +41,7 @@ from deltaw.base.recorded import recorder_on
 from deltaw.errors import InputError, RunError
 from deltaw.generate.batches import Batches
 from deltaw.generate.cache import Cache, Row, context, evaluating
+from deltaw.generate.captured import say
 from deltaw.generate.check import NO_BIAS, check
 from deltaw.generate.grammar import Guide
 from deltaw.generate.logprobs import Logprobs, logprobs_of, score
@@ -90,6 +91,8 @@ class Engine:
         with evaluating(model):
             record = record or recorder_on(self._device)
             self._slots = Slots(model, piece, record=record) if Slots.hold(model) else None
+        if record is not None and (self._slots is None or self._slots.captured is None):
+            say("its rows can't be in slots" if self._slots is None else "its weights come and go")
         self._batches = Batches(model, alone=batch_size == 1, beyond=self._slots is not None)
         self._waiting: list[Row] = []
         self._live: dict[Row, Cache] = {}

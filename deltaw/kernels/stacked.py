@@ -67,17 +67,39 @@ class Bags:
         return sums_TK
 
 
+class Spread:
+    """Rows that stand in [S, C] where a tensor says, at S C those that take no update. Nothing else depends on which
+    rows take which, so a pass that is recorded may be replayed for others. Places that no row has hold anything: they
+    are of no row's update."""
+
+    def __init__(self, updates: int, width: int, places_T: Tensor) -> None:
+        self.updates, self.width, self.places_T = updates, width, places_T
+        self.sums: dict[int, Tensor] = {}  # by M: of all places, and zeros behind them
+
+    def low(self, x_TN: Tensor, a_SNK: Tensor) -> Tensor:
+        """[S, C, K]."""
+        x_PN = x_TN.new_empty(self.updates * self.width + 1, x_TN.shape[1])
+        x_PN[self.places_T] = x_TN
+        return torch.bmm(x_PN[:-1].view(self.updates, self.width, -1), a_SNK)
+
+    def add(self, y_TM: Tensor, h_SCR: Tensor, b_SRM: Tensor) -> None:
+        """y += H B, in place."""
+        if (m := y_TM.shape[1]) not in self.sums:
+            self.sums[m] = y_TM.new_zeros(self.updates * self.width + 1, m)
+        torch.bmm(h_SCR, b_SRM, out=self.sums[m][:-1].view(self.updates, self.width, -1))
+        y_TM += self.sums[m][self.places_T]
+
+
 class Places(NamedTuple):
-    """Where the rows of a pass stand: in `bags`, or in [S, C]. `rows_P`: those that take an update, and `places_P`
-    where each stands; None: all do, in order, C to each. Places without `rows_P` are those of all rows, S C that of
-    rows that take none: which rows take which update is then in the tensor alone, and may change where a pass is
-    recorded."""
+    """Where the rows of a pass stand: in `bags`, as `spread` says, or in [S, C]. `rows_P`: those that take an update,
+    and `places_P` where each stands; None: all do, in order, C to each."""
 
     updates: int
     width: int
     rows_P: Tensor | None = None
     places_P: Tensor | None = None
     bags: Bags | None = None
+    spread: Spread | None = None
 
     @staticmethod
     def of(slots: Sequence[int | None], device: torch.device) -> "Places":
@@ -106,12 +128,10 @@ class Places(NamedTuple):
         """H = x A, as `add` takes it: [T, K] or [S, C, K]."""
         if self.bags is not None:
             return self.bags.sums(x_TN, a_SNK)
-        if self.places_P is None:
+        if self.spread is not None:
+            return self.spread.low(x_TN, a_SNK)
+        if self.rows_P is None or self.places_P is None:
             return torch.bmm(x_TN.view(self.updates, self.width, -1), a_SNK)
-        if self.rows_P is None:
-            x_PN = x_TN.new_zeros(self.updates * self.width + 1, x_TN.shape[1])
-            x_PN[self.places_P] = x_TN
-            return torch.bmm(x_PN[:-1].view(self.updates, self.width, -1), a_SNK)
         x_PN = x_TN.new_zeros(self.updates * self.width, x_TN.shape[1])
         x_PN[self.places_P] = x_TN[self.rows_P]
         return torch.bmm(x_PN.view(self.updates, self.width, -1), a_SNK)
@@ -120,12 +140,10 @@ class Places(NamedTuple):
         """y += H B, in place."""
         if self.bags is not None:
             y_TM += self.bags.sums(h, b_SRM)
-        elif self.places_P is None:
+        elif self.spread is not None:
+            self.spread.add(y_TM, h, b_SRM)
+        elif self.rows_P is None or self.places_P is None:
             y_TM.view(self.updates, self.width, -1).baddbmm_(h, b_SRM)
-        elif self.rows_P is None:
-            out_PM = y_TM.new_zeros(self.updates * self.width + 1, y_TM.shape[1])
-            torch.bmm(h, b_SRM, out=out_PM[:-1].view(self.updates, self.width, -1))
-            y_TM += out_PM[self.places_P]
         else:
             y_TM.index_add_(0, self.rows_P, torch.bmm(h, b_SRM).flatten(0, 1)[self.places_P])
 

@@ -15,7 +15,7 @@ from deltaw.adapter.attach import attach
 from deltaw.adapter.layer import AdaptedLinear, LoRAUpdate
 from deltaw.adapter.ready import Ready
 from deltaw.config import AdapterSpec
-from deltaw.generate import captured, shelf, slots
+from deltaw.generate import captured, engine, shelf, slots
 from deltaw.generate.cache import BASE, Row, evaluating
 from deltaw.generate.captured import Captured
 from deltaw.generate.engine import Engine
@@ -160,19 +160,19 @@ def test_an_engine_gives_what_it_gives_without() -> None:
     updates, recorder = [0, moved(model, 7).number, BASE], Recorder()
 
     def answered(record: Any) -> dict[int, list[Any]]:
-        engine = Engine(model, batch_size=4, piece=50, record=record)
+        one = Engine(model, batch_size=4, piece=50, record=record)
         got: dict[int, list[Any]] = {}
         sampling = [Sampling(max_new_tokens=NEW), Sampling(max_new_tokens=2 * NEW, temperature=1.2, top_k=20, seed=3)]
         for step in range(90):
             if step % 3 == 0 and len(got) < 12:
                 n = len(got)
                 asked = {"update": updates[n % 3], "key": b"%d" % (n % 3), "logprobs": 1, "number": n}
-                got[engine.add(LONG[n % len(LONG)], sampling[n % 2], STOP if n > 6 else set(), **asked)] = []
+                got[one.add(LONG[n % len(LONG)], sampling[n % 2], STOP if n > 6 else set(), **asked)] = []
             with recording():
-                for event in engine.step():
+                for event in one.step():
                     got[event.id].append(event.token)
-        assert not engine.busy
-        engine.close()
+        assert not one.busy
+        one.close()
         return got
 
     assert answered(recorder) == answered(None)
@@ -332,8 +332,22 @@ def test_a_step_that_does_not_look_like_its_work_is_found() -> None:
     assert len(said) == 1 and "isn't the step" in said[0]
 
 
+@pytest.mark.parametrize(("name", "why"), [("falcon_h1", "slots"), ("llama", "come and go")])
+def test_models_without_recorded_steps_are_named(name: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, model = list[str](), adapted(name)
+    monkeypatch.setattr(engine, "say", said.append)
+    monkeypatch.setattr(slots, "InParts", nn.Linear)
+    assert answered(Engine(model, record=Recorder())) == answered(Engine(model))
+    assert len(said) == 1 and why in said[0]
+
+
+def answered(one: Engine) -> list[int | None]:
+    one.add(PROMPTS[0], Sampling(max_new_tokens=5))
+    return [event.token for _ in range(8) for event in one.step()]
+
+
 def test_without_a_recorder_nothing_is_otherwise() -> None:
     model = adapted()
-    engine = Engine(model)
-    assert engine._slots is not None and engine._slots.captured is None
-    assert engine._slots._capacity(1) == slots.SMALLEST and not engine._slots.ready.doubling  # type: ignore[union-attr]
+    own = Engine(model)._slots
+    assert own is not None and own.captured is None
+    assert own._capacity(1) == slots.SMALLEST and own.ready is not None and not own.ready.doubling

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from deltaw.kernels import stacked
 from deltaw.kernels.lora import Factors, Projection, lora_linears_plain
 from deltaw.kernels.segments import Segment
-from deltaw.kernels.stacked import Places, Stacks, stacked_linears
+from deltaw.kernels.stacked import Places, Spread, Stacks, stacked_linears
 from deltaw.kernels.weight import DenseWeight
 
 N, OUTPUTS = 6, (5, 4)
@@ -53,7 +53,7 @@ def test_each_row_gets_its_own_update(
     wanted = lora_linears_plain(x_TN, projections)
     width = max(map(slots.count, {*slots} - {None}), default=0) + 1
     at = [4 * width if slot is None else slot * width + slots[:row].count(slot) for row, slot in enumerate(slots)]
-    in_tensor = Places(4, width, places_P=torch.tensor(at))
+    in_tensor = Places(4, width, spread=Spread(4, width, torch.tensor(at)))
     for one in (places, in_tensor):
         for got, its in zip(stacked_linears(x_TN, layers, stacks, one), wanted, strict=True):
             torch.testing.assert_close(got, its)
