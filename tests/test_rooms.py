@@ -46,7 +46,7 @@ SIDEWAYS = {
 
 # Each heavy library has its home.
 VERBS = ("__init__", "app", "ask", "machine", "run", "serve", "ship", "update", "verbs", "why")
-KERNELS = ("cross_entropy", "factors", "gated", "gated_thin", "norm", "rotary", "sums", "thin", "tanh", "views")
+KERNELS = ("cross_entropy", "factors", "gated", "norm", "rotary", "sums", "thin", "tanh", "views")
 HOMES = {
     "jinja2": {"analysis/page.py", "files/bounded_worker.py"},
     "rich": {"show/progress.py", "show/table.py", "data/preview.py"},

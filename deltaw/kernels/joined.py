@@ -36,10 +36,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deltaw.kernels.lora import Factors
+from deltaw.kernels.lora import Factors, gated, gated_back
 from deltaw.kernels.room import roomy
 from deltaw.kernels.rotary import turn_, turn_back
-from deltaw.kernels.thin import Sum, add_sums, gated_back_with_product, gated_with_product, product_behind, with_product
+from deltaw.kernels.thin import Sum, add_sums, product_behind, with_product
 
 FILL = 16  # columns that factors are filled up to
 
@@ -228,7 +228,10 @@ class _JoinedMLP(torch.autograd.Function):
         ctx: Any, x_TN: Tensor, x_TX: Tensor | None, pair: Joined, down: Joined, activation: str, *factors: Tensor
     ) -> Tensor:
         size, (gu_TI, kept) = down.inputs, pair.forward(x_TN, x_TX)
-        inner_TX = gated_with_product(gu_TI[:, :size], gu_TI[:, size:], activation, down.a_KN.T)
+        inner_TX = roomy(len(x_TN), size, down.room, x_TN)
+        gated(gu_TI[:, :size], gu_TI[:, size:], activation, out=inner_TX[:, :size])
+        product_behind(inner_TX, down.a_KN.T)
+        # H in a copy of its own: kept in its place it would keep all that it lies behind.
         ctx.save_for_backward(*kept, gu_TI, inner_TX[:, size:].clone(), *factors)
         ctx.pair, ctx.down, ctx.activation = pair, down, activation
         return down.product(inner_TX)
@@ -239,10 +242,12 @@ class _JoinedMLP(torch.autograd.Function):
         pair, down, (x_TN, h_TK, gu_TI, inner_h_TK, *_) = ctx.pair, ctx.down, ctx.saved_tensors
         size, grad_TX = down.inputs, down.ranked_back(grad_TN)
         d_TI, g_TX = down.to_input(grad_TX), roomy(len(x_TN), pair.outputs, pair.room, x_TN)
-        halves = gu_TI[:, :size], gu_TI[:, size:]
-        inner_TI = gated_back_with_product(d_TI, *halves, ctx.activation, pair.s_MK, g_TX)
+        inner_TI = torch.empty_like(d_TI)
+        out = inner_TI, g_TX[:, :size], g_TX[:, size : 2 * size]
+        gated_back(d_TI, gu_TI[:, :size], gu_TI[:, size:], ctx.activation, out=out)
         del d_TI
         of_down = down.to_factors(inner_TI, inner_h_TK, grad_TX)
+        pair.ranked_back_in_place(g_TX)
         dx_TN = pair.to_input(g_TX) if ctx.needs_input_grad[0] else None
         of_pair = pair.to_factors(x_TN, h_TK, g_TX)
         return dx_TN, None, None, None, None, *of_pair, *of_down

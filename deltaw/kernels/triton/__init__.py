@@ -18,7 +18,6 @@ This is the only folder that imports triton. Nothing in it is needed on a CPU; d
 from deltaw.kernels.triton.cross_entropy import cross_entropy_
 from deltaw.kernels.triton.factors import spread, spread_table
 from deltaw.kernels.triton.gated import gated_backward, gated_forward
-from deltaw.kernels.triton.gated_thin import gated_ranked, gated_ranked_back
 from deltaw.kernels.triton.norm import (
     add_rms_norm_backward,
     add_rms_norm_forward,
@@ -36,8 +35,6 @@ __all__ = [
     "factor_sums",
     "gated_backward",
     "gated_forward",
-    "gated_ranked",
-    "gated_ranked_back",
     "ranked",
     "rms_norm_backward",
     "rms_norm_forward",

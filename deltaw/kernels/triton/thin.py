@@ -16,11 +16,11 @@ from torch import Tensor
 
 from deltaw.kernels.triton.views import power_of_two, uncopied
 
-BLOCK = 128
+BLOCKS = (128, 256)  # of a matrix of at most 1,024 columns, and of wider ones
 PROGRAMS = 256  # wanted at least
 
 
-def ranked(x_TN: Tensor, a_NK: Tensor, out_TX: Tensor, block: int = BLOCK) -> Tensor:
+def ranked(x_TN: Tensor, a_NK: Tensor, out_TX: Tensor) -> Tensor:
     """`out` [T, N + K] in x's dtype: x, and behind it x a, added up in float32. `a` in x's dtype, any strides; K at
     least 16, for a GPU's matrix units.
 
@@ -28,21 +28,16 @@ def ranked(x_TN: Tensor, a_NK: Tensor, out_TX: Tensor, block: int = BLOCK) -> Te
     """
     (T, N), K = x_TN.shape, a_NK.shape[1]
     x, out = uncopied("x", x_TN, x_TN.shape), uncopied("out", out_TX, torch.Size((T, N + K)))
-    rows = few_rows(T)
+    rows = 64
+    while rows > 16 and triton.cdiv(T, rows) < PROGRAMS:
+        rows //= 2
+    block, stages = (BLOCKS[N > 1024], 4) if x.element_size() == 2 else (BLOCKS[0], 2)  # what shared memory holds
     strides = (x.stride(0), a_NK.stride(0), a_NK.stride(1), out.stride(0))
-    options = {"ROWS": rows, "BLOCK": block, "RANKS": power_of_two(max(K, 16)), "num_warps": 4, "num_stages": 4}
+    options = {"ROWS": rows, "BLOCK": block, "RANKS": power_of_two(max(K, 16)), "num_warps": 4, "num_stages": stages}
     if T:
         with torch.cuda.device_of(x):
             _ranked[(triton.cdiv(T, rows),)](x, a_NK, out, T, N, K, *strides, **options)
     return out
-
-
-def few_rows(T: int) -> int:
-    """Rows of a program."""
-    rows = 64
-    while rows > 16 and triton.cdiv(T, rows) < PROGRAMS:
-        rows //= 2
-    return rows
 
 
 @triton.jit
