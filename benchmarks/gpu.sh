@@ -1,11 +1,11 @@
 #!/bin/sh
 # One GPU, under eight minutes: deltaw's steps, then those of its peers as far as time goes (gpu.py); `deltaw train`
 # itself, timed, profiled, killed and resumed (gpu_train.py); the kernels' tests on the chip. What matters most comes
-# first, and each part has seconds of its own.
+# first, and each part has seconds of its own. Beside them: decoding, recorded and not (gpu_decode.py, another minute).
 #
 #   benchmarks/gpu.sh [arguments of gpu.py]
 #
-#   PARTS    which of peers, train and tests, in this order or another           peers train tests
+#   PARTS    which of peers, train, tests and decode, in this order or another   peers train tests
 #   OUT      where gpu.csv goes                                                  benchmarks
 #   PYTHON   a Python with torch, transformers, peft and deltaw's dependencies   python3
 #   WHEELS   folders of wheels for what that Python lacks; nothing is fetched, and nothing is installed into it
@@ -41,7 +41,7 @@ for part in $PARTS; do
     tests)
       TRITON_INTERPRET=0 timeout 120 "$PYTHON" -m pytest tests/kernels -q -n 8 -p no:cacheprovider || failed=$?
       ;;
-    *) echo "PARTS: $part is none of peers, train, tests" >&2; exit 2 ;;
+    *) echo "PARTS: $part is none of peers, train, tests, decode" >&2; exit 2 ;;
   esac
 done
 exit "$failed"

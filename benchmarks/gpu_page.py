@@ -4,7 +4,7 @@ A row's share is of the rate that the same card gave an 8192³ product on the sa
 against the product of another. Of an arm on a model at a size the newest day's rows count, of these the last.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ recomputed. Shares are of the rate of an 8192³ product on the same card and day
 by its defaults, with everything that lies between its steps. Unsloth's figures are its own loader's model in the bare
 loop of the other arms; NeMo AutoModel's is the published one.
 """
+BESIDES = "FlashAttention-4"  # which PyTorch doesn't bring
 
 
 def read(root: Path) -> list[Row]:
@@ -76,9 +77,11 @@ def section(rows: Sequence[Row]) -> str:
         for row in rows
         if row["arm"] in names and row["model"] in MODELS and (not row["tokens_per_s"] or "DIFFERS" in row["note"])
     ]
+    with_it = any(row["arm"] == "deltaw" and f"attention by {BESIDES}" in row["note"] for row in rows)
+    more = f" In deltaw's recorded steps attention is by {BESIDES}, for which `flash-attn-4` was installed." * with_it
     parts = [
         "## On a GPU",
-        INTRO.strip().format(cards=cards),
+        INTRO.strip().format(cards=cards) + more,
         table(["figure", "target", "measured", "met", "short by"], map(shown, _targets(found))),
         "Tokens per second, and the share of the product's rate:",
         table(["", *(ARMS[arm] for arm in arms)], lines),
@@ -101,21 +104,31 @@ def newest(rows: Sequence[Row]) -> list[Row]:
 def _rates(rows: Sequence[Row]) -> Rates:
     """`deltaw train` writes no share: a token's FLOPs are those of another arm's row of the model that does, of the
     largest share, which has the most digits."""
-    products = {_day(row): float(row["note"].split()[0]) * 1e12 for row in rows if row["model"] == PRODUCT}
     flops: dict[str, float] = {}
-    for row in sorted(rows, key=lambda row: -float(row["share_of_gemm"] or 0)):
-        if row["share_of_gemm"] and _day(row) in products:
-            spent = float(row["share_of_gemm"]) * products[_day(row)]
-            flops.setdefault(row["model"], spent / float(row["tokens_per_s"]))
+    with_product = list(_with_product(rows))
+    for row, product in sorted(with_product, key=lambda pair: -float(pair[0]["share_of_gemm"] or 0)):
+        if row["share_of_gemm"] and product:
+            flops.setdefault(row["model"], float(row["share_of_gemm"]) * product / float(row["tokens_per_s"]))
     found = {}
-    for row in rows:
+    for row, product in with_product:
         if row["arm"] in ARMS and row["model"] in MODELS and row["tokens_per_s"]:
             rate = float(row["tokens_per_s"])
-            known = row["model"] in flops and _day(row) in products
-            share = rate * flops[row["model"]] / products[_day(row)] if known else None
+            share = rate * flops[row["model"]] / product if row["model"] in flops and product else None
             gib = float(row["allocated_gib"]) if row.get("allocated_gib") else None
             found[row["arm"], row["model"], int(row["tokens"])] = Rate(rate, share, gib)
     return found
+
+
+def _with_product(rows: Sequence[Row]) -> Iterator[tuple[Row, float | None]]:
+    """Each with the rate, FLOP/s, that the product before it had on its card and day, since a run begins with that; of
+    the day's first, where none stands before it."""
+    rates = [(_day(row), float(row["note"].split()[0]) * 1e12) for row in rows if row["model"] == PRODUCT]
+    products, left = dict(reversed(rates)), iter(rates)
+    for row in rows:
+        if row["model"] == PRODUCT:
+            day, rate = next(left)
+            products[day] = rate
+        yield row, products.get(_day(row))
 
 
 def _day(row: Row) -> tuple[str, str]:

@@ -71,6 +71,8 @@ def measured(name: str, tokens: int) -> tuple[float, float]:
     known = {row["model"]: row for row in rows}
     if row := known.get(name.lower()):
         return float(row["tokens_per_s"]), float(row["allocated_gib"]) * GIB - shape.base("bf16")
+    if name == "8B":
+        raise LookupError(f"benchmarks/gpu.csv has no step of 8B at {tokens} tokens")
     rate, beside = measured("8B", tokens)
     eight = SHAPES[1]
     work = (shape.blocks + shape.embeddings / 2) / (eight.blocks + eight.embeddings / 2)

@@ -104,4 +104,4 @@ class Recorded:
 @cache
 def recorder_on(device: torch.device) -> Recorder | None:
     """What records on a device; None where nothing can."""
-    return Recorder("; lower tokens_per_batch") if can_record(device) else None
+    return Recorder() if can_record(device) else None

@@ -22,12 +22,14 @@ def can_record(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-class Recorder:
-    """Records CUDA graphs. They share memory: they never run at once, and only their results outlive a replay.
-    `fix`: what to do where a recording takes too much of it."""
+class TooLarge(RuntimeError):
+    """A recording keeps more memory than it may."""
 
-    def __init__(self, fix: str = "") -> None:
-        self._fix = fix
+
+class Recorder:
+    """Records CUDA graphs. They share memory: they never run at once, and only their results outlive a replay."""
+
+    def __init__(self) -> None:
         self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
@@ -44,6 +46,6 @@ class Recorder:
             raise
         left, _ = torch.cuda.mem_get_info()
         if left < free * ROOM:
-            raise RuntimeError("a recording keeps its memory, and too little would be left" + self._fix)
+            raise TooLarge("a recording keeps its memory, and too little would be left")
         self._graphs.add(graph)
         return graph.replay, result

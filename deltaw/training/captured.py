@@ -37,7 +37,7 @@ from deltaw.base.forward import Forward
 from deltaw.base.objective import sft
 from deltaw.base.recorded import OfSize, Recorded, Recording, Work, recorder_on
 from deltaw.errors import first_line
-from deltaw.kernels.graphs import Record, can_record
+from deltaw.kernels.graphs import Record, TooLarge, can_record
 from deltaw.training.learner import Learner
 from deltaw.training.memory import release
 from deltaw.training.stop import Lost
@@ -120,6 +120,8 @@ class Captured:
                 self._keep_one()
                 return self.run(batches, supervised, mine)
             self.why_not = "there isn't memory enough to record a pass" if short else first_line(error)
+            if short or isinstance(error, TooLarge):
+                self.why_not += "; lower tokens_per_batch"
             self._say(f"steps aren't captured, so they are slower on this device: {self.why_not:.200}")
             self.release()
             return None

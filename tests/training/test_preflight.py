@@ -50,15 +50,15 @@ def opened(folder: Path, *, train: dict[str, Any] | None = None, **changes: Any)
 
 @contextmanager
 def watched() -> Iterator[list[int]]:
-    """The sizes of the batches whose loss is computed in the block."""
-    seen, loss = list[int](), Forward.loss
+    """The sizes of the batches whose labels are scored in the block, for a loss or not."""
+    seen, scores = list[int](), Forward.scores
 
     def counting(self: Forward, batch: Batch) -> Any:
         seen.append(len(batch.tokens_T))
-        return loss(self, batch)
+        return scores(self, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Forward, "loss", counting)
+        patch.setattr(Forward, "scores", counting)
         yield seen
 
 
@@ -204,7 +204,7 @@ def test_where_only_a_smaller_base_fits_it_says_so(folder: Path, monkeypatch) ->
     [
         ("deltaw.evaluation.forgetting.batches", "measuring what was forgotten", "evaluate.general=null"),
         ("deltaw.generate.batches.padded", "answering rows", "evaluate.max_new_tokens=2"),
-        ("deltaw.evaluation.held_out.batches", "measuring the loss on held-out rows", "data.max_length="),
+        ("deltaw.evaluation.scoring.batches", "measuring the loss on held-out rows", "data.max_length="),
     ],
 )
 def test_an_evaluation_that_is_too_large_is_told_apart(
