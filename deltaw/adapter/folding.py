@@ -81,23 +81,26 @@ class Folded:
 def fold(attached: Attached) -> Folded | None:
     """Fold what can be folded, in place; None where nothing can."""
     joined: dict[tuple[nn.Module, ...], Joined] = {}
+    like: Tensor | None = None  # the first one's weights: all factors are written in their dtype, by one launch
     for stand_in in attached.stand_ins.values():
         groups = next((groups for kind, groups in GROUPS.items() if isinstance(stand_in, kind)), ())
         for names in groups:
             modules = tuple(stand_in._modules[name] for name in names)
-            if (one := _joined(modules, attached.number)) is not None:
+            if (one := _joined(modules, attached.number, like)) is not None:
                 joined[modules] = one  # type: ignore[index]
+                like = one.whole
     return Folded(passing_of(attached.model), joined) if joined else None
 
 
-def _joined(modules: Sequence[nn.Module | None], number: int) -> Joined | None:
-    """The matrix of these modules, to which their weights have moved; None where they can't be joined."""
+def _joined(modules: Sequence[nn.Module | None], number: int, like: Tensor | None) -> Joined | None:
+    """The matrix of these modules, to which their weights have moved; None where they can't be joined, or aren't in
+    the dtype and on the device of `like`."""
     weights, updates = [_weight(module) for module in modules], [_update(module, number) for module in modules]
     biases = [getattr(_linear(module), "bias", None) for module in modules]
     whole = [weight for weight in weights if weight is not None]
     if len(whole) < len(weights) or not all(foldable for foldable, _ in updates) or not any(f for _, f in updates):
         return None
-    like = whole[0]
+    like = whole[0] if like is None else like
     same = all((weight.dtype, weight.device) == (like.dtype, like.device) for weight in whole)
     if not same or len({bias is None for bias in biases}) > 1 or len({id(weight) for weight in whole}) < len(whole):
         return None

@@ -30,10 +30,19 @@ def matrices(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: one for name, one in model.named_parameters() if not one.requires_grad}
 
 
-# Of 2 layers: attention and MLP are two matrices each.
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2"])
-def test_losses_and_gradients_are_the_same(name: str) -> None:
-    forward, attached = built(name)
+NAMES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2"]
+SPECS: list[dict[str, Any]] = [
+    {"targets": ["q_proj", "v_proj"]},
+    {"targets": ["down_proj"]},
+    {"targets": ["gate_proj", "o_proj"]},
+    {"rank_overrides": {"*.k_proj": 5, "*.up_proj": 1}},
+    {"scaling": "rslora"},
+]
+
+
+@pytest.mark.parametrize(("name", "spec"), [*((name, {}) for name in NAMES), *(("llama", spec) for spec in SPECS)])
+def test_losses_and_gradients_are_the_same(name: str, spec: dict[str, Any]) -> None:
+    forward, attached = built(name, **spec)
     rows = batch(documents(LENGTHS, 5))
     loss, _ = forward.loss(rows)
     loss.backward()
@@ -74,6 +83,15 @@ def test_a_folded_base_is_the_base_for_whoever_reads_it_meanwhile() -> None:
 def test_what_the_products_can_not_carry_is_left(spec: dict[str, Any]) -> None:
     _, attached = built("llama", **spec)
     assert fold(attached) is None
+
+
+def test_a_layer_in_another_dtype_is_left() -> None:
+    _, attached = built("llama")
+    first, other = (attached.model.base_model.layers[at].mlp for at in (0, 1))
+    other.down_proj.base.module.float()
+    folded = fold(attached)
+    assert folded is not None
+    assert folded.of((first.down_proj,)) is not None and folded.of((other.down_proj,)) is None
 
 
 def test_a_second_adapter_is_left() -> None:
