@@ -26,6 +26,31 @@ class TooLarge(RuntimeError):
     """A recording keeps more memory than it may."""
 
 
+def capture(work: Callable[[], Any], pool: Any = None) -> tuple[Any, Any]:
+    """(the graph, the work's result), in that pool of memory. Raises what the work raised, or what made it impossible
+    to record; the process can go on as before then."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # Other threads may go on (a progress display, another run's): only this one can spoil a recording.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = work()
+    except Exception as error:
+        _put_back(stream)
+        first = error.__context__  # ending a recording that has failed fails, too, and says less
+        if isinstance(first, Exception):
+            raise first from None
+        raise
+    return graph, result
+
+
+def _put_back(stream: Any) -> None:
+    """What a recording that failed leaves behind: its own stream, and a generator that believes to be recorded, so that
+    whoever draws next gets an error. A copy of its state doesn't believe that, and draws the same."""
+    torch.cuda.set_stream(stream)
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
 class Recorder:
     """Records CUDA graphs. They share memory: they never run at once, and only their results outlive a replay."""
 
@@ -33,17 +58,10 @@ class Recorder:
         self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         pool = next((other.pool() for other in self._graphs), None)  # one whose graphs are gone is gone
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
-        try:
-            # Other threads may go on (a progress display, another run's): only this one can spoil a recording.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                result = work()
-        except Exception:
-            torch.cuda.set_stream(stream)  # a recording that failed leaves its own behind
-            raise
+        graph, result = capture(work, pool)
         left, _ = torch.cuda.mem_get_info()
         if left < free * ROOM:
             raise TooLarge("a recording keeps its memory, and too little would be left")

@@ -29,6 +29,7 @@ from torch import Tensor
 from deltaw.errors import InputError, first_line
 from deltaw.kernels import flash
 from deltaw.kernels.flash import OWN, Attend, Heads, Offer
+from deltaw.kernels.graphs import capture
 from deltaw.kernels.varlen import own_attention, padded_attention
 
 TOKENS = 8192  # of the batch that is raced on
@@ -183,13 +184,7 @@ def _recorded_ms(work: Callable[[], object]) -> float:
         for _ in range(2):
             work()
     torch.cuda.current_stream().wait_stream(side)
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            work()
-    except Exception:
-        torch.cuda.set_stream(stream)  # a recording that failed leaves its own behind
-        raise
+    graph, _ = capture(work)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
     graph.replay()
     for mark in marks[:-1]:
