@@ -6,8 +6,9 @@ row the numbers that they were, so nothing is in memory twice, and whoever reads
 `Folded.on()` the stand-ins compute with the joined matrices; outside, everything is as ever. `undo` gives each weight a
 storage of its own again.
 
-Only plain LoRA is folded, without dropout and of one adapter; and only matrices that are dense. A block that has
-anything else is left as it is, and is slower by what kernels/joined.py says.
+Only plain LoRA is folded, without dropout, and only matrices that are dense. A block that has anything else is left as
+it is, and is slower by what kernels/joined.py says. Other adapters on the model (a sweep's other runs) are idle inside:
+what is folded is one adapter's, and a pass that says which rows take which isn't for `on()`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -125,8 +126,9 @@ def _update(module: nn.Module | None, number: int) -> tuple[bool, Factors | None
     """(whether what acts beside the weight can be folded, its factors or None where there is nothing)."""
     if not isinstance(module, AdaptedLinear):
         return True, None
-    updates = dict(module.updates.items())
-    update = updates.pop(str(number), None)
-    if updates or type(update) is not LoRAUpdate or update.dropout or not update.enabled:
+    update = module.update(number)
+    if update is None:
+        return True, None
+    if type(update) is not LoRAUpdate or update.dropout or not update.enabled:
         return False, None
     return True, update.kernel_factors()

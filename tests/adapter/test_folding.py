@@ -94,7 +94,26 @@ def test_a_layer_in_another_dtype_is_left() -> None:
     assert folded.of((first.down_proj,)) is not None and folded.of((other.down_proj,)) is None
 
 
-def test_a_second_adapter_is_left() -> None:
-    forward, attached = built("llama")
-    attach(forward.model, AdapterSpec(rank=2))
-    assert fold(attached) is None
+@pytest.mark.parametrize("number", [0, 1])
+def test_other_adapters_are_idle(number: int) -> None:
+    forward, first = built("llama")
+    second = attach(forward.model, AdapterSpec(rank=2, alpha=5.0, targets=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for n, parameter in enumerate(second.parameters):
+            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(100 + n))
+    mine, rows = (first, second)[number], batch(documents(LENGTHS, 5))
+    with mine.leading():
+        wanted, _ = forward.loss(rows)
+        gradients = torch.autograd.grad(wanted, mine.parameters)
+        folded = fold(mine)
+        assert folded is not None
+        sums = folded.collect()
+        for parameter in mine.parameters:
+            parameter.grad = sums[parameter]
+        with folded.on():
+            loss, _ = forward.loss(rows)
+            loss.backward()
+    torch.testing.assert_close(loss, wanted)
+    for parameter, gradient in zip(mine.parameters, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    folded.undo()
