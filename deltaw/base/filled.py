@@ -9,11 +9,11 @@ every batch that it is to serve must have the same sizes. What fills a batch up 
     rows_K      as many rows for the head as the size has labels: the labelled ones, then others, each once; a row
                 without a label costs its product and nothing else (kernels/logprobs.py)
 
-The sizes are steps of an eighth of a full batch in tokens and in labels, and powers of two in documents: a full batch
-is filled by what its last document left over, and few sizes are met in a run. Each costs two passes as they are and a
-recording; at 135M a step as it is took 544 ms on an H100, a replayed one 25. The longest document is the run's, for all
-of them: attention only has to know a bound. Filler is cut into documents no longer than that one, because a model's
-table of positions may end there.
+The sizes go by steps of a thirty-second of a full batch in tokens and in labels, and by powers of four in documents. A
+size costs some passes as they are and a recording (at 135M a step as it is took 544 ms on an H100, a replayed one 25),
+so a batch goes into one that is there if that costs at most a twentieth more than its own (`SLACK`): see
+`python -m benchmarks.filler`. The longest document is the run's, for all sizes: attention only has to know a bound.
+Filler is cut into documents no longer than that one, because a model's table of positions may end there.
 
 Rejected: padding every batch to the full size (the last of a step may be almost empty), and filler inside a real
 document (its rows would be seen).
@@ -21,7 +21,7 @@ document (its rows would be seen).
 Letters: T tokens, S documents + 1, K rows that the head is asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 
 import torch
@@ -30,8 +30,10 @@ from deltaw.base.batch import Batch
 from deltaw.kernels.documents import Documents, OffsetsAlone
 from deltaw.kernels.logprobs import IGNORE
 
-PARTS = 8  # of a full batch, and of its labels
+PARTS = 32  # of a full batch, and of its labels
 LEAST = 64  # tokens of such a part
+SLACK = 0.05  # that another size than its own may cost a batch
+LABEL = 0.25  # of a token's cost, that a row of the head adds: about that in a small model, less in a large one
 FEWEST = 16  # documents, and four times as many, and so on: an empty one costs attention next to nothing
 
 
@@ -64,6 +66,17 @@ class Size:
         while room < documents:
             room *= 4
         return Size(tokens, room, longest, labels)
+
+    @property
+    def cost(self) -> float:
+        """Of a pass, in tokens."""
+        return self.tokens + LABEL * self.labels
+
+    def among(self, sizes: Iterable["Size"]) -> "Size":
+        """The cheapest of these that holds what this one holds and costs hardly more; else this one."""
+        mine = astuple(self)
+        large = (size for size in sizes if all(own <= its for own, its in zip(mine, astuple(size), strict=True)))
+        return min((size for size in large if size.cost <= (1 + SLACK) * self.cost), key=lambda s: s.cost, default=self)
 
     def with_(self, other: "Size") -> "Size":
         """The smallest that holds what either holds."""

@@ -98,34 +98,43 @@ class Captured:
         looks for it. None where that can't be captured, and then nothing has happened."""
         if self.why_not:
             return None
+        try:
+            return self._ran(batches, supervised, mine, world)
+        except Lost:
+            raise
+        except Exception as error:
+            short = isinstance(error, torch.OutOfMemoryError)
+            if not short or self._one is not None or len(self._passes) < 2 or world is not ALONE:
+                self._give_up(error)
+                return None
+        # Only here is the error gone, and with it what its pass held.
+        self._keep_one()
+        return self.run(batches, supervised, mine)
+
+    def _ran(self, batches: Sequence[Batch], supervised: int, mine: Sequence[int] | None, world: World) -> Ran:
         self._zero()
         if self._parameters[0].grad is not self.gradients[0]:  # at first, and where a step between wasn't captured
             for parameter, gradient in zip(self._parameters, self.gradients, strict=True):
                 parameter.grad = gradient
         self._supervised.fill_(supervised)
-        try:
-            with self.learner.dropping():
-                numbers_of_mine = range(len(batches)) if mine is None else mine
-                numbered = [(n, batches[n]) for n in numbers_of_mine if batches[n].supervised]
-                losses = {number: self._passed(number, batch) for number, batch in numbered}
-            world.add(self.gradients, f"the gradients of step {self.learner.state.step + 1}")
-            numbers = torch.stack([*losses.values(), self._clip()])
-            self.prepare(self._following())
-            values = numbers.tolist()  # the one wait
-        except Lost:
-            raise
-        except Exception as error:
-            short = isinstance(error, torch.OutOfMemoryError)
-            if short and self._one is None and len(self._passes) > 1 and world is ALONE:
-                self._keep_one()
-                return self.run(batches, supervised, mine)
-            self.why_not = "there isn't memory enough to record a pass" if short else first_line(error)
-            if short or isinstance(error, TooLarge):
-                self.why_not += "; lower tokens_per_batch"
-            self._say(f"steps aren't captured, so they are slower on this device: {self.why_not:.200}")
-            self.release()
-            return None
+        with self.learner.dropping():
+            numbers_of_mine = range(len(batches)) if mine is None else mine
+            numbered = [(n, batches[n]) for n in numbers_of_mine if batches[n].supervised]
+            losses = {number: self._passed(number, batch) for number, batch in numbered}
+        world.add(self.gradients, f"the gradients of step {self.learner.state.step + 1}")
+        numbers = torch.stack([*losses.values(), self._clip()])
+        self.prepare(self._following())
+        values = numbers.tolist()  # the one wait
         return Ran(dict(zip(losses, values, strict=False)), values[-1], self._step)
+
+    def _give_up(self, error: Exception) -> None:
+        """Capture nothing from now on, and say why."""
+        short = isinstance(error, torch.OutOfMemoryError)
+        self.why_not = "there isn't memory enough to record a pass" if short else first_line(error)
+        if short or isinstance(error, TooLarge):
+            self.why_not += "; lower tokens_per_batch"
+        self._say(f"steps aren't captured, so they are slower on this device: {self.why_not:.200}")
+        self.release()
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -156,9 +165,10 @@ class Captured:
 
     def _size_of(self, batch: Batch) -> Size:
         size = Size.of(batch, self.learner.config.batch_tokens, self._longest)
-        if self._one is not None:
-            self._one = size = self._one.with_(size)
-        return size
+        if self._one is None:
+            return size.among(self._passes)
+        self._one = self._one.with_(size)
+        return self._one
 
     def _keep_one(self) -> None:
         """From now on one size for all batches. A size that is met runs as it is, beside what the recorded ones keep:

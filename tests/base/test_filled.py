@@ -46,7 +46,7 @@ def test_a_filled_batch_begins_with_the_batch_and_what_follows_is_nobodys(
     rows = filled.rows_K
     assert rows is not None and len(rows) == size.labels == len(set(rows.tolist()))
     assert set((batch.labels_T != IGNORE).nonzero().flatten().tolist()) <= set(rows.tolist())
-    fewer = -(-capacity // 8)
+    fewer = -(-capacity // 32)
     assert size.labels % max(64, fewer) == 0, "a small batch isn't of another size for each share of labels"
     assert size.tokens - T < max(64, fewer) and Size.of(filled, capacity, longest).tokens == size.tokens
 
@@ -111,3 +111,13 @@ def test_what_does_not_fit_is_refused() -> None:
             fill(batch, size)
     with pytest.raises(ValueError, match="own"):
         fill(replace(batch, updates=(0, 1)), Size.of(batch, 64, 64))
+
+
+SIZE = st.builds(Size, *(st.integers(1, 400) for _ in range(4)))
+
+
+@given(SIZE, st.lists(SIZE, max_size=6))
+def test_a_batch_goes_into_a_size_that_is_there_where_that_costs_hardly_more(size: Size, sizes: list[Size]) -> None:
+    chosen = size.among(sizes)
+    fitting = [other for other in sizes if other.with_(size) == other and other.cost <= 1.05 * size.cost]
+    assert chosen in (fitting or [size]) and chosen.cost == min(other.cost for other in fitting or [size])
