@@ -74,5 +74,6 @@ def _measured(opened: Opened, display: Display) -> int:
     tokens = fitting(step, fit, held + ROOM * free, train.retain.share if train.retain else 0.0)
     part = "a whole step" if tokens == step else f"a step of {step:,} in parts"
     takes = f"about {gib(fit.bytes_at(tokens, tokens))}, and {gib(held + free)} are available"
-    display.say(f"batches of up to {tokens:,} tokens, {part}: {takes}")
+    others = " and ".join(f"{other:,} about {gib(fit.bytes_at(other, other))}" for other in (tokens // 2, 2 * tokens))
+    display.say(f"batches of up to {tokens:,} tokens, {part}: {takes}; {others}")
     return tokens
