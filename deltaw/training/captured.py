@@ -22,22 +22,21 @@ Without a GPU all of this runs as it is, except for recording: `Captured(..., re
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
 
-from deltaw.adapter.folding import fold
-from deltaw.adapter.residual import FusedLayers
 from deltaw.base.batch import Batch
-from deltaw.base.filled import Size, fill
+from deltaw.base.filled import Places, Size, fill
 from deltaw.base.forward import Forward
 from deltaw.base.objective import sft
 from deltaw.base.recorded import OfSize, Recorded, Recording, Work, recorder_on
 from deltaw.errors import first_line
 from deltaw.kernels.graphs import Record, TooLarge, can_record
+from deltaw.training.faster import UNLIKE, Faster, difference
 from deltaw.training.learner import Learner
 from deltaw.training.memory import release
 from deltaw.training.stop import Lost
@@ -60,8 +59,8 @@ class Ran:
 
 class Captured:
     """The passes and updates of one learner. `longest`: tokens of its longest document; `say`: where a line goes;
-    `following`: the batches of the next step; `folding`: whether factors are folded into the weights
-    (adapter/folding.py) and additions into the norms (adapter/residual.py), which a GPU gains by; None: on a GPU."""
+    `following`: the batches of the next step; `folding`: whether passes take the form that a GPU takes sooner
+    (faster.py); None: on a GPU."""
 
     def __init__(
         self,
@@ -78,9 +77,8 @@ class Captured:
         self._parameters = learner.attached.parameters
         device = self._parameters[0].device
         folding = device.type == "cuda" if folding is None else folding
-        self._folded = fold(learner.attached) if folding else None
-        self._layers = FusedLayers(learner.attached.model) if folding else None
-        sums = {} if self._folded is None else self._folded.collect()
+        self.faster = Faster(learner.attached) if folding else None
+        sums = {} if self.faster is None else self.faster.sums
         self.gradients = [sums[one] if one in sums else torch.zeros_like(one) for one in self._parameters]
         self._supervised = torch.ones((), device=device)
         self._passes: dict[Size, _Pass] = {}
@@ -146,11 +144,33 @@ class Captured:
         """The batch's loss on the device; its gradient is added."""
         size = self._size_of(batch)
         if size not in self._passes:
+            if not self._passes and self.faster is not None:
+                self._show_faster(number, batch, size)
             if self._one is not None:
                 self._forget()
             record = self._record if len(self._passes) < SIZES else None
             self._passes[size] = _Pass(self, size, record)
         return self._passes[size](number, batch)
+
+    def _show_faster(self, number: int, batch: Batch, size: Size) -> None:
+        """Go back to the plain form of passes where the faster one isn't the pass itself on this batch."""
+        faster, filled, places = self.faster, self.filled(batch), Places(size, self._parameters[0].device)
+        assert faster is not None
+        places.put(filled)
+
+        def work() -> None:
+            with self.learner.drawing(number):
+                self.loss_of(places.batch(filled.documents))
+
+        with self.apart(), faster.noisy():
+            mine = self.gradient_of(work)
+            self.faster = None
+            plain = self.gradient_of(work)
+        if (off := faster.off(mine, plain)) <= UNLIKE:
+            self.faster = faster
+            return
+        faster.undo()
+        self._say(f"passes keep their plain form, which is slower: another's gradient is off by {off:.1e} here")
 
     def prepare(self, batches: Sequence[Batch]) -> None:
         """Fill up the batches of the step to come: what the host does while the device works."""
@@ -188,10 +208,7 @@ class Captured:
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Forward and backward: the work of a pass."""
-        with ExitStack() as stack:
-            for part in (self._folded, self._layers):
-                if part is not None:
-                    stack.enter_context(part.on())
+        with nullcontext() if self.faster is None else self.faster.on():
             loss, _ = self.forward.loss(batch)
             (loss if self.learner.undivided else loss / self._supervised).backward()
         return loss.detach()
@@ -215,8 +232,8 @@ class Captured:
         works = self._zeroed, self._clipped, self._stepped
         self._zero, self._clip, self._step = (Recorded(work, None, self._say) for work in works)
         self.learner.optimizer.zero_grad()
-        if self._folded is not None:
-            self._folded.undo()
+        if self.faster is not None:
+            self.faster.undo()
             release(self._parameters[0].device)
 
     def _zeroed(self) -> Tensor:
@@ -260,22 +277,15 @@ class _Pass:
                 truth = self._captured.gradient_of(lambda: losses.append(work()))
             with drawing(number):
                 # Deep models hand on what two runs of one pass differ by.
-                may = min(FAR, max(CLOSE, SPREAD * _difference(self._captured.gradient_of(work), truth)))
+                may = min(FAR, max(CLOSE, SPREAD * difference(self._captured.gradient_of(work), truth)))
             with drawing(number):
                 replay, place = record(work)
             with drawing(number):
                 replayed = self._captured.gradient_of(replay)
-            off = _difference(replayed, truth)
+            off = difference(replayed, truth)
             if bool(losses[0].isfinite()) and not (torch.equal(place, losses[0]) and off <= may):
                 raise RuntimeError(f"a recorded pass isn't the pass itself: its gradient is off by {off:.1e}")
         return replay, place
-
-
-def _difference(some: list[Tensor], others: list[Tensor]) -> float:
-    """‖some − others‖ / ‖others‖."""
-    sizes = torch.stack([norm.double() for norm in torch._foreach_norm(others)])
-    differences = torch.stack([norm.double() for norm in torch._foreach_norm(torch._foreach_sub(some, others))])
-    return float(differences.norm() / sizes.norm().clamp_min(1e-30))
 
 
 def captured_on(

@@ -260,3 +260,27 @@ def test_gradients_are_found_again_after_a_step_that_is_not_captured() -> None:
 
     for mine, its in zip(taken(True), taken(False), strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
+
+
+def test_a_faster_form_that_is_not_the_pass_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A term is missing that is zero as long as B is."""
+    from deltaw.kernels import joined
+
+    monkeypatch.setattr(joined.Joined, "ranked_back", lambda self, g_TM: with_zeros(g_TM, self.room))
+    forward, said = plan_forward(tiny("llama", torch.float64)), list[str]()
+    one = learner(forward)
+    with torch.no_grad():
+        for layer in one.attached.layers.values():
+            layer.trained()["b"].zero_()
+    before = [parameter.detach().clone() for parameter in one.attached.parameters]
+    captured = Captured(forward, one, longest=24, say=said.append, record=None, folding=True)
+    ran = captured.run(batches([(9, 4, 12)], 0), 22)
+    assert captured.faster is None and "another's gradient is off by" in said[0] and len(said) == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, one.attached.parameters, strict=True))
+    plain = Captured(forward, one, longest=24, say=said.append, record=None)
+    again = plain.run(batches([(9, 4, 12)], 0), 22)
+    assert ran is not None and again is not None and ran.losses == again.losses and ran.norm == again.norm
+
+
+def with_zeros(g_TM: Tensor, room: int) -> Tensor:
+    return torch.cat([g_TM, g_TM.new_zeros(len(g_TM), room)], 1)

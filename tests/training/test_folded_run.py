@@ -28,7 +28,7 @@ def folding(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
 
     def captured_on(device: Any, forward: Any, learner: Any, longest: int, say: Any, following: Any) -> Captured:
         made.append(Captured(forward, learner, longest, say, None, following, folding=True))
-        assert made[-1]._folded is not None
+        assert made[-1].faster is not None and made[-1].faster.sums
         return made[-1]
 
     monkeypatch.setattr(running, "captured_on", captured_on)
@@ -42,7 +42,7 @@ def losses(run: Path) -> list[float]:
 
 def test_a_folded_run_is_the_run(folder: Path, folding: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
     train(config(folder, "folded", **OPTIONS), display=QUIET)
-    assert len(folding) == 1 and not folding[0].why_not
+    assert len(folding) == 1 and not folding[0].why_not and folding[0].faster is not None
     monkeypatch.undo()
     train(config(folder, "plain", **OPTIONS), display=QUIET)
     assert losses(folder / "folded") == pytest.approx(losses(folder / "plain"), rel=1e-4)
