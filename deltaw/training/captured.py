@@ -92,8 +92,8 @@ class Captured:
         self, batches: Sequence[Batch], supervised: int, mine: Sequence[int] | None = None, world: World = ALONE
     ) -> Ran | None:
         """Forward and backward of a step with so many supervised tokens, of the batches of the numbers `mine` (all);
-        the gradients of all processes are summed. The gradient, clipped, is where the optimiser
-        looks for it. None where that can't be captured, and then nothing has happened."""
+        the gradients of all processes are summed. The gradient, clipped, is where the optimiser looks for it. None
+        where that can't be captured, and then nothing has happened."""
         if self.why_not:
             return None
         try:
@@ -158,18 +158,16 @@ class Captured:
         assert faster is not None
         places.put(filled)
 
-        def work() -> None:
+        def work(form: Faster | None) -> None:
             with self.learner.drawing(number):
-                self.loss_of(places.batch(filled.documents))
+                self._loss_in(form, places.batch(filled.documents))
 
         with self.apart(), faster.noisy():
-            mine = self.gradient_of(work)
-            self.faster = None
-            plain = self.gradient_of(work)
+            mine, plain = (self.gradient_of(partial(work, form)) for form in (faster, None))
         if (off := faster.off(mine, plain)) <= UNLIKE:
-            self.faster = faster
             return
         faster.undo()
+        self.faster = None
         self._say(f"passes keep their plain form, which is slower: another's gradient is off by {off:.1e} here")
 
     def prepare(self, batches: Sequence[Batch]) -> None:
@@ -208,7 +206,11 @@ class Captured:
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Forward and backward: the work of a pass."""
-        with nullcontext() if self.faster is None else self.faster.on():
+        return self._loss_in(self.faster, batch)
+
+    def _loss_in(self, form: Faster | None, batch: Batch) -> Tensor:
+        """The same in that form; None: the plain one."""
+        with nullcontext() if form is None else form.on():
             loss, _ = self.forward.loss(batch)
             (loss if self.learner.undivided else loss / self._supervised).backward()
         return loss.detach()

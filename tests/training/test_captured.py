@@ -282,5 +282,28 @@ def test_a_faster_form_that_is_not_the_pass_is_not_used(monkeypatch: pytest.Monk
     assert ran is not None and again is not None and ran.losses == again.losses and ran.norm == again.norm
 
 
+def test_a_pass_that_fails_while_it_is_shown_leaves_nothing_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, said = plan_forward(tiny("llama", torch.float64)), list[str]()
+    one, loss, calls = learner(forward), type(forward).loss, list[Any]()
+    model, before = one.attached.model, [parameter.detach().clone() for parameter in one.attached.parameters]
+
+    def views() -> int:
+        return sum(weight.untyped_storage().nbytes() > weight.nbytes for weight in model.parameters())
+
+    def failing(self: Any, batch: Any) -> Any:
+        calls.append(batch)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("of the plain pass")
+        return loss(self, batch)
+
+    assert not views()
+    captured = Captured(forward, one, longest=24, say=said.append, record=None, folding=True)
+    assert views()
+    monkeypatch.setattr(type(forward), "loss", failing)
+    assert captured.run(batches([(9, 4, 12)], 0), 22) is None
+    assert "there isn't memory enough" in said[0] and len(said) == 1
+    assert not views() and all(map(torch.equal, before, one.attached.parameters))
+
+
 def with_zeros(g_TM: Tensor, room: int) -> Tensor:
     return torch.cat([g_TM, g_TM.new_zeros(len(g_TM), room)], 1)
