@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaw.kernels.decode import HALF
+from deltaw.kernels.device import HALF
 from deltaw.kernels.documents import CHUNK
 from deltaw.kernels.scores import Scores, causal_mask
 

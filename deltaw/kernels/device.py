@@ -1,4 +1,4 @@
-"""Which tensors the GPU kernels in triton/ accept.
+"""What a device's kernels accept: which tensors those in triton/, and the dtypes of half precision.
 
 Float64 stays with PyTorch's own operations (truth in tests, and those kernels sum in float32), and so does a GPU
 without triton (Windows builds of PyTorch come without it). Asked once per call, so the answer about triton is kept.
@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+HALF = (torch.bfloat16, torch.float16)  # precision: what matrix units and fused attention are made for
 WIDEST = 16384  # features of a row that those kernels can hold
 
 

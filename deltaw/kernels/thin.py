@@ -18,10 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.kernels.device import on_gpu
+from deltaw.kernels.device import HALF, on_gpu
 from deltaw.kernels.room import roomy
 
-HALF = (torch.bfloat16, torch.float16)
 MOST = 64  # columns of a thin factor that a kernel holds
 NARROW = 4096  # columns that a matrix must have fewer of
 BYTES = 2**26  # that all sums together may read

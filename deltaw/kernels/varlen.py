@@ -33,10 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from deltaw.kernels.device import HALF
 from deltaw.kernels.flash import preferred
 
 FILL = 1.25  # padded places per token, at most
-HALF = (torch.bfloat16, torch.float16)
 AMPERE = (8, 0)  # FlashAttention-2 needs it
 
 

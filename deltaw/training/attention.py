@@ -13,9 +13,9 @@ import torch
 from deltaw.base.source import compiled_kernels
 from deltaw.errors import InputError, first_line
 from deltaw.generate.cache import text_config
+from deltaw.kernels.device import HALF
 from deltaw.kernels.flash import Heads
 from deltaw.kernels.race import fastest_attention
-from deltaw.kernels.varlen import HALF
 from deltaw.model import Model
 from deltaw.training.memory import release
 

@@ -17,9 +17,7 @@ from deltaw.adapter.folding import fold
 from deltaw.adapter.residual import FusedLayers
 
 NOISE = 0.02  # of B while a pass is shown; entries of a weight are about as large
-UNLIKE = (
-    0.3  # of the gradient; half precision and dozens of layers come to a tenth of that, a term that is missing to more
-)
+UNLIKE = 0.3  # of a gradient: ten times what half precision and dozens of layers come to, less than a missing term
 
 
 class Faster:
